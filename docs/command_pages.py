@@ -14,6 +14,7 @@ from loraover.cli import cli as loraover
 from loraover.common.command_line import Command
 from loraover_export.cli import cli as export
 from loraover_serve.cli import cli as serve
+from loraover_serve.engines import ENGINES, engine_class
 
 GROUPS = {"loraover": loraover, "loraover export": export, "loraover serve": serve}
 
@@ -35,6 +36,19 @@ def page(name: str, group: click.Group) -> Iterator[str]:
         command = group.get_command(context, word)
         if command is not None and not command.hidden and f"{name} {word}" not in GROUPS:
             yield from section(click.Context(command, context, info_name=word))
+    if group is serve:
+        yield from engines()
+
+
+def engines() -> Iterator[str]:
+    """Yield the paragraphs on engines, which are those of the table that the commands take them from."""
+    yield "## Engines"
+    yield "`loraover serve verify` starts each of these, and `loraover serve parity` those that it can measure."
+    lines = ["| `--engine` | engine | what it loads | parity | install |", "| --- | --- | --- | --- | --- |"]
+    for name, entry in ENGINES.items():
+        is_timed = "yes" if entry.is_timed else "no"
+        lines.append(f"| `{name}` | {entry.title} | {entry.takes} | {is_timed} | `{engine_class(name).hint}` |")
+    yield "\n".join(lines)
 
 
 def section(context: click.Context) -> Iterator[str]:

@@ -3,7 +3,7 @@
 - One thread, since tensors are tiny and waiting threads slow one another down. No thread is bound to a core: vLLM would
   bind each of its servers to the first one.
 - Few garbage collections, since one that begins in deep recursion, such as JSON of a thousand brackets, makes another
-  test's finalizers fail there.
+  test's finalizers fail there. They pass over all that was imported, since each Trainer that ends asks for one.
 - A lock of progress bars for each process, since a child that is killed while it holds a shared one stops all others.
 - Ctrl-C, which a script that runs the suite in its background would have it ignore, with every process that it starts.
 - A Hypothesis profile for each speed, and a place for each test among parallel workers (pytest-xdist).
@@ -87,6 +87,11 @@ def pytest_configure() -> None:
         raise pytest.UsageError(
             f"TOGETHER in {__file__} names {', '.join(sorted(lost))}: no such file; rename it there."
         )
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

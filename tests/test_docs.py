@@ -16,6 +16,7 @@ import click
 import pytest
 
 from loraover import Budget, LoraOverConfig
+from loraover_serve.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
 API_PAGES = {"loraover": "loraover", "loraover_export": "export", "loraover_serve": "serve"}
@@ -77,6 +78,12 @@ def test_every_command_has_a_section_with_its_options(group: str, site: Path) ->
         if not isinstance(command, click.Group):
             assert f'id="{group.replace(" ", "-")}-{name}"' in page
             assert not [option for option in command.params if option.opts[-1] not in shown]
+
+
+@pytest.mark.process
+def test_the_page_of_serve_has_the_table_of_engines(site: Path) -> None:
+    page = (site / "commands" / "serve" / "index.html").read_text()
+    assert [entry.title for entry in ENGINES.values() if f"<td>{entry.title}</td>" not in page] == []
 
 
 @pytest.mark.process

@@ -26,7 +26,7 @@ from support.make_checkpoint import edit_tensors
 from support.onnx_export import OTHER, UNEVEN, tiny_base, tiny_lora
 from support.plain_adapter import make_adapter
 from support.tiny_experts import expert_lora, flip, tiny_moe
-from support.tiny_models import tiny_llama
+from support.tiny_models import saved, tiny_llama
 from support.verified import save_adapter, save_base
 from support.vllm_command import leaks_in_mixed_batches, vllm_command
 from support.vllm_stand_in import stand_in
@@ -74,9 +74,7 @@ def trained_tokens(folder: Path) -> Case:
 
 
 def old_experts(folder: Path) -> Case:
-    base = tiny_moe()
-    base.save_pretrained(folder / "base")
-    base.name_or_path = str(folder / "base")
+    base = saved(tiny_moe(), folder / "base")
     expert_lora(base, folder / "in")
     flip(folder / "in", "0.18.1")
     shrink = words("export", "shrink", "--rank", 2, "-o", folder / "small")
@@ -177,7 +175,7 @@ def literals(path: Path) -> Iterator[str]:
         match node:
             case ast.Expr():
                 skipped.add(node.value)
-            case ast.keyword(arg="examples" | "help") | ast.Assign(targets=[ast.Name(id="EXAMPLES" | "verb")]):
+            case ast.Assign(targets=[ast.Name(id="EXAMPLES" | "examples" | "verb")]):
                 skipped |= set(ast.walk(node))
             case ast.Call(func=ast.Name(id="option" | "argument")):
                 skipped |= set(ast.walk(node))

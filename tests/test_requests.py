@@ -24,7 +24,7 @@ def split(given: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ToyRequest(Request):
-    """Arguments of `toy`."""
+    """Toy."""
 
     verb = "loraover toy"
 
@@ -64,7 +64,7 @@ def toy(request: ToyRequest) -> ToyRequest:
 
 
 made: list[ToyRequest] = []
-COMMAND = request_command(ToyRequest, lambda request, as_json: made.append(request), help="Toy.", examples=[])
+COMMAND = request_command(ToyRequest, lambda request, as_json: made.append(request))
 
 
 def parsed(*words: str) -> ToyRequest:

@@ -15,7 +15,7 @@ from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
-from loraover_export.onnx.report import CaseError, GraphCheck, Greedy, OnnxReport
+from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
 from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.show import show_report as show_onnx
 from loraover_serve.parity.judge.several import Together
@@ -87,7 +87,7 @@ def onnx_check(adapter: str | None) -> GraphCheck:
         noise=1e-5,
         noise_of="float32 and float64 in PyTorch",
         adapter_effect=1.23456,
-        greedy=Greedy(tokens=128, first_difference=117, gap=1.2e-3),
+        greedy=GreedyCheck(tokens=128, first_difference=117, gap=1.2e-3),
     )
 
 

@@ -26,7 +26,7 @@ from loraover.reporting.reporter import ConsoleReporter
 from loraover.study.analysis import LEVEL, Losses, difference, mean_loss
 from loraover.study.grid import Run
 from loraover.study.kept_runs import finished
-from loraover.study.outcome import Outcome
+from loraover.study.outcome import RunOutcome
 from loraover.study.request import StudyRequest
 from loraover.study.runner import DEFAULTS, run_grid
 from loraover.training.recipe import load_recipe
@@ -63,14 +63,14 @@ def _run(plan: Registration, task: Mapping[str, Any], method: Mapping[str, Any],
     return Run(task["name"], method["name"], rate, seed, recipe)
 
 
-def losses(outcomes: Mapping[Run, Outcome], task: str, method: str) -> tuple[Losses, Losses]:
+def losses(outcomes: Mapping[Run, RunOutcome], task: str, method: str) -> tuple[Losses, Losses]:
     """Nats of a method on a task, shape (seeds, rows) in the order of the seeds, and tokens, shape (rows,)."""
     found = sorted((r for r in outcomes if (r.task, r.method) == (task, method)), key=lambda run: run.seed)
     nats = np.array([outcomes[run].nats for run in found])
     return nats, np.array(outcomes[found[0]].tokens, dtype=np.float64)
 
 
-def variances(plan: Registration, outcomes: Mapping[Run, Outcome], task: str) -> tuple[float, float]:
+def variances(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> tuple[float, float]:
     """Variance of one seed's difference, and that of the mean over rows, in squared per cent of the baseline's loss."""
     (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
     gaps = new - old
@@ -79,7 +79,7 @@ def variances(plan: Registration, outcomes: Mapping[Run, Outcome], task: str) ->
     return scale * float((gaps.sum(1) / tokens.sum()).var(ddof=1)), scale * float(rows.var(ddof=1)) / len(tokens)
 
 
-def predicted_widths(plan: Registration, outcomes: Mapping[Run, Outcome]) -> dict[str, float]:
+def predicted_widths(plan: Registration, outcomes: Mapping[Run, RunOutcome]) -> dict[str, float]:
     """Width of each task's interval with all seeds, in per cent, from the pilot."""
     found = {task["name"]: variances(plan, outcomes, task["name"]) for task in plan["tasks"]}
     seeds = len(plan["seeds"])
@@ -92,7 +92,7 @@ def predicted_widths(plan: Registration, outcomes: Mapping[Run, Outcome]) -> dic
     }
 
 
-def judge(plan: Registration, outcomes: Mapping[Run, Outcome], task: str) -> dict[str, Any]:
+def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> dict[str, Any]:
     """Difference of the method to the baseline on one task, with its interval, in per cent of the baseline's loss."""
     (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
     found, loss = difference(new, old, tokens), mean_loss(old, tokens)

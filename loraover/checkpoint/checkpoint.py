@@ -9,134 +9,59 @@ A checkpoint whose A and B are not the contraction of its cores is refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import final
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.exact_tensors import Exact, Factor
 from loraover.checkpoint.magnitude import lost_to_underflow, magnitude
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, read_adapter_dir, site_key
+from loraover.checkpoint.metadata import CORES_FILE, META_FILE, Meta, SiteRecord, read_metadata
+from loraover.checkpoint.peft_adapter import (
+    TENSORS_FILE,
+    AdapterDir,
+    ExactAdapter,
+    read_adapter_dir,
+    site_key,
+    site_name,
+)
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.paths import kind_of
-from loraover.common.strict_json import read_json
-from loraover.overparam.config import LoraOverConfig
+from loraover.common.threads import one_thread
 from loraover.overparam.decompositions import Decomposition
-from loraover.overparam.schedule import Round
 
-SCHEMA_VERSION = 3
-META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
 SEAL_FILE = "complete.json"
 """Marks a Trainer's checkpoint as complete, see `SealCheckpoints`."""
 HASHED_LATER = (TENSORS_FILE, CORES_FILE)
 SCORE_PREFIX = "score."
 
 
-class SiteRecord(BaseModel):
-    """Record of one over-parameterised matrix of shape (m, n) in `loraover.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(description="Name of the matrix, e.g. 'model.layers.0.mlp.up_proj.lora_A'.")
-    m: int = Field(ge=1, description="Number of rows.")
-    n: int = Field(ge=1, description="Number of columns.")
-    step: int = Field(ge=0, description="Number of optimizer steps taken when the matrix got its cores.")
-    joined: bool = Field(description="Whether the optimizer stepped it together with other sites of its shape.")
-    shares: dict[int, str] = Field(
-        description="Site whose core is used, by the core's index, for cores that several sites share."
-    )
-    state: dict[str, int | float | bool | str | None] = Field(
-        default_factory=dict,
-        description="Values of the optimizer's state that are not tensors, by keys like those of the tensors.",
-    )
-
-    def core_key(self, k: int) -> str:
-        """Return the tensor key of core k in `loraover.safetensors`."""
-        return f"{self.shares.get(k, self.name)}.core.{k}"
-
-    @property
-    def owner(self) -> str:
-        """The site that the shared core is stored with; its name if it shares none."""
-        return next(iter(self.shares.values()), self.name)
-
-    @property
-    def gauge_key(self) -> str:
-        """Prefix of the keys of the moments that its bases follow."""
-        return f"{self.name}.gauge."
-
-
-class _Version(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    format: Literal["loraover-checkpoint"]
-    schema_version: int
-
-
-class Meta(BaseModel):
-    """Contents of `loraover.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format: Literal["loraover-checkpoint"] = "loraover-checkpoint"
-    schema_version: int = SCHEMA_VERSION
-    base_model: str | None = Field(description="Hub name or folder of the base model; null if it has none.")
-    step: int = Field(ge=0, description="Number of steps taken, as the training loop or trainer counts them.")
-    config: LoraOverConfig = Field(description="Configuration of the over-parameterization.")
-    core_dtype: Literal["float32", "float64"] = Field(description="Data type of the cores.")
-    sites: list[SiteRecord] = Field(description="Matrices that have cores.")
-    rounds: list[Round] = Field(description="Decisions that the schedule has made so far.")
-    steps: int | None = Field(
-        None, ge=0, description="Number of optimizer steps of the complete run; null if it is unknown."
-    )
-    optimizer_steps: int = Field(
-        ge=0,
-        description="Number of steps that the optimizer took; fewer than `step` where mixed precision skipped some.",
-    )
-    optimizer: str | None = Field(description="Class of the optimizer; null before one was attached.")
-    world_size: int = Field(ge=1, description="Number of processes that trained together.")
-    versions: dict[str, str] = Field(description="Versions of the packages that wrote the checkpoint, by name.")
-    sha256: dict[str, str] = Field(description="SHA-256 of each other file of the checkpoint, by its name.")
-    digest: str = Field("", description="SHA-256 of this file's canonical JSON with an empty digest.")
-
-    def sealed(self) -> Meta:
-        """Return a copy with its digest filled in."""
-        return self.model_copy(update={"digest": digest_of(self.model_dump(mode="json"))})
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of the canonical JSON of a content with an empty digest."""
-    return hashlib.sha256(json.dumps({**content, "digest": ""}, sort_keys=True).encode()).hexdigest()
-
-
+@final
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(AdapterDir):
     """A LoRA-Over checkpoint on disk whose checksums, metadata and layout have been checked.
 
     `read_checkpoint` makes it; `open_checkpoint` leaves the checksums of the tensors to `check_sum`. Tensors are read
     only when they are asked for, one matrix at a time, so that a large checkpoint needs little memory.
 
+    It extends a class that is not abstract, because its folder is a PEFT adapter, which any reader of adapters can
+    take; what it overrides is where exact values come from.
+
     Args:
-        adapter: The PEFT adapter of the checkpoint.
         meta: Contents of `loraover.json`.
     """
 
-    adapter: AdapterDir
-    meta: Meta
-
-    @property
-    def path(self) -> Path:
-        """Folder of the checkpoint."""
-        return self.adapter.path
+    meta: Meta = field(kw_only=True)
 
     @property
     def cores_path(self) -> Path:
@@ -152,6 +77,20 @@ class Checkpoint:
     def sites(self) -> dict[str, SiteRecord]:
         """Records of the matrices that have cores, by name."""
         return {site.name: site for site in self.meta.sites}
+
+    @property
+    def is_run_by_peft(self) -> bool:
+        return False
+
+    @contextmanager
+    def open(self) -> Iterator[ExactAdapter]:
+        """Open the files, to read tensors; a matrix that has cores is their contraction in float64.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
+        with open_tensors(self.tensors_path) as plain, open_tensors(self.cores_path) as cores:
+            yield ExactCheckpoint(self, plain, cores)
 
     def check_sum(self, name: str, ending: Event | None = None) -> None:
         """Compare a file's SHA-256 with the one that the checkpoint was written with.
@@ -238,11 +177,52 @@ class Checkpoint:
         if excess.amax() > 0:
             row, column = divmod(int(excess.argmax()), site.n)
             raise CheckpointError(
-                f"{self.adapter.tensors_path}: {site_key(site.name)} contradicts its cores: element ({row}, {column}) "
+                f"{self.tensors_path}: {site_key(site.name)} contradicts its cores: element ({row}, {column}) "
                 f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
                 "changed outside the optimizer step; save the checkpoint again."
             )
         return matrix, magnitude
+
+
+@final
+class ExactCheckpoint(ExactAdapter):
+    """The open files of a checkpoint; a matrix that has cores is their contraction.
+
+    Args:
+        checkpoint: The checkpoint.
+        plain: The adapter's open file.
+        cores: The open file of the cores.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plain: TensorFile, cores: TensorFile):
+        super().__init__(checkpoint, plain)
+        self._checkpoint, self._cores = checkpoint, cores
+
+    def tensor(self, key: str, *, widen: bool = True) -> Exact:
+        site = self._checkpoint.sites.get(site_name(key) or key)
+        if site is None:
+            return super().tensor(key, widen=widen)
+        checkpoint, stored = self._checkpoint, self.stored(key)
+        with one_thread():
+            value, magnitude = checkpoint.check_stored(stored, checkpoint.read_cores(self._cores, site), site)
+        terms = checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
+        return Exact(value, magnitude.mul_(gamma(terms, unit_roundoff(torch.float64))), site)
+
+    def factor(self, name: str) -> Factor:
+        site = self._checkpoint.sites.get(name)
+        if site is None:
+            return super().factor(name)
+        cores = self._checkpoint.read_cores(self._cores, site)
+        return Factor(self._checkpoint.decomposition.of_site(name), cores, site.m, site.n)
+
+
+def read_source(path: Path) -> AdapterDir:
+    """Read the LoRA-Over checkpoint in a folder, or the plain LoRA adapter if it holds no cores.
+
+    Raises:
+        CheckpointError: The folder holds neither, or its files cannot be trusted.
+    """
+    return read_adapter_dir(path) if kind_of(path / META_FILE) is None else read_checkpoint(path)
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -286,22 +266,14 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             "LoraOverCallback, the Trainer's output_dir and its checkpoint-N folders hold cores: name one of those to "
             "fold with a certificate or to resume."
         )
-    found = read_json(path / META_FILE, _Version)
-    if found.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path / META_FILE}: schema_version is {found.schema_version}, this version reads {SCHEMA_VERSION}; "
-            "use the version of loraover that wrote it, or a newer one."
-        )
-    meta = read_json(path / META_FILE, Meta)
-    if meta.digest != digest_of(json.loads((path / META_FILE).read_bytes())):
-        raise CheckpointError(f"{path / META_FILE}: its digest does not match its content; the file is damaged.")
+    meta = read_metadata(path / META_FILE)
     adapter = read_adapter_dir(path)
     if adapter.config.base_model_name_or_path != meta.base_model:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: base_model_name_or_path is {adapter.config.base_model_name_or_path!r}, but the "
             f"cores were trained on {meta.base_model!r}; undo the edit and use --model to name a copy of that model."
         )
-    checkpoint = Checkpoint(adapter, meta)
+    checkpoint = Checkpoint(adapter.path, adapter.config, adapter.shapes, adapter.stacks, meta=meta)
     _check_layout(checkpoint)
     checkpoint.check_sum(CONFIG_FILE)
     return checkpoint
@@ -317,10 +289,10 @@ def _check_layout(checkpoint: Checkpoint) -> None:
         shapes = {key: file.shape(key) for key in file.keys}
     for site in checkpoint.meta.sites:
         key = site_key(site.name)
-        if checkpoint.adapter.shapes.get(key) != (site.m, site.n):
-            found = checkpoint.adapter.shapes.get(key, "nothing")
+        if checkpoint.shapes.get(key) != (site.m, site.n):
+            found = checkpoint.shapes.get(key, "nothing")
             raise CheckpointError(
-                f"{checkpoint.adapter.tensors_path}: {key} is {found}, but {META_FILE} gives shape {(site.m, site.n)}."
+                f"{checkpoint.tensors_path}: {key} is {found}, but {META_FILE} gives shape {(site.m, site.n)}."
             )
         try:
             expected = checkpoint.decomposition.of_site(site.name).core_shapes(site.m, site.n)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+import torch
 from torch import Tensor
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig, first_match
+from loraover.checkpoint.exact_tensors import Exact, Factor
 from loraover.checkpoint.expert_stacks import (
     PRESENT_LAYOUT,
     ExpertStack,
@@ -20,116 +22,119 @@ from loraover.checkpoint.expert_stacks import (
     StoredPart,
     expert_paths,
     find_stacks,
-    has_present_layout,
     is_flipped,
-    targeted_parameter,
 )
 from loraover.checkpoint.target_modules import check_complete, check_named
-from loraover.checkpoint.tensor_file import FLOATS, open_tensors
+from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
-from loraover.overparam.expert_part import SIDES, stack_experts
+from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts
 
-CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+TENSORS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 BASE_WEIGHT = ".base_layer.weight"
 """Ending of the key of an adapted module's frozen weight, which PEFT saves beside an adapted embedding."""
 _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B)")
 
-T = TypeVar("T")
+Adapter = TypeVar("Adapter", bound="AdapterDir")
 
-KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Initializations of A and B, as PEFT names them, that leave the base weights unchanged."""
-
-
-def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:
-    for pattern in patterns:
-        try:
-            path_pattern(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-    return patterns
+STACKS = 4
+"""Stacks of experts that stay in memory, so that they are not read again for every expert."""
 
 
-Patterns = Annotated[dict[str, T], AfterValidator(_are_patterns)]
-"""Values by regular expressions of module paths, as `first_match` reads them."""
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A module of the base model to which an adapter adds delta_W = scaling * B @ A.
 
+    Args:
+        path: Path of the module; that of an expert ends in its number and the parameter.
+        is_embedding: Whether it is adapted as an embedding, so that A has one column for each token.
+        shape: Shape of B @ A: (out_features, in_features), or (dimension, tokens) of an embedding.
+        rank: Rank r.
+        scaling: Factor of B @ A.
+    """
 
-Task = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-"""Tasks by PEFT's names; PEFT loads no adapter of another one."""
-
-
-class AdapterConfig(BaseModel):
-    """The fields of PEFT's LoraConfig that decide what an adapter computes; other fields are kept unread."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    peft_type: str
-    task_type: Task | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    r: int = Field(8, ge=1)
-    lora_alpha: float = 8
-    rank_pattern: Patterns[PositiveInt] = Field(default_factory=dict)
-    alpha_pattern: Patterns[float] = Field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
+    path: str
+    is_embedding: bool
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
 
     @property
-    def parameters(self) -> list[str]:
-        """Entries of `target_parameters`, which names single parameters, such as those of experts."""
-        found = (self.model_extra or {}).get("target_parameters")
-        return [entry for entry in found if isinstance(entry, str)] if isinstance(found, list) else []
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the module's weight: (out_features, in_features), or (tokens, dimension) of an embedding."""
+        return (self.shape[1], self.shape[0]) if self.is_embedding else self.shape
+
+    def site(self, matrix: MatrixName) -> str:
+        """Return the name of A or B as a site."""
+        return f"{self.path}.lora_{'embedding_' * self.is_embedding}{matrix}"
 
     @property
-    def peft_version(self) -> str | None:
-        """Version of PEFT that saved the adapter; None if it is not recorded, as before PEFT 0.18."""
-        found = (self.model_extra or {}).get("peft_version")
-        return found if isinstance(found, str) else None
-
-    @property
-    def keeps_base(self) -> bool:
-        """Whether A and B fit the unchanged base weights; some initializations of A and B change these weights."""
-        start = (self.model_extra or {}).get("init_lora_weights")
-        return not isinstance(start, str) or start.lower() in KEPT_BASE
-
-    def scaling(self, module: str) -> float:
-        """Return the factor in delta_W = scaling * B @ A of one module.
-
-        It is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732). As in PEFT, r and alpha
-        come from the first pattern that matches the module's path.
-        """
-        r = first_match(self.rank_pattern, module, self.r)
-        alpha = first_match(self.alpha_pattern, module, self.lora_alpha)
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-    def adapts_weight(self, module: str) -> bool:
-        """Return whether PEFT adds B A to a module's weight, named in `target_parameters`, for any class of module."""
-        return any(targeted_parameter(target, module) == "weight" for target in self.parameters)
-
-    def rank(self, module: str) -> int:
-        """Return the rank that the configuration gives one module."""
-        return int(first_match(self.rank_pattern, module, self.r))
+    def keys(self) -> tuple[str, str]:
+        """The keys of A and B in the adapter's file."""
+        return site_key(self.site("A")), site_key(self.site("B"))
 
 
 @dataclass(frozen=True)
 class AdapterDir:
-    """A LoRA adapter whose configuration and tensor names have been checked.
+    """A LoRA adapter whose configuration and tensor names have been checked; a `Checkpoint` if it has cores.
 
     Args:
         path: Folder of the adapter.
         config: Contents of `adapter_config.json`.
         shapes: Shape of every tensor, by key. The A or B of one expert counts as a tensor, and its stack does not.
-        sites: Tensor key of each A and B matrix, by site name such as "model.layers.0.q_proj.lora_A".
         stacks: Stacked pairs of experts, whose matrices are read from their stacks.
     """
 
     path: Path
     config: AdapterConfig
     shapes: Mapping[str, tuple[int, ...]]
-    sites: Mapping[str, str]
     stacks: tuple[ExpertStack, ...] = ()
+
+    @cached_property
+    def modules(self) -> dict[str, AdaptedModule]:
+        """The adapted modules by their paths, in the order of the file."""
+        found = {}
+        for name, key in _sites(self.shapes).items():
+            path, _, kind = name.rpartition(".")
+            if kind.endswith("A"):
+                (r, n), (m, _) = self.shapes[key], self.shapes[site_key(f"{name[:-1]}B")]
+                scaling, is_embedding = self.config.scaling(path), kind.startswith("lora_embedding")
+                found[path] = AdaptedModule(path, is_embedding, (m, n), r, scaling)
+        return found
+
+    @cached_property
+    def matrices(self) -> dict[str, tuple[AdaptedModule, MatrixName]]:
+        """Module of each A and B, and which of the two it is, by keys in the order of the file."""
+        found = {site_key(module.site(side)): (module, side) for module in self.modules.values() for side in SIDES}
+        return {key: found[key] for key in self.shapes if key in found}
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """Parameters that the adapter replaces (`modules_to_save`, biases): their names, by keys in the file."""
+        keys = [key for key in self.shapes if key not in self.matrices]
+        return {key: key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of a module."""
+        return max(module.rank for module in self.modules.values())
+
+    @property
+    def is_run_by_peft(self) -> bool:
+        """Whether PEFT computes what the adapter was trained to: it knows no cores, and would swap flipped stacks."""
+        return not any(stack.is_flipped for stack in self.stacks)
+
+    @contextmanager
+    def open(self) -> Iterator[ExactAdapter]:
+        """Open the files, to read tensors.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
+        with open_tensors(self.tensors_path) as plain:
+            yield ExactAdapter(self, plain)
 
     @cached_property
     def parts(self) -> dict[str, StoredPart]:
@@ -140,19 +145,6 @@ class AdapterDir:
     def experts(self) -> set[str]:
         """Adapted experts, such as "model.layers.0.mlp.experts.3.down_proj"."""
         return expert_paths(self.stacks)
-
-    def packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors as PEFT's file holds them: the experts' matrices in stacks, in the layout since PEFT 0.19.
-
-        Args:
-            tensors: Tensors by the keys of `shapes`, with every expert of a stack or none.
-        """
-        return pack_stacks(self.stacks, tensors)
-
-    @property
-    def has_present_layout(self) -> bool:
-        """Whether a PEFT that takes A of experts for their inputs is recorded to have saved the adapter."""
-        return has_present_layout(self.config.peft_version) is True
 
     @property
     def tensors_path(self) -> Path:
@@ -165,7 +157,7 @@ class AdapterDir:
         Args:
             modules: Paths of all modules of the base model.
         """
-        check_complete(self.path / CONFIG_FILE, {name.rpartition(".")[0] for name in self.sites}, modules)
+        check_complete(self.path / CONFIG_FILE, self.modules.keys(), modules)
 
     def check_keeps_base(self) -> None:
         """Raise CheckpointError unless A and B fit the unchanged base weights."""
@@ -176,6 +168,50 @@ class AdapterDir:
                 "B only fit the changed base model. Save the adapter again with PEFT's "
                 "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
             )
+
+
+class ExactAdapter:
+    """The open files of an adapter, from which tensors are read one at a time.
+
+    Args:
+        adapter: Layout of the adapter.
+        plain: The adapter's open file.
+    """
+
+    def __init__(self, adapter: AdapterDir, plain: TensorFile):
+        self.adapter = adapter
+        self.plain = plain
+        self._stack = lru_cache(maxsize=STACKS)(plain.read)
+
+    def stored(self, key: str) -> Tensor:
+        """Return a tensor by its key as the file holds it; the A or B of one expert is taken from its stack.
+
+        Raises:
+            CheckpointError: The tensor, or another of its stack, holds NaN or infinity.
+        """
+        part = self.adapter.parts.get(key)
+        return self.plain.read(key) if part is None else part.of(self._stack(part.key)).contiguous()
+
+    def tensor(self, key: str, *, widen: bool = True) -> Exact:
+        """Return a tensor by its key in the adapter's file.
+
+        Args:
+            key: The key.
+            widen: Whether a stored value is converted to float64; else float32 is enough for types that it includes.
+
+        Raises:
+            CheckpointError: The tensor holds NaN or infinity, or contradicts its cores.
+        """
+        value = self.stored(key)
+        if value.is_floating_point():
+            value = value.double() if widen or value.dtype == torch.float64 else value.float()
+        return Exact(value, value.new_zeros(()).expand_as(value), None)
+
+    def factor(self, name: str) -> Factor:
+        """Return a matrix by its site's name, without contracting its cores."""
+        matrix = self.stored(site_key(name))
+        m, n = matrix.shape
+        return Factor(None, (matrix,), m, n)
 
 
 def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,10 +250,9 @@ def site_name(key: str) -> str | None:
     return name if _SITE_KEY.fullmatch(name) and site_key(name) == key else None
 
 
-def other_tensors(adapter: AdapterDir) -> dict[str, str]:
-    """Return the parameters that the adapter replaces (`modules_to_save`, biases): keys in its file, by their names."""
-    keys = [key for key in adapter.shapes if site_name(key) is None]
-    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", "."): key for key in keys}
+def _sites(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return the keys of all A and B in a file, by the names of the sites."""
+    return {name: key for key in shapes if (name := site_name(key)) is not None}
 
 
 def saved_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -266,12 +301,12 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         if len(a) == len(b := shapes.get(site_key(f"{name[:-1]}B"), ())) == 2  # others are refused with all sites
     }
     stacks = find_stacks(config.parameters, pairs, config.rank, path / TENSORS_FILE)
-    adapter = _expanded(AdapterDir(path, config, shapes, {}), stacks)
+    adapter = _expanded(AdapterDir(path, config, shapes), stacks)
     _check_pairs(adapter)
     return adapter
 
 
-def read_on_base(adapter: AdapterDir, weights: Mapping[str, ExpertWeight]) -> AdapterDir:
+def read_on_base(adapter: Adapter, weights: Mapping[str, ExpertWeight]) -> Adapter:
     """Return an adapter whose experts' A take the inputs of the base model, whichever way the file holds them.
 
     Args:
@@ -295,13 +330,13 @@ def read_on_base(adapter: AdapterDir, weights: Mapping[str, ExpertWeight]) -> Ad
         stacks.append(replace(stack, is_flipped=flipped != stack.is_flipped))
     if tuple(stacks) == adapter.stacks:
         return adapter
-    config = adapter.config.model_copy(update={"peft_version": PRESENT_LAYOUT})  # the layout that `packed` writes
+    config = adapter.config.model_copy(update={"peft_version": PRESENT_LAYOUT})  # the layout that `pack_stacks` writes
     with open_tensors(adapter.tensors_path) as file:
         shapes = {key: file.shape(key) for key in file.keys}
     return _expanded(replace(adapter, shapes=shapes, config=config), stacks)
 
 
-def _expanded(adapter: AdapterDir, stacks: Sequence[ExpertStack]) -> AdapterDir:
+def _expanded(adapter: Adapter, stacks: Sequence[ExpertStack]) -> Adapter:
     """Return an adapter whose `shapes` are still those of the file with its stacks taken apart.
 
     Patterns name a parameter of all experts, so each expert gets an exact entry in front of them.
@@ -327,25 +362,24 @@ def _expanded(adapter: AdapterDir, stacks: Sequence[ExpertStack]) -> AdapterDir:
     if config.alpha_pattern:
         alphas = {k: first_match(config.alpha_pattern, path, config.lora_alpha) for k, path in every.items()}
         config = config.model_copy(update={"alpha_pattern": alphas | config.alpha_pattern})
-    sites = {name: key for key in shapes if (name := site_name(key)) is not None}
-    return AdapterDir(adapter.path, config, shapes, sites, tuple(stacks))
+    return replace(adapter, config=config, shapes=shapes, stacks=tuple(stacks))
 
 
 def _check_pairs(adapter: AdapterDir) -> None:
-    where = adapter.tensors_path
-    if not adapter.sites:
+    where, sites = adapter.tensors_path, _sites(adapter.shapes)
+    if not sites:
         raise CheckpointError(f"{where}: no lora_A or lora_B tensors; this adapter has no LoRA layers.")
-    for name, key in adapter.sites.items():
+    for name, key in sites.items():
         match = _SITE_KEY.fullmatch(name)
         assert match is not None
         module, kind = match["module"], match["kind"]
         if len(adapter.shapes[key]) != 2 or 0 in adapter.shapes[key]:
             raise CheckpointError(f"{where}: {key} has shape {adapter.shapes[key]}, expected a matrix.")
         embedding = kind.replace("lora_", "lora_embedding_")
-        if f"{module}.{embedding}" in adapter.sites:
+        if f"{module}.{embedding}" in sites:
             raise CheckpointError(f"{where}: {module} is listed twice, with {kind} and with {embedding}; remove one.")
         is_a = kind.endswith("A")
-        twin = adapter.sites.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
+        twin = sites.get(f"{module}.{kind[:-1]}{'B' if is_a else 'A'}")
         if twin is None:
             raise CheckpointError(f"{where}: {key} has no {'B' if is_a else 'A'} beside it.")
         rank = adapter.shapes[key][0 if is_a else 1]
@@ -353,41 +387,3 @@ def _check_pairs(adapter: AdapterDir) -> None:
             raise CheckpointError(
                 f"{where}: {key} has rank {rank}, but {CONFIG_FILE} gives {module} rank {adapter.config.rank(module)}."
             )
-
-
-def alike_module(path: str, names: Iterable[str]) -> str | None:
-    """Return a module of a base model whose path differs from the given one by a prefix; None if there is none."""
-    return next(
-        (
-            name
-            for name in names
-            if "." in path and "." in name and (name.endswith(f".{path}") or path.endswith(f".{name}"))
-        ),
-        None,
-    )
-
-
-def if_missing(path: str, names: Iterable[str]) -> str:
-    """Return what to do about an adapted module that the base model does not have, to end a message."""
-    alike = alike_module(path, names)
-    if alike is None:
-        return "name the model that the adapter was trained on with --model"
-    head = "without its head" if len(alike) > len(path) else "with a head"
-    return f"it has {alike}, so the adapter may have been trained on the model {head}. Rename its tensors to that"
-
-
-def first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
-    """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default."""
-    for key, value in pattern.items():
-        if path_pattern(key).match(module):
-            return float(value)
-    return default
-
-
-def path_pattern(key: str) -> re.Pattern[str]:
-    """Return a pattern of PEFT's configuration as PEFT compiles it, for the end of a module's path.
-
-    Raises:
-        re.error: It is not a regular expression there, such as one with flags of its own, like `(?i)`.
-    """
-    return re.compile(rf"(.*\.)?({key})$")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import SCORE_PREFIX, Checkpoint, SiteRecord
+from loraover.checkpoint.checkpoint import SCORE_PREFIX, Checkpoint
 from loraover.checkpoint.error_bounds import orthogonality_error, unit_roundoff
-from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.metadata import SiteRecord
 from loraover.checkpoint.peft_adapter import AdapterDir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
@@ -48,7 +48,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
         ```
     """
     _check_resumable(over, checkpoint)
-    dtypes = stored_dtypes(checkpoint.adapter, checkpoint.sites)
+    dtypes = stored_dtypes(checkpoint, checkpoint.sites)
     with open_tensors(checkpoint.cores_path) as file:
         alike: dict[tuple[int, ...], list[SiteRecord]] = {}
         for site in checkpoint.meta.sites:
@@ -79,7 +79,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
 def stored_dtypes(adapter: AdapterDir, names: Iterable[str]) -> dict[str, torch.dtype]:
     """Return the dtypes in which an adapter's file holds the matrices of these sites."""
-    with open_exact(adapter) as file:
+    with adapter.open() as file:
         return {name: file.stored(site_key(name)).dtype for name in names}
 
 

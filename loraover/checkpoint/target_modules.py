@@ -176,3 +176,24 @@ def _described(targets: Targets) -> str:
 def _listed(paths: Sequence[str]) -> str:
     rest = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
     return (", ".join(paths[:SHOWN]) or "no other module") + rest
+
+
+def alike_module(path: str, names: Iterable[str]) -> str | None:
+    """Return a module of a base model whose path differs from the given one by a prefix; None if there is none."""
+    return next(
+        (
+            name
+            for name in names
+            if "." in path and "." in name and (name.endswith(f".{path}") or path.endswith(f".{name}"))
+        ),
+        None,
+    )
+
+
+def if_missing(path: str, names: Iterable[str]) -> str:
+    """Return what to do about an adapted module that the base model does not have, to end a message."""
+    alike = alike_module(path, names)
+    if alike is None:
+        return "name the model that the adapter was trained on with --model"
+    head = "without its head" if len(alike) > len(path) else "with a head"
+    return f"it has {alike}, so the adapter may have been trained on the model {head}. Rename its tensors to that"

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE, SCORE_PREFIX, Meta, SiteRecord
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.checkpoint import SCORE_PREFIX
+from loraover.checkpoint.metadata import CORES_FILE, META_FILE, Meta, SiteRecord
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError

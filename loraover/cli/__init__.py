@@ -1,19 +1,26 @@
-"""The command `loraover`; each of its commands is a file here."""
+"""The command `loraover`; a command that does more than to report is a file here."""
 
 from __future__ import annotations
 
 import click
 
 from loraover.common.command_line import LazyGroup, entry_point
+from loraover.reporting.request_command import Reporting
 
 COMMANDS = {
     "train": "loraover.cli.train:train",
-    "study": "loraover.cli.study:study",
+    "study": Reporting(
+        "loraover.study.request:StudyRequest", "loraover.study.runner:run_study", "loraover.study.show:show_study"
+    ),
     "compare": "loraover.cli.compare:compare",
     "eval": "loraover.cli.evaluate:evaluate_command",
     "inspect": "loraover.cli.inspect:inspect",
     "recipes": "loraover.cli.recipes:recipes",
-    "doctor": "loraover.cli.doctor:doctor",
+    "doctor": Reporting(
+        "loraover.inspection.request:DoctorRequest",
+        "loraover.inspection.installation:check_installation",
+        "loraover.inspection.show:show_installation",
+    ),
 }
 EXAMPLES = [
     "loraover train demo --method lora-over -o runs/demo",

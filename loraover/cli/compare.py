@@ -10,9 +10,13 @@ from loraover.reporting.request_command import request_command
 
 @dataclass(frozen=True)
 class CompareRequest(Request):
-    """Arguments of the command `loraover compare`."""
+    """Show finished runs side by side: method, data, parameters, losses.
+
+    Each RUN is a folder of `loraover train`.
+    """
 
     verb = "loraover compare"
+    examples = ("loraover compare runs/demo-1 runs/demo-2",)
 
     runs: AnyPaths = argument("Folders of finished runs.", metavar="RUN...")
 
@@ -33,13 +37,4 @@ def _compare(request: CompareRequest, as_json: bool) -> None:
     show_runs(results, Console())
 
 
-compare = request_command(
-    CompareRequest,
-    _compare,
-    json="Print the results as JSON.",
-    examples=["loraover compare runs/demo-1 runs/demo-2"],
-    help="""Show finished runs side by side: method, data, parameters, losses.
-
-    Each RUN is a folder of `loraover train`.
-    """,
-)
+compare = request_command(CompareRequest, _compare)

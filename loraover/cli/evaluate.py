@@ -38,14 +38,4 @@ def _evaluate(request: EvaluationRequest, as_json: bool) -> int:
     return found.exit_code
 
 
-evaluate_command = request_command(
-    EvaluationRequest,
-    _evaluate,
-    json="Print the results as JSON.",
-    examples=[
-        "loraover eval HuggingFaceTB/SmolLM2-135M-Instruct --task gsm8k --adapter runs/demo-1/adapter --limit 100",
-        "loraover eval MODEL --task qnli --endpoint http://localhost:8000/v1 --endpoint-model MODEL "
-        "--endpoint-model my-adapter",
-    ],
-    help="""Put a benchmark's questions to MODEL, a folder or hub name, and to its adapters.""",
-)
+evaluate_command = request_command(EvaluationRequest, _evaluate)

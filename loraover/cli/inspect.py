@@ -34,14 +34,4 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
         console.print(f"wrote {file}", soft_wrap=True, markup=False, highlight=False)
 
 
-inspect = request_command(
-    InspectRequest,
-    _inspect,
-    json="Print the description, with every score, as JSON.",
-    examples=["loraover inspect runs/demo-1", "loraover inspect runs/demo-1/adapter --html inspect.html"],
-    help="""Describe PATH: what it is, what was trained, and what may be done with it.
-
-    PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
-    For a checkpoint, a map shows which matrices got cores, the extra parameters during training, and when.
-    """,
-)
+inspect = request_command(InspectRequest, _inspect)

@@ -12,9 +12,18 @@ from loraover.reporting.request_command import request_command
 
 @dataclass(frozen=True)
 class RecipesRequest(Request):
-    """Arguments of the command `loraover recipes`."""
+    """List the recipes that ship, or print the recipe NAME as YAML.
+
+    A recipe holds the settings of one training run.
+    """
 
     verb = "loraover recipes"
+    examples = (
+        "loraover recipes",
+        "loraover recipes demo > my-recipe.yaml",
+        "loraover recipes --json",
+    )
+    json_help = "Print every value, defaults included, as JSON."
 
     name: str | None = argument("Name of the recipe to print.", default=None)
 
@@ -39,13 +48,4 @@ def _recipes(request: RecipesRequest, as_json: bool) -> None:
     show_recipes(loaded.items(), Console())
 
 
-recipes = request_command(
-    RecipesRequest,
-    _recipes,
-    json="Print every value, defaults included, as JSON.",
-    examples=["loraover recipes", "loraover recipes demo > my-recipe.yaml", "loraover recipes --json"],
-    help="""List the recipes that ship, or print the recipe NAME as YAML.
-
-    A recipe holds the settings of one training run.
-    """,
-)
+recipes = request_command(RecipesRequest, _recipes)

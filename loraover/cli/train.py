@@ -61,18 +61,4 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
         print(result.model_dump_json(indent=1))
 
 
-train = request_command(
-    TrainRequest,
-    _run,
-    json="Print the result, or the plan, as JSON.",
-    examples=[
-        "loraover train demo",
-        "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
-        "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
-        "loraover train demo --resume",
-    ],
-    help="""Train an adapter as RECIPE says.
-
-    RECIPE is the name of a recipe that ships (see `loraover recipes`), or a YAML file.
-    """,
-)
+train = request_command(TrainRequest, _run)

@@ -59,7 +59,7 @@ class Endpoint:
         repeats: Whether a request that might succeed later is repeated.
 
     Raises:
-        ConfigError: not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
+        ConfigError: Not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
             be used.
     """
 
@@ -124,7 +124,7 @@ class Endpoint:
             timeout_s: Longest time in seconds; None means that of the client.
 
         Raises:
-            EngineError: the server refused, or did not answer repeated requests.
+            EngineError: The server refused, or did not answer repeated requests.
         """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **self.GREEDY}
         body |= {"stop": list(stop)} if stop else {}
@@ -140,7 +140,7 @@ class Endpoint:
             temperature: Temperature of sampling; 0 is greedy.
 
         Raises:
-            EngineError: see `ask`.
+            EngineError: See `ask`.
         """
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
         return self._asked("/v1/chat/completions", body, None, lambda answer: self._text(answer, "message", "content"))
@@ -154,7 +154,7 @@ class Endpoint:
             timeout_s: Longest time in seconds; None means that of the client.
 
         Raises:
-            EngineError: see `ask`.
+            EngineError: See `ask`.
         """
         return self._asked(path, body, timeout_s, lambda answer: answer)
 
@@ -164,7 +164,7 @@ class Endpoint:
         The result is empty if the server has no such list.
 
         Raises:
-            EngineError: no answer, or a key that the server refuses.
+            EngineError: No answer, or a key that the server refuses.
         """
         try:
             listed = self.request("/v1/models")
@@ -281,7 +281,7 @@ def _host(url: str) -> str:
     """Host of a server's address.
 
     Raises:
-        ConfigError: not an HTTP address, or one with a user or a query.
+        ConfigError: Not an HTTP address, or one with a user or a query.
     """
     try:
         parts = httpx2.URL(url)

@@ -19,9 +19,9 @@ class Completion:
     """Greedy continuation of one prompt.
 
     Args:
-        text: the generated text.
-        token_ids: the generated tokens.
-        logprobs: log-probability of each generated token given all tokens before it, in nats.
+        text: The generated text.
+        token_ids: The generated tokens.
+        logprobs: Log-probability of each generated token given all tokens before it, in nats.
     """
 
     text: str
@@ -34,8 +34,8 @@ class Streamed(Completion):
     """A continuation that arrived piece by piece.
 
     Args:
-        start_s: time when the request was sent, in seconds on `time.perf_counter`'s clock.
-        piece_s: time when each piece of the answer had arrived, in seconds on the same clock.
+        start_s: Time when the request was sent, in seconds on `time.perf_counter`'s clock.
+        piece_s: Time when each piece of the answer had arrived, in seconds on the same clock.
     """
 
     start_s: float
@@ -65,13 +65,13 @@ class TokenEndpoint(Endpoint):
         """Greedy continuations of token sequences, of exactly `max_tokens` tokens each, even beyond an end of text.
 
         Args:
-            model: name of an adapter, or of the base model.
-            prompts: token ids of each prompt.
-            max_tokens: number of tokens to generate.
-            timeout_s: longest time, in seconds; None means that of the client.
+            model: Name of an adapter, or of the base model.
+            prompts: Token ids of each prompt.
+            max_tokens: Number of tokens to generate.
+            timeout_s: Longest time, in seconds; None means that of the client.
 
         Raises:
-            EngineError: a model that does not exist, or a server that failed or stayed silent.
+            EngineError: A model that does not exist, or a server that failed or stayed silent.
         """
         body = self._body(model, [list(prompt) for prompt in prompts], max_tokens)
         answer = self.request("/v1/completions", body, timeout_s=timeout_s)
@@ -85,13 +85,13 @@ class TokenEndpoint(Endpoint):
         """Greedy continuation of one prompt, with the times at which its pieces arrived.
 
         Args:
-            model: name of an adapter, or of the base model.
-            prompt: token ids.
-            max_tokens: number of tokens to generate, even beyond an end of text.
-            timeout_s: longest silence, in seconds.
+            model: Name of an adapter, or of the base model.
+            prompt: Token ids.
+            max_tokens: Number of tokens to generate, even beyond an end of text.
+            timeout_s: Longest silence, in seconds.
 
         Raises:
-            EngineError: a model that does not exist, a server that failed or stayed silent, or an answer of another
+            EngineError: A model that does not exist, a server that failed or stayed silent, or an answer of another
                 length, model or prompt, or without its logprobs.
         """
         body = self._body(model, list(prompt), max_tokens) | {"stream": True}

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import click
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.places import imported
 from loraover.common.quiet import ignore_idle_warnings
 
 # Keeps it private which models a user trains; huggingface_hub reads this when it is imported.
@@ -60,14 +60,14 @@ class LazyGroup(Command, click.Group):
 
     Args:
         examples: Complete command lines.
-        commands_at: Place of each command, as "module:attribute", by the command's name.
+        commands_at: Place of each command, as "module:name", or a function that makes it, by the command's name.
         plugins: Group of entry points that add commands of packages that depend on this one.
     """
 
     def __init__(
         self,
         *args: Any,
-        commands_at: Mapping[str, str],
+        commands_at: Mapping[str, str | Callable[[], click.Command]],
         plugins: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -80,9 +80,9 @@ class LazyGroup(Command, click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in self._commands_at:
-            module, _, attribute = self._commands_at[cmd_name].partition(":")
-            found: click.Command = getattr(import_module(module), attribute)
-            return found
+            place = self._commands_at[cmd_name]
+            command: click.Command = imported(place) if isinstance(place, str) else place()
+            return command
         plugin = self._found().get(cmd_name)
         return None if plugin is None else plugin.load()
 

@@ -27,8 +27,8 @@ def hold_lock(path: Path, *, wait: bool) -> Iterator[int]:
         Descriptor of the locked file.
 
     Raises:
-        BlockingIOError: without `wait`, another process holds the lock.
-        OSError: the file cannot be made.
+        BlockingIOError: Without `wait`, another process holds the lock.
+        OSError: The file cannot be made.
     """
     with path.open("w") as file:
         try:

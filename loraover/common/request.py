@@ -119,11 +119,15 @@ class Request:
         report: Receiver of progress.
 
     Raises:
-        ConfigError: values that cannot be used; the message names all of them.
+        ConfigError: Values that cannot be used; the message names all of them.
     """
 
     verb: ClassVar[str]
-    """Words of the command, such as "loraover export vllm"."""
+    """Words of the command, such as "loraover export vllm"; its help is the request's docstring."""
+    examples: ClassVar[Sequence[str]] = ()
+    """Complete command lines."""
+    json_help: ClassVar[str | None] = "Print the report as JSON."
+    """Help text of `--json`; None: the command has no such option."""
 
     report: Reporter = field(default=SILENT, kw_only=True, repr=False, compare=False)
 
@@ -292,10 +296,11 @@ class Declared:
 
 
 def declarations(request: type[Request]) -> dict[str, Declared]:
-    """Return the fields of a request by name, without those that only functions take."""
+    """Return the fields of a request by name, its own before those of its bases, without those of functions alone."""
     hints = typing.get_type_hints(request)
-    found: list[Field[Any]] = [one for one in fields(request) if "spec" in one.metadata]
-    return {one.name: _declared(one, hints[one.name]) for one in found}
+    found: dict[str, Field[Any]] = {one.name: one for one in fields(request) if "spec" in one.metadata}
+    names = dict.fromkeys(name for kind in request.__mro__ for name in inspect.get_annotations(kind))
+    return {name: _declared(found[name], hints[name]) for name in names if name in found}
 
 
 def _declared(one: Field[Any], hint: Any) -> Declared:
@@ -347,9 +352,7 @@ def _signature(work: Callable[..., Any], request: type[Request]) -> inspect.Sign
     shown = {"AnyPaths": "Sequence[str | Path]", "AnyNames": "Sequence[str]", "AnyPath": "str | Path"}
     shown |= {"AnyName": shown["AnyPath"], "AnyNumbers": "Sequence[float]", "AnyIntegers": "Sequence[int]"}
     made = inspect.signature(request).parameters
-    others = [
-        one.replace(annotation=_in_words(one.annotation, shown)) for name, one in made.items() if name != "report"
-    ]
+    others = [made[name].replace(annotation=_in_words(made[name].annotation, shown)) for name in declarations(request)]
     return inspect.Signature([*others, made["report"]], return_annotation=inspect.signature(work).return_annotation)
 
 

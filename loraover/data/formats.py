@@ -20,7 +20,7 @@ ALPACA = (
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-class Format(NamedTuple):
+class RowFormat(NamedTuple):
     """Format of rows.
 
     Args:
@@ -140,15 +140,15 @@ def _codefeedback(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     yield {"prompt": _text(row, "query", where), "completion": before + fence + rest.partition("```")[0] + fence}
 
 
-FORMATS: dict[str, Format] = {
-    "prompt-completion": Format(_prompt_completion, frozenset({"prompt", "completion"})),
-    "messages": Format(_messages, frozenset({"messages"})),
-    "gsm8k": Format(_gsm8k, frozenset({"question", "answer"})),
-    "instruction": Format(_instruction, template=ALPACA),
-    "conversations": Format(_conversations, template=ALPACA),
-    "metamath": Format(_metamath),
-    "codefeedback": Format(_codefeedback, template=ALPACA),
-    **{f"glue-{name}": Format(glue_reader(task)) for name, task in GLUE_TASKS.items()},
+FORMATS: dict[str, RowFormat] = {
+    "prompt-completion": RowFormat(_prompt_completion, frozenset({"prompt", "completion"})),
+    "messages": RowFormat(_messages, frozenset({"messages"})),
+    "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"})),
+    "instruction": RowFormat(_instruction, template=ALPACA),
+    "conversations": RowFormat(_conversations, template=ALPACA),
+    "metamath": RowFormat(_metamath),
+    "codefeedback": RowFormat(_codefeedback, template=ALPACA),
+    **{f"glue-{name}": RowFormat(glue_reader(task)) for name, task in GLUE_TASKS.items()},
 }
 
 

@@ -15,7 +15,7 @@ from loraover.data.sources import read_raw
 if TYPE_CHECKING:
     from loraover.common.reporter import Reporter
     from loraover.evaluation.judge import Judge
-    from loraover.evaluation.subjects import Subject
+    from loraover.evaluation.subjects import Answerer
 
 Row = dict[str, Any]
 
@@ -102,7 +102,7 @@ class Task(ABC):
             options: What the user asked for.
 
         Raises:
-            ConfigError: an option is missing, or is one that would do nothing in this task.
+            ConfigError: An option is missing, or is one that would do nothing in this task.
         """
         if options.judge is not None:
             judge, task = options.named("judge_url"), options.named("task", "mtbench")
@@ -116,12 +116,12 @@ class Task(ABC):
             options: What the user asked for.
 
         Raises:
-            DataError: no such data, or a row that lacks a field; the message has the row's number.
+            DataError: No such data, or a row that lacks a field; the message has the row's number.
         """
 
     @abstractmethod
     def measure(
-        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
     ) -> TaskScores:
         """Put the questions to one model.
 
@@ -133,7 +133,7 @@ class Task(ABC):
             keep: Called with the answers before another service scores them, so that `rate` can do it later.
 
         Raises:
-            LoraOverError: the model or its engine cannot answer, or the answers cannot be scored.
+            LoraOverError: The model or its engine cannot answer, or the answers cannot be scored.
         """
 
     def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> TaskScores:
@@ -146,8 +146,8 @@ class Task(ABC):
             report: Receiver of progress.
 
         Raises:
-            DataError: the answers belong to other questions, or to another task.
-            EngineError: the service scores none of them.
+            DataError: The answers belong to other questions, or to another task.
+            EngineError: The service scores none of them.
         """
         raise DataError("the file holds answers without scores, which this task never writes; name a new file.")
 
@@ -164,7 +164,7 @@ def uses_chat(options: Options, tokenizer: Any) -> bool:
         tokenizer: The model's tokenizer.
 
     Raises:
-        ConfigError: the user asked for a template that the tokenizer does not have.
+        ConfigError: The user asked for a template that the tokenizer does not have.
     """
     has_template = tokenizer.chat_template is not None
     wanted = options.apply_chat_template
@@ -191,7 +191,7 @@ def read_questions(
         limit: Number of rows; None: all.
 
     Raises:
-        DataError: see `Task.read`.
+        DataError: See `Task.read`.
     """
     raw = read_raw(source, split=split, subset=subset)
     rows: list[Row] = []
@@ -217,7 +217,7 @@ def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, ma
         may_be_empty: Whether an empty text is valid.
 
     Raises:
-        DataError: the row has none of the names, or no text there.
+        DataError: The row has none of the names, or no text there.
     """
     name = next((name for name in names if name in row), None)
     if name is None:
@@ -239,7 +239,7 @@ def label_field(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> i
         where: Name of the row, for messages.
 
     Raises:
-        DataError: the field holds neither.
+        DataError: The field holds neither.
     """
     label = row.get("label")
     if isinstance(label, str) and label in names:

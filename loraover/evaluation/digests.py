@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.strict_json import read_json
@@ -22,7 +23,7 @@ def adapter_digest(adapter: Path) -> str:
         adapter: The adapter's folder.
 
     Raises:
-        CheckpointError: not an adapter directory with safetensors.
+        CheckpointError: Not an adapter directory with safetensors.
     """
     read_json(adapter / CONFIG_FILE, AdapterConfig)
     digest = hashlib.sha256()
@@ -44,7 +45,7 @@ def model_digest(source: ModelSource, *, weights: bool) -> str:
         weights: Whether the weights are read, which takes seconds; a server has its own.
 
     Raises:
-        ConfigError: a file of the folder cannot be read.
+        ConfigError: A file of the folder cannot be read.
     """
     if source.revision is not None:
         return source.revision

@@ -31,7 +31,7 @@ from loraover.evaluation.final_number import final_number
 
 if TYPE_CHECKING:
     from loraover.common.reporter import Reporter
-    from loraover.evaluation.subjects import Subject
+    from loraover.evaluation.subjects import Answerer
 
 SPLIT = "questions"
 DROPPED = ("training_split", "validation_split", "fewshot_split", "filter_list")  # keys of the harness's task
@@ -72,7 +72,7 @@ class HarnessTask(Task):
         return read_questions(name, self._question, split=split, subset=subset, limit=options.limit)
 
     def measure(
-        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
     ) -> TaskScores:
         from lm_eval import simple_evaluate
 

@@ -16,8 +16,8 @@ class HarnessModel(HFLM):
     """Model that answers complete questions only.
 
     Raises:
-        DataError: a question and its answer exceed the model's context; nothing has been asked yet.
-        EngineError: the model's scores of the next token are not finite.
+        DataError: A question and its answer exceed the model's context; nothing has been asked yet.
+        EngineError: The model's scores of the next token are not finite.
     """
 
     def generate_until(self, requests: Sequence[Any], **named: Any) -> Any:

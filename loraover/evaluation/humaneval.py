@@ -28,7 +28,7 @@ from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
 if TYPE_CHECKING:
     from loraover.common.reporter import Reporter
-    from loraover.evaluation.subjects import Subject
+    from loraover.evaluation.subjects import Answerer
 
 STOPS = (
     "\nclass",
@@ -65,7 +65,7 @@ class HumanEval(Task):
         return read_questions(options.data or self.hub, _problem, split="test", limit=options.limit)
 
     def measure(
-        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
     ) -> TaskScores:
         problems = questions.rows
         completions = subject.complete(

@@ -51,7 +51,7 @@ class Judge:
             prompt: FastChat's prompt with question and answer.
 
         Raises:
-            EngineError: the server refuses every request, for example because of a wrong key.
+            EngineError: The server refuses every request, for example because of a wrong key.
         """
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
         reply = ""

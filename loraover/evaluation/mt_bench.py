@@ -31,7 +31,7 @@ from loraover.evaluation.parallel import in_parallel
 if TYPE_CHECKING:
     from loraover.common.reporter import Reporter
     from loraover.evaluation.judge import Judge, Rating
-    from loraover.evaluation.subjects import Chat, Subject
+    from loraover.evaluation.subjects import Answerer, Chat
 
 QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
 REFERENCES = ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl")
@@ -81,7 +81,7 @@ class MtBench(Task):
         return found
 
     def measure(
-        self, subject: Subject, questions: Questions, options: Options, report: Reporter, keep: Keep
+        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
     ) -> TaskScores:
         chats: list[Chat] = [[] for _ in questions.rows]
         for turn in (0, 1):
@@ -130,7 +130,9 @@ def _names(questions: Questions) -> list[str]:
     return [f"{row['question_id']}, turn {turn}" for row in questions.rows for turn in (1, 2)]
 
 
-def _answers(subject: Subject, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter) -> list[str]:
+def _answers(
+    subject: Answerer, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter
+) -> list[str]:
     """Answer the last question of each conversation."""
     if uses_chat(options, subject.tokenizer):
         return [text.strip() for text in subject.chat(chats, max_new_tokens=max_new_tokens, report=report)]

@@ -13,9 +13,14 @@ from loraover.evaluation import TASKS
 
 @dataclass(frozen=True)
 class EvaluationRequest(Request):
-    """Arguments of `evaluate`."""
+    """Put a benchmark's questions to MODEL, a folder or hub name, and to its adapters."""
 
     verb = "loraover eval"
+    examples = (
+        "loraover eval HuggingFaceTB/SmolLM2-135M-Instruct --task gsm8k --adapter runs/demo-1/adapter --limit 100",
+        "loraover eval MODEL --task qnli --endpoint http://localhost:8000/v1 --endpoint-model MODEL "
+        "--endpoint-model my-adapter",
+    )
 
     model: AnyName = argument("Base model, folder or hub name.")
     task: str = option("Benchmark, see docs/evaluation.md.", choices=tuple(TASKS))

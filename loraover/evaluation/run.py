@@ -25,7 +25,7 @@ from loraover.evaluation.digests import adapter_digest, model_digest
 from loraover.evaluation.judge import Judge
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
-from loraover.evaluation.subjects import Served, Subject, in_memory
+from loraover.evaluation.subjects import Answerer, Served, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 
 BASE_MODEL = "base"
@@ -43,7 +43,7 @@ class _Candidate:
 
     name: str
     sha256: str | None
-    load: Callable[[], Subject]
+    load: Callable[[], Answerer]
 
     @property
     def key(self) -> tuple[str, str | None]:
@@ -62,7 +62,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         The contents of the output file. A failure of a model after the first one is that model's result.
 
     Raises:
-        LoraOverError: the request cannot be used, or the first model fails.
+        LoraOverError: The request cannot be used, or the first model fails.
     """
     with quiet_libraries_within(bars=request.report.shows_bars):
         return _evaluate(request)
@@ -72,7 +72,7 @@ def _options(request: EvaluationRequest) -> Options:
     """What tasks read.
 
     Raises:
-        ConfigError: the judge's address or key cannot be used.
+        ConfigError: The judge's address or key cannot be used.
     """
     judge = None
     if request.judge_url is not None and request.judge_model is not None:
@@ -92,7 +92,7 @@ def _server(request: EvaluationRequest) -> Endpoint | None:
     """The server that answers; None for models in memory.
 
     Raises:
-        ConfigError: its address or key cannot be used.
+        ConfigError: Its address or key cannot be used.
     """
     return None if request.endpoint is None else Endpoint(request.endpoint, request.endpoint_key_variable)
 
@@ -146,12 +146,12 @@ def _candidates(
     size = request.batch_size
     if server is not None:
 
-        def ask(name: str) -> Callable[[], Subject]:
+        def ask(name: str) -> Callable[[], Answerer]:
             return lambda: Served(server, name, tokenizer, source.location, size)
 
         return [_Candidate(name, None, ask(name)) for name in request.endpoint_models]
 
-    def load(adapter: Path | None) -> Callable[[], Subject]:
+    def load(adapter: Path | None) -> Callable[[], Answerer]:
         return lambda: in_memory(source, tokenizer, adapter, dtype=request.dtype, batch_size=size)
 
     adapters = [_Candidate(str(adapter), adapter_digest(adapter), load(adapter)) for adapter in request.adapters]
@@ -229,7 +229,7 @@ def _result(
         publish: Called with a result that is not final.
 
     Raises:
-        LoraOverError: the model failed and left no answers.
+        LoraOverError: The model failed and left no answers.
     """
     started = time.perf_counter()
 

@@ -97,7 +97,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """How a program ended.
 
     Args:
@@ -109,7 +109,7 @@ class Outcome:
     reason: str
 
 
-def run_program(program: str, limits: Limits = Limits()) -> Outcome:
+def run_program(program: str, limits: Limits = Limits()) -> ProgramOutcome:
     """Run a Python program in a sandbox.
 
     It sees the interpreter, its standard library and the system's folders, read-only, and an empty /tmp that is removed
@@ -120,7 +120,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
     sandbox holds such code too.
 
     Raises:
-        ConfigError: this system cannot hold the program.
+        ConfigError: This system cannot hold the program.
     """
     bubblewrap = _bubblewrap()
     python = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:
         try:
             process.communicate(request, timeout=limits.seconds)
         except subprocess.TimeoutExpired:
-            return Outcome(False, "timed out")
+            return ProgramOutcome(False, "timed out")
         finally:
             process.kill()
             process.wait()
@@ -250,7 +250,7 @@ def _filter() -> bytes:
         return file.read()
 
 
-def _outcome(text: str, code: int) -> Outcome:
+def _outcome(text: str, code: int) -> ProgramOutcome:
     if text:
-        return Outcome(text == "passed", text)
-    return Outcome(False, f"died of signal {code - 128}" if code > 128 else f"left early with exit code {code}")
+        return ProgramOutcome(text == "passed", text)
+    return ProgramOutcome(False, f"died of signal {code - 128}" if code > 128 else f"left early with exit code {code}")

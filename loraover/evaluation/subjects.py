@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Chat = list[dict[str, str]]
 
 
-class Subject(ABC):
+class Answerer(ABC):
     """A model that answers."""
 
     tokenizer: Any
@@ -56,7 +56,7 @@ class Subject(ABC):
 
 
 @dataclass(frozen=True)
-class InMemory(Subject):
+class InMemory(Answerer):
     """A PyTorch model, with or without an adapter."""
 
     model: Any
@@ -92,7 +92,7 @@ class InMemory(Subject):
 
 
 @dataclass(frozen=True)
-class Served(Subject):
+class Served(Answerer):
     """A model or adapter behind an OpenAI-compatible endpoint.
 
     Args:
@@ -147,8 +147,8 @@ def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtyp
         batch_size: Questions at the same time.
 
     Raises:
-        ConfigError: no such model.
-        CheckpointError: the folder holds no adapter, or one for another model, or one with NaN or infinity.
+        ConfigError: No such model.
+        CheckpointError: The folder holds no adapter, or one for another model, or one with NaN or infinity.
     """
     import torch
 

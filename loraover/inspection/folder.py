@@ -11,8 +11,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.checkpoint import META_FILE, SEAL_FILE, Meta, open_checkpoint, read_checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterConfig, read_adapter_dir, site_name
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.checkpoint import SEAL_FILE, open_checkpoint, read_checkpoint
+from loraover.checkpoint.metadata import META_FILE, Meta
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
@@ -51,8 +53,8 @@ def inspect_folder(path: str | Path) -> FolderReport:
         path: The folder.
 
     Raises:
-        CheckpointError: no such folder, none of these kinds, or a file in it that cannot be read.
-        ConfigError: the folder is a run, and its recipe cannot be read; or the path is too long, or the folder may not
+        CheckpointError: No such folder, none of these kinds, or a file in it that cannot be read.
+        ConfigError: The folder is a run, and its recipe cannot be read; or the path is too long, or the folder may not
             be entered.
     """
     folder = Path(path)
@@ -76,8 +78,8 @@ def recognise(folder: Path) -> Kind:
         folder: The folder.
 
     Raises:
-        CheckpointError: no such folder, or none of the kinds.
-        ConfigError: the path is too long, or the folder may not be entered.
+        CheckpointError: No such folder, or none of the kinds.
+        ConfigError: The path is too long, or the folder may not be entered.
     """
     if kind_of(folder) != "folder":
         raise CheckpointError(f"{folder}: no such folder; expected a run, a checkpoint, an adapter or an export.")
@@ -95,7 +97,7 @@ def read_schedule(path: str | Path) -> Meta:
         path: The folder.
 
     Raises:
-        CheckpointError: the folder has no cores, or cannot be read.
+        CheckpointError: The folder has no cores, or cannot be read.
     """
     folder = Path(path)
     if recognise(folder) == "run":

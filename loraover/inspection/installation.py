@@ -32,7 +32,7 @@ class _Part(BaseModel):
 class Device(_Part):
     """A device that PyTorch can compute on."""
 
-    kind: str = Field(description="cpu, cuda or mps.")
+    kind: str = Field(description="Cpu, cuda or mps.")
     name: str = Field(description="Name of the hardware.")
     memory_bytes: int | None = Field(description="Memory in bytes; None: unknown.")
 
@@ -50,7 +50,7 @@ class Extra(_Part):
     install: str = Field(description="Command that installs them.")
 
 
-class Engine(_Part):
+class ListedEngine(_Part):
     """An inference engine that adapters can be served with."""
 
     name: str = Field(description="Name of the engine.")
@@ -69,7 +69,7 @@ class Installation(_Part):
     extras: list[Extra] = Field(description="Optional sets of packages.")
     hub: str = Field(description="Whether the Hugging Face hub can be reached.")
     sandbox: str = Field(description="Whether HumanEval's sandbox works, or what it needs.")
-    engines: list[Engine] = Field(description="Inference engines.")
+    engines: list[ListedEngine] = Field(description="Inference engines.")
     faults: list[str] = Field(description="Packages whose engines could not be asked for, and why.")
 
     @property
@@ -95,7 +95,7 @@ def check_installation(request: DoctorRequest) -> Installation:
     )
 
 
-def find_engines(points: Iterable[EntryPoint]) -> tuple[list[Engine], list[str]]:
+def find_engines(points: Iterable[EntryPoint]) -> tuple[list[ListedEngine], list[str]]:
     """Ask each package for its engines.
 
     Args:
@@ -104,14 +104,11 @@ def find_engines(points: Iterable[EntryPoint]) -> tuple[list[Engine], list[str]]
     Returns:
         The engines, and for each package that could not be asked the reason.
     """
-    engines: list[Engine] = []
+    engines: list[ListedEngine] = []
     faults = []
     for point in points:
         try:
-            engines += [
-                Engine(name=found.name, version=found.version, takes=found.takes, install=found.install)
-                for found in point.load()()
-            ]
+            engines += [ListedEngine.model_validate(found, from_attributes=True) for found in point.load()()]
         except Exception as error:  # another package's code: whatever is wrong with it is what the user asked for
             faults.append(f"{point.value} failed: {type(error).__name__}: {error}")
     return engines, faults

@@ -63,7 +63,7 @@ class OnnxFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    mode: str = Field(description="merged: the adapter is in the weights; swappable: adapters are inputs.")
+    mode: str = Field(description="Merged: the adapter is in the weights; swappable: adapters are inputs.")
     precision: str = Field(description="Precision of the graph.")
     base_model: str = Field(description="Base model.")
     adapters: dict[str, str] = Field(description="Source of each adapter, by its name.")

@@ -9,9 +9,18 @@ from loraover.common.request import AnyPath, Request, argument, option
 
 @dataclass(frozen=True)
 class InspectRequest(Request):
-    """Arguments of the command `loraover inspect`."""
+    """Describe PATH: what it is, what was trained, and what may be done with it.
+
+    PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
+    For a checkpoint, a map shows which matrices got cores, the extra parameters during training, and when.
+    """
 
     verb = "loraover inspect"
+    examples = (
+        "loraover inspect runs/demo-1",
+        "loraover inspect runs/demo-1/adapter --html inspect.html",
+    )
+    json_help = "Print the description, with every score, as JSON."
 
     path: AnyPath = argument("Folder to describe.")
     plot: AnyPath | None = option(
@@ -22,9 +31,14 @@ class InspectRequest(Request):
 
 @dataclass(frozen=True)
 class DoctorRequest(Request):
-    """Arguments of `check_installation`."""
+    """Show devices, versions and engines of this installation, what is missing, and how to get it."""
 
     verb = "loraover doctor"
+    examples = (
+        "loraover doctor",
+        "loraover doctor --offline --json",
+    )
+    json_help = "Print what was found as JSON."
 
     offline: bool = option(
         "Skip the question whether the Hugging Face hub can be reached, which takes up to three seconds.", default=False

@@ -48,7 +48,7 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """A row of a figure.
 
     Args:
@@ -78,7 +78,7 @@ Key = tuple[str, str, Shape | None]
 def rows_figure(
     name: str,
     description: str,
-    rows: Sequence[Row],
+    rows: Sequence[FigureRow],
     axis: Axis,
     *,
     keys: Sequence[Key] = (),
@@ -121,7 +121,7 @@ class _Plot:
 
 
 def _row(
-    drawing: Drawing, plot: _Plot, row: Row, top: float, lines: int, band: Band | None, reference: float | None
+    drawing: Drawing, plot: _Plot, row: FigureRow, top: float, lines: int, band: Band | None, reference: float | None
 ) -> None:
     room, y = WIDTH - 2 * EDGE, top + lines * LINE + 12
     drawing.text(EDGE, top + SIZE, fitted(row.label, room))

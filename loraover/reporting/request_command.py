@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING
-from importlib import import_module
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,19 @@ import click
 
 from loraover.common.command_line import Command, quiet_libraries
 from loraover.common.errors import UnwrittenReportError
+from loraover.common.places import imported
 from loraover.common.request import Declared, Request, declarations, perform, written_as_flags
 
 Body = Callable[[Any, bool], int | None]
 """What a command does with its request and with `--json`; it returns the exit code, or None for 0."""
 
 
-def request_command(
-    request: type[Request],
-    body: Body,
-    *,
-    help: str,
-    examples: Sequence[str],
-    json: str | None = "Print the report as JSON.",
-) -> click.Command:
+def request_command(request: type[Request], body: Body) -> click.Command:
     """Make the command of a verb.
 
     Args:
-        request: Class of its request; the command's name is the last word of its `verb`.
+        request: Class of its request. The command's name is the last word of its `verb`, and its docstring the help.
         body: What the command does.
-        help: Text above the options.
-        examples: Complete command lines.
-        json: Help text of `--json`; None: the command has no such option.
     """
 
     @click.pass_context
@@ -45,10 +35,11 @@ def request_command(
     fields = declarations(request)
     rest = next((name for name, declared in fields.items() if declared.spec.is_rest), None)
     params = [_parameter(one) for name, one in fields.items() if name != rest and not one.spec.is_hidden]
-    if json is not None:
-        params.append(click.Option(["--json", "as_json"], is_flag=True, help=json))
+    if request.json_help is not None:
+        params.append(click.Option(["--json", "as_json"], is_flag=True, help=request.json_help))
     name = request.verb.split()[-1]
-    more: dict[str, Any] = {"params": params, "callback": callback, "help": help, "examples": examples}
+    more: dict[str, Any] = {"params": params, "callback": callback, "help": request.__doc__}
+    more["examples"] = request.examples
     return Command(name, **more) if rest is None else _SplitAtDashes(name, rest=fields[rest].spec.metavar, **more)
 
 
@@ -72,16 +63,29 @@ class _SplitAtDashes(Command):
         return super().parse_args(ctx, args[:end])
 
 
-def reporting(function: str, show: str, *, leaves_out: Sequence[str] = ()) -> Body:
-    """Return the usual body: do the work with progress, show the report, print it as JSON, and return its exit code.
+@dataclass(frozen=True)
+class Reporting:
+    """The usual command: do the work with progress, show the report, print it as JSON, and return its exit code.
+
+    What it names is imported when the command runs, and the request when its help is shown.
 
     Args:
-        function: Place of the verb's function, as "module:name"; it is imported when the command runs.
+        request: Place of the request's class, as "module:name".
+        function: Place of the verb's function.
         show: Place of a function that prints the report, given the report, the request and a console.
         leaves_out: Fields of the report that the JSON does not have.
     """
 
-    def body(request: Any, as_json: bool) -> int | None:
+    request: str
+    function: str
+    show: str
+    leaves_out: Sequence[str] = ()
+
+    def __call__(self) -> click.Command:
+        """Make the command."""
+        return request_command(imported(self.request), self._run)
+
+    def _run(self, request: Any, as_json: bool) -> int:
         from dataclasses import replace
 
         from rich.console import Console
@@ -92,25 +96,17 @@ def reporting(function: str, show: str, *, leaves_out: Sequence[str] = ()) -> Bo
         console = Console(stderr=as_json)
 
         def present(report: Any, of: Request) -> int:
-            found(show)(report, of, console)
+            imported(self.show)(report, of, console)
             if as_json:
-                print(report.model_dump_json(exclude=set(leaves_out), indent=1))
+                print(report.model_dump_json(exclude=set(self.leaves_out), indent=1))
             return int(report.exit_code)
 
         try:
-            report = perform(found(function), replace(request, report=ConsoleReporter(console)))
+            report = perform(imported(self.function), replace(request, report=ConsoleReporter(console)))
         except UnwrittenReportError as error:
             present(error.report, replace(request, output=None))
             raise
         return present(report, request)
-
-    return body
-
-
-def found(place: str) -> Any:
-    """Import what a place, "module:name", names."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
 
 
 def _parameter(declared: Declared) -> click.Parameter:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loraover.checkpoint.checkpoint import Meta
+from loraover.checkpoint.metadata import Meta
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError
 from loraover.reporting.figures import EDGE, WIDTH, Curve, curves_figure

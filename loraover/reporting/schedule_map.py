@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from loraover.checkpoint.checkpoint import Meta
+from loraover.checkpoint.metadata import Meta
 from loraover.common.command_line import printable
 from loraover.overparam.sites import layer_of
 

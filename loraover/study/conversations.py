@@ -19,7 +19,7 @@ def check_held_out(recipe: Recipe) -> None:
         recipe: The recipe of a run.
 
     Raises:
-        DataError: an example continues the one before it, or see `load_examples`.
+        DataError: An example continues the one before it, or see `load_examples`.
     """
     if recipe.data.train == BUILT_IN and recipe.data.test is None:
         return

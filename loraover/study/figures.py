@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from loraover.reporting.figures import Band, Curve, Key, Point, Row, curves_figure, rows_figure
+from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curves_figure, rows_figure
 from loraover.reporting.svg import Axis, Figure
 from loraover.study.report import MethodResult, TaskResult, is_over
 from loraover.study.show import method_text
@@ -39,9 +39,9 @@ def forest(changes: Sequence[Change], tasks: Sequence[TaskResult]) -> list[Figur
     return [rows_figure("differences", title, rows, axis, keys=keys, reference=0)]
 
 
-def _row(change: Change, task: TaskResult) -> Row:
+def _row(change: Change, task: TaskResult) -> FigureRow:
     low, high = change.interval
-    return Row(
+    return FigureRow(
         f"{change.task}, {method_text(change.method, task)}",
         f"{change.mean:+.1f} % [{low:+.1f}, {high:+.1f}]",
         [Point(change.mean, _color(task, change.method))],

@@ -104,7 +104,7 @@ def make_grid(
         rulers: Those of the methods that are shown only, see `Run`.
 
     Raises:
-        ConfigError: an unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
+        ConfigError: An unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
             that compares nothing.
     """
     if not any(is_plain(method) for method in rates if method not in rulers):

@@ -12,19 +12,19 @@ from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import read_json_lines
 from loraover.study.grid import Run
-from loraover.study.outcome import Outcome, another_recipe, digest
+from loraover.study.outcome import RunOutcome, another_recipe, digest
 from loraover.study.request import StudyRequest
 
 KEPT_FILE = "runs.jsonl"
 
 
-class KeptRun(Outcome):
+class KeptRun(RunOutcome):
     """An outcome with the name of its run."""
 
     run: str = Field(description="TASK/METHOD/lr-RATE/seed-N, the run's folder in the study's folder `runs`.")
 
 
-def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> dict[Run, Outcome]:
+def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> dict[Run, RunOutcome]:
     """Read the outcomes of all runs that are finished.
 
     Args:
@@ -33,11 +33,11 @@ def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> d
         reuse: Folders of other studies, whose runs with the same recipe count as runs of this one.
 
     Raises:
-        ConfigError: a run of this study was begun with another recipe, or a study to reuse has no finished run.
+        ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
     """
     own = {kept.run: kept for kept in read_kept(folder)}
     others = {kept.recipe: kept for other in reversed(reuse) for kept in _other(other)}
-    found: dict[Run, Outcome] = {}
+    found: dict[Run, RunOutcome] = {}
     for run in grid:
         kept = own.get(run.name)
         if kept is not None and kept.recipe != digest(run.recipe):
@@ -60,7 +60,7 @@ def _other(folder: Path) -> list[KeptRun]:
     return found
 
 
-def keep(folder: Path, outcomes: Mapping[Run, Outcome]) -> None:
+def keep(folder: Path, outcomes: Mapping[Run, RunOutcome]) -> None:
     """Add finished runs to those that a study's folder keeps; several processes may do so at once.
 
     Args:
@@ -68,7 +68,7 @@ def keep(folder: Path, outcomes: Mapping[Run, Outcome]) -> None:
         outcomes: Outcomes of the runs.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: The file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loraover.checkpoint.checkpoint import META_FILE, read_checkpoint
-from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.checkpoint import read_checkpoint
+from loraover.checkpoint.metadata import META_FILE
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
@@ -35,7 +35,7 @@ FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
 """Words for the kinds of failure that are due to the method."""
 
 
-class Outcome(BaseModel):
+class RunOutcome(BaseModel):
     """Results of a run that a study needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,13 +66,13 @@ class Outcome(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _are_pairs(self) -> Outcome:
+    def _are_pairs(self) -> RunOutcome:
         if len(self.nats) != len(self.tokens):
             raise ValueError(f"{len(self.nats)} nats and {len(self.tokens)} tokens, expected equal numbers")
         return self
 
 
-def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
+def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
     """Train in a new process, or continue a run that was stopped.
 
     Args:
@@ -81,10 +81,10 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> Outcome:
         threads: Number of threads of the process.
 
     Raises:
-        ConfigError: the run was begun with another recipe.
-        DataError: the held-out data cannot be read, or hold several turns of one conversation.
-        OutputError: the folder cannot be made.
-        LoraOverError: the run failed for another reason than its rate or its size.
+        ConfigError: The run was begun with another recipe.
+        DataError: The held-out data cannot be read, or hold several turns of one conversation.
+        OutputError: The folder cannot be made.
+        LoraOverError: The run failed for another reason than its rate or its size.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -180,17 +180,17 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _outcome(recipe: Recipe, folder: Path, last: str) -> Outcome:
+def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
     if not (folder / RUN_FILE).is_file():
-        return Outcome(recipe=digest(recipe), failure=_failure(folder, last))
+        return RunOutcome(recipe=digest(recipe), failure=_failure(folder, last))
     result = read_run(folder)
     scored = json.loads((folder / HELD_OUT_FILE).read_text())
     if not all(math.isfinite(nats) for nats, _ in scored):
-        return Outcome(recipe=digest(recipe), failure=DIVERGED)
+        return RunOutcome(recipe=digest(recipe), failure=DIVERGED)
     logged = (json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
     rows = read_digests(folder)
-    return Outcome(
+    return RunOutcome(
         recipe=digest(recipe),
         nats=[nats for nats, _ in scored],
         tokens=[tokens for _, tokens in scored],
@@ -218,7 +218,7 @@ def _failure(folder: Path, last: str) -> str:
         last: The last line that the process printed.
 
     Raises:
-        LoraOverError: the reason is another one.
+        LoraOverError: The reason is another one.
     """
     found = read_failure(folder)
     if found is not None and found.is_of_method:
@@ -231,10 +231,9 @@ def _fold_error(adapter: Path) -> float | None:
     """Largest relative error of the stored matrices against the float64 contraction of their cores."""
     if not (adapter / META_FILE).is_file():
         return None
-    source = read_checkpoint(adapter)
     worst = 0.0
-    with open_exact(source) as exact:
-        for key in exact.adapter.sites.values():
+    with read_checkpoint(adapter).open() as exact:
+        for key in exact.adapter.matrices:
             found = exact.tensor(key)
             if found.site is not None and found.value.any():
                 error = (exact.stored(key).double() - found.value).norm() / found.value.norm()

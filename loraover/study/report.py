@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss
 from loraover.study.grid import Run, is_plain
-from loraover.study.outcome import Outcome
+from loraover.study.outcome import RunOutcome
 from loraover.study.tuning import by_method, losses_of, tokens_of, tune
 
 ALPHA = 0.05
@@ -82,7 +82,7 @@ class StudyReport(BaseModel):
 
 
 def task_results(
-    runs: Sequence[Run], outcomes: Mapping[Run, Outcome], seeds: int, tuning_seeds: int | None = None
+    runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int | None = None
 ) -> list[TaskResult]:
     """Judge methods at their chosen rates.
 
@@ -93,14 +93,14 @@ def task_results(
         tuning_seeds: Number of these that choose the rates; None: all.
 
     Raises:
-        LoraOverError: runs of one task were not judged on the same examples.
+        LoraOverError: Runs of one task were not judged on the same examples.
     """
     tuning = seeds if tuning_seeds is None else tuning_seeds
     return _adjusted([_task(task, methods, outcomes, seeds, tuning) for task, methods in by_method(runs).items()])
 
 
 def _task(
-    task: str, methods: Mapping[str, Sequence[Run]], outcomes: Mapping[Run, Outcome], seeds: int, tuning_seeds: int
+    task: str, methods: Mapping[str, Sequence[Run]], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int
 ) -> TaskResult:
     all_runs = [run for runs in methods.values() for run in runs]
     tokens = tokens_of(all_runs, outcomes)
@@ -140,7 +140,7 @@ def _task(
 def _method(
     method: str,
     tuned: RateSensitivity,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[RunOutcome],
     half: slice,
     reference: Losses | None,
 ) -> MethodResult:

@@ -66,9 +66,16 @@ def _sweep_text(name: str, rates: Sequence[Any]) -> str:
 
 @dataclass(frozen=True)
 class StudyRequest(Request):
-    """Arguments of `run_study`: tasks, methods, learning rates and seeds to compare."""
+    """Train RECIPEs with several methods, learning rates and seeds, and compare the methods at their best rates.
+
+    Finished runs are kept: the same command continues a study that was stopped.
+    """
 
     verb = "loraover study"
+    examples = (
+        "loraover study gsm8k-smollm2 --lr-sweep 3e-4,1e-3,3e-3 --seeds 5 -o study",
+        "loraover study demo --methods lora,lora-over --lr-sweep lora=1e-3,3e-3 --lr-sweep 3e-4,1e-3 -o study",
+    )
 
     recipes: AnyNames = argument("Names of recipes that ship, or YAML files; each is a task.", metavar="RECIPE...")
     output: AnyPath = option("Folder of the study: new, or one to continue.", short="-o")

@@ -20,7 +20,7 @@ from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
-from loraover.study.outcome import Outcome, execute
+from loraover.study.outcome import RunOutcome, execute
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import StudyRequest
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
@@ -47,8 +47,8 @@ def run_study(request: StudyRequest) -> StudyReport:
         The contents of `study.json`.
 
     Raises:
-        ConfigError: the request is not a study, or not the one that was begun in `output`.
-        LoraOverError: a run failed for another reason than its rate or its size, or no seed is finished yet.
+        ConfigError: The request is not a study, or not the one that was begun in `output`.
+        LoraOverError: A run failed for another reason than its rate or its size, or no seed is finished yet.
     """
     folder = request.output
     shared = DEFAULTS | dict(request.settings or {})
@@ -65,7 +65,7 @@ def run_study(request: StudyRequest) -> StudyReport:
     return found
 
 
-def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, Outcome]:
+def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome]:
     """Train the runs that a study needs and are not finished, and read the others.
 
     Args:
@@ -73,7 +73,7 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, Outcome]:
         request: What the study was asked for.
 
     Raises:
-        LoraOverError: a run failed for another reason than that its loss diverged or its memory was too small; finished
+        LoraOverError: A run failed for another reason than that its loss diverged or its memory was too small; finished
             runs are kept.
     """
     outcomes = finished(grid, request.output, request.reuse)
@@ -97,7 +97,7 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, Outcome]:
     return outcomes
 
 
-def _ending(run: Run, outcome: Outcome) -> str:
+def _ending(run: Run, outcome: RunOutcome) -> str:
     """Say how a run ended; of its losses only that of the validation half, since nobody shall see the other one yet."""
     half = Halves(len(outcome.tokens)).validation
     ending = outcome.failure or f"validation loss {sum(outcome.nats[half]) / sum(outcome.tokens[half]):.4f}"
@@ -108,7 +108,7 @@ def _estimate(hours: float | None) -> str:
     return "" if not hours else f"; about {hours:.1f} h left"
 
 
-def _seconds_trained(outcomes: Mapping[Run, Outcome]) -> dict[str, list[float]]:
+def _seconds_trained(outcomes: Mapping[Run, RunOutcome]) -> dict[str, list[float]]:
     """Seconds of training by task: steps times a step's time, without loading and evaluation, which is not kept."""
     seconds: dict[str, list[float]] = {}
     for run, outcome in outcomes.items():
@@ -118,14 +118,14 @@ def _seconds_trained(outcomes: Mapping[Run, Outcome]) -> dict[str, list[float]]:
     return seconds
 
 
-def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run, Outcome, float | None]]:
+def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run, RunOutcome, float | None]]:
     """Yield each run with its outcome and its seconds, which Ray's workers do not measure."""
     if request.ray is not None:
         yield from ((run, outcome, None) for run, outcome in _on_ray(runs, request.ray))
         return
     threads = max(1, (os.cpu_count() or 1) // request.jobs)
 
-    def timed(run: Run) -> tuple[Run, Outcome, float]:
+    def timed(run: Run) -> tuple[Run, RunOutcome, float]:
         started = time.perf_counter()
         outcome = execute(run.recipe, request.output / run.folder, threads)
         return run, outcome, time.perf_counter() - started
@@ -142,7 +142,7 @@ def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run,
             pool.shutdown(cancel_futures=True)
 
 
-def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, Outcome]]:
+def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, RunOutcome]]:
     """One task for each run; a worker trains in a temporary folder and sends back the outcome."""
     try:
         import ray as imported
@@ -156,7 +156,7 @@ def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, Outcome]]:
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             run = waiting.pop(done)
-            yield run, Outcome.model_validate_json(ray.get(done))
+            yield run, RunOutcome.model_validate_json(ray.get(done))
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
 
 
 def make_report(
-    grid: Sequence[Run], outcomes: Mapping[Run, Outcome], command: str, tuning_seeds: int | None = None
+    grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], command: str, tuning_seeds: int | None = None
 ) -> StudyReport:
     """Judge the seeds whose runs have all finished.
 
@@ -189,7 +189,7 @@ def make_report(
         tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
 
     Raises:
-        LoraOverError: no seed is finished yet, or see `task_results`.
+        LoraOverError: No seed is finished yet, or see `task_results`.
     """
     tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
     plan = plan_runs(grid, outcomes, tuning)
@@ -217,7 +217,7 @@ def make_report(
     )
 
 
-def _is_done(seed: int, plan: RunPlan, outcomes: Mapping[Run, Outcome]) -> bool:
+def _is_done(seed: int, plan: RunPlan, outcomes: Mapping[Run, RunOutcome]) -> bool:
     """Whether a seed has runs, and all of them have finished."""
     mine = [run for run in plan.runs if run.seed == seed]
     return bool(mine) and all(run in outcomes for run in mine)

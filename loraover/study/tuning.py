@@ -14,7 +14,7 @@ from loraover.common.errors import LoraOverError
 from loraover.data.sources import BUILT_IN
 from loraover.study.analysis import Halves, Losses, RateSensitivity, mean_loss, sensitivity
 from loraover.study.grid import FEWEST_EXAMPLES, Run
-from loraover.study.outcome import Outcome
+from loraover.study.outcome import RunOutcome
 
 
 class RunPlan(NamedTuple):
@@ -33,12 +33,12 @@ class RunPlan(NamedTuple):
         """Number of all runs."""
         return len(self.runs) + self.undecided.total()
 
-    def left(self, outcomes: Mapping[Run, Outcome]) -> Counter[str]:
+    def left(self, outcomes: Mapping[Run, RunOutcome]) -> Counter[str]:
         """Count the runs of each task that are not finished."""
         return Counter(run.task for run in self.runs if run not in outcomes) + self.undecided
 
 
-def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds: int | None) -> RunPlan:
+def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_seeds: int | None) -> RunPlan:
     """List the runs that a study needs, as far as its rates are chosen.
 
     The first seeds are trained at every rate. A method's further seeds are trained at its chosen rate only; if a run
@@ -50,7 +50,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
         tuning_seeds: Number of seeds that choose the rates; None: all.
 
     Raises:
-        LoraOverError: runs of one task were not judged on the same examples, or see `check_inputs`.
+        LoraOverError: Runs of one task were not judged on the same examples, or see `check_inputs`.
     """
     check_inputs(outcomes)
     seeds = len({run.seed for run in grid})
@@ -69,7 +69,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds
     return RunPlan(runs, undecided)
 
 
-def check_inputs(outcomes: Mapping[Run, Outcome]) -> None:
+def check_inputs(outcomes: Mapping[Run, RunOutcome]) -> None:
     """Check that runs which should have had the same rows and base model had them, where that is known.
 
     Runs of one task share their held-out rows. Those with the same settings of `data` share their training rows, but
@@ -79,7 +79,7 @@ def check_inputs(outcomes: Mapping[Run, Outcome]) -> None:
         outcomes: Outcomes of the runs that are finished.
 
     Raises:
-        LoraOverError: two runs had different rows, or different commits of one model.
+        LoraOverError: Two runs had different rows, or different commits of one model.
     """
     first: dict[tuple[str, ...], tuple[Run, str]] = {}
     for run, outcome in outcomes.items():
@@ -110,7 +110,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def tune(
-    runs: Sequence[Run], outcomes: Mapping[Run, Outcome], tuning_seeds: int, tokens: Losses
+    runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_seeds: int, tokens: Losses
 ) -> RateSensitivity | None:
     """Describe how a method's validation loss depends on its rate; None if it failed at every rate.
 
@@ -135,12 +135,12 @@ def tune(
     return sensitivity(means, each) if any(map(math.isfinite, means.values())) else None
 
 
-def losses_of(outcomes: Sequence[Outcome], half: slice) -> Losses:
+def losses_of(outcomes: Sequence[RunOutcome], half: slice) -> Losses:
     """Nats of each completion, shape (seeds, examples of that half)."""
     return np.array([outcome.nats[half] for outcome in outcomes])
 
 
-def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
+def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome]) -> Losses:
     """Tokens of each completion, shape (examples,); empty where all runs of the task failed.
 
     Args:
@@ -148,7 +148,7 @@ def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Losses:
         outcomes: Their outcomes.
 
     Raises:
-        LoraOverError: the runs were not judged on the same examples, or on too few.
+        LoraOverError: The runs were not judged on the same examples, or on too few.
     """
     scored = [run for run in runs if outcomes[run].failure is None]
     if not scored:

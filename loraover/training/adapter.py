@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
-from loraover.training.methods.base import Method
+from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
 
 
 def with_adapter(
-    base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource, method: Method | None = None
+    base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource, method: TrainingMethod | None = None
 ) -> PeftModel:
     """Wrap the base model with the recipe's LoRA, untrained.
 

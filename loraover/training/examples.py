@@ -39,7 +39,7 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
         chat: Whether to write text as chat messages.
 
     Raises:
-        DataError: see `load_rows`; or held-out data are missing, or are all trained on.
+        DataError: See `load_rows`; or held-out data are missing, or are all trained on.
     """
     found = _load(recipe, chat=chat)
     if found.test is None:

@@ -97,6 +97,6 @@ def read_failure(folder: Path) -> Failure | None:
         folder: The run's folder.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: The file cannot be read.
     """
     return read_json(folder / FAILURE_FILE, Failure) if (folder / FAILURE_FILE).is_file() else None

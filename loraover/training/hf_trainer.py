@@ -19,7 +19,7 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
 from loraover.training.examples import Examples
-from loraover.training.methods.base import Method
+from loraover.training.methods.base import TrainingMethod
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
@@ -41,7 +41,7 @@ def make_trainer(
     is_seq2seq: bool,
     progress: TrainingProgress,
     over: LoraOverCallback | None,
-    method: Method,
+    method: TrainingMethod,
 ) -> Trainer:
     """Make TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
 
@@ -57,7 +57,7 @@ def make_trainer(
         method: The recipe's method.
 
     Raises:
-        ConfigError: a value that the trainer refuses.
+        ConfigError: A value that the trainer refuses.
     """
     from datasets import Dataset
 
@@ -109,7 +109,7 @@ def make_trainer(
 class MethodCallback(TrainerCallback):
     """Callback that lets a method act before the Trainer's steps and with its checkpoints, before they are sealed."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: TrainingMethod) -> None:
         self.method = method
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

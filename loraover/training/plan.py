@@ -27,7 +27,7 @@ from loraover.training.recipe import Recipe
 CORE_BYTES = 4  # float32
 
 
-class Plan(BaseModel):
+class TrainingPlan(BaseModel):
     """Needs of one process; memory in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,16 +76,16 @@ ASSUMPTION = (
 )
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe) -> TrainingPlan:
     """Estimate memory, steps and tokens of a run without reading weights.
 
     Args:
         recipe: The recipe.
 
     Raises:
-        ConfigError: a recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
+        ConfigError: A recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
             answers.
-        DataError: local data that cannot be read.
+        DataError: Local data that cannot be read.
     """
     check_names(recipe)
     training = recipe.training
@@ -119,7 +119,7 @@ def make_plan(recipe: Recipe) -> Plan:
     seen = steps * batch * training.gradient_accumulation_steps * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
-    return Plan(
+    return TrainingPlan(
         model=source.origin,
         method=recipe.method,
         weights=weights,

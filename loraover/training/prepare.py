@@ -24,7 +24,7 @@ from loraover.training.adapter import with_adapter
 from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.methods import make_method
-from loraover.training.methods.base import Method, count_trained
+from loraover.training.methods.base import TrainingMethod, count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
@@ -59,7 +59,7 @@ class Prepared:
     trainer: Trainer
     progress: TrainingProgress
     callback: LoraOverCallback | None
-    method: Method
+    method: TrainingMethod
     trained: int
     pushed_base: ModelSource | None
 
@@ -123,7 +123,7 @@ def check_names(recipe: Recipe) -> None:
     """Check before anything is loaded what the recipe's types do not.
 
     Raises:
-        ConfigError: an unknown optimizer, or a precision that this machine does not have.
+        ConfigError: An unknown optimizer, or a precision that this machine does not have.
     """
     known = [SOAP, *(str(name.value) for name in OptimizerNames)]
     if recipe.training.optim not in known:
@@ -153,8 +153,8 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter
     """Check a trainer before its first step.
 
     Raises:
-        ConfigError: an optimizer or a schedule that cannot be made.
-        DataError: no example to learn from.
+        ConfigError: An optimizer or a schedule that cannot be made.
+        DataError: No example to learn from.
     """
     taken = len(trainer.train_dataset)
     if taken < rows:

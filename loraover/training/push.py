@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import move, naming
-from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.checkpoint.metadata import CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, OutputError
 from loraover.models.load import ModelSource, resolve_model
 from loraover.training.recipe import Recipe
@@ -31,7 +31,7 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
         None where the adapter names the model that it was trained on.
 
     Raises:
-        ConfigError: an adapter of a stand-in would be pushed and the recipe names no model for it that can be read;
+        ConfigError: An adapter of a stand-in would be pushed and the recipe names no model for it that can be read;
             or the recipe names one although no adapter of a stand-in is pushed.
     """
     needs_base = recipe.push_to_hub is not None and recipe.method != "full" and trained.stand_in is not None
@@ -66,7 +66,7 @@ def push(repository: str, folder: Path, kept: Path) -> None:
         kept: Folder where the run keeps what was trained, for messages.
 
     Raises:
-        OutputError: the hub refuses, or cannot be reached.
+        OutputError: The hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
 

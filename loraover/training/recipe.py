@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
-from loraover.checkpoint.peft_adapter import KEPT_BASE
+from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.training.methods import METHODS, MethodKeys
@@ -98,7 +98,7 @@ def recipe_text(name: str) -> str:
     """YAML of a recipe that ships, with its comments.
 
     Raises:
-        ConfigError: no such recipe.
+        ConfigError: No such recipe.
     """
     if name not in recipe_names():
         raise ConfigError(f"recipe {name!r}: not one that ships{_near(name)}")
@@ -113,7 +113,7 @@ def load_recipe(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None
         overrides: Values by dotted key, e.g. `{"training.seed": 1}`.
 
     Raises:
-        ConfigError: no such recipe, not YAML, or values that do not fit; every fault is named.
+        ConfigError: No such recipe, not YAML, or values that do not fit; every fault is named.
     """
     if isinstance(recipe, Recipe):
         name, values = "in memory", recipe.model_dump(mode="json", exclude_unset=True)
@@ -156,7 +156,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Split "training.seed=1" into its key and its YAML value.
 
     Raises:
-        ConfigError: no key, or a value that is not YAML.
+        ConfigError: No key, or a value that is not YAML.
     """
     import yaml
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from loraover.checkpoint.peft_adapter import path_pattern
+from loraover.checkpoint.adapter_config import path_pattern
 from loraover.overparam.config import LoraOverConfig
 
 SOAP = "soap"
@@ -18,13 +18,13 @@ MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
 """What PEFT computes each of these starts of A and B from, by calls of its own that a run does not make."""
 
 
-class Part(BaseModel):
+class RecipePart(BaseModel):
     """Keys of a recipe that stand together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Data(Part):
+class Data(RecipePart):
     """Where examples come from."""
 
     train: str = Field(description="Training data: 'word-problems' (built in), a JSONL file, a folder or a hub name.")
@@ -66,7 +66,7 @@ class Data(Part):
     test_examples: int | None = Field(None, ge=1, description="Largest number of held-out examples; None: no limit.")
 
 
-class Lora(Part):
+class LoraSettings(RecipePart):
     """The adapter, in PEFT's terms."""
 
     r: int = Field(8, ge=1, description="Rank.")
@@ -112,7 +112,7 @@ class Lora(Part):
         return start
 
 
-class Training(Part):
+class Training(RecipePart):
     """The run, in the terms of transformers' TrainingArguments."""
 
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps, in place of num_train_epochs.")
@@ -176,7 +176,7 @@ class Training(Part):
         return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
 
-class EvaluationSettings(Part):
+class EvaluationSettings(RecipePart):
     """What is measured on held-out data, before and after training."""
 
     examples: int = Field(100, ge=0, description="Number of held-out examples; 0 measures nothing.")
@@ -189,7 +189,7 @@ class EvaluationSettings(Part):
     batch_size: int = Field(16, ge=1, description="Answers generated at the same time.")
 
 
-class BaseRecipe(Part):
+class BaseRecipe(RecipePart):
     """Keys that a recipe has whatever its method is."""
 
     description: str = Field("", description="What the recipe does, for people.")
@@ -202,7 +202,7 @@ class BaseRecipe(Part):
         description="Plain LoRA, LoRA-Over, full (all weights), or a method of docs/research/methods.md.",
     )
     data: Data = Field(description="Where examples come from.")
-    lora: Lora = Field(Lora(), description="The adapter, in PEFT's terms.")
+    lora: LoraSettings = Field(LoraSettings(), description="The adapter, in PEFT's terms.")
     over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
     training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")

@@ -24,9 +24,19 @@ KEYS = {
 
 @dataclass(frozen=True)
 class TrainRequest(Request):
-    """Arguments of the command `loraover train`."""
+    """Train an adapter as RECIPE says.
+
+    RECIPE is the name of a recipe that ships (see `loraover recipes`), or a YAML file.
+    """
 
     verb = "loraover train"
+    examples = (
+        "loraover train demo",
+        "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
+        "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
+        "loraover train demo --resume",
+    )
+    json_help = "Print the result, or the plan, as JSON."
 
     recipe: AnyName = argument("Name of a recipe that ships (see `loraover recipes`), or a YAML file.")
     output: AnyPath | None = option(

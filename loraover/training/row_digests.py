@@ -43,8 +43,8 @@ def keep_digests(output: Path, examples: Examples) -> None:
         examples: Rows of the run.
 
     Raises:
-        DataError: the run was begun with other rows.
-        CheckpointError: the digests in the folder cannot be read.
+        DataError: The run was begun with other rows.
+        CheckpointError: The digests in the folder cannot be read.
     """
     test = None if examples.test is None else digest_rows(examples.test.rows)
     found = RowDigests(train=digest_rows(examples.train.rows), test=test)
@@ -67,7 +67,7 @@ def read_digests(folder: Path) -> RowDigests | None:
         folder: The run's folder.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: The file cannot be read.
     """
     path = folder / DATA_FILE
     return read_json(path, RowDigests) if path.is_file() else None

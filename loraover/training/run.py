@@ -55,7 +55,7 @@ BEFORE, AFTER = "before training", "after training"
 _LOWER = "Lower the learning rate of {:g}"
 
 
-class Timed(NamedTuple):
+class TimedSteps(NamedTuple):
     """Steps that this process has taken, and their seconds; a resumed run has more steps than these."""
 
     steps: int
@@ -154,7 +154,7 @@ def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, c
 def _result(
     run: Prepared,
     recipe: Recipe,
-    timed: Timed,
+    timed: TimedSteps,
     before: Measures | None,
     after: Measures | None,
     left_out: float | None,
@@ -235,7 +235,7 @@ def _push(repository: str, run: Prepared, recipe: Recipe, output: Path, result: 
         push(repository, copy, folder)
 
 
-def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: Reporter) -> Timed:
+def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: Reporter) -> TimedSteps:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
     if run.callback is not None:
         run.callback.resume_from = checkpoint
@@ -245,7 +245,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
         started = time.perf_counter()
         with report.task("training steps", steps) as run.progress.advance:
             run.method.train(run.trainer, checkpoint, steps, run.progress)
-        return Timed(run.trainer.state.global_step - step, time.perf_counter() - started)
+        return TimedSteps(run.trainer.state.global_step - step, time.perf_counter() - started)
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
     else:
@@ -255,7 +255,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
         run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps, config=config)
     run.method.restore(checkpoint)
     run.trainer.state.global_step = step
-    return Timed(0, 0.0)
+    return TimedSteps(0, 0.0)
 
 
 def _accuracy(

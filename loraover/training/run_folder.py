@@ -53,7 +53,7 @@ def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
         root: Folder of all runs.
 
     Raises:
-        OutputError: the folder cannot be made.
+        OutputError: The folder cannot be made.
     """
     for number in count(1):
         folder = root / f"{Path(recipe).stem}-{number}"
@@ -78,7 +78,7 @@ def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
         root: Folder of all runs.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is none.
     """
     stem = f"{Path(recipe).stem}-"
     numbered = [
@@ -105,8 +105,8 @@ def claim(output: Path, *, resume: bool) -> Iterator[None]:
         resume: Whether a run in it is to be continued.
 
     Raises:
-        ConfigError: with `resume`: no run there, one that is finished, or one that another process trains.
-        OutputError: the folder is in use, or cannot be written.
+        ConfigError: With `resume`: no run there, one that is finished, or one that another process trains.
+        OutputError: The folder is in use, or cannot be written.
     """
     if resume:
         _check_unfinished(output)
@@ -142,7 +142,7 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
         output: The run's folder, which holds the recipe that the run began with.
 
     Raises:
-        ConfigError: the folder's recipe cannot be read.
+        ConfigError: The folder's recipe cannot be read.
     """
     begun = _read_yaml(output / RECIPE_FILE)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
@@ -165,7 +165,7 @@ def write_recipe(output: Path, recipe: Recipe) -> None:
         recipe: The recipe with pinned revisions.
 
     Raises:
-        ConfigError: the folder holds a run with another recipe.
+        ConfigError: The folder holds a run with another recipe.
     """
     import yaml
 

@@ -121,6 +121,6 @@ def read_run(folder: str | Path) -> RunResult:
         folder: The run's folder.
 
     Raises:
-        CheckpointError: no run there, or one that is not finished.
+        CheckpointError: No run there, or one that is not finished.
     """
     return read_json(Path(folder) / RUN_FILE, RunResult)

@@ -16,7 +16,7 @@ from loraover.common.command_line import printable
 from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
-    from loraover.training.plan import Plan
+    from loraover.training.plan import TrainingPlan
     from loraover.training.recipe import Recipe
 
 
@@ -38,7 +38,7 @@ def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
     console.print(table)
 
 
-def show_plan(plan: Plan, console: Console) -> None:
+def show_plan(plan: TrainingPlan, console: Console) -> None:
     """Print what a run would need, and what the estimate assumes."""
     from loraover.training.plan import ASSUMPTION
 

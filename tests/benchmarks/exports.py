@@ -33,9 +33,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, open_exact, read_source
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.checkpoint import Checkpoint, read_source
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.command_line import quiet_libraries
@@ -154,15 +154,14 @@ def time_conversion(source: Path, output: Path) -> float:
     started = time.perf_counter()
     read = read_source(source)
     converted = {}
-    with one_thread(), open_exact(read) as files:
-        config = adapter_of(read).config
-        for name, key in adapter_of(read).sites.items():
-            factor = files.factor(name)
+    with one_thread(), read.open() as files:
+        for key, (module, side) in read.matrices.items():
+            factor = files.factor(module.site(side))
             matrix, made = factor.cores[0], factor.decomposition
             if made is not None:
                 cores = [core.double() for core in factor.cores]
                 matrix = made.contract(cores, factor.m, factor.n)[0]
-            scaling = config.scaling(name.rpartition(".")[0]) if name.endswith("B") else 1.0
+            scaling = module.scaling if side == "B" else 1.0
             converted[key] = (matrix * scaling).bfloat16().contiguous()
     if isinstance(read, Checkpoint):
         hashlib.sha256(read.cores_path.read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loraover.reporting.figures import Band, Point, Row, rows_figure
+from loraover.reporting.figures import Band, FigureRow, Point, rows_figure
 from loraover.reporting.svg import Axis
 from loraover_serve.verify.rules import allowed_strength
 from loraover_serve.verify.strength import Projections, strength
@@ -53,7 +53,7 @@ def main() -> None:
             is_coarse = path.stem.endswith(COARSE)
             lines.append(f"| {path.stem} | {served} | {note} | {'-' if is_coarse else format(differing, '.1%')} |")
             bands = [] if is_coarse else [Band(*allowed)]
-            rows.append(Row(f"{path.stem}: {served}", note, [Point(value, "subject")], (low, high), bands))
+            rows.append(FigureRow(f"{path.stem}: {served}", note, [Point(value, "subject")], (low, high), bands))
     figure = rows_figure("verify-strength", "Strength by engine", rows, Axis.around("strength", [0.0, 1.25]))
     (DOCS / "figures" / f"{figure.name}.svg").write_text(figure.file(), encoding="utf-8")
     page = (DOCS / "verify.md").read_text(encoding="utf-8")

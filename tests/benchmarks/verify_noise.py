@@ -31,10 +31,10 @@ from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, Rows, window_rows
+from loraover_serve.engines.endpoint import EndpointEngine
 from loraover_serve.engines.sample import Request
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, Rows, window_rows
-from loraover_serve.verify.engines.endpoint import EndpointEngine
 from loraover_serve.verify.reference import Reference
 
 from support.real_data import data_folder
@@ -94,8 +94,8 @@ def in_vllm(source: ModelSource, reference: Reference, folder: Path) -> Iterator
     with serve_adapters(served, model=source.location, vllm=vllm_command(), log=log, options=options) as server:
         base = next(name for name in server.models() if name not in server.names)
         names = {BASE: base} | {name: name for name in server.names}
-        engine = EndpointEngine(Speaker(Endpoint(server.url), load_tokenizer(source), base), names)
-        yield partial(engine.rows, questions=reference.questions)
+        engine = EndpointEngine(Speaker(Endpoint(server.url), load_tokenizer(source), base), names, ())
+        yield partial(engine.logprobs, questions=reference.questions)
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def in_llamacpp(kind: str, source: ModelSource, reference: Reference, folder: Pa
     """llama.cpp with a base model whose matrices are quantised by gguf-py."""
     from loraover_export import export_gguf
     from loraover_export.gguf.base import write_base
-    from loraover_export.gguf.llamacpp import LlamaCpp
+    from loraover_export.gguf.llamacpp import LlamaCppModel
 
     exact, base = folder / "exact.gguf", folder / f"{kind}.gguf"
     if not exact.exists():
@@ -144,7 +144,7 @@ def in_llamacpp(kind: str, source: ModelSource, reference: Reference, folder: Pa
     quantise(exact, base, kind)
     with ExitStack() as stack:
         running = {
-            arm: stack.enter_context(LlamaCpp(base, None if arm == BASE else folder / f"{arm}.gguf", threads=2))
+            arm: stack.enter_context(LlamaCppModel(base, None if arm == BASE else folder / f"{arm}.gguf", threads=2))
             for arm in ARMS
         }
 
@@ -190,7 +190,7 @@ def in_onnx(source: ModelSource, reference: Reference, folder: Path) -> Iterator
     engine = OnnxEngine("onnx", arms)
 
     def answer(arm: str) -> Rows:
-        found = [(q, engine.logits(arm, q.tokens)) for q in reference.questions]
+        found = zip(reference.questions, engine.logits(arm, [q.tokens for q in reference.questions]), strict=True)
         return [row for i, (question, logits) in enumerate(found) for row in window_rows(i, question, logits)]
 
     yield answer

@@ -84,12 +84,6 @@ def test_without_a_mark_the_last_number_counts(numbers: list[int], separator: st
     assert final_number(separator.join([*map(str, numbers[:-1]), last])) == numbers[-1]
 
 
-@given(st.text())
-def test_any_text_has_a_finite_number_or_none(text: str) -> None:
-    number = final_number(text)
-    assert number is None or number.is_finite()
-
-
 @given(st.text("0123456789,.-+$ #", max_size=60))
 def test_text_full_of_signs_has_a_finite_number_or_none(text: str) -> None:
     number = final_number(text)
@@ -169,19 +163,6 @@ def test_digits_of_the_prompt_are_no_answer() -> None:
     tokenizer = tiny_tokenizer()
     rows = [{"prompt": "what is 7?", "completion": "7"}]
     assert exact_match(Parrot(tokenizer, ["none"]), tokenizer, rows, max_new_tokens=7, batch_size=1) == 0
-
-
-def test_chat_messages_are_asked_through_the_template() -> None:
-    tokenizer = tiny_tokenizer(chat=True)
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": "what is 7?"}],
-            "completion": [{"role": "assistant", "content": "#### 7"}],
-        }
-    ]
-    model = Parrot(tokenizer, ["7"])
-    assert exact_match(model, tokenizer, rows, max_new_tokens=7, batch_size=1) == 1
-    assert tokenizer.decode(model.asked[0]) == "<user>what is 7?<assistant>"
 
 
 def test_a_chat_prompt_starts_with_one_bos() -> None:

@@ -206,12 +206,6 @@ def test_a_question_that_the_judge_cannot_take_is_missing_and_no_other(
     assert len(judge.bodies) == (8 if status == 500 else 4)  # asked again where that may help only
 
 
-def test_a_judge_that_takes_no_question_ends_it(model: Path, tmp_path: Path) -> None:
-    found, _, code = evaluated(model, tmp_path, lambda body: 404)
-    assert code == 2
-    assert_unrated(found)
-
-
 def test_a_question_beyond_the_models_context_is_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,21 +1,32 @@
-"""Fixtures for tests of refused and failing ONNX exports; other modules define fixtures of the same names."""
+"""Fixtures of several modules: a checkpoint, adapters with an ONNX graph, and what every refusal promises."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from support.make_checkpoint import tree
-from support.onnx_export import OTHER, OnnxMade, export, tiny_base, tiny_lora
+from loraover.common.command_line import run
+from loraover_export.cli import cli
+from loraover_export.onnx import genai
+
+from support.make_checkpoint import Made, make_checkpoint, tree
+from support.onnx_export import OTHER, ForkedBuilder, OnnxMade, export, tiny_base, tiny_lora
+from support.refusals import Refused, only_error
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> OnnxMade:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An MPO checkpoint in fp32 on q_proj and v_proj; tests copy it before they damage it."""
+    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
+
+
+@pytest.fixture(scope="session")
+def onnx_made(tmp_path_factory: pytest.TempPathFactory) -> OnnxMade:
     """Tests copy it before they damage it."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("onnx_made")
     tiny_base(folder / "base", "Llama")
     tiny_lora(folder / "base", folder / "first")
     tiny_lora(folder / "base", folder / "second", **OTHER)
@@ -24,34 +35,32 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> OnnxMade:
 
 
 @pytest.fixture
-def source(made: OnnxMade, tmp_path: Path) -> Path:
-    return shutil.copytree(made.folder / "first", tmp_path / "first")
+def source(onnx_made: OnnxMade, tmp_path: Path) -> Path:
+    return shutil.copytree(onnx_made.folder / "first", tmp_path / "first")
 
 
 @pytest.fixture
-def graph(made: OnnxMade, tmp_path: Path) -> Path:
-    return shutil.copytree(made.graph, tmp_path / "graph")
+def graph(onnx_made: OnnxMade, tmp_path: Path) -> Path:
+    return shutil.copytree(onnx_made.graph, tmp_path / "graph")
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Exports, and checks all that a refusal promises; `named` must be in the message."""
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Runs an export, and checks all that a refusal promises; `named` must be in the message."""
 
-    def check(
-        sources: Path | Sequence[Path], *options: str, named: Sequence[str] = (), output: Path | None = None
-    ) -> str:
+    def check(*words: object, named: Sequence[str] = (), output: Path | None = None) -> str:
         before = tree(tmp_path)
         capfd.readouterr()
-        code = export(sources, tmp_path / "out" if output is None else output, *options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(genai, "BuilderProcess", ForkedBuilder)
+            code = run(cli, [*map(str, words), "-o", str(output or tmp_path / "out")])
         out, err = capfd.readouterr()
         assert code == 2, out + err
         assert tree(tmp_path) == before
-        assert "Traceback" not in out + err
-        messages = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(messages) == 1, err
-        assert len(messages[0]) < 2000
+        message = only_error(err)
+        assert len(message) < 2000
         for text in named:
-            assert text in messages[0]
-        return messages[0]
+            assert text in message
+        return message
 
     return check

@@ -53,10 +53,8 @@ def test_changed_rows_are_refused(export: str, adapter: Path, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("export", EXPORTS)
-def test_a_copy_in_the_type_that_training_loaded_is_left_out(
-    export: str, dtype: torch.dtype, adapter: Path, tmp_path: Path
-) -> None:
-    edit(adapter, lambda weight: weight.to(dtype))
-    assert EXPORTS[export](adapter, tmp_path / "out")
+def test_a_copy_in_the_type_that_training_loaded_is_left_out(export: str, adapter: Path, tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float16):
+        edit(adapter, lambda weight, dtype=dtype: weight.to(dtype))  # type: ignore[misc]
+        assert EXPORTS[export](adapter, tmp_path / str(dtype))

@@ -19,6 +19,7 @@ from loraover_export.fold.fold import write_folded
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint
 from support.no_memory import NO_MEMORY, failing
+from support.refusals import Refused
 
 COMPUTE = ("fp32", "bf16", "fp16", "fp64")
 
@@ -33,42 +34,29 @@ def checked(certificate: FoldCertificate) -> OutputCertificate:
     return certificate.outputs
 
 
-@pytest.mark.parametrize("compute_dtype", COMPUTE)
 @pytest.mark.parametrize("device", ALL_DEVICES)
-def test_a_fold_passes_on_every_device_in_every_type(
-    device: str, compute_dtype: str, made: Made, tmp_path: Path
-) -> None:
-    if (device, compute_dtype) == ("mps", "fp64"):
-        pytest.skip("Apple GPUs have no float64")
-    out = tmp_path / "out"
-    options: dict[str, Any] = {"device": device, "compute_dtype": compute_dtype}
-    found = fold_checkpoint(made.path, out, check_error=True, **options)
-    outputs = checked(found)
-    assert found.passed
-    assert (outputs.device, outputs.compute_dtype) == (device, compute_dtype)
-    assert outputs.compared_tokens == outputs.tokens
-    assert FoldCertificate.model_validate_json((out / "fold_certificate.json").read_text()) == found
-    asked = f"--device {device}" + (f" --compute-dtype {compute_dtype}" if compute_dtype != "fp32" else "")
-    assert asked in (out / "README.md").read_text()
-
-
-def test_a_coarser_type_sees_less(made: Made, tmp_path: Path) -> None:
+def test_a_fold_passes_on_every_device_in_every_type(device: str, made: Made, tmp_path: Path) -> None:
+    """A coarser type sees less."""
     noise = {}
-    for dtype in COMPUTE:
-        options: dict[str, Any] = {"device": "cpu", "compute_dtype": dtype}
-        noise[dtype] = checked(
-            fold_checkpoint(made.path, tmp_path / dtype, check_error=True, **options)
-        ).noise.max_logit
+    for dtype in COMPUTE[: 3 if device == "mps" else 4]:  # Apple GPUs have no float64
+        out = tmp_path / dtype
+        options: dict[str, Any] = {"device": device, "compute_dtype": dtype}
+        found = fold_checkpoint(made.path, out, check_error=True, **options)
+        outputs = checked(found)
+        assert found.passed
+        assert (outputs.device, outputs.compute_dtype) == (device, dtype)
+        assert outputs.compared_tokens == outputs.tokens
+        assert FoldCertificate.model_validate_json((out / "fold_certificate.json").read_text()) == found
+        asked = f"--device {device}" + (f" --compute-dtype {dtype}" if dtype != "fp32" else "")
+        assert asked in (out / "README.md").read_text()
+        noise[dtype] = outputs.noise.max_logit
     assert noise["bf16"] > 2 * noise["fp16"] > 100 * noise["fp32"] > 0
-    assert noise["fp32"] > noise["fp64"] > 0  # float32 stores the adapter in either
+    assert noise["fp32"] > noise.get("fp64", 0) >= 0  # float32 stores the adapter in either
 
 
-@pytest.mark.parametrize("compute_dtype", ["bf16", "fp64"])
-def test_a_wrong_fold_is_rejected_in_every_type(
-    compute_dtype: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_fold_is_rejected_in_a_coarse_type(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_fold, "write_folded", half_of_b)
-    found = fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu", compute_dtype=compute_dtype)
+    found = fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu", compute_dtype="bf16")
     assert found.verdict == "failed"
     assert not (tmp_path / "out").exists()
 
@@ -126,36 +114,32 @@ def test_what_is_not_there_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+MEMORY = (
+    "the check of the outputs ran out of memory on cpu",
+    "GiB in fp32",
+    "tokens at once, which shorter or fewer prompts reduce. cpu has",
+    "What would fit: --device cpu --compute-dtype bf16",
+)
+
+
 @pytest.mark.parametrize(
     ("name", "place"),
-    [*((name, "logits_of") for name in NO_MEMORY), ("a GPU", "load_model"), ("a GPU", "FoldedAndTwins")],
+    [*((name, "logits_of") for name in NO_MEMORY), ("the CPU", "load_model"), ("a GPU", "FoldedAndTwins")],
 )
 def test_out_of_memory_says_what_was_needed_and_what_would_fit(
-    name: str,
-    place: str,
-    made: Made,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, place: str, made: Made, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_outputs_module, place, failing(name))
-    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", "--device", "cpu"]) == 2
-    shown = capsys.readouterr().err
-    assert "the check of the outputs ran out of memory on cpu" in shown
-    assert "GiB in fp32" in shown
-    assert "tokens at once, which shorter or fewer prompts reduce. cpu has" in shown
-    assert "What would fit: --device cpu --compute-dtype bf16" in shown
-    assert not (tmp_path / "out").exists()
+    refused("fold", made.path, "--check-error", "--device", "cpu", named=MEMORY)
 
 
 def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Made, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing("the CPU"))
-    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", "--device", "cpu"]) == 2
-    assert "ran out of memory on cpu" in capsys.readouterr().err
+    refused("fold", made.path, "--check-error", "--device", "cpu", named=("ran out of memory on cpu",))
 
 
 def test_another_error_stays_what_it_is(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

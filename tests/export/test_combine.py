@@ -5,29 +5,38 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig
+from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError
 from loraover_export import combine_adapters, shrink_adapter
 from loraover_export.cli import cli
+from loraover_export.combine.combine import add_deltas
+from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform import write_lora as write_module
+from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_lora
 
+from strategies import matrices, normal, sizes
 from support.adapters_on_disk import deltas, save_base, save_lora
 from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
-from support.refusals import one_message
+from support.refusals import Refused
+from support.speed import examples
 from support.tiny_models import fill_b, token_ids
 from support.vllm_damage import config
 from tolerances import UNIT
@@ -220,10 +229,6 @@ def test_modules_that_cancel_are_written_as_zero_and_named(
         assert bool(delta.any()) == module.endswith("k_proj")
 
 
-def to_nan(folder: Path) -> None:
-    edit_tensors(folder / TENSORS, lambda found: next(iter(found.values())).view(-1)[:1].fill_(float("nan")))
-
-
 def mirror(found: dict[str, Tensor]) -> None:
     found.update({key: tensor.flip(0, 1) for key, tensor in found.items()})
 
@@ -249,12 +254,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "no base": (config(base_model_name_or_path=None), [], "names no base model"),
     "another revision": (config(revision="abc"), [], "@abc"),
     "another shape": (to_other_shape, [], "q_proj is 32 x 32 in"),
-    "NaN": (to_nan, [], "holds NaN or infinity"),
     "cancelling": (nothing, ["--weights=0.3,-0.3"], "their weights cancel"),
     "cancelling by rounding": (config(lora_alpha=10), ["--weights=0.6,-0.3"], "their weights cancel"),
     "a weight too many": (nothing, ["--weights=1,1,1"], "--weights has 3 numbers for 2 adapters"),
     "a weight of zero": (nothing, ["--weights=1,0"], "--weights: 0.0 cannot be used"),
-    "no number": (nothing, ["--weights=1,x"], "'1,x' is not a list of numbers"),
     "a saved module": (
         config(modules_to_save=["lm_head"]),
         [],
@@ -274,37 +277,25 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input(case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(case: str, made: Path, tmp_path: Path, refused: Refused) -> None:
     change, options, message = REFUSED[case]
     other = shutil.copytree(made / "one", tmp_path / "other")
     change(other)
-    before = tree(tmp_path)
-    assert run(cli, ["combine", str(made / "one"), str(other), "-o", str(tmp_path / "out"), *options]) == 2
-    _, err = capsys.readouterr()
-    assert message in (err if case == "no number" else one_message(err.split("\n", err.count("writing modules"))[-1]))
-    assert tree(tmp_path) == before
+    refused("combine", made / "one", other, *options, named=(message,))
 
 
-@pytest.mark.parametrize("revision", [None, "main"])
-def test_a_revision_that_is_not_named_is_main(revision: str | None, made: Path, tmp_path: Path) -> None:
+def test_a_revision_that_is_not_named_is_main(made: Path, tmp_path: Path) -> None:
     other = shutil.copytree(made / "one", tmp_path / "other")
-    edit_json(other / CONFIG, lambda config: config.update(revision=revision))
+    edit_json(other / CONFIG, lambda config: config.update(revision="main"))
     assert combine_adapters([made / "one", other], tmp_path / "out").passed
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_only_a_certified_adapter_is_replaced(
-    force: bool, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--force"] if force else []
-    command = ["combine", str(made / "one"), "-o", str(tmp_path / "out")]
-    assert run(cli, command) == 0
-    assert run(cli, [*command, *options]) == (0 if force else 2)
-    capsys.readouterr()
+def test_only_a_certified_adapter_is_replaced(made: Path, tmp_path: Path, refused: Refused) -> None:
+    combine_adapters([made / "one"], tmp_path / "out")
+    refused("combine", made / "one", named=("exists already and is a folder",))
+    combine_adapters([made / "one"], tmp_path / "out", force=True)
     copied = shutil.copytree(made / "bf16", tmp_path / "plain")
-    assert run(cli, ["combine", str(made / "one"), "-o", str(copied), *options]) == 2
-    expected = "holds no certified adapter" if force else "exists already and is a folder"
-    assert expected in one_message(capsys.readouterr().err)
+    refused("combine", made / "one", "--force", output=copied, named=("holds no certified adapter",))
 
 
 def test_a_wrong_matrix_is_not_published(
@@ -326,3 +317,45 @@ def test_a_file_that_lost_bytes_is_noticed(made: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(write_module, "save_tensors", damaged)
     assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 2
     assert tree(tmp_path) == {}
+
+
+@st.composite
+def sums(draw: Any) -> list[tuple[Delta, float]]:
+    """Deltas of one module; some share their A or their B, or are the same."""
+    m, n = draw(sizes()), draw(sizes())
+    found: list[tuple[Delta, float]] = []
+    for _ in range(draw(st.integers(1, 3))):
+        r = draw(sizes())
+        a, b = draw(matrices(r, n))[0], draw(matrices(m, r))[0]
+        if found and draw(st.sampled_from([True, False])):
+            a = found[0][0].a.value
+            b = draw(matrices(m, len(a)))[0]
+        zeros = [x.new_zeros(()).expand_as(x) for x in (a, b)]
+        weight = draw(st.sampled_from([1.0, -1.0, 0.3, 2.0**-20, 1e6]))
+        found.append((Delta("m", False, Exact(a, zeros[0], None), Exact(b, zeros[1], None)), weight))
+    return found
+
+
+@examples(80)
+@given(weighted=sums())
+def test_the_sum_is_within_its_bound_and_has_no_needless_rank(weighted: list[tuple[Delta, float]]) -> None:
+    found = add_deltas(weighted)
+    pieces = [weight * (delta.b.value.numpy() @ delta.a.value.numpy()) for delta, weight in weighted]
+    size = sum(abs(w) * float(d.b.value.norm() * d.a.value.norm()) for d, w in weighted)
+    product = found.delta.b.value.double().numpy() @ found.delta.a.value.double().numpy()
+    distance = float(np.linalg.norm(product - sum(pieces)))
+    assert distance <= found.arithmetic_bound + 200 * UNIT[torch.float64] * size + 1e-300
+    assert found.arithmetic_bound <= 1e-11 * size + 1e-300
+    if len(weighted) > 1:
+        m, n = product.shape
+        assert found.delta.rank <= min(m, n, sum(delta.rank for delta, _ in weighted))
+
+
+def test_two_deltas_of_one_module_are_refused(tmp_path: Path) -> None:
+    """The file would keep the last one only."""
+    deltas = [Delta.of_factors("layer", False, normal(k, 5, 2), normal(k + 10, 2, 3)) for k in range(2)]
+    work = [partial(Approximation.exact, delta) for delta in deltas]
+    target = LoraOutput(tmp_path / "out", "command", "title", {}, [tmp_path / "source"], None)
+    with pytest.raises(ExportError, match="source: two deltas belong to layer"):
+        write_lora(work, len(work), target)
+    assert list(tmp_path.iterdir()) == []

@@ -18,10 +18,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
 from loraover_export import convert_adapter
-from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS, tokens
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
 from loraover_export.convert.methods.householder import _compact
+from loraover_export.convert.report import VllmFit
 from loraover_export.logits.pieces import logits_of
 
 from oracles import conversions as oracle
@@ -90,7 +90,11 @@ def test_the_delta_is_pefts(name: str, made: Make) -> None:
         assert ranks[path] == numerical_rank(delta), path
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in TIED])
+FIRST = {source.kind: name for name, source in reversed(SOURCES.items()) if name not in TIED}
+LAYOUTS = ("rslora with patterns", "lora of an embedding", "lora on conv1d", "lora with trained tokens", "dora")
+
+
+@pytest.mark.parametrize("name", [*FIRST.values(), *LAYOUTS])
 def test_the_written_lora_is_the_source(name: str, made: Make, tmp_path: Path) -> None:
     """Where the rank is finite, exactly; else the best approximation, whose error is that of NumPy's SVD."""
     source, adapter = SOURCES[name], made(name)
@@ -157,7 +161,7 @@ def test_a_check_runs_on_the_trained_tokens(tmp_path: Path, monkeypatch: pytest.
     assert not convert_adapter(adapter, tmp_path / "wrong", check_error=True, device="cpu").passed
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr", "hra", "adalora", "pissa"])
+@pytest.mark.parametrize("name", ["loha", "pissa"])
 def test_a_smaller_rank_is_the_best_approximation(name: str, made: Make, tmp_path: Path) -> None:
     adapter = made(name)
     report = convert_adapter(adapter.folder, tmp_path / "lora", rank=2)
@@ -168,9 +172,8 @@ def test_a_smaller_rank_is_the_best_approximation(name: str, made: Make, tmp_pat
         assert module.truncation_error == pytest.approx(np.linalg.norm(values[2:]), rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [9, 64])
-def test_a_rank_that_is_not_smaller_loses_nothing(rank: int, made: Make, tmp_path: Path) -> None:
-    report = convert_adapter(made("loha").folder, tmp_path / "lora", rank=rank)
+def test_a_rank_that_is_not_smaller_loses_nothing(made: Make, tmp_path: Path) -> None:
+    report = convert_adapter(made("loha").folder, tmp_path / "lora", rank=9)
     assert not report.truncated
     assert report.certificate.rank == 9
 
@@ -276,7 +279,7 @@ class TestTheTable:
 
 
 def test_the_engines_that_take_a_rank_are_named() -> None:
-    assert (fit(512).takes, fit(513).takes) == (True, False)
-    assert (fit(9).max_lora_rank, fit(513).max_lora_rank) == (16, None)
-    assert "--max-lora-rank 16;" in fit_in_words(9)
-    assert "rank 512 would fit" in fit_in_words(576)
+    assert (VllmFit.of(512).takes, VllmFit.of(513).takes) == (True, False)
+    assert (VllmFit.of(9).max_lora_rank, VllmFit.of(513).max_lora_rank) == (16, None)
+    assert "--max-lora-rank 16;" in VllmFit.of(9).in_words()
+    assert "rank 512 would fit" in VllmFit.of(576).in_words()

@@ -22,6 +22,7 @@ from loraover_export.convert.methods.base import Dense, LowRank
 from loraover_export.convert.run import read_method
 from loraover_export.convert.source import open_adapter
 from loraover_export.merge.base_weights import open_base
+from loraover_export.uniform.certificate import ModuleCertificate
 
 from strategies import normal
 from support.conversions import BASES, SOURCES, Source, make_base, make_source, peft_deltas
@@ -47,6 +48,18 @@ def delta_of(adapter: Path) -> LowRank | Dense:
         open_adapter(layout, base) as opened,
     ):
         return next(place for place in method.places(opened) if place.path == PATH).delta()
+
+
+def low_rank_of(adapter: Path) -> LowRank:
+    found = delta_of(adapter)
+    assert isinstance(found, LowRank)
+    return found
+
+
+def converted(adapter: Path, output: Path, **options: Any) -> ModuleCertificate:
+    """What the certificate of a conversion says of the module."""
+    report = convert_adapter(adapter, output, **options)
+    return next(module for module in report.certificate.modules if module.module == PATH)
 
 
 def weight_with_gap(gap: float, cut: int) -> Tensor:
@@ -91,15 +104,12 @@ def test_the_bound_covers_the_start_on_another_machine(
     source: Source, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = made(tmp_path, source, weight_with_gap(2e-4, cut))
-    found = delta_of(adapter)
+    found = low_rank_of(adapter)
     with another_machine(monkeypatch):
-        other = delta_of(adapter)
-    assert isinstance(found, LowRank)
-    assert isinstance(other, LowRank)
+        other = low_rank_of(adapter)
     apart = float((found.b @ found.a - other.b @ other.a).norm())
     assert 1e-8 < apart <= found.left_out <= 400 * apart
-    report = convert_adapter(adapter, tmp_path / "out")
-    module = next(module for module in report.certificate.modules if module.module == PATH)
+    module = converted(adapter, tmp_path / "out")
     assert module.arithmetic_bound >= found.left_out
 
 
@@ -121,7 +131,7 @@ def test_osf_starts_from_what_peft_stores(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     adapter = made(tmp_path, SOURCES["osf"], weight_with_gap(1e-2, 28), torch.bfloat16)
-    found = delta_of(adapter)
+    found = low_rank_of(adapter)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, adapter)
     layer = model.get_submodule(KEY)
@@ -129,7 +139,6 @@ def test_osf_starts_from_what_peft_stores(tmp_path: Path) -> None:
     stored = load_file(adapter / TENSORS)
     u, s, v = (stored[f"{KEY}.osf_svd_params.{part}_low"].double() for part in "USV")
     expected = (u * s) @ v - (start[0] * start[1]) @ start[2]
-    assert isinstance(found, LowRank)
     assert float((found.b @ found.a - expected).norm()) <= 1e-12 * float(expected.norm())
     wide = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), adapter
@@ -189,8 +198,7 @@ def test_a_start_that_depends_on_the_machine_is_refused(case: str, tmp_path: Pat
 def test_a_start_may_differ_by_half_of_delta(size: float, accepted: bool, tmp_path: Path) -> None:
     """At a gap of 2e-5 the bound is some hundredths of the part; B is moved until delta_W is `size` times the bound."""
     adapter = made(tmp_path, SOURCES["pissa"], weight_with_gap(2e-5, 3))
-    found = delta_of(adapter)
-    assert isinstance(found, LowRank)
+    found = low_rank_of(adapter)
     assert 0.02 < found.left_out < 0.1
     b0, a0 = -found.b[:, 3:] / 2, found.a[3:]
     moved = normal(4, 34, 3)
@@ -198,8 +206,7 @@ def test_a_start_may_differ_by_half_of_delta(size: float, accepted: bool, tmp_pa
     trained = {f"{KEY}.lora_A.weight": a0.float(), f"{KEY}.lora_B.weight": (b0 + moved).float()}
     edit_tensors(adapter / TENSORS, lambda tensors: tensors.update(trained))
     if accepted:
-        report = convert_adapter(adapter, tmp_path / "out")
-        module = next(module for module in report.certificate.modules if module.module == PATH)
+        module = converted(adapter, tmp_path / "out")
         assert module.relative_error_bound == pytest.approx(1 / size, rel=1e-2)
         return
     with pytest.raises(ExportError, match=r"3 and 4 .* by 2.0e-05 of the largest.* more than half .*merge_and_unload"):
@@ -208,12 +215,10 @@ def test_a_start_may_differ_by_half_of_delta(size: float, accepted: bool, tmp_pa
 
 def test_a_module_that_training_did_not_move_is_converted(tmp_path: Path) -> None:
     adapter = made(tmp_path, SOURCES["pissa"], weight_with_gap(1e-2, 3))
-    found = delta_of(adapter)
-    assert isinstance(found, LowRank)
+    found = low_rank_of(adapter)
     untrained = {f"{KEY}.lora_A.weight": found.a[3:].float(), f"{KEY}.lora_B.weight": -found.b[:, 3:].float() / 2}
     edit_tensors(adapter / TENSORS, lambda tensors: tensors.update(untrained))
-    report = convert_adapter(adapter, tmp_path / "out")
-    module = next(module for module in report.certificate.modules if module.module == PATH)
+    module = converted(adapter, tmp_path / "out")
     assert module.norm < module.arithmetic_bound < 1e-3
 
 
@@ -248,8 +253,7 @@ def test_the_bound_covers_pefts_gram_schmidt(gap: float, tmp_path: Path) -> None
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter)
     turn = model.get_submodule(KEY).get_delta_weight("default").detach().double()
     weight = normal(1, 34, 34).float().double()
-    found = delta_of(adapter)
-    assert isinstance(found, LowRank)
+    found = low_rank_of(adapter)
     error = float((found.b @ found.a - weight @ (turn - torch.eye(34))).norm())
     assert error <= found.left_out <= 1e3 * error
 
@@ -277,8 +281,7 @@ def test_deft_is_bounded_where_its_terms_cancel(tmp_path: Path) -> None:
     p = load_file(adapter / TENSORS)[f"{KEY}.deft_P"]
     r = (p.double().relu().mT @ weight.double() * 3 / 2).float()  # alpha / r is 2 / 3
     edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.deft_R": r}))
-    found = delta_of(adapter)
-    assert isinstance(found, LowRank)
+    found = low_rank_of(adapter)
     truth = exact(p) @ (Fraction(2, 3) * exact(r) - exact(p.relu()).T @ exact(weight))
     error = exact_norm(exact(found.b) @ exact(found.a) - truth)
     assert error <= found.left_out <= 1e5 * error
@@ -340,8 +343,7 @@ def test_products_with_the_weight_are_bounded_where_their_terms_cancel(case: str
     source, weight, tensors, truth_of = CANCELLING[case]
     adapter = made(tmp_path, source, weight)
     edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.{name}": new for name, new in tensors.items()}))
-    found, truth = delta_of(adapter), truth_of(adapter, weight)
-    assert isinstance(found, LowRank)
+    found, truth = low_rank_of(adapter), truth_of(adapter, weight)
     error = exact_norm(exact(found.b) @ exact(found.a) - truth)
     size = exact_norm(truth)
     assert 1e-12 * size < error <= found.left_out <= 1e-4 * size  # the error depends on a processor's order of sums
@@ -453,8 +455,7 @@ def test_sums_are_bounded_where_their_terms_cancel(case: str, tmp_path: Path) ->
     adapter = made(tmp_path, source, weight)
     truths: list[Any] = []
     edit_tensors(adapter / TENSORS, lambda file: truths.append(edit(file, weight)))
-    report = convert_adapter(adapter, tmp_path / "out", rank=n)
-    module = next(module for module in report.certificate.modules if module.module == PATH)
+    module = converted(adapter, tmp_path / "out", rank=n)
     found = delta_of(adapter)
     value = exact(found.value) if isinstance(found, Dense) else exact(found.b) @ exact(found.a)
     error = exact_norm(value - truths[0])
@@ -464,8 +465,7 @@ def test_sums_are_bounded_where_their_terms_cancel(case: str, tmp_path: Path) ->
 def test_the_bound_of_a_dense_delta_covers_its_rounding(tmp_path: Path) -> None:
     """The exact delta of HiRA, by fractions; full rank loses nothing else."""
     adapter = made(tmp_path, SOURCES["hira"], normal(1, 34, 34).float())
-    report = convert_adapter(adapter, tmp_path / "out", rank=34)
-    module = next(module for module in report.certificate.modules if module.module == PATH)
+    module = converted(adapter, tmp_path / "out", rank=34)
     found, stored = delta_of(adapter), load_file(adapter / TENSORS)
     assert isinstance(found, Dense)
     a, b = (exact(stored[f"{KEY}.hira_{side}"]) for side in "AB")

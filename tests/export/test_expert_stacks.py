@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from loraover.checkpoint.exact_tensors import on_base, read_source
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.expert_stacks import find_expert_weights
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_on_base
 from loraover.common.errors import CheckpointError, ExportError
 from loraover_export import combine_adapters, convert_adapter, diff_adapters, export_onnx, merge_adapter
 from loraover_export.numerics.delta import read_deltas
@@ -25,6 +26,7 @@ from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERTS, expert_lora, flip, peft_deltas, tiny_moe
 from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import saved
 from support.versions import needs_expert_stacks
 
 pytestmark = needs_expert_stacks
@@ -42,10 +44,10 @@ def test_deltas_are_pefts_in_both_layouts(tmp_path: Path, sizes: dict[str, int],
         flip(tmp_path / "adapter", version)
     if sizes and version is None:
         with pytest.raises(CheckpointError, match=r"square, \(64, 64\).*does not record the version of PEFT"):
-            on_base(read_source(tmp_path / "adapter"), base)
+            read_on_base(read_source(tmp_path / "adapter"), base)
         return
-    source = on_base(read_source(tmp_path / "adapter"), base)
-    assert on_base(source, base) == source
+    source = read_on_base(read_source(tmp_path / "adapter"), base)
+    assert read_on_base(source, base) == source
     found = {delta.module: delta.product().value for delta in read_deltas(source)}
     assert len(deltas) == 2 * 2 * EXPERTS
     for path, delta in deltas.items():
@@ -66,7 +68,7 @@ def test_other_experts_have_pefts_deltas(tmp_path: Path, build: Callable[[], Any
     """gpt-oss stores inputs before outputs, and says so."""
     base = find_expert_weights(build())
     deltas = peft_deltas(expert_lora(build(), tmp_path))
-    found = {delta.module: delta.product().value for delta in read_deltas(on_base(read_source(tmp_path), base))}
+    found = {delta.module: delta.product().value for delta in read_deltas(read_on_base(read_source(tmp_path), base))}
     assert len(deltas) == sum(weight.experts for weight in base.values())
     for path, delta in deltas.items():
         torch.testing.assert_close(found[path], delta.double(), rtol=1e-5, atol=1e-6)
@@ -75,9 +77,7 @@ def test_other_experts_have_pefts_deltas(tmp_path: Path, build: Callable[[], Any
 @pytest.mark.parametrize("version", ["0.21.2", "0.18.1"])
 def test_a_conversion_is_read_by_peft(tmp_path: Path, version: str) -> None:
     """From either layout, two ranks and rsLoRA to PEFT's present stacks of one rank."""
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     deltas = peft_deltas(expert_lora(base, tmp_path / "adapter"))
     if version == "0.18.1":
         flip(tmp_path / "adapter", version)
@@ -159,7 +159,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     expert_lora(tiny_moe(), tmp_path)
     for other in ({"num_experts": 3}, {"moe_intermediate_size": 40}):
         with pytest.raises(CheckpointError, match="name the model that the adapter was trained on"):
-            on_base(read_source(tmp_path), find_expert_weights(tiny_moe(**other)))
+            read_on_base(read_source(tmp_path), find_expert_weights(tiny_moe(**other)))
 
 
 def test_sums_and_differences(tmp_path: Path) -> None:
@@ -185,9 +185,7 @@ def test_sums_over_different_numbers_of_experts_are_refused(tmp_path: Path, expe
 
 
 def test_what_applies_no_experts_says_so(tmp_path: Path) -> None:
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter")
     with pytest.raises(ExportError, match=r"gate_up_proj, which holds all experts; the export to ONNX"):
         export_onnx(tmp_path / "adapter", tmp_path / "onnx", mode="merged")

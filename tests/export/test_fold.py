@@ -1,24 +1,26 @@
-"""What a fold writes, read back: against the oracles, and against PEFT."""
+"""What a fold writes and certifies, read back: against the oracles, and against PEFT."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
 from torch.optim import AdamW
 from transformers import Trainer, TrainingArguments
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.callbacks.loraover_callback import LoraOverCallback
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from support.fold_cases import ADAPTER, FILES, LORA, Q_B, certificate, load_base, tensors
+from oracles.contraction import Array
+from support.fold_cases import ADAPTER, FILES, HALF, LORA, Q_B, certificate, load_base, tensors
 from support.make_checkpoint import (
     LINEAR,
     Made,
@@ -40,26 +42,35 @@ from support.tiny_models import fill_b, token_ids
 pytestmark = pytest.mark.process
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """An MPO checkpoint in fp32 on q_proj and v_proj; tests read it only."""
-    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
+@dataclass(frozen=True)
+class Folded:
+    """A checkpoint and what `fold --check-error` wrote of it."""
+
+    made: Made
+    out: Path
 
 
-@pytest.mark.parametrize(
-    ("lora", "decomposition"),
-    [*((lora, "mpo") for lora in LORA), *(("plain", name) for name in DECOMPOSITIONS if name != "mpo")],
+@pytest.fixture(
+    scope="module",
+    params=[*((lora, "mpo") for lora in LORA), *(("plain", name) for name in DECOMPOSITIONS if name != "mpo")],
+    ids=", ".join,
 )
-def test_every_site_is_the_oracles_contraction(lora: str, decomposition: str, tmp_path: Path) -> None:
-    config = LoraOverConfig(decomposition=decomposition, seed=5)
-    made = make_checkpoint(tmp_path, config=config, **LORA[lora])
-    before = tree(made.path)
-    assert fold(made.path, tmp_path / "out") == 0
-    assert tree(made.path) == before
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    exact, written, stored = oracle_matrices(made.path), tensors(tmp_path / "out"), tensors(made.path)
+def folded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folded:
+    """Of each kind of LoRA by MPOs, and of a plain one by each decomposition."""
+    lora, decomposition = request.param
+    folder = tmp_path_factory.mktemp("folded")
+    made = make_checkpoint(folder, config=LoraOverConfig(decomposition=decomposition, seed=5), **LORA[lora])
+    before = tree(made.path) | tree(made.base)
+    assert fold(made.path, folder / "out", "--check-error") == 0
+    assert tree(made.path) | tree(made.base) == before
+    return Folded(made, folder / "out")
+
+
+def test_every_site_is_the_oracles_contraction(folded: Folded) -> None:
+    exact, written, stored = oracle_matrices(folded.made.path), tensors(folded.out), tensors(folded.made.path)
+    assert {path.name for path in folded.out.iterdir()} == FILES
     assert written.keys() == stored.keys() >= exact.keys()
-    assert len(exact) == len(made.over.sites)
+    assert len(exact) == len(folded.made.over.sites)
     for key, matrix in exact.items():
         error = float(np.linalg.norm(numpy64(written[key]) - matrix) / np.linalg.norm(matrix))
         assert error <= 1e-6, key
@@ -68,44 +79,69 @@ def test_every_site_is_the_oracles_contraction(lora: str, decomposition: str, tm
     assert all(torch.equal(written[key], stored[key]) for key in written.keys() - exact.keys())
 
 
-@pytest.mark.parametrize("lora", LORA)
-def test_peft_loads_the_fold_with_the_training_models_logits(lora: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, **LORA[lora])
-    assert fold(made.path, tmp_path / "out") == 0
-    model = PeftModel.from_pretrained(load_base(made), tmp_path / "out").eval()
+def test_peft_loads_the_fold_with_the_training_models_logits(folded: Folded) -> None:
+    model, made = PeftModel.from_pretrained(load_base(folded.made), folded.out).eval(), folded.made
     # training rounds its contraction to fp32 in another order: a few 2^-24 in logits below 1
     assert float((logits(model) - made.logits()).abs().max()) < 1e-6
     with model.disable_adapter():
         assert float((logits(model) - made.logits()).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("lora", LORA)
-def test_the_configuration_is_that_of_the_checkpoint(lora: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, steps=0, **LORA[lora])
-    assert fold(made.path, tmp_path / "out") == 0
+def test_the_configuration_is_that_of_the_checkpoint(folded: Folded) -> None:
     expected, found = (
-        json.loads((folder / "adapter_config.json").read_text()) for folder in (made.path, tmp_path / "out")
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (folded.made.path, folded.out)
     )
     assert found == {**expected, "inference_mode": True}
     for name in ADAPTER:
-        assert b"loraover" not in (tmp_path / "out" / name).read_bytes().lower()
+        assert b"loraover" not in (folded.out / name).read_bytes().lower()
 
 
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_zero_folds_to_zero(decomposition: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5))
+def test_the_outputs_are_within_their_bound(folded: Folded) -> None:
+    outputs = certificate(folded.out).outputs
+    assert outputs is not None
+    assert outputs.error.max_logit <= outputs.bound == certificate(folded.out).output_bound
+    assert outputs.adapter_effect > 5 * outputs.bound
+    assert outputs.tokens == 8 * 32
+    assert "no tokenizer" in outputs.prompt_source
+
+
+@pytest.mark.parametrize(
+    ("decomposition", "dtype"), [*((name, "bf16") for name in DECOMPOSITIONS), ("mpo", "fp32"), ("mpo", "fp16")]
+)
+def test_the_certificate_states_the_true_error_below_a_true_bound(
+    dtype: str, decomposition: str, tmp_path: Path
+) -> None:
+    config = LoraOverConfig(decomposition=decomposition, sites=["*.lora_A", "*.q_proj.lora_B"], seed=5)
+    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR)
+    assert fold(made.path, tmp_path / "out", "--dtype", dtype) == 0
+    found, exact, written = certificate(tmp_path / "out"), oracle_matrices(made.path), tensors(tmp_path / "out")
+    assert found.verdict == "passed"
+    assert (found.dtype, found.decomposition, found.step, found.seed) == (dtype, decomposition, 2, 5)
+    assert found.base_model == str(made.base)
+    assert found.outputs is None
+    stored = tensors(made.path)
+    assert [site_key(m.name) for m in found.matrices] == list(stored)
+    for matrix in found.matrices:
+        key = site_key(matrix.name)
+        assert matrix.over_parameterised == (key in exact)
+        assert matrix.shape == tuple(stored[key].shape)
+        reference: Array = exact.get(key, numpy64(stored[key]))
+        error = np.linalg.norm(numpy64(written[key]) - reference) / np.linalg.norm(reference)
+        assert matrix.relative_error == pytest.approx(error, rel=1e-5, abs=1e-13)
+        assert matrix.relative_error <= matrix.relative_bound
+        assert 0 <= matrix.worst_to_bound <= 1
+        # one rounding to nearest is at most u |M|, and fp16 loses up to half a subnormal
+        u, tiny = HALF[dtype], {"fp32": 2.0**-150, "bf16": 2.0**-134, "fp16": 2.0**-25}[dtype]
+        assert matrix.relative_bound < 1.001 * np.linalg.norm(u * abs(reference) + tiny) / np.linalg.norm(reference)
+
+
+def test_zero_folds_to_zero(made: Made, tmp_path: Path) -> None:
+    source = shutil.copytree(made.path, tmp_path / "in")
     site = Q_B.removeprefix("base_model.model.").removesuffix(".weight")
-
-    def clear(prefix: str) -> Callable[[dict[str, Tensor]], None]:
-        def change(found: dict[str, Tensor]) -> None:
-            next(tensor for key, tensor in found.items() if key.startswith(prefix)).zero_()
-
-        return change
-
-    edit_tensors(made.path / "loraover.safetensors", clear(f"{site}.core.1"))
-    edit_tensors(made.path / "adapter_model.safetensors", clear(Q_B))
-    reseal(made.path)
-    assert fold(made.path, tmp_path / "out") == 0
+    edit_tensors(source / "loraover.safetensors", lambda found: found[f"{site}.core.1"].zero_())
+    edit_tensors(source / "adapter_model.safetensors", lambda found: found[Q_B].zero_())
+    reseal(source)
+    assert fold(source, tmp_path / "out") == 0
     assert not tensors(tmp_path / "out")[Q_B].any()
     matrix = next(m for m in certificate(tmp_path / "out").matrices if m.name == site)
     assert (matrix.relative_error, matrix.flushed_to_zero) == (0, 0)

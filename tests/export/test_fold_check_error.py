@@ -14,13 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from loraover import LoraOverConfig, OverParameterization, read_checkpoint
+from loraover import LoraOverConfig, OverParameterization
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.models.load import resolve_model
-from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
-from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded
 from loraover_export.logits import deviation
 from loraover_export.logits import pieces as pieces_module
@@ -29,47 +26,24 @@ from loraover_export.logits.judge import judge
 from loraover_export.logits.pieces import logits_of
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
-from support.fold_cases import LORA, Q_B, certificate, load_base
-from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save, tree
+from support.fold_cases import Q_B, certificate, load_base
+from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save
 from support.refusals import fold
 from support.tiny_models import VOCABULARY, tiny_llama, with_lora
 
 pytestmark = pytest.mark.process
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """An MPO checkpoint in fp32 on q_proj and v_proj; tests read it only."""
-    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
-
-
-def test_the_outputs_accept_the_fold(made: Made, tmp_path: Path) -> None:
-    checkpoint = read_checkpoint(made.path)
-    write_folded(checkpoint, tmp_path, "fp32")
-    found = check_outputs(checkpoint, tmp_path, "fp32", resolve_model(str(made.base)), None)
-    assert found.passed
-    assert found.adapter_effect > 1e-2
-    assert 0 < found.noise.max_logit < 1e-5
-
-
-@pytest.mark.parametrize(("lora", "dtype"), [*((lora, "bf16") for lora in LORA), ("plain", "fp32"), ("plain", "fp16")])
-def test_check_error_accepts_every_fold(lora: str, dtype: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, **LORA[lora])
-    before = tree(made.path) | tree(made.base)
+@pytest.mark.parametrize(
+    ("training", "dtype"), [(torch.float32, "bf16"), (torch.float32, "fp16"), (torch.bfloat16, "fp32")]
+)
+def test_check_error_accepts_every_type(training: torch.dtype, dtype: str, tmp_path: Path) -> None:
+    """`test_fold.py` has every kind of LoRA and every decomposition in fp32."""
+    made = make_checkpoint(tmp_path, dtype=training, target_modules=LINEAR)
     assert fold(made.path, tmp_path / "out", "--check-error", "--dtype", dtype) == 0
-    assert tree(made.path) | tree(made.base) == before
     outputs = certificate(tmp_path / "out").outputs
     assert outputs is not None
-    assert outputs.error.max_logit <= outputs.bound == certificate(tmp_path / "out").output_bound
     assert outputs.adapter_effect > 5 * outputs.bound
-    assert outputs.tokens == 8 * 32
-    assert "no tokenizer" in outputs.prompt_source
-
-
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_check_error_accepts_every_decomposition(decomposition: str, tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path, config=LoraOverConfig(decomposition=decomposition, seed=5), dtype=torch.bfloat16)
-    assert fold(made.path, tmp_path / "out", "--check-error") == 0
 
 
 def test_check_error_accepts_a_deep_chain(tmp_path: Path) -> None:
@@ -98,22 +72,15 @@ def test_check_error_accepts_a_deep_chain(tmp_path: Path) -> None:
     assert fold(made.path, tmp_path / "out", "--check-error") == 0
 
 
-def weak_adapter(folder: Path) -> Made:
-    """It changes logits by less than float32 rounds, and by more than nothing."""
-    return make_checkpoint(folder, lora_alpha=1e-6, tokenizer=True)
-
-
-@pytest.mark.parametrize("fate", ["kept", "dropped"])
 def test_check_error_is_inconclusive_of_an_adapter_too_weak_for_it(
-    fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An adapter that does nothing would pass, so neither does. What was certified by itself is left in place."""
-    made = weak_adapter(tmp_path / "made")
+    """Its change of the logits is less than rounding's, so that its loss would pass. The fold is left in place."""
+    made = make_checkpoint(tmp_path / "made", lora_alpha=1e-6, tokenizer=True)
 
     def write(checkpoint: Checkpoint, directory: Path, *rest: Any) -> list[MatrixCertificate]:
         certificates = write_folded(checkpoint, directory, *rest)
-        if fate == "dropped":
-            edit_tensors(directory / "adapter_model.safetensors", lambda found: found[Q_B].zero_())
+        edit_tensors(directory / "adapter_model.safetensors", lambda found: found[Q_B].zero_())
         return certificates
 
     monkeypatch.setattr(run_fold, "write_folded", write)
@@ -159,19 +126,6 @@ def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path, monkeypatc
     monkeypatch.setattr("loraover_export.fold.certificate.NOISE_FACTOR", 1e-3)
     assert fold(made.path, tmp_path / "out", "--check-error") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_a_copy_of_the_base_model_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make_checkpoint(tmp_path)
-    moved = made.base.rename(tmp_path / "moved")
-    assert fold(made.path, tmp_path / "out", "--check-error") == 2
-    assert str(made.base) in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert fold(made.path, tmp_path / "out", "--check-error", "--model", str(moved)) == 0
-    outputs = certificate(tmp_path / "out").outputs
-    assert outputs is not None
-    assert outputs.base == f"folder {moved}"
-    assert certificate(tmp_path / "out").base_model == str(made.base)
 
 
 def test_prompts_are_read_one_a_line(made: Made, tmp_path: Path) -> None:

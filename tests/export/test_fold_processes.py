@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,32 +23,18 @@ import torch
 from loraover.common.command_line import INTERRUPTED
 
 from support.checkpoint_damage import CONFIG, FILES, TENSORS
-from support.children import Child, become_nobody, limit_file_size
-from support.make_checkpoint import Made, make_checkpoint, tree
-from support.refusals import fold, one_message, only_error
+from support.children import Child, Ended, become_nobody, limit_file_size
+from support.make_checkpoint import Made, tree
+from support.refusals import fold, only_error
 
 pytestmark = pytest.mark.process
 
 WHOLE = {CONFIG, TENSORS, "fold_certificate.json", "fold.html", "figures", "README.md"}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Tests copy it before they damage it."""
-    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
-
-
 @pytest.fixture
 def source(made: Made, tmp_path: Path) -> Path:
     return shutil.copytree(made.path, tmp_path / "input")
-
-
-def fold_in_child(source: Path, output: Path, *options: str, prepare: Callable[[], object] = lambda: None) -> Child:
-    return Child(lambda: fold(source, output, *options), prepare=prepare)
-
-
-def assert_nothing_left(folder: Path, before: dict[str, str]) -> None:
-    assert tree(folder) == before
 
 
 @pytest.fixture
@@ -59,34 +45,49 @@ def public(made: Made) -> Iterator[Path]:
     shutil.copytree(made.path, folder / "input")
     for path in (folder / "input").rglob("*"):
         path.chmod(0o644)
+    (folder / "writable").mkdir()
+    (folder / "writable").chmod(0o777)
     yield folder
     for path in folder.iterdir():
         path.chmod(0o755)
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_without_permission_is_named(file: str, public: Path, tmp_path: Path) -> None:
-    assert fold(public / "input", tmp_path / "warm") == 0
-    (public / "writable").mkdir()
-    (public / "writable").chmod(0o777)
-    (public / "input" / file).chmod(0o000)
-    ended = fold_in_child(public / "input", public / "writable" / "out", prepare=become_nobody).end()
-    assert ended.code == 2, ended.output
-    message = one_message(ended.output)
-    assert str(public / "input" / file) in message
-    assert "ermission denied" in message
-    assert list((public / "writable").iterdir()) == []
+def fold_as_nobody(public: Path) -> Ended:
+    """Fold in a child without privileges, to a folder that it may write to."""
+    output = public / "writable" / "out"
+    return Child(lambda: fold(public / "input", output), prepare=become_nobody).end()
+
+
+def test_a_file_without_permission_is_named(public: Path) -> None:
+    for file in FILES:
+        (public / "input" / file).chmod(0o000)
+        ended = fold_as_nobody(public)
+        assert ended.code == 2, ended.output
+        message = only_error(ended.output)
+        assert str(public / "input" / file) in message
+        assert "ermission denied" in message
+        assert list((public / "writable").iterdir()) == []
+        (public / "input" / file).chmod(0o644)
+
+
+def test_the_input_may_be_read_only(made: Made, public: Path, tmp_path: Path) -> None:
+    assert fold(made.path, tmp_path / "expected") == 0
+    (public / "input").chmod(0o555)
+    ended = fold_as_nobody(public)
+    assert ended.code == 0, ended.output
+    assert_whole(public / "writable" / "out", tmp_path / "expected")
+    assert stat.S_IMODE((public / "input").stat().st_mode) == 0o555
 
 
 def test_a_file_size_limit_leaves_nothing(source: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
-    ended = fold_in_child(source, tmp_path / "out", prepare=lambda: limit_file_size(1500)).end()
+    ended = Child(lambda: fold(source, tmp_path / "out"), prepare=lambda: limit_file_size(1500)).end()
     assert ended.code == 2
     message = only_error(ended.output)
     assert str(tmp_path / "out") in message
     assert "File too large" in message
-    assert_nothing_left(tmp_path, before)
+    assert tree(tmp_path) == before
 
 
 def assert_whole(output: Path, expected: Path) -> None:
@@ -114,8 +115,9 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
-@pytest.mark.parametrize("work", SLOW)
+@pytest.mark.parametrize(
+    ("work", "signal_number"), [*((work, signal.SIGINT) for work in SLOW), ("a matrix", signal.SIGKILL)]
+)
 def test_a_fold_whose_threads_are_at_work_leaves_nothing(
     work: str, signal_number: signal.Signals, source: Path, tmp_path: Path
 ) -> None:
@@ -156,7 +158,7 @@ def test_a_fold_whose_threads_are_at_work_leaves_nothing(
     assert ended.code == 130, ended.output
     assert ended.output.splitlines()[-1] == INTERRUPTED
     assert "Traceback" not in ended.output
-    assert_nothing_left(tmp_path, before)
+    assert tree(tmp_path) == before
 
 
 def test_an_interrupt_while_libraries_load_is_one_line(source: Path, tmp_path: Path) -> None:
@@ -172,14 +174,3 @@ def test_an_interrupt_while_libraries_load_is_one_line(source: Path, tmp_path: P
     assert out == ""
     assert err.splitlines()[-1] == INTERRUPTED
     assert not (tmp_path / "out").exists()
-
-
-def test_the_input_may_be_read_only(public: Path, tmp_path: Path) -> None:
-    assert fold(public / "input", tmp_path / "warm") == 0
-    (public / "writable").mkdir()
-    (public / "writable").chmod(0o777)
-    (public / "input").chmod(0o555)
-    ended = fold_in_child(public / "input", public / "writable" / "out", prepare=become_nobody).end()
-    assert ended.code == 0, ended.output
-    assert_whole(public / "writable" / "out", tmp_path / "warm")
-    assert stat.S_IMODE((public / "input").stat().st_mode) == 0o555

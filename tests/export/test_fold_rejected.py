@@ -29,12 +29,6 @@ from support.refusals import fold
 pytestmark = pytest.mark.process
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """An MPO checkpoint in fp32 on q_proj and v_proj; tests read it only."""
-    return make_checkpoint(tmp_path_factory.mktemp("made"), tokenizer=True)
-
-
 Change = Callable[[Tensor], Tensor]
 
 
@@ -55,11 +49,10 @@ MATRIX_MUTANTS: dict[str, tuple[str, Change]] = {
     "doubled": (Q_A, lambda matrix: matrix * 2),
     "one element's sign": (Q_A, flipped),
     "ranks permuted in A only": (Q_A, lambda matrix: matrix[[1, 0, 2, 3]]),
-    "ranks permuted in B only": (Q_B, lambda matrix: matrix[:, [1, 0, 2, 3]]),
     "transposed": (Q_A, lambda matrix: matrix.reshape(-1, len(matrix)).T.contiguous()),
     "zero": (Q_B, torch.zeros_like),
 }
-NAMED_MUTANTS = [*MATRIX_MUTANTS, "core transposed", "another adapter"]
+FROM_FILES = ["core transposed", "another adapter"]
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +86,10 @@ def assert_rejected(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[st
     return found
 
 
-@pytest.mark.parametrize("mutant", [*NAMED_MUTANTS, "two units in the last place"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("mutant", "dtype"),
+    [*((name, "bf16") for name in [*MATRIX_MUTANTS, *FROM_FILES]), ("two units in the last place", "fp32")],
+)
 def test_the_certificate_rejects_a_wrong_matrix(
     mutant: str,
     dtype: str,
@@ -116,19 +111,13 @@ def test_the_certificate_rejects_a_wrong_matrix(
     assert [site_key(m.name) for m in found.matrices if not m.passed] == [guilty]
 
 
-@pytest.mark.parametrize("mutant", ["scaled", "one element's sign", "another adapter"])
 def test_a_file_that_does_not_hold_the_certified_matrices_is_refused(
-    mutant: str,
-    made: Made,
-    matrix_mutants: dict[str, tuple[str, Change]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key, change = matrix_mutants[mutant]
+    key = Q_A
 
     def wrong(tensors: dict[str, Tensor], path: Path) -> None:
-        save_tensors({**tensors, key: change(tensors[key]).contiguous()}, path)
+        save_tensors({**tensors, key: flipped(tensors[key]).contiguous()}, path)
 
     monkeypatch.setattr(rounded_adapter, "save_tensors", wrong)
     assert fold(made.path, tmp_path / "out") != 0
@@ -187,7 +176,7 @@ OTHER_MUTANTS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
 }
 
 
-@pytest.mark.parametrize("mutant", ["doubled", "zero", "core transposed", *OTHER_MUTANTS])
+@pytest.mark.parametrize("mutant", ["zero", "core transposed", *OTHER_MUTANTS])
 def test_check_error_alone_rejects_a_wrong_adapter(
     mutant: str,
     matrix_mutants: dict[str, tuple[str, Change]],

@@ -85,21 +85,6 @@ def test_a_damaged_file_is_named_before_what_its_damage_does(file: str, source: 
     assert tree(source).keys() == before.keys()
 
 
-def test_a_harmless_change_is_damage_too(source: Path, tmp_path: Path) -> None:
-    """A and B still fit the cores, to within their rounding: only the checksum shows that the file was changed."""
-
-    def nudge(found: dict[str, torch.Tensor]) -> None:
-        element = found[next(iter(found))].view(-1)[:1]
-        element.copy_(torch.nextafter(element, element + 1))
-
-    edit_tensors(source / TENSORS, nudge)
-    with pytest.raises(CheckpointError, match="its SHA-256 differs"):
-        fold_checkpoint(source, tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"input"}
-    reseal(source)
-    assert fold_checkpoint(source, tmp_path / "out").passed
-
-
 def test_the_checksum_of_a_slow_disk_is_waited_for(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.fold.verdict import verdict_of
@@ -47,3 +48,8 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5"
 def test_each_verdict_has_its_figures(certificate: FoldCertificate, tone: str, expected: str) -> None:
     verdict = verdict_of(certificate)
     assert (verdict.tone, verdict.word, verdict.sentence) == (tone, certificate.verdict, expected)
+
+
+def test_an_unknown_field_is_no_certificate() -> None:
+    with pytest.raises(ValidationError):
+        FoldCertificate.model_validate({**fold_certificate().model_dump(), "extra": 1})

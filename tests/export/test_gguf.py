@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.common.command_line import quiet_libraries, run
+from loraover.common.command_line import quiet_libraries
 from loraover_export import GgufReport, export_gguf
-from loraover_export.cli import cli
 from loraover_export.gguf import target as target_module
 from loraover_export.gguf import write as write_module
 from loraover_export.gguf.base import write_base
@@ -176,21 +175,14 @@ def test_the_bytes_are_those_of_the_specification(tmp_path: Path, monkeypatch: p
     assert Path("golden.gguf").read_bytes() == header + data
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "folded", "plain"])
-def test_every_kind_of_source(kind: str, made: GgufMade, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = made.adapter
-    if kind != "plain":
-        source = make_checkpoint(tmp_path, base_options={"head_dim": 8}).path
-    if kind == "folded":
-        assert run(cli, ["fold", str(source), "-o", str(tmp_path / "folded")]) == 0
-        source = tmp_path / "folded"
+def test_a_checkpoint_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_checkpoint(tmp_path, base_options={"head_dim": 8}).path
     before = tree(source)
-    capsys.readouterr()
     assert export(source, tmp_path / "out.gguf", "--json") == 0
     out, err = capsys.readouterr()
     report = GgufReport.model_validate(json.loads(out))
     assert tree(source) == before
-    assert {matrix.over_parameterised for matrix in report.matrices} == {kind == "checkpoint"}
+    assert all(matrix.over_parameterised for matrix in report.matrices)
     assert "--base-gguf FILE compares its logits" in err
     assert f"--lora {tmp_path / 'out.gguf'}" in err
 
@@ -200,10 +192,11 @@ def test_the_function_is_silent_and_writes_what_its_command_writes(
 ) -> None:
     """Progress bars of transformers are the caller's to silence, as the command does."""
     quiet_libraries()
-    report = export_gguf(str(made.adapter), str(tmp_path / "out.gguf"), dtype="float16", base_gguf=str(made.base_gguf))
+    source, out, base = map(str, (made.adapter, tmp_path / "out.gguf", made.base_gguf))
+    report = export_gguf(source, out, dtype="float16", base_gguf=base, threads=1)
     assert capfd.readouterr() == ("", "")
     written = (tmp_path / "out.gguf").read_bytes()
-    options = ("--dtype", "fp16", "--base-gguf", str(made.base_gguf), "--force", "--json")
+    options = ("--dtype", "fp16", "--base-gguf", base, "--threads", "1", "--force", "--json")
     assert export(made.adapter, tmp_path / "out.gguf", *options) == 0
     assert GgufReport.model_validate_json(capfd.readouterr().out) == report
     assert (tmp_path / "out.gguf").read_bytes() == written
@@ -245,19 +238,13 @@ def scaling_forgotten(exact: Exact, scaling: float) -> Exact:
     return exact
 
 
-def one_head(rows: Tensor, heads: int) -> Tensor:
-    return interleave(rows, 1)
-
-
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "scaling dropped": (matrices_module, "scale", scaling_forgotten),
-    "permutation over all heads": (target_module, "interleave", one_head),
     "layers swapped": (
-        target_module.Target,
+        target_module.GgufTarget,
         "tensor_name",
-        lambda self, site: (
-            f"blk.{1 - int(site.split('.')[2])}.{self.modules[site.rpartition('.')[0]].tensor[6:]}"
-            f".lora_{site[-1].lower()}"
+        lambda self, adapted, side: (
+            f"blk.{1 - int(adapted.path.split('.')[2])}.{self.modules[adapted.path].tensor[6:]}.lora_{side.lower()}"
         ),
     ),
 }
@@ -298,30 +285,13 @@ def test_a_file_that_holds_something_else_is_noticed(
     assert tree(tmp_path) == {}
 
 
-def quantised(source: Path, output: Path, kind: gguf.GGMLQuantizationType) -> Path:
-    """A copy of a model whose matrices in layers are stored in another type."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(output, "llama")
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), field.types[0])
-    for name, tensor in read_tensors(source).items():
-        is_matrix = tensor.ndim == 2 and name.startswith("blk.")
-        data = gguf.quants.quantize(tensor.numpy(), kind) if is_matrix else tensor.numpy()
-        writer.add_tensor(name, data, raw_dtype=kind if is_matrix else None)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return output
-
-
 @pytest.mark.engine
 def test_quantisation_has_its_own_distance(made: GgufMade, tmp_path: Path) -> None:
     """The coarser the base, the larger the distance of base from base, and what the check allows."""
     distances = [0.0]
     for name in ("F16", "Q8_0", "Q4_0"):
-        base = quantised(made.base_gguf, tmp_path / f"{name}.gguf", gguf.GGMLQuantizationType[name])
+        kind = gguf.GGMLQuantizationType[name]
+        base = rewrite(made.base_gguf, tmp_path / f"{name}.gguf", lambda *_: None, matrices_as=kind)
         report = checked(made, tmp_path / f"adapter-{name}.gguf", base_gguf=base)
         assert report.check is not None
         assert name in report.check.weight_types

@@ -13,7 +13,7 @@ from loraover_export import GgufReport, export_gguf
 from loraover_export.gguf.families import FAMILIES
 
 from support.compatibility import record
-from support.gguf_export import GgufMade, adapted, apart, engine_logits, logits, make_gguf, read_tensors
+from support.gguf_export import GgufMade, adapted, apart, engine_logits, make_gguf, read_tensors
 
 pytestmark = pytest.mark.engine
 
@@ -90,13 +90,10 @@ def test_the_other_row_order_is_rejected(
     if family.name == "phi3":
         pytest.skip("its queries and keys are in one matrix, which no family reorders")
     base = AutoModelForCausalLM.from_pretrained(made.base)
-    lora = {"target_modules": ["q_proj", "k_proj"], "lora_alpha": 100, "alpha_pattern": {}}
-    model = adapted(base, tmp_path / "in", **lora)
-    errors = {}
-    for interleaved in (family.interleaved, not family.interleaved):
-        monkeypatch.setitem(FAMILIES, report.architecture, replace(family, interleaved=interleaved))
-        found = export_gguf(tmp_path / "in", tmp_path / "checked.gguf", base_gguf=made.base_gguf, threads=1, force=True)
-        assert found.verdict == ("passed" if interleaved == family.interleaved else "failed")
-        export_gguf(tmp_path / "in", tmp_path / "out.gguf", force=True)
-        errors[interleaved] = apart(engine_logits(made.base_gguf, tmp_path / "out.gguf"), logits(model))
-    assert errors[not family.interleaved] > 20 * errors[family.interleaved]
+    adapted(base, tmp_path / "in", target_modules=["q_proj", "k_proj"], lora_alpha=100, alpha_pattern={})
+    monkeypatch.setitem(FAMILIES, report.architecture, replace(family, interleaved=not family.interleaved))
+    found = export_gguf(tmp_path / "in", tmp_path / "out.gguf", base_gguf=made.base_gguf, threads=1)
+    assert found.verdict == "failed"
+    assert not (tmp_path / "out.gguf").exists()
+    assert found.check is not None
+    assert found.check.error > 20 * allowed(made)

@@ -15,17 +15,17 @@ from loraover.common.errors import ExportError
 from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
 
+from support.children import Child, limit_file_size
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
 from support.make_checkpoint import edit_json, edit_tensors, tree
 from support.plain_adapter import tiny_decoder
-from support.refusals import one_message
-from support.tiny_models import tiny_gpt2
+from support.refusals import Refused, only_error
+from support.tiny_models import saved, tiny_gpt2
 from support.vllm_damage import config
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 NORM = "base_model.model.model.layers.0.input_layernorm.weight"
-Refused = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +37,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> GgufMade:
 @pytest.fixture
 def source(made: GgufMade, tmp_path: Path) -> Path:
     return shutil.copytree(made.adapter, tmp_path / "in")
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Exports, and checks all that a refusal promises; `named` must be in the message."""
-
-    def check(source: Path, *options: str, named: tuple[str, ...] = (), output: Path | None = None) -> str:
-        before = tree(tmp_path)
-        capsys.readouterr()
-        code = export(source, tmp_path / "out.gguf" if output is None else output, *options)
-        out, err = capsys.readouterr()
-        assert code == 2, out + err
-        assert tree(tmp_path) == before
-        errors = "".join(line for line in err.splitlines(keepends=True) if line.startswith("error: "))
-        message = one_message(errors)
-        for text in named:
-            assert text in message
-        return message
-
-    return check
 
 
 def added(**tensors: torch.Tensor) -> Callable[[Path], object]:
@@ -83,7 +63,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "DoRA": (config(use_dora=True), (CONFIG, "DoRA")),
     "PiSSA": (config(init_lora_weights="pissa"), (CONFIG, "changes the base weights")),
     "biases": (config(bias="all"), (CONFIG, "bias is 'all'", "trained in full")),
-    "modules_to_save": (config(modules_to_save=["lm_head"]), ("modules_to_save is ['lm_head']", "trained in full")),
     "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices", "trained in full")),
     "aLoRA": (config(alora_invocation_tokens=[1, 2]), ("alora_invocation_tokens", "aLoRA")),
     "single parameters": (config(target_parameters=["experts.up"]), ("target_parameters", "fused experts")),
@@ -100,7 +79,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 def test_what_llama_cpp_cannot_hold_is_named(damage: str, source: Path, refused: Refused) -> None:
     change, named = DAMAGES[damage]
     change(source)
-    refused(source, named=named)
+    refused("gguf", source, named=named)
 
 
 def test_a_module_without_a_tensor_is_named(source: Path, refused: Refused) -> None:
@@ -108,7 +87,7 @@ def test_a_module_without_a_tensor_is_named(source: Path, refused: Refused) -> N
     edit_json(
         source / CONFIG, lambda config: config.update(target_modules=r".*\.(w|[kvo]_proj|gate_proj|up_proj|down_proj)")
     )
-    refused(source, named=("layers.0.self_attn.w, which", "does not have", "--model"))
+    refused("gguf", source, named=("layers.0.self_attn.w, which", "does not have", "--model"))
 
 
 def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
@@ -119,29 +98,25 @@ def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, t
 def test_a_tied_head_is_refused(targets: str, tmp_path: Path, refused: Refused) -> None:
     """llama.cpp has no weight for the one, and ends the process or answers wrongly for the other."""
     make_gguf(tmp_path, "Llama", changes={"tie_word_embeddings": True}, target_modules=[targets])
-    refused(tmp_path / "adapter", named=(f"{targets}, but the embedding and the head", "one matrix"))
+    refused("gguf", tmp_path / "adapter", named=(f"{targets}, but the embedding and the head", "one matrix"))
 
 
 def test_gemma_has_no_head_of_its_own(tmp_path: Path, refused: Refused) -> None:
-    model = tiny_decoder("Gemma", tie_word_embeddings=False)
-    model.save_pretrained(tmp_path / "base")
-    model.name_or_path = str(tmp_path / "base")
+    model = saved(tiny_decoder("Gemma", tie_word_embeddings=False), tmp_path / "base")
     adapted(model, tmp_path / "adapter", target_modules=["lm_head"])
-    refused(tmp_path / "adapter", named=("lm_head, for which llama.cpp's gemma has no weight",))
+    refused("gguf", tmp_path / "adapter", named=("lm_head, for which llama.cpp's gemma has no weight",))
 
 
 def test_a_family_without_an_entry_is_refused_by_name(tmp_path: Path, refused: Refused) -> None:
-    model = tiny_gpt2()
-    model.save_pretrained(tmp_path / "base")
-    model.name_or_path = str(tmp_path / "base")
+    model = saved(tiny_gpt2(), tmp_path / "base")
     adapted(model, tmp_path / "adapter", target_modules=["c_attn"])
-    refused(tmp_path / "adapter", named=("GPT2LMHeadModel", "not known here", "Llama, Mistral, Phi3"))
+    refused("gguf", tmp_path / "adapter", named=("GPT2LMHeadModel", "not known here", "Llama, Mistral, Phi3"))
 
 
 def test_another_base_model_is_refused(source: Path, tmp_path: Path, refused: Refused) -> None:
     tiny_decoder("Llama", intermediate_size=80).save_pretrained(tmp_path / "wide")
-    refused(source, "--model", str(tmp_path / "wide"), named=("(64, 96) in the adapter and (64, 80)", "--model"))
-    refused(source, "--model", str(tmp_path / "absent"), named=("absent",))
+    refused("gguf", source, "--model", tmp_path / "wide", named=("(64, 96) in the adapter and (64, 80)", "--model"))
+    refused("gguf", source, "--model", tmp_path / "absent", named=("absent",))
 
 
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "use_sliding_window": True}
@@ -171,14 +146,27 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_not_written(
 # Outputs
 
 
-def test_an_output_that_exists_is_kept(source: Path, tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "out.gguf").write_text("mine")
-    refused(source, named=("exists already",))
-    refused(source, "--force", named=("holds no GGUF adapter",))
+def test_an_output_that_cannot_be_is_named(made: GgufMade, source: Path, tmp_path: Path, refused: Refused) -> None:
+    """A base model's file among them, which --force would replace by an adapter."""
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    refused("gguf", source, output=out, named=("exists already",))
+    refused("gguf", source, "--force", output=out, named=("holds no GGUF adapter",))
     (tmp_path / "folder.gguf").mkdir()
-    refused(source, "--force", output=tmp_path / "folder.gguf", named=("is a folder",))
-    refused(source, output=source / "out.gguf", named=("lies inside the input",))
-    refused(source, output=tmp_path / "out.gguf" / "inner.gguf", named=(str(tmp_path / "out.gguf"),))
+    refused("gguf", source, "--force", output=tmp_path / "folder.gguf", named=("is a folder",))
+    refused("gguf", source, output=source / "out.gguf", named=("lies inside the input",))
+    refused("gguf", source, output=out / "inner.gguf", named=(str(out),))
+    base = shutil.copy(made.base_gguf, tmp_path / "base.gguf")
+    options = ("--force", "--base-gguf", base)
+    refused("gguf", source, *options, output=tmp_path / "base.gguf", named=("holds no GGUF adapter",))
+
+
+@pytest.mark.process
+def test_a_file_size_limit_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    child = Child(lambda: export(source, tmp_path / "out.gguf"), prepare=lambda: limit_file_size(1000))
+    assert f"cannot write {tmp_path / 'out.gguf'}: File too large" in only_error(child.end().output)
+    assert tree(tmp_path) == before
 
 
 def test_missing_folders_are_made_for_an_output_and_removed_without_one(
@@ -203,38 +191,23 @@ def test_force_replaces_an_adapter(source: Path, tmp_path: Path, capsys: pytest.
     assert f"run it: llama-server -m BASE.gguf --lora '{output}'" in capsys.readouterr().out
 
 
-def test_force_keeps_a_base_model(made: GgufMade, source: Path, tmp_path: Path, refused: Refused) -> None:
-    base = shutil.copy(made.base_gguf, tmp_path / "base.gguf")
-    refused(
-        source, "--force", "--base-gguf", str(base), output=tmp_path / "base.gguf", named=("holds no GGUF adapter",)
-    )
-
-
-@pytest.mark.parametrize(
-    "options", [("--threads", "2"), ("--threads", "0", "--base-gguf", "base.gguf"), ("--dtype", "q8_0")]
-)
-def test_options_that_cannot_be_used(options: tuple[str, ...], source: Path, tmp_path: Path) -> None:
-    assert export(source, tmp_path / "out.gguf", *options) == 2
-    assert not (tmp_path / "out.gguf").exists()
-
-
 # GGUF files of the base model
 
 
 @pytest.mark.engine
 def test_a_base_of_another_kind_is_named(made: GgufMade, source: Path, tmp_path: Path, refused: Refused) -> None:
     other = write_base(large_weights(tiny_base("Qwen2")), tmp_path / "qwen.gguf")
-    refused(source, "--base-gguf", str(other), named=("is for the architecture 'llama'", "'qwen2'"))
+    refused("gguf", source, "--base-gguf", other, named=("is for the architecture 'llama'", "'qwen2'"))
     deep = write_base(large_weights(tiny_base("Llama", num_hidden_layers=1)), tmp_path / "flat.gguf")
-    refused(source, "--base-gguf", str(deep), named=("adapts blk.1.", "flat.gguf does not have"))
+    refused("gguf", source, "--base-gguf", deep, named=("adapts blk.1.", "flat.gguf does not have"))
     words = write_base(large_weights(tiny_base("Llama", vocab_size=80)), tmp_path / "words.gguf")
-    refused(source, "--base-gguf", str(words), named=("has 80 tokens", "has 64"))
+    refused("gguf", source, "--base-gguf", words, "--threads", 1, named=("has 80 tokens", "has 64"))
     assert export(source, tmp_path / "adapter.gguf") == 0
-    refused(source, "--base-gguf", str(tmp_path / "adapter.gguf"), named=("holds an adapter, expected a GGUF model",))
-    refused(source, "--base-gguf", str(tmp_path / "absent.gguf"), named=("absent.gguf: cannot be read",))
-    refused(source, "--base-gguf", str(source / CONFIG), named=("not a GGUF file",))
+    refused("gguf", source, "--base-gguf", tmp_path / "adapter.gguf", named=("holds an adapter, expected",))
+    refused("gguf", source, "--base-gguf", tmp_path / "absent.gguf", named=("absent.gguf: cannot be read",))
+    refused("gguf", source, "--base-gguf", source / CONFIG, named=("not a GGUF file",))
     (tmp_path / "short.gguf").write_bytes(made.base_gguf.read_bytes()[:-1])
-    refused(source, "--base-gguf", str(tmp_path / "short.gguf"), named=("its tensors need",))
+    refused("gguf", source, "--base-gguf", tmp_path / "short.gguf", named=("its tensors need",))
 
 
 def test_an_engine_that_is_not_installed_is_named(
@@ -247,5 +220,5 @@ def test_an_engine_that_is_not_installed_is_named(
 
     monkeypatch.setattr(run, "load_library", missing)
     monkeypatch.setattr(check, "load_model", None)
-    message = refused(source, "--base-gguf", str(made.base_gguf))
-    assert message == "this needs llama_cpp_py_sync: pip install 'loraover[llamacpp]'"
+    message = refused("gguf", source, "--base-gguf", made.base_gguf)
+    assert message == "error: this needs llama_cpp_py_sync: pip install 'loraover[llamacpp]'"

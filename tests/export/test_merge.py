@@ -1,8 +1,11 @@
-"""Weights with their delta, against NumPy in extended precision and against PEFT's own model."""
+"""Merges in memory and from file to file, against NumPy in extended precision and against PEFT's own model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +20,67 @@ from transformers.pytorch_utils import Conv1D
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError, FoldError
-from loraover_export import merge_adapter
-from loraover_export.merge import arithmetic
+from loraover.reference.unfolded_model import unfolded
+from loraover_export import MergeReport, merge_adapter
 from loraover_export.merge.in_memory import merge
-from loraover_export.numerics.rounding import round_nearest
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
-from support.make_checkpoint import LINEAR, edit_tensors, logits, make_checkpoint, oracle_matrices
-from support.merge_cases import CASES, deltas, long, outputs, save
+from support.make_checkpoint import LINEAR, edit_tensors, make_checkpoint, oracle_matrices
+from support.merge_cases import CASES, Saved, deltas, long, outputs, save, shards
 from support.plain_adapter import write_adapter
 from support.tiny_models import tiny_gpt2, tiny_llama
 from tolerances import UNIT
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A base model with its adapter merged in memory, and from file to file."""
+
+    saved: Saved
+    model: Any
+    certificates: list[MatrixCertificate]
+    report: MergeReport
+
+    @property
+    def files(self) -> Path:
+        return self.saved.folder / "files"
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Merged]:
+    """Merges a case once, by its name."""
+
+    @cache
+    def make(name: str) -> Merged:
+        saved = save(name, tmp_path_factory.mktemp("merged"))
+        model = saved.base()
+        certificates = merge(model, read_adapter_dir(saved.adapter))
+        report = merge_adapter(saved.adapter, saved.folder / "files", model=saved.folder / "base")
+        return Merged(saved, model, certificates, report)
+
+    return make
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_weight_is_the_oracles_sum_rounded_once(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    model, before = saved.base(), saved.base()
-    certificates = merge(model, read_adapter_dir(saved.adapter))
-    expected = deltas(saved.adapter)
-    assert [c.name for c in certificates] == [f"{module}.weight" for module in expected]
-    assert all(c.passed for c in certificates)
+def test_every_weight_is_the_oracles_sum_rounded_once(name: str, merged: Callable[[str], Merged]) -> None:
+    found = merged(name)
+    saved, before, expected = found.saved, found.saved.base(), deltas(found.saved.adapter)
+    assert [c.name for c in found.certificates] == [f"{module}.weight" for module in expected]
+    assert {weight.matrix.name for weight in found.report.weights} == {f"{module}.weight" for module in expected}
+    assert all(c.passed for c in found.certificates)
+    assert found.report.passed
     stored = load_file(saved.adapter / "adapter_model.safetensors")
     others = {k.removeprefix("base_model.model.").replace(".base_layer.", "."): v for k, v in stored.items()}
-    old, new = (dict(m.named_parameters(remove_duplicate=False)) for m in (before, model))
+    old, new = (dict(m.named_parameters(remove_duplicate=False)) for m in (before, found.model))
     assert old.keys() == new.keys()
+    assert not others.keys() - new.keys() - {k for k in others if "lora_" in k}
+    files = shards(found.files)
     changed = {f"{module}.weight": delta for module, delta in expected.items()}
+    assert changed.keys() <= files.keys() <= new.keys()
+    assert found.report.tensors == len(files)
     unit = UNIT[saved.case.dtype]
-    for key, weight in new.items():
+    for key, weight in (*new.items(), *files.items()):
         assert weight.dtype == saved.case.dtype
         start = others[key] if key in others else old[key]
         if key not in changed:
@@ -57,21 +92,35 @@ def test_every_weight_is_the_oracles_sum_rounded_once(name: str, tmp_path: Path)
         allowed = unit * abs(truth) * (1 + 1e-6) + np.longdouble(2.0**-25) * (saved.case.dtype == torch.float16) + 1e-16
         assert bool((abs(long(weight) - truth) <= allowed).all()), key
         assert float(np.linalg.norm(delta.astype(np.float64))) > 1e-3, key
-    assert not others.keys() - new.keys() - {k for k in others if "lora_" in k}
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
-def test_the_merged_model_is_pefts(name: str, tmp_path: Path) -> None:
-    """Its outputs are those of PEFT's unmerged model, after being saved and loaded too."""
-    saved = save(name, tmp_path)
-    model = saved.base()
-    expected, base = outputs(saved.peft), outputs(model)
-    merge(model, read_adapter_dir(saved.adapter))
-    model.save_pretrained(tmp_path / "merged")
+def test_every_merged_model_is_pefts(name: str, merged: Callable[[str], Merged], tmp_path: Path) -> None:
+    """In memory, saved and loaded, from files, and unfolded: outputs are those of PEFT's unmerged model."""
+    found = merged(name)
+    saved, auto = found.saved, found.saved.case.auto
+    found.model.save_pretrained(tmp_path / "saved")
+    from_files, info = auto.from_pretrained(found.files, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected, base = outputs(saved.peft), outputs(model := saved.base())
+    logits_ = [outputs(each) for each in (found.model, auto.from_pretrained(tmp_path / "saved"), from_files)]
+    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
+        logits_.append(outputs(whole))
     allowed = 64 * UNIT[torch.float32] * float(expected.abs().max())
-    for merged in (model, saved.case.auto.from_pretrained(tmp_path / "merged")):
-        assert float((outputs(merged) - expected).abs().max()) <= allowed
+    assert all(float((each - expected).abs().max()) <= allowed for each in logits_)
     assert float((base - expected).abs().max()) > 1000 * allowed
+    assert torch.equal(outputs(model), base)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tied")])
+def test_weights_are_untied_where_they_differ(name: str, merged: Callable[[str], Merged]) -> None:
+    found = merged(name)
+    stays = name == "tied, both saved alike"
+    model, config = found.model, json.loads((found.files / "config.json").read_text())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == stays
+    assert model.config.tie_word_embeddings == config["tie_word_embeddings"] == stays
+    assert sorted(found.report.untied) == ([] if stays else ["lm_head.weight", "model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("name", ["embedding", "tied embedding", "tied head", "tied, both"])
@@ -95,80 +144,28 @@ def test_changed_base_weights_reach_all_that_is_tied(name: str, tmp_path: Path) 
         assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
-def test_the_unfolded_model_is_pefts_and_the_base_model_is_left_as_it_was(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    model = saved.base()
-    before, expected = outputs(model), outputs(saved.peft)
-    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
-        assert float((outputs(whole) - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
-    assert torch.equal(outputs(model), before)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tied")])
-def test_the_configuration_says_whether_weights_are_tied(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    model = saved.base()
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    merge(model, read_adapter_dir(saved.adapter))
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings == tied == (name == "tied, both saved alike")
-
-
-@pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "saved norm"])
-def test_peft_merges_to_the_same_weights_but_for_its_own_rounding(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    model = saved.base()
-    merge(model, read_adapter_dir(saved.adapter))
-    theirs = dict(saved.peft.merge_and_unload().named_parameters())
-    for key, weight in model.named_parameters():
-        # the product in float32, r = 4 at most and the scaling; then the sum: all terms are below 2
-        assert float((weight - theirs[key]).abs().max()) <= 16 * UNIT[torch.float32], key
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_checkpoint_is_merged_from_its_cores(dtype: torch.dtype, tmp_path: Path) -> None:
     config = LoraOverConfig(decomposition="chain", seed=5)
     made = make_checkpoint(tmp_path, config=config, dtype=dtype, target_modules=LINEAR)
-    model, before = (AutoModelForCausalLM.from_pretrained(made.base, dtype=dtype) for _ in range(2))
+    model = AutoModelForCausalLM.from_pretrained(made.base, dtype=dtype)
     certificates = merge(model, read_checkpoint(made.path))
-    assert all(c.passed and c.over_parameterised for c in certificates)
-    exact = oracle_matrices(made.path, np.longdouble)
-    for name in (certificate.name.removesuffix(".weight") for certificate in certificates):
-        a, b = (exact[f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "AB")
-        truth = long(before.get_submodule(name).weight) + 2 * (b @ a)
-        error = abs(long(model.get_submodule(name).weight) - truth)
-        assert bool((error <= UNIT[dtype] * abs(truth) * (1 + 1e-6) + 1e-15).all()), name
-    if dtype == torch.float32:
-        assert float((logits(model) - made.logits()).abs().max()) < 1e-6
+    report = merge_adapter(made.path, tmp_path / "merged", model=made.base)
+    assert all(c.passed and c.over_parameterised for c in (*certificates, *(w.matrix for w in report.weights)))
+    exact, before = oracle_matrices(made.path, np.longdouble), shards(made.base)
+    for weights in (dict(model.named_parameters()), shards(tmp_path / "merged")):
+        for name in (certificate.name.removesuffix(".weight") for certificate in certificates):
+            a, b = (exact[f"base_model.model.{name}.lora_{matrix}.weight"] for matrix in "AB")
+            truth = long(before[f"{name}.weight"]) + 2 * (b @ a)
+            error = abs(long(weights[f"{name}.weight"]) - truth)
+            assert bool((error <= UNIT[dtype] * abs(truth) * (1 + 1e-6) + 1e-15).all()), name
 
 
-MUTANTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "one element": lambda weight: weight.index_put((torch.tensor(1), torch.tensor(2)), weight[1, 2] * (1 + 2.0**-21)),
-    "truncated to bfloat16": lambda weight: weight.bfloat16().to(weight.dtype),
-    "a row lost": lambda weight: weight.index_fill(0, torch.tensor(3), 0.0),
-}
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_certificates_reject_a_wrong_weight(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = save("linear", tmp_path)
-    monkeypatch.setattr(arithmetic, "round_nearest", lambda value, dtype: MUTANTS[mutant](round_nearest(value, dtype)))
-    assert not any(c.passed for c in merge(saved.base(), read_adapter_dir(saved.adapter)))
-
-
-WRONG_BASES: dict[str, Callable[[], Any]] = {
-    "narrower": lambda: tiny_llama(hidden_size=16),
-    "fewer layers": lambda: tiny_llama(num_hidden_layers=1),
-    "another architecture": tiny_gpt2,
-}
-
-
-@pytest.mark.parametrize("case", WRONG_BASES)
-def test_another_base_model_is_named(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", [partial(tiny_llama, num_hidden_layers=1), tiny_gpt2], ids=["flat", "GPT-2"])
+def test_another_base_model_is_named(base: Callable[[], Any], tmp_path: Path) -> None:
     saved = save("linear", tmp_path)
     with pytest.raises(CheckpointError, match=r"layers\.\d.*--model"):
-        merge(WRONG_BASES[case](), read_adapter_dir(saved.adapter))
+        merge(base(), read_adapter_dir(saved.adapter))
 
 
 def test_a_parameter_that_fits_nothing_changes_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""Merges from file to file: every tensor against NumPy in extended precision, and as transformers loads it."""
+"""Merges from file to file: shards and other files, what rounding erases, and what is not published."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,99 +10,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraover import LoraOverConfig
 from loraover.common.command_line import run
-from loraover.models.load import load_model, load_tokenizer, resolve_model
-from loraover_export import MergeReport, merge_adapter
+from loraover_export import merge_adapter
 from loraover_export.cli import cli
-from loraover_export.merge import arithmetic, erasure, stream
-from loraover_export.merge.erasure import NF4, Erasure, Lost, four_bits, lost_by_four_bits
+from loraover_export.merge import arithmetic, rounding_loss, stream
+from loraover_export.merge.rounding_loss import NF4, Lost, RoundingLoss, four_bits, lost_by_four_bits
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal
 from support.adapters_on_disk import save_shards
-from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
-from support.merge_cases import CASES, Saved, deltas, long, outputs, save
-from support.tiny_models import fill_b
+from support.make_checkpoint import edit_json, edit_tensors, tree
+from support.merge_cases import deltas, long, outputs, save, shards
 from tolerances import UNIT
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def shards(folder: Path) -> dict[str, Tensor]:
-    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
-
-
-def merged(saved: Saved, folder: Path) -> MergeReport:
-    return merge_adapter(saved.adapter, folder / "merged", model=saved.folder / "base")
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_tensor_is_the_oracles_sum_rounded_once(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    report = merged(saved, tmp_path)
-    expected = deltas(saved.adapter)
-    assert report.passed
-    assert {weight.matrix.name for weight in report.weights} == {f"{module}.weight" for module in expected}
-    before = saved.base()
-    old = dict(before.named_parameters(remove_duplicate=False))
-    stored = load_file(saved.adapter / TENSORS)
-    others = {k.removeprefix("base_model.model.").replace(".base_layer.", "."): v for k, v in stored.items()}
-    written = shards(tmp_path / "merged")
-    unit = UNIT[saved.case.dtype]
-    for key, tensor in written.items():
-        start = others[key] if key in others else old[key]
-        assert tensor.dtype == saved.case.dtype
-        module = key.removesuffix(".weight")
-        if module not in expected:
-            assert torch.equal(tensor, start), key
-            continue
-        is_linear = isinstance(before.get_submodule(module), nn.Linear)
-        truth = long(start) + (expected[module] if is_linear else expected[module].T)
-        allowed = unit * abs(truth) * (1 + 1e-6) + np.longdouble(2.0**-25) * (saved.case.dtype == torch.float16) + 1e-16
-        assert bool((abs(long(tensor) - truth) <= allowed).all()), key
-    assert {f"{module}.weight" for module in expected} <= written.keys()
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
-def test_transformers_loads_pefts_model(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    merged(saved, tmp_path)
-    model, info = saved.case.auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    expected, base = outputs(saved.peft), outputs(saved.base())
-    allowed = 64 * UNIT[torch.float32] * float(expected.abs().max())
-    assert float((outputs(model) - expected).abs().max()) <= allowed
-    assert float((base - expected).abs().max()) > 1000 * allowed
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tied")])
-def test_weights_are_untied_where_they_differ(name: str, tmp_path: Path) -> None:
-    saved = save(name, tmp_path)
-    report = merged(saved, tmp_path)
-    config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    stays = name == "tied, both saved alike"
-    assert config["tie_word_embeddings"] == stays
-    assert sorted(report.untied) == ([] if stays else ["lm_head.weight", "model.embed_tokens.weight"])
-    assert report.tensors == len(shards(tmp_path / "merged"))
-
-
-def test_a_checkpoint_is_merged_from_its_cores(tmp_path: Path) -> None:
-    config = LoraOverConfig(decomposition="chain", seed=5)
-    made = make_checkpoint(tmp_path, config=config, dtype=torch.bfloat16, target_modules=LINEAR)
-    report = merge_adapter(made.path, tmp_path / "merged", model=made.base)
-    assert all(weight.matrix.over_parameterised for weight in report.weights)
-    exact, before = oracle_matrices(made.path, np.longdouble), shards(made.base)
-    for key, tensor in shards(tmp_path / "merged").items():
-        name = f"base_model.model.{key.removesuffix('.weight')}"
-        if f"{name}.lora_A.weight" in exact:
-            truth = long(before[key]) + 2 * (exact[f"{name}.lora_B.weight"] @ exact[f"{name}.lora_A.weight"])
-            assert bool((abs(long(tensor) - truth) <= UNIT[tensor.dtype] * abs(truth) * (1 + 1e-6) + 1e-15).all()), key
 
 
 @pytest.fixture
@@ -140,7 +64,7 @@ def test_a_file_without_the_prefix_of_the_headless_model(tmp_path: Path) -> None
         tmp_path / "base" / "model.safetensors",
         lambda found: [found.update({key.removeprefix("transformer."): found.pop(key)}) for key in list(found)],
     )
-    merged(saved, tmp_path)
+    merge_adapter(saved.adapter, tmp_path / "merged", model=tmp_path / "base")
     assert all(not key.startswith("transformer.") for key in shards(tmp_path / "merged"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert float((outputs(model) - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
@@ -173,7 +97,7 @@ def test_small_deltas_are_said_to_be_erased(pair: tuple[Path, Path], tmp_path: P
 def test_every_row_counts_where_some_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tall weight of equal rows loses much, and a low one little: the sample has to weigh them by their heights."""
 
-    def of_both() -> Erasure:
+    def of_both() -> RoundingLoss:
         both = Lost()
         for seed, height, size in ((1, 2000, 1e-3), (2, 100, 1.0)):
             row, a = normal(seed, 1, 64), normal(seed + 2, 1, 64)
@@ -182,7 +106,7 @@ def test_every_row_counts_where_some_are_tried(monkeypatch: pytest.MonkeyPatch) 
         return both.result()
 
     found = of_both()
-    monkeypatch.setattr(erasure, "ROWS", 10**6)
+    monkeypatch.setattr(rounding_loss, "ROWS", 10**6)
     expected = of_both()
     assert found.erased == pytest.approx(expected.erased, rel=1e-9)
     assert found.error == pytest.approx(expected.error, rel=1e-9)
@@ -215,22 +139,18 @@ def test_an_infinite_limit_of_the_base_is_kept(pair: tuple[Path, Path], tmp_path
     assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == limit
 
 
-MUTANTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "rounded towards zero": lambda weight: torch.where(weight > 0, torch.nextafter(weight, 0 * weight), weight),
-    "a row lost": lambda weight: weight.index_fill(0, torch.tensor(3), 0.0),
-}
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_weight_is_not_published(
-    mutant: str,
-    pair: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One element, two units in the last place."""
+
+    def wrong(value: Tensor, dtype: torch.dtype) -> Tensor:
+        weight = round_nearest(value, dtype)
+        weight[1, 2] = torch.nextafter(torch.nextafter(weight[1, 2], 9 + 0 * weight[1, 2]), 9 + 0 * weight[1, 2])
+        return weight
+
     before = tree(tmp_path)
-    monkeypatch.setattr(arithmetic, "round_nearest", lambda value, dtype: MUTANTS[mutant](round_nearest(value, dtype)))
+    monkeypatch.setattr(arithmetic, "round_nearest", wrong)
     assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 1
     assert "nothing was written" in capsys.readouterr().out
     assert tree(tmp_path) == before
@@ -263,29 +183,3 @@ def test_one_tensor_is_in_memory(pair: tuple[Path, Path], tmp_path: Path, monkey
     monkeypatch.setattr(stream, "_write", writes)
     merge_adapter(pair[1], tmp_path / "merged")
     assert events == ["read", "write"] * 4
-
-
-@pytest.mark.engine
-def test_smollm2(tmp_path: Path) -> None:
-    """The real model, tied, with an adapter of its head: transformers loads what PEFT computes."""
-    from peft import LoraConfig, get_peft_model
-
-    source = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
-    options = {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head", *LINEAR], "task_type": "CAUSAL_LM"}
-    model = get_peft_model(load_model(source), LoraConfig(**options))
-    fill_b(model, 3)
-    model.save_pretrained(tmp_path / "adapter")
-    ids = load_tokenizer(source)("A farmer has 17 sheep and buys 25 more.", return_tensors="pt").input_ids
-    with torch.no_grad():
-        expected = model.eval()(input_ids=ids).logits
-        with model.disable_adapter():
-            plain = model(input_ids=ids).logits
-    del model
-    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged", model=source.location)
-    with torch.no_grad():
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
-    assert report.passed
-    assert len(report.weights) == 211
-    allowed = 2e-4 * max(1.0, float(expected.abs().max()) / 40)
-    assert float((found - expected).abs().max()) <= allowed
-    assert float((plain - expected).abs().max()) > 100 * allowed

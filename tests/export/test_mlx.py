@@ -25,8 +25,9 @@ from loraover_export.numerics.rounding import round_tensor
 
 from support.gguf_export import adapted, tiny_base
 from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint, tree
-from support.refusals import only_error
-from support.tiny_models import tiny_bart, tiny_neox, with_lora
+from support.refusals import Refused
+from support.tiny_models import saved, tiny_bart, tiny_neox, with_lora
+from support.vllm_damage import config
 
 ATTENTION = frozenset(f"self_attn.{name}_proj" for name in "qkvo")
 GATED = ATTENTION | {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -163,28 +164,22 @@ def test_a_failed_certificate_leaves_nothing(adapter: Path, tmp_path: Path, monk
     assert tree(tmp_path) == before
 
 
-def field(**fields: Any) -> Callable[[Path], object]:
-    return lambda folder: edit_json(folder / "adapter_config.json", lambda config: config.update(fields))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (field(use_dora=True), "DoRA"),
-        (field(init_lora_weights="pissa"), "changes the base weights"),
-        (field(modules_to_save=["norm"]), "trained in full"),
-        (field(target_parameters=["experts.up"]), "fused experts"),
-        (field(use_novelty=3), "does not know"),
+        (config(use_dora=True), "DoRA"),
+        (config(init_lora_weights="pissa"), "changes the base weights"),
+        (config(modules_to_save=["norm"]), "trained in full"),
+        (config(target_parameters=["experts.up"]), "fused experts"),
+        (config(use_novelty=3), "does not know"),
     ],
 )
 def test_what_mlx_lm_cannot_hold_is_refused(
-    damage: Callable[[Path], object], message: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Path], object], message: str, adapter: Path, tmp_path: Path, refused: Refused
 ) -> None:
     source = shutil.copytree(adapter, tmp_path / "in")
     damage(source)
-    assert run(cli, ["mlx", str(source), "-o", str(tmp_path / "out")]) == 2
-    assert message in only_error(capsys.readouterr().err)
-    assert not (tmp_path / "out").exists()
+    refused("mlx", source, named=(message,))
 
 
 def test_another_base_model_is_refused(adapter: Path, tmp_path: Path) -> None:
@@ -206,9 +201,7 @@ def test_the_modules_of_a_known_class_have_mlx_lms_names(architecture: str, tmp_
 
 @pytest.mark.parametrize("base", [tiny_neox, tiny_bart])
 def test_a_class_with_other_names_is_refused(base: Callable[[], Any], tmp_path: Path) -> None:
-    model = base()
-    model.save_pretrained(tmp_path / "base")
-    model.name_or_path = str(tmp_path / "base")
+    model = saved(base(), tmp_path / "base")
     with_lora(model).save_pretrained(tmp_path / "in")
     with pytest.raises(ExportError, match=f"is a {type(model).__name__}. Whether mlx-lm"):
         export_mlx(tmp_path / "in", tmp_path / "out")

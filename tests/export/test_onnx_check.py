@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterConfig
 from loraover_export.merge import arithmetic, in_memory
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor
@@ -40,18 +40,18 @@ Rejected = Callable[..., OnnxReport]
 
 
 @pytest.fixture
-def rejected(made: OnnxMade, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Rejected:
+def rejected(onnx_made: OnnxMade, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Rejected:
     """Exports the adapter `first`, and checks all that a failed check promises; returns the report."""
 
     def check(mode: str, *options: str, names: Iterable[str] = ("first",)) -> OnnxReport:
-        before = tree(made.folder)
+        before = tree(onnx_made.folder)
         capfd.readouterr()
-        sources = [made.folder / name for name in names]
+        sources = [onnx_made.folder / name for name in names]
         code = export(sources, tmp_path / "out", "--mode", mode, "--json", *options)
         out, err = capfd.readouterr()
         assert code == 1, err
         assert list(tmp_path.iterdir()) == []
-        assert tree(made.folder) == before
+        assert tree(onnx_made.folder) == before
         assert "nothing was written" in err
         found = OnnxReport.model_validate_json(out)
         assert found.verdict == "failed"
@@ -179,13 +179,13 @@ def test_an_adapter_too_weak_for_the_check_is_inconclusive(
     mode: str,
     precision: str,
     fate: str,
-    made: OnnxMade,
+    onnx_made: OnnxMade,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It would pass for one that does nothing, so an export that dropped it must not pass."""
-    tiny_lora(made.base, tmp_path / "weak", lora_alpha=1e-6, alpha_pattern={})
+    tiny_lora(onnx_made.base, tmp_path / "weak", lora_alpha=1e-6, alpha_pattern={})
     if fate == "dropped":
         DROPPED[mode](monkeypatch)
     capfd.readouterr()
@@ -281,7 +281,7 @@ def test_logits_that_are_no_numbers_are_rejected() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_matrix_beyond_its_bound_is_rejected(
-    mode: str, made: OnnxMade, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
+    mode: str, onnx_made: OnnxMade, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
 ) -> None:
     """Less than logits show: one element, two units in the last place off."""
 

@@ -236,16 +236,6 @@ def test_bert_swappable(bert: Bert, tmp_path: Path) -> None:
         assert min(errors(Graph(graph, tmp_path / "out" / "plain.onnx_adapter"), bert.plain).values()) > 1000
 
 
-def test_bert_swappable_refuses_a_classifier_of_its_own(
-    bert: Bert, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(bert.folder / "whole", tmp_path / "out", "--mode", "swappable") == 2
-    message = capsys.readouterr().err
-    assert "classifier" in message
-    assert "--mode merged" in message
-    assert list(tmp_path.iterdir()) == []
-
-
 # GPT-2, which onnxruntime-genai's builder does not know
 
 

@@ -25,6 +25,7 @@ from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import LINEAR, OTHER, export, exported, read_report, tiny_base, tiny_lora
 from support.onnx_graph import FEEDS, torch_logits
 from support.plain_adapter import write_adapter
+from support.refusals import Refused
 from support.tiny_models import tiny_bert, tiny_t5
 from support.web_runtime import ENGINES, WebRun, ask_chromium, ask_node, command, in_node, web_scripts
 
@@ -127,12 +128,10 @@ def test_an_adapter_joins_a_web_graph_without_the_option(web: Web, tmp_path: Pat
     assert (tmp_path / "out" / "late.safetensors").read_bytes() == (web.root / "more/late.safetensors").read_bytes()
 
 
-def test_a_graph_of_another_kind_is_refused(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_of_another_kind_is_refused(web: Web, tmp_path: Path, refused: Refused) -> None:
     graph = shutil.copytree(web.graph, tmp_path / "graph")
     edit_json(graph / "onnx_report.json", lambda report: report.pop("web"))  # as written before there was --web
-    assert export(web.root / "late", tmp_path / "out", *WEB, "--graph", str(graph)) == 2
-    assert "exported without --web" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    refused("onnx", web.root / "late", *WEB, "--graph", graph, named=("exported without --web",))
 
 
 def test_int4_gets_a_warning(web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,12 +324,9 @@ def test_the_example_ends_with_a_message(web: Web, scripts: Path, tmp_path: Path
     done = node(scripts, web.graph, "1,5", file)
     assert done.returncode == 2
     assert done.stderr.startswith("error: mine.safetensors is not a complete safetensors file"), done.stderr
-
-
-def test_a_graph_for_native_runtimes_is_named(web: Web, scripts: Path, tmp_path: Path) -> None:
-    graph = shutil.copytree(web.graph, tmp_path / "graph")
-    edit_json(graph / "swappable.json", lambda layout: layout.update(web=False))
-    done = node(scripts, graph, "1,5")
+    native = shutil.copytree(web.graph, tmp_path / "graph")
+    edit_json(native / "swappable.json", lambda layout: layout.update(web=False))
+    done = node(scripts, native, "1,5")
     assert (done.returncode, "without --web" in done.stderr) == (2, True)
 
 

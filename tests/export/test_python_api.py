@@ -26,22 +26,12 @@ from loraover_export import (
 from loraover_export.cli import cli
 from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
-from loraover_export.onnx import genai
+from loraover_export.onnx import genai, swappable
 
 from support.make_checkpoint import Made, edit_json, tree
 from support.onnx_export import ForkedBuilder, llama_checkpoint
 
 pytestmark = pytest.mark.process
-
-
-class Heard(Reporter):
-    """Keeps the lines that it is given."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +95,17 @@ def test_a_report_is_what_the_output_holds(made: Made, tmp_path: Path) -> None:
     assert (tmp_path / "onnx" / "mine.onnx_adapter").is_file()
 
 
-def test_a_fold_that_fails_is_a_verdict_and_leaves_nothing(
+def test_an_export_that_fails_is_a_verdict_and_leaves_nothing(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounded_adapter, "round_tensor", lambda *arguments: 2 * round_tensor(*arguments))
+    for module in (rounded_adapter, swappable):
+        monkeypatch.setattr(module, "round_tensor", lambda *arguments: 2 * round_tensor(*arguments))
     assert fold_checkpoint(made.path, tmp_path / "out").verdict == "failed"
-    assert list(tmp_path.iterdir()) == []
     found = export_vllm(made.path, tmp_path / "out")
     assert (found.passed, found.preflight.passed, found.serve, found.load) == (False, True, None, None)
     assert found.certificate is not None
     assert found.certificate.verdict == "failed"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_onnx_export_that_fails_is_a_verdict_and_leaves_nothing(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong = "loraover_export.onnx.swappable.round_tensor"
-    monkeypatch.setattr(wrong, lambda *arguments: 2 * round_tensor(*arguments))
-    found = export_onnx(made.path, tmp_path / "out", mode="swappable", check=False)
-    assert found.verdict == "failed"
+    assert export_onnx(made.path, tmp_path / "out", mode="swappable", check=False).verdict == "failed"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,12 +119,17 @@ def test_a_pre_flight_that_fails_is_a_report_without_a_certificate(made: Made, t
 
 
 def test_a_reporter_hears_what_is_done(made: Made, tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    class Heard(Reporter):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
     heard = Heard()
     fold_checkpoint(made.path, tmp_path / "fold", check_error=True, device="cpu", report=heard)
-    assert heard.lines[0] == f"loading the base model from folder {made.base} to cpu, fp32"
-    heard.lines.clear()
+    assert lines[0] == f"loading the base model from folder {made.base} to cpu, fp32"
     export_onnx(made.path, tmp_path / "onnx", mode="swappable", check=False, report=heard)
-    assert any(line.startswith("building the fp32 graph of LlamaForCausalLM") for line in heard.lines)
+    assert any(line.startswith("building the fp32 graph of LlamaForCausalLM") for line in lines)
 
 
 def test_names_in_files_cannot_control_the_terminal() -> None:

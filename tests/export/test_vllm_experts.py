@@ -21,7 +21,7 @@ from loraover_export.vllm.architectures import known_architectures
 from support.make_checkpoint import edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
-from support.tiny_models import token_ids
+from support.tiny_models import saved, token_ids
 from support.versions import needs_expert_stacks
 from support.vllm_command import vllm_command
 
@@ -33,9 +33,7 @@ KEY = "base_model.model.model.layers.1.mlp.experts"
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> tuple[Path, Any]:
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     return tmp_path / "adapter", expert_lora(base, tmp_path / "adapter")
 
 
@@ -45,6 +43,11 @@ def export(folder: Path, *, stacked: bool, monkeypatch: pytest.MonkeyPatch, **op
     described = allowed["Qwen3MoeForCausalLM"].model_copy(update={"stacked_experts": stacked})
     monkeypatch.setitem(allowed, "Qwen3MoeForCausalLM", described)
     return export_vllm(folder, folder.parent / "out", dtype="fp32", force=True, **options)
+
+
+def errors(report: VllmReport) -> dict[str, str]:
+    """What the pre-flight found wrong, by rule."""
+    return {finding.rule: finding.found for finding in report.preflight.findings if finding.level == "error"}
 
 
 def product(tensors: dict[str, Tensor], module: str) -> Tensor:
@@ -84,9 +87,7 @@ def test_each_expert_gets_its_pairs(
 @pytest.mark.parametrize("family", ["Qwen3Moe", "Qwen2Moe"])
 def test_the_pairs_are_read_again(family: str, tmp_path: Path) -> None:
     """Qwen2-MoE's shared expert has projections of the same names, which the configuration must not name."""
-    base = tiny_decoder(family, **EXPERT_SIZES, shared_expert_intermediate_size=48)
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_decoder(family, **EXPERT_SIZES, shared_expert_intermediate_size=48), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter")
     for source, out in (("adapter", "first"), ("first", "second")):
         assert export_vllm(tmp_path / source, tmp_path / out, dtype="fp32").passed
@@ -123,9 +124,8 @@ def test_pairs_that_vllm_cannot_load_are_refused(
     export_vllm(adapter[0], folder / "pairs")
     edit_tensors(folder / "pairs" / "adapter_model.safetensors", change)
     report = export_vllm(folder / "pairs", folder / "out")
-    (error,) = [finding for finding in report.preflight.findings if finding.level == "error"]
-    assert error.rule == rule
-    assert words in error.found
+    assert errors(report).keys() == {rule}
+    assert words in errors(report)[rule]
 
 
 @pytest.mark.parametrize("version", [None, "0.18.0"], ids=["as saved", "flipped"])
@@ -170,41 +170,34 @@ def test_vllm_loads_the_pairs(adapter: tuple[Path, Any], tmp_path: Path, monkeyp
 
 def test_experts_that_hide_their_orientation_are_refused(tmp_path: Path) -> None:
     """Llama-4's gate and up are columns, which the model does not say; B's rows would be cut in the wrong place."""
-    base = tiny_llama4()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_llama4(), tmp_path / "base")
     names = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
     expert_lora(base, tmp_path / "adapter", target_parameters=names)
     report = export_vllm(tmp_path / "adapter", tmp_path / "out")
-    assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["experts"]
+    assert errors(report).keys() == {"experts"}
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "MiniMaxM2"])
 def test_experts_below_a_module_of_another_name_are_refused(family: str, tmp_path: Path) -> None:
-    base = tiny_decoder(family, num_local_experts=EXPERTS)
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_decoder(family, num_local_experts=EXPERTS), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter")
     described = known_architectures().lora[f"{family}ForCausalLM"]
     assert described.rename("model.layers.0.mlp.experts.0.w1") == "model.layers.0.mlp.experts.0.w1"
     report = export_vllm(tmp_path / "adapter", tmp_path / "out")
-    (error,) = [finding for finding in report.preflight.findings if finding.level == "error"]
-    assert error.rule == "experts"
-    assert "below block_sparse_moe" in error.found
+    assert errors(report).keys() == {"experts"}
+    assert "below block_sparse_moe" in errors(report)["experts"]
 
 
 def test_a_class_without_adapters_is_named(adapter: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its modules are not read, so the experts are not looked for in it."""
     monkeypatch.delitem(known_architectures().lora, "Qwen3MoeForCausalLM")
     report = export_vllm(adapter[0], adapter[0].parent / "out")
-    assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["architecture"]
+    assert errors(report).keys() == {"architecture"}
 
 
 def test_half_of_an_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_moe()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
+    base = saved(tiny_moe(), tmp_path / "base")
     expert_lora(base, tmp_path / "adapter", target_parameters=["mlp.experts.down_proj"])
     report = export(tmp_path / "adapter", stacked=False, monkeypatch=monkeypatch)
-    assert [finding.rule for finding in report.preflight.findings if finding.level == "error"] == ["experts"]
+    assert errors(report).keys() == {"experts"}

@@ -25,7 +25,8 @@ from loraover_export.vllm.served import read_served
 
 from support.make_checkpoint import edit_json, tree
 from support.plain_adapter import make_adapter, tiny_decoder
-from support.tiny_models import fill_b, tiny_bert, tiny_gpt2, tiny_t5
+from support.refusals import Refused
+from support.tiny_models import fill_b, saved, tiny_bert, tiny_gpt2, tiny_t5
 from support.vllm_damage import DAMAGES, Q0, added, config
 
 Check = Callable[..., tuple[int, Preflight, str]]
@@ -84,36 +85,21 @@ def test_a_mistake_is_an_error(name: str, adapter: Path, tmp_path: Path, check: 
     assert err.rstrip().endswith("nothing was written")
 
 
-@pytest.mark.parametrize("value", [True, False, "gaussian", "eva", "orthogonal"])
-def test_an_initialisation_that_keeps_the_base_is_fine(
-    value: bool | str, adapter: Path, tmp_path: Path, check: Check
-) -> None:
-    assert check(damaged(adapter, tmp_path / "in", config(init_lora_weights=value)))[0] == 0
+def test_an_initialisation_that_keeps_the_base_is_fine(adapter: Path, tmp_path: Path) -> None:
+    for value in (True, False, "gaussian", "eva", "orthogonal"):
+        source = damaged(adapter, tmp_path / str(value), config(init_lora_weights=value))
+        assert preflight(replace(candidate(adapter), adapter=read_adapter_dir(source))).passed
 
 
-UNREADABLE = {
-    "DoRA": (config(use_dora=True), "DoRA"),
-    "a module twice": (
-        added(**{f"{Q0}.lora_embedding_A": torch.ones(6, 64), f"{Q0}.lora_embedding_B": torch.ones(64, 6)}),
-        "listed twice",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_what_is_no_plain_lora_is_not_even_read(
-    name: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    change, words = UNREADABLE[name]
-    assert run(cli, ["vllm", str(damaged(adapter, tmp_path / "in", change)), "-o", str(tmp_path / "out")]) == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_what_is_no_plain_lora_is_not_even_read(adapter: Path, tmp_path: Path, refused: Refused) -> None:
+    twice = {f"{Q0}.lora_embedding_A": torch.ones(6, 64), f"{Q0}.lora_embedding_B": torch.ones(64, 6)}
+    refused("vllm", damaged(adapter, tmp_path / "dora", config(use_dora=True)), named=("DoRA",))
+    refused("vllm", damaged(adapter, tmp_path / "twice", added(**twice)), named=("listed twice",))
 
 
 def on_base(model: Any, folder: Path, **lora: Any) -> Path:
     """An adapter of a model, both saved in `folder`; returns the adapter's."""
-    model.save_pretrained(folder / "base")
-    model.name_or_path = str(folder / "base")
+    saved(model, folder / "base")
     wrapped = get_peft_model(model, LoraConfig(**({"r": 4, "task_type": "CAUSAL_LM"} | lora)))
     fill_b(wrapped)
     wrapped.save_pretrained(folder / "adapter")

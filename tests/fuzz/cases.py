@@ -275,7 +275,10 @@ def save_adapter(case: Case, base: Path, folder: Path) -> Path:
     file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | case.edits))
     tensors = {
-        key: tensor.to(DTYPES[case.stored]) if tensor.is_floating_point() else tensor
+        # A rounded copy of a frozen weight is left out, and PEFT would load it.
+        key: tensor
+        if key.endswith(".base_layer.weight") or not tensor.is_floating_point()
+        else tensor.to(DTYPES[case.stored])
         for key, tensor in load_file(file).items()
     }
     if case.rows:

@@ -1,4 +1,4 @@
-"""The fuzzer itself, the cases that once failed, and a minute of new ones."""
+"""The fuzzer itself, the cases that once failed, and some of the first seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.peft_adapter import AdapterConfig
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover_export.convert.methods import METHODS
 
 from fuzz import run as fuzz_run
@@ -62,8 +62,8 @@ def test_a_kept_case_does_not_fail_again(file: Path, bases: Path) -> None:
 
 
 @pytest.mark.statistical
-def test_a_minute_of_cases_without_a_fault(bases: Path) -> None:
+def test_cases_of_some_seconds_without_a_fault(bases: Path) -> None:
     """Graphs are left out, since building one takes seconds; `make fuzz` builds them."""
-    results = list(run_for(60.0, 0, bases, without="onnx"))
-    assert sum(result.outcome == "agrees" for _, result in results) >= 10
+    results = list(run_for(20.0, 0, bases, without="onnx"))
+    assert sum(result.outcome == "agrees" for _, result in results) >= 3
     assert not [(case, result.found) for case, result in results if result.outcome == "fault"]

@@ -10,7 +10,7 @@ EXPORT = (
         "fold-rounds-twice",
         "(wide.abs_() > x.abs()).to(torch.int32)).bitwise_or_(inexact)",
         "(wide.abs_() > x.abs()).to(torch.int32))",
-        Selection("test_rounding.py", "known_number or around_every_tie"),
+        Selection("test_rounding.py", "around_every_tie"),
     ),
     Mutant(
         "fold-certificate-judges-the-mean",
@@ -76,7 +76,7 @@ EXPORT = (
         "merge-says-that-weights-are-still-tied",
         'return config | nested | {"tie_word_embeddings": False}',
         "return config | nested",
-        Selection("test_merge_files.py", "untied_where"),
+        Selection("test_merge.py", "untied_where"),
     ),
     Mutant(
         "merge-counts-what-rounding-kept",
@@ -87,8 +87,8 @@ EXPORT = (
     # vLLM and ONNX
     Mutant(
         "uniform-pads-b-in-front",
-        "_padded(scaled, (0, r - exact.value.shape[1]))",
-        "_padded(scaled, (r - exact.value.shape[1], 0))",
+        "_padded(scale(exact, module.scaling), (0, r - module.rank))",
+        "_padded(scale(exact, module.scaling), (r - module.rank, 0))",
         Selection("test_vllm_uniform.py", "delta_is_the_sources"),
     ),
     Mutant(

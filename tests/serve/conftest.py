@@ -11,7 +11,7 @@ import pytest
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.onnx import genai
-from loraover_serve.engines.elsewhere import Elsewhere
+from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.parity.judge import bootstrap
 
 from support.engine_forms import Running
@@ -70,10 +70,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+def here(monkeypatch: pytest.MonkeyPatch) -> type[MlxEngine]:
     """mlx-lm's runner in this environment, which holds no mlx-lm."""
     monkeypatch.delenv("LORAOVER_HERE", raising=False)
-    return Elsewhere("mlx", "LORAOVER_HERE", "pytest", "mlx")
+    monkeypatch.setattr(MlxEngine, "variable", "LORAOVER_HERE")
+    monkeypatch.setattr(MlxEngine, "distributions", ("pytest",))
+    return MlxEngine
 
 
 @pytest.fixture

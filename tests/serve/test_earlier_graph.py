@@ -103,7 +103,7 @@ def test_a_graph_that_cannot_be_run_is_refused_first(
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr("loraover_serve.verify.run.make_reference", fail)
-    monkeypatch.setattr("loraover_serve.parity.collect.started", fail)
+    monkeypatch.setattr("loraover_serve.engines.onnx.OnnxEngine.start_arms", fail)
     unfit = rewritten(graph, tmp_path / "unfit", **changes)
     for serve in (verify_adapter, measure_parity):
         with pytest.raises(ExportError, match=message):
@@ -113,7 +113,7 @@ def test_a_graph_that_cannot_be_run_is_refused_first(
 
 @pytest.mark.parametrize("serve", [verify_adapter, measure_parity])
 def test_a_graph_needs_its_engine_and_its_report(serve: Any, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="graph is for ONNX Runtime; add engines='onnx'"):
+    with pytest.raises(ConfigError, match="graph: for ONNX Runtime GenAI only; add engines='onnx'"):
         serve(adapter, engines=["torch"], graph=tmp_path)
     with pytest.raises(CheckpointError, match=r"onnx_report\.json: no such file"):
         serve(adapter, graph=tmp_path)

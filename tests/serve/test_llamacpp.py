@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraover.common.errors import EngineError
 from loraover_export.gguf.header import read_header
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 
 from support.gguf_export import IDS, GgufMade, apart, export, make_gguf, rewrite
 from support.speed import examples
@@ -38,7 +38,7 @@ def adapter(made: GgufMade) -> Path:
 
 
 def test_logits_have_a_row_for_each_token(made: GgufMade) -> None:
-    with LlamaCpp(made.base_gguf, adapter(made), threads=2) as engine:
+    with LlamaCppModel(made.base_gguf, adapter(made), threads=2) as engine:
         assert engine.vocabulary == 64
         found = engine.logits(IDS[0].tolist())
         assert found.dtype == np.float32
@@ -55,18 +55,21 @@ def test_a_long_prompt_is_cut_into_pieces(made: GgufMade) -> None:
     ids = torch.randint(3, 64, (1, 700), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), made.model.disable_adapter():
         expected = made.model(input_ids=ids).logits[0]
-    with LlamaCpp(made.base_gguf, threads=1) as engine:
+    with LlamaCppModel(made.base_gguf, threads=1) as engine:
         assert apart(torch.from_numpy(engine.logits(ids[0].tolist())), expected) <= 1e-3
 
 
 @pytest.mark.parametrize(("tokens", "found"), [([], "no token"), ([1, 64], "token 64"), ([-1], "token -1")])
 def test_tokens_outside_of_the_vocabulary(tokens: list[int], found: str, made: GgufMade) -> None:
-    with LlamaCpp(made.base_gguf) as engine, pytest.raises(EngineError, match=f"found {found}, expected .* 0 to 63"):
+    with (
+        LlamaCppModel(made.base_gguf) as engine,
+        pytest.raises(EngineError, match=f"found {found}, expected .* 0 to 63"),
+    ):
         engine.logits(tokens)
 
 
 def test_it_closes_once(made: GgufMade) -> None:
-    engine = LlamaCpp(made.base_gguf, adapter(made))
+    engine = LlamaCppModel(made.base_gguf, adapter(made))
     engine.close()
     engine.close()
 
@@ -104,7 +107,7 @@ def test_an_adapter_of_something_else_is_refused(fault: str, made: GgufMade, tmp
     edit, named = WRONG_ADAPTERS[fault]
     wrong = rewrite(adapter(made), tmp_path / "wrong.gguf", edit)
     with pytest.raises(EngineError, match=named):
-        LlamaCpp(made.base_gguf, wrong)
+        LlamaCppModel(made.base_gguf, wrong)
 
 
 def test_an_embedding_of_a_tied_head_never_reaches_llama_cpp(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_an_embedding_of_a_tied_head_never_reaches_llama_cpp(tmp_path: Path) -> 
 
     wrong = rewrite(adapter(made), tmp_path / "wrong.gguf", add)
     with pytest.raises(EngineError, match=r"token_embd.weight, which is also the head"):
-        LlamaCpp(made.base_gguf, wrong)
+        LlamaCppModel(made.base_gguf, wrong)
 
 
 WRONG_BASES: dict[str, tuple[Edit, str]] = {
@@ -135,12 +138,12 @@ def test_libllamas_reason_is_in_the_error(fault: str, made: GgufMade, tmp_path: 
     edit, named = WRONG_BASES[fault]
     wrong = rewrite(made.base_gguf, tmp_path / "wrong.gguf", edit)
     with pytest.raises(EngineError, match=named):
-        LlamaCpp(wrong)
+        LlamaCppModel(wrong)
 
 
 def test_an_adapter_instead_of_a_model(made: GgufMade) -> None:
     with pytest.raises(EngineError, match="holds an adapter, expected a GGUF model"):
-        LlamaCpp(adapter(made))
+        LlamaCppModel(adapter(made))
 
 
 # Headers

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
-from loraover_serve.engines.elsewhere import OPENVINO
-from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import openvino
-from loraover_serve.verify.engines.vllm import export_uniform
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.openvino import OpenVinoEngine
+from loraover_serve.engines.vllm import export_uniform
+from loraover_serve.verify.request import VerifyRequest
 
 from support import openvino_pipeline
 from support.verified import make_case, save_adapter, save_base
@@ -31,18 +31,18 @@ Answer = list[list[float]]
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base model for OpenVINO, and the tensors of an adapter in the uniform form."""
-    if (how := OPENVINO.install()) is not None:
+    if (how := OpenVinoEngine.lacking(VerifyRequest("adapter"))) is not None:
         pytest.skip(f"OpenVINO GenAI is not installed: {how}")
     folder = tmp_path_factory.mktemp("cache")
     base = save_base(folder / "base")
     setting = make_case(base, save_adapter(folder / "mine", base)).setting(folder)
     file = export_uniform(setting) / TENSORS_FILE
-    return openvino._convert(setting), file
+    return OpenVinoEngine.convert(setting), file
 
 
 def in_one_pipeline(served: tuple[Path, Path], cache: str) -> list[Answer]:
     """Answers for the adapter, the base model and the adapter, in this order."""
-    words = [str(OPENVINO.python()), openvino_pipeline.__file__, *map(str, served), json.dumps(PROMPT), cache]
+    words = [str(OpenVinoEngine.python()), openvino_pipeline.__file__, *map(str, served), json.dumps(PROMPT), cache]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     answers: list[Answer] = json.loads(done.stdout.splitlines()[-1])
     return answers
@@ -59,10 +59,12 @@ def test_the_prefix_cache_mixes_adapters_and_verify_is_right(served: tuple[Path,
     assert not is_same(adapter, base)
     mixed = in_one_pipeline(served, "on")
     assert is_same(mixed[0], adapter)
-    assert not is_same(mixed[1], base), f"{OPENVINO.version()} mends the fault: say so in docs/how-to/openvino.md"
+    assert not is_same(mixed[1], base), (
+        f"{OpenVinoEngine.installed()} mends the fault: say so in docs/how-to/openvino.md"
+    )
     model, file = map(str, served)
     arguments = {"model": model, "adapters": {BASE: None, ADAPTER: file}}
-    with OPENVINO.run(arguments, tmp_path / "openvino.log", 300) as runner:
+    with OpenVinoEngine.run(arguments, tmp_path / "openvino.log", 300) as runner:
         asked = [runner.ask("top", arm=arm, tokens=PROMPT, number=TOP) for arm in (ADAPTER, BASE, ADAPTER)]
     for found, expected in zip(asked, (adapter, base, adapter), strict=True):
         assert is_same(found, expected)

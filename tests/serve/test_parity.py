@@ -19,13 +19,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loraover import LoraOverConfig
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
 from loraover.common.errors import OutputError
 from loraover_serve import UnwrittenReportError, measure_parity
 from loraover_serve.cli import cli
 from loraover_serve.engines import torch as torch_engines
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.answers import BASE
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.parity import run as parity_run
@@ -33,7 +35,7 @@ from loraover_serve.parity.judge import outputs
 from loraover_serve.parity.measure.arms import make_vanilla
 from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
 from support.clockwork import whole_report
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
@@ -92,7 +94,7 @@ def test_a_run_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--num-prompts", "100", "--max-concurrency", "1,16", "--engine", "vllm"], "--num-prompts 160 or more"),
         (["--baseline", "nowhere"], "no such folder"),
         (["--checkpoint", "nowhere"], "no such folder"),
-        (["--max-concurrency", "4"], "only for vLLM, which is not measured"),
+        (["--max-concurrency", "4"], "--max-concurrency: for vLLM only; add --engine vllm"),
         (["--max-concurrency", "4,1,4", "--engine", "vllm"], "--max-concurrency names one twice: 4, 1, 4"),
         (["--engine", "torch"], "--engine names one twice: torch, torch"),
         (["--", "--max-num-seqs", "4"], "add --engine vllm"),
@@ -136,12 +138,12 @@ def test_answers_unlike_the_unfolded_models_are_different(made: Made, tmp_path: 
     assert [o.agree for o in report.outputs] == [False]
 
 
-class Ignoring(Engine):
+class Ignoring(Timed):
     """An engine that ignores adapters, and changes the last token of the first answer that counts."""
 
     name = "torch"
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Timed) -> None:
         self.arms, self._engine = engine.arms, engine
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
@@ -164,7 +166,7 @@ def scaled(adapter: Path, copy: Path, factor: float) -> Path:
 def test_an_engine_that_scales_all_adapters_fails_the_run(
     factor: float, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scaling(load: Any, adapters: Mapping[str, Path], checkpoint: Path | None) -> Engine:
+    def scaling(load: Any, adapters: Mapping[str, Path], checkpoint: Path | None) -> Timed:
         wrong = {arm: scaled(path, tmp_path / f"scaled-{arm}", factor) for arm, path in adapters.items()}
         return torch_engine(load, wrong, checkpoint)
 
@@ -306,7 +308,7 @@ def test_a_vanilla_adapter_holds_what_the_folded_one_holds_besides_a_and_b(tmp_p
     like = read_adapter_dir(made.path)
     vanilla = read_adapter_dir(make_vanilla(like, tmp_path / "vanilla", seed=0))
     assert vanilla.shapes == like.shapes
-    assert len(vanilla.shapes) > len(vanilla.sites)
+    assert len(vanilla.shapes) > len(vanilla.matrices)
 
 
 def weakened(adapter: Path, copy: Path) -> Path:

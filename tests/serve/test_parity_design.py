@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from loraover_serve.comparison.thresholds import root_mean
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Distance, agrees, is_base, is_changed
@@ -46,7 +46,7 @@ def test_the_error_of_a_root_mean_square_is_that_of_the_jackknife(squares: list[
     assert root_mean(squares[:1]) == pytest.approx((math.sqrt(squares[0]),) * 2)
 
 
-def judged(engine: Engine, blocks: int = 20) -> tuple[str, str]:
+def judged(engine: Timed, blocks: int = 20) -> tuple[str, str]:
     return overall(results([measure(engine, REQUESTS, concurrency=1, blocks=blocks, seed=0)], margin=0.05))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from loraover.common.errors import ConfigError
 from loraover_serve import measure_parity
+from loraover_serve.engines import torch as torch_engines
 from loraover_serve.parity import collect
-from loraover_serve.parity.measure import start
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import Made
@@ -49,7 +49,7 @@ def test_what_was_measured_outlives_a_comparison_without_memory(
 
 @pytest.mark.parametrize("name", NO_MEMORY)
 def test_an_engine_without_memory_says_what_would_fit(name: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "load_model", failing(name))
+    monkeypatch.setattr(torch_engines, "load_model", failing(name))
     with pytest.raises(ConfigError, match=r"PyTorch ran out of memory on cpu .*What would fit: .*--compute-dtype bf16"):
         measure_parity(folded(made), device="cpu", **SMALL)
 

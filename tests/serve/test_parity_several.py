@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.command_line import run
+from loraover.reference.unfolded_model import unfolded
 from loraover_serve.cli import cli
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.answers import BASE
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.analysis import overall, results
@@ -25,7 +26,7 @@ from loraover_serve.parity.measure.arms import make_vanilla
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.several import SeveralAdapters, adapter_of, answers_alone
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA, Measurement
 
 from support.clockwork import ARMS, Clockwork
 from support.make_checkpoint import Made
@@ -87,7 +88,7 @@ def test_a_noisy_machine_counts_the_requests_of_all_waves() -> None:
 def test_waves_and_batches_go_to_the_adapters_in_turn() -> None:
     asked: list[tuple[str, ...]] = []
 
-    class Recording(Engine):
+    class Recording(Timed):
         name, arms = "recording", (*ARMS, "adapter2")
 
         def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:

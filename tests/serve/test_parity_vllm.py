@@ -15,13 +15,14 @@ import pytest
 from loraover.common.command_line import run
 from loraover_export.vllm.architectures import known_architectures
 from loraover_serve.cli import cli
+from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.sample import Request
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 from loraover_serve.vllm.server import VllmServer
 
 from support.delaying_proxy import delaying

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +103,8 @@ def test_a_right_adapter_is_as_trained_and_a_wrong_one_differs(
 
 
 def asked(case: Case, scratch: Path, url: str, **changes: Any) -> EngineResult:
-    setting = case.setting(scratch)
-    request = replace(setting.request, endpoint=url, **({"served_name": "shop"} | changes))
-    return verify_engine("endpoint", replace(setting, request=request), case.court)
+    setting = case.setting(scratch, endpoint=url, **({"served_name": "shop"} | changes))
+    return verify_engine("endpoint", setting, case.court)
 
 
 def right(case: Case, **names: Path | None) -> Served:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 from loraover.client import endpoint
 from loraover.common.errors import ConfigError, EngineError
-from loraover_serve.verify.engines.base import Setting
+from loraover_serve.engines.base import Setting
 from loraover_serve.verify.faults import CHANGED, LEAKS
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
@@ -44,8 +43,7 @@ def ask(case: Case, tmp_path: Path) -> Callable[..., EngineResult]:
 
 
 def setting(case: Case, url: str, scratch: Path, **changes: Any) -> Setting:
-    found = case.setting(scratch)
-    return replace(found, request=replace(found.request, endpoint=url, served_name="shop", **changes))
+    return case.setting(scratch, endpoint=url, served_name="shop", **changes)
 
 
 def right(case: Case, form: str = "ids") -> Served:

@@ -13,6 +13,8 @@ import pytest
 from loraover.common.errors import ExportError
 from loraover.models.load import resolve_model
 from loraover_serve import verify_adapter
+from loraover_serve.engines import ENGINES, engine_class
+from loraover_serve.engines.elsewhere import ElsewhereEngine
 from loraover_serve.verify.faults import LEFT_OUT
 from loraover_serve.verify.run import verify_engine
 
@@ -22,10 +24,11 @@ from support.verified import FAULTS, Case, make_case, plant, save_adapter, save_
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("quick_builder")]
 
-HERE = ("torch", "onnx", "llamacpp")
-"""Engines that run in this process: a new one is a name here."""
-ELSEWHERE = tuple(pytest.param(name, marks=pytest.mark.matrix) for name in ("mlx", "openvino"))
-"""Engines in environments of their own, which `make engines` installs."""
+APART = [name for name in ENGINES if issubclass(engine_class(name), ElsewhereEngine)]
+"""Engines in separate environments, which `make engines` installs."""
+HERE = [name for name, entry in ENGINES.items() if not entry.is_batching and name not in APART]
+"""Engines that run in this process."""
+ELSEWHERE = [pytest.param(name, marks=pytest.mark.matrix) for name in APART]
 SAVED, EMBEDDING = {"modules_to_save": ["norm"]}, {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}
 REFUSING = ("llamacpp", "mlx", "openvino")
 """Engines for which an adapter with fully trained parameters cannot be exported."""

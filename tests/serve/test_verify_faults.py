@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,6 @@ def test_each_planted_fault_has_its_verdict(fault: Plant, case: Case, tmp_path: 
 
 
 def verify(reply: Reply, case: Case, scratch: Path) -> EngineResult:
-    setting = case.setting(scratch)
     with openai_server(reply, ("base", "shop")) as server:
-        request = replace(setting.request, endpoint=server.url, served_name="shop")
-        return verify_engine("endpoint", replace(setting, request=request), case.court)
+        setting = case.setting(scratch, endpoint=server.url, served_name="shop")
+        return verify_engine("endpoint", setting, case.court)

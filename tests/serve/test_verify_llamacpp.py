@@ -14,7 +14,7 @@ from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
 from loraover_export.gguf import target
 from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.uniform import matrices
 from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.verify.run import verify_engine
@@ -45,8 +45,8 @@ def no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = "loraover_serve.verify.engines.llamacpp.LlamaCpp"
-    monkeypatch.setattr(started, lambda base, adapter: LlamaCpp(base))
+    started = "loraover_serve.engines.llamacpp.LlamaCpp"
+    monkeypatch.setattr(started, lambda base, adapter: LlamaCppModel(base))
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,13 @@ def test_a_file_of_another_base_model_is_named(case: Case, tmp_path: Path) -> No
     assert (found.verdict, found.fault) == ("differs", "another base model")
 
 
-def test_a_file_that_is_no_model_is_refused_before_anything_runs(case: Case, tmp_path: Path) -> None:
+def test_a_file_that_is_no_model_is_refused_before_anything_runs(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("loraover_serve.verify.run.make_reference")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(EngineError, match=r"broken.gguf: not a GGUF file, or not a complete one"):
-        verify_adapter("no such folder", engines=["llamacpp"], base_gguf=tmp_path / "broken.gguf")
+        verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=tmp_path / "broken.gguf")
 
 
 def test_a_base_model_that_is_not_written_asks_for_a_file(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from loraover.common.errors import EngineError
 from loraover_export.gguf import run as gguf_run
 from loraover_export.mlx.run import export_mlx
 from loraover_serve import EngineResult
-from loraover_serve.verify.engines import mlx, openvino
-from loraover_serve.verify.engines.base import Setting
-from loraover_serve.verify.engines.vllm import export_uniform
+from loraover_serve.engines import mlx, openvino
+from loraover_serve.engines.answers import ADAPTER
+from loraover_serve.engines.base import Setting
+from loraover_serve.engines.vllm import export_uniform
 from loraover_serve.verify.faults import NOT_APPLIED, OTHER_BASE
 from loraover_serve.verify.run import ask, verify_engine
 
@@ -41,7 +42,7 @@ def without_peft_prefix(tensors: Tensors) -> Tensors:
 
 def as_peft_saved_it(engine: str, wrong: Path, case: Case, running: Running, scratch: Path) -> EngineResult:
     """Verify an engine that was given another adapter's files than the judge knows."""
-    with present(engine, PEFT, replace(case.setting(scratch), adapter=wrong), running) as started:
+    with present(engine, PEFT, replace(case.setting(scratch), adapters={ADAPTER: wrong}), running) as started:
         answers = ask(started, case.court.reference)
     return case.court.judge(engine, None, answers, 0.0)
 

@@ -11,7 +11,7 @@ import pytest
 from loraover.study.analysis import Difference, Halves
 from loraover.study.grid import Run
 from loraover.study.kept_runs import finished
-from loraover.study.outcome import Outcome
+from loraover.study.outcome import RunOutcome
 from loraover.study.report import StudyReport, TaskResult
 from loraover.study.runner import make_report
 
@@ -28,7 +28,7 @@ def kept(folder: str) -> StudyReport:
     return StudyReport.model_validate_json((DOCS / folder / "study.json").read_text())
 
 
-def runs_of(target: str, folder: str) -> tuple[list[Run], dict[Run, Outcome]]:
+def runs_of(target: str, folder: str) -> tuple[list[Run], dict[Run, RunOutcome]]:
     """All runs that a target plans, and the finished ones with their outcomes."""
     grid, _, reused = planned(target)
     return grid, finished(grid, DOCS / folder, reused)
@@ -118,7 +118,7 @@ def test_the_docs_quote_the_losses_by_rate() -> None:
 def test_the_docs_quote_the_arms_of_eigen() -> None:
     quoted = (RESEARCH / "eigen.md").read_text()
     grid, outcomes = runs_of("study-gauge-arms", "gauge-arms")
-    arms: dict[str, dict[float, Outcome]] = {run.method: {} for run in grid}
+    arms: dict[str, dict[float, RunOutcome]] = {run.method: {} for run in grid}
     for run, found in outcomes.items():
         arms[run.method][run.rate] = found
     assert sum(map(len, arms.values())) == len(grid)
@@ -143,7 +143,7 @@ def test_the_docs_quote_the_losses_after_300_steps() -> None:
         assert f"| {' | '.join(cells)} |" in quoted
 
 
-def loss_of(outcome: Outcome, half: Half) -> float:
+def loss_of(outcome: RunOutcome, half: Half) -> float:
     rows: slice = getattr(Halves(len(outcome.tokens)), half)
     return sum(outcome.nats[rows]) / sum(outcome.tokens[rows])
 

@@ -17,7 +17,7 @@ from loraover.overparam import config as config_module
 from loraover.overparam.decompositions import Mpo
 from loraover.study import outcome as outcome_module
 from loraover.study.grid import make_grid
-from loraover.study.outcome import Outcome, digest, execute
+from loraover.study.outcome import RunOutcome, digest, execute
 from loraover.training.failure import FAILURE_FILE, Failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_result import read_run
@@ -33,13 +33,13 @@ def one_run(recipe: Path, **settings: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def outcome(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+def outcome(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunOutcome]:
     folder = tmp_path_factory.mktemp("one") / "run"
     return folder, execute(one_run(recipe), folder, threads=1)
 
 
 @pytest.fixture(scope="module")
-def finished_run(outcome: tuple[Path, Outcome]) -> Path:
+def finished_run(outcome: tuple[Path, RunOutcome]) -> Path:
     return outcome[0]
 
 
@@ -51,7 +51,7 @@ def copy_of(run: Path, folder: Path, *lost: str) -> Path:
 
 @pytest.mark.parametrize("lost", [("run.json", "adapter", "recipe.yaml"), ("run.json",)])
 def test_a_run_that_was_killed_at_its_edges_is_made_again(
-    lost: tuple[str, ...], outcome: tuple[Path, Outcome], recipe: Path, tmp_path: Path
+    lost: tuple[str, ...], outcome: tuple[Path, RunOutcome], recipe: Path, tmp_path: Path
 ) -> None:
     """Before its recipe was kept; between its adapter and its result."""
     folder = copy_of(outcome[0], tmp_path / "run", *lost)
@@ -60,7 +60,7 @@ def test_a_run_that_was_killed_at_its_edges_is_made_again(
 
 
 def test_a_run_that_has_ended_is_not_trained_again(
-    outcome: tuple[Path, Outcome], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outcome: tuple[Path, RunOutcome], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy_of(outcome[0], tmp_path / "run")
     monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))

@@ -14,7 +14,7 @@ from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
 from loraover.study.html import to_page
-from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, Outcome
+from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, RunOutcome
 from loraover.study.report import StudyReport, TaskResult, task_results, words
 from loraover.study.runner import make_report
 from loraover.study.show import to_markdown
@@ -36,12 +36,12 @@ def grid_of(folder: Path, methods: list[str], tasks: int = 1) -> list[Run]:
     return make_grid(recipes, dict.fromkeys(methods, RATES), SEEDS, {})
 
 
-def made_up(run: Run, loss: float, noise: float = 0.01) -> Outcome:
+def made_up(run: Run, loss: float, noise: float = 0.01) -> RunOutcome:
     """With effects of seed and example that the methods share, and some of their own."""
     shared = np.random.default_rng([run.seed, 1]).normal(0, 0.1, EXAMPLES)
     own = np.random.default_rng([run.seed, zlib.crc32(run.method.encode())]).normal(0, noise, EXAMPLES)
     nats = TOKENS * (loss + shared + own)
-    return Outcome(recipe="", nats=nats.tolist(), tokens=[TOKENS] * EXAMPLES, step_seconds=0.5, peak_bytes=2**30)
+    return RunOutcome(recipe="", nats=nats.tolist(), tokens=[TOKENS] * EXAMPLES, step_seconds=0.5, peak_bytes=2**30)
 
 
 def judged(runs: list[Run], losses: Losses, more: Mapping[str, Losses] | None = None) -> list[TaskResult]:
@@ -79,7 +79,7 @@ def test_each_method_keeps_the_rate_that_validation_chose(tmp_path: Path) -> Non
         nats = np.full(EXAMPLES, 2.0)
         nats[halves.validation] = 1.0 if run.rate == 1e-3 else 1.5
         nats[halves.test] = 3.0 if run.rate == 1e-3 else 0.1
-        outcomes[run] = Outcome(recipe="", nats=(TOKENS * nats).tolist(), tokens=[TOKENS] * EXAMPLES)
+        outcomes[run] = RunOutcome(recipe="", nats=(TOKENS * nats).tolist(), tokens=[TOKENS] * EXAMPLES)
     (task,) = task_results(runs, outcomes, SEEDS)
     assert [result.rate for result in task.methods] == [1e-3, 1e-3]
     assert [result.test_loss for result in task.methods] == pytest.approx([3.0, 3.0])
@@ -130,7 +130,7 @@ def test_holm_counts_the_task_on_which_a_method_failed(tmp_path: Path) -> None:
     better = {run: made_up(run, 0.97 if run.method == "lora-over" else 1.0, noise=0.1) for run in runs}
     lost = {run for run in runs if run.method == "lora-over" and run.task == "task1"}
     whole, failed = (
-        task_results(runs, better | dict.fromkeys(gone, Outcome(recipe="", failure=DIVERGED)), SEEDS)
+        task_results(runs, better | dict.fromkeys(gone, RunOutcome(recipe="", failure=DIVERGED)), SEEDS)
         for gone in ((), lost)
     )
     (alone,) = task_results([run for run in runs if run.task == "task0"], better, SEEDS)
@@ -142,7 +142,7 @@ def test_a_task_on_which_every_rate_failed_counts_as_worse(tmp_path: Path) -> No
     runs = grid_of(tmp_path, ["lora", "lora-over"], tasks=2)
     outcomes = {run: made_up(run, 0.9 if run.method == "lora-over" else 1.0) for run in runs}
     lost = {run for run in runs if run.method == "lora-over" and run.task == "task1"}
-    outcomes |= {run: Outcome(recipe="", failure=DIVERGED) for run in lost}
+    outcomes |= {run: RunOutcome(recipe="", failure=DIVERGED) for run in lost}
     tasks = task_results(runs, outcomes, SEEDS)
     assert tasks[1].failed == ["lora-over"]
     assert verdict_of(report_of(tasks)).word == "better on some tasks, worse on others"
@@ -163,9 +163,9 @@ def test_a_gain_here_and_a_loss_there_is_no_win(tmp_path: Path) -> None:
     assert verdict_of(report_of(tasks)).word == "better on some tasks, worse on others"
 
 
-def failed(runs: list[Run], failures: Mapping[tuple[str, float], str], losses: Losses) -> dict[Run, Outcome]:
+def failed(runs: list[Run], failures: Mapping[tuple[str, float], str], losses: Losses) -> dict[Run, RunOutcome]:
     return {
-        run: Outcome(recipe="", failure=failures[run.method, run.rate])
+        run: RunOutcome(recipe="", failure=failures[run.method, run.rate])
         if (run.method, run.rate) in failures
         else made_up(run, losses[run.method][RATES.index(run.rate)])
         for run in runs
@@ -187,7 +187,7 @@ def test_nothing_stands_in_for_a_plain_lora_that_diverged(tmp_path: Path) -> Non
 
 def test_a_task_of_which_every_run_failed_is_reported(tmp_path: Path) -> None:
     runs = grid_of(tmp_path, ["lora", "lora-over"])
-    outcomes = {run: Outcome(recipe="", failure=OUT_OF_MEMORY) for run in runs}
+    outcomes = {run: RunOutcome(recipe="", failure=OUT_OF_MEMORY) for run in runs}
     report = make_report(runs, outcomes, "")
     (task,) = report.tasks
     assert (task.methods, task.baseline) == ([], None)

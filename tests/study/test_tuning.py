@@ -17,7 +17,7 @@ from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
-from loraover.study.outcome import DIVERGED, Outcome, digest
+from loraover.study.outcome import DIVERGED, RunOutcome, digest
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
 from loraover.study.runner import make_report, run_grid
@@ -49,15 +49,15 @@ def loss_of(method: str, rate: float, seed: int) -> float | None:
     return lowest + (0.2 if (rate == BEST[method]) == (seed >= TUNING) else 0.0)
 
 
-def outcome_of(run: Run, loss: Loss) -> Outcome:
+def outcome_of(run: Run, loss: Loss) -> RunOutcome:
     """Validation loss as given; the test loss is 1 higher."""
     found = loss(run.method, run.rate, run.seed)
     if found is None:
-        return Outcome(recipe=digest(run.recipe), failure=DIVERGED)
+        return RunOutcome(recipe=digest(run.recipe), failure=DIVERGED)
     noise = np.random.default_rng([run.seed, METHODS.index(run.method)]).normal(0, 0.01, EXAMPLES)
     nats = found + noise
     nats[Halves(EXAMPLES).test] += 1
-    return Outcome(recipe=digest(run.recipe), nats=(TOKENS * nats).tolist(), tokens=[TOKENS] * EXAMPLES)
+    return RunOutcome(recipe=digest(run.recipe), nats=(TOKENS * nats).tolist(), tokens=[TOKENS] * EXAMPLES)
 
 
 class Machine:
@@ -69,7 +69,7 @@ class Machine:
         self.trained: list[Run] = []
         self.lasts = len(grid)
 
-    def execute(self, recipe: Recipe, folder: Path, threads: int) -> Outcome:
+    def execute(self, recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
         if len(self.trained) == self.lasts:
             raise KeyboardInterrupt
         run = self.runs[folder]
@@ -229,8 +229,8 @@ def test_a_ruler_of_lora_over_decides_nothing(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path / "task.yaml", "none", evaluation={"examples": 12}))
     runs = make_grid([recipe], dict.fromkeys(("lora", "lora-over", ruler), RATES), 2, {}, rulers=(ruler,))
     even = {run: outcome_of(run, lambda *_: 1.0) for run in runs if run.method != ruler}
-    better = {run: Outcome(recipe="", nats=[1.0] * EXAMPLES, tokens=[TOKENS] * EXAMPLES) for run in runs}
-    for rulers in (better, dict.fromkeys(runs, Outcome(recipe="", failure=DIVERGED))):
+    better = {run: RunOutcome(recipe="", nats=[1.0] * EXAMPLES, tokens=[TOKENS] * EXAMPLES) for run in runs}
+    for rulers in (better, dict.fromkeys(runs, RunOutcome(recipe="", failure=DIVERGED))):
         verdict = verdict_of(make_report(runs, rulers | even, ""))
         assert verdict.word == "cannot be told apart"
         assert ruler not in verdict.sentence

@@ -56,9 +56,7 @@ def added_pair(in_features: int, dtype: torch.dtype = torch.float32) -> Damage:
 ODD_DTYPES = (torch.int64, torch.complex64, torch.float8_e4m3fn)
 WRONG_TENSORS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "core transposed": (replaced(CORES, CORE, lambda core: core.T), (CORES, CORE)),
-    "core widened": (replaced(CORES, CORE, lambda core: torch.cat([core, core])), (CORES, CORE)),
     "core nan": (replaced(CORES, CORE, element(float("nan"))), (CORES, CORE, "NaN")),
-    "core inf": (replaced(CORES, CORE, element(float("inf"))), (CORES, CORE, "infinity")),
     "core zero": (replaced(CORES, CORE, torch.zeros_like), (TENSORS, Q_A, "contradicts")),
     "A nan": (replaced(TENSORS, Q_A, element(float("nan"))), (TENSORS, Q_A, "NaN")),
     "B inf": (replaced(TENSORS, Q_B, element(float("inf"))), (TENSORS, Q_B, "infinity")),
@@ -126,7 +124,7 @@ def written(file: str, content: bytes) -> Damage:
     return lambda folder: (folder / file).write_bytes(content)
 
 
-NAN, INFINITY = float("nan"), float("inf")
+NAN = float("nan")
 DEEP = "[" * 10_000 + "]" * 10_000
 HUGE = "9" * 5001
 
@@ -140,19 +138,13 @@ WRONG_CONFIG: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "another rank": (config(r=3), ("rank 3", Q_A)),
     "r negative": (config(r=-4), ("r: ",)),
-    "r a fraction": (config(r=4.5), ("r: ",)),
-    "r true": (config(r=True), ("r",)),
     "r huge": (raw(CONFIG, '"r": 4', f'"r": {HUGE}'), ()),
-    "alpha text": (config(lora_alpha="8"), ("lora_alpha: ",)),
-    "alpha NaN": (config(lora_alpha=NAN), ()),
     "alpha 1e999": (raw(CONFIG, '"lora_alpha": 8', '"lora_alpha": 1e999'), ()),
     "use_rslora text": (config(use_rslora="off"), ("use_rslora: ",)),
     "a task that PEFT lacks": (config(task_type="GUESSING"), ("task_type: ", "'CAUSAL_LM'", "'GUESSING'")),
-    "rank_pattern text": (config(rank_pattern={"q_proj": "x"}), ("rank_pattern.q_proj: ",)),
     "rank_pattern zero": (config(rank_pattern={"q_proj": 0}), ("rank",)),
     "rank_pattern inline flags": (config(rank_pattern={"(?i)q": 4}), ("rank_pattern", "'(?i)q' is not a regular exp")),
     "alpha_pattern no pattern": (config(alpha_pattern={"[": 4.0}), ("alpha_pattern",)),
-    "base a number": (config(base_model_name_or_path=4), ("base_model_name_or_path: ",)),
     "base edited": (config(base_model_name_or_path="x/y"), ("base_model_name_or_path is 'x/y'",)),
     "another field NaN": (config(loftq_config={"a": NAN}), ()),
     "another field deep": (raw(CONFIG, '"bias"', f'"a": {DEEP}, "bias"'), ()),
@@ -168,7 +160,6 @@ WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "another format": (meta(format="other"), ("format: ",)),
     "unknown key": (meta(surprise=1), ("surprise: ",)),
     "unknown config key": (over(surprise=1), ("config.surprise: ",)),
-    "step a fraction": (meta(step=2.5), ("step: ",)),
     "no sites": (meta(sites=[]), ("sites: ",)),
     "site twice": (lambda f: edit_json(f / META, lambda c: c["sites"].append(c["sites"][0])), ("sites: ",)),
     "site of no matrix": (site(name="model.layers.9.lora_A"), ("model.layers.9.lora_A",)),
@@ -180,16 +171,13 @@ WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "checksums missing": (meta(sha256={}), ()),
     "decomposition unknown": (over(decomposition="tucker"), ("'tucker'", "mpo")),
     "another decomposition": (over(decomposition="svd"), (CORES, "core.0")),
-    "options null": (over(options=None), ("config.options: ",)),
     "options unknown": (mpo(surprise=1), ("mpo: 'surprise' is not an option",)),
-    "aux_lr_scale NaN": (over(aux_lr_scale=NAN), ("NaN is not a finite number",)),
     "seed negative": (over(seed=-1), ("config.seed: ",)),
     "num_cores 2": (mpo(num_cores=2), ("core.",)),
     "num_cores huge": (mpo(num_cores=10**12), ("num_cores",)),
     "modes text": (mpo(modes={"4": ["2", 2, 1]}), ("modes[4][0] is '2'",)),
     "other modes": (mpo(modes={"4": [4, 1, 1]}), ("core.",)),
     "bonds narrow": (mpo(bonds=[1, 1]), ("bond 1 is 1",)),
-    "expansion NaN": (mpo(expansion=NAN), ("NaN is not a finite number",)),
     "depth huge": (chain(depth=10**12), ("depth",)),
     "duplicate key": (raw(META, '"step": 2,', '"step": 7, "step": 2,'), ("step",)),
     "not an object": (written(META, b"[]"), ()),
@@ -198,11 +186,8 @@ WRONG_META: dict[str, tuple[Damage, tuple[str, ...]]] = {
 WRONG_BYTES: dict[str, bytes] = {
     "nothing": b"",
     "no JSON": b"step: 3",
-    "null": b"null",
     "half": b'{"format": "loraover-checkpoint", "schema_version": 1',
-    "trailing comma": b'{"schema_version": 1,}',
     "deep": b"[" * 100_000,
     "UTF-8 garbage": b'{"peft_type": "\xff\xfe\xc3("}',
-    "zeros": bytes(100),
     "a huge number": HUGE.encode(),
 }

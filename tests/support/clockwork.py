@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.judge.analysis import PRIMARY, latencies, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
@@ -20,7 +20,7 @@ from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 ARMS = ("base", VANILLA, CONTROL, FOLDED)
 
 
-class Clockwork(Engine):
+class Clockwork(Timed):
     """Engine that answers on a simulated clock that drifts; each arm is slower by a given share."""
 
     arms = ARMS

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loraover.common.atomic_output import publish_text
+from loraover_serve.engines import ENGINES
 
 VARIABLE = "LORAOVER_COMPATIBILITY"
 READ_NOT_RUN = Path(__file__).with_name("read_not_run.md")
@@ -71,16 +72,6 @@ ARCHITECTURES = {
     "BERT": "BertForSequenceClassification",
 }
 """Model classes of families; others are `<family>ForCausalLM`."""
-
-READERS = {
-    "llamacpp": "llama-cpp-py-sync",
-    "mlx": "mlx-lm",
-    "onnx": "onnxruntime-genai",
-    "openvino": "OpenVINO GenAI",
-    "torch": "PEFT",
-    "vllm": "vLLM",
-}
-"""What reads the adapter, and whose version a cell has, by the name that verify takes."""
 
 FORMS = PEFT, OURS = "PEFT's", "ours"
 """Forms in which an engine can get an adapter."""
@@ -194,7 +185,7 @@ def _forms(cells: Sequence[Cell]) -> Iterator[str]:
     for engine in sorted({cell.engine for cell in cells}):
         for form in FORMS:
             shown = [verdicts.get((engine, form, feature), "-") for feature in FEATURES]
-            reader = " ".join(filter(None, [READERS[engine], versions.get(engine)]))
+            reader = " ".join(filter(None, [ENGINES[engine].title, versions.get(engine)]))
             yield f"| `{engine}`, {reader} | {form} | {' | '.join(shown)} |"
 
 

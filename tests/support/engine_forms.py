@@ -18,21 +18,23 @@ import gguf
 import pytest
 from transformers import AutoModelForCausalLM
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import EngineError, ExportError
 from loraover_export import export_vllm
 from loraover_export.gguf import llamacpp
 from loraover_export.gguf.base import write_base
 from loraover_export.gguf.families import FAMILIES, interleave
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.onnx import genai
+from loraover_serve.engines import engine_class, mlx, openvino
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.base import Engine, Setting
+from loraover_serve.engines.llamacpp import LlamaCppEngine
 from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
-from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import ENDPOINT, engine_class, mlx, openvino
-from loraover_serve.verify.engines.base import Setting, VerifyEngine
-from loraover_serve.verify.engines.llamacpp import LlamaCppEngine
-from loraover_serve.verify.engines.onnx import Onnx
+from loraover_serve.engines.openvino import OpenVinoEngine
+from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.compatibility import PEFT
@@ -71,7 +73,9 @@ class Running:
         if setting.base.location not in self.converted:
             scratch = self.folder / f"openvino-{len(self.converted)}"
             scratch.mkdir()
-            self.converted[setting.base.location] = convert_for_openvino(replace(setting, scratch=scratch))
+            self.converted[setting.base.location] = convert_for_openvino(
+                replace(setting, scratch=scratch, log=scratch / "log")
+            )
         return self.converted[setting.base.location]
 
     def vllm(self, base: str) -> VllmServer:
@@ -82,8 +86,8 @@ class Running:
         return self.servers[base]
 
 
-convert_for_openvino = openvino._convert
-Presented = Callable[[Setting, Running], AbstractContextManager[VerifyEngine]]
+convert_for_openvino = OpenVinoEngine.convert
+Presented = Callable[[Setting, Running], AbstractContextManager[Engine]]
 
 
 def uniform(setting: Setting) -> Path:
@@ -96,19 +100,19 @@ def uniform(setting: Setting) -> Path:
     return folder
 
 
-def peft_in_torch(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+def peft_in_torch(setting: Setting, running: Running) -> AbstractContextManager[Engine]:
     return engine_class("torch").start(setting)
 
 
-def ours_in_torch(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
-    return engine_class("torch").start(replace(setting, adapter=uniform(setting)))
+def ours_in_torch(setting: Setting, running: Running) -> AbstractContextManager[Engine]:
+    return engine_class("torch").start(replace(setting, adapters={ADAPTER: uniform(setting)}))
 
 
 @contextmanager
-def peft_in_onnx(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+def peft_in_onnx(setting: Setting, running: Running) -> Iterator[Engine]:
     """PEFT's folder, given to onnxruntime-genai's builder, which writes the adapter into the graph."""
     adapted = build_graph(setting.base.location, setting.scratch / "graph", setting.adapter)
-    yield Onnx(OnnxEngine("onnx", {BASE: OnnxArm(running.onnx(setting.base.location)), ADAPTER: OnnxArm(adapted)}))
+    yield OnnxEngine("onnx", {BASE: OnnxArm(running.onnx(setting.base.location)), ADAPTER: OnnxArm(adapted)})
 
 
 def build_graph(base: str, folder: Path, adapter: Path | None = None) -> Path:
@@ -118,32 +122,28 @@ def build_graph(base: str, folder: Path, adapter: Path | None = None) -> Path:
     return folder
 
 
-def peft_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+def peft_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[Engine]:
     return _served(setting, setting.adapter, running)
 
 
-def ours_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+def ours_in_vllm(setting: Setting, running: Running) -> AbstractContextManager[Engine]:
     return _served(setting, uniform(setting), running)
 
 
 @contextmanager
-def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[VerifyEngine]:
+def _served(setting: Setting, adapter: Path, running: Running) -> Iterator[Engine]:
     """The running server, with an adapter loaded for the length of the block."""
     server, name = running.vllm(setting.base.location), setting.scratch.name
     load_adapter(server, name, adapter)
     try:
-        request = replace(setting.request, endpoint=server.url, served_name=name, base_name=setting.base.location)
-        asked = replace(setting, request=request)
-        with engine_class(ENDPOINT).start(asked) as engine:
-            engine.version = server.version()
-            yield engine
+        yield VllmEngine(server, {BASE: setting.base.location, ADAPTER: name}, 120, setting.base)
     finally:
         with suppress(EngineError):
             unload_adapter(server, name)
 
 
 @contextmanager
-def peft_in_llamacpp(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+def peft_in_llamacpp(setting: Setting, running: Running) -> Iterator[Engine]:
     """The converted file, loaded without this package's check of the headers: llama.cpp itself refuses."""
     model = AutoModelForCausalLM.from_pretrained(setting.base.location)
     base = write_base(model, setting.scratch / "base.gguf")
@@ -151,7 +151,7 @@ def peft_in_llamacpp(setting: Setting, running: Running) -> Iterator[VerifyEngin
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llamacpp, "check_pair", lambda base, adapter: None)
-            loaded = {BASE: LlamaCpp(base, threads=1), ADAPTER: LlamaCpp(base, file, threads=1)}
+            loaded = {BASE: LlamaCppModel(base, threads=1), ADAPTER: LlamaCppModel(base, file, threads=1)}
         yield LlamaCppEngine({arm: stack.enter_context(running) for arm, running in loaded.items()})
 
 
@@ -161,24 +161,23 @@ def write_as_llamacpp_does(model: Any, setting: Setting, path: Path) -> Path:
     A and B are renamed, B of the queries and keys reordered, and A of an embedding transposed, as for the base model.
     Of the configuration, only lora_alpha is written. Copies of base weights are left out.
     """
-    family = FAMILIES[type(model).__name__]
+    family, layout = FAMILIES[type(model).__name__], read_adapter_dir(setting.adapter)
     architecture = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == family.name)
     names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, family.name)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", float(setting.layout.config.lora_alpha))
-    with open_tensors(setting.layout.tensors_path) as file:
-        for key, full_name in setting.layout.sites.items():
-            module, _, kind = key.rpartition(".")
-            matrix = file.read(full_name).float()
-            if kind == "lora_B" and family.interleaved and module.endswith(("q_proj", "k_proj")):
+    writer.add_float32("adapter.lora.alpha", float(layout.config.lora_alpha))
+    with open_tensors(layout.tensors_path) as file:
+        for key, (adapted, side) in layout.matrices.items():
+            module, matrix = adapted.path, file.read(key).float()
+            if side == "B" and family.interleaved and module.endswith(("q_proj", "k_proj")):
                 matrix = interleave(matrix, len(matrix) // model.config.head_dim)
-            if kind == "lora_embedding_A":
+            if side == "A" and adapted.is_embedding:
                 matrix = matrix.mT
             target = names.get_name(module)
             assert target is not None, module
-            writer.add_tensor(f"{target}.weight.lora_{kind[-1].lower()}", matrix.contiguous().numpy())
+            writer.add_tensor(f"{target}.weight.lora_{side.lower()}", matrix.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -187,15 +186,15 @@ def write_as_llamacpp_does(model: Any, setting: Setting, path: Path) -> Path:
 
 
 @contextmanager
-def ours_in_openvino(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+def ours_in_openvino(setting: Setting, running: Running) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino, "_convert", running.openvino)
+        patch.setattr(OpenVinoEngine, "convert", running.openvino)
         with engine_class("openvino").start(setting) as engine:
             yield engine
 
 
 @contextmanager
-def peft_in_openvino(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+def peft_in_openvino(setting: Setting, running: Running) -> Iterator[Engine]:
     """PEFT's tensors, with the alpha that OpenVINO GenAI uses where the program names none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openvino, "export_uniform", lambda setting: setting.adapter)
@@ -204,7 +203,7 @@ def peft_in_openvino(setting: Setting, running: Running) -> Iterator[VerifyEngin
 
 
 @contextmanager
-def peft_in_mlx(setting: Setting, running: Running) -> Iterator[VerifyEngine]:
+def peft_in_mlx(setting: Setting, running: Running) -> Iterator[Engine]:
     """PEFT's folder, under the name that mlx-lm looks for."""
 
     def unchanged(source: Path, output: Path, *, model: str) -> Any:
@@ -240,11 +239,11 @@ MATRIX_ENGINES = tuple(PEFT_FORM)
 
 def skip_unless_installed(engine: str) -> None:
     """Skip the test where an engine is missing; vLLM is looked for when a server is started."""
-    if engine != "vllm" and (how := engine_class(engine).install("vllm")) is not None:
+    if engine != "vllm" and (how := engine_class(engine).lacking(VerifyRequest("adapter"))) is not None:
         pytest.skip(f"{engine} is not installed: {how}")
 
 
-def present(engine: str, form: str, setting: Setting, running: Running) -> AbstractContextManager[VerifyEngine]:
+def present(engine: str, form: str, setting: Setting, running: Running) -> AbstractContextManager[Engine]:
     """Start an engine with the adapter in a form."""
     table = PEFT_FORM if form == PEFT else OUR_FORM
     return table[engine](setting, running) if engine in table else engine_class(engine).start(setting)

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, PARAMETERS
@@ -130,7 +130,7 @@ def logits(model: Any) -> Tensor:
 
 def engine_logits(base: Path, adapter: Path | None = None) -> Tensor:
     """llama.cpp's logits of IDS."""
-    with LlamaCpp(base, adapter, threads=1) as engine:
+    with LlamaCppModel(base, adapter, threads=1) as engine:
         return torch.from_numpy(engine.logits(IDS[0].tolist()))
 
 
@@ -146,8 +146,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def rewrite(source: Path, output: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], object]) -> Path:
-    """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`."""
+def rewrite(
+    source: Path,
+    output: Path,
+    change: Callable[[dict[str, Any], dict[str, Tensor]], object],
+    matrices_as: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`.
+
+    Args:
+        matrices_as: type that the matrices of layers are stored in.
+    """
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     tensors = read_tensors(source)
@@ -157,7 +166,8 @@ def rewrite(source: Path, output: Path, change: Callable[[dict[str, Any], dict[s
         kind = reader.fields[name].types[0] if name in reader.fields else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(name, value, kind)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        dtype = matrices_as if tensor.ndim == 2 and name.startswith("blk.") else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -113,6 +113,11 @@ def deltas(adapter: Path) -> dict[str, Long]:
     return result
 
 
+def shards(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a saved model."""
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
 def long(tensor: Tensor) -> Long:
     return tensor.detach().double().numpy().astype(np.longdouble)
 

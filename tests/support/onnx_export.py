@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
@@ -27,7 +28,7 @@ from loraover_export.onnx.report import OnnxReport
 from support.children import Child
 from support.compatibility import record
 from support.make_checkpoint import Made, lora_model, make_checkpoint, save_tokenizer
-from support.onnx_graph import Graph
+from support.onnx_graph import FEEDS, Graph, genai_tokens, torch_tokens, worst_error
 from support.plain_adapter import tiny_decoder
 
 VOCABULARY = 80
@@ -139,6 +140,7 @@ def _recorded(family: str, output: Path, options: Sequence[str], code: int) -> O
 
 Adapter = Literal["first", "second"] | None
 """None: the base model."""
+ADAPTERS: tuple[Adapter, ...] = ("first", "second", None)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,20 @@ def make_exports(family: str, folder: Path, *options: str, lora: Mapping[str, An
     exported(family, folder / "first", folder / "merged", "--mode", "merged", *options)
     exported(family, [folder / "first", folder / "second"], folder / "swappable", "--mode", "swappable", *options)
     return Exports(folder, models)
+
+
+def assert_model(exports: Exports, prompt: Tensor, tokens: int, feeds: Sequence[str] = tuple(FEEDS)) -> None:
+    """Check that merged and swappable graphs give PEFT's logits and tokens."""
+    for name in ADAPTERS:
+        with exports.model(name) as model:
+            errors = worst_error(exports.swappable(name), model, feeds)
+            expected = torch_tokens(model, prompt, tokens)
+        assert max(errors.values()) <= 1, errors
+        assert genai_tokens(exports.folder / "swappable", prompt, tokens, exports.adapter(name)) == expected
+        if name == "first":
+            assert genai_tokens(exports.folder / "merged", prompt, tokens) == expected
+    errors = worst_error(exports.merged, exports.models["first"], feeds)
+    assert max(errors.values()) <= 1, errors
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint
 from loraover.common.command_line import run
@@ -109,6 +111,50 @@ def train(
     }
 
 
+def sharded(net: Any) -> Any:
+    """Two layers are units of their own; what the third adds stays whole between a forward and its backward."""
+    for layer in (net.get_base_model().first, net.get_base_model().second):
+        fully_shard(layer)
+    return fully_shard(net)
+
+
+def fsdp_run(rank: int, net: Any, config: LoraOverConfig | None, **options: Any) -> dict[str, Any]:
+    """A run of this process's share under FSDP2."""
+    net = sharded(net)
+
+    @contextmanager
+    def accumulate(is_last: bool) -> Iterator[None]:
+        net.set_requires_gradient_sync(is_last)
+        yield
+
+    return train(net, config, rank=rank, world=2, accumulate=accumulate, **options)
+
+
+def ddp_run(
+    rank: int, net: Any, config: LoraOverConfig | None, *, probes_inside: bool = False, **options: Any
+) -> dict[str, Any]:
+    """A run of this process's share; a schedule runs the wrapped model, or as in the Trainer the model inside."""
+    wrapped = DistributedDataParallel(net)
+    return train(
+        wrapped,
+        config,
+        rank=rank,
+        world=2,
+        accumulate=lambda is_last: nullcontext() if is_last else wrapped.no_sync(),
+        probed=net if probes_inside else wrapped,
+        **options,
+    )
+
+
+def step(net: Any, optimizer: torch.optim.Optimizer, rank: int, seed: int) -> float:
+    """One step on this process's share of a batch; returns its loss."""
+    found = loss(net, share(seed, rank, 2))
+    found.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+    return found.item()
+
+
 def cores(over: OverParameterization) -> dict[str, Tensor]:
     """Every core and its optimizer state."""
     found = {}
@@ -151,5 +197,5 @@ def assert_example_folds(name: str, folder: Path, start: Callable[..., None] = s
     start(EXAMPLES / f"{name}.py", "--steps", 5, "--output", folder / "adapter")
     checkpoint = read_checkpoint(folder / "adapter")
     assert (len(checkpoint.sites), checkpoint.meta.step, checkpoint.meta.world_size) == (28, 5, 2)
-    assert all(matrix.any() for matrix in load_file(checkpoint.adapter.tensors_path).values())
+    assert all(matrix.any() for matrix in load_file(checkpoint.tensors_path).values())
     assert run(cli, ["fold", str(folder / "adapter"), "-o", str(folder / "folded")]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,6 +134,13 @@ def tiny_bert(seed: int = 0, num_labels: int = 2) -> BertForSequenceClassificati
         num_labels=num_labels,
     )
     return _seeded(BertForSequenceClassification, config, seed)
+
+
+def saved(model: Any, folder: Path) -> Any:
+    """Save a base model, so that PEFT names the folder in adapters; returns the model."""
+    model.save_pretrained(folder)
+    model.name_or_path = str(folder)
+    return model
 
 
 def with_lora(

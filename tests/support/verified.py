@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.checkpoint import read_source
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.verify.engines.base import Setting
+from loraover_serve.engines.base import Setting
 from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.judge import Court
 from loraover_serve.verify.reference import make_reference
 from loraover_serve.verify.request import VerifyRequest
-from loraover_serve.verify.run import make_subject
+from loraover_serve.verify.run import make_setting, make_subject
 from loraover_serve.verify.variants import Variants
 
 from support.make_checkpoint import LINEAR
@@ -90,10 +90,10 @@ class Case:
     adapter: Path
     court: Court
 
-    def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None) -> Setting:
+    def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None, **asked: Any) -> Setting:
         """What an engine is started with: another adapter or base model than the judge's is a planted fault."""
-        folder, source = adapter or self.adapter, resolve_model(str(base or self.base))
-        return Setting(VerifyRequest(folder), folder, adapter_of(read_source(folder)), source, scratch, longest=96)
+        request = VerifyRequest(adapter or self.adapter, **asked)
+        return make_setting(request, resolve_model(str(base or self.base)), scratch, longest=96)
 
 
 def make_case(

@@ -87,38 +87,35 @@ def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def recipes(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+def recipes(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A recipe of each kind; dropout, decay and a schedule make a step depend on all that a checkpoint must hold."""
     folder = tmp_path_factory.mktemp("recipes")
     return {
-        (kind, method): write_recipe(
-            folder / f"{kind}-{method}.yaml",
+        kind: write_recipe(
+            folder / f"{kind}.yaml",
             bases[kind],
-            method=method,
             lora={"lora_dropout": 0.2},
             training={"max_steps": STEPS, "weight_decay": 0.1, "warmup_steps": 1, "lr_scheduler_type": "linear"},
             evaluation={"exact_match": False},
         )
-        for kind, method in KINDS
+        for kind in KINDS
     }
 
 
 @pytest.fixture(scope="session")
-def whole(recipes: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+def whole(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a run of each of these recipes, never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    runs = {}
     for kind, recipe in recipes.items():
-        runs[kind] = folder / "-".join(kind)
-        assert train(recipe, runs[kind]) == 0
-    return runs
+        assert train(recipe, folder / kind) == 0
+    return {kind: folder / kind for kind in recipes}
 
 
 @pytest.fixture(scope="session")
-def halted(recipes: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+def halted(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a run of each of these recipes, interrupted in step `STOP`; copy one before you change it."""
     folder = tmp_path_factory.mktemp("halted")
-    return {kind: stopped(recipe, folder / "-".join(kind)) for kind, recipe in recipes.items()}
+    return {kind: stopped(recipe, folder / kind) for kind, recipe in recipes.items()}
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.checkpoint.error_bounds import gamma, unit_roundoff
+from loraover.checkpoint.error_bounds import gamma
 
 from support.hooked_run import (
     OPTIMIZERS,
-    Step,
     core_states,
     cores,
     make,
@@ -29,11 +28,8 @@ from support.tiny_models import (
     lora_matrices,
     net_batch,
     net_loss,
-    tiny_llama,
     tiny_net,
-    token_ids,
     trainable,
-    with_lora,
 )
 
 # What is visible between steps
@@ -111,30 +107,6 @@ def test_gradients_left_on_the_cores_are_not_used_twice() -> None:
     before = cores(over)
     optimizer.step()
     assert same(cores(over), before)
-
-
-def test_accumulated_gradients_equal_one_large_batch() -> None:
-    def trained(step: Step) -> dict[str, Tensor]:
-        model = tiny_net(dtype=torch.float64)
-        optimizer = SGD(trainable(model), lr=1e-1, momentum=0.9)
-        OverParameterization(model).attach(optimizer)
-        return train(model, optimizer, range(5), step)
-
-    def accumulated(model: Any, optimizer: Optimizer, number: int) -> None:
-        optimizer.zero_grad()
-        x, y = net_batch(number, 8, torch.float64)
-        for part in (slice(0, 4), slice(4, 8)):
-            torch.autograd.backward((model(x[part]) - y[part]).square().mean() / 2)
-        optimizer.step()
-
-    def at_once(model: Any, optimizer: Optimizer, number: int) -> None:
-        optimizer.zero_grad()
-        net_loss(model, number, 8).backward()
-        optimizer.step()
-
-    one, other = trained(accumulated), trained(at_once)
-    for key in one:
-        torch.testing.assert_close(one[key], other[key], rtol=0, atol=5 * gamma(1000, unit_roundoff(torch.float64)))
 
 
 # Steps that must change nothing
@@ -233,21 +205,3 @@ def test_weight_decay_shrinks_the_centre_alone_unless_asked(decay_auxiliary: boo
 
 
 # Precision
-
-
-def test_gradient_checkpointing_gives_the_same_run() -> None:
-    def trained(checkpointing: bool) -> dict[str, Tensor]:
-        model = with_lora(tiny_llama()).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
-        optimizer = AdamW(trainable(model), lr=1e-2)
-        OverParameterization(model).attach(optimizer)
-        for step in range(2):
-            tokens = token_ids(step)
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return lora_matrices(model)
-
-    assert same(trained(True), trained(False))

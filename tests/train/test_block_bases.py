@@ -231,16 +231,6 @@ def test_columns_are_sorted_by_their_eigenvalues_first() -> None:
     assert torch.equal(found, order)
 
 
-def test_iteration_converges_to_the_eigenvectors() -> None:
-    blocks = Blocks.of(11, 6)
-    moment = moments(blocks, "full", 3, torch.float64)
-    basis = torch.eye(6, dtype=torch.float64).expand_as(moment)
-    for _ in range(3000):
-        basis, _ = next_eigenvectors(moment, basis, blocks)
-    expected = eigenvectors(moment, blocks)
-    assert (expected.mT @ basis).abs().diagonal(dim1=-2, dim2=-1).min() > 1 - 1e-9
-
-
 # Groups
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from rich.console import Console
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, read_checkpoint
 from loraover.checkpoint.tensor_file import open_tensors
@@ -21,44 +21,11 @@ from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
 
 from support.hf_trainer import DATA, adapter_tensors, arguments, assert_contracted, assert_holds, llama, trainer_of
-from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import (
-    fill_b,
     lora_matrices,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_t5,
-    token_ids,
-    with_lora,
 )
 
 pytestmark = pytest.mark.process
-
-
-def test_the_three_lines_of_a_users_script(tmp_path: Path) -> None:
-    base, data = tiny_llama(), DATA
-    args = arguments(tmp_path / "run")
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    before = lora_matrices(model)
-    callback = LoraOverCallback(LoraOverConfig())
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
-    trainer.train()
-    model.save_pretrained(tmp_path / "adapter")
-
-    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
-    assert_holds(model, tmp_path / "adapter")
-    assert {p.name for p in (tmp_path / "adapter").iterdir()} <= {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    reloaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
-    tokens = token_ids(1)
-    assert torch.equal(reloaded.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
-    assert callback.over is not None
-    for group in callback.over.groups:
-        for site, matrix in zip(group.sites, group.contract(), strict=True):
-            assert torch.equal(site.parameter, matrix)
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "adamw_torch"])
@@ -154,11 +121,6 @@ def test_the_first_loss_and_gradient_norm_are_plain_loras(tmp_path: Path) -> Non
     assert first([LoraOverCallback()]) == pytest.approx(first([]), rel=1e-4)
 
 
-def test_a_model_without_lora_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no LoRA layers"):
-        trainer_of(tmp_path, tiny_llama()).train()
-
-
 def test_a_second_training_begins_anew(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, model := llama())
     trainer.train()
@@ -232,46 +194,3 @@ def test_a_write_during_training_stops_it_by_name(tmp_path: Path) -> None:
 
 
 # Other trainers
-
-
-def test_seq2seq_trainer_with_t5(tmp_path: Path) -> None:
-    model = with_lora(tiny_t5(), task_type="SEQ_2_SEQ_LM")
-    before = lora_matrices(model)
-    args = arguments(
-        tmp_path, Seq2SeqTrainingArguments, save_strategy="steps", save_steps=2, max_steps=2, predict_with_generate=True
-    )
-    trainer = Seq2SeqTrainer(
-        model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=[LoraOverCallback(LoraOverConfig())]
-    )
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
-    assert_contracted(tmp_path / "checkpoint-2", sites=64)
-    assert_holds(model, tmp_path / "checkpoint-2")
-
-
-def test_gpt2_with_conv1d(tmp_path: Path) -> None:
-    model = with_lora(tiny_gpt2(), task_type="CAUSAL_LM", fan_in_fan_out=True)
-    trainer_of(tmp_path, model, save_strategy="steps", save_steps=2, max_steps=2).train()
-    assert_contracted(tmp_path / "checkpoint-2", sites=16)
-    assert_holds(model, tmp_path / "checkpoint-2")
-
-
-def test_trl_sft_trainer(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    texts = [" ".join(f"w{i}" for i in row) for row in token_ids(seed=7, batch=16).tolist()]
-    trainer = trl.SFTTrainer(
-        tiny_llama(),
-        arguments(tmp_path, trl.SFTConfig, save_strategy="steps", save_steps=2, max_steps=2, max_length=16),
-        train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[LoraOverCallback()],
-    )
-    fill_b(trainer.model)
-    before = lora_matrices(trainer.model)
-    trainer.train()
-    assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(trainer.model).items())
-    assert_contracted(tmp_path / "checkpoint-2", sites=28)
-    assert_holds(trainer.model, tmp_path / "checkpoint-2")

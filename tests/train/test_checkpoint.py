@@ -45,8 +45,6 @@ from support.speed import examples
 from support.tiny_models import fill_b
 
 LORA: dict[str, dict[str, Any]] = {
-    "plain": {"target_modules": LINEAR},
-    "rslora": {"use_rslora": True, "r": 2},
     "patterns": {
         "target_modules": LINEAR,
         "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 1},
@@ -92,7 +90,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_cores_and_metadata_are_read_as_they_were_written(
     decomposition: str, dtype: torch.dtype, tmp_path: Path
@@ -103,7 +101,7 @@ def test_cores_and_metadata_are_read_as_they_were_written(
     assert_equal(read_cores(found), cores_of(made.over))
     assert found.sites.keys() == made.over.injected.keys()
     assert len(found.sites) == 6
-    assert len(found.adapter.sites) == 8
+    assert len(found.matrices) == 8
     assert found.meta.config == config
     assert found.meta.step == 3
     assert found.meta.base_model == str(made.base)
@@ -161,8 +159,10 @@ def test_write_then_read_is_identity_for_every_shape(
     shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize(
+    ("decomposition", "optimizer"),
+    [*((name, "adamw") for name in DECOMPOSITIONS), *(("mpo", name) for name in OPTIMIZERS if name != "adamw")],
+)
 def test_resumed_training_is_uninterrupted_training(decomposition: str, optimizer: str, tmp_path: Path) -> None:
     config = LoraOverConfig(decomposition=decomposition, seed=5)
     made = make_checkpoint(tmp_path, config=config, make_optimizer=OPTIMIZERS[optimizer])
@@ -213,19 +213,6 @@ def test_a_resumed_step_count_lies_where_the_optimizer_looks_for_it(option: str,
     assert {state["step"].device.type for state in states} == {device}
 
 
-def test_sites_injected_at_different_steps_resume_in_their_own_groups(tmp_path: Path) -> None:
-    config = LoraOverConfig(sites=["*.q_proj.*"], seed=5)
-    made = make_checkpoint(tmp_path, config=config)
-    made.over.inject([name for name in made.over.sites if "v_proj" in name], step=2)
-    train(made.model, made.optimizer, range(2, 4))
-    save(made.path, made.model, made.over, step=4)
-    steps = {site.name: site.step for site in read_checkpoint(made.path).meta.sites}
-    assert {name: 2 * ("v_proj" in name) for name in steps} == steps
-    resumed = reopened(made, OPTIMIZERS["adamw"])
-    assert state_of(resumed.over) == state_of(made.over)
-    assert [group.step for group in resumed.over.groups] == [group.step for group in made.over.groups]
-
-
 @pytest.mark.parametrize("lora", LORA)
 def test_the_adapter_and_its_scaling_stay_pefts(lora: str, tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, **LORA[lora])
@@ -234,7 +221,7 @@ def test_the_adapter_and_its_scaling_stay_pefts(lora: str, tmp_path: Path) -> No
     assert torch.equal(logits(loaded), made.logits())
     with loaded.disable_adapter():
         assert not torch.allclose(logits(loaded), made.logits(), atol=1e-3)
-    config = read_checkpoint(made.path).adapter.config
+    config = read_checkpoint(made.path).config
     expected = {path: layer.scaling["default"] for path, layer in lora_layers(made.model).items()}
     assert {path: config.scaling(path) for path in expected} == expected
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from loraover import LoraOverConfig, read_checkpoint
-from loraover.checkpoint.exact_tensors import open_exact
 from loraover.common.errors import LoraOverError
 from loraover.common.strict_json import MAX_JSON_BYTES
 
@@ -39,9 +38,9 @@ from support.make_checkpoint import Made, digest, edit_json, make_checkpoint, re
 def read_whole(source: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by the readers of a fold."""
     checkpoint = read_checkpoint(source)
-    checkpoint.adapter.check_keeps_base()
-    with open_exact(checkpoint) as exact:
-        return {key: exact.tensor(key).value for key in checkpoint.adapter.shapes}
+    checkpoint.check_keeps_base()
+    with checkpoint.open() as exact:
+        return {key: exact.tensor(key).value for key in checkpoint.shapes}
 
 
 @pytest.fixture(scope="module")

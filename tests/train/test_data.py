@@ -231,15 +231,3 @@ def test_the_real_gsm8k_is_read_whole(name: str, count: int) -> None:
         number = final_number(answer)
         assert number is not None
         assert number == int(answer.rpartition("####")[2].replace(",", ""))
-
-
-def test_real_conversations_become_examples(write: Write) -> None:
-    roles = {"human": "user", "gpt": "assistant"}
-    talks = [
-        json.loads(line)["conversations"]
-        for line in real_data("instruct/fastchat_dummy_conversation.jsonl").read_text().splitlines()
-    ]
-    rows = [{"messages": [{"role": roles[t["from"]], "content": t["value"]} for t in talk]} for talk in talks]
-    loaded = load(write("talks.jsonl", *rows), chat=True).rows
-    assert len(loaded) == sum(t["from"] == "gpt" for talk in talks for t in talk)
-    assert all(row["prompt"][-1]["role"] == "user" for row in loaded)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from loraover import OverParameterization
 from loraover.common.errors import ConfigError
-from loraover.overparam.sites import find_sites
 
 from support.parallel_run import (
     CONFIGS,
@@ -21,6 +18,7 @@ from support.parallel_run import (
     STEPS,
     assert_example_folds,
     assert_trained_as_one,
+    ddp_run,
     fresh,
     train,
 )
@@ -35,34 +33,22 @@ def sent(messages: list[tuple[str, int]]) -> list[tuple[str, int]]:
     return [message for message in messages if message not in [("broadcast_", 28), ("broadcast_", 4)]]
 
 
-def ddp_run(rank: int, schedule: str, micro_batches: int = 1, **options: Any) -> dict[str, Any]:
-    """A run of this process's share; the probe is the wrapped model, or as in the Trainer the model itself."""
-    net = fresh(schedule)
-    wrapped = DistributedDataParallel(net)
-    return train(
-        wrapped,
-        CONFIGS[schedule],
-        rank=rank,
-        world=2,
-        micro_batches=micro_batches,
-        accumulate=lambda is_last: nullcontext() if is_last else wrapped.no_sync(),
-        probed=net if schedule == "static-fisher" else wrapped,
-        **options,
-    )
+def run(rank: int, schedule: str, **options: Any) -> dict[str, Any]:
+    return ddp_run(rank, fresh(schedule), CONFIGS[schedule], probes_inside=schedule == "static-fisher", **options)
 
 
-@pytest.mark.parametrize(("schedule", "micro_batches"), [*((name, 2) for name in SCHEDULES), ("dynamic", 1)])
+@pytest.mark.parametrize(("schedule", "micro_batches"), [("all", 1), *((name, 2) for name in SCHEDULES[1:])])
 def test_two_processes_train_as_one_does_at_their_global_batch(
     schedule: str, micro_batches: int, tmp_path: Path
 ) -> None:
     alone = train(fresh(schedule), CONFIGS[schedule], micro_batches=micro_batches)
-    first, second = in_two_processes(lambda rank: ddp_run(rank, schedule, micro_batches), tmp_path)
+    first, second = in_two_processes(lambda rank: run(rank, schedule, micro_batches=micro_batches), tmp_path)
     assert_trained_as_one(alone, first, second)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_step_sends_plain_loras_bytes_and_a_round_its_scores(schedule: str, tmp_path: Path) -> None:
-    plain, over = in_two_processes(lambda rank: [ddp_run(rank, "plain-lora"), ddp_run(rank, schedule)], tmp_path)[0]
+    plain, over = in_two_processes(lambda rank: [run(rank, "plain-lora"), run(rank, schedule)], tmp_path)[0]
 
     matrices = sum(matrix.nbytes for matrix in over["matrices"].values())
     expected = [[("allreduce_", matrices)] for _ in range(STEPS)]
@@ -79,16 +65,6 @@ def test_a_step_sends_plain_loras_bytes_and_a_round_its_scores(schedule: str, tm
 
 
 # Wrappers
-
-
-def test_names_do_not_depend_on_ddp(tmp_path: Path) -> None:
-    def names(rank: int) -> list[list[str]]:
-        compiled: Any = torch.compile(DistributedDataParallel(tiny_net()))
-        return [list(find_sites(wrapped)) for wrapped in (tiny_net(), DistributedDataParallel(tiny_net()), compiled)]
-
-    plain, ddp, compiled = in_two_processes(names, tmp_path)[1]
-    assert len(plain) == 6
-    assert ddp == compiled == plain
 
 
 def test_cores_made_before_ddp_are_noticed_where_it_writes_rank_zeros_matrices(tmp_path: Path) -> None:
@@ -110,5 +86,6 @@ def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) 
     assert_example_folds("ddp", tmp_path)
 
 
+@pytest.mark.matrix
 def test_accelerate_launches_the_example(tmp_path: Path) -> None:
     assert_example_folds("ddp", tmp_path, partial(launched, ACCELERATE))

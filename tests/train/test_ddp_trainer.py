@@ -62,7 +62,7 @@ def test_two_processes_log_what_one_does_at_their_global_batch(saw: list[dict[st
 def test_training_leaves_a_checkpoint_of_both_processes(folder: Path, saw: list[dict[str, Any]]) -> None:
     checkpoint = read_checkpoint(folder / "run")
     assert (checkpoint.meta.step, checkpoint.meta.world_size, len(checkpoint.sites)) == (STEPS, 2, 8)
-    with open_tensors(checkpoint.adapter.tensors_path) as file:
+    with open_tensors(checkpoint.tensors_path) as file:
         stored = {key: file.read(key) for key in file.keys}
     assert equal(stored, {key.replace(".default", ""): matrix for key, matrix in saw[0]["whole"]["matrices"].items()})
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from loraover.overparam.decompositions import DECOMPOSITIONS
@@ -114,44 +113,6 @@ def test_application_does_not_form_the_matrix(name: str, shape: tuple[int, int])
 def test_application_to_no_token_gives_none(name: str) -> None:
     case = Case(name, {}, 4, 6)
     assert apply(case, random_cores(case, 2, seed=0), torch.zeros(2, 0, 6, dtype=torch.float64)).shape == (2, 0, 4)
-
-
-@every_decomposition
-@given(data=st.data(), seed=SEEDS)
-@cheap
-def test_gradients_agree_between_application_and_contraction(name: str, data: st.DataObject, seed: int) -> None:
-    case = data.draw(cases(name))
-    cores = random_cores(case, 2, seed)
-    x, weight = normal(seed + 50, 2, 3, case.n), normal(seed + 51, 2, 3, case.m)
-
-    def gradients(form: bool, absolute: bool) -> tuple[Tensor, ...]:
-        leaves = [(core.abs() if absolute else core).clone().requires_grad_() for core in cores]
-        inputs, outputs = (x.abs(), weight.abs()) if absolute else (x, weight)
-        y = inputs @ contract(case, leaves).mT if form else apply(case, leaves, inputs)
-        return torch.autograd.grad((y * outputs).sum(), leaves)
-
-    terms = entries(case) + 3 + case.m + case.n
-    relative = 2 * gamma(terms, UNIT[torch.float64])
-    triples = zip(gradients(False, False), gradients(True, False), gradients(True, True), strict=True)
-    for applied, formed, bound in triples:
-        assert within(applied, formed, 1.01 * relative * bound)
-
-
-@every_decomposition
-@given(data=st.data(), seed=SEEDS)
-@cheap
-def test_a_group_contracts_and_applies_like_each_alone(name: str, data: st.DataObject, seed: int) -> None:
-    case = data.draw(cases(name))
-    cores = random_cores(case, 3, seed)
-    x = normal(seed + 50, 3, 2, case.n)
-    together, applied = contract(case, cores), apply(case, cores, x)
-    bound = contraction_bound(case, cores)
-    terms = entries(case) + case.n
-    apply_bound = 2.02 * gamma(terms, UNIT[torch.float64]) * (x.abs() @ magnitude(case, cores).mT)
-    for g in range(3):
-        alone = [core[g : g + 1] for core in cores]
-        assert within(contract(case, alone)[0], together[g], bound[g])
-        assert within(apply(case, alone, x[g : g + 1])[0], applied[g], apply_bound[g])
 
 
 @every_decomposition

@@ -11,34 +11,24 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from loraover import DiagnosticsCallback, LoraOverCallback, LoraOverConfig, OverParameterization
 from loraover.callbacks.diagnostics import PREFIX, core_numbers
 from loraover.callbacks.step_norm import factors, step_norm
 
-from support.tiny_models import tiny_llama, tiny_net, token_ids, with_lora
+from support.hf_trainer import DATA, arguments, llama
+from support.tiny_models import tiny_net
 
 pytestmark = pytest.mark.process
 
-DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 STEPS = 5
 
 
 def trained(folder: Path, over: LoraOverCallback | None, adapter: str = "default", **changes: Any) -> Trainer:
-    options: dict[str, Any] = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    args = TrainingArguments(str(folder), **(options | changes))
-    model = with_lora(tiny_llama(), task_type="CAUSAL_LM", adapter=adapter)
+    args = arguments(folder, **({"max_steps": STEPS, "logging_steps": 2} | changes))
     callbacks: list[Any] = [DiagnosticsCallback(over)] if over is None else [over, DiagnosticsCallback(over)]
+    model = llama(adapter=adapter)
     trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=callbacks)
     trainer.train()
     return trainer
@@ -114,17 +104,6 @@ def test_they_reach_tensorboard_and_the_trainers_own_record(tmp_path: Path) -> N
     trainer.save_state()
     record = json.loads((tmp_path / "trainer_state.json").read_text())
     assert PREFIX + "gauge_condition" in record["log_history"][0]
-
-
-def test_without_them_nothing_is_logged(tmp_path: Path) -> None:
-    args = TrainingArguments(
-        str(tmp_path), max_steps=1, logging_steps=1, save_strategy="no", report_to="none", use_cpu=True
-    )
-    trainer = Trainer(
-        with_lora(tiny_llama(), task_type="CAUSAL_LM"), args, train_dataset=DATA, callbacks=[LoraOverCallback()]
-    )
-    trainer.train()
-    assert not any(key.startswith(PREFIX) for row in trainer.state.log_history for key in row)
 
 
 @pytest.mark.parametrize("decomposition", ["mpo", "svd", "chain"])

@@ -12,7 +12,7 @@ import pytest
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.inspection import installation
-from loraover.inspection.installation import Engine, check_installation, find_engines, missing_extras
+from loraover.inspection.installation import ListedEngine, check_installation, find_engines, missing_extras
 
 REQUIREMENTS = [
     "click>=8.1",
@@ -46,7 +46,7 @@ def point(function: str) -> EntryPoint:
 
 def test_engines_come_from_the_packages_that_have_them() -> None:
     engines, faults = find_engines([point("found_engines"), point("broken"), point("no_such_function")])
-    assert engines[0] == Engine(name="vLLM", version=None, takes="a folded adapter", install="pip install vllm")
+    assert engines[0] == ListedEngine(name="vLLM", version=None, takes="a folded adapter", install="pip install vllm")
     assert [engine.version for engine in engines] == [None, "2.13"]
     assert len(faults) == 2
     assert "OSError: libcuda.so is missing" in faults[0]

@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim import AdamW, NAdam
-from transformers import AutoModelForCausalLM
 
-from loraover import OverParameterization, read_checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
+from loraover import OverParameterization
 from loraover.common.command_line import run
 from loraover.overparam.eigenbases import BasisFollower
 from loraover_export.cli import cli
@@ -21,11 +19,9 @@ from loraover_export.fold.certificate import FoldCertificate
 from support.eigen_checkpoint import OPTIONS, V, made_of
 from support.hooked_run import same
 from support.make_checkpoint import (
-    LINEAR,
     Made,
     adamw,
     cores_of,
-    logits,
     nearest,
     numpy64,
     oracle_matrices,
@@ -140,12 +136,6 @@ def test_another_rotated_optimizer_resumes_too(tmp_path: Path) -> None:
     assert_alike(resumed, made)
 
 
-def test_a_shared_basis_is_stored_once(tmp_path: Path) -> None:
-    made = made_of(tmp_path, "both", target_modules=LINEAR)
-    keys = [key for key in load_file(made.path / "loraover.safetensors") if key.endswith("lora_A.core.2")]
-    assert sorted(key.split(".")[4] for key in keys) == sorted(2 * ["down_proj", "gate_proj", "o_proj", "q_proj"])
-
-
 # Folded
 
 
@@ -163,16 +153,6 @@ def test_a_fold_is_the_oracles_contraction_with_its_certificate(kind: str, tmp_p
     certificate = FoldCertificate.model_validate_json((tmp_path / "folded" / "fold_certificate.json").read_bytes())
     assert {matrix.name for matrix in certificate.matrices} == set(made.over.injected)
     assert all(matrix.passed for matrix in certificate.matrices)
-
-
-def test_the_unfolded_forward_is_the_adapters(tmp_path: Path) -> None:
-    made = made_of(tmp_path, "both", steps=5)
-    base = AutoModelForCausalLM.from_pretrained(made.base).eval()
-    plain = logits(base)
-    with unfolded(base, read_checkpoint(made.path)) as model:
-        found = logits(model)
-    assert (found - made.logits()).abs().max() < 1e-5
-    assert (found - plain).abs().max() > 1e-2
 
 
 # The end of a run

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor, distributed
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
-from loraover.checkpoint.resume import restore
+from loraover import LoraOverConfig
 from loraover.overparam import covariances, eigenbases
-from loraover.overparam.sharding import trainable_state_dict
 
-from support.parallel_run import STEPS, cores, deviation, equal, fresh, loss, model, share, train
+from support.parallel_run import (
+    STEPS,
+    ddp_run,
+    deviation,
+    equal,
+    fsdp_run,
+    model,
+    train,
+)
 from support.processes import in_two_processes
-from support.tiny_models import trainable
 
 pytestmark = pytest.mark.process
 
@@ -43,42 +44,12 @@ def config(source: str) -> LoraOverConfig:
     return LoraOverConfig(decomposition="eigen", options=OPTIONS[source])
 
 
-def sharded(net: Any) -> Any:
-    for layer in (net.get_base_model().first, net.get_base_model().second):
-        fully_shard(layer)
-    return fully_shard(net)
-
-
-def ddp_run(rank: int, source: str, micro_batches: int = 1) -> dict[str, Any]:
-    wrapped = DistributedDataParallel(model())
-    return train(
-        wrapped,
-        config(source),
-        rank=rank,
-        world=2,
-        micro_batches=micro_batches,
-        accumulate=lambda is_last: nullcontext() if is_last else wrapped.no_sync(),
-    )
-
-
-def fsdp_run(rank: int, source: str, micro_batches: int = 1) -> dict[str, Any]:
-    net = sharded(model())
-
-    @contextmanager
-    def accumulate(is_last: bool) -> Iterator[None]:
-        net.set_requires_gradient_sync(is_last)
-        yield
-
-    return train(net, config(source), rank=rank, world=2, micro_batches=micro_batches, accumulate=accumulate)
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @by_source
 def test_two_processes_train_as_one_does_at_their_global_batch(source: str, kind: str, tmp_path: Path) -> None:
-    micro_batches = 2
-    alone = train(model(), config(source), micro_batches=micro_batches)
-    work = ddp_run if kind == "ddp" else fsdp_run
-    first, second = in_two_processes(lambda rank: work(rank, source, micro_batches), tmp_path)
+    alone = train(model(), config(source), micro_batches=2)
+    run = ddp_run if kind == "ddp" else fsdp_run
+    first, second = in_two_processes(lambda rank: run(rank, model(), config(source), micro_batches=2), tmp_path)
     assert equal(first["matrices"], second["matrices"])
     assert equal(first["cores"], second["cores"])
     assert deviation(first["matrices"], alone["matrices"]) < TOLERANCE
@@ -112,7 +83,7 @@ def test_processes_whose_eigenvectors_differ_stay_equal(source: str, tmp_path: P
 
     def work(rank: int) -> dict[str, Any]:
         disagreeing(rank)
-        return ddp_run(rank, source)
+        return ddp_run(rank, model(), config(source))
 
     first, second = in_two_processes(work, tmp_path)
     assert equal(first["cores"], second["cores"])
@@ -131,42 +102,3 @@ def test_only_a_refresh_sends_more_than_plain_lora(tmp_path: Path) -> None:
     assert more[2] > 0
     assert [count for step, count in enumerate(more) if step != 2] == [0] * (STEPS - 1)
     assert over["messages_before"] == []
-
-
-def test_a_sharded_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    source, folder = "both", tmp_path / "checkpoint"
-
-    def step(net: Any, optimizer: torch.optim.Optimizer, rank: int, seed: int) -> float:
-        found = loss(net, share(seed, rank, 2))
-        found.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        return found.item()
-
-    def work(rank: int) -> dict[str, Any]:
-        net = sharded(model())
-        probe = Probe(net, [share(100, 0, 1)], loss)
-        over = OverParameterization(net, config(source), probe=probe)
-        over.attach(optimizer := torch.optim.AdamW(trainable(net)))
-        for seed in range(3):
-            step(net, optimizer, rank, seed)
-        state = trainable_state_dict(net)
-        if rank == 0:
-            net.save_pretrained(folder, state_dict=state)
-            write_checkpoint(folder, over, step=3)
-        distributed.barrier()
-        losses = [step(net, optimizer, rank, seed) for seed in range(3, 8)]
-
-        again = sharded(PeftModel.from_pretrained(fresh("all").unload(), folder, is_trainable=True))
-        resumed = OverParameterization(again, config(source), inject=False)
-        restore(resumed, read_checkpoint(folder))
-        resumed.attach(optimizer := torch.optim.AdamW(trainable(again)))
-        return {
-            "losses": losses,
-            "resumed": [step(again, optimizer, rank, seed) for seed in range(3, 8)],
-            "cores": [cores(over), cores(resumed)],
-        }
-
-    for found in in_two_processes(work, tmp_path / "results"):
-        assert found["resumed"] == found["losses"]
-        assert equal(*found["cores"])

@@ -180,16 +180,20 @@ def test_rounds_lie_between_the_checkpoints(whole: Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    ("killed", "resumed"),
-    [(5, 4), pytest.param(10, 8, marks=needs_order_of_batches)],
-    ids=["between-rounds", "after-all-rounds"],
+    ("training", "killed", "resumed"),
+    [*((name, 5, 4) for name in TRAININGS), pytest.param("trainer", 10, 8, marks=needs_order_of_batches)],
+    indirect=["training"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     killed: int, resumed: int, training: Training, whole: Outcome, base: Path, tmp_path: Path
 ) -> None:
+    """Between its rounds, or after all of them; and a Trainer's log tells each round once."""
     run_and_die(training, base, tmp_path, partial(kill_in_step, killed))
     assert last_whole_checkpoint(tmp_path) == tmp_path / f"checkpoint-{resumed}"
     outcome(training, base, tmp_path).assert_continues(whole, resumed)
+    if training is trainer:
+        rows = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+        assert [row["step"] for row in rows if "loraover_injected_sites" in row] == [3, 4, 6]
 
 
 @pytest.mark.parametrize("training", ["trainer"], indirect=True)
@@ -213,11 +217,3 @@ def test_a_run_can_be_killed_again_and_again(training: Training, whole: Outcome,
         run_and_die(training, base, tmp_path, partial(kill_in_step, steps))
         assert last_whole_checkpoint(tmp_path) == (resumed and tmp_path / f"checkpoint-{resumed}")
     outcome(training, base, tmp_path).assert_continues(whole, 4)
-
-
-@pytest.mark.parametrize("training", ["trainer"], indirect=True)
-def test_the_log_of_a_resumed_run_tells_each_round_once(training: Training, base: Path, tmp_path: Path) -> None:
-    run_and_die(training, base, tmp_path, partial(kill_in_step, 5))
-    training(base, tmp_path)
-    rows = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
-    assert [row["step"] for row in rows if "loraover_injected_sites" in row] == [3, 4, 6]

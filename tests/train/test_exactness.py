@@ -59,7 +59,10 @@ IN_THE_GRAPH = [name for name in DECOMPOSITIONS if make_decomposition(name).trai
 """Decompositions of which autograd and the optimizer have every core; test_eigen has an oracle of the other."""
 
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
-CASES = [Case(*values) for values in product(OPTIMIZERS, IN_THE_GRAPH, (False, True), (False, True), DEVICES)]
+CASES = [
+    Case(optimizer, decomposition, clipped=both, closure=both, device=device)
+    for optimizer, decomposition, both, device in product(OPTIMIZERS, IN_THE_GRAPH, (False, True), DEVICES)
+]
 
 
 def beside(case: Case) -> dict[str, Tensor]:

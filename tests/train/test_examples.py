@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
+import loraover_serve
 from loraover import read_checkpoint
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
@@ -248,7 +249,16 @@ def runs(process: psutil.Process) -> bool:
 
 
 @pytest.mark.engine
-def test_parity_from_python(made: Made, folded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parity_from_python(
+    made: Made, folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With shorter prompts and answers than usual."""
+    measure = loraover_serve.measure_parity
+    monkeypatch.setattr(
+        loraover_serve,
+        "measure_parity",
+        lambda *args, **given: measure(*args, **given | {"prompt_tokens": 16, "new_tokens": 2}),
+    )
     report = run_script("parity", folded, made.path, tmp_path / "parity")["report"]
     assert report.verdict in ("equivalent", "different", "inconclusive"), "times vary on a shared machine"
     assert capsys.readouterr().out == f"{report.verdict}: {report.reason}\n", "nothing but the script's own line"

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loraover import Budget, LoraOverConfig, OverParameterization, read_checkpoint, restore, write_checkpoint
-from loraover.checkpoint.exact_tensors import read_source
-from loraover.checkpoint.unfolded_model import unfolded
+from loraover.checkpoint.checkpoint import read_source
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.importance import Probe
+from loraover.reference.unfolded_model import unfolded
 from loraover_export import fold_checkpoint
 
 from support.plain_adapter import write_adapter

@@ -109,14 +109,6 @@ def test_a_write_before_the_first_step_is_noticed() -> None:
         step(model, optimizer, 0)
 
 
-def test_a_write_between_the_backward_and_the_step_is_noticed() -> None:
-    model, over, optimizer = run()
-    net_loss(model, 2).backward()
-    over.sites[WRITTEN].parameter.data.mul_(2)
-    with pytest.raises(ConfigError, match=WRITTEN):
-        optimizer.step()
-
-
 def test_a_plain_matrix_may_be_written() -> None:
     model, over, optimizer = run(sites=["first.*"])
     over.sites[WRITTEN].parameter.data.mul_(2)

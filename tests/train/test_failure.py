@@ -24,11 +24,10 @@ from support.train_command import STEPS, train
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
-NO_MEMORY: dict[str, Callable[[], object]] = {
-    "PyTorch": lambda: torch.empty(2**60, dtype=torch.uint8),
-    "Python": lambda: bytearray(2**62),
-}
-"""Allocations that no machine can serve."""
+
+def no_memory() -> object:
+    """An allocation that no machine can serve."""
+    return torch.empty(2**60, dtype=torch.uint8)
 
 
 def kind_in(folder: Path) -> str | None:
@@ -70,7 +69,7 @@ def end_of(recipe: Path, out: Path) -> int | Exception:
 # Kinds from real runs
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-over", "full"])
+@pytest.mark.parametrize("method", ["lora-over", "full"])
 def test_a_rate_that_is_far_too_large_diverges(method: str, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert train(recipe, out, "--method", method, "--learning-rate", "1e30") == 2
@@ -115,13 +114,11 @@ def test_a_result_holds_finite_numbers_only() -> None:
         Measures(examples=1, loss=math.nan)
 
 
-@pytest.mark.parametrize("steps", [3, 4])
-def test_cores_that_are_not_finite_cannot_be_resumed_from(steps: int, recipe: Path, tmp_path: Path) -> None:
-    """Whether steps are left to take or not."""
+def test_cores_that_are_not_finite_cannot_be_resumed_from(recipe: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ("--method", "lora-over", "--learning-rate", "1e30", "--set")
     assert train(recipe, out, *options, "training.save_steps=1") == 2
     for folder in (out / "trainer").glob("checkpoint-*"):
-        if folder.name > f"checkpoint-{steps}":
+        if folder.name > "checkpoint-3":
             shutil.rmtree(folder)
     (out / FAILURE_FILE).unlink()
     assert train(recipe, out, *options, "training.save_steps=1", "--resume") == 2
@@ -142,15 +139,12 @@ def test_a_model_that_does_not_fit_leaves_nothing_but_its_failure(recipe: Path, 
     assert kind_in(out) is None
 
 
-@pytest.mark.parametrize("allocator", NO_MEMORY)
-def test_a_first_step_that_does_not_fit_leaves_nothing_but_its_failure(
-    allocator: str, recipe: Path, tmp_path: Path
-) -> None:
+def test_a_first_step_that_does_not_fit_leaves_nothing_but_its_failure(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 1, NO_MEMORY[allocator])
+        on_step(patch, 1, no_memory)
         for _ in range(2):  # the folder is not in the way
-            with pytest.raises((RuntimeError, MemoryError)):
+            with pytest.raises(RuntimeError):
                 train(recipe, out)
             assert (names_in(out), kind_in(out)) == ([FAILURE_FILE], "out_of_memory")
     assert train(recipe, out) == 0
@@ -158,7 +152,6 @@ def test_a_first_step_that_does_not_fit_leaves_nothing_but_its_failure(
 
 
 ENDINGS: dict[str, tuple[Callable[[], object], str | None]] = {
-    "no memory": (NO_MEMORY["PyTorch"], "out_of_memory"),
     "an error of ours": (raising(ConfigError("training diverged")), "refused"),
     "any other error": (raising(RuntimeError("training diverged")), "failed"),
     "Ctrl-C": (raising(KeyboardInterrupt()), None),
@@ -183,7 +176,7 @@ def test_a_later_failure_lies_beside_what_the_run_resumes_from(name: str, recipe
     assert (out / RUN_FILE).exists()
 
 
-@pytest.mark.parametrize("name", ["an error of ours", "any other error", "Ctrl-C"])
+@pytest.mark.parametrize("name", ENDINGS)
 def test_what_ends_a_run_in_its_first_step_leaves_no_folder(name: str, recipe: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         on_step(patch, 1, ENDINGS[name][0])
@@ -195,7 +188,7 @@ def test_what_ends_a_run_in_its_first_step_leaves_no_folder(name: str, recipe: P
 def test_a_resumed_run_that_is_interrupted_keeps_no_older_failure(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 4, NO_MEMORY["Python"])
+        on_step(patch, 4, raising(MemoryError()))
         with pytest.raises(MemoryError):
             train(recipe, out)
     with pytest.MonkeyPatch.context() as patch:
@@ -251,7 +244,7 @@ def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
     """As a model is loaded, every error becomes one that names the model."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: NO_MEMORY["PyTorch"]())
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: no_memory())
     assert train(recipe, tmp_path / "out") == 2
     assert kind_in(tmp_path / "out") == "out_of_memory"
 

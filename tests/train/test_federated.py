@@ -206,32 +206,6 @@ def test_a_budget_that_the_run_would_exceed_is_refused_with_the_steps_that_fit(b
     assert not (tmp_path / "out").exists()
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "clients without rows": ({"federated.clients": 21}, "clients is 21, and there are 20 training examples"),
-    "a budget without noise": ({"federated.noise_multiplier": 0, "federated.epsilon": 1}, "spend inf .* No step would"),
-    "a guarantee that allows everything": (
-        {"federated.delta": 0.05},
-        "delta is 0.05, and there are 20 training examples",
-    ),
-    "half precision": ({"training.precision": "bf16"}, "training.precision fp32"),
-    "another optimizer": ({"training.optim": "adafactor"}, "takes training.optim adamw_torch_fused, adamw_torch, sgd"),
-    "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
-    "clipping of the mean": ({"training.max_grad_norm": 0.5}, "does not use training.max_grad_norm; leave it out"),
-    "checkpoints": ({"training.save_total_limit": 1}, "does not use training.save_total_limit; leave it out"),
-    "TensorBoard": ({"tensorboard": True}, "does not use tensorboard; leave it out"),
-    "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_federated_cannot_train_is_refused(
-    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        loraover.train(make(tmp_path / "r.yaml", base, clients=2), tmp_path / "out", overrides=changes)
-    assert not (tmp_path / "out").exists()
-
-
 def test_turns_of_one_conversation_are_refused(base: Path, tmp_path: Path) -> None:
     said = ["how many?", "two", "and then?", "four"]
     messages = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]

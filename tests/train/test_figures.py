@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraover.reporting.figures import Curve, Point, Row, curves_figure, rows_figure
+from loraover.reporting.figures import Curve, FigureRow, Point, curves_figure, rows_figure
 from loraover.reporting.svg import Axis, Drawing, fitted, short
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False)
@@ -45,7 +45,7 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
 
 @pytest.mark.parametrize(("low", "high", "arrows"), [(-1, 1, 0), (-9, 1, 1), (-9, 9, 2)])
 def test_intervals_that_leave_the_axis_end_in_arrows(low: float, high: float, arrows: int) -> None:
-    drawn = rows_figure("f", "f", [Row("a", "", [Point(0, "subject")], (low, high))], Axis("x", -2, 2))
+    drawn = rows_figure("f", "f", [FigureRow("a", "", [Point(0, "subject")], (low, high))], Axis("x", -2, 2))
     lines = re.findall(r'<polyline points="([^"]*)" style="fill:none;stroke:var\(--subject\)', drawn.svg)
     assert sum(len(line.split()) == 3 for line in lines) == arrows
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.optim import AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, inspect_folder, read_checkpoint, write_checkpoint
-from loraover.checkpoint.checkpoint import Meta
+from loraover.checkpoint.metadata import Meta
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, LoraOverError

@@ -69,11 +69,6 @@ def report(kind: Kind, **facts: Any) -> FolderReport:
             "A folded adapter: LORA of rank 8 on 210 modules, 2,442,240 numbers. fold_certificate.json: passed.",
         ),
         (
-            report("folded adapter", adapter=ADAPTER, verdicts={"fold_certificate.json": "inconclusive"}),
-            "open",
-            "A folded adapter: LORA of rank 8 on 210 modules, 2,442,240 numbers. fold_certificate.json: inconclusive.",
-        ),
-        (
             report("vLLM export", adapter=ADAPTER, vllm=VLLM, verdicts={"preflight.json": "failed"}),
             "bad",
             "A vLLM export: LORA of rank 8 on 210 modules, 2,442,240 numbers. Checked against the loading rules of "

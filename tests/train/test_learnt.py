@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from loraover.data.word_problems import split_word_problems
-from loraover.training.run_result import read_run
 
-from support.tiny_hub import EOS, tiny_tokenizer, write_recipe
+from support.tiny_hub import EOS, write_recipe
 from support.train_command import METHODS, TURNS, data_file, train
 from support.trained_run import MODELS, Trained, losses, watched
 
@@ -63,12 +62,11 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_completion(
         assert learnt == completions[whole.removesuffix(EOS)] + EOS
 
 
-@pytest.mark.parametrize("chat", [None, True])
-def test_chat_turns_are_learnt_one_by_one(chat: bool | None, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_chat_turns_are_learnt_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
     file = data_file(tmp_path / "chat.jsonl", *[{"messages": TURNS}] * 4)
     other = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3"}]
     test = data_file(tmp_path / "test.jsonl", {"messages": TURNS}, {"messages": other})
-    data = {"train": str(file), "test": str(test), "chat": chat}
+    data = {"train": str(file), "test": str(test)}
     recipe = write_recipe(tmp_path / "recipe.yaml", bases["chat"], data=data, training={"max_steps": 1})
     with watched() as seen:
         assert train(recipe, tmp_path / "out") == 0
@@ -113,26 +111,3 @@ def test_another_seed_starts_from_another_adapter(trained: dict[tuple[str, str],
         assert train(first.folder / "recipe.yaml", tmp_path / "out", "--seed", 1, "--steps", 1) == 0
     name = next(name for name in first.start if "lora_A" in name)
     assert not torch.equal(seen[0][1][name], first.start[name])
-
-
-def test_the_held_out_loss_is_the_mean_over_completion_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Of all examples together, however they are batched: long answers count by their length."""
-    rows = [{"prompt": f"say {n}.", "completion": "7" * n} for n in (1, 2, 40)]
-    file = data_file(tmp_path / "rows.jsonl", *rows)
-    model = MODELS["llama"].from_pretrained(bases["llama"]).eval()
-    tokenizer = tiny_tokenizer()
-    token_losses: list[Tensor] = []
-    for row in rows:
-        prompt, completion = tokenizer(row["prompt"]).input_ids, tokenizer(row["completion"] + EOS).input_ids
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        token_losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(completion), reduction="none"))
-    expected = float(torch.cat(token_losses).mean())
-    assert abs(expected - float(torch.stack([t.mean() for t in token_losses]).mean())) > 1e-3
-    data = {"test": str(file)}
-    training = {"max_steps": 1, "per_device_train_batch_size": 2}
-    recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], data=data, training=training)
-    assert train(recipe, tmp_path / "out") == 0
-    before = read_run(tmp_path / "out").before
-    assert before is not None
-    assert before.loss == pytest.approx(expected, rel=1e-5)

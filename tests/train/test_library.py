@@ -28,13 +28,12 @@ def test_every_public_name_can_be_had() -> None:
         _ = loraover.fine_tune
 
 
-@pytest.mark.parametrize("kind", ["name", "path", "recipe"])
+@pytest.mark.parametrize("kind", ["name", "recipe"])
 def test_training_prints_nothing_and_returns_the_result(
     kind: str, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = {name: logging.getLogger(name).level for name in LOGGERS}
-    forms: dict[str, loraover.Recipe | str | Path] = {"name": str(recipe), "path": recipe}
-    given = forms.get(kind, loraover.load_recipe(recipe))
+    given = str(recipe) if kind == "name" else loraover.load_recipe(recipe)
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is free
     capfd.readouterr()
@@ -64,15 +63,6 @@ def test_a_reporter_shows_progress_and_no_bar_of_another_library(
         transformers.logging.disable_progress_bar()
     assert capfd.readouterr() == ("", "")
     assert "after training: held-out loss" in (tmp_path / "log").read_text()
-
-
-def test_an_interrupted_run_is_continued(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("loraover.training.run._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            loraover.train(recipe, str(tmp_path / "out"))
-    result = loraover.train(recipe, str(tmp_path / "out"), resume=True)
-    assert result.steps == 4
 
 
 def test_what_cannot_be_used_is_an_exception(recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -107,23 +107,6 @@ def test_trained_bases_are_not_shared() -> None:
     over.finish()
 
 
-def test_trained_bases_are_steady_where_their_rate_is_zero() -> None:
-    model = llama()
-    config = LoraOverConfig(decomposition="eigen", options=MEASURED | {"train_auxiliary": True}, aux_lr_scale=0)
-    over = OverParameterization(model, config, probe=Probe(model, BATCHES))
-    over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
-    other = measured(again := llama())
-    other.attach(reference := AdamW(trainable(again), lr=1e-2))
-    for batch in BATCHES:
-        for net, stepped in ((model, optimizer), (again, reference)):
-            net(**batch).loss.backward()
-            stepped.step()
-            stepped.zero_grad()
-    matrices = lora_matrices(again)
-    # The same but for the order of sums over sites, which share a basis in one of them.
-    assert all((matrix - matrices[key]).abs().max() < 1e-4 for key, matrix in lora_matrices(model).items())
-
-
 # Compiled models
 
 COMPILED: dict[str, Callable[[Any], Any]] = {

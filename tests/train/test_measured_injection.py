@@ -83,19 +83,6 @@ def test_carried_moments_are_turned_into_each_sites_own_basis() -> None:
             torch.testing.assert_close(state[key], expected)
 
 
-def test_a_static_choice_measures_what_it_chooses() -> None:
-    model = llama()
-    config = LoraOverConfig(
-        decomposition="eigen", options=MEASURED, schedule="static", budget=Budget(fraction=0.25), quota="global"
-    )
-    over = OverParameterization(model, config, probe=Probe(model, BATCHES))
-    assert len(over.injected) == 7
-    for name in over.injected:
-        basis, division = basis_of(over, name, "columns")
-        identity = torch.eye(division.size).repeat(division.number, 1)
-        assert not torch.equal(basis, identity)
-
-
 @pytest.mark.parametrize("weight", [None, 0.0], ids=["not-run", "no-gradient"])
 def test_sites_that_no_batch_reached_are_refused_by_name(weight: float | None) -> None:
     """Their layers were not run, or without hooks, or the loss does not depend on them."""

@@ -15,6 +15,8 @@ from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.training.methods import METHODS, make_method
 from loraover.training.recipe import load_recipe
 
+from support.tiny_hub import write_recipe
+
 PACKAGE = Path(loraover.__file__).parent
 
 
@@ -59,3 +61,80 @@ def test_settings_of_another_method_are_refused(method: str) -> None:
 def test_an_encoder_decoder_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match=f"{method}, which trains causal models only.*lorasc, tensorguide"):
         make_method(load_recipe("demo", {"method": method}), is_seq2seq=True)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "soma": {"frozen_blocks": 1},
+    "lorasc": {"stages": 3},
+    "tensorguide": {"tt_rank": 2},
+    "federated": {"clients": 2},
+}
+REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "soma": {
+        "all blocks": ({"soma.frozen_blocks": 2}, "has 2 blocks; freeze at most 1"),
+        "more blocks than there are": ({"soma.frozen_blocks": 3}, "frozen_blocks is 3, and .* has 2 blocks"),
+        "a rank beyond the weights": ({"lora.r": 33}, "has 16 singular values|has 32 singular values"),
+        "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "has type Embedding"),
+        "two weight decays": ({"training.weight_decay": 0.1}, "soma.weight_decay in place of"),
+        "a misspelt key": ({"soma.frozen_block": 1}, "did you mean 'frozen_blocks'"),
+    },
+    "lorasc": {
+        "more stages than steps": ({"lorasc.stages": 6}, "stages is 6, and the run has 5 optimizer steps"),
+        "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
+        "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
+    },
+    "tensorguide": {
+        "a rank that has too few factors": (
+            {"lora.r": 1, "tensorguide.cores": 7},
+            "64 numbers, which have 6 prime",
+        ),
+        "a train that compresses nothing": (
+            {"tensorguide.tt_rank": 4},
+            r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320, .* change tensorguide.cores or lora.r, or leave",
+        ),
+        "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
+        "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),
+        "a decay": ({"training.weight_decay": 0.1}, "no training.weight_decay"),
+        "fp16": ({"training.precision": "fp16"}, "precision fp32 or bf16"),
+        "an optimizer of matrices": (
+            {"training.optim": "adafactor"},
+            "tensorguide takes training.optim adamw_torch_fused",
+        ),
+        "LoRA+": ({"training.loraplus_lr_ratio": 4.0}, "without LoRA"),
+    },
+    "federated": {
+        "clients without rows": ({"federated.clients": 21}, "clients is 21, and there are 20 training examples"),
+        "a budget without noise": (
+            {"federated.noise_multiplier": 0, "federated.epsilon": 1},
+            "spend inf .* No step would",
+        ),
+        "a guarantee that allows everything": (
+            {"federated.delta": 0.05},
+            "delta is 0.05, and there are 20 training examples",
+        ),
+        "half precision": ({"training.precision": "bf16"}, "training.precision fp32"),
+        "another optimizer": (
+            {"training.optim": "adafactor"},
+            "takes training.optim adamw_torch_fused, adamw_torch, sgd",
+        ),
+        "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
+        "clipping of the mean": ({"training.max_grad_norm": 0.5}, "does not use training.max_grad_norm; leave it out"),
+        "checkpoints": ({"training.save_total_limit": 1}, "does not use training.save_total_limit; leave it out"),
+        "TensorBoard": ({"tensorboard": True}, "does not use tensorboard; leave it out"),
+        "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
+    },
+}
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(("method", "case"), [(method, case) for method, cases in REFUSED.items() for case in cases])
+def test_what_a_method_cannot_train_is_refused(method: str, case: str, base: Path, tmp_path: Path) -> None:
+    if method == "federated":
+        pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+    changes, message = REFUSED[method][case]
+    parts = {"method": method, method: SETTINGS[method], "training": {"max_steps": 5}}
+    recipe = write_recipe(tmp_path / "r.yaml", base, **parts)
+    with pytest.raises(ConfigError, match=message):
+        loraover.train(recipe, tmp_path / "out", overrides=changes)
+    assert not (tmp_path / "out").exists()

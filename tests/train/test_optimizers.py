@@ -116,17 +116,6 @@ def test_the_cores_follow_the_scheduled_rate(attach_first: bool) -> None:
     assert [same(one, other) for one, other in pairwise(history)] == [False, False, True, True]
 
 
-def test_parameter_groups_keep_their_own_rates() -> None:
-    model = tiny_net()
-    frozen, live = trainable(model)[::2], trainable(model)[1::2]
-    optimizer = SGD([{"params": frozen, "lr": 0.0}, {"params": live, "lr": 1e-1}])
-    over = OverParameterization(model).attach(optimizer)
-    before = {name: site.parameter.detach().clone() for name, site in over.sites.items()}
-    train(model, optimizer, range(2))
-    unchanged = {name for name, site in over.sites.items() if torch.equal(site.parameter, before[name])}
-    assert unchanged == {name for name in over.sites if name.endswith("lora_A")}
-
-
 # Refusals
 
 

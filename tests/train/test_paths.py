@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraover import inspect_folder, read_checkpoint
-from loraover.checkpoint.exact_tensors import read_source
+from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of

@@ -19,7 +19,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.models.hub import HubUnreachableError
 from loraover.models.load import load_model, resolve_model
-from loraover.training.plan import Plan, kept_bytes, make_plan
+from loraover.training.plan import TrainingPlan, kept_bytes, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
@@ -37,9 +37,9 @@ def configs(bases: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return {kind: tmp_path / kind for kind in bases}
 
 
-def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: object) -> Plan:
+def plan(recipe: Path | str, capsys: pytest.CaptureFixture[str], *options: object) -> TrainingPlan:
     assert run(cli, ["train", str(recipe), "--plan", "--json", *map(str, options)]) == 0
-    return Plan.model_validate_json(capsys.readouterr().out)
+    return TrainingPlan.model_validate_json(capsys.readouterr().out)
 
 
 @pytest.mark.process
@@ -209,23 +209,12 @@ def test_a_schedule_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert "budget.sites is 9999" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("training.optim=adamw_torc", "did you mean 'adamw_torch'?"),
-        pytest.param(
-            "training.precision=fp16",
-            "needs an accelerator",
-            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="the accelerator has float16"),
-        ),
-    ],
-)
 def test_what_a_run_would_refuse_has_no_plan(
-    setting: str, message: str, configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"])
-    assert run(cli, ["train", str(recipe), "--plan", "--set", setting]) == 2
-    assert message in capsys.readouterr().err
+    assert run(cli, ["train", str(recipe), "--plan", "--set", "training.optim=adamw_torc"]) == 2
+    assert "did you mean 'adamw_torch'?" in capsys.readouterr().err
 
 
 def test_a_plan_is_shown_with_its_assumption_and_leaves_nothing(

@@ -19,7 +19,7 @@ from tolerances import binomial_deviation
 pytestmark = pytest.mark.statistical
 
 MODULES, PLANTED, IN, OUT, ROWS = 8, 2, 6, 4, 96
-SEEDS, STEPS = range(20), 20
+SEEDS, STEPS = range(10), 20
 CHANCE = PLANTED / MODULES
 
 Batch = tuple[Tensor, Tensor]

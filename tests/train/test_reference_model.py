@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.errors import CheckpointError
+from loraover.reference.reference_model import reference_model
 
 from support.make_checkpoint import edit_json, edit_tensors
 from support.merge_cases import CASES, Saved, outputs, save

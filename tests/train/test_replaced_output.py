@@ -128,9 +128,6 @@ else:
 """
 
 
-MOMENTS = ["in a folder", "in a file", "between the renames", "after the renames"]
-
-
 @contextmanager
 def stopped(how: str, target: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that is about to publish, stopped in the midst of it; a line on its standard input lets it go on."""

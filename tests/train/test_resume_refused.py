@@ -20,19 +20,16 @@ pytestmark = pytest.mark.process
 
 
 @pytest.fixture
-def recipe(recipes: dict[tuple[str, str], Path]) -> Path:
-    return recipes["llama", "lora-over"]
+def recipe(recipes: dict[str, Path]) -> Path:
+    return recipes["llama"]
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--seed", "3"], "training"),
-        (["--learning-rate", "0.5"], "training"),
         (["--method", "lora"], "method"),
-        (["--set", "lora.r=8"], "lora"),
         (["--set", "over.decomposition=svd"], "over"),
-        (["--set", "data.train_examples=24"], "data"),
     ],
     ids=str,
 )
@@ -40,11 +37,11 @@ def test_another_recipe_does_not_resume_the_run(
     options: list[str],
     named: str,
     recipe: Path,
-    halted: dict[Any, Path],
+    halted: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    out = Path(shutil.copytree(halted["llama"], tmp_path / "out"))
     before = tree(out)
     assert train(recipe, out, "--resume", *options) == 2
     error = capsys.readouterr().err
@@ -74,9 +71,9 @@ def test_changed_data_do_not_resume_the_run(
 
 
 def test_a_finished_run_is_not_resumed(
-    recipe: Path, whole: dict[Any, Path], capsys: pytest.CaptureFixture[str]
+    recipe: Path, whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = whole["llama", "lora-over"]
+    out = whole["llama"]
     before = tree(out)
     assert train(recipe, out, "--resume") == 2
     assert "finished already" in capsys.readouterr().err
@@ -84,9 +81,9 @@ def test_a_finished_run_is_not_resumed(
 
 
 def test_a_run_that_another_process_trains_is_not_resumed(
-    recipe: Path, halted: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, halted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    out = Path(shutil.copytree(halted["llama"], tmp_path / "out"))
     before = tree(out)
     with hold_lock(out / LOCK_FILE, wait=False):  # a second opening of a file conflicts within one process, too
         assert train(recipe, out, "--resume") == 2
@@ -128,18 +125,18 @@ def test_what_is_no_run_is_not_resumed(
 
 @pytest.mark.parametrize("content", ["", "a: ["])
 def test_a_run_whose_recipe_is_damaged_is_not_resumed(
-    content: str, recipe: Path, halted: dict[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, recipe: Path, halted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = Path(shutil.copytree(halted["llama", "lora-over"], tmp_path / "out"))
+    out = Path(shutil.copytree(halted["llama"], tmp_path / "out"))
     (out / "recipe.yaml").write_text(content)
     assert train(recipe, out, "--resume") == 2
     assert str(out / "recipe.yaml") in capsys.readouterr().err
 
 
 def test_an_interrupted_run_is_not_started_over_by_mistake(
-    recipe: Path, halted: dict[Any, Path], capsys: pytest.CaptureFixture[str]
+    recipe: Path, halted: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = halted["llama", "lora-over"]
+    out = halted["llama"]
     before = tree(out)
     assert train(recipe, out) == 2
     assert "exists already" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from loraover.training.methods.base import Method, count_trained, served_size
+from loraover.training.methods.base import TrainingMethod, count_trained, served_size
 from loraover.training.recipe import load_recipe
 
 from support.tiny_models import tiny_llama, with_lora
@@ -19,7 +19,7 @@ def test_matrices_that_were_frozen_are_served_too() -> None:
     served = served_size(model)
     assert served is not None
     assert served == (4, lora_numbers(model), 4 * lora_numbers(model))
-    assert 0 < count_trained(model, Method(load_recipe("demo"))) < served.numbers
+    assert 0 < count_trained(model, TrainingMethod(load_recipe("demo"))) < served.numbers
 
 
 def test_embeddings_and_magnitudes_are_served() -> None:

@@ -38,10 +38,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("ratio", [None, 4.0], ids=["one rate", "LoRA+"])
-def test_soap_trains_and_resumes_to_the_same_bits(ratio: float | None, recipe: Path, tmp_path: Path) -> None:
+def test_soap_trains_and_resumes_to_the_same_bits(recipe: Path, tmp_path: Path) -> None:
+    """With two rates, those of LoRA+."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    asked = load_recipe(recipe, {"training.loraplus_lr_ratio": ratio})
+    asked = load_recipe(recipe, {"training.loraplus_lr_ratio": 4.0})
     loraover.train(asked, whole)
     before, after = read_run(whole).before, read_run(whole).after
     assert before is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,11 +114,6 @@ def losses(result: RunResult) -> tuple[float, float]:
     return result.before.loss, result.after.loss
 
 
-def test_before_training_the_model_measures_as_the_base_does(base: Path, whole: Path, tmp_path: Path) -> None:
-    plain = loraover.train(write_recipe(tmp_path / "r.yaml", base, method="lora"), tmp_path / "plain")
-    assert math.isclose(losses(plain)[0], losses(read_run(whole))[0], rel_tol=1e-5)
-
-
 def test_a_run_that_was_killed_resumes_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("adapter", "run.json", "checkpoint-4"))
@@ -150,23 +144,6 @@ def test_a_third_of_the_blocks_is_frozen_by_default() -> None:
     assert find_blocks(base) == ("model.layers", 7)
     model, _ = started("soma", base)
     assert {path.split(".")[2] for path in linear_layers(model, "soma")} == {"2", "3", "4", "5", "6"}
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "all blocks": ({"soma.frozen_blocks": 2}, "has 2 blocks; freeze at most 1"),
-    "more blocks than there are": ({"soma.frozen_blocks": 3}, "frozen_blocks is 3, and .* has 2 blocks"),
-    "a rank beyond the weights": ({"lora.r": 33}, "has 16 singular values|has 32 singular values"),
-    "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "has type Embedding"),
-    "two weight decays": ({"training.weight_decay": 0.1}, "soma.weight_decay in place of"),
-    "a misspelt key": ({"soma.frozen_block": 1}, "did you mean 'frozen_blocks'"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_soma_cannot_train_is_refused(base: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        loraover.train(make(tmp_path / "r.yaml", base), tmp_path / "out", overrides=changes)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_that_two_modules_share_is_refused() -> None:

@@ -16,11 +16,10 @@ from torch.func import functional_call
 
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.common.errors import ConfigError
 from loraover.overparam.sites import lora_layers
 from loraover.training.methods.base import get_pair
 from loraover.training.methods.tensorguide import (
-    Layout,
+    CoreLayout,
     TensorGuide,
     TensorGuideSettings,
     contract,
@@ -59,7 +58,9 @@ def make(path: Path, base: Path, **settings: Any) -> Path:
     return write_recipe(path, base, method="tensorguide", tensorguide=settings, evaluation={"exact_match": False})
 
 
-def drawn(r: int, in_features: int, out_features: int, seed: int = 0, **settings: Any) -> tuple[Layout, Any, list[Any]]:
+def drawn(
+    r: int, in_features: int, out_features: int, seed: int = 0, **settings: Any
+) -> tuple[CoreLayout, Any, list[Any]]:
     """Layout, input and cores of one module, float64."""
     layout = make_layout(TensorGuideSettings(**settings), "q_proj", r, in_features, out_features)
     generator = torch.Generator().manual_seed(seed)
@@ -283,31 +284,3 @@ def test_a_bond_is_no_wider_than_full() -> None:
     layout = make_layout(TensorGuideSettings(tt_rank=8, cores=6), "q_proj", 8, 576, 576)
     assert layout.bonds == (1, 8, 8, 8, 8, 8, 1)
     assert make_layout(TensorGuideSettings(tt_rank=16, cores=6), "q_proj", 8, 576, 576).bonds[1] == 2 * layout.modes[0]
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a rank that has too few factors": (
-        {"lora.r": 1, "tensorguide.cores": 7},
-        "64 numbers, which have 6 prime",
-    ),
-    "a train that compresses nothing": (
-        {"tensorguide.tt_rank": 4},
-        r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320, .* change tensorguide.cores or lora.r, or leave the module",
-    ),
-    "no bond": ({"tensorguide.tt_rank": 0}, "greater than or equal to 1"),
-    "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
-    "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),
-    "a decay": ({"training.weight_decay": 0.1}, "no training.weight_decay"),
-    "fp16": ({"training.precision": "fp16"}, "precision fp32 or bf16"),
-    "an optimizer of matrices": ({"training.optim": "adafactor"}, "tensorguide takes training.optim adamw_torch_fused"),
-    "LoRA+": ({"training.loraplus_lr_ratio": 4.0}, "without LoRA"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=list(REFUSED))
-def test_what_tensorguide_cannot_train_is_refused(
-    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        loraover.train(make(tmp_path / "r.yaml", base), tmp_path / "out", overrides=changes)
-    assert not (tmp_path / "out").exists()

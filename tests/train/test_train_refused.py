@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import loraover.data.sources
-from loraover.models.hub import HubUnreachableError
-
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_llama
 from support.train_command import TURNS, data_file, train
@@ -102,14 +99,9 @@ REFUSED: dict[str, tuple[Refused, str]] = {
         lambda t, b: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
         "tokenizer",
     ),
-    "a bad row": (lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"text": "c"}), "row 2"),
     "chat without a template": (lambda t, b: {"data": {"chat": True}}, "chat template"),
     "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
     "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
-    "held-out rows that are all trained on": (
-        lambda t, b: {"data": dict.fromkeys(("train", "test"), with_rows(t, *LONG)["data"]["train"])},
-        "all 4 held-out examples are also trained on",
-    ),
     "a held-out prompt that fills the context": (
         lambda t, b: {
             "data": {"train": "word-problems", "test": str(data_file(t / "rows.jsonl", PAIR | {"prompt": "a" * 600}))},
@@ -117,7 +109,6 @@ REFUSED: dict[str, tuple[Refused, str]] = {
         },
         "question 1: its 600 tokens leave no room",
     ),
-    "an unknown optimizer": (lambda t, b: {"training": {"optim": "adamv"}}, "adamv"),
     "a schedule that needs more": (
         lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
         "cosine_with_min_lr|min_lr",
@@ -150,22 +141,9 @@ def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
-def test_data_that_only_a_hub_has_is_refused_without_one(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def unreachable(*_: object) -> str:
-        raise HubUnreachableError("the hub cannot be reached and its cache holds no copy.")
-
-    monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
-    assert train(recipe, tmp_path / "out", "--data", "owner/data") == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: owner/data")
-    assert "--data FILE" in error
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")
 def test_float16_on_a_cpu_is_refused_rather_than_ignored(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(recipe, tmp_path / "out", "--set", "training.precision=fp16") == 2
-    assert "fp16" in capsys.readouterr().err
+    assert "needs an accelerator" in capsys.readouterr().err

@@ -56,8 +56,7 @@ NAMED: Any = {"remove_unused_columns": False, "label_names": ["labels"]}
 """Names that the Trainer cannot take from the signature of each of these models."""
 
 
-@pytest.mark.parametrize("adapter", ["default", "math"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "adapter"), [*((kind, "default") for kind in MODELS), ("a tuner alone", "math")])
 def test_a_model_that_is_no_peft_model_is_saved_and_resumed(kind: str, adapter: str, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, **NAMED}
     part = "" if adapter == "default" else adapter
@@ -73,7 +72,7 @@ def test_a_model_that_is_no_peft_model_is_saved_and_resumed(kind: str, adapter: 
     assert all(torch.equal(matrix, lora_matrices(model)[key]) for key, matrix in lora_matrices(resumed).items())
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["a module around a PeftModel", "an injected adapter"])
 def test_the_best_of_a_model_that_is_no_peft_model_is_kept(kind: str, tmp_path: Path) -> None:
     """The highest loss counts as the best, which is that of an early checkpoint."""
     each = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}

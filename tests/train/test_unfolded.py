@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.peft_adapter import site_key
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.errors import CheckpointError
 from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover.reference.unfolded_model import unfolded
 
+from support.apple import apple_gpu
 from support.make_checkpoint import (
     EMBEDDING,
     LINEAR,
@@ -81,35 +79,18 @@ def no_contraction(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("lora", "decomposition"), [*((lora, "mpo") for lora in LORA), *(("embedding", name) for name in DECOMPOSITIONS)]
 )
-def test_it_computes_what_the_training_model_does(lora: str, decomposition: str, tmp_path: Path) -> None:
+def test_it_computes_what_the_training_model_does_and_never_forms_a_or_b(
+    lora: str, decomposition: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     config = LoraOverConfig(decomposition=decomposition, seed=5)
     made = make_checkpoint(tmp_path, config=config, dtype=torch.float64, **LORA[lora])
-    base = load_base(made)
-    with unfolded(base, read_checkpoint(made.path)) as model:
+    base, checkpoint = load_base(made), read_checkpoint(made.path)
+    request.getfixturevalue("no_contraction")
+    with unfolded(base, checkpoint) as model:
         found = logits(model)
     assert found.dtype == torch.float64
     assert largest_difference(found, made.logits()) < TOLERANCE
     assert largest_difference(logits(base), made.logits()) > 1e-3  # the adapter does something
-
-
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_it_computes_what_peft_makes_of_the_files(decomposition: str, tmp_path: Path) -> None:
-    config = LoraOverConfig(decomposition=decomposition, seed=5)
-    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64, target_modules=LINEAR)
-    with unfolded(load_base(made), read_checkpoint(made.path)) as model:
-        found = logits(model)
-    loaded = PeftModel.from_pretrained(load_base(made), made.path).eval()
-    assert largest_difference(found, logits(loaded)) < TOLERANCE
-
-
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_it_never_forms_a_or_b(decomposition: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    config = LoraOverConfig(decomposition=decomposition, seed=5)
-    made = make_checkpoint(tmp_path, config=config, dtype=torch.float64, target_modules=LINEAR)
-    checkpoint = read_checkpoint(made.path)
-    request.getfixturevalue("no_contraction")
-    with unfolded(load_base(made), checkpoint) as model:
-        assert largest_difference(logits(model), made.logits()) < TOLERANCE
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
@@ -134,32 +115,6 @@ def test_its_delta_is_exact_beside_a_float32_model(decomposition: str, tmp_path:
     assert bool(((found.double() - exact).abs() <= 2.0**-24 * 1.0001 * exact.abs() + 1e-13).all())
 
 
-class OnMps(Tensor):
-    """Says that it lies on an Apple GPU."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("mps")
-
-
-class AppleGpu(TorchFunctionMode):
-    """Moves tensors to and from a GPU that refuses float64, as PyTorch's MPS backend does."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.double and isinstance(args[0], OnMps):
-            raise TypeError("MPS has no float64")
-        if func is Tensor.to:
-            tensor, place = args
-            if place == torch.device("mps"):
-                assert tensor.dtype != torch.float64
-                return tensor.as_subclass(OnMps)
-            if place == torch.device("cpu"):
-                return tensor.as_subclass(Tensor)
-            if place == torch.float64 and isinstance(tensor, OnMps):
-                raise TypeError("MPS has no float64")
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_cpu_computes_what_an_apple_gpu_cannot(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, lora_bias=True)
     base = load_base(made)
@@ -167,17 +122,17 @@ def test_the_cpu_computes_what_an_apple_gpu_cannot(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), unfolded(base, read_checkpoint(made.path)):
         expected = layer(x)
-        with AppleGpu():
-            found = layer(x.as_subclass(OnMps))
-    assert isinstance(found, OnMps)
-    assert torch.equal(found.as_subclass(Tensor), expected)
+        with apple_gpu(base):
+            found = layer(x.to("mps"))
+            assert found.device == torch.device("mps")
+    assert torch.equal(found, expected)
 
 
 def test_sites_without_cores_keep_their_matrices(tmp_path: Path) -> None:
     config = LoraOverConfig(sites=["*.layers.0.*.lora_A", "*.v_proj.lora_B"], seed=5)
     made = make_checkpoint(tmp_path, config=config, dtype=torch.float64)
     checkpoint = read_checkpoint(made.path)
-    assert 0 < len(checkpoint.sites) < len(checkpoint.adapter.sites)
+    assert 0 < len(checkpoint.sites) < len(checkpoint.matrices)
     with unfolded(load_base(made), checkpoint) as model:
         assert largest_difference(logits(model), made.logits()) < TOLERANCE
 
@@ -248,16 +203,6 @@ def test_a_base_model_is_restored_when_a_later_parameter_fits_nowhere(tmp_path: 
         pytest.fail("the block ran")
     assert [name for name, p in base.named_parameters() if not torch.equal(p, before[name])] == []
     assert hooks(base) == 0
-
-
-def test_padding_and_batch_order_do_not_matter(tmp_path: Path) -> None:
-    """Each position's delta depends on its own activation alone."""
-    made = make_checkpoint(tmp_path, dtype=torch.float64, target_modules=LINEAR)
-    ids = torch.randint(3, 64, (5, 6), generator=torch.Generator().manual_seed(1))
-    order = random.Random(1).sample(range(5), 5)
-    with unfolded(load_base(made), read_checkpoint(made.path)) as model, torch.no_grad():
-        whole, shuffled = model(input_ids=ids).logits, model(input_ids=ids[order]).logits
-    assert largest_difference(whole[order], shuffled) < TOLERANCE
 
 
 @needs_meta_models

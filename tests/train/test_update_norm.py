@@ -11,8 +11,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from loraover import OverParameterization
-
 from support.tiny_models import fill_b, tiny_gpt2, tiny_llama, tiny_net, tiny_t5, update_norm, with_lora
 
 UNIT = 2.0**-53
@@ -82,17 +80,3 @@ def test_only_the_named_adapter_counts() -> None:
     assert update_norm(model) == close(dense_norm(model, {"": 2.0}))
     assert update_norm(model, "other") == close(dense_norm(model, {"": 5.0}, "other"))
     assert update_norm(model, "absent") == 0
-
-
-def test_cores_leave_the_norm_as_it_is() -> None:
-    model = tiny_net(dtype=torch.float64)
-    before = update_norm(model)
-    over = OverParameterization(model)
-    assert update_norm(model) == close(before, terms=10_000)
-    over.finish()
-
-
-def test_norm_takes_no_part_in_training() -> None:
-    model = tiny_net()
-    update_norm(model)
-    assert all(p.grad is None for p in model.parameters())

@@ -67,12 +67,6 @@ def test_the_first_problems_never_change() -> None:
 
 
 @given(SEEDS)
-@examples(20)
-def test_a_seed_gives_the_same_problems(seed: int) -> None:
-    assert list(islice(word_problems(seed), 20)) == list(islice(word_problems(seed), 20))
-
-
-@given(SEEDS)
 @examples(50)
 def test_every_completion_is_right(seed: int) -> None:
     for row in islice(word_problems(seed), 50):

@@ -16,9 +16,9 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    feature: str = Field(description="property of the adapter, or name of the rule")
-    level: Level = Field(description="what the engine does; a note does not change the verdict")
-    found: str = Field(description="what was found, and what the engine does with it, in words")
+    feature: str = Field(description="Property of the adapter, or name of the rule")
+    level: Level = Field(description="What the engine does; a note does not change the verdict")
+    found: str = Field(description="What was found, and what the engine does with it, in words")
 
 
 class Judgement(BaseModel):
@@ -26,8 +26,8 @@ class Judgement(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    verdict: Verdict = Field(description="the worst of the findings; a refusal outweighs a silent error")
-    findings: tuple[Finding, ...] = Field(description="the facts that the verdict rests on")
+    verdict: Verdict = Field(description="The worst of the findings; a refusal outweighs a silent error")
+    findings: tuple[Finding, ...] = Field(description="The facts that the verdict rests on")
 
 
 class EngineCheck(BaseModel):
@@ -35,11 +35,11 @@ class EngineCheck(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    engine: str = Field(description="name that --engine takes")
-    reader: str = Field(description="program that reads the adapter, with the release whose sources were read")
-    as_it_is: Judgement = Field(description="the adapter's folder, in PEFT's form")
-    exported: Judgement = Field(description="what the export command writes")
-    export: str = Field(description="command that writes the exported form")
+    engine: str = Field(description="Name that --engine takes")
+    reader: str = Field(description="Program that reads the adapter, with the release whose sources were read")
+    as_it_is: Judgement = Field(description="The adapter's folder, in PEFT's form")
+    exported: Judgement = Field(description="What the export command writes")
+    export: str = Field(description="Command that writes the exported form")
 
     @property
     def is_mended(self) -> bool:
@@ -53,13 +53,13 @@ class CheckReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    verdict: Literal["passed", "failed"] = Field(description="failed: an engine is not right on the adapter as it is")
-    adapter: str = Field(description="folder of the adapter")
+    verdict: Literal["passed", "failed"] = Field(description="Failed: an engine is not right on the adapter as it is")
+    adapter: str = Field(description="Folder of the adapter")
     peft_type: str = Field(description="PEFT's name of the method")
-    base_model: str = Field(description="folder or hub name of the base model")
-    architecture: str = Field(description="model class that the base model's configuration names")
-    modules: int = Field(description="number of adapted modules")
-    ranks: tuple[int, ...] = Field(description="ranks of the modules, each once")
+    base_model: str = Field(description="Folder or hub name of the base model")
+    architecture: str = Field(description="Model class that the base model's configuration names")
+    modules: int = Field(description="Number of adapted modules")
+    ranks: tuple[int, ...] = Field(description="Ranks of the modules, each once")
     engines: tuple[EngineCheck, ...]
 
     @property
@@ -77,7 +77,7 @@ def judge(findings: Iterable[Finding]) -> Judgement:
     """Return findings with the verdict that follows from them.
 
     Args:
-        findings: what an engine does with an adapter.
+        findings: What an engine does with an adapter.
     """
     found = tuple(findings)
     worst: tuple[Verdict, ...] = ("refused", "wrong silently")

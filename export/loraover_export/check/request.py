@@ -11,9 +11,20 @@ from loraover_export.uniform.request_fields import base_model
 
 @dataclass(frozen=True)
 class CheckRequest(Request):
-    """Arguments of `check_adapter`."""
+    """Say for each engine whether it would refuse ADAPTER or silently apply it wrongly, and what repairs that.
+
+    ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any method. No engine is run or needs to be installed. Each
+    engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes.
+
+    Exit code 1: an engine refuses the adapter as it is, or applies it wrongly. `--engine` chooses the engines that
+    matter to you: mlx-lm, for instance, has a format of its own and refuses every adapter as it is.
+    """
 
     verb = "loraover export check"
+    examples = (
+        "loraover export check runs/a/adapter",
+        "loraover export check my-lora --engine vllm --engine llamacpp --model ./Qwen3-0.6B",
+    )
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any method.")
     engines: AnyNames = option(

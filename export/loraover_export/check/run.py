@@ -21,8 +21,8 @@ def check_adapter(request: CheckRequest) -> CheckReport:
         command.
 
     Raises:
-        ConfigError: an engine that is not known, or a base model that cannot be read.
-        CheckpointError: no adapter, or files that cannot be trusted.
+        ConfigError: An engine that is not known, or a base model that cannot be read.
+        CheckpointError: No adapter, or files that cannot be trusted.
     """
     subject = read_subject(request)
     if subject.served.source.stand_in is not None:

@@ -11,16 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.checkpoint import META_FILE
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import (
-    CONFIG_FILE,
-    KEY_PREFIX,
-    TENSORS_FILE,
-    AdapterConfig,
-    AdapterDir,
-    read_on_base,
-)
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.metadata import META_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE, AdapterDir, read_on_base
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.paths import kind_of
@@ -34,7 +28,7 @@ _MATRIX = re.compile(
 )
 
 
-class _Config(BaseModel):
+class _AnyConfig(BaseModel):
     """Fields that every PEFT method has; other fields are kept unread."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -52,11 +46,11 @@ class Matrix:
     """An A or B matrix by its tensor key.
 
     Args:
-        module: path of the adapted module, without PEFT's prefix.
+        module: Path of the adapted module, without PEFT's prefix.
         side: "A" or "B".
-        is_embedding: whether the module is adapted as an embedding.
-        has_prefix: whether the key begins with PEFT's prefix, `base_model.model.`.
-        shape: shape of the tensor.
+        is_embedding: Whether the module is adapted as an embedding.
+        has_prefix: Whether the key begins with PEFT's prefix, `base_model.model.`.
+        shape: Shape of the tensor.
     """
 
     module: str
@@ -71,18 +65,18 @@ class Subject:
     """An adapter that is to be judged, and the model under it.
 
     Args:
-        path: folder of the adapter.
-        config: contents of `adapter_config.json`.
-        fields: the fields of the configuration that give rank and scaling; None for other methods than LoRA.
-        shapes: shape of every tensor in the file, by key; of each expert's A and B where the file stacks them.
-        lora: the adapter, if it is a plain LoRA that the exports can read.
-        unreadable: reason for which the exports cannot read it; None if they can.
-        has_cores: whether the folder is a LoRA-Over checkpoint.
-        served: the base model.
-        is_causal: whether the base model is a causal language model.
-        is_tied: whether the base model's head is its embedding.
-        quantization: method by which the base model's weights are quantised; None if they are not.
-        model: base model that the user named.
+        path: Folder of the adapter.
+        config: Contents of `adapter_config.json`.
+        fields: The fields of the configuration that give rank and scaling; None for other methods than LoRA.
+        shapes: Shape of every tensor in the file, by key; of each expert's A and B where the file stacks them.
+        lora: The adapter, if it is a plain LoRA that the exports can read.
+        unreadable: Reason for which the exports cannot read it; None if they can.
+        has_cores: Whether the folder is a LoRA-Over checkpoint.
+        served: The base model.
+        is_causal: Whether the base model is a causal language model.
+        is_tied: Whether the base model's head is its embedding.
+        quantization: Method by which the base model's weights are quantised; None if they are not.
+        model: Base model that the user named.
     """
 
     path: Path
@@ -125,13 +119,13 @@ def read_subject(request: CheckRequest) -> Subject:
     """Read an adapter's configuration and tensor layout, and the configuration of its base model.
 
     Raises:
-        CheckpointError: no adapter, or files that cannot be read.
-        ConfigError: no base model, or one that transformers cannot build.
+        CheckpointError: No adapter, or files that cannot be read.
+        ConfigError: No base model, or one that transformers cannot build.
     """
     path, model = request.adapter, request.model
     if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
-    config = read_json(path / CONFIG_FILE, _Config)
+    config = read_json(path / CONFIG_FILE, _AnyConfig)
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
     named = model or config.base_model_name_or_path
@@ -162,7 +156,7 @@ def read_subject(request: CheckRequest) -> Subject:
 def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
     """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
     try:
-        return read_on_base(adapter_of(read_source(path)), served.experts), None
+        return read_on_base(read_source(path), served.experts), None
     except CheckpointError as error:
         if has_cores:
             raise

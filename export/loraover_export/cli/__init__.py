@@ -1,24 +1,27 @@
-"""The command `loraover-export`; each of its commands is a file here."""
+"""The command `loraover-export`."""
 
 from __future__ import annotations
 
 import click
 
 from loraover.common.command_line import LazyGroup, entry_point
+from loraover.reporting.request_command import Reporting
 
-COMMANDS = {
-    "check": "loraover_export.cli.check:check",
-    "fold": "loraover_export.cli.fold:fold",
-    "combine": "loraover_export.cli.combine:combine",
-    "shrink": "loraover_export.cli.shrink:shrink",
-    "merge": "loraover_export.cli.merge:merge",
-    "diff": "loraover_export.cli.diff:diff",
-    "vllm": "loraover_export.cli.vllm:vllm",
-    "onnx": "loraover_export.cli.onnx:onnx",
-    "convert": "loraover_export.cli.convert:convert",
-    "gguf": "loraover_export.cli.gguf:gguf",
-    "mlx": "loraover_export.cli.mlx:mlx",
+PLACES = {
+    "check": ("check.request:CheckRequest", "check.run:check_adapter", "check.show:show_report"),
+    "fold": ("fold.request:FoldRequest", "fold.run:fold_checkpoint", "fold.show:show_certificate"),
+    "combine": ("combine.requests:CombineRequest", "combine.combine:combine_adapters", "uniform.show:show_lora"),
+    "shrink": ("combine.requests:ShrinkRequest", "combine.shrink:shrink_adapter", "uniform.show:show_lora"),
+    "merge": ("merge.request:MergeRequest", "merge.run:merge_adapter", "merge.show:show_merge"),
+    "diff": ("combine.requests:DiffRequest", "combine.diff:diff_adapters", "combine.show:show_diff"),
+    "vllm": ("vllm.request:VllmRequest", "vllm.run:export_vllm", "vllm.show:show_report"),
+    "onnx": ("onnx.request:OnnxRequest", "onnx.run:export_onnx", "onnx.show:show_report"),
+    "convert": ("convert.request:ConvertRequest", "convert.run:convert_adapter", "convert.show:show_report"),
+    "gguf": ("gguf.request:GgufRequest", "gguf.run:export_gguf", "gguf.show:show_report"),
+    "mlx": ("mlx.request:MlxRequest", "mlx.run:export_mlx", "mlx.show:show_report"),
 }
+"""Request, function, and function that prints the report, of each command."""
+COMMANDS = {name: Reporting(*(f"loraover_export.{place}" for place in places)) for name, places in PLACES.items()}
 EXAMPLES = [
     "loraover export check my-lora",
     "loraover export fold runs/demo/adapter -o folded --check-error",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from loraover.checkpoint.exact_tensors import Exact, ExactAdapter
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.request import verb
 from loraover_export.combine.requests import CombineRequest
 from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources
@@ -33,11 +34,11 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
 
     Raises:
-        ConfigError: weights that cannot be used.
-        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
-        ExportError: adapters of different base models, adapters that are more than A and B, or a sum of zero.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: Weights that cannot be used.
+        CheckpointError: An adapter that cannot be trusted, or that holds NaN.
+        ExportError: Adapters of different base models, adapters that are more than A and B, or a sum of zero.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     adapters = read_sources(request.sources)
     check_plain(adapters)

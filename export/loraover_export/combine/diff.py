@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.exact_tensors import ExactAdapter
-from loraover.checkpoint.peft_adapter import other_tensors, saved_labels
+from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb
@@ -22,16 +21,16 @@ from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDif
 from loraover_export.combine.requests import DiffRequest
 from loraover_export.combine.sources import Sources, deltas_of, read_sources
 from loraover_export.logits.prompts import read_prompts
-from loraover_export.numerics.delta import Delta, adapted_modules, check_no_bias
+from loraover_export.numerics.delta import Delta, check_no_bias
 from loraover_export.numerics.low_rank import (
-    Svd,
+    SingularValues,
     concatenate,
     decompose,
     factor_noise,
     principal_angles,
     product_norm,
 )
-from loraover_export.uniform.refusals import check_fields, has_targets
+from loraover_export.uniform.refusals import check_fields, written_parameters
 
 COMPARED = {"bias", "modules_to_save", "trainable_token_indices"}
 """Fields of parameters that are compared, besides those of A and B."""
@@ -46,18 +45,16 @@ def diff_adapters(request: DiffRequest) -> DiffReport:
     spaces (the inputs that they react to).
 
     Raises:
-        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or adapters of different tasks
+        ConfigError: Arguments that cannot be used, a base model that cannot be loaded, or adapters of different tasks
             with `logits`.
-        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
-        ExportError: adapters of different base models.
-        DataError: a file of prompts that cannot be used.
+        CheckpointError: An adapter that cannot be trusted, or that holds NaN.
+        ExportError: Adapters of different base models.
+        DataError: A file of prompts that cannot be used.
     """
     sources = read_sources([request.first, request.second])
     for adapter in sources.adapters:
         check_no_bias(adapter)
-        weights = (f"{module}.weight" for module in adapted_modules(adapter))
-        present = {"target_parameters"} if has_targets(adapter, weights) else set()
-        check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | present)
+        check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | written_parameters(adapter))
     compare = _comparison(request, sources) if request.logits else None
     with (
         sources.opened() as opened,
@@ -87,7 +84,7 @@ def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDif
     """Read the prompts, and return the comparison of the adapters' logits.
 
     Raises:
-        ConfigError: adapters of different tasks.
+        ConfigError: Adapters of different tasks.
     """
     tasks = {task for adapter in sources.adapters if (task := adapter.config.task_type) is not None}
     if len(tasks) > 1:
@@ -99,7 +96,7 @@ def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDif
     labels = (saved_labels(adapter.shapes) for adapter in sources.adapters)
     return partial(
         compare_logits,
-        sources.read,
+        sources.adapters,
         base,
         read_prompts(base, request.prompts),
         request.report,
@@ -138,7 +135,7 @@ def compare_deltas(module: str, first: Delta | None, second: Delta | None) -> Mo
 class _Decomposed(NamedTuple):
     """A delta's singular value decomposition, and the rank up to which it is more than rounding."""
 
-    svd: Svd
+    svd: SingularValues
     rank: int
 
     def columns(self) -> Tensor:
@@ -157,7 +154,7 @@ def _decomposed(delta: Delta | None) -> _Decomposed | None:
 
 def _others(opened: Sequence[ExactAdapter]) -> list[str]:
     """Return the names of parameters that the adapters hold in full, and that differ or that only one of them has."""
-    one, other = (other_tensors(exact.adapter) for exact in opened)
+    one, other = ({name: key for key, name in exact.adapter.others.items()} for exact in opened)
     differing = [
         name
         for name in one.keys() & other.keys()

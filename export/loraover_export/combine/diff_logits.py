@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.combine.diff_report import LogitDiff
 from loraover_export.logits.deviation import RunningDeviation
 from loraover_export.logits.pieces import logits_of
@@ -18,7 +17,7 @@ from loraover_export.logits.prompts import Prompts
 
 
 def compare_logits(
-    adapters: Sequence[Checkpoint | AdapterDir],
+    adapters: Sequence[AdapterDir],
     source: ModelSource,
     prompts: Prompts,
     report: Reporter = SILENT,
@@ -31,18 +30,18 @@ def compare_logits(
     """Run the base model, then each of two adapters on it, on the same prompts one at a time.
 
     Args:
-        adapters: the two adapters; cores are applied as they are, and PEFT runs plain adapters.
-        source: the base model.
-        prompts: token ids to run.
-        report: receiver of progress.
+        adapters: The two adapters; cores are applied as they are, and PEFT runs plain adapters.
+        source: The base model.
+        prompts: Token ids to run.
+        report: Receiver of progress.
         task_type: PEFT's name of the adapters' task; None means CAUSAL_LM.
-        num_labels: number of labels of a classification head that an adapter replaces; None if none does.
-        device: device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
-        compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
+        num_labels: Number of labels of a classification head that an adapter replaces; None if none does.
+        device: Device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
+        compute_dtype: Data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
-        CheckpointError: the base model is not the one that an adapter was trained on.
-        ConfigError: a base model that cannot be loaded, or a device that is not there.
+        CheckpointError: The base model is not the one that an adapter was trained on.
+        ConfigError: A base model that cannot be loaded, or a device that is not there.
     """
     place, _ = choose_compute(device, compute_dtype)
     report.line(f"loading the base model from {source.origin} to {place}, {compute_dtype}")

@@ -14,16 +14,16 @@ class ModuleDiff(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    module: str = Field(description="path of the module in the base model")
-    ranks: tuple[int, int] = Field(description="numerical rank of each delta; 0 if it is zero or missing")
+    module: str = Field(description="Path of the module in the base model")
+    ranks: tuple[int, int] = Field(description="Numerical rank of each delta; 0 if it is zero or missing")
     norms: tuple[float, float] = Field(description="Frobenius norm of each delta; 0 if it is missing")
     difference: float = Field(description="Frobenius norm of the difference of the deltas")
     column_angles: list[float] = Field(
-        description="principal angles between the column spaces of the deltas, in degrees, the smallest first; empty "
+        description="Principal angles between the column spaces of the deltas, in degrees, the smallest first; empty "
         "if one of them is zero or missing"
     )
     row_angles: list[float] = Field(
-        description="principal angles between the row spaces of the deltas, in degrees, the smallest first"
+        description="Principal angles between the row spaces of the deltas, in degrees, the smallest first"
     )
 
     @property
@@ -37,14 +37,14 @@ class LogitDiff(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(description="base model that was run, in words")
-    device: str = Field(description="device that it ran on")
-    compute_dtype: str = Field(description="data type that it ran in: fp32, bf16, fp16 or fp64")
-    tokens: int = Field(description="number of tokens in all prompts")
-    prompt_source: str = Field(description="where the prompts come from, in words")
-    difference: Deviation = Field(description="distance of the second adapter's logits from the first one's")
+    base: str = Field(description="Base model that was run, in words")
+    device: str = Field(description="Device that it ran on")
+    compute_dtype: str = Field(description="Data type that it ran in: fp32, bf16, fp16 or fp64")
+    tokens: int = Field(description="Number of tokens in all prompts")
+    prompt_source: str = Field(description="Where the prompts come from, in words")
+    difference: Deviation = Field(description="Distance of the second adapter's logits from the first one's")
     effects: tuple[Deviation, Deviation] = Field(
-        description="distance of the base model's logits from those of each adapter"
+        description="Distance of the base model's logits from those of each adapter"
     )
 
 
@@ -54,18 +54,18 @@ class DiffReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
-    first: str = Field(description="folder of the first adapter")
-    second: str = Field(description="folder of the second adapter")
-    base_model: str | None = Field(description="base model that the adapters name; None if they name none")
+    first: str = Field(description="Folder of the first adapter")
+    second: str = Field(description="Folder of the second adapter")
+    base_model: str | None = Field(description="Base model that the adapters name; None if they name none")
     norms: tuple[float, float] = Field(description="Frobenius norm of all deltas of each adapter together")
     difference: float = Field(description="Frobenius norm of the differences of all deltas together")
-    modules: list[ModuleDiff] = Field(description="one entry for each module that either adapter has a delta for")
+    modules: list[ModuleDiff] = Field(description="One entry for each module that either adapter has a delta for")
     other_tensors: list[str] = Field(
-        description="parameters that the adapters hold in full, and that differ or that only one of them has"
+        description="Parameters that the adapters hold in full, and that differ or that only one of them has"
     )
-    logits: LogitDiff | None = Field(description="comparison of the logits; None if it was not asked for")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
+    logits: LogitDiff | None = Field(description="Comparison of the logits; None if it was not asked for")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     exit_code: ClassVar[int] = 0
     """Exit code of the command, which judges nothing."""

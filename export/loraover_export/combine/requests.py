@@ -21,9 +21,19 @@ from loraover_export.uniform.request_fields import (
 
 @dataclass(frozen=True)
 class CombineRequest(Request):
-    """Arguments of `combine_adapters`."""
+    """Write the weighted sum of SOURCES as one plain LoRA adapter, exactly.
+
+    SOURCES are LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model. The ranks are
+    concatenated; where the adapters share directions, the sum has a smaller rank and is written with it.
+
+    Exit code 1: a written matrix failed its check, and nothing was written.
+    """
 
     verb = "loraover export combine"
+    examples = (
+        "loraover export combine maths code -o both",
+        "loraover export combine maths code -o both --weights 0.7,0.3 --dtype bf16",
+    )
 
     sources: AnyPaths = argument(
         "Folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model.", metavar="SOURCES..."
@@ -57,9 +67,19 @@ class CombineRequest(Request):
 
 @dataclass(frozen=True)
 class ShrinkRequest(Request):
-    """Arguments of `shrink_adapter`."""
+    """Write SOURCE with a smaller rank: the best approximation of each module, with its error.
+
+    SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. What a module loses is the part of its
+    delta that its smallest singular values make up, and no adapter of that rank loses less.
+
+    Exit code 1: a written matrix failed its check, and nothing was written.
+    """
 
     verb = "loraover export shrink"
+    examples = (
+        "loraover export shrink folded -o smaller --rank 16",
+        "loraover export shrink folded -o smaller --energy 0.99 --dtype bf16",
+    )
 
     source: AnyPath = plain_adapter()
     output: AnyPath = option("New folder for the adapter, its certificate and a model card.", short="-o")
@@ -86,9 +106,18 @@ class ShrinkRequest(Request):
 
 @dataclass(frozen=True)
 class DiffRequest(Request):
-    """Arguments of `diff_adapters`."""
+    """Compare the adapters FIRST and SECOND module by module: norms, differences and principal angles.
+
+    Both are LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model. A and B are not unique, so
+    their products are compared, and never formed.
+    """
 
     verb = "loraover export diff"
+    examples = (
+        "loraover export diff run-1 run-2",
+        "loraover export diff folded smaller --logits --prompts prompts.txt",
+    )
+    json_help = "Print the comparison as JSON, with every module and angle."
 
     first: AnyPath = plain_adapter()
     second: AnyPath = argument("Folder of the other adapter.")

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.errors import ExportError
 from loraover.common.reporter import Reporter
 from loraover.common.request import verb
@@ -33,11 +33,11 @@ def shrink_adapter(request: ShrinkRequest) -> LoraCertificate:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
 
     Raises:
-        ConfigError: neither `rank` nor `energy`, both, or one out of range.
-        CheckpointError: an adapter that cannot be trusted, or that holds NaN.
-        ExportError: an adapter that has no larger rank, is more than A and B, or does nothing.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: Neither `rank` nor `energy`, both, or one out of range.
+        CheckpointError: An adapter that cannot be trusted, or that holds NaN.
+        ExportError: An adapter that has no larger rank, is more than A and B, or does nothing.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     adapter = read_sources([request.source])
     check_plain(adapter)
@@ -66,7 +66,7 @@ def shrink_adapter(request: ShrinkRequest) -> LoraCertificate:
 
 def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter) -> int:
     """Return the rank to keep, which is smaller than that of some module."""
-    largest = max(adapter.adapters[0].config.rank(module) for module in adapter.modules)
+    largest = adapter.adapters[0].rank
     if request.rank is not None:
         if request.rank >= largest:
             raise ExportError(

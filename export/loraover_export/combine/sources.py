@@ -9,14 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import described
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
-from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir, other_tensors
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack, has_present_layout
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
-from loraover_export.numerics.delta import Delta, adapted_modules, read_delta
+from loraover_export.numerics.delta import Delta, read_delta
 from loraover_export.uniform.refusals import HELD, check_fields, check_tensors, has_targets
 
 MERGE = "merge it with PEFT"
@@ -32,22 +32,15 @@ class Sources:
     """Adapters that have been read and checked.
 
     Args:
-        paths: their folders.
-        read: their layouts, in the same order.
+        adapters: The adapters.
     """
 
-    paths: tuple[Path, ...]
-    read: tuple[Checkpoint | AdapterDir, ...]
-
-    @property
-    def adapters(self) -> list[AdapterDir]:
-        """The adapters of the sources."""
-        return [adapter_of(source) for source in self.read]
+    adapters: tuple[AdapterDir, ...]
 
     @property
     def modules(self) -> list[str]:
         """Paths of the modules that any of the adapters has matrices for."""
-        return list(dict.fromkeys(module for adapter in self.adapters for module in adapted_modules(adapter)))
+        return list(dict.fromkeys(module for adapter in self.adapters for module in adapter.modules))
 
     @property
     def stacks(self) -> Sequence[ExpertStack]:
@@ -73,17 +66,17 @@ class Sources:
     def opened(self) -> Iterator[list[ExactAdapter]]:
         """Open the files of all adapters."""
         with ExitStack() as stack:
-            yield [stack.enter_context(open_exact(source)) for source in self.read]
+            yield [stack.enter_context(adapter.open()) for adapter in self.adapters]
 
 
 def read_sources(paths: Sequence[Path]) -> Sources:
     """Read adapters whose deltas are to be added or compared.
 
     Raises:
-        CheckpointError: an adapter that cannot be trusted, or that was trained on changed base weights.
-        ExportError: adapters of different base models, or of modules with different shapes.
+        CheckpointError: An adapter that cannot be trusted, or that was trained on changed base weights.
+        ExportError: Adapters of different base models, or of modules with different shapes.
     """
-    sources = Sources(tuple(paths), tuple(read_source(path) for path in paths))
+    sources = Sources(tuple(map(read_source, paths)))
     for adapter in sources.adapters:
         adapter.check_keeps_base()
     _check_experts(sources)
@@ -96,12 +89,13 @@ def check_plain(sources: Sources) -> None:
     """Refuse adapters that are more than A and B, and the base weights of `held_weights`.
 
     Raises:
-        ExportError: another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
+        ExportError: Another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
     """
     for adapter in sources.adapters:
         allowed = {"target_parameters"} if has_targets(adapter) else set()
         check_fields(adapter, MERGE, allowed=allowed, remedies=REMEDIES)
-        check_tensors(adapter, weight_shapes(adapter), MERGE)
+        shapes = {path: module.weight_shape for path, module in adapter.modules.items()}
+        check_tensors(adapter, shapes, MERGE)
 
 
 def held_weights(sources: Sources) -> dict[str, Tensor]:
@@ -110,12 +104,12 @@ def held_weights(sources: Sources) -> dict[str, Tensor]:
     PEFT saves them beside adapted embeddings. Where the vocabulary was resized, no other file holds the new rows.
 
     Raises:
-        ExportError: two adapters hold different weights for one module.
+        ExportError: Two adapters hold different weights for one module.
     """
     found: dict[str, tuple[Tensor, Path]] = {}
     for adapter in sources.adapters:
         with open_tensors(adapter.tensors_path) as file:
-            for key in other_tensors(adapter).values():
+            for key in adapter.others:
                 weight = file.read(key)
                 first, path = found.setdefault(key, (weight, adapter.path))
                 if first.shape != weight.shape or bool((first != weight).any()):
@@ -133,31 +127,15 @@ def held_notes(held: Mapping[str, Tensor]) -> list[str]:
     return [f"base weights that the sources hold were taken over as they are: {', '.join(held)}"]
 
 
-def weight_shapes(adapter: AdapterDir) -> dict[str, tuple[int, int]]:
-    """Return the shape of each adapted module's weight: (out, in), or (tokens, dimension) of an embedding."""
-    found = {}
-    for module in adapted_modules(adapter):
-        m, n = _shape(adapter, module)
-        found[module] = (n, m) if f"{module}.lora_embedding_A" in adapter.sites else (m, n)
-    return found
-
-
 def deltas_of(opened: Sequence[ExactAdapter], module: str) -> list[Delta | None]:
     """Return the delta of one module in each adapter; None in those that do not adapt it."""
-    has = [f"{module}.lora_A" in e.adapter.sites or f"{module}.lora_embedding_A" in e.adapter.sites for e in opened]
-    return [read_delta(exact, module) if there else None for exact, there in zip(opened, has, strict=True)]
-
-
-def _shape(adapter: AdapterDir, module: str) -> tuple[int, int]:
-    kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
-    a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
-    return b[0], a[1]
+    return [read_delta(exact, module) if module in exact.adapter.modules else None for exact in opened]
 
 
 def _check_experts(sources: Sources) -> None:
     """Refuse experts whose A and B may be swapped, and adapters whose stacks differ."""
     for adapter in sources.adapters:
-        if adapter.stacks and not adapter.has_present_layout:
+        if adapter.stacks and not has_present_layout(adapter.config.peft_version):
             raise ExportError(
                 f"{adapter.path}: adapts experts, and was not saved by PEFT {PRESENT_LAYOUT} or newer. Older releases "
                 "stored A and B of experts swapped. Write it again with loraover export convert, which compares it "
@@ -186,16 +164,13 @@ def _check_base(sources: Sources) -> None:
 
 
 def _check_shapes(sources: Sources) -> None:
-    seen: dict[str, tuple[tuple[int, int], bool, AdapterDir]] = {}
+    seen: dict[str, tuple[str, Path]] = {}
     for adapter in sources.adapters:
-        for module in adapted_modules(adapter):
-            shape, embedding = _shape(adapter, module), f"{module}.lora_embedding_A" in adapter.sites
-            first = seen.setdefault(module, (shape, embedding, adapter))
-            if first[:2] != (shape, embedding):
-                kinds = [
-                    f"{s[0]} x {s[1]}{' of an embedding' if e else ''}" for s, e in (first[:2], (shape, embedding))
-                ]
+        for path, module in adapter.modules.items():
+            found = f"{module.shape[0]} x {module.shape[1]}{' of an embedding' * module.is_embedding}"
+            first, where = seen.setdefault(path, (found, adapter.path))
+            if first != found:
                 raise ExportError(
-                    f"{module} is {kinds[0]} in {first[2].path} and {kinds[1]} in {adapter.path}: these adapters "
-                    "belong to different base models."
+                    f"{path} is {first} in {where} and {found} in {adapter.path}: these adapters belong to different "
+                    "base models."
                 )

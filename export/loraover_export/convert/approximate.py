@@ -10,30 +10,30 @@ import torch
 from torch import Tensor
 
 from loraover.common.errors import ExportError
-from loraover_export.convert.engines import fit_in_words
 from loraover_export.convert.methods.base import LowRank, Place, rounding
+from loraover_export.convert.report import VllmFit
 from loraover_export.convert.request import ConvertRequest
-from loraover_export.convert.source import Layout
+from loraover_export.convert.source import AdapterLayout
 from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.low_rank import Svd, decompose, dense_svd, product_norm
+from loraover_export.numerics.low_rank import SingularValues, decompose, dense_svd, product_norm
 from loraover_export.uniform.write_lora import Approximation, Work
 
 
 def approximations(
-    places: Sequence[Place], layout: Layout[Any], rank: int | None, ranks: dict[str, int]
+    places: Sequence[Place], layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]
 ) -> Iterator[Work]:
     """Yield the computation of each module's factors, which any thread may run.
 
     Args:
-        places: modules that the adapter changes.
-        layout: the adapter, for messages.
-        rank: largest rank of the result; None means exact.
-        ranks: receives the exact rank of each module, by its path.
+        places: Modules that the adapter changes.
+        layout: The adapter, for messages.
+        rank: Largest rank of the result; None means exact.
+        ranks: Receives the exact rank of each module, by its path.
     """
     return (partial(_approximate, place, layout, rank, ranks) for place in places)
 
 
-def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
+def _approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
     found = place.delta()
     factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):
@@ -54,7 +54,7 @@ def _approximate(place: Place, layout: Layout[Any], rank: int | None, ranks: dic
         raise ExportError(
             f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
             f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with "
-            f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {fit_in_words(exact)}."
+            f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {VllmFit.of(exact).in_words()}."
         )
     noise = rounding(*found.value.shape) * found.size
     if rank is not None and exact > rank:
@@ -76,6 +76,6 @@ def _square(value: Tensor) -> tuple[Tensor, Tensor]:
     return (value, eye) if n <= m else (eye, value)
 
 
-def _truncated(place: Place, svd: Svd, rank: int, noise: float) -> Approximation:
+def _truncated(place: Place, svd: SingularValues, rank: int, noise: float) -> Approximation:
     kept = svd.truncate(rank)
     return Approximation(kept.delta(place.path, place.embedding), svd.norm, kept.error, kept.bound + noise)

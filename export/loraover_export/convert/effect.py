@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
@@ -18,7 +18,7 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
 from loraover_export.convert.request import ConvertRequest
-from loraover_export.convert.source import Layout
+from loraover_export.convert.source import AdapterLayout
 from loraover_export.logits.deviation import RunningDeviation, largest_of
 from loraover_export.logits.pieces import logits_of, pieces
 from loraover_export.logits.prompts import Prompts
@@ -30,7 +30,7 @@ MOVED = 0.25
 
 
 def compare_outputs(
-    source: Layout[Any],
+    source: AdapterLayout[Any],
     converted: Path,
     base: ModelSource,
     prompts: Prompts,
@@ -50,21 +50,21 @@ def compare_outputs(
     converted adapter and its twin share one.
 
     Args:
-        source: the source.
-        converted: folder of the written adapter.
-        base: the base model.
-        prompts: token ids to run.
-        report: receiver of progress.
-        is_exact: whether the conversion left nothing out, so that its logits have to be the source's.
-        dtype: data type that the adapter is stored in: fp32, bf16 or fp16.
-        start_dtype: data type to load the base model in, where PEFT starts the source from the loaded weights; None
+        source: The source.
+        converted: Folder of the written adapter.
+        base: The base model.
+        prompts: Token ids to run.
+        report: Receiver of progress.
+        is_exact: Whether the conversion left nothing out, so that its logits have to be the source's.
+        dtype: Data type that the adapter is stored in: fp32, bf16 or fp16.
+        start_dtype: Data type to load the base model in, where PEFT starts the source from the loaded weights; None
             means `compute_dtype`.
-        num_labels: number of labels of a classification head that the source replaces; None if it replaces none.
-        device: device to run on.
-        compute_dtype: data type to run the models in: fp32, bf16, fp16 or fp64.
+        num_labels: Number of labels of a classification head that the source replaces; None if it replaces none.
+        device: Device to run on.
+        compute_dtype: Data type to run the models in: fp32, bf16, fp16 or fp64.
 
     Raises:
-        ConfigError: a base model that cannot be loaded for the source's task, or a device that is not there.
+        ConfigError: A base model that cannot be loaded for the source's task, or a device that is not there.
     """
     place, _ = choose_compute(device, compute_dtype)
     times = "three times" if is_exact else "twice"
@@ -105,7 +105,7 @@ def compare_outputs(
 
 def _load(
     base: ModelSource,
-    source: Layout[Any],
+    source: AdapterLayout[Any],
     num_labels: int | None,
     start_dtype: str,
     dtype: str,

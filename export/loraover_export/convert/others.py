@@ -7,21 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
-from loraover_export.convert.source import Adapter, Layout
+from loraover_export.convert.source import Adapter, AdapterLayout
 from loraover_export.merge.base_weights import changed_weight, module_of_copy, refuse_changed
 
 SERVED_HEADS = ("classifier", "score")
 """Modules of `modules_to_save` that engines take: vLLM's rule, and PEFT loads any."""
 
 
-def check_fields(layout: Layout[Any], method: AnyMethod) -> None:
+def check_fields(layout: AdapterLayout[Any], method: AnyMethod) -> None:
     """Refuse fields that change the adapter's function and that the method does not read.
 
     Raises:
-        ExportError: trained biases, a variant, or a field that this version does not know.
+        ExportError: Trained biases, a variant, or a field that this version does not know.
     """
     where = layout.path / CONFIG_FILE
     if layout.config.bias != "none":
@@ -41,7 +42,7 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
     Copies of frozen base weights, which PEFT saves beside adapted embeddings, are left out.
 
     Raises:
-        ExportError: a tensor that neither engines nor a LoRA can take.
+        ExportError: A tensor that neither engines nor a LoRA can take.
     """
     tensors: dict[str, Tensor] = {}
     modules: set[str] = set()

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.convert.engines import VllmFit
+from loraover_export.convert.request import ConvertRequest
 from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
+from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
+
+
+class VllmFit(BaseModel):
+    """Whether vLLM takes adapters of a rank; no other engine names a largest rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    takes: bool = Field(description="Whether vLLM takes the rank")
+    max_lora_rank: int | None = Field(description="Value of --max-lora-rank to start vLLM with; None if none suffices")
+    largest: int = Field(default=MAX_LORA_RANKS[-1], description="Largest rank that vLLM takes")
+
+    @classmethod
+    def of(cls, rank: int) -> VllmFit:
+        """Return whether vLLM takes adapters of a rank."""
+        return cls(takes=max_lora_rank(rank) is not None, max_lora_rank=max_lora_rank(rank))
+
+    def in_words(self) -> str:
+        """Return which engines take the rank, and the rank that fits all of them."""
+        if self.takes:
+            return f"vLLM takes it with --max-lora-rank {self.max_lora_rank}; no other engine names a largest rank"
+        option = ConvertRequest.named("rank")
+        return f"only vLLM names a largest rank, {self.largest}, so {option} {self.largest} would fit it"
 
 
 class ConvertReport(BaseModel):
@@ -13,12 +36,12 @@ class ConvertReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(description="kind of the source, as PEFT names it")
-    exact_rank: int = Field(description="largest rank of any module's exact delta_W")
-    truncated: bool = Field(description="whether a smaller rank than the exact one was asked for")
-    vllm: VllmFit = Field(description="whether vLLM takes the written rank")
-    engines: str = Field(description="which engines take the exact rank, in words")
-    certificate: LoraCertificate = Field(description="verdict and errors of the written adapter")
+    method: str = Field(description="Kind of the source, as PEFT names it")
+    exact_rank: int = Field(description="Largest rank of any module's exact delta_W")
+    truncated: bool = Field(description="Whether a smaller rank than the exact one was asked for")
+    vllm: VllmFit = Field(description="Whether vLLM takes the written rank")
+    engines: str = Field(description="Which engines take the exact rank, in words")
+    certificate: LoraCertificate = Field(description="Verdict and errors of the written adapter")
 
     @property
     def outputs(self) -> OutputsOfConversion | None:

@@ -19,9 +19,23 @@ from loraover_export.uniform.request_fields import (
 
 @dataclass(frozen=True)
 class ConvertRequest(Request):
-    """Arguments of `convert_adapter`."""
+    """Write SOURCE, a PEFT adapter of one of 27 kinds, as a plain LoRA that engines read.
+
+    The LoRA is exact if the kind has a finite rank: AdaLoRA, VeRA, VB-LoRA, HRA, MiSS, LoHa, LoKr, PiSSA, OLoRA and
+    others. For kinds of full rank, such as OFT, DoRA and IA3, or to get a smaller rank, ask for an approximation with
+    --rank. Kinds that change no weights are refused.
+
+    Exit code 1: a matrix or, with --check-error, the logits of an exact LoRA failed their check, and nothing was
+    written. Exit code 3: the LoRA was written, but it changes logits too little for --check-error to distinguish it
+    from an adapter that does nothing.
+    """
 
     verb = "loraover export convert"
+    examples = (
+        "loraover export convert loha -o lora",
+        "loraover export convert oft -o lora --rank 64 --check-error",
+    )
+    json_help = "Print ranks and certificate as JSON."
 
     source: AnyPath = argument("Folder of a PEFT adapter of any kind.")
     output: AnyPath = option("New folder for the LoRA, its certificate and a model card.", short="-o")

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, saved_labels
+from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import CheckpointError, ExportError
@@ -18,14 +19,13 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
 from loraover_export.convert.effect import compare_outputs
-from loraover_export.convert.engines import fit, fit_in_words
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
-from loraover_export.convert.report import ConvertReport
+from loraover_export.convert.report import ConvertReport, VllmFit
 from loraover_export.convert.request import ConvertRequest
-from loraover_export.convert.source import Adapter, Layout, open_adapter, read_layout, read_peft_type
+from loraover_export.convert.source import Adapter, AdapterLayout, open_adapter, read_layout, read_peft_type
 from loraover_export.logits.pieces import tokens_at_once
 from loraover_export.logits.prompts import read_prompts
 from loraover_export.merge.base_weights import open_base
@@ -46,14 +46,14 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         from an adapter that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be read.
-        DataError: no usable prompt in the file.
-        CheckpointError: an adapter that cannot be trusted, of a kind that is not known, or whose file does not have the
+        ConfigError: Arguments that cannot be used, or a base model that cannot be read.
+        DataError: No usable prompt in the file.
+        CheckpointError: An adapter that cannot be trusted, of a kind that is not known, or whose file does not have the
             modules that its configuration names.
-        ExportError: an adapter that does not change weights, changes more than weights, or has full rank while `rank`
+        ExportError: An adapter that does not change weights, changes more than weights, or has full rank while `rank`
             is None; or `check_error` for experts that PEFT before 0.19 saved.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
@@ -78,18 +78,18 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         method=layout.config.peft_type,
         exact_rank=exact,
         truncated=exact > certificate.rank,
-        vllm=fit(certificate.rank),
-        engines=fit_in_words(exact),
+        vllm=VllmFit.of(certificate.rank),
+        engines=VllmFit.of(exact).in_words(),
         certificate=certificate,
     )
 
 
-def read_method(path: Path) -> tuple[AnyMethod, Layout[Any]]:
+def read_method(path: Path) -> tuple[AnyMethod, AdapterLayout[Any]]:
     """Read what kind of adapter a folder holds, and its layout.
 
     Raises:
-        CheckpointError: an adapter that cannot be trusted, or of a kind that is not known.
-        ExportError: an adapter that is no change of weights, or that changes more than weights.
+        CheckpointError: An adapter that cannot be trusted, or of a kind that is not known.
+        ExportError: An adapter that is no change of weights, or that changes more than weights.
     """
     kind = read_peft_type(path)
     method = METHODS.get(kind)
@@ -120,7 +120,7 @@ def _comparison(
     """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
 
     Raises:
-        ExportError: experts of an old PEFT, whose A and B the installed one would misread.
+        ExportError: Experts of an old PEFT, whose A and B the installed one would misread.
     """
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:

@@ -14,7 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, KEY_PREFIX, TENSORS_FILE, Task, if_missing
+from loraover.checkpoint.adapter_config import CONFIG_FILE, Task
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
+from loraover.checkpoint.target_modules import if_missing
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.paths import kind_of
@@ -40,15 +42,15 @@ Config = TypeVar("Config", bound=MethodConfig)
 
 
 @dataclass(frozen=True)
-class Layout(Generic[Config]):
+class AdapterLayout(Generic[Config]):
     """What the files of an adapter hold, before any tensor is read.
 
     Args:
-        path: folder of the adapter.
-        config: contents of `adapter_config.json`.
-        modules: names of the tensors of each adapted module, such as hada_w1_a, by the module's path.
-        shared: names of tensors that belong to all modules, such as vera_A.
-        others: keys of all other tensors.
+        path: Folder of the adapter.
+        config: Contents of `adapter_config.json`.
+        modules: Names of the tensors of each adapted module, such as hada_w1_a, by the module's path.
+        shared: Names of tensors that belong to all modules, such as vera_A.
+        others: Keys of all other tensors.
     """
 
     path: Path
@@ -67,24 +69,26 @@ def read_peft_type(path: Path) -> str:
     """Return the kind of an adapter, as `adapter_config.json` names it.
 
     Raises:
-        CheckpointError: the folder holds no adapter.
+        CheckpointError: The folder holds no adapter.
     """
     if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     return read_json(path / CONFIG_FILE, MethodConfig).peft_type
 
 
-def read_layout(path: Path, config: type[Config], names: tuple[str, ...], shared: tuple[str, ...]) -> Layout[Config]:
+def read_layout(
+    path: Path, config: type[Config], names: tuple[str, ...], shared: tuple[str, ...]
+) -> AdapterLayout[Config]:
     """Read the configuration and the keys of an adapter.
 
     Args:
-        path: folder of the adapter.
-        config: class of its configuration.
-        names: names of the tensors of a module.
-        shared: names of the tensors that belong to all modules.
+        path: Folder of the adapter.
+        config: Class of its configuration.
+        names: Names of the tensors of a module.
+        shared: Names of the tensors that belong to all modules.
 
     Raises:
-        CheckpointError: a file that is missing or cannot be trusted, or no adapted module.
+        CheckpointError: A file that is missing or cannot be trusted, or no adapted module.
     """
     read = read_json(path / CONFIG_FILE, config)
     wanted = re.compile(rf"{re.escape(KEY_PREFIX)}(?P<module>.+)\.(?P<name>{'|'.join(map(re.escape, names))})")
@@ -101,7 +105,7 @@ def read_layout(path: Path, config: type[Config], names: tuple[str, ...], shared
             else:
                 others.append(key)
     found = {module: frozenset(tensors) for module, tensors in modules.items()}
-    return Layout(path, read, found, frozenset(common), tuple(others))
+    return AdapterLayout(path, read, found, frozenset(common), tuple(others))
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,12 @@ class Adapter(Generic[Config]):
     """An adapter whose tensors can be read, on the base model that it belongs to.
 
     Args:
-        layout: what its files hold.
-        file: its open file of tensors.
-        base: its base model.
+        layout: What its files hold.
+        file: Its open file of tensors.
+        base: Its base model.
     """
 
-    layout: Layout[Config]
+    layout: AdapterLayout[Config]
     file: TensorFile
     base: BaseWeights
 
@@ -127,7 +131,7 @@ class Adapter(Generic[Config]):
         """Return an adapted module.
 
         Raises:
-            ExportError: the base model has no such module, or one that is neither a linear layer nor an embedding.
+            ExportError: The base model has no such module, or one that is neither a linear layer nor an embedding.
         """
         if path not in self.base.shapes:
             there = self.base.modules.get(path)
@@ -194,11 +198,11 @@ class Module(Generic[Config]):
         """Return a tensor of this module, in float64; a tensor of integers keeps its type.
 
         Args:
-            name: name of the tensor.
-            shape: expected shape, where None stands for any size; without it, any shape is accepted.
+            name: Name of the tensor.
+            shape: Expected shape, where None stands for any size; without it, any shape is accepted.
 
         Raises:
-            CheckpointError: the file does not hold it, or it has another shape, or NaN or infinity.
+            CheckpointError: The file does not hold it, or it has another shape, or NaN or infinity.
         """
         where = f"{self.adapter.layout.tensors_path}: {self.path}.{name}"
         if not self.has(name):
@@ -231,11 +235,11 @@ class Module(Generic[Config]):
 
 
 @contextmanager
-def open_adapter(layout: Layout[Config], base: BaseWeights) -> Iterator[Adapter[Config]]:
+def open_adapter(layout: AdapterLayout[Config], base: BaseWeights) -> Iterator[Adapter[Config]]:
     """Open the tensors of an adapter.
 
     Raises:
-        CheckpointError: a file that is missing or damaged.
+        CheckpointError: A file that is missing or damaged.
     """
     with open_tensors(layout.tensors_path) as file:
         yield Adapter(layout, file, base)

@@ -20,20 +20,20 @@ class OutputCertificate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(description="base model that was run, in words")
-    device: str = Field(description="device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
-    compute_dtype: str = Field(description="data type that the models ran in: fp32, bf16, fp16 or fp64")
-    prompts: int = Field(description="number of prompts")
-    tokens: int = Field(description="number of tokens in all prompts")
+    base: str = Field(description="Base model that was run, in words")
+    device: str = Field(description="Device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
+    compute_dtype: str = Field(description="Data type that the models ran in: fp32, bf16, fp16 or fp64")
+    prompts: int = Field(description="Number of prompts")
+    tokens: int = Field(description="Number of tokens in all prompts")
     compared_tokens: int = Field(
-        description="number of these tokens at which every layer applied its cores; where cores are too large to be "
+        description="Number of these tokens at which every layer applied its cores; where cores are too large to be "
         "applied at all tokens, the others went through the folded A and B"
     )
-    prompt_source: str = Field(description="where the prompts come from, in words")
-    error: Deviation = Field(description="distance of the folded adapter from the unfolded model")
-    noise: Deviation = Field(description="largest distance between any two twins")
-    twins: int = Field(description="number of twins; each also has its ranks in another order")
-    adapter_effect: float = Field(description="largest change of a logit that the adapter makes to the base model")
+    prompt_source: str = Field(description="Where the prompts come from, in words")
+    error: Deviation = Field(description="Distance of the folded adapter from the unfolded model")
+    noise: Deviation = Field(description="Largest distance between any two twins")
+    twins: int = Field(description="Number of twins; each also has its ranks in another order")
+    adapter_effect: float = Field(description="Largest change of a logit that the adapter makes to the base model")
 
     @property
     def bound(self) -> float:
@@ -63,17 +63,17 @@ class FoldCertificate(BaseModel):
 
     schema_version: int = 1
     verdict: CheckVerdict
-    base_model: str | None = Field(description="base model that the adapter names; None if it names none")
-    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
-    decomposition: str = Field(description="tensor network that the matrices were trained as")
-    step: int = Field(description="optimizer steps that the checkpoint was trained for")
-    seed: int | None = Field(description="seed of the random draws in training's cores; None: the run's, or 0")
-    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and B")
-    outputs: OutputCertificate | None = Field(description="check of the outputs; None if it was not asked for")
-    output_bound: float | None = Field(description="largest allowed logit error; None without a check of the outputs")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
-    date: str | None = Field(default=None, description="day of the fold, in UTC; None in older files")
+    base_model: str | None = Field(description="Base model that the adapter names; None if it names none")
+    dtype: str = Field(description="Data type that the adapter is stored in: fp32, bf16 or fp16")
+    decomposition: str = Field(description="Tensor network that the matrices were trained as")
+    step: int = Field(description="Optimizer steps that the checkpoint was trained for")
+    seed: int | None = Field(description="Seed of the random draws in training's cores; None: the run's, or 0")
+    matrices: list[MatrixCertificate] = Field(description="One certificate for each A and B")
+    outputs: OutputCertificate | None = Field(description="Check of the outputs; None if it was not asked for")
+    output_bound: float | None = Field(description="Largest allowed logit error; None without a check of the outputs")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
+    date: str | None = Field(default=None, description="Day of the fold, in UTC; None in older files")
 
     @property
     def passed(self) -> bool:

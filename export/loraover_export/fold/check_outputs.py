@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import other_tensors, read_adapter_dir, saved_labels
-from loraover.checkpoint.reference_model import sharing_weights
-from loraover.checkpoint.unfolded_model import Sampled, multiplications, unfolded
+from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, memory_explained
+from loraover.reference.reference_model import sharing_weights
+from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
 from loraover_export.fold.certificate import OutputCertificate
 from loraover_export.fold.twins import FOLDED, FoldedAndTwins
 from loraover_export.logits.deviation import RunningDeviation, largest_of
@@ -58,19 +58,19 @@ def check_outputs(
     evenly spaced tokens of every layer, and the folded A and B at the others. Logits of all tokens are compared.
 
     Args:
-        checkpoint: the checkpoint that was folded.
-        folded: folder of the written adapter.
-        dtype: data type that it is stored in.
-        source: the base model.
-        prompts_file: text file with one prompt a line; None means a built-in set.
-        report: receiver of progress.
-        device: device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
-        compute_dtype: data type to run in: fp32, bf16, fp16 or fp64.
+        checkpoint: The checkpoint that was folded.
+        folded: Folder of the written adapter.
+        dtype: Data type that it is stored in.
+        source: The base model.
+        prompts_file: Text file with one prompt a line; None means a built-in set.
+        report: Receiver of progress.
+        device: Device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
+        compute_dtype: Data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
-        CheckpointError: the base model is not the one that was trained.
-        ConfigError: a device that is not there, or memory that does not suffice; the message says what would fit.
-        DataError: no usable prompt in the file.
+        CheckpointError: The base model is not the one that was trained.
+        ConfigError: A device that is not there, or memory that does not suffice; the message says what would fit.
+        DataError: No usable prompt in the file.
     """
     place, _ = choose_compute(device, compute_dtype)
     where, needs = {"device": str(place), "compute_dtype": compute_dtype}, partial(_needs, checkpoint, source, place)
@@ -88,7 +88,7 @@ def _check_outputs(
     device: str,
     compute_dtype: str,
 ) -> OutputCertificate:
-    task, labels = checkpoint.adapter.config.task_type, saved_labels(checkpoint.adapter.shapes)
+    task, labels = checkpoint.config.task_type, saved_labels(checkpoint.shapes)
     at_once = tokens_at_once(load_config(source), torch.device(device), task)
     prompts = read_prompts(source, prompts_file, at_once=at_once)
     report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
@@ -96,7 +96,7 @@ def _check_outputs(
     sampled = _sampled(base, checkpoint, folded)
     with unfolded(sharing_weights(base), checkpoint, sampled=sampled) as reference:
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
-        others = other_tensors(checkpoint.adapter)
+        others = checkpoint.others.values()
         adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, dtype, TWINS, report)
         compared, tokens = _Compared(), sum(batch.numel() for batch in prompts.batches)
         done = seen = 0
@@ -134,8 +134,8 @@ def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled |
 
 def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> Needs:
     """Estimate what a check needs: the base model, the folded adapter with its twins and cores, and a prompt."""
-    shapes = checkpoint.adapter.shapes
-    adapter = sum(prod(shapes[key]) for key in checkpoint.adapter.sites.values())
+    shapes = checkpoint.shapes
+    adapter = sum(prod(shapes[key]) for key in checkpoint.matrices)
     at_once = tokens_at_once(load_config(source), place)
     copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
     return Needs.of_model(source, adapters=copies * adapter, tokens=at_once, logits=4)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import write_config, write_rounded
 
@@ -28,21 +28,21 @@ def write_folded(
     the type's normal numbers. The file is read back, and must equal the certified tensors bit for bit.
 
     Args:
-        checkpoint: the checkpoint, read site by site; only the folded tensors are held in memory.
-        directory: an empty folder.
+        checkpoint: The checkpoint, read site by site; only the folded tensors are held in memory.
+        directory: An empty folder.
         dtype: fp32, bf16 or fp16.
-        on_tensor: called with the number of tensors so far.
-        beside: functions to run at the same time, as in `write_rounded`.
+        on_tensor: Called with the number of tensors so far.
+        beside: Functions to run at the same time, as in `write_rounded`.
 
     Returns:
         One certificate per A and B matrix, in file order.
 
     Raises:
-        CheckpointError: cores with NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
-        OutputError: the folder cannot be written.
+        CheckpointError: Cores with NaN, or a stored matrix that contradicts its cores.
+        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
+        OutputError: The folder cannot be written.
     """
-    keys = checkpoint.adapter.shapes
+    keys = checkpoint.shapes
     certificates = write_rounded(checkpoint, keys, directory, dtype, on_tensor=on_tensor, beside=beside)
     config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
     write_config(config | {"inference_mode": True}, directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 
-from loraover.reporting.figures import Band, Key, Point, Row, rows_figure
+from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, make_page
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
@@ -22,8 +22,8 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
     """Make the page of a fold; every text is escaped.
 
     Args:
-        certificate: the certificate of a fold that did not fail.
-        command: command line of the fold.
+        certificate: The certificate of a fold that did not fail.
+        command: Command line of the fold.
     """
     outputs = certificate.outputs
     logits = [] if outputs is None else [_logits(outputs)]
@@ -57,8 +57,8 @@ def _logits(outputs: OutputCertificate) -> Figure:
     mean = _points(noise.mean_logit, error.mean_logit)
     note = f"{short(error.max_logit)}, allowed {short(outputs.bound)}"
     rows = [
-        Row("largest logit difference", note, largest, bands=[Band(SMALLEST / 10, outputs.bound)]),
-        Row("mean logit difference", short(error.mean_logit), mean),
+        FigureRow("largest logit difference", note, largest, bands=[Band(SMALLEST / 10, outputs.bound)]),
+        FigureRow("mean logit difference", short(error.mean_logit), mean),
     ]
     keys: list[Key] = [
         ("folded adapter", "subject", "circle"),
@@ -89,7 +89,7 @@ def _matrices(matrices: Sequence[MatrixCertificate]) -> Figure:
     for matrix in matrices:
         kinds.setdefault(_kind(matrix.name), []).append(matrix.worst_to_bound)
     rows = [
-        Row(
+        FigureRow(
             kind,
             f"{len(found)} {'matrix' if len(found) == 1 else 'matrices'}, worst {short(max(found))}",
             [Point(v, "subject") for v in {round(v, 2): v for v in sorted(found)}.values()],

@@ -19,9 +19,21 @@ from loraover_export.uniform.request_fields import (
 
 @dataclass(frozen=True)
 class FoldRequest(Request):
-    """Arguments of `fold_checkpoint`."""
+    """Contract CHECKPOINT's cores into a plain PEFT adapter and certify every matrix.
+
+    CHECKPOINT is the adapter folder of a LoRA-Over run, or a checkpoint-N of a Hugging Face Trainer. Its cores are the
+    small tensors that training kept in place of each LoRA matrix; multiplied out, they give the matrix again.
+
+    Exit code 1: a check failed, and nothing was written. Exit code 3: the adapter was written, but it changes logits
+    too little for --check-error to distinguish it from an adapter that does nothing.
+    """
 
     verb = "loraover export fold"
+    examples = (
+        "loraover export fold runs/demo/lora-over/adapter -o folded",
+        "loraover export fold output/checkpoint-500 -o folded --dtype bf16 --check-error",
+        "loraover export fold output/checkpoint-500 -o folded --check-error --device cuda --compute-dtype bf16",
+    )
 
     checkpoint: AnyPath = argument("Folder of a LoRA-Over checkpoint, or checkpoint-N of a Hugging Face Trainer.")
     output: AnyPath = option("New folder for the adapter, its certificate, its report and a model card.", short="-o")

@@ -6,9 +6,9 @@ import json
 from functools import partial
 from pathlib import Path
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
 from loraover.common.request import verb
@@ -35,21 +35,21 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         `check_error` to distinguish it from an adapter that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
+        ConfigError: Arguments that cannot be used, a base model that cannot be loaded, or memory that does not
             suffice for `check_error`; the message says what would fit.
-        CheckpointError: a checkpoint that cannot be trusted, or that belongs to another base model.
-        FoldError: an element beyond the range of `dtype`.
-        DataError: a file of prompts that cannot be used.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        CheckpointError: A checkpoint that cannot be trusted, or that belongs to another base model.
+        FoldError: An element beyond the range of `dtype`.
+        DataError: A file of prompts that cannot be used.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
         request.output, "folded adapter", CERTIFICATE_FILE, inputs=[request.checkpoint], replace=request.force
     )
     source = open_checkpoint(request.checkpoint)
-    source.adapter.check_keeps_base()
+    source.check_keeps_base()
     base = None
     if request.check_error:
-        base = resolve_base([source.adapter], request.model, option=request.named("model"), say=request.report.line)
+        base = resolve_base([source], request.model, option=request.named("model"), say=request.report.line)
     with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
         certificate = _fold(request, source, base, draft)
         if certificate.verdict == "failed":
@@ -62,7 +62,7 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
 
 def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None, draft: Path) -> FoldCertificate:
     """Write the folded adapter and judge it; with a base model, by its outputs too."""
-    with request.report.task("folding tensors", len(checkpoint.adapter.shapes)) as done:
+    with request.report.task("folding tensors", len(checkpoint.shapes)) as done:
         sums = [partial(checkpoint.check_sum, name) for name in HASHED_LATER]
         matrices = write_folded(checkpoint, draft, request.dtype, done, sums)
     outputs, base_model = None, checkpoint.meta.base_model
@@ -110,7 +110,7 @@ def _card(request: FoldRequest, certificate: FoldCertificate, checkpoint: Checkp
         **matrix_facts(certificate.matrices),
     }
     outputs, name = certificate.outputs, certificate.base_model
-    revision = base.revision if base is not None and name == base.name else checkpoint.adapter.config.revision
+    revision = base.revision if base is not None and name == base.name else checkpoint.config.revision
     facts |= base_facts(name, base)
     if outputs is not None:
         facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"

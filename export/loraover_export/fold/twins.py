@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import open_exact
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.common.errors import CheckpointError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.overparam.sites import Site, find_sites, lora_layers
@@ -26,12 +26,12 @@ class FoldedAndTwins:
     storage type, or in the compute dtype if that is coarser: a check cannot see finer than it computes.
 
     Args:
-        base: the plain base model, which becomes part of the PEFT model.
-        checkpoint: the checkpoint, which holds the exact matrices.
-        folded: folder of the written adapter.
-        dtype: data type that it is stored in.
-        twins: number of twins.
-        report: receiver of progress.
+        base: The plain base model, which becomes part of the PEFT model.
+        checkpoint: The checkpoint, which holds the exact matrices.
+        folded: Folder of the written adapter.
+        dtype: Data type that it is stored in.
+        twins: Number of twins.
+        report: Receiver of progress.
 
     Raises:
         CheckpointError: PEFT has made a matrix that the checkpoint does not hold.
@@ -76,12 +76,12 @@ def _round_twins(
     generators = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(names)}
     orders: dict[tuple[str, str], Tensor] = {}
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    with open_exact(checkpoint) as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
+    with checkpoint.open() as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
         for count, site in enumerate(sites, 1):
-            key = checkpoint.adapter.sites.get(site.path)
-            if key is None:
+            key = site_key(site.path)
+            if key not in checkpoint.matrices:
                 raise CheckpointError(
-                    f"{checkpoint.adapter.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
+                    f"{checkpoint.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
                 )
             exact, rank_dim = source.tensor(key).value, 0 if site.matrix == "A" else 1
             for name, generator in generators.items():

@@ -18,7 +18,7 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
     """Return whether the folded adapter computes what was trained, with the figures that decide.
 
     Args:
-        certificate: the certificate of a fold that did not fail.
+        certificate: The certificate of a fold that did not fail.
     """
     sentences = [_matrices(certificate.matrices)]
     if certificate.outputs is None:

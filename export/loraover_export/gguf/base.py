@@ -28,13 +28,13 @@ def write_base(model: Any, path: Path) -> Path:
     """Write a decoder of transformers, and return `path`.
 
     Args:
-        model: the model, with weights in float32.
-        path: the new file.
+        model: The model, with weights in float32.
+        path: The new file.
 
     Raises:
-        ExportError: a family that is not known here, rotary embeddings with a scaling, or settings for which llama.cpp
+        ExportError: A family that is not known here, rotary embeddings with a scaling, or settings for which llama.cpp
             has a constant in this family.
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     import gguf
 

@@ -12,31 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.checkpoint.reference_model import reference_model
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
-from loraover_export.gguf.llamacpp import LlamaCpp
+from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
 from loraover_export.logits.prompts import Prompts, read_prompts
 from loraover_export.numerics.rounded_adapter import write_config, write_rounded
 
 
 @dataclass(frozen=True)
-class Reference:
+class LlamaCppReference:
     """What PyTorch gives in float32, and llama.cpp without an adapter.
 
     Args:
-        base_gguf: file of the base model that llama.cpp runs.
-        prompts: token ids.
-        adapted: logits with the adapter for each prompt, (tokens, vocabulary).
-        base_distance: largest difference of the two base models' logits.
-        rounding_distance: largest change of a logit in PyTorch by the rounding of A and B.
-        adapter_effect: largest change that the adapter makes to a logit in PyTorch.
+        base_gguf: File of the base model that llama.cpp runs.
+        prompts: Token ids.
+        adapted: Logits with the adapter for each prompt, (tokens, vocabulary).
+        base_distance: Largest difference of the two base models' logits.
+        rounding_distance: Largest change of a logit in PyTorch by the rounding of A and B.
+        adapter_effect: Largest change that the adapter makes to a logit in PyTorch.
     """
 
     base_gguf: Path
@@ -48,38 +46,38 @@ class Reference:
 
 
 def make_reference(
-    source: Checkpoint | AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
-) -> Reference:
+    adapter: AdapterDir, base: ModelSource, dtype: str, base_gguf: Path, threads: int | None
+) -> LlamaCppReference:
     """Run the base model in PyTorch and in llama.cpp, and the adapted model in PyTorch.
 
     Raises:
-        ConfigError: a base model that cannot be loaded.
-        CheckpointError: an adapter of another base model.
-        EngineError: a GGUF file that llama.cpp cannot load.
-        ExportError: a GGUF file with another vocabulary.
+        ConfigError: A base model that cannot be loaded.
+        CheckpointError: An adapter of another base model.
+        EngineError: A GGUF file that llama.cpp cannot load.
+        ExportError: A GGUF file with another vocabulary.
     """
     model = load_model(base)
     prompts = read_prompts(base)
     plain = [_logits(model, ids) for ids in prompts.batches]
-    adapted = _adapted_logits(model, source, prompts)
+    adapted = _adapted_logits(model, adapter, prompts)
     with TemporaryDirectory() as folder:
-        rounded = _adapted_logits(model, _rounded(source, Path(folder), dtype), prompts)
+        rounded = _adapted_logits(model, _rounded(adapter, Path(folder), dtype), prompts)
     found = _engine_logits(base_gguf, None, prompts, threads)
     if found[0].shape != plain[0].shape:
         raise ExportError(
             f"{base_gguf}: has {found[0].shape[1]} tokens, {base.name} has {plain[0].shape[1]}; name a GGUF file of "
             "the base model."
         )
-    return Reference(
+    return LlamaCppReference(
         base_gguf, prompts, adapted, largest(plain, found), largest(adapted, rounded), largest(plain, adapted)
     )
 
 
-def check_adapter_file(reference: Reference, adapter: Path, family: Family, threads: int | None) -> GgufCheck:
+def check_adapter_file(reference: LlamaCppReference, adapter: Path, family: Family, threads: int | None) -> GgufCheck:
     """Run a written adapter in llama.cpp, and compare every logit.
 
     Raises:
-        EngineError: an adapter that llama.cpp cannot load on this base.
+        EngineError: An adapter that llama.cpp cannot load on this base.
     """
     found = _engine_logits(reference.base_gguf, adapter, reference.prompts, threads)
     return GgufCheck(
@@ -102,22 +100,21 @@ def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(one, other, strict=True)]).max())
 
 
-def _rounded(source: Checkpoint | AdapterDir, folder: Path, dtype: str) -> AdapterDir:
+def _rounded(adapter: AdapterDir, folder: Path, dtype: str) -> AdapterDir:
     """Write A and B in a data type as a PEFT folder, so that PyTorch can run them.
 
     The scaling stays in the configuration, so that a fault of the uniform form is no noise of this comparison.
     """
-    adapter = adapter_of(source)
     try:
-        write_rounded(source, adapter.sites.values(), folder, dtype)
+        write_rounded(adapter, adapter.matrices, folder, dtype)
         write_config(adapter.config.model_dump(), folder)
     except OSError as error:
         raise OutputError(f"cannot write to the temporary folder {folder}: {error.strerror or error}.") from error
     return read_adapter_dir(folder)
 
 
-def _adapted_logits(model: Any, source: Checkpoint | AdapterDir, prompts: Prompts) -> list[Tensor]:
-    with reference_model(model, source) as adapted:
+def _adapted_logits(model: Any, adapter: AdapterDir, prompts: Prompts) -> list[Tensor]:
+    with reference_model(model, adapter) as adapted:
         return [_logits(adapted, ids) for ids in prompts.batches]
 
 
@@ -128,5 +125,5 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _engine_logits(base: Path, adapter: Path | None, prompts: Prompts, threads: int | None) -> list[Tensor]:
-    with LlamaCpp(base, adapter, threads) as engine:
+    with LlamaCppModel(base, adapter, threads) as engine:
         return [torch.from_numpy(engine.logits(ids[0].tolist())) for ids in prompts.batches]

@@ -24,8 +24,8 @@ class Family:
 
     Args:
         name: llama.cpp's name of the architecture.
-        interleaved: whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
-        gelu: whether its activation function is GELU, which llama.cpp looks up in a table of float16.
+        interleaved: Whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
+        gelu: Whether its activation function is GELU, which llama.cpp looks up in a table of float16.
     """
 
     name: str
@@ -53,11 +53,11 @@ def find_family(architecture: str, model: str) -> Family:
     """Look up the family of a model class.
 
     Args:
-        architecture: model class in transformers.
-        model: name of the model, for the message.
+        architecture: Model class in transformers.
+        model: Name of the model, for the message.
 
     Raises:
-        ExportError: a model class that no table entry describes.
+        ExportError: A model class that no table entry describes.
     """
     family = FAMILIES.get(architecture)
     if family is None:
@@ -74,8 +74,8 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
     """Reorder the rows of each head from x_1 ... x_n y_1 ... y_n to x_1 y_1 ... x_n y_n.
 
     Args:
-        rows: shape (heads * d, k), with an even d.
-        heads: number of heads.
+        rows: Shape (heads * d, k), with an even d.
+        heads: Number of heads.
 
     Returns:
         Shape (heads * d, k).

@@ -26,7 +26,7 @@ GGML_F32 = 0
 ERROR_LEVEL, CONTINUED = 4, 5
 
 
-class LlamaCpp:
+class LlamaCppModel:
     """A GGUF model in llama.cpp on the CPU, with at most one adapter.
 
     Keys, values and logits are float32. Use it as a context manager, or call `close`.
@@ -148,7 +148,7 @@ class LlamaCpp:
         """Free the model and its adapter; further calls do nothing."""
         self._close.close()
 
-    def __enter__(self) -> LlamaCpp:
+    def __enter__(self) -> LlamaCppModel:
         return self
 
     def __exit__(
@@ -232,7 +232,7 @@ def load_library() -> tuple[Any, Any]:
 
     Raises:
         ModuleNotFoundError: llama-cpp-py-sync is not installed.
-        EngineError: its library cannot be loaded.
+        EngineError: Its library cannot be loaded.
     """
     if not _LOADED:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover_export.gguf.request import GgufRequest
-from loraover_export.gguf.target import Target
+from loraover_export.gguf.target import GgufTarget
 from loraover_export.merge.base_weights import check_base_weights
-from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
 NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
 
 
-def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
+def refuse_or_leave_out(adapter: AdapterDir, target: GgufTarget) -> list[str]:
     """Check that llama.cpp can run an adapter on its base model.
 
     Args:
-        adapter: the adapter.
-        target: the base model.
+        adapter: The adapter.
+        target: The base model.
 
     Returns:
         Keys of tensors that are left out, because they are copies of the base model's frozen weights.
 
     Raises:
-        CheckpointError: an adapter for changed base weights, or one that lacks modules that its configuration names.
-        ConfigError: the adapter holds base weights, and the base model's cannot be read.
-        ExportError: an adapter that is more than A and B, or that llama.cpp cannot apply.
+        CheckpointError: An adapter for changed base weights, or one that lacks modules that its configuration names.
+        ConfigError: The adapter holds base weights, and the base model's cannot be read.
+        ExportError: An adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
     adapter.check_complete([*target.modules, *target.others])
     check_fields(adapter, MERGE, allowed=written_parameters(adapter))
-    for site in adapter.sites:
-        if site.endswith("A"):
-            _check_module(adapter, module_of(site), target)
+    for path in adapter.modules:
+        _check_module(adapter, path, target)
     weights = {path: module.shape for path, module in target.modules.items()}
     copies = check_tensors(adapter, weights, MERGE, OTHERS | NORM)
     check_base_weights(adapter, copies, target.source, MERGE)
     return copies
 
 
-def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
+def _check_module(adapter: AdapterDir, path: str, target: GgufTarget) -> None:
     where, base = adapter.tensors_path, target.source.name
     if path in target.others:
         raise ExportError(f"{where}: adapts {path}, for which llama.cpp's {target.family.name} has no weight; {MERGE}.")

@@ -21,22 +21,22 @@ class GgufCheck(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base_gguf: str = Field(description="file of the base model")
-    weight_types: list[str] = Field(description="storage types of its matrices, such as F32 or Q4_K")
-    engine: str = Field(description="version of llama-cpp-py-sync, whose libllama ran")
-    prompts: int = Field(description="number of prompts")
-    tokens: int = Field(description="number of tokens in all prompts")
-    prompt_source: str = Field(description="where the prompts come from, in words")
+    base_gguf: str = Field(description="File of the base model")
+    weight_types: list[str] = Field(description="Storage types of its matrices, such as F32 or Q4_K")
+    engine: str = Field(description="Version of llama-cpp-py-sync, whose libllama ran")
+    prompts: int = Field(description="Number of prompts")
+    tokens: int = Field(description="Number of tokens in all prompts")
+    prompt_source: str = Field(description="Where the prompts come from, in words")
     base_distance: float = Field(
-        description="largest logit difference of the two base models, which is the effect of quantisation and rounding"
+        description="Largest logit difference of the two base models, which is the effect of quantisation and rounding"
     )
-    error: float = Field(description="largest logit error of llama.cpp with the adapter")
+    error: float = Field(description="Largest logit error of llama.cpp with the adapter")
     rounding_distance: float = Field(
-        description="largest change of a logit in PyTorch by the rounding of A and B to the adapter's data type"
+        description="Largest change of a logit in PyTorch by the rounding of A and B to the adapter's data type"
     )
-    adapter_effect: float = Field(description="largest change that the adapter makes to a logit in PyTorch")
+    adapter_effect: float = Field(description="Largest change that the adapter makes to a logit in PyTorch")
 
-    arithmetic: float = Field(description="allowed error from the engine's arithmetic, as a share of adapter_effect")
+    arithmetic: float = Field(description="Allowed error from the engine's arithmetic, as a share of adapter_effect")
 
     @property
     def bound(self) -> float:
@@ -65,18 +65,18 @@ class GgufReport(BaseModel):
     verdict: Literal["passed", "failed", "inconclusive", "not checked"] = Field(
         description='"not checked": every matrix is within its bound, and llama.cpp was not run'
     )
-    base_model: str = Field(description="folder or hub name of the base model")
-    architecture: str = Field(description="model class of the base model in transformers")
+    base_model: str = Field(description="Folder or hub name of the base model")
+    architecture: str = Field(description="Model class of the base model in transformers")
     family: str = Field(description="llama.cpp's name of the architecture")
-    dtype: str = Field(description="data type that the adapter is stored in: fp32, fp16 or bf16")
-    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
-    scaling: dict[str, float] = Field(description="factor that B was multiplied by, by module")
-    reordered: list[str] = Field(description="modules whose rows of B are in llama.cpp's order")
-    left_out: list[str] = Field(description="tensors not written: copies of the base model's frozen weights")
-    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each scaling * B")
-    check: GgufCheck | None = Field(description="logits of llama.cpp against PyTorch's; None without --base-gguf")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
+    dtype: str = Field(description="Data type that the adapter is stored in: fp32, fp16 or bf16")
+    rank: int = Field(description="Rank of every module; smaller ranks are padded with zeros")
+    scaling: dict[str, float] = Field(description="Factor that B was multiplied by, by module")
+    reordered: list[str] = Field(description="Modules whose rows of B are in llama.cpp's order")
+    left_out: list[str] = Field(description="Tensors not written: copies of the base model's frozen weights")
+    matrices: list[MatrixCertificate] = Field(description="One certificate for each A and each scaling * B")
+    check: GgufCheck | None = Field(description="Logits of llama.cpp against PyTorch's; None without --base-gguf")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:

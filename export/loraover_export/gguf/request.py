@@ -17,9 +17,21 @@ from loraover_export.uniform.request_fields import base_model, plain_adapter, re
 
 @dataclass(frozen=True)
 class GgufRequest(Request):
-    """Arguments of `export_gguf`."""
+    """Write SOURCE as a GGUF adapter for llama.cpp, and run it there on your GGUF file of the base model.
+
+    SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. The scaling of every module is in the
+    file, rsLoRA and patterns included, and the rows of queries and keys are in llama.cpp's order. An adapter that
+    llama.cpp would apply wrongly or only in part is refused.
+
+    Exit code 1: a matrix or llama.cpp's logits failed their check, and nothing was written. Exit code 3: the adapter
+    was written, but it changes logits too little for the check to distinguish it from one that does nothing.
+    """
 
     verb = "loraover export gguf"
+    examples = (
+        "loraover export gguf folded -o adapter.gguf",
+        "loraover export gguf runs/a/adapter -o adapter.gguf --base-gguf SmolLM2-135M-Instruct-F32.gguf",
+    )
 
     source: AnyPath = plain_adapter()
     output: AnyPath = option("New file for the adapter, such as adapter.gguf.", short="-o")
@@ -45,8 +57,8 @@ class GgufRequest(Request):
         """Check that a new file can be written, or replace a GGUF adapter if `force` is true.
 
         Raises:
-            ConfigError: the path is too long, or a folder on it may not be entered.
-            OutputError: the file cannot be written, or another one is there.
+            ConfigError: The path is too long, or a folder on it may not be entered.
+            OutputError: The file cannot be written, or another one is there.
         """
         target = self.output.absolute()
         found = kind_of(target)

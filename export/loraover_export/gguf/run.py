@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.atomic_output import AbandonedError, publish_file
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb
-from loraover_export.gguf.check import Reference, check_adapter_file, make_reference
+from loraover_export.gguf.check import LlamaCppReference, check_adapter_file, make_reference
 from loraover_export.gguf.llamacpp import check_pair, load_library
 from loraover_export.gguf.refusals import refuse_or_leave_out
 from loraover_export.gguf.report import GgufReport, judge_export
 from loraover_export.gguf.request import GgufRequest
-from loraover_export.gguf.target import Target, read_target
+from loraover_export.gguf.target import GgufTarget, read_target
 from loraover_export.gguf.write import write_adapter
-from loraover_export.uniform.matrices import largest_rank, module_of
 
 
 @verb(GgufRequest)
@@ -30,38 +28,38 @@ def export_gguf(request: GgufRequest) -> GgufReport:
         but it changes logits too little for the check to distinguish it from one that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a base model that cannot be loaded.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: a model family that is not known here, or an adapter that llama.cpp cannot apply.
-        EngineError: a GGUF file of the base model that llama.cpp cannot run.
+        ConfigError: Arguments that cannot be used, or a base model that cannot be loaded.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: A model family that is not known here, or an adapter that llama.cpp cannot apply.
+        EngineError: A GGUF file of the base model that llama.cpp cannot run.
         ModuleNotFoundError: `base_gguf` is given, and llama-cpp-py-sync is not installed.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     request.check_output()
     if request.base_gguf is not None:
         check_pair(request.base_gguf, None)
         load_library()
     adapter = read_source(request.source)
-    base = resolve_base([adapter_of(adapter)], request.model, option=request.named("model"), say=request.report.line)
+    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     target = read_target(base)
-    adapter = on_base(adapter, target.experts)
-    left_out = refuse_or_leave_out(adapter_of(adapter), target)
+    adapter = read_on_base(adapter, target.experts)
+    left_out = refuse_or_leave_out(adapter, target)
     return _publish(request, adapter, target, left_out)
 
 
-def _publish(request: GgufRequest, source: Checkpoint | AdapterDir, target: Target, left_out: list[str]) -> GgufReport:
+def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left_out: list[str]) -> GgufReport:
     """Write the file, run it and judge it; where it fails, publish nothing."""
     reference = None
     if request.base_gguf is not None:
         request.report.line(
             f"running the base model and the reference in PyTorch, and {request.base_gguf} in llama.cpp"
         )
-        reference = make_reference(source, target.source, request.dtype, request.base_gguf, request.threads)
+        reference = make_reference(adapter, target.source, request.dtype, request.base_gguf, request.threads)
     made: list[GgufReport] = []
 
     def fill(draft: Path) -> None:
-        made.append(_write(request, source, target, draft, left_out, reference))
+        made.append(_write(request, adapter, target, draft, left_out, reference))
         if made[0].verdict == "failed":
             raise AbandonedError
 
@@ -71,16 +69,14 @@ def _publish(request: GgufRequest, source: Checkpoint | AdapterDir, target: Targ
 
 def _write(
     request: GgufRequest,
-    source: Checkpoint | AdapterDir,
-    target: Target,
+    adapter: AdapterDir,
+    target: GgufTarget,
     draft: Path,
     left_out: list[str],
-    reference: Reference | None,
+    reference: LlamaCppReference | None,
 ) -> GgufReport:
-    adapter = adapter_of(source)
-    modules = list(dict.fromkeys(map(module_of, adapter.sites)))
-    with request.report.task("writing matrices", len(adapter.sites)) as done:
-        matrices = write_adapter(source, target, draft, dtype=request.dtype, name=request.output.stem, on_tensor=done)
+    with request.report.task("writing matrices", len(adapter.matrices)) as done:
+        matrices = write_adapter(adapter, target, draft, dtype=request.dtype, name=request.output.stem, on_tensor=done)
     check = None
     if reference is not None:
         request.report.line("running the written adapter in llama.cpp")
@@ -91,9 +87,9 @@ def _write(
         architecture=target.architecture,
         family=target.family.name,
         dtype=request.dtype,
-        rank=largest_rank(adapter),
-        scaling={path: adapter.config.scaling(path) for path in modules},
-        reordered=[path for path in modules if target.modules[path].heads is not None],
+        rank=adapter.rank,
+        scaling={path: module.scaling for path, module in adapter.modules.items()},
+        reordered=[path for path in adapter.modules if target.modules[path].heads is not None],
         left_out=left_out,
         matrices=matrices,
         check=check,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight, find_expert_weights
-from loraover.checkpoint.peft_adapter import site_key, site_name
+from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover.overparam.expert_part import MatrixName
 from loraover_export.gguf.families import Family, find_family, interleave
-from loraover_export.uniform.matrices import module_of
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class TargetModule:
 
     Args:
         tensor: llama.cpp's name of its weight.
-        shape: shape of its weight, (out_features, in_features) or (tokens, dimension).
-        is_embedding: whether it is an embedding.
-        heads: number of heads whose rows llama.cpp reorders; None if it keeps the order.
+        shape: Shape of its weight, (out_features, in_features) or (tokens, dimension).
+        is_embedding: Whether it is an embedding.
+        heads: Number of heads whose rows llama.cpp reorders; None if it keeps the order.
     """
 
     tensor: str
@@ -36,17 +36,17 @@ class TargetModule:
 
 
 @dataclass(frozen=True)
-class Target:
+class GgufTarget:
     """The base model of an export.
 
     Args:
-        source: where it is read from.
-        architecture: its model class in transformers.
+        source: Where it is read from.
+        architecture: Its model class in transformers.
         family: llama.cpp's view of that class.
-        tied: whether its head is its embedding.
-        modules: modules that llama.cpp can adapt, by path.
-        others: paths of its other modules.
-        experts: parameters of its experts, by path.
+        tied: Whether its head is its embedding.
+        modules: Modules that llama.cpp can adapt, by path.
+        others: Paths of its other modules.
+        experts: Parameters of its experts, by path.
         expert_tensors: llama.cpp's names of the tensors that hold such a parameter, by path. Each holds as many rows.
     """
 
@@ -65,7 +65,7 @@ class Target:
         Where llama.cpp keeps gate and up apart, each has a part of the rows of B, and both have the same A.
 
         Args:
-            stack: the pairs of the experts.
+            stack: The pairs of the experts.
             matrices: A and B of each expert, by their keys.
         """
         a, b = (
@@ -76,30 +76,28 @@ class Target:
         found = {f"{name}.lora_a": a for name in names}
         return found | {f"{name}.lora_b": rows for name, rows in zip(names, b.chunk(len(names), dim=1), strict=True)}
 
-    def tensor_name(self, site: str) -> str:
-        """Return llama.cpp's name of an A or B matrix."""
-        return f"{self.modules[module_of(site)].tensor}.lora_{site[-1].lower()}"
+    def tensor_name(self, adapted: AdaptedModule, side: MatrixName) -> str:
+        """Return llama.cpp's name of the A or B of a module."""
+        return f"{self.modules[adapted.path].tensor}.lora_{side.lower()}"
 
-    def lay_out(self, key: str, matrix: Exact) -> Exact:
+    def lay_out(self, adapted: AdaptedModule, side: MatrixName, matrix: Exact) -> Exact:
         """Return a matrix of the uniform form as llama.cpp keeps it; the bound moves along with the value."""
-        site = site_name(key)
-        assert site is not None
-        module = self.modules[module_of(site)]
+        module = self.modules[adapted.path]
 
         def laid_out(values: Tensor) -> Tensor:
-            if site.endswith("A"):
+            if side == "A":
                 return values.mT.contiguous() if module.is_embedding else values
             return values if module.heads is None else interleave(values, module.heads)
 
         return Exact(laid_out(matrix.value), laid_out(matrix.bound), matrix.site)
 
 
-def read_target(source: ModelSource) -> Target:
+def read_target(source: ModelSource) -> GgufTarget:
     """Read the configuration of a base model, and name its modules as llama.cpp does.
 
     Raises:
-        ConfigError: no usable configuration.
-        ExportError: a model class that no table entry describes.
+        ConfigError: No usable configuration.
+        ExportError: A model class that no table entry describes.
     """
     config = load_config(source)
     architecture = config.architectures[0]
@@ -113,7 +111,7 @@ def read_target(source: ModelSource) -> Target:
         for expert in range(weight.experts):
             modules[f"{owner}.{expert}.{parameter}"] = TargetModule(tensors[path][0], weight.shape, False, None)
     tied = bool(config.tie_word_embeddings)
-    return Target(source, architecture, family, tied, modules, frozenset(others), experts, tensors)
+    return GgufTarget(source, architecture, family, tied, modules, frozenset(others), experts, tensors)
 
 
 def tensor_names(family: Family, config: Any) -> Any:

@@ -12,22 +12,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import FoldError
-from loraover_export.gguf.target import Target
+from loraover_export.gguf.target import GgufTarget
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import not_kept, round_exact
-from loraover_export.uniform.matrices import largest_rank, to_uniform
+from loraover_export.uniform.matrices import to_uniform
 
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
 
 
 def write_adapter(
-    source: Checkpoint | AdapterDir,
-    target: Target,
+    adapter: AdapterDir,
+    target: GgufTarget,
     path: Path,
     *,
     dtype: str,
@@ -40,29 +38,30 @@ def write_adapter(
     B. The file is read back with `gguf.GGUFReader`, and must equal the certified tensors bit for bit.
 
     Args:
-        source: checkpoint or adapter whose cores or stored values are the exact ones.
-        target: the base model.
-        path: the new file.
+        adapter: Adapter whose cores or stored values are the exact ones.
+        target: The base model.
+        path: The new file.
         dtype: fp32, fp16 or bf16.
-        name: name of the adapter in the file's metadata.
-        on_tensor: called after each tensor with the number of tensors so far.
+        name: Name of the adapter in the file's metadata.
+        on_tensor: Called after each tensor with the number of tensors so far.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
-        OSError: the file cannot be written.
+        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
+        OSError: The file cannot be written.
     """
-    adapter = adapter_of(source)
     form = to_uniform(adapter)
     rounded, certificates = round_exact(
-        source,
-        adapter.sites.values(),
+        adapter,
+        adapter.matrices,
         dtype,
-        prepare=lambda key, exact: target.lay_out(key, form(key, exact)),
+        prepare=lambda key, exact: target.lay_out(*adapter.matrices[key], form(key, exact)),
         on_tensor=on_tensor,
     )
     tensors = {
-        target.tensor_name(site_name(key) or key): matrix for key, matrix in rounded.items() if key not in adapter.parts
+        target.tensor_name(*adapter.matrices[key]): matrix
+        for key, matrix in rounded.items()
+        if key not in adapter.parts
     }
     for stack in adapter.stacks:
         tensors |= target.pack_experts(stack, rounded)
@@ -72,7 +71,7 @@ def write_adapter(
         "general.base_model.count": 1,
         "general.base_model.0.name": target.source.name,
         "adapter.type": "lora",
-        "adapter.lora.alpha": float(largest_rank(adapter)),
+        "adapter.lora.alpha": float(adapter.rank),
     }
     _write(path, target.family.name, fields, tensors, dtype)
     _compare(path, {"general.architecture": target.family.name, **fields}, tensors, dtype)

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
+from loraover.reference.unfolded_model import WITHOUT_FLOAT64
 
 ELEMENTS_AT_ONCE = 2**20
 """Logits that are compared at once: 8 MiB in float64, and a comparison holds about six such tensors."""
@@ -19,11 +19,11 @@ class Deviation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_logit: float = Field(description="largest absolute difference of two logits")
-    mean_logit: float = Field(description="mean absolute difference of logits")
-    max_kl: float = Field(description="largest KL(unfolded || other) of a position, in nats")
-    mean_kl: float = Field(description="mean KL(unfolded || other) of the positions, in nats")
-    top1_agreement: float = Field(description="share of positions with the same most likely token")
+    max_logit: float = Field(description="Largest absolute difference of two logits")
+    mean_logit: float = Field(description="Mean absolute difference of logits")
+    max_kl: float = Field(description="Largest KL(unfolded || other) of a position, in nats")
+    mean_kl: float = Field(description="Mean KL(unfolded || other) of the positions, in nats")
+    top1_agreement: float = Field(description="Share of positions with the same most likely token")
 
 
 @final
@@ -39,8 +39,8 @@ class RunningDeviation:
         """Add a piece.
 
         Args:
-            reference: logits of shape (positions, vocabulary), on any device.
-            other: the other model's logits of the same positions.
+            reference: Logits of shape (positions, vocabulary), on any device.
+            other: The other model's logits of the same positions.
         """
         if reference.device.type in WITHOUT_FLOAT64:
             reference, other = reference.cpu(), other.cpu()

@@ -20,9 +20,9 @@ def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
     well: where the adapter changes no logit, or none by POWER times the bound.
 
     Args:
-        error: largest logit error; NaN fails.
-        bound: largest allowed error.
-        adapter_effect: largest change of a logit that the adapter makes to the base model; NaN proves nothing.
+        error: Largest logit error; NaN fails.
+        bound: Largest allowed error.
+        adapter_effect: Largest change of a logit that the adapter makes to the base model; NaN proves nothing.
     """
     if not error <= bound:
         return "failed"

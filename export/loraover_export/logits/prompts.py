@@ -33,9 +33,9 @@ class Prompts:
     """Token ids to compare outputs on.
 
     Args:
-        batches: token ids, each of shape (prompts, tokens).
-        source: origin of the prompts, in words.
-        cut: number of prompts of which only the first tokens are used.
+        batches: Token ids, each of shape (prompts, tokens).
+        source: Origin of the prompts, in words.
+        cut: Number of prompts of which only the first tokens are used.
     """
 
     batches: tuple[Tensor, ...]
@@ -56,15 +56,15 @@ def read_prompts(
     Tokens that are asked for and that none of these contain make further prompts, whose only tokens they are.
 
     Args:
-        source: the base model, with its tokenizer.
-        file: text file with one prompt a line; None means a built-in set.
-        at_once: largest number of tokens in a batch of several prompts of one length.
-        longest: number of tokens to which longer prompts are cut.
-        tokens: ids of tokens that the prompts have to contain.
+        source: The base model, with its tokenizer.
+        file: Text file with one prompt a line; None means a built-in set.
+        at_once: Largest number of tokens in a batch of several prompts of one length.
+        longest: Number of tokens to which longer prompts are cut.
+        tokens: Ids of tokens that the prompts have to contain.
 
     Raises:
-        DataError: no usable prompt in the file.
-        ConfigError: a file of prompts for a model without a tokenizer.
+        DataError: No usable prompt in the file.
+        ConfigError: A file of prompts for a model without a tokenizer.
     """
     lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
     if file is not None:

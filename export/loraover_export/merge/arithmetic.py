@@ -17,13 +17,13 @@ BLOCK = 2**17
 """Elements that are merged at once, so that their numbers stay in the processor's cache."""
 
 
-class Part(NamedTuple):
+class WeightPart(NamedTuple):
     """Result for some rows.
 
     Args:
-        errors: errors of the written elements.
-        squares: sum of squares of delta_W.
-        erased: sum of squares of delta_W where the written element is that of the base model.
+        errors: Errors of the written elements.
+        squares: Sum of squares of delta_W.
+        erased: Sum of squares of delta_W where the written element is that of the base model.
     """
 
     errors: Errors
@@ -45,13 +45,13 @@ def row_blocks(weight: Tensor, delta: Delta) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def merge_rows(weight: Tensor, delta: Delta, rows: slice) -> Part:
+def merge_rows(weight: Tensor, delta: Delta, rows: slice) -> WeightPart:
     """Replace some rows of a weight by W + delta_W, rounded to nearest; threads may merge other rows meanwhile.
 
     The bound of an element's error is that of the product, u64 |W + delta_W| for the sum, and one rounding.
 
     Raises:
-        FoldError: an element beyond the range of the weight's data type.
+        FoldError: An element beyond the range of the weight's data type.
     """
     product, before = delta.rows(rows).product(), weight[rows]
     value = product.value + before
@@ -60,10 +60,10 @@ def merge_rows(weight: Tensor, delta: Delta, rows: slice) -> Part:
     squares = product.value.square_()
     erased = float(squares[rounded == before].sum())
     weight[rows] = rounded
-    return Part(measure(rounded, merged), float(squares.sum()), erased)
+    return WeightPart(measure(rounded, merged), float(squares.sum()), erased)
 
 
-def certify_merge(delta: Delta, shape: tuple[int, int], parts: list[Part]) -> MatrixCertificate:
+def certify_merge(delta: Delta, shape: tuple[int, int], parts: list[WeightPart]) -> MatrixCertificate:
     """Return the certificate of a merged weight of shape (out_features, in_features) from all its parts."""
     is_over = (delta.a.site or delta.b.site) is not None
     errors = [part.errors for part in parts]

@@ -27,7 +27,7 @@ ALONG = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken",
 UNQUANTISED = "merge into the unquantised model that it was made from, and quantise the result"
 
 
-class _Config(BaseModel):
+class _BaseConfig(BaseModel):
     """Contents of `config.json`, with the types of the fields that are read here."""
 
     model_config = ConfigDict(extra="allow")
@@ -50,9 +50,9 @@ class BaseFiles:
     """A base model's folder.
 
     Args:
-        folder: the folder.
-        config: contents of `config.json`.
-        shards: files with tensors, by name; each is open.
+        folder: The folder.
+        config: Contents of `config.json`.
+        shards: Files with tensors, by name; each is open.
     """
 
     folder: Path
@@ -75,17 +75,17 @@ def open_base(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool =
     """Open a base model's files for as long as a stack of contexts lasts.
 
     Args:
-        source: place of the model.
-        stack: the stack.
-        may_be_quantised: whether a quantised model is taken, of which some tensors are not.
+        source: Place of the model.
+        stack: The stack.
+        may_be_quantised: Whether a quantised model is taken, of which some tensors are not.
 
     Raises:
-        ConfigError: no usable `config.json`, no safetensors files, or an index that does not fit them.
-        ExportError: a quantised model.
-        CheckpointError: a damaged file.
+        ConfigError: No usable `config.json`, no safetensors files, or an index that does not fit them.
+        ExportError: A quantised model.
+        CheckpointError: A damaged file.
     """
     folder = _folder(source)
-    config = _read(folder / CONFIG, _Config, source)
+    config = _read(folder / CONFIG, _BaseConfig, source)
     if config.quantization_config and not may_be_quantised:
         method = config.quantization_config.get("quant_method", "an unnamed method")
         raise ExportError(f"{source.origin} is quantised ({method}), and a sum would be rounded again; {UNQUANTISED}.")

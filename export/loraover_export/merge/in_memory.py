@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, open_exact
+from loraover.checkpoint.base_modules import load_others, target_module
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import load_others, target_module
 from loraover.common.threads import workers
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
 from loraover_export.numerics.delta import Delta, read_deltas
@@ -20,36 +18,33 @@ from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 
 @torch.no_grad()
-def merge(
-    model: Any, source: Checkpoint | AdapterDir, deltas: Iterable[Delta] | None = None
-) -> list[MatrixCertificate]:
+def merge(model: Any, adapter: AdapterDir, deltas: Iterable[Delta] | None = None) -> list[MatrixCertificate]:
     """Replace each adapted weight by W + delta_W, computed in float64 and rounded once to the weights' dtype.
 
     A weight that other modules share (an embedding tied to the head) is copied first, and the model's
     configuration then states that they are no longer tied.
 
     Args:
-        model: the base model, a transformers PreTrainedModel; it is changed.
-        source: adapter or checkpoint with the deltas and other trained parameters.
-        deltas: the source's deltas, if they have been read already; None reads them.
+        model: The base model, a transformers PreTrainedModel; it is changed.
+        adapter: Adapter with the deltas and other trained parameters.
+        deltas: The adapter's deltas, if they have been read already; None reads them.
 
     Returns:
         One certificate for each module: the error of the written weight against float64, and its bound, which is the
         product's bound, u64 |W + delta_W| for the sum, and one rounding.
 
     Raises:
-        CheckpointError: the adapter belongs to another base model.
-        FoldError: a weight beyond the range of its dtype.
+        CheckpointError: The adapter belongs to another base model.
+        FoldError: A weight beyond the range of its dtype.
     """
-    adapter = adapter_of(source)
     tied = _is_tied(model)
-    with open_exact(source) as exact:
-        load_others(model, adapter, exact.plain)
+    with adapter.open() as exact:
+        load_others(model, exact)
     holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     with workers() as threads:
         merges = []
-        for delta in read_deltas(source) if deltas is None else deltas:
-            module = target_module(model, delta.module, delta.a.value.shape[1], delta.b.value.shape[0], adapter)
+        for delta in read_deltas(adapter) if deltas is None else deltas:
+            module = target_module(model, adapter, delta.module)
             weight = _own_weight(module, shared=holders[id(module.weight)] > 1)
             merges.append(threads.start(_add, out_by_in(module, weight), delta))
         certificates = [merge.result() for merge in merges]

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, saved_labels
+from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
-from loraover.checkpoint.unfolded_model import target_module
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
 from loraover_export.merge.request import MergeRequest
-from loraover_export.numerics.delta import adapted_modules
 
 CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
 """Classes of transformers that load a base model with the head of a task."""
@@ -27,11 +26,11 @@ class Planned:
     """One tensor of the merged model.
 
     Args:
-        key: its key in the merged model's file.
-        read: key of the base model's tensor that it begins with, in the same shard.
-        replaced: key of the adapter's tensor that it begins with instead; None if there is none.
-        module: adapted module whose delta is added; None if there is none.
-        layer: adapted module of the base model, without weights; None if there is none.
+        key: Its key in the merged model's file.
+        read: Key of the base model's tensor that it begins with, in the same shard.
+        replaced: Key of the adapter's tensor that it begins with instead; None if there is none.
+        module: Adapted module whose delta is added; None if there is none.
+        layer: Adapted module of the base model, without weights; None if there is none.
     """
 
     key: str
@@ -47,12 +46,12 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """Tensors of the merged model by shard, and whether weights that were tied have become different.
 
     Args:
-        shards: tensors of each file.
-        untied: names of weights that shared a tensor, and no longer do.
+        shards: Tensors of each file.
+        untied: Names of weights that shared a tensor, and no longer do.
     """
 
     shards: Mapping[str, list[Planned]]
@@ -64,19 +63,19 @@ class Plan:
         return [planned for shard in self.shards.values() for planned in shard if planned.changes]
 
 
-def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain: TensorFile) -> Plan:
+def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain: TensorFile) -> MergePlan:
     """Decide what becomes of every tensor.
 
     Args:
-        source: the base model.
-        base: its open files.
-        adapter: the adapter.
-        plain: the adapter's open file.
+        source: The base model.
+        base: Its open files.
+        adapter: The adapter.
+        plain: The adapter's open file.
 
     Raises:
-        CheckpointError: an adapter of another base model, or one that lacks modules that its configuration names.
-        ConfigError: a tensor of another shape than `config.json` gives it.
-        ExportError: a tensor that is quantised, or that the base model's files hold under another name.
+        CheckpointError: An adapter of another base model, or one that lacks modules that its configuration names.
+        ConfigError: A tensor of another shape than `config.json` gives it.
+        ExportError: A tensor that is quantised, or that the base model's files hold under another name.
     """
     skeleton = load_skeleton(source)
     adapter.check_complete(path for path, _ in skeleton.named_modules())
@@ -90,7 +89,7 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
         layer = None if module is None else skeleton.get_submodule(module)
         _check(base.shards[shard], read, names.parameters[name], source)
         shards[shard][key] = Planned(key, read, replaced, module, layer)
-    return Plan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
+    return MergePlan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
 
 
 class _Names:
@@ -114,7 +113,7 @@ class _Names:
         """Return the shard and the key of a parameter, or of another that it shares its tensor with.
 
         Raises:
-            ExportError: there is none, since transformers makes the parameter from other tensors.
+            ExportError: There is none, since transformers makes the parameter from other tensors.
         """
         for key in map(self.own_key, (name, *self.sharing(name))):
             if key is not None:
@@ -131,21 +130,15 @@ def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, 
     changes: dict[str, tuple[str | None, str | None]] = {}
     shared: dict[str, tuple[str | None, str | None]] = {}
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    matrices = set(adapter.sites.values())
-    for key, shape in adapter.shapes.items():
-        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in matrices:
-            continue
-        if name not in parameters or tuple(parameters[name].shape) != shape:
+    for key, name in adapter.others.items():
+        if name not in parameters or tuple(parameters[name].shape) != adapter.shapes[key]:
             raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(skeleton, adapter)}.")
         changes[name] = (key, None)
         if key.endswith(BASE_WEIGHT):  # PEFT loads it into the parameter itself, whatever shares it
             shared |= {other: (key, None) for other, found in parameters.items() if found is parameters[name]}
     changes = shared | changes
-    for module in adapted_modules(adapter):
-        kind = "lora_embedding_" if f"{module}.lora_embedding_A" in adapter.sites else "lora_"
-        a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in "AB")
-        target_module(skeleton, module, a[1], b[0], adapter)
+    for module in adapter.modules:
+        target_module(skeleton, adapter, module)
         name = f"{module}.weight"
         changes[name] = (changes.get(name, (None, None))[0], module)
     return changes

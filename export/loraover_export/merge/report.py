@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.merge.erasure import Erasure
+from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.certificate import SourceRecord
 
@@ -18,12 +18,12 @@ class MergedWeight(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    matrix: MatrixCertificate = Field(description="error of the written weight against W + delta_W in float64")
-    dtype: str = Field(description="data type of the weight, as safetensors spells it, such as BF16")
+    matrix: MatrixCertificate = Field(description="Error of the written weight against W + delta_W in float64")
+    dtype: str = Field(description="Data type of the weight, as safetensors spells it, such as BF16")
     delta_to_weight: float = Field(description="Frobenius norm of delta_W over that of W + delta_W")
-    stored: Erasure = Field(description="what rounding to that data type lost of delta_W")
-    four_bit: Erasure = Field(
-        description="what a 4-bit quantiser (NF4, one scale for 64 elements) would lose of delta_W, measured on at "
+    stored: RoundingLoss = Field(description="What rounding to that data type lost of delta_W")
+    four_bit: RoundingLoss = Field(
+        description="What a 4-bit quantiser (NF4, one scale for 64 elements) would lose of delta_W, measured on at "
         "most 256 rows of the weight"
     )
 
@@ -35,17 +35,17 @@ class MergeReport(BaseModel):
 
     schema_version: int = 1
     verdict: Literal["passed", "failed"]
-    base_model: str = Field(description="folder or hub name of the base model")
-    revision: str | None = Field(description="commit of the base model on the hub; None for folders")
-    source: SourceRecord = Field(description="adapter that was merged")
-    tensors: int = Field(description="number of tensors in the merged model's files")
-    replaced: list[str] = Field(description="parameters that the adapter holds in full, and that replace the base's")
-    untied: list[str] = Field(description="weights that shared one tensor in the base model, and no longer do")
-    stored: Erasure = Field(description="what rounding to the storage type lost of all deltas together")
-    four_bit: Erasure = Field(description="what a 4-bit quantiser would lose of all deltas together")
-    weights: list[MergedWeight] = Field(description="one entry for each weight to which a delta was added")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
+    base_model: str = Field(description="Folder or hub name of the base model")
+    revision: str | None = Field(description="Commit of the base model on the hub; None for folders")
+    source: SourceRecord = Field(description="Adapter that was merged")
+    tensors: int = Field(description="Number of tensors in the merged model's files")
+    replaced: list[str] = Field(description="Parameters that the adapter holds in full, and that replace the base's")
+    untied: list[str] = Field(description="Weights that shared one tensor in the base model, and no longer do")
+    stored: RoundingLoss = Field(description="What rounding to the storage type lost of all deltas together")
+    four_bit: RoundingLoss = Field(description="What a 4-bit quantiser would lose of all deltas together")
+    weights: list[MergedWeight] = Field(description="One entry for each weight to which a delta was added")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:

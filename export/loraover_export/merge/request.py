@@ -10,9 +10,19 @@ from loraover_export.uniform.request_fields import base_model, plain_adapter, re
 
 @dataclass(frozen=True)
 class MergeRequest(Request):
-    """Arguments of `merge_adapter`."""
+    """Write the base model with SOURCE merged into its weights, and say how much of the adapter rounding erased.
+
+    SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. Each sum is computed in float64 and
+    rounded once to the data type of the base model's weight. The memory is that of the largest tensor.
+
+    Exit code 1: a written weight failed its check, and nothing was written.
+    """
 
     verb = "loraover export merge"
+    examples = (
+        "loraover export merge folded -o merged",
+        "loraover export merge folded -o merged --model ./Qwen3-0.6B",
+    )
 
     source: AnyPath = plain_adapter()
     output: AnyPath = option("New folder for the merged model, its certificate and a model card.", short="-o")

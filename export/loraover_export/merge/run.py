@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.exact_tensors import ExactAdapter, adapter_of, open_exact, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
@@ -21,10 +21,10 @@ from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover_export.merge.base_files import CONFIG, INDEX, BaseFiles, check_not_gguf, open_base
-from loraover_export.merge.erasure import Lost
-from loraover_export.merge.plan import Plan, plan_merge
+from loraover_export.merge.plan import MergePlan, plan_merge
 from loraover_export.merge.report import CERTIFICATE_FILE, MergeReport
 from loraover_export.merge.request import MergeRequest
+from loraover_export.merge.rounding_loss import Lost
 from loraover_export.merge.stream import Merged, write_shard
 from loraover_export.numerics.delta import check_no_bias
 from loraover_export.numerics.matrix_certificate import matrix_facts
@@ -48,18 +48,17 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
         was written.
 
     Raises:
-        ConfigError: a base model that cannot be read.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: a quantised base model, one whose files name tensors in another way than transformers does, or an
+        ConfigError: A base model that cannot be read.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: A quantised base model, one whose files name tensors in another way than transformers does, or an
             adapter that a merged model cannot hold.
-        FoldError: an element beyond the range of its data type.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        FoldError: An element beyond the range of its data type.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_not_gguf(request.model)
     inputs = [request.source, *(Path(found) for found in (request.model,) if found is not None)]
     check_replaceable(request.output, "merged model", CERTIFICATE_FILE, inputs=inputs, replace=request.force)
-    read = read_source(request.source)
-    adapter = adapter_of(read)
+    adapter = read_source(request.source)
     adapter.check_keeps_base()
     check_no_bias(adapter)
     check_fields(adapter, "merge it with PEFT", allowed=HELD)
@@ -68,13 +67,13 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     with ExitStack() as stack:
         files = open_base(base, stack)
-        exact = stack.enter_context(open_exact(read))
+        exact = stack.enter_context(adapter.open())
         plan = plan_merge(base, files, adapter, exact.plain)
         return _publish(request, base, files, plan, exact)
 
 
 def _publish(
-    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: Plan, exact: ExactAdapter
+    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: MergePlan, exact: ExactAdapter
 ) -> MergeReport:
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
@@ -92,7 +91,7 @@ def _publish(
     return result
 
 
-def _write(files: BaseFiles, plan: Plan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
+def _write(files: BaseFiles, plan: MergePlan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
     merged: list[Merged] = []
     total, written = sum(map(len, plan.shards.values())), 0
     with workers() as threads, report.task("writing tensors", total) as done:
@@ -107,7 +106,7 @@ def _write(files: BaseFiles, plan: Plan, exact: ExactAdapter, draft: Path, repor
     return merged
 
 
-def _report(request: MergeRequest, base: ModelSource, plan: Plan, merged: Sequence[Merged]) -> MergeReport:
+def _report(request: MergeRequest, base: ModelSource, plan: MergePlan, merged: Sequence[Merged]) -> MergeReport:
     stored, four_bit = Lost(), Lost()
     for _, rounding, quantising in merged:
         stored.add(rounding)
@@ -129,7 +128,7 @@ def _report(request: MergeRequest, base: ModelSource, plan: Plan, merged: Sequen
     )
 
 
-def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     if not plan.untied:
         return config
     inner = config.get("text_config")
@@ -137,7 +136,7 @@ def _config(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     return config | nested | {"tie_word_embeddings": False}
 
 
-def _index(files: BaseFiles, plan: Plan) -> dict[str, Any]:
+def _index(files: BaseFiles, plan: MergePlan) -> dict[str, Any]:
     places = {planned.key: name for name, tensors in plan.shards.items() for planned in tensors}
     sizes = (files.shards[name].size(planned.read) for name, tensors in plan.shards.items() for planned in tensors)
     return {"metadata": {"total_size": sum(sizes)}, "weight_map": places}

@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, FLOATS, TensorFile, open_tensors
 from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
-from loraover_export.merge.erasure import Lost, lost_by_four_bits, lost_by_rounding
 from loraover_export.merge.plan import Planned
 from loraover_export.merge.report import MergedWeight
+from loraover_export.merge.rounding_loss import Lost, lost_by_four_bits, lost_by_rounding
 from loraover_export.numerics.delta import read_delta
 from loraover_export.numerics.rounded_adapter import not_kept
 from loraover_export.numerics.rounding import round_nearest
@@ -41,16 +41,16 @@ def write_shard(
     """Write one file of the merged model, tensor by tensor, and read back what was changed.
 
     Args:
-        path: the new file.
-        source: the base model's file.
-        tensors: the new file's tensors.
-        adapter: the adapter's open files.
-        threads: threads, each of which merges some rows.
-        on_tensor: called after each tensor.
+        path: The new file.
+        source: The base model's file.
+        tensors: The new file's tensors.
+        adapter: The adapter's open files.
+        threads: Threads, each of which merges some rows.
+        on_tensor: Called after each tensor.
 
     Raises:
-        FoldError: an element beyond the range of its data type, or a file that does not hold what was written.
-        OSError: the file cannot be written.
+        FoldError: An element beyond the range of its data type, or a file that does not hold what was written.
+        OSError: The file cannot be written.
     """
     found: list[Merged] = []
     with path.open("w+b") as file:

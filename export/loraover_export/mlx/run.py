@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
+from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
@@ -15,10 +14,9 @@ from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.mlx.target import Target, lost_settings, read_target, refuse_or_leave_out
+from loraover_export.mlx.target import MlxTarget, lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.matrices import largest_rank, module_of
 
 
 @verb(MlxRequest)
@@ -29,19 +27,19 @@ def export_mlx(request: MlxRequest) -> MlxReport:
         The certificate of what was written. If its verdict is "failed", nothing was written.
 
     Raises:
-        ConfigError: a base model that cannot be loaded.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: an adapter that mlx-lm cannot apply.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: A base model that cannot be loaded.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: An adapter that mlx-lm cannot apply.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
         request.output, "adapter for mlx-lm", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
     adapter = read_source(request.source)
-    base = resolve_base([adapter_of(adapter)], request.model, option=request.named("model"), say=request.report.line)
+    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     target = read_target(base)
-    left_out = refuse_or_leave_out(adapter_of(adapter), target)
+    left_out = refuse_or_leave_out(adapter, target)
     made: list[MlxReport] = []
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         made.append(_write(request, adapter, target, draft, left_out))
@@ -54,21 +52,20 @@ def export_mlx(request: MlxRequest) -> MlxReport:
 
 def _write(
     request: MlxRequest,
-    source: Checkpoint | AdapterDir,
-    target: Target,
+    adapter: AdapterDir,
+    target: MlxTarget,
     draft: Path,
     left_out: list[str],
 ) -> MlxReport:
-    adapter = adapter_of(source)
-    with request.report.task("writing matrices", len(adapter.sites)) as done:
-        matrices = write_adapter(source, target, draft, request.dtype, done)
+    with request.report.task("writing matrices", len(adapter.matrices)) as done:
+        matrices = write_adapter(adapter, target, draft, request.dtype, done)
     return MlxReport(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",
         base_model=target.source.name,
         architecture=target.architecture,
         dtype=request.dtype,
-        rank=largest_rank(adapter),
-        scaling={path: adapter.config.scaling(path) for path in dict.fromkeys(map(module_of, adapter.sites))},
+        rank=adapter.rank,
+        scaling={path: module.scaling for path, module in adapter.modules.items()},
         left_out=left_out,
         lost_settings=lost_settings(target.source),
         matrices=matrices,
@@ -77,7 +74,7 @@ def _write(
     )
 
 
-def _card(request: MlxRequest, target: Target, report: MlxReport) -> str:
+def _card(request: MlxRequest, target: MlxTarget, report: MlxReport) -> str:
     source = target.source
     facts = {
         "rank": str(report.rank),

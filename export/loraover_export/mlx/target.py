@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import AdapterDir, if_missing
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource, load_config, load_skeleton
 from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
@@ -45,16 +45,16 @@ Source: mlx_lm/models of ml-explore/mlx-lm at d78bf58e217c, in the module of eac
 
 
 @dataclass(frozen=True)
-class Target:
+class MlxTarget:
     """The base model of an export.
 
     Args:
-        source: where it is read from.
-        architecture: its model class in transformers.
-        layers: number of its layers.
-        tied: whether its head is its embedding.
-        shapes: shapes of the weights of its linear layers and embeddings, by path.
-        embeddings: paths of its embeddings.
+        source: Where it is read from.
+        architecture: Its model class in transformers.
+        layers: Number of its layers.
+        tied: Whether its head is its embedding.
+        shapes: Shapes of the weights of its linear layers and embeddings, by path.
+        embeddings: Paths of its embeddings.
     """
 
     source: ModelSource
@@ -65,12 +65,12 @@ class Target:
     embeddings: frozenset[str]
 
 
-def read_target(source: ModelSource) -> Target:
+def read_target(source: ModelSource) -> MlxTarget:
     """Read the configuration of a base model.
 
     Raises:
-        ConfigError: no usable configuration.
-        ExportError: a model class whose paths were not compared with mlx-lm's.
+        ConfigError: No usable configuration.
+        ExportError: A model class whose paths were not compared with mlx-lm's.
     """
     config = load_config(source)
     _check_names(config.architectures[0], source.name)
@@ -79,7 +79,7 @@ def read_target(source: ModelSource) -> Target:
         for path, module in load_skeleton(source).named_modules()
         if isinstance(module, nn.Linear | nn.Embedding)
     }
-    return Target(
+    return MlxTarget(
         source,
         config.architectures[0],
         config.get_text_config().num_hidden_layers,
@@ -99,32 +99,32 @@ def _check_names(architecture: str, model: str) -> None:
         )
 
 
-def refuse_or_leave_out(adapter: AdapterDir, target: Target) -> list[str]:
+def refuse_or_leave_out(adapter: AdapterDir, target: MlxTarget) -> list[str]:
     """Check that mlx-lm can apply an adapter to its base model.
 
     Args:
-        adapter: the adapter.
-        target: the base model.
+        adapter: The adapter.
+        target: The base model.
 
     Returns:
         Keys of tensors that are left out, because they are copies of the base model's frozen weights.
 
     Raises:
-        CheckpointError: an adapter for changed base weights, or one that lacks modules that its configuration names.
-        ConfigError: the adapter holds base weights, and the base model's cannot be read.
-        ExportError: an adapter that is more than A and B, or that mlx-lm cannot apply.
+        CheckpointError: An adapter for changed base weights, or one that lacks modules that its configuration names.
+        ConfigError: The adapter holds base weights, and the base model's cannot be read.
+        ExportError: An adapter that is more than A and B, or that mlx-lm cannot apply.
     """
     adapter.check_keeps_base()
     adapter.check_complete(target.shapes)
     check_fields(adapter, MERGE)
-    for path in dict.fromkeys(map(module_of, adapter.sites)):
+    for path in adapter.modules:
         _check_module(adapter, path, target)
     copies = check_tensors(adapter, target.shapes, MERGE)
     check_base_weights(adapter, copies, target.source, MERGE)
     return copies
 
 
-def _check_module(adapter: AdapterDir, path: str, target: Target) -> None:
+def _check_module(adapter: AdapterDir, path: str, target: MlxTarget) -> None:
     where, base = adapter.tensors_path, target.source.name
     if path not in target.shapes:
         raise ExportError(
@@ -147,7 +147,7 @@ def lost_settings(source: ModelSource) -> dict[str, Any]:
     `partial_rotary_factor` and `rope_scaling` at the top level only: without a message, they take their own defaults.
 
     Args:
-        source: the base model.
+        source: The base model.
 
     Returns:
         Entries to add at the top level of `config.json`; none if it has them.

@@ -11,21 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Exact, adapter_of
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, AdapterDir, site_name
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
-from loraover_export.mlx.target import Target
+from loraover_export.mlx.target import MlxTarget
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import not_kept, round_exact
-from loraover_export.uniform.matrices import largest_rank, module_of, to_uniform
+from loraover_export.uniform.matrices import to_uniform
 
 TENSORS_FILE = "adapters.safetensors"
 
 
 def write_adapter(
-    source: Checkpoint | AdapterDir,
-    target: Target,
+    adapter: AdapterDir,
+    target: MlxTarget,
     directory: Path,
     dtype: str,
     on_tensor: Callable[[int], None] = lambda done: None,
@@ -33,26 +33,26 @@ def write_adapter(
     """Write the tensors and the configuration, and certify each matrix against its exact value.
 
     Args:
-        source: checkpoint or adapter whose cores or stored values are the exact ones.
-        target: the base model.
-        directory: an empty folder.
+        adapter: Adapter whose cores or stored values are the exact ones.
+        target: The base model.
+        directory: An empty folder.
         dtype: fp32, bf16 or fp16.
-        on_tensor: called after each tensor with the number of tensors so far.
+        on_tensor: Called after each tensor with the number of tensors so far.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
-        OutputError: the folder cannot be written.
+        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
+        OutputError: The folder cannot be written.
     """
-    adapter = adapter_of(source)
     form = to_uniform(adapter)
 
     def transposed(key: str, exact: Exact) -> Exact:
         matrix = form(key, exact)
         return Exact(matrix.value.mT.contiguous(), matrix.bound.mT.contiguous(), matrix.site)
 
-    rounded, certificates = round_exact(source, adapter.sites.values(), dtype, prepare=transposed, on_tensor=on_tensor)
-    tensors = {f"{module_of(_site(key))}.lora_{key_side(key)}": matrix for key, matrix in rounded.items()}
+    rounded, certificates = round_exact(adapter, adapter.matrices, dtype, prepare=transposed, on_tensor=on_tensor)
+    places = adapter.matrices.items()
+    tensors = {f"{module.path}.lora_{side.lower()}": rounded[key] for key, (module, side) in places}
     save_tensors(tensors, directory / TENSORS_FILE)
     lost = first_difference(directory / TENSORS_FILE, tensors)
     if lost is not None:
@@ -61,27 +61,16 @@ def write_adapter(
     return certificates
 
 
-def adapter_config(adapter: AdapterDir, target: Target) -> dict[str, Any]:
+def adapter_config(adapter: AdapterDir, target: MlxTarget) -> dict[str, Any]:
     """Return the contents of mlx-lm's `adapter_config.json`: which modules are adapted, by their full paths."""
     return {
         "model": target.source.name,
         "fine_tune_type": "lora",
         "num_layers": target.layers,
         "lora_parameters": {
-            "rank": largest_rank(adapter),
+            "rank": adapter.rank,
             "scale": 1.0,
             "dropout": 0.0,
-            "keys": list(dict.fromkeys(map(module_of, adapter.sites))),
+            "keys": list(adapter.modules),
         },
     }
-
-
-def key_side(key: str) -> str:
-    """Return "a" or "b" for the key of an A or B matrix."""
-    return _site(key)[-1].lower()
-
-
-def _site(key: str) -> str:
-    name = site_name(key)
-    assert name is not None
-    return name

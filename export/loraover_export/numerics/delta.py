@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
-from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, adapter_of, open_exact
-from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.tensor_file import have_same_bits
 from loraover.common.errors import ExportError
 
@@ -24,10 +23,10 @@ class Delta:
     """delta_W = B @ A of one module, with the scaling in B.
 
     Args:
-        module: path of the module in the base model.
-        embedding: whether the module is an embedding, whose A has one column for each token.
+        module: Path of the module in the base model.
+        embedding: Whether the module is an embedding, whose A has one column for each token.
         a: A with its error bound, (r, in_features).
-        b: scaling * B with its error bound, (out_features, r).
+        b: Scaling * B with its error bound, (out_features, r).
     """
 
     module: str
@@ -59,17 +58,16 @@ class Delta:
         return Exact(b.value @ a.value, left @ right, a.site or b.site)
 
 
-def read_deltas(source: Checkpoint | AdapterDir) -> Iterator[Delta]:
-    """Yield the delta of every adapted module of a source, one at a time.
+def read_deltas(adapter: AdapterDir) -> Iterator[Delta]:
+    """Yield the delta of every adapted module of an adapter, one at a time.
 
     Raises:
-        ExportError: a LoRA with a bias, which B @ A cannot express.
-        CheckpointError: files that cannot be trusted.
+        ExportError: A LoRA with a bias, which B @ A cannot express.
+        CheckpointError: Files that cannot be trusted.
     """
-    adapter = adapter_of(source)
     check_no_bias(adapter)
-    with open_exact(source) as exact:
-        for module in adapted_modules(adapter):
+    with adapter.open() as exact:
+        for module in adapter.modules:
             yield read_delta(exact, module)
 
 
@@ -83,18 +81,11 @@ def check_no_bias(adapter: AdapterDir) -> None:
         )
 
 
-def adapted_modules(adapter: AdapterDir) -> list[str]:
-    """Return the paths of the modules that an adapter has matrices for, in the order of its file."""
-    return [name.rpartition(".")[0] for name in adapter.sites if name.endswith("A")]
-
-
-def read_delta(exact: ExactAdapter, module: str) -> Delta:
+def read_delta(exact: ExactAdapter, path: str) -> Delta:
     """Return the delta of one module from open files; several threads may call it."""
-    adapter = exact.adapter
-    embedding = f"{module}.lora_embedding_A" in adapter.sites
-    kind = "lora_embedding_" if embedding else "lora_"
-    a, b = (exact.tensor(site_key(f"{module}.{kind}{matrix}")) for matrix in "AB")
-    return Delta(module, embedding, a, scale(b, adapter.config.scaling(module)))
+    module = exact.adapter.modules[path]
+    a, b = map(exact.tensor, module.keys)
+    return Delta(path, module.is_embedding, a, scale(b, module.scaling))
 
 
 def is_power_of_two(number: float) -> bool:

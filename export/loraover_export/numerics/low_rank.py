@@ -34,11 +34,11 @@ class Truncation:
     """The best approximation of a matrix by factors of a given rank.
 
     Args:
-        b: left factor, (out_features, rank), in float64; both factors have the root of the singular values.
-        a: right factor, (rank, in_features), in float64.
-        singular_values: all singular values of the matrix, the largest first.
+        b: Left factor, (out_features, rank), in float64; both factors have the root of the singular values.
+        a: Right factor, (rank, in_features), in float64.
+        singular_values: All singular values of the matrix, the largest first.
         error: Frobenius norm of the matrix minus b @ a: the root of the sum of squares of the other singular values.
-        bound: largest difference between `error` and the Frobenius norm of the exact matrix minus the exact product of
+        bound: Largest difference between `error` and the Frobenius norm of the exact matrix minus the exact product of
             the two factors, and between `error` and the smallest possible error at that rank.
     """
 
@@ -54,17 +54,17 @@ class Truncation:
 
 
 @dataclass(frozen=True)
-class Svd:
+class SingularValues:
     """Singular value decomposition (Q_b U) diag(s) (Q_a V)^T of a matrix.
 
     Args:
-        left: orthonormal columns Q_b, (out_features, p); None stands for the identity.
-        u: left singular vectors of the core, (p, k).
-        s: singular values, (k,), the largest first.
-        v: right singular vectors of the core, (q, k).
-        right: orthonormal columns Q_a, (in_features, q); None stands for the identity.
-        residual: bound of the Frobenius norm of the matrix minus the decomposition.
-        departure: bound of the relative error of singular values that the departure of the four factors from
+        left: Orthonormal columns Q_b, (out_features, p); None stands for the identity.
+        u: Left singular vectors of the core, (p, k).
+        s: Singular values, (k,), the largest first.
+        v: Right singular vectors of the core, (q, k).
+        right: Orthonormal columns Q_a, (in_features, q); None stands for the identity.
+        residual: Bound of the Frobenius norm of the matrix minus the decomposition.
+        departure: Bound of the relative error of singular values that the departure of the four factors from
             orthogonality causes.
     """
 
@@ -96,7 +96,7 @@ class Svd:
         """Return the smallest rank whose error cannot be distinguished from rounding; 0 for a matrix of rounding only.
 
         Args:
-            noise: further error of the matrix, as a Frobenius norm, such as `factor_noise`.
+            noise: Further error of the matrix, as a Frobenius norm, such as `factor_noise`.
         """
         tails = self.s.flip(0).square().cumsum(0).sqrt().flip(0)  # error of the ranks 0, 1, ...
         return sum(float(tail) > self._noise_of(float(tail)) + noise for tail in tails)
@@ -120,13 +120,13 @@ class Svd:
         return Truncation(b, a, self.s, self.error(rank), bound)
 
 
-def decompose(b: Tensor, a: Tensor) -> Svd:
+def decompose(b: Tensor, a: Tensor) -> SingularValues:
     """Decompose B @ A from its factors, (m, r) and (r, n) in float64.
 
     It takes some 6 (m + n) r^2 multiplications, where a dense SVD takes some 14 m n min(m, n).
 
     Raises:
-        FoldError: the product is beyond the range of float64.
+        FoldError: The product is beyond the range of float64.
     """
     _check_range(float(b.norm()) * float(a.norm()))
     b, a = _balanced(b, a)
@@ -140,22 +140,22 @@ def decompose(b: Tensor, a: Tensor) -> Svd:
     departure = sum(map(_departure, (left, u, vt.mT, right)))
     size_b, size_a = float(b.norm()), float(a.norm())
     residual = off_b * size_a + (1 + departure) * (size_b * off_a + off_core)
-    return Svd(left, u, s, vt.mT, right, OF_NORMS * residual, departure)
+    return SingularValues(left, u, s, vt.mT, right, OF_NORMS * residual, departure)
 
 
-def dense_svd(matrix: Tensor) -> Svd:
+def dense_svd(matrix: Tensor) -> SingularValues:
     """Decompose a matrix (m, n) in float64 that is not given by factors.
 
     It takes some 14 m n min(m, n) multiplications and the memory of four copies of the matrix: seconds for 1024 x 4096,
     and minutes for 4096 x 14336, for each module.
 
     Raises:
-        FoldError: the matrix is beyond the range of float64.
+        FoldError: The matrix is beyond the range of float64.
     """
     _check_range(float(matrix.norm()))
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     departure = _departure(u) + _departure(vt.mT)
-    return Svd(None, u, s, vt.mT, None, OF_NORMS * _residual(matrix, u * s, vt), departure)
+    return SingularValues(None, u, s, vt.mT, None, OF_NORMS * _residual(matrix, u * s, vt), departure)
 
 
 def concatenate(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -210,8 +210,8 @@ def principal_angles(one: Tensor, other: Tensor) -> list[float]:
     Small angles come from their sines and large ones from their cosines, so that none loses digits.
 
     Args:
-        one: orthonormal columns, (n, p).
-        other: orthonormal columns, (n, q).
+        one: Orthonormal columns, (n, p).
+        other: Orthonormal columns, (n, q).
 
     Returns:
         min(p, q) angles.

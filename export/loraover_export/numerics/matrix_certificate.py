@@ -30,17 +30,17 @@ class MatrixCertificate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="name of the matrix, such as model.layers.0.mlp.up_proj.lora_A")
-    shape: tuple[int, int] = Field(description="rows and columns")
-    over_parameterised: bool = Field(description="whether the matrix was trained as cores")
+    name: str = Field(description="Name of the matrix, such as model.layers.0.mlp.up_proj.lora_A")
+    shape: tuple[int, int] = Field(description="Rows and columns")
+    over_parameterised: bool = Field(description="Whether the matrix was trained as cores")
     relative_error: float = Field(
         description="Frobenius norm of the error over that of the matrix; 0 for a zero matrix; above 0.5, underflow "
         "has left less than half of it, which fails"
     )
     relative_bound: float = Field(description="Frobenius norm of the elementwise bound over that of the matrix")
-    worst_to_bound: float = Field(description="largest ratio of an element's error to its bound; at most 1 passes")
-    flushed_to_zero: int = Field(description="number of non-zero elements that became zero in the storage type")
-    subnormal: int = Field(description="number of elements stored as subnormals, which have fewer bits")
+    worst_to_bound: float = Field(description="Largest ratio of an element's error to its bound; at most 1 passes")
+    flushed_to_zero: int = Field(description="Number of non-zero elements that became zero in the storage type")
+    subnormal: int = Field(description="Number of elements stored as subnormals, which have fewer bits")
 
     @property
     def passed(self) -> bool:
@@ -80,8 +80,8 @@ class Errors(NamedTuple):
         norm: Frobenius norm of the exact elements.
         error: Frobenius norm of the errors.
         bound: Frobenius norm of the bounds.
-        worst: largest ratio of an error to its bound.
-        lost: underflow.
+        worst: Largest ratio of an error to its bound.
+        lost: Underflow.
     """
 
     norm: float

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import Exact, ExactAdapter, adapter_of, open_exact
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir, site_name
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, ExactAdapter, pack_stacks, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
@@ -28,7 +28,7 @@ def write_config(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def write_rounded(
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     keys: Iterable[str],
     directory: Path,
     dtype: str,
@@ -41,22 +41,22 @@ def write_rounded(
     """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
 
     Args:
-        source: the checkpoint or adapter that holds the exact values.
-        keys: keys of the tensors, in the order of the certificates.
-        directory: an empty folder.
+        adapter: The adapter that holds the exact values.
+        keys: Keys of the tensors, in the order of the certificates.
+        directory: An empty folder.
         dtype: fp32, bf16 or fp16.
-        prepare: change of an exact tensor before the rounding; returns it with the bound of its new error. Several
+        prepare: Change of an exact tensor before the rounding; returns it with the bound of its new error. Several
             threads call it.
-        pack: change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
-        on_tensor: called with the number of tensors so far.
-        beside: functions to run at the same time, such as the comparison of checksums. What one of them raises is
+        pack: Change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
+        on_tensor: Called with the number of tensors so far.
+        beside: Functions to run at the same time, such as the comparison of checksums. What one of them raises is
             raised before any other error. Each is given an event that is set when it should stop.
 
     Returns and raises as `write_folded` does.
     """
-    rounded, certificates = round_exact(source, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
+    rounded, certificates = round_exact(adapter, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
     file = directory / TENSORS_FILE
-    rounded = (pack or adapter_of(source).packed)(rounded)
+    rounded = pack_stacks(adapter.stacks, rounded) if pack is None else pack(rounded)
     save_tensors(rounded, file)
     with workers() as threads:
         flushed = threads.start(sync, file)  # the disk works while the file is read back
@@ -68,7 +68,7 @@ def write_rounded(
 
 
 def round_exact(
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     keys: Iterable[str],
     dtype: str,
     *,
@@ -85,7 +85,7 @@ def round_exact(
     """
     rounded: dict[str, Tensor] = {}
     certificates = []
-    with open_exact(source) as opened, workers() as threads:
+    with adapter.open() as opened, workers() as threads:
         others = [threads.start(function, threads.ending) for function in beside]
         folds = {key: threads.start(_round_and_certify, opened, key, dtype, prepare) for key in keys}
         try:

@@ -30,7 +30,7 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     Source: Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819.
 
     Raises:
-        FoldError: an element beyond the type's largest number.
+        FoldError: An element beyond the type's largest number.
     """
     is_direct = torch.float32 in (x.dtype, dtype) or x.dtype == dtype
     rounded = (x if is_direct else _round_to_odd(x)).to(dtype, copy=True)
@@ -83,12 +83,12 @@ def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
     """Round a tensor to the nearest numbers of `dtype`; integers stay unchanged.
 
     Args:
-        key: name of the tensor, for the message.
-        exact: the tensor, in float64 or float32 unless it holds integers.
+        key: Name of the tensor, for the message.
+        exact: The tensor, in float64 or float32 unless it holds integers.
         dtype: fp32, bf16 or fp16.
 
     Raises:
-        FoldError: an element beyond the range of `dtype`.
+        FoldError: An element beyond the range of `dtype`.
     """
     if not exact.is_floating_point():
         return exact.clone()

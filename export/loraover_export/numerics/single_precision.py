@@ -36,10 +36,10 @@ def part_error(s: Tensor, shape: tuple[int, int], cut: int, *, tail: bool = Fals
     the singular values at `cut` are not close, c is `cut`.
 
     Args:
-        s: all singular values, (p,), the largest first.
-        shape: shape of the matrix, whose smaller side is p.
-        cut: number of the first singular values.
-        tail: whether the part has the other triplets.
+        s: All singular values, (p,), the largest first.
+        shape: Shape of the matrix, whose smaller side is p.
+        cut: Number of the first singular values.
+        tail: Whether the part has the other triplets.
     """
     values, longer = s.double(), max(shape)
     size = len(values)
@@ -75,7 +75,7 @@ def basis_error(upper: Tensor) -> float:
     sigma_r the smallest singular value of W.
 
     Args:
-        upper: triangular factor R, (r, r).
+        upper: Triangular factor R, (r, r).
 
     Returns:
         The bound; infinity if sigma_r <= 4 e, since the columns are dependent then.

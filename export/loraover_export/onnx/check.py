@@ -14,29 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.reference_model import reference_model
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64
+from loraover.reference.reference_model import reference_model
+from loraover.reference.unfolded_model import WITHOUT_FLOAT64
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
-from loraover_export.onnx.report import CaseError, GraphCheck, Greedy
+from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck
 
 GENERATED = 16  # tokens
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Reference:
+class OnnxReference:
     """PyTorch's outputs, on the CPU, of PEFT's model, or of the unfolded model if there are cores.
 
     Args:
-        logits: logits of each case, (positions, vocabulary).
-        noise: largest difference of these logits from those in another precision.
-        noise_of: comparison, or two, that the noise was measured by, in words.
-        rounded: logits of a model that rounds as an int4 graph does; None for other precisions.
-        prompt: token ids that greedy decoding starts from, (1, tokens).
-        greedy: tokens after `prompt`, and the logits before each of them and before the end of the text if it came.
+        logits: Logits of each case, (positions, vocabulary).
+        noise: Largest difference of these logits from those in another precision.
+        noise_of: Comparison, or two, that the noise was measured by, in words.
+        rounded: Logits of a model that rounds as an int4 graph does; None for other precisions.
+        prompt: Token ids that greedy decoding starts from, (1, tokens).
+        greedy: Tokens after `prompt`, and the logits before each of them and before the end of the text if it came.
     """
 
     logits: list[Tensor]
@@ -62,81 +61,81 @@ IN_FLOAT32 = Compute(CPU, torch.float32)
 def make_reference(
     kind: GraphKind,
     model: Any,
-    source: Checkpoint | AdapterDir | None,
+    adapter: AdapterDir | None,
     cases: list[Case],
     precision: str,
     *,
     merged: bool = False,
     compute: Compute = IN_FLOAT32,
-) -> Reference:
-    """Run the adapted model in PyTorch, or the base model if `source` is None.
+) -> OnnxReference:
+    """Run the adapted model in PyTorch, or the base model if `adapter` is None.
 
     The noise is the effect of rounding alone: float32 against float64 (transformers keeps its norms in float32),
     float16 against float32, or weights and activations rounded as in an int4 graph. Where PyTorch computes in bfloat16
     or float16, it is at least that type's effect, against float32.
 
     Args:
-        kind: the kind of model.
-        model: the base model in float32, on the CPU; it is left as it was.
-        source: the adapter or checkpoint.
-        cases: tokens to run.
+        kind: The kind of model.
+        model: The base model in float32, on the CPU; it is left as it was.
+        adapter: The adapter.
+        cases: Tokens to run.
         precision: fp32, fp16 or int4.
-        merged: whether the graph's weights, which int4 rounds, include the adapter.
-        compute: where and in which type to compute.
+        merged: Whether the graph's weights, which int4 rounds, include the adapter.
+        compute: Where and in which type to compute.
     """
     run = partial(_run, kind, cases)
-    logits = run(model, source, compute)
+    logits = run(model, adapter, compute)
     prompt = cases[0].ids[:1]
-    with _adapted(model, source, compute) as adapted:
+    with _adapted(model, adapter, compute) as adapted:
         greedy = kind.generate_reference(adapted, prompt.to(compute.device), GENERATED)
     single, rounded = replace(compute, dtype=torch.float32), None
     if precision == "fp32":
-        in_float32 = run(model, source, single, torch.float32)
+        in_float32 = run(model, adapter, single, torch.float32)
         double = Compute(CPU if compute.device.type in WITHOUT_FLOAT64 else compute.device, torch.float64)
-        noise, noise_of = _finite_noise(in_float32, run(model, source, double)), "PyTorch in float32 against float64"
+        noise, noise_of = _finite_noise(in_float32, run(model, adapter, double)), "PyTorch in float32 against float64"
     elif precision == "int4":
-        rounded = run(rounded_copy(model, source if merged else None), None if merged else source, compute)
+        rounded = run(rounded_copy(model, adapter if merged else None), None if merged else adapter, compute)
         noise, noise_of = largest(logits, rounded), "PyTorch with weights in 4 bits and activations in 8"
     else:
-        half = run(copy.deepcopy(model).half(), source, replace(compute, dtype=None))
-        exact = logits if compute.dtype == torch.float32 else run(model, source, single)
+        half = run(copy.deepcopy(model).half(), adapter, replace(compute, dtype=None))
+        exact = logits if compute.dtype == torch.float32 else run(model, adapter, single)
         noise, noise_of = largest(exact, half), "PyTorch in float16 against float32"
     if compute.dtype in (torch.bfloat16, torch.float16):
-        coarse = largest(run(model, source, single), logits)
+        coarse = largest(run(model, adapter, single), logits)
         if coarse > noise:
             noise, noise_of = coarse, f"PyTorch in {str(compute.dtype).removeprefix('torch.')} against float32"
     if greedy is not None:
         greedy = greedy[0].cpu(), greedy[1].cpu()
-    return Reference(logits, noise, noise_of, rounded, prompt, greedy)
+    return OnnxReference(logits, noise, noise_of, rounded, prompt, greedy)
 
 
 def _run(
     kind: GraphKind,
     cases: list[Case],
     model: Any,
-    source: Checkpoint | AdapterDir | None,
+    adapter: AdapterDir | None,
     compute: Compute,
     delta_dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     """Logits of each case, on the CPU and without padding."""
     placed = [replace(case, ids=case.ids.to(compute.device)) for case in cases]
-    with _adapted(model, source, compute, delta_dtype) as adapted:
+    with _adapted(model, adapter, compute, delta_dtype) as adapted:
         return [kind.compared(case, kind.reference(adapted, case)).cpu() for case in placed]
 
 
 @contextmanager
 def _adapted(
     model: Any,
-    source: Checkpoint | AdapterDir | None,
+    adapter: AdapterDir | None,
     compute: Compute,
     delta_dtype: torch.dtype = torch.float64,
 ) -> Iterator[Any]:
-    """The adapted model where and in the type that it is to compute in; the base model if `source` is None."""
+    """The adapted model where and in the type that it is to compute in; the base model if `adapter` is None."""
     with _converted(model, compute) as working:
-        if source is None:
+        if adapter is None:
             yield working
             return
-        with reference_model(working, source, delta_dtype=delta_dtype) as adapted:
+        with reference_model(working, adapter, delta_dtype=delta_dtype) as adapted:
             yield adapted
 
 
@@ -184,8 +183,8 @@ def check_graph(
     device: str,
     adapter: Path | None,
     cases: list[Case],
-    reference: Reference,
-    base: Reference,
+    reference: OnnxReference,
+    base: OnnxReference,
     found_base: list[Tensor] | None,
 ) -> list[GraphCheck]:
     """Compare a graph's outputs with PyTorch's at every shape.
@@ -195,14 +194,14 @@ def check_graph(
     compared as well.
 
     Args:
-        kind: the kind of model.
-        folder: folder of the graphs.
-        device: cpu or cuda.
-        adapter: path of the adapter's files without their endings; None runs the graph without an adapter.
-        cases: tokens to run.
+        kind: The kind of model.
+        folder: Folder of the graphs.
+        device: Cpu or cuda.
+        adapter: Path of the adapter's files without their endings; None runs the graph without an adapter.
+        cases: Tokens to run.
         reference: PyTorch's outputs with the adapter.
         base: PyTorch's outputs without an adapter.
-        found_base: the engine's logits without an adapter; None compares no change.
+        found_base: The engine's logits without an adapter; None compares no change.
     """
     found = run_cases(kind, kind.runner(folder, device, adapter), cases)
     effect = largest(base.logits, reference.logits)
@@ -241,7 +240,9 @@ def _differences(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     return [a.double() - b.double() for a, b in zip(one, other, strict=True)]
 
 
-def _greedy(kind: GraphKind, folder: Path, device: str, adapter: Path | None, reference: Reference) -> Greedy | None:
+def _greedy(
+    kind: GraphKind, folder: Path, device: str, adapter: Path | None, reference: OnnxReference
+) -> GreedyCheck | None:
     generated = kind.generate(folder, reference.prompt, GENERATED, device, adapter)
     if reference.greedy is None or generated is None:
         return None
@@ -250,5 +251,5 @@ def _greedy(kind: GraphKind, folder: Path, device: str, adapter: Path | None, re
     for i, row in enumerate(logits):
         if expected[i : i + 1] != found[i : i + 1]:
             other = row[found[i]] if i < len(found) else row.min()  # the engine ended the text, PyTorch did not
-            return Greedy(tokens=len(logits), first_difference=i, gap=float(row.max() - other))
-    return Greedy(tokens=len(logits), first_difference=None, gap=None)
+            return GreedyCheck(tokens=len(logits), first_difference=i, gap=float(row.max() - other))
+    return GreedyCheck(tokens=len(logits), first_difference=None, gap=None)

@@ -11,20 +11,19 @@ from pathlib import Path
 
 import torch
 
-from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import saved_labels
-from loraover.checkpoint.unfolded_model import check_fits
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import ModelSource, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
+from loraover.reference.unfolded_model import check_fits
 from loraover_export.logits.prompts import BUILT_IN_PROMPTS
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.delta import read_deltas
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.onnx.check import Compute, Reference, check_graph, make_reference, run_cases
+from loraover_export.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
 from loraover_export.onnx.inputs import Inputs
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
@@ -55,13 +54,13 @@ class Export:
     """One ONNX export, step by step.
 
     Args:
-        request: the arguments of the export.
-        inputs: the sources and their base model.
-        draft: an empty folder for the files.
+        request: The arguments of the export.
+        inputs: The sources and their base model.
+        draft: An empty folder for the files.
 
     Raises:
-        ConfigError: no such base model, a task that no graph is made for, or an option that does not fit it.
-        ExportError: an earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
+        ConfigError: No such base model, a task that no graph is made for, or an option that does not fit it.
+        ExportError: An earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
     """
 
     def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path) -> None:
@@ -79,29 +78,29 @@ class Export:
                 "model, whose graphs always have a cache. Leave it out."
             )
         self.kind = KINDS[self.task]() if self.request.cache else Stateless()
-        self.deltas = {name: list(read_deltas(source)) for name, source in inputs.adapters.items()}
+        self.deltas = {name: list(read_deltas(adapter)) for name, adapter in inputs.adapters.items()}
 
     def load(self) -> None:
         """Load the base model and its tokenizer, and check that every adapter fits.
 
         Raises:
-            CheckpointError: an adapter of another model.
+            CheckpointError: An adapter of another model.
         """
         self.report.line(f"loading the base model from {self.inputs.base.origin}")
         self.tokenizer = load_tokenizer(self.inputs.base)
-        found = (saved_labels(adapter_of(source).shapes) for source in self.inputs.adapters.values())
+        found = (saved_labels(adapter.shapes) for adapter in self.inputs.adapters.values())
         labels = next(filter(None, found), None)
         self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
         if (choose := getattr(self.model, "set_experts_implementation", None)) is not None:  # transformers 5 on
             choose("eager")  # the others have no float64, in which the check runs
-        for source in self.inputs.adapters.values():
-            check_fits(self.model, adapter_of(source))
+        for adapter in self.inputs.adapters.values():
+            check_fits(self.model, adapter)
 
     def run(self) -> OnnxReport:
         """Write graphs and adapters, check them, and return the report.
 
         Raises:
-            LoraOverError: a model or an adapter that cannot be exported; a check that fails is in the report.
+            LoraOverError: A model or an adapter that cannot be exported; a check that fails is in the report.
         """
         with nullcontext() if self.request.graph else self.kind.prepared():
             return self._run()
@@ -115,21 +114,21 @@ class Export:
         checks = self._check(cases, references, found_base) if self.request.check else []
         return self._result(matrices, checks)
 
-    def _references(self, cases: list[Case]) -> dict[str | None, Reference]:
+    def _references(self, cases: list[Case]) -> dict[str | None, OnnxReference]:
         """PyTorch's outputs with each adapter, and under None without one."""
         device, dtype = choose_compute(self.request.check_device, self.request.compute_dtype)
         where, needs = {"device": str(device), "compute_dtype": self.request.compute_dtype}, partial(self._needs, cases)
-        found: dict[str | None, Reference] = {}
-        sources = [(None, None), *self.inputs.adapters.items()]
+        found: dict[str | None, OnnxReference] = {}
+        adapters = [(None, None), *self.inputs.adapters.items()]
         with (
             memory_explained("the check in PyTorch", needs=needs, option="--check-device", **where),
-            self.report.task("running the adapted models in PyTorch, adapters", len(sources)) as done,
+            self.report.task("running the adapted models in PyTorch, adapters", len(adapters)) as done,
         ):
-            for count, (name, source) in enumerate(sources, 1):
+            for count, (name, adapter) in enumerate(adapters, 1):
                 found[name] = make_reference(
                     self.kind,
                     self.model,
-                    source,
+                    adapter,
                     cases,
                     self.plan.precision,
                     merged=self.request.mode == "merged",
@@ -140,8 +139,8 @@ class Export:
 
     def _needs(self, cases: list[Case]) -> Needs:
         """Estimate what the check needs: the model, on the CPU twice, since it is written as well; the largest case."""
-        shapes = (adapter_of(source).shapes for source in self.inputs.adapters.values())
-        adapters = sum(prod(shape) for each in shapes for shape in each.values())
+        found = self.inputs.adapters.values()
+        adapters = sum(prod(shape) for adapter in found for shape in adapter.shapes.values())
         tokens = max(case.ids.numel() for case in cases)
         copies = 2 if choose_device(self.request.check_device).type == "cpu" else 1
         widest = 8 if self.plan.precision == "fp32" else 4  # the noise is that of float32 against a wider run
@@ -175,8 +174,8 @@ class Export:
         found_base = None
         if request.check and self.plan.precision == "int4":
             found_base = self._quantised_base(cases)
-        ((name, source),) = self.inputs.adapters.items()
-        certificates = merge(self.model, source, self.deltas[name])
+        ((name, adapter),) = self.inputs.adapters.items()
+        certificates = merge(self.model, adapter, self.deltas[name])
         self._export(self.plan, self.draft)
         return certificates, found_base
 
@@ -205,7 +204,7 @@ class Export:
         ]
 
     def _check(
-        self, cases: list[Case], references: dict[str | None, Reference], found_base: list[torch.Tensor] | None
+        self, cases: list[Case], references: dict[str | None, OnnxReference], found_base: list[torch.Tensor] | None
     ) -> list[GraphCheck]:
         folder = self.request.graph or self.draft
         if found_base is None and self.plan.precision == "int4":
@@ -234,7 +233,7 @@ class Export:
             compute_dtype=request.compute_dtype if request.check else None,
             checked_on=self._checked_on() if request.check else None,
             base_model=self.inputs.base.name,
-            adapters={name: str(source.path) for name, source in self.inputs.adapters.items()},
+            adapters={name: str(adapter.path) for name, adapter in self.inputs.adapters.items()},
             checks=checks,
             matrices=matrices,
             versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
@@ -249,12 +248,12 @@ def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
     """Read the report of a swappable export whose graph further adapters are for.
 
     Args:
-        graph: folder of the export.
-        base: base model of the adapters.
+        graph: Folder of the export.
+        base: Base model of the adapters.
 
     Raises:
-        CheckpointError: no report of an ONNX export in the folder.
-        ExportError: a merged export, or a graph of another base model.
+        CheckpointError: No report of an ONNX export in the folder.
+        ExportError: A merged export, or a graph of another base model.
     """
     exported = read_json(graph / REPORT_FILE, OnnxReport)
     if exported.mode != "swappable":
@@ -271,7 +270,7 @@ def _as_exported(request: OnnxRequest, graph: Path, exported: OnnxReport) -> Onn
     """Return the request with the settings of the earlier graph that adapters are added to.
 
     Raises:
-        ExportError: a graph in another form than the request's.
+        ExportError: A graph in another form than the request's.
     """
     if request.web and not exported.web:
         raise ExportError(

@@ -75,16 +75,16 @@ def build_decoder(
     """Write one graph for prefill and decode with a KV cache, its genai_config.json and tokenizer files.
 
     Args:
-        model: folder of a transformers model with its tokenizer.
-        out: an empty folder.
+        model: Folder of a transformers model with its tokenizer.
+        out: An empty folder.
         precision: fp32, fp16 or int4.
-        device: cpu or cuda; decides which fused operators the graph uses.
+        device: Cpu or cuda; decides which fused operators the graph uses.
         adapter: PEFT adapter whose matrices become separate initializers.
-        full_precision_nodes: names of nodes that int4 does not round.
-        builder: process that runs the builder.
+        full_precision_nodes: Names of nodes that int4 does not round.
+        builder: Process that runs the builder.
 
     Raises:
-        ExportError: the builder does not know the architecture, or fails.
+        ExportError: The builder does not know the architecture, or fails.
     """
     # A KV cache as short as the window fails at run time once a text outgrows it; norms of queries and keys within the
     # attention run on CUDA only, where the checks may not run (onnxruntime-genai 0.18, ONNX Runtime 1.32).

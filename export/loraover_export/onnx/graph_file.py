@@ -16,7 +16,7 @@ def check_file(graph: Path) -> None:
     """Check the structure, the types of standard operators and the external data of a graph.
 
     Raises:
-        ExportError: what the checker found.
+        ExportError: What the checker found.
     """
     model = onnx.load(graph, load_external_data=False)
     for node in model.graph.node:

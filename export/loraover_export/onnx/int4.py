@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.merge.in_memory import merge
 
@@ -17,7 +16,7 @@ WEIGHT_LEVELS, ACTIVATION_LEVELS = 8, 127  # largest magnitudes of 4 and 8 bits
 
 
 @torch.no_grad()
-def rounded_copy(model: Any, merged: Checkpoint | AdapterDir | None) -> Any:
+def rounded_copy(model: Any, merged: AdapterDir | None) -> Any:
     """Return a copy of the model that rounds as onnxruntime-genai's int4 graphs for a CPU do.
 
     In every linear layer, blocks of 32 weights are rounded to 4 bits and blocks of 32 activations to 8 bits, with a
@@ -25,8 +24,8 @@ def rounded_copy(model: Any, merged: Checkpoint | AdapterDir | None) -> Any:
     as much as those of this copy, within 10 %.
 
     Args:
-        model: a transformers model in float32; it is not changed.
-        merged: adapter to merge before the rounding, as in a merged graph; None merges nothing.
+        model: A transformers model in float32; it is not changed.
+        merged: Adapter to merge before the rounding, as in a merged graph; None merges nothing.
 
     Source: ONNX Runtime 1.32, contrib operator MatMulNBits with symmetric blocks and accuracy level 4.
     """

@@ -19,8 +19,8 @@ class AdapterInput(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    graph: str = Field(description="file name of the graph")
-    input: str = Field(description="name of the input")
+    graph: str = Field(description="File name of the graph")
+    input: str = Field(description="Name of the input")
     features: int = Field(ge=1, description="in_features of A, or out_features of B")
 
 
@@ -30,9 +30,9 @@ class SwappableLayout(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    base_model: str = Field(description="folder or hub name of the base model")
-    dtype: Literal["fp32", "fp16"] = Field(description="data type of the LoRA inputs")
-    web: bool = Field(default=False, description="whether the LoRA inputs are required, as onnxruntime-web needs them")
+    base_model: str = Field(description="Folder or hub name of the base model")
+    dtype: Literal["fp32", "fp16"] = Field(description="Data type of the LoRA inputs")
+    web: bool = Field(default=False, description="Whether the LoRA inputs are required, as onnxruntime-web needs them")
     places: dict[str, AdapterInput] = Field(
         min_length=1, description='input of each A and B, by its name, such as "model.layers.0.mlp.up_proj.lora_A"'
     )
@@ -42,11 +42,11 @@ def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
     """Read the LoRA inputs of exported graphs.
 
     Args:
-        folder: folder of the export.
-        graphs: file names of its graphs.
+        folder: Folder of the export.
+        graphs: File names of its graphs.
 
     Raises:
-        CheckpointError: no swappable graphs in the folder, or inputs of other graphs.
+        CheckpointError: No swappable graphs in the folder, or inputs of other graphs.
     """
     layout = read_json(folder / LAYOUT_FILE, SwappableLayout)
     for site, place in layout.places.items():

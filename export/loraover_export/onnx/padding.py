@@ -19,7 +19,7 @@ def accept_left_padding(model: ModelProto) -> bool:
     positions count real tokens, and the KV cache holds them without gaps; a single new token is not rolled.
 
     Args:
-        model: a graph of onnxruntime-genai's builder; it is changed.
+        model: A graph of onnxruntime-genai's builder; it is changed.
 
     Returns:
         Whether the graph needed the change.

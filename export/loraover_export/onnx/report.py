@@ -22,20 +22,20 @@ class CaseError(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    case: str = Field(description="batch, sequence, cached tokens and padding, in words")
-    max_logit: float = Field(description="largest absolute error of a logit")
-    mean_logit: float = Field(description="mean absolute error of the logits")
+    case: str = Field(description="Batch, sequence, cached tokens and padding, in words")
+    max_logit: float = Field(description="Largest absolute error of a logit")
+    mean_logit: float = Field(description="Mean absolute error of the logits")
 
 
-class Greedy(BaseModel):
+class GreedyCheck(BaseModel):
     """Tokens of greedy decoding in ONNX Runtime, through its cache, against PyTorch's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokens: int = Field(description="number of tokens compared")
-    first_difference: int | None = Field(description="position of the first token that differs; None if all are equal")
+    tokens: int = Field(description="Number of tokens compared")
+    first_difference: int | None = Field(description="Position of the first token that differs; None if all are equal")
     gap: float | None = Field(
-        description="difference of PyTorch's logits for the two tokens at first_difference; None if all are equal"
+        description="Difference of PyTorch's logits for the two tokens at first_difference; None if all are equal"
     )
 
 
@@ -44,16 +44,16 @@ class GraphCheck(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    adapter: str | None = Field(description="name of the adapter; None for the base model")
+    adapter: str | None = Field(description="Name of the adapter; None for the base model")
     compared: Literal["logits", "change"] = Field(
         default="logits",
         description='quantity compared; "change" is the difference that the adapter makes to the base model\'s logits',
     )
-    cases: list[CaseError] = Field(description="errors at each shape")
-    noise: float = Field(description="largest logit error that the precision alone causes in PyTorch")
-    noise_of: str = Field(description="comparison that the noise was measured by, in words")
-    adapter_effect: float = Field(description="largest change that the adapter makes to a logit")
-    greedy: Greedy | None
+    cases: list[CaseError] = Field(description="Errors at each shape")
+    noise: float = Field(description="Largest logit error that the precision alone causes in PyTorch")
+    noise_of: str = Field(description="Comparison that the noise was measured by, in words")
+    adapter_effect: float = Field(description="Largest change that the adapter makes to a logit")
+    greedy: GreedyCheck | None
 
     @property
     def quantity(self) -> str:
@@ -101,22 +101,22 @@ class OnnxReport(BaseModel):
 
     schema_version: Literal[1] = 1
     verdict: Literal["passed", "failed", "inconclusive", "not checked"]
-    mode: Literal["merged", "swappable"] = Field(description="whether A and B are in the weights, or inputs")
-    precision: Literal["fp32", "fp16", "int4"] = Field(description="number format of the graph's weights")
-    device: Literal["cpu", "cuda"] = Field(description="device that the graph was built for")
-    cache: bool = Field(description="whether a language model's graph has a KV cache")
-    checked_on: str | None = Field(description="device of ONNX Runtime's checks, cpu or cuda; None without a check")
-    web: bool = Field(default=False, description="whether graph and adapters are for onnxruntime-web")
+    mode: Literal["merged", "swappable"] = Field(description="Whether A and B are in the weights, or inputs")
+    precision: Literal["fp32", "fp16", "int4"] = Field(description="Number format of the graph's weights")
+    device: Literal["cpu", "cuda"] = Field(description="Device that the graph was built for")
+    cache: bool = Field(description="Whether a language model's graph has a KV cache")
+    checked_on: str | None = Field(description="Device of ONNX Runtime's checks, cpu or cuda; None without a check")
+    web: bool = Field(default=False, description="Whether graph and adapters are for onnxruntime-web")
     check_device: str | None = Field(
-        default="cpu", description="device of PyTorch's checks: cpu, cuda or mps; None without a check"
+        default="cpu", description="Device of PyTorch's checks: cpu, cuda or mps; None without a check"
     )
-    compute_dtype: str | None = Field(default="fp32", description="data type of PyTorch's checks; None without a check")
-    base_model: str = Field(description="folder or hub name of the base model")
-    adapters: dict[str, str] = Field(description="folder of each adapter, by its name")
-    checks: list[GraphCheck] = Field(description="outputs against PyTorch's; empty without a check")
-    matrices: list[MatrixCertificate] = Field(description="one certificate for each merged weight, or each A and B")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
+    compute_dtype: str | None = Field(default="fp32", description="Data type of PyTorch's checks; None without a check")
+    base_model: str = Field(description="Folder or hub name of the base model")
+    adapters: dict[str, str] = Field(description="Folder of each adapter, by its name")
+    checks: list[GraphCheck] = Field(description="Outputs against PyTorch's; empty without a check")
+    matrices: list[MatrixCertificate] = Field(description="One certificate for each merged weight, or each A and B")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:

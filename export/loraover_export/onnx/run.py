@@ -27,12 +27,12 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
         it from one that does nothing.
 
     Raises:
-        ConfigError: arguments that cannot be used, a base model that cannot be loaded, or memory that does not
+        ConfigError: Arguments that cannot be used, a base model that cannot be loaded, or memory that does not
             suffice for the check; the message says what would fit.
-        CheckpointError: an adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: a model or an adapter that no graph can be written for.
-        FoldError: an element beyond the range of the graph's data type.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ExportError: A model or an adapter that no graph can be written for.
+        FoldError: An element beyond the range of the graph's data type.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     read = [*request.sources, *(() if request.graph is None else (request.graph,))]
     check_replaceable(request.output, "ONNX export", REPORT_FILE, inputs=read, replace=request.force)

@@ -27,9 +27,9 @@ class GraphSession:
     """One graph in ONNX Runtime.
 
     Args:
-        graph: path of the graph.
-        device: cpu or cuda; a graph for CUDA runs on the CPU if ONNX Runtime has no CUDA provider.
-        adapter: an adapter's file for this graph; None runs without.
+        graph: Path of the graph.
+        device: Cpu or cuda; a graph for CUDA runs on the CPU if ONNX Runtime has no CUDA provider.
+        adapter: An adapter's file for this graph; None runs without.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph or the adapter.

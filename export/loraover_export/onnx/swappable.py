@@ -17,7 +17,8 @@ import torch
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, site_key
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta
@@ -36,8 +37,8 @@ def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
     The elements are drawn from [1, 2), where matrices still differ in float16.
 
     Args:
-        deltas: the modules to adapt.
-        rank: rank of the matrices.
+        deltas: The modules to adapt.
+        rank: Rank of the matrices.
 
     Returns:
         A, (rank, in_features), and B, (out_features, rank), by name.
@@ -66,9 +67,9 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
     The rank of each input is a free dimension, so that an adapter of any rank fits.
 
     Args:
-        model: the graph without its external data; it is changed.
-        graph: the graph's file.
-        drawn: markers to look for; some may be in another graph.
+        model: The graph without its external data; it is changed.
+        graph: The graph's file.
+        drawn: Markers to look for; some may be in another graph.
 
     Returns:
         The inputs, by the names of the markers.
@@ -125,15 +126,15 @@ def write_swappable(
     """Give exported graphs their LoRA inputs, and list these in `swappable.json`.
 
     Args:
-        folder: folder of the export.
-        graphs: file names of its graphs.
-        drawn: markers that the graphs were exported with.
-        base_model: folder or hub name of the base model.
-        dtype: data type of the LoRA inputs.
-        web: leave the inputs without a default.
+        folder: Folder of the export.
+        graphs: File names of its graphs.
+        drawn: Markers that the graphs were exported with.
+        base_model: Folder or hub name of the base model.
+        dtype: Data type of the LoRA inputs.
+        web: Leave the inputs without a default.
 
     Raises:
-        ExportError: a marker that no graph holds.
+        ExportError: A marker that no graph holds.
     """
     places: dict[str, AdapterInput] = {}
     for name in graphs:
@@ -161,9 +162,9 @@ def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Pat
     `name.decoder.onnx_adapter` if there are two. Files for onnxruntime-web end in `.safetensors`.
 
     Args:
-        adapter: path of the adapter's files without their endings; None for no adapter.
-        graph: file name of the graph.
-        graphs: file names of all graphs of the export.
+        adapter: Path of the adapter's files without their endings; None for no adapter.
+        graph: File name of the graph.
+        graphs: File names of all graphs of the export.
     """
     if adapter is None:
         return None
@@ -182,17 +183,17 @@ def write_adapter(
     """Write an adapter's files: A transposed, and scaling * B transposed.
 
     Args:
-        adapter: path of the files without their endings.
-        layout: inputs of the graphs.
-        graphs: file names of the graphs.
-        deltas: the adapter's modules.
+        adapter: Path of the files without their endings.
+        layout: Inputs of the graphs.
+        graphs: File names of the graphs.
+        deltas: The adapter's modules.
 
     Returns:
         One certificate for each matrix: the error of the written one against float64, and its bound.
 
     Raises:
-        ExportError: a module that the graph has no inputs for, or inputs of another size.
-        FoldError: an element beyond the range of the inputs' dtype.
+        ExportError: A module that the graph has no inputs for, or inputs of another size.
+        FoldError: An element beyond the range of the inputs' dtype.
     """
     matrices: dict[str, dict[str, Tensor]] = {}
     certificates = []

@@ -17,11 +17,11 @@ def find_task(named: str | None, base: ModelSource) -> str:
 
     Args:
         named: PEFT's name of the task; None if the adapters name none, and the base model decides.
-        base: the base model.
+        base: The base model.
 
     Raises:
-        ConfigError: a task that no graph is made for, or no usable configuration.
-        ExportError: an encoder-decoder model that is no T5.
+        ConfigError: A task that no graph is made for, or no usable configuration.
+        ExportError: An encoder-decoder model that is no T5.
     """
     config = load_config(base)
     task = named or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")

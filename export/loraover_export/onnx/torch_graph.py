@@ -53,8 +53,8 @@ def add_branches(model: nn.Module, markers: Mapping[str, Tensor]) -> None:
     """Replace every adapted layer of `model` by one with a LoRA branch that holds the markers.
 
     Args:
-        model: the base model; it is changed.
-        markers: random matrices by site; see `swappable.markers`.
+        model: The base model; it is changed.
+        markers: Random matrices by site; see `swappable.markers`.
     """
     for name, a in markers.items():
         module, _, matrix = name.rpartition(".")
@@ -74,11 +74,11 @@ def export_torch(
     """Export a module whose arguments and results are plain tensors.
 
     Args:
-        module: the module to export.
-        inputs: name, example and names of the free dimensions of each argument; an example's free dimensions must be
+        module: The module to export.
+        inputs: Name, example and names of the free dimensions of each argument; an example's free dimensions must be
             at least 2, and dimensions that may differ must differ.
-        outputs: names of the results.
-        graph: file to write; the weights are written beside it.
+        outputs: Names of the results.
+        graph: File to write; the weights are written beside it.
 
     Raises:
         ExportError: torch cannot trace the model.

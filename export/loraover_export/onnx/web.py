@@ -43,10 +43,10 @@ def write_tensors(path: Path, layout: SwappableLayout, graph: str, matrices: Map
     """Write the matrices of an adapter, and matrices of rank 0 for the modules that it does not adapt.
 
     Args:
-        path: the file to write.
-        layout: inputs of the graphs.
-        graph: file name of the graph.
-        matrices: the adapter's matrices, in the layout of the graph, by input.
+        path: The file to write.
+        layout: Inputs of the graphs.
+        graph: File name of the graph.
+        matrices: The adapter's matrices, in the layout of the graph, by input.
     """
     save_tensors(empty_tensors(layout, graph) | dict(matrices), path, ("base_model", layout.base_model))
 
@@ -55,11 +55,11 @@ def lora_feed(graph: Path, adapter: Path | None) -> dict[str, Tensor]:
     """Return what a graph needs in its required LoRA inputs; nothing if they have defaults.
 
     Args:
-        graph: path of the graph, with `swappable.json` beside it if it is swappable.
-        adapter: the adapter's safetensors file; None gives the base model.
+        graph: Path of the graph, with `swappable.json` beside it if it is swappable.
+        adapter: The adapter's safetensors file; None gives the base model.
 
     Raises:
-        CheckpointError: a file that is damaged.
+        CheckpointError: A file that is damaged.
     """
     if not (graph.parent / LAYOUT_FILE).is_file():
         return {}

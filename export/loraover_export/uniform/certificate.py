@@ -7,8 +7,9 @@ from threading import Event
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.checkpoint.checkpoint import CORES_FILE, META_FILE
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.metadata import CORES_FILE, META_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover_export.logits.deviation import Deviation
 from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
@@ -23,7 +24,7 @@ class SourceRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(description="folder of the adapter, as it was named")
+    path: str = Field(description="Folder of the adapter, as it was named")
     sha256: dict[str, str] = Field(description="SHA-256 of each file that was read, in hexadecimal digits")
 
 
@@ -31,8 +32,8 @@ def record_source(folder: Path, ending: Event | None = None) -> SourceRecord:
     """Return the record of an adapter, a plain one or a LoRA-Over checkpoint.
 
     Args:
-        folder: its folder.
-        ending: event that makes it stop early; the record is worthless then.
+        folder: Its folder.
+        ending: Event that makes it stop early; the record is worthless then.
     """
     files = [folder / name for name in READ_FILES if (folder / name).is_file()]
     return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
@@ -43,20 +44,20 @@ class ModuleCertificate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    module: str = Field(description="path of the module in the base model")
-    embedding: bool = Field(description="whether the module is an embedding")
+    module: str = Field(description="Path of the module in the base model")
+    embedding: bool = Field(description="Whether the module is an embedding")
     shape: tuple[int, int] = Field(description="out_features and in_features of delta_W")
-    rank: int = Field(description="rank that delta_W takes; smaller ranks than the adapter's are padded with zeros")
-    norm: float = Field(description="norm of the exact delta_W")
+    rank: int = Field(description="Rank that delta_W takes; smaller ranks than the adapter's are padded with zeros")
+    norm: float = Field(description="Norm of the exact delta_W")
     truncation_error: float = Field(
-        description="norm of what a smaller rank left out: the root of the sum of squares of the other singular "
+        description="Norm of what a smaller rank left out: the root of the sum of squares of the other singular "
         "values; 0 if nothing was left out"
     )
     arithmetic_bound: float = Field(
-        description="bound of the error of the arithmetic: ours in float64, and PEFT's in float32 where it computes "
+        description="Bound of the error of the arithmetic: ours in float64, and PEFT's in float32 where it computes "
         "the start of the adapter from the base weight"
     )
-    storage_error: float = Field(description="norm of the change of delta_W by rounding A and B to the storage type")
+    storage_error: float = Field(description="Norm of the change of delta_W by rounding A and B to the storage type")
 
     @property
     def error_bound(self) -> float:
@@ -79,17 +80,17 @@ class OutputsOfConversion(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(description="base model that was run, in words")
-    device: str = Field(description="device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
-    compute_dtype: str = Field(description="data type that the models ran in: fp32, bf16, fp16 or fp64")
-    tokens: int = Field(description="number of tokens in all prompts")
-    prompt_source: str = Field(description="where the prompts come from, in words")
-    error: Deviation = Field(description="distance of the written adapter from the source")
+    base: str = Field(description="Base model that was run, in words")
+    device: str = Field(description="Device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
+    compute_dtype: str = Field(description="Data type that the models ran in: fp32, bf16, fp16 or fp64")
+    tokens: int = Field(description="Number of tokens in all prompts")
+    prompt_source: str = Field(description="Where the prompts come from, in words")
+    error: Deviation = Field(description="Distance of the written adapter from the source")
     noise: Deviation | None = Field(
-        description="larger distance of the source and of the written adapter from their twins; None for an "
+        description="Larger distance of the source and of the written adapter from their twins; None for an "
         "approximation, whose logits differ by more than rounding"
     )
-    adapter_effect: float = Field(description="largest change of a logit that the source makes to the base model")
+    adapter_effect: float = Field(description="Largest change of a logit that the source makes to the base model")
 
     @property
     def bound(self) -> float | None:
@@ -112,20 +113,20 @@ class LoraCertificate(BaseModel):
         description='"passed" if every matrix is within its bound, and the logits too if they were compared; '
         '"inconclusive" if the adapter moves logits too little for that comparison'
     )
-    asked: dict[str, str] = Field(description="what was asked for, by the names of the command's options")
-    sources: list[SourceRecord] = Field(description="adapters that were read, in the order of the command line")
-    base_model: str | None = Field(description="base model that the adapter names; None if it names none")
-    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
-    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
-    modules: list[ModuleCertificate] = Field(description="one certificate for each delta_W")
-    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each B")
-    notes: list[str] = Field(description="what else a reader should know, in words")
+    asked: dict[str, str] = Field(description="What was asked for, by the names of the command's options")
+    sources: list[SourceRecord] = Field(description="Adapters that were read, in the order of the command line")
+    base_model: str | None = Field(description="Base model that the adapter names; None if it names none")
+    dtype: str = Field(description="Data type that the adapter is stored in: fp32, bf16 or fp16")
+    rank: int = Field(description="Rank of every module; smaller ranks are padded with zeros")
+    modules: list[ModuleCertificate] = Field(description="One certificate for each delta_W")
+    matrices: list[MatrixCertificate] = Field(description="One certificate for each A and each B")
+    notes: list[str] = Field(description="What else a reader should know, in words")
     outputs: OutputsOfConversion | None = Field(
-        default=None, description="logits against those of the source; None if they were not compared"
+        default=None, description="Logits against those of the source; None if they were not compared"
     )
-    output_bound: float | None = Field(default=None, description="largest allowed logit error; None if there is none")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
+    output_bound: float | None = Field(default=None, description="Largest allowed logit error; None if there is none")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:

@@ -42,8 +42,8 @@ def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[di
     Gate and up have the same A, and the upper and the lower half of the rows of B.
 
     Args:
-        adapter: the adapter whose experts the function gets, by their keys.
-        projections: names of the three projections.
+        adapter: The adapter whose experts the function gets, by their keys.
+        projections: Names of the three projections.
     """
 
     def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ def export_command(folder: Path, *words: str, ending: str) -> str:
     """Return an export command for an adapter, such as "loraover export gguf /a -o /a.gguf".
 
     Args:
-        folder: folder of the adapter; its path is resolved, so that the output lies beside it and not in it.
-        words: name of the command, then options.
-        ending: ending of the output's name.
+        folder: Folder of the adapter; its path is resolved, so that the output lies beside it and not in it.
+        words: Name of the command, then options.
+        ending: Ending of the output's name.
     """
     path = folder.resolve()
     name, *options = words

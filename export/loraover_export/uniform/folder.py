@@ -9,18 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from loraover.checkpoint.base_model import naming
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import write_config, write_rounded
-from loraover_export.uniform.matrices import largest_rank, to_uniform
+from loraover_export.uniform.matrices import to_uniform
 
 
 def write_uniform(
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     directory: Path,
     dtype: str,
     config: dict[str, Any],
@@ -32,20 +30,19 @@ def write_uniform(
     Each matrix is that of `to_uniform`, rounded once. Tensors other than A and B are not written.
 
     Args:
-        source: checkpoint or adapter whose cores or stored values are the exact ones.
-        directory: an empty folder.
+        adapter: Adapter whose cores or stored values are the exact ones.
+        directory: An empty folder.
         dtype: fp32, bf16 or fp16.
-        config: contents of `adapter_config.json`, from `uniform_config`.
-        on_tensor: called after each tensor with the number of tensors so far.
-        pack: change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
+        config: Contents of `adapter_config.json`, from `uniform_config`.
+        on_tensor: Called after each tensor with the number of tensors so far.
+        pack: Change of the rounded tensors to those of the file; None means PEFT's stacks of experts.
 
     Raises:
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: an element beyond the range of `dtype`, or a file that does not hold what was written.
+        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
     """
-    adapter = adapter_of(source)
-    prepare, keys = to_uniform(adapter), adapter.sites.values()
-    certificates = write_rounded(source, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
+    prepare, keys = to_uniform(adapter), adapter.matrices
+    certificates = write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
     write_config(config, directory)
     return certificates
 
@@ -54,12 +51,12 @@ def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: lis
     """Return the contents of `adapter_config.json`, with every field that changes the adapter's function.
 
     Args:
-        adapter: the adapter to be written.
-        served: base model to name if the adapter names none, or was trained on a stand-in of it.
-        target_modules: suffixes that match exactly the adapted modules; see `name_modules`.
+        adapter: The adapter to be written.
+        served: Base model to name if the adapter names none, or was trained on a stand-in of it.
+        target_modules: Suffixes that match exactly the adapted modules; see `name_modules`.
     """
     config = plain_config(
-        largest_rank(adapter),
+        adapter.rank,
         target_modules,
         base_model=adapter.config.base_model_name_or_path,
         revision=adapter.config.revision,
@@ -81,12 +78,12 @@ def plain_config(
     """Return the contents of `adapter_config.json` of a plain LoRA with one rank and scaling 1.
 
     Args:
-        rank: rank of every module.
-        target_modules: paths of the adapted modules, or suffixes of them.
-        base_model: folder or hub name of the base model; None if it is not known.
-        revision: commit of the base model on the hub; None for folders.
+        rank: Rank of every module.
+        target_modules: Paths of the adapted modules, or suffixes of them.
+        base_model: Folder or hub name of the base model; None if it is not known.
+        revision: Commit of the base model on the hub; None for folders.
         task_type: PEFT's name of the task; None stays None, with which PEFT loads the adapter on any model.
-        modules_to_save: modules whose parameters the adapter replaces.
+        modules_to_save: Modules whose parameters the adapter replaces.
     """
     return {
         "peft_type": "LORA",
@@ -115,11 +112,11 @@ def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]
     PEFT adapts a module whose path equals an entry, or ends with "." and an entry.
 
     Args:
-        adapted: paths of the adapted modules.
-        others: paths of all other modules of the model.
+        adapted: Paths of the adapted modules.
+        others: Paths of all other modules of the model.
 
     Raises:
-        ExportError: an adapted module whose every suffix matches another module too.
+        ExportError: An adapted module whose every suffix matches another module too.
     """
     forbidden = {suffix for path in others for suffix in _suffixes(path)}
     chosen = set()

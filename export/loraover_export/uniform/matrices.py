@@ -11,18 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import AdapterDir, site_name
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.numerics.delta import scale
-
-
-def largest_rank(adapter: AdapterDir) -> int:
-    """Return the largest rank of any module, to which the others are padded."""
-    return max(adapter.config.rank(module_of(name)) for name in adapter.sites)
-
-
-def module_of(site: str) -> str:
-    """Return the path of the module that a site, one A or B matrix, belongs to."""
-    return site.rpartition(".")[0]
 
 
 def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
@@ -31,15 +21,13 @@ def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
     The function pads the matrix to the largest rank; it multiplies B by its module's scaling before. A product that is
     not exact adds one rounding of float64 to the bound of B; the padding is exact.
     """
-    r = largest_rank(adapter)
+    r = adapter.rank
 
     def form(key: str, exact: Exact) -> Exact:
-        site = site_name(key)
-        assert site is not None
-        if site.endswith("A"):
-            return _padded(exact, (0, 0, 0, r - len(exact.value)))
-        scaled = scale(exact, adapter.config.scaling(module_of(site)))
-        return _padded(scaled, (0, r - exact.value.shape[1]))
+        module, side = adapter.matrices[key]
+        if side == "A":
+            return _padded(exact, (0, 0, 0, r - module.rank))
+        return _padded(scale(exact, module.scaling), (0, r - module.rank))
 
     return form
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, CONFIG_FILE, KEY_PREFIX, AdapterDir
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
-from loraover_export.uniform.matrices import module_of
 from loraover_export.uniform.variants import TRAINING_ONLY, UNMERGED, VARIANTS
 
 OTHERS = {
@@ -28,13 +28,13 @@ def check_fields(
     """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
 
     Args:
-        adapter: the adapter.
-        remedy: what to do instead, to follow "train without it, or ".
-        allowed: fields of trained parameters or variants that the export can hold.
-        remedies: what to do about a field, where it is not `remedy`.
+        adapter: The adapter.
+        remedy: What to do instead, to follow "train without it, or ".
+        allowed: Fields of trained parameters or variants that the export can hold.
+        remedies: What to do about a field, where it is not `remedy`.
 
     Raises:
-        ExportError: an adapter that is more than A and B.
+        ExportError: An adapter that is more than A and B.
     """
     expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
     for field, value in (adapter.config.model_extra or {}).items():
@@ -60,8 +60,8 @@ def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
     """Whether an adapter has a stack of experts for each entry of `target_parameters`.
 
     Args:
-        adapter: the adapter.
-        others: paths of further parameters that it has A and B of.
+        adapter: The adapter.
+        others: Paths of further parameters that it has A and B of.
     """
     paths = {*(stack.path for stack in adapter.stacks), *others}
     return all(any(f".{path}".endswith(f".{entry}") for path in paths) for entry in adapter.config.parameters)
@@ -69,7 +69,7 @@ def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
 
 def written_parameters(adapter: AdapterDir) -> set[str]:
     """Return the field `target_parameters` if the file has pairs for all of it: stacks, or those of modules."""
-    weights = (f"{module_of(site)}.weight" for site in adapter.sites)  # such as that of a router
+    weights = (f"{path}.weight" for path in adapter.modules)  # such as that of a router
     return {"target_parameters"} if has_targets(adapter, weights) else set()
 
 
@@ -77,11 +77,11 @@ def check_no_experts(adapter: AdapterDir, reader: str) -> None:
     """Refuse LoRA of experts that share one parameter.
 
     Args:
-        adapter: the adapter.
-        reader: what cannot read it, as the subject of "does not support LoRA".
+        adapter: The adapter.
+        reader: What cannot read it, as the subject of "does not support LoRA".
 
     Raises:
-        ExportError: an adapter with stacked pairs.
+        ExportError: An adapter with stacked pairs.
     """
     if adapter.stacks:
         raise ExportError(
@@ -100,24 +100,21 @@ def check_tensors(
     """Refuse tensors that are neither A nor B, nor base weights that PEFT saves beside an adapted embedding.
 
     Args:
-        adapter: the adapter.
-        weights: shapes of the base model's weights, by the paths of their modules.
-        remedy: what to do instead, to follow "train without it, or ".
-        kinds: descriptions of other tensors, by a part of their keys.
+        adapter: The adapter.
+        weights: Shapes of the base model's weights, by the paths of their modules.
+        remedy: What to do instead, to follow "train without it, or ".
+        kinds: Descriptions of other tensors, by a part of their keys.
 
     Returns:
         Keys of the base weights, of which only the shape was compared.
 
     Raises:
-        ExportError: any other tensor.
+        ExportError: Any other tensor.
     """
     copies = []
-    matrices = set(adapter.sites.values())
-    for key, shape in adapter.shapes.items():
-        if key in matrices:
-            continue
+    for key in adapter.others:
         weight = weights.get(key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT))
-        if key.endswith(BASE_WEIGHT) and shape == weight:
+        if key.endswith(BASE_WEIGHT) and adapter.shapes[key] == weight:
             copies.append(key)
             continue
         kind = next((kind for part, kind in kinds.items() if part in key), "neither A nor B of a module")
@@ -131,22 +128,19 @@ def check_shape(
     """Compare the shape of B @ A with that of the weight that it is for.
 
     Args:
-        adapter: the adapter.
-        path: path of the module.
-        shape: shape of its weight, (out_features, in_features) or (tokens, dimension).
-        is_embedding: whether it is an embedding.
-        base: name of the base model.
-        option: name of the argument for the base model, as the caller wrote it.
+        adapter: The adapter.
+        path: Path of the module.
+        shape: Shape of its weight, (out_features, in_features) or (tokens, dimension).
+        is_embedding: Whether it is an embedding.
+        base: Name of the base model.
+        option: Name of the argument for the base model, as the caller wrote it.
 
     Raises:
-        ExportError: an adapter of another model.
+        ExportError: An adapter of another model.
     """
-    adapts_embedding = f"{path}.lora_embedding_A" in adapter.sites
-    kind = "lora_embedding_" if adapts_embedding else "lora_"
-    a, b = (adapter.shapes[adapter.sites[f"{path}.{kind}{side}"]] for side in "AB")
-    found = (a[1], b[0]) if adapts_embedding else (b[0], a[1])
-    if adapts_embedding != is_embedding or found != shape:
+    module = adapter.modules[path]
+    if module.is_embedding != is_embedding or module.weight_shape != shape:
         raise ExportError(
-            f"{adapter.tensors_path}: {path} has shape {found} in the adapter and {shape} in {base}; name the model "
-            f"that the adapter was trained on with {option}."
+            f"{adapter.tensors_path}: {path} has shape {module.weight_shape} in the adapter and {shape} in {base}; "
+            f"name the model that the adapter was trained on with {option}."
         )

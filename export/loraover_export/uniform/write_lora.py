@@ -45,10 +45,10 @@ class Approximation:
     """Factors that are to be written, and their distance from the module's exact delta_W.
 
     Args:
-        delta: the factors, with the scaling in B; its rank may be 0.
+        delta: The factors, with the scaling in B; its rank may be 0.
         norm: Frobenius norm of the exact delta_W.
         truncation_error: Frobenius norm of what was left out on purpose; 0 if nothing was.
-        arithmetic_bound: bound of the error of the arithmetic, as a Frobenius norm.
+        arithmetic_bound: Bound of the error of the arithmetic, as a Frobenius norm.
     """
 
     delta: Delta
@@ -75,21 +75,21 @@ class LoraOutput:
     """Destination of a plain LoRA, and what its files say about it.
 
     Args:
-        output: new folder.
-        command: command line that makes it.
-        title: heading of the model card.
-        asked: what was asked for, by the names of the command's options.
-        sources: folders of the adapters that are read.
-        base_model: folder or hub name of the base model; None if it is not known.
-        revision: commit of the base model on the hub; None for folders.
+        output: New folder.
+        command: Command line that makes it.
+        title: Heading of the model card.
+        asked: What was asked for, by the names of the command's options.
+        sources: Folders of the adapters that are read.
+        base_model: Folder or hub name of the base model; None if it is not known.
+        revision: Commit of the base model on the hub; None for folders.
         task_type: PEFT's name of the task; None if the adapter names none.
-        dtype: data type to store the adapter in: fp32, bf16 or fp16.
-        force: replace an adapter of this kind that is already at `output`.
-        others: tensors that are written as they are, by their keys in the file.
-        modules_to_save: modules that these tensors belong to.
-        stacks: parameters of experts that are adapted; each of their experts is a module.
-        notes: what else a reader should know, in words.
-        if_zero: message of the error if every delta is zero.
+        dtype: Data type to store the adapter in: fp32, bf16 or fp16.
+        force: Replace an adapter of this kind that is already at `output`.
+        others: Tensors that are written as they are, by their keys in the file.
+        modules_to_save: Modules that these tensors belong to.
+        stacks: Parameters of experts that are adapted; each of their experts is a module.
+        notes: What else a reader should know, in words.
+        if_zero: Message of the error if every delta is zero.
     """
 
     output: Path
@@ -136,19 +136,19 @@ def write_lora(
     rounded matrices, and the factors in float64 of a few modules.
 
     Args:
-        work: one computation for each module. The iterable is read a few modules ahead of the threads.
-        total: number of modules, for the progress.
-        target: destination.
-        report: receiver of progress.
-        check: called with an adapter whose matrices passed, before it is published; if it raises, nothing is left.
+        work: One computation for each module. The iterable is read a few modules ahead of the threads.
+        total: Number of modules, for the progress.
+        target: Destination.
+        report: Receiver of progress.
+        check: Called with an adapter whose matrices passed, before it is published; if it raises, nothing is left.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.
 
     Raises:
-        ExportError: every delta_W is zero, or two belong to one module.
-        FoldError: an element beyond the range of the storage type, or a file that does not hold what was written.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ExportError: Every delta_W is zero, or two belong to one module.
+        FoldError: An element beyond the range of the storage type, or a file that does not hold what was written.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     target.check()
     with publish_directory(target.output, replace=target.force) as draft:

@@ -18,12 +18,12 @@ class Architecture(BaseModel):
     """Facts about a model class that decide which of its modules can be adapted.
 
     Args:
-        embeddings: names of embeddings and heads that take LoRA.
-        packed: modules that vLLM fuses, with the names that adapters use for their parts.
-        language_model: prefix, in vLLM's names, of the modules that a multimodal class adapts by default; None for a
+        embeddings: Names of embeddings and heads that take LoRA.
+        packed: Modules that vLLM fuses, with the names that adapters use for their parts.
+        language_model: Prefix, in vLLM's names, of the modules that a multimodal class adapts by default; None for a
             text-only class.
-        stacked_experts: whether vLLM reads LoRA of experts as PEFT stacks it, and not each expert's by itself.
-        renames: rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
+        stacked_experts: Whether vLLM reads LoRA of experts as PEFT stacks it, and not each expert's by itself.
+        renames: Rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,11 +54,11 @@ class Architectures(BaseModel):
     """Contents of `architectures.json`.
 
     Args:
-        source: where the table comes from, in words.
-        version: release of vLLM.
-        without_lora: classes that vLLM serves without adapters only.
-        unknown: classes that could not be inspected.
-        lora: classes that take adapters, by vLLM's names.
+        source: Where the table comes from, in words.
+        version: Release of vLLM.
+        without_lora: Classes that vLLM serves without adapters only.
+        unknown: Classes that could not be inspected.
+        lora: Classes that take adapters, by vLLM's names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -104,7 +104,7 @@ def architectures_of(version: str | None) -> Architectures:
     """Return the classes of a release of vLLM; None means the release of `architectures.json`.
 
     Raises:
-        ConfigError: not a version.
+        ConfigError: Not a version.
     """
     known = known_architectures()
     if version is None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.uniform.experts import parts_of
-from loraover_export.uniform.matrices import largest_rank, module_of
 from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.served import ServedModel, ServedModule
@@ -23,10 +22,10 @@ class Problem:
     """What a rule found, and what to do about it.
 
     Args:
-        found: the violation, in words.
-        remedy: next step for the user.
-        is_warning: whether the adapter may be written nevertheless.
-        is_silent: whether vLLM loads the adapter without a message, and then answers wrongly.
+        found: The violation, in words.
+        remedy: Next step for the user.
+        is_warning: Whether the adapter may be written nevertheless.
+        is_silent: Whether vLLM loads the adapter without a message, and then answers wrongly.
     """
 
     found: str
@@ -40,14 +39,14 @@ class Candidate:
     """An adapter, the model that it is to be served on, and how: the subject of a pre-flight.
 
     Args:
-        adapter: the adapter.
-        served: the model to be served.
-        architectures: the classes of the release of vLLM whose rules apply.
-        name: name by which requests choose the adapter.
-        address: model that vLLM is started with, which is also the base model's name in requests.
-        dtype: storage type to write, fp32, bf16 or fp16; None if the adapter's folder is served unchanged.
-        replaces: whether an adapter is already at the destination.
-        platform: kind of device that the server computes on; None if it is not known.
+        adapter: The adapter.
+        served: The model to be served.
+        architectures: The classes of the release of vLLM whose rules apply.
+        name: Name by which requests choose the adapter.
+        address: Model that vLLM is started with, which is also the base model's name in requests.
+        dtype: Storage type to write, fp32, bf16 or fp16; None if the adapter's folder is served unchanged.
+        replaces: Whether an adapter is already at the destination.
+        platform: Kind of device that the server computes on; None if it is not known.
     """
 
     adapter: AdapterDir
@@ -70,24 +69,9 @@ class Candidate:
         return self.architectures.lora.get(self.served.architecture)
 
     @cached_property
-    def rank(self) -> int:
-        """Largest rank of a module."""
-        return largest_rank(self.adapter)
-
-    @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of each adapted module, or (vocabulary, dimension) of an embedding."""
-        found: dict[str, tuple[int, int]] = {}
-        for site, key in self.adapter.sites.items():
-            if site.endswith("A"):
-                twin = self.adapter.sites[f"{site[:-1]}B"]
-                found[module_of(site)] = (self.adapter.shapes[key][1], self.adapter.shapes[twin][0])
-        return found
-
-    @cached_property
-    def embeddings(self) -> set[str]:
-        """Modules that are adapted as embeddings."""
-        return {module_of(site) for site in self.adapter.sites if site.endswith("lora_embedding_A")}
+        return {path: (module.shape[1], module.shape[0]) for path, module in self.adapter.modules.items()}
 
     @cached_property
     def places(self) -> dict[str, ServedModule]:

@@ -18,13 +18,13 @@ class VllmCertificate(BaseModel):
 
     schema_version: int = 1
     verdict: Literal["passed", "failed"]
-    base_model: str | None = Field(description="base model that the written adapter names")
-    dtype: str = Field(description="data type that the adapter is stored in: fp32, bf16 or fp16")
-    rank: int = Field(description="rank of every module; smaller ranks are padded with zeros")
-    scaling: dict[str, float] = Field(description="factor that B was multiplied by, by module")
-    matrices: list[MatrixCertificate] = Field(description="one certificate for each A and each scaling * B")
-    versions: dict[str, str] = Field(description="versions of Python and packages, by name")
-    hardware: str = Field(description="processor and accelerator of the machine, in words")
+    base_model: str | None = Field(description="Base model that the written adapter names")
+    dtype: str = Field(description="Data type that the adapter is stored in: fp32, bf16 or fp16")
+    rank: int = Field(description="Rank of every module; smaller ranks are padded with zeros")
+    scaling: dict[str, float] = Field(description="Factor that B was multiplied by, by module")
+    matrices: list[MatrixCertificate] = Field(description="One certificate for each A and each scaling * B")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     @property
     def passed(self) -> bool:

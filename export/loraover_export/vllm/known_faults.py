@@ -17,11 +17,11 @@ class NoOp(BaseModel):
     """A module whose matrices vLLM loads and applies nowhere.
 
     Args:
-        module: last part of the module's path.
-        classes: model classes, by vLLM's names.
-        versions: releases that have this fault.
-        reason: cause, in words.
-        thread: link to the issue or pull request that discusses it.
+        module: Last part of the module's path.
+        classes: Model classes, by vLLM's names.
+        versions: Releases that have this fault.
+        reason: Cause, in words.
+        thread: Link to the issue or pull request that discusses it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,10 +37,10 @@ class EngineFault(BaseModel):
     """A fault that can affect any adapter.
 
     Args:
-        platform: kind of device that has the fault.
-        versions: releases that have the fault.
-        found: the fault, in words.
-        remedy: next step for the user.
+        platform: Kind of device that has the fault.
+        versions: Releases that have the fault.
+        found: The fault, in words.
+        remedy: Next step for the user.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -38,10 +38,10 @@ def launch_commands(candidate: Candidate, path: Path) -> dict[str, str]:
     The server that `load` asks must have been started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
 
     Args:
-        candidate: the adapter and the served model.
-        path: absolute path of the written adapter, so that the commands work in any folder.
+        candidate: The adapter and the served model.
+        path: Absolute path of the written adapter, so that the commands work in any folder.
     """
-    revision, rank = candidate.served.source.revision, max_lora_rank(candidate.rank)
+    revision, rank = candidate.served.source.revision, max_lora_rank(candidate.adapter.rank)
     pinned = [] if revision is None else ["--revision", revision]
     serve = ["vllm", "serve", candidate.address, *pinned, "--enable-lora", "--max-lora-rank", str(rank)]
     body = json.dumps({"lora_name": candidate.name, "lora_path": str(path)})

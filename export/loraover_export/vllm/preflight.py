@@ -18,10 +18,10 @@ class Violation(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rule: str = Field(description="name of the rule")
-    level: Literal["error", "warning"] = Field(description="an error keeps the adapter from being written")
-    found: str = Field(description="the violation, in words")
-    remedy: str = Field(description="next step for the user")
+    rule: str = Field(description="Name of the rule")
+    level: Literal["error", "warning"] = Field(description="An error keeps the adapter from being written")
+    found: str = Field(description="The violation, in words")
+    remedy: str = Field(description="Next step for the user")
 
 
 class Preflight(BaseModel):
@@ -31,14 +31,14 @@ class Preflight(BaseModel):
 
     schema_version: int = 1
     verdict: Literal["passed", "failed"]
-    vllm_version: str = Field(description="release of vLLM whose rules were applied")
-    served_model: str = Field(description="folder or hub name of the model to be served")
-    architecture: str = Field(description="model class that the served model's configuration names")
-    modules: int = Field(description="number of adapted modules")
-    rank: int = Field(description="largest rank of a module")
-    max_lora_rank: int | None = Field(description="value for vLLM's --max-lora-rank; None if the rank is too large")
-    rules: dict[str, Literal["passed", "warning", "error"]] = Field(description="outcome of each rule, by its name")
-    findings: list[Violation] = Field(description="violated rules")
+    vllm_version: str = Field(description="Release of vLLM whose rules were applied")
+    served_model: str = Field(description="Folder or hub name of the model to be served")
+    architecture: str = Field(description="Model class that the served model's configuration names")
+    modules: int = Field(description="Number of adapted modules")
+    rank: int = Field(description="Largest rank of a module")
+    max_lora_rank: int | None = Field(description="Value for vLLM's --max-lora-rank; None if the rank is too large")
+    rules: dict[str, Literal["passed", "warning", "error"]] = Field(description="Outcome of each rule, by its name")
+    findings: list[Violation] = Field(description="Violated rules")
 
     @property
     def passed(self) -> bool:
@@ -56,8 +56,8 @@ def preflight(candidate: Candidate) -> Preflight:
         served_model=candidate.served.source.name,
         architecture=candidate.served.architecture,
         modules=len(candidate.modules),
-        rank=candidate.rank,
-        max_lora_rank=max_lora_rank(candidate.rank),
+        rank=candidate.adapter.rank,
+        max_lora_rank=max_lora_rank(candidate.adapter.rank),
         rules={rule: _outcome([finding.level for finding in findings if finding.rule == rule]) for rule in RULES},
         findings=findings,
     )

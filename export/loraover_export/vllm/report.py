@@ -13,15 +13,15 @@ class VllmReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preflight: Preflight = Field(description="check of the adapter against vLLM's rules")
+    preflight: Preflight = Field(description="Check of the adapter against vLLM's rules")
     certificate: VllmCertificate | None = Field(
-        default=None, description="errors of the written matrices; None if the pre-flight failed"
+        default=None, description="Errors of the written matrices; None if the pre-flight failed"
     )
     serve: str | None = Field(
-        default=None, description="command that starts vLLM with the adapter; None if nothing was written"
+        default=None, description="Command that starts vLLM with the adapter; None if nothing was written"
     )
     load: str | None = Field(
-        default=None, description="command that adds the adapter to a running server; None if nothing was written"
+        default=None, description="Command that adds the adapter to a running server; None if nothing was written"
     )
 
     @property

@@ -12,9 +12,21 @@ from loraover_export.uniform.request_fields import plain_adapter, replaces
 
 @dataclass(frozen=True)
 class VllmRequest(Request):
-    """Arguments of `export_vllm`."""
+    """Write SOURCE as an adapter that vLLM, SGLang and PEFT read identically, and show how to serve it.
+
+    SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. A pre-flight first checks it against
+    vLLM's loading rules: what vLLM refuses, and what it would serve wrongly without a message.
+
+    Exit code 2: the pre-flight found an error, and nothing was written. Exit code 1: a written matrix failed its
+    check, and nothing was written.
+    """
 
     verb = "loraover export vllm"
+    examples = (
+        "loraover export vllm folded -o vllm-adapter",
+        "loraover export vllm folded -o vllm-adapter --model ./Qwen3-0.6B --name support --vllm-version 0.33.0",
+    )
+    json_help = "Print pre-flight report, certificate and commands as JSON."
 
     source: AnyPath = plain_adapter()
     output: AnyPath = option("New folder for the adapter, its reports and a model card.", short="-o")

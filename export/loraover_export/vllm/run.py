@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, on_base, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb
@@ -36,26 +35,26 @@ def export_vllm(request: VllmRequest) -> VllmReport:
         nothing was written: the pre-flight found an error, and there is no certificate, or a matrix failed its check.
 
     Raises:
-        ConfigError: arguments that cannot be used, or a served model that cannot be read.
-        CheckpointError: an adapter that cannot be trusted.
-        ExportError: adapted modules that no list of target modules can name.
-        FoldError: an element beyond the range of `dtype`.
-        OutputError: an output that cannot be written, or that exists and may not be replaced.
+        ConfigError: Arguments that cannot be used, or a served model that cannot be read.
+        CheckpointError: An adapter that cannot be trusted.
+        ExportError: Adapted modules that no list of target modules can name.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
         request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
     replaces = request.output.exists()
     adapter = read_source(request.source)
-    served, known = _served(request, adapter_of(adapter))
+    served, known = _served(request, adapter)
     if served.architecture in known.lora:  # of others, nothing but the configuration is read
-        adapter = on_base(adapter, served.experts)
+        adapter = read_on_base(adapter, served.experts)
     name, address = request.adapter_name, _address(served.source)
-    candidate = Candidate(adapter_of(adapter), served, known, name, address, request.dtype, replaces)
+    candidate = Candidate(adapter, served, known, name, address, request.dtype, replaces)
     found = preflight(candidate)
     if not found.passed:
         return VllmReport(preflight=found)
-    certificate = _publish(request, adapter, candidate, found)
+    certificate = _publish(request, candidate, found)
     if not certificate.passed:
         return VllmReport(preflight=found, certificate=certificate)
     commands = launch_commands(candidate, request.output.resolve())
@@ -73,12 +72,10 @@ def _address(source: ModelSource) -> str:
     return str(Path(source.location).resolve()) if Path(source.location).is_dir() else source.name
 
 
-def _publish(
-    request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, found: Preflight
-) -> VllmCertificate:
+def _publish(request: VllmRequest, candidate: Candidate, found: Preflight) -> VllmCertificate:
     """Write the adapter with its report, certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
-        certificate = _write(request, source, candidate, draft)
+        certificate = _write(request, candidate, draft)
         if not certificate.passed:
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
@@ -87,7 +84,7 @@ def _publish(
     return certificate
 
 
-def _write(request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Candidate, draft: Path) -> VllmCertificate:
+def _write(request: VllmRequest, candidate: Candidate, draft: Path) -> VllmCertificate:
     adapter, served = candidate.adapter, candidate.served
     others = served.modules.keys() - candidate.modules.keys()
     adapted, pack = candidate.modules.keys() - adapter.experts, None
@@ -97,14 +94,14 @@ def _write(request: VllmRequest, source: Checkpoint | AdapterDir, candidate: Can
     config = uniform_config(adapter, served.source, name_modules(adapted, others))
     if pack is None:
         config |= stack_fields(adapter.stacks)
-    with request.report.task("writing matrices", len(adapter.sites)) as done:
-        matrices = write_uniform(source, draft, request.dtype, config, done, pack)
+    with request.report.task("writing matrices", len(adapter.matrices)) as done:
+        matrices = write_uniform(adapter, draft, request.dtype, config, done, pack)
     return VllmCertificate(
         verdict="passed" if all(matrix.passed for matrix in matrices) else "failed",
         base_model=config["base_model_name_or_path"],
         dtype=request.dtype,
-        rank=candidate.rank,
-        scaling={path: adapter.config.scaling(path) for path in candidate.modules},
+        rank=candidate.adapter.rank,
+        scaling={path: module.scaling for path, module in adapter.modules.items()},
         matrices=matrices,
         versions=environment(),
         hardware=hardware(),

@@ -15,8 +15,8 @@ class ServedModule:
     """One module of the served model.
 
     Args:
-        kind: kind of layer that PEFT and vLLM would adapt it as. One expert's part of a parameter is an "expert".
-        type_name: name of its class.
+        kind: Kind of layer that PEFT and vLLM would adapt it as. One expert's part of a parameter is an "expert".
+        type_name: Name of its class.
         shape: (in_features, out_features), or (vocabulary, embedding dimension); None for other kinds.
     """
 
@@ -30,12 +30,12 @@ class ServedModel:
     """The model that adapters are to be served on.
 
     Args:
-        source: where the model is read from.
-        architecture: name of the model class that vLLM looks up.
-        dtype: data type that the configuration gives, such as "bfloat16"; None if it gives none.
-        vocabulary: number of tokens; None if the configuration gives none.
-        experts: parameters of its experts, by path.
-        modules: modules by path, and experts like "model.layers.0.mlp.experts.3.down_proj"; empty if vLLM serves no
+        source: Where the model is read from.
+        architecture: Name of the model class that vLLM looks up.
+        dtype: Data type that the configuration gives, such as "bfloat16"; None if it gives none.
+        vocabulary: Number of tokens; None if the configuration gives none.
+        experts: Parameters of its experts, by path.
+        modules: Modules by path, and experts like "model.layers.0.mlp.experts.3.down_proj"; empty if vLLM serves no
             adapters on this architecture.
     """
 
@@ -51,11 +51,11 @@ def read_served(source: ModelSource, supported: Mapping[str, Any] | None = None)
     """Read a model's configuration, and build its modules without weights if the architecture is supported.
 
     Args:
-        source: where the model is read from.
-        supported: classes that take adapters, by name; None means all classes.
+        source: Where the model is read from.
+        supported: Classes that take adapters, by name; None means all classes.
 
     Raises:
-        ConfigError: no usable configuration, or a class that transformers cannot build.
+        ConfigError: No usable configuration, or a class that transformers cannot build.
     """
     config = load_config(source)
     text = config.get_text_config()

@@ -12,8 +12,8 @@ class Versions(BaseModel):
     """A range of releases.
 
     Args:
-        since: first release of the range; None leaves the range open.
-        before: first release after the range; None leaves the range open.
+        since: First release of the range; None leaves the range open.
+        before: First release after the range; None leaves the range open.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +36,7 @@ def release(version: str) -> Version:
     """Return the release that a version belongs to: 0.33.0 for "0.33.0rc1+cpu".
 
     Raises:
-        ConfigError: not a version.
+        ConfigError: Not a version.
     """
     try:
         return Version(Version(version).base_version)

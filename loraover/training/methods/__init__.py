@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from loraover.common.errors import ConfigError
-from loraover.training.methods.base import Method
+from loraover.training.methods.base import TrainingMethod
 from loraover.training.methods.federated import FederatedSettings
 from loraover.training.methods.lorasc import LoraScSettings
 from loraover.training.methods.soma import SomaSettings
@@ -25,23 +25,23 @@ class MethodKeys(BaseRecipe):
     tensorguide: TensorGuideSettings = Field(TensorGuideSettings(), description="Settings of method tensorguide.")
 
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[TrainingMethod]] = {
     name: field.default.method for name, field in MethodKeys.model_fields.items() if name not in BaseRecipe.model_fields
 }
 """Classes of the methods, by the recipe's `method`."""
 
 
-def make_method(recipe: BaseRecipe, *, is_seq2seq: bool) -> Method:
-    """Return the method of a recipe; `Method` itself for plain LoRA, LoRA-Over and full fine-tuning.
+def make_method(recipe: BaseRecipe, *, is_seq2seq: bool) -> TrainingMethod:
+    """Return the method of a recipe; `TrainingMethod` itself for plain LoRA, LoRA-Over and full fine-tuning.
 
     Args:
         recipe: The recipe.
         is_seq2seq: Whether its base model is an encoder-decoder.
 
     Raises:
-        ConfigError: the method does not train encoder-decoders, or needs a package that is not installed.
+        ConfigError: The method does not train encoder-decoders, or needs a package that is not installed.
     """
-    kind = METHODS.get(recipe.method, Method)
+    kind = METHODS.get(recipe.method, TrainingMethod)
     if is_seq2seq and not kind.trains_seq2seq:
         trained = ", ".join(name for name, method in METHODS.items() if method.trains_seq2seq)
         raise ConfigError(

@@ -38,7 +38,7 @@ class Pair(NamedTuple):
     a: Tensor
 
 
-class Method:
+class TrainingMethod:
     """A method of training, made for one run; as it stands, training that needs nothing beside the Trainer.
 
     A recipe is checked by `check_recipe`. A run calls `check_rows`, `lora_options`, `freeze`, `start`, `check`, `train`
@@ -69,7 +69,7 @@ class Method:
         """Check the rest of a recipe that asks for one of `METHODS`, when it is read.
 
         Raises:
-            ValueError: keys that the method does not take.
+            ValueError: Keys that the method does not take.
         """
         if recipe.lora.use_dora or recipe.lora.init_lora_weights is not True:
             raise ValueError(
@@ -88,7 +88,7 @@ class Method:
         """Return options of PEFT's LoraConfig beside those of the recipe.
 
         Raises:
-            ConfigError: the settings do not fit the model.
+            ConfigError: The settings do not fit the model.
         """
         return {}
 
@@ -96,21 +96,21 @@ class Method:
         """Take the gradient from those of A and B that stay as PEFT has drawn them.
 
         Raises:
-            ConfigError: the method cannot train the model.
+            ConfigError: The method cannot train the model.
         """
 
     def start(self, model: PeftModel) -> None:
         """Prepare a model whose LoRA has just been made.
 
         Raises:
-            ConfigError: the method cannot train the model.
+            ConfigError: The method cannot train the model.
         """
 
     def count_cores(self, model: PeftModel) -> int:
         """Count the numbers that are trained in place of A and B; 0 for a method that trains A or B themselves.
 
         Raises:
-            ConfigError: the method cannot train the model.
+            ConfigError: The method cannot train the model.
         """
         return 0
 
@@ -121,7 +121,7 @@ class Method:
             rows: Prompts and completions.
 
         Raises:
-            ConfigError: rows that the method cannot take.
+            ConfigError: Rows that the method cannot take.
         """
 
     def check(self, steps: int, examples: int) -> None:
@@ -132,7 +132,7 @@ class Method:
             examples: Number of training examples.
 
         Raises:
-            ConfigError: a setting that does not fit.
+            ConfigError: A setting that does not fit.
         """
 
     def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
@@ -176,7 +176,7 @@ def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
         method: Name of the method, for messages.
 
     Raises:
-        ConfigError: a layer that is not linear, is quantised, or shares its weight with another module.
+        ConfigError: A layer that is not linear, is quantised, or shares its weight with another module.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -298,7 +298,7 @@ def make_optimizer(training: Training, parameters: list[nn.Parameter]) -> Optimi
     return torch.optim.AdamW(parameters, fused=training.optim == "adamw_torch_fused", **options)
 
 
-def count_trained(model: Any, method: Method) -> int:
+def count_trained(model: Any, method: TrainingMethod) -> int:
     """Count the numbers that the optimizer steps: those of the method's cores, or else of the model's parameters."""
     return method.count_cores(model) or sum(p.numel() for p in model.parameters() if p.requires_grad)
 

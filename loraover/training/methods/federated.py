@@ -50,8 +50,8 @@ from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
-from loraover.training.methods.base import ADAPTER, Method, check_optimizer, make_optimizer
-from loraover.training.recipe_parts import BaseRecipe, Part
+from loraover.training.methods.base import ADAPTER, TrainingMethod, check_optimizer, make_optimizer
+from loraover.training.recipe_parts import BaseRecipe, RecipePart
 from loraover.training.run_result import Privacy
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Client:
 
 
 @final
-class Federated(Method):
+class Federated(TrainingMethod):
     """B trained by clients with differential privacy."""
 
     settings: FederatedSettings
@@ -357,10 +357,10 @@ def _learning_rates(trainer: Trainer, steps: int) -> list[float]:
     return rates
 
 
-class FederatedSettings(Part):
+class FederatedSettings(RecipePart):
     """Settings of `method: federated`."""
 
-    method: ClassVar[type[Method]] = Federated
+    method: ClassVar[type[TrainingMethod]] = Federated
 
     clients: int = Field(4, ge=1, description="Number of simulated clients, among which the rows are divided.")
     local_steps: int = Field(1, ge=1, description="Optimizer steps of a client between two averages of B.")

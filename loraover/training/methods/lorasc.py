@@ -35,9 +35,9 @@ from torch.optim import Optimizer
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import (
     ADAPTER,
-    Method,
     OriginalWeights,
     Pair,
+    TrainingMethod,
     flatten,
     get_pair,
     get_weight,
@@ -46,7 +46,7 @@ from loraover.training.methods.base import (
     truncate,
     widen,
 )
-from loraover.training.recipe_parts import BaseRecipe, Part
+from loraover.training.recipe_parts import BaseRecipe, RecipePart
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +56,7 @@ STAGES_FILE = "lorasc.safetensors"
 
 
 @final
-class LoraSc(Method):
+class LoraSc(TrainingMethod):
     """Stages of a fast LoRA that are blended into a slow one."""
 
     settings: LoraScSettings
@@ -199,10 +199,10 @@ def stage_of(step: int, steps: int, stages: int) -> int:
     return step * stages // steps
 
 
-class LoraScSettings(Part):
+class LoraScSettings(RecipePart):
     """Settings of `method: lorasc`."""
 
-    method: ClassVar[type[Method]] = LoraSc
+    method: ClassVar[type[TrainingMethod]] = LoraSc
 
     stages: int = Field(3, ge=1, description="Number of fast LoRAs that are trained one after the other.")
     pace: float = Field(0.8, gt=0, le=1, description="Share of a stage's fast LoRA in the slow one; 1: no averaging.")

@@ -35,16 +35,16 @@ from torch.optim import Optimizer
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import (
     ADAPTER,
-    Method,
     OriginalWeights,
     Pair,
+    TrainingMethod,
     get_pair,
     get_weight,
     linear_layers,
     set_pairs,
     widen,
 )
-from loraover.training.recipe_parts import BaseRecipe, Part
+from loraover.training.recipe_parts import BaseRecipe, RecipePart
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +56,7 @@ SHARE_FROZEN = 3
 
 
 @final
-class Soma(Method):
+class Soma(TrainingMethod):
     """Minor singular components."""
 
     settings: SomaSettings
@@ -131,7 +131,7 @@ def find_blocks(base: PreTrainedModel) -> tuple[str, int]:
     """Return the path of a causal model's list of blocks, and their number.
 
     Raises:
-        ConfigError: the model has no such list.
+        ConfigError: The model has no such list.
     """
     blocks = base.config.get_text_config().num_hidden_layers
     for path, module in base.named_modules():
@@ -158,10 +158,10 @@ def split(weight: Tensor, r: int, scaling: float) -> Pair:
     return Pair(u[:, -r:] * root, root[:, None] * vt[-r:])
 
 
-class SomaSettings(Part):
+class SomaSettings(RecipePart):
     """Settings of `method: soma`."""
 
-    method: ClassVar[type[Method]] = Soma
+    method: ClassVar[type[TrainingMethod]] = Soma
 
     frozen_blocks: int | None = Field(
         None, ge=0, description="Number of blocks, from the first one on, that get no LoRA; None: a third of them."

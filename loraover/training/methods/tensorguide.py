@@ -42,8 +42,8 @@ from loraover.overparam.core_group import full_precision, seeded_generator
 from loraover.overparam.decompositions.mpo import balanced_factors
 from loraover.overparam.sharding import assign
 from loraover.overparam.sites import lora_layers
-from loraover.training.methods.base import ADAPTER, Method, Pair, check_optimizer, make_optimizer
-from loraover.training.recipe_parts import BaseRecipe, Part
+from loraover.training.methods.base import ADAPTER, Pair, TrainingMethod, check_optimizer, make_optimizer
+from loraover.training.recipe_parts import BaseRecipe, RecipePart
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,7 +58,7 @@ INPUT_MODE = 2
 """Size of each mode of the Gaussian input, the n_k."""
 
 
-class Layout(NamedTuple):
+class CoreLayout(NamedTuple):
     """Sizes of the trains of modules of one shape: core k is (bonds[k], INPUT_MODE, modes[k], bonds[k + 1])."""
 
     r: int
@@ -77,7 +77,7 @@ class Layout(NamedTuple):
         return sum(prod(shape) for shape in self.core_shapes)
 
 
-def make_layout(settings: TensorGuideSettings, path: str, r: int, in_features: int, out_features: int) -> Layout:
+def make_layout(settings: TensorGuideSettings, path: str, r: int, in_features: int, out_features: int) -> CoreLayout:
     """Return modes and bonds of one module; a bond is the full one where that is smaller than `tt_rank`.
 
     Raises:
@@ -95,7 +95,7 @@ def make_layout(settings: TensorGuideSettings, path: str, r: int, in_features: i
         )
     sizes = [INPUT_MODE * mode for mode in modes]
     inner = [min(settings.tt_rank, prod(sizes[:k]), prod(sizes[k:])) for k in range(1, count)]
-    layout = Layout(r, in_features, out_features, modes, (1, *inner, 1))
+    layout = CoreLayout(r, in_features, out_features, modes, (1, *inner, 1))
     if layout.num_parameters() >= size:
         raise ConfigError(
             f"tensorguide.tt_rank is {settings.tt_rank}, and {place}, while a train with modes {modes} would have "
@@ -128,7 +128,7 @@ def contract(cores: Sequence[Tensor], inputs: Tensor) -> Tensor:
     return done.reshape(group, -1)
 
 
-def split(vectors: Tensor, layout: Layout) -> Pair:
+def split(vectors: Tensor, layout: CoreLayout) -> Pair:
     """Return B (G, out_features, r) and A (G, r, in_features) of the vectors (G, r (in_features + out_features))."""
     r, at = layout.r, layout.r * layout.in_features
     a = vectors[:, :at].reshape(-1, layout.in_features, r).mT
@@ -148,7 +148,7 @@ class Trains(nn.Module):
 
     inputs: Tensor
 
-    def __init__(self, layout: Layout, layers: dict[str, LoraLayer], seed: int, input_seed: int) -> None:
+    def __init__(self, layout: CoreLayout, layers: dict[str, LoraLayer], seed: int, input_seed: int) -> None:
         super().__init__()
         self.layout = layout
         self.layers = list(layers.values())
@@ -196,7 +196,7 @@ def stack_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
 
-def draw_cores(layout: Layout, z: Tensor, generator: torch.Generator) -> list[Tensor]:
+def draw_cores(layout: CoreLayout, z: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Draw the cores of one train so that y has the variance of PEFT's first A, which is 1 / (3 in_features).
 
     Args:
@@ -213,7 +213,7 @@ def draw_cores(layout: Layout, z: Tensor, generator: torch.Generator) -> list[Te
 
 
 @final
-class TensorGuide(Method):
+class TensorGuide(TrainingMethod):
     """A and B of each module from one tensor train."""
 
     settings: TensorGuideSettings
@@ -235,7 +235,7 @@ class TensorGuide(Method):
     def start(self, model: PeftModel) -> None:
         seed = self.recipe.training.seed
         input_seed = seed if self.settings.input_seed is None else self.settings.input_seed
-        alike: dict[Layout, dict[str, LoraLayer]] = {}
+        alike: dict[CoreLayout, dict[str, LoraLayer]] = {}
         for path, (layer, layout) in self._layouts(model).items():
             alike.setdefault(layout, {})[path] = layer
         self.trains = [Trains(layout, layers, seed, input_seed) for layout, layers in alike.items()]
@@ -282,11 +282,11 @@ class TensorGuide(Method):
         for trains in self.trains:
             trains.cpu().double().write()  # an Apple GPU has no float64
 
-    def _layouts(self, model: PeftModel) -> dict[str, tuple[LoraLayer, Layout]]:
+    def _layouts(self, model: PeftModel) -> dict[str, tuple[LoraLayer, CoreLayout]]:
         """Return each adapted layer and the sizes of its train, by path.
 
         Raises:
-            ConfigError: a layer that is not linear, or that a train cannot give.
+            ConfigError: A layer that is not linear, or that a train cannot give.
         """
         found = {}
         for path, layer in lora_layers(model).items():
@@ -300,10 +300,10 @@ class TensorGuide(Method):
         return found
 
 
-class TensorGuideSettings(Part):
+class TensorGuideSettings(RecipePart):
     """Settings of `method: tensorguide`."""
 
-    method: ClassVar[type[Method]] = TensorGuide
+    method: ClassVar[type[TrainingMethod]] = TensorGuide
 
     tt_rank: int = Field(8, ge=1, description="Largest bond between two cores of a tensor train.")
     cores: int = Field(

@@ -1,15 +1,25 @@
-"""The command `loraover-serve`; each of its commands is a file here."""
+"""The command `loraover-serve`; a command that does more than to report is a file here."""
 
 from __future__ import annotations
 
 import click
 
 from loraover.common.command_line import LazyGroup, entry_point
+from loraover.reporting.request_command import Reporting
 
 COMMANDS = {
     "up": "loraover_serve.cli.up:up",
-    "parity": "loraover_serve.cli.parity:parity",
-    "verify": "loraover_serve.cli.verify:verify",
+    "parity": Reporting(
+        "loraover_serve.parity.request:ParityRequest",
+        "loraover_serve.parity.run:measure_parity",
+        "loraover_serve.parity.report.show:show_report",
+        leaves_out=["runs"],
+    ),
+    "verify": Reporting(
+        "loraover_serve.verify.request:VerifyRequest",
+        "loraover_serve.verify.run:verify_adapter",
+        "loraover_serve.verify.show:show_report",
+    ),
 }
 EXAMPLES = [
     "loraover serve up for-vllm",

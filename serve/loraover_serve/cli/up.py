@@ -23,19 +23,4 @@ def _serve(request: ServeRequest, as_json: bool) -> None:
     raise EngineError(f"vLLM ended or reported a failure; see {request.log}.")
 
 
-up = request_command(
-    ServeRequest,
-    _serve,
-    json=None,
-    examples=["loraover serve up for-vllm", "loraover serve up shop support --port 8080 -- --max-model-len 2048"],
-    help="""Start vLLM with adapters, and print a request that works.
-
-    Each ADAPTER is a folder that `loraover export vllm` has written; requests address the adapter by the folder's name.
-    Adapters that vLLM would refuse, or would serve wrongly without a message, are refused before it starts.
-
-    The server is ready when the base model and each adapter have answered. Ctrl-C, SIGTERM and SIGHUP stop it. If the
-    environment variable VLLM_API_KEY is set, the server asks for that key.
-
-    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
-    """,
-)
+up = request_command(ServeRequest, _serve)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, TENSORS_FILE, AdapterDir
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, is_encoder_decoder
@@ -59,7 +60,7 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
 def make_idle(like: AdapterDir, folder: Path) -> Path:
     """Write a LoRA with the ranks and targets of another whose A and B are zero, so that it changes nothing."""
     with open_tensors(like.tensors_path) as file:
-        tensors = {key: torch.zeros_like(file.read(key)) for key in like.sites.values()}
+        tensors = {key: torch.zeros_like(file.read(key)) for key in like.matrices}
     return write_like(like, tensors, folder)
 
 

@@ -1,26 +1,10 @@
-"""What every report has: versions and the machine."""
+"""What every report says about the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import psutil
 
-from loraover.common.provenance import environment, hardware, processor
-from loraover_serve.engines.distributions import ONNX, ONNX_GENAI, installed_version
-
-RUNTIMES = {"onnxruntime": ONNX, "onnxruntime-genai": ONNX_GENAI}
-"""Distributions of the packages that the engine onnx runs on."""
-
-
-def versions(engines: Sequence[str]) -> dict[str, str]:
-    """Versions of the packages in this environment; a vLLM server reports its version itself.
-
-    Args:
-        engines: names of the engines that were measured.
-    """
-    runtimes = {name: installed_version(names) for name, names in RUNTIMES.items() if "onnx" in engines}
-    return environment("numpy", "scipy") | {name: version for name, version in runtimes.items() if version}
+from loraover.common.provenance import hardware, processor
 
 
 def machine() -> str:

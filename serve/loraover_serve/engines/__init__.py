@@ -1,4 +1,72 @@
-"""Inference engines that adapters are compared on."""
+"""Inference engines that verify and parity start, one file each; a new one is a file here and a line in `ENGINES`."""
 
-ENGINES = ("vllm", "onnx", "torch")
-"""Names of the engines, as `--engine` and `measure_parity` take them."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loraover.common.places import imported
+
+if TYPE_CHECKING:
+    from loraover_serve.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """What commands, `loraover doctor` and the documentation say about an engine without importing it.
+
+    Args:
+        title: The engine's usual name.
+        place: Place of its class, as "module:name".
+        takes: Files that it loads.
+        options: Fields of requests that are for this engine alone.
+        is_timed: Whether parity can measure it: its class is a `TimedEngine`.
+        is_batching: Whether it answers several requests at once: its class is a `BatchingEngine`.
+    """
+
+    title: str
+    place: str
+    takes: str
+    options: tuple[str, ...] = ()
+    is_timed: bool = False
+    is_batching: bool = False
+
+
+_HERE = "loraover_serve.engines"
+_UNIFORM = "adapters that `loraover export vllm` writes"
+ENGINES = {
+    "vllm": EngineEntry(
+        "vLLM",
+        f"{_HERE}.vllm:VllmEngine",
+        _UNIFORM,
+        options=("options", "max_concurrency", "cross_check"),
+        is_timed=True,
+        is_batching=True,
+    ),
+    "onnx": EngineEntry(
+        "ONNX Runtime GenAI",
+        f"{_HERE}.onnx:OnnxEngine",
+        "ONNX graphs of language models, with adapters that `loraover export onnx` writes",
+        options=("graph",),
+        is_timed=True,
+    ),
+    "llamacpp": EngineEntry(
+        "llama.cpp",
+        f"{_HERE}.llamacpp:LlamaCppEngine",
+        "adapters that `loraover export gguf` writes",
+        options=("base_gguf",),
+    ),
+    "mlx": EngineEntry("mlx-lm", f"{_HERE}.mlx:MlxEngine", "adapters that `loraover export mlx` writes"),
+    "openvino": EngineEntry("OpenVINO GenAI", f"{_HERE}.openvino:OpenVinoEngine", _UNIFORM),
+    "torch": EngineEntry("PyTorch with PEFT", f"{_HERE}.torch:TorchEngine", "PEFT's adapters", is_timed=True),
+}
+"""Engines that can be started here, by the name that `--engine` takes."""
+
+ENDPOINT = "endpoint"
+"""Name of the engine that is a server which already runs, chosen by `--endpoint`."""
+
+
+def engine_class(name: str) -> type[Engine]:
+    """Import the class of an engine, given one of `ENGINES` or `ENDPOINT`."""
+    found: type[Engine] = imported(f"{_HERE}.endpoint:EndpointEngine" if name == ENDPOINT else ENGINES[name].place)
+    return found

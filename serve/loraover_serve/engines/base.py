@@ -1,17 +1,214 @@
-"""The interface of an engine that the parity run measures."""
+"""The interface of an engine, which verify asks for logprobs, and parity for answers with their times."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.models.load import ModelSource
+from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row, window_rows
+from loraover_serve.engines.installed import installed_version
+from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Request, Sample
+
+Watch = Callable[[int], AbstractContextManager[Any]]
+"""Returns a context manager that runs as long as the process with the given id."""
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that somebody else has started.
+
+    Args:
+        url: Its address.
+        adapter: Name by which it serves the adapter.
+        base: Name by which it serves the base model; None means the model's own name, or the only other name there.
+        key_variable: Environment variable with its key; None sends none.
+        messages: Message of each question's chat, if the server takes chats alone.
+    """
+
+    url: str
+    adapter: str
+    base: str | None = None
+    key_variable: str | None = None
+    messages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an engine is started with.
+
+    Args:
+        request: What the user asked for.
+        adapters: Folder of each arm's adapter or checkpoint, by the arm's name. The base model is one more arm.
+        base: The base model.
+        scratch: Folder for exports, empty at first.
+        log: File for what the engine prints.
+        longest: Number of tokens of the longest request with its answer.
+        device: Device that PyTorch runs on.
+        compute_dtype: Data type that PyTorch runs in.
+        checkpoint: Folder of a checkpoint whose unfolded model is an arm, if the engine has one; None for no such arm.
+        copies: Names of the arms that are copies of other arms, with the names of those.
+        base_gguf: GGUF file of the base model; None has one written.
+        server: Server that already runs, for the engine that is one.
+        watch: Context manager that runs as long as a server; it is called with the id of the server's process.
+    """
+
+    request: EngineRequest
+    adapters: Mapping[str, Path]
+    base: ModelSource
+    scratch: Path
+    log: Path
+    longest: int
+    device: str = "cpu"
+    compute_dtype: str = "fp32"
+    checkpoint: Path | None = None
+    copies: Mapping[str, str] = field(default_factory=dict)
+    base_gguf: Path | None = None
+    server: RunningServer | None = None
+    watch: Watch = nullcontext
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter that is verified."""
+        return self.adapters[ADAPTER]
 
 
 class Engine(ABC):
-    """A running engine with all arms loaded; an arm is one of the adapters that are compared, or the base model."""
+    """A running engine with all arms loaded; an arm is one of the adapters, or the base model."""
+
+    distributions: ClassVar[tuple[str, ...]] = ()
+    """The engine's distributions on PyPI, the usual one first."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Further distributions without which it cannot be started here."""
+
+    reported: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Packages whose versions a report has, each with its distributions."""
+
+    hint: ClassVar[str] = "pip install loraover"
+    """Command line that installs it."""
+
+    @classmethod
+    def installed(cls) -> str | None:
+        """Version that is installed; None if it is missing."""
+        return installed_version(cls.distributions)
+
+    @classmethod
+    def lacking(cls, request: EngineRequest) -> str | None:
+        """Return how to install what the engine lacks here, in words; None if it can be started.
+
+        Args:
+            request: What the user asked for.
+        """
+        is_here = cls.installed() is not None and all(installed_version([name]) is not None for name in cls.needs)
+        return None if is_here else cls.hint
+
+    @classmethod
+    def check(cls, setting: Setting) -> None:
+        """Refuse a request that the engine cannot carry out, before any model is loaded.
+
+        Raises:
+            LoraOverError: What is wrong with it.
+        """
+        return
+
+    @classmethod
+    @abstractmethod
+    def start(cls, setting: Setting) -> AbstractContextManager[Engine]:
+        """Export the adapter in the form that the engine takes, start it, and stop it after the block.
+
+        Raises:
+            EngineError: An engine that does not start.
+            ExportError: An adapter that cannot be exported for it.
+        """
+
+    def version(self) -> str | None:
+        """Version that runs; None if the engine reports none.
+
+        Raises:
+            EngineError: A server that does not answer.
+        """
+        return self.installed()
+
+    @abstractmethod
+    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
+        """Return the arm's logprobs of next tokens after positions of every question.
+
+        Args:
+            arm: Name of the arm.
+            questions: The questions.
+
+        Raises:
+            EngineError: A request that failed.
+        """
+
+    @abstractmethod
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        """Return the arm's greedy answer to each prompt; one may be shorter if the engine ends it or hides its ids.
+
+        Args:
+            arm: Name of the arm.
+            prompts: Token ids.
+            tokens: Number of tokens to generate.
+
+        Raises:
+            EngineError: A request that failed.
+        """
+
+    def generated(self, questions: Sequence[Question], tokens: int) -> list[GreedyAnswer]:
+        """Return the adapter's greedy answers, with their logprobs where the engine gives them.
+
+        Args:
+            questions: The questions.
+            tokens: Number of tokens to generate.
+
+        Raises:
+            EngineError: A request that failed.
+        """
+        found = self.generate(ADAPTER, [question.prompt for question in questions], tokens)
+        return [GreedyAnswer(answer, len(answer)) for answer in found]
+
+    def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
+        """Return what `logprobs` does for both arms, with requests for the two sent together.
+
+        The adapter's answers beside those of another adapter, if the engine has one, come under the name "other".
+
+        Args:
+            questions: The questions.
+
+        Returns:
+            Rows by arm; None if the engine takes one request at a time.
+
+        Raises:
+            EngineError: A request that failed.
+        """
+        return None
+
+
+class LogitEngine(Engine):
+    """An engine that gives the logits of the entire vocabulary."""
+
+    @abstractmethod
+    def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:
+        """Yield the logits after each token of each sequence, an array of shape (tokens, vocabulary).
+
+        Raises:
+            EngineError: A request that failed.
+        """
+
+    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
+        found = self.logits(arm, (question.tokens for question in questions))
+        return [row for i, logits in enumerate(found) for row in window_rows(i, questions[i], logits)]
+
+
+class Timed(ABC):
+    """Something that parity measures."""
 
     name: str
     arms: tuple[str, ...]
@@ -21,14 +218,53 @@ class Engine(ABC):
         """Answer requests at the same time, greedily and with exactly `new_tokens` tokens each.
 
         Args:
-            arm: name of the arm that answers.
-            block: number of the block that the requests belong to, recorded in the samples.
-            first: index of the first request, recorded in the samples.
-            requests: the prompts and lengths.
+            arm: Name of the arm that answers.
+            block: Number of the block that the requests belong to, recorded in the samples.
+            first: Index of the first request, recorded in the samples.
+            requests: The prompts and lengths.
 
         Raises:
-            EngineError: a request that failed, or that got no answer in time.
+            EngineError: A request that failed, or that got no answer in time.
         """
+
+
+class TimedEngine(Engine, Timed):
+    """An engine that parity can measure."""
+
+    @classmethod
+    @abstractmethod
+    def start_arms(cls, setting: Setting) -> AbstractContextManager[Sequence[TimedEngine]]:
+        """Start the engine in each way to be measured, with the adapters as they are, and stop it after the block.
+
+        Raises:
+            ConfigError: Memory that does not suffice; the message says what would fit.
+            EngineError: An engine that does not start, or that refuses an adapter.
+            ExportError: A model or an adapter that cannot be written in the form that the engine takes.
+        """
+
+
+class BatchingEngine(TimedEngine):
+    """An engine that answers several requests at once, such as a server."""
+
+    @abstractmethod
+    def run_each(
+        self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+    ) -> list[Sample]:
+        """Answer requests as `run` does, each with the model of another arm.
+
+        Args:
+            models: Name of the arm whose model answers each request.
+            arm: Name that the samples get.
+            block: Number of the block.
+            first: Index of the first request.
+            requests: The prompts and lengths.
+
+        Raises:
+            EngineError: A request that failed, or that got no answer in time.
+        """
+
+    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        return self.run_each([arm] * len(requests), arm, block, first, requests)
 
 
 @contextmanager
@@ -36,10 +272,10 @@ def engine_errors(engine: str) -> Iterator[None]:
     """Turn the errors of torch, PEFT and onnxruntime-genai into one that names the engine.
 
     Args:
-        engine: name of the engine.
+        engine: Name of the engine.
 
     Raises:
-        EngineError: an error within the block.
+        EngineError: An error within the block.
     """
     try:
         yield

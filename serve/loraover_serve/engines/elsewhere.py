@@ -1,4 +1,4 @@
-"""Engines in environments of their own, whose python this package starts: their libraries do not fit beside ours."""
+"""Engines in separate environments, whose python this package starts: their libraries do not fit beside ours."""
 
 from __future__ import annotations
 
@@ -11,93 +11,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError
 from loraover.models.load import ModelSource
 from loraover_serve.engines import runner
-from loraover_serve.engines.distributions import installed_version, version_beside
+from loraover_serve.engines.base import Engine
+from loraover_serve.engines.installed import installed_version, version_beside
+from loraover_serve.engines.request import EngineRequest
 
 TAIL = 1500  # characters of a log in a message
 ENDING_S = 10.0
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """An engine in an environment of its own.
-
-    Args:
-        name: name of the engine in `runner.RUNNERS`.
-        variable: environment variable that names the environment's python.
-        distribution: the engine's distribution on PyPI.
-        target: target of the Makefile that makes the environment.
-    """
-
-    name: str
-    variable: str
-    distribution: str
-    target: str
-
-    def python(self) -> str | None:
-        """The python that runs the engine: the one that the variable names, or this one; None if it has no engine."""
-        given = os.environ.get(self.variable)
-        if given:
-            return given if shutil.which(given) is not None else None
-        return sys.executable if installed_version([self.distribution]) is not None else None
-
-    def version(self) -> str | None:
-        """Version of the engine; None if it is not installed."""
-        python = self.python()
-        return None if python is None else version_beside(python, [self.distribution])
-
-    def install(self) -> str | None:
-        """How to install the engine, in words; None if it is installed."""
-        if self.version() is not None:
-            return None
-        given = os.environ.get(self.variable)
-        found = f"found no {self.distribution} in {given}" if given else f"{self.variable} is not set"
-        return f"{self.hint}, and name its python with {self.variable} ({found})"
-
-    @property
-    def hint(self) -> str:
-        """Command that makes the environment."""
-        return f"make {self.target}"
-
-    @contextmanager
-    def run(self, arguments: Mapping[str, Any], log: Path, timeout_s: float) -> Iterator[Runner]:
-        """Start the engine, and stop it after the block.
-
-        Args:
-            arguments: what the class in `runner.RUNNERS` is made with.
-            log: file for what the engine prints.
-            timeout_s: seconds that an answer may take.
-
-        Raises:
-            EngineError: a process that does not start.
-        """
-        words = [str(self.python()), "-I", runner.__file__, self.name, json.dumps(arguments)]
-        with log.open("wb") as errors:
-            process = start_process(self.name, words, errors)
-        try:
-            yield Runner(self.name, process, log, timeout_s)
-        finally:
-            end_process(process, ENDING_S)
-
-
-MLX = Elsewhere("mlx", "LORAOVER_MLX", "mlx-lm", "mlx")
-OPENVINO = Elsewhere("openvino", "LORAOVER_OPENVINO", "openvino-genai", "openvino")
 
 
 class Runner:
     """A running engine, which answers one request after the other.
 
     Args:
-        name: name of the engine.
-        process: its process.
-        log: file with what it printed.
-        timeout_s: seconds that an answer may take.
+        name: Name of the engine.
+        process: Its process.
+        log: File with what it printed.
+        timeout_s: Seconds that an answer may take.
     """
 
     def __init__(self, name: str, process: subprocess.Popen[str], log: Path, timeout_s: float) -> None:
@@ -107,7 +42,7 @@ class Runner:
         """Call a method of the engine, and return its result.
 
         Raises:
-            EngineError: an error of the engine, or a process that ended or gives no answer.
+            EngineError: An error of the engine, or a process that ended or gives no answer.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -133,11 +68,74 @@ class Runner:
         return answer["result"]
 
 
+class ElsewhereEngine(Engine):
+    """An engine in a separate environment, which the Makefile's target of the engine's name makes.
+
+    Args:
+        runner: The running engine.
+        scratch: Folder for what it writes.
+    """
+
+    name: ClassVar[str]
+    """Name of its program in `runner.RUNNERS`."""
+
+    variable: ClassVar[str]
+    """Environment variable that names the environment's python."""
+
+    def __init__(self, runner: Runner, scratch: Path) -> None:
+        self._runner, self._scratch = runner, scratch
+
+    @classmethod
+    def python(cls) -> str | None:
+        """The python that runs the engine: the one that the variable names, or this one; None if it has no engine."""
+        given = os.environ.get(cls.variable)
+        if given:
+            return given if shutil.which(given) is not None else None
+        return sys.executable if installed_version(cls.distributions) is not None else None
+
+    @classmethod
+    def installed(cls) -> str | None:
+        python = cls.python()
+        return None if python is None else version_beside(python, cls.distributions)
+
+    @classmethod
+    def lacking(cls, request: EngineRequest) -> str | None:
+        if cls.installed() is not None:
+            return None
+        given = os.environ.get(cls.variable)
+        found = f"found no {cls.distributions[0]} in {given}" if given else f"{cls.variable} is not set"
+        return f"{cls.hint}, and name its python with {cls.variable} ({found})"
+
+    @classmethod
+    @contextmanager
+    def run(cls, arguments: Mapping[str, Any], log: Path, timeout_s: float) -> Iterator[Runner]:
+        """Start the engine's program, and stop it after the block.
+
+        Args:
+            arguments: What its class in `runner.RUNNERS` is made with.
+            log: File for what the engine prints.
+            timeout_s: Seconds that an answer may take.
+
+        Raises:
+            EngineError: A process that does not start.
+        """
+        words = [str(cls.python()), "-I", runner.__file__, cls.name, json.dumps(arguments)]
+        with log.open("wb") as errors:
+            process = start_process(cls.name, words, errors)
+        try:
+            yield Runner(cls.name, process, log, timeout_s)
+        finally:
+            end_process(process, ENDING_S)
+
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        return [tuple(self._runner.ask("greedy", arm=arm, prompt=list(prompt), tokens=tokens)) for prompt in prompts]
+
+
 def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Popen[str]:
     """Start a command with pipes. Given to a python, -I keeps this environment's packages from it.
 
     Raises:
-        EngineError: a command that cannot be started.
+        EngineError: A command that cannot be started.
     """
     pipe = subprocess.PIPE
     try:

@@ -1,14 +1,18 @@
-"""Engines that can run a folded adapter, and the versions that are installed; `loraover doctor` shows them."""
+"""Versions of engines that are installed, here or in another environment; `loraover doctor` shows them."""
 
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
-from loraover_serve.engines.distributions import LLAMA_CPP, ONNX, ONNX_GENAI, VLLM, installed_version, version_beside
-from loraover_serve.engines.elsewhere import MLX, OPENVINO
-from loraover_serve.vllm.request import vllm_command
+from loraover.common.errors import EngineError
+from loraover.common.provenance import environment
+from loraover_serve.engines import ENGINES, engine_class
+from loraover_serve.engines.request import EngineRequest
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,10 @@ class InstalledEngine:
     """One inference engine.
 
     Args:
-        name: the engine's usual name.
-        version: installed version, or the path of a command whose version is not recorded; None if it is missing.
-        takes: files that the engine loads.
-        install: command line that installs it.
+        name: The engine's usual name.
+        version: Installed version, or the path of a command whose version is not recorded; None if it is missing.
+        takes: Files that the engine loads.
+        install: Command line that installs it.
     """
 
     name: str
@@ -30,39 +34,58 @@ class InstalledEngine:
 
 def find_engines() -> list[InstalledEngine]:
     """The engines that this project can run, with the versions that are installed."""
-    export = "pip install 'loraover[export]'"
+    found = {name: engine_class(name) for name in ENGINES}
     return [
-        InstalledEngine("PyTorch with PEFT", installed_version(["peft"]), "folded adapters", "pip install loraover"),
-        InstalledEngine("vLLM", vllm_installed(), "adapters that `loraover export vllm` writes", vllm_hint()),
-        InstalledEngine("ONNX Runtime", installed_version(ONNX), "ONNX graphs of any model", export),
-        InstalledEngine(
-            "llama.cpp",
-            installed_version(LLAMA_CPP),
-            "adapters that `loraover export gguf` writes",
-            "pip install 'loraover[llamacpp]'",
-        ),
-        InstalledEngine("ONNX Runtime GenAI", installed_version(ONNX_GENAI), "ONNX graphs of language models", export),
-        InstalledEngine("mlx-lm", MLX.version(), "adapters that `loraover export mlx` writes", MLX.hint),
-        InstalledEngine(
-            "OpenVINO GenAI", OPENVINO.version(), "adapters that `loraover export vllm` writes", OPENVINO.hint
-        ),
+        InstalledEngine(entry.title, found[name].installed(), entry.takes, found[name].hint)
+        for name, entry in ENGINES.items()
     ]
 
 
-def vllm_hint() -> str:
-    """Command line that installs vLLM on this machine."""
-    return "make vllm" if shutil.which("nvidia-smi") is None else "pip install 'loraover[vllm]'"
+def check_installed(request: EngineRequest) -> None:
+    """Check that all engines of a request can be started here.
 
-
-def vllm_installed() -> str | None:
-    """Version of the command vllm that servers are started with, else of the package in this environment.
-
-    The version is read from the packages beside the command: vLLM itself takes many seconds to print it.
-
-    Returns:
-        The version, or "found at PATH" if there is a command without a record of its version; None if there is no vLLM.
+    Raises:
+        EngineError: Some are not installed; the message says how to install each.
     """
-    command = shutil.which(vllm_command())
-    if command is None:
-        return installed_version(VLLM)
-    return version_beside(str(Path(command).resolve()), VLLM) or f"found at {command}"
+    lacking = {name: engine_class(name).lacking(request) for name in request.asked}
+    faults = [
+        f"{request.named('engines', name)} is not installed here; install it: {how}"
+        for name, how in lacking.items()
+        if how
+    ]
+    if faults:
+        raise EngineError("; ".join(faults) + ".")
+
+
+def versions(engines: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages in this environment; a vLLM server reports its version itself.
+
+    Args:
+        engines: Names of the engines that were asked.
+    """
+    reported = [package for name in engines for package in engine_class(name).reported.items()]
+    found = {name: installed_version(names) for name, names in reported}
+    return environment("numpy", "scipy") | {name: version for name, version in found.items() if version}
+
+
+def installed_version(names: Sequence[str], folders: Sequence[Path] | None = None) -> str | None:
+    """Version of the first of some distributions that is installed; None if none is.
+
+    Args:
+        names: Names of distributions.
+        folders: Folders that hold installed packages; None means those of this environment.
+    """
+    path = sys.path if folders is None else list(map(str, folders))
+    return next((found.version for name in names for found in distributions(name=name, path=path)), None)
+
+
+def version_beside(command: str, names: Sequence[str]) -> str | None:
+    """Version of the first of some distributions in the environment that a command belongs to; None if none is there.
+
+    Args:
+        command: Path of a command, such as an environment's `python`.
+        names: Names of distributions.
+    """
+    root = Path(shutil.which(command) or command).absolute().parent.parent
+    folders = [*root.glob("lib*/python3*/site-packages"), *root.glob("lib/python3*/dist-packages")]
+    return installed_version(names, folders)

@@ -10,28 +10,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 
-class Mlx:
+class MlxProcess:
     """mlx-lm in float32, with one model in memory at a time.
 
     Args:
-        model: folder of the base model.
-        settings: entries that mlx-lm needs beside those of the model's `config.json`.
-        adapters: folder of each arm's adapter; None for the base model.
+        model: Folder of the base model.
+        settings: Entries that mlx-lm needs beside those of the model's `config.json`.
+        adapters: Folder of each arm's adapter; None for the base model.
     """
 
     def __init__(self, model: str, settings: dict[str, Any], adapters: dict[str, str | None]) -> None:
         self._model, self._settings, self._adapters = model, settings, adapters
         self._loaded: dict[str, Any] = {}
-
-    def version(self) -> str:
-        """Version of mlx-lm."""
-        return version("mlx-lm")
 
     def logits(self, arm: str, tokens: list[int], file: str) -> None:
         """Write the logits after each token to a file."""
@@ -69,24 +64,20 @@ class Mlx:
         return self._loaded[arm]
 
 
-class OpenVino:
+class OpenVinoProcess:
     """OpenVINO GenAI in float32, with one pipeline in memory at a time.
 
     One pipeline for both arms would mix them: release 2026.4.1 caches the keys and values of a prompt, and uses them
     again for a request with another adapter.
 
     Args:
-        model: folder of the model that optimum-intel exported.
-        adapters: file of each arm's adapter; None for the base model.
+        model: Folder of the model that optimum-intel exported.
+        adapters: File of each arm's adapter; None for the base model.
     """
 
     def __init__(self, model: str, adapters: dict[str, str | None]) -> None:
         self._model, self._adapters = model, adapters
         self._loaded: dict[str, Any] = {}
-
-    def version(self) -> str:
-        """Version of OpenVINO GenAI."""
-        return version("openvino-genai")
 
     def top(self, arm: str, tokens: list[int], number: int) -> list[tuple[int, float]]:
         """The likeliest next tokens with their logprobs: the scores of as many beams of one token each."""
@@ -117,7 +108,7 @@ class OpenVino:
         return self._loaded[arm]
 
 
-RUNNERS = {"mlx": Mlx, "openvino": OpenVino}
+RUNNERS = {"mlx": MlxProcess, "openvino": OpenVinoProcess}
 """Engines by name."""
 
 

@@ -10,13 +10,13 @@ class Sample:
     """Tokens and times of one answer.
 
     Args:
-        arm: name of the arm that answered.
-        block: number of the block that the request belongs to.
-        request: index of the request.
-        start_s: time when the request was sent, in seconds on a monotonic clock.
-        token_s: time when each piece of the answer arrived, in seconds on the same clock.
-        token_ids: the generated tokens.
-        logprobs: log-probabilities of the first tokens, in nats, for as many tokens as the engine returns them (ONNX
+        arm: Name of the arm that answered.
+        block: Number of the block that the request belongs to.
+        request: Index of the request.
+        start_s: Time when the request was sent, in seconds on a monotonic clock.
+        token_s: Time when each piece of the answer arrived, in seconds on the same clock.
+        token_ids: The generated tokens.
+        logprobs: Log-probabilities of the first tokens, in nats, for as many tokens as the engine returns them (ONNX
             Runtime for one).
     """
 
@@ -54,8 +54,8 @@ class Request:
     """One prompt to continue.
 
     Args:
-        prompt: token ids.
-        new_tokens: number of tokens to generate, even beyond an end of text.
+        prompt: Token ids.
+        new_tokens: Number of tokens to generate, even beyond an end of text.
     """
 
     prompt: tuple[int, ...]

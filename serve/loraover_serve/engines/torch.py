@@ -1,20 +1,29 @@
-"""PyTorch in this process, one request after another: the base model, PEFT adapters, and the unfolded model."""
+"""PyTorch in this process, one request after another: the base model, PEFT adapters, and the unfolded model.
+
+PEFT gets an adapter's files as they are, as a script with transformers uses them.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.unfolded_model import unfolded
-from loraover_serve.engines.base import Engine, engine_errors
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.models.load import load_model
+from loraover.models.memory import Needs, memory_explained
+from loraover.reference.unfolded_model import unfolded
+from loraover_serve.engines.answers import BASE
+from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine, engine_errors
 from loraover_serve.engines.sample import Request, Sample
 
 Switch = Callable[[], AbstractContextManager[Any]]
@@ -22,18 +31,34 @@ Switch = Callable[[], AbstractContextManager[Any]]
 Within = Callable[[Any], AbstractContextManager[Any]]
 
 
-class TorchEngine(Engine):
+@final
+class TorchEngine(LogitEngine, TimedEngine):
     """PyTorch with PEFT; arms share one copy of the base model where they can.
 
     Args:
-        switches: functions that select each arm's model, by the arm's name.
+        switches: Functions that select each arm's model, by the arm's name.
     """
 
     name = "torch"
+    distributions = ("peft",)
 
     def __init__(self, switches: Mapping[str, Switch]) -> None:
         self.arms = tuple(switches)
         self._switches = dict(switches)
+
+    @classmethod
+    @contextmanager
+    def start(cls, setting: Setting) -> Iterator[TorchEngine]:
+        setting.request.report.line(f"loading PyTorch with PEFT to {setting.device}, {setting.compute_dtype}")
+        load = partial(load_model, setting.base, dtype=setting.compute_dtype, device=setting.device)
+        yield torch_engine(load, setting.adapters, setting.checkpoint)
+
+    @classmethod
+    @contextmanager
+    def start_arms(cls, setting: Setting) -> Iterator[Sequence[TorchEngine]]:
+        place = {"device": setting.device, "compute_dtype": setting.compute_dtype}
+        with memory_explained("PyTorch", needs=partial(memory_needs, setting), **place), cls.start(setting) as engine:
+            yield [engine]
 
     @torch.inference_mode()
     def logits(
@@ -42,13 +67,16 @@ class TorchEngine(Engine):
         """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
 
         Args:
-            arm: name of the arm.
-            sequences: token ids.
-            within: context manager that changes how the model computes; it is called with the model.
+            arm: Name of the arm.
+            sequences: Token ids.
+            within: Context manager that changes how the model computes; it is called with the model.
         """
         with engine_errors(self.name), self._switches[arm]() as model, within(model):
             for tokens in sequences:
                 yield model_logits(model, tokens)
+
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        return [one.token_ids for one in self.run(arm, 0, 0, [Request(tuple(prompt), tokens) for prompt in prompts])]
 
     @torch.inference_mode()
     def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
@@ -60,13 +88,13 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
     """Load the base model, every adapter with PEFT, and the unfolded model of a checkpoint.
 
     Args:
-        load_base: function that loads a plain transformers model in eval mode, to the device to run on. It is called
+        load_base: Function that loads a plain transformers model in eval mode, to the device to run on. It is called
             twice if there is a checkpoint, because PEFT changes the model that it gets.
-        adapters: folder of each arm's adapter.
-        checkpoint: folder of a LoRA-Over checkpoint; None for no unfolded model.
+        adapters: Folder of each arm's adapter.
+        checkpoint: Folder of a LoRA-Over checkpoint; None for no unfolded model.
 
     Raises:
-        EngineError: an adapter that PEFT refuses.
+        EngineError: An adapter that PEFT refuses.
     """
     from peft import PeftModel
 
@@ -92,11 +120,19 @@ def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], che
 
         return switch
 
-    switches: dict[str, Switch] = {"base": base} | {arm: adapted(arm) for arm in adapters}
+    switches: dict[str, Switch] = {BASE: base} | {arm: adapted(arm) for arm in adapters}
     if checkpoint is not None:
         separate, source = load_base(), read_checkpoint(checkpoint)
         switches["unfolded"] = lambda: unfolded(separate, source, delta_dtype=torch.float32)  # as in training
     return TorchEngine(switches)
+
+
+def memory_needs(setting: Setting) -> Needs:
+    """Estimate what PyTorch needs for all arms; the unfolded model is a copy of the base model."""
+    shapes = (read_adapter_dir(path).shapes for path in setting.adapters.values())
+    adapters = sum(prod(shape) for found in shapes for shape in found.values())
+    copies = 1 if setting.checkpoint is None else 2
+    return Needs.of_model(setting.base, adapters=adapters, tokens=setting.longest, copies=copies)
 
 
 def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:

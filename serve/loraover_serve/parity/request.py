@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyIntegers, AnyName, AnyNames, AnyPath, AnyPaths, Request, option
+from loraover.common.request import AnyIntegers, AnyNames, AnyPath, AnyPaths, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device
 from loraover_serve.engines import ENGINES
-from loraover_serve.vllm.request import (
-    SET_BY_SERVE,
-    base_model,
-    graph,
-    option_faults,
-    start_timeout,
-    vllm,
-    vllm_words,
-)
+from loraover_serve.engines.request import EngineRequest
+from loraover_serve.vllm.request import SET_BY_SERVE
 
 PROMPT_TOKENS = 32
 """Length of a prompt if none is given, in tokens."""
@@ -29,19 +22,32 @@ ROUNDS = 2
 """Turns that each of several adapters gets in a run."""
 
 _CACHE_OFF = "the prefix cache is always off, or a later arm would reuse an earlier one's work"
-SET_BY_PARITY = (
-    dict.fromkeys(SET_BY_SERVE, "parity sets it, alike for every arm")
-    | {"--model": SET_BY_SERVE["--model"]}
-    | {"--enable-prefix-caching": _CACHE_OFF, "--no-enable-prefix-caching": _CACHE_OFF}
-)
-"""Options of `vllm serve` that a parity run sets or relies on, and why they cannot be given."""
 
 
 @dataclass(frozen=True)
-class ParityRequest(Request):
-    """Arguments of `measure_parity`."""
+class ParityRequest(EngineRequest):
+    """Measure whether a folded adapter is as fast as a plain LoRA, and gives the answers it should.
+
+    An equivalence test compares their times with a margin; a second copy of the plain LoRA shows the machine's noise.
+    Answers are compared with PyTorch's.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as the prefix cache.
+
+    Exit code 0: equivalent; 1: different; 3: inconclusive; 2: unusable request, or an engine that failed.
+    """
 
     verb = "loraover serve parity"
+    examples = (
+        "loraover serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
+        "loraover serve parity --adapter shop --also-adapter news --engine vllm --max-concurrency 4 --num-prompts 200",
+        "loraover serve parity --adapter for-vllm --engine vllm --max-concurrency 1,4 --num-prompts 200 -o parity",
+    )
+    json_help = "Print the report as JSON, without the samples."
+    refused = (
+        dict.fromkeys(SET_BY_SERVE, "parity sets it, alike for every arm")
+        | {"--model": SET_BY_SERVE["--model"]}
+        | dict.fromkeys(("--enable-prefix-caching", "--no-enable-prefix-caching"), _CACHE_OFF)
+    )
 
     adapter: AnyPath = option("Folder of the folded adapter.")
     baseline: AnyPath | None = option(
@@ -61,10 +67,10 @@ class ParityRequest(Request):
         flag="--also-adapter",
     )
     engines: AnyNames = option(
-        "Engine to measure on: vLLM, ONNX Runtime, or PyTorch with PEFT.",
+        "Engine to measure on; several are measured one after the other.",
         default=("onnx",),
         flag="--engine",
-        choices=ENGINES,
+        choices=[name for name, engine in ENGINES.items() if engine.is_timed],
         are_different=True,
     )
     num_prompts: int = option("Number of requests that each arm answers, at every concurrency.", default=100, least=1)
@@ -81,9 +87,6 @@ class ParityRequest(Request):
     output: AnyPath | None = option(
         "New folder for parity.json, parity.html and vLLM's logs.", default=None, short="-o"
     )
-    model: AnyName | None = base_model()
-    vllm: AnyName = vllm()
-    graph: AnyPath | None = graph()
     workload: str = option(
         "Prompts of one length (fixed), of log-normal lengths (mixed), or of a file (file).",
         default="fixed",
@@ -100,17 +103,12 @@ class ParityRequest(Request):
         least=0,
     )
     cross_check: bool = option("Run `vllm bench serve` against the same server too.", default=False)
-    timeout_s: float = option(
-        "Seconds without output before giving up on a server.", default=120.0, flag="--timeout", least=1
-    )
-    start_timeout_s: float = start_timeout()
     device: str = device(
         "Device that PyTorch runs on: the engine torch, and the models that answers are compared with."
     )
     compute_dtype: str = compute_dtype("Data type in which PyTorch computes.")
     seed: int = option("Seed of random weights, of lengths and of the order of arms.", default=0)
     allow_unequal: bool = option("Compare adapters of different ranks or targets.", default=False)
-    options: AnyNames = vllm_words()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,11 +119,7 @@ class ParityRequest(Request):
             yield f"{self.named('workload', 'file')} and {self.named('prompts')} go together; give both or neither."
         if self.workload == "file" and self.prompt_tokens != PROMPT_TOKENS:
             yield f"{self.named('prompt_tokens')} is for prompts of the built-in text; leave it out."
-        if self.graph is not None and "onnx" not in self.engines:
-            yield f"{self.named('graph')} is for ONNX Runtime; add {self.named('engines', 'onnx')}."
-        if "vllm" not in self.engines and (given := self.given("max_concurrency", "cross_check", "options")):
-            yield f"{given}: only for vLLM, which is not measured; add {self.named('engines', 'vllm')}."
-        yield from option_faults(self, self.options, SET_BY_PARITY)
+        yield from super().faults()
         yield from self._block_faults()
 
     def _block_faults(self) -> Iterator[str]:
@@ -138,6 +132,11 @@ class ParityRequest(Request):
                     f"least; give {enough} or more."
                 )
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The engines."""
+        return tuple(self.engines)
+
     def blocks(self, concurrency: int) -> int:
         """Number of blocks that the prompts make at a concurrency."""
         return self.num_prompts // (2 * self.waves * concurrency)
@@ -149,4 +148,4 @@ class ParityRequest(Request):
 
     def concurrencies(self, engine: str) -> tuple[int, ...]:
         """The concurrencies to measure an engine at; only a server answers several requests at once."""
-        return self.max_concurrency if engine == "vllm" else (1,)
+        return self.max_concurrency if ENGINES[engine].is_batching else (1,)

@@ -13,12 +13,14 @@ from loraover.common.reporter import Reporter
 from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
-from loraover_serve.comparison.report import machine, versions
+from loraover_serve.comparison.report import machine
+from loraover_serve.engines import engine_class
+from loraover_serve.engines.base import Setting
+from loraover_serve.engines.installed import check_installed, versions
 from loraover_serve.engines.sample import Request
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
-from loraover_serve.parity.measure.start import LOG_FILE, Launch
 from loraover_serve.parity.measure.workload import make_requests
 from loraover_serve.parity.report.html import HTML_FILE, to_page
 from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
@@ -38,19 +40,20 @@ def measure_parity(request: ParityRequest) -> ParityReport:
     after it had answered a part; the report then has that part.
 
     Raises:
-        ConfigError: arguments that cannot be used, an adapter that names no base model, or a task that is not a causal
+        ConfigError: Arguments that cannot be used, an adapter that names no base model, or a task that is not a causal
             language model.
-        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export, or an adapter that
+        CheckpointError: Files that cannot be read as an adapter, a checkpoint or an ONNX export, or an adapter that
             only fits a changed base model.
-        DataError: a file of prompts that cannot be read.
-        EngineError: an engine that failed before one block of requests was complete.
-        ExportError: a model that cannot be written as an ONNX graph, or a `graph` that adapters cannot be run on.
-        OutputError: an output that exists or cannot be written.
-        ParityError: adapters of different ranks or targets.
-        UnwrittenReportError: an output that could not be written after the measurement; `error.report` has the report.
+        DataError: A file of prompts that cannot be read.
+        EngineError: An engine that failed before one block of requests was complete.
+        ExportError: A model that cannot be written as an ONNX graph, or a `graph` that adapters cannot be run on.
+        OutputError: An output that exists or cannot be written.
+        ParityError: Adapters of different ranks or targets.
+        UnwrittenReportError: An output that could not be written after the measurement; `error.report` has the report.
     """
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
+    check_installed(request)
     kept = Path(tempfile.mkdtemp(prefix="loraover-parity-kept-"))
     try:
         report = _measured_report(request, kept)
@@ -80,18 +83,22 @@ def _kept_in(folder: Path, reporter: Reporter) -> str:
 def _measured_report(request: ParityRequest, logs: Path) -> ParityReport:
     with tempfile.TemporaryDirectory(prefix="loraover-parity-") as scratch:
         arms = prepare_arms(request, Path(scratch))
-        if request.graph is not None:
-            from loraover_serve.engines.onnx_graphs import check_graph
-
-            check_graph(request.graph, arms.base)
-        collector = Collector(
+        requests = _requests(request, arms)
+        setting = Setting(
             request,
-            arms,
-            _requests(request, arms),
+            arms.adapters,
+            arms.base,
             Path(scratch),
-            Launch(request.vllm, logs / LOG_FILE, request.timeout_s, request.start_timeout_s, request.options),
+            logs / "log",
+            longest=max(len(one.prompt) + one.new_tokens for one in requests),
+            device=str(choose_device(request.device)),
+            compute_dtype=request.compute_dtype,
+            checkpoint=arms.checkpoint,
+            copies={CONTROL: VANILLA},
         )
-        return _report(request, arms, collector.collect())
+        for name in request.engines:
+            engine_class(name).check(setting)
+        return _report(request, arms, Collector(request, arms, requests, setting).collect())
 
 
 def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> None:

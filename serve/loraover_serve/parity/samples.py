@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from loraover_serve.engines.sample import Sample
 
-BASE, VANILLA, CONTROL, FOLDED = "base", "vanilla", "control", "folded"
-"""Names of the arms: the base model, a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
+VANILLA, CONTROL, FOLDED = "vanilla", "control", "folded"
+"""Names of the arms beside the base model: a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""
 
 SWITCHING, MIXED = "switching", "mixed"
 """Names of the arms that several adapters answer: one after the other, and together in one batch."""
@@ -20,12 +20,12 @@ class Measurement:
     """Answers of one engine at one concurrency.
 
     Args:
-        engine: name of the engine.
-        concurrency: number of simultaneous requests.
-        blocks: number of complete blocks.
-        samples: answers of the complete blocks, without warm-up.
-        failure: reason why the measurement ended early; None if it did not.
-        waves: number of waves of simultaneous requests that an arm answers in a row.
+        engine: Name of the engine.
+        concurrency: Number of simultaneous requests.
+        blocks: Number of complete blocks.
+        samples: Answers of the complete blocks, without warm-up.
+        failure: Reason why the measurement ended early; None if it did not.
+        waves: Number of waves of simultaneous requests that an arm answers in a row.
     """
 
     engine: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraover_serve.verify.answers import Expected, Question, Row, Rows
+from loraover_serve.engines.answers import Expected, Question, Row, Rows
 from loraover_serve.verify.faults import (
     BASE_LAYERS,
     EXTRA_TOKEN,

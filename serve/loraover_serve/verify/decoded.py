@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
-from loraover_serve.verify.answers import GreedyAnswer
+from loraover_serve.engines.answers import GreedyAnswer
 from loraover_serve.verify.evidence import count_base, like
 from loraover_serve.verify.faults import DECODED, ENDS_EARLY
 from loraover_serve.verify.reference import Reference

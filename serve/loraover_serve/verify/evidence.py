@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraover_serve.verify.answers import Expected, Row, Rows, paired
+from loraover_serve.engines.answers import Expected, Row, Rows, paired
 from loraover_serve.verify.report import LogprobDistance
 from loraover_serve.verify.strength import Estimate, between_arms, log_ratio, strength
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import AdapterConfig
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.verify.variants import Deltas, LowRank
 

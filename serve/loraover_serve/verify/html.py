@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from loraover.reporting.figures import Band, Key, Point, Row, rows_figure
+from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover_serve.verify import report as reported
@@ -123,7 +123,7 @@ def _distances(results: Sequence[EngineResult]) -> list[Figure]:
         points = [Point(max(value, LOWEST), color, shape) for value, color, shape in shown if value is not None]
         allowed = result.allowed or 0.0
         note = f"{short(off)}, allowed {short(result.allowed)}"
-        rows.append(Row(f"{result.engine}: {result.verdict}", note, points, bands=[Band(LOWEST / 10, allowed)]))
+        rows.append(FigureRow(f"{result.engine}: {result.verdict}", note, points, bands=[Band(LOWEST / 10, allowed)]))
         drawn += [*(point.value for point in points), max(allowed, LOWEST)]
     if not rows:
         return []
@@ -140,7 +140,9 @@ def _distances(results: Sequence[EngineResult]) -> list[Figure]:
 def _suspects(result: EngineResult) -> Figure:
     """Draw how far an engine's answers are from PyTorch's with each of the nearest faults."""
     shown = result.suspects[:SHOWN]
-    rows = [Row(s.detail, short(s.rms), [Point(max(s.rms, LOWEST), "bad" if s.explains else "other")]) for s in shown]
+    rows = [
+        FigureRow(s.detail, short(s.rms), [Point(max(s.rms, LOWEST), "bad" if s.explains else "other")]) for s in shown
+    ]
     allowed = result.allowed or 0.0
     axis = _axis("RMS distance of logprobs, nats", [*(s.rms for s in shown), allowed])
     keys: list[Key] = [

@@ -20,7 +20,7 @@ import numpy as np
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.comparison.thresholds import NUMBER_FORMATS
-from loraover_serve.verify.answers import ADAPTER, BASE, GreedyAnswer, Rows
+from loraover_serve.engines.answers import ADAPTER, BASE, GreedyAnswer, Rows
 from loraover_serve.verify.base_faults import find_base_fault
 from loraover_serve.verify.decoded import compare_greedy, decoded_fault
 from loraover_serve.verify.evidence import EXACT, FLOOR, Evidence, between, like, weigh

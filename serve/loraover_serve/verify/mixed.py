@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, Row, Rows
+from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, Row, Rows
 from loraover_serve.verify.faults import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.verify.report import LogprobDistance, MixedBatch
 from loraover_serve.verify.rules import Finding

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import unfolded
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model
+from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import FORMATS, rounding
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
 from loraover_serve.engines.sample import Request
-from loraover_serve.engines.torch import TorchEngine, Within, torch_engine
-from loraover_serve.verify.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
+from loraover_serve.engines.torch import TorchEngine, Within
 from loraover_serve.verify.strength import between_arms, strength
 
 
@@ -47,7 +45,7 @@ class Reference:
 
 
 def make_reference(
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     base: ModelSource,
     prompts: Sequence[tuple[int, ...]],
     new_tokens: int,
@@ -59,7 +57,7 @@ def make_reference(
     A checkpoint's unfolded model applies the cores and never forms A and B; any other adapter is applied by PEFT.
 
     Args:
-        source: the checkpoint or adapter.
+        adapter: the adapter.
         base: the base model.
         prompts: token ids of the prompts.
         new_tokens: number of tokens of the greedy answers.
@@ -67,22 +65,22 @@ def make_reference(
         report: receiver of progress.
 
     Raises:
-        EngineError: an adapter that PEFT refuses.
-        CheckpointError: an adapter of another model.
+        CheckpointError: an adapter of another model, or one that PEFT refuses.
+        EngineError: a model that PyTorch fails to run.
     """
     report.line(f"loading the base model from {base.origin}")
-    load = partial(load_model, base, device=device)
-    if isinstance(source, Checkpoint):
-        name, engine = "the unfolded checkpoint", _unfolded_engine(source, load)
-    else:
-        name, engine = "PEFT", torch_engine(load, {ADAPTER: source.path}, None)
-    report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
-    answers = engine.run(ADAPTER, 0, 0, [Request(prompt, new_tokens) for prompt in prompts])
+    model, name = load_model(base, device=device), reference_name(adapter)
     ends = _ends(base)
-    questions = tuple(Question(p, _first(answer.token_ids, ends)) for p, answer in zip(prompts, answers, strict=True))
-    plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
-    coarse = partial(rounding, format_=FORMATS["bf16"])
-    rounded = {arm: _rows(engine, arm, questions, within=coarse) for arm in (BASE, ADAPTER)}
+    with reference_model(model, adapter) as adapted:
+        report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
+        engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
+        answers = engine.run(ADAPTER, 0, 0, [Request(prompt, new_tokens) for prompt in prompts])
+        questions = tuple(
+            Question(p, _first(answer.token_ids, ends)) for p, answer in zip(prompts, answers, strict=True)
+        )
+        plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
+        coarse = partial(rounding, format_=FORMATS["bf16"])
+        rounded = {arm: _rows(engine, arm, questions, within=coarse) for arm in (BASE, ADAPTER)}
     moved = {arm: _rms(plain[arm], rounded[arm]) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     expected = {arm: Expected(plain[arm]) for arm in (BASE, ADAPTER)}
@@ -102,11 +100,6 @@ def _ends(base: ModelSource) -> frozenset[int]:
     """Ids of the tokens that end a text, by the model's configuration."""
     found = getattr(load_config(base).get_text_config(), "eos_token_id", None)
     return frozenset(found) if isinstance(found, list) else frozenset() if found is None else frozenset({found})
-
-
-def _unfolded_engine(source: Checkpoint, load: Callable[[], Any]) -> TorchEngine:
-    model = load()
-    return TorchEngine({BASE: lambda: nullcontext(model), ADAPTER: lambda: unfolded(model, source)})
 
 
 def _rows(engine: TorchEngine, arm: str, questions: Sequence[Question], within: Within = nullcontext) -> list[Row]:

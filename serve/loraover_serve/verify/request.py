@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
+from loraover.common.request import AnyNames, AnyPath, argument, option
 from loraover.models.device import choose_device
 from loraover.models.request_fields import device
 from loraover_serve.comparison.thresholds import NUMBER_FORMATS
-from loraover_serve.verify.engines import ENDPOINT, ENGINES, engine_class
-from loraover_serve.vllm.request import (
-    SET_BY_SERVE,
-    base_model,
-    graph,
-    option_faults,
-    start_timeout,
-    vllm,
-    vllm_words,
-)
-
-SET_BY_VERIFY = dict.fromkeys(SET_BY_SERVE, "verify sets it")
-"""Options of `vllm serve` that a verification sets itself."""
+from loraover_serve.engines import ENDPOINT, ENGINES
+from loraover_serve.engines.request import EngineRequest
+from loraover_serve.vllm.request import SET_BY_SERVE
 
 
 @dataclass(frozen=True)
-class VerifyRequest(Request):
-    """Arguments of `verify_adapter`."""
+class VerifyRequest(EngineRequest):
+    """Verify that engines answer as an adapter was trained, and name the likely fault if one does not.
+
+    ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. An engine gets it in the form
+    that it needs, and answers the same prompts as PyTorch. Its distance from PyTorch on the base model is its noise.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself.
+
+    Exit code 0: as trained; 1: an engine differs; 3: inconclusive, since the adapter moves the answers less than the
+    noise; 2: unusable request, or an engine that failed.
+    """
 
     verb = "loraover serve verify"
+    examples = (
+        "loraover serve verify folded --engine onnx --engine torch -o verified",
+        "loraover serve verify runs/a/adapter --engine vllm -- --dtype float32",
+        "loraover serve verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
+        "loraover serve verify shop --endpoint http://localhost:8000 --served-name shop",
+    )
+    refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")
     engines: AnyNames = option(
@@ -59,7 +64,6 @@ class VerifyRequest(Request):
         default="bf16",
         choices=NUMBER_FORMATS,
     )
-    model: AnyName | None = base_model()
     prompts: AnyPath | None = option(
         "UTF-8 text file, one prompt a line; the first 256 tokens of each are used.",
         default=None,
@@ -71,40 +75,18 @@ class VerifyRequest(Request):
         least=1,
     )
     device: str = device("Device that PyTorch runs on, such as cpu or cuda:1.", "cpu")
-    vllm: AnyName = vllm()
     base_gguf: AnyPath | None = option(
         "GGUF file of the base model for llama.cpp, quantised or not.",
         default=None,
         default_text="one in F32 that is written for the comparison",
     )
-    graph: AnyPath | None = graph()
-    timeout_s: float = option(
-        "Seconds that a server may take to answer one request, with its repetitions.",
-        default=120.0,
-        flag="--timeout",
-        least=1,
-    )
-    start_timeout_s: float = start_timeout()
     output: AnyPath | None = option(
         "New folder for verify.json, verify.html, its figures and engines' logs.", default=None, short="-o"
     )
-    options: AnyNames = vllm_words()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choose_device(self.device)
-
-    def faults(self) -> Iterator[str]:
-        if self.options:
-            takers = [engine for engine in self.engines if engine_class(engine).takes_options]
-            if len(takers) != 1:
-                takes = f"an engine that has a command line; add {self.named('engines', 'vllm')}"
-                yield f"{self.named('options')} are for {takes}."
-            yield from option_faults(self, self.options, SET_BY_VERIFY)
-        if self.base_gguf is not None and "llamacpp" not in self.engines:
-            yield f"{self.named('base_gguf')} is for llama.cpp; add {self.named('engines', 'llamacpp')}."
-        if self.graph is not None and "onnx" not in self.asked:
-            yield f"{self.named('graph')} is for ONNX Runtime; add {self.named('engines', 'onnx')}."
 
     @property
     def asked(self) -> tuple[str, ...]:

@@ -11,24 +11,23 @@ from functools import partial
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, read_source
-from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
-from loraover.checkpoint.unfolded_model import target_module
+from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError, UnwrittenReportError
 from loraover.common.provenance import today
 from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover_export.gguf.llamacpp import check_pair
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.comparison.report import machine, versions
-from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines import engine_class
-from loraover_serve.verify.engines.base import Setting, VerifyEngine
-from loraover_serve.verify.engines.endpoint import as_chats, opened, takes_chats_only
+from loraover_serve.comparison.report import machine
+from loraover_serve.engines import engine_class
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.base import Engine, RunningServer, Setting
+from loraover_serve.engines.endpoint import as_chats, takes_chats_only
+from loraover_serve.engines.installed import check_installed, versions
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import Answers, Court
@@ -63,57 +62,38 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
         OutputError: an output that exists or cannot be written.
         UnwrittenReportError: an output that could not be written after the verification; `error.report` has the report.
     """
-    _check_possible(request)
+    if request.output is not None:
+        check_writable(request.output, outside=request.adapter)
+    check_installed(request)
     with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as scratch:
         return _verify(request, Path(scratch))
 
 
-def _check_possible(request: VerifyRequest) -> None:
-    """Raise the error of a request that cannot be carried out, before anything is read or started."""
-    if request.output is not None:
-        check_writable(request.output, outside=request.adapter)
-    lacking = {name: engine_class(name).install(request.vllm) for name in request.asked}
-    faults = [
-        f"{request.named('engines', name)} is not installed here; install it: {how}"
-        for name, how in lacking.items()
-        if how
-    ]
-    if faults:
-        raise EngineError("; ".join(faults) + ".")
-    if request.endpoint is not None:
-        opened(request).close()
-    if request.base_gguf is not None:
-        check_pair(request.base_gguf, None)
-
-
 def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
-    source = read_source(request.adapter)
-    layout = adapter_of(source)
-    check_plain(layout, "the check of engines")
-    base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
-    check_task(layout, base, "verify")
-    if request.graph is not None:
-        from loraover_serve.engines.onnx_graphs import check_graph
-
-        check_graph(request.graph, base)
-    device = str(choose_device(request.device))
-    subject = make_subject(source, base)
+    adapter = read_source(request.adapter)
+    check_plain(adapter, "the check of engines")
+    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
+    check_task(adapter, base, "verify")
     longest = _longest(base, request)
+    device = str(choose_device(request.device))
+    subject = make_subject(adapter, base)
     found = read_prompts(base, request.prompts, longest=longest)
     if found.cut:
         request.report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
     prompts = [tuple(batch[0].tolist()) for batch in found.batches]
     longest = max(map(len, prompts)) + request.new_tokens
-    setting = Setting(request, request.adapter.resolve(), layout, base, scratch, longest)
+    setting = make_setting(request, base, scratch, longest)
+    for name in request.asked:
+        engine_class(name).check(setting)
     prompt_source = found.source
-    if request.endpoint is not None and takes_chats_only(setting):
+    if setting.server is not None and takes_chats_only(setting):
         request.report.line("the server answers chats only: each prompt is the message of a chat")
         prompts, messages = as_chats(load_tokenizer(base), prompts)
-        setting = replace(setting, messages=messages)
+        setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
-    reference = make_reference(source, base, prompts, request.new_tokens, device, request.report)
-    variants = Variants(source, base, device, reference.questions)
+    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
+    variants = Variants(adapter, base, device, reference.questions)
     court = Court(reference, variants, subject, request.served_format)
     results, failures = _verify_all(request, setting, court)
     made = _report(request, base, reference, prompt_source, results)
@@ -123,6 +103,18 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     if len(failures) == len(results):
         raise failures[0]
     return made
+
+
+def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longest: int) -> Setting:
+    """What engines are started with, but for the folders of each."""
+    server = None
+    if request.endpoint is not None and request.served_name is not None:
+        key = request.endpoint_key_variable
+        server = RunningServer(request.endpoint, request.served_name, request.base_name, key)
+    adapters, log, device = {ADAPTER: request.adapter.resolve()}, scratch / "log", str(choose_device(request.device))
+    return Setting(
+        request, adapters, base, scratch, log, longest, device=device, base_gguf=request.base_gguf, server=server
+    )
 
 
 def _report(
@@ -148,21 +140,21 @@ def _report(
     )
 
 
-def make_subject(source: Checkpoint | AdapterDir, base: ModelSource) -> RightAdapter:
+def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
     """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
 
     Raises:
         ExportError: a LoRA with a bias.
         CheckpointError: an adapter of another base model.
     """
-    layout, text = adapter_of(source), load_config(base).get_text_config()
-    deltas, skeleton = read_lora(source), load_skeleton(base)
-    for module, delta in deltas.items():  # PEFT leaves out what fits nowhere, with a warning only
-        target_module(skeleton, module, delta.a.shape[1], delta.b.shape[0], layout)
+    text, skeleton = load_config(base).get_text_config(), load_skeleton(base)
+    deltas = read_lora(adapter)
+    for module in deltas:  # PEFT leaves out what fits nowhere, with a warning only
+        target_module(skeleton, adapter, module)
     queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
     keys = getattr(text, "num_key_value_heads", None) or queries
     heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
-    return RightAdapter(layout.config, deltas, heads, bool(other_tensors(layout)))
+    return RightAdapter(adapter.config, deltas, heads, bool(adapter.others))
 
 
 def _verify_all(
@@ -176,7 +168,7 @@ def _verify_all(
         folder.mkdir()
         start = time.perf_counter()
         try:
-            results.append(verify_engine(name, replace(setting, scratch=folder), court))
+            results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), court))
         except LoraOverError as error:
             error.args = (_with_logs(str(error), folder, request.output),)
             failures.append(error)
@@ -218,13 +210,13 @@ def verify_engine(name: str, setting: Setting, court: Court) -> EngineResult:
     start = time.perf_counter()
     with engine_class(name).start(setting) as engine:
         setting.request.report.line(f"asking {name}, the base model first")
-        answers, version = ask(engine, court.reference), engine.version
+        answers, version = ask(engine, court.reference), engine.version()
     seconds = time.perf_counter() - start
     setting.request.report.line(f"comparing the answers of {name} with PyTorch's")
     return court.judge(name, version, answers, seconds)
 
 
-def ask(engine: VerifyEngine, reference: Reference) -> Answers:
+def ask(engine: Engine, reference: Reference) -> Answers:
     """Ask a running engine everything that the judge needs.
 
     Args:
@@ -235,7 +227,7 @@ def ask(engine: VerifyEngine, reference: Reference) -> Answers:
         EngineError: a request that failed, other than one of those that are sent together.
     """
     questions = reference.questions
-    base, adapter = (engine.rows(arm, questions) for arm in (BASE, ADAPTER))
+    base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
     try:
         mixed = engine.mixed(questions)  # last, since its faults may stay in a cache

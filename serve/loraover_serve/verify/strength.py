@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from loraover_serve.verify.answers import Expected, Row, Rows
+from loraover_serve.engines.answers import Expected, Row, Rows
 
 CLIP = 2.5
 """Scales of the noise beyond which a position's residual counts no more."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from loraover_serve.verify.answers import Expected, Row, Rows, paired
+from loraover_serve.engines.answers import Expected, Row, Rows, paired
 from loraover_serve.verify.evidence import apart, like, weigh
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.reference import Reference

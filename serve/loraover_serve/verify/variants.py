@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, open_exact
+from loraover.checkpoint.base_modules import load_others, put_parameters, target_module
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.unfolded_model import load_others, put_parameters, target_module
 from loraover.models.load import ModelSource, load_model
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import Format, rounding
+from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.verify.answers import Expected, Question, window_rows
 from loraover_serve.verify.base_variants import Change, base_faults
 
 
@@ -47,18 +45,18 @@ class LowRank:
 Deltas = Mapping[str, LowRank]
 
 
-def read_lora(source: Checkpoint | AdapterDir) -> dict[str, LowRank]:
+def read_lora(adapter: AdapterDir) -> dict[str, LowRank]:
     """The delta of every adapted module, by the module's path.
 
     Raises:
         ExportError: a LoRA with a bias.
     """
-    config = adapter_of(source).config
+    modules = adapter.modules
     return {
         delta.module: LowRank(
-            delta.a.value.float(), delta.b.value.float(), config.scaling(delta.module), delta.embedding
+            delta.a.value.float(), delta.b.value.float(), modules[delta.module].scaling, delta.embedding
         )
-        for delta in read_deltas(source)
+        for delta in read_deltas(adapter)
     }
 
 
@@ -66,16 +64,14 @@ class Variants:
     """The base model, loaded when it is first needed, and run with changed adapters.
 
     Args:
-        source: the checkpoint or adapter.
+        adapter: the adapter.
         base: the base model.
         device: device to run on.
         questions: tokens after which next tokens are compared.
     """
 
-    def __init__(
-        self, source: Checkpoint | AdapterDir, base: ModelSource, device: str, questions: Sequence[Question]
-    ) -> None:
-        self._source, self._base, self._device, self._questions = source, base, device, questions
+    def __init__(self, adapter: AdapterDir, base: ModelSource, device: str, questions: Sequence[Question]) -> None:
+        self._adapter, self._base, self._device, self._questions = adapter, base, device, questions
 
     @cached_property
     def model(self) -> Any:
@@ -90,7 +86,7 @@ class Variants:
             with_others: whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
             prompts: number of prompts to run, the first ones; None means all.
         """
-        with _adding(self.model, deltas, adapter_of(self._source)), self._others(with_others):
+        with _adding(self.model, deltas, self._adapter), self._others(with_others):
             return self._run(prompts)
 
     def rounded(self, format_: Format, deltas: Deltas | None = None) -> Expected:
@@ -116,8 +112,8 @@ class Variants:
         if not are_used:
             yield
             return
-        with open_exact(self._source) as exact:
-            saved = load_others(self.model, adapter_of(self._source), exact.plain)
+        with self._adapter.open() as exact:
+            saved = load_others(self.model, exact)
         try:
             yield
         finally:
@@ -139,7 +135,7 @@ def _adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[N
     handles = []
     try:
         for module, delta in deltas.items():
-            target = target_module(model, module, delta.a.shape[1], delta.b.shape[0], adapter)
+            target = target_module(model, adapter, module)
             handles.append(target.register_forward_hook(_adder(delta)))
         yield
     finally:

@@ -22,15 +22,15 @@ def check_adapters(
     """Apply vLLM's rules to every adapter, and report its warnings.
 
     Args:
-        adapters: adapters by the names that requests use.
-        source: the model to be served.
-        address: name that requests for the base model use.
+        adapters: Adapters by the names that requests use.
+        source: The model to be served.
+        address: Name that requests for the base model use.
         version: vLLM's version with its label, such as "0.32.0+cpu"; None if it is not known.
-        report: receiver of the warnings.
+        report: Receiver of the warnings.
 
     Raises:
         CheckpointError: LoRA of experts that does not fit the model.
-        ConfigError: an adapter that vLLM refuses or would serve wrongly without a message.
+        ConfigError: An adapter that vLLM refuses or would serve wrongly without a message.
     """
     known = architectures_of(version)
     if version is None:

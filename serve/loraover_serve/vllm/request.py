@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, declarations, option
 
@@ -39,67 +39,57 @@ def vllm_command(given: AnyName | None = None) -> str:
     return str(given or os.environ.get(COMMAND_VARIABLE) or "vllm")
 
 
-def base_model() -> Any:
-    """Declare the field `model`, the base model of adapters."""
-    return option("Base model, folder or hub name.", default=None, default_text="the base model that the adapters name")
+@dataclass(frozen=True, kw_only=True)
+class ServerRequest(Request):
+    """Arguments of every verb that starts vLLM."""
 
+    refused: ClassVar[Mapping[str, str]] = SET_BY_SERVE
+    """What to do instead of giving an option of `vllm serve`, by its name."""
 
-def vllm() -> Any:
-    """Declare the field `vllm`, the command that starts vLLM."""
-    return option(
+    model: AnyName | None = option(
+        "Base model, folder or hub name.", default=None, default_text="the base model that the adapters name"
+    )
+    vllm: AnyName = option(
         "Command that starts vLLM, in any environment.",
         default=None,
         default_text=f"${COMMAND_VARIABLE}, or vllm",
         converts=vllm_command,
     )
-
-
-def start_timeout() -> Any:
-    """Declare the field `start_timeout_s`."""
-    return option(
+    start_timeout_s: float = option(
         "Seconds that an engine may take until its first answers.", default=STARTUP_S, flag="--start-timeout", least=1
     )
+    options: AnyNames = option("Further words for `vllm serve`.", default=(), is_rest=True, metavar="VLLM OPTIONS")
 
-
-def vllm_words() -> Any:
-    """Declare the field `options`, words for `vllm serve`."""
-    return option("Further words for `vllm serve`.", default=(), is_rest=True, metavar="VLLM OPTIONS")
-
-
-def graph() -> Any:
-    """Declare the field `graph`, an export whose graph ONNX Runtime runs."""
-    return option(
-        "Folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs with the adapters.",
-        default=None,
-        default_text="graphs that are built for the run",
-    )
-
-
-def option_faults(request: Request, options: AnyNames, refused: Mapping[str, str]) -> Iterator[str]:
-    """Yield messages about words for `vllm serve` that contradict the other arguments of a request.
-
-    Args:
-        request: the request.
-        options: its words for `vllm serve`, which reads underscores as hyphens.
-        refused: what to do instead of giving an option, by its name.
-    """
-    named = {name: request.named(name) for name in declarations(type(request))}
-    for name in (word.partition("=")[0].replace("_", "-") for word in options):
-        if name in refused:
-            yield f"{name} cannot be given to vLLM here: {refused[name].format_map(named)}."
+    def faults(self) -> Iterator[str]:
+        named = {name: self.named(name) for name in declarations(type(self))}
+        for name in (word.partition("=")[0].replace("_", "-") for word in self.options):  # as vLLM reads them
+            if name in self.refused:
+                yield f"{name} cannot be given to vLLM here: {self.refused[name].format_map(named)}."
 
 
 @dataclass(frozen=True)
-class ServeRequest(Request):
-    """Arguments of `serve_adapters`."""
+class ServeRequest(ServerRequest):
+    """Start vLLM with adapters, and print a request that works.
+
+    Each ADAPTER is a folder that `loraover export vllm` has written; requests address the adapter by the folder's name.
+    Adapters that vLLM would refuse, or would serve wrongly without a message, are refused before it starts.
+
+    The server is ready when the base model and each adapter have answered. Ctrl-C, SIGTERM and SIGHUP stop it. If the
+    environment variable VLLM_API_KEY is set, the server asks for that key.
+
+    Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
+    """
 
     verb = "loraover serve up"
+    examples = (
+        "loraover serve up for-vllm",
+        "loraover serve up shop support --port 8080 -- --max-model-len 2048",
+    )
+    json_help = None
 
     adapters: AnyPaths = argument(
         "Folders of the adapters; requests address each adapter by its folder's name.", metavar="ADAPTER..."
     )
-    model: AnyName | None = base_model()
-    vllm: AnyName = vllm()
     host: str = option("Address or host name that the server listens on.", default=LOOPBACK)
     port: int | None = option(
         "Port that the server listens on.",
@@ -109,8 +99,3 @@ class ServeRequest(Request):
         most=LAST_PORT,
     )
     log: AnyPath = option("File for the server's output, which is kept.", default="vllm.log")
-    start_timeout_s: float = start_timeout()
-    options: AnyNames = vllm_words()
-
-    def faults(self) -> Iterator[str]:
-        yield from option_faults(self, self.options, SET_BY_SERVE)

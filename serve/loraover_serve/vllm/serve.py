@@ -16,7 +16,6 @@ from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import verb
 from loraover.models.load import ModelSource
-from loraover_export.uniform.matrices import largest_rank
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
@@ -47,10 +46,10 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
         A context manager, whose block gets a client of the running server.
 
     Raises:
-        ConfigError: an argument that cannot be used, or adapters of different models, of one name or that vLLM cannot
+        ConfigError: An argument that cannot be used, or adapters of different models, of one name or that vLLM cannot
             serve.
-        EngineError: a server that does not start, or that refuses an adapter; the message has the end of the log.
-        OutputError: a log that cannot be written.
+        EngineError: A server that does not start, or that refuses an adapter; the message has the end of the log.
+        OutputError: A log that cannot be written.
     """
     return _serving(request)
 
@@ -101,8 +100,8 @@ def read_named(adapters: Sequence[Path]) -> dict[str, AdapterDir]:
     """Adapters by the names of their folders, which requests address them by.
 
     Raises:
-        ConfigError: two folders of one name.
-        CheckpointError: a folder that holds no adapter.
+        ConfigError: Two folders of one name.
+        CheckpointError: A folder that holds no adapter.
     """
     read = {path.resolve().name: read_adapter_dir(path) for path in adapters}
     if len(read) != len(adapters):
@@ -116,14 +115,14 @@ def server_config(
     """A server for a model and these adapters, with the smallest --max-lora-rank that holds them all.
 
     Args:
-        adapters: adapters by the names that requests use.
-        model: the base model.
-        options: further words for `vllm serve`.
+        adapters: Adapters by the names that requests use.
+        model: The base model.
+        options: Further words for `vllm serve`.
 
     Raises:
-        ConfigError: a rank that vLLM does not take.
+        ConfigError: A rank that vLLM does not take.
     """
-    largest = max(map(largest_rank, adapters.values()), default=1)
+    largest = max((adapter.rank for adapter in adapters.values()), default=1)
     rank = max_lora_rank(largest)
     if rank is None:
         raise ConfigError(f"an adapter has rank {largest}; vLLM takes 512 at most.")

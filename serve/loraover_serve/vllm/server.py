@@ -43,13 +43,13 @@ class VllmServerConfig:
     """Arguments and environment of `vllm serve`.
 
     Args:
-        model: folder or hub name of the base model, which requests address by this name.
-        adapters: folder of each adapter, by the name that requests use.
-        max_lora_rank: one of vLLM's allowed values, at least as large as every adapter's rank.
-        max_loras: number of adapters that one batch may use.
-        revision: commit of the model on the hub.
-        host: address or name that the server listens on.
-        options: further words of the command line.
+        model: Folder or hub name of the base model, which requests address by this name.
+        adapters: Folder of each adapter, by the name that requests use.
+        max_lora_rank: One of vLLM's allowed values, at least as large as every adapter's rank.
+        max_loras: Number of adapters that one batch may use.
+        revision: Commit of the model on the hub.
+        host: Address or name that the server listens on.
+        options: Further words of the command line.
     """
 
     model: str
@@ -85,7 +85,7 @@ class VllmServerConfig:
         """The key that the server asks for, from its environment; None if it asks for none.
 
         Raises:
-            ConfigError: a key that cannot be sent in an HTTP header.
+            ConfigError: A key that cannot be sent in an HTTP header.
         """
         key = self.variables().get(KEY_VARIABLE) or None
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
@@ -106,10 +106,10 @@ class VllmServer(TokenEndpoint):
     """A client of a server that this process started.
 
     Args:
-        url: address of the server.
-        pid: id of the server's process; the processes that it starts belong to its session.
-        key_variable: environment variable with the server's key; None sends none.
-        names: names of the adapters that the server was started with, which requests address them by.
+        url: Address of the server.
+        pid: Id of the server's process; the processes that it starts belong to its session.
+        key_variable: Environment variable with the server's key; None sends none.
+        names: Names of the adapters that the server was started with, which requests address them by.
     """
 
     def __init__(self, url: str, pid: int, key_variable: str | None = None, *, names: Sequence[str] = ()) -> None:
@@ -167,21 +167,21 @@ def serve_vllm(
     does, with KeyboardInterrupt, so that no server is left behind.
 
     Args:
-        config: the server's arguments and environment.
-        log: file for everything that the server prints; it is kept.
-        executable: command that starts vLLM, in any environment.
-        port: port that the server listens on; None means any free one.
-        startup_timeout_s: seconds that the server may take until its first answers.
-        watch: context manager that runs as long as the server; it is called with the id of the server's process.
+        config: The server's arguments and environment.
+        log: File for everything that the server prints; it is kept.
+        executable: Command that starts vLLM, in any environment.
+        port: Port that the server listens on; None means any free one.
+        startup_timeout_s: Seconds that the server may take until its first answers.
+        watch: Context manager that runs as long as the server; it is called with the id of the server's process.
 
     Yields:
         A client of the running server.
 
     Raises:
-        ConfigError: a key that cannot be sent in an HTTP header.
-        EngineError: a port in use, a command that does not exist, or a server that ends, refuses an adapter or stays
+        ConfigError: A key that cannot be sent in an HTTP header.
+        EngineError: A port in use, a command that does not exist, or a server that ends, refuses an adapter or stays
             silent; the message has the end of the log.
-        OutputError: a log that cannot be written.
+        OutputError: A log that cannot be written.
     """
     key = None if config.api_key() is None else KEY_VARIABLE
     port = free_port(config.host) if port is None else _named_port(config.host, port)
@@ -266,7 +266,7 @@ def vllm_version(executable: str) -> str | None:
     The command takes ten seconds to say it. The metadata of the Python that an installer's script names say the same.
 
     Raises:
-        EngineError: a command that does not exist.
+        EngineError: A command that does not exist.
     """
     python = _python_of(executable)
     installed = None if python is None else _printed_version([python, "-I", "-c", _INSTALLED])
@@ -301,11 +301,11 @@ def next_free_port(host: str, first: int) -> int:
     """The first port, from `first` on, that is free on a host.
 
     Args:
-        host: address or name that a server is to listen on.
-        first: the smallest port to try.
+        host: Address or name that a server is to listen on.
+        first: The smallest port to try.
 
     Raises:
-        EngineError: no free port, or a host that is not this machine.
+        EngineError: No free port, or a host that is not this machine.
     """
     for port in range(first, LAST_PORT + 1):
         try:
@@ -320,10 +320,10 @@ def free_port(host: str) -> int:
     """Any free port of a host.
 
     Args:
-        host: address or name that a server is to listen on.
+        host: Address or name that a server is to listen on.
 
     Raises:
-        EngineError: a host that is not this machine.
+        EngineError: A host that is not this machine.
     """
     return _named_port(host, 0)
 
@@ -343,9 +343,9 @@ def _bound(host: str, port: int, *, reuse: bool = False) -> int:
     beside it, and then two servers would share the port.
 
     Args:
-        host: address or name that a server is to listen on.
-        port: the port; 0 means any free one.
-        reuse: whether to set SO_REUSEADDR.
+        host: Address or name that a server is to listen on.
+        port: The port; 0 means any free one.
+        reuse: Whether to set SO_REUSEADDR.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)

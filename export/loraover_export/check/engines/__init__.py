@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from loraover.common.places import imported
 
 if TYPE_CHECKING:
     from loraover_export.check.engines.base import EngineRules
 
+_HERE = "loraover_export.check.engines"
 ENGINES = {
-    "vllm": "vllm:Vllm",
-    "llamacpp": "llamacpp:LlamaCpp",
-    "onnx": "onnx:Onnx",
-    "openvino": "openvino:OpenVino",
-    "mlx": "mlx:Mlx",
-    "torch": "torch:Torch",
+    "vllm": f"{_HERE}.vllm:VllmRules",
+    "llamacpp": f"{_HERE}.llamacpp:LlamaCppRules",
+    "onnx": f"{_HERE}.onnx:OnnxRules",
+    "openvino": f"{_HERE}.openvino:OpenVinoRules",
+    "mlx": f"{_HERE}.mlx:MlxRules",
+    "torch": f"{_HERE}.torch:TorchRules",
 }
-"""Module and class of each engine, by the name that `--engine` takes."""
+"""Place of each engine's class, as "module:name", by the name that `--engine` takes."""
 
 
 def engine_of(name: str) -> EngineRules:
     """Import and make one of `ENGINES`."""
-    module, _, attribute = ENGINES[name].partition(":")
-    found: type[EngineRules] = getattr(import_module(f"{__name__}.{module}"), attribute)
+    found: type[EngineRules] = imported(ENGINES[name])
     return found()

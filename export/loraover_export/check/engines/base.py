@@ -20,8 +20,8 @@ class Reaction:
     """What an engine does with an adapter that has a feature.
 
     Args:
-        level: whether it refuses the adapter, applies it wrongly without a message, or neither.
-        text: what it does, in words, which continue the description of the feature.
+        level: Whether it refuses the adapter, applies it wrongly without a message, or neither.
+        text: What it does, in words, which continue the description of the feature.
     """
 
     level: Level
@@ -55,7 +55,7 @@ class EngineRules(ABC):
     """What one engine does with adapters.
 
     Args:
-        reader: program that reads the adapter, with the release whose sources or runs the reactions come from.
+        reader: Program that reads the adapter, with the release whose sources or runs the reactions come from.
     """
 
     reader: str
@@ -94,8 +94,8 @@ def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subj
     """Yield the reason for which an export refuses the adapter.
 
     Args:
-        check: function of the export that raises an error for an adapter that it refuses.
-        subject: the adapter.
+        check: Function of the export that raises an error for an adapter that it refuses.
+        subject: The adapter.
     """
     if subject.lora is None:
         yield from more_than_ab(subject)

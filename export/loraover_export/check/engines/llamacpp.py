@@ -68,7 +68,7 @@ def _check(adapter: AdapterDir, base: ModelSource) -> None:
 
 
 @final
-class LlamaCpp(EngineRules):
+class LlamaCppRules(EngineRules):
     """llama.cpp, which reads GGUF only."""
 
     reader = "llama.cpp, its converter"

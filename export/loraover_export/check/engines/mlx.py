@@ -17,7 +17,7 @@ MLX_FORM = {"quantised base": OTHER_BASE}
 
 
 @final
-class Mlx(EngineRules):
+class MlxRules(EngineRules):
     """mlx-lm."""
 
     reader = "mlx-lm 0.32.2"

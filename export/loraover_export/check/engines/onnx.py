@@ -65,7 +65,7 @@ MERGEABLE = ("biases", "modules_to_save", "trained vocabulary", "norms")
 
 
 @final
-class Onnx(EngineRules):
+class OnnxRules(EngineRules):
     """ONNX Runtime and onnxruntime-genai."""
 
     reader = "onnxruntime-genai 0.18"

@@ -58,7 +58,7 @@ UNIFORM_FORM = {name: PEFT_FORM[name] for name in ("task", "embedding", "quantis
 
 
 @final
-class OpenVino(EngineRules):
+class OpenVinoRules(EngineRules):
     """OpenVINO GenAI."""
 
     reader = "OpenVINO GenAI 2026.4"

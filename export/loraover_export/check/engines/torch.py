@@ -40,7 +40,7 @@ def _swapped(subject: Subject) -> Iterator[Finding]:
 
 
 @final
-class Torch(EngineRules):
+class TorchRules(EngineRules):
     """PEFT, as a script with transformers uses it."""
 
     reader = "PEFT 0.21.2"

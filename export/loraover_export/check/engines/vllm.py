@@ -32,7 +32,7 @@ DTYPE = "bf16"
 
 
 @final
-class Vllm(EngineRules):
+class VllmRules(EngineRules):
     """vLLM, which reads PEFT's form itself."""
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
     """Apply the rules of the pre-flight.
 
     Args:
-        subject: an adapter that the exports can read.
-        dtype: storage type that is written; None if the adapter's folder is served unchanged.
+        subject: An adapter that the exports can read.
+        dtype: Storage type that is written; None if the adapter's folder is served unchanged.
     """
     assert subject.lora is not None
     name, address = f"{subject.path.name}-vllm", subject.served.source.name

@@ -11,7 +11,7 @@ from typing import ClassVar, final
 
 from pydantic import Field
 
-from loraover_export.convert.methods.base import LowRank, Method
+from loraover_export.convert.methods.base import ConversionMethod, LowRank
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -23,7 +23,7 @@ class AdaLoraFields(MethodConfig):
 
 
 @final
-class AdaLora(Method[AdaLoraFields]):
+class AdaLora(ConversionMethod[AdaLoraFields]):
     """Adaptive ranks: a truncated SVD whose singular values are pruned while it is trained."""
 
     config = AdaLoraFields

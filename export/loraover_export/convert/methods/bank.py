@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraover_export.convert.methods.base import LowRank, Method, rounding
+from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -25,7 +25,7 @@ class VbLoraFields(MethodConfig):
 
 
 @final
-class VbLora(Method[VbLoraFields]):
+class VbLora(ConversionMethod[VbLoraFields]):
     """Vector bank LoRA."""
 
     config = VbLoraFields

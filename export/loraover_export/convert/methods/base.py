@@ -37,7 +37,7 @@ def rounding(*lengths: int) -> float:
     """Return a bound of the rounding in a matrix, in units of the norm of all that is added up in it.
 
     Args:
-        lengths: the matrix's dimensions, and the rank of what makes it.
+        lengths: The matrix's dimensions, and the rank of what makes it.
     """
     return gamma(ROUNDINGS * sum(lengths), U64)
 
@@ -47,9 +47,9 @@ class LowRank:
     """delta_W = b @ a, in float64.
 
     Args:
-        b: left factor, (out_features, k).
-        a: right factor, (k, in_features).
-        left_out: bound of the Frobenius norm of what the factors do not hold of delta_W: parts that were rounded away,
+        b: Left factor, (out_features, k).
+        a: Right factor, (k, in_features).
+        left_out: Bound of the Frobenius norm of what the factors do not hold of delta_W: parts that were rounded away,
             or that depend on the machine on which PEFT computes them.
     """
 
@@ -67,7 +67,7 @@ class Dense:
     """delta_W as a matrix (out_features, in_features) in float64, which has full rank in general.
 
     Args:
-        value: the matrix.
+        value: The matrix.
         operands: Frobenius norm of what may cancel in it, such as the base weight; 0 if nothing does.
     """
 
@@ -85,9 +85,9 @@ class Place:
     """A module of the base model that an adapter changes.
 
     Args:
-        path: path of the module.
-        embedding: whether it is an embedding, whose delta_W has shape (dimension, tokens).
-        delta: computation of delta_W, which any thread may run.
+        path: Path of the module.
+        embedding: Whether it is an embedding, whose delta_W has shape (dimension, tokens).
+        delta: Computation of delta_W, which any thread may run.
     """
 
     path: str
@@ -95,18 +95,18 @@ class Place:
     delta: Callable[[], LowRank | Dense]
 
 
-class Method(ABC, Generic[Config]):
+class ConversionMethod(ABC, Generic[Config]):
     """One kind of adapter.
 
     Attributes:
-        config: class of its configuration.
-        tensors: names of the tensors of a module.
-        shared: names of the tensors that belong to all modules.
-        inert: fields of the configuration that have no effect once the adapter is trained, besides `INERT`.
-        rank: rank of delta_W in words, for documentation.
-        needs_weights: whether delta_W depends on the base model's weights.
-        embeddings: whether it also adapts embeddings.
-        starts_in_stored: whether PEFT starts it from base weights in the data type that it loads them in, so that
+        config: Class of its configuration.
+        tensors: Names of the tensors of a module.
+        shared: Names of the tensors that belong to all modules.
+        inert: Fields of the configuration that have no effect once the adapter is trained, besides `INERT`.
+        rank: Rank of delta_W in words, for documentation.
+        needs_weights: Whether delta_W depends on the base model's weights.
+        embeddings: Whether it also adapts embeddings.
+        starts_in_stored: Whether PEFT starts it from base weights in the data type that it loads them in, so that
             delta_W is that of a base model that is loaded in the data type of its files.
     """
 
@@ -132,7 +132,7 @@ class Method(ABC, Generic[Config]):
         """Yield one adapted module, as what `delta` returns for it.
 
         Raises:
-            ExportError: the base model has no such module, or it is an embedding, which this kind does not adapt.
+            ExportError: The base model has no such module, or it is an embedding, which this kind does not adapt.
         """
         module = adapter.module(path)
         if module.is_embedding and not self.embeddings:
@@ -148,12 +148,12 @@ class Method(ABC, Generic[Config]):
         """Return what the adapter adds to the weight of a module.
 
         Raises:
-            CheckpointError: tensors that are missing, or contradict one another.
-            ExportError: an adapter that changes more than the weight, or depends on what its files do not hold.
+            CheckpointError: Tensors that are missing, or contradict one another.
+            ExportError: An adapter that changes more than the weight, or depends on what its files do not hold.
         """
 
 
-AnyMethod = Method[Any]
+AnyMethod = ConversionMethod[Any]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Refused:
     """A kind of adapter that is no change of weights, or whose change cannot be found from its files.
 
     Args:
-        reason: why it cannot become a LoRA, and what to do instead, after "a NAME adapter".
+        reason: Why it cannot become a LoRA, and what to do instead, after "a NAME adapter".
     """
 
     reason: str

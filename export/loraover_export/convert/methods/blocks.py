@@ -16,7 +16,7 @@ from typing import ClassVar, final
 import torch
 from pydantic import Field
 
-from loraover_export.convert.methods.base import Dense, LowRank, Method, block_diag
+from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank, block_diag
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -29,7 +29,7 @@ class GraloraFields(MethodConfig):
 
 
 @final
-class Gralora(Method[GraloraFields]):
+class Gralora(ConversionMethod[GraloraFields]):
     """Granular LoRA."""
 
     config = GraloraFields
@@ -60,7 +60,7 @@ class C3aFields(MethodConfig):
 
 
 @final
-class C3a(Method[C3aFields]):
+class C3a(ConversionMethod[C3aFields]):
     """Circular convolution adaptation."""
 
     config = C3aFields

@@ -29,14 +29,14 @@ def determined(module: Module[Any], delta: LowRank, apart: float, size: float, r
     """Return a delta_W, if enough of it is known without the machine that trained it.
 
     Args:
-        module: the module.
-        delta: its delta_W.
-        apart: bound of the Frobenius norm by which another machine's delta_W may differ.
+        module: The module.
+        delta: Its delta_W.
+        apart: Bound of the Frobenius norm by which another machine's delta_W may differ.
         size: Frobenius norm of what PEFT starts from.
-        reason: why machines differ, in words, for the message.
+        reason: Why machines differ, in words, for the message.
 
     Raises:
-        ExportError: another machine's delta_W may differ by much.
+        ExportError: Another machine's delta_W may differ by much.
     """
     norm = product_norm(delta.b, delta.a)
     if apart > NEGLIGIBLE * size and apart > LARGEST_SHARE * norm:
@@ -51,7 +51,7 @@ def orthonormal(module: Module[Any], name: str, columns: Tensor) -> tuple[Tensor
     """Return an orthonormal basis of a tensor's columns, and a bound of its distance from PEFT's in float32.
 
     Raises:
-        ExportError: columns that are linearly dependent in float32, or more of them than rows.
+        ExportError: Columns that are linearly dependent in float32, or more of them than rows.
     """
     q, upper = torch.linalg.qr(columns)
     apart = basis_error(upper) if upper.shape[0] == upper.shape[1] else math.inf

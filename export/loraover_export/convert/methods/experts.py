@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from loraover.checkpoint.exact_tensors import ExactAdapter
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.expert_stacks import ExpertStack, find_expert_weights
-from loraover.checkpoint.peft_adapter import AdapterConfig, AdapterDir, read_adapter_dir, read_on_base
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, read_adapter_dir, read_on_base
 from loraover_export.convert.methods.base import LowRank, Place
 from loraover_export.convert.source import Adapter
 from loraover_export.numerics.delta import read_delta
@@ -18,7 +18,7 @@ def stacks_of(adapter: Adapter[Any]) -> Sequence[ExpertStack]:
     """Return the stacked pairs of an adapter of any kind.
 
     Raises:
-        CheckpointError: stacks that do not fit the base model.
+        CheckpointError: Stacks that do not fit the base model.
     """
     found = _read(adapter)
     return () if found is None else found.stacks
@@ -28,13 +28,13 @@ def expert_places(adapter: Adapter[Any]) -> Iterator[Place]:
     """Yield every expert of every stacked pair.
 
     Raises:
-        CheckpointError: stacks that do not fit the base model, or an adapter for changed base weights.
+        CheckpointError: Stacks that do not fit the base model, or an adapter for changed base weights.
     """
     found = _read(adapter)
     if found is None or not found.stacks:
         return
     found.check_keeps_base()
-    exact = ExactAdapter(found, None, adapter.file, None)
+    exact = ExactAdapter(found, adapter.file)
     for stack in found.stacks:
         for index in range(stack.experts):
             path = stack.expert(index)

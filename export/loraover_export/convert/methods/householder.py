@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraover_export.convert.methods.base import LowRank, Method, rounding
+from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.methods.determined import determined, orthonormal
 from loraover_export.convert.source import MethodConfig, Module
 
@@ -28,7 +28,7 @@ class HraFields(MethodConfig):
 
 
 @final
-class Hra(Method[HraFields]):
+class Hra(ConversionMethod[HraFields]):
     """Householder reflection adaptation."""
 
     config = HraFields

@@ -23,8 +23,8 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import KEPT_BASE, AdapterConfig
-from loraover_export.convert.methods.base import Dense, LowRank, Method, Place
+from loraover.checkpoint.adapter_config import KEPT_BASE, AdapterConfig
+from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank, Place
 from loraover_export.convert.methods.determined import MERGE_THERE, determined
 from loraover_export.convert.methods.experts import expert_places, stacks_of
 from loraover_export.convert.methods.singular import singular_part
@@ -43,14 +43,14 @@ class LoraFields(MethodConfig, AdapterConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     @property
-    def taken_out(self) -> str | None:
+    def subtracted_initialisation(self) -> str | None:
         """Initialization whose A and B PEFT takes out of the base weight; None if the base weight stays as it is."""
         start = self.init_lora_weights
         return start if isinstance(start, str) and start.lower() not in KEPT_BASE else None
 
 
 @final
-class Lora(Method[LoraFields]):
+class Lora(ConversionMethod[LoraFields]):
     """LoRA, rsLoRA, PiSSA, OLoRA and DoRA."""
 
     config = LoraFields
@@ -88,7 +88,7 @@ class Lora(Method[LoraFields]):
         s = module.config.scaling(module.path)
         kind, ending = ("lora_embedding_", "") if module.has("lora_embedding_A") else ("lora_", ".weight")
         m, n = (n, m) if module.has("lora_embedding_A") else (m, n)
-        start, r = module.config.taken_out, module.config.rank(module.path)
+        start, r = module.config.subtracted_initialisation, module.config.rank(module.path)
         if start == "olora" and module.is_conv1d:
             raise module.refuse(
                 "OLoRA of a Conv1D is not converted: PEFT factors its weight as it is stored, (in, out), and takes the "
@@ -131,8 +131,8 @@ class _Start(NamedTuple):
         b: s B_0.
         a: A_0.
         rounded: Frobenius norm of what the base's data type rounds away of W - s B_0 A_0.
-        apart: bound of the norm by which another machine's s B_0 A_0 may differ.
-        reason: why machines may differ, in words.
+        apart: Bound of the norm by which another machine's s B_0 A_0 may differ.
+        reason: Why machines may differ, in words.
     """
 
     b: Tensor

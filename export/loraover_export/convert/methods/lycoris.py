@@ -17,8 +17,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import Patterns, first_match
-from loraover_export.convert.methods.base import LowRank, Method, rounding
+from loraover.checkpoint.adapter_config import Patterns, first_match
+from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import MethodConfig, Module
 
@@ -41,7 +41,7 @@ class LycorisFields(MethodConfig):
 
 
 @final
-class LoHa(Method[LycorisFields]):
+class LoHa(ConversionMethod[LycorisFields]):
     """The Hadamard product of two low-rank matrices."""
 
     config = LycorisFields
@@ -59,7 +59,7 @@ class LoHa(Method[LycorisFields]):
 
 
 @final
-class LoKr(Method[LycorisFields]):
+class LoKr(ConversionMethod[LycorisFields]):
     """The Kronecker product of two matrices, each of which may be a low-rank product."""
 
     config = LycorisFields

@@ -14,7 +14,7 @@ from typing import ClassVar, final
 import torch
 from pydantic import Field
 
-from loraover_export.convert.methods.base import Dense, LowRank, Method
+from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -27,7 +27,7 @@ class MissFields(MethodConfig):
 
 
 @final
-class Miss(Method[MissFields]):
+class Miss(ConversionMethod[MissFields]):
     """Matrix shard sharing."""
 
     config = MissFields

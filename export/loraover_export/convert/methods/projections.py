@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 
 from loraover.checkpoint.error_bounds import unit_roundoff
 from loraover.common.errors import CheckpointError
-from loraover_export.convert.methods.base import Dense, LowRank, Method
+from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 
@@ -42,7 +42,7 @@ class VeraFields(MethodConfig):
 
 
 @final
-class Vera(Method[VeraFields]):
+class Vera(ConversionMethod[VeraFields]):
     """Vector-based random matrix adaptation."""
 
     config = VeraFields
@@ -59,7 +59,7 @@ class Vera(Method[VeraFields]):
 
 
 @final
-class Pvera(Method[VeraFields]):
+class Pvera(ConversionMethod[VeraFields]):
     """VeRA whose inner vector has a distribution; at inference its mean is used."""
 
     config = VeraFields
@@ -117,7 +117,7 @@ class RandLoraFields(MethodConfig):
 
 
 @final
-class RandLora(Method[RandLoraFields]):
+class RandLora(ConversionMethod[RandLoraFields]):
     """A sum of products of random bases, of full rank."""
 
     config = RandLoraFields
@@ -165,7 +165,7 @@ class UniLoraFields(MethodConfig):
 
 
 @final
-class UniLora(Method[UniLoraFields]):
+class UniLora(ConversionMethod[UniLoraFields]):
     """A and B whose elements are elements of one vector."""
 
     config = UniLoraFields

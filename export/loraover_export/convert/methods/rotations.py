@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from loraover_export.convert.methods.base import Dense, Method, block_diag
+from loraover_export.convert.methods.base import ConversionMethod, Dense, block_diag
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -31,7 +31,7 @@ class OftFields(MethodConfig):
 
 
 @final
-class Oft(Method[OftFields]):
+class Oft(ConversionMethod[OftFields]):
     """Orthogonal fine-tuning."""
 
     config = OftFields
@@ -96,7 +96,7 @@ class BoftFields(MethodConfig):
 
 
 @final
-class Boft(Method[BoftFields]):
+class Boft(ConversionMethod[BoftFields]):
     """Butterfly orthogonal fine-tuning, with one factor, which is all that PEFT runs on a CPU."""
 
     config = BoftFields
@@ -134,7 +134,7 @@ class RoadFields(MethodConfig):
 
 
 @final
-class Road(Method[RoadFields]):
+class Road(ConversionMethod[RoadFields]):
     """Rotations of pairs of output features."""
 
     config = RoadFields

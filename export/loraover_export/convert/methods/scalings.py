@@ -15,7 +15,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from loraover_export.convert.methods.base import Dense, LowRank, Method
+from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank
 from loraover_export.convert.source import MethodConfig, Module
 
 SMALLEST = 1e-4
@@ -27,7 +27,7 @@ class Ia3Fields(MethodConfig):
 
 
 @final
-class Ia3(Method[Ia3Fields]):
+class Ia3(ConversionMethod[Ia3Fields]):
     """Infused adapter by inhibiting and amplifying inner activations."""
 
     config = Ia3Fields
@@ -51,7 +51,7 @@ class HiraFields(MethodConfig):
 
 
 @final
-class Hira(Method[HiraFields]):
+class Hira(ConversionMethod[HiraFields]):
     """Hadamard high-rank adaptation."""
 
     config = HiraFields
@@ -73,7 +73,7 @@ class GloraFields(MethodConfig):
 
 
 @final
-class Glora(Method[GloraFields]):
+class Glora(ConversionMethod[GloraFields]):
     """Generalised LoRA, on layers without a bias."""
 
     config = GloraFields
@@ -105,7 +105,7 @@ class DeloraFields(MethodConfig):
 
 
 @final
-class Delora(Method[DeloraFields]):
+class Delora(ConversionMethod[DeloraFields]):
     """LoRA whose strength is decoupled from the directions of its factors."""
 
     config = DeloraFields

@@ -10,16 +10,16 @@ from torch import Tensor
 from loraover_export.numerics.single_precision import part_error
 
 
-class Part(NamedTuple):
+class SingularPart(NamedTuple):
     """Some singular triplets of a weight, in float32.
 
     Args:
-        u: left singular vectors, (out_features, k).
-        s: singular values, (k,).
-        vt: right singular vectors, (k, in_features).
-        apart: bound of the Frobenius norm by which u diag(s) vt may differ on another machine.
-        cut: number of singular values before the cut; the part has either these or all others.
-        gap: difference of the singular values on both sides of the cut, relative to the largest.
+        u: Left singular vectors, (out_features, k).
+        s: Singular values, (k,).
+        vt: Right singular vectors, (k, in_features).
+        apart: Bound of the Frobenius norm by which u diag(s) vt may differ on another machine.
+        cut: Number of singular values before the cut; the part has either these or all others.
+        gap: Difference of the singular values on both sides of the cut, relative to the largest.
     """
 
     u: Tensor
@@ -38,10 +38,10 @@ class Part(NamedTuple):
         )
 
 
-def singular_part(weight: Tensor, cut: int, *, tail: bool = False) -> Part:
+def singular_part(weight: Tensor, cut: int, *, tail: bool = False) -> SingularPart:
     """Return the first `cut` singular triplets of a float32 matrix as PEFT finds them, or with `tail` the others."""
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     kept = slice(cut, None) if tail else slice(cut)
     m, n = weight.shape
     gap = float((s[cut - 1] - s[cut]) / s[0]) if 0 < cut < len(s) else 1.0
-    return Part(u[:, kept], s[kept], vt[kept], part_error(s, (m, n), cut, tail=tail), cut, gap)
+    return SingularPart(u[:, kept], s[kept], vt[kept], part_error(s, (m, n), cut, tail=tail), cut, gap)

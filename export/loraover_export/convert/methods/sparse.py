@@ -14,8 +14,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from loraover.checkpoint.peft_adapter import Patterns, first_match
-from loraover_export.convert.methods.base import Dense, Method
+from loraover.checkpoint.adapter_config import Patterns, first_match
+from loraover_export.convert.methods.base import ConversionMethod, Dense
 from loraover_export.convert.source import MethodConfig, Module
 
 
@@ -24,7 +24,7 @@ class ShiraFields(MethodConfig):
 
 
 @final
-class Shira(Method[ShiraFields]):
+class Shira(ConversionMethod[ShiraFields]):
     """Sparse high-rank adapters."""
 
     config = ShiraFields
@@ -46,7 +46,7 @@ class SupertuningFields(MethodConfig):
 
 
 @final
-class Supertuning(Method[SupertuningFields]):
+class Supertuning(ConversionMethod[SupertuningFields]):
     """Trained elements of the weight, with a LoRA beside them if asked for."""
 
     config = SupertuningFields
@@ -80,7 +80,7 @@ class FourierFields(MethodConfig):
 
 
 @final
-class FourierFt(Method[FourierFields]):
+class FourierFt(ConversionMethod[FourierFields]):
     """Spectral fine-tuning."""
 
     config = FourierFields

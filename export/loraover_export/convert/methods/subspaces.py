@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraover.checkpoint.error_bounds import unit_roundoff
-from loraover_export.convert.methods.base import LowRank, Method, rounding
+from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.methods.determined import determined, orthonormal
 from loraover_export.convert.methods.singular import singular_part
 from loraover_export.convert.source import MethodConfig, Module
@@ -48,7 +48,7 @@ class DeftFields(MethodConfig):
 
 
 @final
-class Deft(Method[DeftFields]):
+class Deft(ConversionMethod[DeftFields]):
     """A projection of the weight that is replaced."""
 
     config = DeftFields
@@ -88,7 +88,7 @@ class PeanutFields(MethodConfig):
 
 
 @final
-class Peanut(Method[PeanutFields]):
+class Peanut(ConversionMethod[PeanutFields]):
     """A small network that reads the weight."""
 
     config = PeanutFields
@@ -132,7 +132,7 @@ class OsfFields(MethodConfig):
 
 
 @final
-class Osf(Method[OsfFields]):
+class Osf(ConversionMethod[OsfFields]):
     """Orthogonal subspace fine-tuning."""
 
     config = OsfFields

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.common.errors import ExportError
-from loraover_export.convert.methods.base import LowRank, Method, Place
+from loraover_export.convert.methods.base import ConversionMethod, LowRank, Place
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 from loraover_export.merge.base_weights import is_embedding
 
@@ -34,7 +34,7 @@ class TokenFields(MethodConfig):
 
 
 @final
-class TrainableTokens(Method[TokenFields]):
+class TrainableTokens(ConversionMethod[TokenFields]):
     """New rows of an embedding."""
 
     config = TokenFields
@@ -74,12 +74,12 @@ def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iter
     """Yield the embedding, and the modules that share its weight, unless they have other trained tokens.
 
     Args:
-        module: the embedding, or a head with its own weight.
-        name: name of the tensor with the new rows.
-        indices: the trained tokens, in the order of the rows.
+        module: The embedding, or a head with its own weight.
+        name: Name of the tensor with the new rows.
+        indices: The trained tokens, in the order of the rows.
 
     Raises:
-        ExportError: such a module has a LoRA, to which PEFT adds the new rows.
+        ExportError: Such a module has a LoRA, to which PEFT adds the new rows.
     """
     base = module.adapter.base
     find = partial(_rows, module, name, indices)

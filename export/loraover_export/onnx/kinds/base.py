@@ -21,9 +21,9 @@ class Case:
     """Tokens to compare outputs on.
 
     Args:
-        ids: token ids, (batch, past + sequence), int64.
-        past: number of tokens that go through the cache first.
-        padding: side on which row i is padded by i tokens, within the tokens that go through the cache first.
+        ids: Token ids, (batch, past + sequence), int64.
+        past: Number of tokens that go through the cache first.
+        padding: Side on which row i is padded by i tokens, within the tokens that go through the cache first.
     """
 
     ids: Tensor
@@ -65,9 +65,9 @@ class GraphPlan:
 
     Args:
         precision: fp32, fp16 or int4.
-        device: cpu or cuda.
-        markers: random matrices that stand for A and B in a swappable graph, by name; None for a merged graph.
-        rank: rank of the markers.
+        device: Cpu or cuda.
+        markers: Random matrices that stand for A and B in a swappable graph, by name; None for a merged graph.
+        rank: Rank of the markers.
     """
 
     precision: str
@@ -91,14 +91,14 @@ class GraphKind(ABC):
         """Write the graphs, with configuration and tokenizer.
 
         Args:
-            model: the model to export.
-            tokenizer: the model's tokenizer.
-            plan: settings of the graphs.
-            work: an empty folder for temporary files.
-            out: folder for the graphs.
+            model: The model to export.
+            tokenizer: The model's tokenizer.
+            plan: Settings of the graphs.
+            work: An empty folder for temporary files.
+            out: Folder for the graphs.
 
         Raises:
-            ExportError: the exporter does not support this model.
+            ExportError: The exporter does not support this model.
         """
 
     @abstractmethod
@@ -114,9 +114,9 @@ class GraphKind(ABC):
         """Return a function that gives ONNX Runtime's logits of the same positions, through a cache if there is one.
 
         Args:
-            folder: folder of the graphs.
-            device: cpu or cuda.
-            adapter: path of the adapter's files without their endings; see `swappable.adapter_file`.
+            folder: Folder of the graphs.
+            device: Cpu or cuda.
+            adapter: Path of the adapter's files without their endings; see `swappable.adapter_file`.
         """
 
     def compared(self, case: Case, logits: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def _check_widths(model: Any) -> None:
     It treats every linear layer with as many rows as the vocabulary as the head.
 
     Raises:
-        ExportError: a layer other than the head has that many rows.
+        ExportError: A layer other than the head has that many rows.
     """
     head = model.get_output_embeddings()
     rows = model.config.vocab_size

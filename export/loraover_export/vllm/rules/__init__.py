@@ -40,9 +40,9 @@ def name(candidate: Candidate) -> Iterator[Problem]:
 
 def rank(candidate: Candidate) -> Iterator[Problem]:
     """A rank that vLLM has no kernels for."""
-    if max_lora_rank(candidate.rank) is None:
+    if max_lora_rank(candidate.adapter.rank) is None:
         yield Problem(
-            f"rank {candidate.rank} is above the largest --max-lora-rank, {MAX_LORA_RANKS[-1]}",
+            f"rank {candidate.adapter.rank} is above the largest --max-lora-rank, {MAX_LORA_RANKS[-1]}",
             "train with a smaller rank, or merge the adapter into the base model",
         )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraover.checkpoint.peft_adapter import CONFIG_FILE, alike_module
-from loraover.checkpoint.target_modules import LOST, lost_modules
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.target_modules import LOST, alike_module, lost_modules
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
@@ -124,7 +124,7 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
         return None
     if served.kind == "other":
         return f"a {served.type_name}, neither a linear layer nor an embedding"
-    if (served.kind == "embedding") != (path in candidate.embeddings):
+    if (served.kind == "embedding") != candidate.adapter.modules[path].is_embedding:
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
     if allowed.language_model is not None and not mapped.startswith(allowed.language_model):
         return f"outside of {allowed.language_model}, the language model; vLLM adapts only that by default"

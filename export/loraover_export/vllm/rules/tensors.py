@@ -20,8 +20,7 @@ KINDS = {
 
 def tensors(candidate: Candidate) -> Iterator[Problem]:
     """Tensors in the file that are not the A or B of a module."""
-    matrices = set(candidate.adapter.sites.values())
-    others = [key for key in candidate.adapter.shapes if key not in matrices]
+    others = candidate.adapter.others
     copies = [key for key in others if _is_base_weight(candidate, key)]
     for changed in _changed(candidate, copies):
         yield Problem(

@@ -38,23 +38,23 @@ class Result(BaseModel):
     concurrency: int
     arm: str
     measure: str
-    ratio: float = Field(description="ratio of geometric means, arm to vanilla")
+    ratio: float = Field(description="Ratio of geometric means, arm to vanilla")
     interval: tuple[float, float] = Field(
         description="95 % interval of the ratio, by a studentised bootstrap over blocks"
     )
     adjusted_interval: tuple[float, float] = Field(
-        description="interval of the ratio at the Holm-adjusted confidence; the verdict is different if it lies beyond "
+        description="Interval of the ratio at the Holm-adjusted confidence; the verdict is different if it lies beyond "
         "the margin"
     )
-    blocks: int = Field(description="number of blocks")
-    waves: int = Field(default=1, description="number of waves of requests that an arm answers in a row")
+    blocks: int = Field(description="Number of blocks")
+    waves: int = Field(default=1, description="Number of waves of requests that an arm answers in a row")
     equivalence_p: float = Field(description="p value of the hypothesis that the times differ by more than the margin")
     difference_p: float = Field(
         description="p value of the hypothesis that the times differ by less than the margin, Holm-adjusted over every "
         "comparison of folded with vanilla"
     )
     needed_blocks: int | None = Field(
-        description="number of blocks that would show equivalence of equal arms with a probability of 90 %; None if no "
+        description="Number of blocks that would show equivalence of equal arms with a probability of 90 %; None if no "
         "number would"
     )
     verdict: Literal["equivalent", "different", "inconclusive"]
@@ -69,7 +69,7 @@ class Latency(BaseModel):
     concurrency: int
     arm: str
     measure: str
-    quantiles: dict[str, float] = Field(description="quantiles p50, p90 and p99, in seconds")
+    quantiles: dict[str, float] = Field(description="Quantiles p50, p90 and p99, in seconds")
     intervals: dict[str, tuple[float, float]] = Field(
         description="95 % interval of each quantile, by a bootstrap over blocks, in seconds"
     )
@@ -86,7 +86,7 @@ class Throughput(BaseModel):
     engine: str
     concurrency: int
     arm: str
-    tokens_per_second: float = Field(description="median over waves of tokens per second")
+    tokens_per_second: float = Field(description="Median over waves of tokens per second")
     interval: tuple[float, float] = Field(description="95 % interval of the median, by a bootstrap over blocks")
 
 
@@ -94,9 +94,9 @@ def log_ratios(run: Measurement, arm: str, measure: Measure) -> list[float]:
     """Mean log time of an arm minus that of the vanilla adapter, one number for each block.
 
     Args:
-        run: the samples.
-        arm: name of the arm.
-        measure: time of a sample, in seconds.
+        run: The samples.
+        arm: Name of the arm.
+        measure: Time of a sample, in seconds.
     """
     logs: dict[tuple[int, str], list[float]] = {}
     for sample in run.samples:
@@ -111,9 +111,9 @@ def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> 
     Comparisons of the folded arm, which the verdict depends on, are corrected for their number (Holm).
 
     Args:
-        runs: samples of every engine at every concurrency.
-        margin: largest difference of times that still counts as equal (0.05 is 5 %).
-        alpha: level of significance.
+        runs: Samples of every engine at every concurrency.
+        margin: Largest difference of times that still counts as equal (0.05 is 5 %).
+        alpha: Level of significance.
     """
     found: dict[tuple[str, int, str, str], Comparison] = {}
     for run in runs:
@@ -158,7 +158,7 @@ def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different",
     If identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict.
 
     Args:
-        found: the comparisons that `results` returns.
+        found: The comparisons that `results` returns.
     """
     folded = [result for result in found if result.arm == FOLDED]
     noisy = [result for result in found if result.arm == CONTROL and result.verdict != "equivalent"]
@@ -196,7 +196,7 @@ def requests_needed(found: Sequence[Result]) -> str:
     The probability of 90 % is that of one comparison: with several, more requests are needed to decide all at once.
 
     Args:
-        found: the comparisons that `results` returns.
+        found: The comparisons that `results` returns.
     """
     undecided = [
         r
@@ -216,7 +216,7 @@ def latencies(runs: Sequence[Measurement]) -> list[Latency]:
     """Quantiles of every measure of every arm.
 
     Args:
-        runs: samples of every engine at every concurrency.
+        runs: Samples of every engine at every concurrency.
     """
     described = []
     for run in runs:
@@ -243,7 +243,7 @@ def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:
     """Tokens per second of every arm.
 
     Args:
-        runs: samples of every engine at every concurrency.
+        runs: Samples of every engine at every concurrency.
     """
     found = []
     for run in runs:

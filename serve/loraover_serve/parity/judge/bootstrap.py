@@ -18,8 +18,8 @@ def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float6
     the sign of its numerator.
 
     Args:
-        values: one value for each block; not all equal.
-        seed: seed of the resamples.
+        values: One value for each block; not all equal.
+        seed: Seed of the resamples.
     Source: Efron 1981, doi:10.2307/3314608; Davison and Hinkley 1997, Bootstrap Methods and their Application, 5.2.
     """
     draw, n = np.random.default_rng(seed), len(values)
@@ -48,9 +48,9 @@ def quantile_intervals(
     Blocks are resampled as units. Memory grows with the number of values, but not with RESAMPLES.
 
     Args:
-        blocks: values of each block; not all empty.
-        quantiles: quantiles to estimate, from 0 to 1.
-        seed: seed of the resamples.
+        blocks: Values of each block; not all empty.
+        quantiles: Quantiles to estimate, from 0 to 1.
+        seed: Seed of the resamples.
     """
     n, draw = len(blocks), np.random.default_rng(seed)
     order = np.argsort(pooled := np.concatenate(blocks), kind="stable")
@@ -69,7 +69,7 @@ def quantile_of(blocks: Sequence[Sequence[float]], quantiles: Sequence[float]) -
     A quantile q is the smallest value with at least a share q of all values at or below it.
 
     Args:
-        blocks: values of each block; not all empty.
-        quantiles: quantiles to compute, from 0 to 1.
+        blocks: Values of each block; not all empty.
+        quantiles: Quantiles to compute, from 0 to 1.
     """
     return [float(q) for q in np.quantile(np.concatenate(blocks), quantiles, method="inverted_cdf")]

@@ -38,15 +38,15 @@ class Comparison:
     """One measure of two arms.
 
     Args:
-        mean: mean of d, the log of the ratio of geometric means, second arm to first.
-        error: standard error of the mean.
-        draws: studentised means of the bootstrap resamples, in ascending order.
-        blocks: number of blocks, each with one value of d.
-        equivalence_p: largest p value of four one-sided tests, two of Student and two of the bootstrap.
+        mean: Mean of d, the log of the ratio of geometric means, second arm to first.
+        error: Standard error of the mean.
+        draws: Studentised means of the bootstrap resamples, in ascending order.
+        blocks: Number of blocks, each with one value of d.
+        equivalence_p: Largest p value of four one-sided tests, two of Student and two of the bootstrap.
         difference_p: p value of the hypothesis that the ratio lies within the margin; `decide` adjusts it (Holm).
-        needed_blocks: number of blocks that would show equivalence of equal arms with a probability of 90 %; None if
+        needed_blocks: Number of blocks that would show equivalence of equal arms with a probability of 90 %; None if
             no number would.
-        confidence: confidence of the interval that the verdict "different" depends on; `decide` adjusts it (Holm).
+        confidence: Confidence of the interval that the verdict "different" depends on; `decide` adjusts it (Holm).
         verdict: "equivalent", "different" or "inconclusive", as `decide` found.
     """
 
@@ -69,7 +69,7 @@ class Comparison:
         """Studentised bootstrap interval of the ratio.
 
         Args:
-            confidence: probability that such intervals cover the true ratio, such as 0.95.
+            confidence: Probability that such intervals cover the true ratio, such as 0.95.
         """
         last = len(self.draws) - 1
         beyond = max(0, math.floor((1 - confidence) / 2 * (last + 2) + 1e-9) - 1)
@@ -81,12 +81,12 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
     """Test paired log-ratios against a margin; `decide` then gives the verdict.
 
     Args:
-        differences: values of d, one for each block; independent.
-        margin: largest difference of times that still counts as equal (0.05 is 5 %).
-        alpha: level of significance.
+        differences: Values of d, one for each block; independent.
+        margin: Largest difference of times that still counts as equal (0.05 is 5 %).
+        alpha: Level of significance.
 
     Raises:
-        ParityError: fewer than 5 blocks, or a value that is not a finite number.
+        ParityError: Fewer than 5 blocks, or a value that is not a finite number.
     """
     d = np.asarray(differences, dtype=np.float64)
     if len(d) < MIN_BLOCKS or not np.isfinite(d).all():
@@ -114,9 +114,9 @@ def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freed
     """p value of inequivalence: at most alpha where both intervals of confidence 1 - 2 alpha lie inside the margin.
 
     Args:
-        draws: studentised means of the resamples.
+        draws: Studentised means of the resamples.
         upper, lower: t of the observed mean against the upper and the lower end of the margin.
-        freedom: degrees of freedom of t.
+        freedom: Degrees of freedom of t.
     """
     student = max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))
     beyond = max(np.count_nonzero(draws <= upper), np.count_nonzero(draws >= lower))
@@ -127,7 +127,7 @@ def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> flo
     """p value of no difference: at most alpha where the interval of confidence 1 - alpha lies beyond the margin.
 
     Args:
-        draws: studentised means of the resamples.
+        draws: Studentised means of the resamples.
         upper, lower: t of the observed mean against the upper and the lower end of the margin.
     """
     beyond = min(np.count_nonzero(draws >= upper), np.count_nonzero(draws <= lower))
@@ -138,10 +138,10 @@ def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: f
     """Smallest number of blocks that shows equivalence with a given probability if the true ratio is 1.
 
     Args:
-        spread: standard deviation of d.
-        margin: largest difference of times that still counts as equal (0.05 is 5 %).
-        alpha: level of significance.
-        power: probability of showing equivalence.
+        spread: Standard deviation of d.
+        margin: Largest difference of times that still counts as equal (0.05 is 5 %).
+        alpha: Level of significance.
+        power: Probability of showing equivalence.
 
     Returns:
         The number; None if 100 000 blocks would not be enough.
@@ -159,8 +159,8 @@ def decide(comparisons: Mapping[str, Comparison], *, alpha: float = 0.05) -> dic
     """Give every comparison its verdict, with Holm's correction of p value and confidence.
 
     Args:
-        comparisons: comparisons by name; the correction counts all of them.
-        alpha: level of significance.
+        comparisons: Comparisons by name; the correction counts all of them.
+        alpha: Level of significance.
     """
     p_values = [comparison.difference_p for comparison in comparisons.values()]
     return {
@@ -176,7 +176,7 @@ def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
 
     Args:
         p_values: p values, in any order.
-        alpha: level of significance of all tests together.
+        alpha: Level of significance of all tests together.
     """
     levels, level = [0.0] * len(p_values), 0.0
     is_open = True

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.comparison.thresholds import APPLIED, SURE, root_mean
+from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Request, Sample
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
 
@@ -42,9 +43,9 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    request: int = Field(description="index of the request")
+    request: int = Field(description="Index of the request")
     gap: float | None = Field(
-        description="difference of logits, in nats, where PyTorch first preferred another token; None if nowhere"
+        description="Difference of logits, in nats, where PyTorch first preferred another token; None if nowhere"
     )
     logprob_rms: float | None = Field(
         description="RMS difference of logprobs in nats; None if the engine returns no logprobs"
@@ -56,19 +57,19 @@ class Distance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    reference: str = Field(description="the model in PyTorch, in words")
-    equal: float = Field(description="share of prompts whose tokens PyTorch would all have chosen, too")
+    reference: str = Field(description="The model in PyTorch, in words")
+    equal: float = Field(description="Share of prompts whose tokens PyTorch would all have chosen, too")
     largest_gap: float = Field(
-        description="largest difference of logits, in nats, where PyTorch first preferred another token in an answer"
+        description="Largest difference of logits, in nats, where PyTorch first preferred another token in an answer"
     )
     logprob_rms: float | None = Field(
         description="RMS difference of logprobs in nats; None if the engine returns no logprobs"
     )
     logprob_error: float | None = Field(
-        description="standard error of logprob_rms, in nats; with a single token logprob_rms itself"
+        description="Standard error of logprob_rms, in nats; with a single token logprob_rms itself"
     )
-    logprob_largest: float | None = Field(description="largest difference of logprobs, in nats")
-    answers: list[Answer] = Field(description="distance of the answer to each prompt")
+    logprob_largest: float | None = Field(description="Largest difference of logprobs, in nats")
+    answers: list[Answer] = Field(description="Distance of the answer to each prompt")
 
 
 class Outputs(BaseModel):
@@ -78,37 +79,37 @@ class Outputs(BaseModel):
 
     engine: str
     concurrency: int
-    prompts: int = Field(description="number of prompts")
-    controls_equal: float = Field(description="share of prompts that two copies of one adapter answer alike")
-    repeats_equal: float = Field(description="share of prompts that the folded adapter answers alike both times")
-    vanilla_equal: float = Field(description="share of prompts that folded and vanilla adapter answer alike")
+    prompts: int = Field(description="Number of prompts")
+    controls_equal: float = Field(description="Share of prompts that two copies of one adapter answer alike")
+    repeats_equal: float = Field(description="Share of prompts that the folded adapter answers alike both times")
+    vanilla_equal: float = Field(description="Share of prompts that folded and vanilla adapter answer alike")
     noise_rms: float | None = Field(
         description="RMS difference, in nats, between the logprobs of two copies of one adapter; None if the engine "
         "returns no logprobs"
     )
     unapplied: list[str] = Field(
-        description="arms whose adapter is not applied: tokens and, up to noise, logprobs are the base model's, or "
+        description="Arms whose adapter is not applied: tokens and, up to noise, logprobs are the base model's, or "
         "they are nearer to PyTorch's base model than to PyTorch's adapted model"
     )
-    folded: Distance = Field(description="distance of the folded adapter's answers from PyTorch's")
-    vanilla: Distance = Field(description="distance of the vanilla adapter's answers from PyTorch's: the noise floor")
+    folded: Distance = Field(description="Distance of the folded adapter's answers from PyTorch's")
+    vanilla: Distance = Field(description="Distance of the vanilla adapter's answers from PyTorch's: the noise floor")
     agree: bool = Field(
-        description="whether the folded adapter's distance is within the noise floor, and the floor within the base "
+        description="Whether the folded adapter's distance is within the noise floor, and the floor within the base "
         "model's noise"
     )
     base: Distance | None = Field(
         default=None,
-        description="distance of the base model's answers from PyTorch's, which has to explain the noise floor; None "
+        description="Distance of the base model's answers from PyTorch's, which has to explain the noise floor; None "
         "in older files",
     )
     sensitivity: float = Field(
         default=1.0,
-        description="ratio by which coarser arithmetic moves the vanilla adapter's logprobs more than the base "
+        description="Ratio by which coarser arithmetic moves the vanilla adapter's logprobs more than the base "
         "model's in PyTorch, at least 1",
     )
     misapplied: bool = Field(
         default=False,
-        description="whether the vanilla adapter's distance exceeds what the base model's noise explains: the engine "
+        description="Whether the vanilla adapter's distance exceeds what the base model's noise explains: the engine "
         "applies adapters wrongly",
     )
 
@@ -131,15 +132,15 @@ def compare_outputs(
     """Compare the answers to the first prompts of a run with PyTorch's.
 
     Args:
-        run: the samples.
-        requests: the requests of the run.
-        references: models in PyTorch that the base model, the vanilla and the folded adapter should answer like, by
+        run: The samples.
+        requests: The requests of the run.
+        references: Models in PyTorch that the base model, the vanilla and the folded adapter should answer like, by
             the name of the arm.
-        folded_name: name of the folded adapter's model, in words.
-        prompts: number of prompts to compare.
+        folded_name: Name of the folded adapter's model, in words.
+        prompts: Number of prompts to compare.
 
     Raises:
-        EngineError: a prompt that PyTorch cannot run the model on.
+        EngineError: A prompt that PyTorch cannot run the model on.
     """
     answers = {arm: _answers(run, arm, prompts) for arm in {sample.arm for sample in run.samples}}
     firsts = {arm: first for arm, (first, _) in answers.items()}
@@ -199,7 +200,7 @@ def logprob_rms(one: Sequence[Sample], other: Sequence[Sample]) -> float | None:
     """RMS difference of two arms' logprobs, in nats, over the tokens before their answers first differ.
 
     Args:
-        one, other: samples of the two arms, for the same requests.
+        one, other: Samples of the two arms, for the same requests.
 
     Returns:
         The difference; None if there are no logprobs to compare.
@@ -218,8 +219,8 @@ def is_changed(base: Sequence[Sample], arm: Sequence[Sample], noise: float | Non
     """Whether an adapter changes the base model's answers: a token, or the logprobs beyond noise.
 
     Args:
-        base: samples of the base model.
-        arm: samples of the adapter, for the same requests.
+        base: Samples of the base model.
+        arm: Samples of the adapter, for the same requests.
         noise: RMS difference between the logprobs of two copies of one adapter, in nats; None if there are none.
     """
     if equal_share(base, arm) < 1:
@@ -235,9 +236,9 @@ def is_base(adapted: Distance, plain: Distance, ground: Distance) -> bool:
     apart than the noise lets see, this is not asked.
 
     Args:
-        adapted: distance of the answers from the adapter in PyTorch.
-        plain: distance of the answers from the base model in PyTorch.
-        ground: distance of the base model's answers from the base model in PyTorch.
+        adapted: Distance of the answers from the adapter in PyTorch.
+        plain: Distance of the answers from the base model in PyTorch.
+        ground: Distance of the base model's answers from the base model in PyTorch.
     """
     mine, others, noise = adapted.logprob_rms, plain.logprob_rms, ground.logprob_rms
     if mine is None or others is None or noise is None:
@@ -291,10 +292,10 @@ def distance_of(reference: str, model: Any, requests: Sequence[Request], samples
     """Distance of one arm's answers from a model in PyTorch.
 
     Args:
-        reference: the model in words.
-        model: the model.
-        requests: the requests of the run.
-        samples: the answers.
+        reference: The model in words.
+        model: The model.
+        requests: The requests of the run.
+        samples: The answers.
     """
     answers, apart = zip(*(_judge(model, requests, sample) for sample in samples), strict=True)
     differences = np.concatenate(apart)
@@ -317,9 +318,9 @@ def agrees(found: Distance, floor: Distance, factor: float = 1.0) -> bool:
     the gap may be the floor's largest, or that of two logits that are each off by the floor's largest difference.
 
     Args:
-        found: a distance, such as that of the folded adapter.
-        floor: the distance that noise explains, such as that of the vanilla adapter.
-        factor: ratio by which noise moves the answers of `found` more than those of `floor`.
+        found: A distance, such as that of the folded adapter.
+        floor: The distance that noise explains, such as that of the vanilla adapter.
+        factor: Ratio by which noise moves the answers of `found` more than those of `floor`.
     """
     gap = factor * max(floor.largest_gap, 2 * (floor.logprob_largest or 0.0))
     if found.largest_gap > gap + ROUNDING:

@@ -19,12 +19,12 @@ class Together(BaseModel):
 
     engine: str
     concurrency: int
-    arm: str = Field(description="switching for adapters in turn, mixed for several adapters in one batch")
-    adapter: str = Field(description="name of the adapter's arm")
-    prompts: int = Field(description="number of prompts")
-    alone_equal: float = Field(description="share of prompts that the adapter alone answers with the same tokens")
-    distance: Distance = Field(description="distance of the answers from the adapter's in PyTorch")
-    agree: bool = Field(description="whether that distance is within the noise floor, that of the vanilla adapter")
+    arm: str = Field(description="Switching for adapters in turn, mixed for several adapters in one batch")
+    adapter: str = Field(description="Name of the adapter's arm")
+    prompts: int = Field(description="Number of prompts")
+    alone_equal: float = Field(description="Share of prompts that the adapter alone answers with the same tokens")
+    distance: Distance = Field(description="Distance of the answers from the adapter's in PyTorch")
+    agree: bool = Field(description="Whether that distance is within the noise floor, that of the vanilla adapter")
 
 
 def compare_together(
@@ -38,15 +38,15 @@ def compare_together(
     """Compare the answers of "switching" and "mixed" with those of each adapter alone and with PyTorch's.
 
     Args:
-        run: the samples.
-        requests: the requests of the run.
-        adapter_of: function that gives the adapter which answered a request of an arm.
-        alone: answers of each adapter alone, by its name and the index of the request; only these are compared.
-        references: models in PyTorch, by the names of the adapters.
-        floor: comparison of the run's other arms, with the noise floor.
+        run: The samples.
+        requests: The requests of the run.
+        adapter_of: Function that gives the adapter which answered a request of an arm.
+        alone: Answers of each adapter alone, by its name and the index of the request; only these are compared.
+        references: Models in PyTorch, by the names of the adapters.
+        floor: Comparison of the run's other arms, with the noise floor.
 
     Raises:
-        EngineError: a prompt that PyTorch cannot run a model on.
+        EngineError: A prompt that PyTorch cannot run a model on.
     """
     found = []
     for name, reference in references.items():

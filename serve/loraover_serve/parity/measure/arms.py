@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,11 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ParityError
-from loraover.models.load import ModelSource
+from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_serve.comparison.adapters import check_plain, check_task, write_like
+from loraover_serve.engines.answers import BASE
+from loraover_serve.parity.judge.outputs import Reference
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA
 
@@ -27,10 +32,10 @@ class Arms:
     """Adapters of equal ranks and targets on one base model.
 
     Args:
-        adapters: folder of each arm's adapter, by the arm's name.
-        base: the base model.
-        checkpoint: folder of the checkpoint that was folded, for the unfolded model; None if there is none.
-        also: names of further adapters, which answer along with the folded one.
+        adapters: Folder of each arm's adapter, by the arm's name.
+        base: The base model.
+        checkpoint: Folder of the checkpoint that was folded, for the unfolded model; None if there is none.
+        also: Names of further adapters, which answer along with the folded one.
     """
 
     adapters: Mapping[str, Path]
@@ -43,14 +48,14 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     """Read the folded adapter, and read or make the vanilla one.
 
     Args:
-        request: the arguments of the run.
-        scratch: folder for the adapters that are made.
+        request: The arguments of the run.
+        scratch: Folder for the adapters that are made.
 
     Raises:
-        ParityError: adapters of different ranks or targets, or a checkpoint of other modules.
-        ConfigError: an adapter that names no base model, or one of another task than causal language modelling.
-        CheckpointError: files that cannot be read as an adapter or a checkpoint, or A and B of a changed base model.
-        ExportError: an adapter of stacked experts.
+        ParityError: Adapters of different ranks or targets, or a checkpoint of other modules.
+        ConfigError: An adapter that names no base model, or one of another task than causal language modelling.
+        CheckpointError: Files that cannot be read as an adapter or a checkpoint, or A and B of a changed base model.
+        ExportError: An adapter of stacked experts.
     """
     first = read_adapter_dir(request.adapter)
     others = {ALSO.format(i): read_adapter_dir(path) for i, path in enumerate(request.also_adapters, 2)}
@@ -66,7 +71,7 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
                 f"compare adapters of equal ranks and targets, or add {request.named('allow_unequal', True)}."
             )
     checkpoint = request.checkpoint
-    if checkpoint is not None and read_checkpoint(checkpoint).adapter.sites.keys() != first.sites.keys():
+    if checkpoint is not None and read_checkpoint(checkpoint).matrices.keys() != first.matrices.keys():
         raise ParityError(f"{checkpoint} adapts other modules than {request.adapter}; name the one that was folded.")
     base = resolve_base([first], request.model, option=request.named("model"), say=request.report.line)
     for adapter in given:
@@ -78,6 +83,28 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     return Arms(adapters, base, checkpoint, tuple(others))
 
 
+def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str, Reference], str]:
+    """Models in PyTorch to compare answers with.
+
+    Args:
+        arms: The adapters.
+        device: Device to run on.
+        compute_dtype: Data type to run in.
+
+    Returns:
+        The base model and the model of each adapter by the names of their arms, where the folded one's is the unfolded
+        checkpoint if there is one; and the folded one's name.
+    """
+    base = load_model(arms.base, dtype=compute_dtype, device=device)
+    found: dict[str, Reference] = {BASE: lambda: nullcontext(base)}
+    for arm in (VANILLA, FOLDED, *arms.also):
+        found[arm] = partial(reference_model, base, read_adapter_dir(arms.adapters[arm]))
+    if arms.checkpoint is None:
+        return found, "the folded adapter"
+    found[FOLDED] = partial(reference_model, base, read_checkpoint(arms.checkpoint))
+    return found, "the unfolded checkpoint"
+
+
 def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
     """Write a LoRA with the shapes, types and configuration of another, and random weights.
 
@@ -85,16 +112,16 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
     with the other's root mean square. Biases and fully trained modules are copied.
 
     Args:
-        like: the other adapter.
-        folder: folder to write to.
-        seed: seed of the draws.
+        like: The other adapter.
+        folder: Folder to write to.
+        seed: Seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     with open_tensors(like.tensors_path) as file:
-        for name, key in like.sites.items():
+        for key, (_, side) in like.matrices.items():
             matrix = file.read(key)
-            if name.endswith("A"):
+            if side == "A":
                 limit = 1 / math.sqrt(matrix.shape[1])
                 drawn = (2 * torch.rand(matrix.shape, generator=generator) - 1) * limit
             else:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.measure.design import block_orders
 from loraover_serve.parity.samples import Measurement
 
 
 def measure(
-    engine: Engine,
+    engine: Timed,
     requests: Sequence[Request],
     *,
     concurrency: int,
@@ -25,20 +25,20 @@ def measure(
     """Run every arm twice in every block, both times on the same `waves` times `concurrency` requests.
 
     Args:
-        engine: the engine, with all arms loaded.
-        requests: requests in the order in which they are sent, and from the start again when they run out.
-        concurrency: number of simultaneous requests.
-        blocks: number of blocks to measure.
-        seed: seed of the order of arms.
-        waves: number of waves of simultaneous requests that an arm answers in a row.
-        warm_up: number of blocks that are run first, and not measured.
-        on_block: called after each measured block.
+        engine: The engine, with all arms loaded.
+        requests: Requests in the order in which they are sent, and from the start again when they run out.
+        concurrency: Number of simultaneous requests.
+        blocks: Number of blocks to measure.
+        seed: Seed of the order of arms.
+        waves: Number of waves of simultaneous requests that an arm answers in a row.
+        warm_up: Number of blocks that are run first, and not measured.
+        on_block: Called after each measured block.
 
     Returns:
         The samples of complete blocks, also after a failure or Ctrl-C.
 
     Raises:
-        EngineError: an engine that failed before one block was complete.
+        EngineError: An engine that failed before one block was complete.
         KeyboardInterrupt: Ctrl-C before one block was complete.
     """
     samples: list[Sample] = []

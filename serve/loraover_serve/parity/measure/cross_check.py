@@ -33,8 +33,8 @@ class CrossCheck(BaseModel):
     concurrency: int
     arm: str
     measure: str
-    ours: float = Field(description="median of our measurement, in seconds")
-    bench_serve: float = Field(description="median of `vllm bench serve` on the same prompts, in seconds")
+    ours: float = Field(description="Median of our measurement, in seconds")
+    bench_serve: float = Field(description="Median of `vllm bench serve` on the same prompts, in seconds")
 
 
 def cross_check(
@@ -51,17 +51,17 @@ def cross_check(
     """Run vLLM's benchmark on the prompts of a run, with the most frequent length of an answer.
 
     Args:
-        run: our measurement.
-        arm: name of the arm.
-        model: name of the arm's model on the server.
-        requests: requests of the run; their prompts are sent as text.
-        tokenizer: tokenizer of the base model.
-        vllm: command that starts vLLM.
-        url: address of the server.
-        folder: folder for the benchmark's files.
+        run: Our measurement.
+        arm: Name of the arm.
+        model: Name of the arm's model on the server.
+        requests: Requests of the run; their prompts are sent as text.
+        tokenizer: Tokenizer of the base model.
+        vllm: Command that starts vLLM.
+        url: Address of the server.
+        folder: Folder for the benchmark's files.
 
     Raises:
-        EngineError: a benchmark that cannot be started, fails, or loses requests.
+        EngineError: A benchmark that cannot be started, fails, or loses requests.
     """
     prompts = folder / "prompts.jsonl"
     texts = [tokenizer.decode(request.prompt) for request in requests]

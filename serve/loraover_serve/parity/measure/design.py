@@ -12,9 +12,9 @@ def block_orders(arms: Sequence[str], blocks: int, seed: int) -> list[list[str]]
     A drift that is linear within a block changes every arm's mean alike, so their ratios stay the same.
 
     Args:
-        arms: names of the arms.
-        blocks: number of blocks.
-        seed: seed of the random orders.
+        arms: Names of the arms.
+        blocks: Number of blocks.
+        seed: Seed of the random orders.
 
     Returns:
         `blocks` lists of 2 x len(arms) names.

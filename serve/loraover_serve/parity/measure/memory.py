@@ -1,28 +1,22 @@
-"""Peak memory of vLLM servers, each started with one arm alone."""
+"""Peak memory of servers, each started with one arm alone."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
+from loraover_serve.engines.base import BatchingEngine, Setting
 from loraover_serve.engines.sample import Request
-
-if TYPE_CHECKING:
-    from loraover_serve.engines.vllm import VllmEngine
 
 POLL_S = 0.2
 MIN_SERVERS = 3
-
-Watch = Callable[[int], AbstractContextManager[Any]]
-"""Returns a context manager that runs as long as the process with the given id."""
 
 
 class PeakMemory(BaseModel):
@@ -32,7 +26,7 @@ class PeakMemory(BaseModel):
 
     concurrency: int
     arm: str
-    bytes: list[int] = Field(description="peak memory of each server that was started, in bytes")
+    bytes: list[int] = Field(description="Peak memory of each server that was started, in bytes")
     interval: tuple[float, float] | None = Field(
         description="95 % t interval of the mean, in bytes; None for fewer than 3 servers"
     )
@@ -52,7 +46,7 @@ def peak_of(session: int) -> Iterator[Peak]:
     Memory that processes share is divided among them (proportional set size) if the system reports that.
 
     Args:
-        session: id of the process.
+        session: Id of the process.
     """
     peak, done = Peak(), threading.Event()
 
@@ -83,7 +77,8 @@ def _memory(session: int) -> int:
 
 
 def measure_memory(
-    start: Callable[[Watch], AbstractContextManager[VllmEngine]],
+    kind: type[BatchingEngine],
+    setting: Setting,
     arm: str,
     requests: Sequence[Request],
     *,
@@ -93,14 +88,15 @@ def measure_memory(
     """Start servers with one arm alone, one after another, and send the requests to each.
 
     Args:
-        start: starts a server for the length of a block, with a watch on its process.
-        arm: name of the arm.
-        requests: the requests to send.
-        concurrency: number of simultaneous requests.
-        servers: number of servers to start.
+        kind: Class of the engine whose servers are started.
+        setting: What each is started with.
+        arm: Name of the arm.
+        requests: The requests to send.
+        concurrency: Number of simultaneous requests.
+        servers: Number of servers to start.
 
     Raises:
-        EngineError: a server that does not start or answer.
+        EngineError: A server that does not start or answer.
     """
     peaks: list[Peak] = []
 
@@ -111,7 +107,7 @@ def measure_memory(
             yield
 
     for _ in range(servers):
-        with start(watch) as engine:
+        with kind.start_arms(replace(setting, watch=watch)) as (engine,):
             for first in range(0, len(requests), concurrency):
                 engine.run(arm, 0, first, requests[first : first + concurrency])
     found = [peak.bytes for peak in peaks]

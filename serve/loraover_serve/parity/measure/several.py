@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import final
 
-from loraover_serve.engines.base import Engine
+from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Request, Sample
 from loraover_serve.parity.samples import MIXED, SWITCHING
 
@@ -15,20 +15,20 @@ Together = Callable[[Sequence[str], str, int, int, Sequence[Request]], list[Samp
 
 
 @final
-class SeveralAdapters(Engine):
+class SeveralAdapters(Timed):
     """An engine whose arms answer waves of simultaneous requests, several in a row.
 
     The waves of "switching" go to the adapters in turn, and the requests of one wave of "mixed" go to the adapters in
     turn. All waves of another arm go to that arm.
 
     Args:
-        engine: the engine, with every adapter loaded as an arm.
-        adapters: names of the arms that the adapters have; the first one is an arm here, too.
-        concurrency: number of requests of a wave.
-        together: function that sends the requests of a wave to different adapters; None leaves "mixed" out.
+        engine: The engine, with every adapter loaded as an arm.
+        adapters: Names of the arms that the adapters have; the first one is an arm here, too.
+        concurrency: Number of requests of a wave.
+        together: Function that sends the requests of a wave to different adapters; None leaves "mixed" out.
     """
 
-    def __init__(self, engine: Engine, adapters: Sequence[str], concurrency: int, together: Together | None) -> None:
+    def __init__(self, engine: Timed, adapters: Sequence[str], concurrency: int, together: Together | None) -> None:
         self.name = engine.name
         self.adapters, self.concurrency = tuple(adapters), concurrency
         alone = tuple(arm for arm in engine.arms if arm not in self.adapters[1:])
@@ -56,10 +56,10 @@ def adapter_of(adapters: Sequence[str], concurrency: int, arm: str, request: int
     """Name of the adapter that answers a request of an arm.
 
     Args:
-        adapters: names of the adapters that take turns.
-        concurrency: number of requests of a wave.
-        arm: name of the arm.
-        request: index of the request.
+        adapters: Names of the adapters that take turns.
+        concurrency: Number of requests of a wave.
+        arm: Name of the arm.
+        request: Index of the request.
     """
     if arm not in (SWITCHING, MIXED):
         return arm
@@ -68,19 +68,19 @@ def adapter_of(adapters: Sequence[str], concurrency: int, arm: str, request: int
 
 
 def answers_alone(
-    engine: Engine, adapters: Sequence[str], requests: Sequence[Request], indices: Sequence[int], concurrency: int
+    engine: Timed, adapters: Sequence[str], requests: Sequence[Request], indices: Sequence[int], concurrency: int
 ) -> dict[tuple[str, int], Sample]:
     """Answers of each adapter alone to the same waves of requests, by its name and the index of the request.
 
     Args:
-        engine: the engine, with every adapter loaded as an arm.
-        adapters: names of the adapters.
-        requests: requests in the order in which they are sent, and from the start again when they run out.
-        indices: indices of the requests, as many as a number of waves has.
-        concurrency: number of requests of a wave.
+        engine: The engine, with every adapter loaded as an arm.
+        adapters: Names of the adapters.
+        requests: Requests in the order in which they are sent, and from the start again when they run out.
+        indices: Indices of the requests, as many as a number of waves has.
+        concurrency: Number of requests of a wave.
 
     Raises:
-        EngineError: a request that failed.
+        EngineError: A request that failed.
     """
     found: dict[tuple[str, int], Sample] = {}
     for adapter in adapters:

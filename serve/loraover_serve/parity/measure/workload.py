@@ -33,15 +33,15 @@ def make_requests(
     Args:
         kind: "fixed" for one length of prompts and answers, "mixed" for log-normal lengths, as real traffic has them,
             or "file" for the prompts of a file, in order and from the start again.
-        tokenizer: tokenizer of the base model.
-        count: number of requests.
-        prompt_tokens: length of a prompt, in tokens; the median if `kind` is "mixed".
-        new_tokens: length of an answer, in tokens; the median if `kind` is "mixed".
-        seed: seed of the lengths.
+        tokenizer: Tokenizer of the base model.
+        count: Number of requests.
+        prompt_tokens: Length of a prompt, in tokens; the median if `kind` is "mixed".
+        new_tokens: Length of an answer, in tokens; the median if `kind` is "mixed".
+        seed: Seed of the lengths.
         file: UTF-8 text file with one prompt in each line, if `kind` is "file".
 
     Raises:
-        DataError: a file that cannot be read or holds no prompt.
+        DataError: A file that cannot be read or holds no prompt.
     """
     if file is not None:
         prompts = _read_prompts(file, tokenizer)

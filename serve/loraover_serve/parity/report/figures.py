@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loraover.reporting.figures import Band, Curve, Key, Point, Row, curves_figure, rows_figure
+from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curves_figure, rows_figure
 from loraover.reporting.svg import Axis, Figure
+from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
 from loraover_serve.parity.report.tables import deciding_first
 from loraover_serve.parity.report.verdict import PER, at_once
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 COLORS = {FOLDED: "subject", VANILLA: "baseline", CONTROL: "noise", BASE: "base"}
 """Colours of the arms; further arms are "other"."""
@@ -43,8 +44,8 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
     faster that it would stretch the axis; the caption has it.
 
     Args:
-        results: the ratios.
-        margin: largest difference of times that still counts as equal (0.05 is 5 %).
+        results: The ratios.
+        margin: Largest difference of times that still counts as equal (0.05 is 5 %).
     """
     compared = [result for result in results if result.arm != BASE]
     deciding = [r for r in compared if r.arm in (FOLDED, CONTROL)]
@@ -73,9 +74,9 @@ def _percent(ratio: float) -> float:
     return 100 * (ratio - 1)
 
 
-def _change_row(r: Result) -> Row:
+def _change_row(r: Result) -> FigureRow:
     low, high = map(_percent, r.interval)
-    return Row(
+    return FigureRow(
         f"{r.arm}, {PER.get(r.measure, r.measure)}",
         f"{_percent(r.ratio):+.1f} % [{low:+.1f}, {high:+.1f}]",
         [Point(_percent(r.ratio), _color(r.arm))],
@@ -91,7 +92,7 @@ def time_figures(runs: Sequence[Measurement]) -> list[Figure]:
     """Draw each arm's cumulative distribution of every time, without the base model's.
 
     Args:
-        runs: the samples.
+        runs: The samples.
     """
     return [_distribution(run, name) for run in runs if run.samples for name in DESCRIBED]
 
@@ -122,7 +123,7 @@ def throughput_figures(throughputs: Sequence[Throughput]) -> list[Figure]:
     """Draw tokens per second against concurrency, for engines that were measured at several.
 
     Args:
-        throughputs: throughputs of all engines.
+        throughputs: Throughputs of all engines.
     """
     figures = []
     for engine in dict.fromkeys(t.engine for t in throughputs):

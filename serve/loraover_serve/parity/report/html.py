@@ -18,7 +18,7 @@ def to_page(report: ParityReport) -> Page:
     """Make the report's page; every text is escaped.
 
     Args:
-        report: the report.
+        report: The report.
     """
     changes = change_figures(report.results, report.margin)
     throughputs, times = throughput_figures(report.throughputs), time_figures(report.runs)

@@ -25,33 +25,33 @@ class ParityReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 3
-    verdict: EngineVerdict = Field(description="verdict on the folded adapter against the vanilla one")
-    reason: str = Field(description="reason for the verdict, in words")
-    margin: float = Field(description="largest difference of times that still counts as equal, as a share")
-    alpha: float = Field(description="level of significance of the tests")
+    verdict: EngineVerdict = Field(description="Verdict on the folded adapter against the vanilla one")
+    reason: str = Field(description="Reason for the verdict, in words")
+    margin: float = Field(description="Largest difference of times that still counts as equal, as a share")
+    alpha: float = Field(description="Level of significance of the tests")
     results: list[Result]
     latencies: list[Latency]
     throughputs: list[Throughput]
     memory: list[PeakMemory]
     outputs: list[Outputs]
     together: list[Together] = Field(
-        default=[], description="answers of several adapters in turn or in one batch, beside each adapter's alone"
+        default=[], description="Answers of several adapters in turn or in one batch, beside each adapter's alone"
     )
     cross_checks: list[CrossCheck]
-    notes: list[str] = Field(description="failures of measurements that the verdict does not depend on")
-    runs: list[Measurement] = Field(description="samples of every engine at every concurrency")
-    base_model: str = Field(description="name or folder of the base model")
-    adapters: dict[str, str] = Field(description="folder or origin of each arm's adapter")
-    workload: dict[str, str | int] = Field(description="kind, number and lengths of the requests")
-    device: str = Field(default="cpu", description="device that PyTorch ran on: cpu, cuda, cuda:1 or mps")
-    compute_dtype: str = Field(default="fp32", description="data type that PyTorch ran in: fp32, bf16, fp16 or fp64")
+    notes: list[str] = Field(description="Failures of measurements that the verdict does not depend on")
+    runs: list[Measurement] = Field(description="Samples of every engine at every concurrency")
+    base_model: str = Field(description="Name or folder of the base model")
+    adapters: dict[str, str] = Field(description="Folder or origin of each arm's adapter")
+    workload: dict[str, str | int] = Field(description="Kind, number and lengths of the requests")
+    device: str = Field(default="cpu", description="Device that PyTorch ran on: cpu, cuda, cuda:1 or mps")
+    compute_dtype: str = Field(default="fp32", description="Data type that PyTorch ran in: fp32, bf16, fp16 or fp64")
     seed: int
-    command: str = Field(description="command line that makes the same measurement")
-    versions: dict[str, str] = Field(description="versions of packages and engines")
-    hardware: str = Field(description="processor, memory and system")
-    date: str | None = Field(default=None, description="day of the measurement, in UTC; None in older files")
+    command: str = Field(description="Command line that makes the same measurement")
+    versions: dict[str, str] = Field(description="Versions of packages and engines")
+    hardware: str = Field(description="Processor, memory and system")
+    date: str | None = Field(default=None, description="Day of the measurement, in UTC; None in older files")
     kept: Path | None = Field(
-        default=None, exclude=True, description="folder of vLLM's logs, after a failure without an output; not in files"
+        default=None, exclude=True, description="Folder of vLLM's logs, after a failure without an output; not in files"
     )
 
     @property

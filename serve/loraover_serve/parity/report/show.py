@@ -26,9 +26,9 @@ def show_report(report: ParityReport, request: ParityRequest, console: Console) 
     """Print a report's tables, notes and verdict, and the output.
 
     Args:
-        report: the report.
-        request: what it answers.
-        console: where to print.
+        report: The report.
+        request: What it answers.
+        console: Where to print.
     """
     table = Table(
         box=SIMPLE,

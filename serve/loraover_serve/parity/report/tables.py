@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loraover.reporting.html_page import Table
+from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
+from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
 
 GIB = 2**30
 
@@ -33,7 +34,7 @@ def deciding_first(results: Sequence[Result]) -> list[Result]:
     """Return the ratios in another order: the folded arm's, the control's, and the base model's last.
 
     Args:
-        results: the ratios.
+        results: The ratios.
     """
     turn = {FOLDED: 0, CONTROL: 1, BASE: 3}
     return sorted(results, key=lambda result: turn.get(result.arm, 2))

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from loraover.reporting.html_page import Tone, Verdict
+from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result, requests_needed
 from loraover_serve.parity.judge.outputs import Distance
 from loraover_serve.parity.report.parity_report import EngineVerdict, ParityReport
-from loraover_serve.parity.samples import BASE, CONTROL, FOLDED
+from loraover_serve.parity.samples import CONTROL, FOLDED
 
 PER = {"time per output token": "per token", "end-to-end latency": "per answer"}
 """Short names of the measures."""
@@ -20,7 +21,7 @@ def verdict_of(report: ParityReport) -> Verdict:
     """Return the verdict of a report in one or two plain sentences with their figures.
 
     Args:
-        report: the report.
+        report: The report.
     """
     speed, answers, cost = _speed(report), _answers(report), _cost(report.results)
     are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
@@ -70,8 +71,8 @@ def change(result: Result, with_engine: bool) -> str:
     """Return a difference of times with its interval, such as "+0.5 % per token, 95 % interval -0.1 to +1.4".
 
     Args:
-        result: the comparison.
-        with_engine: whether to name the engine and the concurrency.
+        result: The comparison.
+        with_engine: Whether to name the engine and the concurrency.
     """
     low, high = (100 * (end - 1) for end in result.interval)
     where = f" ({result.engine}, {at_once(result.concurrency)})" if with_engine else ""

@@ -24,8 +24,8 @@ class Question:
     """Tokens after which next tokens are compared.
 
     Args:
-        prompt: token ids of the prompt.
-        continuation: first tokens of the adapted model's greedy answer in PyTorch.
+        prompt: Token ids of the prompt.
+        continuation: First tokens of the adapted model's greedy answer in PyTorch.
     """
 
     prompt: tuple[int, ...]
@@ -52,10 +52,10 @@ class Row:
     """Logprobs of the next token after one position of a question.
 
     Args:
-        question: index of the question.
-        position: index of the last token that was read.
-        logprobs: logprobs in nats, of the entire vocabulary or of the tokens in `ids`.
-        ids: token ids; None means the entire vocabulary in order.
+        question: Index of the question.
+        position: Index of the last token that was read.
+        logprobs: Logprobs in nats, of the entire vocabulary or of the tokens in `ids`.
+        ids: Token ids; None means the entire vocabulary in order.
     """
 
     question: int
@@ -118,7 +118,7 @@ class Expected:
     """PyTorch's logprobs of one model, by question and position.
 
     Args:
-        rows: rows of the entire vocabulary.
+        rows: Rows of the entire vocabulary.
     """
 
     def __init__(self, rows: Rows) -> None:

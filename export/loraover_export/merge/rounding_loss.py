@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraover_export.merge.arithmetic import Part
+from loraover_export.merge.arithmetic import WeightPart
 from loraover_export.numerics.delta import Delta
 
 ROWS = 256
@@ -28,22 +28,22 @@ NF4 = (
 """The 16 numbers of the 4-bit NormalFloat. Source: Dettmers et al. 2023, arXiv:2305.14314, appendix E."""
 
 
-class Erasure(BaseModel):
+class RoundingLoss(BaseModel):
     """What storage does to the deltas of one or more weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     erased: float = Field(
-        description="share of the delta's squared norm in elements that are stored as they were in the base model"
+        description="Share of the delta's squared norm in elements that are stored as they were in the base model"
     )
     error: float = Field(
-        description="norm of the change that storage makes to the delta, over the norm of the delta; 1 means that the "
+        description="Norm of the change that storage makes to the delta, over the norm of the delta; 1 means that the "
         "error is as large as the delta"
     )
 
 
 class Lost:
-    """Sums of squares from which an `Erasure` is made, over one or more weights."""
+    """Sums of squares from which an `RoundingLoss` is made, over one or more weights."""
 
     def __init__(self) -> None:
         self.squares = self.erased = self.errors = 0.0
@@ -54,13 +54,13 @@ class Lost:
         self.erased += other.erased
         self.errors += other.errors
 
-    def result(self) -> Erasure:
+    def result(self) -> RoundingLoss:
         """Return the shares; 0 for a delta of zero."""
         squares = self.squares or 1.0
-        return Erasure(erased=self.erased / squares, error=math.sqrt(self.errors / squares))
+        return RoundingLoss(erased=self.erased / squares, error=math.sqrt(self.errors / squares))
 
 
-def lost_by_rounding(parts: list[Part]) -> Lost:
+def lost_by_rounding(parts: list[WeightPart]) -> Lost:
     """Return what one rounding of W + delta_W lost; W is a number of the storage type, so all of it is delta_W's."""
     lost = Lost()
     for part in parts:
@@ -79,7 +79,7 @@ def lost_by_four_bits(weight: Tensor, delta: Delta) -> Lost:
 
     Args:
         weight: W before the merge, (out_features, in_features).
-        delta: its delta.
+        delta: Its delta.
     """
     rows = slice(0, None, math.ceil(len(weight) / ROWS))
     before, change = weight[rows].double(), delta.rows(rows).product().value

@@ -7,9 +7,11 @@ the output head.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import takewhile
 from threading import Event
 from typing import Any, TypeVar, final
@@ -18,9 +20,9 @@ from loraover.client.dialects import Generated, Prompt, Speaker
 from loraover.client.endpoint import Endpoint, is_same_model
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.load import load_tokenizer
-from loraover_serve.verify.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
-from loraover_serve.verify.engines.base import Setting, VerifyEngine
-from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
+from loraover_serve.engines.base import Engine, RunningServer, Setting
+from loraover_serve.engines.request import EngineRequest
 
 AT_ONCE = 4  # requests in flight
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
@@ -28,20 +30,36 @@ Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 
 
-class OpenAiEngine(VerifyEngine):
+class OpenAiEngine(Engine):
     """A running server.
 
     Args:
-        speaker: the server, with the dialect in which it answers.
-        names: name of each arm's model on the server, and of another adapter if there is one.
-        messages: message of each question's chat, for a server that takes chats alone.
+        names: Name of each arm's model on the server, and of another adapter if there is one.
+        messages: Message of each question's chat, for a server that takes chats alone.
     """
 
-    def __init__(self, speaker: Speaker, names: Mapping[str, str], messages: Sequence[str] = ()) -> None:
-        self.speaker, self.names, self._messages = speaker, dict(names), messages
-        self.is_chat = speaker.dialect.is_chat
+    def __init__(self, names: Mapping[str, str], messages: Sequence[str] = ()) -> None:
+        self.names, self._messages = dict(names), messages
 
-    def rows(self, arm: str, questions: Sequence[Question]) -> list[Row]:
+    @abstractmethod
+    def speak(self) -> Speaker:
+        """Find the dialect in which the server answers.
+
+        Raises:
+            EngineError: A server that answers in none of them, or without logprobs.
+        """
+
+    @cached_property
+    def speaker(self) -> Speaker:
+        """The server, with the dialect in which it answers."""
+        return self.speak()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the server takes chats alone."""
+        return self.speaker.dialect.is_chat
+
+    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
         found = _at_once(lambda place: self._rows(arm, questions, *place), self._places(questions))
         return [row for rows in found for row in rows]
 
@@ -51,7 +69,7 @@ class OpenAiEngine(VerifyEngine):
         for name, (arm, companion) in beside.items():
             if companion in self.names:
                 with self._company(companion, questions):
-                    found[name] = self.rows(arm, questions)
+                    found[name] = self.logprobs(arm, questions)
         return found
 
     @contextmanager
@@ -88,7 +106,7 @@ class OpenAiEngine(VerifyEngine):
             enough.set()
             pool.shutdown(wait=False)
 
-    def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         found = _at_once(lambda index: self._generate(arm, index, prompts[index], tokens), range(len(prompts)))
         return [() if answer is None else answer.ids for answer in found]
 
@@ -119,7 +137,7 @@ class OpenAiEngine(VerifyEngine):
         if not found:
             raise EngineError(
                 f"{self.speaker.endpoint.url} takes no token ids, and no text has exactly the tokens of a prompt; give "
-                f"other {VerifyRequest.named('prompts')}, or start the server so that it takes token ids."
+                "other prompts, or start the server so that it takes token ids."
             )
         return found
 
@@ -148,23 +166,44 @@ def _shared_rows(index: int, position: int, question: Question, answer: Generate
 
 @final
 class EndpointEngine(OpenAiEngine):
-    """A server that somebody else has started, with the adapter loaded."""
+    """A server that somebody else has started, with the adapter loaded.
+
+    Args:
+        speaker: The server, with the dialect in which it answers.
+        names: See `OpenAiEngine`.
+        messages: See `OpenAiEngine`.
+    """
+
+    def __init__(self, speaker: Speaker, names: Mapping[str, str], messages: Sequence[str]) -> None:
+        super().__init__(names, messages)
+        self._speaker = speaker
+
+    def speak(self) -> Speaker:
+        return self._speaker
 
     @classmethod
-    def install(cls, vllm: str) -> str | None:
+    def lacking(cls, request: EngineRequest) -> str | None:
+        return None
+
+    def version(self) -> str | None:
         return None
 
     @classmethod
+    def check(cls, setting: Setting) -> None:
+        _opened(setting).close()
+
+    @classmethod
     @contextmanager
-    def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
+    def start(cls, setting: Setting) -> Iterator[EndpointEngine]:
         with _spoken_to(setting) as (speaker, names):
-            if speaker.dialect.is_chat and not setting.messages:
+            messages = setting.server.messages if setting.server is not None else ()
+            if speaker.dialect.is_chat and not messages:
                 raise ConfigError(
                     f"{speaker.endpoint.url} answers chats only, and the base model's tokenizer has no chat template, "
                     "so PyTorch cannot be asked the same; use the tokenizer of the server's model "
-                    f"({VerifyRequest.named('model')}), or start the server so that it answers /v1/completions."
+                    f"({setting.request.named('model')}), or start the server so that it answers /v1/completions."
                 )
-            yield cls(speaker, names, setting.messages)
+            yield cls(speaker, names, messages)
 
 
 def takes_chats_only(setting: Setting) -> bool:
@@ -191,25 +230,25 @@ def as_chats(tokenizer: Any, prompts: Sequence[tuple[int, ...]]) -> tuple[list[t
     return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts], messages
 
 
-def opened(request: VerifyRequest) -> Endpoint:
+def _opened(setting: Setting) -> Endpoint:
     """The server at the endpoint.
 
     Raises:
-        ConfigError: an address or a key that cannot be used.
+        ConfigError: An address or a key that cannot be used.
     """
-    assert request.endpoint is not None
-    return Endpoint(request.endpoint, request.endpoint_key_variable, timeout_s=request.timeout_s)
+    assert setting.server is not None
+    return Endpoint(setting.server.url, setting.server.key_variable, timeout_s=setting.request.timeout_s)
 
 
 @contextmanager
 def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
     """The server, and the name of each arm's model there."""
-    named, served_name = setting.request.named, setting.request.served_name
-    assert served_name is not None
-    endpoint = opened(setting.request)
+    named, server = setting.request.named, setting.server
+    assert server is not None
+    endpoint = _opened(setting)
     try:
         listed = endpoint.models()
-        names = {BASE: _base_name(setting, served_name, listed), ADAPTER: served_name}
+        names = {BASE: _base_name(setting, server, listed), ADAPTER: server.adapter}
         absent = [name for name in names.values() if listed and name not in listed]
         served = endpoint.hidden(f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}")
         unlisted = ConfigError(
@@ -225,13 +264,12 @@ def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
         endpoint.close()
 
 
-def _base_name(setting: Setting, served_name: str, listed: Mapping[str, str | None]) -> str:
+def _base_name(setting: Setting, server: RunningServer, listed: Mapping[str, str | None]) -> str:
     """Name of the base model on the server: as it was given or is listed, or else the only other name there."""
-    given = setting.request.base_name
-    name = given or setting.base.name
+    name = server.base or setting.base.name
     alike = [each for each in listed if is_same_model(each, name)]
-    others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, served_name)]
-    if name in listed or given is not None:
+    others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, server.adapter)]
+    if name in listed or server.base is not None:
         return name
     return next((found[0] for found in (alike, others) if len(found) == 1), name)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import load_model
-from loraover_export.gguf.llamacpp import LlamaCpp
-from loraover_serve.engines.distributions import LLAMA_CPP, installed_version
-from loraover_serve.verify.answers import ADAPTER, BASE
-from loraover_serve.verify.engines.base import LogitEngine, Setting, VerifyEngine
+from loraover_export.gguf.llamacpp import LlamaCppModel, check_pair
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.base import LogitEngine, Setting
 
 
 @final
@@ -20,36 +19,39 @@ class LlamaCppEngine(LogitEngine):
     """One GGUF model, without the adapter and with it.
 
     Args:
-        running: the loaded model of each arm.
+        running: The loaded model of each arm.
     """
 
-    def __init__(self, running: Mapping[str, LlamaCpp]) -> None:
+    distributions = ("llama-cpp-py-sync",)
+    needs = ("gguf",)
+    hint = "pip install 'loraover[llamacpp]'"
+
+    def __init__(self, running: Mapping[str, LlamaCppModel]) -> None:
         self._running = running
-        self.version = installed_version(LLAMA_CPP)
 
     @classmethod
-    def install(cls, vllm: str) -> str | None:
-        lacking = installed_version(LLAMA_CPP) is None or installed_version(["gguf"]) is None
-        return "pip install 'loraover[llamacpp]'" if lacking else None
+    def check(cls, setting: Setting) -> None:
+        if setting.base_gguf is not None:
+            check_pair(setting.base_gguf, None)
 
     @classmethod
     @contextmanager
-    def start(cls, setting: Setting) -> Iterator[VerifyEngine]:
+    def start(cls, setting: Setting) -> Iterator[LlamaCppEngine]:
         from loraover_export.gguf.run import export_gguf
 
         output = setting.scratch / f"{ADAPTER}.gguf"
         exported = export_gguf(setting.adapter, output, model=setting.base.location)
         if exported.verdict == "failed":
             raise ExportError("llamacpp: a matrix of the GGUF adapter is not within its error bound.")
-        base = setting.request.base_gguf or _write_base(setting)
+        base = setting.base_gguf or _write_base(setting)
         with ExitStack() as stack:
             paths = {BASE: None, ADAPTER: output}
-            yield cls({arm: stack.enter_context(LlamaCpp(base, path)) for arm, path in paths.items()})
+            yield cls({arm: stack.enter_context(LlamaCppModel(base, path)) for arm, path in paths.items()})
 
-    def logits(self, arm: str, tokens: Sequence[int]) -> Any:
-        return self._running[arm].logits(tokens)
+    def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:
+        return map(self._running[arm].logits, sequences)
 
-    def greedy(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         return [self._running[arm].greedy(prompt, tokens) for prompt in prompts]
 
 

@@ -11,22 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import adapter_of, on_base
 from loraover.checkpoint.expert_stacks import find_expert_weights
-from loraover.checkpoint.peft_adapter import AdapterDir, other_tensors
-from loraover.checkpoint.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import CheckpointError
 from loraover.overparam.sites import lora_layers
+from loraover.reference.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
 
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks for which PEFT asks for a head in the file even if `modules_to_save` names none."""
 
 
 @contextmanager
-def reference_model(
-    base: nn.Module, source: Checkpoint | AdapterDir, *, delta_dtype: torch.dtype = torch.float64
-) -> Iterator[Any]:
+def reference_model(base: nn.Module, adapter: AdapterDir, *, delta_dtype: torch.dtype = torch.float64) -> Iterator[Any]:
     """Adapt a base model for the length of a block, by code that shares nothing with an export where it can.
 
     PEFT reads a plain adapter from its files and runs it, so that a field or tensor that we misread shows in the
@@ -35,7 +31,7 @@ def reference_model(
 
     Args:
         base: Plain base model, in eval mode, on the device and in the dtype to compute in; it is left as it was.
-        source: Checkpoint or plain adapter.
+        adapter: The adapter.
         delta_dtype: Data type in which cores, or A and B, are applied, if the device has it.
 
     Yields:
@@ -44,12 +40,17 @@ def reference_model(
     Raises:
         CheckpointError: The adapter was trained on another base model, or PEFT cannot load it.
     """
-    adapter = adapter_of(on_base(source, find_expert_weights(base)))
-    if isinstance(source, Checkpoint) or any(stack.is_flipped for stack in adapter.stacks):
-        with unfolded(sharing_weights(base), source, delta_dtype=delta_dtype) as model:
-            yield model
-    else:
+    adapter = read_on_base(adapter, find_expert_weights(base))
+    if adapter.is_run_by_peft:
         yield _peft_model(base, adapter, delta_dtype)
+    else:
+        with unfolded(sharing_weights(base), adapter, delta_dtype=delta_dtype) as model:
+            yield model
+
+
+def reference_name(adapter: AdapterDir) -> str:
+    """Return what `reference_model` runs, in words."""
+    return "PEFT" if adapter.is_run_by_peft else "the unfolded checkpoint"
 
 
 def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
@@ -58,7 +59,7 @@ def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
 
     adapter.check_keeps_base()
     check_fits(base, adapter)
-    shared = sharing_weights(base, but=other_tensors(adapter))
+    shared = sharing_weights(base, but=adapter.others.values())
     try:
         config = PeftConfig.from_pretrained(str(adapter.path))
         if config.task_type in CLASSIFIERS:

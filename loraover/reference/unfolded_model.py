@@ -12,13 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loraover.checkpoint.base_modules import load_others, put_parameters, target_module
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.exact_tensors import ExactAdapter, Factor, adapter_of, on_base, open_exact
+from loraover.checkpoint.exact_tensors import Factor
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, if_missing, site_key
-from loraover.checkpoint.tensor_file import TensorFile
+from loraover.checkpoint.peft_adapter import (
+    KEY_PREFIX,
+    AdaptedModule,
+    AdapterDir,
+    ExactAdapter,
+    read_on_base,
+)
 from loraover.common.errors import CheckpointError
-from loraover.overparam.expert_part import SIDES
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
@@ -44,24 +49,6 @@ class Sampled:
         """Their places: evenly spaced, the last token among them, and the same in every layer."""
         count = self.count(tokens)
         return torch.arange(1, count + 1) * tokens // count - 1
-
-
-class _Apply:
-    """The map x -> x M^T, for a matrix M given by its cores, or as it is if it has none."""
-
-    def __init__(self, factor: Factor) -> None:
-        self.m, self.n = factor.m, factor.n
-        self._decomposition = factor.decomposition
-        self._cores = factor.cores
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the cores to where they are applied; they stay there."""
-        self._cores = tuple(core.to(device).to(dtype) for core in self._cores)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._decomposition is None:
-            return x @ self._cores[0].mT
-        return self._decomposition.apply(self._cores, x.unsqueeze(0), self.m, self.n)[0]
 
 
 class _Widened:
@@ -97,9 +84,9 @@ class _Delta:
         widened: Inputs in that type, common to all modules.
     """
 
-    pair: tuple[_Apply, _Apply]
+    pair: tuple[Factor, Factor]
     sampled: Sampled | None
-    others: tuple[_Apply, _Apply] | None
+    others: tuple[Factor, Factor] | None
     bias: Tensor | None
     scaling: float
     is_embedding: bool
@@ -110,8 +97,9 @@ class _Delta:
         wide = torch.promote_types(output.dtype, self.dtype)
         on_cpu = wide == torch.float64 and output.device.type in WITHOUT_FLOAT64
         device = torch.device("cpu") if on_cpu else output.device
-        for applied in (*self.pair, *(self.others or ())):
-            applied.to(device, wide)
+        self.pair = self.pair[0].to(device, wide), self.pair[1].to(device, wide)
+        if self.others is not None:
+            self.others = self.others[0].to(device, wide), self.others[1].to(device, wide)
         scale = self.scaling
         if self.is_embedding:
             x = args[0].to(device).flatten()
@@ -133,23 +121,23 @@ class _Delta:
         chosen = self.sampled.positions(len(x)).to(x.device)
         return delta.index_copy(0, chosen, self._product(self.pair, x[chosen], dtype))
 
-    def _product(self, pair: tuple[_Apply, _Apply], x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _product(self, pair: tuple[Factor, Factor], x: Tensor, dtype: torch.dtype) -> Tensor:
         a, b = pair
         if not self.is_embedding:
-            return b(a(x))
+            return b.apply(a.apply(x))
         pieces = torch.split(x, max(1, ONE_HOT_AT_ONCE // a.n))
-        return torch.cat([b(a(nn.functional.one_hot(piece, a.n).to(dtype))) for piece in pieces])
+        return torch.cat([b.apply(a.apply(nn.functional.one_hot(piece, a.n).to(dtype))) for piece in pieces])
 
 
 @contextmanager
 def unfolded(
     base: nn.Module,
-    source: Checkpoint | AdapterDir,
+    adapter: AdapterDir,
     *,
     delta_dtype: torch.dtype = torch.float64,
     sampled: Sampled | None = None,
 ) -> Iterator[nn.Module]:
-    """Apply a checkpoint's cores beside the weights of the base model, for the length of a block.
+    """Apply an adapter's cores beside the weights of the base model, for the length of a block.
 
     Each adapted module returns W x + scaling * B(A(x)), where A and B are applied core by core, or as stored if they
     have no cores. It is for evaluation only: LoRA dropout is not applied. Parameters of `target_parameters`, such as
@@ -161,7 +149,7 @@ def unfolded(
 
     Args:
         base: Plain base model, in eval mode, on the device and in the dtype to compute in.
-        source: Checkpoint or plain adapter.
+        adapter: The adapter.
         delta_dtype: Data type in which cores are applied.
         sampled: Tokens at which cores are applied; None means all.
 
@@ -170,26 +158,23 @@ def unfolded(
 
     Raises:
         CheckpointError: The adapter was trained on another base model: a module is missing or has other dimensions, or
-            the initialization of A and B had changed the base weights.
+            the initialisation of A and B had changed the base weights.
     """
     handles = []
     saved: dict[str, nn.Parameter] = {}
     experts = find_expert_weights(base)
-    source = on_base(source, experts)
-    adapter = adapter_of(source)
+    adapter = read_on_base(adapter, experts)
     adapter.check_keeps_base()
-    layers = _layers(adapter)
-    weights = _weights(base, layers, adapter, experts)
+    weights = _weights(base, adapter, experts)
     try:
         with ExitStack() as files:
-            exact = files.enter_context(open_exact(source))
-            others = None if sampled is None else files.enter_context(open_exact(sampled.others))
-            hooked = {module: is_embedding for module, is_embedding in layers.items() if module not in weights}
-            for target, delta in _hooks(base, hooked, exact, delta_dtype, sampled, others):
+            exact = files.enter_context(adapter.open())
+            others = None if sampled is None else files.enter_context(sampled.others.open())
+            for target, delta in _hooks(base, weights, exact, delta_dtype, sampled, others):
                 handles.append(target.register_forward_hook(delta))
             for name, added in _deltas(experts, weights, exact):
                 saved |= _add(base, name, added)
-            saved.update(load_others(base, adapter, exact.plain))
+            saved.update(load_others(base, exact))
         yield base
     finally:
         for handle in handles:
@@ -199,36 +184,22 @@ def unfolded(
 
 def check_fits(base: nn.Module, adapter: AdapterDir) -> None:
     """Raise CheckpointError unless a base model has every layer that an adapter changes, in its dimensions."""
-    layers = _layers(adapter)
-    for module in layers.keys() - _weights(base, layers, adapter, find_expert_weights(base)):
-        kind = "lora_embedding_" if layers[module] else "lora_"
-        a, b = (adapter.shapes[adapter.sites[f"{module}.{kind}{matrix}"]] for matrix in SIDES)
-        target_module(base, module, a[1], b[0], adapter)
+    for module in adapter.modules.keys() - adapter.experts - _weights(base, adapter, find_expert_weights(base)):
+        target_module(base, adapter, module)
 
 
-def _layers(adapter: AdapterDir) -> dict[str, bool]:
-    """Return the adapted modules but for experts, and whether each is adapted as an embedding."""
-    of_experts = adapter.experts
-    return {
-        module: name.rpartition(".")[2].startswith("lora_embedding")
-        for name in adapter.sites
-        if (module := name.rpartition(".")[0]) not in of_experts
-    }
-
-
-def _weights(
-    base: nn.Module, layers: Mapping[str, bool], adapter: AdapterDir, experts: Mapping[str, ExpertWeight]
-) -> set[str]:
+def _weights(base: nn.Module, adapter: AdapterDir, experts: Mapping[str, ExpertWeight]) -> set[str]:
     """Return the modules whose weight PEFT changes: those that `target_parameters` names, and routers beside experts.
 
     Source: _convert_peft_config_moe in peft/utils/transformers_weight_conversion.py of PEFT 0.21.2, which turns the
     target module `gate` into the parameter `gate.weight`, because routers were linear layers before transformers 5.
     """
+    linear = {path for path, module in adapter.modules.items() if not module.is_embedding}
     blocks = {path.rpartition(".")[0].rpartition(".")[0] for path in experts}
     return {
         path
         for path, module in base.named_modules()
-        if not layers.get(path, True)
+        if path in linear
         and any(name == "weight" and p.ndim == 2 for name, p in module.named_parameters(recurse=False))
         and (
             adapter.config.adapts_weight(path)
@@ -239,25 +210,26 @@ def _weights(
 
 def _hooks(
     base: nn.Module,
-    layers: Mapping[str, bool],
+    weights: set[str],
     exact: ExactAdapter,
     dtype: torch.dtype,
     sampled: Sampled | None,
     others: ExactAdapter | None,
 ) -> Iterator[tuple[nn.Module, _Delta]]:
-    """Yield each of these modules with the hook that adapts it."""
+    """Yield each adapted module with the hook that adapts it, but for experts and modules whose weight changes."""
     adapter, widened = exact.adapter, _Widened()
-    for module, is_embedding in layers.items():
-        pair = _pair(exact, module, is_embedding)
-        target = target_module(base, module, pair[0].n, pair[1].m, adapter)
-        bias_key = f"{KEY_PREFIX}{module}.lora_B.bias"
+    for path, module in adapter.modules.items():
+        if path in weights or path in adapter.experts:
+            continue
+        target = target_module(base, adapter, path)
+        bias_key = f"{KEY_PREFIX}{path}.lora_B.bias"
         hook = _Delta(
-            pair=pair,
+            pair=_pair(exact, module),
             sampled=sampled,
-            others=None if others is None else _pair(others, module, is_embedding),
+            others=None if others is None else _pair(others, module),
             bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
-            scaling=adapter.config.scaling(module),
-            is_embedding=is_embedding,
+            scaling=module.scaling,
+            is_embedding=module.is_embedding,
             dtype=dtype,
             widened=widened,
         )
@@ -269,12 +241,13 @@ def _deltas(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names of these modules' weights and of experts' parameters, with delta_W in their shape, in float64."""
 
-    def delta(module: str) -> Tensor:
-        a, b = (exact.tensor(site_key(f"{module}.lora_{matrix}")).value.double() for matrix in SIDES)
-        return exact.adapter.config.scaling(module) * b @ a
+    def delta(path: str) -> Tensor:
+        module = exact.adapter.modules[path]
+        a, b = (exact.tensor(key).value.double() for key in module.keys)
+        return module.scaling * b @ a
 
-    for module in modules:
-        yield f"{module}.weight", delta(module)
+    for path in modules:
+        yield f"{path}.weight", delta(path)
     for stack in exact.adapter.stacks:
         found = torch.stack([delta(stack.expert(index)) for index in range(stack.experts)])
         yield stack.path, found.mT if experts[stack.path].is_transposed else found
@@ -294,96 +267,12 @@ def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
     return {name: parameter}
 
 
-def _pair(exact: ExactAdapter, module: str, is_embedding: bool) -> tuple[_Apply, _Apply]:
+def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[Factor, Factor]:
     """A and B of a module."""
-    kind = "lora_embedding_" if is_embedding else "lora_"
-    return _Apply(exact.factor(f"{module}.{kind}A")), _Apply(exact.factor(f"{module}.{kind}B"))
+    return exact.factor(module.site("A")), exact.factor(module.site("B"))
 
 
 def multiplications(source: Checkpoint, tokens: int) -> int:
     """Multiplications that apply a checkpoint's cores to so many tokens of every layer, by count."""
     of_site = source.decomposition.of_site
     return sum(of_site(name).multiplications(site.m, site.n, tokens) for name, site in source.sites.items())
-
-
-def target_module(base: nn.Module, module: str, n: int, m: int, adapter: AdapterDir) -> nn.Module:
-    """Return the module of the base model that an adapter changes.
-
-    Args:
-        base: The base model.
-        module: Path of the module.
-        n: Number of input features that the adapter expects.
-        m: Number of output features that the adapter expects.
-        adapter: The adapter, for messages.
-
-    Raises:
-        CheckpointError: The base model has no such module, or one of other dimensions.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        target = base.get_submodule(module)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}, and the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, dict(base.named_modules()))}."
-        ) from error
-    match target:
-        case nn.Linear():
-            found = (target.in_features, target.out_features)
-        case Conv1D():
-            found = (target.nx, target.nf)
-        case nn.Embedding():
-            found = (target.num_embeddings, target.embedding_dim)
-        case _:
-            raise CheckpointError(
-                f"{adapter.path}: {module} is a {type(target).__name__}; expected a linear layer or embedding."
-            )
-    if found != (n, m):
-        raise CheckpointError(
-            f"{adapter.path}: {module} maps {found[0]} to {found[1]} features in the base model, but {n} to "
-            f"{m} in the adapter, which was trained on {adapter.config.base_model_name_or_path!r}. "
-            "Name that model with --model."
-        )
-    return target
-
-
-def load_others(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[str, nn.Parameter]:
-    """Put an adapter's other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
-
-    A parameter that modules share, such as an embedding tied to the head, is replaced only under the names that the
-    adapter has, as PEFT does. It stays shared if the adapter has both names with equal values. A base weight, which
-    PEFT loads into the parameter itself, replaces it under all names.
-
-    Returns:
-        The parameters that were replaced, by name.
-
-    Raises:
-        CheckpointError: A parameter of the adapter fits none of the model; nothing has been replaced then.
-    """
-    parameters = dict(base.named_parameters(remove_duplicate=False))
-    others: dict[str, nn.Parameter] = {}
-    shared: dict[str, nn.Parameter] = {}
-    matrices = {*adapter.sites.values(), *(part.key for part in adapter.parts.values())}
-    for key in plain.keys:
-        name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
-        if key in matrices or name.endswith(".lora_B.bias"):
-            continue
-        if name not in parameters or tuple(parameters[name].shape) != plain.shape(key):
-            raise CheckpointError(f"{plain.path}: {key} fits no parameter of the base model ({type(base).__name__}).")
-        value = nn.Parameter(plain.read(key).to(parameters[name]), requires_grad=False)
-        twins = (o for other, o in others.items() if parameters[other] is parameters[name] and torch.equal(o, value))
-        others[name] = next(twins, value)
-        if key.endswith(BASE_WEIGHT):
-            shared |= {other: value for other, p in parameters.items() if p is parameters[name]}
-    others = shared | others
-    replaced = {name: parameters[name] for name in others}
-    put_parameters(base, others)
-    return replaced
-
-
-def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Replace parameters by name."""
-    for name, parameter in parameters.items():
-        module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, parameter)

@@ -1,0 +1,49 @@
+"""mlx-lm in a separate environment, on an adapter that is exported for the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import numpy as np
+
+from loraover.common.errors import ExportError
+from loraover_export.mlx.run import export_mlx
+from loraover_serve.engines.answers import ADAPTER, BASE
+from loraover_serve.engines.base import LogitEngine, Setting
+from loraover_serve.engines.elsewhere import ElsewhereEngine, local_folder
+
+
+@final
+class MlxEngine(ElsewhereEngine, LogitEngine):
+    """mlx-lm, which loads the base model in float32 and adapts it for the second arm."""
+
+    name = "mlx"
+    distributions = ("mlx-lm",)
+    variable = "LORAOVER_MLX"
+    hint = "make mlx"
+
+    @classmethod
+    @contextmanager
+    def start(cls, setting: Setting) -> Iterator[MlxEngine]:
+        folder, request = setting.scratch / ADAPTER, setting.request
+        exported = export_mlx(setting.adapter, folder, model=setting.base.location)
+        if not exported.passed:
+            raise ExportError("mlx: a matrix of the exported adapter is not within its error bound.")
+        if exported.lost_settings:
+            names = ", ".join(exported.lost_settings)
+            request.report.line(f"mlx-lm does not find {names} in the model's config.json, and is given it here")
+        arguments = {
+            "model": local_folder(setting.base),
+            "settings": exported.lost_settings,
+            "adapters": {BASE: None, ADAPTER: str(folder)},
+        }
+        with cls.run(arguments, setting.log, request.start_timeout_s) as runner:
+            yield cls(runner, setting.scratch)
+
+    def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:
+        file = self._scratch / "logits.npy"
+        for tokens in sequences:
+            self._runner.ask("logits", arm=arm, tokens=list(tokens), file=str(file))
+            yield np.load(file, allow_pickle=False)
