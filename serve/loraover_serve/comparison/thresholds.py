@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 SURE = 5
 """Standard errors by which an estimate may be off."""
 
-NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
-"""Number formats from fine to coarse."""
-
 APPLIED = 3
 """Multiple of the noise by which an applied adapter changes logprobs at least."""
 

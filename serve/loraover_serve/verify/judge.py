@@ -19,7 +19,6 @@ import numpy as np
 
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.comparison.thresholds import NUMBER_FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, GreedyAnswer, Rows
 from loraover_serve.verify.base_faults import find_base_fault
 from loraover_serve.verify.decoded import compare_greedy, decoded_fault
@@ -28,7 +27,7 @@ from loraover_serve.verify.faults import INTERMITTENT, OTHER_BASE, UNLIKE, Right
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import EngineResult, Greedy, Interval, MixedBatch
-from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
 from loraover_serve.verify.rules import Finding, allowed_distance, allowed_strength, beyond, is_narrow, is_nearer, shown
 from loraover_serve.verify.strength import between_arms, strength
 from loraover_serve.verify.suspects import Search

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from loraover.common.request import AnyNames, AnyPath, argument, option
 from loraover.models.device import choose_device
 from loraover.models.request_fields import device
-from loraover_serve.comparison.thresholds import NUMBER_FORMATS
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.vllm.request import SET_BY_SERVE
+
+NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
+"""Number formats from fine to coarse."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class VerifyRequest(EngineRequest):
     served_format: str = option(
         "Coarsest number format in which the engine is known to hold the base model, or its KV cache.",
         default="bf16",
+        default_text="bf16, or what a named GGUF file holds",
         choices=NUMBER_FORMATS,
     )
     prompts: AnyPath | None = option(
@@ -83,6 +86,11 @@ class VerifyRequest(EngineRequest):
     output: AnyPath | None = option(
         "New folder for verify.json, verify.html, its figures and engines' logs.", default=None, short="-o"
     )
+
+    @property
+    def declared_format(self) -> str:
+        """Coarsest number format that is expected: with a GGUF file of the user's, whatever it holds."""
+        return self.served_format if self.base_gguf is None else NUMBER_FORMATS[-1]
 
     def __post_init__(self) -> None:
         super().__post_init__()

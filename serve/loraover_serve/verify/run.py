@@ -94,7 +94,7 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         prompt_source += ", each the message of a chat" if messages else ""
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
     variants = Variants(adapter, base, device, reference.questions)
-    court = Court(reference, variants, subject, request.served_format)
+    court = Court(reference, variants, subject, request.declared_format)
     results, failures = _verify_all(request, setting, court)
     made = _report(request, base, reference, prompt_source, results)
     logs = sorted(scratch.glob("*/*.log"))
@@ -128,7 +128,7 @@ def _report(
         reference=reference.name,
         sensitivity=reference.sensitivity,
         bias=reference.bias,
-        served_format=request.served_format,
+        served_format=request.declared_format,
         prompts=len(reference.questions),
         prompt_source=prompt_source,
         new_tokens=request.new_tokens,
