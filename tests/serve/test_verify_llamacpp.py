@@ -45,7 +45,7 @@ def no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = "loraover_serve.engines.llamacpp.LlamaCpp"
+    started = "loraover_serve.engines.llamacpp.LlamaCppModel"
     monkeypatch.setattr(started, lambda base, adapter: LlamaCppModel(base))
 
 
