@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from loraover_serve.parity.report.parity_report import ParityReport
     from loraover_serve.parity.run import measure_parity
     from loraover_serve.parity.samples import Measurement
-    from loraover_serve.verify.report import EngineResult, Greedy, Interval, LogprobDistance, Suspect, VerifyReport
+    from loraover_serve.verify.report import (
+        EngineResult,
+        GreedyAgreement,
+        Interval,
+        LogprobDistance,
+        Suspect,
+        VerifyReport,
+    )
     from loraover_serve.verify.run import verify_adapter
     from loraover_serve.vllm.serve import serve_adapters
     from loraover_serve.vllm.server import VllmServer
@@ -27,7 +34,7 @@ _HOMES = {
     "CrossCheck": "loraover_serve.parity.measure.cross_check",
     "Distance": "loraover_serve.parity.judge.outputs",
     "EngineResult": "loraover_serve.verify.report",
-    "Greedy": "loraover_serve.verify.report",
+    "GreedyAgreement": "loraover_serve.verify.report",
     "Interval": "loraover_serve.verify.report",
     "Latency": "loraover_serve.parity.judge.analysis",
     "LogprobDistance": "loraover_serve.verify.report",
@@ -54,7 +61,7 @@ __all__ = [
     "CrossCheck",
     "Distance",
     "EngineResult",
-    "Greedy",
+    "GreedyAgreement",
     "Interval",
     "Latency",
     "LogprobDistance",

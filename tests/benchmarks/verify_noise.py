@@ -33,7 +33,7 @@ from loraover.models.load import ModelSource, load_model, load_tokenizer, resolv
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, Rows, window_rows
 from loraover_serve.engines.endpoint import EndpointEngine
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.verify.reference import Reference
 
@@ -120,7 +120,7 @@ def in_torch(name: str, source: ModelSource, reference: Reference, folder: Path)
 def make_plain_reference(source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]]) -> Reference:
     """PyTorch's answers in float32, without those in bfloat16."""
     engine = torch_engine(partial(load_model, source), {ADAPTER: folder / ADAPTER}, None)
-    answers = engine.run(ADAPTER, 0, 0, [Request(prompt, NEW_TOKENS) for prompt in asked])
+    answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, NEW_TOKENS) for prompt in asked])
     questions = tuple(Question(p, answer.token_ids) for p, answer in zip(asked, answers, strict=True))
     rows = {}
     for arm in (BASE, ADAPTER):

@@ -111,10 +111,10 @@ def judged(engine: str, form: str, feature: str, case: Case, running: Running, s
     version, answers = None, None
     try:
         with present(engine, form, case.setting(scratch), running) as started:
-            version, answers = started.version(), ask(started, case.court.reference)
+            version, answers = started.version(), ask(started, case.judge.reference)
     except LoraOverError as error:
         return Cell(engine, version, form, feature, "refused", str(error))
-    found = case.court.judge(engine, version, considered(answers, feature), 0.0)
+    found = case.judge.judge(engine, version, considered(answers, feature), 0.0)
     verdict = "wrong silently" if found.verdict == "differs" else found.verdict
     return Cell(engine, version, form, feature, verdict, found.reason)
 

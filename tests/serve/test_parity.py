@@ -28,7 +28,7 @@ from loraover_serve.cli import cli
 from loraover_serve.engines import torch as torch_engines
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.parity import run as parity_run
 from loraover_serve.parity.judge import outputs
@@ -146,7 +146,7 @@ class Ignoring(Timed):
     def __init__(self, engine: Timed) -> None:
         self.arms, self._engine = engine.arms, engine
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         samples = [replace(sample, arm=arm) for sample in self._engine.run(BASE, block, first, requests)]
         if arm == BASE or block != 1:
             return samples

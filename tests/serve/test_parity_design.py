@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from loraover_serve.comparison.thresholds import root_mean
 from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Distance, agrees, is_base, is_changed
 from loraover_serve.parity.measure.blocks import measure
@@ -28,7 +28,7 @@ from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 from support.clockwork import ARMS, Clockwork
 from support.tiny_hub import tiny_tokenizer
 
-REQUESTS = [Request((1, 2, 3), 4)]
+REQUESTS = [TokenRequest((1, 2, 3), 4)]
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "parity"
 NEAR = Distance(
     reference="", equal=1.0, largest_gap=0.0, logprob_rms=0.01, logprob_error=0.001, logprob_largest=0.05, answers=[]
@@ -115,7 +115,7 @@ def test_what_was_measured_before_a_failure_is_kept() -> None:
 
 
 def test_every_latency_of_every_arm_of_a_thousand_requests_is_described() -> None:
-    run = measure(Clockwork({}, noise=0.02), [Request((1,), 32)], concurrency=1, blocks=500, seed=0)
+    run = measure(Clockwork({}, noise=0.02), [TokenRequest((1,), 32)], concurrency=1, blocks=500, seed=0)
     assert len(latencies([run])) == len(ARMS) * 4
 
 
@@ -147,7 +147,7 @@ def test_without_logprobs_the_gap_decides() -> None:
 
 
 def test_mixed_lengths_vary_around_those_asked_for() -> None:
-    def draw(seed: int) -> list[Request]:
+    def draw(seed: int) -> list[TokenRequest]:
         return make_requests("mixed", tiny_tokenizer(), 300, prompt_tokens=16, new_tokens=8, seed=seed)
 
     requests = draw(0)
@@ -166,7 +166,7 @@ def test_the_prompts_of_a_file_come_over_and_over(tmp_path: Path) -> None:
     (tmp_path / "prompts").write_text("one\n\n  \nanother\n", encoding="utf-8")
     tokenizer = tiny_tokenizer()
     requests = make_requests("file", tokenizer, 5, prompt_tokens=9, new_tokens=3, seed=0, file=tmp_path / "prompts")
-    one, another = (Request(tuple(tokenizer(text).input_ids), 3) for text in ("one", "another"))
+    one, another = (TokenRequest(tuple(tokenizer(text).input_ids), 3) for text in ("one", "another"))
     assert requests == [one, another, one, another, one]
 
 

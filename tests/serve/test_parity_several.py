@@ -16,7 +16,7 @@ from loraover.reference.unfolded_model import unfolded
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.judge.outputs import Outputs, Reference, compare_outputs
@@ -34,7 +34,7 @@ from support.serving import Served
 
 pytestmark = pytest.mark.engine
 
-REQUESTS = [Request((1, 2, 3), 4)]
+REQUESTS = [TokenRequest((1, 2, 3), 4)]
 NEW_TOKENS, AT_ONCE, WAVES = 4, 4, 4
 PAIR = (FOLDED, "adapter2")
 
@@ -91,11 +91,11 @@ def test_waves_and_batches_go_to_the_adapters_in_turn() -> None:
     class Recording(Timed):
         name, arms = "recording", (*ARMS, "adapter2")
 
-        def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+        def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
             return self.together([arm] * len(requests), arm, block, first, requests)
 
         def together(
-            self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+            self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[TokenRequest]
         ) -> list[Sample]:
             asked.append(tuple(models))
             return [Sample(arm, block, first + i, 0.0, (1.0, 2.0), (0, 1)) for i in range(len(requests))]
@@ -132,7 +132,7 @@ class Answered:
     """
 
     engine: VllmEngine
-    requests: Sequence[Request]
+    requests: Sequence[TokenRequest]
     run: Measurement
     alone: Mapping[tuple[str, int], Sample]
     references: Mapping[str, Reference]
@@ -151,7 +151,7 @@ class Answered:
 def answered(served: Served) -> Answered:
     models = {BASE: served.source.location, VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}
     engine = VllmEngine(served.client, models | {"adapter2": "vanilla"}, 120)
-    requests = [Request(tuple(prompt), NEW_TOKENS) for prompt in served.prompts]
+    requests = [TokenRequest(tuple(prompt), NEW_TOKENS) for prompt in served.prompts]
     shared = SeveralAdapters(engine, PAIR, AT_ONCE, engine.run_each)
     run = measure(shared, requests, concurrency=AT_ONCE, blocks=1, seed=0, waves=WAVES, warm_up=0)
     alone = answers_alone(engine, PAIR, requests, range(WAVES * AT_ONCE), AT_ONCE)
@@ -178,7 +178,7 @@ def test_batches_of_several_adapters_on_vllm_are_answered_by_each(answered: Answ
 @pytest.mark.matrix
 def test_batches_that_one_adapter_answers_on_vllm_are_found(answered: Answered) -> None:
     def one_for_all(
-        models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+        models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[TokenRequest]
     ) -> list[Sample]:
         return answered.engine.run_each([FOLDED] * len(models), arm, block, first, requests)
 

@@ -16,7 +16,7 @@ from loraover.common.command_line import run
 from loraover_export.vllm.architectures import known_architectures
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.measure.blocks import measure
@@ -99,8 +99,8 @@ def delayed(served: Served) -> Measurement:
         return measure(engine, few_requests(served), concurrency=1, blocks=8, seed=0)
 
 
-def few_requests(served: Served) -> list[Request]:
-    return [Request(tuple(prompt), NEW_TOKENS) for prompt in served.prompts[:8]]
+def few_requests(served: Served) -> list[TokenRequest]:
+    return [TokenRequest(tuple(prompt), NEW_TOKENS) for prompt in served.prompts[:8]]
 
 
 def test_a_planted_delay_is_found(delayed: Measurement) -> None:

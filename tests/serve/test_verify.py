@@ -32,7 +32,7 @@ def answered(tokens: tuple[int, ...]) -> GreedyAnswer:
 
 def as_pytorch(case: Case) -> Answers:
     """PyTorch's own answers."""
-    reference = case.court.reference
+    reference = case.judge.reference
 
     def rows(expected: Expected) -> list[Row]:
         places = [(i, position) for i, question in enumerate(reference.questions) for position in question.window]
@@ -46,7 +46,7 @@ def as_pytorch(case: Case) -> Answers:
 def test_a_planted_fault_is_found_and_named(name: str, case: Case, tmp_path: Path) -> None:
     planted: Planted = FAULTS[name]
     wrong = plant(planted, case.adapter, tmp_path / "wrong")
-    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong), case.court)
+    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong), case.judge)
     assert (found.verdict, found.fault) == ("differs", planted.fault)
     assert found.suspects[0].detail.startswith(planted.words)
     assert found.suspects[0].rms < found.suspects[1].rms
@@ -56,12 +56,12 @@ def test_a_planted_fault_is_found_and_named(name: str, case: Case, tmp_path: Pat
 def test_a_wrong_prefix_is_named(case: Case, tmp_path: Path) -> None:
     wrong = case.setting(tmp_path, adapter=plant(WRONG_PREFIX, case.adapter, tmp_path / "wrong"))
     with pytest.warns(UserWarning, match="missing adapter keys"):
-        found = verify_engine("torch", wrong, case.court)
+        found = verify_engine("torch", wrong, case.judge)
     assert (found.verdict, found.fault) == ("differs", NOT_APPLIED)
 
 
 def test_the_right_adapter_is_as_trained(case: Case, tmp_path: Path) -> None:
-    found = verify_engine("torch", case.setting(tmp_path), case.court)
+    found = verify_engine("torch", case.setting(tmp_path), case.judge)
     assert (found.verdict, found.number_format, found.fault, found.suspects) == ("as trained", "fp32", None, [])
     assert found.greedy is not None
     assert found.greedy.equal == 1
@@ -76,14 +76,14 @@ def test_vllm_is_started_on_a_port_of_its_own(case: Case, tmp_path: Path, monkey
 
     monkeypatch.setattr(vllm, "serve_vllm", serve)
     with pytest.raises(EngineError, match="not started"):
-        verify_engine("vllm", case.setting(tmp_path), case.court)
+        verify_engine("vllm", case.setting(tmp_path), case.judge)
     assert ports == [None], "any free port, and not vLLM's own default, which another server may take meanwhile"
 
 
 def test_a_checkpoint_is_compared_with_its_unfolded_model(made: Made, tmp_path: Path) -> None:
     case = make_case(made.base, made.path)
-    assert case.court.reference.name == "the unfolded checkpoint"
-    found = verify_engine("torch", case.setting(tmp_path), case.court)
+    assert case.judge.reference.name == "the unfolded checkpoint"
+    found = verify_engine("torch", case.setting(tmp_path), case.judge)
     assert found.verdict == "as trained"
     assert found.adapter is not None
     assert 0 < found.adapter.rms < 1e-5, "another computation than the reference's"
@@ -91,14 +91,14 @@ def test_a_checkpoint_is_compared_with_its_unfolded_model(made: Made, tmp_path: 
 
 def test_another_base_model_is_named(case: Case, tmp_path: Path) -> None:
     other = case.setting(tmp_path, base=save_base(tmp_path / "other", seed=7))
-    found = verify_engine("torch", other, case.court)
+    found = verify_engine("torch", other, case.judge)
     assert (found.verdict, found.fault, found.number_format) == ("differs", OTHER_BASE, None)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_coarser_base_model_is_noise_that_has_a_name(name: str, case: Case, tmp_path: Path) -> None:
     coarse = case.setting(tmp_path, base=save_base(tmp_path / "coarse", change=FORMATS[name].weights))
-    found = verify_engine("torch", coarse, case.court)
+    found = verify_engine("torch", coarse, case.judge)
     assert found.verdict in ("as trained", "inconclusive")
     assert found.number_format in ("fp32", name)
     assert (found.number_format == "fp32") == (found.base is not None and found.base.rms <= 10 * FLOOR)
@@ -107,7 +107,7 @@ def test_a_coarser_base_model_is_noise_that_has_a_name(name: str, case: Case, tm
 def test_a_fault_is_named_through_noise(case: Case, tmp_path: Path) -> None:
     coarse = save_base(tmp_path / "coarse", change=FORMATS["int8"].weights)
     wrong = plant(FAULTS["rsLoRA ignored"], case.adapter, tmp_path / "wrong")
-    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong, base=coarse), case.court)
+    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong, base=coarse), case.judge)
     assert (found.verdict, found.suspects[0].detail[:21]) == ("differs", "use_rslora is ignored")
 
 
@@ -121,7 +121,7 @@ def scaled_case(case: Case, factor: float, tmp_path: Path) -> tuple[Case, Settin
 
 def test_an_adapter_below_the_noise_is_inconclusive(case: Case, tmp_path: Path) -> None:
     mine, setting = scaled_case(case, 1e-6, tmp_path)
-    found = verify_engine("torch", setting, mine.court)
+    found = verify_engine("torch", setting, mine.judge)
     assert found.verdict == "inconclusive"
     assert "a wrong adapter would pass as well" in found.reason
 
@@ -129,10 +129,10 @@ def test_an_adapter_below_the_noise_is_inconclusive(case: Case, tmp_path: Path) 
 def test_a_coarse_base_model_decides_once_it_is_declared(case: Case, tmp_path: Path) -> None:
     """The strength is clear, since the noise of the base model cancels; whose base model it is, is not."""
     mine, setting = scaled_case(case, 0.03, tmp_path)
-    found = verify_engine("torch", setting, mine.court)
+    found = verify_engine("torch", setting, mine.judge)
     assert (found.verdict, found.number_format) == ("inconclusive", "int4")
     assert "say so with" in found.reason
-    declared = verify_engine("torch", setting, replace(mine.court, number_format="int4"))
+    declared = verify_engine("torch", setting, replace(mine.judge, number_format="int4"))
     assert declared.verdict == "as trained"
     assert declared.strength is not None
     assert declared.strength.low < 1 < declared.strength.high
@@ -140,25 +140,25 @@ def test_a_coarse_base_model_decides_once_it_is_declared(case: Case, tmp_path: P
 
 def test_requests_for_the_base_model_that_the_adapter_answers_are_named(case: Case) -> None:
     answers = as_pytorch(case)
-    found = case.court.judge("an engine", None, replace(answers, base=answers.adapter), 1.0)
+    found = case.judge.judge("an engine", None, replace(answers, base=answers.adapter), 1.0)
     assert (found.verdict, found.fault) == ("differs", IN_BASE)
 
 
 def test_other_tokens_than_the_logprobs_say_differ(case: Case) -> None:
     answers = as_pytorch(case)
-    worst = [int(np.argmin(case.court.reference.adapter.at(0, q.answered[0]))) for q in case.court.reference.questions]
-    found = case.court.judge("an engine", None, replace(answers, greedy=[answered((token,)) for token in worst]), 1.0)
+    worst = [int(np.argmin(case.judge.reference.adapter.at(0, q.answered[0]))) for q in case.judge.reference.questions]
+    found = case.judge.judge("an engine", None, replace(answers, greedy=[answered((token,)) for token in worst]), 1.0)
     assert (found.verdict, found.fault) == ("differs", None)
     assert "generates other tokens" in found.reason
 
 
 def test_answers_that_stop_early_are_not_the_same_text(case: Case) -> None:
-    answers, questions = as_pytorch(case), case.court.reference.questions
+    answers, questions = as_pytorch(case), case.judge.reference.questions
     short = replace(answers, greedy=[answered(question.continuation[:1]) for question in questions])
 
     def judged(ends: set[int], answers: Answers) -> tuple[str, str | None]:
-        court = replace(case.court, reference=replace(case.court.reference, ends=frozenset(ends)))
-        found = court.judge("an engine", None, answers, 1.0)
+        judge = replace(case.judge, reference=replace(case.judge.reference, ends=frozenset(ends)))
+        found = judge.judge("an engine", None, answers, 1.0)
         return found.verdict, found.fault
 
     right = ("as trained", None)
@@ -169,13 +169,13 @@ def test_answers_that_stop_early_are_not_the_same_text(case: Case) -> None:
 
 def test_answers_without_ids_are_said_not_to_be_compared(case: Case) -> None:
     answers = as_pytorch(case)
-    found = case.court.judge("an engine", None, replace(answers, greedy=[answered(())] * len(answers.greedy)), 1.0)
+    found = case.judge.judge("an engine", None, replace(answers, greedy=[answered(())] * len(answers.greedy)), 1.0)
     assert (found.verdict, found.greedy) == ("as trained", None)
     assert "generated answers were not compared" in found.reason
 
 
 def test_rows_that_are_not_heads_times_even_are_not_permuted(case: Case) -> None:
-    subject = case.court.subject
+    subject = case.judge.subject
     rows = len(next(delta.b for module, delta in subject.deltas.items() if module.endswith("q_proj")))
     assert len(list(permuted(subject))) == 2
     assert list(permuted(replace(subject, heads={"q_proj": rows + 1, "k_proj": rows}))) == []
@@ -184,7 +184,7 @@ def test_rows_that_are_not_heads_times_even_are_not_permuted(case: Case) -> None
 def test_an_unknown_fault_has_no_name(case: Case) -> None:
     answers = as_pytorch(case)
     shuffled = [replace(row, logprobs=row.logprobs[::-1].copy()) for row in answers.adapter]
-    found = case.court.judge("an engine", None, replace(answers, adapter=shuffled), 1.0)
+    found = case.judge.judge("an engine", None, replace(answers, adapter=shuffled), 1.0)
     assert (found.verdict, found.fault) == ("differs", None)
     assert "no known fault explains it" in found.reason
 
@@ -193,10 +193,10 @@ def test_answers_that_are_not_finite_or_of_another_vocabulary_are_errors(case: C
     answers = as_pytorch(case)
     broken = [replace(answers.base[0], logprobs=answers.base[0].logprobs * np.nan), *answers.base[1:]]
     with pytest.raises(EngineError, match="not a finite number"):
-        case.court.judge("an engine", None, replace(answers, base=broken), 1.0)
+        case.judge.judge("an engine", None, replace(answers, base=broken), 1.0)
     short = [replace(row, logprobs=row.logprobs[:-1]) for row in answers.base]
     with pytest.raises(EngineError, match="71 tokens or more, and the base model has 72"):
-        case.court.judge("an engine", None, replace(answers, base=short), 1.0)
+        case.judge.judge("an engine", None, replace(answers, base=short), 1.0)
 
 
 def test_the_allowed_distance_follows_the_noise() -> None:

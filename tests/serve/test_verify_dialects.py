@@ -104,7 +104,7 @@ def test_a_right_adapter_is_as_trained_and_a_wrong_one_differs(
 
 def asked(case: Case, scratch: Path, url: str, **changes: Any) -> EngineResult:
     setting = case.setting(scratch, endpoint=url, **({"served_name": "shop"} | changes))
-    return verify_engine("endpoint", setting, case.court)
+    return verify_engine("endpoint", setting, case.judge)
 
 
 def right(case: Case, **names: Path | None) -> Served:
@@ -115,7 +115,7 @@ def test_a_limit_of_two_requests_a_second_is_kept(base: Path, adapter: Path, tmp
     case = make_case(base, adapter, new_tokens=2, asked=[(5, 6, 7)])
     with openai_server(limited(right(case)), NAMES) as server:
         found = asked(case, tmp_path, server.url, timeout_s=30)
-    assert (found.verdict, found.unmixed) == ("as trained", None), found.reason
+    assert (found.verdict, found.mixed_failure) == ("as trained", None), found.reason
 
 
 def test_a_key_may_have_a_header_of_its_own(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_an_adapter_that_leaks_into_anothers_answers_is_named(parent: str | None
 def test_another_model_that_refuses_is_left_alone(case: Case, tmp_path: Path) -> None:
     with openai_server(right(case), (*NAMES, "embeddings")) as server:
         found = asked(case, tmp_path, server.url, base_name="base")
-    assert (found.verdict, found.unmixed) == ("as trained", None)
+    assert (found.verdict, found.mixed_failure) == ("as trained", None)
     assert found.mixed is not None
     assert found.mixed.other is None
 

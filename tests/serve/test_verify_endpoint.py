@@ -37,7 +37,7 @@ def ask(case: Case, tmp_path: Path) -> Callable[..., EngineResult]:
 
     def asked(reply: Any, models: tuple[str, ...] = NAMES, **changes: Any) -> EngineResult:
         with openai_server(reply, models) as server:
-            return verify_engine("endpoint", setting(case, server.url, tmp_path, **changes), case.court)
+            return verify_engine("endpoint", setting(case, server.url, tmp_path, **changes), case.judge)
 
     return asked
 
@@ -112,8 +112,8 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
 
 def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:
     with openai_server(right(case), NAMES) as server:
-        verify_engine("endpoint", setting(case, server.url, case.base), case.court)
-    questions = case.court.reference.questions
+        verify_engine("endpoint", setting(case, server.url, case.base), case.judge)
+    questions = case.judge.reference.questions
     scored = [body for body in server.bodies if body["max_tokens"] == 1]
     expected = {q.tokens[: position + 1] for q in questions for position in q.answered}
     for name, probes in (("base", 1), ("shop", 0)):  # the dialect is found once
@@ -128,7 +128,7 @@ def test_an_answer_longer_than_the_window_is_compared(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     long = make_case(base, save_adapter(tmp_path / "adapter", base), new_tokens=40)
     with openai_server(right(long), NAMES) as server:
-        found = verify_engine("endpoint", setting(long, server.url, tmp_path), long.court)
+        found = verify_engine("endpoint", setting(long, server.url, tmp_path), long.judge)
     assert found.verdict == "as trained"
     companions = [body["max_tokens"] for body in server.bodies if len(body["prompt"]) == 1]
     assert set(companions) == {16}, "an answer that is not streamed must be short, or a slow server seems silent"
@@ -140,9 +140,9 @@ def test_a_server_that_fails_in_mixed_batches_is_judged_by_the_rest(
     served = right(case)
     found = ask(lambda body: 500 if len(body["prompt"]) == 1 else served(body))
     assert (found.verdict, found.mixed) == ("as trained", None)
-    assert found.unmixed is not None
-    assert "the server answered 500" in found.unmixed
-    assert found.reason.endswith(f"; mixed batches were not compared: {found.unmixed}")
+    assert found.mixed_failure is not None
+    assert "the server answered 500" in found.mixed_failure
+    assert found.reason.endswith(f"; mixed batches were not compared: {found.mixed_failure}")
 
 
 def test_fields_that_a_server_refuses_are_left_out(case: Case, ask: Callable[..., EngineResult]) -> None:
@@ -167,7 +167,7 @@ def test_the_key_is_sent_and_never_shown(
     served = right(case)
     with openai_server(served, NAMES) as server:
         found = verify_engine(
-            "endpoint", setting(case, server.url, tmp_path, endpoint_key_variable=KEY_VARIABLE), case.court
+            "endpoint", setting(case, server.url, tmp_path, endpoint_key_variable=KEY_VARIABLE), case.judge
         )
         assert found.verdict == "as trained"
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
@@ -228,6 +228,6 @@ def test_a_server_that_is_not_there_is_an_error(case: Case, tmp_path: Path) -> N
     with openai_server(lambda body: 500) as gone:
         pass
     with pytest.raises(EngineError, match=f"{gone.url}/v1/models: no answer"):
-        verify_engine("endpoint", setting(case, gone.url, tmp_path), case.court)
+        verify_engine("endpoint", setting(case, gone.url, tmp_path), case.judge)
     with pytest.raises(ConfigError, match="not the address of a server"):
-        verify_engine("endpoint", setting(case, "localhost", tmp_path), case.court)
+        verify_engine("endpoint", setting(case, "localhost", tmp_path), case.judge)

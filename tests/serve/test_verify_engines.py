@@ -55,7 +55,7 @@ on_every_engine = pytest.mark.parametrize("engine", [*HERE, *ELSEWHERE], indirec
 @on_every_engine
 def test_a_checkpoint_is_as_trained(engine: str, made: Made, tmp_path: Path) -> None:
     case = make_case(made.base, made.path)
-    found = verify_engine(engine, case.setting(tmp_path), case.court)
+    found = verify_engine(engine, case.setting(tmp_path), case.judge)
     assert found.verdict == "as trained", found.reason
     assert found.compared == ("top tokens" if engine == "openvino" else "all tokens")
 
@@ -66,9 +66,9 @@ def test_an_adapter_is_as_trained(engine: str, lora: dict[str, Any], case: Case,
     mine = case if not lora else make_case(case.base, save_adapter(tmp_path / "mine", case.base, **lora))
     if lora == SAVED and engine in REFUSING:
         with pytest.raises(ExportError):
-            verify_engine(engine, mine.setting(tmp_path), mine.court)
+            verify_engine(engine, mine.setting(tmp_path), mine.judge)
         return
-    found = verify_engine(engine, mine.setting(tmp_path), mine.court)
+    found = verify_engine(engine, mine.setting(tmp_path), mine.judge)
     if lora == EMBEDDING and engine in SILENT:
         assert (found.verdict, found.fault) == ("differs", LEFT_OUT), found.reason
         assert SILENT[engine] in found.reason
@@ -82,7 +82,7 @@ def test_an_adapter_is_as_trained(engine: str, lora: dict[str, Any], case: Case,
 )
 def test_a_planted_fault_is_found_and_named(engine: str, name: str, case: Case, tmp_path: Path) -> None:
     wrong = plant(FAULTS[name], case.adapter, tmp_path / "wrong")
-    found = verify_engine(engine, case.setting(tmp_path, adapter=wrong), case.court)
+    found = verify_engine(engine, case.setting(tmp_path, adapter=wrong), case.judge)
     assert (found.verdict, found.fault) == ("differs", FAULTS[name].fault), found.reason
     assert FAULTS[name].words in found.reason
 
@@ -90,7 +90,7 @@ def test_a_planted_fault_is_found_and_named(engine: str, name: str, case: Case, 
 @on_every_engine
 def test_another_base_model_is_named(engine: str, case: Case, tmp_path: Path) -> None:
     other = case.setting(tmp_path, base=save_base(tmp_path / "other", seed=7))
-    assert verify_engine(engine, other, case.court).fault == "another base model"
+    assert verify_engine(engine, other, case.judge).fault == "another base model"
 
 
 @pytest.mark.parametrize(

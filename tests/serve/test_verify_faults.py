@@ -142,4 +142,4 @@ def test_each_planted_fault_has_its_verdict(fault: Plant, case: Case, tmp_path: 
 def verify(reply: Reply, case: Case, scratch: Path) -> EngineResult:
     with openai_server(reply, ("base", "shop")) as server:
         setting = case.setting(scratch, endpoint=server.url, served_name="shop")
-        return verify_engine("endpoint", setting, case.court)
+        return verify_engine("endpoint", setting, case.judge)

@@ -30,7 +30,7 @@ def gguf_of(model: Path, output: Path) -> Path:
 
 
 def verify(case: Case, folder: Path) -> EngineResult:
-    return verify_engine("llamacpp", case.setting(folder), case.court)
+    return verify_engine("llamacpp", case.setting(folder), case.judge)
 
 
 def no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:

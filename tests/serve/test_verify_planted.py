@@ -43,8 +43,8 @@ def without_peft_prefix(tensors: Tensors) -> Tensors:
 def as_peft_saved_it(engine: str, wrong: Path, case: Case, running: Running, scratch: Path) -> EngineResult:
     """Verify an engine that was given another adapter's files than the judge knows."""
     with present(engine, PEFT, replace(case.setting(scratch), adapters={ADAPTER: wrong}), running) as started:
-        answers = ask(started, case.court.reference)
-    return case.court.judge(engine, None, answers, 0.0)
+        answers = ask(started, case.judge.reference)
+    return case.judge.judge(engine, None, answers, 0.0)
 
 
 @pytest.mark.usefixtures("quick_builder")
@@ -70,7 +70,7 @@ def test_openvino_needs_pefts_prefix_and_then_a_part_of_a_name(
         return folder
 
     monkeypatch.setattr(openvino, "export_uniform", misplaced)
-    found = verify_engine("openvino", case.setting(tmp_path), case.court)
+    found = verify_engine("openvino", case.setting(tmp_path), case.judge)
     expected = ("differs", NOT_APPLIED) if change is without_peft_prefix else ("as trained", None)
     assert (found.verdict, found.fault) == expected, found.reason
 
@@ -87,7 +87,7 @@ def test_a_wrong_prefix_is_refused_by_mlx(case: Case, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(mlx, "export_mlx", misplaced)
     with pytest.raises(EngineError, match="incompatible tensors"):
-        verify_engine("mlx", case.setting(tmp_path), case.court)
+        verify_engine("mlx", case.setting(tmp_path), case.judge)
 
 
 def test_a_wrong_prefix_is_refused_by_llamacpp(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_a_wrong_prefix_is_refused_by_llamacpp(case: Case, tmp_path: Path, monke
 
     monkeypatch.setattr(gguf_run, "export_gguf", misplaced)
     with pytest.raises(EngineError, match=r"adapts layer\.0\.[a-z_.]+, which .* does not have"):
-        verify_engine("llamacpp", case.setting(tmp_path), case.court)
+        verify_engine("llamacpp", case.setting(tmp_path), case.judge)
 
 
 def _rename(tensors: dict[str, Any]) -> None:
@@ -124,6 +124,6 @@ def test_another_base_model_is_named_on_a_running_vllm(case: Case, running: Runn
     base = save_base(tmp_path / "expected", seed=7)
     mine = make_case(base, save_adapter(tmp_path / "mine", base))
     with present("vllm", PEFT, case.setting(tmp_path), running) as started:
-        answers = ask(started, mine.court.reference)
-    found = mine.court.judge("vllm", None, answers, 0.0)
+        answers = ask(started, mine.judge.reference)
+    found = mine.judge.judge("vllm", None, answers, 0.0)
     assert (found.verdict, found.fault) == ("differs", OTHER_BASE), found.reason

@@ -21,7 +21,7 @@ SCALING = (
     [
         (engine_result("onnx", "as trained"), "good", f"onnx answers as trained: {PASSED}"),
         (
-            engine_result("vllm", "as trained").model_copy(update={"unmixed": "the server answered 500"}),
+            engine_result("vllm", "as trained").model_copy(update={"mixed_failure": "the server answered 500"}),
             "good",
             f"vllm answers as trained: {PASSED} vllm: mixed batches were not compared: the server answered 500.",
         ),

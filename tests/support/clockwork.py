@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.judge.analysis import PRIMARY, latencies, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
 from loraover_serve.parity.measure.blocks import measure
@@ -38,7 +38,7 @@ class Clockwork(Timed):
         self._slower, self._noise, self._drift, self._dies_at = slower, noise, drift, dies_at
         self._draw, self._calls = random.Random(0), 0
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         if block == self._dies_at:
             raise EngineError("the server answered 500")
         self._calls += 1
@@ -54,7 +54,7 @@ def whole_report() -> ParityReport:
     """A report with something in every section: two engines, one of them at three concurrencies."""
     slower = {"base": -0.2, FOLDED: 0.004}
     engines = [("vllm", 1), ("vllm", 2), ("vllm", 4), ("onnx merged", 1)]
-    requests = [Request((1, 2, 3), 3)]
+    requests = [TokenRequest((1, 2, 3), 3)]
     runs = [
         measure(
             Clockwork(slower, noise=0.03, name=name),

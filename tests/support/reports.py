@@ -23,7 +23,7 @@ from loraover_export.logits.deviation import Deviation
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_serve.parity.report.html import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
-from loraover_serve.verify.report import EngineResult, Greedy, Interval, LogprobDistance, Suspect, VerifyReport
+from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, LogprobDistance, Suspect, VerifyReport
 
 from support.clockwork import whole_report
 
@@ -51,7 +51,7 @@ def engine_result(engine: str, verdict: Any, reason: str = "", *, off: float = 2
         "allowed": 3e-4,
         "number_format": "fp32",
         "compared": "all tokens",
-        "greedy": Greedy(equal=1.0, gap=0.0, allowed=1e-3),
+        "greedy": GreedyAgreement(equal=1.0, gap=0.0, allowed=1e-3),
         "seconds": 4.0,
     }
     return EngineResult(engine=engine, version="1.2.3", verdict=verdict, reason=reason, **(found | more))

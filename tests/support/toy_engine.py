@@ -10,7 +10,7 @@ from loraover_export.check.engines.base import EngineRules, command, note, react
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.engines.torch import TorchEngine
 
 
@@ -42,7 +42,7 @@ class ToyEngine(LogitEngine, TimedEngine):
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         return self._running.generate(arm, prompts, tokens)
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         return self._running.run(arm, block, first, requests)
 
 

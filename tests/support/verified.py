@@ -22,7 +22,7 @@ from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
 from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
-from loraover_serve.verify.judge import Court
+from loraover_serve.verify.judge import EngineJudge
 from loraover_serve.verify.reference import make_reference
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.run import make_setting, make_subject
@@ -83,12 +83,12 @@ class Case:
     Args:
         base: folder of the base model.
         adapter: folder of the adapter or checkpoint.
-        court: the judge.
+        judge: the judge.
     """
 
     base: Path
     adapter: Path
-    court: Court
+    judge: EngineJudge
 
     def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None, **asked: Any) -> Setting:
         """What an engine is started with: another adapter or base model than the judge's is a planted fault."""
@@ -105,7 +105,7 @@ def make_case(
     return Case(
         base,
         adapter,
-        Court(reference, Variants(source, model, "cpu", reference.questions), make_subject(source, model)),
+        EngineJudge(reference, Variants(source, model, "cpu", reference.questions), make_subject(source, model)),
     )
 
 

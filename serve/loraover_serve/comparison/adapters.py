@@ -21,12 +21,12 @@ def check_plain(adapter: AdapterDir, reader: str) -> None:
     """Refuse an adapter that changes the base weights, or that adapts stacked experts.
 
     Args:
-        adapter: the adapter.
-        reader: what cannot read it, as the subject of "applies no LoRA of experts".
+        adapter: The adapter.
+        reader: What cannot read it, as the subject of "applies no LoRA of experts".
 
     Raises:
-        CheckpointError: an adapter whose A and B only fit a changed base model.
-        ExportError: an adapter of stacked experts.
+        CheckpointError: An adapter whose A and B only fit a changed base model.
+        ExportError: An adapter of stacked experts.
     """
     adapter.check_keeps_base()
     check_no_experts(adapter, reader)
@@ -36,12 +36,12 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
     """Refuse an adapter that is not one of a causal language model.
 
     Args:
-        adapter: the adapter.
-        base: its base model.
-        command: the command that compares next tokens.
+        adapter: The adapter.
+        base: Its base model.
+        command: The command that compares next tokens.
 
     Raises:
-        ConfigError: another task.
+        ConfigError: Another task.
     """
     task = adapter.config.task_type
     if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):

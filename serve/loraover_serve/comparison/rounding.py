@@ -14,12 +14,12 @@ Round = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Format:
+class NumberFormat:
     """A coarser number format.
 
     Args:
-        weights: rounding of a weight matrix.
-        outputs: rounding of each layer's outputs; None if only weights are rounded.
+        weights: Rounding of a weight matrix.
+        outputs: Rounding of each layer's outputs; None if only weights are rounded.
     """
 
     weights: Round
@@ -51,22 +51,22 @@ def _float8(x: Tensor) -> Tensor:
 
 
 FORMATS = {
-    "fp16": Format(_cast(torch.float16), _cast(torch.float16)),
-    "bf16": Format(_cast(torch.bfloat16), _cast(torch.bfloat16)),
-    "int8": Format(_levels(127, None)),
-    "fp8": Format(_float8),
-    "int4": Format(_levels(7, 32)),
+    "fp16": NumberFormat(_cast(torch.float16), _cast(torch.float16)),
+    "bf16": NumberFormat(_cast(torch.bfloat16), _cast(torch.bfloat16)),
+    "int8": NumberFormat(_levels(127, None)),
+    "fp8": NumberFormat(_float8),
+    "int4": NumberFormat(_levels(7, 32)),
 }
 """Number formats from fine to coarse: the floating-point ones round weights and layers' outputs, the others weights."""
 
 
 @contextmanager
-def rounding(model: nn.Module, format_: Format) -> Iterator[None]:
+def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
     """Run a model in a coarser number format for a block; one rounded layer at a time is in memory.
 
     Args:
-        model: the model.
-        format_: the number format.
+        model: The model.
+        format_: The number format.
     """
     handles = []
     exact: dict[nn.Module, nn.Parameter] = {}

@@ -22,7 +22,7 @@ def root_mean(squares: Sequence[float] | NDArray[np.float64]) -> tuple[float, fl
     is taken for it.
 
     Args:
-        squares: at least one square.
+        squares: At least one square.
     """
     rms = math.sqrt(np.mean(squares))
     spread = float(np.std(squares, ddof=1)) if len(squares) > 1 else 2 * rms**2

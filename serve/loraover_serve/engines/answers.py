@@ -72,9 +72,9 @@ class GreedyAnswer:
     """A greedy answer to one question.
 
     Args:
-        tokens: its tokens, up to the first that the engine does not identify.
-        length: its number of tokens.
-        rows: its logprobs, as far as its tokens are PyTorch's; empty if the engine does not return them.
+        tokens: Its tokens, up to the first that the engine does not identify.
+        length: Its number of tokens.
+        rows: Its logprobs, as far as its tokens are PyTorch's; empty if the engine does not return them.
     """
 
     tokens: tuple[int, ...]
@@ -95,8 +95,8 @@ def paired(one: Rows, other: Rows) -> list[tuple[Row, Row]]:
     """Rows of two arms at the same places, each with the tokens that both arms have; places without any are left out.
 
     Args:
-        one: rows of one arm.
-        other: rows of the other arm.
+        one: Rows of one arm.
+        other: Rows of the other arm.
     """
     places = {(row.question, row.position): row for row in other}
     found = []

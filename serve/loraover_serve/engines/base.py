@@ -14,7 +14,7 @@ from loraover.models.load import ModelSource
 from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row, window_rows
 from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.request import EngineRequest
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 
 Watch = Callable[[int], AbstractContextManager[Any]]
 """Returns a context manager that runs as long as the process with the given id."""
@@ -214,7 +214,7 @@ class Timed(ABC):
     arms: tuple[str, ...]
 
     @abstractmethod
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         """Answer requests at the same time, greedily and with exactly `new_tokens` tokens each.
 
         Args:
@@ -248,7 +248,7 @@ class BatchingEngine(TimedEngine):
 
     @abstractmethod
     def run_each(
-        self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+        self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[TokenRequest]
     ) -> list[Sample]:
         """Answer requests as `run` does, each with the model of another arm.
 
@@ -263,7 +263,7 @@ class BatchingEngine(TimedEngine):
             EngineError: A request that failed, or that got no answer in time.
         """
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         return self.run_each([arm] * len(requests), arm, block, first, requests)
 
 

@@ -22,7 +22,7 @@ from loraover.models.load import ModelSource
 from loraover_serve.comparison.adapters import make_idle
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine, engine_errors
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
             found += appended
         return tuple(found)
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         with engine_errors(self.name):
             return [self._answer(arm, block, first + i, request) for i, request in enumerate(requests)]
 
@@ -158,7 +158,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
             generator.set_active_adapter(self._adapters[arm], arm)
         return generator
 
-    def _answer(self, arm: str, block: int, index: int, request: Request) -> Sample:
+    def _answer(self, arm: str, block: int, index: int, request: TokenRequest) -> Sample:
         generator = self._generator(arm, len(request.prompt) + request.new_tokens)
         prompt = np.array(request.prompt, dtype=np.int64)
         times: list[float] = []

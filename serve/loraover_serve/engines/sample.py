@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Request:
+class TokenRequest:
     """One prompt to continue.
 
     Args:

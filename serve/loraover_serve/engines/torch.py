@@ -24,7 +24,7 @@ from loraover.models.memory import Needs, memory_explained
 from loraover.reference.unfolded_model import unfolded
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine, engine_errors
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 
 Switch = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields the model to run."""
@@ -76,10 +76,12 @@ class TorchEngine(LogitEngine, TimedEngine):
                 yield model_logits(model, tokens)
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        return [one.token_ids for one in self.run(arm, 0, 0, [Request(tuple(prompt), tokens) for prompt in prompts])]
+        return [
+            one.token_ids for one in self.run(arm, 0, 0, [TokenRequest(tuple(prompt), tokens) for prompt in prompts])
+        ]
 
     @torch.inference_mode()
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         with engine_errors(self.name), self._switches[arm]() as model:
             return [_answer(model, arm, block, first + i, request) for i, request in enumerate(requests)]
 
@@ -142,7 +144,7 @@ def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:
     return logits
 
 
-def _answer(model: Any, arm: str, block: int, index: int, request: Request) -> Sample:
+def _answer(model: Any, arm: str, block: int, index: int, request: TokenRequest) -> Sample:
     ids = torch.tensor([request.prompt], device=model.device)
     cache: dict[str, Any] = {}
     chosen: list[int] = []

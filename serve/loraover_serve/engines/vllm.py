@@ -22,7 +22,7 @@ from loraover_serve.engines.base import BatchingEngine, Setting
 from loraover_serve.engines.endpoint import OpenAiEngine
 from loraover_serve.engines.installed import installed_version, version_beside
 from loraover_serve.engines.request import EngineRequest
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.vllm.request import KEY_VARIABLE, vllm_command
 from loraover_serve.vllm.serve import server_config
 from loraover_serve.vllm.server import VllmServer, serve_vllm
@@ -115,9 +115,9 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
         return self.server.version()
 
     def run_each(
-        self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[Request]
+        self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[TokenRequest]
     ) -> list[Sample]:
-        def answer(model: str, index: int, request: Request) -> Sample:
+        def answer(model: str, index: int, request: TokenRequest) -> Sample:
             done = self.server.stream(
                 self.names[model], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
             )

@@ -15,7 +15,7 @@ from loraover.models.memory import memory_explained
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import BatchingEngine, Setting, Timed, TimedEngine
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.engines.torch import memory_needs
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.outputs import Outputs, compare_outputs
@@ -96,7 +96,7 @@ class Collector:
 
     request: ParityRequest
     arms: Arms
-    requests: Sequence[Request]
+    requests: Sequence[TokenRequest]
     setting: Setting
 
     def collect(self) -> Measured:

@@ -17,7 +17,7 @@ from loraover_serve.comparison.report import machine
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.installed import check_installed, versions
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
@@ -124,7 +124,7 @@ def _is_kept(text: str, folder: Path) -> bool:
     return True
 
 
-def _requests(request: ParityRequest, arms: Arms) -> list[Request]:
+def _requests(request: ParityRequest, arms: Arms) -> list[TokenRequest]:
     return make_requests(
         request.workload,
         load_tokenizer(arms.base),

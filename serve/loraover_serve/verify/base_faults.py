@@ -38,9 +38,9 @@ class BaseFault:
     """A fault of the base model that explains its answers.
 
     Args:
-        fault: name of the fault.
-        detail: the fault in words.
-        share: share of the difference that it explains.
+        fault: Name of the fault.
+        detail: The fault in words.
+        share: Share of the difference that it explains.
     """
 
     fault: str
@@ -64,13 +64,13 @@ def find_base_fault(
     """The fault that explains most of what sets the engine's base model apart from PyTorch's; None if none does.
 
     Args:
-        rows: the engine's base model.
+        rows: The engine's base model.
         base: PyTorch's.
         adapter: PyTorch's adapted model.
-        questions: tokens after which next tokens were compared.
-        variants: the base model, to run faults of it.
-        subject: the adapter.
-        thorough: whether to run the faults that PyTorch must compute, too.
+        questions: Tokens after which next tokens were compared.
+        variants: The base model, to run faults of it.
+        subject: The adapter.
+        thorough: Whether to run the faults that PyTorch must compute, too.
     """
     found = [
         _temperature(rows, base),

@@ -21,8 +21,8 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
     """Yield the kind of each fault, the fault in words, and what makes it.
 
     Args:
-        model: the base model.
-        longest: number of tokens of the longest prompt.
+        model: The base model.
+        longest: Number of tokens of the longest prompt.
     """
     config = model.config.get_text_config()
     if config.bos_token_id is not None:

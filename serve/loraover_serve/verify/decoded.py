@@ -9,19 +9,19 @@ from loraover_serve.engines.answers import GreedyAnswer
 from loraover_serve.verify.evidence import count_base, like
 from loraover_serve.verify.faults import DECODED, ENDS_EARLY
 from loraover_serve.verify.reference import Reference
-from loraover_serve.verify.report import Greedy
-from loraover_serve.verify.rules import Finding
+from loraover_serve.verify.report import GreedyAgreement
+from loraover_serve.verify.rules import RuleFinding
 
 FEW = 3  # answers that end early, or lack the adapter, without being chance
 
 
-def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed: float) -> Greedy | None:
+def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed: float) -> GreedyAgreement | None:
     """Greedy answers beside PyTorch's; those of which the engine identifies no token are left out.
 
     Args:
-        found: the answer to each question.
+        found: The answer to each question.
         reference: PyTorch's answers.
-        allowed: largest gap that the engine's noise explains, in nats.
+        allowed: Largest gap that the engine's noise explains, in nats.
     """
     gaps, equal, early = [], 0, 0
     for index, (question, answer) in enumerate(zip(reference.questions, found, strict=True)):
@@ -38,15 +38,17 @@ def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed:
             early += not complete
     if not gaps:
         return None
-    return Greedy(equal=equal / len(gaps), early=early / len(gaps), gap=max(gaps), allowed=allowed)
+    return GreedyAgreement(equal=equal / len(gaps), early=early / len(gaps), gap=max(gaps), allowed=allowed)
 
 
-def decoded_fault(greedy: Greedy | None, answers: Sequence[GreedyAnswer], reference: Reference) -> Finding | None:
+def decoded_fault(
+    greedy: GreedyAgreement | None, answers: Sequence[GreedyAnswer], reference: Reference
+) -> RuleFinding | None:
     """The finding if generated answers are wrong though logprobs agree; None if they are not.
 
     Args:
-        greedy: greedy answers beside PyTorch's.
-        answers: greedy answers.
+        greedy: Greedy answers beside PyTorch's.
+        answers: Greedy answers.
         reference: PyTorch's answers.
     """
     if greedy is None:
@@ -57,16 +59,16 @@ def decoded_fault(greedy: Greedy | None, answers: Sequence[GreedyAnswer], refere
         as_base, clear = count_base(pairs, reference.base, reference.adapter)
         if as_base >= FEW:
             reason = f"logprobs agree, but {as_base} of {clear} generated tokens have the base model's logprobs"
-            return Finding("differs", reason, DECODED)
+            return RuleFinding("differs", reason, DECODED)
     if greedy.gap > greedy.allowed:
         reason = (
             f"logprobs agree, but a greedy answer leaves PyTorch's where the two tokens are {greedy.gap:.2g} nats "
             f"apart, and noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
         )
-        return Finding("differs", reason)
+        return RuleFinding("differs", reason)
     if greedy.early * len(answers) >= min(FEW, len(answers)):
         reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, at no end of the text"
-        return Finding("differs", reason, ENDS_EARLY)
+        return RuleFinding("differs", reason, ENDS_EARLY)
     return None
 
 

@@ -45,14 +45,14 @@ class Evidence:
     """An engine's answers beside PyTorch's.
 
     Args:
-        noise: distance of the base model.
-        found: distance of the adapter.
+        noise: Distance of the base model.
+        found: Distance of the adapter.
         effect: RMS change of logprobs by the adapter in PyTorch, in nats.
-        strength: strength of the adapter in what the engine changes.
-        excess: logarithm of the adapter's distance over the base model's times the sensitivity.
-        as_base: number of positions at which the adapter's request has the base model's answer.
-        clear: number of positions at which that would be seen.
-        prompts: number of prompts.
+        strength: Strength of the adapter in what the engine changes.
+        excess: Logarithm of the adapter's distance over the base model's times the sensitivity.
+        as_base: Number of positions at which the adapter's request has the base model's answer.
+        clear: Number of positions at which that would be seen.
+        prompts: Number of prompts.
     """
 
     noise: LogprobDistance
@@ -69,11 +69,11 @@ def weigh(base_rows: Rows, adapter_rows: Rows, base: Expected, adapter: Expected
     """Compare an engine's answers with those of a base model and an adapted model in PyTorch.
 
     Args:
-        base_rows: the engine's base model.
-        adapter_rows: the engine's adapter.
-        base: the base model in PyTorch.
-        adapter: the adapted model in PyTorch.
-        sensitivity: ratio by which rounding moves the adapted model further than the base model.
+        base_rows: The engine's base model.
+        adapter_rows: The engine's adapter.
+        base: The base model in PyTorch.
+        adapter: The adapted model in PyTorch.
+        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
     """
     noise, found = distance(base_rows, base), distance(adapter_rows, adapter)
     effect = between(adapter_rows, adapter, base)
@@ -97,7 +97,7 @@ def distance(rows: Rows, expected: Expected) -> LogprobDistance:
     """Distance of logprobs from PyTorch's, with the standard error over prompts.
 
     Args:
-        rows: an engine's logprobs.
+        rows: An engine's logprobs.
         expected: PyTorch's.
     """
     return LogprobDistance.of([row.logprobs - expected.like(row) for row in rows], [row.question for row in rows])

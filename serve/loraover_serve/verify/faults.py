@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.verify.variants import Deltas, LowRank
+from loraover_serve.verify.variants import Deltas, LowRankChange
 
 NOT_APPLIED = "served as base"
 SCALED = "wrong scaling"
@@ -51,10 +51,10 @@ class RightAdapter:
     """The adapter whose faults are looked for.
 
     Args:
-        config: its configuration.
-        deltas: its deltas, by the paths of their modules.
-        heads: number of attention heads by the last part of a module's path, for q_proj and k_proj.
-        others: whether it has fully trained parameters (`modules_to_save`).
+        config: Its configuration.
+        deltas: Its deltas, by the paths of their modules.
+        heads: Number of attention heads by the last part of a module's path, for q_proj and k_proj.
+        others: Whether it has fully trained parameters (`modules_to_save`).
     """
 
     config: AdapterConfig
@@ -68,10 +68,10 @@ class FaultyAdapter:
     """An adapter that an engine may have served instead.
 
     Args:
-        fault: name of the fault.
-        detail: the fault in words.
-        deltas: deltas by the paths of their modules.
-        with_others: whether the adapter's fully trained parameters are in place.
+        fault: Name of the fault.
+        detail: The fault in words.
+        deltas: Deltas by the paths of their modules.
+        with_others: Whether the adapter's fully trained parameters are in place.
     """
 
     fault: str
@@ -115,7 +115,7 @@ def transposed(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """delta_W of square modules transposed, which no shape check notices."""
     square = {m: d for m, d in subject.deltas.items() if d.a.shape[1] == d.b.shape[0] and not d.is_embedding}
     if square:
-        turned = {m: LowRank(d.b.mT, d.a.mT, d.scaling) for m, d in square.items()}
+        turned = {m: LowRankChange(d.b.mT, d.a.mT, d.scaling) for m, d in square.items()}
         yield FaultyAdapter(TRANSPOSED, "delta_W of every square module is transposed", {**subject.deltas, **turned})
 
 
@@ -157,7 +157,7 @@ def left_out(subject: RightAdapter) -> Iterator[FaultyAdapter]:
 
 def misplaced(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """One layer of the adapter is missing, or two neighbours are swapped."""
-    layers: dict[int, dict[str, LowRank]] = {}
+    layers: dict[int, dict[str, LowRankChange]] = {}
     for module, delta in subject.deltas.items():
         number = LAYER.search(module)
         if number:

@@ -27,7 +27,7 @@ def to_page(report: VerifyReport) -> Page:
     """Make the report's page.
 
     Args:
-        report: the report.
+        report: The report.
     """
     results = _worst_first(report.engines)
     suspected = [result for result in results if result.suspects]
@@ -58,13 +58,15 @@ def verdict_of(report: VerifyReport) -> Verdict:
     """Return the verdict on all engines in plain sentences with their figures, the worst first.
 
     Args:
-        report: the report.
+        report: The report.
     """
     results = _worst_first(report.engines)
     passed = [result for result in results if result.verdict == "as trained"]
     sentences = [_sentence(result) for result in results if result.verdict != "as trained"]
     sentences += [_passed(passed)] if passed else []
-    sentences += [f"{r.engine}: mixed batches were not compared: {_ended(r.unmixed)}" for r in passed if r.unmixed]
+    sentences += [
+        f"{r.engine}: mixed batches were not compared: {_ended(r.mixed_failure)}" for r in passed if r.mixed_failure
+    ]
     return Verdict(TONES[report.verdict], report.verdict, " ".join(sentences))
 
 

@@ -26,9 +26,17 @@ from loraover_serve.verify.evidence import EXACT, FLOOR, Evidence, between, like
 from loraover_serve.verify.faults import INTERMITTENT, OTHER_BASE, UNLIKE, RightAdapter
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
 from loraover_serve.verify.reference import Reference
-from loraover_serve.verify.report import EngineResult, Greedy, Interval, MixedBatch
+from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, MixedBatch
 from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
-from loraover_serve.verify.rules import Finding, allowed_distance, allowed_strength, beyond, is_narrow, is_nearer, shown
+from loraover_serve.verify.rules import (
+    RuleFinding,
+    allowed_distance,
+    allowed_strength,
+    beyond,
+    is_narrow,
+    is_nearer,
+    shown,
+)
 from loraover_serve.verify.strength import between_arms, strength
 from loraover_serve.verify.suspects import Search
 from loraover_serve.verify.variants import Variants
@@ -45,29 +53,29 @@ class Answers:
     """Everything that one engine answered.
 
     Args:
-        base: logprobs of the base model.
-        adapter: logprobs of the adapter.
-        greedy: the adapter's greedy answer to each prompt.
-        mixed: logprobs of each arm, asked for together; None if the engine takes one request at a time.
-        unmixed: reason why the requests that were sent together failed; None if they did not.
+        base: Logprobs of the base model.
+        adapter: Logprobs of the adapter.
+        greedy: The adapter's greedy answer to each prompt.
+        mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
+        mixed_failure: Reason why the requests that were sent together failed; None if they did not.
     """
 
     base: Rows
     adapter: Rows
     greedy: Sequence[GreedyAnswer]
     mixed: Mapping[str, Rows] | None = None
-    unmixed: str | None = None
+    mixed_failure: str | None = None
 
 
 @dataclass(frozen=True)
-class Court:
+class EngineJudge:
     """What engines are judged by.
 
     Args:
         reference: PyTorch's answers.
-        variants: the base model with changed adapters, to run suspected faults.
-        subject: the adapter.
-        number_format: coarsest number format in which the base model is known to be served.
+        variants: The base model with changed adapters, to run suspected faults.
+        subject: The adapter.
+        number_format: Coarsest number format in which the base model is known to be served.
     """
 
     reference: Reference
@@ -79,24 +87,26 @@ class Court:
         """Compare an engine's answers with PyTorch's, and look for a fault if they differ.
 
         Args:
-            engine: name of the engine.
-            version: its version; None if it reports none.
-            answers: its answers.
-            seconds: time that they took.
+            engine: Name of the engine.
+            version: Its version; None if it reports none.
+            answers: Its answers.
+            seconds: Time that they took.
 
         Raises:
-            EngineError: answers that are not finite, or of another vocabulary.
+            EngineError: Answers that are not finite, or of another vocabulary.
         """
         _check(engine, answers, self.reference.base.vocabulary)
-        case = Case(self, answers)
+        case = EngineCase(self, answers)
         finding = next(found for rule in RULES if (found := rule(case)) is not None)
-        unmixed = f"; mixed batches were not compared: {answers.unmixed}" if answers.unmixed is not None else ""
+        mixed_failure = (
+            f"; mixed batches were not compared: {answers.mixed_failure}" if answers.mixed_failure is not None else ""
+        )
         evidence = case.evidence
         return EngineResult(
             engine=engine,
             version=version,
             verdict=finding.verdict,
-            reason=finding.reason + unmixed,
+            reason=finding.reason + mixed_failure,
             fault=finding.fault,
             compared="all tokens" if answers.base[0].ids is None else "top tokens",
             strength=Interval.of(evidence.strength) if evidence.effect > 0 else None,
@@ -108,22 +118,22 @@ class Court:
             allowed=case.limit,
             greedy=case.greedy,
             mixed=case.mixed,
-            unmixed=answers.unmixed,
+            mixed_failure=answers.mixed_failure,
             suspects=list(finding.suspects),
             seconds=seconds,
         )
 
 
-class Case:
+class EngineCase:
     """One engine's answers, with what the rules ask of them.
 
     Args:
-        court: what the engine is judged by.
-        answers: its answers.
+        judge: What the engine is judged by.
+        answers: Its answers.
     """
 
-    def __init__(self, court: Court, answers: Answers) -> None:
-        self.court, self.answers, self.reference = court, answers, court.reference
+    def __init__(self, judge: EngineJudge, answers: Answers) -> None:
+        self.judge, self.answers, self.reference = judge, answers, judge.reference
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -143,7 +153,7 @@ class Case:
         if noise <= EXACT:
             return "fp32"
         for name, format_ in FORMATS.items():
-            rounded = between(self.answers.base, self.court.variants.rounded(format_), self.reference.base)
+            rounded = between(self.answers.base, self.judge.variants.rounded(format_), self.reference.base)
             if noise <= COARSER * rounded:
                 return name
         return None
@@ -158,8 +168,8 @@ class Case:
         """Strength of the right adapter if PyTorch computes in the number format of the base model."""
         if self.number_format is None or self.number_format in PLAIN:
             return self.reference.bias
-        format_, variants = FORMATS[self.number_format], self.court.variants
-        rounded = (variants.rounded(format_), variants.rounded(format_, self.court.subject.deltas))
+        format_, variants = FORMATS[self.number_format], self.judge.variants
+        rounded = (variants.rounded(format_), variants.rounded(format_, self.judge.subject.deltas))
         pairs = [tuple(like(row, each) for each in rounded) for row in self.answers.base]
         found = strength(between_arms([(one, two) for one, two in pairs], self.reference.base, self.reference.adapter))
         return float(found.value) or 1.0
@@ -170,7 +180,7 @@ class Case:
         return allowed_distance(self.evidence.noise, self.reference.sensitivity)
 
     @cached_property
-    def greedy(self) -> Greedy | None:
+    def greedy(self) -> GreedyAgreement | None:
         """Greedy answers beside PyTorch's."""
         gap = 2 * self.reference.sensitivity * self.evidence.noise.largest + FLOOR
         return compare_greedy(self.answers.greedy, self.reference, gap)
@@ -182,18 +192,18 @@ class Case:
         return None if self.answers.mixed is None else compare_mixed(self.answers.mixed, apart)
 
 
-def base_is_faulty(case: Case) -> Finding | None:
+def base_is_faulty(case: EngineCase) -> RuleFinding | None:
     """What sets the base model apart points in the direction of a fault."""
     if case.evidence.noise.rms <= EXACT:
         return None
-    court, thorough = case.court, case.number_format not in PLAIN
+    judge, thorough = case.judge, case.number_format not in PLAIN
     found = find_base_fault(
         case.answers.base,
         case.reference.base,
         case.reference.adapter,
         case.reference.questions,
-        court.variants,
-        court.subject,
+        judge.variants,
+        judge.subject,
         thorough=thorough,
     )
     if found is None:
@@ -202,10 +212,10 @@ def base_is_faulty(case: Case) -> Finding | None:
         f"{found.fault}: {found.detail}, which explains {found.share:.0%} of what sets the base model apart from "
         f"PyTorch's ({case.evidence.noise.rms:.2g} nats)"
     )
-    return Finding("differs", reason, found.fault)
+    return RuleFinding("differs", reason, found.fault)
 
 
-def base_is_another(case: Case) -> Finding | None:
+def base_is_another(case: EngineCase) -> RuleFinding | None:
     """No number format is as far off as the base model."""
     if case.number_format is not None:
         return None
@@ -213,10 +223,10 @@ def base_is_another(case: Case) -> Finding | None:
         f"the base model is off by {case.evidence.noise.rms:.2g} nats without an adapter, more than weights rounded to "
         "4 bits would be: the engine serves another base model"
     )
-    return Finding("differs", reason, OTHER_BASE)
+    return RuleFinding("differs", reason, OTHER_BASE)
 
 
-def base_is_unlike(case: Case) -> Finding | None:
+def base_is_unlike(case: EngineCase) -> RuleFinding | None:
     """The adapter's answers are nearer to PyTorch's than noise as large as the base model's allows."""
     found = case.evidence
     if not is_nearer(found, case.reference.sensitivity):
@@ -225,49 +235,49 @@ def base_is_unlike(case: Case) -> Finding | None:
         f"the adapter's answers are off by {found.found.rms:.2g} nats, those for the base model by "
         f"{found.noise.rms:.2g}: requests for the base model are answered by something else"
     )
-    return Finding("differs", reason, UNLIKE)
+    return RuleFinding("differs", reason, UNLIKE)
 
 
-def some_are_base(case: Case) -> Finding | None:
+def some_are_base(case: EngineCase) -> RuleFinding | None:
     """Some of the adapter's answers are the base model's, and others are not."""
     found = case.evidence
     if not FEW_AS_BASE <= found.as_base <= found.clear - FEW_AS_BASE:
         return None
     part = found.as_base / found.clear
     reason = f"{found.as_base} of {found.clear} answers of the adapter ({part:.0%}) are the base model's"
-    return Finding("differs", reason, INTERMITTENT)
+    return RuleFinding("differs", reason, INTERMITTENT)
 
 
-def adapter_is_beyond(case: Case) -> Finding | None:
+def adapter_is_beyond(case: EngineCase) -> RuleFinding | None:
     """The strength or the distance is not that of a right adapter."""
     found = beyond(case.evidence, case.allowed, case.reference.sensitivity)
     if found is None:
         return None
-    court, answers = case.court, case.answers
+    judge, answers = case.judge, case.answers
     exact = case.number_format == "fp32"
-    search = Search(case.reference, court.variants, court.subject, answers.base, answers.adapter, is_exact=exact)
+    search = Search(case.reference, judge.variants, judge.subject, answers.base, answers.adapter, is_exact=exact)
     suspects = search.suspects()
     nearest = suspects[0]
     if not nearest.explains:
         reason = f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
-        return Finding("differs", f"{reason}{nearest.rms:.2g} nats", None, suspects)
+        return RuleFinding("differs", f"{reason}{nearest.rms:.2g} nats", None, suspects)
     others = [each.detail for each in suspects[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
     reason = f"{nearest.fault}: {nearest.detail} ({found}; with this fault {nearest.rms:.2g} nats remain){also}"
-    return Finding("differs", reason, nearest.fault, suspects)
+    return RuleFinding("differs", reason, nearest.fault, suspects)
 
 
-def generated_is_wrong(case: Case) -> Finding | None:
+def generated_is_wrong(case: EngineCase) -> RuleFinding | None:
     """Generated answers are not what the logprobs say."""
     return decoded_fault(case.greedy, case.answers.greedy, case.reference)
 
 
-def mixed_is_wrong(case: Case) -> Finding | None:
+def mixed_is_wrong(case: EngineCase) -> RuleFinding | None:
     """Answers change beside requests for another model."""
     return None if case.mixed is None else mixed_fault(case.mixed, case.limit)
 
 
-def strength_is_unclear(case: Case) -> Finding | None:
+def strength_is_unclear(case: EngineCase) -> RuleFinding | None:
     """The interval of the strength is wide, or there is no effect to see."""
     found = case.evidence
     if found.effect > FLOOR and is_narrow(found.strength, case.allowed):
@@ -278,23 +288,23 @@ def strength_is_unclear(case: Case) -> Finding | None:
     )
     if found.prompts < ENOUGH:
         reason += f"; {found.prompts} prompts are few: give {ENOUGH} or more"
-    return Finding("inconclusive", reason)
+    return RuleFinding("inconclusive", reason)
 
 
-def format_is_undeclared(case: Case) -> Finding | None:
+def format_is_undeclared(case: EngineCase) -> RuleFinding | None:
     """The base model is coarser than was declared, and so may be another one."""
     assert case.number_format is not None
-    if NUMBER_FORMATS.index(case.number_format) <= NUMBER_FORMATS.index(case.court.number_format):
+    if NUMBER_FORMATS.index(case.number_format) <= NUMBER_FORMATS.index(case.judge.number_format):
         return None
     reason = (
         f"the adapter has the strength {shown(case.evidence.strength)}, but the base model is off by "
         f"{case.evidence.noise.rms:.2g} nats, as {case.number_format} would be, or another base model; if it is served "
         f"in {case.number_format}, say so with {VerifyRequest.named('served_format')}"
     )
-    return Finding("inconclusive", reason)
+    return RuleFinding("inconclusive", reason)
 
 
-def as_trained(case: Case) -> Finding:
+def as_trained(case: EngineCase) -> RuleFinding:
     """No rule found anything."""
     found = case.evidence
     coarse = "" if case.number_format == "fp32" else f", as {case.number_format} arithmetic would be"
@@ -305,10 +315,10 @@ def as_trained(case: Case) -> Finding:
         f"the adapter has the strength {shown(found.strength)}; off by {found.found.rms:.2g} nats, where it moves "
         f"logprobs by {found.effect:.2g} and the engine's base model is off by {found.noise.rms:.2g}{coarse}{hidden}"
     )
-    return Finding("as trained", reason)
+    return RuleFinding("as trained", reason)
 
 
-RULES: tuple[Callable[[Case], Finding | None], ...] = (
+RULES: tuple[Callable[[EngineCase], RuleFinding | None], ...] = (
     base_is_faulty,
     base_is_another,
     base_is_unlike,

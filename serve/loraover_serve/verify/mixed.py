@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, Row, Rows
 from loraover_serve.verify.faults import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.verify.report import LogprobDistance, MixedBatch
-from loraover_serve.verify.rules import Finding
+from loraover_serve.verify.rules import RuleFinding
 
 
 def compare_mixed(mixed: Mapping[str, Rows], apart: Mapping[str, Rows]) -> MixedBatch:
     """Distance between the answers that were sent together and those that were sent apart, for each arm.
 
     Args:
-        mixed: logprobs of the base model and the adapter, asked for together, and of the adapter beside another one.
-        apart: logprobs after the same tokens, asked for one arm at a time.
+        mixed: Logprobs of the base model and the adapter, asked for together, and of the adapter beside another one.
+        apart: Logprobs after the same tokens, asked for one arm at a time.
     """
 
     def distance(name: str, arm: str) -> LogprobDistance:
@@ -39,12 +39,12 @@ def compare_mixed(mixed: Mapping[str, Rows], apart: Mapping[str, Rows]) -> Mixed
     return MixedBatch(base=distance(BASE, BASE), adapter=distance(ADAPTER, ADAPTER), other=other)
 
 
-def mixed_fault(mixed: MixedBatch, allowed: float) -> Finding | None:
+def mixed_fault(mixed: MixedBatch, allowed: float) -> RuleFinding | None:
     """The finding if answers change in a mixed batch; None if they do not.
 
     Args:
-        mixed: distance between answers sent together and apart.
-        allowed: largest distance of the adapter's answers from PyTorch's that noise explains, in nats.
+        mixed: Distance between answers sent together and apart.
+        allowed: Largest distance of the adapter's answers from PyTorch's that noise explains, in nats.
     """
     limit = math.sqrt(2) * allowed
     cases = (
@@ -59,7 +59,7 @@ def mixed_fault(mixed: MixedBatch, allowed: float) -> Finding | None:
                 f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
                 "time are answered right"
             )
-            return Finding("differs", reason, fault)
+            return RuleFinding("differs", reason, fault)
     return None
 
 

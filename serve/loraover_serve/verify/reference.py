@@ -15,7 +15,7 @@ from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.torch import TorchEngine, Within
 from loraover_serve.verify.strength import between_arms, strength
 
@@ -25,14 +25,14 @@ class Reference:
     """PyTorch's answers in float32.
 
     Args:
-        name: the adapted model, in words.
-        questions: tokens after which next tokens are compared.
-        base: logprobs of the base model.
-        adapter: logprobs of the adapted model.
-        sensitivity: ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
+        name: The adapted model, in words.
+        questions: Tokens after which next tokens are compared.
+        base: Logprobs of the base model.
+        adapter: Logprobs of the adapted model.
+        sensitivity: Ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
             at least 1.
-        bias: strength of the adapter if PyTorch computes in bfloat16; 1 if such rounding shrinks no change.
-        ends: ids of the tokens that end a text.
+        bias: Strength of the adapter if PyTorch computes in bfloat16; 1 if such rounding shrinks no change.
+        ends: Ids of the tokens that end a text.
     """
 
     name: str
@@ -57,16 +57,16 @@ def make_reference(
     A checkpoint's unfolded model applies the cores and never forms A and B; any other adapter is applied by PEFT.
 
     Args:
-        adapter: the adapter.
-        base: the base model.
-        prompts: token ids of the prompts.
-        new_tokens: number of tokens of the greedy answers.
-        device: device to run on.
-        report: receiver of progress.
+        adapter: The adapter.
+        base: The base model.
+        prompts: Token ids of the prompts.
+        new_tokens: Number of tokens of the greedy answers.
+        device: Device to run on.
+        report: Receiver of progress.
 
     Raises:
-        CheckpointError: an adapter of another model, or one that PEFT refuses.
-        EngineError: a model that PyTorch fails to run.
+        CheckpointError: An adapter of another model, or one that PEFT refuses.
+        EngineError: A model that PyTorch fails to run.
     """
     report.line(f"loading the base model from {base.origin}")
     model, name = load_model(base, device=device), reference_name(adapter)
@@ -74,7 +74,7 @@ def make_reference(
     with reference_model(model, adapter) as adapted:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
         engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
-        answers = engine.run(ADAPTER, 0, 0, [Request(prompt, new_tokens) for prompt in prompts])
+        answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, new_tokens) for prompt in prompts])
         questions = tuple(
             Question(p, _first(answer.token_ids, ends)) for p, answer in zip(prompts, answers, strict=True)
         )

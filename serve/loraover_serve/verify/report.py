@@ -30,18 +30,18 @@ class LogprobDistance(Model):
     """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
 
     rms: float = Field(description="RMS difference of logprobs, in nats")
-    error: float = Field(description="standard error of rms over prompts, in nats; with a single prompt rms itself")
-    largest: float = Field(description="largest difference of a logprob, in nats")
-    positions: int = Field(description="number of positions at which next tokens were compared")
-    prompts: int = Field(description="number of prompts to which they belong")
+    error: float = Field(description="Standard error of rms over prompts, in nats; with a single prompt rms itself")
+    largest: float = Field(description="Largest difference of a logprob, in nats")
+    positions: int = Field(description="Number of positions at which next tokens were compared")
+    prompts: int = Field(description="Number of prompts to which they belong")
 
     @classmethod
     def of(cls, differences: Sequence[NDArray[np.float64]], prompts: Sequence[int]) -> LogprobDistance:
         """Summarise differences of logprobs.
 
         Args:
-            differences: one array for each position.
-            prompts: the prompt to which each position belongs.
+            differences: One array for each position.
+            prompts: The prompt to which each position belongs.
         """
         squares = np.array([float(np.mean(np.square(each))) for each in differences])
         _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
@@ -55,9 +55,9 @@ class LogprobDistance(Model):
 class Interval(Model):
     """A strength: 1 if the engine applies the adapter as it was trained, 0 if it does not."""
 
-    value: float = Field(description="the estimate")
-    low: float = Field(description="lower end of the interval over prompts")
-    high: float = Field(description="upper end of the interval over prompts")
+    value: float = Field(description="The estimate")
+    low: float = Field(description="Lower end of the interval over prompts")
+    high: float = Field(description="Upper end of the interval over prompts")
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
@@ -73,11 +73,11 @@ class Interval(Model):
 class MixedBatch(Model):
     """Answers to requests for both models that are sent together, beside those sent for one model at a time."""
 
-    base: LogprobDistance = Field(description="distance between the base model's answers sent together and apart")
-    adapter: LogprobDistance = Field(description="distance between the adapter's answers sent together and apart")
+    base: LogprobDistance = Field(description="Distance between the base model's answers sent together and apart")
+    adapter: LogprobDistance = Field(description="Distance between the adapter's answers sent together and apart")
     other: LogprobDistance | None = Field(
         default=None,
-        description="distance between the adapter's answers sent together with another adapter's requests and apart; "
+        description="Distance between the adapter's answers sent together with another adapter's requests and apart; "
         "None if the engine has no other adapter",
     )
 
@@ -87,97 +87,99 @@ class MixedBatch(Model):
         return max(each.rms for each in (self.base, self.adapter, self.other) if each is not None)
 
 
-class Greedy(Model):
+class GreedyAgreement(Model):
     """Greedy answers of the adapter, token by token, beside PyTorch's."""
 
-    equal: float = Field(description="share of prompts that both answer with the same tokens")
+    equal: float = Field(description="Share of prompts that both answer with the same tokens")
     early: float = Field(
-        default=0.0, description="share of prompts whose answers end before PyTorch's and before an end"
+        default=0.0, description="Share of prompts whose answers end before PyTorch's and before an end"
     )
     gap: float = Field(
-        description="largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"
+        description="Largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"
     )
-    allowed: float = Field(description="largest gap that the engine's noise explains, in nats")
+    allowed: float = Field(description="Largest gap that the engine's noise explains, in nats")
 
 
 class Suspect(Model):
     """One fault, as PyTorch computes it, beside the engine's answers."""
 
-    fault: str = Field(description="name of the fault")
-    detail: str = Field(description="the fault in words")
+    fault: str = Field(description="Name of the fault")
+    detail: str = Field(description="The fault in words")
     rms: float = Field(
         description="RMS difference, in nats, between what the engine's adapter changes and what the fault changes: "
         "over all prompts for the nearest faults, over the first three for the others"
     )
-    explains: bool = Field(description="whether the fault explains the engine's answers within noise")
+    explains: bool = Field(description="Whether the fault explains the engine's answers within noise")
 
 
 class EngineResult(Model):
     """Verdict on one engine."""
 
-    engine: str = Field(description="name of the engine, as --engine takes it; endpoint for a server at --endpoint")
-    version: str | None = Field(default=None, description="version of the engine; None if it does not report it")
+    engine: str = Field(description="Name of the engine, as --engine takes it; endpoint for a server at --endpoint")
+    version: str | None = Field(default=None, description="Version of the engine; None if it does not report it")
     verdict: Verdict
-    reason: str = Field(description="reason for the verdict, in words")
-    fault: str | None = Field(default=None, description="the likely fault; None if none explains the answers")
+    reason: str = Field(description="Reason for the verdict, in words")
+    fault: str | None = Field(default=None, description="The likely fault; None if none explains the answers")
     compared: Literal["all tokens", "top tokens"] | None = Field(
-        default=None, description="tokens whose logprobs were compared at each position; None after a failure"
+        default=None, description="Tokens whose logprobs were compared at each position; None after a failure"
     )
     base: LogprobDistance | None = Field(
-        default=None, description="distance of the engine's base model from PyTorch's: the engine's noise"
+        default=None, description="Distance of the engine's base model from PyTorch's: the engine's noise"
     )
     number_format: str | None = Field(
-        default=None, description="number format whose rounding moves PyTorch's base model about as far"
+        default=None, description="Number format whose rounding moves PyTorch's base model about as far"
     )
     strength: Interval | None = Field(
-        default=None, description="strength of the adapter; None after a failure, and where prompts are too few"
+        default=None, description="Strength of the adapter; None after a failure, and where prompts are too few"
     )
     allowed_strength: tuple[float, float] | None = Field(
-        default=None, description="least and largest strength that a right adapter has on this engine"
+        default=None, description="Least and largest strength that a right adapter has on this engine"
     )
     adapter: LogprobDistance | None = Field(
-        default=None, description="distance of the adapter's answers from PyTorch's"
+        default=None, description="Distance of the adapter's answers from PyTorch's"
     )
     effect: float | None = Field(default=None, description="RMS change of logprobs by the adapter, in nats")
-    allowed: float | None = Field(default=None, description="largest distance that the noise explains, in nats")
-    greedy: Greedy | None = Field(default=None, description="greedy answers; None if the engine hides its token ids")
+    allowed: float | None = Field(default=None, description="Largest distance that the noise explains, in nats")
+    greedy: GreedyAgreement | None = Field(
+        default=None, description="Greedy answers; None if the engine hides its token ids"
+    )
     mixed: MixedBatch | None = Field(
-        default=None, description="answers in mixed batches; None if the engine takes one request at a time"
+        default=None, description="Answers in mixed batches; None if the engine takes one request at a time"
     )
-    unmixed: str | None = Field(
-        default=None, description="reason why mixed batches could not be compared; None if they were, or need not be"
+    mixed_failure: str | None = Field(
+        default=None, description="Reason why mixed batches could not be compared; None if they were, or need not be"
     )
-    suspects: list[Suspect] = Field(default=[], description="faults that were compared, the nearest first")
-    seconds: float = Field(description="seconds to export, start and ask the engine")
+    suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
+    seconds: float = Field(description="Seconds to export, start and ask the engine")
 
 
 class VerifyReport(Model):
     """Contents of `verify.json`."""
 
     schema_version: int = 1
-    verdict: Verdict = Field(description="the worst verdict of the engines")
+    verdict: Verdict = Field(description="The worst verdict of the engines")
     engines: list[EngineResult]
-    adapter: str = Field(description="folder of the adapter or checkpoint")
-    base_model: str = Field(description="name or folder of the base model")
-    reference: str = Field(description="the model in PyTorch that answers as trained")
+    adapter: str = Field(description="Folder of the adapter or checkpoint")
+    base_model: str = Field(description="Name or folder of the base model")
+    reference: str = Field(description="The model in PyTorch that answers as trained")
     sensitivity: float = Field(
-        description="ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's, "
+        description="Ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's, "
         "at least 1"
     )
-    bias: float = Field(description="strength of the adapter if PyTorch computes in bfloat16")
-    served_format: str = Field(description="coarsest number format of the base model that was declared")
-    prompts: int = Field(description="number of prompts")
-    prompt_source: str = Field(description="origin of the prompts, in words")
-    new_tokens: int = Field(description="number of tokens of each greedy answer")
-    device: str = Field(description="device that PyTorch ran on")
-    command: str = Field(description="command line that makes the same comparison")
-    versions: dict[str, str] = Field(description="versions of packages")
-    hardware: str = Field(description="processor, memory and system")
-    date: str | None = Field(default=None, description="day of the verification, in UTC; None in older files")
+    bias: float = Field(description="Strength of the adapter if PyTorch computes in bfloat16")
+    served_format: str = Field(description="Coarsest number format of the base model that was declared")
+    prompts: int = Field(description="Number of prompts")
+    prompt_source: str = Field(description="Origin of the prompts, in words")
+    new_tokens: int = Field(description="Number of tokens of each greedy answer")
+    device: str = Field(description="Device that PyTorch ran on")
+    command: str = Field(description="Command line that makes the same comparison")
+    versions: dict[str, str] = Field(description="Versions of packages")
+    hardware: str = Field(description="Processor, memory and system")
+    date: str | None = Field(default=None, description="Day of the verification, in UTC; None in older files")
     kept: Path | None = Field(
         default=None,
         exclude=True,
-        description="folder of the report, if the output could not be written; not in files",
+        description="Folder of the report, if the output could not be written; not in files",
     )
 
     @property

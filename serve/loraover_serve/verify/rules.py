@@ -24,14 +24,14 @@ SEEN = 0.2
 
 
 @dataclass(frozen=True)
-class Finding:
+class RuleFinding:
     """What a rule found.
 
     Args:
-        verdict: the verdict.
-        reason: the reason, in words.
-        fault: name of the fault; None if it has none.
-        suspects: faults that were compared, the nearest first.
+        verdict: The verdict.
+        reason: The reason, in words.
+        fault: Name of the fault; None if it has none.
+        suspects: Faults that were compared, the nearest first.
     """
 
     verdict: Verdict
@@ -47,8 +47,8 @@ def allowed_strength(number_format: str | None, bias: float) -> tuple[float, flo
     twice what PyTorch shows is allowed.
 
     Args:
-        number_format: number format of the base model; None if it is unknown.
-        bias: strength of the adapter if PyTorch computes in that number format.
+        number_format: Number format of the base model; None if it is unknown.
+        bias: Strength of the adapter if PyTorch computes in that number format.
     """
     if number_format == "fp32":
         return 1 - EXACT_STRENGTH, 1 + EXACT_STRENGTH
@@ -60,9 +60,9 @@ def beyond(evidence: Evidence, allowed: tuple[float, float], sensitivity: float)
     """Reason why the evidence is not that of a right adapter, in words; None if it may be.
 
     Args:
-        evidence: the evidence.
-        allowed: strengths that a right adapter has.
-        sensitivity: ratio by which rounding moves the adapted model further than the base model.
+        evidence: The evidence.
+        allowed: Strengths that a right adapter has.
+        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
     """
     found, (low, high) = evidence.strength, allowed
     if evidence.effect > 0 and (found.low > high or found.high < low):

@@ -30,7 +30,7 @@ from loraover_serve.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.engines.installed import check_installed, versions
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
-from loraover_serve.verify.judge import Answers, Court
+from loraover_serve.verify.judge import Answers, EngineJudge
 from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
@@ -53,14 +53,14 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
     engine failed after another had answered.
 
     Raises:
-        ConfigError: arguments that cannot be used, a task that is not a causal language model, or a base model that
+        ConfigError: Arguments that cannot be used, a task that is not a causal language model, or a base model that
             cannot be loaded.
-        CheckpointError: files that cannot be read as an adapter, a checkpoint or an ONNX export.
-        DataError: a file of prompts that cannot be read.
-        EngineError: an engine that is not installed, or every engine failed; the message names the logs that are kept.
-        ExportError: an adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
-        OutputError: an output that exists or cannot be written.
-        UnwrittenReportError: an output that could not be written after the verification; `error.report` has the report.
+        CheckpointError: Files that cannot be read as an adapter, a checkpoint or an ONNX export.
+        DataError: A file of prompts that cannot be read.
+        EngineError: An engine that is not installed, or every engine failed; the message names the logs that are kept.
+        ExportError: An adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
+        OutputError: An output that exists or cannot be written.
+        UnwrittenReportError: An output that could not be written after the verification; `error.report` has the report.
     """
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
@@ -94,8 +94,8 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         prompt_source += ", each the message of a chat" if messages else ""
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
     variants = Variants(adapter, base, device, reference.questions)
-    court = Court(reference, variants, subject, request.declared_format)
-    results, failures = _verify_all(request, setting, court)
+    judge = EngineJudge(reference, variants, subject, request.declared_format)
+    results, failures = _verify_all(request, setting, judge)
     made = _report(request, base, reference, prompt_source, results)
     logs = sorted(scratch.glob("*/*.log"))
     if request.output is not None and (logs or len(failures) < len(results)):
@@ -144,8 +144,8 @@ def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
     """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
 
     Raises:
-        ExportError: a LoRA with a bias.
-        CheckpointError: an adapter of another base model.
+        ExportError: A LoRA with a bias.
+        CheckpointError: An adapter of another base model.
     """
     text, skeleton = load_config(base).get_text_config(), load_skeleton(base)
     deltas = read_lora(adapter)
@@ -158,7 +158,7 @@ def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
 
 
 def _verify_all(
-    request: VerifyRequest, setting: Setting, court: Court
+    request: VerifyRequest, setting: Setting, judge: EngineJudge
 ) -> tuple[list[EngineResult], list[LoraOverError]]:
     """Verify one engine after the other; a failure is a result beside those of the others."""
     results: list[EngineResult] = []
@@ -168,7 +168,7 @@ def _verify_all(
         folder.mkdir()
         start = time.perf_counter()
         try:
-            results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), court))
+            results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), judge))
         except LoraOverError as error:
             error.args = (_with_logs(str(error), folder, request.output),)
             failures.append(error)
@@ -181,9 +181,9 @@ def _with_logs(message: str, folder: Path, output: Path | None) -> str:
     """The message of an engine that failed, with the places where its logs are kept.
 
     Args:
-        message: the message, which may name files in the engine's folder.
-        folder: the engine's folder, which does not outlive this run.
-        output: folder that will have the logs; None keeps them in a new temporary folder.
+        message: The message, which may name files in the engine's folder.
+        folder: The engine's folder, which does not outlive this run.
+        output: Folder that will have the logs; None keeps them in a new temporary folder.
     """
     logs = sorted(folder.glob("*.log"))
     if not logs:
@@ -196,35 +196,35 @@ def _with_logs(message: str, folder: Path, output: Path | None) -> str:
     return f"{text} (log: {', '.join(unnamed)})" if unnamed else text
 
 
-def verify_engine(name: str, setting: Setting, court: Court) -> EngineResult:
+def verify_engine(name: str, setting: Setting, judge: EngineJudge) -> EngineResult:
     """Start one engine, ask it, stop it, and judge its answers.
 
     Args:
-        name: name of the engine.
-        setting: what it is started with.
-        court: what it is judged by.
+        name: Name of the engine.
+        setting: What it is started with.
+        judge: What it is judged by.
 
     Raises:
-        LoraOverError: an engine that does not start or fails.
+        LoraOverError: An engine that does not start or fails.
     """
     start = time.perf_counter()
     with engine_class(name).start(setting) as engine:
         setting.request.report.line(f"asking {name}, the base model first")
-        answers, version = ask(engine, court.reference), engine.version()
+        answers, version = ask(engine, judge.reference), engine.version()
     seconds = time.perf_counter() - start
     setting.request.report.line(f"comparing the answers of {name} with PyTorch's")
-    return court.judge(name, version, answers, seconds)
+    return judge.judge(name, version, answers, seconds)
 
 
 def ask(engine: Engine, reference: Reference) -> Answers:
     """Ask a running engine everything that the judge needs.
 
     Args:
-        engine: the engine.
+        engine: The engine.
         reference: PyTorch's answers, whose questions are asked.
 
     Raises:
-        EngineError: a request that failed, other than one of those that are sent together.
+        EngineError: A request that failed, other than one of those that are sent together.
     """
     questions = reference.questions
     base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
@@ -232,7 +232,7 @@ def ask(engine: Engine, reference: Reference) -> Answers:
     try:
         mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
     except EngineError as error:  # what was answered before is judged all the same
-        return Answers(base, adapter, greedy, unmixed=str(error))
+        return Answers(base, adapter, greedy, mixed_failure=str(error))
     return Answers(base, adapter, greedy, mixed)
 
 
@@ -240,7 +240,7 @@ def _longest(base: ModelSource, request: VerifyRequest) -> int:
     """Largest number of tokens of a prompt: what the base model takes together with an answer, and MAX_TOKENS at most.
 
     Raises:
-        ConfigError: a base model that does not take such answers.
+        ConfigError: A base model that does not take such answers.
     """
     new_tokens = request.new_tokens
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)

@@ -17,9 +17,9 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
     """Print one table for all engines, the reason for each verdict, and the output.
 
     Args:
-        report: the report.
-        request: what it answers.
-        console: where to print.
+        report: The report.
+        request: What it answers.
+        console: Where to print.
     """
     table = Table(
         box=SIMPLE,

@@ -45,7 +45,7 @@ class Projections:
     Args:
         along: x, the product of the change and the direction, in square nats.
         size: w, the square of the direction; 0 where there is no such position.
-        total: the square of the change.
+        total: The square of the change.
     """
 
     along: Floats
@@ -58,8 +58,8 @@ class Estimate:
     """An estimate with its interval; each field has the leading shape of the projections.
 
     Args:
-        value: the estimate.
-        half: half the width of the interval in which the truth lies, but for BY_CHANCE of the cases.
+        value: The estimate.
+        half: Half the width of the interval in which the truth lies, but for BY_CHANCE of the cases.
     """
 
     value: Any
@@ -80,9 +80,9 @@ def project(rows: Rows, changes: Sequence[Floats], directions: Sequence[Floats])
     """Project changes on directions.
 
     Args:
-        rows: the positions, which say to which prompt a change belongs.
-        changes: change of the logprobs at each position.
-        directions: direction at each position, of the same tokens.
+        rows: The positions, which say to which prompt a change belongs.
+        changes: Change of the logprobs at each position.
+        directions: Direction at each position, of the same tokens.
     """
     places: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
@@ -101,7 +101,7 @@ def between_arms(pairs: Sequence[tuple[Row, Row]], base: Expected, adapter: Expe
     """What an engine's adapter changes in its base model's answers, along what the adapter changes in PyTorch.
 
     Args:
-        pairs: the engine's rows of the base model and of the adapter, with the same tokens.
+        pairs: The engine's rows of the base model and of the adapter, with the same tokens.
         base: PyTorch's base model.
         adapter: PyTorch's adapted model.
     """
@@ -140,8 +140,8 @@ def log_ratio(one: Sequence[float], other: Sequence[float]) -> Estimate:
     A logarithm bounds the weight of a prompt that is far off, and both sides share the size of a prompt's noise.
 
     Args:
-        one: positive numbers, one for each prompt.
-        other: numbers for the same prompts.
+        one: Positive numbers, one for each prompt.
+        other: Numbers for the same prompts.
     """
     logs = np.log(np.asarray(one)) - np.log(np.asarray(other))
     if len(logs) < 2:

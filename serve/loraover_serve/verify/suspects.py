@@ -35,11 +35,11 @@ class Search:
 
     Args:
         reference: PyTorch's answers.
-        variants: the base model with changed adapters.
-        subject: the right adapter.
-        base: the engine's base model.
-        adapter: the engine's adapter.
-        is_exact: whether the engine computes in float32.
+        variants: The base model with changed adapters.
+        subject: The right adapter.
+        base: The engine's base model.
+        adapter: The engine's adapter.
+        is_exact: Whether the engine computes in float32.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ def _fitted(screened: Callable[[float], tuple[float, FaultyAdapter]], unscaled: 
     """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search.
 
     Args:
-        screened: distance with a factor, and the adapter with it.
-        unscaled: distance with the factor 1.
+        screened: Distance with a factor, and the adapter with it.
+        unscaled: Distance with the factor 1.
     """
     grid = {factor: screened(factor)[0] for factor in FACTORS} | {1.0: unscaled}
     best, step = math.log(min(grid, key=lambda factor: grid[factor])), math.log(FACTORS[0])

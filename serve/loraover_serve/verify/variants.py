@@ -15,21 +15,21 @@ from loraover.checkpoint.base_modules import load_others, put_parameters, target
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_export.numerics.delta import read_deltas
-from loraover_serve.comparison.rounding import Format, rounding
+from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.verify.base_variants import Change, base_faults
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankChange:
     """delta_W = B @ A of one module in float32, with the scaling in B.
 
     Args:
         a: A, (r, in_features); for an embedding one column for each token.
-        b: scaling * B, (out_features, r).
-        scaling: the scaling.
-        is_embedding: whether the module is an embedding.
+        b: Scaling * B, (out_features, r).
+        scaling: The scaling.
+        is_embedding: Whether the module is an embedding.
     """
 
     a: Tensor
@@ -37,23 +37,23 @@ class LowRank:
     scaling: float
     is_embedding: bool = False
 
-    def times(self, factor: float) -> LowRank:
+    def times(self, factor: float) -> LowRankChange:
         """The delta, multiplied by a factor."""
-        return LowRank(self.a, self.b * factor, self.scaling, self.is_embedding)
+        return LowRankChange(self.a, self.b * factor, self.scaling, self.is_embedding)
 
 
-Deltas = Mapping[str, LowRank]
+Deltas = Mapping[str, LowRankChange]
 
 
-def read_lora(adapter: AdapterDir) -> dict[str, LowRank]:
+def read_lora(adapter: AdapterDir) -> dict[str, LowRankChange]:
     """The delta of every adapted module, by the module's path.
 
     Raises:
-        ExportError: a LoRA with a bias.
+        ExportError: A LoRA with a bias.
     """
     modules = adapter.modules
     return {
-        delta.module: LowRank(
+        delta.module: LowRankChange(
             delta.a.value.float(), delta.b.value.float(), modules[delta.module].scaling, delta.embedding
         )
         for delta in read_deltas(adapter)
@@ -64,10 +64,10 @@ class Variants:
     """The base model, loaded when it is first needed, and run with changed adapters.
 
     Args:
-        adapter: the adapter.
-        base: the base model.
-        device: device to run on.
-        questions: tokens after which next tokens are compared.
+        adapter: The adapter.
+        base: The base model.
+        device: Device to run on.
+        questions: Tokens after which next tokens are compared.
     """
 
     def __init__(self, adapter: AdapterDir, base: ModelSource, device: str, questions: Sequence[Question]) -> None:
@@ -82,14 +82,14 @@ class Variants:
         """Logprobs of the base model with these deltas.
 
         Args:
-            deltas: deltas by the paths of their modules.
-            with_others: whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
-            prompts: number of prompts to run, the first ones; None means all.
+            deltas: Deltas by the paths of their modules.
+            with_others: Whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
+            prompts: Number of prompts to run, the first ones; None means all.
         """
         with _adding(self.model, deltas, self._adapter), self._others(with_others):
             return self._run(prompts)
 
-    def rounded(self, format_: Format, deltas: Deltas | None = None) -> Expected:
+    def rounded(self, format_: NumberFormat, deltas: Deltas | None = None) -> Expected:
         """Logprobs of the base model in a coarser number format, with an adapter if deltas are given."""
         with rounding(self.model, format_):
             return self._run() if deltas is None else self.adapted(deltas)
@@ -143,7 +143,7 @@ def _adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[N
             handle.remove()
 
 
-def _adder(delta: LowRank) -> Any:
+def _adder(delta: LowRankChange) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         a, b = delta.a.to(output), delta.b.to(output)
         if delta.is_embedding:

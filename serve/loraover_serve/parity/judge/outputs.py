@@ -26,7 +26,7 @@ from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.comparison.thresholds import APPLIED, SURE, root_mean
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import engine_errors
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
@@ -124,7 +124,7 @@ class Outputs(BaseModel):
 
 def compare_outputs(
     run: Measurement,
-    requests: Sequence[Request],
+    requests: Sequence[TokenRequest],
     references: Mapping[str, Reference],
     folded_name: str,
     prompts: int,
@@ -247,7 +247,7 @@ def is_base(adapted: Distance, plain: Distance, ground: Distance) -> bool:
 
 
 @torch.inference_mode()
-def _next_logits(model: Any, requests: Sequence[Request], sample: Sample) -> Tensor:
+def _next_logits(model: Any, requests: Sequence[TokenRequest], sample: Sample) -> Tensor:
     """Logits of a model in PyTorch before each token of an answer, (tokens, vocabulary), in float64."""
     prompt = requests[sample.request % len(requests)].prompt
     ids = torch.tensor([[*prompt, *sample.token_ids]], device=model.device)
@@ -260,7 +260,7 @@ def _chosen(logits: Tensor, sample: Sample) -> Tensor:
     return logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
 
 
-def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[Answer, list[float]]:
+def _judge(model: Any, requests: Sequence[TokenRequest], sample: Sample) -> tuple[Answer, list[float]]:
     """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
     logits = _next_logits(model, requests, sample)
     gaps = logits.amax(-1) - _chosen(logits, sample)
@@ -271,7 +271,7 @@ def _judge(model: Any, requests: Sequence[Request], sample: Sample) -> tuple[Ans
     return Answer(request=sample.request, gap=gap, logprob_rms=_rms(differences)), differences
 
 
-def _moved(model: Any, requests: Sequence[Request], samples: Sequence[Sample]) -> float:
+def _moved(model: Any, requests: Sequence[TokenRequest], samples: Sequence[Sample]) -> float:
     """RMS change of the logprobs of answers' tokens by arithmetic that is coarser than the model's, in nats."""
     coarser = FORMATS["int8" if model.dtype == torch.bfloat16 else "bf16"]
 
@@ -288,7 +288,7 @@ def _rms(differences: Sequence[float] | NDArray[np.float64]) -> float | None:
     return float(np.sqrt(np.mean(np.square(differences)))) if len(differences) else None
 
 
-def distance_of(reference: str, model: Any, requests: Sequence[Request], samples: Sequence[Sample]) -> Distance:
+def distance_of(reference: str, model: Any, requests: Sequence[TokenRequest], samples: Sequence[Sample]) -> Distance:
     """Distance of one arm's answers from a model in PyTorch.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_serve.engines.base import engine_errors
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.judge.outputs import Distance, Outputs, Reference, agrees, distance_of, equal_share
 from loraover_serve.parity.samples import MIXED, SWITCHING, Measurement
 
@@ -29,7 +29,7 @@ class Together(BaseModel):
 
 def compare_together(
     run: Measurement,
-    requests: Sequence[Request],
+    requests: Sequence[TokenRequest],
     adapter_of: Callable[[str, int], str],
     alone: Mapping[tuple[str, int], Sample],
     references: Mapping[str, Reference],

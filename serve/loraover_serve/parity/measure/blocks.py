@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.measure.design import block_orders
 from loraover_serve.parity.samples import Measurement
 
 
 def measure(
     engine: Timed,
-    requests: Sequence[Request],
+    requests: Sequence[TokenRequest],
     *,
     concurrency: int,
     blocks: int,

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.samples import Measurement
 from loraover_serve.vllm.request import KEY_VARIABLE
 
@@ -41,7 +41,7 @@ def cross_check(
     run: Measurement,
     arm: str,
     model: str,
-    requests: Sequence[Request],
+    requests: Sequence[TokenRequest],
     tokenizer: Any,
     *,
     vllm: str,

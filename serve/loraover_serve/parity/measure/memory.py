@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 from loraover_serve.engines.base import BatchingEngine, Setting
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import TokenRequest
 
 POLL_S = 0.2
 MIN_SERVERS = 3
@@ -80,7 +80,7 @@ def measure_memory(
     kind: type[BatchingEngine],
     setting: Setting,
     arm: str,
-    requests: Sequence[Request],
+    requests: Sequence[TokenRequest],
     *,
     concurrency: int,
     servers: int,

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import final
 
 from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Request, Sample
+from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.samples import MIXED, SWITCHING
 
-Together = Callable[[Sequence[str], str, int, int, Sequence[Request]], list[Sample]]
+Together = Callable[[Sequence[str], str, int, int, Sequence[TokenRequest]], list[Sample]]
 """Answers each request with the arm of its own: arms, name in the samples, block, first index, requests."""
 
 
@@ -36,12 +36,12 @@ class SeveralAdapters(Timed):
         self._together = together if concurrency > 1 else None
         self.arms = (*alone, SWITCHING, *(() if self._together is None else (MIXED,)))
 
-    def run(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         waves = range(0, len(requests), self.concurrency)
         found = [self._wave(arm, block, first + i, requests[i : i + self.concurrency]) for i in waves]
         return [sample for wave in found for sample in wave]
 
-    def _wave(self, arm: str, block: int, first: int, requests: Sequence[Request]) -> list[Sample]:
+    def _wave(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         if arm == MIXED and self._together is not None:
             adapters = [self._adapter_of(arm, first + i) for i in range(len(requests))]
             return self._together(adapters, arm, block, first, requests)
@@ -68,7 +68,7 @@ def adapter_of(adapters: Sequence[str], concurrency: int, arm: str, request: int
 
 
 def answers_alone(
-    engine: Timed, adapters: Sequence[str], requests: Sequence[Request], indices: Sequence[int], concurrency: int
+    engine: Timed, adapters: Sequence[str], requests: Sequence[TokenRequest], indices: Sequence[int], concurrency: int
 ) -> dict[tuple[str, int], Sample]:
     """Answers of each adapter alone to the same waves of requests, by its name and the index of the request.
 

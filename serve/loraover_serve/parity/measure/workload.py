@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.common.errors import DataError
-from loraover_serve.engines.sample import Request
+from loraover_serve.engines.sample import TokenRequest
 
 TEXT = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours. A farmer has 17 sheep and buys 25 "
@@ -27,7 +27,7 @@ def make_requests(
     new_tokens: int,
     seed: int,
     file: Path | None = None,
-) -> list[Request]:
+) -> list[TokenRequest]:
     """Requests, which every arm answers alike.
 
     Args:
@@ -45,7 +45,7 @@ def make_requests(
     """
     if file is not None:
         prompts = _read_prompts(file, tokenizer)
-        return [Request(prompts[i % len(prompts)], new_tokens) for i in range(count)]
+        return [TokenRequest(prompts[i % len(prompts)], new_tokens) for i in range(count)]
     stream = _stream(tokenizer, count + 8 * prompt_tokens)
     draw = random.Random(seed)
     requests = []
@@ -54,7 +54,7 @@ def make_requests(
         if kind == "mixed":
             lengths = [max(2, round(length * draw.lognormvariate(0, SPREAD))) for length in lengths]
             lengths[0] = min(lengths[0], 8 * prompt_tokens)
-        requests.append(Request(tuple(stream[i : i + lengths[0]]), lengths[1]))
+        requests.append(TokenRequest(tuple(stream[i : i + lengths[0]]), lengths[1]))
     return requests
 
 
