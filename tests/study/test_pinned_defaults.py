@@ -31,7 +31,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "train_examples": None,
         "test_examples": None,
     },
-    "Lora": {
+    "LoraSettings": {
         "r": 8,
         "lora_alpha": 16,
         "lora_dropout": 0.0,
