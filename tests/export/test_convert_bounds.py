@@ -199,7 +199,7 @@ def test_a_start_may_differ_by_half_of_delta(size: float, accepted: bool, tmp_pa
     """At a gap of 2e-5 the bound is some hundredths of the part; B is moved until delta_W is `size` times the bound."""
     adapter = made(tmp_path, SOURCES["pissa"], weight_with_gap(2e-5, 3))
     found = low_rank_of(adapter)
-    assert 0.02 < found.left_out < 0.1
+    assert 0.02 < found.left_out < 0.2
     b0, a0 = -found.b[:, 3:] / 2, found.a[3:]
     moved = normal(4, 34, 3)
     moved *= size * found.left_out / float((2 * moved @ a0).norm())

@@ -24,6 +24,9 @@ gets its share of the spectral norm, some sqrt(p) u32 sigma_1 where p is the sma
 to 1.1 in root mean square, and parts of permuted matrices never farther apart than elements of 7 allow.
 """
 
+CLOSE = 10
+"""Elements of E within which singular values move together, by as many elements as there are of them."""
+
 QR_ROUNDINGS = 4
 """The same for the first r columns of a QR factorization, in units of sqrt(r) u32 times the Frobenius norm."""
 
@@ -61,11 +64,19 @@ def _separated_part_error(values: Tensor, longer: int, cut: int, f: float, tail:
     part, others = (values[cut:], values[:cut]) if tail else (values[:cut], values[cut:])
     k, coupled = len(part), 0.0
     if len(part) and len(others) and f > 0:
-        if float(values[cut - 1] - values[cut]) <= 2 * f:
+        # E brings close values nearer by one element for each of them; twice that covers what is of second order.
+        gaps = (part[:, None] - others).abs() - 2 * f * (_near(part, f)[:, None] + _near(others, f))
+        if float(gaps.min()) <= 0:
             return math.inf
-        gaps = (part[:, None] - others).abs() - 2 * f
         coupled = float(((part[:, None] + f) / gaps).square().sum())
     return f * math.sqrt(k * k + k * (longer - len(values)) + 2 * coupled)
+
+
+def _near(values: Tensor, f: float) -> Tensor:
+    """Return for each value how many are so close that the elements f between them add up, itself included."""
+    ascending, reach = values.sort().values, CLOSE * f
+    upper = torch.searchsorted(ascending, values + reach, right=True)
+    return upper - torch.searchsorted(ascending, values - reach)
 
 
 def basis_error(upper: Tensor) -> float:
