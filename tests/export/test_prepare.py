@@ -99,7 +99,7 @@ def test_an_adapter_for_an_existing_graph(onnx_made: Any, tmp_path: Path) -> Non
 
 def test_a_checkpoint_is_exported_from_its_cores(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path / "made", base_options=SERVABLE)
-    found = prepare_adapter(made.checkpoint, tmp_path / "cache", model=made.base, dtype="fp32")
+    found = prepare_adapter(made.path, tmp_path / "cache", model=made.base, dtype="fp32")
     assert found.done == "rewritten"
     assert '"over_parameterised": true' in found.certificate.read_text()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from loraover_serve import verify_adapter
 
@@ -104,14 +106,16 @@ def test_a_change_in_place_is_served_after_an_unload(server: Plugged) -> None:
     assert after == server.complete(str(server.base)).json()["choices"][0]["text"] != before
 
 
+def scale(factor: float, tensors: dict[str, Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.mul_(factor)
+
+
 def test_many_cold_requests_while_the_worker_is_killed(server: Plugged) -> None:
     names = [f"cold-{k}" for k in range(5)]
     for k, name in enumerate(names, 1):
         folder = shutil.copytree(server.adapters / "loha", server.adapters / name)
-        edit_tensors(
-            folder / "adapter_model.safetensors",
-            lambda tensors, k=k: [tensor.mul_(1 + k / 10) for tensor in tensors.values()],
-        )
+        edit_tensors(folder / "adapter_model.safetensors", partial(scale, 1 + k / 10))
     before = server.worker()
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(server.complete, name) for name in names * 4]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,19 @@ import psutil
 import pytest
 from torch import Tensor
 
-from loraover_serve.plugin.settings import ADAPTERS, CACHE
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig
+from loraover_serve import serve_adapters
+from loraover_serve.vllm.request import LOOPBACK
+from loraover_serve.vllm.server import VllmServer, free_port
 
 from support.conversions import Source, make_source
 from support.engine_forms import TINY
 from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer
-from support.vllm_loading import serving_loader
+from support.vllm_command import vllm_command
 
 ROOT = Path(__file__).parents[2]
 MAX_RANK = 16
-LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", str(MAX_RANK))
 REQUEST_S = 300.0
 
 SOURCES = {
@@ -152,14 +152,22 @@ def plugged(folder: Path, *options: str) -> Iterator[Plugged]:
     """Serve the adapters of `make_adapters` by the plug-in, in an empty folder."""
     base, adapters = make_adapters(folder)
     (folder / "installed").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as until:
         patch.setenv("PYTHONPATH", with_entry_points(folder / "installed"))
-        patch.setenv("VLLM_PLUGINS", "loraover")
-        patch.setenv(ADAPTERS, str(adapters))
-        patch.setenv(CACHE, str(folder / "cache"))
-        config = VllmServerConfig(str(base), options=(*LORA, *TINY, *options))
-        with serving_loader(config, folder / "vllm.log") as server:
-            yield Plugged(server, base, adapters, folder / "cache", folder / "vllm.log")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        server = until.enter_context(
+            serve_adapters(
+                folder=adapters,
+                model=base,
+                max_lora_rank=MAX_RANK,
+                cache=folder / "cache",
+                vllm=vllm_command(),
+                port=free_port(LOOPBACK),
+                log=folder / "vllm.log",
+                options=("--max-loras", "2", *TINY, *options),
+            )
+        )
+        yield Plugged(server, base, adapters, folder / "cache", folder / "vllm.log")
 
 
 def reason(answer: httpx2.Response) -> str:

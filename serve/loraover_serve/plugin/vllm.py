@@ -26,9 +26,7 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from loraover_serve.plugin.front import logger
 from loraover_serve.plugin.service import Served, Service
-from loraover_serve.plugin.settings import RefusedError, read_settings
-
-NAME = "loraover"
+from loraover_serve.plugin.settings import PLUGIN, RefusedError, read_settings
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 """Data types of adapters by those of models."""
@@ -70,13 +68,13 @@ def register_resolver() -> None:
         ValueError: Environment variables that cannot be used.
     """
     if service() is not None:
-        LoRAResolverRegistry.register_resolver(NAME, AnyAdapter())
+        LoRAResolverRegistry.register_resolver(PLUGIN, AnyAdapter())
 
 
 class Routes:
     """Entry point of vllm.endpoint_plugins."""
 
-    name = NAME
+    name = PLUGIN
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
