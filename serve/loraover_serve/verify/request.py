@@ -37,7 +37,7 @@ class VerifyRequest(EngineRequest):
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
-    adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")
+    adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any kind.")
     engines: AnyNames = option(
         "Engine to start and verify; several are verified one after the other.",
         default=(),
