@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover_serve.verify import faults
+from loraover_serve.verify import names
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 
@@ -120,14 +120,14 @@ class Expected:
 DIFFERS = ("differs",)
 TABLE: dict[Plant, Expected] = {
     is_right: Expected(("as trained",)),
-    at_temperature: Expected(DIFFERS, faults.TEMPERATURE),
-    with_a_penalty: Expected(DIFFERS, faults.PENALTY),
-    ends_after_one_token: Expected(DIFFERS, faults.ENDS_EARLY),
-    decodes_with_the_base: Expected(DIFFERS, faults.DECODED),
-    answers_the_base_with_a_weaker_adapter: Expected(DIFFERS, faults.IN_BASE),
-    answers_the_base_with_another_adapter: Expected(DIFFERS, faults.UNLIKE),
-    forgets_the_adapter_at_times: Expected(DIFFERS, faults.INTERMITTENT),
-    adds_a_token: Expected(DIFFERS, faults.EXTRA_TOKEN),
+    at_temperature: Expected(DIFFERS, names.TEMPERATURE),
+    with_a_penalty: Expected(DIFFERS, names.PENALTY),
+    ends_after_one_token: Expected(DIFFERS, names.ENDS_EARLY),
+    decodes_with_the_base: Expected(DIFFERS, names.DECODED),
+    answers_the_base_with_a_weaker_adapter: Expected(DIFFERS, names.IN_BASE),
+    answers_the_base_with_another_adapter: Expected(DIFFERS, names.UNLIKE),
+    forgets_the_adapter_at_times: Expected(DIFFERS, names.INTERMITTENT),
+    adds_a_token: Expected(DIFFERS, names.EXTRA_TOKEN),
     has_other_weights: Expected(("inconclusive",)),
 }
 

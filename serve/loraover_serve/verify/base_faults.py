@@ -13,17 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraover_serve.engines.answers import Expected, Question, Row, Rows
-from loraover_serve.verify.faults import (
-    BASE_LAYERS,
-    EXTRA_TOKEN,
-    IN_BASE,
-    PENALTY,
-    POSITIONS,
-    TEMPERATURE,
-    WINDOW,
-    RightAdapter,
-    rescaled,
-)
+from loraover_serve.verify.faults import RightAdapter, rescaled
+from loraover_serve.verify.names import BASE_LAYERS, EXTRA_TOKEN, IN_BASE, PENALTY, POSITIONS, TEMPERATURE, WINDOW
 from loraover_serve.verify.strength import Estimate, Floats, project, share, strength
 from loraover_serve.verify.variants import Variants
 

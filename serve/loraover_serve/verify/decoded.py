@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
 
 from loraover_serve.engines.answers import GreedyAnswer
 from loraover_serve.verify.evidence import count_base, like
-from loraover_serve.verify.faults import DECODED, ENDS_EARLY
-from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.names import DECODED, ENDS_EARLY
 from loraover_serve.verify.report import GreedyAgreement
 from loraover_serve.verify.rules import RuleFinding
+
+if TYPE_CHECKING:
+    from loraover_serve.verify.reference import Reference
 
 FEW = 3  # answers that end early, or lack the adapter, without being chance
 

@@ -15,31 +15,8 @@ from torch import Tensor
 
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.verify.names import LAYERS, LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.variants import Deltas, LowRankChange
-
-NOT_APPLIED = "served as base"
-SCALED = "wrong scaling"
-TRANSPOSED = "transposed"
-PERMUTED = "rows of q and k in another order"
-LEFT_OUT = "modules left out"
-ROUNDED = "adapter rounded"
-OTHER_BASE = "another base model"
-IN_BASE = "adapter in the base model"
-LEAKS = "adapter leaks into the base model's answers in a mixed batch"
-CHANGED = "the adapter's answers change in a mixed batch"
-CHANGED_BY_OTHER = "the adapter's answers change in a batch with another adapter"
-TEMPERATURE = "logprobs at another temperature"
-PENALTY = "logprobs with a repetition penalty"
-EXTRA_TOKEN = "a token added to each prompt"
-POSITIONS = "positions of the base model (rope_theta)"
-WINDOW = "attention window of the base model"
-BASE_LAYERS = "layers of the base model missing or swapped"
-INTERMITTENT = "some answers are the base model's"
-ENDS_EARLY = "answers end early"
-DECODED = "generated answers lack the adapter"
-UNLIKE = "base model answered by something else"
-LAYERS = "layers of the adapter missing or swapped"
-"""Names of the faults."""
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")
 LAYER = re.compile(r"\.(\d+)\.")

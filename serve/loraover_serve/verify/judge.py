@@ -23,8 +23,9 @@ from loraover_serve.engines.answers import ADAPTER, BASE, GreedyAnswer, Rows
 from loraover_serve.verify.base_faults import find_base_fault
 from loraover_serve.verify.decoded import compare_greedy, decoded_fault
 from loraover_serve.verify.evidence import EXACT, FLOOR, Evidence, between, like, weigh
-from loraover_serve.verify.faults import INTERMITTENT, OTHER_BASE, UNLIKE, RightAdapter
+from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
+from loraover_serve.verify.names import INTERMITTENT, OTHER_BASE, UNLIKE
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, MixedBatch
 from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
