@@ -74,6 +74,20 @@ def find_base_fault(
     return best if best is not None and best.share >= EXPLAINED else None
 
 
+def cache_share(rows: Rows, base: Expected, variants: Variants) -> float:
+    """Share of what sets the engine's base model apart that keys and values in float8 explain; 0 if it is no such part.
+
+    This is no fault: that the rest is small shows that the weights are the base model's.
+
+    Args:
+        rows: The engine's base model.
+        base: PyTorch's.
+        variants: The base model, to run it with such a cache.
+    """
+    found = _share_of(rows, base, variants.with_coarse_cache())
+    return found if found >= EXPLAINED else 0.0
+
+
 def _temperature(rows: Rows, base: Expected) -> BaseFault | None:
     """Logprobs at a temperature T are those of logits divided by T."""
     estimate, part = _aligned(rows, base, base.like, is_centred=True)
