@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraover.common.request import AnyNames, AnyPath, argument, option
+from loraover.common.request import AnyNames, AnyPath, AnyPaths, argument, option
 from loraover.models.device import choose_device
 from loraover.models.request_fields import device
 from loraover_serve.engines import ENDPOINT, ENGINES
@@ -60,6 +60,11 @@ class VerifyRequest(EngineRequest):
     )
     endpoint_key_variable: str | None = option(
         "Environment variable that holds the key of the server at the endpoint.", default=None, needs="endpoint"
+    )
+    confusable: AnyPaths = option(
+        "Folder of another adapter that the engine may have served instead, as if names were crossed.",
+        default=(),
+        flag="--confusable",
     )
     served_format: str = option(
         "Coarsest number format in which the engine is known to hold the base model, or its KV cache.",
