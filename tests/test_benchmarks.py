@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import pytest
 import torch
 from rich.table import Table
 
-from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 
 from benchmarks import __main__ as runner
@@ -22,7 +20,7 @@ from benchmarks import clock
 from benchmarks.__main__ import BENCHMARKS, BenchmarkError, Measured, run_benchmarks
 from benchmarks.intervals import median_ratio
 from benchmarks.page import PAGE, Origin, check_markers, find_origin, replaced
-from benchmarks.shown import Plot, Point, draw_curves, to_markdown
+from benchmarks.shown import Plot, to_markdown
 
 TEXT = """# Results
 
@@ -79,27 +77,11 @@ def test_tables_and_their_origin_stand_between_the_markers(page: Path) -> None:
 
 
 @pytest.mark.usefixtures("fixed")
-def test_a_second_run_replaces_the_first(page: Path) -> None:
-    run_benchmarks(["first"], page, found("new figures"))
-    once = page.read_text()
-    assert "old figures" not in once
-    run_benchmarks(["first"], page, found("new figures"))
-    assert page.read_text() == once
-
-
-@pytest.mark.usefixtures("fixed")
 def test_a_plot_is_a_file_beside_the_page(page: Path) -> None:
     run_benchmarks(["second"], page, found(Plot("curve", "A curve.", "<svg/>")))
     assert (page.parent / "results" / "curve.svg").read_text() == "<svg/>"
     assert "![A curve.](results/curve.svg)" in page.read_text()
     assert sorted(path.name for path in page.parent.iterdir()) == ["results", "results.md"]
-
-
-@pytest.mark.usefixtures("fixed")
-def test_a_gpu_that_was_used_is_named(page: Path) -> None:
-    run_benchmarks(["first"], page, found("table", gpu="a GPU"))
-    assert "GPU: a GPU" in page.read_text()
-    assert "not measured" not in page.read_text()
 
 
 @pytest.mark.usefixtures("fixed")
@@ -136,21 +118,6 @@ def test_a_fresh_process_hands_over_its_tables_and_plots(
         runner.measure_in_process("fake")
 
 
-def test_the_exit_code_says_that_one_failed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def measure(name: str) -> Measured:
-        if name == "training":
-            raise BenchmarkError("out of memory")
-        return Measured([], None)
-
-    monkeypatch.setattr(runner, "measure_in_process", measure)
-    assert run(runner.main, ["--no-write", "--only", "folding"]) == 0
-    assert run(runner.main, ["--no-write"]) == 1
-    assert "failed: training; their tables are the old ones." in capsys.readouterr().err
-    assert run(runner.main, ["--only", "unheard-of"]) == 2
-
-
 @pytest.mark.parametrize(
     ("broken", "counts"),
     [
@@ -184,19 +151,6 @@ def test_a_tree_is_dirty_by_others_than_the_page(page: Path) -> None:
     assert "(working tree with uncommitted changes)" in origin.line(None)
 
 
-def test_the_origin_names_the_commit_the_machine_and_the_versions(page: Path) -> None:
-    origin = find_origin(page.parents[1], page)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=page.parent, capture_output=True, text=True, check=True)
-    assert head.stdout.startswith(origin.commit)
-    assert re.search(r" cores, \d+ GiB of memory, load \d+\.\d before$", origin.machine)
-    assert {"torch", "transformers", "peft", "onnxruntime"} <= origin.versions.keys()
-
-
-def test_without_git_the_commit_is_unknown(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the commit that is measured is unknown.*--no-write"):
-        find_origin(tmp_path, tmp_path / "results.md")
-
-
 def test_the_page_has_a_place_for_every_benchmark() -> None:
     check_markers(BENCHMARKS)
     text = PAGE.read_text()
@@ -219,14 +173,6 @@ def test_a_table_in_markdown_has_what_the_terminal_shows() -> None:
     ]
 
 
-def test_a_plot_has_its_own_ground_and_the_text_as_text() -> None:
-    points = [Point(10, 2, 1.9, 2.1), Point(100, 3, 2.8, 3.3)]
-    svg = draw_curves({"ours": points}, x="sites", y="seconds", ticks=(10, 100), names=".0f")
-    assert 'fill="#ffffff"' in svg
-    assert "var(" not in svg
-    assert all(f">{text}</text>" in svg for text in ("ours", "sites", "seconds", "10", "100"))
-
-
 def test_a_device_is_waited_for_before_and_after_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     ticks = iter((1.0, 1.5, 4.0))
@@ -239,8 +185,3 @@ def test_a_device_is_waited_for_before_and_after_the_work(monkeypatch: pytest.Mo
 def test_ratios_are_those_of_pairs() -> None:
     slow = [1.0, 10.0, 100.0, 1.0, 10.0, 100.0]
     assert median_ratio([1.02 * s for s in slow], slow).shown() == "1.02 [1.02, 1.02]"
-
-
-def test_few_rounds_have_a_range_and_no_interval() -> None:
-    assert median_ratio([3.0], [2.0]).shown() == "1.50"
-    assert median_ratio([2.0, 4.0, 6.0], [2.0, 2.0, 2.0]).shown(1, unit=" x") == "2.0 x (1.0 to 3.0)"

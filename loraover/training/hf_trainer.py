@@ -61,26 +61,7 @@ def make_trainer(
     """
     from datasets import Dataset
 
-    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate", "optim_args"}
-    if recipe.training.optim == SOAP:
-        ours.add("optim")
-    options = recipe.training.model_dump(exclude=ours, exclude_none=True)
-    options |= PRECISION[recipe.training.precision]
-    if recipe.training.warmup_ratio:
-        takes_share = Version(transformers.__version__) >= Version("5")
-        options["warmup_steps" if takes_share else "warmup_ratio"] = recipe.training.warmup_ratio
-    if recipe.training.min_lr_rate:
-        options |= {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": recipe.training.min_lr_rate},
-        }
-    options |= {
-        "output_dir": str(output / TRAINER_FOLDER),
-        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
-        "report_to": ["tensorboard"] if recipe.tensorboard else "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),
-    }
+    options = _options(recipe, output)
     train_set = Dataset.from_list(examples.train.rows)
     eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
     callbacks: list[TrainerCallback] = [] if over is None else [over]
@@ -104,6 +85,31 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _options(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Options of a recipe in the words of transformers' TrainingArguments."""
+    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate", "optim_args"}
+    if recipe.training.optim == SOAP:
+        ours.add("optim")
+    options = recipe.training.model_dump(exclude=ours, exclude_none=True)
+    options |= PRECISION[recipe.training.precision]
+    if recipe.training.warmup_ratio:
+        takes_share = Version(transformers.__version__) >= Version("5")
+        options["warmup_steps" if takes_share else "warmup_ratio"] = recipe.training.warmup_ratio
+    if recipe.training.min_lr_rate:
+        options |= {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": recipe.training.min_lr_rate},
+        }
+    options |= {
+        "output_dir": str(output / TRAINER_FOLDER),
+        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
+        "report_to": ["tensorboard"] if recipe.tensorboard else "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    return options
 
 
 class MethodCallback(TrainerCallback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,9 @@ from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, EXPERTS, expert_lora, flip, peft_deltas, tiny_llama4, tiny_moe
 from support.tiny_models import saved, token_ids
 from support.versions import needs_expert_stacks
-from support.vllm_command import vllm_command
 
 pytestmark = needs_expert_stacks
 
-READER = Path(__file__).with_name("vllm_reader.py")
 KEY = "base_model.model.model.layers.1.mlp.experts"
 
 
@@ -144,28 +141,6 @@ def test_stacks_are_those_of_peft(
     torch.testing.assert_close(served(input_ids=ids).logits.detach(), expected, rtol=0, atol=1e-5)
     with served.disable_adapter():
         assert float((served(input_ids=ids).logits - expected).abs().max()) > 1e-2
-
-
-@pytest.mark.engine
-def test_vllm_loads_the_pairs(adapter: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's own loader, with the names that its class of this model expects; no expert's LoRA runs on a CPU."""
-    folder, model = adapter
-    export(folder, stacked=False, monkeypatch=monkeypatch)
-    names = [f"experts.{e}.{name}_proj" for e in range(EXPERTS) for name in ("gate", "up", "down")]
-    asked = {"path": str(folder.parent / "out"), "expected": ["q_proj", "v_proj", *names], "rank": 8}
-    request = {"adapters": [asked], "architectures": ["Qwen3MoeForCausalLM"], "names": {}, "out": str(tmp_path)}
-    python = vllm_command().parent / "python"
-    done = subprocess.run([python, READER], input=json.dumps(request), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["read"] == [None]
-    assert answer["classes"]["Qwen3MoeForCausalLM"]["stacked_experts"] is False
-    found = load_file(tmp_path / "0.safetensors")
-    for path, delta in peft_deltas(model).items():
-        owner, _, parameter = path.rpartition(".")
-        parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
-        read = torch.cat([found[f"{owner}.{part}"] for part in parts])
-        torch.testing.assert_close(read, delta.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_experts_that_hide_their_orientation_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from loraover.common.command_line import run
+from loraover_export import export_vllm
 from loraover_export.cli import cli
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.architectures import known_architectures
@@ -27,6 +28,9 @@ from support.check_cases import CASES, EXPECTED
 from support.compatibility import ARCHITECTURES, record
 from support.make_checkpoint import logits, make_checkpoint, numpy64, oracle_matrices
 from support.plain_adapter import FAMILIES, make_adapter
+from support.tiny_experts import EXPERTS, expert_lora, peft_deltas, tiny_moe
+from support.tiny_models import saved
+from support.versions import needs_expert_stacks
 from support.vllm_command import vllm_command
 from support.vllm_damage import DAMAGES
 from tolerances import UNIT, gamma
@@ -35,6 +39,10 @@ pytestmark = pytest.mark.engine
 
 READER = Path(__file__).with_name("vllm_reader.py")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OF_EXPERTS = (
+    *("q_proj", "v_proj"),
+    *(f"experts.{e}.{name}_proj" for e in range(EXPERTS) for name in ("gate", "up", "down")),
+)
 EMBEDDINGS = ("embed_tokens", "lm_head")
 READ_BY = f"vLLM {known_architectures().version}, its loader"
 NAMES = {
@@ -57,12 +65,17 @@ UNSERVED = ("GPT2LMHeadModel", "BertForSequenceClassification", "T5ForConditiona
 
 @dataclass(frozen=True)
 class Written:
-    """Adapters before and after the command, by family, and `loraover` for a checkpoint; other ones by name."""
+    """Adapters before and after the command, by family, and `loraover` for a checkpoint; other ones by name.
+
+    Args:
+        experts: PEFT's model of an adapter of experts, which lies below this name in `output`; None for an older PEFT.
+    """
 
     source: Mapping[str, Path]
     output: Mapping[str, Path]
     damaged: Mapping[str, Path]
     cases: Mapping[str, Path]
+    experts: Any
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +93,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     plain = make_adapter(folder / "plain", "Llama", rank_pattern={}, r=4, lora_alpha=4)
     damaged = {name: changed(source["Llama"], folder / "damaged" / name, DAMAGES[name].change) for name in DAMAGES}
     cases = {name: changed(plain, folder / "cases" / name, CASES[name]) for name in CASES}
-    return Written(source, {name: folder / "out" / name for name in source}, damaged, cases)
+    output = {name: folder / "out" / name for name in source}
+    experts = None
+    if not needs_expert_stacks.args[0]:
+        experts = expert_lora(saved(tiny_moe(), folder / "experts" / "base"), folder / "experts" / "adapter")
+        output["experts"] = folder / "out" / "experts"
+        assert export_vllm(folder / "experts" / "adapter", output["experts"], dtype="fp32").passed
+    return Written(source, output, damaged, cases, experts)
 
 
 def changed(source: Path, folder: Path, change: Callable[[Path], object]) -> Path:
@@ -103,11 +122,14 @@ class VllmsReading:
 def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsReading:
     python, out = vllm_command().parent / "python", tmp_path_factory.mktemp("vllm")
     paths = {**written.output, **{f"source of {name}": path for name, path in written.source.items()}}
-    adapters = [{"path": str(path), "expected": PROJECTIONS, "rank": 8} for path in paths.values()]
+    adapters = [
+        {"path": str(path), "expected": OF_EXPERTS if name == "experts" else PROJECTIONS, "rank": 8}
+        for name, path in paths.items()
+    ]
     for group, modules in ((written.damaged, PROJECTIONS), (written.cases, PROJECTIONS + EMBEDDINGS)):
         adapters += [{"path": str(path), "expected": modules, "rank": MAX_LORA_RANKS[-1]} for path in group.values()]
     paths |= {**written.damaged, **{f"case {name}": path for name, path in written.cases.items()}}
-    classes = [f"{family}ForCausalLM" for family in FAMILIES] + list(UNSERVED) + list(NAMES)
+    classes = [f"{family}ForCausalLM" for family in (*FAMILIES, "Qwen3Moe")] + list(UNSERVED) + list(NAMES)
     request = json.dumps({"adapters": adapters, "architectures": classes, "names": NAMES, "out": str(out)})
     done = subprocess.run([python, READER], input=request, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -155,6 +177,18 @@ def test_vllm_reads_the_sources_delta(name: str, written: Written, vllm: VllmsRe
         limits.append(float(np.max(limit)))
     if name in FAMILIES:
         record(name, READ_BY, "LoRA, elements of delta_W", "fp32", "passed", max(errors), max(limits))
+
+
+@needs_expert_stacks
+def test_vllm_loads_the_pairs_of_experts(written: Written, vllm: VllmsReading) -> None:
+    """With the names that its class of this model expects; no expert's LoRA runs on a CPU."""
+    assert vllm.refused["experts"] is None
+    assert vllm.classes["Qwen3MoeForCausalLM"]["stacked_experts"] is False
+    for path, delta in peft_deltas(written.experts).items():
+        owner, _, parameter = path.rpartition(".")
+        parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
+        read = np.concatenate([vllm.deltas["experts"][f"{owner}.{part}"] for part in parts])
+        np.testing.assert_allclose(read, numpy64(delta), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -13,6 +13,7 @@ was at the beginning.
 from __future__ import annotations
 
 from mutants.export import EXPORT
+from mutants.methods import METHODS
 from mutants.mutant import ROOT, Mutant
 from mutants.run import file_of, judge, place_of, product_files
 from mutants.serving import SERVING
@@ -20,4 +21,4 @@ from mutants.training import TRAINING
 
 __all__ = ["MUTANTS", "ROOT", "Mutant", "file_of", "judge", "place_of", "product_files"]
 
-MUTANTS = (*TRAINING, *EXPORT, *SERVING)
+MUTANTS = (*TRAINING, *METHODS, *EXPORT, *SERVING)

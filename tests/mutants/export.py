@@ -216,7 +216,7 @@ EXPORT = (
         "deft-rounding-of-the-sum-alone",
         "rounded = rounding(m, n, r) * float(q.norm()) * size",
         "rounded = rounding(m, n, r) * float(q.norm()) * float(a.norm())",
-        Selection("test_convert_bounds.py", "cancel"),
+        Selection("test_convert_cancellation.py", "cancel"),
     ),
     Mutant(
         "osf-start-in-float32",

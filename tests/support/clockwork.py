@@ -67,33 +67,6 @@ def whole_report() -> ParityReport:
     ]
     found = results(runs, margin=0.05)
     verdict, reason = overall(found)
-    near = Distance(
-        reference="the vanilla adapter",
-        equal=1.0,
-        largest_gap=0.0,
-        logprob_rms=2e-3,
-        logprob_error=1e-4,
-        logprob_largest=9e-3,
-        answers=[Answer(request=i, gap=None, logprob_rms=2e-3) for i in range(8)],
-    )
-    silent = near.model_copy(update={"logprob_rms": None, "logprob_error": None, "logprob_largest": None})
-    folded = {"reference": "the unfolded checkpoint", "equal": 0.875, "largest_gap": 3e-3}
-    outputs = [
-        Outputs(
-            engine=engine,
-            concurrency=1,
-            prompts=8,
-            controls_equal=1.0,
-            repeats_equal=1.0,
-            vanilla_equal=0.25,
-            noise_rms=floor.logprob_rms,
-            unapplied=[],
-            folded=floor.model_copy(update=folded),
-            vanilla=floor,
-            agree=True,
-        )
-        for engine, floor in (("vllm", near), ("onnx merged", silent))
-    ]
     return ParityReport(
         verdict=verdict,
         reason=reason,
@@ -107,7 +80,7 @@ def whole_report() -> ParityReport:
             for arm in ARMS
             for c, found in ((1, [2**31, 2_400_000_000, 2**31]), (4, [2**31]))
         ],
-        outputs=outputs,
+        outputs=_outputs(),
         cross_checks=[
             CrossCheck(concurrency=1, arm=arm, measure=measure, ours=0.0312, bench_serve=0.0309)
             for arm in ARMS
@@ -123,3 +96,34 @@ def whole_report() -> ParityReport:
         versions={"python": "3.12.3", "torch": "2.13.0", "vllm": "0.32.0"},
         hardware="a processor of some name with several cores",
     )
+
+
+def _outputs() -> list[Outputs]:
+    """Answers of an engine that returns log-probabilities, and of one that returns none."""
+    near = Distance(
+        reference="the vanilla adapter",
+        equal=1.0,
+        largest_gap=0.0,
+        logprob_rms=2e-3,
+        logprob_error=1e-4,
+        logprob_largest=9e-3,
+        answers=[Answer(request=i, gap=None, logprob_rms=2e-3) for i in range(8)],
+    )
+    silent = near.model_copy(update={"logprob_rms": None, "logprob_error": None, "logprob_largest": None})
+    folded = {"reference": "the unfolded checkpoint", "equal": 0.875, "largest_gap": 3e-3}
+    return [
+        Outputs(
+            engine=engine,
+            concurrency=1,
+            prompts=8,
+            controls_equal=1.0,
+            repeats_equal=1.0,
+            vanilla_equal=0.25,
+            noise_rms=floor.logprob_rms,
+            unapplied=[],
+            folded=floor.model_copy(update=folded),
+            vanilla=floor,
+            agree=True,
+        )
+        for engine, floor in (("vllm", near), ("onnx merged", silent))
+    ]

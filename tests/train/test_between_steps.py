@@ -26,7 +26,6 @@ from support.hooked_run import (
 )
 from support.tiny_models import (
     lora_matrices,
-    net_batch,
     net_loss,
     tiny_net,
     trainable,
@@ -149,35 +148,6 @@ def test_a_step_skipped_for_infinity_changes_nothing(fused: bool, unscale: bool,
     good_model, _, good_optimizer = make(build)
     assert same(resumed, train(good_model, good_optimizer, range(4), step))
     assert not same(resumed, before[0])
-
-
-def test_a_site_without_a_gradient_stays() -> None:
-    model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, weight_decay=0.1))
-    net = model.get_base_model()
-
-    def step(model: Any, optimizer: Optimizer, number: int) -> None:
-        optimizer.zero_grad()
-        torch.autograd.backward(net.second(torch.tanh(net.first(net_batch(number)[0]))).square().mean())
-        optimizer.step()
-
-    before = lora_matrices(model)
-    after = train(model, optimizer, range(3), step)
-    unchanged = {key for key in before if torch.equal(before[key], after[key])}
-    assert unchanged == {key for key in before if "third" in key}
-    assert len(unchanged) == 2
-    for name, (group, i) in over.injected.items():
-        states = [group.core_state(k, i) for k in group.trained]
-        assert all(bool(state) is ("third" not in name) for state in states), name
-
-
-def test_a_site_frozen_during_the_run_stays() -> None:
-    model, over, optimizer = make()
-    train(model, optimizer, range(2))
-    frozen = over.sites["second.lora_A"].parameter
-    frozen.requires_grad_(False)
-    before = frozen.detach().clone()
-    train(model, optimizer, range(2, 4))
-    assert torch.equal(frozen, before)
 
 
 def test_a_zero_rate_for_auxiliaries_freezes_them() -> None:

@@ -21,9 +21,6 @@ from loraover.training.progress import TrainingProgress
 from loraover_export.cli import cli as export_cli
 
 from support.hf_trainer import DATA, adapter_tensors, arguments, assert_contracted, assert_holds, llama, trainer_of
-from support.tiny_models import (
-    lora_matrices,
-)
 
 pytestmark = pytest.mark.process
 
@@ -119,14 +116,6 @@ def test_the_first_loss_and_gradient_norm_are_plain_loras(tmp_path: Path) -> Non
         return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
 
     assert first([LoraOverCallback()]) == pytest.approx(first([]), rel=1e-4)
-
-
-def test_a_second_training_begins_anew(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, model := llama())
-    trainer.train()
-    between = lora_matrices(model)
-    trainer.train()
-    assert not any(torch.equal(between[key], matrix) for key, matrix in lora_matrices(model).items())
 
 
 def test_an_interrupted_training_can_be_begun_again(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +17,6 @@ from loraover.overparam.optimizers import ELEMENTWISE
 
 from strategies import normal
 from support.hooked_run import core_states, make, same, train
-from support.make_checkpoint import cores_of, make_checkpoint, reopened, save
-from support.make_checkpoint import train as train_llama
 from support.optimizers import adagrad, adamw_8bit, muon
 from support.tiny_models import lora_matrices, net_loss, tiny_net
 
@@ -216,29 +213,6 @@ def test_moments_and_their_steps_follow_a_group_that_is_divided() -> None:
 def core_state(over: OverParameterization, name: str) -> dict[str, Any]:
     group, i = over.injected[name]
     return {key: torch.as_tensor(value).clone() for key, value in group.core_state(group.centre, i).items()}
-
-
-def test_a_split_group_is_split_again_when_it_is_resumed(tmp_path: Path) -> None:
-    """That of eigen, in test_eigen_checkpoint.py, too."""
-    made = make_checkpoint(tmp_path, config=LoraOverConfig(seed=5), steps=0)
-    (left_out,) = (p for key, p in made.model.named_parameters() if "layers.0.self_attn.q_proj.lora_A" in key)
-
-    train_llama(made.model, made.optimizer, range(2))
-    left_out.requires_grad_(False)
-    train_llama(made.model, made.optimizer, range(2, 4))
-    left_out.requires_grad_(True)
-    assert sum(group.is_joined for group in made.over.groups) == len(made.over.groups) - 1
-    save(made.path, made.model, made.over, step=4)
-    again = reopened(made, lambda p: AdamW(p, lr=1e-2))
-    assert joined(again.over) == joined(made.over)
-    for each in (made, again):
-        train_llama(each.model, each.optimizer, range(4, 8))
-    assert same(cores_of(again.over), cores_of(made.over))
-    assert same(lora_matrices(again.model), lora_matrices(made.model))
-
-
-def joined(over: OverParameterization) -> dict[str, bool]:
-    return {name: group.is_joined for name, (group, _) in over.injected.items()}
 
 
 # Cores that are renewed

@@ -25,7 +25,6 @@ from support.make_checkpoint import (
     adamw,
     edit_json,
     edit_tensors,
-    make_checkpoint,
     oracle_matrices,
     reopened,
     reseal,
@@ -125,14 +124,6 @@ def test_what_follows_gradients_or_is_trained_is_not_shared(kind: str, copy_of: 
     made = copy_of(kind)
     edit_json(made.path / "loraover.json", shares(V, {"2": CORE}))
     edit_json(made.path / "loraover.json", shares(CORE, {"2": CORE}))
-    reseal(made.path)
-    with pytest.raises(CheckpointError, match="shares: core 2 cannot be shared"):
-        read_checkpoint(made.path)
-
-
-def test_a_core_of_another_decomposition_is_not_shared(tmp_path: Path) -> None:
-    made = make_checkpoint(tmp_path)
-    edit_json(made.path / "loraover.json", shares(V, {"2": CORE}))
     reseal(made.path)
     with pytest.raises(CheckpointError, match="shares: core 2 cannot be shared"):
         read_checkpoint(made.path)

@@ -209,11 +209,3 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(
     assert (tmp_path / "checkpoint-6" / "adapter_model.safetensors").is_file()
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     outcome(training, base, tmp_path).assert_continues(whole, 4)
-
-
-@pytest.mark.parametrize("training", ["trainer"], indirect=True)
-def test_a_run_can_be_killed_again_and_again(training: Training, whole: Outcome, base: Path, tmp_path: Path) -> None:
-    for steps, resumed in ((1, None), (3, 2), (3, 4)):
-        run_and_die(training, base, tmp_path, partial(kill_in_step, steps))
-        assert last_whole_checkpoint(tmp_path) == (resumed and tmp_path / f"checkpoint-{resumed}")
-    outcome(training, base, tmp_path).assert_continues(whole, 4)

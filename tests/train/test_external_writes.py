@@ -168,12 +168,3 @@ def test_adopted_matrices_get_new_cores_and_the_others_keep_theirs(decomposition
     step(model, optimizer, 2)
     assert not any(torch.equal(matrix, matrices[key]) for key, matrix in lora_matrices(model).items())
     over.finish()
-
-
-def test_adopting_nothing_changes_nothing() -> None:
-    model, over, _ = run()
-    before = {name: cores(over, name) for name in over.sites}
-    matrices = lora_matrices(model)
-    assert over.adopt_matrices() == []
-    assert all(all(map(torch.equal, cores(over, name), before[name])) for name in over.sites)
-    assert all(torch.equal(matrix, matrices[key]) for key, matrix in lora_matrices(model).items())

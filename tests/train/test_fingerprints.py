@@ -146,12 +146,6 @@ def test_adopting_matrices_forgets_the_question() -> None:
     over.finish()
 
 
-def test_the_answer_of_an_unchanged_run_is_no() -> None:
-    model, over, optimizer = late()
-    train(model, optimizer, range(2, 6))
-    over.finish()
-
-
 def test_a_processor_answers_at_once() -> None:
     answer = LateAnswer()
     assert answer.ask([torch.tensor([False, False])]) is None

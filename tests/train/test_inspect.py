@@ -20,6 +20,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
+from loraover.inspection.verdict import verdict_of
 from loraover.reporting.schedule_figures import plot_schedule
 from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
@@ -237,6 +238,18 @@ def test_an_export_shows_its_verdicts(folders: dict[str, Path], capsys: pytest.C
         assert kind in capsys.readouterr().out
 
 
+def test_the_head_of_a_page_says_what_a_folder_is_and_how_it_stands(folders: dict[str, Path]) -> None:
+    heads = {kind: verdict_of(inspect_folder(folder)) for kind, folder in folders.items()}
+    tones = {"run": "good", "folded adapter": "good", "vLLM export": "good"}
+    assert {kind: head.tone for kind, head in heads.items()} == dict.fromkeys(heads, "plain") | tones
+    assert heads["checkpoint"].sentence.startswith("A checkpoint: LORA of rank 4 on 14 modules, ")
+    assert "28 matrices have cores (mpo), after 4" in heads["checkpoint"].sentence
+    assert "The run is finished, after 4 steps; held-out loss " in heads["run"].sentence
+    assert "The check in ONNX Runtime: not checked." in heads["ONNX export"].sentence
+    refused = inspect_folder(folders["vLLM export"]).model_copy(update={"verdicts": {"preflight.json": "failed"}})
+    assert (verdict_of(refused).tone, verdict_of(refused).sentence[-23:]) == ("bad", "preflight.json: failed.")
+
+
 def test_json_is_what_the_function_returns(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, ["inspect", str(folders["run"]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == inspect_folder(folders["run"]).model_dump(mode="json")
@@ -322,6 +335,8 @@ def test_an_unfinished_run_says_how_to_continue(folders: dict[str, Path], tmp_pa
     found = inspect_folder(folder)
     assert found.run is not None
     assert (found.run.state, found.run.last_loss, found.run.checkpoint_step) == ("unfinished", 2.5, 1)
+    head = verdict_of(found)
+    assert (head.tone, head.sentence) == ("open", "A run. The run is not finished; its newest checkpoint is of step 1.")
     assert [step.command for step in found.next_steps] == [
         f"loraover train '{folder}/recipe.yaml' -o '{folder}' --resume"
     ]
@@ -334,6 +349,8 @@ def test_an_unfinished_run_says_how_to_continue(folders: dict[str, Path], tmp_pa
 def test_a_failed_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failure = {"schema_version": 1, "kind": "out_of_memory", "message": "no room"}
     (tmp_path / "failure.json").write_text(json.dumps(failure))
+    head = verdict_of(inspect_folder(tmp_path))
+    assert (head.tone, head.sentence) == ("bad", "A run. The run failed: no room.")
     assert run(cli, ["inspect", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "failed" in shown

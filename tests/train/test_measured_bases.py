@@ -111,7 +111,6 @@ def test_trained_bases_are_not_shared() -> None:
 
 COMPILED: dict[str, Callable[[Any], Any]] = {
     "a wrapper": lambda model: torch.compile(model, backend="eager"),
-    "in place": lambda model: model.compile(backend="eager") or model,
     "by layer": lambda model: (
         [layer.compile(backend="eager") for layer in model.get_base_model().model.layers] and model
     ),

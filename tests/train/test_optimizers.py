@@ -119,14 +119,6 @@ def test_the_cores_follow_the_scheduled_rate(attach_first: bool) -> None:
 # Refusals
 
 
-class Averaging(AdamW):
-    """Shows the model other values while it is evaluated, as the optimizers of schedulefree and SPlus do."""
-
-    def train(self) -> None: ...
-
-    def eval(self) -> None: ...
-
-
 class PatientLBFGS(torch.optim.LBFGS):
     """A user's subclass."""
 
@@ -157,10 +149,9 @@ def test_adagrad_of_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -
         (_deepspeed(object), "DeepSpeedZeroOptimizer steps in DeepSpeed"),
         (_deepspeed(SGD), "DeepSpeedZeroOptimizer steps in DeepSpeed"),
         (_deepspeed_wrapper, "DeepSpeed steps in its engine"),
-        (Averaging, "Averaging cannot be used: its train and eval modes"),
         (lambda parameters: parameters, r"builtins\.list"),
     ],
-    ids=["lbfgs", "lbfgs-subclass", "deepspeed", "deepspeed-torch", "deepspeed-wrapper", "averaging", "list"],
+    ids=["lbfgs", "lbfgs-subclass", "deepspeed", "deepspeed-torch", "deepspeed-wrapper", "list"],
 )
 def test_an_optimizer_with_another_kind_of_step_is_refused_by_name(
     build: Callable[[list[nn.Parameter]], Any], named: str
@@ -182,15 +173,6 @@ def test_averaging_optimizers_of_pytorch_optimizer_are_refused(name: str) -> Non
     optimizer = kind(AdamW(trainable(model))) if name.endswith("Wrapper") else kind(trainable(model))
     with pytest.raises(ConfigError, match=f"{name} cannot be used: its train and eval modes"):
         OverParameterization(model).attach(optimizer)
-
-
-def test_an_optimizer_that_lacks_a_matrix_is_refused() -> None:
-    model = tiny_net()
-    over = OverParameterization(model)
-    optimizer = SGD(trainable(model)[:-1], lr=0.1)
-    with pytest.raises(ConfigError, match=r"does not hold third\.lora_B"):
-        over.attach(optimizer)
-    over.attach(SGD(trainable(model), lr=0.1))
 
 
 def test_a_second_attach_is_refused() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from loraover.common.atomic_output import check_file_writable, publish_directory
 from loraover.common.errors import OutputError
 
 from support.make_checkpoint import tree
-from support.output_drafts import ENDINGS, fill, kind, publish, raiser
+from support.output_drafts import ENDINGS, fill, fill_old, kind, publish, raiser
 
 
 @pytest.fixture
@@ -35,12 +36,6 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_folder_obeys_the_umask(tmp_path: Path, umask: int) -> None:
-    with publish_directory(tmp_path / "out") as draft:
-        assert stat.S_IMODE(draft.stat().st_mode) == 0o777 & ~umask
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
-
-
 def test_the_umask_is_obeyed_without_being_changed(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change would be seen by the process's other threads, whose files would be open to all."""
 
@@ -52,15 +47,34 @@ def test_the_umask_is_obeyed_without_being_changed(tmp_path: Path, umask: int, m
 
     monkeypatch.setattr(os, "umask", change)
     publish(tmp_path / "out", keep_private)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
     assert stat.S_IMODE((tmp_path / "out" / "b").stat().st_mode) == 0o666 & ~umask
     assert set(tree(tmp_path / "out")) == {"inner", "inner/a", "b"}
 
 
+def publish_half(target: Path, then: Callable[[Path], object]) -> None:
+    publish_file(target, lambda draft: [draft.write_text("half"), then(draft)], parents=True)
+
+
+WAYS: dict[str, tuple[Callable[..., None], Callable[[Path], object]]] = {
+    "a folder": (publish, lambda target: None),
+    "a replaced folder": (partial(publish, replace=True), fill_old),
+    "a file, and its parents": (publish_half, lambda target: target.parent.rmdir()),
+    "a replaced file": (publish_half, lambda target: target.write_text("old")),
+}
+"""How a target is written, and how what is there before comes about."""
+
+
 @pytest.mark.parametrize("ending", ENDINGS, ids=kind)
-def test_a_block_that_raises_leaves_nothing(ending: BaseException, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_that_raises_leaves_what_was_there(way: str, ending: BaseException, tmp_path: Path) -> None:
+    write, begin = WAYS[way]
+    (tmp_path / "parent").mkdir()
+    begin(target := tmp_path / "parent" / "out")
+    before = tree(tmp_path)
     with pytest.raises(type(ending)):
-        publish(tmp_path / "out", raiser(ending))
-    assert list(tmp_path.iterdir()) == []
+        write(target, raiser(ending))
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES])
@@ -211,23 +225,6 @@ def test_a_files_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypat
     assert events == [("on disk", draft), ("named", draft), ("on disk", tmp_path)]
 
 
-@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
-@pytest.mark.parametrize("old", [None, "old"])
-def test_a_file_that_cannot_be_filled_stays_as_it_was(old: str | None, ending: BaseException, tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    if old is not None:
-        target.write_text(old)
-    before = tree(tmp_path)
-
-    def write(draft: Path) -> None:
-        draft.write_text("half")
-        raise ending
-
-    with pytest.raises(type(ending)):
-        publish_file(target, write)
-    assert tree(tmp_path) == before
-
-
 @pytest.mark.parametrize("name", ["file/inner", "absent/inner", "folder", "n" * 300], ids=lambda name: name[:12])
 def test_a_file_that_cannot_be_there_is_an_output_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -244,16 +241,6 @@ def test_missing_parents_of_a_file_are_made_where_they_are_asked_for(tmp_path: P
     assert tree(tmp_path) == {}
     publish_file(target, lambda draft: draft.write_text("new"), parents=True)
     assert target.read_text() == "new"
-
-
-@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
-def test_parents_of_a_file_that_is_not_filled_are_removed(ending: BaseException, tmp_path: Path) -> None:
-    def write(draft: Path) -> None:
-        raise ending
-
-    with pytest.raises(type(ending)):
-        publish_file(tmp_path / "a" / "b" / "file", write, parents=True)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_message_about_one_failure(tmp_path: Path) -> None:

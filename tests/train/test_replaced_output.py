@@ -19,7 +19,7 @@ from loraover.common.atomic_output import check_writable, publish_directory, pub
 from loraover.common.errors import OutputError
 
 from support.make_checkpoint import tree
-from support.output_drafts import ENDINGS, fill, fill_old, kind, publish, raiser
+from support.output_drafts import fill, fill_old
 
 pytestmark = pytest.mark.process
 
@@ -38,15 +38,6 @@ def test_a_folder_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
     assert "inner/stale" not in tree(target)
     assert (target / "b").is_file()
-
-
-@pytest.mark.parametrize("ending", ENDINGS, ids=kind)
-def test_a_replacement_that_fails_leaves_the_old_folder(ending: BaseException, tmp_path: Path) -> None:
-    fill_old(tmp_path / "out")
-    before = tree(tmp_path)
-    with pytest.raises(type(ending)):
-        publish(tmp_path / "out", raiser(ending), replace=True)
-    assert tree(tmp_path) == before
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

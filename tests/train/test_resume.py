@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,9 @@ import loraover.callbacks.seal_checkpoints
 import loraover.training.run
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
-from loraover.training.failure import read_failure
-from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import load_recipe
 from loraover.training.run_folder import with_commits, write_recipe
 
-from support.children import Child
 from support.resumed_run import KINDS, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
 from support.trained_run import metrics
@@ -103,22 +98,6 @@ def test_metrics_that_were_cut_off_are_mended_and_tell_each_thing_once(
     assert told[0] == told[1]
 
 
-def kill(self: TrainingProgress, args: Any, state: Any, control: Any, **_: Any) -> None:
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_is_resumed_by_another(recipe: Path, whole: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    ended = Child(lambda: train(recipe, out), prepare=lambda: setattr(TrainingProgress, "on_step_end", kill)).end()
-    assert ended.code == -signal.SIGKILL, ended.output
-    assert read_failure(out) is None
-    with steps_taken() as taken:
-        assert train(recipe, out, "--resume") == 0
-    assert taken == [5, 6, 7]
-    assert_same_run(out, whole["llama"])
-
-
 # Half-written checkpoints
 
 
@@ -162,18 +141,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
     damage(folder / "checkpoint-2")
     assert last_whole_checkpoint(folder) is None
-
-
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    recipe: Path, whole: dict[str, Path], halted: dict[str, Path], tmp_path: Path
-) -> None:
-    kind = "llama"
-    out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
-    DAMAGE["a truncated adapter"](out / "trainer" / "checkpoint-4")
-    with steps_taken() as taken:
-        assert train(recipe, out, "--resume") == 0
-    assert taken == [3, 4, 5, 6, 7]
-    assert_same_run(out, whole[kind])
 
 
 def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(

@@ -268,12 +268,6 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(whole: Path, tmp_path: P
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> None:
-    result = loraover.train(make(tmp_path / "r.yaml", bases["t5"]), tmp_path / "out")
-    assert result.served_rank == RANK
-    assert (result.update_norm or 0) > 1e-3
-
-
 def test_a_narrow_train_gives_factors_of_a_smaller_rank() -> None:
     layout, z, cores = drawn(4, 32, 32, tt_rank=1)
     assert layout.modes[-1] == 4  # the last core gives the columns of A^T

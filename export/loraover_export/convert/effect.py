@@ -19,7 +19,7 @@ from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import AdapterLayout
-from loraover_export.logits.deviation import RunningDeviation, largest_of
+from loraover_export.logits.deviation import Deviation, RunningDeviation, largest_of
 from loraover_export.logits.pieces import logits_of, pieces
 from loraover_export.logits.prompts import Prompts
 from loraover_export.numerics.rounding import STORAGE_DTYPES
@@ -71,26 +71,9 @@ def compare_outputs(
     report.line(f"loading the base model from {base.origin} {times}, to {place}, {compute_dtype}")
     load = partial(_load, base, source, num_labels, start_dtype or compute_dtype, compute_dtype, str(place))
     (trained, _), (written, matrices) = load(source.path), load(converted)
-    trained_twin = load(source.path, is_twin=True)[0] if is_exact else None
-    elsewhere = list(_moved(matrices, STORAGE_DTYPES[dtype])) if is_exact else []
-    error, effect, noises = RunningDeviation(), RunningDeviation(), [RunningDeviation(), RunningDeviation()]
-    tokens, seen = sum(batch.numel() for batch in prompts.batches), 0
-    with report.task(f"running the source and the LoRA on {prompts.source}, tokens", tokens) as done:
-        for ids in prompts.batches:
-            placed = ids.to(place)
-            for positions in pieces(written.get_base_model(), ids):
-                expected = logits_of(trained, placed, positions)
-                found = logits_of(written, placed, positions)
-                error.add(expected, found)
-                if trained_twin is not None:
-                    noises[0].add(expected, logits_of(trained_twin, placed, positions))
-                    _exchange(matrices, elsewhere)
-                    noises[1].add(found, logits_of(written, placed, positions))
-                    _exchange(matrices, elsewhere)
-                with written.disable_adapter():
-                    effect.add(expected, logits_of(written, placed, positions))
-            seen += ids.numel()
-            done(seen)
+    twins = Twins(load(source.path, is_twin=True)[0], matrices, STORAGE_DTYPES[dtype]) if is_exact else None
+    tokens = sum(batch.numel() for batch in prompts.batches)
+    error, effect = _run(prompts, tokens, trained, written, twins, place, report)
     return OutputsOfConversion(
         base=base.origin,
         device=str(place),
@@ -98,9 +81,61 @@ def compare_outputs(
         tokens=tokens,
         prompt_source=prompts.source,
         error=error.result(),
-        noise=largest_of([noise.result() for noise in noises]) if is_exact else None,
+        noise=None if twins is None else twins.noise(),
         adapter_effect=effect.result().max_logit,
     )
+
+
+def _run(
+    prompts: Prompts,
+    tokens: int,
+    trained: Any,
+    written: Any,
+    twins: Twins | None,
+    place: torch.device,
+    report: Reporter,
+) -> tuple[RunningDeviation, RunningDeviation]:
+    """Distances of the converted adapter, and of the base model, from the source's logits."""
+    error, effect = RunningDeviation(), RunningDeviation()
+    seen = 0
+    with report.task(f"running the source and the LoRA on {prompts.source}, tokens", tokens) as done:
+        for ids in prompts.batches:
+            placed = ids.to(place)
+            for positions in pieces(written.get_base_model(), ids):
+                expected = logits_of(trained, placed, positions)
+                found = logits_of(written, placed, positions)
+                error.add(expected, found)
+                if twins is not None:
+                    twins.add(expected, found, written, placed, positions)
+                with written.disable_adapter():
+                    effect.add(expected, logits_of(written, placed, positions))
+            seen += ids.numel()
+            done(seen)
+    return error, effect
+
+
+class Twins:
+    """Noise of rounding: distances of the source and of the converted adapter from their twins, whose numbers moved.
+
+    Args:
+        source: Twin of the source, a model with an adapter.
+        matrices: Matrices of the converted adapter, which its twin shares, and exchanges for moved ones while it runs.
+        dtype: Data type that the converted adapter is stored in.
+    """
+
+    def __init__(self, source: nn.Module, matrices: list[nn.Parameter], dtype: torch.dtype) -> None:
+        self._source, self._matrices, self._elsewhere = source, matrices, list(_moved(matrices, dtype))
+        self._of_source, self._of_converted = RunningDeviation(), RunningDeviation()
+
+    def add(self, expected: Tensor, found: Tensor, converted: nn.Module, ids: Tensor, positions: Tensor | None) -> None:
+        """Compare logits of the source and of the converted adapter with their twins' on the same positions."""
+        self._of_source.add(expected, logits_of(self._source, ids, positions))
+        _exchange(self._matrices, self._elsewhere)
+        self._of_converted.add(found, logits_of(converted, ids, positions))
+        _exchange(self._matrices, self._elsewhere)
+
+    def noise(self) -> Deviation:
+        return largest_of([self._of_source.result(), self._of_converted.result()])
 
 
 def _load(
