@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraover.checkpoint.adapter_config import AdapterConfig
-from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.convert.need import why_convert
+from loraover_export.convert.others import is_served_head, saved_module
 from loraover_export.convert.prefix import find_move
 from loraover_export.convert.run import read_method
 from loraover_export.uniform.export_command import export_command
@@ -51,8 +52,12 @@ def converted_subject(subject: Subject) -> Conversion | None:
     names = {path: path if move is None else move.paths.get(path, path) for path in layout.modules}
     if not names.keys() or any(name not in shapes for name in names.values()):
         return None
+    others = [key for key in layout.others if not key.endswith(BASE_WEIGHT)]
+    saved = [saved_module(key.removeprefix(KEY_PREFIX), layout.config) for key in others]
+    if not all(module is not None and is_served_head(module) for module in saved):
+        return None
     embedded = {path for path in names.values() if subject.served.modules[path].kind == "embedding"}
-    keys: dict[str, tuple[int, ...]] = {}
+    keys: dict[str, tuple[int, ...]] = {key: subject.shapes[key] for key in others if key in subject.shapes}
     for path in names.values():
         m, n = shapes[path][::-1] if path in embedded else shapes[path]
         prefix = f"{path}.lora_{'embedding_' * (path in embedded)}"
