@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from loraover_serve.plugin.settings import RefusedError, folder_of, read_settings
+from loraover_serve.plugin.worker import answer_to
 
 from support.vllm_command import vllm_command
 
+COMMIT = 40 * "7"
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,6 +54,23 @@ def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     assert folder_of(adapters, "c") is None
     with pytest.raises(RefusedError):
         folder_of(adapters, name)
+
+
+def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--org--shop"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).symlink_to(adapter)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    request = {"cache": str(tmp_path / "cache"), "model": str(base), "dtype": "fp32"}
+    answer = answer_to({"hub": "org/shop", **request})
+    assert json.loads(json.dumps(answer))["prepared"]["done"] == "rewritten"
+    assert "its rank is 6" in answer_to({"source": str(adapter), **request, "max_rank": 1})["refused"]
+    assert "cannot be reached" in answer_to({"hub": "org/other", **request})["refused"]
 
 
 @pytest.mark.process

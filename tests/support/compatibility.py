@@ -227,7 +227,7 @@ PLUGIN_ROWS = {
     "pissa": "PiSSA",
     "checkpoint": "LoRA-Over checkpoint",
     "misplaced": "LoRA with another family's prefix",
-    "dora": "configuration says DoRA, file has no magnitudes",
+    "dora": "DoRA",
     "high": "configuration has another rank",
     "truncated": "truncated file",
     "narrow": "A of another width",

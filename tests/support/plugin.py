@@ -47,8 +47,11 @@ SOURCES = {
 }
 """Kinds of adapters that PEFT makes."""
 
-HIGH = {"lokr-64": (Source("LOKR", {"r": 8, "alpha": 8, "decompose_factor": 8}), "--max-lora-rank 64")}
-"""Kinds whose exact LoRA has a larger rank than the server takes, each with a part of the reason."""
+UNLIKE = {
+    "lokr-64": (Source("LOKR", {"r": 8, "alpha": 8, "decompose_factor": 8}), "--max-lora-rank 64"),
+    "dora": (Source("LORA", {"r": 3, "use_dora": True}), "full rank"),
+}
+"""Kinds that have no exact LoRA of the server's rank, each with a part of the reason."""
 
 Change = Callable[[Path], object]
 
@@ -80,7 +83,6 @@ def misplace(folder: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Change, str]] = {
-    "dora": (lambda f: edit_json(f / "adapter_config.json", lambda c: c.update(use_dora=True)), "magnitude"),
     "truncated": (truncate, "not a complete safetensors file"),
     "narrow": (narrow, "other shapes"),
     "high": (lambda f: edit_json(f / "adapter_config.json", lambda c: c.update(r=5)), "rank"),
@@ -132,7 +134,7 @@ def make_adapters(folder: Path) -> tuple[Path, Path]:
     adapters.mkdir()
     for name, source in SOURCES.items():
         make_source(base, adapters / name, source)
-    for name, (source, _) in HIGH.items():
+    for name, (source, _) in UNLIKE.items():
         make_source(base, adapters / name, source)
     make_checkpoint_on(base, adapters / "checkpoint")
     for name, (change, _) in DAMAGED.items():
