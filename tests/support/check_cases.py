@@ -88,7 +88,7 @@ CASES: dict[str, Change] = {
     "a trained norm": both(config(modules_to_save=["norm"]), added(**{f"{MODEL}.norm.weight": torch.ones(64)})),
     "trained tokens": both(
         config(trainable_token_indices=[7]),
-        added(**{f"{MODEL}.embed_tokens.trainable_tokens_delta": torch.ones(1, 64)}),
+        added(**{f"{MODEL}.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 64)}),
     ),
     "embedding": embedding,
     "head": head,

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraover.checkpoint.adapter_config import AdapterConfig
-from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.convert.need import why_convert
-from loraover_export.convert.prefix import find_move
+from loraover_export.convert.others import is_served_head, saved_module
+from loraover_export.convert.prefix import Move, find_move, part_below
 from loraover_export.convert.run import read_method
 from loraover_export.uniform.export_command import export_command
-from loraover_export.vllm.served import ServedModule
+from loraover_export.vllm.served import ServedModel, ServedModule
 
 ENDING = "-lora"
 """What follows the name of an adapter's folder in that of its conversion."""
@@ -51,8 +52,12 @@ def converted_subject(subject: Subject) -> Conversion | None:
     names = {path: path if move is None else move.paths.get(path, path) for path in layout.modules}
     if not names.keys() or any(name not in shapes for name in names.values()):
         return None
+    others = [key for key in layout.others if not key.endswith(BASE_WEIGHT)]
+    saved = [saved_module(key.removeprefix(KEY_PREFIX), layout.config) for key in others]
+    if not all(module is not None and is_served_head(module) for module in saved):
+        return None
     embedded = {path for path in names.values() if subject.served.modules[path].kind == "embedding"}
-    keys: dict[str, tuple[int, ...]] = {}
+    keys: dict[str, tuple[int, ...]] = {key: subject.shapes[key] for key in others if key in subject.shapes}
     for path in names.values():
         m, n = shapes[path][::-1] if path in embedded else shapes[path]
         prefix = f"{path}.lora_{'embedding_' * (path in embedded)}"
@@ -69,6 +74,7 @@ def converted_subject(subject: Subject) -> Conversion | None:
     lora = AdapterDir(subject.path, config, keys)
     plain = replace(
         subject,
+        served=_part_of(subject.served, move),
         written=folder,
         config=config.model_dump(),
         fields=config,
@@ -81,6 +87,13 @@ def converted_subject(subject: Subject) -> Conversion | None:
     command = export_command(subject.path, "convert", *model, ending=ENDING)
     text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
     return Conversion(plain, command, Finding(feature="conversion", level="note", found=text))
+
+
+def _part_of(served: ServedModel, move: Move | None) -> ServedModel:
+    """Return the part of a model that an adapter was trained as, whose other parts its configuration may name too."""
+    if move is None:
+        return served
+    return replace(served, modules={path: served.modules[path] for path in part_below(move.new, served.modules)})
 
 
 def _shape(module: ServedModule) -> tuple[int, int] | None:
