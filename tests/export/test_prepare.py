@@ -180,7 +180,7 @@ def test_a_full_disk_and_a_lost_base_are_not_remembered(
     with pytest.raises(ConfigError):
         prepare_adapter(folder / "pissa", tmp_path / "cache", model=base)
     edit_tensors(
-        shutil.copy(weights, base / "model.safetensors"),
+        Path(shutil.copy(weights, base / "model.safetensors")),
         lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()],
     )
     with pytest.raises(ConfigError, match="NaN"):

@@ -36,7 +36,13 @@ def test_settings_of_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("LORAOVER_ADAPTERS", "/nowhere"), ("LORAOVER_THREADS", "0"), ("LORAOVER_APPROXIMATE", "few")]
+    ("name", "value"),
+    [
+        ("LORAOVER_ADAPTERS", "/nowhere"),
+        ("LORAOVER_THREADS", "0"),
+        ("LORAOVER_APPROXIMATE", "few"),
+        ("LORAOVER_PYTHON", "/no"),
+    ],
 )
 def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} is '{value}'"):
@@ -75,16 +81,10 @@ def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
 
 @pytest.mark.process
 def test_the_servers_side_imports_the_standard_library_only() -> None:
-    code = (
-        "import sys; import loraover_serve.plugin.service; "
-        "print([m for m in sys.modules if '.' not in m and m not in sys.stdlib_module_names])"
-    )
+    """Python without its site-packages has nothing else; `vllm.py` adds vLLM and its web framework."""
     path = [str(ROOT), str(ROOT / "export"), str(ROOT / "serve")]
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path += {path!r}; {code}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert json.loads(done.stdout.replace("'", '"')) == ["__main__", "loraover_serve"] or "torch" not in done.stdout
+    code = f"import sys; sys.path += {path!r}; import loraover_serve.plugin.service"
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, env={})
 
 
 @pytest.mark.process
