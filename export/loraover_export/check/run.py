@@ -30,7 +30,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     checks = [_check(name, subject) for name in request.chosen]
     return CheckReport(
         verdict="passed" if all(check.as_it_is.verdict == "right" for check in checks) else "failed",
-        adapter=str(request.adapter),
+        adapter=request.shown("adapter"),
         peft_type=subject.config["peft_type"],
         base_model=subject.served.source.name,
         architecture=subject.served.architecture,

@@ -148,7 +148,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _card(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result: MergeReport) -> str:
     facts = {
-        "adapter": str(request.source),
+        "adapter": request.shown("source"),
         "merged weights": str(len(result.weights)),
         **matrix_facts([weight.matrix for weight in result.weights]),
         "share of the adapter that storage erased": f"{result.stored.erased:.2%}",

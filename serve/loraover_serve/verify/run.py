@@ -123,7 +123,7 @@ def _report(
     return VerifyReport(
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in results}),
         engines=results,
-        adapter=str(request.adapter),
+        adapter=request.shown("adapter"),
         base_model=base.name,
         reference=reference.name,
         sensitivity=reference.sensitivity,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, declarations, option
+from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
+from loraover_export.uniform.request_fields import given_adapter
 
 COMMAND_VARIABLE = "LORAOVER_VLLM"
 """The environment variable that names the command `vllm` of another environment."""
@@ -87,8 +88,8 @@ class ServeRequest(ServerRequest):
     )
     json_help = None
 
-    adapters: AnyPaths = argument(
-        "Folders of the adapters; requests address each adapter by its folder's name.", metavar="ADAPTER..."
+    adapters: AnyPaths = given_adapter(
+        "Adapters, which requests address by their folders' or repositories' names", metavar="ADAPTER..."
     )
     host: str = option("Address or host name that the server listens on.", default=LOOPBACK)
     port: int | None = option(

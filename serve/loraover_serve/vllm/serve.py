@@ -16,6 +16,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import verb
 from loraover.models.load import ModelSource
+from loraover.sources.address import name_of
 from loraover_export.vllm.launch import max_lora_rank
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
@@ -56,7 +57,7 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 
 @contextmanager
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
-    adapters = read_named(request.adapters)
+    adapters = read_named(request.adapters, request.addresses["adapters"])
     source = served_model(adapters, request.model, request.report)
     config = replace(server_config(adapters, source, request.options), host=request.host)
     _warn_if_open(config, request.report)
@@ -96,14 +97,19 @@ def _port(request: ServeRequest) -> int:
     return port
 
 
-def read_named(adapters: Sequence[Path]) -> dict[str, AdapterDir]:
-    """Adapters by the names of their folders, which requests address them by.
+def read_named(adapters: Sequence[Path], addresses: Sequence[str | Path] = ()) -> dict[str, AdapterDir]:
+    """Return adapters by the names of their folders or repositories, which requests address them by.
+
+    Args:
+        adapters: Their folders.
+        addresses: Where they were named, in the same order; empty: the folders.
 
     Raises:
         ConfigError: Two folders of one name.
         CheckpointError: A folder that holds no adapter.
     """
-    read = {path.resolve().name: read_adapter_dir(path) for path in adapters}
+    named = zip(addresses or adapters, adapters, strict=True)
+    read = {name_of(address): read_adapter_dir(path) for address, path in named}
     if len(read) != len(adapters):
         raise ConfigError("two adapters lie in folders of one name, which requests address them by; rename one.")
     return read
