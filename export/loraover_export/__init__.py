@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from loraover_export.mlx.run import export_mlx
     from loraover_export.onnx.report import OnnxReport
     from loraover_export.onnx.run import export_onnx
+    from loraover_export.prepare.prepared import PreparedAdapter
+    from loraover_export.prepare.run import prepare_adapter
     from loraover_export.uniform.certificate import LoraCertificate
     from loraover_export.vllm.certificate import VllmCertificate
     from loraover_export.vllm.preflight import Preflight
@@ -42,6 +44,7 @@ _HOMES = {
     "MlxReport": "mlx.report",
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
+    "PreparedAdapter": "prepare.prepared",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
     "check_adapter": "check.run",
@@ -54,6 +57,7 @@ _HOMES = {
     "export_vllm": "vllm.run",
     "fold_checkpoint": "fold.run",
     "merge_adapter": "merge.run",
+    "prepare_adapter": "prepare.run",
     "shrink_adapter": "combine.shrink",
 }
 
@@ -68,6 +72,7 @@ __all__ = [
     "MlxReport",
     "OnnxReport",
     "Preflight",
+    "PreparedAdapter",
     "VllmCertificate",
     "VllmReport",
     "check_adapter",
@@ -80,6 +85,7 @@ __all__ = [
     "export_vllm",
     "fold_checkpoint",
     "merge_adapter",
+    "prepare_adapter",
     "shrink_adapter",
 ]
 

@@ -62,6 +62,15 @@ class TensorFile:
         """Return the keys that begin with a prefix."""
         return [key for key in self.keys if key.startswith(prefix)]
 
+    def renamed(self, keys: Mapping[str, str]) -> TensorFile:
+        """Return the same open file, with other keys for some of its tensors.
+
+        Args:
+            keys: New keys by those in the file.
+        """
+        header = {keys.get(key, key): entry for key, entry in self._header.items()}
+        return TensorFile(self.path, self._file, header, self._start)
+
     def dtype(self, key: str) -> str:
         """Return a tensor's dtype as safetensors spells it, e.g. "F32"."""
         return str(self._entry(key)["dtype"])

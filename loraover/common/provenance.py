@@ -5,17 +5,23 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from loraover.common.version import __version__
 
 
 def environment(*others: str) -> dict[str, str]:
-    """Return the versions of Python and of the packages that every measurement depends on, and of some others."""
-    packages = {name: _version(name) for name in ("torch", "transformers", "peft", "safetensors", *others)}
+    """Return the versions of Python and of the packages that measurements depend on, and of some others.
+
+    PEFT is left out where it is not installed: an inference engine's environment converts and exports without it.
+    """
+    packages = {name: _version(name) for name in ("torch", "transformers", "safetensors", *others)}
+    with suppress(PackageNotFoundError):
+        packages["peft"] = _version("peft")
     return {"loraover": __version__, "python": platform.python_version(), **packages}
 
 

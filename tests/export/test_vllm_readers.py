@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
+from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.architectures import known_architectures
-from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
 
 from oracles.contraction import Array
 from support.check_cases import CASES, EXPECTED

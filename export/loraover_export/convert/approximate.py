@@ -19,6 +19,10 @@ from loraover_export.numerics.low_rank import SingularValues, decompose, dense_s
 from loraover_export.uniform.write_lora import Approximation, Work
 
 
+class FullRankError(ExportError):
+    """An adapter that changes a weight by a matrix of full rank, where the exact LoRA was asked for."""
+
+
 def approximations(
     places: Sequence[Place], layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]
 ) -> Iterator[Work]:
@@ -51,7 +55,7 @@ def _approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ran
     norm = float(found.value.norm())
     exact = ranks[place.path] = min(found.value.shape) if norm else 0
     if rank is None and exact:
-        raise ExportError(
+        raise FullRankError(
             f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
             f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with "
             f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {VllmFit.of(exact).in_words()}."

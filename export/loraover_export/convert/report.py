@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
-from loraover_export.vllm.launch import MAX_LORA_RANKS, max_lora_rank
+from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 
 
 class VllmFit(BaseModel):

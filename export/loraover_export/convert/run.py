@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import saved_labels
-from loraover.checkpoint.target_modules import check_complete, check_named
+from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.common.request import verb
@@ -23,6 +24,7 @@ from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
+from loraover_export.convert.prefix import mend_prefix
 from loraover_export.convert.report import ConvertReport, VllmFit
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, AdapterLayout, open_adapter, read_layout, read_peft_type
@@ -51,15 +53,17 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         CheckpointError: An adapter that cannot be trusted, of a kind that is not known, or whose file does not have the
             modules that its configuration names.
         ExportError: An adapter that does not change weights, changes more than weights, or has full rank while `rank`
-            is None; or `check_error` for experts that PEFT before 0.19 saved.
+            is None; or `check_error` for an adapter whose files PEFT would misread.
         FoldError: An element beyond the range of `dtype`.
         OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
     ranks: dict[str, int] = {}
-    with open_base(base) as weights, open_adapter(layout, weights) as adapter:
-        check_named(request.source / CONFIG_FILE, method.named(adapter))
+    with open_base(base) as weights, ExitStack() as files:
+        layout, mended = mend_prefix(layout, weights)
+        adapter = files.enter_context(open_adapter(layout, weights))
+        _check_named(method, adapter)
         check_complete(request.source / CONFIG_FILE, layout.modules, weights.modules)
         start_dtype = _start_dtype(method, adapter)
         compare = _comparison(request, method, adapter, base, start_dtype) if request.check_error else None
@@ -71,7 +75,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
             found = {"outputs": outputs, "output_bound": outputs.bound}
             return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 
-        notes = _start_notes(start_dtype)
+        notes = [*mended, *_start_notes(start_dtype)]
         certificate = _convert(request, method, adapter, base, ranks, notes, check)
     exact = max(ranks.values())
     return ConvertReport(
@@ -110,6 +114,13 @@ def read_method(path: Path) -> tuple[AnyMethod, AdapterLayout[Any]]:
     return method, layout
 
 
+def _check_named(method: AnyMethod, adapter: Adapter[Any]) -> None:
+    """Refuse matrices of modules that the configuration names neither as the file does nor as the base model does."""
+    config, named = adapter.layout.path / CONFIG_FILE, method.named(adapter)
+    stored = [adapter.layout.stored.get(path, path) for path in named]
+    check_named(config, stored if unnamed_modules(config, stored) is None else named)
+
+
 def _comparison(
     request: ConvertRequest,
     method: AnyMethod,
@@ -120,7 +131,7 @@ def _comparison(
     """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
 
     Raises:
-        ExportError: Experts of an old PEFT, whose A and B the installed one would misread.
+        ExportError: Experts of an old PEFT, whose A and B the installed one would misread, or a mended prefix.
     """
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:
@@ -128,6 +139,12 @@ def _comparison(
             f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. "
             "The installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave "
             f"out {request.named('check_error')}; the certificate does not need it."
+        )
+    if adapter.layout.keys:
+        raise ExportError(
+            f"{adapter.layout.tensors_path}: its keys are not those that PEFT reads on {base.name}, so the logits of "
+            f"the source cannot be computed. Leave out {request.named('check_error')}; the certificate does not need "
+            "it."
         )
     place, _ = choose_compute(request.device, request.compute_dtype)
     config, layout = adapter.base.model.config, adapter.layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -51,6 +51,8 @@ class AdapterLayout(Generic[Config]):
         modules: Names of the tensors of each adapted module, such as hada_w1_a, by the module's path.
         shared: Names of tensors that belong to all modules, such as vera_A.
         others: Keys of all other tensors.
+        keys: Keys under which tensors are read, by their keys in the file, where these are others.
+        stored: Paths of modules in the file, by their paths in the base model, where these are others.
     """
 
     path: Path
@@ -58,6 +60,8 @@ class AdapterLayout(Generic[Config]):
     modules: Mapping[str, frozenset[str]]
     shared: frozenset[str]
     others: tuple[str, ...]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors_path(self) -> Path:
@@ -95,7 +99,8 @@ def read_layout(
     modules: dict[str, set[str]] = {}
     others, common = [], set()
     with open_tensors(path / TENSORS_FILE) as file:
-        for key in file.keys:
+        keys = _prefixed(file)
+        for key in file.renamed(keys).keys:
             match = wanted.fullmatch(key)
             name = key.removeprefix("base_model.")
             if match is not None:
@@ -105,7 +110,14 @@ def read_layout(
             else:
                 others.append(key)
     found = {module: frozenset(tensors) for module, tensors in modules.items()}
-    return AdapterLayout(path, read, found, frozenset(common), tuple(others))
+    return AdapterLayout(path, read, found, frozenset(common), tuple(others), keys)
+
+
+def _prefixed(file: TensorFile) -> dict[str, str]:
+    """Return keys with PEFT's prefix, by the keys of a file that has it nowhere."""
+    if file.keys_below(KEY_PREFIX):
+        return {}
+    return {key: KEY_PREFIX + key for key in file.keys if not key.startswith("base_model.")}
 
 
 @dataclass(frozen=True)
@@ -242,7 +254,7 @@ def open_adapter(layout: AdapterLayout[Config], base: BaseWeights) -> Iterator[A
         CheckpointError: A file that is missing or damaged.
     """
     with open_tensors(layout.tensors_path) as file:
-        yield Adapter(layout, file, base)
+        yield Adapter(layout, file.renamed(layout.keys), base)
 
 
 def _wide(file: TensorFile, key: str) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,19 @@ class _Index(BaseModel):
 Contents = TypeVar("Contents", bound=BaseModel)
 
 
+class BaseFileError(CheckpointError, ConfigError):
+    """A file of the base model that is missing or damaged, which says nothing about an adapter."""
+
+
+@contextmanager
+def of_base(source: ModelSource) -> Iterator[None]:
+    """Say in the errors of a block that a damaged file is one of the base model's."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise BaseFileError(f"model: {source.origin}: {error}") from error
+
+
 @dataclass(frozen=True)
 class BaseFiles:
     """A base model's folder.
@@ -82,7 +95,7 @@ def open_base(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool =
     Raises:
         ConfigError: No usable `config.json`, no safetensors files, or an index that does not fit them.
         ExportError: A quantised model.
-        CheckpointError: A damaged file.
+        BaseFileError: A damaged file.
     """
     folder = _folder(source)
     config = _read(folder / CONFIG, _BaseConfig, source)
@@ -90,7 +103,8 @@ def open_base(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool =
         method = config.quantization_config.get("quant_method", "an unnamed method")
         raise ExportError(f"{source.origin} is quantised ({method}), and a sum would be rounded again; {UNQUANTISED}.")
     names = _shard_names(folder, source)
-    shards = {name: stack.enter_context(open_tensors(folder / name)) for name in names}
+    with of_base(source):
+        shards = {name: stack.enter_context(open_tensors(folder / name)) for name in names}
     counts = Counter(key for shard in shards.values() for key in shard.keys)
     twice = next((key for key, count in counts.items() if count > 1), None)
     if twice is not None:

@@ -15,7 +15,7 @@ from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import CONFIG
+from loraover_export.merge.base_files import CONFIG, of_base
 from loraover_export.merge.base_files import open_base as open_files
 
 
@@ -49,11 +49,7 @@ class BaseWeights:
 
         transformers' Conv1D, which keeps its weight transposed, counts as a linear layer.
         """
-        return {
-            path: _shape(module)
-            for path, module in self.modules.items()
-            if is_conv1d(module) or is_linear(module) or is_embedding(module)
-        }
+        return shapes_of(self.model)
 
     @cached_property
     def tied(self) -> list[str]:
@@ -71,13 +67,14 @@ class BaseWeights:
         """Read the weight of a module, as it is stored but shaped like `shapes`.
 
         Raises:
-            CheckpointError: A file is damaged, or holds NaN or infinity.
+            BaseFileError: A file is damaged, or holds NaN or infinity.
             ConfigError: There are no safetensors files, or they hold no weight of the module, or one of another shape.
             ExportError: The model is quantised.
         """
         with self._lock:  # files are opened once
             key = self._key(path)
-        weight = self._tensors[key].read(key)
+        with of_base(self.source):
+            weight = self._tensors[key].read(key)
         weight = weight.T if is_conv1d(self.modules[path]) else weight
         if not weight.is_floating_point() or tuple(weight.shape) != self.shapes[path]:
             raise ConfigError(
@@ -170,6 +167,15 @@ def refuse_changed(changed: str | None, path: Path, remedy: str) -> None:
 def module_of_copy(key: str) -> str:
     """Return the path of the module whose frozen weight a tensor of an adapter's file is."""
     return key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a model's linear layers and embeddings by path, as `BaseWeights.shapes` has them."""
+    return {
+        path: _shape(module)
+        for path, module in model.named_modules()
+        if is_conv1d(module) or is_linear(module) or is_embedding(module)
+    }
 
 
 def is_linear(module: Any) -> bool:

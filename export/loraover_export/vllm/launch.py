@@ -6,22 +6,10 @@ import json
 import shlex
 from pathlib import Path
 
+from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_export.vllm.candidate import Candidate
 
 LOAD_URL = "http://localhost:8000/v1/load_lora_adapter"
-MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of --max-lora-rank: vllm/config/lora.py of vLLM 0.32."""
-
-DEFAULT_MAX_LORA_RANK = 16
-"""Value of --max-lora-rank if the server is started without it: the same file."""
-
-
-def max_lora_rank(r: int) -> int | None:
-    """Return the smallest allowed --max-lora-rank for adapters of rank r; None if r is above all of them.
-
-    A larger value costs time and memory: vLLM pads every adapter to it.
-    """
-    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= r), None)
 
 
 def lora_module(name: str, path: Path) -> str:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
-from loraover_export.vllm.launch import max_lora_rank
 from loraover_export.vllm.rules import RULES
 
 PREFLIGHT_FILE = "preflight.json"

@@ -17,7 +17,7 @@ from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import verb
 from loraover.models.load import ModelSource
 from loraover.sources.address import name_of
-from loraover_export.vllm.launch import max_lora_rank
+from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
 from loraover_serve.vllm.server import (

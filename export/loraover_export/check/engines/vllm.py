@@ -9,9 +9,9 @@ from loraover_export.check.engines.base import CORES, EngineRules, command, more
 from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
+from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, max_lora_rank
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate, Problem
-from loraover_export.vllm.launch import DEFAULT_MAX_LORA_RANK, max_lora_rank
 from loraover_export.vllm.rules import RULES
 
 NO_LORA = {

@@ -119,6 +119,10 @@ class ConversionMethod(ABC, Generic[Config]):
     embeddings: ClassVar[bool] = False
     starts_in_stored: ClassVar[bool] = False
 
+    def reads_weights(self, config: Config) -> bool:
+        """Return whether delta_W of an adapter with this configuration depends on the base model's weights."""
+        return self.needs_weights
+
     def named(self, adapter: Adapter[Config]) -> list[str]:
         """Return the adapted modules that the configuration has to name as its target modules."""
         return list(adapter.layout.modules)

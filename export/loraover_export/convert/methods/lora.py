@@ -62,6 +62,9 @@ class Lora(ConversionMethod[LoraFields]):
     inert = frozenset({"target_parameters"})
     rank: ClassVar[str] = "r; PiSSA and OLoRA 2 r; DoRA full"
 
+    def reads_weights(self, config: LoraFields) -> bool:
+        return config.use_dora or config.subtracted_initialisation is not None or bool(config.trainable_token_indices)
+
     def named(self, adapter: Adapter[LoraFields]) -> list[str]:
         return [path for path, tensors in adapter.layout.modules.items() if tensors != {TOKENS}]
 

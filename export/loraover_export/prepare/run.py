@@ -1,0 +1,278 @@
+"""Prepare an adapter of any kind for an engine: look it up, or convert, export and publish it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.metadata import META_FILE
+from loraover.common.atomic_output import publish_directory
+from loraover.common.dtypes import DTYPES
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
+from loraover.common.file_lock import hold_lock
+from loraover.common.strict_json import read_json
+from loraover.models.load import ModelSource, load_skeleton, resolve_model
+from loraover_export.combine.shrink import shrink_adapter
+from loraover_export.convert.approximate import FullRankError
+from loraover_export.convert.need import named_base, why_convert
+from loraover_export.convert.run import convert_adapter
+from loraover_export.fold.run import fold_checkpoint
+from loraover_export.prepare.key import adapter_digests, digest_of, file_states
+from loraover_export.prepare.prepared import CONVERSION_FILE, RECORD_FILE, Done, PreparedAdapter, Record
+from loraover_export.prepare.refusal import recall, refusal_of, remember
+from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written
+from loraover_export.uniform.certificate import CERTIFICATE_FILE, LoraCertificate
+from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+
+LOCKS = "locks"
+"""Folder of the cache with a lock for each key that is or was being made."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Limits of the rank.
+
+    Args:
+        largest: Largest rank that the engine takes; None if it names none.
+        approximate: Rank that may be approximated where the exact LoRA has none, or too large a one; None if nothing
+            may be lost.
+    """
+
+    largest: int | None
+    approximate: int | None
+
+
+def prepare_adapter(
+    source: str | Path,
+    cache: str | Path,
+    *,
+    model: str | Path,
+    engine: str = "vllm",
+    dtype: str = "bf16",
+    max_rank: int | None = None,
+    approximate_to_rank: int | None = None,
+    engine_version: str | None = None,
+) -> PreparedAdapter:
+    """Return an adapter of any kind in the form that an engine loads, which is made once and kept in a cache.
+
+    A LoRA-Over checkpoint is folded, an adapter of another kind is converted, and the result is exported for the
+    engine. The key is the SHA-256 of the adapter's files, of the base model's configuration and revision, of its
+    weights where the result depends on them, of the options and of the versions. What is made is published whole
+    under `cache/KEY`, so that any number of processes may share a cache: they wait for one another only where they
+    need the same adapter. A refusal that lies in the adapter is remembered, and raised again at once.
+
+    The function needs neither PEFT nor an engine, and it can be sent to other processes.
+
+    Args:
+        source: Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any kind.
+        cache: Folder of the cache, which is made if it is missing.
+        model: Folder or hub name of the base model as the engine serves it; for ONNX Runtime, the folder of an earlier
+            swappable export, which holds the graph.
+        engine: Engine to prepare for: vllm, llamacpp, onnx, openvino or mlx.
+        dtype: Data type to store A and B in: fp32, bf16 or fp16. Adapters for ONNX Runtime take that of the graph.
+        max_rank: Largest rank that the engine was started for, such as vLLM's `--max-lora-rank`; None means the largest
+            that the engine can be started for.
+        approximate_to_rank: Rank to approximate where the exact LoRA has full rank, or a rank above the largest. None
+            means that such adapters are refused, so that nothing is ever lost.
+        engine_version: Release of the engine, such as 0.33.0; None means the one whose sources the rules were read
+            from.
+
+    Returns:
+        What to load, and what was done to make it.
+
+    Raises:
+        ConfigError: Options that cannot be used, or a base model that cannot be read.
+        CheckpointError: An adapter that cannot be trusted, or whose files changed meanwhile.
+        ExportError: An adapter that no exact LoRA can express, or that the engine would refuse or serve wrongly.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: A cache that cannot be written.
+    """
+    started = perf_counter()
+    source, cache = Path(source).absolute(), Path(cache).absolute()
+    target = Target(engine, str(model), dtype, engine_version)
+    ranks = _checked(target, max_rank, approximate_to_rank)
+    base = _resolve(source, target)
+    states = file_states(source)
+    digest = digest_of(source, base, asdict(target) | asdict(ranks), target.files())
+    folder, refused = cache / digest, cache / f"{digest}.refused.json"
+    found = _look_up(folder, refused, source)
+    if found is not None:
+        return found.opened(folder, perf_counter() - started, cached=True)
+    with _locked(cache, digest):
+        found = _look_up(folder, refused, source)
+        if found is not None:  # another process made it meanwhile
+            return found.opened(folder, perf_counter() - started, cached=True)
+        try:
+            record = _publish(source, base, target, ranks, digest, folder, states, started)
+        except LoraOverError as error:
+            if file_states(source) == states and adapter_digests(source).keys() == states.keys():
+                remember(error, source, refused)
+            raise
+    return record.opened(folder, perf_counter() - started, cached=False)
+
+
+def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> Ranks:
+    faults = []
+    if target.engine not in TARGETS:
+        faults.append(f"engine is {target.engine!r}, expected one of {', '.join(TARGETS)}.")
+    if target.dtype not in DTYPES:
+        faults.append(f"dtype is {target.dtype!r}, expected one of {', '.join(DTYPES)}.")
+    for name, rank in (("max_rank", max_rank), ("approximate_to_rank", approximate_to_rank)):
+        if rank is not None and rank < 1:
+            faults.append(f"{name} is {rank}, expected 1 or more.")
+    largest = MAX_LORA_RANKS[-1] if target.engine == "vllm" and max_rank is None else max_rank
+    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
+        faults.append(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
+    if faults:
+        raise ConfigError(" ".join(faults))
+    return Ranks(largest, approximate_to_rank)
+
+
+def _resolve(source: Path, target: Target) -> ModelSource:
+    """Return the base model, at the revision that the adapter names if it names this model."""
+    trained, name = named_base(source), target.base()
+    revision = trained.revision if trained.base_model_name_or_path == name else None
+    return resolve_model(name, *([] if revision is None else [revision]))
+
+
+def _look_up(folder: Path, refused: Path, source: Path) -> Record | None:
+    if (folder / RECORD_FILE).is_file():
+        return read_json(folder / RECORD_FILE, Record)
+    refusal = recall(refused, source)
+    if refusal is not None:
+        raise refusal
+    return None
+
+
+@contextmanager
+def _locked(cache: Path, digest: str) -> Iterator[None]:
+    """Hold the lock of a key for a block, after any other process that makes the same adapter."""
+    place = cache / LOCKS / digest
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold_lock(place, wait=True)
+        lock.__enter__()
+    except OSError as error:
+        raise OutputError(
+            f"cache {cache}: cannot be written: {error.strerror or error}; choose another folder or free space."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _publish(
+    source: Path,
+    base: ModelSource,
+    target: Target,
+    ranks: Ranks,
+    digest: str,
+    folder: Path,
+    states: dict[str, tuple[int, ...]],
+    started: float,
+) -> Record:
+    with publish_directory(folder, outside=source) as draft:
+        try:
+            plain, conversion = _as_lora(source, base, target, ranks, draft)
+            written = TARGETS[target.engine](plain, draft, target)
+        except LoraOverError as error:
+            raise refusal_of(error, source, draft) from error
+        record = _record(digest, target, written, conversion, perf_counter() - started)
+        for left in ("folded", "converted"):
+            shutil.rmtree(draft / left, ignore_errors=True)
+        (draft / ADAPTER / "README.md").unlink(missing_ok=True)  # its command line names the draft
+        (draft / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
+        if file_states(source) != states:
+            raise CheckpointError(f"{source}: its files changed while they were read; prepare it again.")
+    return record
+
+
+def _as_lora(
+    source: Path, base: ModelSource, target: Target, ranks: Ranks, draft: Path
+) -> tuple[Path, LoraCertificate | None]:
+    """Return the folder of an adapter that the export takes, and the certificate of a conversion if there was one."""
+    reason = why_convert(source, load_skeleton(base))
+    if reason is not None:
+        return _converted(source, target, ranks, draft, reason)
+    rank = read_source(source).rank
+    if ranks.largest is None or rank <= ranks.largest:
+        return source, None
+    shrunk = draft / "converted"
+    certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, ranks), dtype=target.dtype)
+    return shrunk, _kept(certificate, shrunk, draft)
+
+
+def _converted(
+    source: Path, target: Target, ranks: Ranks, draft: Path, reason: str
+) -> tuple[Path, LoraCertificate | None]:
+    plain, output = source, draft / "converted"
+    if (source / META_FILE).is_file():
+        plain = draft / "folded"
+        fold_checkpoint(source, plain)
+    options = {"model": target.base(), "dtype": target.dtype}
+    try:
+        report = convert_adapter(plain, output, **options)
+    except FullRankError as error:
+        if ranks.approximate is None:
+            raise ExportError(
+                f"{source}: {reason}, which changes weights by matrices of full rank, so no LoRA is exact. To serve "
+                "its best approximation, whose error the certificate states, allow a rank with approximate_to_rank."
+            ) from error
+        report = convert_adapter(plain, output, rank=ranks.approximate, **options)
+    rank = report.certificate.rank
+    if ranks.largest is not None and rank > ranks.largest:
+        allowed = _approximation(source, rank, ranks)
+        report = convert_adapter(plain, output, rank=allowed, force=True, **options)
+    return output, _kept(report.certificate, output, draft)
+
+
+def _approximation(source: Path, rank: int, ranks: Ranks) -> int:
+    """Return the rank to approximate an adapter of a larger one to.
+
+    Raises:
+        ExportError: No approximation is allowed.
+    """
+    if ranks.approximate is None:
+        fitting = max_lora_rank(rank)
+        larger = "" if fitting is None else f"start vLLM with --max-lora-rank {fitting}, or "
+        raise ExportError(
+            f"{source}: its rank is {rank}, and the engine takes {ranks.largest} at most; {larger}allow an "
+            "approximation with approximate_to_rank."
+        )
+    return ranks.approximate
+
+
+def _kept(certificate: LoraCertificate, folder: Path, draft: Path) -> LoraCertificate:
+    """Keep the certificate of an intermediate result, which is removed."""
+    if not certificate.passed:
+        raise ExportError(f"{folder}: the certificate of its conversion failed; choose a wider dtype, such as fp32.")
+    (folder / CERTIFICATE_FILE).rename(draft / CONVERSION_FILE)
+    return certificate
+
+
+def _record(
+    digest: str, target: Target, written: Written, conversion: LoraCertificate | None, seconds: float
+) -> Record:
+    done: Done = "taken" if written.taken else "rewritten"
+    error = max(matrix.relative_error for matrix in written.matrices)
+    if conversion is not None:
+        is_exact = all(module.truncation_error == 0 for module in conversion.modules)
+        done = "converted" if is_exact else "approximated"
+        error = max(module.relative_error_bound for module in conversion.modules)
+    return Record(
+        digest=digest,
+        engine=target.engine,
+        adapter=written.name,
+        rank=written.rank,
+        done=done,
+        notes=() if conversion is None else tuple(conversion.notes),
+        certificate=written.certificate if conversion is None else CONVERSION_FILE,
+        error=error,
+        seconds=seconds,
+    )

@@ -1,0 +1,282 @@
+"""`prepare_adapter`: any adapter in the form that an engine loads, kept in a cache, or refused with the reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
+from loraover_export import prepare_adapter
+from loraover_export.prepare import run, targets
+from loraover_export.prepare.prepared import CONVERSION_FILE, Record
+from loraover_export.prepare.targets import TARGETS, Target, Written
+
+from support.conversions import SINGLE, Source, make_source
+from support.make_checkpoint import SERVABLE, edit_json, edit_tensors, make_checkpoint
+from support.plain_adapter import tiny_decoder, write_adapter
+from support.tiny_models import token_ids
+
+KINDS: dict[str, tuple[Source, dict[str, Any], str]] = {
+    "plain": (Source("LORA", {"r": 4, "lora_alpha": 4}), {}, "taken"),
+    "rslora and patterns": (
+        Source("LORA", {"r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 7}}),
+        {"dtype": "fp32"},
+        "rewritten",
+    ),
+    "loha": (Source("LOHA", {"r": 2, "alpha": 2}), {}, "converted"),
+    "pissa": (Source("LORA", {"r": 3, "lora_alpha": 6, "init_lora_weights": "pissa"}), {}, "converted"),
+    "oft": (Source("OFT", {"oft_block_size": 8}), {"approximate_to_rank": 64}, "converted"),
+    "above the server's rank": (
+        Source("LOHA", {"r": 4, "alpha": 4}), {"max_rank": 8, "approximate_to_rank": 8}, "approximated"
+    ),
+}  # fmt: skip
+"""Kinds of adapters, with options, and what is done to each."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, and an adapter of each kind; tests copy what they change."""
+    folder = tmp_path_factory.mktemp("prepare")
+    tiny_decoder("Llama").save_pretrained(folder / "base")
+    for name, (source, _, _) in KINDS.items():
+        make_source(folder / "base", folder / name, source)
+    return folder
+
+
+def logits(base: Path, adapter: Path) -> torch.Tensor:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(token_ids()).logits
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_answers_as_peft_does(name: str, folder: Path, tmp_path: Path) -> None:
+    source, options, done = KINDS[name]
+    found = prepare_adapter(folder / name, tmp_path, model=folder / "base", **({"dtype": "fp32"} | options))
+    assert (found.done, found.cached, found.path.parent.name) == (done, False, found.digest)
+    assert found.certificate.is_file()
+    assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301
+    expected, written = logits(folder / "base", folder / name), logits(folder / "base", found.path)
+    if done == "approximated":
+        assert found.rank == 8
+        assert found.certificate.name == CONVERSION_FILE
+    else:
+        allowed = 1e-4 if source.kind == "OFT" else max(SINGLE, 1e-5)
+        torch.testing.assert_close(written, expected, rtol=0, atol=allowed * float(expected.abs().max()))
+    again = prepare_adapter(folder / name, tmp_path, model=folder / "base", **({"dtype": "fp32"} | options))
+    assert again.cached
+    assert (again.path, again.digest, again.done) == (found.path, found.digest, found.done)
+
+
+def test_every_engine_gets_its_form(folder: Path, tmp_path: Path) -> None:
+    """The graph of ONNX Runtime is in `test_an_adapter_for_an_existing_graph`."""
+    pytest.importorskip("gguf", reason="pip install 'loraover[llamacpp]'")
+    for engine in TARGETS.keys() - {"onnx"}:
+        found = prepare_adapter(folder / "loha", tmp_path, model=folder / "base", engine=engine)
+        assert found.rank == 4
+        assert found.path.exists()
+        assert Record.model_validate_json((found.path.parent / "prepared.json").read_bytes()).engine == engine
+
+
+def test_an_adapter_for_an_existing_graph(onnx_made: Any, tmp_path: Path) -> None:
+    found = prepare_adapter(onnx_made.folder / "second", tmp_path, model=onnx_made.folder / "graph", engine="onnx")
+    assert list(found.path.rglob("*.onnx_adapter"))
+
+
+def test_a_checkpoint_is_exported_from_its_cores(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path / "made", base_options=SERVABLE)
+    found = prepare_adapter(made.checkpoint, tmp_path / "cache", model=made.base, dtype="fp32")
+    assert found.done == "rewritten"
+    assert '"over_parameterised": true' in found.certificate.read_text()
+
+
+def test_the_key_is_of_contents_and_options(folder: Path, tmp_path: Path) -> None:
+    def key(source: Path = folder / "pissa", **options: Any) -> str:
+        return prepare_adapter(source, tmp_path / "cache", **({"model": folder / "base"} | options)).digest
+
+    first = key()
+    assert key(shutil.copytree(folder / "pissa", tmp_path / "copy")) == first
+    edit_json(tmp_path / "copy" / "adapter_config.json", lambda config: config.update(lora_alpha=5))
+    other = shutil.copytree(folder / "base", tmp_path / "base")
+    others = [
+        key(tmp_path / "copy"),
+        key(dtype="fp32"),
+        key(max_rank=16),
+        key(engine_version="0.33.0"),
+        key(model=other),
+    ]
+    edit_tensors(other / "model.safetensors", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
+    assert len({first, *others, key(model=other)}) == 7  # PiSSA depends on the base model's weights
+
+
+Change = Callable[[Path], object]
+
+
+def drop(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def narrow(tensors: dict[str, Tensor]) -> None:
+    key = next(key for key in tensors if key.endswith("q_proj.lora_A.weight"))
+    tensors[key] = tensors[key][:, :48].contiguous()
+
+
+REFUSED: dict[str, tuple[Change, dict[str, Any], type[LoraOverError], str]] = {
+    "DoRA": (
+        lambda folder: edit_json(folder / "adapter_config.json", lambda c: c.update(use_dora=True)),
+        {}, LoraOverError, "magnitude"
+    ),
+    "no tensors": (drop, {}, CheckpointError, "no such file"),
+    "the server's rank": (lambda folder: None, {"max_rank": 2}, ExportError, "rank is 4.*--max-lora-rank 8"),
+    "another width": (
+        lambda folder: edit_tensors(folder / "adapter_model.safetensors", narrow), {}, ExportError, "other shapes"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_that_lies_in_the_adapter_is_remembered(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, options, kind, message = REFUSED[name]
+    source = shutil.copytree(folder / "plain", tmp_path / "in")
+    change(source)
+    with pytest.raises(kind, match=message) as first:
+        prepare_adapter(source, tmp_path / "cache", model=folder / "base", **options)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.name != run.LOCKS] == [".json"]
+    monkeypatch.setattr(run, "_publish", lambda *_: pytest.fail("it was tried again"))
+    moved = source.rename(tmp_path / "moved")
+    with pytest.raises(kind) as second:
+        prepare_adapter(moved, tmp_path / "cache", model=folder / "base", **options)
+    assert str(second.value) == str(first.value).replace(str(source), str(moved))
+
+
+def test_a_full_disk_and_a_lost_base_are_not_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left"):
+            prepare_adapter(folder / "pissa", tmp_path / "cache", model=base)
+    weights = (base / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(ConfigError):
+        prepare_adapter(folder / "pissa", tmp_path / "cache", model=base)
+    weights.rename(base / "model.safetensors")
+    assert prepare_adapter(folder / "pissa", tmp_path / "cache", model=base).done == "converted"
+
+
+def test_files_that_change_meanwhile_leave_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(folder / "plain", tmp_path / "in")
+
+    def write(plain: Path, draft: Path, target: Target) -> Written:
+        edit_tensors(
+            source / "adapter_model.safetensors", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()]
+        )
+        return targets.write_for_vllm(plain, draft, target)
+
+    monkeypatch.setitem(TARGETS, "vllm", write)
+    with pytest.raises(CheckpointError, match="changed while they were read"):
+        prepare_adapter(source, tmp_path / "cache", model=folder / "base")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [run.LOCKS]
+
+
+def test_many_callers_make_each_adapter_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of a file excludes threads as it does processes, since each caller opens the file."""
+    made: list[str] = []
+    both_at_work = threading.Barrier(2)
+
+    def write(plain: Path, draft: Path, target: Target) -> Written:
+        made.append(draft.name)
+        both_at_work.wait(timeout=60)  # passes only if one adapter does not wait for the other
+        return targets.write_for_vllm(plain, draft, target)
+
+    monkeypatch.setitem(TARGETS, "vllm", write)
+    found: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda name=name: found.append(
+            prepare_adapter(folder / name, tmp_path, model=folder / "base").cached
+        ))
+        for name in ("plain", "loha") * 4
+    ]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 2
+    assert sorted(found) == [False] * 2 + [True] * 6
+
+
+def renamed(source: Path, target: Path, change: Callable[[str], str]) -> Path:
+    """A copy of an adapter with other keys, whose configuration names modules by their last part."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file({change(key): tensor for key, tensor in tensors.items()}, target / "adapter_model.safetensors")
+    return target
+
+
+PREFIXES: Mapping[str, Callable[[str], str]] = {
+    "a multimodal model's": lambda key: key.replace(".model.layers", ".model.language_model.layers"),
+    "a wrapper's": lambda key: key.replace("base_model.model.", "base_model.model.module."),
+    "without PEFT's": lambda key: key.removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("kind", ["rslora and patterns", "loha"])
+def test_a_prefix_is_mended_and_reported(kind: str, prefix: str, folder: Path, tmp_path: Path) -> None:
+    source = renamed(folder / kind, tmp_path / "in", PREFIXES[prefix])
+    found = prepare_adapter(source, tmp_path / "cache", model=folder / "base", dtype="fp32")
+    assert len(found.notes) == 1
+    expected = logits(folder / "base", folder / kind)
+    written = logits(folder / "base", found.path)
+    torch.testing.assert_close(written, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_prefix_that_fits_two_parts_is_refused(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    model = BartForConditionalGeneration(
+        BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                   encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=32)
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    matrices = {"layers.0.self_attn.q_proj": (torch.ones(2, 16), torch.ones(16, 2))}
+    source = write_adapter(tmp_path / "in", matrices, target_modules=["q_proj"])
+    with pytest.raises(ExportError, match=r"'model\.decoder', 'model\.encoder'"):
+        prepare_adapter(source, tmp_path / "cache", model=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "triton"}, "expected one of vllm"),
+        ({"dtype": "int8"}, "expected one of fp32"),
+        ({"max_rank": 0}, "1 or more"),
+        ({"max_rank": 8, "approximate_to_rank": 16}, "takes rank 8 at most"),
+        ({"model": "nowhere/../x"}, "neither a folder nor a hub name"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare_adapter(folder / "plain", tmp_path / "cache", **({"model": folder / "base"} | options))
+    assert not (tmp_path / "cache").exists()
