@@ -9,6 +9,9 @@ from loraover.common.request import Request, argument, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device
 
+ADDRESSES = "folder, hub name such as owner/name@revision, or address such as s3://bucket/folder"
+"""What an adapter is named by, in help texts."""
+
 
 def given_adapter(kind: str, **more: Any) -> Any:
     """Declare a field that takes an adapter, or several.
@@ -18,7 +21,7 @@ def given_adapter(kind: str, **more: Any) -> Any:
         more: Keywords of `argument`.
     """
     return argument(
-        f"{kind}: folder, hub name such as owner/name@revision, or address such as s3://bucket/folder.",
+        f"{kind}: {ADDRESSES}.",
         is_source=True,
         **more,
     )
