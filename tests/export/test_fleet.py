@@ -30,7 +30,8 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 PRESS = """<script>
 onload = () => {
   const page = document.querySelector("iframe").contentDocument, found = []
-  const shown = () => [...page.querySelectorAll("tbody tr")].filter(row => !row.hidden).map(row => row.cells[0].textContent)
+  const rows = () => [...page.querySelectorAll("tbody tr")].filter(row => !row.hidden)
+  const shown = () => rows().map(row => row.cells[0].textContent)
   const press = name => [...page.querySelectorAll("th button")].find(head => head.textContent === name).click()
   found.push(shown())
   press("rank"); found.push(shown())
