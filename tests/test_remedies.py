@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from peft import AdaLoraConfig, get_peft_model
+from torch import Tensor
 
 from loraover import OverParameterization
 from loraover.cli import cli
@@ -141,6 +142,33 @@ def changed_rows(verb: str) -> Callable[[Path], Case]:
     return case
 
 
+def another_kind(name: str, verb: str, *options: str) -> Callable[[Path], Case]:
+    """An adapter of another kind, which a command refuses."""
+
+    def case(folder: Path) -> Case:
+        adapter = make_source(make_base(folder / "base", "even"), folder / "in", SOURCES[name])
+        output = [] if verb == "check" else ["-o", folder / "out"]
+        engine = ["--engine", "llamacpp"] if verb == "check" else []
+        cause = words("export", verb, adapter, *output, *engine)
+        return Case(cause, words(adapter, "-o", folder / "lora", *options))
+
+    return case
+
+
+def another_prefix(folder: Path) -> Case:
+    adapter = make_adapter(folder, "Llama", target_modules=["q_proj"])
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("model.model.model", "model.model")] = tensors.pop(key)
+
+    edit_tensors(adapter / "adapter_model.safetensors", rename)
+    cause = words("export", "vllm", adapter, "-o", folder / "out")
+    return Case(
+        cause, words(adapter, "-o", folder / "lora"), words("export", "vllm", folder / "lora", "-o", folder / "out")
+    )
+
+
 REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "merge it into its base model with `loraover export merge`": [
         *map(merged, ("biases", "saved norm", "saved classifier", "tied, saved head", "tied, kept so"))
@@ -154,6 +182,14 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "compare the answers with PyTorch's: loraover serve verify --engine vllm": [unread_release],
     "`loraover export convert` makes a plain LoRA of an AdaLoRA": [adalora],
     "`loraover export onnx --mode merged` exports such a model": [classifier],
+    "`loraover export convert` makes plain LoRAs of adapters of other kinds": [another_kind("loha", "fold")],
+    "or approximate it by a plain LoRA with `loraover export convert` and --rank": [
+        another_kind("dora", "gguf", "--rank", "3")
+    ],
+    "Approximate it with `loraover export convert` and --rank": [another_kind("dora", "check", "--rank", "3")],
+    "`loraover export convert` makes an exact plain LoRA of a PiSSA or OLoRA": [another_kind("pissa", "mlx")],
+    "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert": [another_kind("olora", "vllm")],
+    "loraover export convert renames the tensors where one prefix fits": [another_prefix],
 }
 """Cases of each message that names a command, by the part of the message that names it."""
 
@@ -162,6 +198,7 @@ COMPLETE = "write it for vLLM and serve that: "
 
 FACTS = (
     "adapters that `loraover export ",
+    "which `loraover export convert` writes as an exact plain LoRA of rank ",
     "loraover train ended without a result",
     "of training batches, which loraover train does not measure",
 )

@@ -85,12 +85,15 @@ class AdapterDir:
         config: Contents of `adapter_config.json`.
         shapes: Shape of every tensor, by key. The A or B of one expert counts as a tensor, and its stack does not.
         stacks: Stacked pairs of experts, whose matrices are read from their stacks.
+        trained_as: Folder of the adapter of another kind that this one was converted from, which PEFT runs in its
+            place; None if this one was trained.
     """
 
     path: Path
     config: AdapterConfig
     shapes: Mapping[str, tuple[int, ...]]
     stacks: tuple[ExpertStack, ...] = ()
+    trained_as: Path | None = None
 
     @cached_property
     def modules(self) -> dict[str, AdaptedModule]:
@@ -165,8 +168,9 @@ class AdapterDir:
             start = (self.config.model_extra or {})["init_lora_weights"]
             raise CheckpointError(
                 f"{self.path / CONFIG_FILE}: init_lora_weights is {start!r}, which changes the base weights, so A and "
-                "B only fit the changed base model. Save the adapter again with PEFT's "
-                "save_pretrained(path_initial_model_for_weight_conversion=...), which makes it a plain LoRA."
+                "B only fit the changed base model. `loraover export convert` makes an exact plain LoRA of a PiSSA or "
+                "OLoRA; for other starts, save the adapter again with PEFT's "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)."
             )
 
 
@@ -278,11 +282,15 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     config = read_json(path / CONFIG_FILE, AdapterConfig)
     if config.peft_type != "LORA":
-        raise CheckpointError(f"{path / CONFIG_FILE}: peft_type is {config.peft_type!r}, expected 'LORA'.")
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: peft_type is {config.peft_type!r}, expected 'LORA'. "
+            "`loraover export convert` makes plain LoRAs of adapters of other kinds."
+        )
     if config.use_dora:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is not a plain "
-            "low-rank product: it cannot be folded, and vLLM refuses it; train without use_dora."
+            "low-rank product: it cannot be folded, and vLLM refuses it; train without use_dora, or approximate it by "
+            "a plain LoRA with `loraover export convert` and --rank."
         )
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}

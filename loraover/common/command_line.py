@@ -33,6 +33,7 @@ EXTRAS = {
     "lm_eval": "eval",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
     **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
+    "peft": "serve",
     "scipy": "train,eval,serve",
 }
 

@@ -59,14 +59,16 @@ def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
 
     adapter.check_keeps_base()
     check_fits(base, adapter)
-    shared = sharing_weights(base, but=adapter.others.values())
+    folder = adapter.path if adapter.trained_as is None else adapter.trained_as
+    # PEFT starts some kinds by changing the base weights, which have to be a copy then.
+    shared = sharing_weights(base, but=adapter.others.values()) if folder == adapter.path else copy.deepcopy(base)
     try:
-        config = PeftConfig.from_pretrained(str(adapter.path))
+        config = PeftConfig.from_pretrained(str(folder))
         if config.task_type in CLASSIFIERS:
             config.task_type = None
-        model = PeftModel.from_pretrained(shared, str(adapter.path), config=config, torch_device=str(base.device))
+        model = PeftModel.from_pretrained(shared, str(folder), config=config, torch_device=str(base.device))
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{adapter.path}: PEFT cannot load it on {type(base).__name__}: {error}") from error
+        raise CheckpointError(f"{folder}: PEFT cannot load it on {type(base).__name__}: {error}") from error
     if base.device.type not in WITHOUT_FLOAT64:
         for layer in lora_layers(model).values():
             for name in layer.adapter_layer_names:

@@ -138,6 +138,8 @@ def test_what_peft_saves(saved_as: PeftConfig, source: Path, tmp_path: Path) -> 
     report = check_adapter(tmp_path / "in", engines=("vllm", "llamacpp", "openvino", "torch"))
     assert [check.as_it_is.verdict for check in report.engines] == ["refused", "refused", "wrong silently", "right"]
     assert {check.exported.verdict for check in report.engines} == {"refused"}
+    is_exact = saved_as.peft_type == "LOHA" or saved_as.trainable_token_indices is not None
+    assert {check.converted is not None for check in report.engines} == {is_exact}
 
 
 @pytest.mark.parametrize("matrix", [None, torch.tensor(1.0), torch.ones(4, 64, 1)], ids=["missing", "0-D", "3-D"])
@@ -204,6 +206,8 @@ def test_commands_that_mend_do_what_the_report_says(reports: dict[str, CheckRepo
         for check in report.engines:
             program, group, *words = shlex.split(check.export)
             assert (program, group) == ("loraover", "export")
+            if check.conversion is not None:
+                continue  # the folder is made by `test_the_conversion_that_a_report_names_is_made_and_exported`
             if words[0] == "onnx":
                 command = cli.get_command(None, "onnx")  # type: ignore[arg-type]
                 assert command is not None
@@ -232,12 +236,12 @@ def test_the_text_fits_80_columns_and_names_the_export(
     monkeypatch.chdir(tmp_path)
     changed(source, Path("in"), both(CASES["rsLoRA"], config(alpha_pattern={"q_proj": 12})))
     before = tree(tmp_path)
-    assert run(cli, ["check", "in", "--model", str(source.parent / "base")]) == 1
+    assert run(cli, ["check", "in", "--model", str(source.parent / "base")]) == 0
     assert tree(tmp_path) == before
     out = capsys.readouterr().out
     folder = Path("in").resolve()
     assert f"loraover export gguf {folder} -o {folder}.gguf" in out
-    assert "llamacpp  wrong silently  right " in out
+    assert "llamacpp  right           wrong silently " in out
     commands_and_paths = ("loraover export", str(source.parent))
     assert all(len(line) <= 80 or any(part in line for part in commands_and_paths) for line in out.splitlines())
 
@@ -245,17 +249,44 @@ def test_the_text_fits_80_columns_and_names_the_export(
 def test_reasons_that_no_export_mends_are_shown_once(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(cli, ["check", str(changed(source, tmp_path / "in", CASES["DoRA"]))]) == 1
+    adapter = str(changed(source, tmp_path / "in", CASES["DoRA"]))
+    assert run(cli, ["check", adapter]) == 0  # PyTorch takes it as it is
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("A and B cannot hold this") == 1
     assert "vllm, llamacpp, onnx, openvino, mlx: use_dora" in out
-    assert "Train a plain LoRA, or merge" in out
+    assert "Approximate it with `loraover export convert` and --rank" in out
+    assert run(cli, ["check", adapter, "--engine", "torch", "--engine", "mlx"]) == 1
+    assert "served by no form: mlx" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("options", "code"), [((), 1), (("--engine", "vllm", "--engine", "torch"), 0)])
+CONVERTIBLE = ("LoHa", "PiSSA", "OLoRA", "trained tokens", "no prefix", "another prefix")
+
+
+def test_what_convert_makes_exactly_is_right_as_exported_by_us(reports: dict[str, CheckReport]) -> None:
+    for name, report in reports.items():
+        for check in report.engines:
+            judged = (check.exported.verdict, None if check.converted is None else check.converted.verdict)
+            if check.exported.verdict == "right" or name not in CONVERTIBLE:
+                assert judged[1] is None, (name, check.engine)
+            elif name == "trained tokens":  # an embedding, which OpenVINO does not adapt
+                assert judged == ("refused", "wrong silently" if check.engine == "openvino" else "right"), check.engine
+            else:
+                assert judged == ("refused", "right"), (name, check.engine)
+    assert "rank r^2" in reports["LoHa"].engines[0].by_us.findings[0].found
+
+
+def test_the_conversion_that_a_report_names_is_made_and_exported(source: Path, tmp_path: Path) -> None:
+    check = check_adapter(changed(source, tmp_path / "in", CASES["another prefix"]), engines="vllm").engines[0]
+    assert check.is_mended
+    for command in check.commands.split(" && "):
+        assert run(cli, shlex.split(command)[2:]) == 0
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 0), (("--engine", "vllm", "--engine", "mlx"), 1)])
 def test_exit_code_and_json(
-    options: tuple[str, ...], code: int, source: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], code: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    source = changed(source, tmp_path / "in", CASES["a trained head"])
     assert run(cli, ["check", str(source), "--json", *options]) == code
     out = capsys.readouterr().out
     report = CheckReport.model_validate(json.loads(out))

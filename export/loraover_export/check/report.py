@@ -38,13 +38,33 @@ class EngineCheck(BaseModel):
     engine: str = Field(description="Name that --engine takes")
     reader: str = Field(description="Program that reads the adapter, with the release whose sources were read")
     as_it_is: Judgement = Field(description="The adapter's folder, in PEFT's form")
-    exported: Judgement = Field(description="What the export command writes")
-    export: str = Field(description="Command that writes the exported form")
+    exported: Judgement = Field(description="What the export command writes of the adapter")
+    converted: Judgement | None = Field(
+        description="What the export command writes of the adapter's conversion; None if the export needs none, or if "
+        "there is no exact one"
+    )
+    conversion: str | None = Field(description="Command that converts the adapter; None where `converted` is None")
+    export: str = Field(description="Command that writes the exported form, of the conversion where there is one")
+
+    @property
+    def by_us(self) -> Judgement:
+        """The adapter as exported by us: after a conversion where the export needs one."""
+        return self.exported if self.converted is None else self.converted
+
+    @property
+    def commands(self) -> str:
+        """Command line that writes the form of `by_us`."""
+        return self.export if self.conversion is None else f"{self.conversion} && {self.export}"
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the engine is right on the adapter as exported by us, or as it is."""
+        return "right" in (self.by_us.verdict, self.as_it_is.verdict)
 
     @property
     def is_mended(self) -> bool:
         """Whether the export mends what is wrong with the adapter as it is."""
-        return self.as_it_is.verdict != "right" and self.exported.verdict == "right"
+        return self.as_it_is.verdict != "right" and self.by_us.verdict == "right"
 
 
 class CheckReport(BaseModel):
@@ -52,8 +72,11 @@ class CheckReport(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
-    verdict: Literal["passed", "failed"] = Field(description="Failed: an engine is not right on the adapter as it is")
+    schema_version: int = 2
+    verdict: Literal["passed", "failed"] = Field(
+        description="Failed: an engine that was asked for is right on no form of the adapter; without a choice, every "
+        "engine is"
+    )
     adapter: str = Field(description="Folder of the adapter")
     peft_type: str = Field(description="PEFT's name of the method")
     base_model: str = Field(description="Folder or hub name of the base model")
@@ -64,12 +87,12 @@ class CheckReport(BaseModel):
 
     @property
     def passed(self) -> bool:
-        """Whether every engine is right on the adapter as it is."""
+        """Whether each engine that was asked for is right on a form of the adapter; without a choice, one engine."""
         return self.verdict == "passed"
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0 if every engine is right on the adapter as it is, else 1."""
+        """Exit code of the command: 0 if the verdict is "passed", else 1."""
         return 0 if self.passed else 1
 
 

@@ -14,10 +14,11 @@ class CheckRequest(Request):
     """Say for each engine whether it would refuse ADAPTER or silently apply it wrongly, and what repairs that.
 
     ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any method. No engine is run or needs to be installed. Each
-    engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes.
+    engine is judged on what our export for it writes, after a conversion where the adapter is of another kind, and on
+    the adapter as it is, in PEFT's form.
 
-    Exit code 1: an engine refuses the adapter as it is, or applies it wrongly. `--engine` chooses the engines that
-    matter to you: mlx-lm, for instance, has a format of its own and refuses every adapter as it is.
+    Exit code 1: one of the engines that `--engine` names takes the adapter in neither form. Without `--engine`, no
+    engine takes it.
     """
 
     verb = "loraover export check"

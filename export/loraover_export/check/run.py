@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loraover.common.request import verb
+from loraover_export.check.conversion import Conversion, converted_subject
 from loraover_export.check.engines import engine_of
 from loraover_export.check.report import CheckReport, EngineCheck, judge
 from loraover_export.check.request import CheckRequest
@@ -17,8 +18,8 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     names, and on the base model's configuration. `loraover_serve.verify_adapter` runs an engine instead.
 
     Returns:
-        For each engine, a verdict on the adapter as it is, a verdict on what the export writes, and the export's
-        command.
+        For each engine, a verdict on the adapter as it is, verdicts on what the export writes of it and of its
+        conversion, and the commands that write it.
 
     Raises:
         ConfigError: An engine that is not known, or a base model that cannot be read.
@@ -27,9 +28,10 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     subject = read_subject(request)
     if subject.served.source.stand_in is not None:
         request.report.line(f"base model: {subject.served.source.origin}; only its names and shapes are compared")
-    checks = [_check(name, subject) for name in request.chosen]
+    converted = converted_subject(subject)
+    checks = [_check(name, subject, converted) for name in request.chosen]
     return CheckReport(
-        verdict="passed" if all(check.as_it_is.verdict == "right" for check in checks) else "failed",
+        verdict="passed" if (all if request.engines else any)(check.is_served for check in checks) else "failed",
         adapter=request.shown("adapter"),
         peft_type=subject.config["peft_type"],
         base_model=subject.served.source.name,
@@ -40,12 +42,18 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     )
 
 
-def _check(name: str, subject: Subject) -> EngineCheck:
+def _check(name: str, subject: Subject, converted: Conversion | None) -> EngineCheck:
     engine = engine_of(name)
+    as_it_is, exported = judge(engine.as_it_is(subject)), judge(engine.exported(subject))
+    after = None
+    if converted is not None and exported.verdict != "right":
+        after = judge([converted.note, *engine.exported(converted.subject)])
     return EngineCheck(
         engine=name,
         reader=engine.reader,
-        as_it_is=judge(engine.as_it_is(subject)),
-        exported=judge(engine.exported(subject)),
-        export=engine.export(subject),
+        as_it_is=as_it_is,
+        exported=exported,
+        converted=after,
+        conversion=None if after is None or converted is None else converted.command,
+        export=engine.export(subject if after is None or converted is None else converted.subject),
     )

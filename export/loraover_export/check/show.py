@@ -23,10 +23,10 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
     print_line(console, f"{request.adapter}: {report.peft_type}, {matrices}")
     print_line(console, f"base model {report.base_model} ({report.architecture})")
     console.print()
-    print_line(console, COLUMNS.format("engine", "as it is", "as exported", "reader"), "bold")
+    print_line(console, COLUMNS.format("engine", "exported by us", "as it is", "reader"), "bold")
     for check in report.engines:
-        row = COLUMNS.format(check.engine, check.as_it_is.verdict, check.exported.verdict, check.reader)
-        print_line(console, row, STYLES[check.as_it_is.verdict])
+        row = COLUMNS.format(check.engine, check.by_us.verdict, check.as_it_is.verdict, check.reader)
+        print_line(console, row, STYLES["right" if check.is_served else check.by_us.verdict])
     for check in report.engines:
         lines = list(_explained(check))
         if lines:
@@ -36,10 +36,10 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
             print_line(console, line)
     _show_limits(report, console)
     console.print()
-    wrong = [check.engine for check in report.engines if check.as_it_is.verdict != "right"]
+    wrong = [check.engine for check in report.engines if not check.is_served]
     print_line(
         console,
-        f"check {report.verdict}: " + (f"not right as it is: {', '.join(wrong)}" if wrong else "right as it is"),
+        f"check {report.verdict}: " + (f"served by no form: {', '.join(wrong)}" if wrong else "served by every engine"),
         "green" if report.passed else "red",
     )
 
@@ -49,15 +49,19 @@ def _explained(check: EngineCheck) -> Iterator[str]:
     for finding in check.as_it_is.findings:
         yield from _wrapped(f"{finding.level}: {finding.found}")
     if check.is_mended:
+        for finding in check.by_us.findings:
+            if finding.feature == "conversion":
+                yield from _wrapped(finding.found)
         yield "  mended by:"
-        yield f"    {check.export}"
+        for command in filter(None, (check.conversion, check.export)):
+            yield f"    {command}"
 
 
 def _show_limits(report: CheckReport, console: Console) -> None:
     """Print what keeps an export from mending an adapter, each reason once with its engines."""
     limits: dict[Finding, list[str]] = {}
     for check in report.engines:
-        for finding in check.exported.findings:
+        for finding in check.by_us.findings:
             if check.as_it_is.verdict != "right" and finding.level != "note":
                 limits.setdefault(finding, []).append(check.engine)
     if not limits:
@@ -79,6 +83,11 @@ def _advice(features: set[str]) -> str:
     if "initialisation" in features:
         return (
             "Save the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+        )
+    if features & {"method", "DoRA"}:
+        return (
+            "Approximate it with `loraover export convert` and --rank, which states the error, or merge "
+            "the adapter into the base model with PEFT."
         )
     return "Train a plain LoRA, or merge the adapter into the base model with PEFT."
 

@@ -77,6 +77,7 @@ class Subject:
         is_tied: Whether the base model's head is its embedding.
         quantization: Method by which the base model's weights are quantised; None if they are not.
         model: Base model that the user named.
+        written: Folder of the conversion that is to be exported; None if the adapter itself is.
     """
 
     path: Path
@@ -91,6 +92,7 @@ class Subject:
     is_tied: bool
     quantization: str | None
     model: str | None
+    written: Path | None = None
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.metadata import META_FILE
@@ -11,7 +11,6 @@ from loraover.common.strict_json import read_json
 from loraover_export.convert.methods.lora import Lora, LoraFields
 from loraover_export.convert.prefix import find_move
 from loraover_export.convert.source import MethodConfig, read_layout, read_peft_type
-from loraover_export.merge.base_weights import shapes_of
 
 
 def named_base(path: Path) -> MethodConfig:
@@ -24,12 +23,12 @@ def named_base(path: Path) -> MethodConfig:
     return read_json(path / CONFIG_FILE, MethodConfig)
 
 
-def why_convert(path: Path, model: Any) -> str | None:
+def why_convert(path: Path, shapes: Mapping[str, tuple[int, int]]) -> str | None:
     """Return the reason for which an adapter has to be converted, as a noun phrase; None if the exports take it.
 
     Args:
         path: Folder of a LoRA-Over checkpoint, or of an adapter of any kind.
-        model: The base model, with or without weights.
+        shapes: Shapes of the base model's linear layers and embeddings, by path.
 
     Raises:
         CheckpointError: The folder holds no adapter.
@@ -47,6 +46,6 @@ def why_convert(path: Path, model: Any) -> str | None:
         if config.trainable_token_indices:
             return "a LoRA with single trained tokens"
     layout = read_layout(path, LoraFields, Lora.tensors, Lora.shared)
-    if layout.keys or find_move(layout, shapes_of(model)) is not None:
+    if layout.keys or find_move(layout, shapes) is not None:
         return "a LoRA whose modules have another prefix than the base model's"
     return None

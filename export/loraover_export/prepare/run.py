@@ -22,6 +22,7 @@ from loraover_export.convert.approximate import FullRankError
 from loraover_export.convert.need import named_base, why_convert
 from loraover_export.convert.run import convert_adapter
 from loraover_export.fold.run import fold_checkpoint
+from loraover_export.merge.base_weights import shapes_of
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
 from loraover_export.prepare.prepared import CONVERSION_FILE, RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
@@ -197,7 +198,7 @@ def _as_lora(
     source: Path, base: ModelSource, target: Target, ranks: Ranks, draft: Path
 ) -> tuple[Path, LoraCertificate | None]:
     """Return the folder of an adapter that the export takes, and the certificate of a conversion if there was one."""
-    reason = why_convert(source, load_skeleton(base))
+    reason = why_convert(source, shapes_of(load_skeleton(base)))
     if reason is not None:
         return _converted(source, target, ranks, draft, reason)
     rank = read_source(source).rank

@@ -38,7 +38,7 @@ class VerifyRequest(EngineRequest):
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
-    adapter: AnyPath = given_adapter("LoRA-Over checkpoint or PEFT LoRA")
+    adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any kind")
     engines: AnyNames = option(
         "Engine to start and verify; several are verified one after the other.",
         default=(),

@@ -20,6 +20,8 @@ from loraover.common.provenance import today
 from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
+from loraover_export.convert.need import why_convert
+from loraover_export.convert.run import convert_adapter
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.report import machine
@@ -47,7 +49,8 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
     Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
     the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
-    checkpoint, of PEFT for any other LoRA of a causal language model. The engine's distance on the base model is its
+    checkpoint, of PEFT for any other adapter of a causal language model, which is converted for the engines if it is no
+    plain LoRA. The engine's distance on the base model is its
     noise. A server is asked for each of the two models again while it answers for the other one. The report's `verdict`
     is "as trained", "differs", "inconclusive" if the adapter moves the answers less than the noise, or "failed" if an
     engine failed after another had answered.
@@ -71,7 +74,7 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
 def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
-    adapter = read_source(request.adapter)
+    adapter = _read(request, scratch)
     check_plain(adapter, "the check of engines")
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     check_task(adapter, base, "verify")
@@ -84,6 +87,7 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     prompts = [tuple(batch[0].tolist()) for batch in found.batches]
     longest = max(map(len, prompts)) + request.new_tokens
     setting = make_setting(request, base, scratch, longest)
+    setting = replace(setting, adapters={ADAPTER: adapter.path.resolve()})
     for name in request.asked:
         engine_class(name).check(setting)
     prompt_source = found.source
@@ -103,6 +107,17 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     if len(failures) == len(results):
         raise failures[0]
     return made
+
+
+def _read(request: VerifyRequest, scratch: Path) -> AdapterDir:
+    """Read the adapter; one of another kind is converted exactly, and PEFT still runs what was trained."""
+    reason = why_convert(request.adapter, {})
+    if reason is None:
+        return read_source(request.adapter)
+    request.report.line(f"{reason}: converting it into an exact plain LoRA for the engines")
+    converted = scratch / "converted" / request.adapter.resolve().name
+    convert_adapter(request.adapter, converted, model=request.model)
+    return replace(read_source(converted), trained_as=request.adapter.resolve())
 
 
 def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longest: int) -> Setting:

@@ -109,7 +109,7 @@ def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subj
 def command(subject: Subject, *words: str, ending: str) -> str:
     """Return `export_command` for the adapter, with the base model that the user named."""
     model = [] if subject.model is None else ["--model", subject.model]
-    return export_command(subject.path, *words, *model, ending=ending)
+    return export_command(subject.written or subject.path, *words, *model, ending=ending)
 
 
 def _findings(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterable[Finding]:

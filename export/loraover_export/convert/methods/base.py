@@ -123,6 +123,10 @@ class ConversionMethod(ABC, Generic[Config]):
         """Return whether delta_W of an adapter with this configuration depends on the base model's weights."""
         return self.needs_weights
 
+    def is_exact(self, config: Config) -> bool:
+        """Return whether delta_W of an adapter with this configuration has a rank below that of any matrix."""
+        return not self.rank.startswith("full")
+
     def named(self, adapter: Adapter[Config]) -> list[str]:
         """Return the adapted modules that the configuration has to name as its target modules."""
         return list(adapter.layout.modules)

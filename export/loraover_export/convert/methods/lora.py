@@ -65,6 +65,9 @@ class Lora(ConversionMethod[LoraFields]):
     def reads_weights(self, config: LoraFields) -> bool:
         return config.use_dora or config.subtracted_initialisation is not None or bool(config.trainable_token_indices)
 
+    def is_exact(self, config: LoraFields) -> bool:
+        return not config.use_dora
+
     def named(self, adapter: Adapter[LoraFields]) -> list[str]:
         return [path for path, tensors in adapter.layout.modules.items() if tensors != {TOKENS}]
 

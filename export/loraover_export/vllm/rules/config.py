@@ -45,8 +45,9 @@ def initialisation(candidate: Candidate) -> Iterator[Problem]:
         yield Problem(
             f"init_lora_weights is {start!r}: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights, "
             "so A and B are right for the changed base model only",
-            "save the adapter again with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which "
-            "makes it a plain LoRA; or set init_lora_weights to true if the served model holds the changed weights",
+            "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert; save others again with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...); or set init_lora_weights to true if the "
+            "served model holds the changed weights",
             is_silent=start.lower() in NOT_REFUSED,
         )
 

@@ -67,7 +67,7 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
     yield Problem(
         f"{len(missing)} of {len(candidate.modules)} adapted modules are not in the served model ({listed(missing)}); "
         "vLLM ignores matrices below an unknown prefix and answers as the base model",
-        f"the served model has {alike}: rename the tensors"
+        f"the served model has {alike}: loraover export convert renames the tensors where one prefix fits"
         if alike is not None
         else f"name the model that the adapter was trained on with --model, in place of {candidate.served.source.name}",
         is_silent=all(path.rpartition(".")[2] in endings for path in missing),

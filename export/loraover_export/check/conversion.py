@@ -1,0 +1,90 @@
+"""An adapter after its exact conversion, foretold from its configuration and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+from loraover.common.errors import LoraOverError
+from loraover_export.check.report import Finding
+from loraover_export.check.subject import Subject
+from loraover_export.convert.need import why_convert
+from loraover_export.convert.prefix import find_move
+from loraover_export.convert.run import read_method
+from loraover_export.uniform.export_command import export_command
+from loraover_export.vllm.served import ServedModule
+
+ENDING = "-lora"
+"""What follows the name of an adapter's folder in that of its conversion."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A plain LoRA that does not exist yet.
+
+    Args:
+        subject: The LoRA, whose rank is not known before it is made and counts as 1.
+        command: Command that makes it.
+        note: What it is, as a finding.
+    """
+
+    subject: Subject
+    command: str
+    note: Finding
+
+
+def converted_subject(subject: Subject) -> Conversion | None:
+    """Return what the exact conversion of an adapter will be; None if it needs none or has none."""
+    shapes = {path: found for path, module in subject.served.modules.items() if (found := _shape(module)) is not None}
+    try:
+        reason = why_convert(subject.path, shapes)
+        if reason is None:
+            return None
+        method, layout = read_method(subject.path)
+        if not method.is_exact(layout.config):
+            return None
+        move = find_move(layout, shapes)
+    except LoraOverError:  # whatever keeps the adapter from being converted, its exports say
+        return None
+    names = {path: path if move is None else move.paths.get(path, path) for path in layout.modules}
+    if not names.keys() or any(name not in shapes for name in names.values()):
+        return None
+    embedded = {path for path in names.values() if subject.served.modules[path].kind == "embedding"}
+    keys: dict[str, tuple[int, ...]] = {}
+    for path in names.values():
+        m, n = shapes[path][::-1] if path in embedded else shapes[path]
+        prefix = f"{path}.lora_{'embedding_' * (path in embedded)}"
+        keys |= {site_key(f"{prefix}A"): (1, n), site_key(f"{prefix}B"): (m, 1)}
+    config = AdapterConfig(
+        peft_type="LORA",
+        task_type=layout.config.task_type,
+        base_model_name_or_path=layout.config.base_model_name_or_path,
+        revision=layout.config.revision,
+        r=1,
+        lora_alpha=1,
+    )
+    folder = Path(f"{subject.path.resolve()}{ENDING}")
+    lora = AdapterDir(subject.path, config, keys)
+    plain = replace(
+        subject,
+        written=folder,
+        config=config.model_dump(),
+        fields=config,
+        shapes=keys,
+        lora=lora,
+        unreadable=None,
+        has_cores=False,
+    )
+    model = [] if subject.model is None else ["--model", subject.model]
+    command = export_command(subject.path, "convert", *model, ending=ENDING)
+    text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
+    return Conversion(plain, command, Finding(feature="conversion", level="note", found=text))
+
+
+def _shape(module: ServedModule) -> tuple[int, int] | None:
+    """Return the shape of a module's weight; None if it is neither a linear layer nor an embedding."""
+    if module.shape is None or module.kind not in ("linear", "embedding"):
+        return None
+    return module.shape if module.kind == "embedding" else (module.shape[1], module.shape[0])

@@ -1,0 +1,121 @@
+"""The server's side of the worker: it starts the process, asks it without blocking the server, and starts it again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+from asyncio.subprocess import PIPE, Process
+from pathlib import Path
+from typing import Any
+
+import loraover_serve
+from loraover_serve.plugin.settings import ADAPTERS, RefusedError, Settings
+
+logger = logging.getLogger("vllm.loraover")
+
+TRIES = 2
+"""Workers that may end while they prepare one adapter, before it is given up."""
+
+LINE_BYTES = 2**20
+"""Longest answer of a worker."""
+
+
+class WorkerEndedError(Exception):
+    """The worker ended before it answered."""
+
+
+class Front:
+    """The worker of one server process.
+
+    Args:
+        settings: Settings of the plug-in.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._starting = asyncio.Lock()
+        self._process: Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+
+    @property
+    def pid(self) -> int | None:
+        """Id of the worker's process; None if none runs."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the worker, if none runs."""
+        async with self._starting:
+            if self.pid is not None:
+                return
+            self._process = await asyncio.create_subprocess_exec(
+                *(self._settings.python, "-m", "loraover_serve.plugin.worker", str(self._settings.threads)),
+                stdin=PIPE,
+                stdout=PIPE,
+                env=_environment(),
+                limit=LINE_BYTES,
+            )
+            self._reader = asyncio.create_task(self._read(self._process))
+
+    async def prepare(self, **request: Any) -> dict[str, Any]:
+        """Let the worker prepare an adapter, and return the fields of the prepared adapter.
+
+        Args:
+            request: Arguments of `prepare_adapter`; or `hub` in place of `source`.
+
+        Raises:
+            RefusedError: The adapter is refused, or the worker ended several times.
+        """
+        for _ in range(TRIES):
+            try:
+                answer = await self._ask(request)
+            except WorkerEndedError:
+                logger.warning("the process that prepares adapters ended; it is started again")
+                continue
+            if "refused" in answer:
+                raise RefusedError(answer["refused"])
+            prepared: dict[str, Any] = answer["prepared"]
+            return prepared
+        raise RefusedError(
+            "the process that prepares adapters ended while it worked on this one; see the server's log."
+        )
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        await self.start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._process.stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
+            await self._process.stdin.drain()
+            return await answer
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise WorkerEndedError from error
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _read(self, process: Process) -> None:
+        """Give each answer to the request that waits for it, until the worker ends."""
+        assert process.stdout is not None
+        async for line in process.stdout:
+            answer = json.loads(line)
+            waiting = self._waiting.get(answer.pop("id"))
+            if waiting is not None and not waiting.done():
+                waiting.set_result(answer)
+        await process.wait()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(WorkerEndedError())
+
+
+def _environment() -> dict[str, str]:
+    """Return the worker's environment: no GPU, none of the plug-in's own, and this package."""
+    root = str(Path(loraover_serve.__file__).parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    given = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
+    return {name: value for name, value in os.environ.items() if name != ADAPTERS} | given

@@ -1,0 +1,107 @@
+"""Settings of the plug-in, from environment variables, and the folder that an adapter's name leads to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+ADAPTERS, CACHE = "LORAOVER_ADAPTERS", "LORAOVER_CACHE"
+APPROXIMATE, PREPARE = "LORAOVER_APPROXIMATE", "LORAOVER_PREPARE"
+HUB_ALLOW, PYTHON, THREADS = "LORAOVER_HUB_ALLOW", "LORAOVER_PYTHON", "LORAOVER_THREADS"
+
+DEFAULT_CACHE = "~/.cache/loraover/adapters"
+DEFAULT_THREADS = 2
+
+
+class RefusedError(Exception):
+    """A name or an adapter that is not served, with the reason, which clients may read."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server's environment says.
+
+    Args:
+        adapters: Folder whose sub-folders are the adapters, by name.
+        cache: Folder of prepared adapters, which several servers may share.
+        python: Python of the environment that prepares adapters.
+        threads: Number of adapters that are prepared at once.
+        approximate: Rank to approximate adapters to that have no exact LoRA of the server's rank; None refuses them.
+        prepare: Names of adapters to prepare when the server starts.
+        hub: Patterns of hub names that may be served, such as "org/*"; none by default.
+    """
+
+    adapters: Path
+    cache: Path
+    python: str
+    threads: int
+    approximate: int | None
+    prepare: tuple[str, ...]
+    hub: tuple[str, ...]
+
+    def is_on_hub(self, name: str) -> bool:
+        """Whether a name is one of the hub that may be served, with or without a revision after "@"."""
+        return name.count("/") == 1 and any(fnmatchcase(name.partition("@")[0], pattern) for pattern in self.hub)
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings | None:
+    """Return the settings; None if no folder of adapters is named, so that the plug-in does nothing.
+
+    Raises:
+        ValueError: A folder that does not exist, or a number that is none.
+    """
+    named = environment.get(ADAPTERS)
+    if not named:
+        return None
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{ADAPTERS} is {named!r}, which is no folder; name the folder of your adapters.")
+    return Settings(
+        adapters=folder.resolve(),
+        cache=Path(environment.get(CACHE) or DEFAULT_CACHE).expanduser().absolute(),
+        python=environment.get(PYTHON) or sys.executable,
+        threads=_number(environment, THREADS) or DEFAULT_THREADS,
+        approximate=_number(environment, APPROXIMATE),
+        prepare=_listed(environment.get(PREPARE)),
+        hub=_listed(environment.get(HUB_ALLOW)),
+    )
+
+
+def folder_of(adapters: Path, name: str) -> Path | None:
+    """Return the folder of an adapter; None if there is none.
+
+    Args:
+        adapters: Folder of all adapters, without links in its path.
+        name: Name that a request gives.
+
+    Raises:
+        RefusedError: A name, or a link in the adapter's folder, that leads out of the folder of adapters.
+    """
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise RefusedError(f"{name!r} is no name of an adapter: it would lead out of the folder of adapters.")
+    folder = adapters / name
+    try:
+        if not folder.is_dir():
+            return None
+        places = [folder, *folder.iterdir()]
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        raise RefusedError(f"{name!r} cannot be looked up: {error.strerror}.") from error
+    if not all(place.resolve().is_relative_to(adapters) for place in places):
+        raise RefusedError(f"{name!r} has a link that leads out of the folder of adapters; copy its files instead.")
+    return folder
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    found = environment.get(name)
+    if not found:
+        return None
+    if not found.isdecimal() or int(found) < 1:
+        raise ValueError(f"{name} is {found!r}, expected a whole number of 1 or more.")
+    return int(found)
+
+
+def _listed(found: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (found or "").split(",") if part.strip())

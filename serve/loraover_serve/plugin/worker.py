@@ -1,0 +1,92 @@
+"""The process beside a server that prepares adapters: requests and answers are lines of JSON on its pipes.
+
+It runs in the server's environment, or in that of LORAOVER_PYTHON. It ends when the server closes the pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, BinaryIO
+
+NICENESS = 10
+"""Lower priority than the server's, whose requests come first."""
+
+
+def main() -> None:
+    """Answer requests until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes the pipe
+    os.nice(NICENESS)
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)  # what libraries print goes to the server's log
+        _serve(sys.stdin.buffer, answers, threads=int(sys.argv[1]))
+    os._exit(0)  # without waiting for adapters that nobody asks for any more
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO, threads: int) -> None:
+    from loraover.common.command_line import quiet_libraries
+
+    quiet_libraries()
+    lock, pool = Lock(), ThreadPoolExecutor(threads)
+
+    def work(line: bytes) -> None:
+        request = json.loads(line)
+        answer = json.dumps({"id": request.pop("id"), **answer_to(request)}).encode() + b"\n"
+        with lock:
+            answers.write(answer)
+            answers.flush()
+
+    for line in requests:
+        pool.submit(work, line)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def answer_to(request: dict[str, Any]) -> dict[str, Any]:
+    """Prepare one adapter, and say how it went.
+
+    Args:
+        request: `source`, or `hub` with a name of the hub; and the other arguments of `prepare_adapter`.
+
+    Returns:
+        `prepared`, a mapping with the fields of `PreparedAdapter`; or `refused`, the reason.
+    """
+    from loraover.common.errors import LoraOverError
+    from loraover_export import prepare_adapter
+
+    try:
+        name = request.pop("hub", None)
+        source = request.pop("source") if name is None else _downloaded(name)
+        found = prepare_adapter(source, **request)
+    except LoraOverError as error:
+        return {"refused": str(error)}
+    except Exception as error:  # a fault of ours: the answer has its kind, the log the rest
+        traceback.print_exc()
+        return {"refused": f"preparing it failed with {type(error).__name__}; the server's log has more."}
+    texts = {"path": str(found.path), "certificate": str(found.certificate)}
+    return {"prepared": vars(found) | texts}
+
+
+def _downloaded(name: str) -> Path:
+    """Return the folder of an adapter of the hub, in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    from loraover.common.errors import CheckpointError
+    from loraover.models.hub import pinned_commit
+    from loraover_export.uniform.certificate import READ_FILES
+
+    repository, _, revision = name.partition("@")
+    commit = pinned_commit(repository, revision or None, "model")
+    try:
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=list(READ_FILES)))
+    except OSError as error:
+        raise CheckpointError(f"{name}: its files cannot be downloaded: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

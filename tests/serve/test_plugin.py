@@ -1,0 +1,138 @@
+"""vLLM's plug-in on the real vLLM: adapters of any kind by name, each as PEFT answers, or refused with the reason."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from loraover_serve import verify_adapter
+
+from support.make_checkpoint import edit_tensors
+from support.plugin import DAMAGED, MAX_RANK, SOURCES, Plugged, plugged, reason
+from support.vllm_command import assert_as_trained, vllm_command
+
+pytestmark = pytest.mark.engine
+
+ALWAYS = ("loha", "pissa")
+"""Kinds whose answers `make test` compares; `make test-engines` compares all."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plugged]:
+    vllm_command()  # skips the tests before anything is made
+    with plugged(tmp_path_factory.mktemp("plugged")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.matrix) for name in SOURCES]
+)
+def test_an_adapter_of_each_kind_answers_as_peft_does(name: str, server: Plugged) -> None:
+    report = verify_adapter(
+        server.adapters / name, endpoint=server.server.url, served_name=name, base_name=str(server.base)
+    )
+    (found,) = report.engines
+    print(f"\n{name}: {found.verdict}: {found.reason}")
+    assert report.reference == "PEFT"
+    assert_as_trained(found)
+
+
+def test_a_wrong_prefix_is_mended(server: Plugged) -> None:
+    answers = [server.complete(name).json() for name in ("plain", "misplaced", str(server.base))]
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    assert texts[0] == texts[1] != texts[2]
+    found = {each["name"]: each for each in server.get("/v1/adapters").json()["adapters"]}
+    assert "below 'model.language_model'" in found["misplaced"]["notes"][0]
+    assert found["plain"]["done"] == "rewritten"
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_adapter_is_refused_with_the_reason(name: str, server: Plugged) -> None:
+    answer = server.complete(name)
+    assert answer.status_code == 400
+    assert DAMAGED[name][1] in reason(answer)
+    assert str(server.adapters.parent) not in answer.text
+    found = {each["name"]: each for each in server.get("/v1/adapters").json()["adapters"]}
+    assert (found[name]["status"], found[name]["reason"]) == ("refused", reason(answer).partition(" (param")[0])
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "link", "plain/../../elsewhere"])
+def test_a_name_that_leads_out_is_refused(name: str, server: Plugged) -> None:
+    answer = server.complete(name)
+    assert answer.status_code == 400
+    assert "leads out of" in reason(answer) or "would lead out of" in reason(answer)
+
+
+def test_a_name_of_nothing_is_not_found(server: Plugged) -> None:
+    assert server.complete("nothing").status_code == 404
+    assert server.post("/v1/adapters/nothing/prefetch").status_code == 404
+    assert server.get("/v1/adapters/nothing/certificate").status_code == 404
+
+
+def test_the_routes_of_an_operator(server: Plugged) -> None:
+    answer = server.post("/v1/adapters/vera/prefetch")
+    assert (answer.status_code, answer.json()["done"]) == (200, "converted")
+    found = server.get("/v1/adapters/vera/certificate")
+    assert found.json()["prepared"]["digest"] == answer.json()["digest"]
+    assert found.json()["certificate"]["verdict"] == "passed"
+    assert str(server.adapters) not in found.text
+    assert server.get("/v1/adapters").json()["max_lora_rank"] == MAX_RANK
+    assert server.post("/v1/adapters/narrow/prefetch").status_code == 400
+
+
+def test_vllms_own_route_prepares_too(server: Plugged) -> None:
+    def load(name: str, folder: Path) -> int:
+        return server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}).status_code
+
+    assert load("mine", server.adapters / "lokr") == 200
+    assert server.complete("mine").status_code == 200
+    assert load("mine", server.adapters / "lokr") == 400  # it is loaded already
+    assert load("wrong", server.adapters / "narrow") == 400
+
+
+def test_a_change_in_place_is_served_after_an_unload(server: Plugged) -> None:
+    folder = shutil.copytree(server.adapters / "plain", server.adapters / "changing")
+    before = server.complete("changing").json()["choices"][0]["text"]
+    edit_tensors(folder / "adapter_model.safetensors", lambda tensors: [tensor.zero_() for tensor in tensors.values()])
+    assert server.complete("changing").json()["choices"][0]["text"] == before
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "changing"}).status_code == 200
+    after = server.complete("changing").json()["choices"][0]["text"]
+    assert after == server.complete(str(server.base)).json()["choices"][0]["text"] != before
+
+
+def test_many_cold_requests_while_the_worker_is_killed(server: Plugged) -> None:
+    names = [f"cold-{k}" for k in range(5)]
+    for k, name in enumerate(names, 1):
+        folder = shutil.copytree(server.adapters / "loha", server.adapters / name)
+        edit_tensors(
+            folder / "adapter_model.safetensors",
+            lambda tensors, k=k: [tensor.mul_(1 + k / 10) for tensor in tensors.values()],
+        )
+    before = server.worker()
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(server.complete, name) for name in names * 4]
+        before.kill()
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert server.worker().pid != before.pid
+
+
+def test_a_cache_that_cannot_be_written_is_no_refusal_for_ever(server: Plugged) -> None:
+    folder = shutil.copytree(server.adapters / "plain", server.adapters / "later")
+    edit_tensors(folder / "adapter_model.safetensors", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
+    aside = server.cache.rename(server.cache.with_name("aside"))
+    server.cache.write_text("a file where the folder was")
+    answer = server.complete("later")
+    server.cache.unlink()
+    aside.rename(server.cache)
+    assert answer.status_code == 400
+    assert "cannot be written" in reason(answer)
+    assert server.complete("later").status_code == 200
+
+
+def test_the_log_has_no_traceback_for_a_users_mistake(server: Plugged) -> None:
+    """Whatever the tests before asked for: a mistake is an answer, not a fault of the server."""
+    assert "Traceback" not in server.log.read_text(errors="replace")
