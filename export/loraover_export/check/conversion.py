@@ -8,13 +8,14 @@ from pathlib import Path
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import AdapterDir, site_key
 from loraover.common.errors import LoraOverError
+from loraover_export.check.features import FEATURES
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.convert.need import why_convert
-from loraover_export.convert.prefix import find_move
-from loraover_export.convert.run import read_method
 from loraover_export.uniform.export_command import export_command
 from loraover_export.vllm.served import ServedModule
+
+CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix")
+"""Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
 
 ENDING = "-lora"
 """What follows the name of an adapter's folder in that of its conversion."""
@@ -37,6 +38,12 @@ class Conversion:
 
 def converted_subject(subject: Subject) -> Conversion | None:
     """Return what the exact conversion of an adapter will be; None if it needs none or has none."""
+    if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
+        return None
+    from loraover_export.convert.need import why_convert
+    from loraover_export.convert.prefix import find_move
+    from loraover_export.convert.run import read_method
+
     shapes = {path: found for path, module in subject.served.modules.items() if (found := _shape(module)) is not None}
     try:
         reason = why_convert(subject.path, shapes)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
-from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError, UnwrittenReportError
 from loraover.common.provenance import today
