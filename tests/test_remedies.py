@@ -182,7 +182,7 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "compare the answers with PyTorch's: loraover serve verify --engine vllm": [unread_release],
     "`loraover export convert` makes a plain LoRA of an AdaLoRA": [adalora],
     "`loraover export onnx --mode merged` exports such a model": [classifier],
-    "`loraover export convert` makes plain LoRAs of adapters of other kinds": [another_kind("loha", "fold")],
+    "`loraover export convert` makes plain LoRAs of adapters of other kinds": [another_kind("loha", "vllm")],
     "or approximate it by a plain LoRA with `loraover export convert` and --rank": [
         another_kind("dora", "gguf", "--rank", "3")
     ],

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
-from loraover_export import prepare_adapter
+from loraover_export import check_adapter, prepare_adapter
 from loraover_export.prepare import run, targets
 from loraover_export.prepare.prepared import CONVERSION_FILE, Record
 from loraover_export.prepare.targets import TARGETS, Target, Written
@@ -99,7 +99,7 @@ def test_an_adapter_for_an_existing_graph(onnx_made: Any, tmp_path: Path) -> Non
 
 def test_a_checkpoint_is_exported_from_its_cores(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path / "made", base_options=SERVABLE)
-    found = prepare_adapter(made.checkpoint, tmp_path / "cache", model=made.base, dtype="fp32")
+    found = prepare_adapter(made.path, tmp_path / "cache", model=made.base, dtype="fp32")
     assert found.done == "rewritten"
     assert '"over_parameterised": true' in found.certificate.read_text()
 
@@ -179,7 +179,14 @@ def test_a_full_disk_and_a_lost_base_are_not_remembered(
     weights = (base / "model.safetensors").rename(tmp_path / "weights")
     with pytest.raises(ConfigError):
         prepare_adapter(folder / "pissa", tmp_path / "cache", model=base)
-    weights.rename(base / "model.safetensors")
+    edit_tensors(
+        Path(shutil.copy(weights, base / "model.safetensors")),
+        lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()],
+    )
+    with pytest.raises(ConfigError, match="NaN"):
+        prepare_adapter(folder / "pissa", tmp_path / "cache", model=base)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [run.LOCKS]
+    weights.replace(base / "model.safetensors")
     assert prepare_adapter(folder / "pissa", tmp_path / "cache", model=base).done == "converted"
 
 
@@ -264,6 +271,35 @@ def test_a_prefix_that_fits_two_parts_is_refused(tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "in", matrices, target_modules=["q_proj"])
     with pytest.raises(ExportError, match=r"'model\.decoder', 'model\.encoder'"):
         prepare_adapter(source, tmp_path / "cache", model=tmp_path / "base")
+
+
+def test_shapes_decide_between_two_parts(tmp_path: Path) -> None:
+    """The vision tower of a multimodal model has layers of the same names, and other widths."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config={"model_type": "llama", "hidden_size": 16, "vocab_size": 32, **sizes},
+            vision_config={
+                "model_type": "clip_vision_model",
+                "hidden_size": 24,
+                "image_size": 8,
+                "patch_size": 4,
+                **sizes,
+            },
+        )
+    )
+    model.save_pretrained(tmp_path / "base")
+    matrices = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 16), torch.ones(16, 2))}
+    source = write_adapter(tmp_path / "in", matrices, target_modules=["q_proj"])
+    check = check_adapter(source, engines="vllm", model=tmp_path / "base").engines[0]
+    assert (check.as_it_is.verdict, check.by_us.verdict) == ("wrong silently", "right")
+    found = prepare_adapter(source, tmp_path / "cache", model=tmp_path / "base")
+    keys = load_file(found.path / "adapter_model.safetensors").keys()
+    assert {key.partition(".lora_")[0] for key in keys} == {
+        "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    }
 
 
 @pytest.mark.parametrize(

@@ -279,4 +279,35 @@ EXPORT = (
         "remedy",
         Selection("test_combine.py", "bad_input"),
     ),
+    # Any adapter for an engine
+    Mutant(
+        "prepare-key-without-weights",
+        "opened = open_base(base, files, may_be_quantised=True) if _reads_weights(source) else None",
+        "opened = None",
+        Selection("test_prepare.py", "key_is_of"),
+    ),
+    Mutant(
+        "prepare-without-a-lock",
+        "held.enter_context(hold_lock(cache / LOCKS / digest, wait=True))",
+        "pass",
+        Selection("test_prepare.py", "many_callers"),
+    ),
+    Mutant(
+        "prepare-publishes-what-changed",
+        "if file_states(source) != states:",
+        "if False:",
+        Selection("test_prepare.py", "change_meanwhile"),
+    ),
+    Mutant(
+        "prefix-of-another-shape",
+        "or (b[0], a[1]) == shapes[name]",
+        "or True",
+        Selection("test_prepare.py", "shapes_decide"),
+    ),
+    Mutant(
+        "check-asks-all-engines",
+        "(all if request.engines else any)(check.is_served",
+        "all(check.is_served",
+        Selection("test_check.py", "exit_code_and_json"),
+    ),
 )

@@ -104,4 +104,11 @@ SERVING = (
         "timer.cancel()",
         Selection("test_endpoint.py", "trickles"),
     ),
+    # The plug-in of vLLM
+    Mutant(
+        "plugin-follows-links-out",
+        "if not all(place.resolve().is_relative_to(adapters) for place in places):",
+        "if False:",
+        Selection("test_plugin_settings.py", "leads_out"),
+    ),
 )

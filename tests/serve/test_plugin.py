@@ -5,40 +5,98 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from loraover_serve import verify_adapter
+from loraover_serve import EngineResult, verify_adapter
+from loraover_serve.vllm.server import VllmServerConfig
 
+from support.compatibility import PluginRow, record_row
+from support.engine_forms import TINY
 from support.make_checkpoint import edit_tensors
-from support.plugin import DAMAGED, MAX_RANK, SOURCES, Plugged, plugged, reason
+from support.plugin import DAMAGED, MAX_RANK, SOURCES, UNLIKE, Plugged, make_adapters, plugged, reason
 from support.vllm_command import assert_as_trained, vllm_command
+from support.vllm_loading import serving_loader
 
 pytestmark = pytest.mark.engine
-
-ALWAYS = ("loha", "pissa")
-"""Kinds whose answers `make test` compares; `make test-engines` compares all."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plugged]:
     vllm_command()  # skips the tests before anything is made
-    with plugged(tmp_path_factory.mktemp("plugged")) as running:
+    folder = tmp_path_factory.mktemp("plugged")
+    with plugged(folder / "server", make_adapters(folder), folder / "cache") as running:
         yield running
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.matrix) for name in SOURCES]
-)
-def test_an_adapter_of_each_kind_answers_as_peft_does(name: str, server: Plugged) -> None:
+def verified(server: Plugged, name: str, trained: str) -> EngineResult:
+    """The verdict on a server's answers under a name, against those that PyTorch gives with a trained adapter."""
     report = verify_adapter(
-        server.adapters / name, endpoint=server.server.url, served_name=name, base_name=str(server.base)
+        server.adapters / trained, endpoint=server.server.url, served_name=name, base_name=str(server.base)
     )
     (found,) = report.engines
     print(f"\n{name}: {found.verdict}: {found.reason}")
-    assert report.reference == "PEFT"
-    assert_as_trained(found)
+    assert report.reference == ("the unfolded checkpoint" if trained == "checkpoint" else "PEFT")
+    return found
+
+
+@pytest.mark.parametrize("name", ["loha", "pissa"])
+def test_an_adapter_of_another_kind_answers_as_peft_does(name: str, server: Plugged) -> None:
+    """`test_every_row` has all kinds."""
+    assert_as_trained(verified(server, name, name))
+
+
+ROWS = {**dict.fromkeys(SOURCES), "checkpoint": None, "misplaced": "plain", **dict.fromkeys([*DAMAGED, *UNLIKE], "")}
+"""Adapters of the table; the one that is the reference, if another is, or "" if none is right."""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row(name: str, server: Plugged, stock: Plugged) -> None:
+    """The stock server gets adapters by its own route, and the plug-in by the name in a request."""
+    trained = name if ROWS[name] is None else ROWS[name]
+    loaded = stock.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(stock.adapters / name)})
+    asked = server.complete(name)
+    for running, which, status in ((stock, "stock", loaded.status_code), (server, "plug-in", asked.status_code)):
+        verdict, nats = "refused", None
+        if status == 200 and trained:
+            found = verified(running, name, trained)
+            assert found.adapter is not None
+            right = found.adapter.rms <= (found.allowed or 0.0)
+            verdict, nats = "as trained" if right else "wrong silently", found.adapter.rms
+        elif status == 200:
+            verdict = "wrong silently"  # PEFT cannot load such files
+        record_row(PluginRow(name, which, status, verdict, nats))
+        if which == "plug-in":
+            assert verdict == ("as trained" if trained else "refused")
+
+
+@pytest.fixture(scope="module")
+def stock(server: Plugged, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plugged]:
+    """A vLLM without the plug-in, on the same model."""
+    log = tmp_path_factory.mktemp("stock") / "vllm.log"
+    options = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", str(MAX_RANK), *TINY)
+    with serving_loader(VllmServerConfig(str(server.base), options=options), log) as client:
+        yield Plugged(client, server.base, server.adapters, server.cache, log)
+
+
+@pytest.mark.matrix
+def test_two_servers_share_a_cache(server: Plugged, tmp_path: Path) -> None:
+    """Each has a worker, and each adapter is made once. vLLM 0.32 has no run-time adapters in several API processes."""
+    names = [f"shared-{k}" for k in range(5)]
+    for k, name in enumerate(names, 1):
+        folder = shutil.copytree(server.adapters / "loha", server.adapters / name)
+        edit_tensors(folder / "adapter_model.safetensors", partial(scale, 2 + k / 10))
+    made = server.base, server.adapters
+    with plugged(tmp_path / "other", made, server.cache) as other:
+        before = {path.name for path in server.cache.iterdir()}
+        with ThreadPoolExecutor(20) as pool:
+            answers = [pool.submit(each.complete, name) for name in names * 4 for each in (server, other)]
+            assert {answer.result().status_code for answer in answers} == {200}
+    assert len({path.name for path in server.cache.iterdir()} - before) == len(names)
 
 
 def test_a_wrong_prefix_is_mended(server: Plugged) -> None:
@@ -50,11 +108,14 @@ def test_a_wrong_prefix_is_mended(server: Plugged) -> None:
     assert found["plain"]["done"] == "rewritten"
 
 
-@pytest.mark.parametrize("name", DAMAGED)
+REFUSED = {name: part for name, (_, part) in (DAMAGED | UNLIKE).items()}
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_damaged_adapter_is_refused_with_the_reason(name: str, server: Plugged) -> None:
     answer = server.complete(name)
     assert answer.status_code == 400
-    assert DAMAGED[name][1] in reason(answer)
+    assert REFUSED[name] in reason(answer)
     assert str(server.adapters.parent) not in answer.text
     found = {each["name"]: each for each in server.get("/v1/adapters").json()["adapters"]}
     assert (found[name]["status"], found[name]["reason"]) == ("refused", reason(answer).partition(" (param")[0])
@@ -104,14 +165,16 @@ def test_a_change_in_place_is_served_after_an_unload(server: Plugged) -> None:
     assert after == server.complete(str(server.base)).json()["choices"][0]["text"] != before
 
 
+def scale(factor: float, tensors: dict[str, Tensor]) -> None:
+    for tensor in tensors.values():
+        tensor.mul_(factor)
+
+
 def test_many_cold_requests_while_the_worker_is_killed(server: Plugged) -> None:
     names = [f"cold-{k}" for k in range(5)]
     for k, name in enumerate(names, 1):
         folder = shutil.copytree(server.adapters / "loha", server.adapters / name)
-        edit_tensors(
-            folder / "adapter_model.safetensors",
-            lambda tensors, k=k: [tensor.mul_(1 + k / 10) for tensor in tensors.values()],
-        )
+        edit_tensors(folder / "adapter_model.safetensors", partial(scale, 1 + k / 10))
     before = server.worker()
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(server.complete, name) for name in names * 4]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 
 from support.make_checkpoint import edit_tensors
 from support.vllm_damage import Q0, TENSORS, added, config, of_rank, renamed
@@ -47,11 +50,16 @@ def narrower(folder: Path) -> None:
 
 
 def loha(folder: Path) -> None:
+    base = json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"]
+    fields = {"peft_type": "LOHA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": 4, "alpha": 4}
+    (folder / CONFIG_FILE).write_text(json.dumps({**fields, "target_modules": ["layers.0.self_attn.q_proj"]}))
+
     def replaced(found: dict[str, Tensor]) -> None:
         found.clear()
-        found[f"{Q0}.hada_w1_a"] = torch.ones(64, 4)
+        for half in ("w1", "w2"):
+            found[f"{Q0}.hada_{half}_a"] = torch.ones(64, 4)
+            found[f"{Q0}.hada_{half}_b"] = torch.ones(4, 64)
 
-    config(peft_type="LOHA")(folder)
     edit_tensors(folder / TENSORS, replaced)
 
 
@@ -80,7 +88,7 @@ CASES: dict[str, Change] = {
     "a trained norm": both(config(modules_to_save=["norm"]), added(**{f"{MODEL}.norm.weight": torch.ones(64)})),
     "trained tokens": both(
         config(trainable_token_indices=[7]),
-        added(**{f"{MODEL}.embed_tokens.trainable_tokens_delta": torch.ones(1, 64)}),
+        added(**{f"{MODEL}.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 64)}),
     ),
     "embedding": embedding,
     "head": head,

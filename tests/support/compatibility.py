@@ -56,6 +56,15 @@ The reasons, in the engine's words or verify's:
 
 {reasons}
 
+## vLLM with the plug-in
+
+A tiny random Llama in float32, served with `--max-lora-rank 16`. The stock server gets each adapter's folder by its
+route `/v1/load_lora_adapter`. With [the plug-in](how-to/serve-any-adapter.md), a request names the adapter. The number
+is the HTTP status. The distance is the root mean square of the difference of logprobs from PyTorch's with the adapter
+as it was trained; where the adapter is damaged, there is nothing to compare with.
+
+{plugin}
+
 ## Model families
 
 All families but SmolLM2 are tiny random models.
@@ -129,6 +138,33 @@ class Row:
         return ARCHITECTURES.get(self.family, f"{self.family}ForCausalLM")
 
 
+@dataclass(frozen=True)
+class PluginRow:
+    """One adapter on a vLLM server, with our plug-in or without.
+
+    Args:
+        adapter: name of the adapter in `support.plugin`.
+        server: "stock" or "plug-in".
+        status: HTTP status of the stock server's load route, or of a request for the adapter's name.
+        verdict: "as trained", "refused" or "wrong silently".
+        nats: distance of the answers from PyTorch's; None if there are none to compare.
+    """
+
+    adapter: str
+    server: str
+    status: int
+    verdict: str
+    nats: float | None
+
+
+Entry = Row | Cell | PluginRow
+
+
+def record_row(row: PluginRow) -> None:
+    """Append a row of the plug-in's table to the file that LORAOVER_COMPATIBILITY names."""
+    _append(row)
+
+
 def record(
     family: str, engine: str, mode: str, precision: str, verdict: str, error: float | None, bound: float | None
 ) -> None:
@@ -141,7 +177,7 @@ def record_cell(cell: Cell) -> None:
     _append(cell)
 
 
-def _append(entry: Row | Cell) -> None:
+def _append(entry: Entry) -> None:
     name = os.environ.get(VARIABLE)
     if not name:
         return
@@ -152,17 +188,22 @@ def _append(entry: Row | Cell) -> None:
         publish_text(path, json.dumps([asdict(each) for each in entries], indent=1) + "\n")
 
 
-def read_entries(path: Path) -> list[Row | Cell]:
-    return [Cell(**entry) if "form" in entry else Row(**entry) for entry in json.loads(path.read_text())]
+def read_entries(path: Path) -> list[Entry]:
+    kinds = {"form": Cell, "server": PluginRow}
+    return [
+        next((kind for field, kind in kinds.items() if field in entry), Row)(**entry)
+        for entry in json.loads(path.read_text())
+    ]
 
 
-def page(entries: Sequence[Row | Cell]) -> str:
+def page(entries: Sequence[Entry]) -> str:
     """Return the page in Markdown; a later entry replaces an earlier one of the same combination."""
     cells = {(e.engine, e.form, e.feature): e for e in entries if isinstance(e, Cell)}
     introduction = INTRODUCTION.format(
         versions=", ".join(f"{package} {version(package)}" for package in PACKAGES),
         forms="\n".join(_forms(list(cells.values()))),
         reasons="\n".join(_reasons(list(cells.values()))),
+        plugin="\n".join(_plugin([entry for entry in entries if isinstance(entry, PluginRow)])),
     )
     last = {(e.family, e.engine, e.mode, e.precision): e for e in entries if isinstance(e, Row)}
     lines = [
@@ -174,6 +215,35 @@ def page(entries: Sequence[Row | Cell]) -> str:
         names = [row.family, f"`{row.architecture}`", row.engine, row.mode, row.precision]
         lines.append(f"| {' | '.join([*names, _number(row.error), _number(row.bound), row.verdict])} |")
     return "\n".join([*lines, READ_NOT_RUN.read_text(encoding="utf-8").rstrip()])
+
+
+PLUGIN_ROWS = {
+    "plain": "plain LoRA",
+    "rslora": "rsLoRA with a rank pattern",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "lokr-64": "LoKr of rank 64, above the server's",
+    "vera": "VeRA",
+    "pissa": "PiSSA",
+    "checkpoint": "LoRA-Over checkpoint",
+    "misplaced": "LoRA with another family's prefix",
+    "dora": "DoRA",
+    "high": "configuration has another rank",
+    "truncated": "truncated file",
+    "narrow": "A of another width",
+}
+"""Rows of the plug-in's table, in words."""
+
+
+def _plugin(rows: Sequence[PluginRow]) -> Iterator[str]:
+    """The plug-in's table: a line for each adapter, and two columns for each server."""
+    yield "| adapter | stock vLLM | nats | with the plug-in | nats |"
+    yield "| --- | --- | ---: | --- | ---: |"
+    found = {(row.adapter, row.server): row for row in rows}
+    for name, words in PLUGIN_ROWS.items():
+        both = [found.get((name, server)) for server in ("stock", "plug-in")]
+        cells = [("-", "-") if row is None else (f"{row.verdict}, {row.status}", _number(row.nats)) for row in both]
+        yield f"| {words} | {' | '.join(cell for pair in cells for cell in pair)} |"
 
 
 def _forms(cells: Sequence[Cell]) -> Iterator[str]:

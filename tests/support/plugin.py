@@ -7,7 +7,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,26 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from loraover_serve.plugin.settings import ADAPTERS, CACHE
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig
+from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover_serve import serve_adapters
+from loraover_serve.vllm.request import LOOPBACK
+from loraover_serve.vllm.server import VllmServer, free_port
 
 from support.conversions import Source, make_source
 from support.engine_forms import TINY
 from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer
-from support.vllm_loading import serving_loader
+from support.tiny_models import fill_b
+from support.vllm_command import vllm_command
 
 ROOT = Path(__file__).parents[2]
 MAX_RANK = 16
-LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", str(MAX_RANK))
 REQUEST_S = 300.0
 
 SOURCES = {
@@ -41,6 +46,12 @@ SOURCES = {
     "pissa": Source("LORA", {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"}),
 }
 """Kinds of adapters that PEFT makes."""
+
+UNLIKE = {
+    "lokr-64": (Source("LOKR", {"r": 8, "alpha": 8, "decompose_factor": 8}), "--max-lora-rank 64"),
+    "dora": (Source("LORA", {"r": 3, "use_dora": True}), "full rank"),
+}
+"""Kinds that have no exact LoRA of the server's rank, each with a part of the reason."""
 
 Change = Callable[[Path], object]
 
@@ -72,7 +83,6 @@ def misplace(folder: Path) -> None:
 
 
 DAMAGED: dict[str, tuple[Change, str]] = {
-    "dora": (lambda f: edit_json(f / "adapter_config.json", lambda c: c.update(use_dora=True)), "magnitude"),
     "truncated": (truncate, "not a complete safetensors file"),
     "narrow": (narrow, "other shapes"),
     "high": (lambda f: edit_json(f / "adapter_config.json", lambda c: c.update(r=5)), "rank"),
@@ -124,12 +134,26 @@ def make_adapters(folder: Path) -> tuple[Path, Path]:
     adapters.mkdir()
     for name, source in SOURCES.items():
         make_source(base, adapters / name, source)
+    for name, (source, _) in UNLIKE.items():
+        make_source(base, adapters / name, source)
+    make_checkpoint_on(base, adapters / "checkpoint")
     for name, (change, _) in DAMAGED.items():
         change(shutil.copytree(adapters / "plain", adapters / name))
     misplace(shutil.copytree(adapters / "plain", adapters / "misplaced"))
     make_source(base, folder / "elsewhere", SOURCES["plain"])
     (adapters / "link").symlink_to(folder / "elsewhere")
     return base, adapters
+
+
+def make_checkpoint_on(base: Path, folder: Path) -> None:
+    """A LoRA-Over checkpoint whose B is not zero."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    fill_b(model, seed=2)
+    model.save_pretrained(folder)
+    write_checkpoint(folder, OverParameterization(model, LoraOverConfig(seed=5)), step=0)
 
 
 def with_entry_points(folder: Path) -> str:
@@ -148,18 +172,33 @@ def with_entry_points(folder: Path) -> str:
 
 
 @contextmanager
-def plugged(folder: Path, *options: str) -> Iterator[Plugged]:
-    """Serve the adapters of `make_adapters` by the plug-in, in an empty folder."""
-    base, adapters = make_adapters(folder)
-    (folder / "installed").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+def plugged(folder: Path, made: tuple[Path, Path], cache: Path, *options: str) -> Iterator[Plugged]:
+    """Serve adapters by the plug-in.
+
+    Args:
+        folder: a new folder for the server's files.
+        made: the base model and the folder of adapters, from `make_adapters`.
+        cache: folder of prepared adapters.
+        options: further options of `vllm serve`.
+    """
+    base, adapters = made
+    (folder / "installed").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as until:
         patch.setenv("PYTHONPATH", with_entry_points(folder / "installed"))
-        patch.setenv("VLLM_PLUGINS", "loraover")
-        patch.setenv(ADAPTERS, str(adapters))
-        patch.setenv(CACHE, str(folder / "cache"))
-        config = VllmServerConfig(str(base), options=(*LORA, *TINY, *options))
-        with serving_loader(config, folder / "vllm.log") as server:
-            yield Plugged(server, base, adapters, folder / "cache", folder / "vllm.log")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        server = until.enter_context(
+            serve_adapters(
+                folder=adapters,
+                model=base,
+                max_lora_rank=MAX_RANK,
+                cache=cache,
+                vllm=vllm_command(),
+                port=free_port(LOOPBACK),
+                log=folder / "vllm.log",
+                options=("--max-loras", "2", *TINY, *options),
+            )
+        )
+        yield Plugged(server, base, adapters, cache, folder / "vllm.log")
 
 
 def reason(answer: httpx2.Response) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraover.checkpoint.adapter_config import AdapterConfig
-from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
 from loraover_export.check.features import FEATURES
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.export_command import export_command
-from loraover_export.vllm.served import ServedModule
+from loraover_export.vllm.served import ServedModel, ServedModule
+
+if TYPE_CHECKING:
+    from loraover_export.convert.prefix import Move
 
 CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix")
 """Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
@@ -41,6 +45,7 @@ def converted_subject(subject: Subject) -> Conversion | None:
     if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
         return None
     from loraover_export.convert.need import why_convert
+    from loraover_export.convert.others import is_served_head, saved_module
     from loraover_export.convert.prefix import find_move
     from loraover_export.convert.run import read_method
 
@@ -58,8 +63,12 @@ def converted_subject(subject: Subject) -> Conversion | None:
     names = {path: path if move is None else move.paths.get(path, path) for path in layout.modules}
     if not names.keys() or any(name not in shapes for name in names.values()):
         return None
+    others = [key for key in layout.others if not key.endswith(BASE_WEIGHT)]
+    saved = [saved_module(key.removeprefix(KEY_PREFIX), layout.config) for key in others]
+    if not all(module is not None and is_served_head(module) for module in saved):
+        return None
     embedded = {path for path in names.values() if subject.served.modules[path].kind == "embedding"}
-    keys: dict[str, tuple[int, ...]] = {}
+    keys: dict[str, tuple[int, ...]] = {key: subject.shapes[key] for key in others if key in subject.shapes}
     for path in names.values():
         m, n = shapes[path][::-1] if path in embedded else shapes[path]
         prefix = f"{path}.lora_{'embedding_' * (path in embedded)}"
@@ -76,6 +85,7 @@ def converted_subject(subject: Subject) -> Conversion | None:
     lora = AdapterDir(subject.path, config, keys)
     plain = replace(
         subject,
+        served=_part_of(subject.served, move),
         written=folder,
         config=config.model_dump(),
         fields=config,
@@ -88,6 +98,15 @@ def converted_subject(subject: Subject) -> Conversion | None:
     command = export_command(subject.path, "convert", *model, ending=ENDING)
     text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
     return Conversion(plain, command, Finding(feature="conversion", level="note", found=text))
+
+
+def _part_of(served: ServedModel, move: Move | None) -> ServedModel:
+    """Return the part of a model that an adapter was trained as, whose other parts its configuration may name too."""
+    if move is None:
+        return served
+    from loraover_export.convert.prefix import part_below
+
+    return replace(served, modules={path: served.modules[path] for path in part_below(move.new, served.modules)})
 
 
 def _shape(module: ServedModule) -> tuple[int, int] | None:

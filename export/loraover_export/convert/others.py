@@ -11,7 +11,7 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
-from loraover_export.convert.source import Adapter, AdapterLayout
+from loraover_export.convert.source import Adapter, AdapterLayout, MethodConfig
 from loraover_export.merge.base_weights import changed_weight, module_of_copy, refuse_changed
 
 SERVED_HEADS = ("classifier", "score")
@@ -53,12 +53,22 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
             changed = changed_weight(key, adapter.file, path, adapter.base)
             refuse_changed(changed, adapter.layout.tensors_path, "merge the adapter with `loraover export merge`")
             continue
-        saved = next((module for module in adapter.config.modules_to_save or () if _is_below(name, module)), None)
-        if saved is None or saved.rpartition(".")[2] not in SERVED_HEADS:
+        saved = saved_module(name, adapter.config)
+        if saved is None or not is_served_head(saved):
             raise ExportError(f"{adapter.layout.tensors_path}: {key} {_described(saved, name)}")
         tensors[key] = adapter.file.read(key)
         modules.add(saved)
     return tensors, sorted(modules)
+
+
+def saved_module(name: str, config: MethodConfig) -> str | None:
+    """Return the module of `modules_to_save` that a parameter belongs to; None if it belongs to none."""
+    return next((module for module in config.modules_to_save or () if _is_below(name, module)), None)
+
+
+def is_served_head(module: str) -> bool:
+    """Whether engines take a module of `modules_to_save`."""
+    return module.rpartition(".")[2] in SERVED_HEADS
 
 
 def _is_below(name: str, module: str) -> bool:

@@ -8,7 +8,7 @@ and answer as the base model: vllm-project/vllm 34186.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -54,6 +54,11 @@ def mend_prefix(layout: AdapterLayout[Any], base: BaseWeights) -> tuple[AdapterL
     if move is None:
         return layout, notes
     return _moved(layout, move), [*notes, move.in_words()]
+
+
+def part_below(prefix: str, names: Iterable[str]) -> list[str]:
+    """Return the paths of modules below a prefix; all of them if it is empty."""
+    return [name for name in names if not prefix or name.startswith(f"{prefix}.")]
 
 
 def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]]) -> Move | None:
@@ -145,6 +150,7 @@ def _moved(layout: AdapterLayout[Any], move: Move) -> AdapterLayout[Any]:
         modules={names[path]: tensors for path, tensors in layout.modules.items()},
         keys=keys,
         stored={new: old for old, new in move.paths.items()},
+        below=move.new,
     )
 
 

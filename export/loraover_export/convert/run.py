@@ -24,7 +24,7 @@ from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Place, Refused
 from loraover_export.convert.methods.experts import stacks_of
 from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
-from loraover_export.convert.prefix import mend_prefix
+from loraover_export.convert.prefix import mend_prefix, part_below
 from loraover_export.convert.report import ConvertReport, VllmFit
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, AdapterLayout, open_adapter, read_layout, read_peft_type
@@ -64,7 +64,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         layout, mended = mend_prefix(layout, weights)
         adapter = files.enter_context(open_adapter(layout, weights))
         _check_named(method, adapter)
-        check_complete(request.source / CONFIG_FILE, layout.modules, weights.modules)
+        check_complete(request.source / CONFIG_FILE, layout.modules, part_below(layout.below, weights.modules))
         start_dtype = _start_dtype(method, adapter)
         compare = _comparison(request, method, adapter, base, start_dtype) if request.check_error else None
 

@@ -54,6 +54,7 @@ class AdapterLayout(Generic[Config]):
         others: Keys of all other tensors.
         keys: Keys under which tensors are read, by their keys in the file, where these are others.
         stored: Paths of modules in the file, by their paths in the base model, where these are others.
+        below: Prefix of the part of the base model that the adapter was trained as; "" stands for all of it.
     """
 
     path: Path
@@ -63,6 +64,7 @@ class AdapterLayout(Generic[Config]):
     others: tuple[str, ...]
     keys: Mapping[str, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
+    below: str = ""
 
     @property
     def tensors_path(self) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -152,19 +153,15 @@ def _look_up(folder: Path, refused: Path, source: Path) -> Record | None:
 @contextmanager
 def _locked(cache: Path, digest: str) -> Iterator[None]:
     """Hold the lock of a key for a block, after any other process that makes the same adapter."""
-    place = cache / LOCKS / digest
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold_lock(place, wait=True)
-        lock.__enter__()
-    except OSError as error:
-        raise OutputError(
-            f"cache {cache}: cannot be written: {error.strerror or error}; choose another folder or free space."
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            (cache / LOCKS).mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold_lock(cache / LOCKS / digest, wait=True))
+        except OSError as error:
+            raise OutputError(
+                f"cache {cache}: cannot be written: {error.strerror or error}; choose another folder or free space."
+            ) from error
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _publish(
@@ -215,20 +212,20 @@ def _converted(
     if (source / META_FILE).is_file():
         plain = draft / "folded"
         fold_checkpoint(source, plain)
-    options = {"model": target.base(), "dtype": target.dtype}
+    convert = partial(convert_adapter, plain, output, model=target.base(), dtype=target.dtype)
     try:
-        report = convert_adapter(plain, output, **options)
+        report = convert()
     except FullRankError as error:
         if ranks.approximate is None:
             raise ExportError(
                 f"{source}: {reason}, which changes weights by matrices of full rank, so no LoRA is exact. To serve "
                 "its best approximation, whose error the certificate states, allow a rank with approximate_to_rank."
             ) from error
-        report = convert_adapter(plain, output, rank=ranks.approximate, **options)
+        report = convert(rank=ranks.approximate)
     rank = report.certificate.rank
     if ranks.largest is not None and rank > ranks.largest:
         allowed = _approximation(source, rank, ranks)
-        report = convert_adapter(plain, output, rank=allowed, force=True, **options)
+        report = convert(rank=allowed, force=True)
     return output, _kept(report.certificate, output, draft)
 
 

@@ -83,8 +83,9 @@ def write_for_vllm(source: Path, folder: Path, target: Target) -> Written:
     from loraover_export.vllm.certificate import CERTIFICATE_FILE
     from loraover_export.vllm.run import export_vllm
 
-    version = {} if target.engine_version is None else {"vllm_version": target.engine_version}
-    report = export_vllm(source, folder / ADAPTER, model=target.model, dtype=target.dtype, **version)
+    report = export_vllm(
+        source, folder / ADAPTER, model=target.model, dtype=target.dtype, vllm_version=target.engine_version
+    )
     errors = [found for found in report.preflight.findings if found.level == "error"]
     if errors:
         found = " ".join(f"{error.rule}: {error.found}; {error.remedy}." for error in errors)

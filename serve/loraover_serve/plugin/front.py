@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ class Front:
                 env=_environment(),
                 limit=LINE_BYTES,
             )
-            self._reader = asyncio.create_task(self._read(self._process))
+            self._waiting = {}  # of this process alone: an earlier one's requests end with it
+            self._reader = asyncio.create_task(_read(self._process, self._waiting))
 
     async def prepare(self, **request: Any) -> dict[str, Any]:
         """Let the worker prepare an adapter, and return the fields of the prepared adapter.
@@ -89,28 +91,32 @@ class Front:
         assert self._process is not None
         assert self._process.stdin is not None
         number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting
+        answer = waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._process.stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
             await self._process.stdin.drain()
-            return await answer
+            found: dict[str, Any] = await answer
         except (BrokenPipeError, ConnectionResetError) as error:
             raise WorkerEndedError from error
+        else:
+            return found
         finally:
-            self._waiting.pop(number, None)
+            waiting.pop(number, None)
 
-    async def _read(self, process: Process) -> None:
-        """Give each answer to the request that waits for it, until the worker ends."""
-        assert process.stdout is not None
-        async for line in process.stdout:
-            answer = json.loads(line)
-            waiting = self._waiting.get(answer.pop("id"))
-            if waiting is not None and not waiting.done():
-                waiting.set_result(answer)
-        await process.wait()
-        for waiting in self._waiting.values():
-            if not waiting.done():
-                waiting.set_exception(WorkerEndedError())
+
+async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str, Any]]]) -> None:
+    """Give each answer to the request that waits for it, until the worker ends."""
+    assert process.stdout is not None
+    async for line in process.stdout:
+        answer = json.loads(line)
+        waiting = expected.get(answer.pop("id"))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer)
+    await process.wait()
+    for waiting in expected.values():
+        if not waiting.done():
+            waiting.set_exception(WorkerEndedError())
 
 
 def _environment() -> dict[str, str]:

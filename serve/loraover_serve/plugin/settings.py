@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from pathlib import Path
 ADAPTERS, CACHE = "LORAOVER_ADAPTERS", "LORAOVER_CACHE"
 APPROXIMATE, PREPARE = "LORAOVER_APPROXIMATE", "LORAOVER_PREPARE"
 HUB_ALLOW, PYTHON, THREADS = "LORAOVER_HUB_ALLOW", "LORAOVER_PYTHON", "LORAOVER_THREADS"
+
+PLUGIN = "loraover"
+"""Name of the plug-in in VLLM_PLUGINS, without which vLLM loads no routes of plug-ins."""
 
 DEFAULT_CACHE = "~/.cache/loraover/adapters"
 DEFAULT_THREADS = 2
@@ -51,7 +55,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
     """Return the settings; None if no folder of adapters is named, so that the plug-in does nothing.
 
     Raises:
-        ValueError: A folder that does not exist, or a number that is none.
+        ValueError: A folder or a command that does not exist, or a number that is none.
     """
     named = environment.get(ADAPTERS)
     if not named:
@@ -59,10 +63,13 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
     folder = Path(named).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{ADAPTERS} is {named!r}, which is no folder; name the folder of your adapters.")
+    python = environment.get(PYTHON) or sys.executable
+    if shutil.which(python) is None:
+        raise ValueError(f"{PYTHON} is {python!r}, which is no command; name the Python of an environment.")
     return Settings(
         adapters=folder.resolve(),
         cache=Path(environment.get(CACHE) or DEFAULT_CACHE).expanduser().absolute(),
-        python=environment.get(PYTHON) or sys.executable,
+        python=python,
         threads=_number(environment, THREADS) or DEFAULT_THREADS,
         approximate=_number(environment, APPROXIMATE),
         prepare=_listed(environment.get(PREPARE)),

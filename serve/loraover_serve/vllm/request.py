@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
+from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
 from loraover_export.uniform.request_fields import given_adapter
+from loraover_serve.plugin.settings import DEFAULT_CACHE
 
 COMMAND_VARIABLE = "LORAOVER_VLLM"
 """The environment variable that names the command `vllm` of another environment."""
@@ -30,7 +32,7 @@ SET_BY_SERVE = {
     "--served-model-name": "requests address the base model by its name; rename an adapter's folder to rename it",
     "--enable-lora": "it is always on",
     "--lora-modules": "name each adapter's folder in {adapters}",
-    "--max-lora-rank": "it is the smallest rank that holds the adapters",
+    "--max-lora-rank": "it is the smallest rank that holds the adapters; with {folder}, give {max_lora_rank}",
 }
 """Options of `vllm serve` that `serve_adapters` sets or relies on, and what to do instead of giving them."""
 
@@ -78,6 +80,10 @@ class ServeRequest(ServerRequest):
     The server is ready when the base model and each adapter have answered. Ctrl-C, SIGTERM and SIGHUP stop it. If the
     environment variable VLLM_API_KEY is set, the server asks for that key.
 
+    With --adapters, every adapter in a folder is served by its name: those of other kinds than LoRA too, and those that
+    are put there later. Each is prepared at the first request for it, or refused with the reason. vLLM's environment
+    needs this package for that: pip install 'loraover[load]'.
+
     Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
     """
 
@@ -85,11 +91,38 @@ class ServeRequest(ServerRequest):
     examples = (
         "loraover serve up for-vllm",
         "loraover serve up shop support --port 8080 -- --max-model-len 2048",
+        "loraover serve up --adapters /adapters --model ./Qwen3-0.6B --max-lora-rank 32 -- --max-loras 4",
     )
     json_help = None
 
     adapters: AnyPaths = given_adapter(
-        "Adapters, which requests address by their folders' or repositories' names", metavar="ADAPTER..."
+        "Adapters, which requests address by their folders' or repositories' names",
+        default=(),
+        default_text="none, with --adapters",
+        metavar="[ADAPTER]...",
+    )
+    folder: AnyPath | None = option(
+        "Folder of adapters of any kind, each of which is prepared at the first request for its name.",
+        default=None,
+        flag="--adapters",
+    )
+    max_lora_rank: int = option(
+        "Largest rank that the server takes of the adapters in that folder.",
+        default=DEFAULT_MAX_LORA_RANK,
+        needs="folder",
+    )
+    cache: AnyPath | None = option(
+        "Folder of prepared adapters, which servers may share.",
+        default=None,
+        default_text=DEFAULT_CACHE,
+        needs="folder",
+    )
+    approximate: int | None = option(
+        "Rank to approximate adapters to that have no exact LoRA of the largest rank.",
+        default=None,
+        default_text="such adapters are refused",
+        least=1,
+        needs="folder",
     )
     host: str = option("Address or host name that the server listens on.", default=LOOPBACK)
     port: int | None = option(
@@ -100,3 +133,16 @@ class ServeRequest(ServerRequest):
         most=LAST_PORT,
     )
     log: AnyPath = option("File for the server's output, which is kept.", default="vllm.log")
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if (self.folder is None) == (not self.adapters):
+            each, all_of_them = self.named("adapters"), self.named("folder")
+            yield f"name folders of adapters in {each}, or one folder of all with {all_of_them}."
+        if self.folder is not None and self.model is None:
+            yield f"{self.named('folder')} needs {self.named('model')}, since the adapters may name several models."
+        if self.folder is not None and not self.folder.is_dir():
+            yield f"{self.named('folder', str(self.folder))}: no such folder."
+        if self.max_lora_rank not in MAX_LORA_RANKS:
+            allowed = ", ".join(map(str, MAX_LORA_RANKS))
+            yield f"{self.named('max_lora_rank')} is {self.max_lora_rank}, expected one of {allowed}."

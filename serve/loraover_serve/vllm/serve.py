@@ -12,12 +12,13 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, EngineError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import verb
-from loraover.models.load import ModelSource
+from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
 from loraover_export.uniform.rank_limits import max_lora_rank
+from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
 from loraover_serve.vllm.server import (
@@ -57,13 +58,18 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 
 @contextmanager
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
-    adapters = read_named(request.adapters, request.addresses["adapters"])
-    source = served_model(adapters, request.model, request.report)
-    config = replace(server_config(adapters, source, request.options), host=request.host)
+    if request.folder is None:
+        adapters = read_named(request.adapters, request.addresses["adapters"])
+        source = served_model(adapters, request.model, request.report)
+        config = replace(server_config(adapters, source, request.options), host=request.host)
+        check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
+        what = ", ".join(config.adapters)
+    else:
+        config = replace(_plugin_config(request, request.folder), host=request.host)
+        what = f"the adapters in {request.folder}"
     _warn_if_open(config, request.report)
-    check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
     port = _port(request)
-    request.report.line(f"starting vLLM with {', '.join(config.adapters)}; its log is {request.log}")
+    request.report.line(f"starting vLLM with {what}; its log is {request.log}")
     with serve_vllm(
         config,
         request.log,
@@ -71,7 +77,38 @@ def _serving(request: ServeRequest) -> Iterator[VllmServer]:
         port=port,
         startup_timeout_s=request.start_timeout_s,
     ) as server:
+        if request.folder is not None:
+            _check_plugin(server, request.vllm)
         yield server
+
+
+def _plugin_config(request: ServeRequest, folder: Path) -> VllmServerConfig:
+    """Return a server whose plug-in serves the adapters in a folder."""
+    assert request.model is not None
+    cache = {} if request.cache is None else {CACHE: str(request.cache.absolute())}
+    approximate = {} if request.approximate is None else {APPROXIMATE: str(request.approximate)}
+    return replace(
+        server_config({}, resolve_model(request.model), request.options),
+        max_lora_rank=request.max_lora_rank,
+        plugin={
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_PLUGINS": PLUGIN,
+            ADAPTERS: str(folder.resolve()),
+            **cache,
+            **approximate,
+        },
+    )
+
+
+def _check_plugin(server: VllmServer, executable: str) -> None:
+    """Raise EngineError unless the server has the plug-in's routes."""
+    try:
+        server.request("/v1/adapters")
+    except EngineError as error:
+        raise EngineError(
+            f"the server of {executable} has no plug-in: {error} Install it in vLLM's environment with "
+            "`pip install 'loraover[load]'`."
+        ) from error
 
 
 def _warn_if_open(config: VllmServerConfig, report: Reporter) -> None:
@@ -149,7 +186,11 @@ def served_model(adapters: Mapping[str, AdapterDir], model: str | None, report: 
 
 
 def example_request(server: VllmServer) -> str:
-    """A line for a shell that asks the first adapter for a completion; it names the key's variable, not the key."""
-    body = json.dumps({"model": server.names[0], "prompt": "The capital of France is", "max_tokens": 16})
+    """A line for a shell that asks the first adapter for a completion; it names the key's variable, not the key.
+
+    NAME stands for an adapter of the plug-in, which knows them only when they are asked for.
+    """
+    name = server.names[0] if server.names else "NAME"
+    body = json.dumps({"model": name, "prompt": "The capital of France is", "max_tokens": 16})
     words = ["curl", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
     return shlex.join(words) + (f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if server.asks_for_key else "")

@@ -50,6 +50,7 @@ class VllmServerConfig:
         revision: Commit of the model on the hub.
         host: Address or name that the server listens on.
         options: Further words of the command line.
+        plugin: Environment variables of our plug-in, which serves adapters by name; empty without it.
     """
 
     model: str
@@ -59,6 +60,7 @@ class VllmServerConfig:
     revision: str | None = None
     host: str = LOOPBACK
     options: Sequence[str] = ()
+    plugin: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, executable: str, port: int) -> list[str]:
         """The command line of a server that listens on `port`."""
@@ -67,7 +69,7 @@ class VllmServerConfig:
         return [
             *(executable, "serve", self.model, "--host", self.host, "--port", str(port)),
             *(["--revision", self.revision] if self.revision is not None else []),
-            *(lora if self.adapters else []),
+            *(lora if self.adapters or self.plugin else []),
             *(["--lora-modules", *modules] if modules else []),
             *self.options,
         ]
@@ -79,7 +81,7 @@ class VllmServerConfig:
             given["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_CACHE_GIB)
         if Path(self.model).is_dir():
             given["HF_HUB_OFFLINE"] = "1"
-        return {**os.environ, **given}
+        return {**os.environ, **given, **self.plugin}
 
     def api_key(self) -> str | None:
         """The key that the server asks for, from its environment; None if it asks for none.

@@ -1,0 +1,99 @@
+"""The plug-in's settings and names, and what it may import and install in vLLM's environment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraover_serve.plugin.settings import RefusedError, folder_of, read_settings
+from loraover_serve.plugin.worker import answer_to
+
+from support.vllm_command import vllm_command
+
+COMMIT = 40 * "7"
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_does_nothing_without_a_folder() -> None:
+    assert read_settings({}) is None
+    assert read_settings({"LORAOVER_CACHE": "/cache"}) is None
+
+
+def test_settings_of_the_environment(tmp_path: Path) -> None:
+    found = read_settings({
+        "LORAOVER_ADAPTERS": str(tmp_path), "LORAOVER_CACHE": "/cache", "LORAOVER_APPROXIMATE": "16",
+        "LORAOVER_PREPARE": "shop, support", "LORAOVER_HUB_ALLOW": "org/*", "LORAOVER_THREADS": "3",
+    })  # fmt: skip
+    assert found is not None
+    assert (found.adapters, found.cache, found.approximate, found.threads) == (tmp_path, Path("/cache"), 16, 3)
+    assert found.prepare == ("shop", "support")
+    allowed = ["org/a", "org/a@main", "other/a", "org", "org/a/b", "../org/a"]
+    assert [found.is_on_hub(name) for name in allowed] == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LORAOVER_ADAPTERS", "/nowhere"),
+        ("LORAOVER_THREADS", "0"),
+        ("LORAOVER_APPROXIMATE", "few"),
+        ("LORAOVER_PYTHON", "/no"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} is '{value}'"):
+        read_settings({"LORAOVER_ADAPTERS": str(tmp_path)} | {name: value})
+
+
+@pytest.mark.parametrize("name", ["../out", "a/../../out", "/etc", "", "a//b", ".", "a\0b", "link", "file", "a" * 300])
+def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    for folder in ("adapters/a/b", "out", "adapters/file"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "adapters/link").symlink_to(tmp_path / "out")
+    (tmp_path / "adapters/file/adapter_config.json").symlink_to(tmp_path / "out")
+    adapters = (tmp_path / "adapters").resolve()
+    assert folder_of(adapters, "a/b") == adapters / "a/b"
+    assert folder_of(adapters, "c") is None
+    with pytest.raises(RefusedError):
+        folder_of(adapters, name)
+
+
+def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "hub" / "models--org--shop"
+    for folder in ("refs", "snapshots"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).symlink_to(adapter)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    request = {"cache": str(tmp_path / "cache"), "model": str(base), "dtype": "fp32"}
+    answer = answer_to({"hub": "org/shop", **request})
+    assert json.loads(json.dumps(answer))["prepared"]["done"] == "rewritten"
+    assert "its rank is 6" in answer_to({"source": str(adapter), **request, "max_rank": 1})["refused"]
+    assert "cannot be reached" in answer_to({"hub": "org/other", **request})["refused"]
+
+
+@pytest.mark.process
+def test_the_servers_side_imports_the_standard_library_only() -> None:
+    """Python without its site-packages has nothing else; `vllm.py` adds vLLM and its web framework."""
+    path = [str(ROOT), str(ROOT / "export"), str(ROOT / "serve")]
+    code = f"import sys; sys.path += {path!r}; import loraover_serve.plugin.service"
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, env={})
+
+
+@pytest.mark.process
+def test_the_extra_adds_nothing_to_vllms_environment() -> None:
+    """What pip would install there, without an index to take anything else from."""
+    python = vllm_command().with_name("python")
+    options = ["--dry-run", "--no-index", "--no-build-isolation", "--quiet", "--report", "-"]
+    done = subprocess.run(
+        [str(python), "-m", "pip", "install", *options, f"{ROOT}[load]"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [entry["metadata"]["name"] for entry in json.loads(done.stdout)["install"]] == ["loraover"]
