@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from loraover_export.combine.shrink import shrink_adapter
     from loraover_export.convert.report import ConvertReport
     from loraover_export.convert.run import convert_adapter
+    from loraover_export.fleet.row import FleetReport
+    from loraover_export.fleet.run import check_fleet, prepare_fleet
     from loraover_export.fold.certificate import FoldCertificate
     from loraover_export.fold.run import fold_checkpoint
     from loraover_export.gguf.report import GgufReport
@@ -37,6 +39,7 @@ _HOMES = {
     "CheckReport": "check.report",
     "ConvertReport": "convert.report",
     "DiffReport": "combine.diff_report",
+    "FleetReport": "fleet.row",
     "FoldCertificate": "fold.certificate",
     "GgufReport": "gguf.report",
     "LoraCertificate": "uniform.certificate",
@@ -48,6 +51,7 @@ _HOMES = {
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
     "check_adapter": "check.run",
+    "check_fleet": "fleet.run",
     "combine_adapters": "combine.combine",
     "convert_adapter": "convert.run",
     "diff_adapters": "combine.diff",
@@ -58,6 +62,7 @@ _HOMES = {
     "fold_checkpoint": "fold.run",
     "merge_adapter": "merge.run",
     "prepare_adapter": "prepare.run",
+    "prepare_fleet": "fleet.run",
     "shrink_adapter": "combine.shrink",
 }
 
@@ -65,6 +70,7 @@ __all__ = [
     "CheckReport",
     "ConvertReport",
     "DiffReport",
+    "FleetReport",
     "FoldCertificate",
     "GgufReport",
     "LoraCertificate",
@@ -76,6 +82,7 @@ __all__ = [
     "VllmCertificate",
     "VllmReport",
     "check_adapter",
+    "check_fleet",
     "combine_adapters",
     "convert_adapter",
     "diff_adapters",
@@ -86,6 +93,7 @@ __all__ = [
     "fold_checkpoint",
     "merge_adapter",
     "prepare_adapter",
+    "prepare_fleet",
     "shrink_adapter",
 ]
 

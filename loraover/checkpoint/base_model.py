@@ -12,6 +12,7 @@ from loraover.common.errors import ConfigError
 from loraover.data.word_problems import HELD_OUT_SEED, word_problems
 from loraover.models.load import ModelSource, Moved, load_model, load_tokenizer, resolve_model
 from loraover.models.stand_in import find_stand_in
+from loraover.sources.address import is_elsewhere
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,13 +68,18 @@ def resolve_base(
     if given is None and (len(trained) > 1 or None in {name for name, _ in trained}):
         raise ConfigError(f"{_listed(adapters)}: {described(trained)}; name the base model with {option}.")
     name = given or str(next(iter(trained))[0])
+    if given is None and is_elsewhere(name):
+        raise ConfigError(
+            f"{_listed(adapters)}: names the base model {name}, an address that is read only if you name it yourself; "
+            f"use {option} {name} if you trust it."
+        )
     revisions = {revision for trained_on, revision in trained if trained_on == name}
     if len(revisions) > 1:
         raise ConfigError(
             f"{_listed(adapters)}: {described(trained)}. No revision fits all of them; use them one at a "
             f"time, or name the folder of the weights to use with {option}."
         )
-    source = resolve_model(name, *revisions)
+    source = resolve_model(name, *revisions, say=say)
     names = {str(trained_on) for trained_on, _ in trained}
     is_substituted = source.stand_in is not None and source.name != name
     if is_substituted and name in names:

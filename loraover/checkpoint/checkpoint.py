@@ -25,7 +25,7 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact, Factor
 from loraover.checkpoint.magnitude import lost_to_underflow, magnitude
-from loraover.checkpoint.metadata import CORES_FILE, META_FILE, Meta, SiteRecord, read_metadata
+from loraover.checkpoint.metadata import Meta, SiteRecord, read_metadata
 from loraover.checkpoint.peft_adapter import (
     TENSORS_FILE,
     AdapterDir,
@@ -34,6 +34,7 @@ from loraover.checkpoint.peft_adapter import (
     site_key,
     site_name,
 )
+from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.paths import kind_of
@@ -215,15 +216,6 @@ class ExactCheckpoint(ExactAdapter):
             return super().factor(name)
         cores = self._checkpoint.read_cores(self._cores, site)
         return Factor(self._checkpoint.decomposition.of_site(name), cores, site.m, site.n)
-
-
-def read_source(path: Path) -> AdapterDir:
-    """Read the LoRA-Over checkpoint in a folder, or the plain LoRA adapter if it holds no cores.
-
-    Raises:
-        CheckpointError: The folder holds neither, or its files cannot be trusted.
-    """
-    return read_adapter_dir(path) if kind_of(path / META_FILE) is None else read_checkpoint(path)
 
 
 def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from loraover.checkpoint.metadata import SiteRecord
-from loraover.overparam.decompositions import Decomposition
+    from loraover.checkpoint.metadata import SiteRecord
+    from loraover.overparam.decompositions import Decomposition
 
 
 @dataclass(frozen=True)

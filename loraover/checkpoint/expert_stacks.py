@@ -19,13 +19,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
-from torch import Tensor, nn
 
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, MatrixName, without_base_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 OTHER: Mapping[MatrixName, MatrixName] = {"A": "B", "B": "A"}
 

@@ -15,7 +15,6 @@ from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.schedule import Round
 
 SCHEMA_VERSION = 3
-META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
 
 
 class SiteRecord(BaseModel):

@@ -8,10 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig, first_match
 from loraover.checkpoint.exact_tensors import Exact, Factor
@@ -32,6 +29,9 @@ from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TENSORS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 BASE_WEIGHT = ".base_layer.weight"
@@ -40,6 +40,7 @@ _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A
 
 Adapter = TypeVar("Adapter", bound="AdapterDir")
 
+DOUBLE_BYTES = 8
 STACKS = 4
 """Stacks of experts that stay in memory, so that they are not read again for every expert."""
 
@@ -209,7 +210,7 @@ class ExactAdapter:
         """
         value = self.stored(key)
         if value.is_floating_point():
-            value = value.double() if widen or value.dtype == torch.float64 else value.float()
+            value = value.double() if widen or value.element_size() == DOUBLE_BYTES else value.float()
         return Exact(value, value.new_zeros(()).expand_as(value), None)
 
     def factor(self, name: str) -> Factor:

@@ -10,23 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraover.common.errors import CheckpointError, DivergedError
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INTEGERS = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+"""PyTorch's names of data types, by those of safetensors. PyTorch is imported where tensors are read: it takes seconds,
+and a look at the headers does not need it."""
 HASHED_AT_ONCE = 2**20  # bytes
 COPIED_AT_ONCE = 2**24  # bytes
 READ_AT_ONCE = 2**30  # bytes; not every system reads 2 GiB at once
@@ -101,10 +96,11 @@ class TensorFile:
         return key in self.keys and have_same_bits(self._stored(key), tensor)
 
     def _stored(self, key: str) -> Tensor:
-        dtype = (FLOATS | INTEGERS).get(self.dtype(key))
-        if dtype is None:
+        import torch
+
+        if self.dtype(key) not in FLOATS | INTEGERS:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
-        tensor = torch.empty(self.shape(key), dtype=dtype)
+        tensor = torch.empty(self.shape(key), dtype=torch_dtype(self.dtype(key)))
         _, end = self._entry(key)["data_offsets"]
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         rest = memoryview(data)
@@ -138,12 +134,22 @@ class TensorFile:
         return self._header[key]
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return PyTorch's data type for safetensors' name of one."""
+    import torch
+
+    found: torch.dtype = getattr(torch, (FLOATS | INTEGERS)[name])
+    return found
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
     A sum that is finite has only finite terms, and takes one pass over the memory; finite terms whose sum is not are
     rare, and then looked at one by one.
     """
+    import torch
+
     if not tensor.is_floating_point():
         return True
     total = tensor.sum(dtype=None if tensor.dtype == torch.float64 else torch.float32)
@@ -152,6 +158,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 def have_same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors on the CPU have the same shape, dtype and bits; NumPy compares them ten times as fast."""
+    import numpy as np
+    import torch
+
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     one_bytes, other_bytes = (tensor.flatten().view(torch.uint8).numpy() for tensor in (one, other))
@@ -181,7 +190,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
             file = opened.enter_context(
                 path.open("rb")
             )  # safetensors takes a file without permission for a missing one
-            with safe_open(path, framework="pt"):  # which checks the header
+            with safe_open(path, framework="np"):  # which checks the header
                 length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         except SafetensorError as error:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.checkpoint import SCORE_PREFIX
-from loraover.checkpoint.metadata import CORES_FILE, META_FILE, Meta, SiteRecord
+from loraover.checkpoint.metadata import Meta, SiteRecord
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError

@@ -1,12 +1,26 @@
-"""What a path leads to."""
+"""What a path leads to, and where this project keeps files of its own."""
 
 from __future__ import annotations
 
+import os
+import re
 import stat
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Literal
 
 from loraover.common.errors import ConfigError
+
+SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>[^/].*)", re.DOTALL)
+"""An address such as "s3://bucket/folder", also where it has lost a slash, as it does in a `Path`."""
+
+
+class AddressPath(PosixPath):
+    """A path that may be an address, such as "s3://bucket/folder", whose text it keeps."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        found = SCHEME.fullmatch(text)
+        return text if found is None else f"{found['scheme']}://{found['rest']}"
 
 
 def kind_of(path: str | Path) -> Literal["file", "folder"] | None:
@@ -25,3 +39,8 @@ def kind_of(path: str | Path) -> Literal["file", "folder"] | None:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be looked at: {error.strerror or error}; check the path.") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else None
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made or fetched again: `$XDG_CACHE_HOME/loraover` or `~/.cache/loraover`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "loraover"

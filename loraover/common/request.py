@@ -17,15 +17,18 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeAlias, TypeVar
 
 from loraover.common.errors import ConfigError
+from loraover.common.paths import AddressPath
+from loraover.common.places import imported
 from loraover.common.reporter import SILENT, Reporter
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
+AnyRequest = TypeVar("AnyRequest", bound="Request")
 
 if TYPE_CHECKING:
     AnyPath: TypeAlias = Any
@@ -77,6 +80,7 @@ class Spec:
         is_rest: Whether the command takes the words after "--" as the value.
         has_commas: Whether the command takes several values as one word, with commas between them.
         is_recorded: Whether the recorded command line has the option.
+        is_source: Whether the value is an adapter, which may be an address elsewhere; the work gets its folder here.
     """
 
     description: str
@@ -99,6 +103,7 @@ class Spec:
     is_rest: bool = False
     has_commas: bool = False
     is_recorded: bool = True
+    is_source: bool = False
 
 
 def option(description: str, *, default: Any = MISSING, **more: Any) -> Any:
@@ -117,6 +122,7 @@ class Request:
 
     Args:
         report: Receiver of progress.
+        addresses: Addresses that fields had before their adapters were fetched, by the fields' names.
 
     Raises:
         ConfigError: Values that cannot be used; the message names all of them.
@@ -130,6 +136,7 @@ class Request:
     """Help text of `--json`; None: the command has no such option."""
 
     report: Reporter = field(default=SILENT, kw_only=True, repr=False, compare=False)
+    addresses: Mapping[str, Any] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         faults = []
@@ -174,13 +181,17 @@ class Request:
         """Return those of some arguments that are not at their defaults, as the caller wrote them."""
         return ", ".join(self.named(name) for name in names if self._is_given(name))
 
+    def shown(self, name: str) -> str:
+        """Return the value of a field as reports show it: of an adapter that was fetched, its address."""
+        return str(self.addresses.get(name, getattr(self, name)))
+
     def command(self) -> str:
         """Return the command line that repeats this request, without options at their defaults."""
         places: list[str] = []
         words: list[str] = []
         rest: list[str] = []
         for name, declared in declarations(type(self)).items():
-            value = getattr(self, name)
+            value = self.addresses.get(name, getattr(self, name))
             if declared.is_default(value) or declared.spec.is_hidden or not declared.spec.is_recorded:
                 continue
             if declared.spec.is_argument:
@@ -265,7 +276,8 @@ class Declared:
             return value, None
         if not isinstance(value, allowed) or (isinstance(value, bool) and self.kind is not bool):
             return value, f"is {value!r}, expected {'a number' if self.kind is float else self.kind.__name__.lower()}."
-        value = self.kind(self.spec.also.get(value, value) if isinstance(value, str) else value)
+        kind = AddressPath if self.spec.is_source else self.kind
+        value = kind(self.spec.also.get(value, value) if isinstance(value, str) else value)
         return value, self._fault(value)
 
     def _fault(self, value: Any) -> str | None:
@@ -348,7 +360,7 @@ def verb(request: Callable[P, Any]) -> Callable[[Callable[[Any], Result]], Calla
     def with_fields(work: Callable[[Any], Result]) -> Callable[P, Result]:
         @functools.wraps(work)
         def call(*places: P.args, **keywords: P.kwargs) -> Result:
-            return work(request(*places, **keywords))
+            return work(with_sources_here(request(*places, **keywords)))
 
         call.__doc__ = _with_args(inspect.getdoc(work) or "", kind)
         call.__signature__ = _signature(work, kind)  # type: ignore[attr-defined]
@@ -374,7 +386,26 @@ def _in_words(annotation: str, words: Mapping[str, str]) -> str:
 def perform(function: Callable[..., Result], request: Request) -> Result:
     """Call a verb's function with a request that has been made already."""
     work: Callable[[Request], Result] = typing.cast(Any, function).__wrapped__
-    return work(request)
+    return work(with_sources_here(request))
+
+
+def with_sources_here(request: AnyRequest) -> AnyRequest:
+    """Return a request whose adapters are folders of this machine, after fetching those that are elsewhere.
+
+    Raises:
+        ConfigError: An adapter cannot be fetched.
+    """
+    folders: dict[str, Any] = {}
+    addresses: dict[str, Any] = {}
+    for name, declared in declarations(type(request)).items():
+        value = getattr(request, name)
+        if not declared.spec.is_source or value is None or name in request.addresses:
+            continue
+        fetch_adapter = imported("loraover.sources.fetch:fetch_adapter")  # by its place: it lies in a higher room
+        found = [fetch_adapter(one, request.report.line) for one in (value if declared.is_several else (value,))]
+        pairs = [one.folder for one in found], [one.address for one in found]
+        folders[name], addresses[name] = map(tuple, pairs) if declared.is_several else (pairs[0][0], pairs[1][0])
+    return replace(request, **folders, addresses={**request.addresses, **addresses})
 
 
 def _with_args(text: str, request: type[Request]) -> str:

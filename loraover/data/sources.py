@@ -19,7 +19,7 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
 from loraover.data.formats import Row, read_row
-from loraover.models.hub import pinned_commit
+from loraover.sources.hub import pinned_commit
 
 BUILT_IN = "word-problems"
 MAX_LINE_BYTES = 4 * 2**20

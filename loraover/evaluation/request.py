@@ -24,7 +24,12 @@ class EvaluationRequest(Request):
 
     model: AnyName = argument("Base model, folder or hub name.")
     task: str = option("Benchmark, see docs/evaluation.md.", choices=tuple(TASKS))
-    adapters: AnyPaths = option("Folder of an adapter to compare with the base model.", default=(), flag="--adapter")
+    adapters: AnyPaths = option(
+        "Adapter to compare with the base model: folder, hub name or address.",
+        default=(),
+        flag="--adapter",
+        is_source=True,
+    )
     data: AnyName | None = option(
         "Questions: JSONL file, folder or hub name.", default=None, default_text="the task's data set on the hub"
     )

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
 from loraover.checkpoint.checkpoint import SEAL_FILE, open_checkpoint, read_checkpoint
-from loraover.checkpoint.metadata import META_FILE, Meta
+from loraover.checkpoint.metadata import Meta
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir, site_name
+from loraover.checkpoint.source import META_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of

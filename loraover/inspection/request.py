@@ -22,7 +22,7 @@ class InspectRequest(Request):
     )
     json_help = "Print the description, with every score, as JSON."
 
-    path: AnyPath = argument("Folder to describe.")
+    path: AnyPath = argument("Folder to describe, or hub name or address of an adapter.", is_source=True)
     plot: AnyPath | None = option(
         "New .svg file for a map of the matrices with cores, and for their scores over time.", default=None
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
+from loraover.common.reporter import SILENT
 from loraover.models.device import choose_device
-from loraover.models.hub import HubUnreachableError, pinned_commit
 from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
+from loraover.sources.address import Address, HubName, read_address
+from loraover.sources.cache import CONFIG_FILES, MODEL_FILES
+from loraover.sources.fetch import fetch_address
+from loraover.sources.hub import HubUnreachableError, pinned_commit
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,24 @@ class ModelSource:
         return (self.stand_in.facts() if self.stand_in else {}) | (self.moved.facts() if self.moved else {})
 
 
-def resolve_model(name: str, revision: str | None = None) -> ModelSource:
-    """Find a base model: a folder, a model of the hub at its present commit, or the stand-in for it.
+def resolve_model(
+    name: str, revision: str | None = None, *, with_weights: bool = True, say: Callable[[str], None] = SILENT.line
+) -> ModelSource:
+    """Find a base model: a folder, a model of the hub at its present commit, an address, or the stand-in for it.
 
     A stand-in is used only if the hub cannot be reached and its cache holds no copy. Its folder is then the model's
     name.
 
     Args:
-        name: Folder or hub name.
-        revision: Branch, tag or commit on the hub; None means "main".
+        name: Folder, hub name such as "owner/model" or "owner/model@revision", or address such as
+            "s3://bucket/model".
+        revision: Branch, tag or commit on the hub, if the name has none; None means "main".
+        with_weights: Whether more than the configuration is needed of a model at an address.
+        say: Function that shows a line to the user.
 
     Raises:
-        ConfigError: The folder or the hub's model does not exist, or neither the hub nor a stand-in is at hand.
+        ConfigError: The address cannot be read, the folder or the hub's model does not exist, or neither the hub nor a
+            stand-in is at hand.
         CheckpointError: The record of a stand-in cannot be read.
     """
     stand_in = find_stand_in(name)
@@ -84,15 +95,20 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
             f"`python -m loraover.models.stand_in {stand_in.stands_for}`; if this prints another folder, name that one "
             "as the base model."
         )
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(f"model: {name!r} is neither a folder nor a hub name such as 'owner/model'.")
+    found = read_address(name)
+    if isinstance(found, Address):
+        folder = fetch_address(found, MODEL_FILES if with_weights else CONFIG_FILES, say)
+        return ModelSource(name, str(folder), None, f"address {found}")
+    if not isinstance(found, HubName):
+        raise ConfigError(f"model: {name!r} is neither a folder, an address nor a hub name such as 'owner/model'.")
+    name = found.name
     try:
-        commit = pinned_commit(name, revision, "model")
+        commit = pinned_commit(name, found.revision or revision, "model")
     except HubUnreachableError:
         if name not in STAND_INS:
             raise
-        found = resolve_model(str(make_stand_in(STAND_INS[name])))
-        return replace(found, origin=f"{found.origin} (the hub cannot be reached)")
+        stand_in_source = resolve_model(str(make_stand_in(STAND_INS[name])))
+        return replace(stand_in_source, origin=f"{stand_in_source.origin} (the hub cannot be reached)")
     return ModelSource(name, name, commit, f"hub {name}@{commit[:12]}")
 
 

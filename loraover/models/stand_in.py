@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.atomic_output import publish_directory
 from loraover.common.errors import ConfigError, LoraOverError
-from loraover.common.paths import kind_of
+from loraover.common.paths import cache_folder, kind_of
 from loraover.common.strict_json import read_json
 
 STAND_IN_FILE = "loraover_stand_in.json"
@@ -51,8 +50,7 @@ class StandIn(BaseModel):
     @property
     def folder(self) -> Path:
         """Folder of this user's copy, whether it exists or not."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "loraover"
-        return cache / f"{self.stands_for.replace('/', '--')}-dequantised-{self.sha256[:12]}"
+        return cache_folder() / f"{self.stands_for.replace('/', '--')}-dequantised-{self.sha256[:12]}"
 
 
 STAND_INS = {

@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MatrixName = Literal["A", "B"]
 SIDES: tuple[MatrixName, MatrixName] = ("A", "B")
@@ -56,4 +56,6 @@ def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:
 
 def stack_experts(matrix: MatrixName, parts: Sequence[Tensor]) -> Tensor:
     """Return the stack that holds these A or B, one of each expert in order."""
+    import torch
+
     return torch.cat(list(parts)) if matrix == "A" else torch.stack(list(parts), dim=-1).flatten(1)

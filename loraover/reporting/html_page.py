@@ -1,4 +1,4 @@
-"""Reports as HTML pages: one template for all, which needs no network and no scripts.
+"""Reports as HTML pages: one template for all, which needs no network, and no script but that of a table of many rows.
 
 A page begins with its verdict in one sentence, then shows the figure that decides, and ends with its origin. A report
 supplies the verdict, figures, tables and a template that extends "page.html.j2"; style and colours are the page's.
@@ -6,6 +6,8 @@ supplies the verdict, figures, tables and a template that extends "page.html.j2"
 
 from __future__ import annotations
 
+import hashlib
+from base64 import b64encode
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -111,6 +113,7 @@ def make_page(
     facts: Mapping[str, str | None],
     origin: Origin,
     figures: Sequence[Figure] = (),
+    script: str | None = None,
     **values: Any,
 ) -> Page:
     """Make the page of a report.
@@ -124,6 +127,7 @@ def make_page(
             machine and the day follow.
         origin: How the report was made.
         figures: All figures of the report.
+        script: Text of the page's own script, the only one that a browser runs in it; None means that it runs none.
         values: Further variables of the template; every text is escaped, and figures are named as here.
     """
     from jinja2 import DictLoader, Environment, StrictUndefined
@@ -141,7 +145,18 @@ def make_page(
         facts={name: value for name, value in shown.items() if value is not None},
         origin=origin,
         palette=css_variables(),
+        policy=_policy(script),
+        script=script,
         figures=figures,
         **values,
     )
     return Page(html, figures)
+
+
+def _policy(script: str | None) -> str:
+    """Return what a browser may load: nothing from elsewhere, and only the script with this digest."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    if script is None:
+        return policy
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"{policy}; script-src 'sha256-{digest}'"

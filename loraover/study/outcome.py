@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.metadata import META_FILE
+from loraover.checkpoint.source import META_FILE
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import move, naming
-from loraover.checkpoint.metadata import CORES_FILE, META_FILE
+from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, resolve_model

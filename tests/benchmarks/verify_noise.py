@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint

@@ -103,7 +103,7 @@ def test_an_export_reads_the_revision_that_the_adapter_pins(tmp_path: Path, monk
     made = make_checkpoint(tmp_path / "made", tokenizer=True, base_options=SERVABLE, revision="v2")
     asked = []
 
-    def resolve(name: str, revision: str | None = None) -> ModelSource:
+    def resolve(name: str, revision: str | None = None, **more: object) -> ModelSource:
         asked.append((name, revision))
         return ModelSource(name, name, None, f"{name} at {revision}")
 

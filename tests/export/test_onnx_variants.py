@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.source import read_source
 from loraover.models.load import load_model, resolve_model
 from loraover_export.onnx.int4 import rounded_copy
 

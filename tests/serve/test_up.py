@@ -129,7 +129,7 @@ def test_adapters_of_one_name_or_of_two_models_are_refused(shop: Path, tmp_path:
 def test_the_revision_of_the_adapters_is_served(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def resolve(name: str, revision: str | None = None) -> ModelSource:
+    def resolve(name: str, revision: str | None = None, **more: object) -> ModelSource:
         asked.append((name, revision))
         return ModelSource(name, name, revision and "c0ffee", "")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.source import read_source
 from loraover.models.load import resolve_model
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.torch import TorchEngine

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from loraover.models import load as models
 from loraover.models import stand_in
-from loraover.models.hub import HubUnreachableError
 from loraover.models.stand_in import STAND_IN_FILE, StandIn
+from loraover.sources.hub import HubUnreachableError
 
 NAME = "owner/real"
 RECORD = StandIn(

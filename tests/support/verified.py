@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.source import read_source
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.logits.prompts import read_prompts

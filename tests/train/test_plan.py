@@ -17,8 +17,8 @@ import loraover.models.load
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
-from loraover.models.hub import HubUnreachableError
 from loraover.models.load import load_model, resolve_model
+from loraover.sources.hub import HubUnreachableError
 from loraover.training.plan import TrainingPlan, kept_bytes, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run

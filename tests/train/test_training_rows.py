@@ -9,7 +9,7 @@ import pytest
 
 import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
-from loraover.models.hub import HubUnreachableError
+from loraover.sources.hub import HubUnreachableError
 from loraover.training.recipe import Recipe
 
 from support.rows import GSM8K, PAIR, Write, fault, load

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
+from loraover_export.check.features import FEATURES
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.convert.need import why_convert
-from loraover_export.convert.others import is_served_head, saved_module
-from loraover_export.convert.prefix import Move, find_move, part_below
-from loraover_export.convert.run import read_method
 from loraover_export.uniform.export_command import export_command
 from loraover_export.vllm.served import ServedModel, ServedModule
+
+if TYPE_CHECKING:
+    from loraover_export.convert.prefix import Move
+
+CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix")
+"""Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
 
 ENDING = "-lora"
 """What follows the name of an adapter's folder in that of its conversion."""
@@ -38,6 +42,13 @@ class Conversion:
 
 def converted_subject(subject: Subject) -> Conversion | None:
     """Return what the exact conversion of an adapter will be; None if it needs none or has none."""
+    if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
+        return None
+    from loraover_export.convert.need import why_convert
+    from loraover_export.convert.others import is_served_head, saved_module
+    from loraover_export.convert.prefix import find_move
+    from loraover_export.convert.run import read_method
+
     shapes = {path: found for path, module in subject.served.modules.items() if (found := _shape(module)) is not None}
     try:
         reason = why_convert(subject.path, shapes)
@@ -93,6 +104,8 @@ def _part_of(served: ServedModel, move: Move | None) -> ServedModel:
     """Return the part of a model that an adapter was trained as, whose other parts its configuration may name too."""
     if move is None:
         return served
+    from loraover_export.convert.prefix import part_below
+
     return replace(served, modules={path: served.modules[path] for path in part_below(move.new, served.modules)})
 
 

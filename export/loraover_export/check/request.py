@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
+from loraover.common.request import AnyName, AnyNames, AnyPath, Request, option
 from loraover_export.check.engines import ENGINES
-from loraover_export.uniform.request_fields import base_model
+from loraover_export.uniform.request_fields import base_model, given_adapter
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class CheckRequest(Request):
         "loraover export check my-lora --engine vllm --engine llamacpp --model ./Qwen3-0.6B",
     )
 
-    adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any method.")
+    adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any method")
     engines: AnyNames = option(
         "Engine to judge for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
     )

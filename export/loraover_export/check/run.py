@@ -32,7 +32,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     checks = [_check(name, subject, converted) for name in request.chosen]
     return CheckReport(
         verdict="passed" if (all if request.engines else any)(check.is_served for check in checks) else "failed",
-        adapter=str(request.adapter),
+        adapter=request.shown("adapter"),
         peft_type=subject.config["peft_type"],
         base_model=subject.served.source.name,
         architecture=subject.served.architecture,

@@ -12,14 +12,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
-from loraover.checkpoint.checkpoint import read_source
-from loraover.checkpoint.metadata import META_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE, AdapterDir, read_on_base
+from loraover.checkpoint.source import META_FILE, read_source
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
-from loraover.models.load import load_config, resolve_model
+from loraover.models.load import resolve_model
+from loraover.sources.address import is_elsewhere
 from loraover_export.check.request import CheckRequest
 from loraover_export.vllm.served import ServedModel, read_served
 
@@ -134,9 +134,12 @@ def read_subject(request: CheckRequest) -> Subject:
     if named is None:
         raise ConfigError(f"{path}: names no base model; name the base model with {request.named('model')}.")
     revision = config.revision if named == config.base_model_name_or_path else None
-    source = resolve_model(named, *([] if revision is None else [revision]))
-    base = load_config(source)
-    quantization = getattr(base, "quantization_config", None)
+    if model is None and is_elsewhere(named):
+        raise ConfigError(
+            f"{path}: names the base model {named}, an address that is read only if you name it yourself; use "
+            f"{request.named('model', named)} if you trust it."
+        )
+    source = resolve_model(named, revision, with_weights=False, say=request.report.line)
     served = read_served(source)
     lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists(), served)
     return Subject(
@@ -148,9 +151,9 @@ def read_subject(request: CheckRequest) -> Subject:
         unreadable=unreadable,
         has_cores=has_cores,
         served=served,
-        is_causal=_is_causal(base.architectures[0]),
-        is_tied=bool(base.get_text_config().tie_word_embeddings),
-        quantization=None if quantization is None else _method(quantization),
+        is_causal=served.facts.is_causal,
+        is_tied=served.facts.is_tied,
+        quantization=served.facts.quantization,
         model=model,
     )
 
@@ -163,14 +166,3 @@ def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[Adapte
         if has_cores:
             raise
         return None, str(error)
-
-
-def _is_causal(architecture: str) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def _method(quantization: Any) -> str:
-    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return str(fields.get("quant_method", "an unnamed method"))

@@ -8,7 +8,6 @@ from loraover.common.command_line import LazyGroup, entry_point
 from loraover.reporting.request_command import Reporting
 
 PLACES = {
-    "check": ("check.request:CheckRequest", "check.run:check_adapter", "check.show:show_report"),
     "fold": ("fold.request:FoldRequest", "fold.run:fold_checkpoint", "fold.show:show_certificate"),
     "combine": ("combine.requests:CombineRequest", "combine.combine:combine_adapters", "uniform.show:show_lora"),
     "shrink": ("combine.requests:ShrinkRequest", "combine.shrink:shrink_adapter", "uniform.show:show_lora"),
@@ -21,7 +20,11 @@ PLACES = {
     "mlx": ("mlx.request:MlxRequest", "mlx.run:export_mlx", "mlx.show:show_report"),
 }
 """Request, function, and function that prints the report, of each command."""
-COMMANDS = {name: Reporting(*(f"loraover_export.{place}" for place in places)) for name, places in PLACES.items()}
+COMMANDS = {
+    "check": "loraover_export.cli.fleet:check",
+    "prepare": "loraover_export.cli.fleet:prepare",
+    **{name: Reporting(*(f"loraover_export.{place}" for place in places)) for name, places in PLACES.items()},
+}
 EXAMPLES = [
     "loraover export check my-lora",
     "loraover export fold runs/demo/adapter -o folded --check-error",

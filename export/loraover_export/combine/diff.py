@@ -67,8 +67,8 @@ def diff_adapters(request: DiffRequest) -> DiffReport:
             done(len(modules))
         others = _others(opened)
     return DiffReport(
-        first=str(request.first),
-        second=str(request.second),
+        first=request.shown("first"),
+        second=request.shown("second"),
         base_model=sources.base_model,
         norms=(math.hypot(*(m.norms[0] for m in modules)), math.hypot(*(m.norms[1] for m in modules))),
         difference=math.hypot(*(m.difference for m in modules)),

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyNumbers, AnyPath, AnyPaths, Request, argument, option
+from loraover.common.request import AnyName, AnyNumbers, AnyPath, AnyPaths, Request, option
 from loraover.models.request_fields import stored_dtype
 from loraover_export.uniform.request_fields import (
     base_model,
     check_faults,
+    given_adapter,
     logits_device,
     logits_dtype,
     plain_adapter,
@@ -35,8 +36,8 @@ class CombineRequest(Request):
         "loraover export combine maths code -o both --weights 0.7,0.3 --dtype bf16",
     )
 
-    sources: AnyPaths = argument(
-        "Folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model.", metavar="SOURCES..."
+    sources: AnyPaths = given_adapter(
+        "LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs of one base model", metavar="SOURCES..."
     )
     output: AnyPath = option("New folder for the adapter, its certificate and a model card.", short="-o")
     weights: AnyNumbers | None = option(
@@ -120,7 +121,7 @@ class DiffRequest(Request):
     json_help = "Print the comparison as JSON, with every module and angle."
 
     first: AnyPath = plain_adapter()
-    second: AnyPath = argument("Folder of the other adapter.")
+    second: AnyPath = given_adapter("The other adapter")
     logits: bool = option("Also run both adapters on the base model and compare their logits.", default=False)
     model: AnyName | None = base_model(" for the comparison of logits")
     prompts: AnyPath | None = prompts()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import described
-from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack, has_present_layout
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
 from loraover_export.numerics.delta import Delta, read_delta

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
 from loraover_export.uniform.request_fields import (
     base_model,
     check_faults,
+    given_adapter,
     logits_device,
     logits_dtype,
     prompts,
@@ -37,7 +38,7 @@ class ConvertRequest(Request):
     )
     json_help = "Print ranks and certificate as JSON."
 
-    source: AnyPath = argument("Folder of a PEFT adapter of any kind.")
+    source: AnyPath = given_adapter("PEFT adapter of any kind")
     output: AnyPath = option("New folder for the LoRA, its certificate and a model card.", short="-o")
     rank: int | None = option(
         "Largest rank of the LoRA; what does not fit into it is lost, and the loss is shown.",

@@ -8,11 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE, Task
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
@@ -23,6 +21,9 @@ from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.merge.base_weights import BaseWeights, is_conv1d, is_embedding
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MethodConfig(BaseModel):
@@ -261,4 +262,4 @@ def open_adapter(layout: AdapterLayout[Config], base: BaseWeights) -> Iterator[A
 
 def _wide(file: TensorFile, key: str) -> Tensor:
     tensor = file.read(key)
-    return tensor.to(torch.float64) if file.dtype(key) in FLOATS else tensor
+    return tensor.double() if file.dtype(key) in FLOATS else tensor

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
 from loraover_export.uniform.request_fields import (
     base_model,
     check_faults,
+    given_adapter,
     logits_device,
     logits_dtype,
     prompts,
@@ -35,7 +36,7 @@ class FoldRequest(Request):
         "loraover export fold output/checkpoint-500 -o folded --check-error --device cuda --compute-dtype bf16",
     )
 
-    checkpoint: AnyPath = argument("Folder of a LoRA-Over checkpoint, or checkpoint-N of a Hugging Face Trainer.")
+    checkpoint: AnyPath = given_adapter("LoRA-Over checkpoint, or checkpoint-N of a Hugging Face Trainer")
     output: AnyPath = option("New folder for the adapter, its certificate, its report and a model card.", short="-o")
     dtype: str = stored_dtype()
     check_error: bool = option(

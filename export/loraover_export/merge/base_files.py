@@ -15,14 +15,14 @@ from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource
+from loraover.sources.cache import MODEL_FILES
+from loraover.sources.hub import fetch_repository
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 LEFT_BEHIND = (*WEIGHTS, "adapter_config.json", "_certificate.json")
 """Endings of files that a merged model does not need; with the second, transformers takes it for an adapter."""
 REPLACED = (CONFIG, "README.md", ".gitattributes")
-ALONG = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
-"""Files of a model on the hub that are fetched."""
 
 UNQUANTISED = "merge into the unquantised model that it was made from, and quantise the result"
 
@@ -136,15 +136,9 @@ def _shard_names(folder: Path, source: ModelSource) -> list[str]:
 
 
 def _folder(source: ModelSource) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     if Path(source.location).is_dir():
         return Path(source.location)
-    try:
-        return Path(snapshot_download(source.location, revision=source.revision, allow_patterns=ALONG))
-    except (HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"model: the files of {source.origin} cannot be fetched: {error}") from error
+    return fetch_repository(source.location, source.revision, "model", MODEL_FILES)
 
 
 def _read(path: Path, contents: type[Contents], source: ModelSource) -> Contents:

@@ -7,9 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
@@ -18,6 +16,9 @@ from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG, of_base
 from loraover_export.merge.base_files import open_base as open_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BaseWeights:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
@@ -148,7 +148,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _card(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result: MergeReport) -> str:
     facts = {
-        "adapter": str(request.source),
+        "adapter": request.shown("source"),
         "merged weights": str(len(result.weights)),
         **matrix_facts([weight.matrix for weight in result.weights]),
         "share of the adapter that storage erased": f"{result.stored.erased:.2%}",

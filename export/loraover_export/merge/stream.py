@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import ExactAdapter
-from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, FLOATS, TensorFile, open_tensors
+from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, open_tensors, torch_dtype
 from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
@@ -77,7 +77,7 @@ def _changed(
     planned: Planned, source: TensorFile, adapter: ExactAdapter, threads: Workers
 ) -> tuple[Tensor, Merged | None]:
     """Return a tensor that differs from the base model's."""
-    name, dtype = source.dtype(planned.read), FLOATS[source.dtype(planned.read)]
+    name, dtype = source.dtype(planned.read), torch_dtype(source.dtype(planned.read))
     if planned.replaced is None:
         weight = source.read(planned.read)
     else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.request import verb

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.onnx.request import OnnxRequest

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraover.common.dtypes import DTYPES
-from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
+from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, option
 from loraover.models import request_fields
-from loraover_export.uniform.request_fields import base_model, check_faults, replaces
+from loraover.sources.address import name_of
+from loraover_export.uniform.request_fields import base_model, check_faults, given_adapter, replaces
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -34,8 +35,8 @@ class OnnxRequest(Request):
         "loraover export onnx adapter-c -o more --mode swappable --web --graph onnx-web",
     )
 
-    sources: AnyPaths = argument(
-        "Folders of LoRA-Over checkpoints, folded adapters or plain PEFT LoRAs; exactly one for a merged graph.",
+    sources: AnyPaths = given_adapter(
+        "LoRA-Over checkpoint, folded adapter or plain PEFT LoRA, exactly one for a merged graph",
         metavar="SOURCE...",
     )
     output: AnyPath = option("New folder for the graphs, the adapters' files, the report and a model card.", short="-o")
@@ -111,4 +112,4 @@ class OnnxRequest(Request):
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """Names of the adapters, which are those of a swappable graph's files, in the order of the sources."""
-        return self.names or tuple(source.resolve().name for source in self.sources)
+        return self.names or tuple(map(name_of, self.addresses.get("sources", self.sources)))

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from loraover.checkpoint.checkpoint import read_source
-from loraover.checkpoint.metadata import META_FILE
+from loraover.checkpoint.source import META_FILE, read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError

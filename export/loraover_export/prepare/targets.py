@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraover.checkpoint.checkpoint import read_source
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ExportError, FoldError
@@ -159,10 +159,10 @@ def _is_taken(source: Path, dtype: str) -> bool:
     """Whether the uniform form of an adapter in a data type holds the numbers that its file holds."""
     adapter = read_source(source)
     with open_tensors(adapter.tensors_path) as file:
-        types = {str(FLOATS.get(file.dtype(key))) for key in file.keys}
+        types = {FLOATS.get(file.dtype(key)) for key in file.keys}
     return (
         adapter.is_run_by_peft
         and not adapter.others
-        and types == {f"torch.{DTYPES[dtype]}"}
+        and types == {DTYPES[dtype]}
         and all(module.scaling == 1 and module.rank == adapter.rank for module in adapter.modules.values())
     )

@@ -8,8 +8,8 @@ from threading import Event
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.metadata import CORES_FILE, META_FILE
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover_export.logits.deviation import Deviation
 from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge

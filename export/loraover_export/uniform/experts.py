@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
 from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Projections = tuple[str, str, str]
 """Names of a class's gate, up and down projections."""

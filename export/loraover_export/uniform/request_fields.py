@@ -9,16 +9,35 @@ from loraover.common.request import Request, argument, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device
 
+ADDRESSES = "folder, hub name such as owner/name@revision, or address such as s3://bucket/folder"
+"""What an adapter is named by, in help texts."""
+
+
+def given_adapter(kind: str, **more: Any) -> Any:
+    """Declare a field that takes an adapter, or several.
+
+    Args:
+        kind: What the adapter is, in words.
+        more: Keywords of `argument`.
+    """
+    return argument(
+        f"{kind}: {ADDRESSES}.",
+        is_source=True,
+        **more,
+    )
+
 
 def plain_adapter() -> Any:
     """Declare the field `source`, the adapter to export."""
-    return argument("Folder of a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA.")
+    return given_adapter("LoRA-Over checkpoint, folded adapter or any plain PEFT LoRA")
 
 
 def base_model(purpose: str = "") -> Any:
     """Declare the field `model`, the base model."""
     return option(
-        f"Base model{purpose}, folder or hub name.", default=None, default_text="the one that the adapter names"
+        f"Base model{purpose}: folder, hub name or address.",
+        default=None,
+        default_text="the one that the adapter names",
     )
 
 

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError
 from loraover.models.load import ModelSource
+from loraover.sources.cache import MODEL_FILES
+from loraover.sources.hub import fetch_repository
 from loraover_serve.engines import runner
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.installed import installed_version, version_beside
@@ -162,7 +164,4 @@ def local_folder(base: ModelSource) -> str:
     """Folder with the files of a base model, which lie in the hub's cache once the model has been loaded."""
     if Path(base.location).is_dir():
         return str(Path(base.location).resolve())
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    return str(snapshot_download(base.location, revision=base.revision, allow_patterns=patterns))
+    return str(fetch_repository(base.location, base.revision, "model", MODEL_FILES))

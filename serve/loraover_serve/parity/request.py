@@ -49,22 +49,25 @@ class ParityRequest(EngineRequest):
         | dict.fromkeys(("--enable-prefix-caching", "--no-enable-prefix-caching"), _CACHE_OFF)
     )
 
-    adapter: AnyPath = option("Folder of the folded adapter.")
+    adapter: AnyPath = option("Folded adapter: folder, hub name or address.", is_source=True)
     baseline: AnyPath | None = option(
-        "Folder of a plain LoRA with the same ranks and targets, to compare with.",
+        "Plain LoRA with the same ranks and targets, to compare with: folder, hub name or address.",
+        is_source=True,
         default=None,
         default_text="random weights of the adapter's shapes",
     )
     checkpoint: AnyPath | None = option(
-        "Folder of the LoRA-Over checkpoint that was folded; answers are then compared with its unfolded model, which "
-        "also becomes an arm of the engine torch.",
+        "The LoRA-Over checkpoint that was folded: folder, hub name or address. Answers are then compared "
+        "with its unfolded model, which also becomes an arm of the engine torch.",
         default=None,
+        is_source=True,
     )
     also_adapters: AnyPaths = option(
-        "Folder of a further adapter of the same ranks and targets, to measure requests that switch among adapters or, "
+        "Further adapter of the same ranks and targets, to measure requests that switch among adapters or, "
         "on vLLM, share a batch.",
         default=(),
         flag="--also-adapter",
+        is_source=True,
     )
     engines: AnyNames = option(
         "Engine to measure on; several are measured one after the other.",

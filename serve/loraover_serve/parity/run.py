@@ -185,8 +185,8 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
         runs=measured.runs,
         base_model=arms.base.name,
         adapters={
-            FOLDED: str(request.adapter),
-            VANILLA: "random weights" if request.baseline is None else str(request.baseline),
+            FOLDED: request.shown("adapter"),
+            VANILLA: "random weights" if request.baseline is None else request.shown("baseline"),
             CONTROL: "a copy of the vanilla adapter",
             **{name: str(arms.adapters[name]) for name in arms.also},
         },

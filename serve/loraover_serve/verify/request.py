@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraover.common.request import AnyNames, AnyPath, AnyPaths, argument, option
+from loraover.common.request import AnyNames, AnyPath, AnyPaths, option
 from loraover.models.device import choose_device
 from loraover.models.request_fields import device
+from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.vllm.request import SET_BY_SERVE
@@ -37,7 +38,7 @@ class VerifyRequest(EngineRequest):
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
-    adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any kind.")
+    adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any kind")
     engines: AnyNames = option(
         "Engine to start and verify; several are verified one after the other.",
         default=(),

@@ -14,8 +14,8 @@ from pathlib import Path
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
-from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import (
     CheckpointError,
@@ -151,7 +151,7 @@ def _report(
     return VerifyReport(
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in results}),
         engines=results,
-        adapter=str(request.adapter),
+        adapter=request.shown("adapter"),
         base_model=base.name,
         reference=reference.name,
         sensitivity=reference.sensitivity,

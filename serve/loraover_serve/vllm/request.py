@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, declarations, option
+from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
 from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
+from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.plugin.settings import DEFAULT_CACHE
 
 COMMAND_VARIABLE = "LORAOVER_VLLM"
@@ -94,8 +95,8 @@ class ServeRequest(ServerRequest):
     )
     json_help = None
 
-    adapters: AnyPaths = argument(
-        "Folders of the adapters; requests address each adapter by its folder's name.",
+    adapters: AnyPaths = given_adapter(
+        "Adapters, which requests address by their folders' or repositories' names",
         default=(),
         default_text="none, with --adapters",
         metavar="[ADAPTER]...",

@@ -16,6 +16,7 @@ from loraover.common.errors import ConfigError, EngineError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import verb
 from loraover.models.load import ModelSource, resolve_model
+from loraover.sources.address import name_of
 from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN
 from loraover_serve.vllm.adapter_check import check_adapters
@@ -58,7 +59,7 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 @contextmanager
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
     if request.folder is None:
-        adapters = read_named(request.adapters)
+        adapters = read_named(request.adapters, request.addresses["adapters"])
         source = served_model(adapters, request.model, request.report)
         config = replace(server_config(adapters, source, request.options), host=request.host)
         check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
@@ -133,14 +134,19 @@ def _port(request: ServeRequest) -> int:
     return port
 
 
-def read_named(adapters: Sequence[Path]) -> dict[str, AdapterDir]:
-    """Adapters by the names of their folders, which requests address them by.
+def read_named(adapters: Sequence[Path], addresses: Sequence[str | Path] = ()) -> dict[str, AdapterDir]:
+    """Return adapters by the names of their folders or repositories, which requests address them by.
+
+    Args:
+        adapters: Their folders.
+        addresses: Where they were named, in the same order; empty: the folders.
 
     Raises:
         ConfigError: Two folders of one name.
         CheckpointError: A folder that holds no adapter.
     """
-    read = {path.resolve().name: read_adapter_dir(path) for path in adapters}
+    named = zip(addresses or adapters, adapters, strict=True)
+    read = {name_of(address): read_adapter_dir(path) for address, path in named}
     if len(read) != len(adapters):
         raise ConfigError("two adapters lie in folders of one name, which requests address them by; rename one.")
     return read

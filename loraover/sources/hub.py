@@ -1,24 +1,37 @@
-"""Look-up of commits on the Hugging Face hub."""
+"""Files and commits of repositories on the Hugging Face hub."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from loraover.common.errors import ConfigError
+from loraover.sources.cache import SourceError
+
+Kind = Literal["model", "dataset"]
 
 
-class HubUnreachableError(ConfigError):
+class HubUnreachableError(SourceError):
     """The hub cannot be reached, and its cache holds nothing under the name."""
 
 
-def pinned_commit(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
+def pinned_commit(name: str, revision: str | None, kind: Kind) -> str:
     """Return the present commit of a repository's revision, or the cached one if the hub cannot be reached.
+
+    Raises:
+        ConfigError: As `fetch_repository` does.
+    """
+    return fetch_repository(name, revision, kind, ("config.json", "README.md")).name
+
+
+def fetch_repository(name: str, revision: str | None, kind: Kind, wanted: Sequence[str]) -> Path:
+    """Return the folder of the hub's cache with a repository's files; the folder's name is the commit.
 
     Args:
         name: Hub name of the repository.
         revision: Branch, tag or commit; None means "main".
         kind: Kind of repository.
+        wanted: Names of files, or patterns of names.
 
     Raises:
         ConfigError: The repository or revision does not exist, or access is refused.
@@ -33,16 +46,14 @@ def pinned_commit(name: str, revision: str | None, kind: Literal["model", "datas
         RevisionNotFoundError,
     )
 
-    patterns = ["config.json", "README.md"]
     try:
-        folder = snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns)
+        return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(wanted)))
     except LocalEntryNotFoundError as error:  # before huggingface-hub 1, one of the HfHubHTTPErrors below
         raise _unreachable(kind, name) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it: {error}") from error
+        raise SourceError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it: {error}") from error
     except OSError as error:
         raise _unreachable(kind, name) from error
-    return Path(folder).name
 
 
 def _unreachable(kind: str, name: str) -> HubUnreachableError:

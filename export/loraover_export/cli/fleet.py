@@ -1,0 +1,57 @@
+"""The commands of many adapters: `loraover export check` and `loraover export prepare`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from loraover.common.command_line import quiet_libraries
+from loraover.common.places import imported
+from loraover.common.request import perform
+from loraover.reporting.request_command import Reporting, request_command
+from loraover_export.check.request import CheckRequest
+from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
+from loraover_export.fleet.row import Row
+
+ONE = Reporting(
+    "loraover_export.check.request:CheckRequest",
+    "loraover_export.check.run:check_adapter",
+    "loraover_export.check.show:show_report",
+)
+
+
+def _check(request: FleetCheckRequest, as_json: bool) -> int:
+    """Show one adapter in full, and several as a table."""
+    if len(request.sources) > 1 or request.html is not None:
+        return _fleet("check_fleet", request, as_json)
+    return ONE.run(CheckRequest(request.sources[0], engines=request.engines, model=request.model), as_json)
+
+
+def _prepare(request: PrepareRequest, as_json: bool) -> int:
+    return _fleet("prepare_fleet", request, as_json)
+
+
+def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
+    """Call a verb of many adapters, show each row as soon as it is there, and return the exit code."""
+    from rich.console import Console
+
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_export.fleet.show import show_row, show_summary
+
+    quiet_libraries()
+    console = Console(stderr=as_json)
+
+    def receive(row: Row, progress: str) -> None:
+        show_row(row, progress, console)
+        if as_json:
+            print(row.model_dump_json(), flush=True)
+
+    report = perform(
+        imported(f"loraover_export.fleet.run:{function}"),
+        replace(request, report=ConsoleReporter(console), receive=receive),
+    )
+    show_summary(report, console)
+    return report.exit_code
+
+
+check = request_command(FleetCheckRequest, _check)
+prepare = request_command(PrepareRequest, _prepare)

@@ -1,0 +1,1 @@
+"""Many adapters at once: each is checked or prepared, and one that fails ends nothing."""

@@ -1,0 +1,126 @@
+"""Arguments of the verbs that take many adapters, examined before any file is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraover.common.dtypes import DTYPES
+from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
+from loraover_export.check.engines import ENGINES
+from loraover_export.check.request import CheckRequest
+from loraover_export.fleet.row import Row
+from loraover_export.uniform.request_fields import ADDRESSES, base_model
+
+PREPARED_FOR = ("vllm", "llamacpp", "onnx", "openvino", "mlx")
+"""Engines that adapters can be prepared for."""
+LINES = "Print a JSON object for each adapter, one a line, as soon as it is done."
+
+
+def adapters(kind: str, metavar: str) -> Any:
+    """Declare the field `sources`, whose adapters are fetched one by one, so that one that is missing ends nothing."""
+    return argument(f"{kind}: {ADDRESSES}.", metavar=metavar)
+
+
+def number_of_jobs() -> Any:
+    """Declare the field `jobs`, the number of processes."""
+    return option("Number of processes, each of which takes one adapter at a time.", default=1, least=1)
+
+
+def table_page(default: str) -> Any:
+    """Declare the field `html`, the page with the table."""
+    return option(
+        "File for a page with a table of all adapters, which sorts and filters. An earlier page is replaced.",
+        default=None,
+        default_text=default,
+    )
+
+
+def ignore(row: Row, progress: str) -> None:
+    """Receive a row, and do nothing."""
+
+
+@dataclass(frozen=True)
+class FleetRequest(Request):
+    """What the verbs of many adapters have in common, beside the fields `sources`, `jobs`, `html` and `model`.
+
+    Args:
+        receive: Function that gets each row as soon as it is there, and how far the work is, in words.
+    """
+
+    receive: Callable[[Row, str], None] = field(default=ignore, kw_only=True, repr=False, compare=False)
+
+    @property
+    def addresses_of_all(self) -> tuple[str, ...]:
+        """The adapters, each once."""
+        return tuple(dict.fromkeys(getattr(self, "sources")))  # noqa: B009  a field of the derived classes
+
+
+@dataclass(frozen=True)
+class FleetCheckRequest(FleetRequest):
+    """Say for each engine whether it would refuse ADAPTER or silently apply it wrongly, and what repairs that.
+
+    ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any method. No engine is run or needs to be installed. Each
+    engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes. Several
+    adapters become a table with a line for each, and one that cannot be read ends nothing.
+
+    Exit code 1: an engine refuses an adapter as it is, or applies it wrongly. `--engine` chooses the engines that
+    matter to you: mlx-lm, for instance, has a format of its own and refuses every adapter as it is.
+    """
+
+    verb = "loraover export check"
+    examples = (*CheckRequest.examples, "loraover export check adapters/* --engine vllm --jobs 4 --html fleet.html")
+    json_help = "Print the report as JSON; of several adapters, a JSON object for each, one a line."
+
+    sources: AnyNames = adapters("LoRA-Over checkpoints, or PEFT adapters of any method", "ADAPTER...")
+    engines: AnyNames = option(
+        "Engine to judge for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
+    )
+    model: AnyName | None = base_model()
+    jobs: int = number_of_jobs()
+    html: AnyPath | None = table_page("none")
+
+
+@dataclass(frozen=True)
+class PrepareRequest(FleetRequest):
+    """Prepare every SOURCE for an engine, in a cache by digest: check it, and fold, convert and export it as needed.
+
+    SOURCE is a LoRA-Over checkpoint or a PEFT adapter of any kind. What the cache holds already is not made again, so a
+    run that was interrupted is continued by the same command. One bad adapter ends nothing.
+
+    Exit code 1: some adapters were refused, or could not be read. The others are in the cache.
+    """
+
+    verb = "loraover export prepare"
+    examples = (
+        "loraover export prepare my-loha -o cache --engine vllm",
+        "loraover export prepare s3://bucket/shop org/support adapters/* -o cache --jobs 4 --max-rank 32",
+    )
+    json_help = LINES
+
+    sources: AnyNames = adapters("LoRA-Over checkpoints, or PEFT adapters of any kind", "SOURCE...")
+    cache: AnyPath = option("Folder of the cache, which is made if it is missing.", short="-o")
+    engine: str = option("Engine to prepare for.", default="vllm", choices=PREPARED_FOR)
+    model: AnyName | None = option(
+        "Base model as the engine serves it: folder, hub name or address; for ONNX Runtime, the folder of a swappable "
+        "export.",
+        default=None,
+        default_text="the one that each adapter names",
+    )
+    dtype: str = option("Data type to store A and B in.", default="bf16", choices=tuple(DTYPES))
+    max_rank: int | None = option(
+        "Largest rank that the engine was started for.", default=None, default_text="the engine's own", least=1
+    )
+    approximate_to_rank: int | None = option(
+        "Rank to approximate adapters to that no LoRA within the limits expresses exactly.",
+        default=None,
+        default_text="these are refused",
+        least=1,
+    )
+    jobs: int = number_of_jobs()
+    html: AnyPath | None = table_page("prepare.html in the cache")
+
+    def faults(self) -> Iterator[str]:
+        if self.engine == "onnx" and self.model is None:
+            yield f"{self.named('engine', 'onnx')} needs {self.named('model')}: the folder of a swappable export."

@@ -1,0 +1,186 @@
+"""Check or prepare many adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from loraover.common.atomic_output import check_file_writable
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
+from loraover.common.request import verb
+from loraover.common.strict_json import read_json
+from loraover.sources.address import is_elsewhere
+from loraover.sources.fetch import Fetched, fetch_adapter
+from loraover_export.convert.source import read_peft_type
+from loraover_export.fleet.page import write_page
+from loraover_export.fleet.pool import each
+from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
+from loraover_export.fleet.row import FleetReport, Row
+
+PAGE = "prepare.html"
+IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
+"""Errors that say what is wrong with an adapter; others may not come again."""
+MINUTE_S = 60
+
+
+class Examine(Protocol):
+    """Work on one adapter, which can be sent to other processes."""
+
+    def __call__(self, fetched: Fetched, source: str) -> Row:
+        """Return what became of it."""
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """Work on an adapter by its address, which gives a row whatever happens.
+
+    Args:
+        examine: The work, given the adapter's folder and the text by which it was named.
+    """
+
+    examine: Examine
+
+    def __call__(self, source: str) -> Row:
+        started, row = perf_counter(), Row(source=source, address=source, verdict="failed")
+        try:
+            fetched = fetch_adapter(source, lambda line: None)
+            row = row.model_copy(update={"address": fetched.address})
+            row = row.model_copy(update={"kind": read_peft_type(fetched.folder)})
+            row = self.examine(fetched, source)
+        except LoraOverError as error:
+            is_its_own = isinstance(error, IN_THE_ADAPTER) and not isinstance(error, ConfigError | OutputError)
+            reason = str(error) if row.address == source else _of_address(str(error), fetched)
+            row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
+        except Exception as error:  # one adapter must not end the others, whatever a library makes of it
+            row = row.model_copy(update={"reason": f"{type(error).__name__}: {error}. Please report this."})
+        return row.model_copy(update={"seconds": perf_counter() - started})
+
+
+def killed(source: str) -> Row:
+    """Return the row of an adapter whose process was killed."""
+    reason = "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
+    return Row(source=source, address=source, verdict="failed", reason=reason)
+
+
+@verb(PrepareRequest)
+def prepare_fleet(request: PrepareRequest) -> FleetReport:
+    """Prepare many adapters for an engine, in a cache; see `prepare_adapter`.
+
+    Returns:
+        A row for each adapter. One that is refused, or cannot be read, ends nothing.
+
+    Raises:
+        ConfigError: An argument that cannot be used.
+        OutputError: A cache or a page that cannot be written.
+    """
+    cache = request.cache.absolute()
+    options = {
+        "engine": request.engine,
+        "dtype": request.dtype,
+        "max_rank": request.max_rank,
+        "approximate_to_rank": request.approximate_to_rank,
+    }
+    check_file_writable(cache / PAGE, parents=True)
+    work = partial(prepared_row, cache=str(cache), model=request.model, options=options)
+    return _run(work, request, request.jobs, request.html or cache / PAGE)
+
+
+@verb(FleetCheckRequest)
+def check_fleet(request: FleetCheckRequest) -> FleetReport:
+    """Check many adapters for several engines without running any; see `check_adapter`.
+
+    Returns:
+        A row for each adapter. One that cannot be read ends nothing.
+
+    Raises:
+        ConfigError: An argument that cannot be used.
+        OutputError: A page that cannot be written.
+    """
+    work = partial(checked_row, engines=request.engines, model=request.model)
+    return _run(work, request, request.jobs, request.html)
+
+
+def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> Row:
+    """Prepare one adapter, and return its row.
+
+    Raises:
+        LoraOverError: As `prepare_adapter` does.
+    """
+    from loraover_export.convert.need import named_base
+    from loraover_export.prepare.prepared import RECORD_FILE, Record
+    from loraover_export.prepare.run import prepare_adapter
+
+    config = named_base(fetched.folder)
+    named = model or config.base_model_name_or_path
+    if named is None or (model is None and is_elsewhere(named)):
+        raise ConfigError(f"{source}: names the base model {named}; name one that you trust with --model.")
+    prepared = prepare_adapter(fetched.folder, cache, model=named, **options)
+    record = read_json(Path(cache) / prepared.digest / RECORD_FILE, Record)
+    return Row(
+        source=source,
+        address=fetched.address,
+        verdict="prepared",
+        kind=config.peft_type,
+        rank=prepared.rank,
+        error=record.error,
+        done=" ".join((prepared.done, *prepared.notes)),
+        path=str(prepared.path),
+        cached=prepared.cached,
+    )
+
+
+def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], model: str | None) -> Row:
+    """Check one adapter, and return its row.
+
+    Raises:
+        LoraOverError: As `check_adapter` does.
+    """
+    from loraover_export.check.run import check_adapter
+
+    report = check_adapter(fetched.folder, engines=engines, model=model)
+    mended = [check.engine for check in report.engines if check.is_mended]
+    found = {
+        f"{finding.level}: {finding.found}": None
+        for check in report.engines
+        for finding in check.as_it_is.findings
+        if finding.level != "note"
+    }
+    return Row(
+        source=source,
+        address=fetched.address,
+        verdict="right" if report.passed else "refused",
+        kind=report.peft_type,
+        rank=max(report.ranks, default=None),
+        done=f"the export mends it for {', '.join(mended)}" if mended else "",
+        reason=" ".join(found),
+        engines={check.engine: check.as_it_is.verdict for check in report.engines},
+    )
+
+
+def _run(work: Examine, request: FleetRequest, jobs: int, page: Path | None) -> FleetReport:
+    sources, started = request.addresses_of_all, perf_counter()
+    if page is not None:
+        check_file_writable(page, parents=True)
+    rows: dict[str, Row] = {}
+    with request.report.task("adapters", len(sources)) as progress:
+        for source, row in each(Guarded(work), sources, jobs, killed):
+            rows[source] = row
+            progress(len(rows))
+            left = (perf_counter() - started) / len(rows) * (len(sources) - len(rows))
+            request.receive(row, f"{len(rows)} of {len(sources)}, {_in_words(left)} left")
+    report = FleetReport(rows=[rows[source] for source in sources], seconds=perf_counter() - started)
+    if page is not None:
+        write_page(report, page, request.command())
+    return report
+
+
+def _of_address(message: str, fetched: Fetched) -> str:
+    """Return a message with the address of an adapter in place of the folder that it was fetched to."""
+    return message.replace(str(fetched.folder), fetched.address)
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 2 * MINUTE_S else f"{seconds / MINUTE_S:.0f} min"

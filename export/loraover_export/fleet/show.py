@@ -1,0 +1,30 @@
+"""A fleet's rows and their summary as text for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from loraover.reporting.reporter import print_line
+from loraover_export.fleet.row import FleetReport, Row
+
+STYLES = {"right": "green", "prepared": "green", "refused": "yellow", "failed": "red"}
+
+
+def show_row(row: Row, progress: str, console: Console) -> None:
+    """Print what became of one adapter, in one line.
+
+    Args:
+        row: What became of it.
+        progress: How many adapters are done, and how long the others take.
+        console: Console to print to.
+    """
+    facts = [row.kind, None if row.rank is None else f"rank {row.rank}", row.done, row.reason]
+    facts += [None if row.error is None else f"error {row.error:.2g}", "from the cache" if row.cached else None]
+    told = ", ".join(fact for fact in facts if fact)
+    print_line(console, f"{row.verdict:<9} {row.source}: {told} ({row.seconds:.1f} s; {progress})", STYLES[row.verdict])
+
+
+def show_summary(report: FleetReport, console: Console) -> None:
+    """Print how many adapters have each verdict."""
+    text = f"{report.counts()}, of {len(report.rows)} adapters in {report.seconds:.1f} s"
+    print_line(console, text, "green" if report.passed else "red")

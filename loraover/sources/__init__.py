@@ -1,0 +1,1 @@
+"""Places that adapters and models are taken from: a folder, a name on the hub, or an address."""

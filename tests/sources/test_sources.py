@@ -1,0 +1,327 @@
+"""Adapters and models by address: from a real server of S3, a web server, and a server that answers as the hub does."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.common.errors import OutputError
+from loraover.common.paths import AddressPath, cache_folder
+from loraover.models.load import load_config, resolve_model
+from loraover.sources.address import Address, HubName, is_elsewhere, name_of, read_address
+from loraover.sources.cache import SourceError
+from loraover.sources.fetch import fetch_adapter
+from loraover.sources.remote import RemoteStore
+from loraover_export import check_adapter
+
+from support.plain_adapter import make_adapter
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def quiet(line: str) -> None:
+    """Drop a line of progress."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return cache_folder() / "sources"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("llama"), "Llama")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """An empty bucket of a server of S3 on this machine, as fsspec opens it."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is in the extra remote")
+    server_of = pytest.importorskip("moto.server", reason="moto is in the extra dev")
+    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        system = s3fs.S3FileSystem()
+        system.mkdir("bucket")
+        yield system
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def put(s3: Any, folder: str, **files: bytes) -> str:
+    for name, content in files.items():
+        s3.pipe(f"bucket/{folder}/{name.replace('__', '.')}", content)
+    return f"s3://bucket/{folder}"
+
+
+class Site(http.server.SimpleHTTPRequestHandler):
+    """A folder's files, and redirects; `moved` has the targets by path."""
+
+    moved: dict[str, str] = {}  # noqa: RUF012  a test sets it
+
+    def log_message(self, *words: Any) -> None: ...
+
+    def send_head(self) -> Any:
+        if self.path in self.moved:
+            self.send_response(302)
+            self.send_header("Location", self.moved[self.path])
+            self.end_headers()
+            return None
+        return super().send_head()
+
+
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    folder = tmp_path / "site"
+    (folder / "a").mkdir(parents=True)
+    Site.moved = {}
+    with serving(functools.partial(Site, directory=str(folder))) as address:
+        yield folder / "a", f"{address}/a"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", HubName("org/name", None)),
+        ("org/name@v1.0", HubName("org/name", "v1.0")),
+        ("hf://org/name@refs", HubName("org/name", "refs")),
+        ("https://huggingface.co/org/name/tree/main", HubName("org/name", "main")),
+        ("s3://b/x/", Address("s3", "b/x")),
+        (AddressPath("s3://b/x"), Address("s3", "b/x")),
+        ("https://host/x?version=1", Address("https", "host/x?version=1")),
+        ("name", Path("name")),
+        ("./org/name", Path("org/name")),
+        ("/a/b", Path("/a/b")),
+        ("a/b/c", Path("a/b/c")),
+        ("../x", Path("../x")),
+    ],
+)
+def test_a_text_is_a_path_a_hub_name_or_an_address(text: str | Path, expected: object) -> None:
+    assert read_address(text) == expected
+    assert is_elsewhere(text) == ("://" in str(text))
+
+
+def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("org/name").mkdir(parents=True)
+    assert read_address("org/name") == Path("org/name")
+    assert [name_of(text) for text in ("org/name", "org/other@v1", "s3://b/shop")] == ["name", "other", "shop"]
+
+
+def test_an_address_keeps_its_text_in_a_path() -> None:
+    assert str(AddressPath("s3://b/x")) == "s3://b/x"
+    assert str(AddressPath("/s3://b")) == "/s3:/b"
+
+
+@pytest.mark.parametrize("text", ["hf://datasets/org/name", "https://huggingface.co/org"])
+def test_an_address_of_the_hub_names_a_repository(text: str) -> None:
+    with pytest.raises(SourceError.__base__, match="names no repository of the hub; expected"):
+        read_address(text)
+
+
+def test_s3_files_are_fetched_once_and_again_when_they_change(s3: Any, cache: Path) -> None:
+    address = put(s3, "once", adapter_config__json=b"{}", adapter_model__safetensors=b"1", optimizer__pt=b"large")
+    lines: list[str] = []
+    first = fetch_adapter(address, lines.append).folder
+    assert {path.name for path in first.iterdir()} == {CONFIG, TENSORS}
+    assert fetch_adapter(address, lines.append).folder == first
+    assert len(lines) == 1
+    put(s3, "once", adapter_model__safetensors=b"2")
+    second = fetch_adapter(address, lines.append).folder
+    assert (first / TENSORS).read_bytes() == b"1"
+    assert (second / TENSORS).read_bytes() == b"2"
+
+
+def test_a_check_reads_s3(s3: Any, adapter: Path) -> None:
+    s3.put(f"{adapter}/", "bucket/real/", recursive=True)
+    report = check_adapter("s3://bucket/real", engines="vllm")
+    assert report.modules == check_adapter(adapter, engines="vllm").modules
+    assert report.adapter == "s3://bucket/real"
+
+
+def test_a_model_is_read_from_s3_and_a_check_takes_its_configuration_alone(s3: Any, adapter: Path, cache: Path) -> None:
+    base = Path(json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"])
+    s3.put(f"{base}/", "bucket/base/", recursive=True)
+    small = resolve_model("s3://bucket/base", with_weights=False)
+    assert {path.name for path in Path(small.location).iterdir()} == {"config.json"}
+    whole = resolve_model("s3://bucket/base")
+    assert (Path(whole.location) / "model.safetensors").is_file()
+    assert load_config(whole).architectures == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "x/../../y"])
+def test_no_name_leads_out_of_the_cache(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3's own client collapses such names, so the listing is fsspec's of a system that does not."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    listed = [{"name": f"/d/{name}", "size": 1, "type": "file"}, {"name": f"/d/{CONFIG}", "size": 1, "type": "file"}]
+    monkeypatch.setattr(type(system), "ls", lambda self, path, detail: listed)
+    with pytest.raises(SourceError, match="outside of the cache; expected plain names"):
+        fetch_adapter("memory://d", quiet)
+    assert not cache.exists()
+
+
+def test_a_file_that_changes_in_between_is_refused(s3: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = put(s3, "moving", adapter_config__json=b"{}", adapter_model__safetensors=b"1")
+    read = RemoteStore.read
+
+    def read_then_change(self: RemoteStore, name: str, target: Path) -> None:
+        read(self, name, target)
+        put(s3, "moving", adapter_config__json=b"[]")
+
+    monkeypatch.setattr(RemoteStore, "read", read_then_change)
+    with pytest.raises(SourceError, match=f"{CONFIG} changed while it was read"):
+        fetch_adapter(address, quiet)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://bucket/nothing", "no such folder there"),
+        ("s3://nowhere/x", "no such folder there"),
+        ("nonsense://x", "cannot be read: Protocol not known"),
+        ("gs://b/x", "this needs gcsfs"),
+        ("http://example.org/x", "without encryption"),
+    ],
+)
+def test_what_cannot_be_fetched_is_refused(s3: Any, address: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        fetch_adapter(address, quiet)
+
+
+def test_a_cache_that_cannot_be_written_is_said(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = put(s3, "full", adapter_config__json=b"{}")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="file"):
+        fetch_adapter(address, quiet)
+
+
+def test_a_web_folder_is_fetched_once(site: tuple[Path, str]) -> None:
+    folder, address = site
+    (folder / CONFIG).write_text("{}")
+    (folder / TENSORS).write_bytes(b"1" * 100_000)
+    Site.moved = {f"/a/{TENSORS}": "/a/moved"}  # within the host
+    (folder / "moved").write_bytes(b"1" * 100_000)
+    lines: list[str] = []
+    first = fetch_adapter(address, lines.append).folder
+    assert (first / TENSORS).read_bytes() == b"1" * 100_000
+    assert fetch_adapter(address + "/", lines.append).folder == first
+    assert len(lines) == 1
+
+
+def test_a_model_of_the_web_has_the_shards_that_its_index_names(site: tuple[Path, str]) -> None:
+    folder, address = site
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    (folder / "model-1.safetensors").write_bytes(b"1")
+    assert (Path(resolve_model(address).location) / "model-1.safetensors").read_bytes() == b"1"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../../x"}}))
+    (folder.parent.parent / "x").write_bytes(b"1")
+    with pytest.raises(SourceError, match="outside of the cache"):
+        resolve_model(address)
+
+
+def test_a_redirect_to_another_host_is_refused(site: tuple[Path, str], cache: Path) -> None:
+    folder, address = site
+    (folder / CONFIG).write_text("{}")
+    Site.moved = {f"/a/{TENSORS}": "http://127.0.0.1:1/secret"}
+    with pytest.raises(SourceError, match=r"redirects to another host, '127\.0\.0\.1:1'"):
+        fetch_adapter(address, quiet)
+    assert not cache.exists()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The routes of the hub that a download takes, for one repository at one commit."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012  a test sets it
+
+    def log_message(self, *words: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        path = self.path.partition("?")[0]
+        name = path.rpartition("/")[2]
+        if path.startswith("/api/models/org/shop/tree/"):
+            body = json.dumps(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in self.files.items()
+                ]
+            ).encode()
+        elif path.startswith("/api/models/org/shop"):
+            siblings = [{"rfilename": name} for name in self.files]
+            body = json.dumps({"id": "org/shop", "sha": COMMIT, "siblings": siblings}).encode()
+        elif path.startswith("/org/shop/resolve/") and name in self.files:
+            body = self.files[name]
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.mark.process
+def test_a_hub_name_is_pinned_and_found_again_without_the_hub(adapter: Path, tmp_path: Path) -> None:
+    Hub.files = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+    code = "import sys; from loraover.sources.fetch import fetch_adapter as f; print(f(sys.argv[1], print).address)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+    def fetch(name: str, **more: str) -> list[str]:
+        words = [sys.executable, "-c", code, name]
+        ran = subprocess.run(words, env={**environment, **more}, capture_output=True, text=True, check=False)
+        return (ran.stdout or ran.stderr).splitlines()
+
+    with serving(Hub) as address:
+        assert fetch("org/shop", HF_ENDPOINT=address)[-1] == f"org/shop@{COMMIT}"
+        assert "the hub refuses it" in "".join(fetch("org/none", HF_ENDPOINT=address))
+    assert fetch("org/shop", HF_HUB_OFFLINE="1")[-1] == f"org/shop@{COMMIT}"
+    assert (
+        "no such folder here, and model 'org/none': the hub cannot be reached"
+        in (fetch("org/none", HF_HUB_OFFLINE="1")[-1])
+    )
