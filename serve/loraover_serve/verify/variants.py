@@ -89,10 +89,10 @@ class Variants:
         with _adding(self.model, deltas, self._adapter), self._others(with_others):
             return self._run(prompts)
 
-    def rounded(self, format_: NumberFormat, deltas: Deltas | None = None) -> Expected:
+    def rounded(self, format_: NumberFormat, deltas: Deltas | None = None, *, prompts: int | None = None) -> Expected:
         """Logprobs of the base model in a coarser number format, with an adapter if deltas are given."""
         with rounding(self.model, format_):
-            return self._run() if deltas is None else self.adapted(deltas)
+            return self._run(prompts) if deltas is None else self.adapted(deltas, prompts=prompts)
 
     def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
         """The base model with faults of its own: kind, words, and what runs it on the first prompts, or on all."""
