@@ -174,6 +174,11 @@ class Request:
         """Return those of some arguments that are not at their defaults, as the caller wrote them."""
         return ", ".join(self.named(name) for name in names if self._is_given(name))
 
+    @property
+    def loads_models(self) -> bool:
+        """Whether the verb loads models, with libraries that take seconds to import."""
+        return True
+
     def command(self) -> str:
         """Return the command line that repeats this request, without options at their defaults."""
         places: list[str] = []

@@ -22,7 +22,7 @@ COMMANDS = {
     ),
     "verify": Reporting(
         "loraover_serve.verify.request:VerifyRequest",
-        "loraover_serve.verify.run:verify_adapter",
+        "loraover_serve.record.check:verify_adapter",
         "loraover_serve.verify.show:show_report",
     ),
 }

@@ -60,8 +60,12 @@ class Dialect(NamedTuple):
         if given.get("content"):
             return [(e, [(o, o.get("logprob")) for o in e.get("top_logprobs") or [e]]) for e in given["content"]]
         tops = [list((place or {}).items()) for place in given.get("top_logprobs") or []]
-        chosen = choice.get("token_ids") or given.get("tokens") or [None] * len(tops)
+        chosen = choice.get("token_ids") or given.get("tokens") or [max(p, key=_value)[0] if p else None for p in tops]
         return list(zip(chosen, tops, strict=False))
+
+
+def _value(pair: tuple[Any, float]) -> float:
+    return pair[1]
 
 
 MORE = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True, "repetition_penalty": 1.0}
