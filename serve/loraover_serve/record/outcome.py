@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
 from loraover.common.atomic_output import publish_directory, publish_file
 from loraover.common.errors import EngineError, OutputError, UnwrittenReportError
-from loraover.common.provenance import environment, today
-from loraover_serve.comparison.report import machine
+from loraover.common.provenance import environment, processor, today
 from loraover_serve.record.adapter_check.reference import Reference
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
@@ -48,7 +48,7 @@ def to_report(
         device=str(first.get("made", {}).get("device", "unknown")),
         command=request.command(),
         versions=environment(),
-        hardware=machine(),
+        hardware=f"{processor()}, {platform.platform()}",
         date=today(),
     )
 
