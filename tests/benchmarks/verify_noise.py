@@ -2,9 +2,9 @@
 
     cd tests && ../.venv/bin/python -m benchmarks.verify_noise [--only ENGINE]
 
-SmolLM2 gets a LoRA of 12 steps on GSM8K. Each engine answers for the base model, the adapter, and the adapter at 0.8
-and 1.2 times its strength; PyTorch answers for the first two in float32. Of each position the eight likeliest tokens
-are kept that are among the 20 likeliest of every arm, as `tests/serve/noise/ENGINE.npz`.
+SmolLM2 gets a LoRA of 12 steps on GSM8K. Each engine answers for the base model, the adapter, the adapter at 0.8 and
+1.2 times its strength, and once more for the base model; PyTorch answers in float32. Of each position the eight
+likeliest tokens are kept that are among the 20 likeliest of every arm, as `tests/serve/noise/ENGINE.npz`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,16 +27,21 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from loraover.checkpoint.checkpoint import read_source
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
+from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, Rows, window_rows
+from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, window_rows
 from loraover_serve.engines.endpoint import EndpointEngine
-from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.faults import rescaled
+from loraover_serve.verify.judge import Answers, EngineCase, EngineJudge
+from loraover_serve.verify.reference import Reference, make_reference
+from loraover_serve.verify.run import make_subject
+from loraover_serve.verify.variants import Variants
 
 from support.real_data import data_folder
 
@@ -44,8 +50,12 @@ NOISE = Path(__file__).parents[1] / "serve" / "noise"
 FACTORS = {"weak": 0.8, "strong": 1.2}
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 48, 32, 8
 STEPS, BATCH, LENGTH, RATE = 12, 4, 64, 1e-3
+PATIENCE_S = 600.0
 TOP, KEPT = 20, 8
-ARMS = (BASE, ADAPTER, *FACTORS)
+ADAPTERS = (ADAPTER, *FACTORS)
+AGAIN = "again"
+ARMS = (BASE, *ADAPTERS, AGAIN)
+"""What an engine is asked for; "again" is the base model, as an adapter that is not applied."""
 Answer = Callable[[str], Rows]
 
 
@@ -89,7 +99,7 @@ def in_vllm(source: ModelSource, reference: Reference, folder: Path) -> Iterator
     from support.vllm_command import vllm_command
 
     options = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "128"]
-    served = [folder / arm for arm in ARMS if arm != BASE]
+    served = [folder / arm for arm in ADAPTERS]
     log = folder / "vllm.log"
     with serve_adapters(served, model=source.location, vllm=vllm_command(), log=log, options=options) as server:
         base = next(name for name in server.models() if name not in server.names)
@@ -108,25 +118,8 @@ def in_torch(name: str, source: ModelSource, reference: Reference, folder: Path)
             weight.data = FORMATS[name].weights(weight.data)
         return model
 
-    engine = torch_engine(load, {arm: folder / arm for arm in ARMS if arm != BASE}, None)
-
-    def answer(arm: str) -> Rows:
-        found = engine.logits(arm, [q.tokens for q in reference.questions])
-        return [r for i, logits in enumerate(found) for r in window_rows(i, reference.questions[i], logits)]
-
-    yield answer
-
-
-def make_plain_reference(source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]]) -> Reference:
-    """PyTorch's answers in float32, without those in bfloat16."""
-    engine = torch_engine(partial(load_model, source), {ADAPTER: folder / ADAPTER}, None)
-    answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, NEW_TOKENS) for prompt in asked])
-    questions = tuple(Question(p, answer.token_ids) for p, answer in zip(asked, answers, strict=True))
-    rows = {}
-    for arm in (BASE, ADAPTER):
-        found = engine.logits(arm, [q.tokens for q in questions])
-        rows[arm] = [r for i, logits in enumerate(found) for r in window_rows(i, questions[i], logits)]
-    return Reference("PEFT", questions, Expected(rows[BASE]), Expected(rows[ADAPTER]), 1.0)
+    engine = torch_engine(load, {arm: folder / arm for arm in ADAPTERS}, None)
+    yield partial(engine.logprobs, questions=reference.questions)
 
 
 @contextmanager
@@ -139,13 +132,13 @@ def in_llamacpp(kind: str, source: ModelSource, reference: Reference, folder: Pa
     exact, base = folder / "exact.gguf", folder / f"{kind}.gguf"
     if not exact.exists():
         write_base(load_model(source), exact)
-        for arm in ARMS[1:]:
+        for arm in ADAPTERS:
             export_gguf(folder / arm, folder / f"{arm}.gguf", model=source.name)
     quantise(exact, base, kind)
     with ExitStack() as stack:
         running = {
             arm: stack.enter_context(LlamaCppModel(base, None if arm == BASE else folder / f"{arm}.gguf", threads=2))
-            for arm in ARMS
+            for arm in (BASE, *ADAPTERS)
         }
 
         def answer(arm: str) -> Rows:
@@ -178,59 +171,103 @@ def quantise(exact: Path, output: Path, kind: str) -> None:
 
 
 @contextmanager
-def in_onnx(source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
-    """ONNX Runtime with a swappable graph whose matrices are rounded to int4."""
+def in_onnx(precision: str, source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+    """ONNX Runtime with a swappable graph in fp32, or with matrices that are rounded to int4."""
     from loraover_export import export_onnx
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 
-    graph, names = folder / "onnx", ARMS[1:]
+    graph, names = folder / f"onnx-{precision}", ADAPTERS
     paths = [folder / arm for arm in names]
-    export_onnx(paths, graph, mode="swappable", model=source.name, names=names, precision="int4", check=False)
+    shutil.rmtree(graph, ignore_errors=True)
+    export_onnx(paths, graph, mode="swappable", model=source.name, names=names, precision=precision, check=False)
     arms = {BASE: OnnxArm(graph)} | {name: OnnxArm(graph, graph / f"{name}.onnx_adapter") for name in names}
-    engine = OnnxEngine("onnx", arms)
+    yield partial(OnnxEngine("onnx", arms).logprobs, questions=reference.questions)
 
-    def answer(arm: str) -> Rows:
-        found = zip(reference.questions, engine.logits(arm, [q.tokens for q in reference.questions]), strict=True)
-        return [row for i, (question, logits) in enumerate(found) for row in window_rows(i, question, logits)]
 
-    yield answer
+@contextmanager
+def in_mlx(source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+    """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
+    from loraover_export.mlx.run import export_mlx
+    from loraover_serve.engines.elsewhere import local_folder
+    from loraover_serve.engines.mlx import MlxEngine
+
+    scratch = folder / "mlx"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    words = ["-m", "mlx_lm", "convert", "-q", "--q-bits", "4", "--hf-path", local_folder(source)]
+    subprocess.run([str(MlxEngine.python()), *words, "--mlx-path", str(scratch / BASE)], check=True)
+    made = [export_mlx(folder / arm, scratch / arm, model=source.location) for arm in ADAPTERS]
+    adapters = {BASE: None} | {arm: str(scratch / arm) for arm in ADAPTERS}
+    arguments = {"model": str(scratch / BASE), "settings": made[0].lost_settings, "adapters": adapters}
+    with MlxEngine.run(arguments, scratch / "log", PATIENCE_S) as runner:
+        yield partial(MlxEngine(runner, scratch).logprobs, questions=reference.questions)
 
 
 ENGINES: dict[str, Callable[..., Any]] = {
+    "onnx-fp32": partial(in_onnx, "fp32"),
     "vllm-bf16": in_vllm,
-    "onnx-int4": in_onnx,
+    "torch-fp8": partial(in_torch, "fp8"),
     "llamacpp-q8": partial(in_llamacpp, "Q8_0"),
     "llamacpp-q4": partial(in_llamacpp, "Q4_0"),
-    "torch-fp8": partial(in_torch, "fp8"),
+    "mlx-int4": in_mlx,
+    "onnx-int4": partial(in_onnx, "int4"),
 }
 """The engines, by the names of their files."""
 
 
-def differences(answers: Mapping[str, Rows], reference: Reference) -> dict[str, NDArray[np.float16]]:
-    """What is kept of an engine's answers: arrays of shape (prompts, positions, tokens), in nats.
+class Subject:
+    """The adapter in PyTorch, as the judge of verify has it.
 
-    Returns:
-        `likely`, PyTorch's logprobs of the base model; `effect`, what the adapter adds to them in PyTorch; and by the
-        name of each arm how far the engine is from PyTorch: its base model from the base model, the others from the
-        adapter. NaN stands where fewer tokens are among the 20 likeliest of all arms.
+    Args:
+        source: The base model.
+        folder: Folder of the adapters.
+        asked: Token ids of the prompts.
     """
-    shape = (len(reference.questions), NEW_TOKENS, KEPT)
-    found = {name: np.full(shape, np.nan, dtype=np.float16) for name in ("likely", "effect", *ARMS)}
-    places = {arm: {(row.question, row.position): row for row in rows} for arm, rows in answers.items()}
-    for index, question in enumerate(reference.questions):
-        for step, position in enumerate(question.answered):
-            rows = {arm: rows[index, position] for arm, rows in places.items()}
-            base, adapter = (each.at(index, position).astype(float) for each in (reference.base, reference.adapter))
-            shared = set.intersection(*(set(row.ids.tolist()) for row in rows.values() if row.ids is not None))
-            ids = sorted(shared, key=lambda id_: -adapter[id_])[:KEPT]
-            told = {"likely": base[ids], "effect": adapter[ids] - base[ids]}
-            for arm, row in rows.items():
-                assert row.ids is not None
-                by_id = dict(zip(row.ids.tolist(), row.logprobs.astype(float), strict=True))
-                told[arm] = np.array([by_id[id_] for id_ in ids]) - (base if arm == BASE else adapter)[ids]
-            for name, values in told.items():
-                found[name][index, step, : len(ids)] = values
-    return found
+
+    def __init__(self, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]]) -> None:
+        adapter = read_source(folder / ADAPTER)
+        self.reference = make_reference(adapter, source, asked, NEW_TOKENS, "cpu", SILENT)
+        variants = Variants(adapter, source, "cpu", self.reference.questions)
+        self.judge = EngineJudge(self.reference, variants, make_subject(adapter, source))
+        scaled = {arm: rescaled(self.judge.subject, factor).deltas for arm, factor in FACTORS.items()}
+        self.adapted = {ADAPTER: self.reference.adapter} | {a: variants.adapted(each) for a, each in scaled.items()}
+
+    def kept(self, answers: Mapping[str, Rows]) -> dict[str, Any]:
+        """What is kept of an engine's answers.
+
+        Returns:
+            Arrays of shape (prompts, positions, tokens), in nats: `likely`, PyTorch's logprobs of the base model;
+            `effect_ADAPTER`, what each adapter adds to them in PyTorch; by the name of each arm how far the engine is
+            from PyTorch. NaN stands where fewer tokens are among the 20 likeliest of all arms. And the judge's own
+            numbers: `number_format`, its `bias` and `sensitivity`.
+        """
+        shape = (len(self.reference.questions), NEW_TOKENS, KEPT)
+        names = ("likely", *(f"effect_{arm}" for arm in ADAPTERS), *ARMS)
+        found: dict[str, Any] = {name: np.full(shape, np.nan, dtype=np.float16) for name in names}
+        places = {arm: {(row.question, row.position): row for row in rows} for arm, rows in answers.items()}
+        for index, question in enumerate(self.reference.questions):
+            for step, position in enumerate(question.answered):
+                told = self._told({arm: rows[index, position] for arm, rows in places.items()})
+                for name, values in told.items():
+                    found[name][index, step, : len(values)] = values
+        case = EngineCase(self.judge, Answers(answers[BASE], answers[ADAPTER], ()))
+        format_ = str(case.number_format)
+        return found | {"number_format": format_, "bias": case.bias, "sensitivity": self.reference.sensitivity}
+
+    def _told(self, rows: Mapping[str, Row]) -> dict[str, NDArray[np.float64]]:
+        """The arrays' values at one position."""
+        shared = set.intersection(*(set(row.ids.tolist()) for row in rows.values() if row.ids is not None))
+        place = (rows[BASE].question, rows[BASE].position)
+        likely = np.argsort(-self.reference.adapter.at(*place))
+        ids = [id_ for id_ in likely.tolist() if id_ in shared][:KEPT]
+        right = {arm: expected.at(*place)[ids].astype(np.float64) for arm, expected in self.adapted.items()}
+        base = self.reference.base.at(*place)[ids].astype(np.float64)
+        told = {"likely": base} | {f"effect_{arm}": each - base for arm, each in right.items()}
+        for arm, row in rows.items():
+            assert row.ids is not None
+            by_id = dict(zip(row.ids.tolist(), row.logprobs.astype(np.float64), strict=True))
+            told[arm] = np.array([by_id[id_] for id_ in ids]) - right.get(arm, base)
+        return told
 
 
 @click.command()
@@ -248,13 +285,12 @@ def main(only: Sequence[str], work: Path | None) -> None:
         folder.mkdir(exist_ok=True)
         if not (folder / "strong").exists():
             make_adapters(source, folder, [f"{each['question']}\n{each['answer']}" for each in problems])
-        reference = make_plain_reference(source, folder, asked)
+        subject = Subject(source, folder, asked)
         for name in only or ENGINES:
-            with ENGINES[name](source, reference, folder) as answer:
-                answers = {arm: likeliest(answer(arm)) for arm in ARMS}
+            with ENGINES[name](source, subject.reference, folder) as answer:
+                answers = {arm: likeliest(answer(BASE if arm == AGAIN else arm)) for arm in ARMS}
             NOISE.mkdir(exist_ok=True)
-            kept: dict[str, Any] = differences(answers, reference)
-            np.savez_compressed(NOISE / f"{name}.npz", **kept)
+            np.savez_compressed(NOISE / f"{name}.npz", **subject.kept(answers))
             click.echo(f"wrote {NOISE / name}.npz")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from serve.test_verify_endpoint import Mixing
-from serve.test_verify_faults import TABLE, Plant
 
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import Row
@@ -20,10 +20,13 @@ from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import ARMS, Reference, read_reference
 from loraover_serve.record.adapter_check.rules import finding
 from loraover_serve.record.adapter_check.server import Server
-from loraover_serve.verify.faults import CHANGED, LEAKS, OTHER_BASE
+from loraover_serve.verify.names import CHANGED, LEAKS, OTHER_BASE
 
 from support.openai_server import openai_server
-from support.verified import FAULTS, Served, plant, save_base
+from support.planted_faults import FAULTS as PLANTED
+from support.planted_faults import Ask, Fault, reply, right_models, save_sharp_base
+from support.recorded import record
+from support.verified import FAULTS, Served, make_case, plant, save_adapter, save_base
 from support.verified import Case as VerifyCase
 
 NAMES = ("base", "shop")
@@ -49,7 +52,7 @@ def answers_of(engine: Engine, asked: VerifyCase, reference: Reference) -> Answe
         for arm in ARMS
     ]
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
-    return Answers(*arms, [Greedy(q, answer.tokens, answer.length, {}) for q, answer in enumerate(greedy)])
+    return Answers(arms[0], arms[1], [Greedy(q, answer.tokens, answer.length, {}) for q, answer in enumerate(greedy)])
 
 
 def likeliest(row: Row) -> dict[int, float]:
@@ -78,17 +81,33 @@ def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) 
     """The checker's result on a server that answers like this."""
     with openai_server(reply, models) as server:
         asked = Server(server.url, {}, time.monotonic() + SECONDS)
-        names = served_names(asked, reference, "shop", "base")
+        names = served_names(asked, reference, "shop", None)
         return check(Asker(reference, asked, names), **more)
 
 
-@pytest.mark.parametrize("fault", TABLE, ids=lambda plant: plant.__name__)
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Reference]:
+    """A base model whose attention depends on positions, an adapter, and its reference."""
+    folder = tmp_path_factory.mktemp("sharp")
+    base = save_sharp_base(folder / "base")
+    adapter = save_adapter(folder / "adapter", base)
+    return base, adapter, read_reference(str(record(base, adapter, folder)))
+
+
+@pytest.fixture(scope="module")
+def serve(sharp: tuple[Path, Path, Reference], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Fault], Ask]:
+    base, adapter, _ = sharp
+    return right_models(make_case(base, adapter), tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("name", PLANTED)
 def test_each_fault_of_a_server_has_verifys_verdict(
-    fault: Plant, asked: VerifyCase, reference: Reference, tmp_path: Path
+    name: str, sharp: tuple[Path, Path, Reference], serve: Callable[[Fault], Ask]
 ) -> None:
-    found = checked(fault(asked, tmp_path), reference)
-    assert found["verdict"] in TABLE[fault].verdicts, found["reason"]
-    assert found["fault"] == TABLE[fault].fault, found["reason"]
+    """`test_verify_faults.py` expects the same of verify."""
+    fault = PLANTED[name]
+    found = checked(reply(fault.wrong(serve(fault))), sharp[2], fault.listed)
+    assert (found["verdict"], found["fault"]) == (fault.verdict, fault.name), found["reason"]
 
 
 @pytest.mark.parametrize(("victim", "fault"), [("base", LEAKS), ("shop", CHANGED)])

@@ -16,8 +16,9 @@ from loraover_serve.engines import vllm
 from loraover_serve.engines.answers import Expected, GreedyAnswer, Row
 from loraover_serve.engines.base import Setting
 from loraover_serve.verify.evidence import FLOOR
-from loraover_serve.verify.faults import ENDS_EARLY, IN_BASE, NOT_APPLIED, OTHER_BASE, permuted
+from loraover_serve.verify.faults import permuted
 from loraover_serve.verify.judge import Answers
+from loraover_serve.verify.names import ENDS_EARLY, IN_BASE, NOT_APPLIED, OTHER_BASE
 from loraover_serve.verify.report import LogprobDistance
 from loraover_serve.verify.rules import allowed_distance, sure_errors
 from loraover_serve.verify.run import verify_engine

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
-from loraover_serve.verify.rules import allowed_strength, is_narrow
+from loraover_serve.verify.rules import FEW_AS_BASE, allowed_strength, answers_that_show, is_narrow, share_found
 from loraover_serve.verify.strength import Estimate, Projections, strength
 
 pytestmark = pytest.mark.statistical
@@ -80,3 +81,12 @@ def test_scaled_adapters_on_real_engines_are_beyond_the_right_one(engine: str) -
         sums = (change * effect).sum(-1), np.square(effect).sum(-1), np.square(change).sum(-1)
         found = strength(Projections(*sums))
         assert ((found.high >= ALLOWED[0]) and (found.low <= ALLOWED[1])) == is_right, (arm, found)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
+def test_so_many_answers_show_a_share_without_the_adapter(share: float) -> None:
+    """The least number with which chance hides it in at most 1 of 100 runs, by the binomial distribution."""
+    found = answers_that_show(share)
+    enough, fewer = (stats.binom.sf(FEW_AS_BASE - 1, n, share) for n in (found, found - 1))
+    assert fewer < 0.99 <= enough
+    assert share_found(found) <= share < share_found(found - 1)

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from loraover.checkpoint.checkpoint import read_source
 from loraover.common.reporter import SILENT
@@ -21,8 +21,8 @@ from loraover.models.load import ModelSource, resolve_model
 from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
-from loraover_serve.verify.faults import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.judge import EngineJudge
+from loraover_serve.verify.names import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.reference import make_reference
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.run import make_setting, make_subject
@@ -57,7 +57,7 @@ def save_base(
     return folder
 
 
-def save_adapter(folder: Path, base: Path, **lora: Any) -> Path:
+def save_adapter(folder: Path, base: Path, seed: int = 2, **lora: Any) -> Path:
     """An rsLoRA of two ranks and two alphas on all linear layers, unless told otherwise; returns `folder`."""
     options = {
         "r": 4,
@@ -71,7 +71,7 @@ def save_adapter(folder: Path, base: Path, **lora: Any) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
-    fill_b(model, seed=2)
+    fill_b(model, seed=seed)
     model.save_pretrained(folder)
     return folder
 
@@ -188,6 +188,15 @@ def plant(planted: Planted, adapter: Path, folder: Path) -> Path:
     return folder
 
 
+class Float8Cache(DynamicCache):  # type: ignore[misc]
+    """Keys and values in float8 with 4 bits of exponent, without a scale, as vLLM's --kv-cache-dtype fp8 holds them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        coarse = (t.to(torch.float8_e4m3fn).to(t.dtype) for t in (key_states, value_states))
+        found: tuple[Tensor, Tensor] = super().update(*coarse, *args, **kwargs)
+        return found
+
+
 class Served:
     """What a fake OpenAI server answers, from models in this process.
 
@@ -195,7 +204,7 @@ class Served:
         base: folder of the base model.
         adapters: folder of an adapter, or None for the base model, by the name that requests use.
         form: how logprobs name tokens: "ids" as vLLM does, "content" as llama.cpp does, or "texts".
-        change: what becomes of logits, by these and the tokens that were read.
+        coarse_cache: whether keys and values are held in float8.
     """
 
     def __init__(
@@ -203,13 +212,13 @@ class Served:
         base: Path,
         adapters: Mapping[str, Path | None],
         form: str = "ids",
-        change: Callable[[Tensor, list[int]], Tensor] = lambda logits, ids: logits,
+        *,
+        coarse_cache: bool = False,
     ) -> None:
-        self._change = change
+        self._cache = Float8Cache if coarse_cache else DynamicCache
         self._models = {name: self._load(base, path) for name, path in adapters.items()}
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._form = form
-        self.first = int(next(iter(self._models.values())).config.bos_token_id or 0)
 
     @staticmethod
     def _load(base: Path, adapter: Path | None) -> Any:
@@ -230,13 +239,24 @@ class Served:
     @torch.inference_mode()
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, tops = self._prompt(body), []
+        if body.get("all_logits"):
+            return {"logits": self._logits(body, ids)}
         for _ in range(body["max_tokens"]):
-            logits = self._models[body["model"]](torch.tensor([ids])).logits[0, -1]
-            logprobs = self._change(logits, ids).log_softmax(-1)
+            logprobs = self._logits(body, ids)[-1].log_softmax(-1)
             tops.append(logprobs.topk(body["top_logprobs" if "messages" in body else "logprobs"]))
             ids.append(int(logprobs.argmax()))
         choice = {"index": 0, "text": "", "logprobs": self._logprobs(tops)}
         return {"model": body["model"], "choices": [choice]}
+
+    def _logits(self, body: dict[str, Any], ids: list[int]) -> Tensor:
+        """Logits after each token, with the request's temperature and with Hugging Face's repetition penalty."""
+        logits: Tensor = self._models[body["model"]](torch.tensor([ids]), past_key_values=self._cache()).logits[0]
+        penalty = body.get("repetition_penalty", 1.0)
+        read = torch.zeros(len(ids), logits.shape[-1], dtype=torch.bool)
+        for place, token in enumerate(ids):
+            read[place:, token] = True
+        logits = torch.where(read, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        return logits / (body.get("temperature") or 1.0)
 
     def _logprobs(self, tops: list[Any]) -> dict[str, Any]:
         pairs = [list(zip(top.indices.tolist(), top.values.tolist(), strict=True)) for top in tops]

@@ -94,6 +94,9 @@ class Engine(ABC):
     hint: ClassVar[str] = "pip install loraover"
     """Command line that installs it."""
 
+    is_one_model: bool = False
+    """Whether it has one model, whatever name a request has: the base model cannot be asked for beside the adapter."""
+
     @classmethod
     def installed(cls) -> str | None:
         """Version that is installed; None if it is missing."""

@@ -176,7 +176,7 @@ class EndpointEngine(OpenAiEngine):
 
     def __init__(self, speaker: Speaker, names: Mapping[str, str], messages: Sequence[str]) -> None:
         super().__init__(names, messages)
-        self._speaker = speaker
+        self._speaker, self.is_one_model = speaker, names[BASE] == names[ADAPTER]
 
     def speak(self) -> Speaker:
         return self._speaker
@@ -265,12 +265,17 @@ def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
 
 
 def _base_name(setting: Setting, server: RunningServer, listed: Mapping[str, str | None]) -> str:
-    """Name of the base model on the server: as it was given or is listed, or else the only other name there."""
+    """Name of the base model on the server: as it was given or is listed, or else the only other name there.
+
+    A server that lists the adapter's name alone, as llama-server does with --lora, has one model for both.
+    """
     name = server.base or setting.base.name
     alike = [each for each in listed if is_same_model(each, name)]
     others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, server.adapter)]
     if name in listed or server.base is not None:
         return name
+    if list(listed) == [server.adapter]:
+        return server.adapter
     return next((found[0] for found in (alike, others) if len(found) == 1), name)
 
 

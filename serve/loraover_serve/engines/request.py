@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from loraover_serve.vllm.request import ServerRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineRequest(ServerRequest):
+class EngineRequest(ServerRequest, ABC):
     """Arguments that verify and parity share."""
 
     graph: AnyPath | None = option(
@@ -27,9 +28,9 @@ class EngineRequest(ServerRequest):
     )
 
     @property
+    @abstractmethod
     def asked(self) -> tuple[str, ...]:
         """Names of the engines, of those in `ENGINES` and `ENDPOINT`."""
-        raise NotImplementedError
 
     def faults(self) -> Iterator[str]:
         for name, engine in ENGINES.items():

@@ -15,13 +15,11 @@ from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server, headers, tls
 from loraover_serve.record.request import REFERENCE_FILE
+from loraover_serve.verify.names import ANOTHER
 from loraover_serve.verify.request import VerifyRequest
 
 if TYPE_CHECKING:
     from loraover_serve.verify.report import VerifyReport
-
-CROSSED = "another adapter"
-"""Name of the fault of a server that answers with another of the adapters that are checked."""
 
 
 @verb(VerifyRequest)
@@ -139,8 +137,8 @@ def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found
             continue
         for other, reference in enumerate(references):
             if other != index and _answers_as(request, result["engine"], reference):
-                result["fault"] = CROSSED
-                result["reason"] = f"{CROSSED}: answers as {found[other]['engine']} was trained ({result['reason']})"
+                result["fault"] = ANOTHER
+                result["reason"] = f"{ANOTHER}: answers as {found[other]['engine']} was trained ({result['reason']})"
                 break
 
 

@@ -30,13 +30,15 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row, paired
 from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.record.adapter_check.base_faults import COARSE_CACHE
 from loraover_serve.record.adapter_check.case import COARSER, SEEN
 from loraover_serve.record.adapter_check.estimates import t_quantile
 from loraover_serve.record.pack import Place, choose_places, likeliest, pack_places, pack_variant
 from loraover_serve.record.request import RecordRequest
 from loraover_serve.verify.base_faults import FEW, KINDS
 from loraover_serve.verify.evidence import distance
-from loraover_serve.verify.faults import FAULTS, LAYERS, NOT_APPLIED, RightAdapter, misplaced, rescaled
+from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
+from loraover_serve.verify.names import LAYERS, NOT_APPLIED
 from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.rules import allowed_strength
 from loraover_serve.verify.run import make_subject
@@ -275,9 +277,10 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         subject: The adapter.
     """
     scaled = [(rescaled(subject, factor), factor) for factor in FACTORS]
-    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in (LAYERS, NOT_APPLIED)]
+    left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
+    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
     for each, factor in [*known, *scaled]:
-        model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED)
+        model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
         rows = [
             Row(index, position, model.at(index, position))
             for index, question in enumerate(reference.questions[:NAMED])
@@ -287,7 +290,7 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
 
 
 def many_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
-    """Faults of single layers of the adapter, and those of the base model.
+    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none.
 
     Args:
         reference: PyTorch's answers of the right models.
@@ -297,6 +300,7 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
     for each in misplaced(subject):
         model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
         yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
+    yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
     for kind, detail, run in variants.base_faults():
         yield RecordedFault(BASE, KINDS[kind], detail, run(NAMED_LAYERS), NAMED_LAYERS)
 

@@ -13,17 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraover_serve.engines.answers import Expected, Question, Row, Rows
-from loraover_serve.verify.faults import (
-    BASE_LAYERS,
-    EXTRA_TOKEN,
-    IN_BASE,
-    PENALTY,
-    POSITIONS,
-    TEMPERATURE,
-    WINDOW,
-    RightAdapter,
-    rescaled,
-)
+from loraover_serve.verify.faults import RightAdapter, rescaled
+from loraover_serve.verify.names import BASE_LAYERS, EXTRA_TOKEN, IN_BASE, PENALTY, POSITIONS, TEMPERATURE, WINDOW
 from loraover_serve.verify.strength import Estimate, Floats, project, share, strength
 from loraover_serve.verify.variants import Variants
 
@@ -83,6 +74,20 @@ def find_base_fault(
         found += [each for each in _computed(rows, base, variants) if each is not None]
     best = max((each for each in found if each is not None), key=lambda each: each.share, default=None)
     return best if best is not None and best.share >= EXPLAINED else None
+
+
+def cache_share(rows: Rows, base: Expected, variants: Variants) -> float:
+    """Share of what sets the engine's base model apart that keys and values in float8 explain; 0 if it is no such part.
+
+    This is no fault: that the rest is small shows that the weights are the base model's.
+
+    Args:
+        rows: The engine's base model.
+        base: PyTorch's.
+        variants: The base model, to run it with such a cache.
+    """
+    found = _share_of(rows, base, variants.with_coarse_cache())
+    return found if found >= EXPLAINED else 0.0
 
 
 def _temperature(rows: Rows, base: Expected) -> BaseFault | None:

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 Change = Callable[[], AbstractContextManager[tuple[int, ...]]]
 """Changes the model during a block, which gets the tokens to read before each prompt."""
@@ -45,6 +46,29 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
         yield "layers", f"layer {index} is missing", partial(_skipping, layers[index])
         if index + 1 < len(layers):
             yield "layers", f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
+
+
+class Float8Cache(DynamicCache):  # type: ignore[misc]
+    """Keys and values in float8 with 4 bits of exponent, without a scale, which is the default of vLLM and SGLang."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        coarse = (each.to(torch.float8_e4m3fn).to(each.dtype) for each in (key_states, value_states))
+        found: tuple[Tensor, Tensor] = super().update(*coarse, *args, **kwargs)
+        return found
+
+
+@contextmanager
+def coarse_cache(model: nn.Module) -> Iterator[None]:
+    """Hold a model's keys and values in float8 for a block."""
+
+    def cached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"use_cache": True, "past_key_values": Float8Cache()}
+
+    handle = model.register_forward_pre_hook(cached, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _layers(model: nn.Module, number: int) -> nn.ModuleList | None:

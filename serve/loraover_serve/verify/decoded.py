@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
 
 from loraover_serve.engines.answers import GreedyAnswer
 from loraover_serve.verify.evidence import count_base, like
-from loraover_serve.verify.faults import DECODED, ENDS_EARLY
-from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.names import DECODED, ENDS_EARLY
 from loraover_serve.verify.report import GreedyAgreement
 from loraover_serve.verify.rules import RuleFinding
+
+if TYPE_CHECKING:
+    from loraover_serve.verify.reference import Reference
 
 FEW = 3  # answers that end early, or lack the adapter, without being chance
 
@@ -23,7 +26,7 @@ def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed:
         reference: PyTorch's answers.
         allowed: Largest gap that the engine's noise explains, in nats.
     """
-    gaps, equal, early = [], 0, 0
+    gaps, equal, early, as_base = [], 0, 0, 0
     for index, (question, answer) in enumerate(zip(reference.questions, found, strict=True)):
         tokens = answer.tokens
         pairs = enumerate(zip(question.continuation, tokens, strict=False))
@@ -31,6 +34,8 @@ def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed:
         if parted is not None:
             logprobs = reference.adapter.at(index, question.answered[parted])
             gaps.append(float(logprobs[question.continuation[parted]] - logprobs[tokens[parted]]))
+            likeliest = int(reference.base.at(index, question.answered[parted]).argmax())
+            as_base += gaps[-1] > allowed and tokens[parted] == likeliest
         elif tokens:
             gaps.append(0.0)
             complete = _is_complete(answer, question.continuation, reference.ends)
@@ -38,7 +43,9 @@ def compare_greedy(found: Sequence[GreedyAnswer], reference: Reference, allowed:
             early += not complete
     if not gaps:
         return None
-    return GreedyAgreement(equal=equal / len(gaps), early=early / len(gaps), gap=max(gaps), allowed=allowed)
+    return GreedyAgreement(
+        equal=equal / len(gaps), early=early / len(gaps), gap=max(gaps), allowed=allowed, as_base=as_base
+    )
 
 
 def decoded_fault(
@@ -65,6 +72,8 @@ def decoded_fault(
             f"logprobs agree, but a greedy answer leaves PyTorch's where the two tokens are {greedy.gap:.2g} nats "
             f"apart, and noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
         )
+        if greedy.as_base >= FEW:
+            return RuleFinding("differs", f"{reason}, in {greedy.as_base} answers the base model's", DECODED)
         return RuleFinding("differs", reason)
     if greedy.early * len(answers) >= min(FEW, len(answers)):
         reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, at no end of the text"

@@ -8,38 +8,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.verify.variants import Deltas, LowRankChange
-
-NOT_APPLIED = "served as base"
-SCALED = "wrong scaling"
-TRANSPOSED = "transposed"
-PERMUTED = "rows of q and k in another order"
-LEFT_OUT = "modules left out"
-ROUNDED = "adapter rounded"
-OTHER_BASE = "another base model"
-IN_BASE = "adapter in the base model"
-LEAKS = "adapter leaks into the base model's answers in a mixed batch"
-CHANGED = "the adapter's answers change in a mixed batch"
-CHANGED_BY_OTHER = "the adapter's answers change in a batch with another adapter"
-TEMPERATURE = "logprobs at another temperature"
-PENALTY = "logprobs with a repetition penalty"
-EXTRA_TOKEN = "a token added to each prompt"
-POSITIONS = "positions of the base model (rope_theta)"
-WINDOW = "attention window of the base model"
-BASE_LAYERS = "layers of the base model missing or swapped"
-INTERMITTENT = "some answers are the base model's"
-ENDS_EARLY = "answers end early"
-DECODED = "generated answers lack the adapter"
-UNLIKE = "base model answered by something else"
-LAYERS = "layers of the adapter missing or swapped"
-"""Names of the faults."""
+from loraover_serve.verify.names import (
+    ANOTHER,
+    LAYERS,
+    LEFT_OUT,
+    NOT_APPLIED,
+    PERMUTED,
+    ROUNDED,
+    SCALED,
+    STALE,
+    TRANSPOSED,
+)
+from loraover_serve.verify.variants import Deltas, LowRankChange, read_lora
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")
 LAYER = re.compile(r"\.(\d+)\.")
@@ -55,12 +43,16 @@ class RightAdapter:
         deltas: Its deltas, by the paths of their modules.
         heads: Number of attention heads by the last part of a module's path, for q_proj and k_proj.
         others: Whether it has fully trained parameters (`modules_to_save`).
+        earlier: The same run's adapters of earlier steps.
+        confusable: Other adapters that the engine may have served instead.
     """
 
     config: AdapterConfig
     deltas: Deltas
     heads: Mapping[str, int]
     others: bool
+    earlier: Sequence[AdapterDir] = ()
+    confusable: Sequence[AdapterDir] = ()
 
 
 @dataclass(frozen=True)
@@ -72,17 +64,23 @@ class FaultyAdapter:
         detail: The fault in words.
         deltas: Deltas by the paths of their modules.
         with_others: Whether the adapter's fully trained parameters are in place.
+        source: Adapter whose deltas these are; None for the right one.
     """
 
     fault: str
     detail: str
     deltas: Deltas
     with_others: bool = True
+    source: AdapterDir | None = None
 
 
 def not_applied(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """Nothing of the adapter is applied: it is not loaded, or its tensors have a prefix that the engine ignores."""
-    yield FaultyAdapter(NOT_APPLIED, "the adapter is not loaded, or its tensors' names do not match", {}, False)
+    detail = (
+        "the adapter is not loaded, its tensors' names do not match, or the server takes it by another name (SGLang: "
+        "BASE:ADAPTER)"
+    )
+    yield FaultyAdapter(NOT_APPLIED, detail, {}, False)
 
 
 def scaled(subject: RightAdapter) -> Iterator[FaultyAdapter]:
@@ -178,6 +176,13 @@ def _in_layer(module: str, layer: int) -> str:
     return LAYER.sub(f".{layer}.", module, count=1)
 
 
+def exchanged(subject: RightAdapter) -> Iterator[FaultyAdapter]:
+    """Another adapter's answers, as if names were crossed, or those of an earlier step of the same run."""
+    for fault, adapters in ((STALE, subject.earlier), (ANOTHER, subject.confusable)):
+        for adapter in adapters:
+            yield FaultyAdapter(fault, f"the answers are those of {adapter.path}", read_lora(adapter), source=adapter)
+
+
 def rounded(subject: RightAdapter) -> Iterator[FaultyAdapter]:
     """A and B rounded to a coarser number format."""
     for name, format_ in FORMATS.items():
@@ -195,6 +200,7 @@ FAULTS: tuple[Callable[[RightAdapter], Iterator[FaultyAdapter]], ...] = (
     permuted,
     left_out,
     misplaced,
+    exchanged,
     rounded,
 )
 """All faults that are looked for; a new one is a function above and a name here."""

@@ -11,8 +11,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,30 +21,33 @@ import numpy as np
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, GreedyAnswer, Rows
-from loraover_serve.verify.base_faults import find_base_fault
+from loraover_serve.verify.base_faults import cache_share, find_base_fault
 from loraover_serve.verify.decoded import compare_greedy, decoded_fault
 from loraover_serve.verify.evidence import EXACT, FLOOR, Evidence, between, like, weigh
-from loraover_serve.verify.faults import INTERMITTENT, OTHER_BASE, UNLIKE, RightAdapter
+from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.mixed import compare_mixed, mixed_fault
+from loraover_serve.verify.names import INTERMITTENT, OTHER_BASE, UNLIKE
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, MixedBatch
 from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
 from loraover_serve.verify.rules import (
+    FEW_AS_BASE,
     RuleFinding,
     allowed_distance,
     allowed_strength,
+    answers_that_show,
     beyond,
     is_narrow,
     is_nearer,
+    share_found,
     shown,
 )
-from loraover_serve.verify.strength import between_arms, strength
+from loraover_serve.verify.strength import UNKNOWN, between_arms, strength
 from loraover_serve.verify.suspects import Search
 from loraover_serve.verify.variants import Variants
 
 COARSER = 2  # times the distance of a number format, up to which noise is that format's
 ENOUGH = 32  # prompts that decide on an engine in bfloat16
-FEW_AS_BASE = 3  # answers of the base model that chance alone does not make
 PLAIN = ("fp32", "fp16", "bf16")
 """Number formats in which models are published; weights are off by chance in the coarser ones, and so in others."""
 
@@ -58,6 +62,7 @@ class Answers:
         greedy: The adapter's greedy answer to each prompt.
         mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
         mixed_failure: Reason why the requests that were sent together failed; None if they did not.
+        is_one_model: Whether the engine has one model, so that both arms are the adapter.
     """
 
     base: Rows
@@ -65,6 +70,7 @@ class Answers:
     greedy: Sequence[GreedyAnswer]
     mixed: Mapping[str, Rows] | None = None
     mixed_failure: str | None = None
+    is_one_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ class EngineJudge:
             allowed_strength=case.allowed,
             base=evidence.noise,
             number_format=case.number_format,
+            cache_share=case.cache_share,
+            visible_share=share_found(evidence.clear),
             adapter=evidence.found,
             effect=evidence.effect,
             allowed=case.limit,
@@ -133,23 +141,29 @@ class EngineCase:
     """
 
     def __init__(self, judge: EngineJudge, answers: Answers) -> None:
-        self.judge, self.answers, self.reference = judge, answers, judge.reference
+        self.judge, self.reference = judge, judge.reference
+        if answers.is_one_model:
+            answers = replace(answers, base=[like(row, judge.reference.base) for row in answers.adapter])
+        self.answers = answers
 
     @cached_property
     def evidence(self) -> Evidence:
-        """Strength, excess and distances."""
-        return weigh(
+        """Strength, excess and distances; with one model, the adapter's distance is all that is known of its noise."""
+        found = weigh(
             self.answers.base,
             self.answers.adapter,
             self.reference.base,
             self.reference.adapter,
             self.reference.sensitivity,
         )
+        return replace(found, noise=found.found, excess=UNKNOWN) if self.answers.is_one_model else found
 
     @cached_property
     def number_format(self) -> str | None:
         """The finest number format whose rounding moves the base model about as far; None if none does."""
-        noise = self.evidence.noise.rms
+        return self._format_of(self.evidence.noise.rms)
+
+    def _format_of(self, noise: float) -> str | None:
         if noise <= EXACT:
             return "fp32"
         for name, format_ in FORMATS.items():
@@ -158,13 +172,25 @@ class EngineCase:
                 return name
         return None
 
+    @cached_property
+    def cache_share(self) -> float:
+        """Share of the base model's distance that a KV cache in float8 explains; 0 if it explains none."""
+        if self.number_format in PLAIN:
+            return 0.0
+        return cache_share(self.answers.base, self.reference.base, self.judge.variants)
+
+    @property
+    def weights_format(self) -> str | None:
+        """As `number_format`, of what the KV cache does not explain."""
+        return self._format_of(self.evidence.noise.rms * math.sqrt(1 - self.cache_share))
+
     @property
     def allowed(self) -> tuple[float, float]:
         """Strengths that a right adapter has."""
-        return allowed_strength(self.number_format, self._bias)
+        return allowed_strength(self.number_format, self.bias)
 
     @cached_property
-    def _bias(self) -> float:
+    def bias(self) -> float:
         """Strength of the right adapter if PyTorch computes in the number format of the base model."""
         if self.number_format is None or self.number_format in PLAIN:
             return self.reference.bias
@@ -244,7 +270,10 @@ def some_are_base(case: EngineCase) -> RuleFinding | None:
     if not FEW_AS_BASE <= found.as_base <= found.clear - FEW_AS_BASE:
         return None
     part = found.as_base / found.clear
-    reason = f"{found.as_base} of {found.clear} answers of the adapter ({part:.0%}) are the base model's"
+    reason = (
+        f"{found.as_base} of {found.clear} answers of the adapter ({part:.0%}) are the base model's; "
+        f"{answers_that_show(part)} answers show such a share with 99 % probability"
+    )
     return RuleFinding("differs", reason, INTERMITTENT)
 
 
@@ -293,8 +322,8 @@ def strength_is_unclear(case: EngineCase) -> RuleFinding | None:
 
 def format_is_undeclared(case: EngineCase) -> RuleFinding | None:
     """The base model is coarser than was declared, and so may be another one."""
-    assert case.number_format is not None
-    if NUMBER_FORMATS.index(case.number_format) <= NUMBER_FORMATS.index(case.judge.number_format):
+    assert case.weights_format is not None
+    if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.judge.number_format):
         return None
     reason = (
         f"the adapter has the strength {shown(case.evidence.strength)}, but the base model is off by "
@@ -308,9 +337,13 @@ def as_trained(case: EngineCase) -> RuleFinding:
     """No rule found anything."""
     found = case.evidence
     coarse = "" if case.number_format == "fp32" else f", as {case.number_format} arithmetic would be"
+    if case.cache_share:
+        coarse = f", of which a KV cache in fp8 explains {case.cache_share:.0%}"
     hidden = (
         "; generated answers were not compared, since the engine returns no token ids" if case.greedy is None else ""
     )
+    if case.answers.is_one_model:
+        hidden += "; the server has one model under both names, so its own noise is not known"
     reason = (
         f"the adapter has the strength {shown(found.strength)}; off by {found.found.rms:.2g} nats, where it moves "
         f"logprobs by {found.effect:.2g} and the engine's base model is off by {found.noise.rms:.2g}{coarse}{hidden}"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, Row, Rows
-from loraover_serve.verify.faults import CHANGED, CHANGED_BY_OTHER, LEAKS
+from loraover_serve.verify.names import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.verify.report import LogprobDistance, MixedBatch
 from loraover_serve.verify.rules import RuleFinding
 

@@ -100,6 +100,9 @@ class GreedyAgreement(Model):
         description="Largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"
     )
     allowed: float = Field(description="Largest gap that the engine's noise explains, in nats")
+    as_base: int = Field(
+        default=0, description="Number of answers whose first other token, beyond that gap, is the base model's"
+    )
 
 
 class Suspect(Model):
@@ -131,6 +134,10 @@ class EngineResult(Model):
     number_format: str | None = Field(
         default=None, description="Number format whose rounding moves PyTorch's base model about as far"
     )
+    cache_share: float = Field(
+        default=0.0,
+        description="Share of the base model's distance that a KV cache in float8 explains; 0 if it explains none",
+    )
     strength: Interval | None = Field(
         default=None, description="Strength of the adapter; None after a failure, and where prompts are too few"
     )
@@ -142,6 +149,10 @@ class EngineResult(Model):
     )
     effect: float | None = Field(default=None, description="RMS change of logprobs by the adapter, in nats")
     allowed: float | None = Field(default=None, description="Largest distance that the noise explains, in nats")
+    visible_share: float = Field(
+        default=1.0,
+        description="Smallest share of answers without the adapter that these answers show with a probability of 99 %",
+    )
     greedy: GreedyAgreement | None = Field(
         default=None, description="Greedy answers; None if the engine hides its token ids"
     )

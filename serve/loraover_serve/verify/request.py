@@ -99,6 +99,11 @@ class VerifyRequest(EngineRequest):
         "Send 8 requests, which only show whether the adapter is applied at all.", default=False, needs="references"
     )
     junit: AnyPath | None = option("File for the verdicts in the form of JUnit.", default=None, needs="references")
+    confusable: AnyPaths = option(
+        "Folder of another adapter that the engine may have served instead, as if names were crossed.",
+        default=(),
+        flag="--confusable",
+    )
     served_format: str = option(
         "Coarsest number format in which the engine is known to hold the base model, or its KV cache.",
         default="bf16",

@@ -23,6 +23,13 @@ SEEN = 0.2
 """Deviation of the strength that an engine which is called as trained does not have."""
 
 
+FEW_AS_BASE = 3
+"""Answers of the base model that chance alone does not make."""
+
+CONFIDENCE = 0.99
+"""Probability with which a share of answers without the adapter is found."""
+
+
 @dataclass(frozen=True)
 class RuleFinding:
     """What a rule found.
@@ -104,6 +111,26 @@ def sure_errors(prompts: int) -> float:
     Two prompts have one degree of freedom; a single one is treated like two.
     """
     return max(SURE, float(stats.t.isf(BY_CHANCE, max(prompts - 1, 1))))
+
+
+def share_found(answers: int) -> float:
+    """The smallest share of answers without the adapter that so many show, but for 1 in 100 cases; 1 if none do."""
+    return float(stats.beta.ppf(CONFIDENCE, FEW_AS_BASE, answers - FEW_AS_BASE + 1)) if answers > FEW_AS_BASE else 1.0
+
+
+def answers_that_show(share: float) -> int:
+    """Number of answers that show a share of answers without the adapter, but for 1 in 100 cases.
+
+    Args:
+        share: The share, above 0.
+    """
+    low, high = FEW_AS_BASE, FEW_AS_BASE + 1
+    while share_found(high) > share:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share_found(middle) <= share else (middle, high)
+    return high
 
 
 def shown(found: Estimate) -> str:

@@ -6,20 +6,30 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.checkpoint import read_source
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
-from loraover.common.errors import ConfigError, EngineError, LoraOverError, OutputError, UnwrittenReportError
+from loraover.common.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    LoraOverError,
+    OutputError,
+    UnwrittenReportError,
+)
 from loraover.common.provenance import today
 from loraover.common.request import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
+from loraover.training.run_folder import TRAINER_FOLDER
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.report import machine
@@ -36,6 +46,9 @@ from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, 
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
 from loraover_serve.vllm.server import signals_as_interrupts
+
+MOST_EARLIER = 8
+"""Checkpoints of a run that are looked at, since PyTorch runs each."""
 
 KEPT_PREFIX = "loraover-verify-kept-"
 """Beginning of the names of temporary folders that outlive a verification."""
@@ -79,7 +92,7 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     check_task(adapter, base, "verify")
     longest = _longest(base, request)
     device = str(choose_device(request.device))
-    subject = make_subject(adapter, base)
+    subject = make_subject(adapter, base, [read_adapter_dir(path) for path in request.confusable])
     found = read_prompts(base, request.prompts, longest=longest)
     if found.cut:
         request.report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
@@ -143,8 +156,13 @@ def _report(
     )
 
 
-def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
+def make_subject(adapter: AdapterDir, base: ModelSource, confusable: Sequence[AdapterDir] = ()) -> RightAdapter:
     """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
+
+    Args:
+        adapter: The adapter.
+        base: Its base model.
+        confusable: Other adapters that an engine may have served instead.
 
     Raises:
         ExportError: A LoRA with a bias.
@@ -152,12 +170,27 @@ def make_subject(adapter: AdapterDir, base: ModelSource) -> RightAdapter:
     """
     text, skeleton = load_config(base).get_text_config(), load_skeleton(base)
     deltas = read_lora(adapter)
-    for module in deltas:  # PEFT leaves out what fits nowhere, with a warning only
-        target_module(skeleton, adapter, module)
+    for each in (adapter, *confusable):
+        check_plain(each, "the check of engines")
+        for module in each.modules:  # PEFT leaves out what fits nowhere, with a warning only
+            target_module(skeleton, each, module)
     queries = getattr(text, "num_attention_heads", None)  # GPT-2 and others have no heads for keys of their own
     keys = getattr(text, "num_key_value_heads", None) or queries
     heads = {} if queries is None else {"q_proj": queries, "k_proj": keys}
-    return RightAdapter(adapter.config, deltas, heads, bool(adapter.others))
+    return RightAdapter(
+        adapter.config, deltas, heads, bool(adapter.others), _earlier(Path(adapter.path)), tuple(confusable)
+    )
+
+
+def _earlier(adapter: Path) -> tuple[AdapterDir, ...]:
+    """The newest adapters of other steps of the same run, where its Trainer left them."""
+    places = (adapter, adapter.parent, adapter.parent / TRAINER_FOLDER)
+    found = [each for place in places for each in checkpoints(place) if each.resolve() != adapter.resolve()]
+    read: list[AdapterDir] = []
+    for each in found[:MOST_EARLIER]:
+        with suppress(CheckpointError):  # its saving was interrupted, or it is no LoRA
+            read.append(read_adapter_dir(each))
+    return tuple(read)
 
 
 def _verify_all(
@@ -229,14 +262,14 @@ def ask(engine: Engine, reference: Reference) -> Answers:
     Raises:
         EngineError: A request that failed, other than one of those that are sent together.
     """
-    questions = reference.questions
+    questions, is_one_model = reference.questions, engine.is_one_model
     base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
     try:
-        mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
+        mixed = None if is_one_model else engine.mixed(questions)  # last, since its faults may stay in a cache
     except EngineError as error:  # what was answered before is judged all the same
         return Answers(base, adapter, greedy, mixed_failure=str(error))
-    return Answers(base, adapter, greedy, mixed)
+    return Answers(base, adapter, greedy, mixed, is_one_model=is_one_model)
 
 
 def _longest(base: ModelSource, request: VerifyRequest) -> int:

@@ -76,6 +76,10 @@ class Estimate:
         return self.value + self.half
 
 
+UNKNOWN = Estimate(0.0, math.inf)
+"""An estimate of which nothing is known."""
+
+
 def project(rows: Rows, changes: Sequence[Floats], directions: Sequence[Floats]) -> Projections:
     """Project changes on directions.
 

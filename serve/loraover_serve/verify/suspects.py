@@ -79,7 +79,9 @@ class Search:
         return apart(self._few, self._reference.base, expected), candidate
 
     def _run(self, candidate: FaultyAdapter, prompts: int | None) -> Expected:
-        return self._variants.adapted(candidate.deltas, with_others=candidate.with_others, prompts=prompts)
+        return self._variants.adapted(
+            candidate.deltas, with_others=candidate.with_others, prompts=prompts, source=candidate.source
+        )
 
     def _suspect(self, candidate: FaultyAdapter) -> Suspect:
         expected = self._run(candidate, None)

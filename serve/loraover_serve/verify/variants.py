@@ -18,7 +18,7 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.verify.base_variants import Change, base_faults
+from loraover_serve.verify.base_variants import Change, base_faults, coarse_cache
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,30 @@ class Variants:
         """The base model."""
         return load_model(self._base, device=self._device)
 
-    def adapted(self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None) -> Expected:
+    def adapted(
+        self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None, source: AdapterDir | None = None
+    ) -> Expected:
         """Logprobs of the base model with these deltas.
 
         Args:
             deltas: Deltas by the paths of their modules.
             with_others: Whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
             prompts: Number of prompts to run, the first ones; None means all.
+            source: Adapter whose deltas these are; None for the one in question.
         """
-        with _adding(self.model, deltas, self._adapter), self._others(with_others):
+        adapter = source or self._adapter
+        with _adding(self.model, deltas, adapter), self._others(adapter if with_others else None):
             return self._run(prompts)
 
     def rounded(self, format_: NumberFormat, deltas: Deltas | None = None, *, prompts: int | None = None) -> Expected:
         """Logprobs of the base model in a coarser number format, with an adapter if deltas are given."""
         with rounding(self.model, format_):
             return self._run(prompts) if deltas is None else self.adapted(deltas, prompts=prompts)
+
+    def with_coarse_cache(self) -> Expected:
+        """Logprobs of the base model with keys and values in float8."""
+        with coarse_cache(self.model):
+            return self._run()
 
     def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
         """The base model with faults of its own: kind, words, and what runs it on the first prompts, or on all."""
@@ -108,11 +117,11 @@ class Variants:
         return max(len(question.tokens) for question in self._questions)
 
     @contextmanager
-    def _others(self, are_used: bool) -> Iterator[None]:
-        if not are_used:
+    def _others(self, adapter: AdapterDir | None) -> Iterator[None]:
+        if adapter is None:
             yield
             return
-        with self._adapter.open() as exact:
+        with adapter.open() as exact:
             saved = load_others(self.model, exact)
         try:
             yield

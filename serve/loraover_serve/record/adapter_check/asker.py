@@ -171,6 +171,8 @@ def served_names(server: Server, reference: Reference, adapter: str | None, base
     alike = [name for name in listed if name == model or model.endswith(f"/{name}") or name.endswith(f"/{model}")]
     others = [name for name, parent in listed.items() if parent is None and name != mine]
     found = next((names[0] for names in (alike, others) if len(names) == 1), model)
+    if [*listed] == [mine]:  # as llama-server does with --lora: one model for both
+        found = mine
     names = {BASE: base or found, ADAPTER: mine}
     if listed and not {*names.values()} <= {*listed}:
         raise CheckError(f"the server has {', '.join(listed)}, and not {', '.join(names.values())}; name both models.")

@@ -37,6 +37,7 @@ class Answers:
     greedy: Sequence[Greedy] = ()
     mixed: Mapping[str, Rows] = field(default_factory=dict)
     sources: Mapping[int, str] = field(default_factory=dict)
+    is_one_model: bool = False
 
 
 Pair = tuple[int, list[int], list[float]]
@@ -54,9 +55,14 @@ class Case:
         )
         if not self.pairs:
             raise CheckError("the server answers with none of the recorded tokens; it serves another base model.")
-        self.noise = self.off(answers.base or dict(enumerate(self.base.rows)), self.base)
+        exact = dict(enumerate(self.base.rows))
+        self.noise = (
+            self.off(answers.adapter, self.adapter)
+            if answers.is_one_model
+            else self.off(answers.base or exact, self.base)
+        )
         self.effect = math.sqrt(fmean(fmean(d * d for d in each) for each in self.directions(self.adapter)))
-        self.format = next((n for n in FORMATS if self.noise.rms <= self.noise_of(n)), None)
+        self.format = self.format_of(self.noise.rms)
         if self.format == "fp32":
             self.allowed = (1 - EXACT_STRENGTH, 1 + EXACT_STRENGTH)
         else:
@@ -67,6 +73,10 @@ class Case:
         relative = self.noise.error / self.noise.rms if self.noise.rms else 0.0
         sure = max(SURE, t_quantile(max(self.noise.prompts - 1, 1), BY_CHANCE))
         self.limit = reference.sensitivity * self.noise.rms * (1 + sure * math.sqrt(2) * relative) + FLOOR
+
+    def format_of(self, noise: float) -> str | None:
+        """The finest number format that has such noise; None if none has."""
+        return next((name for name in FORMATS if noise <= self.noise_of(name)), None)
 
     def prompt(self, place: int) -> int:
         return self.reference.places[place][0]
@@ -179,7 +189,8 @@ class Case:
     @cached_property
     def greedy(self) -> dict[str, float] | None:
         """Greedy answers beside PyTorch's; None if the server hides its tokens."""
-        gaps, equal, early = [], 0, 0
+        gaps, equal, early, as_base = list[float](), 0, 0, 0
+        allowed = 2 * self.reference.sensitivity * self.noise.largest + FLOOR
         for question, tokens, length, _ in self.answers.greedy:
             first, ends = self.reference.places.index((question, 0)), self.reference.content["ends"]
             expected = self.reference.questions[question]["answer"]
@@ -187,10 +198,13 @@ class Case:
             if parted is not None:
                 row, floor = self.adapter.rows[first + parted], self.adapter.floors[first + parted]
                 gaps.append(row.get(expected[parted], floor) - row.get(tokens[parted], floor))
+                base = self.base.rows[first + parted]
+                as_base += gaps[-1] > allowed and tokens[parted] == max(base, key=base.__getitem__)
             elif tokens:
                 gaps.append(0.0)
                 is_end = length >= len(expected) or tokens[-1] in ends or expected[len(tokens)] in ends
                 equal, early = equal + is_end, early + (not is_end)
-        allowed = 2 * self.reference.sensitivity * self.noise.largest + FLOOR
-        shares = {"equal": equal / len(gaps), "early": early / len(gaps)} if gaps else {}
-        return shares | {"gap": max(gaps), "allowed": allowed} if gaps else None
+        if not gaps:
+            return None
+        shares = {"equal": equal / len(gaps), "early": early / len(gaps), "as_base": as_base}
+        return shares | {"gap": max(gaps), "allowed": allowed}

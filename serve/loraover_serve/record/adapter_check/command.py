@@ -59,6 +59,9 @@ def quick_answers(asker: Asker) -> tuple[Answers, None]:
 def all_answers(asker: Asker) -> tuple[Answers, str | None]:
     """Everything that the judge needs, and why mixed batches could not be asked for; None if they could."""
     sources: dict[int, str] = {}
+    if asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai":
+        adapter = asker.rows(ADAPTER, asker.places, sources)
+        return Answers({}, adapter, asker.greedy(), sources=sources, is_one_model=True), None
     base, adapter = asker.rows(BASE, asker.places, {}), asker.rows(ADAPTER, asker.places, sources)
     answers = Answers(base, adapter, asker.greedy(), sources=sources)
     try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from statistics import fmean
+from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
-from .case import EXACT, EXCESS, FEW, FEW_PROMPTS, FLOOR, PLAIN, SEEN, Case
-from .estimates import Estimate, dot, strength
-from .reference import ADAPTER, BASE, FORMATS, OTHER, Model, Row
+from .base_faults import base_fault, cache_share
+from .case import EXCESS, FEW, FEW_PROMPTS, FLOOR, SEEN, Case
+from .reference import ADAPTER, BASE, FORMATS, OTHER, Model
 
-HALF, FAR, LEAST, EXACT_WAY, ROUNDED_WAY, NEAREST = 0.5, 0.1, 0.1, 0.1, 0.25, 4  # see base_faults.py, suspects.py
+FAR, EXACT_WAY, ROUNDED_WAY, NEAREST = 0.1, 0.1, 0.25, 4  # see verify/suspects.py
+MISSED = 0.01
 SHOWN = 16  # requests that are named
 
 Finding = tuple[str, str, str | None]
@@ -22,9 +23,11 @@ def finding(case: Case) -> Finding:
     """The first rule that finds something decides."""
     sensitivity, found, (low, high) = case.reference.sensitivity, case.strength, case.allowed
     noise, off = case.noise.rms, case.found.rms
-    if (fault := base_fault(case)) is not None:
-        return fault
-    if case.format is None:
+    if (found_in_base := base_fault(case)) is not None:
+        return found_in_base
+    cache = cache_share(case)
+    weights = case.format_of(noise * math.sqrt(1 - cache))
+    if case.format is None or weights is None:
         return (
             "differs",
             f"the base model is off by {noise:.2g} nats, more than 4 bits would be",
@@ -37,7 +40,7 @@ def finding(case: Case) -> Finding:
     if FEW <= len(as_base) <= clear - FEW:
         return (
             "differs",
-            f"{len(as_base)} of {clear} answers are the base model's{requests_of(case, as_base)}",
+            f"{len(as_base)} of {clear} answers are the base model's{requests_of(case, as_base, clear)}",
             "some answers are the base model's",
         )
     if case.effect > 0 and not (found.value - found.half <= high and found.value + found.half >= low):
@@ -50,12 +53,15 @@ def finding(case: Case) -> Finding:
     shown += f" and the base model is off by {noise:.2g}, as {case.format} would be"
     if case.effect <= FLOOR or found.half + (high - low) / 2 >= SEEN:
         return "inconclusive", f"{shown}; a wrong adapter would pass as well", None
-    if FORMATS.index(case.format) > FORMATS.index(case.served_format):
+    if FORMATS.index(weights) > FORMATS.index(case.served_format):
         return (
             "inconclusive",
             f"{shown}, or another base model; if it is served so, declare it (--served-format)",
             None,
         )
+    shown += f", of which a KV cache in fp8 explains {cache:.0%}" if cache else ""
+    if case.answers.is_one_model:
+        shown += "; the server has one model under both names, so its own noise is not known"
     return "as trained", shown, None
 
 
@@ -64,61 +70,10 @@ def quick(case: Case) -> Finding:
     as_base, clear = case.count_base(case.pairs)
     shown = f"{len(as_base)} of {clear} answers are the base model's"
     if len(as_base) >= FEW:
-        return "differs", f"{shown}{requests_of(case, as_base)}", "served as base"
+        return "differs", f"{shown}{requests_of(case, as_base, clear)}", "served as base"
     if clear < FEW or case.effect <= FLOOR:
         return "inconclusive", f"{shown}: too few to tell", None
     return "as trained", f"{shown}; a full check sees other faults", None
-
-
-def base_fault(case: Case) -> Finding | None:
-    """The fault that explains most of what sets the base model apart, in a direction that rounding lacks."""
-    if case.noise.rms <= EXACT or not case.answers.base:
-        return None
-    rows = {p: [i for i in row if i in case.base.rows[p]] for p, row in case.answers.base.items()}
-    off = {p: [case.answers.base[p][i] - case.base.rows[p][i] for i in ids] for p, ids in rows.items() if ids}
-
-    def share(way: Callable[[int], Row], places: int, is_centred: bool = False) -> tuple[Estimate, float]:
-        ways = [(p, y, [way(p)[i] for i in rows[p]]) for p, y in off.items() if p < places]
-        if is_centred:
-            ways = [(p, centred(y), centred(d)) for p, y, d in ways]
-        found = strength([(case.prompt(p), dot(y, d), dot(d, d)) for p, y, d in ways])
-        total = sum(dot(y, y) for _, y, _ in ways)
-        return found, min(1.0, found.value**2 * sum(dot(d, d) for _, _, d in ways) / total) if total else 0.0
-
-    def to(model: Model) -> Callable[[int], Row]:
-        return lambda p: {i: value - case.base.rows[p][i] for i, value in model.rows[p].items()}
-
-    def is_clear(found: Estimate) -> bool:
-        return abs(found.value) > found.half or math.isinf(found.half)
-
-    faults: list[tuple[float, str, str]] = []
-    every = len(case.base.rows)
-    found, part = share(lambda p: case.base.rows[p], every, True)
-    if is_clear(found) and found.value > -1:
-        faults.append(
-            (
-                part,
-                "logprobs at another temperature",
-                f"logprobs are those at temperature {1 / (1 + found.value):.2g}",
-            )
-        )
-    seen = {p: {*case.reference.read(p)} for p in off}
-    found, part = share(lambda p: {i: -float(i in seen[p]) for i in rows[p]}, every, True)
-    if is_clear(found):
-        detail = f"logprobs of tokens that were read before are off by {-found.value:.2g} nats"
-        faults.append((part, "logprobs with a repetition penalty", detail))
-    found, part = share(to(case.adapter), every)
-    if found.value >= LEAST:
-        scaled = [share(to(v), len(v.rows)) for v in case.reference.variants[ADAPTER] if v.factor is not None]
-        part = max([part, *(each for way, each in scaled if way.value > HALF)])
-        detail = f"requests for the base model are answered with {found.value:.2g} times the adapter"
-        faults.append((part, "adapter in the base model", detail))
-    for model in case.reference.variants[BASE] if case.format not in PLAIN else ():
-        found, part = share(to(model), len(model.rows))
-        faults += [(part, model.fault, model.detail)] if found.value > HALF else []
-    part, fault, detail = max(faults, default=(0.0, "", ""))
-    reason = f"{fault}: {detail}, which explains {part:.0%} of what sets the base model apart from PyTorch's"
-    return ("differs", reason, fault) if part >= HALF else None
 
 
 def search(case: Case, found: str) -> Finding:
@@ -208,7 +163,8 @@ def decoded_fault(case: Case) -> Finding | None:
         reason = (
             f"a greedy answer leaves PyTorch's where two tokens are {gap:.2g} nats apart; noise explains {allowed:.2g}"
         )
-        return "differs", f"logprobs agree, but {reason}: the server generates other tokens than it scores", None
+        fault = "generated answers lack the adapter" if case.greedy["as_base"] >= FEW else None
+        return "differs", f"logprobs agree, but {reason}: the server generates other tokens than it scores", fault
     if early * len(case.answers.greedy) >= min(FEW, len(case.answers.greedy)):
         reason = f"logprobs agree, but {early:.0%} of the answers end before PyTorch's, at no end of the text"
         return "differs", reason, "answers end early"
@@ -227,17 +183,15 @@ def mixed_fault(case: Case) -> Finding | None:
     return None
 
 
-def requests_of(case: Case, places: Sequence[int]) -> str:
-    """How many requests find such a share of answers, and which had one, for who looks for the replica."""
-    share = len(places) / len(case.pairs)
-    enough = (
-        f"; {math.ceil(math.log(0.01) / math.log(1 - share))} requests find such a share with 99 %" if share < 1 else ""
-    )
+def requests_of(case: Case, places: Sequence[int], clear: int) -> str:
+    """How many answers show such a share, and which requests had one, for who looks for the replica."""
+    share = len(places) / clear
+
+    def missed(answers: int) -> float:
+        """Probability that so many answers hold fewer than FEW such ones."""
+        return sum(math.comb(answers, k) * share**k * (1 - share) ** (answers - k) for k in range(FEW))
+
+    enough = next(answers for answers in count(FEW) if missed(answers) <= MISSED)
     told = [case.answers.sources[place] for place in places if case.answers.sources.get(place)]
-    return enough + (f"; requests {', '.join(told[:SHOWN])}" if told else "")
-
-
-def centred(values: Sequence[float]) -> list[float]:
-    """Values without their mean."""
-    mean = fmean(values)
-    return [value - mean for value in values]
+    shown = f"; {enough} answers show such a share with 99 % probability"
+    return shown + (f"; requests {', '.join(told[:SHOWN])}" if told else "")
