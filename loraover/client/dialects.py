@@ -145,11 +145,7 @@ class Speaker:
 
     def text_of(self, tokens: Sequence[int]) -> str | None:
         """The text that the tokenizer turns into these tokens; None if there is none."""
-        for skips in (True, False):  # special tokens, such as that at the beginning, which servers add
-            text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=skips))
-            if text and self._tokenizer(text).input_ids == list(tokens):
-                return text
-        return None
+        return text_of(self._tokenizer, tokens)
 
     def _choice(self, dialect: Dialect, model: str, prompt: Prompt, tokens: int) -> dict[str, Any]:
         answer = self.endpoint.request(*dialect.request(model, prompt, tokens))
@@ -193,6 +189,15 @@ class Speaker:
             for text in {self._tokenizer.decode([index]), piece, piece.replace("▁", " ")}:  # as sentencepiece has it
                 texts.setdefault(text, set()).add(index)
         return {text: next(iter(ids)) for text, ids in texts.items() if len(ids) == 1}
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
+    """The text that a tokenizer turns into these tokens; None if there is none."""
+    for skips in (True, False):  # special tokens, such as that at the beginning, which servers add
+        text = str(tokenizer.decode(list(tokens), skip_special_tokens=skips))
+        if text and tokenizer(text).input_ids == list(tokens):
+            return text
+    return None
 
 
 def _tops(choice: Mapping[str, Any]) -> list[list[tuple[Any, Any]]]:

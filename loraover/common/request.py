@@ -185,6 +185,11 @@ class Request:
         """Return the value of a field as reports show it: of an adapter that was fetched, its address."""
         return str(self.addresses.get(name, getattr(self, name)))
 
+    @property
+    def loads_models(self) -> bool:
+        """Whether the verb loads models, with libraries that take seconds to import."""
+        return True
+
     def command(self) -> str:
         """Return the command line that repeats this request, without options at their defaults."""
         places: list[str] = []

@@ -93,7 +93,8 @@ class Reporting:
 
         from loraover.reporting.reporter import ConsoleReporter
 
-        quiet_libraries()
+        if request.loads_models:
+            quiet_libraries()
         console = Console(stderr=as_json)
 
         def present(report: Any, of: Request) -> int:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from loraover_serve.parity.report.parity_report import ParityReport
     from loraover_serve.parity.run import measure_parity
     from loraover_serve.parity.samples import Measurement
+    from loraover_serve.record.check import verify_adapter
+    from loraover_serve.record.recorder import RecordReport, record_adapter
     from loraover_serve.verify.report import (
         EngineResult,
         GreedyAgreement,
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
         Suspect,
         VerifyReport,
     )
-    from loraover_serve.verify.run import verify_adapter
     from loraover_serve.vllm.serve import serve_adapters
     from loraover_serve.vllm.server import VllmServer
 
@@ -42,6 +43,7 @@ _HOMES = {
     "Outputs": "loraover_serve.parity.judge.outputs",
     "ParityReport": "loraover_serve.parity.report.parity_report",
     "PeakMemory": "loraover_serve.parity.measure.memory",
+    "RecordReport": "loraover_serve.record.recorder",
     "Result": "loraover_serve.parity.judge.analysis",
     "Sample": "loraover_serve.engines.sample",
     "Streamed": "loraover.client.tokens",
@@ -51,8 +53,9 @@ _HOMES = {
     "VerifyReport": "loraover_serve.verify.report",
     "VllmServer": "loraover_serve.vllm.server",
     "measure_parity": "loraover_serve.parity.run",
+    "record_adapter": "loraover_serve.record.recorder",
     "serve_adapters": "loraover_serve.vllm.serve",
-    "verify_adapter": "loraover_serve.verify.run",
+    "verify_adapter": "loraover_serve.record.check",
 }
 
 __all__ = [
@@ -69,6 +72,7 @@ __all__ = [
     "Outputs",
     "ParityReport",
     "PeakMemory",
+    "RecordReport",
     "Result",
     "Sample",
     "Streamed",
@@ -78,6 +82,7 @@ __all__ = [
     "VerifyReport",
     "VllmServer",
     "measure_parity",
+    "record_adapter",
     "serve_adapters",
     "verify_adapter",
 ]

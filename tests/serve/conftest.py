@@ -17,6 +17,7 @@ from loraover_serve.parity.judge import bootstrap
 from support.engine_forms import Running
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.onnx_export import ForkedBuilder
+from support.recorded import asked_alike, record
 from support.serving import Served, serving
 from support.verified import Case, make_case, save_adapter, save_base
 
@@ -60,6 +61,18 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def case(base: Path, adapter: Path) -> Case:
     """These two, with the judge of engines that serve them."""
     return make_case(base, adapter)
+
+
+@pytest.fixture(scope="session")
+def recorded(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference of this adapter."""
+    return record(base, adapter, tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.fixture(scope="session")
+def asked(base: Path, adapter: Path, recorded: Path) -> Case:
+    """The adapter with verify's judge, on the questions of the reference."""
+    return asked_alike(base, adapter, recorded)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,14 @@ COMMANDS = {
         "loraover_serve.parity.report.show:show_report",
         leaves_out=["runs"],
     ),
+    "record": Reporting(
+        "loraover_serve.record.request:RecordRequest",
+        "loraover_serve.record.recorder:record_adapter",
+        "loraover_serve.record.show:show_recording",
+    ),
     "verify": Reporting(
         "loraover_serve.verify.request:VerifyRequest",
-        "loraover_serve.verify.run:verify_adapter",
+        "loraover_serve.record.check:verify_adapter",
         "loraover_serve.verify.show:show_report",
     ),
 }

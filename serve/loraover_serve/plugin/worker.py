@@ -74,18 +74,11 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 
 def _downloaded(name: str) -> Path:
     """Return the folder of an adapter of the hub, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
-
-    from loraover.common.errors import CheckpointError
-    from loraover.models.hub import pinned_commit
-    from loraover_export.uniform.certificate import READ_FILES
+    from loraover.sources.cache import ADAPTER_FILES
+    from loraover.sources.hub import fetch_repository
 
     repository, _, revision = name.partition("@")
-    commit = pinned_commit(repository, revision or None, "model")
-    try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=list(READ_FILES)))
-    except OSError as error:
-        raise CheckpointError(f"{name}: its files cannot be downloaded: {error}") from error
+    return fetch_repository(repository, revision or None, "model", ADAPTER_FILES)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from loraover_serve.verify.variants import Variants
 EXPLAINED = 0.5
 FEW = 4  # prompts on which faults that PyTorch has to run are tried first
 LEAST, NEARLY = 0.1, 0.9  # factor of the adapter that is looked at, and share that needs no further look
+KINDS = {"token": EXTRA_TOKEN, "positions": POSITIONS, "window": WINDOW, "layers": BASE_LAYERS}
+"""Names of the faults that PyTorch has to run, by their kind in base_variants.py."""
 WORTH = 0.3  # share on those, above which all prompts are run
 
 
@@ -129,10 +131,9 @@ def _adapted(
 
 def _computed(rows: Rows, base: Expected, variants: Variants) -> Iterator[BaseFault | None]:
     few = [row for row in rows if row.question < FEW]
-    names = {"token": EXTRA_TOKEN, "positions": POSITIONS, "window": WINDOW, "layers": BASE_LAYERS}
     for kind, detail, run in variants.base_faults():
         if _share_of(few, base, run(FEW)) >= WORTH:
-            yield BaseFault(names[kind], detail, _share_of(rows, base, run(None)))
+            yield BaseFault(KINDS[kind], detail, _share_of(rows, base, run(None)))
 
 
 def _share_of(rows: Rows, base: Expected, faulty: Expected) -> float:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover_serve.comparison.thresholds import root_mean
-from loraover_serve.verify.strength import Estimate
+
+if TYPE_CHECKING:
+    from loraover_serve.verify.strength import Estimate
 
 REPORT_FILE = "verify.json"
 Verdict = Literal["as trained", "differs", "inconclusive", "failed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, option
@@ -23,6 +24,9 @@ class VerifyRequest(EngineRequest):
     ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. An engine gets it in the form
     that it needs, and answers the same prompts as PyTorch. Its distance from PyTorch on the base model is its noise.
 
+    With --reference, a running server is compared with what `loraover serve record` wrote, without PyTorch, ADAPTER and
+    the base model.
+
     Words after -- are passed to `vllm serve`, except options that this command sets itself.
 
     Exit code 0: as trained; 1: an engine differs; 3: inconclusive, since the adapter moves the answers less than the
@@ -35,10 +39,17 @@ class VerifyRequest(EngineRequest):
         "loraover serve verify runs/a/adapter --engine vllm -- --dtype float32",
         "loraover serve verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
         "loraover serve verify shop --endpoint http://localhost:8000 --served-name shop",
+        "loraover serve verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000",
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
-    adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any kind")
+    adapter: AnyPath | None = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any kind", default=None)
+    references: AnyPaths = option(
+        "Reference that `loraover serve record` wrote, or folder with references below it, in place of ADAPTER.",
+        default=(),
+        flag="--reference",
+        needs="endpoint",
+    )
     engines: AnyNames = option(
         "Engine to start and verify; several are verified one after the other.",
         default=(),
@@ -48,10 +59,14 @@ class VerifyRequest(EngineRequest):
         are_different=True,
     )
     endpoint: str | None = option(
-        "Address of an OpenAI-compatible server that already serves the adapter.", default=None, needs="served_name"
+        "Address of an OpenAI-compatible server that already serves the adapter.", default=None
     )
-    served_name: str | None = option(
-        "Name by which the server at the endpoint serves the adapter.", default=None, needs="endpoint"
+    served_name: AnyNames = option(
+        "Name by which the server at the endpoint serves the adapter, one for each reference.",
+        default=(),
+        default_text="with references, the names of the adapters' folders",
+        needs="endpoint",
+        are_different=True,
     )
     base_name: str | None = option(
         "Name by which the server at the endpoint serves the base model.",
@@ -62,6 +77,29 @@ class VerifyRequest(EngineRequest):
     endpoint_key_variable: str | None = option(
         "Environment variable that holds the key of the server at the endpoint.", default=None, needs="endpoint"
     )
+    headers: AnyNames = option(
+        "Header of every request, as NAME=VARIABLE with the environment variable that holds its value.",
+        default=(),
+        flag="--header",
+        needs="references",
+    )
+    ca_file: AnyPath | None = option(
+        "PEM file of certificates that sign the server's.",
+        default=None,
+        default_text="those of Python",
+        needs="references",
+    )
+    protocol: str | None = option(
+        "Protocol of the server.",
+        default=None,
+        default_text="tried one after the other",
+        choices=("openai", "sglang", "tgi", "llama-server"),
+        needs="references",
+    )
+    quick: bool = option(
+        "Send 8 requests, which only show whether the adapter is applied at all.", default=False, needs="references"
+    )
+    junit: AnyPath | None = option("File for the verdicts in the form of JUnit.", default=None, needs="references")
     confusable: AnyPaths = option(
         "Folder of another adapter that the engine may have served instead, as if names were crossed.",
         default=(),
@@ -100,7 +138,24 @@ class VerifyRequest(EngineRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose_device(self.device)
+        if self.loads_models:
+            choose_device(self.device)
+
+    @property
+    def loads_models(self) -> bool:
+        return not self.references
+
+    def faults(self) -> Iterator[str]:
+        adapter, references, endpoint = (self.named(name) for name in ("adapter", "references", "endpoint"))
+        if (self.adapter is None) == (not self.references):
+            yield f"give {adapter} or {references}, and not both."
+        if self.endpoint is not None and not self.served_name and not self.references:
+            yield f"{endpoint} needs {self.named('served_name')}, which is missing."
+        if self.served_name and len(self.served_name) != max(1, len(self.references)):
+            yield f"{self.named('served_name')}: {len(self.served_name)}, expected one for each adapter."
+        if self.references and self.engines:
+            yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
+        yield from super().faults()
 
     @property
     def asked(self) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ KEPT_PREFIX = "loraover-verify-kept-"
 
 
 @verb(VerifyRequest)
-def verify_adapter(request: VerifyRequest) -> VerifyReport:
+def verify_with_pytorch(request: VerifyRequest) -> VerifyReport:
     """Verify that engines answer as an adapter was trained, and name the likely fault of one that does not.
 
     Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
@@ -78,6 +78,7 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
         OutputError: An output that exists or cannot be written.
         UnwrittenReportError: An output that could not be written after the verification; `error.report` has the report.
     """
+    assert request.adapter is not None
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)
     check_installed(request)
@@ -124,6 +125,7 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
 
 def _read(request: VerifyRequest, scratch: Path) -> AdapterDir:
     """Read the adapter; one of another kind is converted exactly, and PEFT still runs what was trained."""
+    assert request.adapter is not None
     reason = why_convert(request.adapter, {})
     if reason is None:
         return read_source(request.adapter)
@@ -135,10 +137,11 @@ def _read(request: VerifyRequest, scratch: Path) -> AdapterDir:
 
 def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longest: int) -> Setting:
     """What engines are started with, but for the folders of each."""
+    assert request.adapter is not None
     server = None
-    if request.endpoint is not None and request.served_name is not None:
-        key = request.endpoint_key_variable
-        server = RunningServer(request.endpoint, request.served_name, request.base_name, key)
+    if request.endpoint is not None:
+        (name,), key = request.served_name, request.endpoint_key_variable
+        server = RunningServer(request.endpoint, name, request.base_name, key)
     adapters, log, device = {ADAPTER: request.adapter.resolve()}, scratch / "log", str(choose_device(request.device))
     return Setting(
         request, adapters, base, scratch, log, longest, device=device, base_gguf=request.base_gguf, server=server

@@ -93,10 +93,10 @@ class Variants:
         with _adding(self.model, deltas, adapter), self._others(adapter if with_others else None):
             return self._run(prompts)
 
-    def rounded(self, format_: NumberFormat, deltas: Deltas | None = None) -> Expected:
+    def rounded(self, format_: NumberFormat, deltas: Deltas | None = None, *, prompts: int | None = None) -> Expected:
         """Logprobs of the base model in a coarser number format, with an adapter if deltas are given."""
         with rounding(self.model, format_):
-            return self._run() if deltas is None else self.adapted(deltas)
+            return self._run(prompts) if deltas is None else self.adapted(deltas, prompts=prompts)
 
     def with_coarse_cache(self) -> Expected:
         """Logprobs of the base model with keys and values in float8."""

@@ -1,0 +1,127 @@
+"""A reference: questions, and what the right and the faulty models answer."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
+"""Number formats from fine to coarse."""
+
+UNIT, STEPS_PER_E = 1e-4, 10
+"""Nats of a recorded logprob, and characters in which the recorded difference of a fault grows e-fold."""
+
+ALPHABET = "".join(chr(code) for code in range(35, 127) if chr(code) != "\\")
+LARGEST_FILE = 64_000_000  # bytes, unpacked
+ARMS = BASE, ADAPTER = "base", "adapter"
+OTHER = "other"
+
+Row = dict[int, float]
+"""Logprobs in nats by token id."""
+Rows = Mapping[int, Row]
+"""Rows by the index of their place in the reference."""
+
+
+class CheckError(Exception):
+    """A reference or a server that cannot be used."""
+
+
+class Model(NamedTuple):
+    """Recorded logprobs of a model at each place, and the largest that an unrecorded token can have there."""
+
+    rows: list[Row]
+    floors: list[float]
+    fault: str = ""
+    detail: str = ""
+    factor: float | None = None
+
+    def off(self, place: int, row: Row) -> list[float]:
+        """How far logprobs are from the model's; for an unrecorded token, at least how far."""
+        mine, floor = self.rows[place], self.floors[place]
+        return [value - mine[i] if i in mine else max(0.0, value - floor) for i, value in row.items()]
+
+
+class Reference:
+    """A reference: questions, and what the right and the faulty models answer at each place.
+
+    Args:
+        content: Contents of the file.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        if content["schema_version"] != 1:
+            raise ValueError(f"schema_version is {content['schema_version']!r}, expected 1")
+        self.content, self.questions, self.formats = content, content["questions"], content["formats"]
+        self.sensitivity, size = float(content["sensitivity"]), int(content["vocabulary"])
+        self.places = [(q, step) for q, each in enumerate(self.questions) for step in range(len(each["answer"]))]
+        positions = content["positions"]
+        if not 0 < len(self.places) == len(positions) or any(
+            len(q["texts"]) != len(q["answer"]) for q in self.questions
+        ):
+            raise ValueError("questions and positions do not fit together")
+        lists = [*(p["ids"] for p in positions), *(q[part] for q in self.questions for part in ("prompt", "answer"))]
+        if any(type(i) is not int or not 0 <= i < size for ids in lists for i in ids) or not all(lists):
+            raise ValueError(f"a token is not one of {size}")
+        self.base, self.adapter = (self._model(positions, arm) for arm in ("base", "adapter"))
+        self.variants = {of: [self._variant(v) for v in content["variants"] if v["of"] == of] for of in ARMS}
+        found: dict[str, set[int]] = defaultdict(set)
+        for index, text in content["texts"].items():
+            found[text].add(int(index))
+        self.by_text = {text: ids.pop() for text, ids in found.items() if len(ids) == 1}
+        if not all(0 < float(each["distance"]) < math.inf for each in (self.formats[name] for name in FORMATS[1:])):
+            raise ValueError("a number format has no distance")
+
+    @staticmethod
+    def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:
+        if any(not value >= 0 for p in positions for value in (*p[arm], p["floors"][arm])):
+            raise ValueError(f"{arm}: a probability is above 1")
+        rows = [{i: -UNIT * value for i, value in zip(p["ids"], p[arm], strict=True)} for p in positions]
+        return Model(rows, [-UNIT * p["floors"][arm] for p in positions])
+
+    def _variant(self, found: Mapping[str, Any]) -> Model:
+        start, unit = self.adapter if found["of"] == ADAPTER else self.base, float(found["unit"])
+        exact = [row for row, (q, _) in zip(start.rows, self.places, strict=True) if q < found["questions"]]
+        if not 0 < sum(map(len, exact)) == len(found["levels"]) or not 0 <= unit < math.inf:
+            raise ValueError(f"the fault {found['detail']!r:.60} does not fit the positions")
+        levels = iter(found["levels"])
+        rows = [{i: value + unit * unpacked(next(levels)) for i, value in row.items()} for row in exact]
+        return Model(rows, [0.0] * len(rows), found["fault"], found["detail"], found.get("factor"))
+
+    def read(self, place: int) -> list[int]:
+        """Tokens after which a place's token follows."""
+        question, step = self.places[place]
+        return [*self.questions[question]["prompt"], *self.questions[question]["answer"][:step]]
+
+
+def unpacked(level: str) -> float:
+    """Multiple of its unit that a character means."""
+    return math.sinh((ALPHABET.index(level) - len(ALPHABET) // 2) / STEPS_PER_E)
+
+
+def read_reference(path: str) -> Reference:
+    """Read a reference.
+
+    Raises:
+        CheckError: Not a reference of this version.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            raw = file.read(LARGEST_FILE + 1)
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(LARGEST_FILE + 1)
+        if len(raw) > LARGEST_FILE:
+            raise ValueError(f"more than {LARGEST_FILE} bytes")
+        return Reference(json.loads(raw))
+    except (OSError, EOFError, zlib.error, RecursionError, RuntimeError, ArithmeticError) as error:
+        fault: object = error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    raise CheckError(
+        f"{path}: not a reference that can be used ({fault!s:.300}); record it again: loraover serve record."
+    )

@@ -1,0 +1,155 @@
+"""Verification of servers by references, beside the one by PyTorch: one function, and little to import."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.request import perform, verb
+from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.command import check
+from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
+from loraover_serve.record.adapter_check.server import Server, headers, tls
+from loraover_serve.record.request import REFERENCE_FILE
+from loraover_serve.verify.names import ANOTHER
+from loraover_serve.verify.request import VerifyRequest
+
+if TYPE_CHECKING:
+    from loraover_serve.verify.report import VerifyReport
+
+
+@verb(VerifyRequest)
+def verify_adapter(request: VerifyRequest) -> VerifyReport:
+    """Verify that engines answer as an adapter was trained, and name the likely fault of one that does not.
+
+    Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
+    the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
+    checkpoint, of PEFT for any other LoRA of a causal language model. The engine's distance on the base model is its
+    noise. A server is asked for each of the two models again while it answers for the other one. The report's `verdict`
+    is "as trained", "differs", "inconclusive" if the adapter moves the answers less than the noise, or "failed" if an
+    engine failed after another had answered.
+
+    With references, a running server is compared with PyTorch's answers that they hold, and PyTorch is not imported.
+
+    Raises:
+        ConfigError: Arguments that cannot be used, a task that is not a causal language model, or a base model that
+            cannot be loaded.
+        CheckpointError: Files that cannot be read as an adapter, a checkpoint, a reference or an ONNX export.
+        DataError: A file of prompts that cannot be read.
+        EngineError: An engine that is not installed, or every engine failed; the message names the logs that are kept.
+        ExportError: An adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
+        OutputError: An output that exists or cannot be written.
+        UnwrittenReportError: An output that could not be written after the verification; `error.report` has the report.
+    """
+    if not request.references:
+        from loraover_serve.verify.run import verify_with_pytorch
+
+        return perform(verify_with_pytorch, request)
+    return check_server(request)
+
+
+def check_server(request: VerifyRequest) -> VerifyReport:
+    """Verify a running server by references.
+
+    Args:
+        request: What the user asked for.
+
+    Raises:
+        ConfigError: Arguments that cannot be used, or names that the server does not have.
+        CheckpointError: A file that is no reference.
+        EngineError: A server that failed for every adapter.
+    """
+    try:
+        _server(request)
+    except CheckError as error:
+        raise ConfigError(str(error)) from error
+    references = read_all(request.references)
+    found = [_check(request, name, mine) for name, mine in _named(request, references)]
+    _find_crossed(request, references, found)
+    from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
+
+    return publish(request, to_report(request, references, found))
+
+
+def _server(request: VerifyRequest) -> Server:
+    """The server, with the time that one adapter may take."""
+    assert request.endpoint is not None
+    sent = headers(request.endpoint_key_variable, request.headers)
+    context = tls(None if request.ca_file is None else str(request.ca_file))
+    return Server(request.endpoint, sent, time.monotonic() + request.timeout_s, context)
+
+
+def read_all(places: Sequence[Path]) -> list[Reference]:
+    """References of files, and of the folders below which they are.
+
+    Args:
+        places: Files and folders.
+
+    Raises:
+        CheckpointError: A file that is no reference, or a folder without any.
+    """
+    found = []
+    for place in places:
+        files = sorted(place.rglob(REFERENCE_FILE)) if place.is_dir() else [place]
+        if not files:
+            raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
+        for file in files:
+            try:
+                found.append(read_reference(str(file)))
+            except CheckError as error:
+                raise CheckpointError(str(error)) from error
+    return found
+
+
+def _named(request: VerifyRequest, references: Sequence[Reference]) -> Iterator[tuple[str, Reference]]:
+    names = request.served_name
+    if names and len(names) != len(references):
+        given = request.named("served_name")
+        raise ConfigError(
+            f"{given}: {len(names)}, and there are {len(references)} references; name all of them or none."
+        )
+    for name, reference in zip_longest(names, references):
+        yield name or str(reference.content["adapter"]), reference
+
+
+def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
+    """Result of one adapter; a failure is a result beside those of the others."""
+    request.report.line(f"asking {request.endpoint} for {name}")
+    start = time.monotonic()
+    try:
+        server = _server(request)
+        names = served_names(server, reference, name, request.base_name)
+        asker = Asker(reference, server, names, request.protocol)
+        return {"engine": name} | check(asker, request.declared_format, is_quick=request.quick)
+    except CheckError as error:
+        seconds = time.monotonic() - start
+        return {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
+
+
+def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
+    """Name the adapter with which a server answers instead, where it is one of those that are checked."""
+    for index, result in enumerate(found):
+        if result["verdict"] != "differs":
+            continue
+        for other, reference in enumerate(references):
+            if other != index and _answers_as(request, result["engine"], reference):
+                result["fault"] = ANOTHER
+                result["reason"] = f"{ANOTHER}: answers as {found[other]['engine']} was trained ({result['reason']})"
+                break
+
+
+def _answers_as(request: VerifyRequest, name: str, reference: Reference) -> bool:
+    """Whether a name is served with another adapter; a few requests exclude most."""
+    try:
+        server = _server(request)
+        asker = Asker(reference, server, served_names(server, reference, name, request.base_name), request.protocol)
+        return all(
+            check(asker, request.declared_format, is_quick=is_quick)["verdict"] == "as trained"
+            for is_quick in (True, *((False,) if not request.quick else ()))
+        )
+    except CheckError:
+        return False

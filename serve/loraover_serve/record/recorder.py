@@ -1,0 +1,371 @@
+"""One recording, from its arguments to the file."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.source import read_source
+from loraover.client.dialects import text_of
+from loraover.common.atomic_output import check_file_writable, publish_file
+from loraover.common.provenance import environment, today
+from loraover.common.request import verb
+from loraover.evaluation.digests import adapter_digest, model_digest
+from loraover.models.device import choose_device
+from loraover.models.load import ModelSource, load_config, load_tokenizer
+from loraover_export.logits.prompts import Prompts, read_prompts
+from loraover_serve.comparison.adapters import check_plain, check_task
+from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row, paired
+from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.record.adapter_check.base_faults import COARSE_CACHE
+from loraover_serve.record.adapter_check.case import COARSER, SEEN
+from loraover_serve.record.adapter_check.estimates import t_quantile
+from loraover_serve.record.pack import Place, choose_places, likeliest, pack_places, pack_variant
+from loraover_serve.record.request import RecordRequest
+from loraover_serve.verify.base_faults import FEW, KINDS
+from loraover_serve.verify.evidence import distance
+from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
+from loraover_serve.verify.names import LAYERS, NOT_APPLIED
+from loraover_serve.verify.reference import Reference, make_reference
+from loraover_serve.verify.rules import allowed_strength
+from loraover_serve.verify.run import make_subject
+from loraover_serve.verify.strength import Estimate, between_arms, strength
+from loraover_serve.verify.variants import Variants
+
+SCHEMA_VERSION = 1
+QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
+LONGEST = 64  # tokens of a question
+TOP = 20  # logprobs that most servers give
+KEPT = 32  # likeliest tokens of the base model and of the adapter that are recorded at each place
+KEPT_OF_FAULTS = 8
+NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
+MEASURED = 16  # questions on which rounding is measured
+NAMED = 16  # questions on which a fault is recorded
+NAMED_LAYERS = FEW  # and one of the many that concern a single layer
+FACTORS = (0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 4.0)
+"""Factors on every delta_W that are recorded; between them a checker interpolates."""
+
+
+class RecordReport(BaseModel):
+    """What was recorded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = Field(description="The file")
+    size_bytes: int = Field(description="Its size, in bytes")
+    questions: int = Field(description="Number of questions")
+    positions: int = Field(description="Number of tokens of answers at which logprobs are recorded")
+    variants: int = Field(description="Number of models with a fault that are recorded")
+    effect: float = Field(description="RMS change of logprobs by the adapter, in nats")
+    half: float | None = Field(
+        description="Half the width of the interval in which a server that rounds like PyTorch in bfloat16 shows the "
+        "strength of the adapter; None if the questions are too few to know it"
+    )
+    decides: bool = Field(
+        description="Whether a server whose noise is twice that would be called as trained, and an adapter 20 % off not"
+    )
+
+    @property
+    def exit_code(self) -> int:
+        """0: a recording that fails raises an error."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a number format does to PyTorch's answers.
+
+    Args:
+        distance: RMS distance of the base model's logprobs, in nats.
+        strength: Strength of the adapter, with its interval over MEASURED prompts.
+    """
+
+    distance: float
+    strength: Estimate
+
+
+@verb(RecordRequest)
+def record_adapter(request: RecordRequest) -> RecordReport:
+    """Record how an adapter answers, so that any server can be checked without PyTorch and the base model.
+
+    Raises:
+        ConfigError: Arguments that cannot be used, or a base model that cannot be loaded.
+        CheckpointError: Files that cannot be read as an adapter or a checkpoint.
+        DataError: A file of prompts that cannot be read.
+        ExportError: An adapter that serving cannot apply as it is.
+        OutputError: A file that cannot be written.
+    """
+    check_file_writable(request.destination)
+    adapter = read_source(request.adapter)
+    check_plain(adapter, "a reference")
+    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
+    check_task(adapter, base, "record")
+    content = record(request, adapter, base)
+    raw = gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
+    publish_file(request.destination, lambda draft: draft.write_bytes(raw))
+    return RecordReport(
+        path=request.destination,
+        size_bytes=len(raw),
+        questions=len(content["questions"]),
+        positions=len(content["positions"]),
+        variants=len(content["variants"]),
+        effect=content["effect"],
+        half=content["power"]["half"],
+        decides=content["power"]["decides"],
+    )
+
+
+def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
+    """Contents of the reference; see docs/formats.md.
+
+    Args:
+        request: What the user asked for.
+        adapter: The adapter.
+        base: Its base model.
+    """
+    device, say, tokenizer = str(choose_device(request.device)), request.report.line, load_tokenizer(base)
+    found = read_questions(base, request.prompts, request.new_tokens)
+    prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
+    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
+    variants, subject = Variants(adapter, base, device, reference.questions), make_subject(adapter, base)
+    say(f"running both models in {', '.join(FORMATS)}")
+    formats = {name: measure_rounding(reference, variants, subject, name) for name in FORMATS}
+    power = choose_number(reference, formats["bf16"], chosen=request.prompts is not None)
+    reference = replace(reference, questions=reference.questions[: power["questions"]])
+    say(f"running the known faults of serving on {min(NAMED, power['questions'])} questions")
+    faults = list(main_faults(reference, variants, subject))
+    places = choose_places(reference.questions, (reference.base, reference.adapter), _tops(reference, faults), KEPT)
+    changes = [fault.packed(places, reference) for fault in chain(faults, many_faults(reference, variants, subject))]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "adapter": request.adapter.resolve().name,
+        "base_model": base.name,
+        "digests": digests(adapter, base, tokenizer, is_chat=bool(messages)),
+        "vocabulary": reference.base.vocabulary,
+        "sensitivity": reference.sensitivity,
+        "effect": _effect(reference),
+        "formats": {
+            name: {"distance": one.distance, "strength": float(one.strength.value)} for name, one in formats.items()
+        },
+        "ends": sorted(reference.ends),
+        "power": power,
+        "questions": [_question(tokenizer, reference, index, messages) for index in range(len(reference.questions))],
+        "positions": pack_places(places, reference.base, reference.adapter, KEPT),
+        "texts": {str(i): str(tokenizer.decode([i])) for place in places for i in place.ids.tolist()},
+        "variants": changes,
+        "made": made(request, found, device),
+    }
+
+
+def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:
+    """Questions of a file, or the built-in ones.
+
+    Args:
+        base: The base model.
+        file: File with one question a line; None means the built-in ones.
+        new_tokens: Number of tokens of each answer.
+    """
+    limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None) or LONGEST
+    return read_prompts(base, file or QUESTIONS_FILE, longest=max(1, min(LONGEST, int(limit) - new_tokens)))
+
+
+def measure_rounding(reference: Reference, variants: Variants, subject: RightAdapter, name: str) -> Rounding:
+    """Run both models in a number format, and compare what a server would answer.
+
+    Args:
+        reference: PyTorch's answers of the right models.
+        variants: The base model with changed adapters.
+        subject: The adapter.
+        name: Name of the number format.
+    """
+    few = reference.questions[:MEASURED]
+    base = variants.rounded(FORMATS[name], prompts=MEASURED)
+    adapter = variants.rounded(FORMATS[name], subject.deltas, prompts=MEASURED)
+    rows = [
+        [
+            Row(index, position, row[ids], np.array(ids))
+            for index, question in enumerate(few)
+            for position in question.answered
+            for row in (model.at(index, position),)
+            for ids in (likeliest(row, TOP),)
+        ]
+        for model in (base, adapter)
+    ]
+    shown = strength(between_arms(paired(*rows), reference.base, reference.adapter))
+    return Rounding(distance(rows[0], reference.base).rms, Estimate(float(shown.value), float(shown.half)))
+
+
+def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
+    """The number of questions that decides on a server in bfloat16, and what it shows.
+
+    The error of the strength shrinks with the root of the number of questions. A server's noise counts as bfloat16's up
+    to COARSER times that of PyTorch: with so much of it, a right adapter has to pass, and one 20 % off may not.
+
+    Args:
+        reference: PyTorch's answers.
+        bf16: What bfloat16 does to them.
+        chosen: Whether the user chose the questions, which are all recorded then.
+    """
+    number, (low, high) = len(reference.questions), allowed_strength("bf16", reference.bias)
+    known = min(MEASURED, number)
+
+    def half(questions: int) -> float:
+        ratio = questions / known
+        narrower = t_quantile(max(questions - 1, 1)) / t_quantile(max(known - 1, 1))
+        return float(bf16.strength.half) * narrower / math.sqrt(ratio)
+
+    def decides(questions: int) -> bool:
+        return COARSER * half(questions) + (high - low) / 2 < SEEN
+
+    if not chosen:
+        number = next((n for n in NUMBERS if n < number and decides(n)), number)
+    found = half(number)
+    return {
+        "questions": number,
+        "half": found if math.isfinite(found) else None,
+        "decides": decides(number),
+    }
+
+
+@dataclass(frozen=True)
+class RecordedFault:
+    """A model with a fault.
+
+    Args:
+        of: Arm that has the fault.
+        fault: Name of the fault.
+        detail: The fault in words.
+        model: Its logprobs.
+        questions: Number of questions that it was run on, the first ones.
+        factor: Factor on every delta_W, for a fault that is one.
+    """
+
+    of: str
+    fault: str
+    detail: str
+    model: Expected
+    questions: int
+    factor: float | None = None
+
+    def packed(self, places: Sequence[Place], reference: Reference) -> dict[str, Any]:
+        """The fault as a reference has it."""
+        start = reference.adapter if self.of == ADAPTER else reference.base
+        number = min(self.questions, len(reference.questions))
+        facts = {"of": self.of, "fault": self.fault, "detail": self.detail, "factor": self.factor}
+        return facts | pack_variant(places, self.model, start, number)
+
+
+def main_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
+    """Faults of the entire adapter, and the adapter with other factors.
+
+    Args:
+        reference: PyTorch's answers of the right models.
+        variants: The base model with changed adapters.
+        subject: The adapter.
+    """
+    scaled = [(rescaled(subject, factor), factor) for factor in FACTORS]
+    left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
+    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
+    for each, factor in [*known, *scaled]:
+        model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
+        rows = [
+            Row(index, position, model.at(index, position))
+            for index, question in enumerate(reference.questions[:NAMED])
+            for position in question.answered
+        ]
+        yield RecordedFault(ADAPTER, each.fault, each.detail, Expected(rows), NAMED, factor)
+
+
+def many_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
+    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none.
+
+    Args:
+        reference: PyTorch's answers of the right models.
+        variants: The base model with changed adapters.
+        subject: The adapter.
+    """
+    for each in misplaced(subject):
+        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
+        yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
+    yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
+    for kind, detail, run in variants.base_faults():
+        yield RecordedFault(BASE, KINDS[kind], detail, run(NAMED_LAYERS), NAMED_LAYERS)
+
+
+def _tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
+    """The likeliest tokens of faulty models, by the index of the place."""
+    found: dict[int, set[int]] = {}
+    places = [(q, position) for q, each in enumerate(reference.questions[:NAMED]) for position in each.answered]
+    for index, place in enumerate(places):
+        rows = (fault.model.at(*place) for fault in faults)
+        found[index] = {i for row in rows for i in likeliest(row, KEPT_OF_FAULTS)}
+    return found
+
+
+def _effect(reference: Reference) -> float:
+    """RMS change of logprobs by the adapter, of the likeliest tokens of the adapted model."""
+    squares = []
+    for index, question in enumerate(reference.questions):
+        for position in question.answered:
+            two, one = (model.at(index, position) for model in (reference.adapter, reference.base))
+            ids = likeliest(two, TOP)
+            squares.append(float(np.mean(np.square(two[ids] - one[ids]))))
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def _question(tokenizer: Any, reference: Reference, index: int, messages: Sequence[str]) -> dict[str, Any]:
+    """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
+    mine = reference.questions[index]
+    texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]
+    message = messages[index] if messages else None
+    return {"prompt": list(mine.prompt), "answer": list(mine.continuation), "texts": texts, "message": message}
+
+
+def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: bool) -> dict[str, str | None]:
+    """Digests by which one knows what was recorded.
+
+    Args:
+        adapter: The adapter.
+        base: The base model: its commit on the hub stands for its files.
+        tokenizer: Its tokenizer.
+        is_chat: Whether the questions are chats.
+    """
+    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if is_chat else None
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
+    return {
+        "adapter": adapter_digest(adapter.path),
+        "base_config": model_digest(base, weights=False),
+        "base_weights": model_digest(base, weights=True),
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "chat_template": template,
+    }
+
+
+def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any]:
+    """How and with what a reference was made.
+
+    Args:
+        request: What the user asked for.
+        prompts: The questions.
+        device: Device that PyTorch ran on.
+    """
+    return {
+        "command": request.command(),
+        "date": today(),
+        "device": device,
+        "prompts": prompts.source,
+        "versions": environment("transformers", "peft"),
+    }

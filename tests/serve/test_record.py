@@ -1,0 +1,164 @@
+"""References: what is recorded of a tiny model, what a checker makes of it, and files that are none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from loraover.common.command_line import run
+from loraover_serve.cli import cli
+from loraover_serve.engines.answers import Expected
+from loraover_serve.record.adapter_check import estimates
+from loraover_serve.record.adapter_check.reference import ADAPTER, UNIT, CheckError, Model, read_reference
+from loraover_serve.record.recorder import KEPT, Rounding, choose_number
+from loraover_serve.verify import strength as with_numpy
+
+from support.recorded import ANSWER, QUESTIONS
+from support.verified import Case
+
+
+@pytest.fixture(scope="module")
+def content(recorded: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(gzip.decompress(recorded.read_bytes()))
+    return found
+
+
+def largest_gap(model: Model, expected: Expected, places: list[tuple[int, int]], case: Case) -> float:
+    """Largest difference of recorded logprobs from PyTorch's."""
+    answered = [(q, case.judge.reference.questions[q].answered[step]) for q, step in places]
+    pairs = zip(model.rows, answered, strict=False)
+    return max(abs(value - float(expected.at(*place)[i])) for row, place in pairs for i, value in row.items())
+
+
+def test_recorded_logprobs_are_pytorchs(recorded: Path, asked: Case) -> None:
+    found, right = read_reference(str(recorded)), asked.judge.reference
+    assert len(found.questions) == QUESTIONS
+    assert [(*q["prompt"], *q["answer"]) for q in found.questions] == [
+        (*q.prompt, *q.continuation) for q in right.questions
+    ]
+    assert min(map(len, found.base.rows)) >= KEPT
+    rounding = UNIT / 2 + 1e-5
+    assert largest_gap(found.base, right.base, found.places, asked) <= rounding
+    assert largest_gap(found.adapter, right.adapter, found.places, asked) <= rounding
+    for model in found.variants[ADAPTER]:
+        if model.factor is not None:
+            deltas = {module: delta.times(model.factor) for module, delta in asked.judge.subject.deltas.items()}
+            gap = largest_gap(model, asked.judge.variants.adapted(deltas), found.places, asked)
+            assert gap <= 0.06 * largest_gap(model, right.adapter, found.places, asked) + rounding
+
+
+def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, asked: Case) -> None:
+    found, right = read_reference(str(recorded)), asked.judge.reference
+    for place, (q, step) in enumerate(found.places):
+        row = right.base.at(q, right.questions[q].answered[step])
+        others = np.delete(row, list(found.base.rows[place]))
+        assert found.base.floors[place] == pytest.approx(np.sort(row)[-KEPT], abs=UNIT)
+        assert not others.size or others.max() <= found.base.floors[place] + UNIT
+
+
+def test_estimates_are_those_of_numpy_and_scipy() -> None:
+    for freedom in (1.0, 1.7, 5.0, 31.0, 150.0):
+        expected = stats.t.isf(with_numpy.BY_CHANCE / 2, freedom)
+        assert estimates.t_quantile(freedom) == pytest.approx(expected, rel=1e-4)
+    draw = np.random.default_rng(0)
+    w = draw.gamma(1.0, size=(9, 4))
+    x = 0.9 * w + 0.1 * np.sqrt(w) * draw.standard_t(2, size=w.shape)
+    w[3, 2:], x[3, 2:] = 0, 0
+    expected = with_numpy.strength(with_numpy.Projections(x, w, x**2))
+    found = estimates.strength([(q, x[q, k], w[q, k]) for q in range(9) for k in range(4)])
+    assert found == pytest.approx((float(expected.value), float(expected.half)), rel=1e-4)
+
+
+def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
+    reference = asked.judge.reference
+
+    def chosen(half: float, number: int) -> tuple[int, bool]:
+        many = replace(reference, questions=reference.questions[:1] * number, bias=1.0)
+        found = choose_number(many, Rounding(0.1, with_numpy.Estimate(1.0, half)), chosen=False)
+        return found["questions"], found["decides"]
+
+    assert chosen(0.01, 64) == (24, True)
+    assert chosen(0.12, 64) == (32, True)
+    assert chosen(0.5, 64) == (64, False)
+    assert chosen(float("inf"), 1) == (1, False)
+
+
+def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def changed(content: dict[str, Any]) -> None:
+        *places, last = key.split(".")
+        part: Any = content
+        for place in places:
+            part = part[int(place) if place.isdecimal() else place]
+        part[int(last) if last.isdecimal() else last] = value
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schema_version", 2, "schema_version is 2, expected 1"),
+        ("questions", [], "do not fit together"),
+        ("questions.0.answer", [1] * (ANSWER + 1), "do not fit together"),
+        ("questions.0.prompt", [10**9], "a token is not one of"),
+        ("questions.0.prompt.0", True, "a token is not one of"),
+        ("positions.0.ids", [], "a token is not one of"),
+        ("positions.0.ids", [1], "ValueError: zip"),
+        ("positions.0.base.0", -5, "a probability is above 1"),
+        ("positions.0.adapter.0", float("nan"), "a probability is above 1"),
+        ("positions.0.floors", {}, "KeyError: 'base'"),
+        ("formats.bf16", None, "TypeError"),
+        ("formats.int4.distance", 0, "a number format has no distance"),
+        ("variants.0.levels", "#", "does not fit the positions"),
+        ("variants.0.unit", float("inf"), "does not fit the positions"),
+        ("variants.0.questions", "all", "TypeError"),
+        ("texts", {"one": "a"}, "ValueError"),
+    ],
+)
+def test_a_file_that_is_no_reference_is_refused(
+    key: str, value: Any, message: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    broken = json.loads(json.dumps(content))
+    change(key, value)(broken)
+    path = tmp_path / "broken.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(broken).encode()))
+    with pytest.raises(CheckError, match=rf"broken.json.gz: not a reference.*{message}.*record it again"):
+        read_reference(str(path))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b'"text"',
+        b"{",
+        b"\x1f\x8b",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        gzip.compress(b"{}")[:-5],
+        gzip.compress(b" " * 64_000_001),
+        b'{"schema_version": 1, "vocabulary": 1e999}',
+    ],
+)
+def test_bytes_that_are_no_reference_are_refused(raw: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(raw)
+    with pytest.raises(CheckError, match="not a reference that can be used"):
+        read_reference(str(tmp_path / "file"))
+    with pytest.raises(CheckError, match="absent: not a reference"):
+        read_reference(str(tmp_path / "absent"))
+
+
+def test_a_reference_that_exists_is_kept(recorded: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = recorded.read_bytes()
+    assert run(cli, ["record", str(adapter), "-o", str(recorded)]) == 2
+    assert "exists; choose another --output, or give --force" in capsys.readouterr().err
+    assert recorded.read_bytes() == before

@@ -1,0 +1,37 @@
+"""A reference of a tiny model's adapter, and the judge of verify on the same questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.record.recorder import record_adapter
+
+from support.verified import Case, make_case
+
+QUESTIONS, ANSWER = 8, 4
+LINES = (
+    "The train leaves at nine",
+    "A farmer has 17 sheep",
+    "def is_even(number):",
+    "Water boils at a lower",
+    "Dear all, please find",
+    "Question: which planet",
+    "Der Zug um neun Uhr ab",
+    "1, 1, 2, 3, 5, 8, 13,",
+)
+
+
+def record(base: Path, adapter: Path, folder: Path) -> Path:
+    """The path of a reference with these questions."""
+    prompts = folder / "questions.txt"
+    prompts.write_text("\n".join(LINES))
+    return record_adapter(
+        adapter, model=str(base), prompts=prompts, new_tokens=ANSWER, device="cpu", output=folder / "reference.json.gz"
+    ).path
+
+
+def asked_alike(base: Path, adapter: Path, recorded: Path) -> Case:
+    """The judge of verify, with the questions of a reference."""
+    questions = read_reference(str(recorded)).questions
+    return make_case(base, adapter, ANSWER, [tuple(question["prompt"]) for question in questions])
