@@ -83,9 +83,10 @@ class Reporting:
 
     def __call__(self) -> click.Command:
         """Make the command."""
-        return request_command(imported(self.request), self._run)
+        return request_command(imported(self.request), self.run)
 
-    def _run(self, request: Any, as_json: bool) -> int:
+    def run(self, request: Any, as_json: bool) -> int:
+        """Do the work, show the report, and return the exit code."""
         from dataclasses import replace
 
         from rich.console import Console
