@@ -150,3 +150,17 @@ def test_a_fleet_on_ray_data(fleet: dict[str, Path], tmp_path: Path) -> None:
     assert found["adapter"] == ("rewritten", "")
     assert "not a complete safetensors file" in found["broken"][1]
     assert (tmp_path / "cache").is_dir()
+
+
+@pytest.mark.process
+def test_a_check_of_a_known_model_imports_no_torch(fleet: dict[str, Path]) -> None:
+    """Which is most of its time, and of the start of a hook."""
+    code = (
+        "import sys; from loraover.common.command_line import run; from loraover_export.cli import cli; "
+        "code = run(cli, ['check', sys.argv[1], '--engine', 'vllm']); "
+        "sys.exit(code or sorted({'torch', 'transformers', 'peft'} & {*sys.modules}) or 0)"
+    )
+    words = [sys.executable, "-c", code, str(fleet["plain"])]
+    check_fleet(fleet["plain"], engines="vllm")
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -309,7 +309,7 @@ def test_shapes_decide_between_two_parts(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "expected one of fp32"),
         ({"max_rank": 0}, "1 or more"),
         ({"max_rank": 8, "approximate_to_rank": 16}, "takes rank 8 at most"),
-        ({"model": "nowhere/../x"}, "neither a folder nor a hub name"),
+        ({"model": "nowhere/../x"}, "neither a folder, an address nor a hub name"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:

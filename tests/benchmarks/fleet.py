@@ -1,0 +1,137 @@
+"""CPU seconds of check, prepare and convert for an adapter of Llama-3.1-8B's shapes, beside handling its bytes.
+
+The adapter is a LoRA of rank 32 on all linear layers in bfloat16 (160 MiB). Handling reads the file, hashes it with
+SHA-256, and writes and syncs a copy. "First" is with an empty cache, in a process that has prepared another adapter;
+"later" is the second time. The cold command is a new process that checks an adapter of a model that was seen before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import LlamaConfig
+
+from loraover.common.atomic_output import sync
+from loraover_export import check_adapter, convert_adapter, prepare_adapter
+
+from support.plain_adapter import write_adapter
+
+RANK, LAYERS, REPEATS = 32, 32, 3
+HIDDEN, INTERMEDIATE, KEYS = 4096, 14336, 1024
+SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KEYS, HIDDEN),
+    "self_attn.v_proj": (KEYS, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+TARGETS = sorted(path.rpartition(".")[2] for path in SHAPES)
+
+
+def make_base(folder: Path) -> Path:
+    """Write the configuration of Llama-3.1-8B, without weights."""
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def make_plain(folder: Path, base: Path, seed: int) -> Path:
+    """Write a LoRA in bfloat16 with its scaling of 2."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
+
+    pairs = {
+        f"model.layers.{layer}.{path}": (drawn(RANK, n), drawn(m, RANK))
+        for layer in range(LAYERS)
+        for path, (m, n) in SHAPES.items()
+    }
+    return write_adapter(folder, pairs, base_model_name_or_path=str(base), target_modules=TARGETS)
+
+
+def handle(source: Path, target: Path) -> None:
+    """Read, hash, write and sync the bytes of an adapter."""
+    content = (source / "adapter_model.safetensors").read_bytes()
+    hashlib.sha256(content).hexdigest()
+    target.write_bytes(content)
+    sync(target)
+
+
+def cpu_s(work: Callable[[], Any]) -> float:
+    """Return the CPU seconds of some work in this process."""
+    before = os.times()
+    work()
+    after = os.times()
+    return after.user + after.system - before.user - before.system
+
+
+def least(work: Callable[[], Any]) -> float:
+    """Return the least CPU seconds of several runs: other programs on the machine only add to them."""
+    return min(cpu_s(work) for _ in range(REPEATS))
+
+
+def cold_s(adapter: Path) -> float:
+    """Return the CPU seconds of a command that checks an adapter in a new process."""
+    code = "import sys; from loraover_export.cli import main; main()"
+    words = [sys.executable, "-c", code, "check", str(adapter), "--engine", "vllm"]
+
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    found = []
+    for _ in range(REPEATS):
+        before = spent()
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        found.append(spent() - before)
+    return min(found)
+
+
+def measure() -> list[Table]:
+    """Measure all, on one thread."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = make_base(folder / "base")
+        adapters = [make_plain(folder / str(seed), base, seed) for seed in range(REPEATS + 1)]
+        check_adapter(adapters[0], engines="vllm")
+        prepare_adapter(adapters[0], folder / "warm", model=base)
+        plain = least(lambda: handle(adapters[0], folder / "copy"))
+        converted = iter(range(REPEATS))
+        chosen = iter(adapters[1:])
+        rows = {
+            "read, hash, write": plain,
+            "check, in a process": least(lambda: check_adapter(adapters[0], engines="vllm")),
+            "check, cold command": cold_s(adapters[0]),
+            "prepare, first": least(lambda: prepare_adapter(next(chosen), folder / "cache", model=base)),
+            "prepare, later": least(lambda: prepare_adapter(adapters[0], folder / "warm", model=base)),
+            "convert": least(lambda: convert_adapter(adapters[0], folder / f"converted-{next(converted)}")),
+        }
+    table = Table(title="CPU seconds an adapter (160 MiB)")
+    for column in ("work", "CPU s", "times the plain handling"):
+        table.add_column(column)
+    for name, seconds in rows.items():
+        table.add_row(name, f"{seconds:.2f}", f"{seconds / plain:.2f}")
+    return [table]
