@@ -233,7 +233,11 @@ def test_every_message_with_a_command_has_a_row() -> None:
 
 
 CASES = [(part, case) for part, cases in REMEDIES.items() for case in cases] + [(COMPLETE, patterns)]
-MARKS = {other_targets: [pytest.mark.engine], classifier: [pytest.mark.engine], unread_release: [pytest.mark.matrix]}
+MARKS: dict[Callable[[Path], Case], list[pytest.MarkDecorator]] = {
+    other_targets: [pytest.mark.engine],
+    classifier: [pytest.mark.engine],
+    unread_release: [pytest.mark.matrix],
+}
 """The last command starts vLLM, which answers to it in test_verify_vllm.py as well."""
 
 

@@ -50,7 +50,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
         replace(request, report=ConsoleReporter(console), receive=receive),
     )
     show_summary(report, console)
-    return report.exit_code
+    return int(report.exit_code)
 
 
 check = request_command(FleetCheckRequest, _check)

@@ -88,6 +88,7 @@ def verify_with_pytorch(request: VerifyRequest) -> VerifyReport:
 
 def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     """Ask PyTorch, then each engine, and write the report; if every engine failed, raise the first one's error."""
+    assert request.adapter is not None
     adapter = _read(request, scratch)
     check_plain(adapter, "the check of engines")
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
