@@ -196,12 +196,16 @@ def test_every_message_with_a_command_has_a_row() -> None:
 
 
 CASES = [(part, case) for part, cases in REMEDIES.items() for case in cases] + [(COMPLETE, patterns)]
-MARKS = {other_targets: [pytest.mark.engine], classifier: [pytest.mark.engine], unread_release: [pytest.mark.matrix]}
+MARKS: dict[Callable[[Path], Case], pytest.MarkDecorator] = {
+    other_targets: pytest.mark.engine,
+    classifier: pytest.mark.engine,
+    unread_release: pytest.mark.matrix,
+}
 """The last command starts vLLM, which answers to it in test_verify_vllm.py as well."""
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("part", "case"), [pytest.param(*row, marks=MARKS.get(row[1], [])) for row in CASES])
+@pytest.mark.parametrize(("part", "case"), [pytest.param(*row, marks=MARKS.get(row[1], ())) for row in CASES])
 def test_a_remedy_works(
     part: str, case: Callable[[Path], Case], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
