@@ -143,7 +143,7 @@ def test_the_page_takes_hostile_texts_for_texts(tmp_path: Path) -> None:
 def test_a_fleet_on_ray_data(fleet: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("ray.data", reason="Ray is in the extra ray")
     words = [sys.executable, EXAMPLES / "prepare_on_ray.py", tmp_path / "cache", fleet["plain"], fleet["broken"]]
-    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    ran = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     found = {Path(row["adapter"]).name: (row["done"], row["reason"]) for row in rows}

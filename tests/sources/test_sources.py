@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from loraover.common.errors import OutputError
+from loraover.common.errors import ConfigError, OutputError
 from loraover.common.paths import AddressPath, cache_folder
 from loraover.models.load import load_config, resolve_model
 from loraover.sources.address import Address, HubName, is_elsewhere, name_of, read_address
@@ -146,7 +146,7 @@ def test_an_address_keeps_its_text_in_a_path() -> None:
 
 @pytest.mark.parametrize("text", ["hf://datasets/org/name", "https://huggingface.co/org"])
 def test_an_address_of_the_hub_names_a_repository(text: str) -> None:
-    with pytest.raises(SourceError.__base__, match="names no repository of the hub; expected"):
+    with pytest.raises(ConfigError, match="names no repository of the hub; expected"):
         read_address(text)
 
 

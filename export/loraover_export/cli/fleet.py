@@ -13,7 +13,7 @@ from loraover_export.check.request import CheckRequest
 from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
 
 if TYPE_CHECKING:
-    from loraover_export.fleet.row import Row
+    from loraover_export.fleet.row import FleetReport, Row
 
 ONE = Reporting(
     "loraover_export.check.request:CheckRequest",
@@ -48,7 +48,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
         if as_json:
             print(row.model_dump_json(), flush=True)
 
-    report = perform(
+    report: FleetReport = perform(
         imported(f"loraover_export.fleet.run:{function}"),
         replace(request, report=ConsoleReporter(console), receive=receive),
     )

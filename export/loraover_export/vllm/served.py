@@ -197,7 +197,7 @@ def _method(quantization: Any) -> str:
 
 def _parts(experts: Mapping[str, ExpertWeight]) -> dict[str, ServedModule]:
     """Return the matrices of the experts as if each were a module, by path."""
-    found = {}
+    found: dict[str, ServedModule] = {}
     for path, weight in experts.items():
         owner, _, parameter = path.rpartition(".")
         described = ServedModule("expert", "part of a parameter", weight.shape[::-1])
