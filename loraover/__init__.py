@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loraover.overparam.parameterization import OverParameterization
     from loraover.overparam.sharding import trainable_state_dict
     from loraover.reporting.reporter import ConsoleReporter
+    from loraover.study.power import PowerReport, predict_power
     from loraover.study.report import StudyReport
     from loraover.study.runner import run_study
     from loraover.training.recipe import Recipe, load_recipe
@@ -44,6 +45,7 @@ _HOMES = {
     "LoraOverCallback": "callbacks.loraover_callback",
     "LoraOverConfig": "overparam.config",
     "OverParameterization": "overparam.parameterization",
+    "PowerReport": "study.power",
     "Probe": "overparam.importance",
     "Recipe": "training.recipe",
     "Reporter": "common.reporter",
@@ -55,6 +57,7 @@ _HOMES = {
     "inspect_folder": "inspection.folder",
     "last_whole_checkpoint": "callbacks.seal_checkpoints",
     "load_recipe": "training.recipe",
+    "predict_power": "study.power",
     "read_checkpoint": "checkpoint.checkpoint",
     "read_run": "training.run_result",
     "restore": "checkpoint.resume",
@@ -77,6 +80,7 @@ __all__ = [
     "LoraOverCallback",
     "LoraOverConfig",
     "OverParameterization",
+    "PowerReport",
     "Probe",
     "Recipe",
     "Reporter",
@@ -89,6 +93,7 @@ __all__ = [
     "inspect_folder",
     "last_whole_checkpoint",
     "load_recipe",
+    "predict_power",
     "read_checkpoint",
     "read_run",
     "restore",

@@ -174,7 +174,7 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
         *map(merged, ("biases", "saved norm", "saved classifier", "tied, saved head", "tied, kept so"))
     ],
     "merge the adapter with `loraover export merge`": [changed_rows("convert")],
-    "name it with --model, or write it with `loraover export merge`": [changed_rows("vllm")],
+    "or write it with `loraover export merge`": [changed_rows("vllm")],
     "make it a plain LoRA with `loraover export convert`": [trained_tokens],
     "Write it again with loraover export convert": [old_experts],
     "write it with loraover export vllm": [stacked_experts],

@@ -13,7 +13,19 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
-from loraover.common.request import AnyNames, AnyNumbers, AnyPath, AnyPaths, Request, argument, option, perform, verb
+from loraover.common.request import (
+    AnyNames,
+    AnyNumbers,
+    AnyPath,
+    AnyPaths,
+    Request,
+    argument,
+    as_written,
+    option,
+    perform,
+    verb,
+    written_as_flags,
+)
 from loraover.reporting.request_command import request_command
 
 
@@ -155,6 +167,12 @@ def test_a_remedy_is_in_the_callers_words(capsys: pytest.CaptureFixture[str]) ->
         toy("a", "b", words=["-x"])
     assert run(COMMAND, ["a", "-o", "b", "--", "-x"]) == 2
     assert 'the words after "--" hold -x; use --mode slow.' in capsys.readouterr().err
+
+
+def test_a_lower_room_names_an_argument_in_the_callers_words() -> None:
+    assert (as_written("compute_dtype"), as_written("device", "cpu")) == ("compute_dtype", "device='cpu'")
+    with written_as_flags():
+        assert (as_written("compute_dtype"), as_written("device", "cpu")) == ("--compute-dtype", "--device cpu")
 
 
 def test_a_command_takes_what_it_must() -> None:

@@ -23,7 +23,7 @@ from scipy import stats
 from loraover.common.atomic_output import publish_text
 from loraover.common.provenance import environment, today
 from loraover.reporting.reporter import ConsoleReporter
-from loraover.study.analysis import LEVEL, Losses, difference, mean_loss
+from loraover.study.analysis import LEVEL, Losses, difference, mean_loss, unit_variances
 from loraover.study.grid import Run
 from loraover.study.kept_runs import finished
 from loraover.study.outcome import RunOutcome
@@ -73,10 +73,9 @@ def losses(outcomes: Mapping[Run, RunOutcome], task: str, method: str) -> tuple[
 def variances(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> tuple[float, float]:
     """Variance of one seed's difference, and that of the mean over rows, in squared per cent of the baseline's loss."""
     (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
-    gaps = new - old
-    rows = (gaps.mean(0) - mean_loss(gaps, tokens) * tokens) / tokens.mean()
+    of_seed, of_row = unit_variances(new - old, tokens)
     scale = (100 / mean_loss(old, tokens)) ** 2
-    return scale * float((gaps.sum(1) / tokens.sum()).var(ddof=1)), scale * float(rows.var(ddof=1)) / len(tokens)
+    return scale * of_seed, scale * of_row / len(tokens)
 
 
 def predicted_widths(plan: Registration, outcomes: Mapping[Run, RunOutcome]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import nn
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, ExactAdapter
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import CheckpointError
+from loraover.common.request import as_written
 
 
 def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Module:
@@ -48,7 +49,7 @@ def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Modul
         raise CheckpointError(
             f"{adapter.path}: {module} maps {found[0]} to {found[1]} features in the base model, but {n} to "
             f"{m} in the adapter, which was trained on {adapter.config.base_model_name_or_path!r}. "
-            "Name that model with --model."
+            f"Name that model with {as_written('model')}."
         )
     return target
 

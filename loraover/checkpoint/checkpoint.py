@@ -38,6 +38,7 @@ from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.paths import kind_of
+from loraover.common.request import as_written
 from loraover.common.threads import one_thread
 from loraover.overparam.decompositions import Decomposition
 
@@ -263,7 +264,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     if adapter.config.base_model_name_or_path != meta.base_model:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: base_model_name_or_path is {adapter.config.base_model_name_or_path!r}, but the "
-            f"cores were trained on {meta.base_model!r}; undo the edit and use --model to name a copy of that model."
+            f"cores were trained on {meta.base_model!r}; undo the edit and use "
+            f"{as_written('model')} to name a copy of that model."
         )
     checkpoint = Checkpoint(adapter.path, adapter.config, adapter.shapes, adapter.stacks, meta=meta)
     _check_layout(checkpoint)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from packaging.version import InvalidVersion, Version
 
 from loraover.common.errors import CheckpointError
+from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, MatrixName, without_base_layers
 
 if TYPE_CHECKING:
@@ -197,7 +198,8 @@ def is_flipped(
     if stack.experts != weight.experts or found not in (weight.shape, weight.shape[::-1]):
         raise CheckpointError(
             f"{where}: {stack.path} has {stack.experts} experts of shape {found} in the adapter, and {weight.experts} "
-            f"of shape {weight.shape} in the base model; name the model that the adapter was trained on with --model."
+            f"of shape {weight.shape} in the base model; name the model that the adapter was trained on with "
+            f"{as_written('model')}."
         )
     if weight.is_transposed or weight.shape[0] != weight.shape[1]:
         return found != weight.shape

@@ -25,6 +25,7 @@ from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
+from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts
 
@@ -331,7 +332,7 @@ def read_on_base(adapter: Adapter, weights: Mapping[str, ExpertWeight]) -> Adapt
         if stack.path not in weights:
             raise CheckpointError(
                 f"{adapter.tensors_path}: the base model has no parameter {stack.path} of experts; name the model that "
-                "the adapter was trained on with --model."
+                f"the adapter was trained on with {as_written('model')}."
             )
         a, b = (adapter.shapes[site_key(f"{stack.expert(0)}.lora_{matrix}")] for matrix in "AB")
         version = adapter.config.peft_version

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.expert_stacks import targeted_parameter
 from loraover.common.errors import CheckpointError
+from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.overparam.expert_part import without_base_layers
 
@@ -194,6 +195,6 @@ def if_missing(path: str, names: Iterable[str]) -> str:
     """Return what to do about an adapted module that the base model does not have, to end a message."""
     alike = alike_module(path, names)
     if alike is None:
-        return "name the model that the adapter was trained on with --model"
+        return f"name the model that the adapter was trained on with {as_written('model')}"
     head = "without its head" if len(alike) > len(path) else "with a head"
     return f"it has {alike}, so the adapter may have been trained on the model {head}. Rename its tensors to that"

@@ -9,9 +9,7 @@ from loraover.reporting.request_command import Reporting
 
 COMMANDS = {
     "train": "loraover.cli.train:train",
-    "study": Reporting(
-        "loraover.study.request:StudyRequest", "loraover.study.runner:run_study", "loraover.study.show:show_study"
-    ),
+    "study": "loraover.cli.study:study",
     "compare": "loraover.cli.compare:compare",
     "eval": "loraover.cli.evaluate:evaluate_command",
     "inspect": "loraover.cli.inspect:inspect",

@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from loraover.common.errors import LoraOverError, OutputError
+from loraover.common.request import as_written
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -265,7 +266,9 @@ def check_replaceable(output: Path, kind: str, mark: str, *, inputs: Iterable[Pa
     for folder in inputs:
         check_free(target, outside=folder, replace=replace)
     if target.exists() and any(target.iterdir()) and not (target / mark).is_file():
-        raise OutputError(f"{target} holds no {kind}, and --force replaces {kind}s only; choose another output.")
+        raise OutputError(
+            f"{target} holds no {kind}, and {as_written('force')} replaces {kind}s only; choose another output."
+        )
 
 
 def _as_os_error(error: Exception) -> OSError | None:

@@ -336,6 +336,16 @@ def written_as_flags() -> Iterator[None]:
         _as_flags.reset(token)
 
 
+def as_written(name: str, value: str | None = None) -> str:
+    """Return an argument's name, and a value, as the caller writes them, where no request is at hand.
+
+    In a command that is "--compute-dtype bf16", else "compute_dtype='bf16'".
+    """
+    if _as_flags.get():
+        return " ".join([f"--{name.replace('_', '-')}", *([] if value is None else [value])])
+    return name if value is None else f"{name}={value!r}"
+
+
 def verb(request: Callable[P, Any]) -> Callable[[Callable[[Any], Result]], Callable[P, Result]]:
     """Give a function of a request the request's fields as its arguments; `perform` calls it with a request.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
+from loraover.common.request import as_written
 from loraover.data.formats import Row, read_row
 from loraover.sources.hub import pinned_commit
 
@@ -237,5 +238,5 @@ def _hub_errors(name: str) -> Iterator[None]:
     except (ConfigError, DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(
             f"{name}: {error} Download it where the hub can be reached (hf download {name} --repo-type dataset), or "
-            "name a local file with the same fields, one JSON object a line: --data FILE."
+            f"name a local file with the same fields, one JSON object a line, with {as_written('data')}."
         ) from error

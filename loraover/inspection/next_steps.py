@@ -57,6 +57,9 @@ def _of_adapter(report: FolderReport, path: Path) -> list[NextStep]:
                 *(*export, "onnx", str(path), "--mode", "merged", "-o", str(beside(path, "onnx"))),
             ),
         ]
+    elif report.adapter.kind != "LORA":
+        convert = ("loraover", "export", "convert", str(path), "-o", str(beside(path, "lora")))
+        steps.append(_step("Make a plain LoRA of it, which engines read", *convert))
     if report.kind == "folded adapter":
         steps.append(_step("Measure its cost", "loraover", "serve", "parity", "--adapter", str(path)))
     if report.adapter.base_model is not None:

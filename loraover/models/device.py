@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
+from loraover.common.request import as_written
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +53,13 @@ def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch
     """
     import torch
 
+    name = as_written("compute_dtype")
     if compute_dtype not in COMPUTE_DTYPES:
-        raise ConfigError(f"compute-dtype is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")
+        raise ConfigError(f"{name} is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")
     place = choose_device(device)
     if place.type == "mps" and compute_dtype == "fp64":
-        raise ConfigError("compute-dtype: an Apple GPU (mps) has no fp64; add --device cpu, or choose another type.")
+        remedy = f"add {as_written('device', 'cpu')}, or choose another type"
+        raise ConfigError(f"{name}: an Apple GPU (mps) has no fp64; {remedy}.")
     return place, getattr(torch, COMPUTE_DTYPES[compute_dtype])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.memory import is_out_of_memory
+from loraover.common.request import as_written
 from loraover.models.device import found_devices, total_memory
 from loraover.models.load import ModelSource, load_skeleton
 
@@ -112,7 +113,7 @@ def _what_fits(device: str, dtype: str, needs: Needs) -> Iterator[str]:
         for other in ("fp32", "bf16"):
             is_failed = (kind, other) == (device.partition(":")[0], dtype)
             if memory is not None and not is_failed and needs.size(other) <= ROOM * memory:
-                yield f"{kind} --compute-dtype {other} ({_gib(needs.size(other))} of {_gib(memory)})"
+                yield f"{kind} {as_written('compute_dtype', other)} ({_gib(needs.size(other))} of {_gib(memory)})"
 
 
 def _gib(size: int) -> str:

@@ -24,6 +24,7 @@ from loraover.checkpoint.peft_adapter import (
     read_on_base,
 )
 from loraover.common.errors import CheckpointError
+from loraover.common.request import as_written
 
 WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
@@ -260,7 +261,7 @@ def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
     if parameter.shape != delta.shape:
         raise CheckpointError(
             f"{name} has shape {tuple(parameter.shape)} in the base model, but {tuple(delta.shape)} in the adapter; "
-            "name the model that the adapter was trained on with --model."
+            f"name the model that the adapter was trained on with {as_written('model')}."
         )
     adapted = (parameter.cpu().double() + delta).to(parameter.dtype).to(parameter.device)
     put_parameters(base, {name: nn.Parameter(adapted, requires_grad=False)})

@@ -86,7 +86,7 @@ class Reporting:
         return request_command(imported(self.request), self.run)
 
     def run(self, request: Any, as_json: bool) -> int:
-        """Do the work of a request, and return the exit code."""
+        """Do the work, show the report, and return the exit code."""
         from dataclasses import replace
 
         from rich.console import Console

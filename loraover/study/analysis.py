@@ -146,12 +146,23 @@ def difference(method: Losses, baseline: Losses, tokens: Losses) -> Difference:
     gaps = method - baseline
     seeds, examples = gaps.shape
     mean = mean_loss(gaps, tokens)
-    of_seeds = gaps.sum(1) / tokens.sum()
-    of_examples = (gaps.mean(0) - mean * tokens) / tokens.mean()
-    variances = float(of_seeds.var(ddof=1)) / seeds, float(of_examples.var(ddof=1)) / examples
+    of_seed, of_example = unit_variances(gaps, tokens)
+    variances = of_seed / seeds, of_example / examples
     spread = Spread(variances, (seeds - 1, examples - 1))
     half = spread.half(LEVEL)
     return Difference(mean=mean, interval=(mean - half, mean + half), p=spread.p(mean), detectable=spread.detectable())
+
+
+def unit_variances(gaps: Losses, tokens: Losses) -> tuple[float, float]:
+    """Variance of one seed's mean difference, and of one example's share in it, in squared nats per token.
+
+    Args:
+        gaps: Differences of nats, shape (seeds, examples); at least 2 of each.
+        tokens: Tokens of each completion, shape (examples,).
+    """
+    of_seeds = gaps.sum(1) / tokens.sum()
+    of_examples = (gaps.mean(0) - mean_loss(gaps, tokens) * tokens) / tokens.mean()
+    return float(of_seeds.var(ddof=1)), float(of_examples.var(ddof=1))
 
 
 def sensitivity(by_rate: Mapping[float, float], seed_losses: Mapping[float, Sequence[float]]) -> RateSensitivity:

@@ -73,7 +73,7 @@ class Run:
     @property
     def name(self) -> str:
         """Name in the study's `runs.jsonl`."""
-        return f"{self.task}/{_slug(self.method)}/lr-{self.rate:g}/seed-{self.seed}"
+        return f"{self.task}/{slug(self.method)}/lr-{self.rate:g}/seed-{self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -198,7 +198,7 @@ def matched_rank(recipe: Recipe) -> int:
     return -(-recipe.lora.r * (matrices + added) // matrices)
 
 
-def _slug(method: str) -> str:
-    """Folder name of a method."""
+def slug(method: str) -> str:
+    """Return the folder name of a method."""
     name = re.sub(r"[^A-Za-z0-9.+=-]+", "_", method)
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{sha256(method.encode()).hexdigest()[:8]}"

@@ -75,6 +75,7 @@ class StudyRequest(Request):
     examples = (
         "loraover study gsm8k-smollm2 --lr-sweep 3e-4,1e-3,3e-3 --seeds 5 -o study",
         "loraover study demo --methods lora,lora-over --lr-sweep lora=1e-3,3e-3 --lr-sweep 3e-4,1e-3 -o study",
+        "loraover study demo --methods lora,lora-over --seeds 5 -o study --power pilot",
     )
 
     recipes: AnyNames = argument("Names of recipes that ship, or YAML files; each is a task.", metavar="RECIPE...")
@@ -119,6 +120,12 @@ class StudyRequest(Request):
         default=(),
         metavar="STUDY",
     )
+    power: AnyPath | None = option(
+        "Folder of a pilot or kept study. Print the smallest difference that this study would see with its spread, and "
+        "train nothing.",
+        default=None,
+        metavar="STUDY",
+    )
     report_only: bool = option("Judge the runs that are finished, and train nothing.", default=False, is_recorded=False)
 
     def faults(self) -> Iterator[str]:
@@ -126,6 +133,8 @@ class StudyRequest(Request):
         if self.tuning_seeds is not None and self.tuning_seeds > self.seeds:
             seeds = self.named("seeds")
             yield f"{self.named('tuning_seeds')} is {self.tuning_seeds}, expected 1 to {self.seeds}, which is {seeds}."
+        if self.power is not None and self.seeds < 2:
+            yield f"{self.named('power')} needs two seeds or more, found {self.named('seeds', self.seeds)}."
         if both := sorted({*self.rulers} & {*self.methods}):
             yield f"{ruler} names {both[0]!r}, which is one of {methods}; name it once."
         named = {name for name in self.sweeps if name}

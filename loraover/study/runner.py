@@ -50,6 +50,9 @@ def run_study(request: StudyRequest) -> StudyReport:
         ConfigError: The request is not a study, or not the one that was begun in `output`.
         LoraOverError: A run failed for another reason than its rate or its size, or no seed is finished yet.
     """
+    if request.power is not None:
+        power = StudyRequest.named("power")
+        raise ConfigError(f"{power} asks what a study could see, and run_study trains one; call predict_power.")
     folder = request.output
     shared = DEFAULTS | dict(request.settings or {})
     grid = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates, request.rulers)

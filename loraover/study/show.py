@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from loraover.study.power import PowerReport, TaskPower
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 from loraover.study.request import StudyRequest
 from loraover.study.verdict import verdict_of
@@ -21,6 +25,33 @@ def show_study(report: StudyReport, request: StudyRequest, console: Console) -> 
     written = f"wrote {request.output / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
     for line in (verdict_of(report).sentence, *report.words, written):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+POWER_NOTE = (
+    "Smallest difference: the true difference that four of five such studies would show, in % of the baseline's loss. "
+    "So many test rows, or so many seeds, or both times the factor halve it."
+)
+
+
+def show_power(report: PowerReport, request: StudyRequest, console: Console) -> None:
+    """Print the smallest difference that each comparison of a study would see."""
+    compared = {(one.method, one.baseline): f"{one.method} against {one.baseline}" for one in report.tasks}
+    for pair, title in compared.items():
+        console.print(title, soft_wrap=True, markup=False, highlight=False)
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        for column in ("task", "spread of", "rows", "seeds", "smallest", "half: rows", "seeds", "both"):
+            table.add_column(column, overflow="fold")
+        for one in report.tasks:
+            if (one.method, one.baseline) == pair:
+                table.add_row(*map(escape, _power_cells(one)))
+        console.print(table)
+    console.print(POWER_NOTE, soft_wrap=True, markup=False, highlight=False)
+
+
+def _power_cells(one: TaskPower) -> list[str]:
+    alone = ["none" if count is None else f"{count:,}" for count in (one.rows_to_halve, one.seeds_to_halve)]
+    counts = [f"{one.rows:,}", str(one.seeds), f"{one.smallest:.2g} %", *alone, f"x {one.factor_to_halve:.1f}"]
+    return [one.task, f"{one.measured_on}, {one.measured_seeds} seeds", *counts]
 
 
 def to_markdown(report: StudyReport) -> str:

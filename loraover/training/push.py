@@ -13,6 +13,7 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import move, naming
 from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, OutputError
+from loraover.common.request import as_written
 from loraover.models.load import ModelSource, resolve_model
 from loraover.training.recipe import Recipe
 
@@ -40,8 +41,8 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
             return None
         raise ConfigError(
             f"push_to_hub: the base model here is a {trained.stand_in}, and a folder of this machine means nothing to "
-            "others. Name the base model of the pushed adapter with --push-model, or train where the hub can be "
-            "reached."
+            f"others. Name the base model of the pushed adapter with {as_written('push_model')}, or train where the "
+            "hub can be reached."
         )
     if not needs_base:
         raise ConfigError(

@@ -24,6 +24,7 @@ from typing import Any
 from loraover.common.atomic_output import check_free, publish_text
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock, is_locked
+from loraover.common.request import as_written
 from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import RUN_FILE
@@ -90,7 +91,7 @@ def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
     waiting = [pair for pair in begun if not is_locked(pair[1] / LOCK_FILE)]
     if not waiting:
         why = "; the one there is being trained by another process" if begun else "; name the run's folder with -o"
-        raise ConfigError(f"--resume: {root}/ holds no unfinished run of {stem[:-1]} to continue{why}.")
+        raise ConfigError(f"{as_written('resume')}: {root}/ holds no unfinished run of {stem[:-1]} to continue{why}.")
     return max(waiting)[1]
 
 

@@ -236,7 +236,7 @@ def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
         assert "github.com/lm-sys/FastChat" in said
     else:
         assert f"hf download {name} --repo-type dataset" in said
-        assert "one JSON object a line: --data FILE" in said
+        assert "one JSON object a line, with --data" in said
 
 
 @pytest.mark.parametrize(

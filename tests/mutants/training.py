@@ -446,6 +446,12 @@ TRAINING = (
         Selection("test_analysis.py", "ratio_over_examples"),
     ),
     Mutant(
+        "power-takes-seeds-for-rows",
+        "Spread((self.of_seed / seeds, self.of_row / rows), (seeds - 1, rows - 1))",
+        "Spread((self.of_row / seeds, self.of_seed / rows), (seeds - 1, rows - 1))",
+        Selection("test_power.py", "says_of_itself"),
+    ),
+    Mutant(
         "study-shows-what-the-first-run-knows-of-its-rank",
         "served_rank=max(_known(outcome.served_rank for outcome in outcomes), default=None)",
         "served_rank=outcomes[0].served_rank",

@@ -83,8 +83,14 @@ def test_the_environment_names_the_command_vllm(folded: Path, tmp_path: Path, mo
 
 
 def test_arguments_of_serving_are_checked_before_the_block() -> None:
-    with pytest.raises(ConfigError, match=r"adapters is empty.*port is 0.*start_timeout_s is 0"):
-        serve_adapters([], port=0, start_timeout_s=0)
+    with pytest.raises(ConfigError, match=r"port is 0.*start_timeout_s is 0"):
+        serve_adapters(["shop"], port=0, start_timeout_s=0)
+    with pytest.raises(ConfigError, match="name folders of adapters in adapters, or one folder of all with folder"):
+        serve_adapters()
+    with pytest.raises(ConfigError, match=r"folder needs model.*folder='lost': no such folder.*max_lora_rank is 17"):
+        serve_adapters(folder="lost", max_lora_rank=17)
+    with pytest.raises(ConfigError, match="cache needs folder, which is missing"):
+        serve_adapters(["shop"], cache="cache")
     with pytest.raises(ConfigError, match="--port cannot be given to vLLM here: name it with port, not in options"):
         serve_adapters(["shop"], options=["--port=1"])
 

@@ -98,7 +98,7 @@ def test_a_wrong_prefix_is_refused(adapter: Path, tmp_path: Path, start: Up) -> 
     code, shown = start(adapter, wrong)
     assert code == 2
     assert "error: vLLM was not started: wrong: modules: 14 of 14 adapted modules are not in the served model" in shown
-    assert "remedy: the served model has model.layers.0.mlp.down_proj: rename the tensors" in shown
+    assert "remedy: the served model has model.layers.0.mlp.down_proj: loraover export convert renames" in shown
     assert not (tmp_path / "pids").exists()
 
 

@@ -235,7 +235,7 @@ def test_other_tasks_are_refused_with_what_to_use(adapter: Path, base: Path, tmp
 def test_adapters_that_fit_no_module_are_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other")
     (other / "config.json").write_text((base / "config.json").read_text().replace('"head_dim": 32', '"head_dim": 16'))
-    with pytest.raises(CheckpointError, match="Name that model with --model"):
+    with pytest.raises(CheckpointError, match="Name that model with model"):
         verify_adapter(adapter, engines=["torch"], model=other)
 
 

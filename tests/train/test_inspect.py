@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from loraover.reporting.schedule_figures import plot_schedule
 from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
 
+from support.make_checkpoint import edit_json
 from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
@@ -338,3 +340,11 @@ def test_a_failed_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "failed" in shown
     assert "no room" in shown
+
+
+def test_an_adapter_of_another_kind_is_converted_first(folders: dict[str, Path], tmp_path: Path) -> None:
+    adapter = shutil.copytree(folders["adapter"], tmp_path / "loha")
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(peft_type="LOHA"))
+    commands = [step.command for step in inspect_folder(adapter).next_steps]
+    assert commands[0] == f"loraover export convert {adapter} -o {adapter}-lora"
+    assert not any("export vllm" in command for command in commands)

@@ -57,7 +57,7 @@ def test_without_a_hub_a_local_file_is_proposed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
     message = fault("owner/data")
     assert "owner/data" in message
-    assert "--data FILE" in message
+    assert "with data" in message
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ class Move(NamedTuple):
 
     def in_words(self) -> str:
         """Return what differs, as a sentence."""
+        old, new = (f"below {prefix!r}" if prefix else "without a prefix" for prefix in (self.old, self.new))
         return (
-            f"The adapter's file has {len(self.paths)} modules below {self.old or 'no prefix'!r} that the base model "
-            f"has below {self.new or 'no prefix'!r}, and no others fit; they were renamed."
+            f"The adapter's file has {len(self.paths)} modules {old} that the base model has {new}, and no others fit; "
+            "they were renamed."
         )
 
 

@@ -15,7 +15,7 @@ from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import CheckpointError, ExportError
-from loraover.common.request import verb
+from loraover.common.request import as_written, verb
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
@@ -214,7 +214,7 @@ def _start_notes(start_dtype: str | None) -> list[str]:
         "PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is for "
         f"weights loaded in {start_dtype}, as the base model's files hold them. Loaded in another type, PEFT itself "
         "answers differently, by about a rounding of the weights; for that, name a copy of the base model in that type "
-        "with --model."
+        f"with {as_written('model')}."
     ]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import ConfigError, ExportError
+from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import CONFIG, of_base
 from loraover_export.merge.base_files import open_base as open_files
@@ -161,7 +162,8 @@ def refuse_changed(changed: str | None, path: Path, remedy: str) -> None:
     """Raise ExportError for what `changed_weight` found in an adapter's file."""
     if changed is not None:
         raise ExportError(
-            f"{path}: {changed}, and A and B cannot hold them. Name the changed model with --model, or {remedy}."
+            f"{path}: {changed}, and A and B cannot hold them. Name the changed model with {as_written('model')}, "
+            f"or {remedy}."
         )
 
 

@@ -15,6 +15,7 @@ from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
+from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, load_skeleton, resolve_model
 from loraover_export.combine.shrink import shrink_adapter
@@ -219,7 +220,8 @@ def _converted(
         if ranks.approximate is None:
             raise ExportError(
                 f"{source}: {reason}, which changes weights by matrices of full rank, so no LoRA is exact. To serve "
-                "its best approximation, whose error the certificate states, allow a rank with approximate_to_rank."
+                "its best approximation, whose error the certificate states, allow a rank with "
+                f"{as_written('approximate_to_rank')}."
             ) from error
         report = convert(rank=ranks.approximate)
     rank = report.certificate.rank
@@ -240,7 +242,7 @@ def _approximation(source: Path, rank: int, ranks: Ranks) -> int:
         larger = "" if fitting is None else f"start vLLM with --max-lora-rank {fitting}, or "
         raise ExportError(
             f"{source}: its rank is {rank}, and the engine takes {ranks.largest} at most; {larger}allow an "
-            "approximation with approximate_to_rank."
+            f"approximation with {as_written('approximate_to_rank')}."
         )
     return ranks.approximate
 

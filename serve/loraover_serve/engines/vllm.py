@@ -14,6 +14,7 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError, ExportError
+from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_tokenizer
 from loraover_export.combine.combine import combine_adapters
 from loraover_export.vllm.run import export_vllm
@@ -71,7 +72,8 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
     def lacking(cls, request: EngineRequest) -> str | None:
         if shutil.which(request.vllm) is not None:
             return None
-        return f"{cls.hint}, or name the command that starts it with --vllm or LORAOVER_VLLM (found no {request.vllm})"
+        remedy = f"or name the command that starts it with {as_written('vllm')} or LORAOVER_VLLM"
+        return f"{cls.hint}, {remedy} (found no {request.vllm})"
 
     @classmethod
     @contextmanager

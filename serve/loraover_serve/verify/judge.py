@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from loraover.common.errors import EngineError
+from loraover.common.request import as_written
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, GreedyAnswer, Rows
 from loraover_serve.verify.base_faults import find_base_fault
@@ -340,7 +341,7 @@ def _check(engine: str, answers: Answers, vocabulary: int) -> None:
     if unknown:
         raise EngineError(
             f"{engine}: generates the token {unknown[0]}, and the base model has {vocabulary}; it serves another "
-            "model. Name the base model with --model."
+            f"model. Name the base model with {as_written('model')}."
         )
 
 
@@ -354,5 +355,5 @@ def _check_rows(engine: str, rows: Rows, vocabulary: int) -> None:
         if size > vocabulary or (row.ids is None and size < vocabulary):
             raise EngineError(
                 f"{engine}: answers with {size} tokens or more, and the base model has {vocabulary}; it serves another "
-                "model. Name the base model with --model."
+                f"model. Name the base model with {as_written('model')}."
             )

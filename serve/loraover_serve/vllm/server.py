@@ -23,6 +23,7 @@ import httpx2
 
 from loraover.client.tokens import TokenEndpoint
 from loraover.common.errors import ConfigError, EngineError, OutputError
+from loraover.common.request import as_written
 from loraover_export.vllm.launch import lora_module
 from loraover_serve.vllm.request import KEY_VARIABLE, LAST_PORT, LOOPBACK, STARTUP_S
 
@@ -234,7 +235,9 @@ def _opened(log: Path) -> BinaryIO:
     try:
         return log.open("wb")
     except OSError as error:
-        raise OutputError(f"{log}: the log cannot be written: {error.strerror}; name another with --log.") from error
+        raise OutputError(
+            f"{log}: the log cannot be written: {error.strerror}; name another with {as_written('log')}."
+        ) from error
 
 
 def _await_answers(
@@ -314,7 +317,9 @@ def next_free_port(host: str, first: int) -> int:
             return _bound(host, port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise EngineError(f"{host} cannot be listened on: {error.strerror}; choose another --host.") from error
+                raise EngineError(
+                    f"{host} cannot be listened on: {error.strerror}; choose another {as_written('host')}."
+                ) from error
     raise EngineError(f"no port from {first} to {LAST_PORT} is free on {host}.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from loraover.common.request import as_written
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.known_faults import known_faults
@@ -34,7 +35,7 @@ def name(candidate: Candidate) -> Iterator[Problem]:
     if candidate.name == candidate.address:
         yield Problem(
             f"the adapter is named {candidate.name!r} like the served model; requests would reach the base model",
-            "choose another name with --name",
+            f"choose another name with {as_written('name')}",
         )
 
 
@@ -56,7 +57,7 @@ def storage_type(candidate: Candidate) -> Iterator[Problem]:
     if cast != candidate.dtype:
         yield Problem(
             f"stored as {candidate.dtype}, but a model of type {dtype} is served in {cast}: A and B are rounded twice",
-            f"use --dtype {cast}, or give the server another --dtype",
+            f"use {as_written('dtype', cast)}, or give the server another --dtype",
             is_warning=True,
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.target_modules import LOST, alike_module, lost_modules
+from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.vllm.candidate import Candidate, Problem, listed
@@ -69,7 +70,8 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
         "vLLM ignores matrices below an unknown prefix and answers as the base model",
         f"the served model has {alike}: loraover export convert renames the tensors where one prefix fits"
         if alike is not None
-        else f"name the model that the adapter was trained on with --model, in place of {candidate.served.source.name}",
+        else f"name the model that the adapter was trained on with {as_written('model')}, in place of "
+        f"{candidate.served.source.name}",
         is_silent=all(path.rpartition(".")[2] in endings for path in missing),
     )
 
@@ -88,7 +90,8 @@ def shapes(candidate: Candidate) -> Iterator[Problem]:
             f"{len(wrong)} of {len(candidate.modules)} adapted modules have other shapes in the served model; {path} "
             f"maps {n} to {m} features in the adapter, {expected[0]} to {expected[1]} in the model. vLLM would fill "
             "only a part of a larger module, and fail on a smaller one",
-            "serve the model that the adapter was trained on, with the same vocabulary; name it with --model",
+            "serve the model that the adapter was trained on, with the same vocabulary; name it with "
+            f"{as_written('model')}",
             is_silent=True,
         )
 

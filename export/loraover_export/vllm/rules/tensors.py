@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT
 from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.request import as_written
 from loraover_export.merge.base_weights import changed_weight, module_of_copy, open_base
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 
@@ -25,7 +26,7 @@ def tensors(candidate: Candidate) -> Iterator[Problem]:
     for changed in _changed(candidate, copies):
         yield Problem(
             f"{changed}; vLLM skips such tensors",
-            "serve the changed model and name it with --model, or write it with `loraover export merge`",
+            f"serve the changed model and name it with {as_written('model')}, or write it with `loraover export merge`",
             is_silent=True,
         )
     for kind in dict.fromkeys(_kind(key) for key in others if key not in copies):

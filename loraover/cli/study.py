@@ -1,0 +1,20 @@
+"""The command `loraover study`."""
+
+from __future__ import annotations
+
+from loraover.reporting.request_command import Reporting, request_command
+from loraover.study.request import StudyRequest
+
+STUDY = Reporting(
+    "loraover.study.request:StudyRequest", "loraover.study.runner:run_study", "loraover.study.show:show_study"
+)
+POWER = Reporting(
+    "loraover.study.request:StudyRequest", "loraover.study.power:predict_power", "loraover.study.show:show_power"
+)
+
+
+def _study(request: StudyRequest, as_json: bool) -> int:
+    return (STUDY if request.power is None else POWER).run(request, as_json)
+
+
+study = request_command(StudyRequest, _study)

@@ -1,0 +1,217 @@
+"""What a study could see, told from the spread of a pilot or of a kept study, before the first run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.common.errors import ConfigError
+from loraover.common.provenance import environment, today
+from loraover.common.request import verb
+from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_variances
+from loraover.study.grid import is_plain, slug
+from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept
+from loraover.study.request import StudyRequest
+from loraover.training.examples import load_examples
+from loraover.training.recipe import load_recipe
+
+MOST = 10**7
+"""Number of rows or seeds above which a study is taken to be impossible."""
+
+
+class TaskPower(BaseModel):
+    """The smallest difference that a study would see between a method and the baseline on one task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str = Field(description="Name of the recipe.")
+    method: str = Field(description="Method as the user named it.")
+    baseline: str = Field(description="Plain LoRA that it is compared with.")
+    measured_on: str = Field(description="Task of the pilot or kept study whose spread is used.")
+    measured_seeds: int = Field(description="Number of seeds that the spread is measured with.")
+    measured_rows: int = Field(description="Number of held-out examples that the spread is measured on.")
+    seed_deviation: float = Field(description="Standard deviation of one seed's difference, in % of the baseline.")
+    row_deviation: float = Field(description="Standard deviation of one example's difference, in % of the baseline.")
+    rows: int = Field(description="Number of examples in the test half of the study.")
+    seeds: int = Field(description="Number of seeds of the study.")
+    smallest: float = Field(description="Smallest true difference that four of five such studies would show, in %.")
+    rows_to_halve: int | None = Field(description="Number of test rows that halve it; None: no number does.")
+    seeds_to_halve: int | None = Field(description="Number of seeds that halve it; None: no number does.")
+    factor_to_halve: float = Field(description="Factor of rows and of seeds that halves it if both grow.")
+
+
+class PowerReport(BaseModel):
+    """Contents of `loraover study --power STUDY --json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = 1
+    tasks: list[TaskPower] = Field(description="What each comparison could see.")
+    command: str = Field(description="Command line.")
+    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
+    date: str = Field(description="Day of the answer, in UTC.")
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command, which is 0."""
+        return 0
+
+
+@dataclass(frozen=True)
+class MeasuredSpread:
+    """Spread of a method's difference to a baseline, in squared % of the baseline's loss.
+
+    Args:
+        method: The method.
+        baseline: The baseline.
+        task: Task of the pilot or kept study.
+        seeds: Number of seeds that both have.
+        rows: Number of held-out examples.
+        of_seed: Variance of one seed's difference.
+        of_row: Variance of one example's share in the difference.
+    """
+
+    method: str
+    baseline: str
+    task: str
+    seeds: int
+    rows: int
+    of_seed: float
+    of_row: float
+
+    def smallest(self, rows: int, seeds: int) -> float:
+        """Smallest true difference, in %, that four of five studies of so many rows and seeds would show."""
+        return Spread((self.of_seed / seeds, self.of_row / rows), (seeds - 1, rows - 1)).detectable()
+
+
+@verb(StudyRequest)
+def predict_power(request: StudyRequest) -> PowerReport:
+    """Tell what a study could see, from the spread of finished runs of the same methods.
+
+    A task that the finished runs have under its name is judged by its own spread, and another one by that of each of
+    their tasks.
+
+    Returns:
+        The smallest difference of each comparison, and the numbers of rows and of seeds that halve it.
+
+    Raises:
+        ConfigError: `power` is missing, or is a folder without two seeds of two of the methods.
+        DataError: The held-out data cannot be read.
+    """
+    if request.power is None:
+        raise ConfigError(f"{StudyRequest.named('power')} is missing, expected the folder of a pilot or kept study.")
+    spreads = measured_spreads(read_kept(request.power), request.methods)
+    if not spreads:
+        methods = StudyRequest.named("methods")
+        raise ConfigError(
+            f"{StudyRequest.named('power', request.power)}: expected a {KEPT_FILE} with two seeds of a plain LoRA and "
+            f"of another one of {methods} ({', '.join(request.methods)}), found none on any task. "
+            "Name the folder of a finished study, or train a pilot of two seeds."
+        )
+    tasks: list[TaskPower] = []
+    for recipe, task in zip(request.recipes, request.tasks, strict=True):
+        rows = _test_rows(request, recipe)
+        own = [spread for spread in spreads if spread.task == task] or spreads
+        tasks += [_power(task, spread, rows, request.seeds) for spread in own]
+    command, versions = request.command(), environment("numpy", "scipy")
+    return PowerReport(tasks=tasks, command=command, versions=versions, date=today())
+
+
+def _test_rows(request: StudyRequest, recipe: str) -> int:
+    """Number of examples in a study's test half."""
+    found = load_recipe(recipe, dict(request.settings or {}))
+    data = found.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
+    held_out = load_examples(found.model_copy(update={"data": data}), chat=True).test
+    count = 0 if held_out is None else len(held_out.rows)
+    rows = len(range(*Halves(count).test.indices(count)))
+    if rows < 2:
+        raise ConfigError(f"{recipe}: has {count} held-out examples, expected 4 or more.")
+    return rows
+
+
+def measured_spreads(kept: Sequence[KeptRun], methods: Sequence[str]) -> list[MeasuredSpread]:
+    """Measure the spread of each method's difference to the best plain LoRA, each at its best rate.
+
+    Args:
+        kept: Finished runs of a study; failed ones do not count.
+        methods: Methods to compare.
+    """
+    named = {slug(method): method for method in methods}
+    runs: dict[str, dict[str, dict[str, dict[str, KeptRun]]]] = {}
+    for one in kept:
+        task, name, rate, seed = one.run.split("/")
+        if name in named and one.failure is None:
+            runs.setdefault(task, {}).setdefault(named[name], {}).setdefault(rate, {})[seed] = one
+    return [spread for task, found in runs.items() for spread in _spreads(task, found)]
+
+
+def _spreads(task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]]) -> list[MeasuredSpread]:
+    best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
+    plain = [method for method in best if is_plain(method)]
+    if not plain:
+        return []
+    baseline = min(plain, key=lambda method: _validation_loss(best[method]))
+    spreads = []
+    for method, seeds in best.items():
+        common = sorted(seeds.keys() & best[baseline].keys())
+        if method != baseline and len(common) > 1:
+            new, old = (_nats([runs[seed] for seed in common]) for runs in (seeds, best[baseline]))
+            tokens = np.array(next(iter(seeds.values())).tokens, dtype=np.float64)
+            scale = (100 / mean_loss(old, tokens)) ** 2
+            of_seed, of_row = (scale * variance for variance in unit_variances(new - old, tokens))
+            spreads.append(MeasuredSpread(method, baseline, task, len(common), len(tokens), of_seed, of_row))
+    return spreads
+
+
+def _best(rates: Mapping[str, Mapping[str, KeptRun]]) -> Mapping[str, KeptRun] | None:
+    """The runs by seed at the rate with the lowest validation loss, among those with the most seeds, at least two."""
+    most = max(map(len, rates.values()))
+    return min((seeds for seeds in rates.values() if len(seeds) == most), key=_validation_loss) if most > 1 else None
+
+
+def _validation_loss(seeds: Mapping[str, KeptRun]) -> float:
+    nats = _nats(list(seeds.values()))
+    half = Halves(nats.shape[1]).validation
+    tokens = np.array(next(iter(seeds.values())).tokens, dtype=np.float64)
+    return mean_loss(nats[:, half], tokens[half])
+
+
+def _nats(runs: Sequence[KeptRun]) -> Losses:
+    return np.array([run.nats for run in runs])
+
+
+def _power(task: str, spread: MeasuredSpread, rows: int, seeds: int) -> TaskPower:
+    smallest = spread.smallest(rows, seeds)
+    both = _first(lambda n: spread.smallest(rows * n // seeds, n) <= smallest / 2, seeds)
+    assert both is not None
+    return TaskPower(
+        task=task,
+        method=spread.method,
+        baseline=spread.baseline,
+        measured_on=spread.task,
+        measured_seeds=spread.seeds,
+        measured_rows=spread.rows,
+        seed_deviation=math.sqrt(spread.of_seed),
+        row_deviation=math.sqrt(spread.of_row),
+        rows=rows,
+        seeds=seeds,
+        smallest=smallest,
+        rows_to_halve=_first(lambda n: spread.smallest(n, seeds) <= smallest / 2, rows),
+        seeds_to_halve=_first(lambda n: spread.smallest(rows, n) <= smallest / 2, seeds),
+        factor_to_halve=both / seeds,
+    )
+
+
+def _first(suffices: Callable[[int], bool], start: int) -> int | None:
+    """Smallest number from `start` that suffices, where all larger ones do too; None if MOST does not."""
+    if not suffices(MOST):
+        return None
+    low, high = start, MOST
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle + 1, high)
+    return low
