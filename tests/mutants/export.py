@@ -310,4 +310,29 @@ EXPORT = (
         "all(check.is_served",
         Selection("test_check.py", "exit_code_and_json"),
     ),
+    # Addresses and fleets
+    Mutant(
+        "sources-keep-what-changed",
+        "if now.get(name) != found.get(name):",
+        "if False:",
+        Selection("test_sources.py", "changes_in_between"),
+    ),
+    Mutant(
+        "sources-follow-other-hosts",
+        "if urlsplit(url)[:2] != self._parts[:2]:",
+        "if False:",
+        Selection("test_sources.py", "another_host"),
+    ),
+    Mutant(
+        "sources-take-any-name",
+        'return name not in ("", ".", "..") and os.sep not in name',
+        "return os.sep + os.sep not in name",
+        Selection("test_sources.py", "leads_out"),
+    ),
+    Mutant(
+        "fleet-loses-what-a-kill-takes",
+        "lost += running.values()\n            return",
+        "return",
+        Selection("test_fleet.py", "killed_takes_nothing"),
+    ),
 )

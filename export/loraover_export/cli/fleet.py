@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loraover.common.command_line import quiet_libraries
 from loraover.common.places import imported
@@ -10,7 +11,9 @@ from loraover.common.request import perform
 from loraover.reporting.request_command import Reporting, request_command
 from loraover_export.check.request import CheckRequest
 from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
-from loraover_export.fleet.row import Row
+
+if TYPE_CHECKING:
+    from loraover_export.fleet.row import FleetReport, Row
 
 ONE = Reporting(
     "loraover_export.check.request:CheckRequest",
@@ -45,7 +48,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
         if as_json:
             print(row.model_dump_json(), flush=True)
 
-    report = perform(
+    report: FleetReport = perform(
         imported(f"loraover_export.fleet.run:{function}"),
         replace(request, report=ConsoleReporter(console), receive=receive),
     )

@@ -10,7 +10,6 @@ from loraover.common.dtypes import DTYPES
 from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
 from loraover_export.check.engines import ENGINES
 from loraover_export.check.request import CheckRequest
-from loraover_export.fleet.row import Row
 from loraover_export.uniform.request_fields import ADDRESSES, base_model
 
 PREPARED_FOR = ("vllm", "llamacpp", "onnx", "openvino", "mlx")
@@ -37,7 +36,7 @@ def table_page(default: str) -> Any:
     )
 
 
-def ignore(row: Row, progress: str) -> None:
+def ignore(row: Any, progress: str) -> None:
     """Receive a row, and do nothing."""
 
 
@@ -46,10 +45,10 @@ class FleetRequest(Request):
     """What the verbs of many adapters have in common, beside the fields `sources`, `jobs`, `html` and `model`.
 
     Args:
-        receive: Function that gets each row as soon as it is there, and how far the work is, in words.
+        receive: Function that gets each `Row` as soon as it is there, and how far the work is, in words.
     """
 
-    receive: Callable[[Row, str], None] = field(default=ignore, kw_only=True, repr=False, compare=False)
+    receive: Callable[[Any, str], None] = field(default=ignore, kw_only=True, repr=False, compare=False)
 
     @property
     def addresses_of_all(self) -> tuple[str, ...]:
