@@ -25,7 +25,7 @@ from support.recorded_noise import Recorded
 DOCS = Path(__file__).parents[2] / "docs"
 START, END = "<!-- calibration -->", "<!-- end of calibration -->"
 SERVED = {"right": "adapter", "0.8 times": "weak", "1.2 times": "strong", "base": "again"}
-PROMPTS, RUNS, WRONG_RUNS = 32, 10_000, 1000
+PROMPTS, RUNS, WRONG_RUNS = 32, 4000, 500
 BATCH = 500
 STEP = 0.01
 """Multiple to which a limit is rounded up."""

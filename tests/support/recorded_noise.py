@@ -60,7 +60,8 @@ class Recorded:
     @property
     def effect(self) -> Floats:
         """What the adapter changes in PyTorch."""
-        return self._kept["effect"]
+        found: Floats = self._kept["effect"]
+        return found
 
     def change(self, arm: str) -> Floats:
         """What the engine's answers to an arm change in those of its base model."""
