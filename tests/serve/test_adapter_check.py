@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +20,10 @@ from loraover_serve.engines.base import Engine
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.case import Answers, Case, Greedy
 from loraover_serve.record.adapter_check.command import check
-from loraover_serve.record.adapter_check.reference import ARMS, Reference, read_reference
+from loraover_serve.record.adapter_check.reference import ARMS, CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.rules import finding
 from loraover_serve.record.adapter_check.server import Server
+from loraover_serve.record.recorder import write_checker
 from loraover_serve.verify.names import CHANGED, LEAKS, OTHER_BASE
 
 from support.openai_server import openai_server
@@ -116,3 +120,123 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
 ) -> None:
     found = checked(Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim), reference)
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
+
+
+def translated(protocol: str, served: Served) -> Callable[[dict[str, Any]], int | bytes]:
+    """A server that speaks a protocol of its own, played by one that speaks OpenAI's."""
+
+    def answer(body: dict[str, Any]) -> int | bytes:
+        if "model" in body and protocol != "texts":
+            return 404
+        if protocol == "sglang":
+            asked = (body["input_ids"], body["sampling_params"]["max_new_tokens"], body.get("lora_path"))
+        elif protocol == "tgi":
+            parameters = body["parameters"]
+            asked = (body["inputs"], parameters["max_new_tokens"], parameters.get("adapter_id"))
+        elif protocol == "llama-server":
+            asked = (body["prompt"], body["n_predict"], "shop" if body["lora"][0]["scale"] else None)
+        elif isinstance(body.get("prompt"), str):
+            asked = (body["prompt"], body["max_tokens"], body["model"] if body["model"] == "shop" else None)
+        else:
+            return 400
+        prompt, tokens, adapter = asked
+        top = 20 if protocol != "tgi" else 5
+        found = served.answer({"model": adapter or "base", "prompt": prompt, "max_tokens": tokens, "logprobs": top})
+        if protocol == "texts":
+            return json.dumps(found).encode()
+        places = [
+            [(int(name.removeprefix("token_id:")), value) for name, value in place.items()]
+            for place in found["choices"][0]["logprobs"]["top_logprobs"]
+        ]
+        return json.dumps(FORMS[protocol](places)).encode()
+
+    return answer
+
+
+Places = list[list[tuple[int, float]]]
+FORMS: dict[str, Callable[[Places], dict[str, Any]]] = {
+    "sglang": lambda places: {
+        "meta_info": {
+            "output_token_logprobs": [[place[0][1], place[0][0], None] for place in places],
+            "output_top_logprobs": [[[value, i, None] for i, value in place] for place in places],
+        }
+    },
+    "tgi": lambda places: {
+        "details": {
+            "tokens": [{"id": place[0][0], "logprob": place[0][1]} for place in places],
+            "top_tokens": [[{"id": i, "logprob": value} for i, value in place] for place in places],
+        }
+    },
+    "llama-server": lambda places: {
+        "completion_probabilities": [
+            {"id": place[0][0], "top_logprobs": [{"id": i, "logprob": value} for i, value in place]} for place in places
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("protocol", ["sglang", "tgi", "llama-server", "texts"])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_server_is_judged_in_its_own_protocol(
+    protocol: str, is_right: bool, asked: VerifyCase, reference: Reference, tmp_path: Path
+) -> None:
+    adapter = asked.adapter if is_right else plant(FAULTS["rsLoRA ignored"], asked.adapter, tmp_path / "wrong")
+    form = "texts" if protocol == "texts" else "ids"
+    with openai_server(translated(protocol, Served(asked.base, {"base": None, "shop": adapter}, form))) as server:
+        running = Server(server.url, {}, time.monotonic() + SECONDS)
+        names = {"base": "base", "adapter": "0" if protocol == "llama-server" else "shop"}
+        found = check(Asker(reference, running, names, None if protocol == "texts" else protocol))
+    expected = ("as trained", None) if is_right else ("differs", FAULTS["rsLoRA ignored"].fault)
+    assert (found["verdict"], found["fault"]) == expected, found["reason"]
+
+
+def test_a_server_without_logprobs_is_said_to_have_none(reference: Reference) -> None:
+    with pytest.raises(CheckError, match="gives no logprobs: nothing can be compared"):
+        checked(lambda body: "a text", reference)
+
+
+@pytest.mark.process
+def test_the_checker_is_one_file_that_needs_the_standard_library_alone(
+    recorded: Path, asked: VerifyCase, tmp_path: Path
+) -> None:
+    """`-I -S`: neither this environment's packages nor ours can be imported."""
+    file = tmp_path / "adapter_check.pyz"
+    write_checker(file)
+    served = Served(asked.base, {"base": None, "shop": asked.adapter, "wrong": None})
+    with openai_server(served, ("base", "shop", "wrong")) as server:
+        for name, more, code in (("shop", [], 0), ("wrong", ["--quick"], 1), ("absent", [], 2)):
+            command = [sys.executable, "-I", "-S", str(file), str(recorded), server.url, "--json", *more]
+            done = subprocess.run(
+                [*command, "--served-name", name, "--base-name", "base"], capture_output=True, text=True, env={}
+            )
+            assert (done.returncode, done.stderr) == (code, ""), done.stdout
+            assert json.loads(done.stdout)["verdict"] == {0: "as trained", 1: "differs", 2: "failed"}[code]
+
+
+@pytest.mark.process
+def test_verify_by_a_reference_asks_before_anything_heavy_is_imported(recorded: Path, asked: VerifyCase) -> None:
+    served = Served(asked.base, {"base": None, "shop": asked.adapter})
+    with openai_server(served, NAMES) as server:
+        script = WATCHED.format(reference=str(recorded), url=server.url)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = next(line for line in done.stderr.splitlines() if line.startswith("imported ")).split()[1:]
+    assert not {"torch", "transformers", "numpy", "scipy"} & {*modules}
+    assert "torch" not in next(line for line in done.stderr.splitlines() if line.startswith("at the end"))
+
+
+WATCHED = """
+import atexit, sys, urllib.request
+opened = urllib.request.OpenerDirector.open
+def first(*args, **more):
+    urllib.request.OpenerDirector.open = opened
+    print("imported", *sys.modules, file=sys.stderr)
+    return opened(*args, **more)
+urllib.request.OpenerDirector.open = first
+heavy = ("torch", "transformers", "scipy")
+from loraover_serve.cli import cli
+from loraover.common.command_line import run
+code = run(cli, ["verify", "--reference", {reference!r}, "--endpoint", {url!r}, "--served-name", "shop", "--quick"])
+print("at the end", *(name for name in heavy if name in sys.modules), file=sys.stderr)
+sys.exit(code)
+"""

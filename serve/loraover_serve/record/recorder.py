@@ -6,6 +6,9 @@ import gzip
 import hashlib
 import json
 import math
+import shutil
+import tempfile
+import zipapp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -46,6 +49,7 @@ from loraover_serve.verify.strength import Estimate, between_arms, strength
 from loraover_serve.verify.variants import Variants
 
 SCHEMA_VERSION = 1
+CHECKER = Path(__file__).with_name("adapter_check")
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 TOP = 20  # logprobs that most servers give
@@ -116,6 +120,8 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     content = record(request, adapter, base)
     raw = gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
     publish_file(request.destination, lambda draft: draft.write_bytes(raw))
+    if request.checker is not None:
+        publish_file(request.checker, write_checker)
     return RecordReport(
         path=request.destination,
         size_bytes=len(raw),
@@ -126,6 +132,18 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         half=content["power"]["half"],
         decides=content["power"]["decides"],
     )
+
+
+def write_checker(path: Path) -> None:
+    """Write the room adapter_check, which imports the standard library alone, as one file that Python runs.
+
+    Args:
+        path: The file.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        room = Path(scratch) / "room"
+        shutil.copytree(CHECKER, room / CHECKER.name, ignore=shutil.ignore_patterns("__pycache__"))
+        zipapp.create_archive(room, path, main=f"{CHECKER.name}.command:run", compressed=True)
 
 
 def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:

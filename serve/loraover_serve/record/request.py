@@ -18,7 +18,7 @@ class RecordRequest(Request):
 
     ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. PyTorch runs the base model,
     the adapter, and each known fault of serving on the same questions. `loraover serve verify --reference` and the
-    file `adapter_check.py` compare a server's answers with what is recorded.
+    file of `--checker` compare a server's answers with what is recorded.
 
     Published questions find mistakes. A server that knows them could answer them alone as it should.
     """
@@ -26,7 +26,7 @@ class RecordRequest(Request):
     verb = "loraover serve record"
     examples = (
         "loraover serve record folded",
-        "loraover serve record runs/a/adapter --device cuda -o shop.json.gz",
+        "loraover serve record runs/a/adapter --device cuda -o shop.json.gz --checker adapter_check.pyz",
     )
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")
@@ -46,6 +46,10 @@ class RecordRequest(Request):
     device: str = device("Device that PyTorch runs on, such as cpu or cuda:1.")
     output: AnyPath | None = option(
         "File for the reference.", default=None, default_text=f"{REFERENCE_FILE} in the adapter's folder", short="-o"
+    )
+    checker: AnyPath | None = option(
+        "File for the checker alone, a program of the standard library that `python FILE REFERENCE URL` runs.",
+        default=None,
     )
     force: bool = option("Replace a file that exists.", default=False)
 

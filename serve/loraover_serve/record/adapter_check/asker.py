@@ -43,7 +43,9 @@ class Asker:
                 if any(row for _, row in self.answer(BASE, asked[0], 1)[0]):
                     return
                 refusals.insert(0, CheckError(f"{server.url} gives no logprobs: nothing can be compared."))
-            except UnfitError as error:
+            except CheckError as error:
+                if not refusals and not isinstance(error, UnfitError):
+                    raise
                 refusals.append(error)
         raise refusals[0] if refusals else CheckError("no dialect takes the questions of this reference.")
 

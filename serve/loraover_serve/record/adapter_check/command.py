@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -73,7 +74,7 @@ def all_answers(asker: Asker) -> tuple[Answers, str | None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a server from a command line, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Check that a server answers as an adapter was trained.")
     parser.add_argument("reference", help="file that loraover serve record wrote")
     parser.add_argument("url", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--served-name", help="name of the adapter there (default: that of its folder)")
@@ -98,3 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {"verdict": "failed", "reason": str(error), "fault": None}
     print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")
     return EXIT_CODES[found["verdict"]]
+
+
+def run() -> None:
+    """Check a server, and end with the exit code."""
+    sys.exit(main())

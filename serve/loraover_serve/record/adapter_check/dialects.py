@@ -36,7 +36,8 @@ class Dialect(NamedTuple):
             }
         if self.protocol == "llama-server":
             body = {"prompt": prompt, "n_predict": tokens, "n_probs": self.top, "temperature": 0, "cache_prompt": False}
-            return "/completion", body | {"lora": [{"id": int(name or 0), "scale": float(arm != BASE)}]}
+            index = int(name) if name.isdecimal() else 0
+            return "/completion", body | {"lora": [{"id": index, "scale": float(arm != BASE)}]}
         body = {"model": name, "max_tokens": tokens, "temperature": 0, **self.more}
         if self.form == "chat":
             messages = [{"role": "user", "content": prompt}]
