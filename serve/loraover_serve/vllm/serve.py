@@ -59,7 +59,7 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 @contextmanager
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
     if request.folder is None:
-        adapters = read_named(request.adapters, request.addresses["adapters"])
+        adapters = read_named(request.adapters, request.addresses.get("adapters", ()))
         source = served_model(adapters, request.model, request.report)
         config = replace(server_config(adapters, source, request.options), host=request.host)
         check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
