@@ -57,7 +57,7 @@ KEPT = 32  # likeliest tokens of the base model and of the adapter that are reco
 KEPT_OF_FAULTS = 8
 NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
 MEASURED = 16  # questions on which rounding is measured
-NAMED = 16  # questions on which a fault is recorded
+NAMED = 8  # questions on which a fault is recorded
 NAMED_LAYERS = FEW  # and one of the many that concern a single layer
 FACTORS = (0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 4.0)
 """Factors on every delta_W that are recorded; between them a checker interpolates."""
