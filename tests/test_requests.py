@@ -22,10 +22,9 @@ from loraover.common.request import (
     argument,
     as_written,
     option,
-    perform,
-    verb,
     written_as_flags,
 )
+from loraover.common.verb import perform, verb
 from loraover.reporting.request_command import request_command
 
 

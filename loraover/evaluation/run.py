@@ -17,8 +17,8 @@ from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.reporter import Reporter
-from loraover.common.request import verb
 from loraover.common.strict_json import read_json
+from loraover.common.verb import verb
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
 from loraover.evaluation.digests import adapter_digest, model_digest

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.common.version import __version__
 from loraover.inspection.request import DoctorRequest
 from loraover.models.device import total_memory

@@ -12,7 +12,8 @@ import click
 from loraover.common.command_line import Command, quiet_libraries
 from loraover.common.errors import UnwrittenReportError
 from loraover.common.places import imported
-from loraover.common.request import Declared, Request, declarations, perform, written_as_flags
+from loraover.common.request import Declared, Request, declarations, written_as_flags
+from loraover.common.verb import perform
 
 Body = Callable[[Any, bool], int | None]
 """What a command does with its request and with `--json`; it returns the exit code, or None for 0."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_variances
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept

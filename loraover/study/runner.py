@@ -14,7 +14,7 @@ from typing import Any
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment, today
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.reporting.html_page import FIGURES
 from loraover.study.analysis import Halves
 from loraover.study.grid import Run, make_grid

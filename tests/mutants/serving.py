@@ -96,7 +96,7 @@ SERVING = (
         "verify-positions-are-independent",
         "correction * (sums**2).sum(-1)",
         "correction * (scores**2).sum((-2, -1))",
-        Selection("test_verify_strength.py", "interval_holds and shared"),
+        Selection("test_verify_strength.py", "interval_holds"),
     ),
     Mutant(
         "verify-a-right-adapter-keeps-its-strength-in-int4",

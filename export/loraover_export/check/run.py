@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover_export.check.conversion import Conversion, converted_subject
 from loraover_export.check.engines import engine_of
 from loraover_export.check.report import CheckReport, EngineCheck, judge

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loraover.common.command_line import quiet_libraries
 from loraover.common.places import imported
-from loraover.common.request import perform
+from loraover.common.verb import perform
 from loraover.reporting.request_command import Reporting, request_command
 from loraover_export.check.request import CheckRequest
 from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest

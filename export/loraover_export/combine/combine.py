@@ -7,7 +7,7 @@ from functools import partial
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import ExactAdapter
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover_export.combine.requests import CombineRequest
 from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import Delta, scale

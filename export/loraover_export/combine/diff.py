@@ -14,8 +14,8 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
-from loraover.common.request import verb
 from loraover.common.threads import workers
+from loraover.common.verb import verb
 from loraover_export.combine.diff_logits import compare_logits
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover_export.combine.requests import DiffRequest

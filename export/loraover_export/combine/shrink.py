@@ -10,8 +10,8 @@ import torch
 from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.errors import ExportError
 from loraover.common.reporter import Reporter
-from loraover.common.request import verb
 from loraover.common.threads import workers
+from loraover.common.verb import verb
 from loraover_export.combine.requests import ShrinkRequest
 from loraover_export.combine.sources import Sources, check_plain, held_notes, held_weights, read_sources
 from loraover_export.numerics.delta import read_delta

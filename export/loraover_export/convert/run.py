@@ -15,7 +15,8 @@ from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import CheckpointError, ExportError
-from loraover.common.request import as_written, verb
+from loraover.common.request import as_written
+from loraover.common.verb import verb
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
-from loraover.common.request import verb
 from loraover.common.strict_json import read_json
+from loraover.common.verb import verb
 from loraover.sources.address import is_elsewhere
 from loraover.sources.fetch import Fetched, fetch_adapter
 from loraover_export.convert.source import read_peft_type

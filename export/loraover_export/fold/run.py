@@ -11,7 +11,7 @@ from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card

@@ -15,8 +15,8 @@ from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
-from loraover.common.request import verb
 from loraover.common.threads import workers
+from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card

@@ -9,7 +9,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover_export.numerics.matrix_certificate import matrix_facts

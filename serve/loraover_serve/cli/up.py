@@ -13,7 +13,7 @@ def _serve(request: ServeRequest, as_json: bool) -> None:
     from dataclasses import replace
 
     from loraover.common.errors import EngineError
-    from loraover.common.request import perform
+    from loraover.common.verb import perform
     from loraover.reporting.reporter import ConsoleReporter
     from loraover_serve.vllm.serve import example_request, serve_adapters
 

@@ -10,7 +10,7 @@ from loraover.common.atomic_output import check_writable, publish_directory, pub
 from loraover.common.errors import OutputError, UnwrittenReportError
 from loraover.common.provenance import today
 from loraover.common.reporter import Reporter
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
 from loraover_serve.comparison.report import machine

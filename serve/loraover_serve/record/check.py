@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import CheckpointError, ConfigError
-from loraover.common.request import perform, verb
+from loraover.common.verb import perform, verb
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference

@@ -24,7 +24,7 @@ from loraover.checkpoint.source import read_source
 from loraover.client.dialects import text_of
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.evaluation.digests import adapter_digest, model_digest
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_tokenizer

@@ -26,7 +26,7 @@ from loraover.common.errors import (
     UnwrittenReportError,
 )
 from loraover.common.provenance import today
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover.training.run_folder import TRAINER_FOLDER

@@ -14,7 +14,7 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError, EngineError
 from loraover.common.reporter import SILENT, Reporter
-from loraover.common.request import verb
+from loraover.common.verb import verb
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
 from loraover_export.uniform.rank_limits import max_lora_rank
