@@ -1,59 +1,76 @@
-"""Draw the strengths of recorded engines for docs/verify.md, and write its table of misses and false alarms.
+"""Derive the limits of verify's rules from recorded engines, and write the figure and the table of docs/verify.md.
 
     cd tests && ../.venv/bin/python -m benchmarks.verify_calibration
 
-The noise is that of `benchmarks.verify_noise`. Sets of 32 prompts are drawn from the recorded ones.
+The answers are those that `benchmarks.verify_noise` recorded. A set of 32 prompts is drawn as
+`support.recorded_noise` says.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import click
 import numpy as np
-from numpy.typing import NDArray
+from scipy import stats
 
 from loraover.reporting.figures import Band, FigureRow, Point, rows_figure
 from loraover.reporting.svg import Axis
-from loraover_serve.verify.rules import allowed_strength
-from loraover_serve.verify.strength import Projections, strength
+from loraover_serve.verify.request import NUMBER_FORMATS
+from loraover_serve.verify.strength import BY_CHANCE, log_ratios
 
-from benchmarks.verify_noise import NOISE
+from support.recorded_noise import Recorded
 
 DOCS = Path(__file__).parents[2] / "docs"
 START, END = "<!-- calibration -->", "<!-- end of calibration -->"
-SERVED = {"as trained": "adapter", "0.8 times": "weak", "1.2 times": "strong"}
-COARSE = ("int4", "q4")  # whose allowed strength PyTorch has to compute
-PROMPTS, RUNS = 32, 1000
-Floats = NDArray[np.float64]
+SERVED = {"right": "adapter", "0.8 times": "weak", "1.2 times": "strong", "base": "again"}
+PROMPTS, RUNS, WRONG_RUNS = 32, 4000, 500
+BATCH = 500
+STEP = 0.01
+"""Multiple to which a limit is rounded up."""
 
 
-def sums(engine: str, arm: str) -> Projections:
-    """Projections of what an engine changes in an arm."""
-    with np.load(NOISE / f"{engine}.npz") as file:
-        kept = {name: np.nan_to_num(file[name].astype(np.float64)) for name in file.files}
-    effect = kept["effect"]
-    change = effect + kept[arm] - kept["base"]
-    return Projections((change * effect).sum(-1), np.square(effect).sum(-1), np.square(change).sum(-1))
+def least_excess(engines: list[Recorded]) -> float:
+    """Excess, as a ratio, that a right adapter on an engine like these exceeds once in 10,000 engines."""
+    return math.exp(predicted([float(log_ratios(each.excess("adapter")).value) for each in engines]))
+
+
+def least_deviation(engines: list[Recorded]) -> float:
+    """Deviation of the strength, beyond twice what PyTorch shows, that one engine in 10,000 like these exceeds."""
+    beyond = []
+    for each in engines:
+        low, high = 2 * min(each.bias, 1.0) - 1, 2 * max(each.bias, 1.0) - 1
+        value = float(each.strength("adapter").value)
+        beyond.append(max(low - value, value - high, 0.0))
+    return predicted(beyond)
+
+
+def predicted(values: list[float]) -> float:
+    """The upper limit of one more value of a normal population, which chance exceeds once in 10,000 cases."""
+    number, spread = len(values), float(np.std(values, ddof=1))
+    quantile = float(stats.t.isf(BY_CHANCE, number - 1))
+    return float(np.mean(values)) + quantile * spread * math.sqrt(1 + 1 / number)
+
+
+def rounded_up(limit: float) -> float:
+    """A limit as the code has it."""
+    return round(math.ceil(limit / STEP) * STEP, 2)
 
 
 def main() -> None:
-    """Write the figure and the table."""
-    rows, lines = [], ["| engine | served | strength | called differing |", "| --- | --- | --- | --- |"]
-    allowed = allowed_strength("bf16", 1.0)
-    for path in sorted(NOISE.glob("*.npz")):
-        for served, arm in SERVED.items():
-            all_ = sums(path.stem, arm)
-            found = strength(all_)
-            draw = np.random.default_rng(0)
-            chosen = np.array([draw.choice(len(all_.size), PROMPTS, replace=False) for _ in range(RUNS)])
-            drawn = strength(Projections(all_.along[chosen], all_.size[chosen], all_.total[chosen]))
-            differing = np.mean((drawn.low > allowed[1]) | (drawn.high < allowed[0]))
-            value, low, high = (float(each) for each in (found.value, found.low, found.high))
-            note = f"{value:.2f} [{low:.2f}, {high:.2f}]"
-            is_coarse = path.stem.endswith(COARSE)
-            lines.append(f"| {path.stem} | {served} | {note} | {'-' if is_coarse else format(differing, '.1%')} |")
-            bands = [] if is_coarse else [Band(*allowed)]
-            rows.append(FigureRow(f"{path.stem}: {served}", note, [Point(value, "subject")], (low, high), bands))
+    """Print the limits, and write the figure and the table."""
+    engines = sorted(Recorded.all(), key=lambda each: NUMBER_FORMATS.index(each.number_format))
+    excess, deviation = least_excess(engines), least_deviation(engines)
+    click.echo(f"EXCESS: {excess:.3f}, rounded up {rounded_up(excess)}")
+    click.echo(f"ROUNDED_STRENGTH: {deviation:.3f}, rounded up {rounded_up(deviation)}")
+    heads = ["engine", "allowed", *SERVED, "passes"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    rows = []
+    for each in engines:
+        lines.append(_line(each))
+        click.echo(lines[-1])
+        rows += [_row(each, served, arm) for served, arm in SERVED.items()]
     figure = rows_figure("verify-strength", "Strength by engine", rows, Axis.around("strength", [0.0, 1.25]))
     (DOCS / "figures" / f"{figure.name}.svg").write_text(figure.file(), encoding="utf-8")
     page = (DOCS / "verify.md").read_text(encoding="utf-8")
@@ -61,6 +78,27 @@ def main() -> None:
     _, _, after = rest.partition(END)
     table = "\n".join(lines)
     (DOCS / "verify.md").write_text(f"{before}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+
+
+def _row(engine: Recorded, served: str, arm: str) -> FigureRow:
+    found = engine.strength(arm)
+    value, low, high = (float(each) for each in (found.value, found.low, found.high))
+    note = f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return FigureRow(f"{engine.name}: {served}", note, [Point(value, "subject")], (low, high), [Band(*engine.allowed)])
+
+
+def _line(engine: Recorded) -> str:
+    """The line of the table: shares of sets of prompts that are called differing, or as trained."""
+    draw, cells, narrow = np.random.default_rng(0), [], 0.0
+    for arm in SERVED.values():
+        runs = RUNS if arm == "adapter" else WRONG_RUNS
+        found = [engine.judged(arm, draw, BATCH, PROMPTS) for _ in range(runs // BATCH)]
+        differs = np.concatenate([each.differs for each in found])
+        cells.append(f"{np.mean(differs):.2%}" if arm == "adapter" else f"{np.mean(differs):.1%}")
+        if arm == "adapter":
+            narrow = float(np.mean(~differs & np.concatenate([each.narrow for each in found])))
+    low, high = engine.allowed
+    return f"| {engine.name} | {low:.2f}..{high:.2f} | {' | '.join(cells)} | {narrow:.1%} |"
 
 
 if __name__ == "__main__":

@@ -37,16 +37,16 @@ from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, window_rows
 from loraover_serve.engines.endpoint import EndpointEngine
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.verify.faults import rescaled
 from loraover_serve.verify.judge import Answers, EngineCase, EngineJudge
 from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
 from support.real_data import data_folder
+from support.recorded_noise import NOISE
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NOISE = Path(__file__).parents[1] / "serve" / "noise"
+
 FACTORS = {"weak": 0.8, "strong": 1.2}
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 48, 32, 8
 STEPS, BATCH, LENGTH, RATE = 12, 4, 64, 1e-3
@@ -229,20 +229,19 @@ class Subject:
         self.reference = make_reference(adapter, source, asked, NEW_TOKENS, "cpu", SILENT)
         variants = Variants(adapter, source, "cpu", self.reference.questions)
         self.judge = EngineJudge(self.reference, variants, make_subject(adapter, source))
-        scaled = {arm: rescaled(self.judge.subject, factor).deltas for arm, factor in FACTORS.items()}
-        self.adapted = {ADAPTER: self.reference.adapter} | {a: variants.adapted(each) for a, each in scaled.items()}
 
     def kept(self, answers: Mapping[str, Rows]) -> dict[str, Any]:
         """What is kept of an engine's answers.
 
         Returns:
             Arrays of shape (prompts, positions, tokens), in nats: `likely`, PyTorch's logprobs of the base model;
-            `effect_ADAPTER`, what each adapter adds to them in PyTorch; by the name of each arm how far the engine is
-            from PyTorch. NaN stands where fewer tokens are among the 20 likeliest of all arms. And the judge's own
-            numbers: `number_format`, its `bias` and `sensitivity`.
+            `effect`, what the adapter adds to them in PyTorch; by the name of each arm how far the engine is from
+            PyTorch: the base model, asked for once or again, from the base model, the others from the adapter. NaN
+            stands where fewer tokens are among the 20 likeliest of all arms. And the judge's own numbers:
+            `number_format`, its `bias` and `sensitivity`.
         """
         shape = (len(self.reference.questions), NEW_TOKENS, KEPT)
-        names = ("likely", *(f"effect_{arm}" for arm in ADAPTERS), *ARMS)
+        names = ("likely", "effect", *ARMS)
         found: dict[str, Any] = {name: np.full(shape, np.nan, dtype=np.float16) for name in names}
         places = {arm: {(row.question, row.position): row for row in rows} for arm, rows in answers.items()}
         for index, question in enumerate(self.reference.questions):
@@ -260,13 +259,14 @@ class Subject:
         place = (rows[BASE].question, rows[BASE].position)
         likely = np.argsort(-self.reference.adapter.at(*place))
         ids = [id_ for id_ in likely.tolist() if id_ in shared][:KEPT]
-        right = {arm: expected.at(*place)[ids].astype(np.float64) for arm, expected in self.adapted.items()}
-        base = self.reference.base.at(*place)[ids].astype(np.float64)
-        told = {"likely": base} | {f"effect_{arm}": each - base for arm, each in right.items()}
+        base, right = (
+            each.at(*place)[ids].astype(np.float64) for each in (self.reference.base, self.reference.adapter)
+        )
+        told = {"likely": base, "effect": right - base}
         for arm, row in rows.items():
             assert row.ids is not None
             by_id = dict(zip(row.ids.tolist(), row.logprobs.astype(np.float64), strict=True))
-            told[arm] = np.array([by_id[id_] for id_ in ids]) - right.get(arm, base)
+            told[arm] = np.array([by_id[id_] for id_ in ids]) - (right if arm in ADAPTERS else base)
         return told
 
 

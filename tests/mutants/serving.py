@@ -93,6 +93,42 @@ SERVING = (
         Selection("test_verify_dialects.py", "wrong_one_differs and chats"),
     ),
     Mutant(
+        "verify-positions-are-independent",
+        "correction * (sums**2).sum(-1)",
+        "correction * (scores**2).sum((-2, -1))",
+        Selection("test_verify_strength.py", "interval_holds and shared"),
+    ),
+    Mutant(
+        "verify-a-right-adapter-keeps-its-strength-in-int4",
+        "low, high = (2 * min(bias, 1.0) - 1, 2 * max(bias, 1.0) - 1)",
+        "low, high = 1.0, 1.0",
+        Selection("test_verify_strength.py", "right_adapters and int4"),
+    ),
+    Mutant(
+        "verify-one-answer-without-the-adapter-decides",
+        "stats.beta.ppf(CONFIDENCE, FEW_AS_BASE, answers - FEW_AS_BASE + 1)",
+        "stats.beta.ppf(CONFIDENCE, 1, answers)",
+        Selection("test_verify_strength.py", "show_a_share"),
+    ),
+    Mutant(
+        "verify-a-cache-in-float8-is-another-base-model",
+        "self._format_of(self.evidence.noise.rms * math.sqrt(1 - self.cache_share))",
+        "self.number_format",
+        Selection("test_verify_faults.py", "cache"),
+    ),
+    Mutant(
+        "verify-one-model-is-its-own-base",
+        "answers = replace(answers, base=[like(row, judge.reference.base) for row in answers.adapter])",
+        "answers = replace(answers)",
+        Selection("test_verify_faults.py", "model"),
+    ),
+    Mutant(
+        "verify-crossed-and-stale-are-confused",
+        "((STALE, subject.earlier), (ANOTHER, subject.confusable))",
+        "((ANOTHER, subject.earlier), (STALE, subject.confusable))",
+        Selection("test_verify_faults.py", "exchanged"),
+    ),
+    Mutant(
         "client-an-asked-pause-is-not-kept",
         "told = error.pause_s if self._repeats else None",
         "told = None",

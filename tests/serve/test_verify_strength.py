@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,23 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from loraover_serve.verify.rules import FEW_AS_BASE, allowed_strength, answers_that_show, is_narrow, share_found
+from loraover_serve.verify.evidence import EXCESS
+from loraover_serve.verify.rules import (
+    FEW_AS_BASE,
+    ROUNDED_STRENGTH,
+    allowed_strength,
+    answers_that_show,
+    is_narrow,
+    share_found,
+)
 from loraover_serve.verify.strength import Estimate, Projections, strength
+
+from benchmarks.verify_calibration import least_deviation, least_excess, rounded_up
+from support.recorded_noise import NOISE, Recorded
 
 pytestmark = pytest.mark.statistical
 
 Floats = NDArray[np.float64]
-NOISE = Path(__file__).parent / "noise"
 RUNS, PROMPTS, POSITIONS = 4000, 16, 8
 ALLOWED = allowed_strength("bf16", 1.0)
 
@@ -50,10 +59,9 @@ def test_the_interval_holds_the_strength_of_noisy_engines(change: Any) -> None:
 
 def recorded(engine: str, arm: str, runs: int, prompts: int, louder: float) -> Estimate:
     """Strengths in drawn sets of prompts of an engine whose noise is that much louder."""
-    with np.load(NOISE / f"{engine}.npz") as file:
-        kept = {name: np.nan_to_num(file[name].astype(np.float64)) for name in file.files}
-    effect, factor = kept["effect"], {"adapter": 1.0, "weak": 0.8, "strong": 1.2}[arm]
-    change = factor * effect + louder * (kept["adapter"] - kept["base"])
+    found, factor = Recorded(NOISE / f"{engine}.npz"), {"adapter": 1.0, "weak": 0.8, "strong": 1.2}[arm]
+    effect = found.effect
+    change = factor * effect + louder * (found.change("adapter") - effect)
     draw = np.random.default_rng(2)
     chosen = np.array([draw.choice(len(effect), prompts, replace=False) for _ in range(runs)])
     sums = (change * effect).sum(-1), np.square(effect).sum(-1), np.square(change).sum(-1)
@@ -71,16 +79,23 @@ def test_32_prompts_decide_on_vllm_in_bf16(louder: float) -> None:
         assert np.mean(right) >= 0.95, (arm, np.mean(right), np.median(found.value), np.median(found.half))
 
 
-@pytest.mark.parametrize("engine", ["vllm-bf16", "llamacpp-q8"])
-def test_scaled_adapters_on_real_engines_are_beyond_the_right_one(engine: str) -> None:
-    """As they were served, with all prompts."""
-    with np.load(NOISE / f"{engine}.npz") as file:
-        kept = {name: np.nan_to_num(file[name].astype(np.float64)) for name in file.files}
-    for arm, is_right in {"adapter": True, "weak": False, "strong": False}.items():
-        change, effect = kept["effect"] + kept[arm] - kept["base"], kept["effect"]
-        sums = (change * effect).sum(-1), np.square(effect).sum(-1), np.square(change).sum(-1)
-        found = strength(Projections(*sums))
-        assert ((found.high >= ALLOWED[0]) and (found.low <= ALLOWED[1])) == is_right, (arm, found)
+@pytest.mark.parametrize("engine", Recorded.all(), ids=lambda engine: engine.name)
+def test_right_adapters_on_real_engines_pass_and_wrong_ones_do_not(engine: Recorded) -> None:
+    """Of 2,000 sets of 32 prompts of the right adapter none differs; the base model's answers differ in all."""
+    draw = np.random.default_rng(3)
+    right = [engine.judged("adapter", draw, 500, 32) for _ in range(4)]
+    assert not any(found.differs.any() for found in right)
+    assert engine.judged("again", draw, 100, 32).differs.all()
+    if engine.number_format in ("fp32", "bf16", "int8"):
+        assert np.mean([found.narrow.mean() for found in right]) >= 0.95
+        for arm in ("weak", "strong"):
+            assert np.mean(engine.judged(arm, draw, 200, 32).differs) >= 0.95, arm
+
+
+def test_the_limits_are_derived_from_recorded_noise() -> None:
+    engines = Recorded.all()
+    assert rounded_up(least_excess(engines)) == EXCESS
+    assert rounded_up(least_deviation(engines)) == ROUNDED_STRENGTH
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])

@@ -164,12 +164,12 @@ FAULTS: Mapping[str, Fault] = {
 def models(case: Case, scratch: Path) -> dict[str, Path | None]:
     """The models of a right server, by their names; folders of adapters are written to `scratch`."""
     weaker = Planted("", "", {}, lambda found: {k: 0.3 * t if "lora_B" in k else t for k, t in found.items()})
-    lora = {"r": 2, "lora_alpha": 1, "target_modules": ["o_proj"], "rank_pattern": {}, "alpha_pattern": {}}
+    plain: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     return {
         "base": None,
         "shop": case.adapter,
         "weaker": plant(weaker, case.adapter, scratch / "weaker"),
-        "other": save_adapter(scratch / "other", case.base, **lora),
+        "other": save_adapter(scratch / "other", case.base, r=2, lora_alpha=1, target_modules=["o_proj"], **plain),
     }
 
 

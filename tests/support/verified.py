@@ -188,7 +188,7 @@ def plant(planted: Planted, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-class Float8Cache(DynamicCache):  # type: ignore[misc]
+class Float8Cache(DynamicCache):
     """Keys and values in float8 with 4 bits of exponent, without a scale, as vLLM's --kv-cache-dtype fp8 holds them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

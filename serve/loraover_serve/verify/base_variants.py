@@ -48,7 +48,7 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
             yield "layers", f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
 
 
-class Float8Cache(DynamicCache):  # type: ignore[misc]
+class Float8Cache(DynamicCache):
     """Keys and values in float8 with 4 bits of exponent, without a scale, which is the default of vLLM and SGLang."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,10 @@ from loraover_serve.verify.strength import BY_CHANCE, Estimate
 EXACT_STRENGTH = 0.002
 """Deviation of the strength that is no fault of an engine that computes in float32."""
 
-ROUNDED_STRENGTH = 0.05
-"""Deviation of the strength, beside twice what PyTorch shows in that number format, that is no fault."""
+ROUNDED_STRENGTH = 0.06
+"""Deviation of the strength, beside twice what PyTorch shows in that number format, that is no fault.
+
+`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 SEEN = 0.2
 """Deviation of the strength that an engine which is called as trained does not have."""

@@ -147,11 +147,20 @@ def log_ratio(one: Sequence[float], other: Sequence[float]) -> Estimate:
         one: Positive numbers, one for each prompt.
         other: Numbers for the same prompts.
     """
-    logs = np.log(np.asarray(one)) - np.log(np.asarray(other))
-    if len(logs) < 2:
-        return Estimate(float(logs.mean()), math.inf)
-    error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    return Estimate(float(logs.mean()), error * float(stats.t.isf(BY_CHANCE / 2, len(logs) - 1)))
+    return log_ratios(np.log(np.asarray(one)) - np.log(np.asarray(other)))
+
+
+def log_ratios(logs: Floats) -> Estimate:
+    """Mean over prompts of logarithms, with its interval by Student's t.
+
+    Args:
+        logs: Shape (..., prompts).
+    """
+    prompts = logs.shape[-1]
+    if prompts < 2:
+        return Estimate(logs.mean(-1), math.inf)
+    error = logs.std(-1, ddof=1) / math.sqrt(prompts)
+    return Estimate(logs.mean(-1), error * float(stats.t.isf(BY_CHANCE / 2, prompts - 1)))
 
 
 def _clipped(residual: Floats, present: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:

@@ -1,0 +1,147 @@
+"""What real engines answered, as `benchmarks.verify_noise` recorded it, and what the rules of verify make of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraover_serve.verify.evidence import AS_BASE, CLEAR, EXCESS, FLOOR
+from loraover_serve.verify.rules import FEW_AS_BASE, SEEN, allowed_strength
+from loraover_serve.verify.strength import Estimate, Projections, log_ratios, strength
+
+NOISE = Path(__file__).parents[1] / "serve" / "noise"
+ADAPTERS = ("adapter", "weak", "strong")
+"""Arms whose difference from PyTorch's adapter was recorded; that of the others is from PyTorch's base model."""
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the rules say of drawn sets of prompts, each an array of one truth value for each set.
+
+    Args:
+        differs: Whether a rule finds a fault.
+        narrow: Whether the interval of the strength is narrow enough for "as trained".
+    """
+
+    differs: NDArray[np.bool_]
+    narrow: NDArray[np.bool_]
+
+
+class Recorded:
+    """The recorded answers of one engine.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        with np.load(path) as file:
+            self._kept = {name: np.nan_to_num(file[name].astype(np.float64)) for name in file.files if file[name].ndim}
+            self.number_format, self.bias = str(file["number_format"]), float(file["bias"])
+            self.sensitivity = float(file["sensitivity"])
+
+    @classmethod
+    def all(cls) -> list[Recorded]:
+        """Every engine's."""
+        return [cls(path) for path in sorted(NOISE.glob("*.npz"))]
+
+    @property
+    def allowed(self) -> tuple[float, float]:
+        """Strengths that a right adapter has."""
+        return allowed_strength(self.number_format, self.bias)
+
+    @property
+    def effect(self) -> Floats:
+        """What the adapter changes in PyTorch."""
+        found: Floats = self._kept["effect"]
+        return found
+
+    def change(self, arm: str) -> Floats:
+        """What the engine's answers to an arm change in those of its base model."""
+        found: Floats = self._off(arm) + self.effect - self._kept["base"]
+        return found
+
+    def _off(self, arm: str) -> Floats:
+        """How far the answers to an arm are from those of PyTorch's adapter."""
+        found: Floats = self._kept[arm] - (0 if arm in ADAPTERS else self.effect)
+        return found
+
+    def strength(self, arm: str) -> Estimate:
+        """Strength on all prompts of what is served."""
+        return strength(_projections(self.change(arm), self.effect))
+
+    def excess(self, arm: str) -> Floats:
+        """Logarithm of each prompt's excess."""
+        there = self.sensitivity * _rms(self._kept["base"]) + FLOOR
+        ratios: Floats = np.log(_rms(self._off(arm)) + FLOOR) - np.log(there)
+        return ratios
+
+    def judged(self, arm: str, draw: np.random.Generator, runs: int, prompts: int) -> Verdicts:
+        """Judge drawn sets of prompts.
+
+        Prompts are drawn with replacement. The noise of each has a random sign, so that a set is not one of few, and
+        what it has along the effect in all prompts, such as rounding's own bias, stays.
+        """
+        chosen = draw.integers(len(self._kept["base"]), size=(runs, prompts))
+        signs = draw.choice([-1.0, 1.0], size=(runs, prompts, 1, 1))
+        effect, change = self.effect, self.change(arm)
+        along = float(self.strength(arm).value) * effect
+        drawn = along[chosen] + signs * (change - along)[chosen]
+        found, (low, high) = strength(_projections(drawn, effect[chosen])), self.allowed
+        excess = log_ratios(self.excess(arm)[chosen])
+        as_base, clear = _as_base(drawn, effect[chosen])
+        base = self._of_base(signs * self._kept["base"][chosen], chosen, effect)
+        differs = (
+            (found.low > high)
+            | (found.high < low)
+            | (excess.low > math.log(EXCESS))
+            | (excess.high < -math.log(EXCESS * self.sensitivity))
+            | ((as_base >= FEW_AS_BASE) & (as_base <= clear - FEW_AS_BASE))
+            | base
+        )
+        return Verdicts(differs, found.half + (high - low) / 2 < SEEN)
+
+    def _of_base(self, noise: Floats, chosen: NDArray[np.int64], effect: Floats) -> NDArray[np.bool_]:
+        """Whether the base model's noise looks like another temperature, or like the adapter."""
+        likely = self._likely[chosen]
+        present = np.abs(likely).sum(-1, keepdims=True) > 0
+        centred = (noise - noise.mean(-1, keepdims=True)) * present
+        return _explained(_projections(centred, likely)) | _explained(_projections(noise, effect[chosen]))
+
+    @cached_property
+    def _likely(self) -> Floats:
+        kept = self._kept["likely"]
+        centred: Floats = kept - kept.mean(-1, keepdims=True)
+        return centred
+
+
+def _projections(change: Floats, direction: Floats) -> Projections:
+    return Projections((change * direction).sum(-1), np.square(direction).sum(-1), np.square(change).sum(-1))
+
+
+def _rms(differences: Floats) -> Floats:
+    found: Floats = np.sqrt(np.square(differences).mean((-2, -1)))
+    return found
+
+
+def _explained(found: Projections) -> NDArray[np.bool_]:
+    """Whether a direction explains half of a change, and its factor is certainly positive."""
+    estimate = strength(found)
+    part = estimate.value**2 * found.size.sum((-2, -1)) / np.maximum(found.total.sum((-2, -1)), np.finfo(float).tiny)
+    explained: NDArray[np.bool_] = (part >= 0.5) & (estimate.low > 0)
+    return explained
+
+
+def _as_base(change: Floats, effect: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of answers that are the base model's, and of those at which that would be seen, in each set."""
+    to_base, to_adapter = (np.linalg.norm(each, axis=-1) for each in (change, change - effect))
+    noise = np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
+    clear = np.linalg.norm(effect, axis=-1) > CLEAR * noise
+    return (clear & (to_base < to_adapter / AS_BASE)).sum((-2, -1)), clear.sum((-2, -1))
