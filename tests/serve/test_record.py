@@ -16,9 +16,10 @@ from scipy import stats
 from loraover.common.command_line import run
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import Expected
-from loraover_serve.record.adapter_check import estimates
+from loraover_serve.record.adapter_check import case, estimates
 from loraover_serve.record.adapter_check.reference import ADAPTER, UNIT, CheckError, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
+from loraover_serve.verify import evidence, judge, rules
 from loraover_serve.verify import strength as with_numpy
 
 from support.recorded import ANSWER, QUESTIONS
@@ -31,9 +32,9 @@ def content(recorded: Path) -> dict[str, Any]:
     return found
 
 
-def largest_gap(model: Model, expected: Expected, places: list[tuple[int, int]], case: Case) -> float:
+def largest_gap(model: Model, expected: Expected, places: list[tuple[int, int]], asked: Case) -> float:
     """Largest difference of recorded logprobs from PyTorch's."""
-    answered = [(q, case.judge.reference.questions[q].answered[step]) for q, step in places]
+    answered = [(q, asked.judge.reference.questions[q].answered[step]) for q, step in places]
     pairs = zip(model.rows, answered, strict=False)
     return max(abs(value - float(expected.at(*place)[i])) for row, place in pairs for i, value in row.items())
 
@@ -86,7 +87,7 @@ def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
         return found["questions"], found["decides"]
 
     assert chosen(0.01, 64) == (24, True)
-    assert chosen(0.12, 64) == (32, True)
+    assert chosen(0.11, 64) == (32, True)
     assert chosen(0.5, 64) == (64, False)
     assert chosen(float("inf"), 1) == (1, False)
 
@@ -162,3 +163,11 @@ def test_a_reference_that_exists_is_kept(recorded: Path, adapter: Path, capsys: 
     assert run(cli, ["record", str(adapter), "-o", str(recorded)]) == 2
     assert "exists; choose another --output, or give --force" in capsys.readouterr().err
     assert recorded.read_bytes() == before
+
+
+def test_the_checker_has_the_limits_of_verify() -> None:
+    """It can import none of them."""
+    assert (case.FLOOR, case.EXACT, case.CERTAIN) == (evidence.FLOOR, evidence.EXACT, evidence.CERTAIN)
+    assert (case.EXCESS, case.FEW_PROMPTS, case.CLEAR) == (evidence.EXCESS, evidence.FEW_PROMPTS, evidence.CLEAR)
+    assert (case.EXACT_STRENGTH, case.ROUNDED_STRENGTH) == (rules.EXACT_STRENGTH, rules.ROUNDED_STRENGTH)
+    assert (case.SEEN, case.SURE, case.COARSER, case.FEW) == (rules.SEEN, rules.SURE, judge.COARSER, rules.FEW_AS_BASE)

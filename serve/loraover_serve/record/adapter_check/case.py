@@ -14,8 +14,8 @@ from .estimates import BY_CHANCE, Distance, Estimate, distance, dot, strength, t
 from .reference import ADAPTER, BASE, FORMATS, CheckError, Model, Reference, Rows
 
 PLAIN = ("fp32", "fp16", "bf16")
-FLOOR, EXACT, CERTAIN, EXCESS, FEW_PROMPTS, CLEAR = 1e-4, 1e-3, 5.0, 1.35, 6, 4.0  # see verify/evidence.py
-EXACT_STRENGTH, ROUNDED_STRENGTH, SEEN, SURE = 0.002, 0.05, 0.2, 5  # see verify/rules.py
+FLOOR, EXACT, CERTAIN, EXCESS, FEW_PROMPTS, CLEAR = 1e-4, 1e-3, 5.0, 1.49, 6, 4.0  # see verify/evidence.py
+EXACT_STRENGTH, ROUNDED_STRENGTH, SEEN, SURE = 0.002, 0.06, 0.2, 5  # see verify/rules.py
 COARSER, FEW = 2, 3  # see verify/judge.py and verify/decoded.py
 
 
