@@ -2,7 +2,7 @@
 
 A verb is a command such as `loraover export vllm` and the function beneath it, here `export_vllm`. Its request is a
 frozen dataclass derived from `Request`, whose fields are made by `argument` and `option`. From the fields come the
-checks, the keywords and `Args:` of the function (verb.py), the options of the command (reporting/request_command.py) and
+checks, the keywords and `Args:` of the function (verb.py), the options of the command (request_command.py) and
 the command line that reports record (`Request.command`). A module of requests imports nothing heavy, so that `--help`
 is fast.
 """

@@ -102,7 +102,7 @@ SERVING = (
         "verify-a-right-adapter-keeps-its-strength-in-int4",
         "low, high = (2 * min(bias, 1.0) - 1, 2 * max(bias, 1.0) - 1)",
         "low, high = 1.0, 1.0",
-        Selection("test_verify_strength.py", "right_adapters and int4"),
+        Selection("test_verify_strength.py", "right_adapters"),
     ),
     Mutant(
         "verify-one-answer-without-the-adapter-decides",
@@ -114,13 +114,13 @@ SERVING = (
         "verify-a-cache-in-float8-is-another-base-model",
         "self._format_of(self.evidence.noise.rms * math.sqrt(1 - self.cache_share))",
         "self.number_format",
-        Selection("test_verify_faults.py", "cache"),
+        Selection("test_verify_faults.py", "planted_fault"),
     ),
     Mutant(
         "verify-one-model-is-its-own-base",
         "answers = replace(answers, base=[like(row, judge.reference.base) for row in answers.adapter])",
         "answers = replace(answers)",
-        Selection("test_verify_faults.py", "model"),
+        Selection("test_verify_faults.py", "planted_fault"),
     ),
     Mutant(
         "verify-crossed-and-stale-are-confused",

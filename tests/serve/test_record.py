@@ -15,6 +15,7 @@ from scipy import stats
 
 from loraover.common.command_line import run
 from loraover_serve.cli import cli
+from loraover_serve.comparison import thresholds
 from loraover_serve.engines.answers import Expected
 from loraover_serve.record.adapter_check import case, estimates
 from loraover_serve.record.adapter_check.reference import ADAPTER, UNIT, CheckError, Model, read_reference
@@ -145,8 +146,8 @@ def test_a_file_that_is_no_reference_is_refused(
         b"\x1f\x8b",
         b"[" * 100_000,
         b"\xff\xfe",
-        gzip.compress(b"{}")[:-5],
-        gzip.compress(b" " * 64_000_001),
+        gzip.compress(b"{}", mtime=0)[:-5],
+        gzip.compress(b" " * 64_000_001, mtime=0),
         b'{"schema_version": 1, "vocabulary": 1e999}',
     ],
 )
@@ -170,4 +171,9 @@ def test_the_checker_has_the_limits_of_verify() -> None:
     assert (case.FLOOR, case.EXACT, case.CERTAIN) == (evidence.FLOOR, evidence.EXACT, evidence.CERTAIN)
     assert (case.EXCESS, case.FEW_PROMPTS, case.CLEAR) == (evidence.EXCESS, evidence.FEW_PROMPTS, evidence.CLEAR)
     assert (case.EXACT_STRENGTH, case.ROUNDED_STRENGTH) == (rules.EXACT_STRENGTH, rules.ROUNDED_STRENGTH)
-    assert (case.SEEN, case.SURE, case.COARSER, case.FEW) == (rules.SEEN, rules.SURE, judge.COARSER, rules.FEW_AS_BASE)
+    assert (case.SEEN, case.SURE, case.COARSER, case.FEW) == (
+        rules.SEEN,
+        thresholds.SURE,
+        judge.COARSER,
+        rules.FEW_AS_BASE,
+    )
