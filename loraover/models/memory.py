@@ -67,7 +67,7 @@ class Needs:
 
 @contextmanager
 def memory_explained(
-    work: str, *, device: str, compute_dtype: str, needs: Callable[[], Needs], option: str = "--device"
+    work: str, *, device: str, compute_dtype: str, needs: Callable[[], Needs], option: str = "device"
 ) -> Iterator[None]:
     """Turn a failed allocation within the block into an error that says what would fit.
 
@@ -76,7 +76,7 @@ def memory_explained(
         device: Device that it runs on.
         compute_dtype: Data type that it runs in.
         needs: Function that estimates what the work needs; it is called only after a failure.
-        option: Option that chooses the device.
+        option: Name of the argument that chooses the device.
 
     Raises:
         ConfigError: Memory could not be allocated.
@@ -98,7 +98,7 @@ def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
     memory = total_memory(device)
     has = "" if memory is None else f" {device} has {_gib(memory)}."
     weights, tokens = (needs.width(dtype) * numbers for numbers in (needs.weights, needs.tokens * needs.per_token))
-    fits = [f"{option} {plan}" for plan in _what_fits(device, dtype, needs)]
+    fits = list(_what_fits(device, dtype, needs, option))
     return (
         f"It needs about {_gib(needs.size(dtype))} in {dtype}: {_gib(weights)} for the base model, and {_gib(tokens)} "
         f"for {needs.tokens} tokens at once, which shorter or fewer prompts reduce.{has} "
@@ -106,14 +106,15 @@ def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
     )
 
 
-def _what_fits(device: str, dtype: str, needs: Needs) -> Iterator[str]:
+def _what_fits(device: str, dtype: str, needs: Needs, option: str) -> Iterator[str]:
     """The plans that fit, other than the one that failed."""
     for kind, count in found_devices().items():
         memory = total_memory(kind) if count else None
         for other in ("fp32", "bf16"):
             is_failed = (kind, other) == (device.partition(":")[0], dtype)
             if memory is not None and not is_failed and needs.size(other) <= ROOM * memory:
-                yield f"{kind} {as_written('compute_dtype', other)} ({_gib(needs.size(other))} of {_gib(memory)})"
+                plan = f"{as_written(option, kind)} {as_written('compute_dtype', other)}"
+                yield f"{plan} ({_gib(needs.size(other))} of {_gib(memory)})"
 
 
 def _gib(size: int) -> str:

@@ -139,7 +139,7 @@ def test_the_page_takes_hostile_texts_for_texts(tmp_path: Path) -> None:
     assert "console.log" in shown
 
 
-@pytest.mark.process
+@pytest.mark.matrix
 def test_a_fleet_on_ray_data(fleet: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("ray.data", reason="Ray is in the extra ray")
     words = [sys.executable, EXAMPLES / "prepare_on_ray.py", tmp_path / "cache", fleet["plain"], fleet["broken"]]

@@ -44,13 +44,13 @@ def test_what_was_measured_outlives_a_comparison_without_memory(
     report = measure_parity(folded(made), device="cpu", **SMALL)
     assert (report.verdict, report.runs[0].blocks) == ("failed", 5)
     assert "the comparison with PyTorch ran out of memory on cpu" in report.reason
-    assert "What would fit: --device cpu --compute-dtype bf16" in report.reason
+    assert "What would fit: device='cpu' compute_dtype='bf16'" in report.reason
 
 
 @pytest.mark.parametrize("name", NO_MEMORY)
 def test_an_engine_without_memory_says_what_would_fit(name: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_engines, "load_model", failing(name))
-    with pytest.raises(ConfigError, match=r"PyTorch ran out of memory on cpu .*What would fit: .*--compute-dtype bf16"):
+    with pytest.raises(ConfigError, match=r"PyTorch ran out of memory on cpu .*What would fit: .*compute_dtype='bf16'"):
         measure_parity(folded(made), device="cpu", **SMALL)
 
 

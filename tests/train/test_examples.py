@@ -43,6 +43,8 @@ DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
 EXPORTS = {"export_vllm", "export_onnx", "export_gguf", "export_mlx"}
 LIBRARY = EXPORTS | {"check", "conversions", "convert", "fold", "large_check", "run_onnx", "serve", "verify", "parity"}
+FLEETS = {"prepare_on_ray"}
+"""Run by the tests of fleets."""
 """Call one function of the library, on paths that they take as arguments."""
 
 
@@ -141,7 +143,7 @@ def folded(made: Made) -> Path:
 
 
 def test_every_script_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == DISTRIBUTED | LIBRARY | SCRIPTS.keys()
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == DISTRIBUTED | LIBRARY | FLEETS | SCRIPTS.keys()
 
 
 def test_an_example_takes_its_steps(ran: Ran) -> None:

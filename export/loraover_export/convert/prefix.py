@@ -73,8 +73,8 @@ def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]])
         ExportError: Several prefixes fit.
     """
     missing = [path for path in layout.modules if path not in shapes]
-    if not missing:
-        return None
+    if not missing or layout.config.task_type == "FEATURE_EXTRACTION":
+        return None  # of a model without its head, which PEFT finds again by this task
     fits = _fitting(layout, shapes)
     common = _common_parts(missing)
     for count in range(len(common) + 1):

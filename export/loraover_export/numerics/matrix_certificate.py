@@ -143,5 +143,5 @@ def _errors_of_stored(written: Tensor, value: Tensor) -> Errors | None:
     norm, error_norm = (float(torch.linalg.vector_norm(x)) for x in (value, error))
     if not 1e-10 < norm < math.inf or float(size.amin()) < normal:
         return None  # squares leave float32's range, or elements are subnormal: rare, and worth a closer look
-    worst = float(error.abs_().div_(size).amax()) / u
+    worst = float(error.abs_().div_(size).amax()) / u if error.any() else 0.0
     return Errors(norm, error_norm, u * norm, worst * (1 + DIVISION), Underflow())

@@ -121,7 +121,7 @@ class Export:
         found: dict[str | None, OnnxReference] = {}
         adapters = [(None, None), *self.inputs.adapters.items()]
         with (
-            memory_explained("the check in PyTorch", needs=needs, option="--check-device", **where),
+            memory_explained("the check in PyTorch", needs=needs, option="check_device", **where),
             self.report.task("running the adapted models in PyTorch, adapters", len(adapters)) as done,
         ):
             for count, (name, adapter) in enumerate(adapters, 1):

@@ -88,16 +88,16 @@ class Front:
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         await self.start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        number = next(self._numbers)
-        waiting = self._waiting
+        process, waiting, number = self._process, self._waiting, next(self._numbers)
+        assert process is not None
+        assert process.stdin is not None
         answer = waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._process.stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
-            await self._process.stdin.drain()
+            process.stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
+            await process.stdin.drain()
             found: dict[str, Any] = await answer
         except (BrokenPipeError, ConnectionResetError) as error:
+            await process.wait()  # or the next try would meet the same one
             raise WorkerEndedError from error
         else:
             return found
