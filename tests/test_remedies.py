@@ -201,6 +201,7 @@ FACTS = (
     "which `loraover export convert` writes as an exact plain LoRA of rank ",
     "loraover train ended without a result",
     "of training batches, which loraover train does not measure",
+    "loraover serve record",
 )
 """Texts that name a command, and do not say to run it."""
 

@@ -164,7 +164,7 @@ def test_a_checkpoint_is_merged_from_its_cores(dtype: torch.dtype, tmp_path: Pat
 @pytest.mark.parametrize("base", [partial(tiny_llama, num_hidden_layers=1), tiny_gpt2], ids=["flat", "GPT-2"])
 def test_another_base_model_is_named(base: Callable[[], Any], tmp_path: Path) -> None:
     saved = save("linear", tmp_path)
-    with pytest.raises(CheckpointError, match=r"layers\.\d.*--model"):
+    with pytest.raises(CheckpointError, match=r"layers\.\d.*with model\."):
         merge(base(), read_adapter_dir(saved.adapter))
 
 

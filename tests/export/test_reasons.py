@@ -41,22 +41,14 @@ def save(model: Any, config: Any, folder: Path) -> Path:
 KINDS: dict[str, Callable[..., Any]] = {"LORA": LoraConfig, "LOHA": LoHaConfig}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_conversion_finds_the_modules_of_a_model_without_its_head(
-    kind: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = KINDS[kind](task_type="FEATURE_EXTRACTION", target_modules=["q_proj"], r=2)
-    source = save(AutoModel.from_pretrained(base), config, tmp_path / "in")
-    assert run(cli, ["convert", str(source), "-o", str(tmp_path / "out")]) == 0
-    assert "2 modules without a prefix that the base model has below 'model'" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", ["merge", "gguf", "mlx"])
+@pytest.mark.parametrize(
+    ("kind", "command"), [*(("LORA", name) for name in ("convert", "merge", "gguf", "mlx")), ("LOHA", "convert")]
+)
 def test_an_adapter_of_a_model_without_its_head(
-    command: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, command: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """PEFT names the modules of a LlamaModel without the prefix that they have in a LlamaForCausalLM."""
-    config = LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["q_proj"], r=2)
+    config = KINDS[kind](task_type="FEATURE_EXTRACTION", target_modules=["q_proj"], r=2)
     source = save(AutoModel.from_pretrained(base), config, tmp_path / "in")
     words = [command, str(source), "-o", str(tmp_path / "out")]
     assert run(cli, words) == 2

@@ -171,9 +171,10 @@ def test_the_checker_has_the_limits_of_verify() -> None:
     assert (case.FLOOR, case.EXACT, case.CERTAIN) == (evidence.FLOOR, evidence.EXACT, evidence.CERTAIN)
     assert (case.EXCESS, case.FEW_PROMPTS, case.CLEAR) == (evidence.EXCESS, evidence.FEW_PROMPTS, evidence.CLEAR)
     assert (case.EXACT_STRENGTH, case.ROUNDED_STRENGTH) == (rules.EXACT_STRENGTH, rules.ROUNDED_STRENGTH)
-    assert (case.SEEN, case.SURE, case.COARSER, case.FEW) == (
+    assert (case.SEEN, case.SURE, case.COARSER, case.FEW, case.AS_BASE) == (
         rules.SEEN,
         thresholds.SURE,
         judge.COARSER,
         rules.FEW_AS_BASE,
+        evidence.AS_BASE,
     )

@@ -85,7 +85,7 @@ def to_junit(report: VerifyReport) -> bytes:
     kinds: dict[str, str] = {"differs": "failure", "failed": "error", "inconclusive": "skipped"}
     names = {"differs": "failures", "failed": "errors", "inconclusive": "skipped"}
     counts = {name: str(sum(result.verdict == one for result in report.engines)) for one, name in names.items()}
-    facts = {"name": "loraover serve verify", "tests": str(len(report.engines)), **counts}
+    facts = {"name": VerifyRequest.verb, "tests": str(len(report.engines)), **counts}
     suite = ElementTree.Element("testsuite", facts)
     for result in report.engines:
         case = ElementTree.SubElement(

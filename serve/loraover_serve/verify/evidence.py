@@ -86,7 +86,7 @@ def weigh(base_rows: Rows, adapter_rows: Rows, base: Expected, adapter: Expected
     pairs = paired(base_rows, adapter_rows) or [(like(row, base), row) for row in adapter_rows]
     certain = CERTAIN * math.sqrt(2) * (noise.rms + FLOOR) / effect if effect > 0 else math.inf
     measured = strength(between_arms(pairs, base, adapter))
-    as_base, clear = count_base(pairs, base, adapter)
+    as_base, clear = count_base(pairs, base, adapter, CLEAR * math.sqrt(2) * (noise.rms + FLOOR))
     return Evidence(
         noise=noise,
         found=found,
@@ -132,15 +132,25 @@ def like(row: Row, expected: Expected) -> Row:
     return Row(row.question, row.position, expected.like(row).astype(np.float32), row.ids)
 
 
-def count_base(pairs: Sequence[tuple[Row, Row]], base: Expected, adapter: Expected) -> tuple[int, int]:
-    """Number of clear positions at which an engine's adapter changes nothing, and number of clear positions."""
+def count_base(
+    pairs: Sequence[tuple[Row, Row]], base: Expected, adapter: Expected, limit: float = math.inf
+) -> tuple[int, int]:
+    """Number of clear positions at which an engine's adapter changes nothing, and number of clear positions.
+
+    Args:
+        pairs: The engine's rows of the base model and of the adapter.
+        base: The base model in PyTorch.
+        adapter: The adapted model in PyTorch.
+        limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
+    """
     changes = [two.logprobs.astype(np.float64) - one.logprobs for one, two in pairs]
     effects = [adapter.like(one) - base.like(one) for one, _ in pairs]
     to_base = np.array([np.linalg.norm(y) for y in changes])
     to_adapter = np.array([np.linalg.norm(y - e) for y, e in zip(changes, effects, strict=True)])
     effect = np.array([np.linalg.norm(e) for e in effects])
+    is_noise = to_base <= limit * np.sqrt([len(y) for y in changes])
     clear = effect > CLEAR * np.median(np.minimum(to_base, to_adapter))
-    return int(np.sum(clear & (to_base < to_adapter / AS_BASE))), int(np.sum(clear))
+    return int(np.sum(clear & is_noise & (to_base < to_adapter / AS_BASE))), int(np.sum(clear))
 
 
 def _excess(base_rows: Rows, adapter_rows: Rows, base: Expected, adapter: Expected, sensitivity: float) -> Estimate:

@@ -14,7 +14,8 @@ from .estimates import BY_CHANCE, Distance, Estimate, distance, dot, strength, t
 from .reference import ADAPTER, BASE, FORMATS, CheckError, Model, Reference, Rows
 
 PLAIN = ("fp32", "fp16", "bf16")
-FLOOR, EXACT, CERTAIN, EXCESS, FEW_PROMPTS, CLEAR = 1e-4, 1e-3, 5.0, 1.49, 6, 4.0  # see verify/evidence.py
+FLOOR, EXACT, CERTAIN, EXCESS = 1e-4, 1e-3, 5.0, 1.49  # see verify/evidence.py
+FEW_PROMPTS, CLEAR, AS_BASE = 6, 4.0, 4.0
 EXACT_STRENGTH, ROUNDED_STRENGTH, SEEN, SURE = 0.002, 0.06, 0.2, 5  # see verify/rules.py
 COARSER, FEW = 2, 3  # see verify/judge.py and verify/decoded.py
 
@@ -146,15 +147,20 @@ class Case:
         ]
         return math.sqrt(fmean(squares)) if squares else math.inf
 
-    def count_base(self, pairs: Sequence[Pair]) -> tuple[list[int], int]:
-        """Places at which the adapter's answer is clearly the base model's, and number of places where that is seen."""
+    def count_base(self, pairs: Sequence[Pair], largest: float = math.inf) -> tuple[list[int], int]:
+        """Places at which the adapter's answer is clearly the base model's, and number of places where that is seen.
+
+        Args:
+            pairs: What the server changes at each place.
+            largest: Largest RMS change, in nats, that is taken for noise.
+        """
         points = []
         for place, ids, y in pairs:
             d = [self.adapter.rows[place][i] - self.base.rows[place][i] for i in ids]
-            points.append((place, math.hypot(*y), math.dist(y, d), math.hypot(*d)))
-        limit = CLEAR * median(min(there, here) for _, there, here, _ in points) if points else 0.0
+            points.append((place, math.hypot(*y), math.dist(y, d), math.hypot(*d), largest * math.sqrt(len(y))))
+        limit = CLEAR * median(min(there, here) for _, there, here, _, _ in points) if points else 0.0
         clear = [point for point in points if point[3] > limit]
-        return [place for place, there, here, _ in clear if there < here / 2], len(clear)
+        return [place for place, there, here, _, most in clear if there <= min(here / AS_BASE, most)], len(clear)
 
     def mixed_distances(self) -> dict[str, Distance]:
         """Distances between answers that were asked for beside those of another model, and alone."""

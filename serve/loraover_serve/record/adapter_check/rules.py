@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from .base_faults import base_fault, cache_share
-from .case import EXCESS, FEW, FEW_PROMPTS, FLOOR, SEEN, Case
+from .case import CLEAR, EXCESS, FEW, FEW_PROMPTS, FLOOR, SEEN, Case
 from .reference import ADAPTER, BASE, FORMATS, OTHER, Model
 
 FAR, EXACT_WAY, ROUNDED_WAY, NEAREST = 0.1, 0.1, 0.25, 4  # see verify/suspects.py
@@ -36,7 +36,7 @@ def finding(case: Case) -> Finding:
     if case.prompts >= FEW_PROMPTS and case.excess.value + case.excess.half < -math.log(EXCESS * sensitivity):
         reason = f"the adapter's answers are off by {off:.2g} nats, those for the base model by {noise:.2g}"
         return "differs", reason, "base model answered by something else"
-    as_base, clear = case.count_base(case.pairs)
+    as_base, clear = case.count_base(case.pairs, CLEAR * math.sqrt(2) * (noise + FLOOR))
     if FEW <= len(as_base) <= clear - FEW:
         return (
             "differs",
