@@ -141,9 +141,14 @@ class Asker:
                 continue
             enough, prompt = threading.Event(), self.prompt(places[0])
 
-            def generate(begun: threading.Event, arm: str = companion, prompt: Any = prompt) -> None:
+            def generate(
+                begun: threading.Event,
+                arm: str = companion,
+                prompt: Any = prompt,
+                enough: threading.Event = enough,
+            ) -> None:
                 try:
-                    while not enough.is_set():  # noqa: B023
+                    while not enough.is_set():
                         self.answer(arm, prompt, COMPANION_TOKENS)
                         begun.set()
                 finally:
