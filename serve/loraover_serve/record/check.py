@@ -8,13 +8,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraover.checkpoint.carried_reference import REFERENCE_FILE
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.verb import perform, verb
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server, headers, tls
-from loraover_serve.record.request import REFERENCE_FILE
+from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.names import ANOTHER
 from loraover_serve.verify.request import VerifyRequest
 
@@ -67,6 +68,7 @@ def check_server(request: VerifyRequest) -> VerifyReport:
         _server(request)
     except CheckError as error:
         raise ConfigError(str(error)) from error
+    check_seals(request)
     references = read_all(request.references)
     found = [_check(request, name, mine) for name, mine in _named(request, references)]
     _find_crossed(request, references, found)
@@ -94,7 +96,7 @@ def read_all(places: Sequence[Path]) -> list[Reference]:
     """
     found = []
     for place in places:
-        files = sorted(place.rglob(REFERENCE_FILE)) if place.is_dir() else [place]
+        files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
         for file in files:
