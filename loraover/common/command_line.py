@@ -34,6 +34,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
     **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
     "peft": "serve",
+    **dict.fromkeys(("OpenSSL", "cryptography", "model_signing"), "sign"),
     "scipy": "train,eval,serve",
 }
 
