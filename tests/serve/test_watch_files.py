@@ -17,6 +17,8 @@ from loraover_serve.watch.history import Check, History
 from loraover_serve.watch.metrics import Metrics
 from loraover_serve.watch.page import to_page
 
+from support.chromium import looked_at
+
 FOLDER = Path(__file__).parents[2] / "docker" / "watch"
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "watch.md"
 NOW = 1_700_000_000.0
@@ -35,9 +37,9 @@ def canary(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Canary:
     for at in range(40):
         for target, verdict in zip(watched.targets, ("as trained", "differs"), strict=True):
             reason = "because of <script>alert(1)</script>"
-            figures = (0.01 * (1 + at % 3), 0.05, 0.98, 1.5, 400)
-            fault = "served as base" if verdict == "differs" else None
-            canary.end(target, Check(*target.key, NOW - 60 * (40 - at), verdict, fault, reason, *figures))
+            fault, distance = "served as base" if verdict == "differs" else None, 0.01 * (1 + at % 3)
+            when = NOW - 60 * (40 - at)
+            canary.end(target, Check(*target.key, when, verdict, fault, reason, distance, 0.05, 0.98, 1.5, 400))
     return canary
 
 
@@ -76,6 +78,16 @@ def test_the_page_escapes_what_servers_say(canary: Canary) -> None:
     assert page.index(">news<") < page.index(">shop<")  # the worst first
     assert page.count("<circle") == 80
     assert "1 of 2 not as trained" in page
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_browser_shows_the_page_at_each_width(is_dark: bool, canary: Canary, tmp_path: Path) -> None:
+    page = to_page(canary, NOW, "loraover serve watch watch.yaml", None)
+    for found in looked_at(tmp_path, page, (400, 800, 1200), is_dark=is_dark):
+        assert found["needed"] == found["given"], "the page scrolls sideways"
+        assert found["title"] == "Watch: adapters on servers"
+        assert found["scripts"] == 0
 
 
 def test_the_formats_page_has_every_key() -> None:

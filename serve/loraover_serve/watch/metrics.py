@@ -34,7 +34,7 @@ class Metrics:
         self._canary, self._clock = canary, clock
         self.is_config_read = True
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)  # type: ignore[arg-type]  # a collector is what has `collect`
+        self._registry.register(self)
 
     def text(self) -> bytes:
         """The figures as Prometheus reads them."""
