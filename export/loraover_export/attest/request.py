@@ -14,7 +14,7 @@ from loraover_export.uniform.request_fields import replaces
 class AttestRequest(Request):
     """Write a statement of ADAPTER's files and of the checks that they passed, or compare the files with it.
 
-    The statement, attestation.json in the adapter's folder, has the form of in-toto: the SHA-256 of each file, the
+    The statement has in-toto's form, and is attestation.json in the adapter's folder: the SHA-256 of each file, the
     verdicts of the certificates, and the SHA-256 of the certificates and of the reference. With a key, the whole
     folder is signed with it by OpenSSF's package model-signing, to model.sig.
 

@@ -137,4 +137,4 @@ class History:
     def _read(self, where: str, values: Sequence[object]) -> list[Check]:
         with self._lock:
             rows = self._connection.execute(f"SELECT {COLUMNS} FROM checks {where}", values).fetchall()
-        return [Check(*row[:-1], bool(row[-1])) for row in rows]
+        return [Check(**(dict(zip(NAMES, row, strict=True)) | {"changed": bool(row[-1])})) for row in rows]
