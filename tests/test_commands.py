@@ -18,6 +18,7 @@ from loraover.cli import cli
 from loraover.common.command_line import INTERRUPTED, Command, LazyGroup
 
 ROOT = Path(__file__).parents[1]
+HOW_TO = ("check-a-server", "fold", "vllm", "watch")
 FRAGMENTS = ("Of ", "That ", "For ", "Likewise")
 """Beginnings of a help text that says nothing alone."""
 
@@ -68,6 +69,16 @@ def test_make_runs_command_lines_that_parse() -> None:
         parse(line.partition("||")[0])
 
 
+@pytest.mark.parametrize("page", HOW_TO)
+def test_a_page_shows_command_lines_that_parse(page: str) -> None:
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+    blocks = "\n".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"^loraover .*", blocks.replace("\\\n", " "), flags=re.MULTILINE)
+    assert lines
+    for line in lines:
+        parse(line.partition(" #")[0].partition(" > ")[0])
+
+
 def test_every_stage_has_its_commands() -> None:
     assert set(LEAVES) >= {
         *(f"loraover {name}" for name in ("train", "study", "compare", "eval", "inspect", "recipes", "doctor")),
@@ -85,9 +96,10 @@ def test_every_stage_has_its_commands() -> None:
                 "onnx",
                 "gguf",
                 "mlx",
+                "attest",
             )
         ),
-        *(f"loraover serve {name}" for name in ("up", "verify", "parity")),
+        *(f"loraover serve {name}" for name in ("up", "verify", "parity", "record", "watch")),
     }
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraover_export.attest.run import AttestReport, attest_adapter
     from loraover_export.check.report import CheckReport
     from loraover_export.check.run import check_adapter
     from loraover_export.combine.combine import combine_adapters
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _HOMES = {
+    "AttestReport": "attest.run",
     "CheckReport": "check.report",
     "ConvertReport": "convert.report",
     "DiffReport": "combine.diff_report",
@@ -50,6 +52,7 @@ _HOMES = {
     "PreparedAdapter": "prepare.prepared",
     "VllmCertificate": "vllm.certificate",
     "VllmReport": "vllm.report",
+    "attest_adapter": "attest.run",
     "check_adapter": "check.run",
     "check_fleet": "fleet.run",
     "combine_adapters": "combine.combine",
@@ -67,6 +70,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttestReport",
     "CheckReport",
     "ConvertReport",
     "DiffReport",
@@ -81,6 +85,7 @@ __all__ = [
     "PreparedAdapter",
     "VllmCertificate",
     "VllmReport",
+    "attest_adapter",
     "check_adapter",
     "check_fleet",
     "combine_adapters",

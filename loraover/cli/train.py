@@ -49,7 +49,9 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
     if request.output is None:
         report.line(f"run: {folder}")
     try:
-        result = train(recipe, folder, resume=request.resume, report=report, command=request.command())
+        result = train(
+            recipe, folder, resume=request.resume, report=report, command=request.command(), record=request.record
+        )
     except KeyboardInterrupt:
         if folder.exists() and recipe.can_resume:
             again = f"{replace(request, output=folder).command()} --resume"

@@ -29,12 +29,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 INTERRUPTED = "Interrupted. No incomplete file was left."
 INTERRUPTED_CODE = 130
 EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "sentencepiece", "tensorboard", "trl", "yaml"), "train"),
+    **dict.fromkeys(("accelerate", "datasets", "sentencepiece", "tensorboard", "trl"), "train"),
     "lm_eval": "eval",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
     **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
     "peft": "serve",
+    **dict.fromkeys(("OpenSSL", "cryptography", "model_signing"), "sign"),
+    "prometheus_client": "watch",
     "scipy": "train,eval,serve",
+    "yaml": "train,watch",
 }
 
 

@@ -1,38 +1,16 @@
-"""Digests by which an evaluation recognises the models that it has asked already."""
+"""Digest by which an evaluation recognises a base model that it has asked already."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
-from loraover.common.errors import CheckpointError, ConfigError
-from loraover.common.strict_json import read_json
+from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 
 WEIGHTS = ".safetensors"
 TEXTS = (".json", ".jinja", ".model", ".txt")  # configuration, chat template, tokenizer
-
-
-def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's configuration and tensors.
-
-    Args:
-        adapter: The adapter's folder.
-
-    Raises:
-        CheckpointError: Not an adapter directory with safetensors.
-    """
-    read_json(adapter / CONFIG_FILE, AdapterConfig)
-    digest = hashlib.sha256()
-    try:
-        for name in (CONFIG_FILE, TENSORS_FILE):
-            digest.update(bytes.fromhex(sha256_of(adapter / name)))
-    except OSError as error:
-        raise CheckpointError(f"{adapter / name}: cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()
 
 
 def model_digest(source: ModelSource, *, weights: bool) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
@@ -21,7 +22,7 @@ from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import Example, Options, Questions, Task
-from loraover.evaluation.digests import adapter_digest, model_digest
+from loraover.evaluation.digests import model_digest
 from loraover.evaluation.judge import Judge
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval

@@ -29,6 +29,11 @@ def compute_dtype(description: str) -> Any:
     )
 
 
+def records(product: str) -> Any:
+    """Declare the field `record`, with which a verb also records the reference of the adapter that it writes."""
+    return option(f"Also record the reference of {product} beside it, as `loraover serve record` does.", default=False)
+
+
 def device(description: str, default: str = "auto") -> Any:
     """Declare a field for the device on which PyTorch runs models; one GPU of several, such as cuda:1, is allowed."""
     text = "the first that is there of cuda, mps and cpu" if default == "auto" else default

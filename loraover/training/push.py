@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import move, naming
+from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.request import as_written
@@ -80,7 +81,7 @@ def push(repository: str, folder: Path, kept: Path) -> None:
 
 
 @contextmanager
-def moved_copy(adapter: Path, base: ModelSource, card: str) -> Iterator[Path]:
+def moved_copy(adapter: Path, base: ModelSource, card: str, say: Callable[[str], None]) -> Iterator[Path]:
     """Copy an adapter, without its cores, so that it names another base model; the copy lasts for the block.
 
     The cores are left out since they were not trained on that model.
@@ -89,6 +90,7 @@ def moved_copy(adapter: Path, base: ModelSource, card: str) -> Iterator[Path]:
         adapter: The adapter's folder.
         base: The model to name.
         card: Text of the copy's README.md.
+        say: Receiver of the reason why the adapter's reference is left out, if it is.
     """
     with tempfile.TemporaryDirectory() as scratch:
         copy = shutil.copytree(
@@ -97,4 +99,5 @@ def moved_copy(adapter: Path, base: ModelSource, card: str) -> Iterator[Path]:
         config = naming(json.loads((copy / CONFIG_FILE).read_bytes()), base)
         (copy / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (copy / "README.md").write_text(card, encoding="utf-8")
+        keep_reference(adapter, copy, say)
         yield copy

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
+from loraover.models.request_fields import records
 from loraover.training.request_fields import settings
 
 KEYS = {
@@ -76,6 +77,7 @@ class TrainRequest(Request):
         default=None,
         default_text="the recipe's",
     )
+    record: bool = records("the adapter")
     resume: bool = option(
         "Continue the run in the output folder from its last complete checkpoint.", default=False, is_recorded=False
     )

@@ -15,12 +15,14 @@ from safetensors.torch import load_model as load_weights
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import factors, step_norm
+from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.errors import ConfigError, DataError, DivergedError, FoldError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import as_written
 from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
@@ -70,6 +72,7 @@ def train(
     resume: bool = False,
     report: Reporter = SILENT,
     command: str | None = None,
+    record: bool = False,
 ) -> RunResult:
     """Train an adapter as a recipe says.
 
@@ -81,34 +84,39 @@ def train(
         resume: Continue from the last complete checkpoint in `output`, or from the start if there is none.
         report: Receiver of progress.
         command: Command line for the model card; None: the one of `loraover train` with these arguments.
+        record: Also record the adapter's reference beside it, as `loraover serve record` does, before it is pushed.
 
     Returns:
         The contents of `run.json`. What was trained is in `output/adapter`, or `output/model` for method full.
 
     Raises:
         ConfigError, DataError, CheckpointError, OutputError: The request cannot be used; the message says what was
-            found and what was expected. A run that is refused before its first step leaves no folder.
+            found and what was expected. A run that is refused before its first step leaves no folder. If only the
+            reference could not be recorded, or the push failed, the run is finished.
         DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from; or the held-out
             loss or the norm of the change is not.
         FoldError: The result is the untrained model, although the training loss fell.
     """
     output = Path(output)
     loaded = load_recipe(recipe, overrides)
+    if record and loaded.method == "full":
+        raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
     if command is None:
-        command = _command(recipe, output, overrides)
+        command = _command(recipe, output, overrides, record)
     with quiet_libraries_within(bars=report.shows_bars):
-        return _train(loaded, output, resume, report, command)
+        return _train(loaded, output, resume, report, command, record)
 
 
-def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, Any] | None) -> str:
+def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, Any] | None, record: bool) -> str:
     """Command line that does the same; a recipe in memory is named by the copy that the run keeps."""
+    asked = ["--record"] if record else []
     if isinstance(recipe, Recipe):
-        return shlex.join(["loraover", "train", str(output / RECIPE_FILE)])
+        return shlex.join(["loraover", "train", str(output / RECIPE_FILE), *asked])
     settings = [word for key, value in (overrides or {}).items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    return shlex.join(["loraover", "train", str(recipe), "-o", str(output), *settings])
+    return shlex.join(["loraover", "train", str(recipe), "-o", str(output), *settings, *asked])
 
 
-def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
+def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str, record: bool) -> RunResult:
     if resume and not recipe.can_resume:
         raise ConfigError(
             f"a run of method {recipe.method} cannot be resumed: it keeps no checkpoints, since "
@@ -116,10 +124,24 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
         )
     with claim(output, resume=resume):
         asked = with_commits(recipe, output) if resume else recipe
-        return _train_alone(asked, output, resume, report, command)
+        result, pushed = _train_alone(asked, output, resume, report, command)
+        if record:  # the trained model is no longer in memory
+            record_beside(product(asked, output), model=asked.model, report=report)
+        if asked.push_to_hub is not None:
+            _push(asked.push_to_hub, pushed, product(asked, output), report)
+        return result
 
 
-def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> RunResult:
+class Pushed(NamedTuple):
+    """What a pushed adapter names in place of a stand-in, and its model card; None where it names what it has."""
+
+    base: ModelSource
+    card: str
+
+
+def _train_alone(
+    recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str
+) -> tuple[RunResult, Pushed | None]:
     run = None
     try:
         run = prepare(recipe, output, report)
@@ -145,10 +167,8 @@ def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, c
         has_stepped = run is not None and run.trainer.state.global_step > 0
         record_failure(output, error, has_stepped=has_stepped, is_resumed=resume)
         raise
-    if recipe.push_to_hub is not None:
-        _push(recipe.push_to_hub, run, recipe, output, result, command)
-        report.line(f"uploaded to {recipe.push_to_hub}")
-    return result
+    base = run.pushed_base
+    return result, None if base is None else Pushed(base, _card(recipe, result, base, command))
 
 
 def _result(
@@ -226,13 +246,13 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
     return model_card(title, base.name, facts, command, licence=licence, kind=kind, library=library)
 
 
-def _push(repository: str, run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str) -> None:
-    folder = product(recipe, output)
-    if run.pushed_base is None:
+def _push(repository: str, pushed: Pushed | None, folder: Path, report: Reporter) -> None:
+    if pushed is None:
         push(repository, folder, folder)
-        return
-    with moved_copy(folder, run.pushed_base, _card(recipe, result, run.pushed_base, command)) as copy:
-        push(repository, copy, folder)
+    else:
+        with moved_copy(folder, pushed.base, pushed.card, report.line) as copy:
+            push(repository, copy, folder)
+    report.line(f"uploaded to {repository}")
 
 
 def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: Reporter) -> TimedSteps:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
+from loraover.checkpoint.carried_reference import REFERENCE_FILE, adapter_digest
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.recorder import record_adapter
 
@@ -20,6 +23,14 @@ LINES = (
     "Der Zug um neun Uhr ab",
     "1, 1, 2, 3, 5, 8, 13,",
 )
+
+
+def write_reference(adapter: Path, digest: str | None = None) -> Path:
+    """What an export reads of a reference of an adapter: its digests; returns the path."""
+    path = adapter / REFERENCE_FILE
+    content = {"digests": {"adapter": digest or adapter_digest(adapter)}}
+    path.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
+    return path
 
 
 def record(base: Path, adapter: Path, folder: Path) -> Path:

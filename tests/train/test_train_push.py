@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 
+from loraover.checkpoint.carried_reference import REFERENCE_FILE, misfit
+from loraover.models.load import ModelSource
+from loraover.training.push import moved_copy
 from loraover.training.run_result import read_run
 
+from support.plain_adapter import write_adapter
+from support.recorded import write_reference
 from support.train_command import STEPS, train
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
@@ -69,3 +76,32 @@ def test_a_push_that_fails_keeps_the_run(
     assert "me/adapter" in capsys.readouterr().err
     assert read_run(tmp_path / "out").steps == STEPS
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_reference_is_recorded_beside_the_adapter_and_pushed_with_it(
+    recipe: Path, tmp_path: Path, uploads: list[tuple[str, str, set[str]]]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--record", "--set", "push_to_hub=me/adapter") == 0
+    assert misfit(tmp_path / "out" / "adapter" / REFERENCE_FILE) is None
+    assert REFERENCE_FILE in uploads[1][2]
+    assert "--record" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+
+
+def test_an_adapter_that_names_another_base_model_keeps_its_reference(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", {"layer": (torch.ones(1, 2), torch.ones(2, 1))})
+    write_reference(tmp_path / "adapter")
+    base = ModelSource("owner/name", "owner/name", None, "the hub")
+    with moved_copy(tmp_path / "adapter", base, "card", pytest.fail) as copy:
+        assert json.loads((copy / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+        assert misfit(copy / REFERENCE_FILE) is None
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 9, "lora_alpha": 9}')
+    said: list[str] = []
+    with moved_copy(tmp_path / "adapter", base, "card", said.append) as copy:
+        assert not (copy / REFERENCE_FILE).exists()
+    assert "was recorded of an adapter with the digest" in said[0]
+
+
+def test_full_training_has_no_reference(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(recipe, tmp_path / "out", "--record", "--method", "full") == 2
+    assert "--record: method full trains no adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

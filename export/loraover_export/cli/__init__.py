@@ -17,6 +17,7 @@ PLACES = {
     "onnx": ("onnx.request:OnnxRequest", "onnx.run:export_onnx", "onnx.show:show_report"),
     "convert": ("convert.request:ConvertRequest", "convert.run:convert_adapter", "convert.show:show_report"),
     "gguf": ("gguf.request:GgufRequest", "gguf.run:export_gguf", "gguf.show:show_report"),
+    "attest": ("attest.request:AttestRequest", "attest.run:attest_adapter", "attest.show:show_report"),
     "mlx": ("mlx.request:MlxRequest", "mlx.run:export_mlx", "mlx.show:show_report"),
 }
 """Request, function, and function that prints the report, of each command."""

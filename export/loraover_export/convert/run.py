@@ -10,6 +10,7 @@ from typing import Any
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
@@ -70,6 +71,8 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         compare = _comparison(request, method, adapter, base, start_dtype) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
+            if request.rank is None or max(ranks.values()) <= request.rank:  # an approximation is another adapter
+                keep_reference(request.source, draft, request.report.line)
             if compare is None:
                 return certificate
             outputs = compare(draft, is_exact=request.rank is None or max(ranks.values()) <= request.rank)

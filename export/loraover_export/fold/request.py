@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraover.common.request import AnyName, AnyPath, Request, option
-from loraover.models.request_fields import stored_dtype
+from loraover.models.device import choose_compute
+from loraover.models.request_fields import records, stored_dtype
 from loraover_export.uniform.request_fields import (
     base_model,
     check_faults,
@@ -42,11 +43,16 @@ class FoldRequest(Request):
     check_error: bool = option(
         "Also compare the adapter's logits with those of the model that still computes with cores.", default=False
     )
-    model: AnyName | None = base_model(" for the comparison of logits")
+    record: bool = records("the folded adapter")
+    model: AnyName | None = base_model(" for the comparison of logits, and for the reference")
     prompts: AnyPath | None = prompts()
     device: str = logits_device()
     compute_dtype: str = logits_dtype()
     force: bool = replaces("folded adapter")
 
     def faults(self) -> Iterator[str]:
-        yield from check_faults(self, "check_error", "model", "prompts", "device", "compute_dtype")
+        if self.record and not self.check_error:  # a reference takes all of the check's arguments but its prompts
+            choose_compute(self.device, self.compute_dtype)
+            yield from check_faults(self, "check_error", "prompts")
+        else:
+            yield from check_faults(self, "check_error", "model", "prompts", "device", "compute_dtype")

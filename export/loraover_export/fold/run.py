@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
+from loraover.checkpoint.carried_reference import keep_reference, record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
@@ -40,6 +41,7 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         CheckpointError: A checkpoint that cannot be trusted, or that belongs to another base model.
         FoldError: An element beyond the range of `dtype`.
         DataError: A file of prompts that cannot be used.
+        ExportError: An adapter that no reference can be recorded of, which is written all the same.
         OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
@@ -52,11 +54,16 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         base = resolve_base([source], request.model, option=request.named("model"), say=request.report.line)
     with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
         certificate = _fold(request, source, base, draft)
-        if certificate.verdict == "failed":
+        is_whole = certificate.verdict != "failed"
+        if not is_whole:
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
         to_page(certificate, request.command()).write(draft / HTML_FILE)
+        keep_reference(request.checkpoint, draft, request.report.line)
+    if request.record and is_whole:
+        place = {"device": request.device, "compute_dtype": request.compute_dtype}
+        record_beside(request.output, model=request.model, report=request.report, **place)
     return certificate
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, publish_file
@@ -64,6 +65,9 @@ def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left
             raise AbandonedError
 
     publish_file(request.output, fill, parents=True)
+    if made[0].verdict != "failed":
+        name, stem = request.output.name, request.output.stem
+        keep_reference(request.source, request.output.parent, request.report.line, (name,), stem=stem)
     return made[0]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import base_facts, resolve_base
+from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
@@ -15,7 +17,7 @@ from loraover.reporting.model_card import model_card
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
 from loraover_export.mlx.request import MlxRequest
 from loraover_export.mlx.target import MlxTarget, lost_settings, read_target, refuse_or_leave_out
-from loraover_export.mlx.write import write_adapter
+from loraover_export.mlx.write import TENSORS_FILE, write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
 
@@ -47,6 +49,7 @@ def export_mlx(request: MlxRequest) -> MlxReport:
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(made[0].model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, target, made[0]), encoding="utf-8")
+        keep_reference(request.source, draft, request.report.line, (CONFIG_FILE, TENSORS_FILE))
     return made[0]
 
 

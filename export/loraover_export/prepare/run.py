@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+from loraover.checkpoint.carried_reference import REFERENCE_FILE, misfit
 from loraover.checkpoint.source import META_FILE, read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
@@ -100,7 +101,7 @@ def prepare_adapter(
     ranks = _checked(target, max_rank, approximate_to_rank)
     base = _resolve(source, target)
     states = file_states(source)
-    digest = digest_of(source, base, asdict(target) | asdict(ranks), target.files())
+    digest = digest_of(source, base, asdict(target) | asdict(ranks), [*target.files(), source / REFERENCE_FILE])
     folder, refused = cache / digest, cache / f"{digest}.refused.json"
     found = _look_up(folder, refused, source)
     if found is not None:
@@ -181,7 +182,7 @@ def _publish(
             written = TARGETS[target.engine](plain, draft, target)
         except LoraOverError as error:
             raise refusal_of(error, source, draft) from error
-        record = _record(digest, target, written, conversion, perf_counter() - started)
+        record = _record(source, digest, target, written, conversion, perf_counter() - started)
         for left in ("folded", "converted"):
             shutil.rmtree(draft / left, ignore_errors=True)
         (draft / ADAPTER / "README.md").unlink(missing_ok=True)  # its command line names the draft
@@ -256,7 +257,7 @@ def _kept(certificate: LoraCertificate, folder: Path, draft: Path) -> LoraCertif
 
 
 def _record(
-    digest: str, target: Target, written: Written, conversion: LoraCertificate | None, seconds: float
+    source: Path, digest: str, target: Target, written: Written, conversion: LoraCertificate | None, seconds: float
 ) -> Record:
     done: Done = "taken" if written.taken else "rewritten"
     error = max(matrix.relative_error for matrix in written.matrices)
@@ -270,8 +271,18 @@ def _record(
         adapter=written.name,
         rank=written.rank,
         done=done,
-        notes=() if conversion is None else tuple(conversion.notes),
+        notes=(*(() if conversion is None else conversion.notes), *_reference_notes(source, done)),
         certificate=written.certificate if conversion is None else CONVERSION_FILE,
         error=error,
         seconds=seconds,
     )
+
+
+def _reference_notes(source: Path, done: Done) -> Iterator[str]:
+    """Yield why the adapter's reference was left out, if it was."""
+    reference = source / REFERENCE_FILE
+    if not reference.is_file():
+        return
+    reason = "it is that of the exact adapter" if done == "approximated" else misfit(reference)
+    if reason is not None:
+        yield f"the reference was left out: {reason}"

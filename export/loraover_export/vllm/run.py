@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
+from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
@@ -81,6 +82,7 @@ def _publish(request: VllmRequest, candidate: Candidate, found: Preflight) -> Vl
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
         (draft / PREFLIGHT_FILE).write_text(found.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
+        keep_reference(request.source, draft, request.report.line)
     return certificate
 
 

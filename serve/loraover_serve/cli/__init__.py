@@ -9,6 +9,7 @@ from loraover.reporting.request_command import Reporting
 
 COMMANDS = {
     "up": "loraover_serve.cli.up:up",
+    "watch": "loraover_serve.cli.watch:watch",
     "parity": Reporting(
         "loraover_serve.parity.request:ParityRequest",
         "loraover_serve.parity.run:measure_parity",

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from loraover.common.dtypes import COMPUTE_DTYPES
 
 Round = Callable[[Tensor], Tensor]
 
@@ -58,6 +61,40 @@ FORMATS = {
     "int4": NumberFormat(_levels(7, 32)),
 }
 """Number formats from fine to coarse: the floating-point ones round weights and layers' outputs, the others weights."""
+
+
+def as_served(name: str, computed: str) -> NumberFormat:
+    """What a server in a number format is off by, beside PyTorch that computes in another one.
+
+    PyTorch in float32 is taken as exact. Where it computes as coarsely as the server does, each of the two rounds in a
+    way of its own, and a further random rounding of each layer's outputs stands for that.
+
+    Args:
+        name: The server's number format, one of `FORMATS`.
+        computed: Data type in which PyTorch computes: fp32, bf16, fp16 or fp64.
+    """
+    if computed not in FORMATS:
+        return FORMATS[name]
+    if name not in COMPUTE_DTYPES:
+        return NumberFormat(FORMATS[name].weights, _at_random())
+    mine, theirs = (torch.finfo(getattr(torch, COMPUTE_DTYPES[kind])).eps for kind in (computed, name))
+    return NumberFormat(_unchanged, _at_random()) if mine >= theirs else FORMATS[name]
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _at_random() -> Round:
+    """Rounding after a random change by up to half a unit in the last place."""
+    seeds = count()
+
+    def round_(x: Tensor) -> Tensor:
+        generator = torch.Generator(x.device).manual_seed(next(seeds))
+        drawn = torch.rand(x.shape, generator=generator, device=x.device) - 0.5
+        return (x.float() * (1 + drawn * torch.finfo(x.dtype).eps)).to(x.dtype)
+
+    return round_
 
 
 @contextmanager

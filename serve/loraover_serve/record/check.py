@@ -8,13 +8,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraover.checkpoint.carried_reference import REFERENCE_FILE
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.verb import perform, verb
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server, headers, tls
-from loraover_serve.record.request import REFERENCE_FILE
+from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.names import ANOTHER
 from loraover_serve.verify.request import VerifyRequest
 
@@ -63,16 +64,31 @@ def check_server(request: VerifyRequest) -> VerifyReport:
         CheckpointError: A file that is no reference.
         EngineError: A server that failed for every adapter.
     """
+    references, found = ask_server(request)
+    from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
+
+    return publish(request, to_report(request, references, found))
+
+
+def ask_server(request: VerifyRequest) -> tuple[list[Reference], list[dict[str, Any]]]:
+    """Ask a running server, and return the references with the result of each; one that failed is a result, too.
+
+    Args:
+        request: What the user asked for.
+
+    Raises:
+        ConfigError: Arguments that cannot be used.
+        CheckpointError: A file that is no reference.
+    """
     try:
         _server(request)
     except CheckError as error:
         raise ConfigError(str(error)) from error
+    check_seals(request)
     references = read_all(request.references)
     found = [_check(request, name, mine) for name, mine in _named(request, references)]
     _find_crossed(request, references, found)
-    from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
-
-    return publish(request, to_report(request, references, found))
+    return references, found
 
 
 def _server(request: VerifyRequest) -> Server:
@@ -94,7 +110,7 @@ def read_all(places: Sequence[Path]) -> list[Reference]:
     """
     found = []
     for place in places:
-        files = sorted(place.rglob(REFERENCE_FILE)) if place.is_dir() else [place]
+        files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
         for file in files:
@@ -119,15 +135,16 @@ def _named(request: VerifyRequest, references: Sequence[Reference]) -> Iterator[
 def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
     """Result of one adapter; a failure is a result beside those of the others."""
     request.report.line(f"asking {request.endpoint} for {name}")
-    start = time.monotonic()
+    start, server = time.monotonic(), _server(request)
     try:
-        server = _server(request)
         names = served_names(server, reference, name, request.base_name)
         asker = Asker(reference, server, names, request.protocol)
-        return {"engine": name} | check(asker, request.declared_format, is_quick=request.quick)
+        found = check(asker, request.declared_format, is_quick=request.quick)
+        return {"engine": name, "requests": server.sent} | found
     except CheckError as error:
         seconds = time.monotonic() - start
-        return {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
+        failed = {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
+        return failed | {"requests": server.sent}
 
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:

@@ -6,10 +6,11 @@ import gzip
 import hashlib
 import json
 import math
+import secrets
 import shutil
 import tempfile
 import zipapp
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,29 +20,29 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.client.dialects import text_of
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
 from loraover.common.verb import verb
-from loraover.evaluation.digests import adapter_digest, model_digest
+from loraover.evaluation.digests import model_digest
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover_export.logits.prompts import Prompts, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row, paired
+from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
+from loraover_serve.engines.answers import Row, paired
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.record.adapter_check.base_faults import COARSE_CACHE
 from loraover_serve.record.adapter_check.case import COARSER, SEEN
 from loraover_serve.record.adapter_check.estimates import t_quantile
-from loraover_serve.record.pack import Place, choose_places, likeliest, pack_places, pack_variant
+from loraover_serve.record.pack import choose_places, likeliest, pack_places
+from loraover_serve.record.recorded_faults import NAMED, faulty_tops, main_faults, many_faults
 from loraover_serve.record.request import RecordRequest
-from loraover_serve.verify.base_faults import FEW, KINDS
+from loraover_serve.record.sealed import SEALED
 from loraover_serve.verify.evidence import distance
-from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
-from loraover_serve.verify.names import LAYERS, NOT_APPLIED
+from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.rules import allowed_strength
 from loraover_serve.verify.run import make_subject
@@ -54,13 +55,8 @@ QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 TOP = 20  # logprobs that most servers give
 KEPT = 32  # likeliest tokens of the base model and of the adapter that are recorded at each place
-KEPT_OF_FAULTS = 8
 NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
 MEASURED = 16  # questions on which rounding is measured
-NAMED = 8  # questions on which a fault is recorded
-NAMED_LAYERS = FEW  # and one of the many that concern a single layer
-FACTORS = (0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 4.0)
-"""Factors on every delta_W that are recorded; between them a checker interpolates."""
 
 
 class RecordReport(BaseModel):
@@ -112,13 +108,18 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         ExportError: An adapter that serving cannot apply as it is.
         OutputError: A file that cannot be written.
     """
-    check_file_writable(request.destination)
+    for file in filter(None, (request.destination, request.sealed)):
+        check_file_writable(file)
     adapter = read_source(request.adapter)
     check_plain(adapter, "a reference")
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     check_task(adapter, base, "record")
     content = record(request, adapter, base)
-    raw = gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
+    if request.sealed is not None:
+        sealed = sealed_reference(request, adapter, base)
+        content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
+        publish_file(request.sealed, lambda draft: draft.write_bytes(sealed))
+    raw = packed(content)
     publish_file(request.destination, lambda draft: draft.write_bytes(raw))
     if request.checker is not None:
         publish_file(request.checker, write_checker)
@@ -132,6 +133,24 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         half=content["power"]["half"],
         decides=content["power"]["decides"],
     )
+
+
+def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> bytes:
+    """Contents of the sealed reference, whose salt lets nobody find its questions by their SHA-256.
+
+    Args:
+        request: What the user asked for.
+        adapter: The adapter.
+        base: Its base model.
+    """
+    request.report.line("recording the sealed reference")
+    content = record(replace(request, prompts=request.sealed_prompts), adapter, base)
+    return packed(content | {"salt": secrets.token_hex(32)})
+
+
+def packed(content: Mapping[str, Any]) -> bytes:
+    """A reference as its file has it."""
+    return gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
 
 
 def write_checker(path: Path) -> None:
@@ -155,17 +174,20 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
         base: Its base model.
     """
     device, say, tokenizer = str(choose_device(request.device)), request.report.line, load_tokenizer(base)
+    dtype = request.compute_dtype
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
-    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
-    variants, subject = Variants(adapter, base, device, reference.questions), make_subject(adapter, base)
+    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
+    variants, subject = Variants(adapter, base, device, reference.questions, dtype), make_subject(adapter, base)
     say(f"running both models in {', '.join(FORMATS)}")
-    formats = {name: measure_rounding(reference, variants, subject, name) for name in FORMATS}
+    formats = {name: measure_rounding(reference, variants, subject, as_served(name, dtype)) for name in FORMATS}
     power = choose_number(reference, formats["bf16"], chosen=request.prompts is not None)
     reference = replace(reference, questions=reference.questions[: power["questions"]])
     say(f"running the known faults of serving on {min(NAMED, power['questions'])} questions")
     faults = list(main_faults(reference, variants, subject))
-    places = choose_places(reference.questions, (reference.base, reference.adapter), _tops(reference, faults), KEPT)
+    places = choose_places(
+        reference.questions, (reference.base, reference.adapter), faulty_tops(reference, faults), KEPT
+    )
     changes = [fault.packed(places, reference) for fault in chain(faults, many_faults(reference, variants, subject))]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -200,18 +222,20 @@ def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Pro
     return read_prompts(base, file or QUESTIONS_FILE, longest=max(1, min(LONGEST, int(limit) - new_tokens)))
 
 
-def measure_rounding(reference: Reference, variants: Variants, subject: RightAdapter, name: str) -> Rounding:
+def measure_rounding(
+    reference: Reference, variants: Variants, subject: RightAdapter, format_: NumberFormat
+) -> Rounding:
     """Run both models in a number format, and compare what a server would answer.
 
     Args:
         reference: PyTorch's answers of the right models.
         variants: The base model with changed adapters.
         subject: The adapter.
-        name: Name of the number format.
+        format_: The number format.
     """
     few = reference.questions[:MEASURED]
-    base = variants.rounded(FORMATS[name], prompts=MEASURED)
-    adapter = variants.rounded(FORMATS[name], subject.deltas, prompts=MEASURED)
+    base = variants.rounded(format_, prompts=MEASURED)
+    adapter = variants.rounded(format_, subject.deltas, prompts=MEASURED)
     rows = [
         [
             Row(index, position, row[ids], np.array(ids))
@@ -256,81 +280,6 @@ def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict
         "half": found if math.isfinite(found) else None,
         "decides": decides(number),
     }
-
-
-@dataclass(frozen=True)
-class RecordedFault:
-    """A model with a fault.
-
-    Args:
-        of: Arm that has the fault.
-        fault: Name of the fault.
-        detail: The fault in words.
-        model: Its logprobs.
-        questions: Number of questions that it was run on, the first ones.
-        factor: Factor on every delta_W, for a fault that is one.
-    """
-
-    of: str
-    fault: str
-    detail: str
-    model: Expected
-    questions: int
-    factor: float | None = None
-
-    def packed(self, places: Sequence[Place], reference: Reference) -> dict[str, Any]:
-        """The fault as a reference has it."""
-        start = reference.adapter if self.of == ADAPTER else reference.base
-        number = min(self.questions, len(reference.questions))
-        facts = {"of": self.of, "fault": self.fault, "detail": self.detail, "factor": self.factor}
-        return facts | pack_variant(places, self.model, start, number)
-
-
-def main_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
-    """Faults of the entire adapter, and the adapter with other factors.
-
-    Args:
-        reference: PyTorch's answers of the right models.
-        variants: The base model with changed adapters.
-        subject: The adapter.
-    """
-    scaled = [(rescaled(subject, factor), factor) for factor in FACTORS]
-    left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
-    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
-    for each, factor in [*known, *scaled]:
-        model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
-        rows = [
-            Row(index, position, model.at(index, position))
-            for index, question in enumerate(reference.questions[:NAMED])
-            for position in question.answered
-        ]
-        yield RecordedFault(ADAPTER, each.fault, each.detail, Expected(rows), NAMED, factor)
-
-
-def many_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
-    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none.
-
-    Args:
-        reference: PyTorch's answers of the right models.
-        variants: The base model with changed adapters.
-        subject: The adapter.
-    """
-    for each in misplaced(subject):
-        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
-        yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
-    yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
-    for kind, detail, run in variants.base_faults():
-        yield RecordedFault(BASE, KINDS[kind], detail, run(NAMED_LAYERS), NAMED_LAYERS)
-
-
-def _tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
-    """The likeliest tokens of faulty models, by the index of the place."""
-    found: dict[int, set[int]] = {}
-    places = [(q, position) for q, each in enumerate(reference.questions[:NAMED]) for position in each.answered]
-    for index, place in enumerate(places):
-        rows = (fault.model.at(*place) for fault in faults)
-        found[index] = {i for row in rows for i in likeliest(row, KEPT_OF_FAULTS)}
-    return found
 
 
 def _effect(reference: Reference) -> float:
@@ -384,6 +333,7 @@ def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any
         "command": request.command(),
         "date": today(),
         "device": device,
+        "compute_dtype": request.compute_dtype,
         "prompts": prompts.source,
         "versions": environment("transformers", "peft"),
     }

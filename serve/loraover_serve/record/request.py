@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loraover.checkpoint.carried_reference import REFERENCE_FILE
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
-from loraover.models.device import choose_device
-from loraover.models.request_fields import device
-
-REFERENCE_FILE = "adapter_reference.json.gz"
+from loraover.models.device import choose_compute
+from loraover.models.request_fields import compute_dtype, device
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,17 @@ class RecordRequest(Request):
     the adapter, and each known fault of serving on the same questions. `loraover serve verify --reference` and the
     file of `--checker` compare a server's answers with what is recorded.
 
-    Published questions find mistakes. A server that knows them could answer them alone as it should.
+    Published questions find mistakes, not cheats: a server that knows them could answer them alone as it should. For
+    an audit, --sealed writes a second reference with other questions. Keep that file to yourself. The published
+    reference has its SHA-256, so that it cannot be changed until the audit.
     """
 
     verb = "loraover serve record"
     examples = (
         "loraover serve record folded",
         "loraover serve record runs/a/adapter --device cuda -o shop.json.gz --checker adapter_check.pyz",
+        "loraover serve record folded --device cuda --compute-dtype bf16",
+        "loraover serve record folded --sealed ../sealed.json.gz --sealed-prompts secret.txt",
     )
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")
@@ -44,6 +47,19 @@ class RecordRequest(Request):
         least=1,
     )
     device: str = device("Device that PyTorch runs on, such as cpu or cuda:1.")
+    compute_dtype: str = compute_dtype(
+        "Data type in which PyTorch computes; what bf16 and fp16 add to the noise is measured and allowed for."
+    )
+    sealed: AnyPath | None = option(
+        "File for a second reference with questions of its own, of which only the SHA-256 is published.",
+        default=None,
+        needs="sealed_prompts",
+    )
+    sealed_prompts: AnyPath | None = option(
+        "UTF-8 text file with the questions of the sealed reference, one a line, which nobody else has.",
+        default=None,
+        needs="sealed",
+    )
     output: AnyPath | None = option(
         "File for the reference.", default=None, default_text=f"{REFERENCE_FILE} in the adapter's folder", short="-o"
     )
@@ -55,11 +71,19 @@ class RecordRequest(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose_device(self.device)
+        choose_compute(self.device, self.compute_dtype)
 
     def faults(self) -> Iterator[str]:
-        if self.destination.exists() and not self.force:
-            yield f"{self.destination} exists; choose another {self.named('output')}, or give {self.named('force')}."
+        files = {"output": self.destination} | ({} if self.sealed is None else {"sealed": self.sealed})
+        for name, path in files.items():
+            if path.exists() and not self.force:
+                yield f"{path} exists; choose another {self.named(name)}, or give {self.named('force')}."
+        if self.sealed is not None:
+            folders = self.adapter.resolve(), self.destination.resolve().parent
+            if self.sealed_prompts == self.prompts:
+                yield f"{self.named('sealed_prompts')} has the published questions; a sealed reference needs others."
+            if any(self.sealed.resolve().is_relative_to(folder) for folder in folders):
+                yield f"{self.named('sealed', self.sealed)} would be published with the adapter; choose another folder."
 
     @property
     def destination(self) -> AnyPath:

@@ -13,7 +13,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model, reference_name
-from loraover_serve.comparison.rounding import FORMATS, rounding
+from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
 from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.torch import TorchEngine, Within
@@ -22,7 +22,7 @@ from loraover_serve.verify.strength import between_arms, strength
 
 @dataclass(frozen=True)
 class Reference:
-    """PyTorch's answers in float32.
+    """PyTorch's answers.
 
     Args:
         name: The adapted model, in words.
@@ -51,6 +51,7 @@ def make_reference(
     new_tokens: int,
     device: str,
     report: Reporter,
+    dtype: str = "fp32",
 ) -> Reference:
     """Run the adapted model and the base model in PyTorch.
 
@@ -63,13 +64,14 @@ def make_reference(
         new_tokens: Number of tokens of the greedy answers.
         device: Device to run on.
         report: Receiver of progress.
+        dtype: Data type to run in: fp32, bf16, fp16 or fp64.
 
     Raises:
         CheckpointError: An adapter of another model, or one that PEFT refuses.
         EngineError: A model that PyTorch fails to run.
     """
     report.line(f"loading the base model from {base.origin}")
-    model, name = load_model(base, device=device), reference_name(adapter)
+    model, name = load_model(base, dtype=dtype, device=device), reference_name(adapter)
     ends = _ends(base)
     with reference_model(model, adapter) as adapted:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
@@ -79,7 +81,7 @@ def make_reference(
             Question(p, _first(answer.token_ids, ends)) for p, answer in zip(prompts, answers, strict=True)
         )
         plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
-        coarse = partial(rounding, format_=FORMATS["bf16"])
+        coarse = partial(rounding, format_=as_served("bf16", dtype))
         rounded = {arm: _rows(engine, arm, questions, within=coarse) for arm in (BASE, ADAPTER)}
     moved = {arm: _rms(plain[arm], rounded[arm]) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0

@@ -164,6 +164,7 @@ class EngineResult(Model):
     )
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
+    requests: int = Field(default=0, description="Number of requests of a check by a reference; 0 in other checks")
 
 
 class VerifyReport(Model):

@@ -50,6 +50,12 @@ class VerifyRequest(EngineRequest):
         flag="--reference",
         needs="endpoint",
     )
+    published: AnyPath | None = option(
+        "Published reference that has the SHA-256 of the sealed one, which --reference names.",
+        default=None,
+        default_text="the one beside it, if there is one",
+        needs="references",
+    )
     engines: AnyNames = option(
         "Engine to start and verify; several are verified one after the other.",
         default=(),
@@ -153,6 +159,8 @@ class VerifyRequest(EngineRequest):
             yield f"{endpoint} needs {self.named('served_name')}, which is missing."
         if self.served_name and len(self.served_name) != max(1, len(self.references)):
             yield f"{self.named('served_name')}: {len(self.served_name)}, expected one for each adapter."
+        if self.published is not None and (len(self.references) != 1 or self.references[0].is_dir()):
+            yield f"{self.named('published')} seals one file; give one {references}."
         if self.references and self.engines:
             yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
         yield from super().faults()

@@ -68,15 +68,19 @@ class Variants:
         base: The base model.
         device: Device to run on.
         questions: Tokens after which next tokens are compared.
+        dtype: Data type to run in: fp32, bf16, fp16 or fp64.
     """
 
-    def __init__(self, adapter: AdapterDir, base: ModelSource, device: str, questions: Sequence[Question]) -> None:
+    def __init__(
+        self, adapter: AdapterDir, base: ModelSource, device: str, questions: Sequence[Question], dtype: str = "fp32"
+    ) -> None:
         self._adapter, self._base, self._device, self._questions = adapter, base, device, questions
+        self._dtype = dtype
 
     @cached_property
     def model(self) -> Any:
         """The base model."""
-        return load_model(self._base, device=self._device)
+        return load_model(self._base, dtype=self._dtype, device=self._device)
 
     def adapted(
         self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None, source: AdapterDir | None = None

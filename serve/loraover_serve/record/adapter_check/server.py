@@ -7,6 +7,7 @@ import json
 import math
 import os
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -48,6 +49,7 @@ class Server:
                 "that is not the address of a server; expected e.g. http://localhost:8000, without user or query."
             )
         self.url, self.deadline = url.rstrip("/").removesuffix("/v1").rstrip("/"), deadline
+        self.sent, self._counting = 0, threading.Lock()
         self.headers = {"Content-Type": "application/json", **headers}
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in NEAR else []
         self._opener = urllib.request.build_opener(NoRedirect, urllib.request.HTTPSHandler(context=context), *proxies)
@@ -78,6 +80,8 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         content = b""
+        with self._counting:
+            self.sent += 1
         with self._opener.open(request, timeout=left) as response:
             while piece := response.read1(65536):
                 content += piece

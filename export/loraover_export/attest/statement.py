@@ -1,0 +1,60 @@
+"""The statement in the form of in-toto: which files, and which checks they passed.
+
+Sources, below https://github.com/in-toto/attestation/blob/main/spec: v1/statement.md, and the predicate for results of
+tests, of which only version 0.1 exists, predicates/test-result.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE: Literal["https://in-toto.io/attestation/test-result/v0.1"] = (
+    "https://in-toto.io/attestation/test-result/v0.1"
+)
+
+
+class Digest(BaseModel):
+    """Digests of a file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str = Field(description="SHA-256, in hexadecimal digits", pattern="^[0-9a-f]{64}$")
+
+
+class Resource(BaseModel):
+    """A file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="Path below the adapter's folder")
+    digest: Digest = Field(description="Its digests")
+    annotations: dict[str, Any] = Field(
+        default={}, description="Of a certificate, its contents without lists; of the reference, its digests"
+    )
+
+
+class TestResult(BaseModel):
+    """Results of the checks; fields are named as in-toto names them."""
+
+    model_config = ConfigDict(frozen=True)
+    __test__ = False  # for pytest
+
+    result: Literal["PASSED", "WARNED", "FAILED"] = Field(description="The worst of the results")
+    configuration: list[Resource] = Field(description="The certificates and the reference, with their SHA-256")
+    passedTests: list[str] = Field(description="Certificates whose verdict is passed")  # noqa: N815
+    warnedTests: list[str] = Field(description="Certificates that could not decide")  # noqa: N815
+    failedTests: list[str] = Field(description="Certificates whose verdict is failed")  # noqa: N815
+
+
+class Statement(BaseModel):
+    """What `attestation.json` holds."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
+    subject: list[Resource] = Field(description="The adapter's files", min_length=1)
+    predicateType: Literal["https://in-toto.io/attestation/test-result/v0.1"] = PREDICATE_TYPE  # noqa: N815
+    predicate: TestResult = Field(description="Results of the checks")

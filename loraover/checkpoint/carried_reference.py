@@ -1,0 +1,175 @@
+"""The reference of an adapter, which travels with it: of which adapter it was recorded, and whether this is that one.
+
+A reference names the digest of the adapter that it was recorded of, in docs/formats.md. An export writes the same
+adapter in other files. It keeps the reference, and writes beside it the digests of these files:
+
+    DIR/adapter_reference.json.gz      the reference, unchanged
+    DIR/adapter_reference.kept.json    of which files of an export it is the reference too
+
+Where a folder may hold several adapters, such as GGUF files, both names begin with the adapter's: NAME.adapter_...
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.tensor_file import sha256_of
+from loraover.common.atomic_output import publish_file, publish_text
+from loraover.common.errors import CheckpointError
+from loraover.common.places import imported
+from loraover.common.strict_json import MAX_JSON_BYTES, read_json
+
+REFERENCE_FILE = "adapter_reference.json.gz"
+KEPT_FILE = "adapter_reference.kept.json"
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
+
+
+class KeptReference(BaseModel):
+    """Why a reference is that of an exported adapter: the contents of `adapter_reference.kept.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    reference: str = Field(description="SHA-256 of the reference, in hexadecimal digits")
+    adapter: str = Field(description="Digest of the adapter that was recorded, as the reference names it")
+    files: dict[str, str] = Field(description="SHA-256 of each file that the export wrote of this adapter, by its path")
+
+
+def adapter_digest(adapter: Path) -> str:
+    """SHA-256 of an adapter's configuration and tensors.
+
+    Args:
+        adapter: The adapter's folder.
+
+    Raises:
+        CheckpointError: Not an adapter directory with safetensors.
+    """
+    read_json(adapter / CONFIG_FILE, AdapterConfig)
+    digest = hashlib.sha256()
+    try:
+        for name in ADAPTER_FILES:
+            digest.update(bytes.fromhex(sha256_of(adapter / name)))
+    except OSError as error:
+        raise CheckpointError(f"{adapter / name}: cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def reference_digests(reference: Path) -> dict[str, Any]:
+    """Return the digests that a reference names: of the adapter that was recorded, of its base model, and others.
+
+    Raises:
+        CheckpointError: A file that is no reference.
+    """
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(reference.read_bytes())) as file:
+            raw = file.read(MAX_JSON_BYTES + 1)
+        found = json.loads(raw)["digests"]
+        if len(raw) > MAX_JSON_BYTES or not isinstance(found["adapter"], str):
+            raise ValueError("not the digests of a reference")
+    except (OSError, EOFError, zlib.error, RecursionError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{reference}: not a reference that can be read: {error!s:.200}.") from error
+    return dict(found)
+
+
+def misfit(reference: Path) -> str | None:
+    """Say why a reference is not that of the adapter beside it; None if it is.
+
+    It is if it names the digest of this adapter, or if an export kept it and the files are still those of the export.
+
+    Args:
+        reference: The reference, in the adapter's folder.
+    """
+    try:
+        recorded = reference_digests(reference)["adapter"]
+        if _is_kept(reference, recorded):
+            return None
+        found = adapter_digest(reference.parent)
+    except CheckpointError as error:
+        return str(error)
+    if found == recorded:
+        return None
+    return f"{reference} was recorded of an adapter with the digest {recorded:.12}, and this one has {found:.12}"
+
+
+def _is_kept(reference: Path, recorded: str) -> bool:
+    folder, file = reference.parent, _kept_beside(reference)
+    if not file.is_file():
+        return False
+    kept = read_json(file, KeptReference)
+    return (
+        (kept.reference, kept.adapter) == (sha256_of(reference), recorded)
+        and bool(kept.files)
+        and all((folder / name).is_file() and sha256_of(folder / name) == sum_ for name, sum_ in kept.files.items())
+    )
+
+
+def _kept_beside(reference: Path) -> Path:
+    return reference.with_name(reference.name.removesuffix(REFERENCE_FILE) + KEPT_FILE)
+
+
+def keep_reference(
+    source: Path,
+    written: Path,
+    say: Callable[[str], None],
+    files: Sequence[str] = ADAPTER_FILES,
+    *,
+    stem: str | None = None,
+) -> None:
+    """Keep the reference of an adapter beside what an export has written of it, in place of one that lies there.
+
+    A reference of another adapter is left out, and `say` gets the reason.
+
+    Args:
+        source: Folder of the adapter, which may hold no reference.
+        written: Folder of the export.
+        say: Receiver of the reason.
+        files: Paths of the adapter's files in this folder.
+        stem: Beginning of the files' names, where the folder may hold several adapters.
+
+    Raises:
+        OutputError: A file that cannot be written.
+    """
+    reference = source / REFERENCE_FILE
+    place = written / (REFERENCE_FILE if stem is None else f"{stem}.{REFERENCE_FILE}")
+    for stale in (place, _kept_beside(place)):
+        stale.unlink(missing_ok=True)
+    if not reference.is_file():
+        return
+    reason = misfit(reference)
+    if reason is not None:
+        say(f"the reference is left out: {reason}; record it again with `loraover serve record`")
+        return
+    publish_file(place, lambda draft: shutil.copyfile(reference, draft))
+    kept = KeptReference(
+        reference=sha256_of(reference),
+        adapter=reference_digests(reference)["adapter"],
+        files={name: sha256_of(written / name) for name in files},
+    )
+    publish_text(_kept_beside(place), kept.model_dump_json(indent=1) + "\n")
+
+
+def record_beside(adapter: Path, **options: Any) -> None:
+    """Record the reference of an adapter beside it, in place of one that is there.
+
+    Args:
+        adapter: Folder of the adapter.
+        options: Keywords of `loraover_serve.record_adapter`.
+
+    Raises:
+        LoraOverError: As `record_adapter` does.
+    """
+    record_adapter = imported("loraover_serve.record.recorder:record_adapter")  # by its place: in a later stage
+    record_adapter(adapter, force=True, **options)
+    (adapter / KEPT_FILE).unlink(missing_ok=True)

@@ -1,0 +1,19 @@
+"""The command `loraover serve watch`."""
+
+from __future__ import annotations
+
+from loraover.reporting.request_command import request_command
+from loraover_serve.watch.request import WatchRequest
+
+
+def _watch(request: WatchRequest, as_json: bool) -> int:
+    """Watch until a signal ends it."""
+    from dataclasses import replace
+
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover_serve.watch.run import watch_adapters
+
+    return watch_adapters(replace(request, report=ConsoleReporter()))
+
+
+watch = request_command(WatchRequest, _watch)

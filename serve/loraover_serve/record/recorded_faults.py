@@ -1,0 +1,97 @@
+"""The faults of serving that a reference has beside the right models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row
+from loraover_serve.record.adapter_check.base_faults import COARSE_CACHE
+from loraover_serve.record.pack import Place, likeliest, pack_variant
+from loraover_serve.verify.base_faults import FEW, KINDS
+from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
+from loraover_serve.verify.names import LAYERS, NOT_APPLIED
+from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.variants import Variants
+
+KEPT_OF_FAULTS = 8
+NAMED = 8  # questions on which a fault is recorded
+NAMED_LAYERS = FEW  # and one of the many that concern a single layer
+FACTORS = (0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 4.0)
+"""Factors on every delta_W that are recorded; between them a checker interpolates."""
+
+
+@dataclass(frozen=True)
+class RecordedFault:
+    """A model with a fault.
+
+    Args:
+        of: Arm that has the fault.
+        fault: Name of the fault.
+        detail: The fault in words.
+        model: Its logprobs.
+        questions: Number of questions that it was run on, the first ones.
+        factor: Factor on every delta_W, for a fault that is one.
+    """
+
+    of: str
+    fault: str
+    detail: str
+    model: Expected
+    questions: int
+    factor: float | None = None
+
+    def packed(self, places: Sequence[Place], reference: Reference) -> dict[str, Any]:
+        """The fault as a reference has it."""
+        start = reference.adapter if self.of == ADAPTER else reference.base
+        number = min(self.questions, len(reference.questions))
+        facts = {"of": self.of, "fault": self.fault, "detail": self.detail, "factor": self.factor}
+        return facts | pack_variant(places, self.model, start, number)
+
+
+def main_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
+    """Faults of the entire adapter, and the adapter with other factors.
+
+    Args:
+        reference: PyTorch's answers of the right models.
+        variants: The base model with changed adapters.
+        subject: The adapter.
+    """
+    scaled = [(rescaled(subject, factor), factor) for factor in FACTORS]
+    left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
+    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
+    for each, factor in [*known, *scaled]:
+        model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
+        rows = [
+            Row(index, position, model.at(index, position))
+            for index, question in enumerate(reference.questions[:NAMED])
+            for position in question.answered
+        ]
+        yield RecordedFault(ADAPTER, each.fault, each.detail, Expected(rows), NAMED, factor)
+
+
+def many_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
+    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none.
+
+    Args:
+        reference: PyTorch's answers of the right models.
+        variants: The base model with changed adapters.
+        subject: The adapter.
+    """
+    for each in misplaced(subject):
+        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
+        yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
+    yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
+    for kind, detail, run in variants.base_faults():
+        yield RecordedFault(BASE, KINDS[kind], detail, run(NAMED_LAYERS), NAMED_LAYERS)
+
+
+def faulty_tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
+    """The likeliest tokens of faulty models, by the index of the place."""
+    found: dict[int, set[int]] = {}
+    places = [(q, position) for q, each in enumerate(reference.questions[:NAMED]) for position in each.answered]
+    for index, place in enumerate(places):
+        rows = (fault.model.at(*place) for fault in faults)
+        found[index] = {i for row in rows for i in likeliest(row, KEPT_OF_FAULTS)}
+    return found

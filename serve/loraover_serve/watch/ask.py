@@ -1,0 +1,39 @@
+"""One check of an adapter on a server, by its reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from loraover.common.errors import LoraOverError
+from loraover_serve.record.check import ask_server
+from loraover_serve.watch.config import Target
+from loraover_serve.watch.history import Check
+
+
+def ask(target: Target, clock: Callable[[], float] = time.time) -> Check:
+    """Check an adapter; one that cannot be checked has the verdict "failed".
+
+    Args:
+        target: The adapter.
+        clock: Clock in seconds since 1970.
+    """
+    begun = time.monotonic()
+    try:
+        (found,) = ask_server(target.request)[1]
+    except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
+        found = {"verdict": "failed", "reason": str(error), "requests": 0}
+    strength, distance = found.get("strength"), found.get("adapter")
+    return Check(
+        server=target.server.name,
+        adapter=target.adapter,
+        at=clock(),
+        verdict=found["verdict"],
+        fault=found.get("fault"),
+        reason=found["reason"],
+        distance=None if distance is None else float(distance["rms"]),
+        allowed=found.get("allowed"),
+        strength=None if strength is None else float(strength["value"]),
+        seconds=time.monotonic() - begun,
+        requests=int(found["requests"]),
+    )

@@ -1,0 +1,154 @@
+"""The canary: which adapter is checked next, within the budget, and what its checks have shown."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from loraover_serve.watch.config import HOUR_S, Target, Watched
+from loraover_serve.watch.history import DAY_S, Check, History
+
+AT_ONCE = 4
+"""Checks that run at the same time, each on another server."""
+
+
+@dataclass
+class Planned:
+    """When an adapter is checked next.
+
+    Args:
+        target: The adapter.
+        due: Time of the next check.
+        is_running: Whether it is checked just now.
+        is_deferred: Whether the check waits for the budget.
+    """
+
+    target: Target
+    due: float
+    is_running: bool = False
+    is_deferred: bool = False
+
+
+class Canary:
+    """Plans checks, and keeps their results. Its time is in seconds since 1970, and comes from the caller.
+
+    Args:
+        watched: The configuration.
+        history: The history.
+        now: The time.
+        draw: Source of the jitter.
+        on_change: Receiver of each check whose verdict or fault is another one than before, and of that before.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        history: History,
+        now: float,
+        draw: random.Random | None = None,
+        on_change: Callable[[Check, Check | None], None] = lambda check, before: None,
+    ) -> None:
+        self.history, self._draw, self._on_change = history, draw or random.Random(), on_change
+        self._lock = threading.RLock()
+        self._plan: dict[tuple[str, str], Planned] = {}
+        self._spent = deque(history.requests_since(now - HOUR_S))
+        self._used = sum(requests for _, requests in self._spent)
+        """Requests of the last hour, and those that running checks may send."""
+        self._forgotten = now
+        self.checks: Counter[tuple[str, str, str]] = Counter()
+        self.requests: Counter[str] = Counter()
+        self.deferred = 0
+        self.configure(watched, now)
+
+    def configure(self, watched: Watched, now: float) -> None:
+        """Take another configuration; adapters that stay keep their times, if they are not too late for it.
+
+        A first check comes an interval after the last one in the history, or soon, at a random time.
+
+        Args:
+            watched: The configuration.
+            now: The time.
+        """
+        with self._lock:
+            before, self.watched = self._plan, watched
+            self._plan = {}
+            for target in watched.targets:
+                mine = before.get(target.key)
+                due = self._first(target, now) if mine is None else min(mine.due, now + self._interval(target))
+                self._plan[target.key] = Planned(target, due, mine is not None and mine.is_running)
+            for known in [key for key in self.checks if key[:2] not in self._plan]:
+                del self.checks[known]
+
+    def _first(self, target: Target, now: float) -> float:
+        last = self.history.last(target.key)
+        soon = now + self._draw.uniform(0, self.watched.config.jitter) * target.interval_s
+        return soon if last is None else max(soon, last.at + self._interval(target))
+
+    def _interval(self, target: Target) -> float:
+        jitter = self.watched.config.jitter
+        return target.interval_s * (1 + self._draw.uniform(-jitter, jitter))
+
+    def begin(self, now: float) -> Target | None:
+        """Begin the check that is most overdue, if one is due, a server is free, and the budget has room.
+
+        Args:
+            now: The time.
+        """
+        with self._lock:
+            running = {one.target.server.name for one in self._plan.values() if one.is_running}
+            free = (one for one in self._plan.values() if one.due <= now and one.target.server.name not in running)
+            chosen = min(free, key=lambda one: one.due, default=None)
+            if chosen is None or len(running) >= AT_ONCE:
+                return None
+            if self.left(now) < chosen.target.most:
+                self.deferred += not chosen.is_deferred
+                chosen.is_deferred = True
+                return None
+            chosen.is_running, chosen.is_deferred = True, False
+            self._used += chosen.target.most
+            return chosen.target
+
+    def left(self, now: float) -> int:
+        """Number of requests that the budget of this hour has left."""
+        with self._lock:
+            while self._spent and self._spent[0][0] <= now - HOUR_S:
+                self._used -= self._spent.popleft()[1]
+            return self.watched.config.budget - self._used
+
+    def end(self, target: Target, check: Check) -> None:
+        """Keep the result of a check, and plan the next one.
+
+        Args:
+            target: The adapter.
+            check: The result.
+        """
+        with self._lock:
+            before = self.history.last(check.key)
+            check = replace(check, changed=before is None or before.shown != check.shown)
+            self._used += check.requests - target.most
+            self._spent.append((check.at, check.requests))
+            self.history.add(check)
+            self.requests[check.server] += check.requests
+            planned = self._plan.get(target.key)
+            if planned is not None:
+                self.checks[check.server, check.adapter, check.verdict] += 1
+                planned.is_running, planned.due = False, check.at + self._interval(planned.target)
+            if check.at - self._forgotten > HOUR_S:
+                self._forgotten = check.at
+                self.history.forget_before(check.at - self.watched.config.keep_days * DAY_S)
+        if check.changed:
+            self._on_change(check, before)
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until the next check is due; 0 if one is due that waits for a server or for the budget."""
+        with self._lock:
+            idle = [one.due for one in self._plan.values() if not one.is_running]
+            return max(0.0, min(idle) - now) if idle else HOUR_S
+
+    def targets(self) -> list[Target]:
+        """The adapters, in the order of the configuration."""
+        with self._lock:
+            return [one.target for one in self._plan.values()]

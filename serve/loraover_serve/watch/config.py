@@ -1,0 +1,191 @@
+"""The configuration of a watch: servers, and the adapters on each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraover.common.errors import ConfigError
+from loraover.common.strict_json import describe
+from loraover_serve.record.check import read_all
+from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
+
+MAX_YAML_BYTES = 2**20
+HOUR_S = 3600.0
+REQUESTS_PER_PLACE = 8
+"""Largest number of requests of a check for each token of the reference: two alone, three in mixed batches, the
+requests that run beside those, and one for the greedy answer."""
+QUICK = 16
+"""Requests of a quick check at most, with those that find out names and protocol."""
+
+
+class Part(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AdapterSettings(Part):
+    """An adapter on a server."""
+
+    reference: Path = Field(description="File of the reference; a relative path begins at the configuration's folder")
+    name: str | None = Field(default=None, description="Name that requests use; None means that of the reference")
+    interval_s: float | None = Field(
+        default=None, gt=0, description="Seconds between checks; None means the common one"
+    )
+    quick: bool = Field(
+        default=False, description="Whether to send 8 requests, which only show an adapter that is lost"
+    )
+
+
+class ServerSettings(Part):
+    """A server."""
+
+    name: str = Field(min_length=1, description="Name on the page and in metrics")
+    url: str = Field(description="Address, such as http://localhost:8000")
+    adapters: list[AdapterSettings] = Field(min_length=1, description="Adapters that it serves")
+    base_name: str | None = Field(default=None, description="Name of the base model there; None finds out")
+    protocol: str | None = Field(default=None, description="Protocol; None tries all")
+    served_format: str = Field(
+        default="bf16",
+        description="Coarsest number format of the base model",
+        pattern=f"^({'|'.join(NUMBER_FORMATS)})$",
+    )
+    key_variable: str | None = Field(default=None, description="Environment variable that holds the server's key")
+    headers: list[str] = Field(default=[], description="Headers, as NAME=VARIABLE with an environment variable")
+    ca_file: Path | None = Field(default=None, description="PEM file of certificates that sign the server's")
+    timeout_s: float = Field(default=120.0, ge=1, description="Seconds that a check may take")
+
+
+class WatchConfig(Part):
+    """All of it."""
+
+    servers: list[ServerSettings] = Field(min_length=1, description="Servers")
+    interval_s: float = Field(default=900.0, gt=0, description="Seconds between two checks of an adapter")
+    jitter: float = Field(default=0.1, ge=0, le=0.5, description="Share of the interval by which it varies at random")
+    budget: int = Field(default=20_000, ge=QUICK, description="Largest number of requests in any hour, to all servers")
+    history: Path = Field(default=Path("watch.sqlite"), description="File of the history")
+    keep_days: float = Field(default=90.0, gt=0, description="Days after which a check is forgotten")
+    host: str = Field(default="127.0.0.1", description="Address of the page; 0.0.0.0 shows it to others")
+    port: int = Field(default=9109, ge=0, le=65535, description="Port of the page and of /metrics; 0 takes a free one")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One adapter on one server.
+
+    Args:
+        server: The server.
+        adapter: Name of the adapter.
+        request: What is asked of the server.
+        interval_s: Seconds between checks.
+        most: Largest number of requests of a check.
+    """
+
+    server: ServerSettings
+    adapter: str
+    request: VerifyRequest
+    interval_s: float
+    most: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Names of server and adapter."""
+        return self.server.name, self.adapter
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A configuration that was checked.
+
+    Args:
+        config: The configuration.
+        targets: Adapters on servers, in the order of the file.
+        history: File of the history.
+    """
+
+    config: WatchConfig
+    targets: tuple[Target, ...]
+    history: Path
+
+
+def read_config(path: Path) -> Watched:
+    """Read a configuration, and all references that it names.
+
+    Args:
+        path: The YAML file.
+
+    Raises:
+        ConfigError: A file that is not such a YAML file, or values that do not fit; every fault of the kind is named.
+        CheckpointError: A file that is no reference.
+    """
+    try:
+        config = WatchConfig.model_validate(_read(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from error
+    folder = path.resolve().parent
+    targets = tuple(
+        _target(config, server, adapter, folder) for server in config.servers for adapter in server.adapters
+    )
+    servers = Counter(server.name for server in config.servers)
+    faults = [f"two servers are named {name}; name each once." for name, count in servers.items() if count > 1]
+    faults += [
+        f"{adapter} on {server} is named twice; name each once."
+        for (server, adapter), count in Counter(target.key for target in targets).items()
+        if count > 1
+    ]
+    faults += [
+        f"{target.adapter} on {target.server.name}: a check may take {target.most} requests, more than the budget of "
+        f"{config.budget} an hour; raise budget, or set quick."
+        for target in targets
+        if target.most > config.budget
+    ]
+    if faults:
+        raise ConfigError(f"{path}: {' '.join(faults)}")
+    return Watched(config, targets, folder / config.history)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{path}: more than {MAX_YAML_BYTES} bytes.")
+        values = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as servers and interval_s.")
+    return values
+
+
+def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSettings, folder: Path) -> Target:
+    file = folder / adapter.reference
+    if file.is_dir():
+        raise ConfigError(f"{file}: a folder; name the file of one reference.")
+    (reference,) = read_all([file])
+    most = QUICK if adapter.quick else REQUESTS_PER_PLACE * len(reference.places) + QUICK
+    name = adapter.name or str(reference.content["adapter"])
+    try:
+        request = VerifyRequest(
+            references=(file,),
+            endpoint=server.url,
+            served_name=(name,),
+            base_name=server.base_name,
+            endpoint_key_variable=server.key_variable,
+            headers=tuple(server.headers),
+            ca_file=None if server.ca_file is None else folder / server.ca_file,
+            protocol=server.protocol,
+            served_format=server.served_format,
+            timeout_s=server.timeout_s,
+            quick=adapter.quick,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name} on {server.name}: {error}") from error
+    return Target(server, name, request, adapter.interval_s or config.interval_s, most)

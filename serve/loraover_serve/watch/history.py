@@ -1,0 +1,140 @@
+"""The history of checks, in SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from loraover.common.errors import OutputError
+
+SCHEMA_VERSION = 1
+DAY_S = 86_400.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Args:
+        server: Name of the server.
+        adapter: Name of the adapter.
+        at: End of the check, in seconds since 1970.
+        verdict: "as trained", "differs", "inconclusive" or "failed".
+        fault: The likely fault; None if none explains the answers.
+        reason: Reason for the verdict, in words.
+        distance: RMS distance from PyTorch, in nats; None after a failure.
+        allowed: Largest distance that noise explains, in nats.
+        strength: Strength of the adapter, 1 as trained.
+        seconds: Seconds that the check took.
+        requests: Number of requests that it sent.
+        changed: Whether verdict or fault are others than before.
+    """
+
+    server: str
+    adapter: str
+    at: float
+    verdict: str
+    fault: str | None
+    reason: str
+    distance: float | None
+    allowed: float | None
+    strength: float | None
+    seconds: float
+    requests: int
+    changed: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Names of server and adapter."""
+        return self.server, self.adapter
+
+    @property
+    def shown(self) -> tuple[str, str | None]:
+        """What a change is a change of."""
+        return self.verdict, self.fault
+
+
+NAMES = [one.name for one in fields(Check)]
+TYPES = {"at": "REAL", "distance": "REAL", "allowed": "REAL", "strength": "REAL", "seconds": "REAL"} | {
+    "requests": "INTEGER",
+    "changed": "INTEGER",
+}
+COLUMNS = ", ".join(NAMES)
+
+
+class History:
+    """Checks in a file, which several threads may use.
+
+    Args:
+        path: The file, which is made if it is missing.
+
+    Raises:
+        OutputError: A file that cannot be written, or that is none of a history.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._connection = sqlite3.connect(path, check_same_thread=False)
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise OutputError(f"{path}: a history of version {version}, not {SCHEMA_VERSION}; name another file.")
+            self._connection.execute("PRAGMA journal_mode = WAL")  # whole after a kill at any moment
+            with self._connection:
+                columns = ", ".join(f"{name} {TYPES.get(name, 'TEXT')}" for name in NAMES)
+                self._connection.execute(f"CREATE TABLE IF NOT EXISTS checks ({columns})")
+                self._connection.execute("CREATE INDEX IF NOT EXISTS of_adapter ON checks (server, adapter, at)")
+                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except sqlite3.Error as error:
+            raise OutputError(f"{path}: cannot be used as a history: {error}.") from error
+
+    def add(self, check: Check) -> None:
+        """Keep a check."""
+        marks = ", ".join("?" * len(NAMES))
+        with self._lock, self._connection:
+            self._connection.execute(f"INSERT INTO checks ({COLUMNS}) VALUES ({marks})", astuple(check))
+
+    def last(self, key: tuple[str, str]) -> Check | None:
+        """The last check of an adapter on a server; None if there is none."""
+        found = self._read("WHERE server = ? AND adapter = ? ORDER BY at DESC LIMIT 1", key)
+        return found[0] if found else None
+
+    def last_change(self, key: tuple[str, str]) -> Check | None:
+        """The last check whose verdict or fault was another one than before."""
+        found = self._read("WHERE server = ? AND adapter = ? AND changed ORDER BY at DESC LIMIT 1", key)
+        return found[0] if found else None
+
+    def since(self, key: tuple[str, str], at: float, most: int) -> list[Check]:
+        """The last checks of an adapter on a server since a time, the first one first.
+
+        Args:
+            key: Names of server and adapter.
+            at: The time.
+            most: Largest number of checks.
+        """
+        found = self._read("WHERE server = ? AND adapter = ? AND at >= ? ORDER BY at DESC LIMIT ?", (*key, at, most))
+        return found[::-1]
+
+    def requests_since(self, at: float) -> list[tuple[float, int]]:
+        """Time and number of requests of each check since a time, the first one first."""
+        asked = "SELECT at, requests FROM checks WHERE at > ? ORDER BY at"
+        with self._lock:
+            return self._connection.execute(asked, (at,)).fetchall()
+
+    def forget_before(self, at: float) -> None:
+        """Remove the checks before a time."""
+        with self._lock, self._connection:
+            self._connection.execute("DELETE FROM checks WHERE at < ?", (at,))
+
+    def close(self) -> None:
+        """Close the file, after a write that another thread has begun."""
+        with self._lock:
+            self._connection.close()
+
+    def _read(self, where: str, values: Sequence[object]) -> list[Check]:
+        with self._lock:
+            rows = self._connection.execute(f"SELECT {COLUMNS} FROM checks {where}", values).fetchall()
+        return [Check(**(dict(zip(NAMES, row, strict=True)) | {"changed": bool(row[-1])})) for row in rows]

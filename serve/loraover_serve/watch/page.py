@@ -1,0 +1,135 @@
+"""The page of a watch: a row for each adapter, the worst first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+
+from loraover.reporting.html_page import Origin, Verdict, make_page
+from loraover.reporting.svg import Axis, Drawing, Figure, short
+from loraover_serve.watch.canary import Canary
+from loraover_serve.watch.config import Target
+from loraover_serve.watch.history import DAY_S, Check
+from loraover_serve.watch.metrics import VERDICTS
+
+TEMPLATE = "watch.html.j2"
+WIDTH, HEIGHT, PAD = 220.0, 44.0, 4.0
+SHOWN_S, SHOWN = DAY_S, 300
+"""Time and number of checks of a plot."""
+COLORS = {"as trained": "good", "differs": "bad", "failed": "bad", "inconclusive": "open"}
+ORDER = ("differs", "failed", "inconclusive", "as trained")
+assert set(ORDER) == set(VERDICTS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the page.
+
+    Args:
+        target: The adapter.
+        last: Its last check; None before the first.
+        change: The last check whose verdict or fault was another one than before.
+        plot: Distances over time.
+    """
+
+    target: Target
+    last: Check | None
+    change: Check | None
+    plot: Figure
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Distance beside what is allowed, and times, as texts."""
+        if self.last is None:
+            return "-", "-", "-"
+        distance = f"{short(self.last.distance)} of {short(self.last.allowed)}"
+        return distance, moment(self.last.at), "-" if self.change is None else moment(self.change.at)
+
+    @property
+    def color(self) -> str:
+        """Colour of the verdict."""
+        return "faint" if self.last is None else COLORS[self.last.verdict]
+
+
+def to_page(canary: Canary, now: float, command: str, config_fault: str | None) -> str:
+    """Make the page.
+
+    Args:
+        canary: The canary.
+        now: The time, in seconds since 1970.
+        command: Command line of the watch.
+        config_fault: Reason why the last reading of the configuration failed; None if it did not.
+    """
+    rows = sorted((_row(canary, target, now) for target in canary.targets()), key=_urgency)
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title="Watch: adapters on servers",
+        heading="Do the servers answer as the adapters were trained?",
+        verdict=_verdict(rows),
+        facts={
+            "adapters": str(len(rows)),
+            "requests left this hour": str(canary.left(now)),
+            "now": moment(now),
+        },
+        origin=Origin(command, None, "", {}),
+        rows=rows,
+        config_fault=config_fault,
+    ).html
+
+
+def moment(at: float) -> str:
+    """A time in UTC."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _row(canary: Canary, target: Target, now: float) -> Row:
+    history = canary.history
+    plot = draw(target, history.since(target.key, now - SHOWN_S, SHOWN), now)
+    return Row(target, history.last(target.key), history.last_change(target.key), plot)
+
+
+def _urgency(row: Row) -> tuple[int, str, str]:
+    place = len(ORDER) if row.last is None else ORDER.index(row.last.verdict)
+    return (place, *row.target.key)
+
+
+def _verdict(rows: list[Row]) -> Verdict:
+    found = [row.last for row in rows if row.last is not None]
+    bad = [check for check in found if check.verdict in ("differs", "failed")]
+    waiting = len(rows) - len(found)
+    later = f" {waiting} not checked yet." if waiting else ""
+    if bad:
+        named = ", ".join(f"{check.adapter} on {check.server}" for check in bad[:3])
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        return Verdict("bad", f"{len(bad)} of {len(rows)} not as trained", f"Look at {named}{more}.{later}")
+    undecided = sum(check.verdict == "inconclusive" for check in found)
+    if undecided or waiting:
+        sentence = f"{undecided} cannot be judged.{later}" if undecided else later.strip()
+        return Verdict("open", "not all are known", sentence)
+    return Verdict("good", "as trained", f"All {len(rows)} adapters answer as they were trained.")
+
+
+def draw(target: Target, checks: list[Check], now: float) -> Figure:
+    """Draw distances over the last day: what noise explains as a line, and each check as a point of its verdict.
+
+    Args:
+        target: The adapter.
+        checks: Its checks, the first one first.
+        now: The time at the right end.
+    """
+    drawing = Drawing(WIDTH, HEIGHT)
+    values = [value for check in checks for value in (check.distance, check.allowed) if value]
+    axis = Axis.around("nats", values, is_log=True)
+
+    def place(check: Check, value: float | None) -> tuple[float, float]:
+        x = WIDTH - PAD - (now - check.at) / SHOWN_S * (WIDTH - 2 * PAD)
+        return x, HEIGHT - PAD - (axis.share(value) if value else 0.0) * (HEIGHT - 2 * PAD)
+
+    allowed = [place(check, check.allowed) for check in checks if check.allowed]
+    if len(allowed) > 1:
+        drawing.line(allowed, "noise", dash="3 3")
+    for check in checks:
+        drawing.mark(*place(check, check.distance), COLORS[check.verdict], "circle" if check.distance else "bar", 2)
+    server, adapter = target.key
+    return drawing.figure(f"{server}-{adapter}", f"Distance of {adapter} on {server} over a day, and what is allowed")

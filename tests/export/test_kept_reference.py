@@ -1,0 +1,99 @@
+"""References that travel: exports keep that of the adapter which they read, and leave out that of another one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from loraover.checkpoint.carried_reference import KEPT_FILE, REFERENCE_FILE, misfit
+from loraover.common.command_line import run
+from loraover_export import prepare_adapter
+from loraover_export.cli import cli
+
+from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint
+from support.recorded import write_reference
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with its reference, which tests copy before they change it."""
+    made = make_checkpoint(tmp_path_factory.mktemp("kept"), tokenizer=True, base_options=SERVABLE)
+    write_reference(made.path)
+    return made.path
+
+
+EXPORTS: dict[str, tuple[Sequence[str], str, str]] = {
+    "fold": (["fold"], "out", ""),
+    "vllm": (["vllm"], "out", ""),
+    "mlx": (["mlx"], "out", ""),
+    "gguf": (["gguf"], "out/shop.gguf", "shop."),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_keeps_the_reference(name: str, first: Path, tmp_path: Path) -> None:
+    words, output, stem = EXPORTS[name]
+    assert run(cli, [*words, str(first), "-o", str(tmp_path / output)]) == 0
+    kept = tmp_path / "out" / f"{stem}{REFERENCE_FILE}"
+    assert kept.read_bytes() == (first / REFERENCE_FILE).read_bytes()
+    assert misfit(kept) is None
+    files = json.loads((tmp_path / "out" / f"{stem}{KEPT_FILE}").read_text())["files"]
+    changed = tmp_path / "out" / list(files)[-1]
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    assert misfit(kept) is not None
+
+
+def test_a_reference_travels_through_several_exports(first: Path, tmp_path: Path) -> None:
+    assert run(cli, ["fold", str(first), "-o", str(tmp_path / "folded"), "--dtype", "bf16"]) == 0
+    assert run(cli, ["vllm", str(tmp_path / "folded"), "-o", str(tmp_path / "served")]) == 0
+    assert misfit(tmp_path / "served" / REFERENCE_FILE) is None
+    assert (tmp_path / "served" / REFERENCE_FILE).read_bytes() == (first / REFERENCE_FILE).read_bytes()
+
+
+def test_the_reference_of_another_adapter_is_left_out(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["fold", str(first), "-o", str(tmp_path / "folded")]) == 0
+    edit_json(tmp_path / "folded" / "adapter_config.json", lambda config: config.update(lora_alpha=99))
+    assert run(cli, ["vllm", str(tmp_path / "folded"), "-o", str(tmp_path / "served")]) == 0
+    shown = "".join(capsys.readouterr())
+    assert "the reference is left out" in shown
+    assert not {REFERENCE_FILE, KEPT_FILE} & {path.name for path in (tmp_path / "served").iterdir()}
+
+
+def test_a_file_that_is_replaced_loses_the_reference_of_its_predecessor(first: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(first, tmp_path / "bare")
+    (bare / REFERENCE_FILE).unlink()
+    output = tmp_path / "shop.gguf"
+    assert run(cli, ["gguf", str(first), "-o", str(output)]) == 0
+    assert (tmp_path / f"shop.{REFERENCE_FILE}").exists()
+    assert run(cli, ["gguf", str(bare), "-o", str(output), "--force"]) == 0
+    assert sorted(path.name for path in tmp_path.glob("shop.*")) == ["shop.gguf"]
+
+
+def test_a_prepared_adapter_has_the_reference(first: Path, tmp_path: Path) -> None:
+    source, base = shutil.copytree(first, tmp_path / "source"), first.parent / "base"
+    (source / REFERENCE_FILE).unlink()
+    before = prepare_adapter(source, tmp_path / "cache", model=base)
+    assert not (before.path / REFERENCE_FILE).exists()
+    write_reference(source)
+    after = prepare_adapter(source, tmp_path / "cache", model=base)
+    assert not after.cached
+    assert misfit(after.path / REFERENCE_FILE) is None
+    write_reference(source, "0" * 64)
+    stale = prepare_adapter(source, tmp_path / "cache", model=base)
+    assert "the reference was left out" in stale.notes[-1]
+    assert not (stale.path / REFERENCE_FILE).exists()
+
+
+@pytest.mark.process
+def test_fold_records_beside_what_it_writes(first: Path, tmp_path: Path) -> None:
+    words = ["fold", str(first), "-o", str(tmp_path / "folded"), "--record", "--device", "cpu"]
+    assert run(cli, words) == 0
+    assert misfit(tmp_path / "folded" / REFERENCE_FILE) is None
+    assert not (tmp_path / "folded" / KEPT_FILE).exists()
+    assert (tmp_path / "folded" / REFERENCE_FILE).stat().st_size > 1000

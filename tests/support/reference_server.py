@@ -1,0 +1,46 @@
+"""A server that answers as a reference has it, without any model: as trained, as the base model, or not at all."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from loraover_serve.record.adapter_check.reference import Reference
+
+RIGHT, AS_BASE, REFUSED = "right", "as base", "refused"
+VERDICT = {RIGHT: "as trained", AS_BASE: "differs", REFUSED: "failed"}
+NOISE, TOP = 2e-4, 20
+
+
+class FromReference:
+    """Answers completions of token ids with logprobs.
+
+    Args:
+        reference: The reference.
+        state: What the server does with an adapter, by its name.
+    """
+
+    def __init__(self, reference: Reference, state: Callable[[str], str]) -> None:
+        self._reference, self._state, self._draw = reference, state, random.Random(0)
+        self._places = {tuple(reference.read(place)): place for place in range(len(reference.places))}
+
+    def __call__(self, body: dict[str, Any]) -> int | bytes:
+        prompt, name = body.get("prompt"), body["model"]
+        state = RIGHT if name == "base" else self._state(name)
+        if state == REFUSED:
+            return 401
+        place = self._places.get(tuple(prompt)) if isinstance(prompt, list) else None
+        if place is None:
+            return 400
+        model = self._reference.base if name == "base" or state == AS_BASE else self._reference.adapter
+        last = [at for at, (q, _) in enumerate(self._reference.places) if q == self._reference.places[place][0]][-1]
+        tops = [self._top(model.rows[at]) for at in range(place, min(place + body["max_tokens"], last + 1))]
+        tokens = [next(iter(top)) for top in tops]
+        choice = {"index": 0, "text": "", "logprobs": {"tokens": tokens, "top_logprobs": tops}}
+        return json.dumps({"choices": [choice]}).encode()
+
+    def _top(self, row: dict[int, float]) -> dict[str, float]:
+        likeliest = sorted(row, key=row.__getitem__, reverse=True)[:TOP]
+        return {f"token_id:{i}": row[i] + self._draw.gauss(0, NOISE) for i in likeliest}
