@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.source import META_FILE, read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
@@ -17,13 +18,12 @@ from loraover.common.errors import CheckpointError, ConfigError, ExportError, Lo
 from loraover.common.file_lock import hold_lock
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
-from loraover.models.load import ModelSource, load_skeleton, resolve_model
+from loraover.models.load import ModelSource, resolve_model
 from loraover_export.combine.shrink import shrink_adapter
 from loraover_export.convert.approximate import FullRankError
 from loraover_export.convert.need import named_base, why_convert
 from loraover_export.convert.run import convert_adapter
 from loraover_export.fold.run import fold_checkpoint
-from loraover_export.merge.base_weights import shapes_of
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
 from loraover_export.prepare.prepared import CONVERSION_FILE, RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
@@ -195,7 +195,7 @@ def _as_lora(
     source: Path, base: ModelSource, target: Target, ranks: Ranks, draft: Path
 ) -> tuple[Path, LoraCertificate | None]:
     """Return the folder of an adapter that the export takes, and the certificate of a conversion if there was one."""
-    reason = why_convert(source, shapes_of(load_skeleton(base)))
+    reason = why_convert(source, read_facts(base).shapes())
     if reason is not None:
         return _converted(source, target, ranks, draft, reason)
     rank = read_source(source).rank
