@@ -309,7 +309,9 @@ class Declared:
 
 def declarations(request: type[Request]) -> Mapping[str, Declared]:
     """Return the fields of a request by name, its own before those of its bases, without those of functions alone."""
-    return _declarations(request)
+    kind: Any = request
+    found: Mapping[str, Declared] = _declarations(kind)
+    return found
 
 
 @cache  # the hints of all fields are evaluated, and checks ask for a name with each module of a model
