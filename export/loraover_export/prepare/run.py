@@ -79,8 +79,7 @@ def prepare_adapter(
         dtype: Data type to store A and B in: fp32, bf16 or fp16. Adapters for ONNX Runtime take that of the graph.
         max_rank: Largest rank that the engine was started for, such as vLLM's `--max-lora-rank`; None means the largest
             that the engine can be started for.
-        approximate_to_rank: Rank to approximate where the exact LoRA has full rank, or a rank above the largest. None
-            means that such adapters are refused, so that nothing is ever lost.
+        approximate_to_rank: Rank to approximate where the exact LoRA has full or too large a rank; None refuses these.
         engine_version: Release of the engine, such as 0.33.0; None means the one whose sources the rules were read
             from.
 
@@ -106,16 +105,21 @@ def prepare_adapter(
     if found is not None:
         return found.opened(folder, perf_counter() - started, cached=True)
     with _locked(cache, digest):
-        found = _look_up(folder, refused, source)
-        if found is not None:  # another process made it meanwhile
-            return found.opened(folder, perf_counter() - started, cached=True)
-        try:
-            record = _publish(source, base, target, ranks, digest, folder, states, started)
-        except LoraOverError as error:
-            if file_states(source) == states and adapter_digests(source).keys() == states.keys():
-                remember(error, source, refused)
-            raise
-    return record.opened(folder, perf_counter() - started, cached=False)
+        found = _look_up(folder, refused, source)  # another process made it meanwhile
+        with _remembered(source, states, refused):
+            record = found or _publish(source, base, target, ranks, digest, folder, states, started)
+    return record.opened(folder, perf_counter() - started, cached=found is not None)
+
+
+@contextmanager
+def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path) -> Iterator[None]:
+    """Remember what a block raises about an adapter, unless the adapter's files have changed since."""
+    try:
+        yield
+    except LoraOverError as error:
+        if file_states(source) == states and adapter_digests(source).keys() == states.keys():
+            remember(error, source, refused)
+        raise
 
 
 def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> Ranks:
