@@ -25,10 +25,10 @@ from loraover_export.convert.need import named_base, why_convert
 from loraover_export.convert.run import convert_adapter
 from loraover_export.fold.run import fold_checkpoint
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
-from loraover_export.prepare.prepared import CONVERSION_FILE, RECORD_FILE, Done, PreparedAdapter, Record
+from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
 from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written
-from loraover_export.uniform.certificate import CERTIFICATE_FILE, LoraCertificate
+from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 
 LOCKS = "locks"

@@ -84,7 +84,12 @@ def write_for_vllm(source: Path, folder: Path, target: Target) -> Written:
     from loraover_export.vllm.run import export_vllm
 
     report = export_vllm(
-        source, folder / ADAPTER, model=target.model, dtype=target.dtype, vllm_version=target.engine_version
+        source,
+        folder / ADAPTER,
+        model=target.model,
+        convert=False,
+        dtype=target.dtype,
+        vllm_version=target.engine_version,
     )
     errors = [found for found in report.preflight.findings if found.level == "error"]
     if errors:
