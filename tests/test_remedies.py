@@ -142,15 +142,15 @@ def changed_rows(verb: str) -> Callable[[Path], Case]:
     return case
 
 
-def another_kind(name: str, verb: str, *options: str) -> Callable[[Path], Case]:
+def another_kind(name: str, verb: str, *options: str, cause: tuple[str, ...] = ()) -> Callable[[Path], Case]:
     """An adapter of another kind, which a command refuses."""
 
     def case(folder: Path) -> Case:
         adapter = make_source(make_base(folder / "base", "even"), folder / "in", SOURCES[name])
         output = [] if verb == "check" else ["-o", folder / "out"]
         engine = ["--engine", "llamacpp"] if verb == "check" else []
-        cause = words("export", verb, adapter, *output, *engine)
-        return Case(cause, words(adapter, "-o", folder / "lora", *options))
+        command = words("export", verb, adapter, *output, *engine, *cause)
+        return Case(command, words(adapter, "-o", folder / "lora", *options))
 
     return case
 
@@ -182,13 +182,18 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "compare the answers with PyTorch's: loraover serve verify --engine vllm": [unread_release],
     "`loraover export convert` makes a plain LoRA of an AdaLoRA": [adalora],
     "`loraover export onnx --mode merged` exports such a model": [classifier],
-    "`loraover export convert` makes plain LoRAs of adapters of other kinds": [another_kind("loha", "vllm")],
+    "`loraover export convert` makes plain LoRAs of adapters of other kinds": [
+        another_kind("loha", "vllm", cause=("--no-convert",))
+    ],
     "or approximate it by a plain LoRA with `loraover export convert` and --rank": [
         another_kind("dora", "gguf", "--rank", "3")
     ],
+    "write an approximation with `loraover export convert` and --rank": [another_kind("oft", "vllm", "--rank", "3")],
     "Approximate it with `loraover export convert` and --rank": [another_kind("dora", "check", "--rank", "3")],
     "`loraover export convert` makes an exact plain LoRA of a PiSSA or OLoRA": [another_kind("pissa", "mlx")],
-    "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert": [another_kind("olora", "vllm")],
+    "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert": [
+        another_kind("olora", "vllm", cause=("--no-convert",))
+    ],
     "loraover export convert renames the tensors where one prefix fits": [another_prefix],
 }
 """Cases of each message that names a command, by the part of the message that names it."""

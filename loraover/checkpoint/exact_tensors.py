@@ -18,7 +18,7 @@ class Exact:
     """One tensor in float64; a tensor of integers keeps its type.
 
     Args:
-        value: Contraction of the cores, or the stored value, which `tensor` can leave in float32.
+        value: Contraction of the cores, or the stored value, which `tensor` can leave in its type.
         bound: Bound of each element's error: gamma_k(2^-53) |C_1| ... |C_K|, or zero for a stored value.
         site: Record of the matrix if it has cores, else None.
     """

@@ -40,7 +40,6 @@ _SITE_KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A
 
 Adapter = TypeVar("Adapter", bound="AdapterDir")
 
-DOUBLE_BYTES = 8
 STACKS = 4
 """Stacks of experts that stay in memory, so that they are not read again for every expert."""
 
@@ -196,21 +195,24 @@ class ExactAdapter:
             CheckpointError: The tensor, or another of its stack, holds NaN or infinity.
         """
         part = self.adapter.parts.get(key)
-        return self.plain.read(key) if part is None else part.of(self._stack(part.key)).contiguous()
+        if part is None:
+            return self.plain.read(key)
+        found = part.of(self._stack(part.key))
+        return found.clone() if found.is_contiguous() else found.contiguous()  # safetensors writes no views of a stack
 
     def tensor(self, key: str, *, widen: bool = True) -> Exact:
         """Return a tensor by its key in the adapter's file.
 
         Args:
             key: The key.
-            widen: Whether a stored value is converted to float64; else float32 is enough for types that it includes.
+            widen: Whether a stored value is converted to float64; else it keeps its type.
 
         Raises:
             CheckpointError: The tensor holds NaN or infinity, or contradicts its cores.
         """
         value = self.stored(key)
-        if value.is_floating_point():
-            value = value.double() if widen or value.element_size() == DOUBLE_BYTES else value.float()
+        if widen and value.is_floating_point():
+            value = value.double()
         return Exact(value, value.new_zeros(()).expand_as(value), None)
 
     def factor(self, name: str) -> Factor:

@@ -24,6 +24,7 @@ INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": 
 and a look at the headers does not need it."""
 HASHED_AT_ONCE = 2**20  # bytes
 COPIED_AT_ONCE = 2**24  # bytes
+SHORT_BYTES = 2
 READ_AT_ONCE = 2**30  # bytes; not every system reads 2 GiB at once
 
 
@@ -146,14 +147,28 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity.
 
     A sum that is finite has only finite terms, and takes one pass over the memory; finite terms whose sum is not are
-    rare, and then looked at one by one.
+    rare, and then looked at one by one. Of 16-bit numbers, the bits are compared, which is faster still.
     """
     import torch
 
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.element_size() == SHORT_BYTES:
+        return math.isfinite(extreme_sizes(tensor)[1])
     total = tensor.sum(dtype=None if tensor.dtype == torch.float64 else torch.float32)
     return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
+
+
+def extreme_sizes(tensor: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest magnitude among 16-bit or 32-bit floating-point numbers; NaN is the largest.
+
+    The bits of magnitudes are in the order of the numbers, and PyTorch compares integers several times as fast.
+    """
+    import torch
+
+    bits = tensor.abs().view(torch.int16 if tensor.element_size() == SHORT_BYTES else torch.int32)
+    smallest, largest = torch.aminmax(bits)
+    return float(smallest.view(tensor.dtype)), float(largest.view(tensor.dtype))
 
 
 def have_same_bits(one: Tensor, other: Tensor) -> bool:

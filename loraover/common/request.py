@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -306,8 +307,15 @@ class Declared:
         return [word for one in several for word in (flag, str(one))]
 
 
-def declarations(request: type[Request]) -> dict[str, Declared]:
+def declarations(request: type[Request]) -> Mapping[str, Declared]:
     """Return the fields of a request by name, its own before those of its bases, without those of functions alone."""
+    kind: Any = request
+    found: Mapping[str, Declared] = _declarations(kind)
+    return found
+
+
+@cache  # the hints of all fields are evaluated, and checks ask for a name with each module of a model
+def _declarations(request: Any) -> Mapping[str, Declared]:
     hints = typing.get_type_hints(request)
     found: dict[str, Field[Any]] = {one.name: one for one in fields(request) if "spec" in one.metadata}
     names = dict.fromkeys(name for kind in request.__mro__ for name in inspect.get_annotations(kind))

@@ -92,10 +92,10 @@ def least(work: Callable[[], Any]) -> float:
     return min(cpu_s(work) for _ in range(REPEATS))
 
 
-def cold_s(adapter: Path) -> float:
+def cold_s(adapter: Path, *options: str) -> float:
     """Return the CPU seconds of a command that checks an adapter in a new process."""
     code = "import sys; from loraover_export.cli import main; main()"
-    words = [sys.executable, "-c", code, "check", str(adapter), "--engine", "vllm"]
+    words = [sys.executable, "-c", code, "check", str(adapter), *options]
 
     def spent() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -124,7 +124,9 @@ def measure() -> list[Table]:
         rows = {
             "read, hash, write": plain,
             "check, in a process": least(lambda: check_adapter(adapters[0], engines="vllm")),
-            "check, cold command": cold_s(adapters[0]),
+            "check, in a process, all engines": least(lambda: check_adapter(adapters[0])),
+            "check, cold command": cold_s(adapters[0], "--engine", "vllm"),
+            "check, cold command, all engines": cold_s(adapters[0], "--model", str(base)),
             "prepare, first": least(lambda: prepare_adapter(next(chosen), folder / "cache", model=base)),
             "prepare, later": least(lambda: prepare_adapter(adapters[0], folder / "warm", model=base)),
             "convert": least(lambda: convert_adapter(adapters[0], folder / f"converted-{next(converted)}")),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from loraover.checkpoint.source import read_source
 from loraover.common.command_line import run
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli
@@ -153,14 +154,17 @@ def test_a_fleet_on_ray_data(fleet: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_check_of_a_known_model_imports_no_torch(fleet: dict[str, Path]) -> None:
+@pytest.mark.parametrize("options", [["--engine", "vllm"], [], ["--model"]], ids=["vllm", "all", "all on a model"])
+def test_a_check_of_a_known_model_imports_no_torch(fleet: dict[str, Path], options: list[str]) -> None:
     """Which is most of its time, and of the start of a hook."""
     code = (
         "import sys; from loraover.common.command_line import run; from loraover_export.cli import cli; "
-        "code = run(cli, ['check', sys.argv[1], '--engine', 'vllm']); "
+        "code = run(cli, ['check', *sys.argv[1:]]); "
         "sys.exit(code or sorted({'torch', 'transformers', 'peft'} & {*sys.modules}) or 0)"
     )
-    words = [sys.executable, "-c", code, str(fleet["plain"])]
+    base = read_source(fleet["plain"]).config.base_model_name_or_path
+    model = [base] if options == ["--model"] else []
+    words = [sys.executable, "-c", code, fleet["plain"], *options, *model]
     check_fleet(fleet["plain"], engines="vllm")
     ran = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")

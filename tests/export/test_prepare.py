@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
 from loraover_export import check_adapter, prepare_adapter
 from loraover_export.prepare import run, targets
-from loraover_export.prepare.prepared import CONVERSION_FILE, Record
+from loraover_export.prepare.prepared import Record
 from loraover_export.prepare.targets import TARGETS, Target, Written
+from loraover_export.uniform.certificate import CONVERSION_FILE
 
 from support.conversions import SINGLE, Source, make_source
 from support.make_checkpoint import SERVABLE, edit_json, edit_tensors, make_checkpoint

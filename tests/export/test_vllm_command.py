@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover.models.licence import known_licence
-from loraover_export import export_vllm
+from loraover_export import convert_adapter, export_vllm
 from loraover_export.cli import cli
 from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
+from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.launch import lora_module
 from loraover_export.vllm.preflight import Preflight
 
+from support.conversions import SOURCES, make_base, make_source
 from support.make_checkpoint import make_checkpoint, tree
 from support.plain_adapter import make_adapter
 from support.refusals import Refused
@@ -275,3 +279,27 @@ def test_no_base_model_at_all(source: Path, tmp_path: Path, refused: Refused) ->
     assert report.preflight.rules["base model"] == "warning"
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(source.parent / "base")
+
+
+@pytest.mark.parametrize("kind", ["loha", "pissa"])
+def test_another_kind_is_converted_first(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_source(make_base(tmp_path / "base", "even"), tmp_path / "in", SOURCES[kind])
+    report = exported(adapter, tmp_path / "out", capsys, "--dtype", "fp32")
+    made = convert_adapter(adapter, tmp_path / "lora", dtype="fp32").certificate
+    assert report["conversion"]["modules"] == made.model_dump(mode="json")["modules"]
+    assert LoraCertificate.model_validate_json((tmp_path / "out" / CONVERSION_FILE).read_text()).passed
+    converted, written = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("lora", "out"))
+    assert converted.keys() == written.keys()
+    assert all(torch.equal(tensor, converted[key]) for key, tensor in written.items())
+    assert set(tree(tmp_path / "out")) == FILES | {CONVERSION_FILE}
+    shown = export(adapter, tmp_path / "out", "--force")
+    assert (shown, f"converted into a plain LoRA of rank {made.rank}" in capsys.readouterr().out) == (0, True)
+    assert export(adapter, tmp_path / "other", "--no-convert") == 2
+
+
+@pytest.mark.parametrize("kind", ["oft", "dora", "shira"])
+def test_a_kind_without_an_exact_lora_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = make_source(make_base(tmp_path / "base", "even"), tmp_path / "in", SOURCES[kind])
+    assert export(adapter, tmp_path / "out") == 2
+    assert "loraover export convert` and --rank" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

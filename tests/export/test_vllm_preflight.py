@@ -74,7 +74,7 @@ def test_a_right_adapter_passes_every_rule(adapter: Path, check: Check) -> None:
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_mistake_is_an_error(name: str, adapter: Path, tmp_path: Path, check: Check) -> None:
     damage = DAMAGES[name]
-    code, report, err = check(damaged(adapter, tmp_path / "in", damage.change))
+    code, report, err = check(damaged(adapter, tmp_path / "in", damage.change), "--no-convert")
     assert code == 2
     assert report.verdict == "failed"
     assert report.rules[damage.rule] == "error"

@@ -13,7 +13,7 @@ from loraover_export.check.features import FEATURES
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.export_command import export_command
-from loraover_export.vllm.served import ServedModel, ServedModule
+from loraover_export.vllm.served import ServedModel
 
 if TYPE_CHECKING:
     from loraover_export.convert.prefix import Move
@@ -49,7 +49,7 @@ def converted_subject(subject: Subject) -> Conversion | None:
     from loraover_export.convert.prefix import find_move
     from loraover_export.convert.run import read_method
 
-    shapes = {path: found for path, module in subject.served.modules.items() if (found := _shape(module)) is not None}
+    shapes = subject.served.facts.shapes()
     try:
         reason = why_convert(subject.path, shapes)
         if reason is None:
@@ -107,10 +107,3 @@ def _part_of(served: ServedModel, move: Move | None) -> ServedModel:
     from loraover_export.convert.prefix import part_below
 
     return replace(served, modules={path: served.modules[path] for path in part_below(move.new, served.modules)})
-
-
-def _shape(module: ServedModule) -> tuple[int, int] | None:
-    """Return the shape of a module's weight; None if it is neither a linear layer nor an embedding."""
-    if module.shape is None or module.kind not in ("linear", "embedding"):
-        return None
-    return module.shape if module.kind == "embedding" else (module.shape[1], module.shape[0])

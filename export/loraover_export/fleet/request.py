@@ -42,18 +42,13 @@ def ignore(row: Any, progress: str) -> None:
 
 @dataclass(frozen=True)
 class FleetRequest(Request):
-    """What the verbs of many adapters have in common, beside the fields `sources`, `jobs`, `html` and `model`.
+    """What the verbs of many adapters have in common, beside fields that each declares with a help of its own.
 
     Args:
         receive: Function that gets each `Row` as soon as it is there, and how far the work is, in words.
     """
 
     receive: Callable[[Any, str], None] = field(default=ignore, kw_only=True, repr=False, compare=False)
-
-    @property
-    def addresses_of_all(self) -> tuple[str, ...]:
-        """The adapters, each once."""
-        return tuple(dict.fromkeys(getattr(self, "sources")))  # noqa: B009  a field of the derived classes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from loraover.sources.fetch import Fetched, fetch_adapter
 from loraover_export.convert.source import read_peft_type
 from loraover_export.fleet.page import write_page
 from loraover_export.fleet.pool import each
-from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
+from loraover_export.fleet.request import FleetCheckRequest, PrepareRequest
 from loraover_export.fleet.row import FleetReport, Row
 
 PAGE = "prepare.html"
@@ -85,7 +85,7 @@ def prepare_fleet(request: PrepareRequest) -> FleetReport:
     }
     check_file_writable(cache / PAGE, parents=True)
     work = partial(prepared_row, cache=str(cache), model=request.model, options=options)
-    return _run(work, request, request.jobs, request.html or cache / PAGE)
+    return _run(work, request, request.html or cache / PAGE)
 
 
 @verb(FleetCheckRequest)
@@ -100,7 +100,7 @@ def check_fleet(request: FleetCheckRequest) -> FleetReport:
         OutputError: A page that cannot be written.
     """
     work = partial(checked_row, engines=request.engines, model=request.model)
-    return _run(work, request, request.jobs, request.html)
+    return _run(work, request, request.html)
 
 
 def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> Row:
@@ -160,13 +160,13 @@ def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], mode
     )
 
 
-def _run(work: Examine, request: FleetRequest, jobs: int, page: Path | None) -> FleetReport:
-    sources, started = request.addresses_of_all, perf_counter()
+def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path | None) -> FleetReport:
+    sources, started = tuple(dict.fromkeys(request.sources)), perf_counter()
     if page is not None:
         check_file_writable(page, parents=True)
     rows: dict[str, Row] = {}
     with request.report.task("adapters", len(sources)) as progress:
-        for source, row in each(Guarded(work), sources, jobs, killed):
+        for source, row in each(Guarded(work), sources, request.jobs, killed):
             rows[source] = row
             progress(len(rows))
             left = (perf_counter() - started) / len(rows) * (len(sources) - len(rows))

@@ -159,7 +159,7 @@ def _head_size(config: Any) -> int:
 
 
 def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    names, experts = tensor_names(family, config), find_expert_weights(model)
+    names, experts = tensor_names(family, config.num_hidden_layers), find_expert_weights(model)
     for key, parameter in model.named_parameters():
         module, _, part = key.rpartition(".")
         weight = parameter.detach()

@@ -11,11 +11,12 @@ in llama.cpp by tests/export/test_gguf_families.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from loraover.common.errors import ExportError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,5 +81,7 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
     Returns:
         Shape (heads * d, k).
     """
-    order = torch.arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)
+    from torch import arange
+
+    order = arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)
     return rows[order]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight, find_expert_weights
+from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight
+from loraover.checkpoint.model_facts import ModelFacts, read_facts
 from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
-from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover.models.load import ModelSource
 from loraover.overparam.expert_part import MatrixName
-from loraover_export.gguf.families import Family, find_family, interleave
+from loraover_export.gguf.families import FAMILIES, Family, find_family, interleave
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraover.checkpoint.exact_tensors import Exact
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ class GgufTarget:
             stack: The pairs of the experts.
             matrices: A and B of each expert, by their keys.
         """
+        from torch import stack as stacked
+
         a, b = (
-            torch.stack([matrices[site_key(f"{stack.expert(e)}.lora_{matrix}")] for e in range(stack.experts)])
+            stacked([matrices[site_key(f"{stack.expert(e)}.lora_{matrix}")] for e in range(stack.experts)])
             for matrix in "AB"
         )
         names = self.expert_tensors[stack.path]
@@ -82,6 +86,8 @@ class GgufTarget:
 
     def lay_out(self, adapted: AdaptedModule, side: MatrixName, matrix: Exact) -> Exact:
         """Return a matrix of the uniform form as llama.cpp keeps it; the bound moves along with the value."""
+        from loraover.checkpoint.exact_tensors import Exact
+
         module = self.modules[adapted.path]
 
         def laid_out(values: Tensor) -> Tensor:
@@ -99,27 +105,27 @@ def read_target(source: ModelSource) -> GgufTarget:
         ConfigError: No usable configuration.
         ExportError: A model class that no table entry describes.
     """
-    config = load_config(source)
-    architecture = config.architectures[0]
-    family = find_family(architecture, source.name)
-    model, names = load_skeleton(source), tensor_names(family, config)
-    modules, others = _name_modules(model, names, family, config)
-    experts = find_expert_weights(model)
-    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(names, path)) for path in experts}
-    for path, weight in experts.items():
+    facts = read_facts(source, FAMILIES)
+    family = find_family(facts.architecture, source.name)
+    assert facts.layers is not None, "every family's configuration has it, or a default"
+    names = tensor_names(family, facts.layers)
+    modules, others = _name_modules(facts, names, family)
+    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(names, path)) for path in facts.experts}
+    for path, weight in facts.experts.items():
         owner, _, parameter = path.rpartition(".")
         for expert in range(weight.experts):
             modules[f"{owner}.{expert}.{parameter}"] = TargetModule(tensors[path][0], weight.shape, False, None)
-    tied = bool(config.tie_word_embeddings)
-    return GgufTarget(source, architecture, family, tied, modules, frozenset(others), experts, tensors)
+    return GgufTarget(
+        source, facts.architecture, family, facts.is_tied, modules, frozenset(others), facts.experts, tensors
+    )
 
 
-def tensor_names(family: Family, config: Any) -> Any:
-    """Return the gguf package's map from names of modules to llama.cpp's."""
+def tensor_names(family: Family, layers: int) -> Any:
+    """Return the gguf package's map from names of modules to llama.cpp's, for a number of layers."""
     import gguf
 
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
-    return gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    return gguf.get_tensor_name_map(kind, layers)
 
 
 def expert_tensors(names: Any, path: str) -> list[str]:
@@ -136,20 +142,16 @@ def expert_tensors(names: Any, path: str) -> list[str]:
     return found
 
 
-def _name_modules(model: Any, names: Any, family: Family, config: Any) -> tuple[dict[str, TargetModule], set[str]]:
+def _name_modules(facts: ModelFacts, names: Any, family: Family) -> tuple[dict[str, TargetModule], set[str]]:
     import gguf
 
-    rotated = {
-        gguf.MODEL_TENSOR.ATTN_Q: config.num_attention_heads,
-        gguf.MODEL_TENSOR.ATTN_K: config.num_key_value_heads,
-    }
+    rotated = {gguf.MODEL_TENSOR.ATTN_Q: facts.heads, gguf.MODEL_TENSOR.ATTN_K: facts.key_value_heads}
     found, others = {}, set()
-    for path, module in model.named_modules():
+    for path, module in facts.modules.items():
         name = names.get_type_and_name(path)
-        if name is None or getattr(getattr(module, "weight", None), "ndim", 0) != 2:
+        if name is None or module.weight is None:
             others.add(path)
             continue
-        m, n = module.weight.shape
         heads = rotated.get(name[0]) if family.interleaved else None
-        found[path] = TargetModule(f"{name[1]}.weight", (m, n), isinstance(module, nn.Embedding), heads)
+        found[path] = TargetModule(f"{name[1]}.weight", module.weight, module.kind == "embedding", heads)
     return found, others

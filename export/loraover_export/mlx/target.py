@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
-from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover.models.load import ModelSource
 from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.mlx.request import MlxRequest
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
@@ -59,7 +58,7 @@ class MlxTarget:
 
     source: ModelSource
     architecture: str
-    layers: int
+    layers: int | None
     tied: bool
     shapes: Mapping[str, tuple[int, ...]]
     embeddings: frozenset[str]
@@ -72,21 +71,10 @@ def read_target(source: ModelSource) -> MlxTarget:
         ConfigError: No usable configuration.
         ExportError: A model class whose paths were not compared with mlx-lm's.
     """
-    config = load_config(source)
-    _check_names(config.architectures[0], source.name)
-    found = {
-        path: module
-        for path, module in load_skeleton(source).named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-    }
-    return MlxTarget(
-        source,
-        config.architectures[0],
-        config.get_text_config().num_hidden_layers,
-        bool(config.tie_word_embeddings),
-        {path: tuple(module.weight.shape) for path, module in found.items()},
-        frozenset(path for path, module in found.items() if isinstance(module, nn.Embedding)),
-    )
+    facts = read_facts(source, SAME_NAMES)
+    _check_names(facts.architecture, source.name)
+    embeddings = frozenset(path for path, module in facts.modules.items() if module.kind == "embedding")
+    return MlxTarget(source, facts.architecture, facts.layers, facts.is_tied, facts.shapes(), embeddings)
 
 
 def _check_names(architecture: str, model: str) -> None:

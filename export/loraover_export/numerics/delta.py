@@ -12,7 +12,7 @@ from torch import Tensor
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
-from loraover.checkpoint.tensor_file import have_same_bits
+from loraover.checkpoint.tensor_file import have_same_bits, is_finite
 from loraover.common.errors import ExportError
 
 U64 = unit_roundoff(torch.float64)
@@ -94,17 +94,24 @@ def is_power_of_two(number: float) -> bool:
 
 
 def scale(exact: Exact, scaling: float) -> Exact:
-    """Multiply by the scaling, in float64 unless the products of stored values are exact in float32.
+    """Multiply by the scaling, in float64 unless the products of stored values are exact in their own type.
 
     |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow.
     """
     value = exact.value
-    if value.dtype == torch.float32:
-        scaled = value * scaling
-        if is_power_of_two(scaling) and have_same_bits(scaled / scaling, value):
+    if value.dtype != torch.float64:
+        scaled = value if scaling == 1 else value * scaling
+        if is_power_of_two(scaling) and _is_exact(scaled, value, scaling):
             return Exact(scaled, exact.bound, exact.site)
         value = value.double()
     value = value * scaling
     rounding = gamma(1, U64) * value.abs()
     tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
     return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)
+
+
+def _is_exact(scaled: Tensor, value: Tensor, scaling: float) -> bool:
+    """Whether products with a power of two were not rounded: beyond the range if it is large, below it if small."""
+    if abs(scaling) >= 1:
+        return scaling == 1 or is_finite(scaled)
+    return have_same_bits(scaled / scaling, value)

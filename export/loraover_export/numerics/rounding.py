@@ -22,7 +22,7 @@ class Underflow:
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round each element, in float64 or float32, to the nearest number of `dtype`, ties to even.
+    """Round each element to the nearest number of `dtype`, ties to even.
 
     PyTorch converts float64 to bfloat16 and float16 through float32, and so rounds twice. Rounding to odd at the first
     step makes the result of the second correct.
@@ -32,7 +32,7 @@ def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         FoldError: An element beyond the type's largest number.
     """
-    is_direct = torch.float32 in (x.dtype, dtype) or x.dtype == dtype
+    is_direct = x.dtype != torch.float64 or dtype in (torch.float32, torch.float64)
     rounded = (x if is_direct else _round_to_odd(x)).to(dtype, copy=True)
     if not is_finite(rounded):
         if bool(torch.isnan(x).any()):
@@ -90,8 +90,8 @@ def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
     Raises:
         FoldError: An element beyond the range of `dtype`.
     """
-    if not exact.is_floating_point():
-        return exact.clone()
+    if not exact.is_floating_point() or exact.dtype == STORAGE_DTYPES[dtype]:
+        return exact.contiguous()
     try:
         return round_nearest(exact, STORAGE_DTYPES[dtype]).contiguous()
     except FoldError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from loraover.checkpoint.model_facts import read_facts
 from loraover.common.errors import ConfigError, ExportError
-from loraover.models.load import ModelSource, load_config
+from loraover.models.load import ModelSource
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 """Tasks by PEFT's names."""
@@ -23,13 +24,13 @@ def find_task(named: str | None, base: ModelSource) -> str:
         ConfigError: A task that no graph is made for, or no usable configuration.
         ExportError: An encoder-decoder model that is no T5.
     """
-    config = load_config(base)
-    task = named or ("SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+    facts = read_facts(base)
+    task = named or ("SEQ_2_SEQ_LM" if facts.is_encoder_decoder else "CAUSAL_LM")
     if task not in TASKS:
         raise ConfigError(f"task_type is {task!r}, expected one of {', '.join(TASKS)}.")
-    if task == "SEQ_2_SEQ_LM" and config.model_type not in SEQ2SEQ_MODELS:
+    if task == "SEQ_2_SEQ_LM" and facts.model_type not in SEQ2SEQ_MODELS:
         raise ExportError(
-            f"{base.origin}: model_type is {config.model_type!r}; of encoder-decoder models, only "
+            f"{base.origin}: model_type is {facts.model_type!r}; of encoder-decoder models, only "
             f"{', '.join(SEQ2SEQ_MODELS)} can be exported to ONNX."
         )
     return task

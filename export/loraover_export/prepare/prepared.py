@@ -9,8 +9,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 RECORD_FILE = "prepared.json"
-CONVERSION_FILE = "conversion.json"
-"""Certificate of the conversion in the cache; that of the engine's export has its own name."""
 
 Done = Literal["taken", "rewritten", "converted", "approximated"]
 """What was done: the matrices were copied, written in another form, converted exactly from another kind of adapter, or

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 from loraover.checkpoint.carried_reference import REFERENCE_FILE, misfit
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.source import META_FILE, read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
@@ -18,18 +19,17 @@ from loraover.common.errors import CheckpointError, ConfigError, ExportError, Lo
 from loraover.common.file_lock import hold_lock
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
-from loraover.models.load import ModelSource, load_skeleton, resolve_model
+from loraover.models.load import ModelSource, resolve_model
 from loraover_export.combine.shrink import shrink_adapter
 from loraover_export.convert.approximate import FullRankError
 from loraover_export.convert.need import named_base, why_convert
 from loraover_export.convert.run import convert_adapter
 from loraover_export.fold.run import fold_checkpoint
-from loraover_export.merge.base_weights import shapes_of
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
-from loraover_export.prepare.prepared import CONVERSION_FILE, RECORD_FILE, Done, PreparedAdapter, Record
+from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
 from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written
-from loraover_export.uniform.certificate import CERTIFICATE_FILE, LoraCertificate
+from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 
 LOCKS = "locks"
@@ -80,8 +80,7 @@ def prepare_adapter(
         dtype: Data type to store A and B in: fp32, bf16 or fp16. Adapters for ONNX Runtime take that of the graph.
         max_rank: Largest rank that the engine was started for, such as vLLM's `--max-lora-rank`; None means the largest
             that the engine can be started for.
-        approximate_to_rank: Rank to approximate where the exact LoRA has full rank, or a rank above the largest. None
-            means that such adapters are refused, so that nothing is ever lost.
+        approximate_to_rank: Rank to approximate where the exact LoRA has full or too large a rank; None refuses these.
         engine_version: Release of the engine, such as 0.33.0; None means the one whose sources the rules were read
             from.
 
@@ -107,16 +106,21 @@ def prepare_adapter(
     if found is not None:
         return found.opened(folder, perf_counter() - started, cached=True)
     with _locked(cache, digest):
-        found = _look_up(folder, refused, source)
-        if found is not None:  # another process made it meanwhile
-            return found.opened(folder, perf_counter() - started, cached=True)
-        try:
-            record = _publish(source, base, target, ranks, digest, folder, states, started)
-        except LoraOverError as error:
-            if file_states(source) == states and adapter_digests(source).keys() == states.keys():
-                remember(error, source, refused)
-            raise
-    return record.opened(folder, perf_counter() - started, cached=False)
+        found = _look_up(folder, refused, source)  # another process made it meanwhile
+        with _remembered(source, states, refused):
+            record = found or _publish(source, base, target, ranks, digest, folder, states, started)
+    return record.opened(folder, perf_counter() - started, cached=found is not None)
+
+
+@contextmanager
+def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path) -> Iterator[None]:
+    """Remember what a block raises about an adapter, unless the adapter's files have changed since."""
+    try:
+        yield
+    except LoraOverError as error:
+        if file_states(source) == states and adapter_digests(source).keys() == states.keys():
+            remember(error, source, refused)
+        raise
 
 
 def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> Ranks:
@@ -196,7 +200,7 @@ def _as_lora(
     source: Path, base: ModelSource, target: Target, ranks: Ranks, draft: Path
 ) -> tuple[Path, LoraCertificate | None]:
     """Return the folder of an adapter that the export takes, and the certificate of a conversion if there was one."""
-    reason = why_convert(source, shapes_of(load_skeleton(base)))
+    reason = why_convert(source, read_facts(base).shapes())
     if reason is not None:
         return _converted(source, target, ranks, draft, reason)
     rank = read_source(source).rank

@@ -84,7 +84,12 @@ def write_for_vllm(source: Path, folder: Path, target: Target) -> Written:
     from loraover_export.vllm.run import export_vllm
 
     report = export_vllm(
-        source, folder / ADAPTER, model=target.model, dtype=target.dtype, vllm_version=target.engine_version
+        source,
+        folder / ADAPTER,
+        model=target.model,
+        convert=False,
+        dtype=target.dtype,
+        vllm_version=target.engine_version,
     )
     errors = [found for found in report.preflight.findings if found.level == "error"]
     if errors:
@@ -93,7 +98,7 @@ def write_for_vllm(source: Path, folder: Path, target: Target) -> Written:
     certificate = report.certificate
     assert certificate is not None
     _check(source, certificate.matrices)
-    taken = _is_taken(source, target.dtype)
+    taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
     return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", certificate.rank, certificate.matrices, taken)
 
 
@@ -156,7 +161,7 @@ def _check(source: Path, matrices: list[MatrixCertificate]) -> None:
 
 
 def _is_taken(source: Path, dtype: str) -> bool:
-    """Whether the uniform form of an adapter in a data type holds the numbers that its file holds."""
+    """Whether the uniform form of an adapter of scaling 1 holds, in a data type, the numbers that its file holds."""
     adapter = read_source(source)
     with open_tensors(adapter.tensors_path) as file:
         types = {FLOATS.get(file.dtype(key)) for key in file.keys}
@@ -164,5 +169,5 @@ def _is_taken(source: Path, dtype: str) -> bool:
         adapter.is_run_by_peft
         and not adapter.others
         and types == {DTYPES[dtype]}
-        and all(module.scaling == 1 and module.rank == adapter.rank for module in adapter.modules.values())
+        and all(module.rank == adapter.rank for module in adapter.modules.values())
     )

@@ -16,6 +16,8 @@ from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict,
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"
+CONVERSION_FILE = "conversion.json"
+"""Certificate of a conversion that another export began with."""
 READ_FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE)
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from loraover.checkpoint.model_facts import ModuleFacts
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.uniform.experts import parts_of
 from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.vllm.known_faults import Platform
-from loraover_export.vllm.served import ServedModel, ServedModule
+from loraover_export.vllm.served import ServedModel
 from loraover_export.vllm.versions import Versions
 
 TEXT_NAMES = Versions(since="0.33.0")
@@ -74,7 +75,7 @@ class Candidate:
         return {path: (module.shape[1], module.shape[0]) for path, module in self.adapter.modules.items()}
 
     @cached_property
-    def places(self) -> dict[str, ServedModule]:
+    def places(self) -> dict[str, ModuleFacts]:
         """Modules of the served model; with the projections of each expert, if its class reads a pair for each."""
         found = dict(self.served.modules)
         if self.architecture is None or self.architecture.stacked_experts:
@@ -83,7 +84,7 @@ class Candidate:
             owner, _, parameter = path.rpartition(".")
             names = parts_of(parameter, projections_of(self.served.architecture))
             m, n = weight.shape
-            described = ServedModule("expert", "part of a parameter", (n, m // len(names)))
+            described = ModuleFacts("expert", "part of a parameter", (n, m // len(names)))
             found |= {f"{owner}.{index}.{name}": described for index in range(weight.experts) for name in names}
         return found
 
@@ -101,7 +102,7 @@ class Candidate:
         found = {path: names.get(allowed.rename(path)) for path in self.modules}
         return {path: served for path, served in found.items() if served is not None}
 
-    def served_module(self, path: str) -> ServedModule:
+    def served_module(self, path: str) -> ModuleFacts:
         """Return the served module for an adapted module of `present`."""
         return self.places[self.present[path]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
 
@@ -14,6 +15,9 @@ class VllmReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preflight: Preflight = Field(description="Check of the adapter against vLLM's rules")
+    conversion: LoraCertificate | None = Field(
+        default=None, description="Certificate of the conversion into a plain LoRA; None if there was none"
+    )
     certificate: VllmCertificate | None = Field(
         default=None, description="Errors of the written matrices; None if the pre-flight failed"
     )

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
-from loraover_export.uniform.request_fields import plain_adapter, replaces
+from loraover_export.uniform.request_fields import given_adapter, replaces
 
 
 @dataclass(frozen=True)
 class VllmRequest(Request):
     """Write SOURCE as an adapter that vLLM, SGLang and PEFT read identically, and show how to serve it.
 
-    SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. A pre-flight first checks it against
-    vLLM's loading rules: what vLLM refuses, and what it would serve wrongly without a message.
+    SOURCE is a LoRA-Over checkpoint, a folded adapter or a PEFT adapter of any kind; a kind that has an exact plain
+    LoRA, such as LoHa or PiSSA, is converted first. A pre-flight then checks it against vLLM's loading rules: what vLLM
+    refuses, and what it would serve wrongly without a message.
 
     Exit code 2: the pre-flight found an error, and nothing was written. Exit code 1: a written matrix failed its
     check, and nothing was written.
@@ -28,10 +29,14 @@ class VllmRequest(Request):
     )
     json_help = "Print pre-flight report, certificate and commands as JSON."
 
-    source: AnyPath = plain_adapter()
+    source: AnyPath = given_adapter("LoRA-Over checkpoint, folded adapter or PEFT adapter of any kind")
     output: AnyPath = option("New folder for the adapter, its reports and a model card.", short="-o")
     model: AnyName | None = option(
         "Model to be served, folder or hub name.", default=None, default_text="the adapter's base model"
+    )
+    convert: bool = option(
+        "Convert an adapter of another kind into the plain LoRA that expresses it, if an exact one exists.",
+        default=True,
     )
     dtype: str = stored_dtype("bf16")
     name: str | None = option(

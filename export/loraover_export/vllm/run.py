@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
@@ -14,7 +15,9 @@ from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
+from loraover_export.convert.plain import PlainLora, plain_lora
 from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.experts import split_experts, split_paths, stack_fields
 from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
 from loraover_export.vllm.architectures import Architectures, architectures_of, projections_of
@@ -45,21 +48,31 @@ def export_vllm(request: VllmRequest) -> VllmReport:
     check_replaceable(
         request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
+    with ExitStack() as converted:
+        plain = PlainLora(request.source, None)
+        if request.convert:
+            made = plain_lora(request.source, model=request.model, dtype=request.dtype, report=request.report)
+            plain = converted.enter_context(made)
+        return _export(request, plain)
+
+
+def _export(request: VllmRequest, plain: PlainLora) -> VllmReport:
     replaces = request.output.exists()
-    adapter = read_source(request.source)
+    adapter = read_source(plain.path)
     served, known = _served(request, adapter)
     if served.architecture in known.lora:  # of others, nothing but the configuration is read
         adapter = read_on_base(adapter, served.experts)
     name, address = request.adapter_name, _address(served.source)
     candidate = Candidate(adapter, served, known, name, address, request.dtype, replaces)
     found = preflight(candidate)
+    report = VllmReport(preflight=found, conversion=plain.certificate)
     if not found.passed:
-        return VllmReport(preflight=found)
-    certificate = _publish(request, candidate, found)
+        return report
+    certificate = _publish(request, candidate, found, plain.certificate)
+    report = report.model_copy(update={"certificate": certificate})
     if not certificate.passed:
-        return VllmReport(preflight=found, certificate=certificate)
-    commands = launch_commands(candidate, request.output.resolve())
-    return VllmReport(preflight=found, certificate=certificate, serve=commands["serve"], load=commands["load"])
+        return report
+    return report.model_copy(update=launch_commands(candidate, request.output.resolve()))
 
 
 def _served(request: VllmRequest, adapter: AdapterDir) -> tuple[ServedModel, Architectures]:
@@ -73,13 +86,17 @@ def _address(source: ModelSource) -> str:
     return str(Path(source.location).resolve()) if Path(source.location).is_dir() else source.name
 
 
-def _publish(request: VllmRequest, candidate: Candidate, found: Preflight) -> VllmCertificate:
-    """Write the adapter with its report, certificate and card; where the certificate fails, publish nothing."""
+def _publish(
+    request: VllmRequest, candidate: Candidate, found: Preflight, conversion: LoraCertificate | None
+) -> VllmCertificate:
+    """Write the adapter with its report, certificates and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         certificate = _write(request, candidate, draft)
         if not certificate.passed:
             raise AbandonedError
         (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+        if conversion is not None:
+            (draft / CONVERSION_FILE).write_text(conversion.model_dump_json(indent=1) + "\n")
         (draft / PREFLIGHT_FILE).write_text(found.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
         keep_reference(request.source, draft, request.report.line)

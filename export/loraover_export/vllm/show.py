@@ -6,6 +6,7 @@ from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.certificate import module_facts
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
 from loraover_export.vllm.report import VllmReport
@@ -16,6 +17,9 @@ STYLES = {"error": "red", "warning": "yellow", "passed": "green"}
 
 def show_report(report: VllmReport, request: VllmRequest, console: Console) -> None:
     """Print the pre-flight, the certificate, and how to serve the adapter if it was written."""
+    if report.conversion is not None:
+        facts = ", ".join(f"{name} {value}" for name, value in module_facts(report.conversion.modules).items())
+        print_line(console, f"converted into a plain LoRA of rank {report.conversion.rank}: {facts}", "green")
     _show_preflight(report.preflight, console)
     if report.certificate is not None:
         _show_certificate(report.certificate, console)

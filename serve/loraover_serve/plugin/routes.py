@@ -7,7 +7,6 @@ VLLM_PLUGINS names it.
 from __future__ import annotations
 
 import asyncio
-import os
 from argparse import Namespace
 from typing import Any
 
@@ -89,10 +88,8 @@ async def prefetch(name: str) -> Response:
 async def load_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) -> Response:
     """Prepare the adapter in a folder, and let vLLM load the result, in place of vLLM's own route."""
     found = _service()
-    is_allowed = found.settings.is_on_hub(request.lora_path) and not os.path.isdir(request.lora_path)  # noqa: PTH112
-    source = {"hub" if is_allowed else "source": request.lora_path}
     try:
-        prepared = await found.prepare(request.lora_name, **source)
+        prepared = await found.prepare(request.lora_name, **found.settings.source_of(request.lora_path))
     except RefusedError as error:
         return _refusal(400, str(error))
     answer = await models(raw_request).load_lora_adapter(request.model_copy(update={"lora_path": prepared["path"]}))

@@ -50,6 +50,14 @@ class Settings:
         """Whether a name is one of the hub that may be served, with or without a revision after "@"."""
         return name.count("/") == 1 and any(fnmatchcase(name.partition("@")[0], pattern) for pattern in self.hub)
 
+    def source_of(self, place: str) -> dict[str, str]:
+        """Return what the load route's `lora_path` names: the `source`, a folder, or a name of the `hub`."""
+        try:
+            is_folder = Path(place).is_dir()
+        except OSError:  # a name that is too long
+            is_folder = False
+        return {"hub" if self.is_on_hub(place) and not is_folder else "source": place}
+
 
 def read_settings(environment: Mapping[str, str]) -> Settings | None:
     """Return the settings; None if no folder of adapters is named, so that the plug-in does nothing.

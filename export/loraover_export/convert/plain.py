@@ -1,0 +1,97 @@
+"""An adapter of another kind as an exact plain LoRA, for exports that take nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from loraover.common.errors import CheckpointError, ExportError, LoraOverError
+from loraover.common.reporter import Reporter
+from loraover_export.convert.approximate import FullRankError
+from loraover_export.convert.need import why_convert
+from loraover_export.convert.run import convert_adapter, read_method
+from loraover_export.convert.source import read_peft_type
+from loraover_export.uniform.certificate import LoraCertificate
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """A plain LoRA that an export reads.
+
+    Args:
+        path: Its folder; the adapter's own if nothing was converted.
+        certificate: Certificate of the conversion; None if nothing was converted.
+    """
+
+    path: Path
+    certificate: LoraCertificate | None
+
+
+@contextmanager
+def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter) -> Iterator[PlainLora]:
+    """Convert an adapter of another kind into an exact plain LoRA, which is there for a block.
+
+    What is a LoRA already, or damaged, is left as it is, for the export to take or to refuse.
+
+    Args:
+        source: Folder of a LoRA-Over checkpoint, or of an adapter of any kind.
+        model: Base model; None means the one that the adapter names.
+        dtype: Data type to store A and B in: fp32, bf16 or fp16.
+        report: Receiver of progress.
+
+    Raises:
+        ConfigError: A base model that cannot be read.
+        CheckpointError: An adapter of a kind that is not known.
+        ExportError: An adapter that no plain LoRA, or none of a small rank, expresses exactly.
+        FoldError: An element beyond the range of `dtype`.
+    """
+    reason = _reason(source)
+    if reason is None:
+        yield PlainLora(source, None)
+        return
+    report.line(f"{reason}: converting it into an exact plain LoRA")
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / source.resolve().name
+        try:
+            certificate = convert_adapter(source, folder, model=model, dtype=dtype).certificate
+        except FullRankError as error:
+            raise _no_exact(source, reason) from error
+        if not certificate.passed:
+            raise ExportError(f"{source}: its conversion lost too much; choose a wider dtype, such as fp32.")
+        yield PlainLora(folder, certificate)
+
+
+def _reason(source: Path) -> str | None:
+    """Return the reason for which an adapter is to be converted; None of a LoRA that is best left to the export.
+
+    Raises:
+        ExportError: An adapter of another kind that has no exact LoRA.
+    """
+    try:
+        reason = why_convert(source, {})
+    except CheckpointError:  # the export says what is wrong, with more detail
+        return None
+    if reason is None:
+        return None
+    is_lora = read_peft_type(source) == "LORA"
+    try:
+        method, layout = read_method(source)
+    except LoraOverError:
+        if is_lora:
+            return None
+        raise
+    if method.is_exact(layout.config):
+        return reason
+    if is_lora:
+        return None
+    raise _no_exact(source, reason)
+
+
+def _no_exact(source: Path, reason: str) -> ExportError:
+    return ExportError(
+        f"{source}: {reason}, which no plain LoRA of a small rank expresses exactly; write an approximation with "
+        "`loraover export convert` and --rank, which states the error."
+    )

@@ -1,0 +1,201 @@
+"""Names and shapes of a model's modules, from `config.json` alone.
+
+To find them takes PyTorch, transformers and seconds, so they are kept in a file, by a digest of the configuration and
+of the versions that read it. Who reads them again imports neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
+from loraover.common.atomic_output import publish_file
+from loraover.common.errors import OutputError
+from loraover.common.paths import cache_folder
+from loraover.common.provenance import environment
+from loraover.models.load import load_config, load_skeleton
+
+if TYPE_CHECKING:
+    from loraover.models.load import ModelSource
+
+CONFIG = "config.json"
+FORM = 2
+"""Number of the form of kept facts; another form gets other files."""
+KEPT_IN_MEMORY = 32
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One module of a model.
+
+    Args:
+        kind: Kind of layer that PEFT and vLLM would adapt it as. One expert's part of a parameter is an "expert".
+        type_name: Name of its class.
+        shape: (in_features, out_features), or (vocabulary, embedding dimension); None for other kinds.
+        weight: Shape of its weight as it is stored, if that is a matrix; else None.
+    """
+
+    kind: Literal["linear", "embedding", "expert", "other"]
+    type_name: str
+    shape: tuple[int, int] | None = None
+    weight: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a configuration says of a model.
+
+    Args:
+        architecture: Name of its class in transformers.
+        model_type: transformers' name of its kind, such as "llama".
+        dtype: Data type that the configuration gives, such as "bfloat16"; None if it gives none.
+        vocabulary: Number of tokens; None if the configuration gives none.
+        layers: Number of layers; None if the configuration gives none.
+        heads: Number of heads of the queries; None if the configuration gives none.
+        key_value_heads: Number of heads of the keys and values; None if the configuration gives none.
+        is_causal: Whether it is a causal language model.
+        is_encoder_decoder: Whether it has an encoder and a decoder, as T5 has.
+        is_tied: Whether the head is the embedding.
+        quantization: Method by which the weights are quantised; None if they are not.
+        modules: Modules by path, without the parts of parameters that hold experts; empty if they were not asked for.
+        experts: Parameters of the experts, by path.
+    """
+
+    architecture: str
+    model_type: str
+    dtype: str | None
+    vocabulary: int | None
+    layers: int | None
+    heads: int | None
+    key_value_heads: int | None
+    is_causal: bool
+    is_encoder_decoder: bool
+    is_tied: bool
+    quantization: str | None
+    modules: dict[str, ModuleFacts]
+    experts: dict[str, ExpertWeight]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return the shape (out_features, in_features) of each linear layer, (tokens, dimension) of each embedding.
+
+        transformers' Conv1D, which keeps its weight transposed, counts as a linear layer.
+        """
+        found = {}
+        for path, module in self.modules.items():
+            if module.weight is not None and module.type_name == "Conv1D":
+                found[path] = module.weight[::-1]
+            elif module.weight is not None and module.kind in ("linear", "embedding"):
+                found[path] = module.weight
+        return found
+
+
+_FACTS = TypeAdapter(ModelFacts)
+
+
+def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
+    """Read a model's configuration, and build its modules without weights, or read what an earlier call found.
+
+    Args:
+        source: Where the model is read from.
+        wanted: Classes whose modules are looked at; None means all.
+
+    Raises:
+        ConfigError: No usable configuration, or a class that transformers cannot build.
+    """
+    config = _config_file(source)
+    if config is None:
+        return _found(source, wanted)
+    content = config.read_bytes()
+    versions = [environment()[package] for package in ("torch", "transformers")]
+    key = hashlib.sha256(repr([FORM, versions, content]).encode()).hexdigest()
+    file = cache_folder() / "models" / f"{key}.json"
+    facts = _read(file) if file.is_file() else None
+    if facts is None:
+        facts = _found(source, wanted)
+        if facts.modules:
+            with suppress(OutputError):  # without a cache, it takes seconds each time
+                publish_file(file, lambda path: path.write_bytes(_FACTS.dump_json(facts)), parents=True)
+    return facts
+
+
+@lru_cache(KEPT_IN_MEMORY)
+def _read(file: Path) -> ModelFacts | None:
+    """Return kept facts; None if the file is not what was written."""
+    try:
+        return _FACTS.validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _config_file(source: ModelSource) -> Path | None:
+    """Return the file of a model's configuration; None if it has none."""
+    folder = Path(source.location)
+    if folder.is_dir():
+        return folder / CONFIG if (folder / CONFIG).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.location, CONFIG, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_config(source)
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    architecture = config.architectures[0]
+    modules, experts = {}, {}
+    if wanted is None or architecture in wanted:
+        model = load_skeleton(source)
+        experts = find_expert_weights(model)
+        modules = {name: _describe(module) for name, module in model.named_modules() if name}
+    quantization = getattr(config, "quantization_config", None)
+    return ModelFacts(
+        architecture=architecture,
+        model_type=config.model_type,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        vocabulary=_number(text, "vocab_size"),
+        layers=_number(text, "num_hidden_layers"),
+        heads=_number(text, "num_attention_heads"),
+        key_value_heads=_number(text, "num_key_value_heads"),
+        is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        is_encoder_decoder=bool(config.is_encoder_decoder),
+        is_tied=bool(text.tie_word_embeddings),
+        quantization=None if quantization is None else _method(quantization),
+        modules=modules,
+        experts=experts,
+    )
+
+
+def _number(config: Any, name: str) -> int | None:
+    """Return a field that most configurations have; None of one that has another number for each layer."""
+    found = getattr(config, name, None)
+    return found if isinstance(found, int) else None
+
+
+def _method(quantization: Any) -> str:
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return str(fields.get("quant_method", "an unnamed method"))
+
+
+def _describe(module: Any) -> ModuleFacts:
+    from torch import Tensor, nn
+
+    name, weight = type(module).__name__, getattr(module, "weight", None)
+    matrix = (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    match module:
+        case nn.Linear():
+            return ModuleFacts("linear", name, (module.in_features, module.out_features), matrix)
+        case nn.Embedding():
+            return ModuleFacts("embedding", name, (module.num_embeddings, module.embedding_dim), matrix)
+        case _:
+            return ModuleFacts("other", name, None, matrix)
