@@ -15,7 +15,7 @@ import pytest
 from loraover.client import endpoint
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.engines.base import Setting
-from loraover_serve.verify.names import CHANGED, LEAKS
+from loraover_serve.judge.names import CHANGED, LEAKS
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from loraover_serve.verify import names
+from loraover_serve.judge import names
 from loraover_serve.verify.report import Verdict
 
 from support.plain_adapter import tiny_decoder

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.verb import perform, verb
+from loraover_serve.judge.names import ANOTHER
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server, headers, tls
 from loraover_serve.record.request import REFERENCE_FILE
-from loraover_serve.verify.names import ANOTHER
 from loraover_serve.verify.request import VerifyRequest
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str,
         server = _server(request)
         names = served_names(server, reference, name, request.base_name)
         asker = Asker(reference, server, names, request.protocol)
-        return {"engine": name} | check(asker, request.declared_format, is_quick=request.quick)
+        return {"engine": name} | check(asker, request.declared_format, request.named, is_quick=request.quick)
     except CheckError as error:
         seconds = time.monotonic() - start
         return {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}

@@ -6,9 +6,6 @@ import gzip
 import hashlib
 import json
 import math
-import shutil
-import tempfile
-import zipapp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -33,23 +30,22 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row, paired
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.record.adapter_check.base_faults import COARSE_CACHE
-from loraover_serve.record.adapter_check.case import COARSER, SEEN
-from loraover_serve.record.adapter_check.estimates import t_quantile
+from loraover_serve.judge.base_faults import FEW
+from loraover_serve.judge.case import allowed_strength, strength_along
+from loraover_serve.judge.estimates import Estimate, t_quantile
+from loraover_serve.judge.evidence import Distance
+from loraover_serve.judge.limits import COARSER, SEEN
+from loraover_serve.judge.names import COARSE_CACHE, LAYERS, SCALED, multiplied
+from loraover_serve.record.checker_file import write_checker
 from loraover_serve.record.pack import Place, choose_places, likeliest, pack_places, pack_variant
 from loraover_serve.record.request import RecordRequest
-from loraover_serve.verify.base_faults import FEW, KINDS
-from loraover_serve.verify.evidence import distance
-from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
-from loraover_serve.verify.names import LAYERS, NOT_APPLIED
+from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, misplaced, rescaled
+from loraover_serve.verify.measures import between_arms, off
 from loraover_serve.verify.reference import Reference, make_reference
-from loraover_serve.verify.rules import allowed_strength
 from loraover_serve.verify.run import make_subject
-from loraover_serve.verify.strength import Estimate, between_arms, strength
 from loraover_serve.verify.variants import Variants
 
 SCHEMA_VERSION = 1
-CHECKER = Path(__file__).with_name("adapter_check")
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 TOP = 20  # logprobs that most servers give
@@ -134,18 +130,6 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     )
 
 
-def write_checker(path: Path) -> None:
-    """Write the room adapter_check, which imports the standard library alone, as one file that Python runs.
-
-    Args:
-        path: The file.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        room = Path(scratch) / "room"
-        shutil.copytree(CHECKER, room / CHECKER.name, ignore=shutil.ignore_patterns("__pycache__"))
-        zipapp.create_archive(room, path, main=f"{CHECKER.name}.command:run", compressed=True)
-
-
 def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
     """Contents of the reference; see docs/formats.md.
 
@@ -175,9 +159,7 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
         "vocabulary": reference.base.vocabulary,
         "sensitivity": reference.sensitivity,
         "effect": _effect(reference),
-        "formats": {
-            name: {"distance": one.distance, "strength": float(one.strength.value)} for name, one in formats.items()
-        },
+        "formats": {name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()},
         "ends": sorted(reference.ends),
         "power": power,
         "questions": [_question(tokenizer, reference, index, messages) for index in range(len(reference.questions))],
@@ -222,8 +204,8 @@ def measure_rounding(reference: Reference, variants: Variants, subject: RightAda
         ]
         for model in (base, adapter)
     ]
-    shown = strength(between_arms(paired(*rows), reference.base, reference.adapter))
-    return Rounding(distance(rows[0], reference.base).rms, Estimate(float(shown.value), float(shown.half)))
+    shown = strength_along(between_arms(paired(*rows), reference.base, reference.adapter))
+    return Rounding(Distance.of(off(rows[0], reference.base)).rms, shown)
 
 
 def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
@@ -243,7 +225,7 @@ def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict
     def half(questions: int) -> float:
         ratio = questions / known
         narrower = t_quantile(max(questions - 1, 1)) / t_quantile(max(known - 1, 1))
-        return float(bf16.strength.half) * narrower / math.sqrt(ratio)
+        return bf16.strength.half * narrower / math.sqrt(ratio)
 
     def decides(questions: int) -> bool:
         return COARSER * half(questions) + (high - low) / 2 < SEEN
@@ -294,9 +276,8 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         variants: The base model with changed adapters.
         subject: The adapter.
     """
-    scaled = [(rescaled(subject, factor), factor) for factor in FACTORS]
-    left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
-    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
+    scaled = [(FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f)), f) for f in FACTORS]
+    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault != LAYERS]  # see `many_faults`
     for each, factor in [*known, *scaled]:
         model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
         rows = [
@@ -319,8 +300,9 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
         yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
     yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
-    for kind, detail, run in variants.base_faults():
-        yield RecordedFault(BASE, KINDS[kind], detail, run(NAMED_LAYERS), NAMED_LAYERS)
+    for base_fault in variants.base_faults():
+        model = base_fault.run(NAMED_LAYERS)
+        yield RecordedFault(BASE, base_fault.fault, base_fault.detail, model, NAMED_LAYERS)
 
 
 def _tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:

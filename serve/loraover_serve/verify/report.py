@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-
-from loraover_serve.comparison.thresholds import root_mean
-
-if TYPE_CHECKING:
-    from loraover_serve.verify.strength import Estimate
 
 REPORT_FILE = "verify.json"
 Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
@@ -37,22 +28,6 @@ class LogprobDistance(Model):
     positions: int = Field(description="Number of positions at which next tokens were compared")
     prompts: int = Field(description="Number of prompts to which they belong")
 
-    @classmethod
-    def of(cls, differences: Sequence[NDArray[np.float64]], prompts: Sequence[int]) -> LogprobDistance:
-        """Summarise differences of logprobs.
-
-        Args:
-            differences: One array for each position.
-            prompts: The prompt to which each position belongs.
-        """
-        squares = np.array([float(np.mean(np.square(each))) for each in differences])
-        _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
-        counts = np.bincount(prompt)
-        sums = np.bincount(prompt, weights=squares) * len(counts) / len(squares)  # whose mean is that of the squares
-        rms, error = root_mean(sums)
-        largest = max(float(np.abs(each).max()) for each in differences)
-        return cls(rms=rms, error=error, largest=largest, positions=len(squares), prompts=len(counts))
-
 
 class Interval(Model):
     """A strength: 1 if the engine applies the adapter as it was trained, 0 if it does not."""
@@ -63,13 +38,6 @@ class Interval(Model):
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Interval | None:
-        """The interval of an estimate; None if it has no ends."""
-        if not math.isfinite(estimate.half):
-            return None
-        return cls(value=float(estimate.value), low=float(estimate.low), high=float(estimate.high))
 
 
 class MixedBatch(Model):

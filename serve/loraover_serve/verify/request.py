@@ -11,10 +11,8 @@ from loraover.models.request_fields import device
 from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
+from loraover_serve.judge.limits import NUMBER_FORMATS
 from loraover_serve.vllm.request import SET_BY_SERVE
-
-NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
-"""Number formats from fine to coarse."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from .case import Greedy
-from .dialects import DIALECTS
-from .reference import ADAPTER, BASE, OTHER, CheckError, Reference, Row, Rows
-from .server import Server, UnfitError
+from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
+from loraover_serve.record.adapter_check.dialects import DIALECTS
+from loraover_serve.record.adapter_check.evidence import Greedy
+from loraover_serve.record.adapter_check.reference import CheckError, Reference, Row, Rows
+from loraover_serve.record.adapter_check.server import Server, UnfitError
 
 AT_ONCE = 4  # requests in flight
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
@@ -121,7 +122,7 @@ class Asker:
         """The adapter's greedy answer to each question."""
 
         def ask(question: int) -> Greedy:
-            place, expected = self.reference.places.index((question, 0)), self.reference.questions[question]["answer"]
+            place, expected = self.reference.first(question), self.reference.questions[question]["answer"]
             found, _ = self.answer(ADAPTER, self.prompt(place), len(expected))
             tokens = [token for token, _ in found]
             known = [*takewhile(lambda token: token is not None, tokens)]

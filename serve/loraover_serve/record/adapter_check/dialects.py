@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-from .reference import BASE
+from loraover_serve.judge.limits import BASE
 
 
 class Dialect(NamedTuple):
