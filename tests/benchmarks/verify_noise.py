@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.source import read_source
-from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Speaker
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS

@@ -1,4 +1,4 @@
-"""The checker as one file: the room of the checker and the judge's, which import the standard library alone."""
+"""The checker as one file: what it needs of both packages, which imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import tempfile
 import zipapp
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
+from loraover.client import dialects
+
+SERVE = Path(__file__).parents[1]
 ROOMS = ("judge", "record/adapter_check")
 
 
@@ -18,10 +20,13 @@ def write_checker(path: Path) -> None:
         path: The file.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) / PACKAGE.name
+        root = Path(scratch)
         for room in ROOMS:
-            shutil.copytree(PACKAGE / room, root / room, ignore=shutil.ignore_patterns("__pycache__"))
-        for folder in (root, root / "record"):
-            (folder / "__init__.py").touch()
-        main = f"{PACKAGE.name}.record.adapter_check.command:run"
-        zipapp.create_archive(scratch, path, main=main, compressed=True)
+            shutil.copytree(SERVE / room, root / SERVE.name / room, ignore=shutil.ignore_patterns("__pycache__"))
+        client = root.joinpath(*dialects.__name__.split(".")).with_suffix(".py")
+        client.parent.mkdir(parents=True)
+        shutil.copyfile(dialects.__file__, client)
+        for folder in {above for file in root.rglob("*.py") for above in file.relative_to(root).parents}:
+            (root / folder / "__init__.py").touch()
+        (root / "__init__.py").unlink()
+        zipapp.create_archive(root, path, main=f"{SERVE.name}.record.adapter_check.command:run", compressed=True)

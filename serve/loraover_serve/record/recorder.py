@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
-from loraover.client.dialects import text_of
+from loraover.client.speaker import text_of
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
 from loraover.common.verb import verb

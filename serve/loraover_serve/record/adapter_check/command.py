@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from loraover.client.dialects import DIALECTS
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker, served_names
-from loraover_serve.record.adapter_check.dialects import DIALECTS
 from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence
 from loraover_serve.record.adapter_check.reference import CheckError, read_reference
 from loraover_serve.record.adapter_check.server import Server, headers, tls
