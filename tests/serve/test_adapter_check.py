@@ -118,8 +118,12 @@ def test_each_fault_of_a_server_has_verifys_verdict(
 def test_answers_that_change_in_a_mixed_batch_are_named(
     victim: str, fault: str, asked: VerifyCase, reference: Reference
 ) -> None:
-    found = checked(Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim), reference)
+    server = Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim)
+    found = checked(server, reference)
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
+    assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
+    alone = checked(server, reference, without_mixed=True)
+    assert (alone["verdict"], alone["mixed_failure"]) == ("as trained", "--without-mixed was given"), alone["reason"]
 
 
 def translated(protocol: str, served: Served) -> Callable[[dict[str, Any]], int | bytes]:

@@ -8,6 +8,7 @@ looked at as well, where the server has a second one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from loraover_serve.judge.case import Case, count_base
 from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, OTHER
@@ -64,7 +65,16 @@ def mixed_fault(case: Case) -> Fault | None:
             words = f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone"
             reason = (
                 f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
-                "time are answered right"
+                f"time are answered right: send them so, and judge them alone with {case.option('without_mixed')}"
             )
             return reason, fault
     return None
+
+
+def left_out(option: Callable[[str], str]) -> str:
+    """Reason why no requests were sent together: nobody wanted any.
+
+    Args:
+        option: Name of an option as its user writes it.
+    """
+    return f"{option('without_mixed')} was given"

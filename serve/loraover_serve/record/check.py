@@ -124,10 +124,15 @@ def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str,
         server = _server(request)
         names = served_names(server, reference, name, request.base_name)
         asker = Asker(reference, server, names, request.protocol)
-        return {"engine": name} | check(asker, request.declared_format, request.named, is_quick=request.quick)
+        return {"engine": name} | _asked(request, asker, is_quick=request.quick)
     except CheckError as error:
         seconds = time.monotonic() - start
         return {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
+
+
+def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
+    without = request.without_mixed
+    return check(asker, request.declared_format, request.named, is_quick=is_quick, without_mixed=without)
 
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
@@ -148,7 +153,7 @@ def _answers_as(request: VerifyRequest, name: str, reference: Reference) -> bool
         server = _server(request)
         asker = Asker(reference, server, served_names(server, reference, name, request.base_name), request.protocol)
         return all(
-            check(asker, request.declared_format, is_quick=is_quick)["verdict"] == "as trained"
+            _asked(request, asker, is_quick=is_quick)["verdict"] == "as trained"
             for is_quick in (True, *((False,) if not request.quick else ()))
         )
     except CheckError:

@@ -40,7 +40,7 @@ class Answers:
         adapter: Logprobs of the adapter.
         greedy: The adapter's greedy answer to each prompt.
         mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
-        mixed_failure: Reason why the requests that were sent together failed; None if they did not.
+        mixed_failure: Reason why no requests were answered together; None if they were, or need not be.
         is_one_model: Whether the engine has one model, so that both arms are the adapter.
     """
 

@@ -28,12 +28,14 @@ class EngineJudge:
         variants: The base model with changed adapters, to run suspected faults.
         subject: The adapter.
         number_format: Coarsest number format in which the base model is known to be served.
+        without_mixed: Whether no requests for both models are sent together.
     """
 
     reference: Reference
     variants: Variants
     subject: RightAdapter
     number_format: str = "bf16"
+    without_mixed: bool = False
 
     def judge(self, engine: str, version: str | None, answers: Answers, seconds: float) -> EngineResult:
         """Compare an engine's answers with PyTorch's, and look for a fault if they differ.

@@ -128,7 +128,7 @@ class EngineResult(Model):
         default=None, description="Answers in mixed batches; None if the engine takes one request at a time"
     )
     mixed_failure: str | None = Field(
-        default=None, description="Reason why mixed batches could not be compared; None if they were, or need not be"
+        default=None, description="Reason why mixed batches were not compared; None if they were, or need not be"
     )
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
@@ -162,6 +162,11 @@ class VerifyReport(Model):
         exclude=True,
         description="Folder of the report, if the output could not be written; not in files",
     )
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine answers as the adapter was trained."""
+        return self.verdict == "as trained"
 
     @property
     def exit_code(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from loraover.client.dialects import DIALECTS
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
+from loraover_serve.judge.request_faults import left_out
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence
@@ -23,7 +24,12 @@ EXIT_CODES = {"as trained": 0, "differs": 1, "failed": 2, "inconclusive": 3}
 
 
 def check(
-    asker: Asker, served_format: str = "bf16", option: Callable[[str], str] = flag, *, is_quick: bool = False
+    asker: Asker,
+    served_format: str = "bf16",
+    option: Callable[[str], str] = flag,
+    *,
+    is_quick: bool = False,
+    without_mixed: bool = False,
 ) -> dict[str, Any]:
     """Ask a server everything, and judge its answers.
 
@@ -32,6 +38,7 @@ def check(
         served_format: Coarsest number format in which the server may hold the base model.
         option: Name of an option as its user writes it.
         is_quick: Whether a few answers of the adapter alone have to do.
+        without_mixed: Whether no requests for both models are sent together.
 
     Returns:
         The fields of an engine's result in verify.json, but for the engine.
@@ -39,7 +46,9 @@ def check(
     Raises:
         CheckError: A server that refuses, or whose answers cannot be read.
     """
-    start, answers = time.monotonic(), (quick_answers if is_quick else all_answers)(asker)
+    start = time.monotonic()
+    unmixed = left_out(option) if without_mixed else None
+    answers = quick_answers(asker) if is_quick else all_answers(asker, unmixed)
     found = judge(RecordedEvidence(asker.reference, answers), served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
 
@@ -57,14 +66,21 @@ def quick_answers(asker: Asker) -> Answers:
     return Answers({}, asker.rows(ADAPTER, chosen, sources), sources=sources)
 
 
-def all_answers(asker: Asker) -> Answers:
-    """Everything that the judge needs."""
+def all_answers(asker: Asker, unmixed: str | None = None) -> Answers:
+    """Everything that the judge needs.
+
+    Args:
+        asker: The server, with the reference.
+        unmixed: Reason why no requests for both models are sent together; None if they are.
+    """
     sources: dict[int, str] = {}
     if asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai":
         adapter = asker.rows(ADAPTER, asker.places, sources)
         return Answers({}, adapter, asker.greedy(), sources=sources, is_one_model=True)
     base, adapter = asker.rows(BASE, asker.places, {}), asker.rows(ADAPTER, asker.places, sources)
-    answers = Answers(base, adapter, asker.greedy(), sources=sources)
+    answers = Answers(base, adapter, asker.greedy(), sources=sources, mixed_failure=unmixed)
+    if unmixed is not None:
+        return answers
     try:
         answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
     except CheckError as error:  # what was answered before is judged all the same
@@ -88,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ca-file", help="certificates that sign the server's (PEM)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for everything (default: 120)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
+    parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     asked = parser.parse_args(arguments)
     try:
@@ -96,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         reference = read_reference(asked.reference)
         names = served_names(server, reference, asked.served_name, asked.base_name)
-        found = check(Asker(reference, server, names, asked.protocol), asked.served_format, is_quick=asked.quick)
+        asker = Asker(reference, server, names, asked.protocol)
+        found = check(asker, asked.served_format, is_quick=asked.quick, without_mixed=asked.without_mixed)
     except CheckError as error:
         found = {"verdict": "failed", "reason": str(error), "fault": None}
     print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")
