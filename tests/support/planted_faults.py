@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from loraover_serve.judge import names
-from loraover_serve.verify.report import Verdict
+from loraover_serve.judge.limits import Verdict
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
+EXIT_CODES: dict[Verdict, int] = {"differs": 1, "failed": 2, "inconclusive": 3, "as trained": 0}
+"""Exit code of each verdict, the worst first: the verdict of several engines is the worst of theirs."""
+
 BASE, ADAPTER = "base", "adapter"
 """Names of the two arms: requests for the base model, and requests for the adapter."""
 

@@ -28,6 +28,7 @@ from loraover_serve.judge.limits import (
     FLOOR,
     NUMBER_FORMATS,
     SEEN,
+    Verdict,
 )
 from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, OTHER_BASE, UNLIKE
 from loraover_serve.judge.request_faults import generated_fault, mixed_fault
@@ -46,7 +47,7 @@ class Finding(NamedTuple):
         suspects: Faults that were compared, the nearest first.
     """
 
-    verdict: str
+    verdict: Verdict
     reason: str
     fault: str | None = None
     suspects: Sequence[Suspect] = ()

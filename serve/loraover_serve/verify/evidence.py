@@ -71,9 +71,9 @@ class EngineEvidence(Evidence):
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
         self.compared = "all tokens" if answers.adapter[0].ids is None else "top tokens"
-        mine, without = in_order(answers.adapter), [(like(row, self.base), row) for row in in_order(answers.adapter)]
+        mine = in_order(answers.adapter)
         self._rows = {ADAPTER: mine, BASE: [] if self.is_one_model else in_order(answers.base)}
-        self._pairs = paired(self._rows[BASE], mine) or without
+        self._pairs = paired(self._rows[BASE], mine) or [(like(row, self.base), row) for row in mine]
         self._asked = self._rows[BASE] or mine
 
     def off(self, arm: str, model: Expected) -> list[Off]:

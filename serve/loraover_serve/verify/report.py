@@ -7,10 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_serve.judge.limits import EXIT_CODES, Verdict
+
 REPORT_FILE = "verify.json"
-Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
-EXIT_CODES: dict[Verdict, int] = {"differs": 1, "failed": 2, "inconclusive": 3, "as trained": 0}
-"""Exit code of each verdict, the worst first: the verdict of several engines is the worst of theirs."""
 
 
 class Model(BaseModel):

@@ -40,13 +40,14 @@ from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Engine, RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.engines.installed import check_installed, versions
+from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.judge.request_faults import left_out
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import EngineJudge
 from loraover_serve.verify.reference import Reference, make_reference
-from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
+from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
 from loraover_serve.vllm.server import signals_as_interrupts

@@ -11,7 +11,7 @@ from typing import Any
 
 from loraover.client.dialects import DIALECTS
 from loraover_serve.judge.case import flag
-from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
+from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS
 from loraover_serve.judge.request_faults import left_out
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker, served_names
@@ -20,7 +20,6 @@ from loraover_serve.record.adapter_check.reference import CheckError, read_refer
 from loraover_serve.record.adapter_check.server import Server, headers, tls
 
 QUICK = 8  # requests
-EXIT_CODES = {"as trained": 0, "differs": 1, "failed": 2, "inconclusive": 3}
 
 
 def check(
