@@ -179,7 +179,8 @@ def test_many_cold_requests_while_the_worker_is_killed(server: Plugged) -> None:
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(server.complete, name) for name in names * 4]
         before.kill()
-        assert {answer.result().status_code for answer in answers} == {200}
+        refused = {reason(each) for answer in answers if (each := answer.result()).status_code != 200}
+    assert refused == set()
     assert server.worker().pid != before.pid
 
 

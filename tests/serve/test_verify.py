@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.engines import torch as torch_engines
 from loraover_serve.engines import vllm
 from loraover_serve.engines.answers import Expected, GreedyAnswer, Row
 from loraover_serve.engines.base import Setting
+from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.case import allowed_distance, sure_errors
 from loraover_serve.judge.evidence import Distance
 from loraover_serve.judge.limits import FLOOR, SURE
@@ -23,6 +26,7 @@ from loraover_serve.verify.faults import permuted
 from loraover_serve.verify.run import verify_engine
 
 from support.make_checkpoint import Made
+from support.plain_adapter import tiny_decoder
 from support.verified import FAULTS, WRONG_PREFIX, Case, Planted, make_case, plant, save_base
 
 
@@ -205,3 +209,23 @@ def test_the_allowed_distance_follows_the_noise() -> None:
     assert allowed_distance(Distance(rms=0.0, error=0.0, largest=0.0, positions=64, prompts=64), 1.5) == FLOOR
     assert sure_errors(64) == SURE
     assert sure_errors(2) > 10**3
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 7, 5, 1, 6], [2, 2, 2, 2]])
+def test_questions_that_are_run_together_get_the_logits_of_those_run_alone(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_decoder("Llama").eval()
+    monkeypatch.setattr(torch_engines, "LOGITS_AT_ONCE", 15 * model.config.vocab_size)
+    asked = [[(7 * k + i) % 60 for i in range(length)] for k, length in enumerate(lengths)]
+    calls: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda *each: calls.append(each[2]["input_ids"].shape), with_kwargs=True)
+    with torch.inference_mode():
+        together = list(model_logits(model, asked))
+        batches = [shape.numel() for shape in calls]
+        alone = [model(input_ids=torch.tensor([ids])).logits[0].numpy() for ids in asked]
+    assert len(batches) < len(asked) or len(asked) == 1
+    assert max(batches) <= 15
+    for one, other in zip(together, alone, strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one - other).max() <= 1e-5

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import LlamaConfig
 
 from loraover_serve.judge import names
 from loraover_serve.judge.limits import Verdict
@@ -201,12 +202,13 @@ class AskedModel:
     """
 
     device = torch.device("cpu")
+    config = LlamaConfig(vocab_size=torch.iinfo(torch.int32).max)  # so that questions are asked one by one
 
     def __init__(self, name: str, ask: Ask) -> None:
         self._name, self._ask = name, ask
 
     def __call__(self, input_ids: torch.Tensor, past_key_values: tuple[int, ...] = (), **_: Any) -> Any:
-        new = input_ids[0].tolist()
+        (new,) = input_ids.tolist()
         ids = [*past_key_values, *new]
         logits = self._ask({"model": self._name, "prompt": ids, "max_tokens": 1, "all_logits": True})["logits"]
         return SimpleNamespace(logits=logits[None, -len(new) :], past_key_values=tuple(ids))

@@ -30,6 +30,9 @@ Switch = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields the model to run."""
 Within = Callable[[Any], AbstractContextManager[Any]]
 
+LOGITS_AT_ONCE = 2**25
+"""Logits that are held at once, 128 MiB of them in float32."""
+
 
 @final
 class TorchEngine(LogitEngine, TimedEngine):
@@ -72,8 +75,7 @@ class TorchEngine(LogitEngine, TimedEngine):
             within: Context manager that changes how the model computes; it is called with the model.
         """
         with engine_errors(self.name), self._switches[arm]() as model, within(model):
-            for tokens in sequences:
-                yield model_logits(model, tokens)
+            yield from model_logits(model, sequences)
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         return [
@@ -137,11 +139,30 @@ def memory_needs(setting: Setting) -> Needs:
     return Needs.of_model(setting.base, adapters=adapters, tokens=setting.longest, copies=copies)
 
 
-def model_logits(model: Any, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Return a model's logits after each of the tokens, of shape (tokens, vocabulary)."""
-    ids = torch.tensor([list(tokens)], device=model.device)
-    logits: NDArray[np.float32] = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
-    return logits
+def model_logits(model: Any, sequences: Iterable[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+    """Yield a causal model's logits after each token of each sequence, of shape (tokens, vocabulary).
+
+    Several sequences are run at once, with other tokens behind the shorter ones, which no token before them sees.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    for batch in _batches(sequences, LOGITS_AT_ONCE // vocabulary):
+        longest = max(map(len, batch))
+        padded = [[*tokens, *[tokens[-1]] * (longest - len(tokens))] for tokens in batch]
+        logits = model(input_ids=torch.tensor(padded, device=model.device), use_cache=False).logits
+        for tokens, found in zip(batch, logits, strict=True):
+            yield found[: len(tokens)].float().cpu().numpy()
+
+
+def _batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Yield sequences in groups that have at most so many tokens once they are padded, or one sequence."""
+    batch: list[Sequence[int]] = []
+    for tokens in sequences:
+        if batch and (len(batch) + 1) * max(map(len, [*batch, tokens])) > most:
+            yield batch
+            batch = []
+        batch.append(tokens)
+    if batch:
+        yield batch
 
 
 def _answer(model: Any, arm: str, block: int, index: int, request: TokenRequest) -> Sample:

@@ -93,6 +93,8 @@ class Front:
         assert process.stdin is not None
         answer = waiting[number] = asyncio.get_running_loop().create_future()
         try:
+            if process.stdin.is_closing():  # vLLM's event loop, uvloop, raises RuntimeError if one writes there
+                raise BrokenPipeError
             process.stdin.write(json.dumps({"id": number, **request}).encode() + b"\n")
             await process.stdin.drain()
             found: dict[str, Any] = await answer
@@ -109,6 +111,8 @@ async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str
     """Give each answer to the request that waits for it, until the worker ends."""
     assert process.stdout is not None
     async for line in process.stdout:
+        if not line.endswith(b"\n"):
+            break  # the worker was killed while it wrote
         answer = json.loads(line)
         waiting = expected.get(answer.pop("id"))
         if waiting is not None and not waiting.done():

@@ -131,13 +131,10 @@ class Variants:
 
     @torch.inference_mode()
     def _run(self, prompts: int | None = None, before: Sequence[int] = ()) -> Expected:
-        return Expected(
-            [
-                row
-                for index, question in enumerate(self._questions[:prompts])
-                for row in window_rows(index, question, model_logits(self.model, [*before, *question.tokens]))
-            ]
-        )
+        questions = self._questions[:prompts]
+        found = model_logits(self.model, ([*before, *question.tokens] for question in questions))
+        asked = enumerate(zip(questions, found, strict=True))
+        return Expected([row for index, (question, logits) in asked for row in window_rows(index, question, logits)])
 
 
 @contextmanager
