@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import httpx2
 
 from loraover.client.connection import asked_pause, cut_off_at, explanation, http_client
+from loraover.client.dialects import GREEDY
 from loraover.common.errors import ConfigError, EngineError
 
 REQUEST_TIMEOUT_S = 300.0
@@ -63,7 +64,7 @@ class Endpoint:
             be used.
     """
 
-    GREEDY: ClassVar[Mapping[str, Any]] = {"temperature": 0}
+    GREEDY: ClassVar[Mapping[str, Any]] = GREEDY
     """Fields that ask for the likeliest token at each position."""
 
     def __init__(

@@ -17,9 +17,9 @@ from scipy import stats
 
 from loraover.reporting.figures import Band, FigureRow, Point, rows_figure
 from loraover.reporting.svg import Axis
-from loraover_serve.verify.request import NUMBER_FORMATS
-from loraover_serve.verify.strength import BY_CHANCE, log_ratios
+from loraover_serve.judge.limits import BY_CHANCE, NUMBER_FORMATS
 
+from oracles.prompt_estimates import log_ratios
 from support.recorded_noise import Recorded
 
 DOCS = Path(__file__).parents[2] / "docs"

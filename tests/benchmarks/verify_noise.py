@@ -29,15 +29,16 @@ from safetensors.torch import load_file, save_file
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.source import read_source
-from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Speaker
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, window_rows
 from loraover_serve.engines.endpoint import EndpointEngine
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.verify.judge import Answers, EngineCase, EngineJudge
+from loraover_serve.verify.evidence import Answers
+from loraover_serve.verify.judge import EngineJudge
 from loraover_serve.verify.reference import Reference, make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
@@ -249,7 +250,7 @@ class Subject:
                 told = self._told({arm: rows[index, position] for arm, rows in places.items()})
                 for name, values in told.items():
                     found[name][index, step, : len(values)] = values
-        case = EngineCase(self.judge, Answers(answers[BASE], answers[ADAPTER], ()))
+        case = self.judge.case(Answers(answers[BASE], answers[ADAPTER], ()))
         format_ = str(case.number_format)
         return found | {"number_format": format_, "bias": case.bias, "sensitivity": self.reference.sensitivity}
 

@@ -58,8 +58,8 @@ SERVING = (
     ),
     Mutant(
         "verify-noise-of-the-adapted-model",
-        "noise, found = distance(base_rows, base), distance(adapter_rows, adapter)",
-        "noise, found = distance(adapter_rows, adapter), distance(adapter_rows, adapter)",
+        "self.noise = self.found if evidence.is_one_model else Distance.of(evidence.off(BASE, evidence.base))",
+        "self.noise = self.found",
         Selection("test_verify.py", "planted_fault"),
     ),
     Mutant(
@@ -76,14 +76,14 @@ SERVING = (
     ),
     Mutant(
         "verify-weak-adapter-passes",
-        "if found.effect > FLOOR and is_narrow(found.strength, case.allowed):",
-        "if found.effect >= 0:",
+        "if case.effect > FLOOR and is_narrow(case.strength, case.allowed):",
+        "if case.effect >= 0:",
         Selection("test_verify.py", "below_the_noise"),
     ),
     Mutant(
         "verify-mixed-batch-beside-itself",
-        "row for row in apart[arm]}",
-        "row for row in mixed[name]}",
+        "row for row in alone}",
+        "row for row in together}",
         Selection("test_verify_endpoint.py", "mixed_batch"),
     ),
     Mutant(
@@ -94,9 +94,9 @@ SERVING = (
     ),
     Mutant(
         "verify-positions-are-independent",
-        "correction * (sums**2).sum(-1)",
-        "correction * (scores**2).sum((-2, -1))",
-        Selection("test_verify_strength.py", "interval_holds"),
+        "sums[prompt] += f * math.sqrt(w) * r",
+        "sums[len(sums)] += f * math.sqrt(w) * r",
+        Selection("test_judge_estimates.py", "strength_is_that_of_numpy"),
     ),
     Mutant(
         "verify-a-right-adapter-keeps-its-strength-in-int4",
@@ -106,20 +106,20 @@ SERVING = (
     ),
     Mutant(
         "verify-one-answer-without-the-adapter-decides",
-        "stats.beta.ppf(CONFIDENCE, FEW_AS_BASE, answers - FEW_AS_BASE + 1)",
-        "stats.beta.ppf(CONFIDENCE, 1, answers)",
+        "(1 - share) ** (answers - k) for k in range(FEW_AS_BASE))",
+        "(1 - share) ** (answers - k) for k in range(1))",
         Selection("test_verify_strength.py", "show_a_share"),
     ),
     Mutant(
         "verify-a-cache-in-float8-is-another-base-model",
-        "self._format_of(self.evidence.noise.rms * math.sqrt(1 - self.cache_share))",
+        "self.format_of(self.noise.rms * math.sqrt(1 - self.cache_share))",
         "self.number_format",
         Selection("test_verify_faults.py", "planted_fault"),
     ),
     Mutant(
         "verify-one-model-is-its-own-base",
-        "answers = replace(answers, base=[like(row, judge.reference.base) for row in answers.adapter])",
-        "answers = replace(answers)",
+        "BASE: [] if self.is_one_model else in_order(answers.base)}",
+        "BASE: in_order(answers.base)}",
         Selection("test_verify_faults.py", "planted_fault"),
     ),
     Mutant(

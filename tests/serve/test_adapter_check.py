@@ -15,16 +15,16 @@ import pytest
 from serve.test_verify_endpoint import Mixing
 
 from loraover_serve.engines import engine_class
-from loraover_serve.engines.answers import Row
+from loraover_serve.engines.answers import ADAPTER, BASE, Row
 from loraover_serve.engines.base import Engine
+from loraover_serve.judge.names import CHANGED, LEAKS, OTHER_BASE
+from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker, served_names
-from loraover_serve.record.adapter_check.case import Answers, Case, Greedy
 from loraover_serve.record.adapter_check.command import check
-from loraover_serve.record.adapter_check.reference import ARMS, CheckError, Reference, read_reference
-from loraover_serve.record.adapter_check.rules import finding
+from loraover_serve.record.adapter_check.evidence import Answers, Greedy, RecordedEvidence
+from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server
-from loraover_serve.record.recorder import write_checker
-from loraover_serve.verify.names import CHANGED, LEAKS, OTHER_BASE
+from loraover_serve.record.checker_file import write_checker
 
 from support.openai_server import openai_server
 from support.planted_faults import FAULTS as PLANTED
@@ -53,7 +53,7 @@ def answers_of(engine: Engine, asked: VerifyCase, reference: Reference) -> Answe
             for row in engine.logprobs(arm, questions)
             if (row.question, row.position) in places
         }
-        for arm in ARMS
+        for arm in (BASE, ADAPTER)
     ]
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
     return Answers(arms[0], arms[1], [Greedy(q, answer.tokens, answer.length, {}) for q, answer in enumerate(greedy)])
@@ -76,9 +76,9 @@ def test_an_engine_has_verifys_verdict(name: str, asked: VerifyCase, reference: 
     else:
         changed["base"] = save_base(tmp_path / "other", seed=7)
     with engine_class("torch").start(asked.setting(tmp_path, **changed)) as engine:
-        verdict, reason, fault = finding(Case(reference, answers_of(engine, asked, reference)))
-    assert (verdict, fault) == expected, reason
-    assert name not in FAULTS or FAULTS[name].words in reason
+        found = judge(RecordedEvidence(reference, answers_of(engine, asked, reference)))
+    assert (found["verdict"], found["fault"]) == expected, found["reason"]
+    assert name not in FAULTS or FAULTS[name].words in found["reason"]
 
 
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
@@ -118,8 +118,12 @@ def test_each_fault_of_a_server_has_verifys_verdict(
 def test_answers_that_change_in_a_mixed_batch_are_named(
     victim: str, fault: str, asked: VerifyCase, reference: Reference
 ) -> None:
-    found = checked(Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim), reference)
+    server = Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim)
+    found = checked(server, reference)
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
+    assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
+    alone = checked(server, reference, without_mixed=True)
+    assert (alone["verdict"], alone["mixed_failure"]) == ("as trained", "--without-mixed was given"), alone["reason"]
 
 
 def translated(protocol: str, served: Served) -> Callable[[dict[str, Any]], int | bytes]:

@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export import ConvertReport, convert_adapter
 from loraover_serve import verify_adapter
-from loraover_serve.verify.names import LEAKS
+from loraover_serve.judge.names import LEAKS
 
 from support.serving import MODEL, Served
 from support.vllm_command import leaks_in_mixed_batches

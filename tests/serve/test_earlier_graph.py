@@ -16,9 +16,9 @@ from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover_export.onnx import genai
 from loraover_serve import VerifyReport, measure_parity, verify_adapter
 from loraover_serve.cli import cli
+from loraover_serve.judge.names import OTHER_BASE
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
-from loraover_serve.verify.names import OTHER_BASE
 
 from support.onnx_export import export
 from support.verified import save_adapter, save_base

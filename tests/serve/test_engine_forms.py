@@ -15,7 +15,7 @@ import pytest
 
 from loraover.common.errors import LoraOverError
 from loraover_export import check_adapter
-from loraover_serve.verify.judge import Answers
+from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.run import ask
 
 from support.compatibility import FEATURES, FORMS, OURS, PEFT, Cell, record_cell

@@ -12,7 +12,7 @@ import loraover
 from loraover.training.methods import METHODS
 from loraover_export import export_vllm
 from loraover_serve import EngineResult, serve_adapters, verify_adapter
-from loraover_serve.verify.names import NOT_APPLIED
+from loraover_serve.judge.names import NOT_APPLIED
 from loraover_serve.vllm.request import LOOPBACK
 from loraover_serve.vllm.server import VllmServer, free_port
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from loraover_serve.comparison.thresholds import root_mean
 from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.judge.estimates import root_mean
 from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Distance, agrees, is_base, is_changed
 from loraover_serve.parity.measure.blocks import measure

@@ -11,17 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from loraover.common.command_line import run
 from loraover_serve.cli import cli
-from loraover_serve.comparison import thresholds
-from loraover_serve.engines.answers import Expected
-from loraover_serve.record.adapter_check import case, estimates
-from loraover_serve.record.adapter_check.reference import ADAPTER, UNIT, CheckError, Model, read_reference
+from loraover_serve.engines.answers import ADAPTER, Expected
+from loraover_serve.judge.estimates import Estimate
+from loraover_serve.record.adapter_check.reference import UNIT, CheckError, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
-from loraover_serve.verify import evidence, judge, rules
-from loraover_serve.verify import strength as with_numpy
 
 from support.recorded import ANSWER, QUESTIONS
 from support.verified import Case
@@ -66,25 +62,12 @@ def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, as
         assert not others.size or others.max() <= found.base.floors[place] + UNIT
 
 
-def test_estimates_are_those_of_numpy_and_scipy() -> None:
-    for freedom in (1.0, 1.7, 5.0, 31.0, 150.0):
-        expected = stats.t.isf(with_numpy.BY_CHANCE / 2, freedom)
-        assert estimates.t_quantile(freedom) == pytest.approx(expected, rel=1e-4)
-    draw = np.random.default_rng(0)
-    w = draw.gamma(1.0, size=(9, 4))
-    x = 0.9 * w + 0.1 * np.sqrt(w) * draw.standard_t(2, size=w.shape)
-    w[3, 2:], x[3, 2:] = 0, 0
-    expected = with_numpy.strength(with_numpy.Projections(x, w, x**2))
-    found = estimates.strength([(q, x[q, k], w[q, k]) for q in range(9) for k in range(4)])
-    assert found == pytest.approx((float(expected.value), float(expected.half)), rel=1e-4)
-
-
 def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
     reference = asked.judge.reference
 
     def chosen(half: float, number: int) -> tuple[int, bool]:
         many = replace(reference, questions=reference.questions[:1] * number, bias=1.0)
-        found = choose_number(many, Rounding(0.1, with_numpy.Estimate(1.0, half)), chosen=False)
+        found = choose_number(many, Rounding(0.1, Estimate(1.0, half)), chosen=False)
         return found["questions"], found["decides"]
 
     assert chosen(0.01, 64) == (24, True)
@@ -164,17 +147,3 @@ def test_a_reference_that_exists_is_kept(recorded: Path, adapter: Path, capsys: 
     assert run(cli, ["record", str(adapter), "-o", str(recorded)]) == 2
     assert "exists; choose another --output, or give --force" in capsys.readouterr().err
     assert recorded.read_bytes() == before
-
-
-def test_the_checker_has_the_limits_of_verify() -> None:
-    """It can import none of them."""
-    assert (case.FLOOR, case.EXACT, case.CERTAIN) == (evidence.FLOOR, evidence.EXACT, evidence.CERTAIN)
-    assert (case.EXCESS, case.FEW_PROMPTS, case.CLEAR) == (evidence.EXCESS, evidence.FEW_PROMPTS, evidence.CLEAR)
-    assert (case.EXACT_STRENGTH, case.ROUNDED_STRENGTH) == (rules.EXACT_STRENGTH, rules.ROUNDED_STRENGTH)
-    assert (case.SEEN, case.SURE, case.COARSER, case.FEW, case.AS_BASE) == (
-        rules.SEEN,
-        thresholds.SURE,
-        judge.COARSER,
-        rules.FEW_AS_BASE,
-        evidence.AS_BASE,
-    )

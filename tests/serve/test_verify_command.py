@@ -41,6 +41,7 @@ def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, caps
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures", "verify.html", "verify.json"]
     report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
     assert (report.verdict, report.reference, report.prompts, report.exit_code) == ("as trained", "PEFT", 8, 0)
+    assert report.passed
     assert "as trained" in (tmp_path / "out" / "verify.html").read_text()
     words = shlex.split(report.command)
     command = cli.get_command(click.Context(cli), "verify")
@@ -149,7 +150,7 @@ def test_an_adapter_without_effect_is_inconclusive(base: Path, adapter: Path, tm
 def test_the_function_prints_nothing(adapter: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The train leaves at nine.\n\nA farmer has 17 sheep.\n")
-    report = verify_adapter(adapter, engines=["torch"], prompts=prompts, **BRIEF)
+    report = verify_adapter(adapter, engines="torch", prompts=prompts, **BRIEF)
     assert (report.prompts, report.prompt_source) == (2, "2 of the prompts of prompts.txt")
     assert capfd.readouterr().out == ""
 

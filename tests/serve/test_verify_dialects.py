@@ -15,7 +15,7 @@ import pytest
 
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve import verify_adapter
-from loraover_serve.verify.names import CHANGED_BY_OTHER
+from loraover_serve.judge.names import CHANGED_BY_OTHER
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 

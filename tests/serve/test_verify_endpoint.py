@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from loraover.client import endpoint
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.engines.base import Setting
-from loraover_serve.verify.names import CHANGED, LEAKS
+from loraover_serve.judge.names import CHANGED, LEAKS
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 
@@ -108,6 +109,15 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
     changed, kept = (found.mixed.base, found.mixed.adapter)[:: 1 if victim == "base" else -1]
     assert kept.rms == 0
     assert changed.rms > 0.5 * (found.effect or 0.0)
+    assert found.reason.endswith("answered right: send them so, and judge them alone with without_mixed")
+
+
+def test_what_is_right_without_mixed_batches_is_judged_alone(case: Case, tmp_path: Path) -> None:
+    judge = replace(case.judge, without_mixed=True)
+    with openai_server(Mixing(right(case), "base"), NAMES) as server:
+        found = verify_engine("endpoint", setting(case, server.url, tmp_path), judge)
+    assert (found.verdict, found.mixed) == ("as trained", None)
+    assert found.reason.endswith("; mixed batches were not compared: without_mixed was given")
 
 
 def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:

@@ -15,7 +15,7 @@ from loraover.models.load import resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.engines import ENGINES, engine_class
 from loraover_serve.engines.elsewhere import ElsewhereEngine
-from loraover_serve.verify.names import LEFT_OUT
+from loraover_serve.judge.names import LEFT_OUT
 from loraover_serve.verify.run import verify_engine
 
 from support.engine_forms import skip_unless_installed

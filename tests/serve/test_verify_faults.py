@@ -14,7 +14,7 @@ from loraover.checkpoint.source import read_source
 from loraover.models.load import resolve_model
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.torch import TorchEngine
-from loraover_serve.verify.names import ANOTHER, STALE
+from loraover_serve.judge.names import ANOTHER, STALE
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import ask, make_subject, verify_engine
 

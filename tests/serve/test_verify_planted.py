@@ -22,7 +22,7 @@ from loraover_serve.engines import mlx, openvino
 from loraover_serve.engines.answers import ADAPTER
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.vllm import export_uniform
-from loraover_serve.verify.names import NOT_APPLIED, OTHER_BASE
+from loraover_serve.judge.names import NOT_APPLIED, OTHER_BASE
 from loraover_serve.verify.run import ask, verify_engine
 
 from support.compatibility import PEFT

@@ -9,18 +9,14 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from loraover_serve.verify.evidence import EXCESS
-from loraover_serve.verify.rules import (
-    FEW_AS_BASE,
-    ROUNDED_STRENGTH,
-    allowed_strength,
-    answers_that_show,
-    is_narrow,
-    share_found,
-)
-from loraover_serve.verify.strength import Estimate, Projections, strength
+from loraover_serve.judge.case import allowed_strength
+from loraover_serve.judge.estimates import Estimate, answers_that_show, share_found
+from loraover_serve.judge.limits import EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
+from loraover_serve.judge.rules import is_narrow
 
 from benchmarks.verify_calibration import least_deviation, least_excess, rounded_up
+from oracles.prompt_estimates import Estimate as Estimates
+from oracles.prompt_estimates import Projections, strength
 from support.recorded_noise import NOISE, Recorded
 
 pytestmark = pytest.mark.statistical
@@ -57,7 +53,7 @@ def test_the_interval_holds_the_strength_of_noisy_engines(change: Any) -> None:
     assert np.median(found.half) < 1, "an interval that says something"
 
 
-def recorded(engine: str, arm: str, runs: int, prompts: int, louder: float) -> Estimate:
+def recorded(engine: str, arm: str, runs: int, prompts: int, louder: float) -> Estimates:
     """Strengths in drawn sets of prompts of an engine whose noise is that much louder."""
     found, factor = Recorded(NOISE / f"{engine}.npz"), {"adapter": 1.0, "weak": 0.8, "strong": 1.2}[arm]
     effect = found.effect

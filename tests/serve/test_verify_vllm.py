@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from loraover.client.endpoint import Endpoint
 from loraover_serve import EngineResult, verify_adapter
-from loraover_serve.verify.names import INTERMITTENT, LEAKS
+from loraover_serve.judge.names import INTERMITTENT, LEAKS
 from loraover_serve.verify.run import verify_engine
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 

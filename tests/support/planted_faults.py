@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from loraover_serve.verify import names
-from loraover_serve.verify.report import Verdict
+from loraover_serve.judge import names
+from loraover_serve.judge.limits import Verdict
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loraover_serve.verify.evidence import AS_BASE, CLEAR, EXCESS, FLOOR
-from loraover_serve.verify.rules import FEW_AS_BASE, SEEN, allowed_strength
-from loraover_serve.verify.strength import Estimate, Projections, log_ratios, strength
+from loraover_serve.judge.case import allowed_strength
+from loraover_serve.judge.limits import AS_BASE, CLEAR, EXCESS, FEW_AS_BASE, FLOOR, SEEN
+
+from oracles.prompt_estimates import Estimate, Projections, log_ratios, strength
 
 NOISE = Path(__file__).parents[1] / "serve" / "noise"
 ADAPTERS = ("adapter", "weak", "strong")

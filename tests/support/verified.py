@@ -21,8 +21,8 @@ from loraover.models.load import ModelSource, resolve_model
 from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
+from loraover_serve.judge.names import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.names import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.reference import make_reference
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.run import make_setting, make_subject

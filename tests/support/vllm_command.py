@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 from loraover_serve import EngineResult
-from loraover_serve.verify.names import LEAKS
+from loraover_serve.judge.names import LEAKS
 from loraover_serve.vllm.server import vllm_version
 
 DEFAULT = Path(__file__).resolve().parents[2] / ".venv-vllm" / "bin" / "vllm"

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BASE, ADAPTER = "base", "adapter"
-"""Names of the two arms: requests for the base model, and requests for the adapter."""
-
-OTHER = "other"
-"""Name of another adapter of the same base model, beside which the adapter's answers are compared as well."""
+from loraover_serve.judge.limits import ADAPTER as ADAPTER
+from loraover_serve.judge.limits import BASE as BASE
+from loraover_serve.judge.limits import OTHER as OTHER
 
 WINDOW = 32
 """Positions of a question that are compared at most, the last ones: logits of all would fill the memory."""
@@ -123,6 +121,10 @@ class Expected:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = {(row.question, row.position): row.logprobs for row in rows}
+
+    def __contains__(self, row: Row) -> bool:
+        """Whether the model was run at the place of a row."""
+        return (row.question, row.position) in self._rows
 
     @property
     def vocabulary(self) -> int:

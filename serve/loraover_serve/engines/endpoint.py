@@ -16,8 +16,9 @@ from itertools import takewhile
 from threading import Event
 from typing import Any, TypeVar, final
 
-from loraover.client.dialects import Generated, Prompt, Speaker
+from loraover.client.dialects import Prompt
 from loraover.client.endpoint import Endpoint, is_same_model
+from loraover.client.speaker import Generated, Speaker
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.load import load_tokenizer
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
@@ -57,7 +58,7 @@ class OpenAiEngine(Engine):
     @property
     def is_chat(self) -> bool:
         """Whether the server takes chats alone."""
-        return self.speaker.dialect.is_chat
+        return self.speaker.dialect.form == "chat"
 
     def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
         found = _at_once(lambda place: self._rows(arm, questions, *place), self._places(questions))
@@ -145,7 +146,7 @@ class OpenAiEngine(Engine):
         """The tokens of a question in the form that the server takes; None if no text has exactly these."""
         if self.is_chat:
             return self._messages[index]
-        return tokens if self.speaker.dialect.takes_ids else self.speaker.text_of(tokens)
+        return tokens if self.speaker.dialect.form == "ids" else self.speaker.text_of(tokens)
 
     def _rows(self, arm: str, questions: Sequence[Question], index: int, position: int, prompt: Prompt) -> list[Row]:
         """Rows from a position on, as long as the tokens of the answer are those of the question."""
@@ -197,7 +198,7 @@ class EndpointEngine(OpenAiEngine):
     def start(cls, setting: Setting) -> Iterator[EndpointEngine]:
         with _spoken_to(setting) as (speaker, names):
             messages = setting.server.messages if setting.server is not None else ()
-            if speaker.dialect.is_chat and not messages:
+            if speaker.dialect.form == "chat" and not messages:
                 raise ConfigError(
                     f"{speaker.endpoint.url} answers chats only, and the base model's tokenizer has no chat template, "
                     "so PyTorch cannot be asked the same; use the tokenizer of the server's model "
@@ -210,7 +211,7 @@ def takes_chats_only(setting: Setting) -> bool:
     """Whether the server at the endpoint answers chats alone; False as well if it cannot be asked."""
     try:
         with _spoken_to(setting) as (speaker, _):
-            return speaker.dialect.is_chat
+            return speaker.dialect.form == "chat"
     except LoraOverError:  # it will be told when the engine is asked
         return False
 

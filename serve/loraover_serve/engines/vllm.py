@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import final
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.client.dialects import Speaker
 from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Speaker
 from loraover.common.errors import EngineError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_tokenizer

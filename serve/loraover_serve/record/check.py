@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from loraover.checkpoint.carried_reference import REFERENCE_FILE
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.verb import perform, verb
+from loraover_serve.judge.names import ANOTHER
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server, headers, tls
 from loraover_serve.record.sealed import check_seals
-from loraover_serve.verify.names import ANOTHER
 from loraover_serve.verify.request import VerifyRequest
 
 if TYPE_CHECKING:
@@ -139,12 +139,16 @@ def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str,
     try:
         names = served_names(server, reference, name, request.base_name)
         asker = Asker(reference, server, names, request.protocol)
-        found = check(asker, request.declared_format, is_quick=request.quick)
-        return {"engine": name, "requests": server.sent} | found
+        return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": server.sent}
     except CheckError as error:
         seconds = time.monotonic() - start
         failed = {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
         return failed | {"requests": server.sent}
+
+
+def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
+    without = request.without_mixed
+    return check(asker, request.declared_format, request.named, is_quick=is_quick, without_mixed=without)
 
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
@@ -165,7 +169,7 @@ def _answers_as(request: VerifyRequest, name: str, reference: Reference) -> bool
         server = _server(request)
         asker = Asker(reference, server, served_names(server, reference, name, request.base_name), request.protocol)
         return all(
-            check(asker, request.declared_format, is_quick=is_quick)["verdict"] == "as trained"
+            _asked(request, asker, is_quick=is_quick)["verdict"] == "as trained"
             for is_quick in (True, *((False,) if not request.quick else ()))
         )
     except CheckError:

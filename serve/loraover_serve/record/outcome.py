@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 from loraover.common.atomic_output import publish_directory, publish_file
 from loraover.common.errors import EngineError, OutputError, UnwrittenReportError
 from loraover.common.provenance import environment, processor, today
+from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.record.adapter_check.reference import Reference
 from loraover_serve.verify.html import HTML_FILE, to_page
-from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
+from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row
-from loraover_serve.record.adapter_check.base_faults import COARSE_CACHE
+from loraover_serve.judge.base_faults import FEW
+from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
 from loraover_serve.record.pack import Place, likeliest, pack_variant
-from loraover_serve.verify.base_faults import FEW, KINDS
-from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
-from loraover_serve.verify.names import LAYERS, NOT_APPLIED
+from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, misplaced, rescaled
 from loraover_serve.verify.reference import Reference
 from loraover_serve.verify.variants import Variants
 
@@ -58,7 +57,7 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         variants: The base model with changed adapters.
         subject: The adapter.
     """
-    scaled = [(rescaled(subject, factor), factor) for factor in FACTORS]
+    scaled = [(FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f)), f) for f in FACTORS]
     left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
     known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
     for each, factor in [*known, *scaled]:
@@ -83,8 +82,9 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
         yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
     yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
-    for kind, detail, run in variants.base_faults():
-        yield RecordedFault(BASE, KINDS[kind], detail, run(NAMED_LAYERS), NAMED_LAYERS)
+    for base_fault in variants.base_faults():
+        model = base_fault.run(NAMED_LAYERS)
+        yield RecordedFault(BASE, base_fault.fault, base_fault.detail, model, NAMED_LAYERS)
 
 
 def faulty_tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:

@@ -7,9 +7,6 @@ import hashlib
 import json
 import math
 import secrets
-import shutil
-import tempfile
-import zipapp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -23,7 +20,7 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
-from loraover.client.dialects import text_of
+from loraover.client.speaker import text_of
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
 from loraover.common.verb import verb
@@ -35,22 +32,22 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
 from loraover_serve.engines.answers import Row, paired
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.record.adapter_check.case import COARSER, SEEN
-from loraover_serve.record.adapter_check.estimates import t_quantile
+from loraover_serve.judge.case import allowed_strength, strength_along
+from loraover_serve.judge.estimates import Estimate, t_quantile
+from loraover_serve.judge.evidence import Distance
+from loraover_serve.judge.limits import COARSER, SEEN
+from loraover_serve.record.checker_file import write_checker
 from loraover_serve.record.pack import choose_places, likeliest, pack_places
 from loraover_serve.record.recorded_faults import NAMED, faulty_tops, main_faults, many_faults
 from loraover_serve.record.request import RecordRequest
 from loraover_serve.record.sealed import SEALED
-from loraover_serve.verify.evidence import distance
 from loraover_serve.verify.faults import RightAdapter
+from loraover_serve.verify.measures import between_arms, off
 from loraover_serve.verify.reference import Reference, make_reference
-from loraover_serve.verify.rules import allowed_strength
 from loraover_serve.verify.run import make_subject
-from loraover_serve.verify.strength import Estimate, between_arms, strength
 from loraover_serve.verify.variants import Variants
 
 SCHEMA_VERSION = 1
-CHECKER = Path(__file__).with_name("adapter_check")
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 TOP = 20  # logprobs that most servers give
@@ -153,18 +150,6 @@ def packed(content: Mapping[str, Any]) -> bytes:
     return gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
 
 
-def write_checker(path: Path) -> None:
-    """Write the room adapter_check, which imports the standard library alone, as one file that Python runs.
-
-    Args:
-        path: The file.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        room = Path(scratch) / "room"
-        shutil.copytree(CHECKER, room / CHECKER.name, ignore=shutil.ignore_patterns("__pycache__"))
-        zipapp.create_archive(room, path, main=f"{CHECKER.name}.command:run", compressed=True)
-
-
 def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
     """Contents of the reference; see docs/formats.md.
 
@@ -197,9 +182,7 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
         "vocabulary": reference.base.vocabulary,
         "sensitivity": reference.sensitivity,
         "effect": _effect(reference),
-        "formats": {
-            name: {"distance": one.distance, "strength": float(one.strength.value)} for name, one in formats.items()
-        },
+        "formats": {name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()},
         "ends": sorted(reference.ends),
         "power": power,
         "questions": [_question(tokenizer, reference, index, messages) for index in range(len(reference.questions))],
@@ -246,8 +229,8 @@ def measure_rounding(
         ]
         for model in (base, adapter)
     ]
-    shown = strength(between_arms(paired(*rows), reference.base, reference.adapter))
-    return Rounding(distance(rows[0], reference.base).rms, Estimate(float(shown.value), float(shown.half)))
+    shown = strength_along(between_arms(paired(*rows), reference.base, reference.adapter))
+    return Rounding(Distance.of(off(rows[0], reference.base)).rms, shown)
 
 
 def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
@@ -267,7 +250,7 @@ def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict
     def half(questions: int) -> float:
         ratio = questions / known
         narrower = t_quantile(max(questions - 1, 1)) / t_quantile(max(known - 1, 1))
-        return float(bf16.strength.half) * narrower / math.sqrt(ratio)
+        return bf16.strength.half * narrower / math.sqrt(ratio)
 
     def decides(questions: int) -> bool:
         return COARSER * half(questions) + (high - low) / 2 < SEEN

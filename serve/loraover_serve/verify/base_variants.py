@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from loraover_serve.judge.names import BASE_LAYERS, EXTRA_TOKEN, POSITIONS, WINDOW
+
 Change = Callable[[], AbstractContextManager[tuple[int, ...]]]
 """Changes the model during a block, which gets the tokens to read before each prompt."""
 
@@ -19,7 +21,7 @@ WINDOWS = (8, 16, 32, 64, 128)
 
 
 def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
-    """Yield the kind of each fault, the fault in words, and what makes it.
+    """Yield the name of each fault, the fault in words, and what makes it.
 
     Args:
         model: The base model.
@@ -27,7 +29,7 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
     """
     config = model.config.get_text_config()
     if config.bos_token_id is not None:
-        yield "token", "a token of the beginning of the text is added", partial(_before, int(config.bos_token_id))
+        yield EXTRA_TOKEN, "a token of the beginning of the text is added", partial(_before, int(config.bos_token_id))
     rotary = next(
         (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
     )
@@ -35,17 +37,17 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
         mine = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
         for theta in THETAS:
             if theta != mine:
-                yield "positions", f"rope_theta is {theta:g} instead of {mine}", partial(_rotated, rotary, theta)
+                yield POSITIONS, f"rope_theta is {theta:g} instead of {mine}", partial(_rotated, rotary, theta)
     layers = _layers(model, config.num_hidden_layers)
     if layers is None:
         return
     for size in WINDOWS:
         if size < longest:
-            yield "window", f"attention reaches {size} tokens back", partial(_windowed, layers, size)
+            yield WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size)
     for index in range(len(layers)):
-        yield "layers", f"layer {index} is missing", partial(_skipping, layers[index])
+        yield BASE_LAYERS, f"layer {index} is missing", partial(_skipping, layers[index])
         if index + 1 < len(layers):
-            yield "layers", f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
+            yield BASE_LAYERS, f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
 
 
 class Float8Cache(DynamicCache):

@@ -1,168 +1,159 @@
-"""What an engine's answers show of an adapter: its strength, and noise that the adapter ought to share with the base.
-
-Strength is judged over prompts (see `strength`). On an engine that computes exactly, a few prompts are enough: noise
-that is CERTAIN times what the base model shows, all of it along the adapter, moves the strength no further than
-
-    CERTAIN * sqrt(2) * (noise + FLOOR) / effect.
-
-What strength cannot see is off at right angles to the adapter. It shows as *excess*: how much further the adapter's
-answers are from PyTorch's than the base model's, by prompt, so that each prompt has its own size of noise.
-"""
+"""An engine's answers beside PyTorch, which runs the faults that the judge asks for."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import final
 
 import numpy as np
 
-from loraover_serve.engines.answers import Expected, Row, Rows, paired
-from loraover_serve.verify.report import LogprobDistance
-from loraover_serve.verify.strength import Estimate, between_arms, log_ratio, strength
+from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
+from loraover_serve.judge.case import strength_along
+from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, first_parted
+from loraover_serve.judge.limits import OTHER
+from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
+from loraover_serve.verify.measures import (
+    Floats,
+    between_arms,
+    centred,
+    in_order,
+    like,
+    measure,
+    mixed_off,
+    off,
+)
+from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.variants import Variants
 
-FLOOR = 1e-4
-"""Nats by which float32's rounding alone may set apart two computations."""
-
-EXACT = 10 * FLOOR
-"""Noise below which the engine computes in float32."""
-
-CERTAIN = 5.0
-"""Multiple of the base model's noise that the adapter's never reaches."""
-
-EXCESS = 1.49
-"""Ratio of the adapter's noise to the base model's times the sensitivity, that still is noise.
-
-`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
-
-FEW_PROMPTS = 6
-"""Fewer prompts than this tell nothing of how far prompts differ."""
-
-CLEAR = 4.0
-"""Multiple of the noise by which an adapter changes a position at which one sees whether it was applied."""
-
-
-AS_BASE = 4.0
-"""Ratio by which an answer of the base model is nearer to the base model's than to the adapter's."""
+FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """An engine's answers beside PyTorch's.
+class Answers:
+    """Everything that one engine answered.
 
     Args:
-        noise: Distance of the base model.
-        found: Distance of the adapter.
-        effect: RMS change of logprobs by the adapter in PyTorch, in nats.
-        strength: Strength of the adapter in what the engine changes.
-        excess: Logarithm of the adapter's distance over the base model's times the sensitivity.
-        as_base: Number of positions at which the adapter's request has the base model's answer.
-        clear: Number of positions at which that would be seen.
-        prompts: Number of prompts.
+        base: Logprobs of the base model.
+        adapter: Logprobs of the adapter.
+        greedy: The adapter's greedy answer to each prompt.
+        mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
+        mixed_failure: Reason why no requests were answered together; None if they were, or need not be.
+        is_one_model: Whether the engine has one model, so that both arms are the adapter.
     """
 
-    noise: LogprobDistance
-    found: LogprobDistance
-    effect: float
-    strength: Estimate
-    excess: Estimate
-    as_base: int
-    clear: int
-    prompts: int
+    base: Rows
+    adapter: Rows
+    greedy: Sequence[GreedyAnswer]
+    mixed: Mapping[str, Rows] | None = None
+    mixed_failure: str | None = None
+    is_one_model: bool = False
 
 
-def weigh(base_rows: Rows, adapter_rows: Rows, base: Expected, adapter: Expected, sensitivity: float = 1.0) -> Evidence:
-    """Compare an engine's answers with those of a base model and an adapted model in PyTorch.
+@final
+class EngineEvidence(Evidence):
+    """An engine's answers beside PyTorch.
 
     Args:
-        base_rows: The engine's base model.
-        adapter_rows: The engine's adapter.
-        base: The base model in PyTorch.
-        adapter: The adapted model in PyTorch.
-        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
+        answers: The answers.
+        reference: PyTorch's.
+        variants: The base model with changed adapters, to run faults.
+        subject: The adapter.
     """
-    noise, found = distance(base_rows, base), distance(adapter_rows, adapter)
-    effect = between(adapter_rows, adapter, base)
-    pairs = paired(base_rows, adapter_rows) or [(like(row, base), row) for row in adapter_rows]
-    certain = CERTAIN * math.sqrt(2) * (noise.rms + FLOOR) / effect if effect > 0 else math.inf
-    measured = strength(between_arms(pairs, base, adapter))
-    as_base, clear = count_base(pairs, base, adapter, CLEAR * math.sqrt(2) * (noise.rms + FLOOR))
-    return Evidence(
-        noise=noise,
-        found=found,
-        effect=effect,
-        strength=Estimate(float(measured.value), min(float(measured.half), certain)),
-        excess=_excess(base_rows, adapter_rows, base, adapter, sensitivity),
-        as_base=as_base,
-        clear=clear,
-        prompts=len({one.question for one, _ in pairs}),
-    )
 
+    factors = FACTORS
 
-def distance(rows: Rows, expected: Expected) -> LogprobDistance:
-    """Distance of logprobs from PyTorch's, with the standard error over prompts.
+    def __init__(self, answers: Answers, reference: Reference, variants: Variants, subject: RightAdapter) -> None:
+        self._answers, self._reference, self._variants, self._subject = answers, reference, variants, subject
+        self.base, self.adapter = reference.base, reference.adapter
+        self.sensitivity, self.ends = reference.sensitivity, reference.ends
+        self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
+        self.compared = "all tokens" if answers.adapter[0].ids is None else "top tokens"
+        mine = in_order(answers.adapter)
+        self._rows = {ADAPTER: mine, BASE: [] if self.is_one_model else in_order(answers.base)}
+        self._pairs = paired(self._rows[BASE], mine) or [(like(row, self.base), row) for row in mine]
+        self._asked = self._rows[BASE] or mine
 
-    Args:
-        rows: An engine's logprobs.
-        expected: PyTorch's.
-    """
-    return LogprobDistance.of([row.logprobs - expected.like(row) for row in rows], [row.question for row in rows])
+    def off(self, arm: str, model: Expected) -> list[Off]:
+        return off(self._rows[arm], model)
 
+    def changes(self, model: Expected, start: Expected) -> list[Change]:
+        return between_arms(self._pairs, self.base, model, start)
 
-def between(rows: Rows, one: Expected, other: Expected) -> float:
-    """RMS difference of two models' logprobs in PyTorch, in nats, of the tokens and positions that an engine gave."""
-    squares = [float(np.mean(np.square(one.like(row) - other.like(row)))) for row in rows]
-    return math.sqrt(np.mean(squares))
+    def base_changes(self, model: Expected) -> list[Change]:
+        return [
+            measure(row, self._off_base(row), model.like(row) - self.base.like(row))
+            for row in self._rows[BASE]
+            if row in model
+        ]
 
+    def _off_base(self, row: Row) -> Floats:
+        found: Floats = row.logprobs - self.base.like(row)
+        return found
 
-def apart(pairs: Sequence[tuple[Row, Row]], base: Expected, adapter: Expected) -> float:
-    """RMS difference, in nats, between what an engine's adapter changes and what an adapted model in PyTorch changes.
+    def base_logprobs(self) -> list[Change]:
+        return [measure(row, centred(self._off_base(row)), centred(self.base.like(row))) for row in self._rows[BASE]]
 
-    The base model's own noise cancels.
-    """
-    squares = [
-        float(np.mean(np.square(two.logprobs - one.logprobs - (adapter.like(one) - base.like(one)))))
-        for one, two in pairs
-    ]
-    return math.sqrt(np.mean(squares))
+    def base_repeats(self) -> list[Change]:
+        return [measure(row, centred(self._off_base(row)), centred(self._lowered(row))) for row in self._rows[BASE]]
 
+    def _lowered(self, row: Row) -> Floats:
+        ids = np.arange(len(row.logprobs)) if row.ids is None else row.ids
+        read = self._reference.questions[row.question].tokens[: row.position + 1]
+        return np.where(np.isin(ids, read), -1.0, 0.0)
 
-def like(row: Row, expected: Expected) -> Row:
-    """PyTorch's answer at the place of a row."""
-    return Row(row.question, row.position, expected.like(row).astype(np.float32), row.ids)
+    def decoded(self) -> list[Change]:
+        later = [row for answer in self._answers.greedy for row in answer.rows[1:]]
+        return between_arms([(like(row, self.base), row) for row in later], self.base, self.adapter)
 
+    def generated(self) -> Iterator[Generated]:
+        pairs = zip(self._reference.questions, self._answers.greedy, strict=True)
+        return (self._beside(index, *pair) for index, pair in enumerate(pairs))
 
-def count_base(
-    pairs: Sequence[tuple[Row, Row]], base: Expected, adapter: Expected, limit: float = math.inf
-) -> tuple[int, int]:
-    """Number of clear positions at which an engine's adapter changes nothing, and number of clear positions.
+    def _beside(self, index: int, question: Question, answer: GreedyAnswer) -> Generated:
+        found = Generated(question.continuation, answer.tokens, answer.length)
+        parted = first_parted(found.expected, found.tokens)
+        if parted is None:
+            return found
+        position, token = question.answered[parted], found.tokens[parted]
+        logprobs = self.adapter.at(index, position)
+        gap = float(logprobs[found.expected[parted]] - logprobs[token])
+        return found._replace(gap=gap, is_base=token == int(self.base.at(index, position).argmax()))
 
-    Args:
-        pairs: The engine's rows of the base model and of the adapter.
-        base: The base model in PyTorch.
-        adapter: The adapted model in PyTorch.
-        limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
-    """
-    changes = [two.logprobs.astype(np.float64) - one.logprobs for one, two in pairs]
-    effects = [adapter.like(one) - base.like(one) for one, _ in pairs]
-    to_base = np.array([np.linalg.norm(y) for y in changes])
-    to_adapter = np.array([np.linalg.norm(y - e) for y, e in zip(changes, effects, strict=True)])
-    effect = np.array([np.linalg.norm(e) for e in effects])
-    is_noise = to_base <= limit * np.sqrt([len(y) for y in changes])
-    clear = effect > CLEAR * np.median(np.minimum(to_base, to_adapter))
-    return int(np.sum(clear & is_noise & (to_base < to_adapter / AS_BASE))), int(np.sum(clear))
+    def mixed(self) -> Mapping[str, Sequence[Off]]:
+        alone = {BASE: self._answers.base, ADAPTER: self._answers.adapter, OTHER: self._answers.adapter}
+        return {name: mixed_off(rows, alone[name]) for name, rows in (self._answers.mixed or {}).items()}
 
+    def rounding(self, number_format: str) -> float:
+        model = self._variants.rounded(FORMATS[number_format])
+        squares = [float(np.mean(np.square(model.like(row) - self.base.like(row)))) for row in self._asked]
+        return float(np.sqrt(np.mean(squares)))
 
-def _excess(base_rows: Rows, adapter_rows: Rows, base: Expected, adapter: Expected, sensitivity: float) -> Estimate:
-    here, there = _by_prompt(adapter_rows, adapter), _by_prompt(base_rows, base)
-    shared = sorted(here.keys() & there.keys())
-    found = [here[prompt] + FLOOR for prompt in shared]
-    return log_ratio(found, [sensitivity * there[prompt] + FLOOR for prompt in shared])
+    def bias(self, number_format: str) -> float:
+        if number_format == "bf16":
+            return self._reference.bias
+        format_ = FORMATS[number_format]
+        arms = self._variants.rounded(format_), self._variants.rounded(format_, self._subject.deltas)
+        pairs = [(like(row, arms[0]), like(row, arms[1])) for row in self._asked]
+        return strength_along(between_arms(pairs, self.base, self.adapter)).value
 
+    def scaled(self, factor: float, prompts: int | None = None) -> Expected:
+        return self._variants.adapted(rescaled(self._subject, factor), prompts=prompts)
 
-def _by_prompt(rows: Rows, expected: Expected) -> dict[int, float]:
-    """Distance of each prompt's logprobs, in nats."""
-    squares: dict[int, list[float]] = {}
-    for row in rows:
-        squares.setdefault(row.question, []).append(float(np.mean(np.square(row.logprobs - expected.like(row)))))
-    return {prompt: math.sqrt(np.mean(each)) for prompt, each in squares.items()}
+    def adapter_faults(self) -> Iterator[Candidate]:
+        for fault in FAULTS:
+            for each in fault(self._subject):
+                yield Candidate(each.fault, each.detail, partial(self._run, each))
+
+    def _run(self, faulty: FaultyAdapter, prompts: int | None) -> Expected:
+        return self._variants.adapted(
+            faulty.deltas, with_others=faulty.with_others, prompts=prompts, source=faulty.source
+        )
+
+    def base_faults(self) -> Iterator[Candidate]:
+        return self._variants.base_faults()
+
+    def with_coarse_cache(self) -> Expected:
+        return self._variants.with_coarse_cache()

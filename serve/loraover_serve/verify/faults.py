@@ -16,11 +16,10 @@ from torch import Tensor
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.verify.names import (
+from loraover_serve.judge.names import (
     ANOTHER,
     LAYERS,
     LEFT_OUT,
-    NOT_APPLIED,
     PERMUTED,
     ROUNDED,
     SCALED,
@@ -72,15 +71,6 @@ class FaultyAdapter:
     deltas: Deltas
     with_others: bool = True
     source: AdapterDir | None = None
-
-
-def not_applied(subject: RightAdapter) -> Iterator[FaultyAdapter]:
-    """Nothing of the adapter is applied: it is not loaded, or its tensors have a prefix that the engine ignores."""
-    detail = (
-        "the adapter is not loaded, its tensors' names do not match, or the server takes it by another name (SGLang: "
-        "BASE:ADAPTER)"
-    )
-    yield FaultyAdapter(NOT_APPLIED, detail, {}, False)
 
 
 def scaled(subject: RightAdapter) -> Iterator[FaultyAdapter]:
@@ -194,7 +184,6 @@ def rounded(subject: RightAdapter) -> Iterator[FaultyAdapter]:
 
 
 FAULTS: tuple[Callable[[RightAdapter], Iterator[FaultyAdapter]], ...] = (
-    not_applied,
     scaled,
     transposed,
     permuted,
@@ -203,13 +192,14 @@ FAULTS: tuple[Callable[[RightAdapter], Iterator[FaultyAdapter]], ...] = (
     exchanged,
     rounded,
 )
-"""All faults that are looked for; a new one is a function above and a name here."""
+"""The faults that PyTorch runs; a new one is a function above and a name here.
+
+That nothing is applied is the base model itself, which needs no run."""
 
 
-def rescaled(subject: RightAdapter, factor: float) -> FaultyAdapter:
-    """The adapter with every delta multiplied by one factor."""
-    deltas = {module: delta.times(factor) for module, delta in subject.deltas.items()}
-    return FaultyAdapter(SCALED, f"every delta_W is multiplied by {factor:.3g}", deltas)
+def rescaled(subject: RightAdapter, factor: float) -> Deltas:
+    """Every delta multiplied by one factor."""
+    return {module: delta.times(factor) for module, delta in subject.deltas.items()}
 
 
 def _reordered(b: Tensor, heads: int, order: tuple[int, int]) -> Tensor:

@@ -8,12 +8,13 @@ from importlib.resources import files
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure, Shape, short
-from loraover_serve.verify import report as reported
-from loraover_serve.verify.report import EXIT_CODES, EngineResult, VerifyReport
+from loraover_serve.judge import limits
+from loraover_serve.judge.limits import EXIT_CODES
+from loraover_serve.verify.report import EngineResult, VerifyReport
 
 HTML_FILE = "verify.html"
 TEMPLATE = "verify.html.j2"
-TONES: dict[reported.Verdict, Tone] = {
+TONES: dict[limits.Verdict, Tone] = {
     "as trained": "good",
     "differs": "bad",
     "inconclusive": "open",

@@ -1,77 +1,22 @@
-"""The verdict on one engine, from its answers beside PyTorch's: the first rule that finds something decides.
-
-1. Requests for the base model are answered with the adapter, or the base model has a fault that points in a direction.
-2. The base model is further off than any number format explains: another base model.
-3. Some answers are the base model's.
-4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which PyTorch looks for.
-5. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
-6. *As trained*, if the interval of the strength is narrow and the number format is one that was asked for;
-   *inconclusive* otherwise.
-"""
+"""The judge of an engine that ran here or was asked: its answers beside PyTorch's, and the verdict."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 
 from loraover.common.errors import EngineError
 from loraover.common.request import as_written
-from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.engines.answers import ADAPTER, BASE, GreedyAnswer, Rows
-from loraover_serve.verify.base_faults import cache_share, find_base_fault
-from loraover_serve.verify.decoded import compare_greedy, decoded_fault
-from loraover_serve.verify.evidence import EXACT, FLOOR, Evidence, between, like, weigh
+from loraover_serve.engines.answers import Rows
+from loraover_serve.judge.case import Case
+from loraover_serve.judge.rules import judge
+from loraover_serve.verify.evidence import Answers, EngineEvidence
 from loraover_serve.verify.faults import RightAdapter
-from loraover_serve.verify.mixed import compare_mixed, mixed_fault
-from loraover_serve.verify.names import INTERMITTENT, OTHER_BASE, UNLIKE
 from loraover_serve.verify.reference import Reference
-from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, MixedBatch
-from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
-from loraover_serve.verify.rules import (
-    FEW_AS_BASE,
-    RuleFinding,
-    allowed_distance,
-    allowed_strength,
-    answers_that_show,
-    beyond,
-    is_narrow,
-    is_nearer,
-    share_found,
-    shown,
-)
-from loraover_serve.verify.strength import UNKNOWN, between_arms, strength
-from loraover_serve.verify.suspects import Search
+from loraover_serve.verify.report import EngineResult
+from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants
-
-COARSER = 2  # times the distance of a number format, up to which noise is that format's
-ENOUGH = 32  # prompts that decide on an engine in bfloat16
-PLAIN = ("fp32", "fp16", "bf16")
-"""Number formats in which models are published; weights are off by chance in the coarser ones, and so in others."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Everything that one engine answered.
-
-    Args:
-        base: Logprobs of the base model.
-        adapter: Logprobs of the adapter.
-        greedy: The adapter's greedy answer to each prompt.
-        mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
-        mixed_failure: Reason why the requests that were sent together failed; None if they did not.
-        is_one_model: Whether the engine has one model, so that both arms are the adapter.
-    """
-
-    base: Rows
-    adapter: Rows
-    greedy: Sequence[GreedyAnswer]
-    mixed: Mapping[str, Rows] | None = None
-    mixed_failure: str | None = None
-    is_one_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,12 +28,14 @@ class EngineJudge:
         variants: The base model with changed adapters, to run suspected faults.
         subject: The adapter.
         number_format: Coarsest number format in which the base model is known to be served.
+        without_mixed: Whether no requests for both models are sent together.
     """
 
     reference: Reference
     variants: Variants
     subject: RightAdapter
     number_format: str = "bf16"
+    without_mixed: bool = False
 
     def judge(self, engine: str, version: str | None, answers: Answers, seconds: float) -> EngineResult:
         """Compare an engine's answers with PyTorch's, and look for a fault if they differ.
@@ -103,268 +50,16 @@ class EngineJudge:
             EngineError: Answers that are not finite, or of another vocabulary.
         """
         _check(engine, answers, self.reference.base.vocabulary)
-        case = EngineCase(self, answers)
-        finding = next(found for rule in RULES if (found := rule(case)) is not None)
-        mixed_failure = (
-            f"; mixed batches were not compared: {answers.mixed_failure}" if answers.mixed_failure is not None else ""
-        )
-        evidence = case.evidence
-        return EngineResult(
-            engine=engine,
-            version=version,
-            verdict=finding.verdict,
-            reason=finding.reason + mixed_failure,
-            fault=finding.fault,
-            compared="all tokens" if answers.base[0].ids is None else "top tokens",
-            strength=Interval.of(evidence.strength) if evidence.effect > 0 else None,
-            allowed_strength=case.allowed,
-            base=evidence.noise,
-            number_format=case.number_format,
-            cache_share=case.cache_share,
-            visible_share=share_found(evidence.clear),
-            adapter=evidence.found,
-            effect=evidence.effect,
-            allowed=case.limit,
-            greedy=case.greedy,
-            mixed=case.mixed,
-            mixed_failure=answers.mixed_failure,
-            suspects=list(finding.suspects),
-            seconds=seconds,
-        )
+        found = judge(self.evidence(answers), self.number_format, VerifyRequest.named)
+        return EngineResult.model_validate({"engine": engine, "version": version, "seconds": seconds} | found)
 
+    def case(self, answers: Answers) -> Case:
+        """An engine's answers with the estimates that the rules ask of them."""
+        return Case(self.evidence(answers), self.number_format)
 
-class EngineCase:
-    """One engine's answers, with what the rules ask of them.
-
-    Args:
-        judge: What the engine is judged by.
-        answers: Its answers.
-    """
-
-    def __init__(self, judge: EngineJudge, answers: Answers) -> None:
-        self.judge, self.reference = judge, judge.reference
-        if answers.is_one_model:
-            answers = replace(answers, base=[like(row, judge.reference.base) for row in answers.adapter])
-        self.answers = answers
-
-    @cached_property
-    def evidence(self) -> Evidence:
-        """Strength, excess and distances; with one model, the adapter's distance is all that is known of its noise."""
-        found = weigh(
-            self.answers.base,
-            self.answers.adapter,
-            self.reference.base,
-            self.reference.adapter,
-            self.reference.sensitivity,
-        )
-        return replace(found, noise=found.found, excess=UNKNOWN) if self.answers.is_one_model else found
-
-    @cached_property
-    def number_format(self) -> str | None:
-        """The finest number format whose rounding moves the base model about as far; None if none does."""
-        return self._format_of(self.evidence.noise.rms)
-
-    def _format_of(self, noise: float) -> str | None:
-        if noise <= EXACT:
-            return "fp32"
-        for name, format_ in FORMATS.items():
-            rounded = between(self.answers.base, self.judge.variants.rounded(format_), self.reference.base)
-            if noise <= COARSER * rounded:
-                return name
-        return None
-
-    @cached_property
-    def cache_share(self) -> float:
-        """Share of the base model's distance that a KV cache in float8 explains; 0 if it explains none."""
-        if self.number_format in PLAIN:
-            return 0.0
-        return cache_share(self.answers.base, self.reference.base, self.judge.variants)
-
-    @property
-    def weights_format(self) -> str | None:
-        """As `number_format`, of what the KV cache does not explain."""
-        return self._format_of(self.evidence.noise.rms * math.sqrt(1 - self.cache_share))
-
-    @property
-    def allowed(self) -> tuple[float, float]:
-        """Strengths that a right adapter has."""
-        return allowed_strength(self.number_format, self.bias)
-
-    @cached_property
-    def bias(self) -> float:
-        """Strength of the right adapter if PyTorch computes in the number format of the base model."""
-        if self.number_format is None or self.number_format in PLAIN:
-            return self.reference.bias
-        format_, variants = FORMATS[self.number_format], self.judge.variants
-        rounded = (variants.rounded(format_), variants.rounded(format_, self.judge.subject.deltas))
-        pairs = [tuple(like(row, each) for each in rounded) for row in self.answers.base]
-        found = strength(between_arms([(one, two) for one, two in pairs], self.reference.base, self.reference.adapter))
-        return float(found.value) or 1.0
-
-    @property
-    def limit(self) -> float:
-        """Largest distance of a single computation that noise explains, in nats."""
-        return allowed_distance(self.evidence.noise, self.reference.sensitivity)
-
-    @cached_property
-    def greedy(self) -> GreedyAgreement | None:
-        """Greedy answers beside PyTorch's."""
-        gap = 2 * self.reference.sensitivity * self.evidence.noise.largest + FLOOR
-        return compare_greedy(self.answers.greedy, self.reference, gap)
-
-    @cached_property
-    def mixed(self) -> MixedBatch | None:
-        """Answers in mixed batches."""
-        apart = {BASE: self.answers.base, ADAPTER: self.answers.adapter}
-        return None if self.answers.mixed is None else compare_mixed(self.answers.mixed, apart)
-
-
-def base_is_faulty(case: EngineCase) -> RuleFinding | None:
-    """What sets the base model apart points in the direction of a fault."""
-    if case.evidence.noise.rms <= EXACT:
-        return None
-    judge, thorough = case.judge, case.number_format not in PLAIN
-    found = find_base_fault(
-        case.answers.base,
-        case.reference.base,
-        case.reference.adapter,
-        case.reference.questions,
-        judge.variants,
-        judge.subject,
-        thorough=thorough,
-    )
-    if found is None:
-        return None
-    reason = (
-        f"{found.fault}: {found.detail}, which explains {found.share:.0%} of what sets the base model apart from "
-        f"PyTorch's ({case.evidence.noise.rms:.2g} nats)"
-    )
-    return RuleFinding("differs", reason, found.fault)
-
-
-def base_is_another(case: EngineCase) -> RuleFinding | None:
-    """No number format is as far off as the base model."""
-    if case.number_format is not None:
-        return None
-    reason = (
-        f"the base model is off by {case.evidence.noise.rms:.2g} nats without an adapter, more than weights rounded to "
-        "4 bits would be: the engine serves another base model"
-    )
-    return RuleFinding("differs", reason, OTHER_BASE)
-
-
-def base_is_unlike(case: EngineCase) -> RuleFinding | None:
-    """The adapter's answers are nearer to PyTorch's than noise as large as the base model's allows."""
-    found = case.evidence
-    if not is_nearer(found, case.reference.sensitivity):
-        return None
-    reason = (
-        f"the adapter's answers are off by {found.found.rms:.2g} nats, those for the base model by "
-        f"{found.noise.rms:.2g}: requests for the base model are answered by something else"
-    )
-    return RuleFinding("differs", reason, UNLIKE)
-
-
-def some_are_base(case: EngineCase) -> RuleFinding | None:
-    """Some of the adapter's answers are the base model's, and others are not."""
-    found = case.evidence
-    if not FEW_AS_BASE <= found.as_base <= found.clear - FEW_AS_BASE:
-        return None
-    part = found.as_base / found.clear
-    reason = (
-        f"{found.as_base} of {found.clear} answers of the adapter ({part:.0%}) are the base model's; "
-        f"{answers_that_show(part)} answers show such a share with 99 % probability"
-    )
-    return RuleFinding("differs", reason, INTERMITTENT)
-
-
-def adapter_is_beyond(case: EngineCase) -> RuleFinding | None:
-    """The strength or the distance is not that of a right adapter."""
-    found = beyond(case.evidence, case.allowed, case.reference.sensitivity)
-    if found is None:
-        return None
-    judge, answers = case.judge, case.answers
-    exact = case.number_format == "fp32"
-    search = Search(case.reference, judge.variants, judge.subject, answers.base, answers.adapter, is_exact=exact)
-    suspects = search.suspects()
-    nearest = suspects[0]
-    if not nearest.explains:
-        reason = f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
-        return RuleFinding("differs", f"{reason}{nearest.rms:.2g} nats", None, suspects)
-    others = [each.detail for each in suspects[1:] if each.explains]
-    also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
-    reason = f"{nearest.fault}: {nearest.detail} ({found}; with this fault {nearest.rms:.2g} nats remain){also}"
-    return RuleFinding("differs", reason, nearest.fault, suspects)
-
-
-def generated_is_wrong(case: EngineCase) -> RuleFinding | None:
-    """Generated answers are not what the logprobs say."""
-    return decoded_fault(case.greedy, case.answers.greedy, case.reference)
-
-
-def mixed_is_wrong(case: EngineCase) -> RuleFinding | None:
-    """Answers change beside requests for another model."""
-    return None if case.mixed is None else mixed_fault(case.mixed, case.limit)
-
-
-def strength_is_unclear(case: EngineCase) -> RuleFinding | None:
-    """The interval of the strength is wide, or there is no effect to see."""
-    found = case.evidence
-    if found.effect > FLOOR and is_narrow(found.strength, case.allowed):
-        return None
-    reason = (
-        f"the adapter moves logprobs by {found.effect:.2g} nats, and the engine's noise is {found.noise.rms:.2g}: its "
-        f"strength is {shown(found.strength)}, and a wrong adapter would pass as well"
-    )
-    if found.prompts < ENOUGH:
-        reason += f"; {found.prompts} prompts are few: give {ENOUGH} or more"
-    return RuleFinding("inconclusive", reason)
-
-
-def format_is_undeclared(case: EngineCase) -> RuleFinding | None:
-    """The base model is coarser than was declared, and so may be another one."""
-    assert case.weights_format is not None
-    if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.judge.number_format):
-        return None
-    reason = (
-        f"the adapter has the strength {shown(case.evidence.strength)}, but the base model is off by "
-        f"{case.evidence.noise.rms:.2g} nats, as {case.number_format} would be, or another base model; if it is served "
-        f"in {case.number_format}, say so with {VerifyRequest.named('served_format')}"
-    )
-    return RuleFinding("inconclusive", reason)
-
-
-def as_trained(case: EngineCase) -> RuleFinding:
-    """No rule found anything."""
-    found = case.evidence
-    coarse = "" if case.number_format == "fp32" else f", as {case.number_format} arithmetic would be"
-    if case.cache_share:
-        coarse = f", of which a KV cache in fp8 explains {case.cache_share:.0%}"
-    hidden = (
-        "; generated answers were not compared, since the engine returns no token ids" if case.greedy is None else ""
-    )
-    if case.answers.is_one_model:
-        hidden += "; the server has one model under both names, so its own noise is not known"
-    reason = (
-        f"the adapter has the strength {shown(found.strength)}; off by {found.found.rms:.2g} nats, where it moves "
-        f"logprobs by {found.effect:.2g} and the engine's base model is off by {found.noise.rms:.2g}{coarse}{hidden}"
-    )
-    return RuleFinding("as trained", reason)
-
-
-RULES: tuple[Callable[[EngineCase], RuleFinding | None], ...] = (
-    base_is_faulty,
-    base_is_another,
-    base_is_unlike,
-    some_are_base,
-    adapter_is_beyond,
-    generated_is_wrong,
-    mixed_is_wrong,
-    strength_is_unclear,
-    format_is_undeclared,
-    as_trained,
-)
-"""The rules in their order; the last always finds something."""
+    def evidence(self, answers: Answers) -> EngineEvidence:
+        """An engine's answers beside PyTorch."""
+        return EngineEvidence(answers, self.reference, self.variants, self.subject)
 
 
 def _check(engine: str, answers: Answers, vocabulary: int) -> None:

@@ -17,7 +17,8 @@ from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
 from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.torch import TorchEngine, Within
-from loraover_serve.verify.strength import between_arms, strength
+from loraover_serve.judge.case import strength_along
+from loraover_serve.verify.measures import between_arms
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,8 @@ def make_reference(
     moved = {arm: _rms(plain[arm], rounded[arm]) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     expected = {arm: Expected(plain[arm]) for arm in (BASE, ADAPTER)}
-    bias = float(
-        strength(between_arms(paired(rounded[BASE], rounded[ADAPTER]), expected[BASE], expected[ADAPTER])).value
-    )
+    pairs = paired(rounded[BASE], rounded[ADAPTER])
+    bias = strength_along(between_arms(pairs, expected[BASE], expected[ADAPTER])).value
     return Reference(name, questions, expected[BASE], expected[ADAPTER], sensitivity, bias or 1.0, ends)
 
 

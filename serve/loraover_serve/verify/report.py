@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_serve.comparison.thresholds import root_mean
-
-if TYPE_CHECKING:
-    from loraover_serve.verify.strength import Estimate
+from loraover_serve.judge.limits import EXIT_CODES, Verdict
 
 REPORT_FILE = "verify.json"
-Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
-EXIT_CODES: dict[Verdict, int] = {"differs": 1, "failed": 2, "inconclusive": 3, "as trained": 0}
-"""Exit code of each verdict, the worst first: the verdict of several engines is the worst of theirs."""
 
 
 class Model(BaseModel):
@@ -37,22 +27,6 @@ class LogprobDistance(Model):
     positions: int = Field(description="Number of positions at which next tokens were compared")
     prompts: int = Field(description="Number of prompts to which they belong")
 
-    @classmethod
-    def of(cls, differences: Sequence[NDArray[np.float64]], prompts: Sequence[int]) -> LogprobDistance:
-        """Summarise differences of logprobs.
-
-        Args:
-            differences: One array for each position.
-            prompts: The prompt to which each position belongs.
-        """
-        squares = np.array([float(np.mean(np.square(each))) for each in differences])
-        _, prompt = np.unique(np.asarray(prompts), return_inverse=True)
-        counts = np.bincount(prompt)
-        sums = np.bincount(prompt, weights=squares) * len(counts) / len(squares)  # whose mean is that of the squares
-        rms, error = root_mean(sums)
-        largest = max(float(np.abs(each).max()) for each in differences)
-        return cls(rms=rms, error=error, largest=largest, positions=len(squares), prompts=len(counts))
-
 
 class Interval(Model):
     """A strength: 1 if the engine applies the adapter as it was trained, 0 if it does not."""
@@ -63,13 +37,6 @@ class Interval(Model):
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> Interval | None:
-        """The interval of an estimate; None if it has no ends."""
-        if not math.isfinite(estimate.half):
-            return None
-        return cls(value=float(estimate.value), low=float(estimate.low), high=float(estimate.high))
 
 
 class MixedBatch(Model):
@@ -160,7 +127,7 @@ class EngineResult(Model):
         default=None, description="Answers in mixed batches; None if the engine takes one request at a time"
     )
     mixed_failure: str | None = Field(
-        default=None, description="Reason why mixed batches could not be compared; None if they were, or need not be"
+        default=None, description="Reason why mixed batches were not compared; None if they were, or need not be"
     )
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
@@ -195,6 +162,11 @@ class VerifyReport(Model):
         exclude=True,
         description="Folder of the report, if the output could not be written; not in files",
     )
+
+    @property
+    def passed(self) -> bool:
+        """Whether every engine answers as the adapter was trained."""
+        return self.verdict == "as trained"
 
     @property
     def exit_code(self) -> int:

@@ -11,10 +11,8 @@ from loraover.models.request_fields import device
 from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
+from loraover_serve.judge.limits import NUMBER_FORMATS
 from loraover_serve.vllm.request import SET_BY_SERVE
-
-NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
-"""Number formats from fine to coarse."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,9 @@ class VerifyRequest(EngineRequest):
     )
     quick: bool = option(
         "Send 8 requests, which only show whether the adapter is applied at all.", default=False, needs="references"
+    )
+    without_mixed: bool = option(
+        "Send no requests for both models at once, and judge the other answers alone.", default=False
     )
     junit: AnyPath | None = option("File for the verdicts in the form of JUnit.", default=None, needs="references")
     confusable: AnyPaths = option(

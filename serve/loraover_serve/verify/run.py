@@ -40,11 +40,14 @@ from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Engine, RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.engines.installed import check_installed, versions
+from loraover_serve.judge.limits import EXIT_CODES
+from loraover_serve.judge.request_faults import left_out
+from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
-from loraover_serve.verify.judge import Answers, EngineJudge
+from loraover_serve.verify.judge import EngineJudge
 from loraover_serve.verify.reference import Reference, make_reference
-from loraover_serve.verify.report import EXIT_CODES, REPORT_FILE, EngineResult, VerifyReport
+from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
 from loraover_serve.vllm.server import signals_as_interrupts
@@ -113,7 +116,7 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         prompt_source += ", each the message of a chat" if messages else ""
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
     variants = Variants(adapter, base, device, reference.questions)
-    judge = EngineJudge(reference, variants, subject, request.declared_format)
+    judge = EngineJudge(reference, variants, subject, request.declared_format, request.without_mixed)
     results, failures = _verify_all(request, setting, judge)
     made = _report(request, base, reference, prompt_source, results)
     logs = sorted(scratch.glob("*/*.log"))
@@ -262,18 +265,19 @@ def verify_engine(name: str, setting: Setting, judge: EngineJudge) -> EngineResu
     start = time.perf_counter()
     with engine_class(name).start(setting) as engine:
         setting.request.report.line(f"asking {name}, the base model first")
-        answers, version = ask(engine, judge.reference), engine.version()
+        answers, version = ask(engine, judge.reference, without_mixed=judge.without_mixed), engine.version()
     seconds = time.perf_counter() - start
     setting.request.report.line(f"comparing the answers of {name} with PyTorch's")
     return judge.judge(name, version, answers, seconds)
 
 
-def ask(engine: Engine, reference: Reference) -> Answers:
+def ask(engine: Engine, reference: Reference, *, without_mixed: bool = False) -> Answers:
     """Ask a running engine everything that the judge needs.
 
     Args:
         engine: The engine.
         reference: PyTorch's answers, whose questions are asked.
+        without_mixed: Whether no requests for both models are sent together.
 
     Raises:
         EngineError: A request that failed, other than one of those that are sent together.
@@ -281,11 +285,14 @@ def ask(engine: Engine, reference: Reference) -> Answers:
     questions, is_one_model = reference.questions, engine.is_one_model
     base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
+    if is_one_model or without_mixed:
+        unmixed = None if is_one_model else left_out(VerifyRequest.named)
+        return Answers(base, adapter, greedy, mixed_failure=unmixed, is_one_model=is_one_model)
     try:
-        mixed = None if is_one_model else engine.mixed(questions)  # last, since its faults may stay in a cache
+        mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
     except EngineError as error:  # what was answered before is judged all the same
         return Answers(base, adapter, greedy, mixed_failure=str(error))
-    return Answers(base, adapter, greedy, mixed, is_one_model=is_one_model)
+    return Answers(base, adapter, greedy, mixed)
 
 
 def _longest(base: ModelSource, request: VerifyRequest) -> int:

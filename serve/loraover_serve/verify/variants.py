@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +18,7 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
+from loraover_serve.judge.evidence import Candidate
 from loraover_serve.verify.base_variants import Change, base_faults, coarse_cache
 
 
@@ -107,10 +108,10 @@ class Variants:
         with coarse_cache(self.model):
             return self._run()
 
-    def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
-        """The base model with faults of its own: kind, words, and what runs it on the first prompts, or on all."""
-        for kind, detail, changed in base_faults(self.model, self._longest):
-            yield kind, detail, partial(self._changed, changed)
+    def base_faults(self) -> Iterator[Candidate]:
+        """The base model with faults of its own."""
+        for fault, detail, changed in base_faults(self.model, self._longest):
+            yield Candidate(fault, detail, partial(self._changed, changed))
 
     def _changed(self, changed: Change, prompts: int | None) -> Expected:
         with changed() as before:

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import describe
+from loraover_serve.judge.limits import NUMBER_FORMATS
 from loraover_serve.record.check import read_all
-from loraover_serve.verify.request import NUMBER_FORMATS, VerifyRequest
+from loraover_serve.verify.request import VerifyRequest
 
 MAX_YAML_BYTES = 2**20
 HOUR_S = 3600.0

@@ -23,11 +23,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from loraover_serve.comparison.rounding import FORMATS, rounding
-from loraover_serve.comparison.thresholds import APPLIED, SURE, root_mean
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.judge.estimates import root_mean
+from loraover_serve.judge.limits import SURE
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+
+APPLIED = 3
+"""Multiple of the noise by which an applied adapter changes logprobs at least."""
 
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
 
@@ -299,7 +303,7 @@ def distance_of(reference: str, model: Any, requests: Sequence[TokenRequest], sa
     """
     answers, apart = zip(*(_judge(model, requests, sample) for sample in samples), strict=True)
     differences = np.concatenate(apart)
-    rms, error = root_mean(differences**2) if len(differences) else (None, None)
+    rms, error = root_mean((differences**2).tolist()) if len(differences) else (None, None)
     return Distance(
         reference=reference,
         equal=sum(answer.gap is None for answer in answers) / len(answers),

@@ -8,13 +8,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
-from .case import Greedy
-from .dialects import DIALECTS
-from .reference import ADAPTER, BASE, OTHER, CheckError, Reference, Row, Rows
-from .server import Server, UnfitError
+from loraover.client.dialects import DIALECTS, token_id, up_to_unknown
+from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
+from loraover_serve.record.adapter_check.evidence import Greedy
+from loraover_serve.record.adapter_check.reference import CheckError, Reference, Row, Rows
+from loraover_serve.record.adapter_check.server import Server, UnfitError
 
 AT_ONCE = 4  # requests in flight
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
@@ -59,11 +59,13 @@ class Asker:
 
     def answer(self, arm: str, prompt: Any, tokens: int) -> tuple[list[tuple[int | None, Row]], str]:
         """Tokens of the greedy answer, as far as they are known, each with the logprobs there; and its source."""
-        answer, source = self.server.ask(*self.dialect.request(self.names[arm], arm, prompt, tokens))
+        by_text = self.reference.by_text
+        asked = self.dialect.request(self.names[arm], prompt, tokens, is_base=arm == BASE)
+        answer, source = self.server.ask(*asked)
         try:
-            found = self.dialect.read(answer)
             rows = [
-                ({self._id(entry): float(value) for entry, value in tops}, self._id(chosen)) for chosen, tops in found
+                ({token_id(entry, by_text): float(value) for entry, value in tops}, token_id(chosen, by_text))
+                for chosen, tops in zip(*self.dialect.read(answer), strict=False)
             ]
             if any(not math.isfinite(value) for row, _ in rows for value in row.values()):
                 raise ValueError("a logprob is not a finite number")
@@ -71,17 +73,6 @@ class Asker:
             raise CheckError(f"{self.server.url}: the answer cannot be read ({error}): {answer!r:.300}") from None
         told = str(answer.get("id") or "") if isinstance(answer, dict) else ""
         return [(i, {t: v for t, v in row.items() if t is not None}) for row, i in rows], f"{told} {source}".strip()
-
-    def _id(self, entry: Any) -> int | None:
-        if isinstance(entry, dict):
-            entry = entry["id"] if isinstance(entry.get("id"), int) else entry.get("token")
-        if isinstance(entry, int):
-            return entry
-        text = str(entry)
-        if text.startswith("token_id:"):
-            return int(text.removeprefix("token_id:"))
-        shown = text.replace("\u2581", " ").replace("\u0120", " ").replace("\u010a", "\n")  # as vocabularies have it
-        return self.reference.by_text.get(text, self.reference.by_text.get(shown))
 
     def rows(self, arm: str, places: Sequence[int], sources: dict[int, str]) -> dict[int, Row]:
         """An arm's logprobs at places, asked in random order; those of chats as long as the tokens are PyTorch's."""
@@ -121,13 +112,12 @@ class Asker:
         """The adapter's greedy answer to each question."""
 
         def ask(question: int) -> Greedy:
-            place, expected = self.reference.places.index((question, 0)), self.reference.questions[question]["answer"]
+            place, expected = self.reference.first(question), self.reference.questions[question]["answer"]
             found, _ = self.answer(ADAPTER, self.prompt(place), len(expected))
             tokens = [token for token, _ in found]
-            known = [*takewhile(lambda token: token is not None, tokens)]
             follows = [expected[k] if token is None else token for k, token in enumerate(tokens[: len(expected)])]
             rows = self.shared(place, expected, [*zip(follows, (row for _, row in found), strict=False)])
-            return Greedy(question, [token for token in known if token is not None], len(found), rows)
+            return Greedy(question, up_to_unknown(tokens), len(found), rows)
 
         first = [question for question, step in map(self.reference.places.__getitem__, self.places) if step == 0]
         with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -6,45 +6,53 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .asker import Asker, served_names
-from .case import Answers, Case
-from .dialects import DIALECTS
-from .reference import ADAPTER, BASE, FORMATS, CheckError, read_reference
-from .rules import finding, quick
-from .server import Server, headers, tls
+from loraover.client.dialects import DIALECTS
+from loraover_serve.judge.case import flag
+from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS
+from loraover_serve.judge.request_faults import left_out
+from loraover_serve.judge.rules import judge
+from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence
+from loraover_serve.record.adapter_check.reference import CheckError, read_reference
+from loraover_serve.record.adapter_check.server import Server, headers, tls
 
 QUICK = 8  # requests
-EXIT_CODES = {"as trained": 0, "differs": 1, "failed": 2, "inconclusive": 3}
 
 
-def check(asker: Asker, served_format: str = "bf16", *, is_quick: bool = False) -> dict[str, Any]:
+def check(
+    asker: Asker,
+    served_format: str = "bf16",
+    option: Callable[[str], str] = flag,
+    *,
+    is_quick: bool = False,
+    without_mixed: bool = False,
+) -> dict[str, Any]:
     """Ask a server everything, and judge its answers.
 
     Args:
         asker: The server, with the reference.
         served_format: Coarsest number format in which the server may hold the base model.
+        option: Name of an option as its user writes it.
         is_quick: Whether a few answers of the adapter alone have to do.
+        without_mixed: Whether no requests for both models are sent together.
 
     Returns:
-        The fields of an engine's result in verify.json.
+        The fields of an engine's result in verify.json, but for the engine.
 
     Raises:
         CheckError: A server that refuses, or whose answers cannot be read.
     """
-    start, (answers, failure) = time.monotonic(), (quick_answers if is_quick else all_answers)(asker)
-    case = Case(asker.reference, answers, served_format)
-    verdict, reason, fault = (quick if is_quick else finding)(case)
-    unmixed = "" if failure is None else f"; mixed batches were not compared: {failure}"
-    seconds = time.monotonic() - start
-    return {"verdict": verdict, "reason": reason + unmixed, "fault": fault, **case.figures(), "seconds": seconds} | (
-        {"mixed_failure": failure}
-    )
+    start = time.monotonic()
+    unmixed = left_out(option) if without_mixed else None
+    answers = quick_answers(asker) if is_quick else all_answers(asker, unmixed)
+    found = judge(RecordedEvidence(asker.reference, answers), served_format, option, is_quick=is_quick)
+    return found | {"seconds": time.monotonic() - start}
 
 
-def quick_answers(asker: Asker) -> tuple[Answers, None]:
+def quick_answers(asker: Asker) -> Answers:
     """The adapter's answers at the places of different questions where it changes most."""
     reference, sources = asker.reference, dict[int, str]()
     changes = [
@@ -54,22 +62,29 @@ def quick_answers(asker: Asker) -> tuple[Answers, None]:
     places = sorted(asker.places, key=lambda place: -changes[place])
     first = {reference.places[place][0]: place for place in reversed(places)}
     chosen = sorted(first.values(), key=lambda place: -changes[place])[:QUICK]
-    return Answers({}, asker.rows(ADAPTER, chosen, sources), sources=sources), None
+    return Answers({}, asker.rows(ADAPTER, chosen, sources), sources=sources)
 
 
-def all_answers(asker: Asker) -> tuple[Answers, str | None]:
-    """Everything that the judge needs, and why mixed batches could not be asked for; None if they could."""
+def all_answers(asker: Asker, unmixed: str | None = None) -> Answers:
+    """Everything that the judge needs.
+
+    Args:
+        asker: The server, with the reference.
+        unmixed: Reason why no requests for both models are sent together; None if they are.
+    """
     sources: dict[int, str] = {}
     if asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai":
         adapter = asker.rows(ADAPTER, asker.places, sources)
-        return Answers({}, adapter, asker.greedy(), sources=sources, is_one_model=True), None
+        return Answers({}, adapter, asker.greedy(), sources=sources, is_one_model=True)
     base, adapter = asker.rows(BASE, asker.places, {}), asker.rows(ADAPTER, asker.places, sources)
-    answers = Answers(base, adapter, asker.greedy(), sources=sources)
+    answers = Answers(base, adapter, asker.greedy(), sources=sources, mixed_failure=unmixed)
+    if unmixed is not None:
+        return answers
     try:
         answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
     except CheckError as error:  # what was answered before is judged all the same
-        return answers, str(error)
-    return answers, None
+        answers.mixed_failure = str(error)
+    return answers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,13 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("url", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--served-name", help="name of the adapter there (default: that of its folder)")
     parser.add_argument("--base-name", help="name of the base model there (default: as listed)")
-    parser.add_argument("--served-format", default="bf16", choices=FORMATS, help="coarsest format of the base model")
+    parser.add_argument(
+        "--served-format", default="bf16", choices=NUMBER_FORMATS, help="coarsest format of the base model"
+    )
     parser.add_argument("--protocol", choices=sorted({one.protocol for one in DIALECTS}), help="default: tried in turn")
     parser.add_argument("--key-variable", help="environment variable with the server's key")
     parser.add_argument("--header", action="append", default=[], metavar="NAME=VARIABLE", help="header from a variable")
     parser.add_argument("--ca-file", help="certificates that sign the server's (PEM)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for everything (default: 120)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
+    parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     asked = parser.parse_args(arguments)
     try:
@@ -94,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         reference = read_reference(asked.reference)
         names = served_names(server, reference, asked.served_name, asked.base_name)
-        found = check(Asker(reference, server, names, asked.protocol), asked.served_format, is_quick=asked.quick)
+        asker = Asker(reference, server, names, asked.protocol)
+        found = check(asker, asked.served_format, is_quick=asked.quick, without_mixed=asked.without_mixed)
     except CheckError as error:
         found = {"verdict": "failed", "reason": str(error), "fault": None}
     print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")

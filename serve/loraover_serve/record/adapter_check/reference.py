@@ -11,16 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
-"""Number formats from fine to coarse."""
+from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
 
 UNIT, STEPS_PER_E = 1e-4, 10
 """Nats of a recorded logprob, and characters in which the recorded difference of a fault grows e-fold."""
 
 ALPHABET = "".join(chr(code) for code in range(35, 127) if chr(code) != "\\")
 LARGEST_FILE = 64_000_000  # bytes, unpacked
-ARMS = BASE, ADAPTER = "base", "adapter"
-OTHER = "other"
 
 Row = dict[int, float]
 """Logprobs in nats by token id."""
@@ -68,13 +65,15 @@ class Reference:
         lists = [*(p["ids"] for p in positions), *(q[part] for q in self.questions for part in ("prompt", "answer"))]
         if any(type(i) is not int or not 0 <= i < size for ids in lists for i in ids) or not all(lists):
             raise ValueError(f"a token is not one of {size}")
-        self.base, self.adapter = (self._model(positions, arm) for arm in ("base", "adapter"))
-        self.variants = {of: [self._variant(v) for v in content["variants"] if v["of"] == of] for of in ARMS}
+        self.base, self.adapter = (self._model(positions, arm) for arm in (BASE, ADAPTER))
+        self.variants = {of: [self._variant(v) for v in content["variants"] if v["of"] == of] for of in (BASE, ADAPTER)}
         found: dict[str, set[int]] = defaultdict(set)
         for index, text in content["texts"].items():
             found[text].add(int(index))
         self.by_text = {text: ids.pop() for text, ids in found.items() if len(ids) == 1}
-        if not all(0 < float(each["distance"]) < math.inf for each in (self.formats[name] for name in FORMATS[1:])):
+        if not all(
+            0 < float(each["distance"]) < math.inf for each in (self.formats[name] for name in NUMBER_FORMATS[1:])
+        ):
             raise ValueError("a number format has no distance")
 
     @staticmethod
@@ -92,6 +91,10 @@ class Reference:
         levels = iter(found["levels"])
         rows = [{i: value + unit * unpacked(next(levels)) for i, value in row.items()} for row in exact]
         return Model(rows, [0.0] * len(rows), found["fault"], found["detail"], found.get("factor"))
+
+    def first(self, question: int) -> int:
+        """The first place of a question."""
+        return self.places.index((question, 0))
 
     def read(self, place: int) -> list[int]:
         """Tokens after which a place's token follows."""

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .reference import CheckError
+from loraover_serve.record.adapter_check.reference import CheckError
 
 LARGEST_ANSWER = 8_000_000  # bytes
 TRANSIENT, UNFIT, PAUSES_S = {408, 409, 425, 429, 500, 502, 503, 504}, {400, 404, 405, 413, 422, 501}, (1.0, 4.0, 16.0)

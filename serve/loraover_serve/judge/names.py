@@ -26,3 +26,16 @@ UNLIKE = "base model answered by something else"
 LAYERS = "layers of the adapter missing or swapped"
 ANOTHER = "another adapter"
 STALE = "stale adapter"
+
+COARSE_CACHE = "KV cache in fp8"
+"""Name of what is no fault: the rest of the noise has to be that of the declared number format."""
+
+NOT_APPLIED_DETAIL = (
+    "the adapter is not loaded, its tensors' names do not match, or the server takes it by another name (SGLang: "
+    "BASE:ADAPTER)"
+)
+
+
+def multiplied(factor: float) -> str:
+    """The fault of an adapter with a factor, in words."""
+    return f"every delta_W is multiplied by {factor:.3g}"

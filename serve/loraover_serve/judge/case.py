@@ -1,0 +1,250 @@
+"""One engine's evidence, with the estimates that the rules ask of it.
+
+Strength is judged over prompts (see `estimates`). On an engine that computes exactly, a few prompts are enough: noise
+that is CERTAIN times what the base model shows, all of it along the adapter, moves the strength no further than
+
+    CERTAIN * sqrt(2) * (noise + FLOOR) / effect.
+
+What strength cannot see is off at right angles to the adapter. It shows as *excess*: how much further the adapter's
+answers are from PyTorch's than the base model's, by prompt, so that each prompt has its own size of noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from statistics import fmean, median
+
+from loraover_serve.judge.estimates import Estimate, log_ratio, strength, t_quantile
+from loraover_serve.judge.evidence import Change, Distance, Evidence, Generated, Model, Off, by_prompt
+from loraover_serve.judge.greedy import Agreement, compare_greedy
+from loraover_serve.judge.limits import (
+    ADAPTER,
+    AS_BASE,
+    BASE,
+    BY_CHANCE,
+    CERTAIN,
+    CLEAR,
+    COARSER,
+    EXACT,
+    EXACT_STRENGTH,
+    EXCESS,
+    EXPLAINED,
+    FEW_PROMPTS,
+    FLOOR,
+    NUMBER_FORMATS,
+    PLAIN,
+    ROUNDED_STRENGTH,
+    SURE,
+)
+
+
+def flag(field: str) -> str:
+    """An option as a command line has it."""
+    return f"--{field.replace('_', '-')}"
+
+
+class Case:
+    """One engine's evidence, with the estimates that the rules ask of it.
+
+    Args:
+        evidence: The evidence.
+        served_format: Coarsest number format in which the base model is known to be served.
+        option: Name of an option as its user writes it.
+
+    Attributes:
+        changes: What the engine's adapter changes, along what the adapter changes.
+        off: What sets the adapter's answers apart from those of the right adapter.
+        found: Distance of the adapter's answers.
+        noise: Distance of the base model's answers; of an engine with one model, all that is known is `found`.
+        effect: RMS change of logprobs by the adapter, in nats.
+    """
+
+    def __init__(self, evidence: Evidence, served_format: str = "bf16", option: Callable[[str], str] = flag) -> None:
+        self.evidence, self.served_format, self.option = evidence, served_format, option
+        self.changes = evidence.changes(evidence.adapter, evidence.base)
+        self.off = evidence.off(ADAPTER, evidence.adapter)
+        self.found = Distance.of(self.off)
+        self.noise = self.found if evidence.is_one_model else Distance.of(evidence.off(BASE, evidence.base))
+        self.effect = math.sqrt(fmean(each.size / each.tokens for each in self.changes))
+        self._roundings: dict[str, float] = {}
+
+    @cached_property
+    def strength(self) -> Estimate:
+        """Strength of the adapter in what the engine changes."""
+        found = strength_along(self.changes)
+        if self.effect == 0:
+            return found
+        certain = CERTAIN * math.sqrt(2) * (self.noise.rms + FLOOR) / self.effect
+        return Estimate(found.value, min(found.half, certain))
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len({each.prompt for each in self.changes})
+
+    def first(self, number: int) -> int:
+        """How many prompts there are up to the end of the first ones that the engine answered."""
+        return sorted({each.prompt for each in self.changes})[:number][-1] + 1
+
+    @cached_property
+    def number_format(self) -> str | None:
+        """The finest number format whose rounding moves the base model about as far; None if none does."""
+        return self.format_of(self.noise.rms)
+
+    def format_of(self, noise: float) -> str | None:
+        """The finest number format that has so much noise, in nats; None if none has."""
+        if noise <= EXACT:
+            return NUMBER_FORMATS[0]
+        return next((name for name in NUMBER_FORMATS[1:] if noise <= COARSER * self._rounding(name)), None)
+
+    def _rounding(self, name: str) -> float:
+        if name not in self._roundings:
+            self._roundings[name] = self.evidence.rounding(name)
+        return self._roundings[name]
+
+    @cached_property
+    def bias(self) -> float:
+        """Strength of the right adapter if PyTorch computes in the number format of the base model."""
+        return self.evidence.bias("bf16" if self.number_format in (None, *PLAIN) else str(self.number_format)) or 1.0
+
+    @property
+    def allowed(self) -> tuple[float, float]:
+        """Strengths that a right adapter has."""
+        return allowed_strength(self.number_format, self.bias)
+
+    @property
+    def limit(self) -> float:
+        """Largest distance of a single computation that noise explains, in nats."""
+        return allowed_distance(self.noise, self.evidence.sensitivity)
+
+    @cached_property
+    def excess(self) -> Estimate:
+        """Logarithm of the adapter's distance over the base model's times the sensitivity."""
+        return self._excess_of(self.off)
+
+    def _excess_of(self, off: Sequence[Off]) -> Estimate:
+        there = by_prompt(() if self.evidence.is_one_model else self.evidence.off(BASE, self.evidence.base))
+        pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
+        noise = [self.evidence.sensitivity * base + FLOOR for _, base in pairs]
+        return log_ratio([mine + FLOOR for mine, _ in pairs], noise)
+
+    @cached_property
+    def cache_share(self) -> float:
+        """Share of the base model's distance that a KV cache in float8 explains; 0 if it is no such part.
+
+        This is no fault: that the rest is small shows that the weights are the base model's.
+        """
+        if self.number_format in PLAIN or self.evidence.is_one_model:
+            return 0.0
+        model = self.evidence.with_coarse_cache()
+        found = 0.0 if model is None else self.share_of(model)
+        return found if found >= EXPLAINED else 0.0
+
+    @property
+    def weights_format(self) -> str | None:
+        """As `number_format`, of what the KV cache does not explain."""
+        return self.format_of(self.noise.rms * math.sqrt(1 - self.cache_share))
+
+    def share_of(self, model: Model) -> float:
+        """Share of what sets the engine's base model apart that a changed base model explains."""
+        changes = self.evidence.base_changes(model)
+        found = strength_along(changes)
+        return share_along(changes, found) if found.value > EXPLAINED else 0.0
+
+    @cached_property
+    def as_base(self) -> tuple[list[Change], int]:
+        """Answers of the adapter that are the base model's, and the number of those at which that would be seen."""
+        return count_base(self.changes, CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR))
+
+    @cached_property
+    def generated(self) -> list[Generated]:
+        """The adapter's greedy answers."""
+        return list(self.evidence.generated())
+
+    @cached_property
+    def greedy(self) -> Agreement | None:
+        """Greedy answers beside PyTorch's."""
+        allowed = 2 * self.evidence.sensitivity * self.noise.largest + FLOOR
+        return compare_greedy(self.generated, self.evidence.ends, allowed)
+
+    @cached_property
+    def mixed(self) -> dict[str, Distance]:
+        """Distances between answers that were sent together and alone."""
+        return {name: Distance.of(off) for name, off in self.evidence.mixed().items() if off}
+
+    def is_further(self, off: Sequence[Off] | None = None) -> bool:
+        """Whether answers are off by more than the noise of the base model explains.
+
+        Args:
+            off: What sets them apart; None for the right adapter.
+        """
+        found = self.found if off is None else Distance.of(off)
+        if found.prompts < FEW_PROMPTS:
+            return found.rms > CERTAIN * (self.evidence.sensitivity * self.noise.rms + FLOOR)
+        return (self.excess if off is None else self._excess_of(off)).low > math.log(EXCESS)
+
+    def is_nearer(self) -> bool:
+        """Whether the base model is off by more than the noise of the adapter explains."""
+        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.sensitivity)
+
+
+def strength_along(changes: Sequence[Change]) -> Estimate:
+    """The factor of the directions in changes."""
+    return strength([(each.prompt, each.along, each.size) for each in changes])
+
+
+def share_along(changes: Sequence[Change], estimate: Estimate) -> float:
+    """Share of the changes' square that the directions explain with this factor, at most 1."""
+    total = math.fsum(each.total for each in changes)
+    return min(1.0, estimate.value**2 * math.fsum(each.size for each in changes) / total) if total > 0 else 0.0
+
+
+def count_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list[Change], int]:
+    """Clear positions at which an engine's adapter changes nothing, and the number of clear positions.
+
+    Args:
+        changes: What the engine's adapter changes, along what the adapter changes.
+        limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
+    """
+    if not changes:
+        return [], 0
+    least = CLEAR * median(min(math.sqrt(each.total), math.sqrt(each.rest)) for each in changes)
+    clear = [each for each in changes if math.sqrt(each.size) > least]
+    as_base = [
+        each
+        for each in clear
+        if math.sqrt(each.total) < math.sqrt(each.rest) / AS_BASE and each.total <= limit**2 * each.tokens
+    ]
+    return as_base, len(clear)
+
+
+def allowed_strength(number_format: str | None, bias: float) -> tuple[float, float]:
+    """Strengths that a right adapter has on an engine.
+
+    Rounding itself shrinks what an adapter changes, by as much as an engine's own rounding does only within a factor:
+    twice what PyTorch shows is allowed.
+
+    Args:
+        number_format: Number format of the base model; None if it is unknown.
+        bias: Strength of the adapter if PyTorch computes in that number format.
+    """
+    if number_format == NUMBER_FORMATS[0]:
+        return 1 - EXACT_STRENGTH, 1 + EXACT_STRENGTH
+    low, high = (2 * min(bias, 1.0) - 1, 2 * max(bias, 1.0) - 1)
+    return low - ROUNDED_STRENGTH, high + ROUNDED_STRENGTH
+
+
+def allowed_distance(noise: Distance, sensitivity: float) -> float:
+    """Largest distance, in nats, that the noise explains; both sides are estimates over prompts."""
+    relative = noise.error / noise.rms if noise.rms else 0.0
+    return sensitivity * noise.rms * (1 + sure_errors(noise.prompts) * math.sqrt(2) * relative) + FLOOR
+
+
+def sure_errors(prompts: int) -> float:
+    """Standard errors by which an estimate may be off if its error is estimated from so many prompts.
+
+    Two prompts have one degree of freedom; a single one is treated like two.
+    """
+    return max(SURE, t_quantile(max(prompts - 1, 1), BY_CHANCE))

@@ -1,0 +1,207 @@
+"""Estimates over prompts, with their errors: a robust strength, the mean of log ratios, and root mean squares.
+
+How much of a change is in an engine's answers is a robust regression through the origin. Let y be what the engine
+changes at a position, and d a direction: what the change is in PyTorch. The strength s is 1 if the engine makes the
+change as it should, 0 if it does not. With x = y.d and w = d.d at each position, s solves
+
+    sum of phi(r) (x - s w) = 0,    r = (x - s w) / sqrt(w),    phi(r) = min(1, CLIP sigma / |r|),
+
+where sigma is the scale of r by its median. A position that is far off, such as one whose tokens went to another
+expert, so has a bounded weight. Positions of one prompt share their noise: the standard error is that of the prompts'
+sums (the sandwich of generalised estimating equations), and the interval has the quantile of Student's t for as many
+prompts as share the weight evenly.
+
+Source: Huber 1964, doi:10.1214/aoms/1177703732; Liang and Zeger 1986, doi:10.1093/biomet/73.1.13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from statistics import fmean, median
+from typing import NamedTuple
+
+from loraover_serve.judge.limits import BY_CHANCE, CONFIDENCE, FEW_AS_BASE
+
+CLIP = 2.5
+"""Scales of the noise beyond which a position's residual counts no more."""
+
+STEPS = 20
+TO_SIGMA = 1.4826  # from the median of |r| to the standard deviation, for normal noise
+LONGEST, EPSILON = 10_000, 2**-52  # terms of a continued fraction, and what the last one changes
+
+
+class Estimate(NamedTuple):
+    """An estimate with its interval.
+
+    Args:
+        value: The estimate.
+        half: Half the width of the interval in which the truth lies, but for BY_CHANCE of the cases.
+    """
+
+    value: float
+    half: float
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.value - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.half
+
+    def __str__(self) -> str:
+        ends = f" [{self.low:.3g}, {self.high:.3g}]" if math.isfinite(self.half) else ""
+        return f"{self.value:.3g}{ends}"
+
+
+def strength(points: Sequence[tuple[int, float, float]]) -> Estimate:
+    """The factor s of a direction in a change; see the head of this module.
+
+    Args:
+        points: Prompt, x in square nats, and w in square nats, of each position; those with w = 0 show nothing.
+    """
+    points = [point for point in points if point[2] > 0]
+    if not points:
+        return Estimate(0.0, math.inf)
+    value = median(x / w for _, x, w in points)
+    for _ in range(STEPS):
+        phi, _, _ = _weighted(points, value)
+        below = math.fsum(f * w for f, (_, _, w) in zip(phi, points, strict=True))
+        value = math.fsum(f * x for f, (_, x, _) in zip(phi, points, strict=True)) / below
+    phi, inside, residuals = _weighted(points, value)
+    sums, weights = defaultdict[int, float](float), defaultdict[int, float](float)
+    for (prompt, _, w), f, r in zip(points, phi, residuals, strict=True):
+        sums[prompt] += f * math.sqrt(w) * r
+        weights[prompt] += w
+    if len(sums) < 2:
+        return Estimate(value, math.inf)
+    bread = math.fsum(w for (_, _, w), within in zip(points, inside, strict=True) if within)  # of half of them, or more
+    even = sum(weights.values()) ** 2 / sum(w * w for w in weights.values())
+    error = math.sqrt(len(sums) / (len(sums) - 1) * sum(each * each for each in sums.values())) / bread
+    return Estimate(value, error * t_quantile(max(even - 1, 1)))
+
+
+def _weighted(points: Sequence[tuple[int, float, float]], value: float) -> tuple[list[float], list[bool], list[float]]:
+    """The weights phi, whether each residual is within CLIP scales, and the residuals."""
+    residuals = [(x - value * w) / math.sqrt(w) for _, x, w in points]
+    limit = CLIP * TO_SIGMA * median(map(abs, residuals))
+    inside = [abs(r) <= limit or limit == 0 for r in residuals]
+    return [1.0 if i else limit / abs(r) for r, i in zip(residuals, inside, strict=True)], inside, residuals
+
+
+def log_ratio(one: Sequence[float], other: Sequence[float]) -> Estimate:
+    """Mean over prompts of the logarithm of a ratio, with its interval by Student's t.
+
+    A logarithm bounds the weight of a prompt that is far off, and both sides share the size of a prompt's noise.
+
+    Args:
+        one: Positive numbers, one for each prompt.
+        other: Numbers for the same prompts.
+    """
+    logs = [math.log(here / there) for here, there in zip(one, other, strict=True)]
+    if len(logs) < 2:
+        return Estimate(fmean(logs) if logs else 0.0, math.inf)
+    return Estimate(fmean(logs), t_quantile(len(logs) - 1) * _deviation(logs) / math.sqrt(len(logs)))
+
+
+def root_mean(squares: Sequence[float]) -> tuple[float, float]:
+    """Root of a mean of squares, and its standard error.
+
+    The root divides the standard error of the mean by 2 rms. A single square does not show its error: the root itself
+    is taken for it.
+
+    Args:
+        squares: At least one square.
+    """
+    rms = math.sqrt(fmean(squares))
+    spread = _deviation(squares) if len(squares) > 1 else 2 * rms**2
+    return rms, spread / math.sqrt(len(squares)) / (2 * rms) if rms else 0.0
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; `statistics.stdev` computes with fractions, and is 100 times as slow."""
+    mean = fmean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(freedom: float, probability: float = BY_CHANCE / 2) -> float:
+    """Value that Student's t exceeds with a probability.
+
+    With t = sqrt(freedom) / tan(angle), half of the regularised incomplete beta function of sin(angle)^2 is that
+    probability. Bisection ends where two angles are neighbours.
+
+    Args:
+        freedom: Degrees of freedom, at least 1; any number.
+        probability: The probability, below a half.
+    """
+    low, high = 0.0, math.pi / 2
+    while low < (angle := (low + high) / 2) < high:
+        tail = incomplete_beta(freedom / 2, 0.5, math.sin(angle) ** 2, math.cos(angle) ** 2) / 2
+        low, high = (angle, high) if tail < probability else (low, angle)
+    return math.sqrt(freedom) / math.tan(high)
+
+
+def incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), by its continued fraction.
+
+    Args:
+        a: Above 0.
+        b: Above 0.
+        x: From 0 to 1.
+        rest: 1 - x, which is exact where x is near 1.
+
+    Source: DLMF 8.17.22, with 8.17.4 where that converges slowly; Lentz 1976, doi:10.1364/AO.15.000668.
+    """
+    if x <= 0 or rest <= 0:
+        return float(rest <= 0)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - incomplete_beta(b, a, rest, x)
+    head = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(rest)
+    fraction, above, below = 1.0, 1.0, 0.0
+    for step in range(1, LONGEST):
+        k = step // 2
+        if step % 2:
+            term = -(a + k) * (a + b + k) * x / (a + 2 * k) / (a + 2 * k + 1)
+        else:
+            term = k * (b - k) * x / (a + 2 * k - 1) / (a + 2 * k)
+        above, below = 1 + term / above, 1 / (1 + term * below)
+        fraction *= above * below
+        if abs(above * below - 1) < EPSILON:
+            break
+    return math.exp(head) / a / fraction
+
+
+def share_found(answers: int) -> float:
+    """The smallest share of answers without the adapter that so many show, but for 1 in 100 cases; 1 if none do."""
+    if answers <= FEW_AS_BASE:
+        return 1.0
+    low, high = 0.0, 1.0
+    while low < (share := (low + high) / 2) < high:
+        low, high = (share, high) if _missed(answers, share) > 1 - CONFIDENCE else (low, share)
+    return high
+
+
+def answers_that_show(share: float) -> int:
+    """Number of answers that show a share of answers without the adapter, but for 1 in 100 cases.
+
+    Args:
+        share: The share, above 0.
+    """
+    low, high = FEW_AS_BASE, FEW_AS_BASE + 1
+    while share_found(high) > share:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if share_found(middle) <= share else (middle, high)
+    return high
+
+
+def _missed(answers: int, share: float) -> float:
+    """Probability that so many answers hold fewer than FEW_AS_BASE such ones."""
+    return sum(math.comb(answers, k) * share**k * (1 - share) ** (answers - k) for k in range(FEW_AS_BASE))

@@ -1,0 +1,223 @@
+"""What the judge asks for: measurements of one engine's answers, beside models of which it knows nothing else.
+
+A side has the answers and the models: PyTorch's own with NumPy, or recorded ones in plain Python. A change is always
+that of logprobs at one position, of the tokens that both arms have there.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from loraover_serve.judge.estimates import root_mean
+
+Model = Any
+"""A model as a side has it; the judge only hands it back."""
+
+
+class Change(NamedTuple):
+    """A change at one position, along a direction.
+
+    Args:
+        prompt: Index of the prompt.
+        tokens: Number of tokens whose logprobs are compared.
+        along: Product of the change and the direction, in square nats.
+        size: Square of the direction.
+        total: Square of the change.
+        rest: Square of what sets the change apart from the direction.
+        source: Name of the request that was answered so; empty if the server names none.
+    """
+
+    prompt: int
+    tokens: int
+    along: float
+    size: float
+    total: float
+    rest: float
+    source: str = ""
+
+
+class Off(NamedTuple):
+    """What sets an answer apart from a model's at one position.
+
+    Args:
+        prompt: Index of the prompt.
+        square: Mean square of the differences of logprobs.
+        largest: Largest difference, in nats.
+    """
+
+    prompt: int
+    square: float
+    largest: float
+
+
+class Generated(NamedTuple):
+    """A greedy answer beside PyTorch's.
+
+    Args:
+        expected: PyTorch's tokens.
+        tokens: The engine's tokens, up to the first that it does not identify.
+        length: Number of the engine's tokens.
+        gap: By how much PyTorch prefers its own token where the answer first has another one, in nats.
+        is_base: Whether the other token is the likeliest of the base model.
+    """
+
+    expected: Sequence[int]
+    tokens: Sequence[int]
+    length: int
+    gap: float = 0.0
+    is_base: bool = False
+
+    @property
+    def parted(self) -> int | None:
+        """Index of the first token that is not PyTorch's; None if there is none."""
+        return first_parted(self.expected, self.tokens)
+
+
+class Candidate(NamedTuple):
+    """A model with a fault.
+
+    Args:
+        fault: Name of the fault.
+        detail: The fault in words.
+        run: The model's answers to the first prompts, or to as many as there are if the number is None.
+    """
+
+    fault: str
+    detail: str
+    run: Callable[[int | None], Model]
+
+
+class Distance(NamedTuple):
+    """Distance of logprobs from a model's.
+
+    Args:
+        rms: RMS difference, in nats.
+        error: Its standard error over prompts, in nats; with a single prompt rms itself.
+        largest: Largest difference, in nats.
+        positions: Number of positions.
+        prompts: Number of prompts.
+    """
+
+    rms: float
+    error: float
+    largest: float
+    positions: int
+    prompts: int
+
+    @classmethod
+    def of(cls, found: Sequence[Off]) -> Distance:
+        """Summarise differences at positions; none at all are the distance 0."""
+        sums = defaultdict[int, float](float)
+        for each in found:
+            sums[each.prompt] += each.square
+        if not found:
+            return cls(0.0, 0.0, 0.0, 0, 0)
+        rms, error = root_mean([each * len(sums) / len(found) for each in sums.values()])
+        return cls(rms, error, max(each.largest for each in found), len(found), len(sums))
+
+
+class Evidence(ABC):
+    """One engine's answers, and the models to compare them with.
+
+    Attributes:
+        base: The base model.
+        adapter: The adapted model.
+        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
+        ends: Ids of the tokens that end a text.
+        factors: Factors on every delta_W that are tried first.
+        is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
+        compared: Which tokens are compared, in words.
+        mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
+    """
+
+    base: Model
+    adapter: Model
+    sensitivity: float
+    ends: frozenset[int]
+    factors: Sequence[float]
+    is_one_model: bool
+    compared: str
+    mixed_failure: str | None
+
+    @abstractmethod
+    def off(self, arm: str, model: Model) -> list[Off]:
+        """What sets an arm's answers apart from a model's, where the model was run."""
+
+    @abstractmethod
+    def changes(self, model: Model, start: Model) -> list[Change]:
+        """What the engine's adapter changes beyond what `start` changes, along what leads from there to the model.
+
+        The places are in one order; of a model that was run on few prompts there are the first ones alone.
+        """
+
+    @abstractmethod
+    def base_changes(self, model: Model) -> list[Change]:
+        """What sets the engine's base model apart from the right one, along what sets the model apart from it."""
+
+    @abstractmethod
+    def base_logprobs(self) -> list[Change]:
+        """What sets the engine's base model apart, along the logprobs themselves, both without their means."""
+
+    @abstractmethod
+    def base_repeats(self) -> list[Change]:
+        """What sets the engine's base model apart, along a lowering of the tokens that were read, without means."""
+
+    @abstractmethod
+    def decoded(self) -> list[Change]:
+        """What greedy answers of the adapter change in the base model, from the second token on."""
+
+    @abstractmethod
+    def generated(self) -> Iterable[Generated]:
+        """The adapter's greedy answers."""
+
+    @abstractmethod
+    def mixed(self) -> Mapping[str, Sequence[Off]]:
+        """What sets answers in mixed batches apart from the same arm's alone; empty if there are none."""
+
+    @abstractmethod
+    def rounding(self, number_format: str) -> float:
+        """Distance of the base model in a number format from the right one, in nats."""
+
+    @abstractmethod
+    def bias(self, number_format: str) -> float:
+        """Strength of the right adapter if PyTorch computes in a number format."""
+
+    @abstractmethod
+    def scaled(self, factor: float, prompts: int | None = None) -> Model:
+        """The adapted model with a factor on every delta_W."""
+
+    @abstractmethod
+    def adapter_faults(self) -> Iterable[Candidate]:
+        """Adapted models with faults."""
+
+    @abstractmethod
+    def base_faults(self) -> Iterable[Candidate]:
+        """Base models with faults."""
+
+    @abstractmethod
+    def with_coarse_cache(self) -> Model | None:
+        """The base model with keys and values in float8; None if nobody knows it."""
+
+
+def first_parted(expected: Sequence[int], tokens: Sequence[int]) -> int | None:
+    """Index of the first token that is not the expected one; None if there is none."""
+    pairs = enumerate(zip(expected, tokens, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), None)
+
+
+def apart(changes: Sequence[Change]) -> float:
+    """RMS distance of changes from their directions, in nats; infinite if there are none."""
+    return math.sqrt(fmean(each.rest / each.tokens for each in changes)) if changes else math.inf
+
+
+def by_prompt(found: Sequence[Off]) -> dict[int, float]:
+    """RMS difference of each prompt, in nats."""
+    squares = defaultdict[int, list[float]](list)
+    for each in found:
+        squares[each.prompt].append(each.square)
+    return {prompt: math.sqrt(fmean(mine)) for prompt, mine in squares.items()}

@@ -1,0 +1,76 @@
+"""What the verdict depends on: every limit that several rules share, or that the documentation names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
+EXIT_CODES: dict[Verdict, int] = {"differs": 1, "failed": 2, "inconclusive": 3, "as trained": 0}
+"""Exit code of each verdict, the worst first: the verdict of several engines is the worst of theirs."""
+
+BASE, ADAPTER = "base", "adapter"
+"""Names of the two arms: requests for the base model, and requests for the adapter."""
+
+OTHER = "other"
+"""Name of another adapter of the same base model, beside which the adapter's answers are compared as well."""
+
+NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
+"""Number formats from fine to coarse."""
+
+PLAIN = ("fp32", "fp16", "bf16")
+"""Number formats in which models are published; weights are off by chance in the coarser ones, and so in others."""
+
+BY_CHANCE = 1e-4
+"""Probability with which chance puts the strength of a sound engine outside of its interval."""
+
+FLOOR = 1e-4
+"""Nats by which float32's rounding alone may set apart two computations."""
+
+EXACT = 10 * FLOOR
+"""Noise below which the engine computes in float32."""
+
+CERTAIN = 5.0
+"""Multiple of the base model's noise that the adapter's never reaches."""
+
+EXCESS = 1.49
+"""Ratio of the adapter's noise to the base model's times the sensitivity, that still is noise.
+
+`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
+
+EXACT_STRENGTH = 0.002
+"""Deviation of the strength that is no fault of an engine that computes in float32."""
+
+ROUNDED_STRENGTH = 0.06
+"""Deviation of the strength, beside twice what PyTorch shows in that number format, that is no fault.
+
+`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
+
+SEEN = 0.2
+"""Deviation of the strength that an engine which is called as trained does not have."""
+
+SURE = 5
+"""Standard errors by which an estimate may be off."""
+
+COARSER = 2
+"""Multiple of the distance of a number format, up to which noise is that format's."""
+
+FEW_PROMPTS = 6
+"""Fewer prompts than this tell nothing of how far prompts differ."""
+
+ENOUGH_PROMPTS = 32
+"""Prompts that decide on an engine in bfloat16."""
+
+CLEAR = 4.0
+"""Multiple of the noise by which an adapter changes a position at which one sees whether it was applied."""
+
+AS_BASE = 4.0
+"""Ratio by which an answer of the base model is nearer to the base model's than to the adapter's."""
+
+FEW_AS_BASE = 3
+"""Answers of the base model, or answers that end early, that chance alone does not make."""
+
+CONFIDENCE = 0.99
+"""Probability with which a share of answers without the adapter is found."""
+
+EXPLAINED = 0.5
+"""Share of what sets a base model apart that a fault of it, or a coarse cache, has to explain."""

@@ -1,0 +1,80 @@
+"""Faults of single requests: greedy answers, which go through an engine's cache, and requests that are sent together.
+
+A server computes requests that arrive together in one batch. vLLM 0.32 on a CPU computes a batch's rows for the base
+model with the weights of an adapter, if another row asks for one, and reports nothing. Batches of two adapters are
+looked at as well, where the server has a second one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from loraover_serve.judge.case import Case, count_base
+from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, OTHER
+from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, DECODED, ENDS_EARLY, LEAKS
+
+Fault = tuple[str, str | None]
+"""Reason and name."""
+
+
+def generated_fault(case: Case) -> Fault | None:
+    """What is wrong with generated answers though logprobs agree; None if nothing is.
+
+    Args:
+        case: The engine's evidence.
+    """
+    greedy = case.greedy
+    if greedy is None:
+        return None
+    as_base, clear = count_base(case.evidence.decoded())
+    if len(as_base) >= FEW_AS_BASE:
+        return f"logprobs agree, but {len(as_base)} of {clear} generated tokens have the base model's logprobs", DECODED
+    if greedy.gap > greedy.allowed:
+        reason = (
+            f"logprobs agree, but a greedy answer leaves PyTorch's where the two tokens are {greedy.gap:.2g} nats "
+            f"apart, and noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
+        )
+        if greedy.as_base >= FEW_AS_BASE:
+            return f"{reason}, in {greedy.as_base} answers the base model's", DECODED
+        return reason, None
+    answers = len(case.generated)
+    if greedy.early * answers >= min(FEW_AS_BASE, answers):
+        reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, at no end of the text"
+        return reason, ENDS_EARLY
+    return None
+
+
+def mixed_fault(case: Case) -> Fault | None:
+    """What is wrong with answers in mixed batches; None if nothing is.
+
+    Both have the engine's noise, so they may be sqrt(2) times as far apart as one of them may be from PyTorch's.
+
+    Args:
+        case: The engine's evidence.
+    """
+    limit = math.sqrt(2) * case.limit
+    subjects = {
+        BASE: (LEAKS, "requests for the base model, sent together with requests for the adapter, are"),
+        ADAPTER: (CHANGED, "sent together with requests for the base model, they are"),
+        OTHER: (CHANGED_BY_OTHER, "sent together with requests for the other adapter, they are"),
+    }
+    for name, (fault, subject) in subjects.items():
+        found = case.mixed.get(name)
+        if found is not None and found.rms > limit:
+            words = f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone"
+            reason = (
+                f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
+                f"time are answered right: send them so, and judge them alone with {case.option('without_mixed')}"
+            )
+            return reason, fault
+    return None
+
+
+def left_out(option: Callable[[str], str]) -> str:
+    """Reason why no requests were sent together: nobody wanted any.
+
+    Args:
+        option: Name of an option as its user writes it.
+    """
+    return f"{option('without_mixed')} was given"

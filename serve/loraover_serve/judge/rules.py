@@ -1,0 +1,266 @@
+"""The verdict on one engine: the first rule that finds something decides.
+
+1. Requests for the base model are answered with the adapter, or the base model has a fault that points in a direction.
+2. The base model is further off than any number format explains: another base model.
+3. Some answers are the base model's.
+4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
+5. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
+6. *As trained*, if the interval of the strength is narrow and the number format is one that was asked for;
+   *inconclusive* otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from loraover_serve.judge.base_faults import find_base_fault
+from loraover_serve.judge.case import Case, count_base, flag
+from loraover_serve.judge.estimates import Estimate, answers_that_show, share_found
+from loraover_serve.judge.evidence import Change, Evidence
+from loraover_serve.judge.limits import (
+    ADAPTER,
+    BASE,
+    ENOUGH_PROMPTS,
+    EXCESS,
+    FEW_AS_BASE,
+    FLOOR,
+    NUMBER_FORMATS,
+    SEEN,
+    Verdict,
+)
+from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, OTHER_BASE, UNLIKE
+from loraover_serve.judge.request_faults import generated_fault, mixed_fault
+from loraover_serve.judge.search import Suspect, suspects
+
+SHOWN = 16  # requests that are named
+
+
+class Finding(NamedTuple):
+    """What a rule found.
+
+    Args:
+        verdict: The verdict.
+        reason: The reason, in words.
+        fault: Name of the fault; None if it has none.
+        suspects: Faults that were compared, the nearest first.
+    """
+
+    verdict: Verdict
+    reason: str
+    fault: str | None = None
+    suspects: Sequence[Suspect] = ()
+
+
+def judge(
+    evidence: Evidence, served_format: str = "bf16", option: Callable[[str], str] = flag, *, is_quick: bool = False
+) -> dict[str, Any]:
+    """The verdict on an engine, and what was measured.
+
+    Args:
+        evidence: The engine's answers, beside the models.
+        served_format: Coarsest number format in which the base model is known to be served.
+        option: Name of an option as its user writes it.
+        is_quick: Whether there are a few answers of the adapter alone, which only show whether it is applied.
+
+    Returns:
+        The fields of an engine's result in verify.json, but for those that say who was judged and how long it took.
+    """
+    case = Case(evidence, served_format, option)
+    if is_quick:
+        verdict, reason, fault, _ = quick(case)
+        return {"verdict": verdict, "reason": reason, "fault": fault, "compared": evidence.compared}
+    found = next(finding for rule in RULES if (finding := rule(case)) is not None)
+    failure = evidence.mixed_failure
+    unmixed = "" if failure is None else f"; mixed batches were not compared: {failure}"
+    value = case.strength
+    interval = {"value": value.value, "low": value.low, "high": value.high} if math.isfinite(value.half) else None
+    mixed = {name: distance._asdict() for name, distance in case.mixed.items()}
+    return {
+        "verdict": found.verdict,
+        "reason": found.reason + unmixed,
+        "fault": found.fault,
+        "compared": evidence.compared,
+        "strength": interval if case.effect > 0 else None,
+        "allowed_strength": case.allowed,
+        "base": case.noise._asdict(),
+        "number_format": case.number_format,
+        "cache_share": case.cache_share,
+        "visible_share": share_found(case.as_base[1]),
+        "adapter": case.found._asdict(),
+        "effect": case.effect,
+        "allowed": case.limit,
+        "greedy": None if case.greedy is None else case.greedy._asdict(),
+        "mixed": mixed if {BASE, ADAPTER} <= mixed.keys() else None,
+        "mixed_failure": failure,
+        "suspects": [each._asdict() for each in found.suspects],
+    }
+
+
+def base_is_faulty(case: Case) -> Finding | None:
+    """What sets the base model apart points in the direction of a fault."""
+    found = find_base_fault(case)
+    if found is None:
+        return None
+    reason = (
+        f"{found.fault}: {found.detail}, which explains {found.share:.0%} of what sets the base model apart from "
+        f"PyTorch's ({case.noise.rms:.2g} nats)"
+    )
+    return Finding("differs", reason, found.fault)
+
+
+def base_is_another(case: Case) -> Finding | None:
+    """No number format is as far off as the base model."""
+    if case.number_format is not None:
+        return None
+    reason = (
+        f"the base model is off by {case.noise.rms:.2g} nats without an adapter, more than weights rounded to "
+        "4 bits would be: the engine serves another base model"
+    )
+    return Finding("differs", reason, OTHER_BASE)
+
+
+def base_is_unlike(case: Case) -> Finding | None:
+    """The adapter's answers are nearer to PyTorch's than noise as large as the base model's allows."""
+    if not case.is_nearer():
+        return None
+    reason = (
+        f"the adapter's answers are off by {case.found.rms:.2g} nats, those for the base model by "
+        f"{case.noise.rms:.2g}: requests for the base model are answered by something else"
+    )
+    return Finding("differs", reason, UNLIKE)
+
+
+def some_are_base(case: Case) -> Finding | None:
+    """Some of the adapter's answers are the base model's, and others are not."""
+    as_base, clear = case.as_base
+    if not FEW_AS_BASE <= len(as_base) <= clear - FEW_AS_BASE:
+        return None
+    return Finding("differs", _of_base(as_base, clear), INTERMITTENT)
+
+
+def _of_base(as_base: Sequence[Change], clear: int) -> str:
+    """How many answers are the base model's, and which requests had them, for who looks for the replica."""
+    part = len(as_base) / clear
+    sources = [each.source for each in as_base if each.source]
+    return (
+        f"{len(as_base)} of {clear} answers of the adapter ({part:.0%}) are the base model's; "
+        f"{answers_that_show(part)} answers show such a share with 99 % probability"
+        + (f"; requests {', '.join(sources[:SHOWN])}" if sources else "")
+    )
+
+
+def adapter_is_beyond(case: Case) -> Finding | None:
+    """The strength or the distance is not that of a right adapter."""
+    found = beyond(case)
+    if found is None:
+        return None
+    compared = suspects(case)
+    nearest = compared[0]
+    if not nearest.explains:
+        reason = f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
+        return Finding("differs", f"{reason}{nearest.rms:.2g} nats", None, compared)
+    others = [each.detail for each in compared[1:] if each.explains]
+    also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
+    reason = f"{nearest.fault}: {nearest.detail} ({found}; with this fault {nearest.rms:.2g} nats remain){also}"
+    return Finding("differs", reason, nearest.fault, compared)
+
+
+def beyond(case: Case) -> str | None:
+    """Reason why the evidence is not that of a right adapter, in words; None if it may be."""
+    found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.sensitivity
+    if case.effect > 0 and (found.low > high or found.high < low):
+        return f"the adapter has the strength {found}, and {low:.3g} to {high:.3g} is right"
+    if case.is_further():
+        return (
+            f"off by {case.found.rms:.2g} nats, where the base model is off by {case.noise.rms:.2g}; "
+            f"noise explains {EXCESS * sensitivity:.2g} times as much"
+        )
+    return None
+
+
+def generated_is_wrong(case: Case) -> Finding | None:
+    """Generated answers are not what the logprobs say."""
+    found = generated_fault(case)
+    return None if found is None else Finding("differs", *found)
+
+
+def mixed_is_wrong(case: Case) -> Finding | None:
+    """Answers change beside requests for another model."""
+    found = mixed_fault(case)
+    return None if found is None else Finding("differs", *found)
+
+
+def strength_is_unclear(case: Case) -> Finding | None:
+    """The interval of the strength is wide, or there is no effect to see."""
+    if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
+        return None
+    reason = (
+        f"the adapter moves logprobs by {case.effect:.2g} nats, and the engine's noise is {case.noise.rms:.2g}: its "
+        f"strength is {case.strength}, and a wrong adapter would pass as well"
+    )
+    if case.prompts < ENOUGH_PROMPTS:
+        reason += f"; {case.prompts} prompts are few: give {ENOUGH_PROMPTS} or more"
+    return Finding("inconclusive", reason)
+
+
+def is_narrow(found: Estimate, allowed: tuple[float, float]) -> bool:
+    """Whether an adapter that is off by SEEN would be seen: interval and allowed strengths are narrower than that."""
+    return found.half + (allowed[1] - allowed[0]) / 2 < SEEN
+
+
+def format_is_undeclared(case: Case) -> Finding | None:
+    """The base model is coarser than was declared, and so may be another one."""
+    assert case.weights_format is not None
+    if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.served_format):
+        return None
+    reason = (
+        f"the adapter has the strength {case.strength}, but the base model is off by "
+        f"{case.noise.rms:.2g} nats, as {case.number_format} would be, or another base model; if it is served "
+        f"in {case.number_format}, say so with {case.option('served_format')}"
+    )
+    return Finding("inconclusive", reason)
+
+
+def as_trained(case: Case) -> Finding:
+    """No rule found anything."""
+    coarse = "" if case.number_format == NUMBER_FORMATS[0] else f", as {case.number_format} arithmetic would be"
+    if case.cache_share:
+        coarse = f", of which a KV cache in fp8 explains {case.cache_share:.0%}"
+    hidden = (
+        "; generated answers were not compared, since the engine returns no token ids" if case.greedy is None else ""
+    )
+    if case.evidence.is_one_model:
+        hidden += "; the server has one model under both names, so its own noise is not known"
+    reason = (
+        f"the adapter has the strength {case.strength}; off by {case.found.rms:.2g} nats, where it moves "
+        f"logprobs by {case.effect:.2g} and the engine's base model is off by {case.noise.rms:.2g}{coarse}{hidden}"
+    )
+    return Finding("as trained", reason)
+
+
+RULES: tuple[Callable[[Case], Finding | None], ...] = (
+    base_is_faulty,
+    base_is_another,
+    base_is_unlike,
+    some_are_base,
+    adapter_is_beyond,
+    generated_is_wrong,
+    mixed_is_wrong,
+    strength_is_unclear,
+    format_is_undeclared,
+    as_trained,
+)
+"""The rules in their order; the last always finds something."""
+
+
+def quick(case: Case) -> Finding:
+    """Whether the adapter is applied at all, by a few answers of the adapter alone."""
+    as_base, clear = count_base(case.changes)
+    if len(as_base) >= FEW_AS_BASE:
+        return Finding("differs", _of_base(as_base, clear), NOT_APPLIED)
+    shown = f"{len(as_base)} of {clear} answers are the base model's"
+    if clear < FEW_AS_BASE or case.effect <= FLOOR:
+        return Finding("inconclusive", f"{shown}: too few to tell")
+    return Finding("as trained", f"{shown}; a full check sees other faults")

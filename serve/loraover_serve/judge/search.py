@@ -1,0 +1,109 @@
+"""The search for the fault of an adapter: the model with the fault that is nearest to the engine's answers is named.
+
+What the engine's adapter changes is compared, so that the base model's own noise cancels. A fault explains the answers
+if, in the place of the right adapter, it would pass as one: the answers lie on the way from the right adapter to the
+fault by the factor 1, and are not further off than noise. One that leaves a tenth of the distance explains it as well.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+from loraover_serve.judge.case import Case, strength_along
+from loraover_serve.judge.evidence import Candidate, Change, Model, apart
+from loraover_serve.judge.limits import ADAPTER, NUMBER_FORMATS
+from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, multiplied
+
+EXPLAINED = 0.1  # share of the adapter's distance that may remain if a fault explains it
+EXACT_WAY, ROUNDED_WAY = 0.1, 0.25  # deviation from 1 of the way to a fault, on exact and on other engines
+FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
+GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
+
+
+class Suspect(NamedTuple):
+    """A fault beside the engine's answers.
+
+    Args:
+        fault: Name of the fault.
+        detail: The fault in words.
+        rms: RMS difference, in nats, between what the engine's adapter changes and what the fault changes.
+        explains: Whether the fault explains the answers within noise.
+    """
+
+    fault: str
+    detail: str
+    rms: float
+    explains: bool
+
+
+def suspects(case: Case) -> list[Suspect]:
+    """The nearest faults on all prompts, and then the others on the first ones, where they are further.
+
+    Args:
+        case: The engine's evidence.
+    """
+    few = case.first(FEW)
+    candidates = [Candidate(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
+    candidates += case.evidence.adapter_faults()
+    screened = [_changes(case, candidate.run(few)) for candidate in candidates]
+    shared = min(map(len, screened))
+    pairs = [(apart(each[:shared]), candidate) for each, candidate in zip(screened, candidates, strict=True)]
+    pairs.sort(key=lambda pair: pair[0])
+    found = [_suspect(case, candidate) for _, candidate in pairs[:NEAREST]]
+    if not any(each.explains for each in found):
+        found.append(_suspect(case, _fitted(case, few)))
+    found.sort(key=lambda each: (not each.explains, each.rms))
+    return found + [Suspect(each.fault, each.detail, far, False) for far, each in pairs[NEAREST:]]
+
+
+def _changes(case: Case, model: Model) -> list[Change]:
+    return case.evidence.changes(model, case.evidence.base)
+
+
+def _suspect(case: Case, candidate: Candidate) -> Suspect:
+    model = candidate.run(None)
+    changes = _changes(case, model)
+    rms, right = apart(changes), apart(case.changes[: len(changes)])
+    explains = rms <= EXPLAINED * right or (rms < right and _would_pass(case, model))
+    return Suspect(candidate.fault, candidate.detail, rms, explains)
+
+
+def _would_pass(case: Case, model: Model) -> bool:
+    """Whether the answers are those of this adapter, as far as noise lets one see."""
+    way = strength_along(case.evidence.changes(model, case.evidence.adapter))
+    allowed = EXACT_WAY if case.number_format == NUMBER_FORMATS[0] else ROUNDED_WAY
+    return abs(way.value - 1) <= allowed and not case.is_further(case.evidence.off(ADAPTER, model))
+
+
+def _fitted(case: Case, few: int) -> Candidate:
+    """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search.
+
+    Args:
+        case: The engine's evidence.
+        few: Number of the first prompts to run.
+    """
+
+    def far(factor: float) -> float:
+        return apart(_changes(case, case.evidence.scaled(factor, few)))
+
+    grid = sorted({*case.evidence.factors, 1.0})
+    distances = [far(factor) for factor in grid]
+    best = distances.index(min(distances))
+    low, high = (math.log(grid[min(max(each, 0), len(grid) - 1)]) for each in (best - 1, best + 1))
+    left, right = ((far(math.exp(side)), side) for side in _inner(low, high))
+    for _ in range(REFINEMENTS):
+        if left[0] < right[0]:
+            high, right = right[1], left
+            left = far(math.exp(side := _inner(low, high)[0])), side
+        else:
+            low, left = left[1], right
+            right = far(math.exp(side := _inner(low, high)[1])), side
+    factor = math.exp(min(left, right)[1])
+    return Candidate(SCALED, multiplied(factor), partial(case.evidence.scaled, factor))
+
+
+def _inner(low: float, high: float) -> tuple[float, float]:
+    """The two inner points of an interval in the golden ratio."""
+    return high - GOLDEN * (high - low), low + GOLDEN * (high - low)
