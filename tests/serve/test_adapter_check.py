@@ -22,9 +22,10 @@ from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker, served_names
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.evidence import Answers, Greedy, RecordedEvidence
-from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
+from loraover_serve.record.adapter_check.reference import UNIT, CheckError, Reference, read_reference
 from loraover_serve.record.adapter_check.server import Server
 from loraover_serve.record.checker_file import write_checker
+from loraover_serve.verify.evidence import Answers as VerifyAnswers
 
 from support.openai_server import openai_server
 from support.planted_faults import FAULTS as PLANTED
@@ -79,6 +80,29 @@ def test_an_engine_has_verifys_verdict(name: str, asked: VerifyCase, reference: 
         found = judge(RecordedEvidence(reference, answers_of(engine, asked, reference)))
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
     assert name not in FAULTS or FAULTS[name].words in found["reason"]
+
+
+def test_both_sides_measure_the_same_changes(asked: VerifyCase, reference: Reference, tmp_path: Path) -> None:
+    """Recorded logprobs are rounded: each number is off by what a direction that is off by UNIT makes of it."""
+    wrong = plant(FAULTS["rsLoRA ignored"], asked.adapter, tmp_path / "wrong")
+    with engine_class("torch").start(asked.setting(tmp_path, adapter=wrong)) as engine:
+        recorded = answers_of(engine, asked, reference)
+    places = [(q, asked.judge.reference.questions[q].answered[step]) for q, step in reference.places]
+    rows = [
+        [Row(*places[p], np.array([*row.values()], np.float32), np.array([*row])) for p, row in arm.items()]
+        for arm in (recorded.base, recorded.adapter)
+    ]
+    sides = (RecordedEvidence(reference, recorded), asked.judge.evidence(VerifyAnswers(rows[0], rows[1], ())))
+    for one, other in zip(*(side.changes(side.adapter, side.base) for side in sides), strict=True):
+        assert (one.prompt, one.tokens) == (other.prompt, other.tokens)
+        off = UNIT * one.tokens**0.5
+        assert abs(one.along - other.along) <= 1.5 * off * one.total**0.5
+        assert one.total == pytest.approx(other.total, rel=1e-6)
+        for part in ("size", "rest"):
+            assert abs(getattr(one, part) ** 0.5 - getattr(other, part) ** 0.5) <= 1.5 * off
+    for one_off, other_off in zip(*(side.off(ADAPTER, side.adapter) for side in sides), strict=True):
+        assert one_off.square**0.5 <= other_off.square**0.5 + 1.5 * UNIT, "an unrecorded token counts at its least"
+        assert one_off.square**0.5 >= 0.9 * other_off.square**0.5
 
 
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
