@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import EntryPoint, entry_points
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -172,13 +172,13 @@ def entry_point(command: click.Command) -> Callable[[], Any]:
     def main() -> None:
         code = run(command)
         if code == INTERRUPTED_CODE:
-            _end_at_once(code)
+            end_at_once(code)
         sys.exit(code)
 
     return main
 
 
-def _end_at_once(code: int) -> None:
+def end_at_once(code: int) -> NoReturn:
     """End the process without the interpreter's clearing up: with PyTorch that takes seconds of a user who waits."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the reader has gone

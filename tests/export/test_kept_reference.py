@@ -15,6 +15,7 @@ from loraover_export import prepare_adapter
 from loraover_export.cli import cli
 
 from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint
+from support.plain_adapter import make_adapter
 from support.recorded import write_reference
 
 
@@ -97,3 +98,27 @@ def test_fold_records_beside_what_it_writes(first: Path, tmp_path: Path) -> None
     assert misfit(tmp_path / "folded" / REFERENCE_FILE) is None
     assert not (tmp_path / "folded" / KEPT_FILE).exists()
     assert (tmp_path / "folded" / REFERENCE_FILE).stat().st_size > 1000
+
+
+@pytest.mark.engine
+def test_a_graphs_adapters_each_keep_their_own(first: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        assert run(cli, ["fold", str(first), "-o", str(folder)]) == 0
+    (tmp_path / "two" / REFERENCE_FILE).unlink()
+    words = ["--mode", "swappable", "--no-check"]
+    assert run(cli, ["onnx", *map(str, folders), "-o", str(tmp_path / "graph"), *words]) == 0
+    assert [path.name for path in (tmp_path / "graph").glob(f"*{REFERENCE_FILE}")] == [f"one.{REFERENCE_FILE}"]
+    assert misfit(tmp_path / "graph" / f"one.{REFERENCE_FILE}") is None
+    assert list(json.loads((tmp_path / "graph" / f"one.{KEPT_FILE}").read_text())["files"]) == ["one.onnx_adapter"]
+
+
+def test_an_exact_conversion_keeps_the_reference(tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path, "Llama", rank_pattern={"q_proj": 6})
+    write_reference(adapter)
+    for rank, is_kept in ((None, True), (2, False)):
+        output = tmp_path / f"rank-{rank}"
+        words = [] if rank is None else ["--rank", str(rank)]
+        assert run(cli, ["convert", str(adapter), "-o", str(output), *words]) == 0
+        assert (output / REFERENCE_FILE).is_file() == is_kept
+    assert misfit(tmp_path / "rank-None" / REFERENCE_FILE) is None

@@ -92,6 +92,10 @@ def test_a_sealed_reference_is_not_written_where_it_would_be_published(
     assert "would be published with the adapter" in capsys.readouterr().err
     assert run(cli, words) == 2
     assert "--sealed needs --sealed-prompts" in capsys.readouterr().err
+    secret = str(tmp_path / "secret.txt")
+    outside = ["--sealed", str(tmp_path.parent / "sealed.json.gz"), "--sealed-prompts", secret, "--prompts", secret]
+    assert run(cli, [*words[:4], *outside]) == 2
+    assert "has the published questions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

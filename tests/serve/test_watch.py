@@ -8,6 +8,7 @@ import json
 import random
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -234,8 +235,16 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
 ) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
     state = {"steady": RIGHT, "lost": RIGHT, "locked": RIGHT}
-    with openai_server(FromReference(reference, state.__getitem__), NAMES) as server:
+    with (
+        openai_server(FromReference(reference, state.__getitem__), NAMES) as server,
+        socket.create_server(("127.0.0.1", 0)) as silent,  # which takes connections, and never answers
+    ):
         path = write(tmp_path, recorded, server.url, interval_s=1)
+        content = yaml.safe_load(path.read_text())
+        mute = content["servers"][0]["adapters"][0] | {"name": "mute"}
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        content["servers"].append({"name": "silent", "url": url, "adapters": [mute]})
+        path.write_text(yaml.safe_dump(content))
         log = (tmp_path / "log").open("w")
         words = [sys.executable, "-c", SCRIPT, str(path)]
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
@@ -248,9 +257,8 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
             until(lambda: mark % ("lost", "differs") in fetch(f"{url}/metrics"))
             page = fetch(url)
             assert "Look at lost on prod" in page
-            assert page.count("<svg ") == 3
+            assert page.count("<svg ") == 4
             assert fetch(f"{url}/healthz") == "ok\n"
-            content = yaml.safe_load(path.read_text())
             path.write_text("servers: [")
             until(lambda: "loraover_watch_config_read 0.0" in fetch(f"{url}/metrics"))
             assert "the one before holds" in fetch(url)
@@ -266,19 +274,19 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
             log.close()
     told = shown.read_text().replace("\n", " ")
     assert "the history is whole" in told
-    assert "torch False" in told
+    assert "heavy !" in told
     with sqlite3.connect(tmp_path / "watch.sqlite") as history:
         assert history.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert history.execute("SELECT count(*) FROM checks WHERE verdict = 'differs'").fetchone()[0] >= 1
 
 
 SCRIPT = """
-import sys
+import os, sys
 from loraover.common.command_line import run
 from loraover_serve.cli import cli
-code = run(cli, ["watch", sys.argv[1]])
-print("torch", "torch" in sys.modules or "numpy" in sys.modules)
-sys.exit(code)
+end, heavy = os._exit, {"torch", "numpy", "transformers"}
+os._exit = lambda code: (print("heavy", *(heavy & {*sys.modules}), "!", flush=True), end(code))
+run(cli, ["watch", sys.argv[1]])
 """
 
 

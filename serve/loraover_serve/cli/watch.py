@@ -10,10 +10,14 @@ def _watch(request: WatchRequest, as_json: bool) -> int:
     """Watch until a signal ends it."""
     from dataclasses import replace
 
+    from loraover.common.command_line import end_at_once
     from loraover.reporting.reporter import ConsoleReporter
     from loraover_serve.watch.run import watch_adapters
 
-    return watch_adapters(replace(request, report=ConsoleReporter()))
+    code = watch_adapters(replace(request, report=ConsoleReporter()))
+    if request.once:
+        return code
+    end_at_once(code)  # a check that waits for a silent server would keep the interpreter from ending
 
 
 watch = request_command(WatchRequest, _watch)

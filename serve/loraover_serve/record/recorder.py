@@ -141,7 +141,8 @@ def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSou
         base: Its base model.
     """
     request.report.line("recording the sealed reference")
-    content = record(replace(request, prompts=request.sealed_prompts), adapter, base)
+    mine = replace(request, prompts=request.sealed_prompts, sealed=None, sealed_prompts=None)
+    content = record(mine, adapter, base)
     return packed(content | {"salt": secrets.token_hex(32)})
 
 
