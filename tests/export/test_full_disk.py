@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,11 @@ def test_a_refusal_that_cannot_be_written_keeps_its_reason(source: Path, tmp_pat
 def test_a_fleet(source: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(source.parent, tmp_path / "copied") / source.name
     with small_disk(tmp_path / "disk", 12) as disk:
-        given = {"cache": disk / "cache", "model": str(source.parent / "base"), "html": tmp_path / "page.html"}
+        given: dict[str, Any] = {
+            "cache": disk / "cache",
+            "model": str(source.parent / "base"),
+            "html": tmp_path / "page.html",
+        }
         report = prepare_fleet([str(source), str(copied)], dtype="fp32", **given)
         assert [row.verdict for row in report.rows] == ["failed", "failed"]
         assert all(NO_SPACE in row.reason for row in report.rows)
