@@ -169,7 +169,7 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
         key_value_heads=_number(text, "num_key_value_heads"),
         is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
         is_encoder_decoder=bool(config.is_encoder_decoder),
-        is_tied=bool(text.tie_word_embeddings),
+        is_tied=_is_tied(config, text),
         quantization=None if quantization is None else _method(quantization),
         modules=modules,
         experts=experts,
@@ -180,6 +180,12 @@ def _number(config: Any, name: str) -> int | None:
     """Return a field that most configurations have; None of one that has another number for each layer."""
     found = getattr(config, name, None)
     return found if isinstance(found, int) else None
+
+
+def _is_tied(config: Any, text: Any) -> bool:
+    """Whether the head is the embedding, which some multimodal models say in the whole configuration only."""
+    found = getattr(text, "tie_word_embeddings", None)
+    return bool(getattr(config, "tie_word_embeddings", False) if found is None else found)
 
 
 def _method(quantization: Any) -> str:

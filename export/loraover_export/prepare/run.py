@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -119,7 +119,8 @@ def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path)
         yield
     except LoraOverError as error:
         if file_states(source) == states and adapter_digests(source).keys() == states.keys():
-            remember(error, source, refused)
+            with suppress(OutputError):  # a full disk must not hide what is wrong with the adapter
+                remember(error, source, refused)
         raise
 
 
