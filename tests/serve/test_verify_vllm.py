@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from loraover.client.endpoint import Endpoint
 from loraover_serve import EngineResult, verify_adapter
@@ -106,7 +106,7 @@ def started(sharp: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         def start(fault: Fault) -> Ask:
             base = sharp.base if fault.base is None else fault.base(folder / f"base-{len(running)}")
             options = (*TINY, "--logprobs-mode", "processed_logprobs")
-            key = (base, (*options, *(("--kv-cache-dtype", "fp8") if fault.coarse_cache else ())))
+            key = (base, (*options, *(("--kv-cache-dtype", "fp8") if fault.cache is not DynamicCache else ())))
             if key not in running:
                 config = VllmServerConfig(str(base), adapters, max_lora_rank=8, max_loras=2, options=key[1])
                 log = folder / f"{len(running)}.log"
@@ -133,4 +133,4 @@ def test_each_planted_fault_has_its_verdict(name: str, sharp: Case, started: Sta
     leaks = leaks_in_mixed_batches() and (fault.verdict != "differs" or fault.name == INTERMITTENT)
     allowed = {(fault.verdict, fault.name)} | ({("differs", LEAKS)} if leaks else set())
     assert (found.verdict, found.fault) in allowed, found.reason
-    assert (found.cache_share > 0) == fault.coarse_cache
+    assert (found.cache_share > 0) == (fault.cache is not DynamicCache)

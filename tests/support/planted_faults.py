@@ -17,14 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 
 from loraover_serve.judge import names
 from loraover_serve.judge.limits import Verdict
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer
-from support.verified import BASE_OPTIONS, Case, Planted, Served, plant, save_adapter
+from support.verified import BASE_OPTIONS, Case, CutCache, Float8Cache, Planted, Served, plant, save_adapter
 
 Body = dict[str, Any]
 Ask = Callable[[Body], dict[str, Any]]
@@ -122,7 +122,7 @@ class Fault:
         wrong: Makes a wrong server of a right one.
         listed: Names of the models that the server lists; only servers have others.
         base: Writes the base model that is served into a folder; None for the right one.
-        coarse_cache: Whether keys and values are held in float8.
+        cache: What holds keys and values.
         by_server: Whether it lies in names or generated answers, so that only servers have it.
     """
 
@@ -131,7 +131,7 @@ class Fault:
     wrong: Callable[[Ask], Ask] = _right
     listed: tuple[str, ...] = ("base", "shop")
     base: Callable[[Path], Path] | None = None
-    coarse_cache: bool = False
+    cache: type[DynamicCache] = DynamicCache
     by_server: bool = False
 
 
@@ -155,7 +155,8 @@ FAULTS: Mapping[str, Fault] = {
     "window": Fault("differs", names.WINDOW, base=partial(save_sharp_base, family="Mistral", sliding_window=8)),
     "layer": Fault("differs", names.BASE_LAYERS, base=partial(save_sharp_base, change=_without_a_layer)),
     "weights": Fault("inconclusive", base=partial(save_sharp_base, change=_3_percent_off)),
-    "cache": Fault("as trained", coarse_cache=True),
+    "cache": Fault("as trained", cache=Float8Cache),
+    "cut cache": Fault("as trained", cache=CutCache),
     "one model": Fault("as trained", wrong=_as_another("base", "shop"), listed=("shop",), by_server=True),
     "SGLang": Fault("differs", names.NOT_APPLIED, _as_another("shop", "base"), by_server=True),
 }
@@ -180,10 +181,10 @@ def right_models(case: Case, scratch: Path) -> Callable[[Fault], Ask]:
     right = Served(case.base, adapters).answer
 
     def serve(fault: Fault) -> Ask:
-        if fault.base is None and not fault.coarse_cache:
+        if fault.base is None and fault.cache is DynamicCache:
             return right
         base = case.base if fault.base is None else fault.base(Path(mkdtemp(dir=scratch)))
-        return Served(base, adapters, coarse_cache=fault.coarse_cache).answer
+        return Served(base, adapters, cache=fault.cache).answer
 
     return serve
 

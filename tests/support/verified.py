@@ -192,9 +192,22 @@ class Float8Cache(DynamicCache):
     """Keys and values in float8 with 4 bits of exponent, without a scale, as vLLM's --kv-cache-dtype fp8 holds them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        coarse = (t.to(torch.float8_e4m3fn).to(t.dtype) for t in (key_states, value_states))
-        found: tuple[Tensor, Tensor] = super().update(*coarse, *args, **kwargs)
+        found: tuple[Tensor, Tensor] = super().update(*map(self.held, (key_states, value_states)), *args, **kwargs)
         return found
+
+    @staticmethod
+    def held(x: Tensor) -> Tensor:
+        return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+
+class CutCache(Float8Cache):
+    """The same without rounding: what float8 does not hold is cut off, as vLLM 0.32 for CPU does."""
+
+    @staticmethod
+    def held(x: Tensor) -> Tensor:
+        _, exponent = torch.frexp(x)  # x is from 1/2 to 1 times 2 ** exponent
+        lowest = torch.clamp(exponent - 4, min=-9)  # exponent of the last of 4 bits; -9 for subnormal numbers
+        return torch.ldexp(torch.trunc(torch.ldexp(x, -lowest)), lowest)
 
 
 class Served:
@@ -204,7 +217,7 @@ class Served:
         base: folder of the base model.
         adapters: folder of an adapter, or None for the base model, by the name that requests use.
         form: how logprobs name tokens: "ids" as vLLM does, "content" as llama.cpp does, or "texts".
-        coarse_cache: whether keys and values are held in float8.
+        cache: what holds keys and values.
     """
 
     def __init__(
@@ -213,9 +226,9 @@ class Served:
         adapters: Mapping[str, Path | None],
         form: str = "ids",
         *,
-        coarse_cache: bool = False,
+        cache: type[DynamicCache] = DynamicCache,
     ) -> None:
-        self._cache = Float8Cache if coarse_cache else DynamicCache
+        self._cache = cache
         self._models = {name: self._load(base, path) for name, path in adapters.items()}
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._form = form

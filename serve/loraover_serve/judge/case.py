@@ -138,8 +138,7 @@ class Case:
         """
         if self.number_format in PLAIN or self.evidence.is_one_model:
             return 0.0
-        model = self.evidence.with_coarse_cache()
-        found = 0.0 if model is None else self.share_of(model)
+        found = max(map(self.share_of, self.evidence.with_coarse_caches()), default=0.0)
         return found if found >= EXPLAINED else 0.0
 
     @property

@@ -200,8 +200,8 @@ class Evidence(ABC):
         """Base models with faults."""
 
     @abstractmethod
-    def with_coarse_cache(self) -> Model | None:
-        """The base model with keys and values in float8; None if nobody knows it."""
+    def with_coarse_caches(self) -> Iterable[Model]:
+        """The base model with keys and values in float8, for each way in which engines round them."""
 
 
 def first_parted(expected: Sequence[int], tokens: Sequence[int]) -> int | None:

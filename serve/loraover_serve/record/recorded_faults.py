@@ -81,7 +81,8 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
     for each in misplaced(subject):
         model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
         yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
-    yield RecordedFault(BASE, COARSE_CACHE, "keys and values are in float8", variants.with_coarse_cache(), NAMED)
+    for way, model in variants.with_coarse_caches():
+        yield RecordedFault(BASE, COARSE_CACHE, f"keys and values are {way} to float8", model, NAMED)
     for base_fault in variants.base_faults():
         model = base_fault.run(NAMED_LAYERS)
         yield RecordedFault(BASE, base_fault.fault, base_fault.detail, model, NAMED_LAYERS)

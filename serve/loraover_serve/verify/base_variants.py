@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from loraover_serve.judge.names import BASE_LAYERS, EXTRA_TOKEN, POSITIONS, WIND
 
 Change = Callable[[], AbstractContextManager[tuple[int, ...]]]
 """Changes the model during a block, which gets the tokens to read before each prompt."""
+
+Rounding = Callable[[Tensor], Tensor]
 
 THETAS = (10_000.0, 500_000.0, 1_000_000.0)
 WINDOWS = (8, 16, 32, 64, 128)
@@ -50,21 +52,46 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
             yield BASE_LAYERS, f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
 
 
+def nearest(x: Tensor) -> Tensor:
+    """Round to float8 with 4 bits of exponent, as GPUs do."""
+    return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def toward_zero(x: Tensor) -> Tensor:
+    """Cut off what float8 with 4 bits of exponent does not hold, as vLLM 0.32 for CPU does."""
+    near = x.to(torch.float8_e4m3fn)
+    bits = near.view(torch.uint8)  # a sign and a magnitude, so that 1 less is the next number towards zero
+    cut = torch.where(near.to(x.dtype).abs() > x.abs(), bits - 1, bits)
+    return cut.view(torch.float8_e4m3fn).to(x.dtype)
+
+
+CACHE_ROUNDINGS: Mapping[str, Rounding] = {"rounded": nearest, "cut": toward_zero}
+"""How engines hold keys and values in float8, without a scale, which is the default of vLLM and SGLang."""
+
+
 class Float8Cache(DynamicCache):
-    """Keys and values in float8 with 4 bits of exponent, without a scale, which is the default of vLLM and SGLang."""
+    """Keys and values in float8.
+
+    Args:
+        rounding: Function that rounds them.
+    """
+
+    def __init__(self, rounding: Rounding) -> None:
+        super().__init__()
+        self._rounding = rounding
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        coarse = (each.to(torch.float8_e4m3fn).to(each.dtype) for each in (key_states, value_states))
+        coarse = map(self._rounding, (key_states, value_states))
         found: tuple[Tensor, Tensor] = super().update(*coarse, *args, **kwargs)
         return found
 
 
 @contextmanager
-def coarse_cache(model: nn.Module) -> Iterator[None]:
+def coarse_cache(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """Hold a model's keys and values in float8 for a block."""
 
     def cached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, kwargs | {"use_cache": True, "past_key_values": Float8Cache()}
+        return args, kwargs | {"use_cache": True, "past_key_values": Float8Cache(rounding)}
 
     handle = model.register_forward_pre_hook(cached, with_kwargs=True)
     try:

@@ -155,5 +155,5 @@ class EngineEvidence(Evidence):
     def base_faults(self) -> Iterator[Candidate]:
         return self._variants.base_faults()
 
-    def with_coarse_cache(self) -> Expected:
-        return self._variants.with_coarse_cache()
+    def with_coarse_caches(self) -> Iterator[Expected]:
+        return (model for _, model in self._variants.with_coarse_caches())

@@ -19,7 +19,7 @@ from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.evidence import Candidate
-from loraover_serve.verify.base_variants import Change, base_faults, coarse_cache
+from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, coarse_cache
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,11 @@ class Variants:
         with rounding(self.model, format_):
             return self._run(prompts) if deltas is None else self.adapted(deltas, prompts=prompts)
 
-    def with_coarse_cache(self) -> Expected:
-        """Logprobs of the base model with keys and values in float8."""
-        with coarse_cache(self.model):
-            return self._run()
+    def with_coarse_caches(self) -> Iterator[tuple[str, Expected]]:
+        """How keys and values are held in float8, and logprobs of the base model with them, for each way."""
+        for way, held in CACHE_ROUNDINGS.items():
+            with coarse_cache(self.model, held):
+                yield way, self._run()
 
     def base_faults(self) -> Iterator[Candidate]:
         """The base model with faults of its own."""

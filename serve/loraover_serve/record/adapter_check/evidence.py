@@ -147,8 +147,8 @@ class RecordedEvidence(Evidence):
     def base_faults(self) -> Iterable[Candidate]:
         return (_candidate(model) for model in self._reference.variants[BASE] if model.fault != COARSE_CACHE)
 
-    def with_coarse_cache(self) -> Model | None:
-        return next((model for model in self._reference.variants[BASE] if model.fault == COARSE_CACHE), None)
+    def with_coarse_caches(self) -> Iterable[Model]:
+        return (model for model in self._reference.variants[BASE] if model.fault == COARSE_CACHE)
 
     def _prompt(self, place: int) -> int:
         return self._reference.places[place][0]
