@@ -159,7 +159,7 @@ BLOCKS, BYTES, TRACED_FROM = 5_000, 150_000, 18
 200,000; and in bytes in the last four hours, some 96 checks. Tracing begins an hour before, and makes checks slow."""
 
 
-@pytest.mark.process
+@pytest.mark.matrix
 def test_a_day_with_a_server_that_flaps(short: Path, reference: Reference, tmp_path: Path) -> None:
     """Some 576 checks over HTTP on a simulated clock: every change is seen, there is no false alarm and no leak."""
     now, states = NOW, {"steady": lambda _: RIGHT, "lost": flips(1, AS_BASE), "locked": flips(2, REFUSED)}
