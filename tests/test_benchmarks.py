@@ -16,7 +16,7 @@ from rich.table import Table
 from loraover.common.errors import ConfigError
 
 from benchmarks import __main__ as runner
-from benchmarks import clock
+from benchmarks import clock, plugin
 from benchmarks.__main__ import BENCHMARKS, BenchmarkError, Measured, run_benchmarks
 from benchmarks.intervals import median_ratio
 from benchmarks.page import PAGE, Origin, check_markers, find_origin, replaced
@@ -185,3 +185,15 @@ def test_a_device_is_waited_for_before_and_after_the_work(monkeypatch: pytest.Mo
 def test_ratios_are_those_of_pairs() -> None:
     slow = [1.0, 10.0, 100.0, 1.0, 10.0, 100.0]
     assert median_ratio([1.02 * s for s in slow], slow).shown() == "1.02 [1.02, 1.02]"
+
+
+def test_a_cold_adapter_is_told_apart_from_the_load_alone() -> None:
+    assert all(order.index(plugin.PREPARING) < order.index(plugin.LOADING) for order in plugin.ORDERS)
+    assert {frozenset(order) for order in plugin.ORDERS} == {frozenset(plugin.ORDERS[0])}
+    alone, cold = plugin.Sample(0.02, 15.0), plugin.Sample(0.5, 16.0, answer_s=4.0, prepare_s=3.0)
+    found = {name: [cold if name == plugin.COLD else alone] * plugin.ROUNDS for name in plugin.ORDERS[0]}
+    rows = to_markdown(plugin.to_table(found, "setting")).splitlines()[4:6]
+    assert rows == [
+        "| nothing | 20 ms | 1.00 [1.00, 1.00] | 15.0 s |  |  |  |",
+        "| first request, never prepared | 500 ms | 25.00 [25.00, 25.00] | 16.0 s | 4.0 s | 3.0 s | 1.0 s |",
+    ]

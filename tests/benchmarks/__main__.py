@@ -38,6 +38,7 @@ BENCHMARKS = (
     "exports",
     "conversions",
     "fleet",
+    "plugin",
 )
 
 

@@ -26,26 +26,15 @@ from loraover_export import check_adapter, convert_adapter, prepare_adapter
 
 from support.plain_adapter import write_adapter
 
-RANK, LAYERS, REPEATS = 32, 32, 3
-HIDDEN, INTERMEDIATE, KEYS = 4096, 14336, 1024
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-TARGETS = sorted(path.rpartition(".")[2] for path in SHAPES)
+RANK, REPEATS = 32, 3
 
 
 def make_base(folder: Path) -> Path:
     """Write the configuration of Llama-3.1-8B, without weights."""
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
@@ -56,19 +45,37 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-def make_plain(folder: Path, base: Path, seed: int) -> Path:
-    """Write a LoRA in bfloat16 with its scaling of 2."""
+def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Return the shape of each linear layer of a block of Llama, by its path in the block."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def make_plain(folder: Path, base: Path, seed: int, rank: int = RANK) -> Path:
+    """Write a LoRA in bfloat16 on all linear layers of a Llama, with a scaling of 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
 
+    config = LlamaConfig.from_pretrained(base)
+    shapes = linear_shapes(config)
     pairs = {
-        f"model.layers.{layer}.{path}": (drawn(RANK, n), drawn(m, RANK))
-        for layer in range(LAYERS)
-        for path, (m, n) in SHAPES.items()
+        f"model.layers.{layer}.{path}": (drawn(rank, n), drawn(m, rank))
+        for layer in range(config.num_hidden_layers)
+        for path, (m, n) in shapes.items()
     }
-    return write_adapter(folder, pairs, base_model_name_or_path=str(base), target_modules=TARGETS)
+    targets = sorted(path.rpartition(".")[2] for path in shapes)
+    return write_adapter(folder, pairs, base_model_name_or_path=str(base), target_modules=targets)
 
 
 def handle(source: Path, target: Path) -> None:

@@ -172,14 +172,17 @@ def with_entry_points(folder: Path) -> str:
 
 
 @contextmanager
-def plugged(folder: Path, made: tuple[Path, Path], cache: Path, *options: str) -> Iterator[Plugged]:
+def plugged(
+    folder: Path, made: tuple[Path, Path], cache: Path, *options: str, max_rank: int = MAX_RANK
+) -> Iterator[Plugged]:
     """Serve adapters by the plug-in.
 
     Args:
         folder: a new folder for the server's files.
         made: the base model and the folder of adapters, from `make_adapters`.
         cache: folder of prepared adapters.
-        options: further options of `vllm serve`.
+        options: further options of `vllm serve`, of which vLLM takes the last.
+        max_rank: largest rank that the server takes.
     """
     base, adapters = made
     (folder / "installed").mkdir(parents=True)
@@ -190,7 +193,7 @@ def plugged(folder: Path, made: tuple[Path, Path], cache: Path, *options: str) -
             serve_adapters(
                 folder=adapters,
                 model=base,
-                max_lora_rank=MAX_RANK,
+                max_lora_rank=max_rank,
                 cache=cache,
                 vllm=vllm_command(),
                 port=free_port(LOOPBACK),
