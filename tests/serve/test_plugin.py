@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -97,6 +98,20 @@ def test_two_servers_share_a_cache(server: Plugged, tmp_path: Path) -> None:
             answers = [pool.submit(each.complete, name) for name in names * 4 for each in (server, other)]
             assert {answer.result().status_code for answer in answers} == {200}
     assert len({path.name for path in server.cache.iterdir()} - before) == len(names)
+
+
+def test_names_of_the_settings_are_prepared_when_the_server_starts(server: Plugged) -> None:
+    """No request asks for them."""
+    deadline = time.monotonic() + 60
+    while (
+        not (found := {each["name"]: each for each in server.get("/v1/adapters").json()["adapters"]})
+        .get("first", {})
+        .get("digest")
+    ):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    assert found["first"]["status"] == "ready"
+    assert "absent cannot be prepared: there is no such adapter" in server.log.read_text(errors="replace")
 
 
 def test_a_wrong_prefix_is_mended(server: Plugged) -> None:

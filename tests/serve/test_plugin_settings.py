@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from loraover_serve.plugin.front import Front
 from loraover_serve.plugin.settings import RefusedError, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
 
@@ -47,6 +51,27 @@ def test_settings_of_the_environment(tmp_path: Path) -> None:
 def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} is '{value}'"):
         read_settings({"LORAOVER_ADAPTERS": str(tmp_path)} | {name: value})
+
+
+@pytest.mark.process
+def test_the_worker_may_live_in_another_environment(tmp_path: Path) -> None:
+    python, mark = tmp_path / "python", tmp_path / "mark"
+    python.write_text(f'#!/bin/sh\ntouch {mark}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = read_settings({"LORAOVER_ADAPTERS": str(tmp_path), "LORAOVER_PYTHON": str(python)})
+    assert settings is not None
+
+    async def ask() -> None:
+        front = Front(settings)
+        with pytest.raises(RefusedError, match="expected a folder that holds it"):
+            await front.prepare(source=str(tmp_path), cache=str(tmp_path / "cache"), model="base")
+        assert front.pid is not None
+        os.kill(front.pid, signal.SIGKILL)
+        while front.pid is not None:
+            await asyncio.sleep(0.05)
+
+    asyncio.run(ask())
+    assert mark.exists()
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/etc", "", "a//b", ".", "a\0b", "link", "file", "a" * 300])

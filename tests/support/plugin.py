@@ -140,6 +140,7 @@ def make_adapters(folder: Path) -> tuple[Path, Path]:
     for name, (change, _) in DAMAGED.items():
         change(shutil.copytree(adapters / "plain", adapters / name))
     misplace(shutil.copytree(adapters / "plain", adapters / "misplaced"))
+    shutil.copytree(adapters / "plain", adapters / "first")
     make_source(base, folder / "elsewhere", SOURCES["plain"])
     (adapters / "link").symlink_to(folder / "elsewhere")
     return base, adapters
@@ -189,6 +190,7 @@ def plugged(
     with pytest.MonkeyPatch.context() as patch, ExitStack() as until:
         patch.setenv("PYTHONPATH", with_entry_points(folder / "installed"))
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("LORAOVER_PREPARE", "first, absent")
         server = until.enter_context(
             serve_adapters(
                 folder=adapters,
