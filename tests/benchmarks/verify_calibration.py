@@ -25,7 +25,7 @@ from support.recorded_noise import Recorded
 DOCS = Path(__file__).parents[2] / "docs"
 START, END = "<!-- calibration -->", "<!-- end of calibration -->"
 SERVED = {"right": "adapter", "0.8 times": "weak", "1.2 times": "strong", "base": "again"}
-PROMPTS, RUNS, WRONG_RUNS = 32, 4000, 500
+PROMPTS, RUNS, WRONG_RUNS = 32, 40_000, 500
 BATCH = 500
 STEP = 0.01
 """Multiple to which a limit is rounded up."""
@@ -94,7 +94,7 @@ def _line(engine: Recorded) -> str:
         runs = RUNS if arm == "adapter" else WRONG_RUNS
         found = [engine.judged(arm, draw, BATCH, PROMPTS) for _ in range(runs // BATCH)]
         differs = np.concatenate([each.differs for each in found])
-        cells.append(f"{np.mean(differs):.2%}" if arm == "adapter" else f"{np.mean(differs):.1%}")
+        cells.append(f"{np.sum(differs)} of {runs:,}" if arm == "adapter" else f"{np.mean(differs):.1%}")
         if arm == "adapter":
             narrow = float(np.mean(~differs & np.concatenate([each.narrow for each in found])))
     low, high = engine.allowed
