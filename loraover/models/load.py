@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from loraover.common.dtypes import COMPUTE_DTYPES
@@ -17,6 +18,9 @@ from loraover.sources.address import Address, HubName, read_address
 from loraover.sources.cache import CONFIG_FILES, MODEL_FILES
 from loraover.sources.fetch import fetch_address
 from loraover.sources.hub import HubUnreachableError, pinned_commit
+
+_ONE_THREAD = RLock()
+"""Held where transformers imports a model's code: a second thread would meet modules that are half imported."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,16 @@ def load_model(
 def load_skeleton(source: ModelSource) -> Any:
     """Build a model without weights, on PyTorch's meta device, to look at its module names and shapes.
 
-    Only `config.json` is read. The class is the first of its `architectures`.
+    Only `config.json` is read. The class is the first of its `architectures`. Several threads may call this function.
 
     Raises:
         ConfigError: The configuration is missing or names no architecture, or transformers cannot build it.
     """
+    with _ONE_THREAD:
+        return _skeleton(source)
+
+
+def _skeleton(source: ModelSource) -> Any:
     import torch
     import transformers
 
@@ -188,12 +197,17 @@ def load_skeleton(source: ModelSource) -> Any:
 
 
 def load_config(source: ModelSource) -> Any:
-    """Load a model's configuration.
+    """Load a model's configuration. Several threads may call this function.
 
     Raises:
         ConfigError: The configuration is missing, unknown to transformers, has fields that transformers cannot use, or
             names no architecture.
     """
+    with _ONE_THREAD:
+        return _config(source)
+
+
+def _config(source: ModelSource) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

@@ -6,6 +6,8 @@ import errno
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -317,3 +319,28 @@ def test_options_that_cannot_be_used(options: dict[str, Any], message: str, fold
     with pytest.raises(ConfigError, match=message):
         prepare_adapter(folder / "plain", tmp_path / "cache", **({"model": folder / "base"} | options))
     assert not (tmp_path / "cache").exists()
+
+
+IN_THREADS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from loraover_export import prepare_adapter
+
+together = Barrier(4)
+
+def prepare(number):
+    together.wait()
+    return prepare_adapter(sys.argv[2], f"{sys.argv[3]}/{number}", model=sys.argv[1]).done
+
+with ThreadPoolExecutor(4) as pool:
+    print(*pool.map(prepare, range(4)))
+"""
+
+
+@pytest.mark.process
+def test_threads_of_a_new_process_prepare_at_once(folder: Path, tmp_path: Path) -> None:
+    """transformers imports a model's code when it is first named, which threads at once used to break."""
+    command = [sys.executable, "-c", IN_THREADS, str(folder / "base"), str(folder / "loha"), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["converted"] * 4, found.stderr

@@ -30,6 +30,7 @@ def main() -> None:
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO, threads: int) -> None:
+    import loraover_export.prepare.run  # noqa: F401  (before there are threads, which must not import it at once)
     from loraover.common.command_line import quiet_libraries
 
     quiet_libraries()
