@@ -94,7 +94,7 @@ def _line(engine: Recorded) -> str:
         runs = RUNS if arm == "adapter" else WRONG_RUNS
         found = [engine.judged(arm, draw, BATCH, PROMPTS) for _ in range(runs // BATCH)]
         differs = np.concatenate([each.differs for each in found])
-        cells.append(f"{np.sum(differs)} of {runs:,}" if arm == "adapter" else f"{np.mean(differs):.1%}")
+        cells.append(f"{np.sum(differs)}" if arm == "adapter" else f"{np.mean(differs):.1%}")
         if arm == "adapter":
             narrow = float(np.mean(~differs & np.concatenate([each.narrow for each in found])))
     low, high = engine.allowed
