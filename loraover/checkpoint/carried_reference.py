@@ -25,13 +25,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.places import imported
 from loraover.common.strict_json import MAX_JSON_BYTES, read_json
 
-REFERENCE_FILE = "adapter_reference.json.gz"
 KEPT_FILE = "adapter_reference.kept.json"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 

@@ -91,14 +91,16 @@ class Dialect(NamedTuple):
             places = answer["completion_probabilities"]
             return Read(places, [[(each, each["logprob"]) for each in place["top_logprobs"]] for place in places])
         choice = answer["choices"][0]
-        given = choice.get("logprobs") or {}
+        ids, given = choice.get("token_ids"), choice.get("logprobs") or {}
+        if ids and not all(isinstance(each, int) for each in ids):
+            raise TypeError("token_ids holds something else")
         if given.get("content"):
             content = given["content"]
             tops = [[(each, each.get("logprob")) for each in e.get("top_logprobs") or [e]] for e in content]
-            return Read(choice.get("token_ids") or content, tops)
+            return Read(ids or content, tops)
         tops = [list((place or {}).items()) for place in given.get("top_logprobs") or []]
         likeliest = [max(place, key=_value)[0] if place else None for place in tops]
-        return Read(choice.get("token_ids") or given.get("tokens") or likeliest, tops)
+        return Read(ids or given.get("tokens") or likeliest, tops)
 
 
 def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:

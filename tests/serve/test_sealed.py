@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.carried_reference import REFERENCE_FILE, misfit
+from loraover.checkpoint.carried_reference import misfit
+from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
 from loraover_serve.cli import cli

@@ -6,7 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
-from loraover.checkpoint.carried_reference import REFERENCE_FILE, adapter_digest
+from loraover.checkpoint.carried_reference import adapter_digest
+from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.recorder import record_adapter
 

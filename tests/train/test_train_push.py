@@ -12,7 +12,8 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 
-from loraover.checkpoint.carried_reference import REFERENCE_FILE, misfit
+from loraover.checkpoint.carried_reference import misfit
+from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.models.load import ModelSource
 from loraover.training.push import moved_copy
 from loraover.training.run_result import read_run

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.carried_reference import REFERENCE_FILE
+from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.verb import perform, verb
 from loraover_serve.judge.names import ANOTHER

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from loraover.checkpoint.carried_reference import REFERENCE_FILE, reference_digests
+from loraover.checkpoint.carried_reference import reference_digests
+from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.common.errors import CheckpointError
 from loraover_serve.verify.request import VerifyRequest
 
