@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,4 +138,5 @@ def test_a_signature_holds_until_a_file_or_the_statement_changes(
     assert f"{SIGNATURE_FILE}: " in capsys.readouterr().out
     edit_json(adapter / STATEMENT_FILE, lambda content: content["predicate"].update(result="PASSED"))
     assert run(cli, [*check, public]) == 1
-    assert "Hash mismatch for 'attestation.json'" in capsys.readouterr().out.replace("\n", " ")
+    # The library writes a list of texts as Python does, whose quotes depend on the bytes of the digests in it.
+    assert re.search(r"Hash mismatch for \\*'attestation\.json", capsys.readouterr().out.replace("\n", " "))

@@ -143,9 +143,9 @@ def make_statement(adapter: Path) -> Statement:
         predicate=TestResult(
             result=result,
             configuration=results,
-            passedTests=tests["passed"],
-            warnedTests=tests["inconclusive"],
-            failedTests=tests["failed"],
+            passed_tests=tests["passed"],
+            warned_tests=tests["inconclusive"],
+            failed_tests=tests["failed"],
         ),
     )
 

@@ -14,7 +14,7 @@ COLORS = {"PASSED": "green", "WARNED": "yellow", "FAILED": "red"}
 def show_report(report: AttestReport, request: AttestRequest, console: Console) -> None:
     """Print what was attested, or what is not as attested."""
     found = report.statement.predicate
-    kinds = {"passed": found.passedTests, "undecided": found.warnedTests, "failed": found.failedTests}
+    kinds = {"passed": found.passed_tests, "undecided": found.warned_tests, "failed": found.failed_tests}
     tests = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
     print_line(console, f"{len(report.statement.subject)} files; {tests}", COLORS[found.result])
     if not report.is_checked:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
 
 STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Literal["https://in-toto.io/attestation/test-result/v0.1"] = (
@@ -32,29 +33,29 @@ class Resource(BaseModel):
     name: str = Field(description="Path below the adapter's folder")
     digest: Digest = Field(description="Its digests")
     annotations: dict[str, Any] = Field(
-        default={}, description="Of a certificate, its contents without lists; of the reference, its digests"
+        default={}, description="Contents of a certificate without its lists, or digests of the reference"
     )
 
 
 class TestResult(BaseModel):
-    """Results of the checks; fields are named as in-toto names them."""
+    """Results of the checks; a file names the fields as in-toto does."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, populate_by_name=True, alias_generator=to_camel)
     __test__ = False  # for pytest
 
     result: Literal["PASSED", "WARNED", "FAILED"] = Field(description="The worst of the results")
     configuration: list[Resource] = Field(description="The certificates and the reference, with their SHA-256")
-    passedTests: list[str] = Field(description="Certificates whose verdict is passed")  # noqa: N815
-    warnedTests: list[str] = Field(description="Certificates that could not decide")  # noqa: N815
-    failedTests: list[str] = Field(description="Certificates whose verdict is failed")  # noqa: N815
+    passed_tests: list[str] = Field(description="Certificates whose verdict is passed")
+    warned_tests: list[str] = Field(description="Certificates that could not decide")
+    failed_tests: list[str] = Field(description="Certificates whose verdict is failed")
 
 
 class Statement(BaseModel):
     """What `attestation.json` holds."""
 
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, populate_by_name=True, alias_generator=to_camel)
 
     type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
     subject: list[Resource] = Field(description="The adapter's files", min_length=1)
-    predicateType: Literal["https://in-toto.io/attestation/test-result/v0.1"] = PREDICATE_TYPE  # noqa: N815
+    predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = PREDICATE_TYPE
     predicate: TestResult = Field(description="Results of the checks")

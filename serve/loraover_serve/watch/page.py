@@ -8,18 +8,18 @@ from importlib.resources import files
 
 from loraover.reporting.html_page import Origin, Verdict, make_page
 from loraover.reporting.svg import Axis, Drawing, Figure, short
+from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.canary import Canary
 from loraover_serve.watch.config import Target
 from loraover_serve.watch.history import DAY_S, Check
-from loraover_serve.watch.metrics import VERDICTS
 
 TEMPLATE = "watch.html.j2"
 WIDTH, HEIGHT, PAD = 220.0, 44.0, 4.0
 SHOWN_S, SHOWN = DAY_S, 300
 """Time and number of checks of a plot."""
 COLORS = {"as trained": "good", "differs": "bad", "failed": "bad", "inconclusive": "open"}
-ORDER = ("differs", "failed", "inconclusive", "as trained")
-assert set(ORDER) == set(VERDICTS)
+ORDER = tuple(EXIT_CODES)
+"""Verdicts, the worst first."""
 
 
 @dataclass(frozen=True)

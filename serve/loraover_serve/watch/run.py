@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 
+from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.ask import ask
 from loraover_serve.watch.config import read_config
-from loraover_serve.watch.page import ORDER
 from loraover_serve.watch.request import WatchRequest
 from loraover_serve.watch.service import Watch, serving, signals
-
-EXIT_CODES = {"differs": 1, "failed": 2, "inconclusive": 3, "as trained": 0}
 
 
 def watch_adapters(request: WatchRequest) -> int:
@@ -52,4 +50,4 @@ def check_once(request: WatchRequest) -> int:
         check = ask(target, time.time)
         request.report.line(f"{check.adapter} on {check.server}: {check.verdict} ({check.reason})")
         found.append(check.verdict)
-    return EXIT_CODES[min(found, key=ORDER.index)]
+    return next(code for verdict, code in EXIT_CODES.items() if verdict in found)
