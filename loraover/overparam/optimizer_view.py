@@ -15,6 +15,7 @@ from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.eigenbases import Followers
 from loraover.overparam.moments import carried_moments
 from loraover.overparam.optimizers import ELEMENTWISE
+from loraover.overparam.sharding import in_any_process, local
 from loraover.overparam.sites import Site
 
 
@@ -104,6 +105,21 @@ class OptimizerView:
             if any(self.optimizer.param_groups[index].get(option) for option in ("fused", "capturable")):
                 group.move_step_counts()
         return arranged
+
+    def is_filled_by_this_step(self) -> bool:
+        """Whether the step that begins only fills an empty state, as `torch.distributed.checkpoint` does at a save.
+
+        It gives every parameter a gradient of zeros and takes a step at the rate 0. The matrices themselves take it:
+        it leaves them as they are, but it would let the moments of cores decay.
+        """
+        groups = self.optimizer.param_groups
+        if self.optimizer.state or any(group["lr"] is None or group["lr"] > 0 for group in groups):
+            return False
+        trained = [p for group in groups for p in group["params"] if p.requires_grad]
+        if any(p.grad is None for p in trained):
+            return False
+        has_gradient = any(bool(local(p.grad).any()) for p in trained)
+        return not in_any_process([has_gradient], trained[0])[0]
 
     def is_regrouped(self) -> bool:
         """Whether parameters have changed their groups, or the groups their order, since `arranged`."""

@@ -88,6 +88,7 @@ class OverParameterization:
         self.groups: list[CoreGroup] = []
         self.step = 0
         self._is_counted = True
+        self._is_filling = False
         self.optimizer_class: str | None = None
         self.followers = Followers(self.decomposition, self.sites)
         self._late = LateAnswer()
@@ -300,6 +301,9 @@ class OverParameterization:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         view = self._attached()
         view.leave()  # a step that calls its parent class's has not
+        self._is_filling = view.is_filled_by_this_step()
+        if self._is_filling:
+            return None
         if view.is_regrouped():
             self._regroup(view)
         self._refuse(self._late.ask([group.differs() for group in self.groups]))
@@ -353,6 +357,8 @@ class OverParameterization:
                 group.pull_back(stack)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._is_filling:
+            return
         self._attached().leave()
         for group in self.groups:
             group.clear_gradients()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, distributed
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from loraover import OverParameterization, read_checkpoint, write_checkpoint
 from loraover.checkpoint.resume import restore
@@ -21,6 +22,7 @@ from loraover.overparam.sites import find_sites
 
 from support.parallel_run import (
     CONFIGS,
+    LR,
     SCHEDULES,
     STEPS,
     TOLERANCE,
@@ -202,6 +204,30 @@ def test_a_resumed_run_holds_the_rounds_to_come_bit_for_bit(tmp_path: Path) -> N
     checkpoint = read_checkpoint(folder)
     assert checkpoint.meta.world_size == 2
     assert len(checkpoint.sites) == 2
+
+
+@pytest.mark.parametrize("schedule", ["all", "dynamic"])
+def test_a_checkpoint_of_torch_leaves_the_cores_and_their_moments_alone(schedule: str, tmp_path: Path) -> None:
+    """PyTorch takes a step with gradients of zero where an optimizer's state is empty, as it is between steps."""
+
+    def work(rank: int) -> list[Any]:
+        found = []
+        for is_saved in (False, True):
+            over = OverParameterization(net := sharded(fresh(schedule)), CONFIGS[schedule], steps=STEPS)
+            optimizer = torch.optim.AdamW(trainable(net), lr=LR)
+            over.attach(optimizer)
+            losses = []
+            for seed in range(STEPS):
+                losses.append(step(net, optimizer, rank, seed))
+                if is_saved:
+                    assert get_optimizer_state_dict(net, optimizer)["state"]
+            found.append({"losses": losses, "cores": cores(over), "step": over.step})
+        return found
+
+    for plain, saved in in_two_processes(work, tmp_path):
+        assert plain["losses"] == saved["losses"]
+        assert equal(plain["cores"], saved["cores"])
+        assert plain["step"] == saved["step"] == STEPS
 
 
 def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:
