@@ -22,7 +22,7 @@ from loraover.overparam.importance.base import Loss, Probe, model_loss
 from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import runs_model
-from loraover.overparam.sharding import trainable_state_dict, world_size
+from loraover.overparam.sharding import is_sharded, trainable_state_dict, world_size
 from loraover.overparam.sites import find_sites, only_adapter, peft_root
 
 
@@ -122,13 +122,14 @@ class LoraOverCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the cores to the checkpoint that the Trainer has saved, and the adapter if it has saved all weights."""
+        """Add the cores to the checkpoint that the Trainer has saved, and the adapter if it has saved other files."""
         if self.over is None:
             return
         assert model is not None
         folder = checkpoint_folder(args, state)
         self._saved_into = folder.parent
-        if not isinstance(model, PeftModel):
+        saves_shards = any(is_sharded(site.parameter) for site in self.over.sites.values())
+        if saves_shards or not isinstance(model, PeftModel):
             self._save_all(args, model, folder, state.global_step)
         elif args.should_save:
             self.save(folder, step=state.global_step)

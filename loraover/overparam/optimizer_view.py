@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,6 +39,8 @@ class OptimizerView:
         self._stacks: list[nn.Parameter] = []  # of experts that all have cores
         self._layout: list[list[int]] = []  # identities of each parameter group's parameters, when last arranged
         self._twins: list[dict[str, Any]] = []
+        self._covered: list[nn.Parameter] = []  # all of whose matrices have cores
+        self._is_filling = False
 
     def check_holds(self, sites: Iterable[Site]) -> None:
         """Check that cores of these sites can be trained, and their rate be scaled, through the optimizer.
@@ -96,8 +99,8 @@ class OptimizerView:
                 followers.divide(group, dict(zip(divided, parts.values(), strict=True)))
             self._hosted += zip(parts, divided, strict=True)
         arranged = [group for _, group in self._hosted]
-        for parameter in self._covered(arranged):
-            self.optimizer.state.pop(parameter, None)
+        self._cover(arranged)
+        self.empty_state()
         if type(self.optimizer) not in ELEMENTWISE:
             for group in arranged:
                 group.split()
@@ -112,6 +115,8 @@ class OptimizerView:
         It gives every parameter a gradient of zeros and takes a step at the rate 0. The matrices themselves take it:
         it leaves them as they are, but it would let the moments of cores decay.
         """
+        if self._is_filling:
+            return True
         groups = self.optimizer.param_groups
         if self.optimizer.state or any(group["lr"] is None or group["lr"] > 0 for group in groups):
             return False
@@ -128,13 +133,44 @@ class OptimizerView:
     def _present_layout(self) -> list[list[int]]:
         return [list(map(id, group["params"])) for group in self.optimizer.param_groups]
 
-    def _covered(self, groups: Sequence[CoreGroup]) -> list[nn.Parameter]:
-        """Parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
+    def _cover(self, groups: Sequence[CoreGroup]) -> None:
+        """Find the parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
         sites = [site for group in groups for site in group.sites]
         taken = Counter(id(site.parameter) for site in sites if site.part is not None)
         whole = [site for site in sites if site.part is None or taken[id(site.parameter)] == site.part.experts]
         self._stacks = [site.parameter for site in whole if site.part is not None and site.part.expert == 0]
-        return [parameter for site in whole for parameter in site.holders()]
+        self._covered = list(dict.fromkeys(parameter for site in whole for parameter in site.holders()))
+
+    def empty_state(self) -> None:
+        """Drop the optimizer's state of the parameters that it leaves alone."""
+        for parameter in self._covered:
+            self.optimizer.state.pop(parameter, None)
+
+    def fill_state(self) -> None:
+        """Give the parameters that the optimizer leaves alone the state that a first step at the rate 0 makes.
+
+        PyTorch loads a distributed checkpoint only where every trained parameter has a state in it. Before the cores'
+        first step, nothing has one.
+        """
+        if not any(group.state for _, group in self._hosted):
+            return
+        optimizer, left = self.optimizer, set(self._covered) - self.optimizer.state.keys()
+        groups = list(optimizer.param_groups)
+        gradients = [(p, p.grad) for group in groups for p in group["params"]]
+        for parameter, _ in gradients:
+            parameter.grad = torch.zeros_like(parameter) if parameter in left else None
+        self._is_filling = True
+        try:
+            optimizer.param_groups[:] = [
+                {**group, "params": [p for p in group["params"] if p in left], "lr": _none_of(group["lr"])}
+                for group in groups
+            ]
+            type(optimizer).step(optimizer)  # without the wrappers of schedulers, which count steps
+        finally:
+            self._is_filling = False
+            optimizer.param_groups[:] = groups
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def clear_stacked_gradients(self) -> None:
         """Set the gradients of expert stacks to None whose matrices all have cores; sites clear only their part."""
@@ -172,3 +208,8 @@ class OptimizerView:
                 for parameter in group.parameters(k):
                     if parameter in self.optimizer.state:
                         group.state[parameter] = self.optimizer.state.pop(parameter)
+
+
+def _none_of(rate: Any) -> Any:
+    """Return the learning rate 0, as the type that an optimizer holds its rate in."""
+    return None if rate is None else rate * 0

@@ -208,6 +208,8 @@ class OverParameterization:
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(lambda _: view.fill_state()),
+            optimizer.register_state_dict_post_hook(lambda *_: view.empty_state()),
             StepGuard(optimizer, view.leave),
         ]
         return self

@@ -38,11 +38,19 @@ class Uneven(Trainer):
         super()._save_rng_state(output_dir)
 
 
-def trainer_of(folder: Path, *, rows: int, dropout: float = 0.1, config: LoraOverConfig = DYNAMIC) -> Any:
+def trainer_of(
+    folder: Path,
+    *,
+    rows: int,
+    dropout: float = 0.1,
+    config: LoraOverConfig = DYNAMIC,
+    fsdp_config: dict[str, Any] | None = None,
+) -> Any:
     """Two micro-batches a step.
 
     Args:
         rows: number of rows in a process's micro-batch.
+        fsdp_config: settings of FSDP2; None: DDP.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -57,6 +65,8 @@ def trainer_of(folder: Path, *, rows: int, dropout: float = 0.1, config: LoraOve
         use_cpu=True,
         ddp_backend="gloo" if distributed.is_torchelastic_launched() else None,
         disable_tqdm=True,
+        fsdp=fsdp_config is not None,
+        fsdp_config=fsdp_config,
     )
     model = with_lora(tiny_llama(), task_type="CAUSAL_LM", lora_dropout=dropout)
     return Uneven(model, args, train_dataset=DATA, callbacks=[LoraOverCallback(config), SealCheckpoints()])
