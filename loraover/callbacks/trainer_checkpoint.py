@@ -19,7 +19,6 @@ from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE, read_adap
 from loraover.checkpoint.resume import stored_dtypes
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.atomic_output import publish_file
-from loraover.overparam.sharding import is_sharded
 from loraover.overparam.sites import base_model_name, find_sites, peft_root
 
 STATE_FILE = "trainer_state.json"
@@ -76,7 +75,7 @@ def load_best(model: nn.Module, directory: Path, adapter: str) -> None:
     loads one. Any other model, and one that is sharded, holds what the Trainer has loaded into it.
     """
     sites = find_sites(model)
-    if not isinstance(model, PeftModel) or any(is_sharded(site.parameter) for site in sites.values()):
+    if not isinstance(model, PeftModel) or any(site.is_cut for site in sites.values()):
         return
     folder = adapter_folder(directory, adapter)
     dtypes = stored_dtypes(read_adapter_dir(folder), [site.path for site in sites.values()])

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from loraover.overparam.block_bases import Bases
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.fingerprint import fingerprints
-from loraover.overparam.sharding import assign, full, local
-from loraover.overparam.sites import Site
+from loraover.overparam.sharding import full
+from loraover.overparam.sites import Site, write_matrices
 
 
 class CoreGroup:
@@ -200,7 +200,7 @@ class CoreGroup:
         """Write the contraction into the model's matrices, cast to their dtype."""
         with full_precision(self.stacks[0].device):
             matrices = self.contract()
-        assign([site.tensor for site in self.sites], matrices)
+        write_matrices(self.sites, matrices)
         self._written = fingerprints(self._held())
 
     @torch.no_grad()
@@ -211,7 +211,7 @@ class CoreGroup:
     @torch.no_grad()
     def _held(self) -> Tensor:
         """Copy this process's parts of the matrices."""
-        return torch.stack([local(site.tensor) for site in self.sites])
+        return torch.stack([site.held for site in self.sites])
 
     def gather(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
         """Take each site's gradient dL/dM, and clear it.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
@@ -16,7 +16,7 @@ from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.eigenbases import Followers
 from loraover.overparam.moments import carried_moments
 from loraover.overparam.optimizers import ELEMENTWISE
-from loraover.overparam.sharding import in_any_process, local
+from loraover.overparam.sharding import gathered, in_any_process, is_sharded, local
 from loraover.overparam.sites import Site
 
 
@@ -63,11 +63,20 @@ class OptimizerView:
                     f"{self.config.aux_lr_scale} cannot scale; leave it at 1."
                 )
 
+    def gradients(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return the gradients (m, n) by name, whole in every process; a site without one is absent."""
+        found = {site.name: site.gradient() for site in sites}
+        return gathered({name: gradient for name, gradient in found.items() if gradient is not None})
+
+    def state_of(self, site: Site) -> dict[str, Any]:
+        """Return the optimizer's state of one matrix, by the optimizer's own keys."""
+        return site.state(self.optimizer)
+
     def carry_moments(self, group: CoreGroup) -> None:
         """Convert the optimizer's state of the group's matrices into a state of their centre cores."""
         for i, site in enumerate(group.sites):
             carried = carried_moments(
-                site.state(self.optimizer),
+                self.state_of(site),
                 group.decomposition,
                 [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))],
                 site.shape,
@@ -88,7 +97,7 @@ class OptimizerView:
         """
         self._layout = self._present_layout()
         host = {identity: i for i, identities in enumerate(self._layout) for identity in identities}
-        self._hosted = []
+        hosted: list[tuple[int, CoreGroup]] = []
         for group in groups:
             parts: dict[int, list[int]] = {}
             for i, site in enumerate(group.sites):
@@ -97,10 +106,15 @@ class OptimizerView:
             if len(parts) > 1:
                 divided = group.divided(list(parts.values()))
                 followers.divide(group, dict(zip(divided, parts.values(), strict=True)))
-            self._hosted += zip(parts, divided, strict=True)
-        arranged = [group for _, group in self._hosted]
-        self._cover(arranged)
+            hosted += zip(parts, divided, strict=True)
+        self._cover([group for _, group in hosted])
         self.empty_state()
+        return self._host(hosted)
+
+    def _host(self, hosted: list[tuple[int, CoreGroup]]) -> list[CoreGroup]:
+        """Take groups, each with the parameter group of its matrices, in a form that the optimizer can step."""
+        self._hosted = hosted
+        arranged = [group for _, group in hosted]
         if type(self.optimizer) not in ELEMENTWISE:
             for group in arranged:
                 group.split()
@@ -124,7 +138,7 @@ class OptimizerView:
         if any(p.grad is None for p in trained):
             return False
         has_gradient = any(bool(local(p.grad).any()) for p in trained)
-        return not in_any_process([has_gradient], trained[0])[0]
+        return not in_any_process([has_gradient], trained[0].device if is_sharded(trained[0]) else None)[0]
 
     def is_regrouped(self) -> bool:
         """Whether parameters have changed their groups, or the groups their order, since `arranged`."""
@@ -172,7 +186,7 @@ class OptimizerView:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
 
-    def clear_stacked_gradients(self) -> None:
+    def clear_shared_gradients(self) -> None:
         """Set the gradients of expert stacks to None whose matrices all have cores; sites clear only their part."""
         for parameter in self._stacks:
             parameter.grad = None

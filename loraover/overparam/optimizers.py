@@ -41,26 +41,25 @@ BLIND = (torch.optim.SGD, torch.optim.Muon) if Version(torch.__version__) >= Ver
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer itself where Accelerate's wrapper is around it."""
-    return optimizer.optimizer if type(optimizer).__module__.startswith("accelerate.") else optimizer
+    """Return the optimizer itself where Accelerate's wrapper or an optimizer of DeepSpeed's engine is around it."""
+    while type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def ordinary_optimizer(optimizer: Any) -> Optimizer:
-    """Return the PyTorch optimizer, without Accelerate's wrapper, if cores can be trained through it.
+    """Return the innermost PyTorch optimizer, if cores can be trained through it.
 
     Raises:
         ConfigError: Its step is not an ordinary PyTorch step.
     """
-    if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
-        raise ConfigError(
-            "attach: DeepSpeed steps in its engine, which does not call PyTorch's hooks; train without it."
-        )
     optimizer = unwrapped(optimizer)
     kind = type(optimizer)
     if kind.__module__.startswith("deepspeed."):
         raise ConfigError(
-            f"attach: {kind.__name__} steps in DeepSpeed's engine, which does not call PyTorch's hooks; train "
-            "without it."
+            f"attach: {kind.__name__} is DeepSpeed's own optimizer, whose step is not PyTorch's. Set "
+            '"zero_force_ds_cpu_optimizer": false and "zero_allow_untested_optimizer": true in its configuration, with '
+            'an optimizer of PyTorch ("torch_adam": true where the configuration names it).'
         )
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"attach: expected a torch.optim.Optimizer, found {kind.__module__}.{kind.__name__}.")

@@ -21,11 +21,12 @@ from loraover.overparam.core_group import CoreGroup, grouped
 from loraover.overparam.covariances import measured_bases, shared_columns
 from loraover.overparam.eigenbases import Followers
 from loraover.overparam.fingerprint import LateAnswer
+from loraover.overparam.flat_view import FlatView
 from loraover.overparam.importance import Probe
 from loraover.overparam.optimizer_view import OptimizerView
 from loraover.overparam.optimizers import ordinary_optimizer, unwrapped
-from loraover.overparam.schedule import Schedule, calibrating
-from loraover.overparam.sharding import gathered, in_any_process
+from loraover.overparam.schedule import Schedule, calibrating, runs_model
+from loraover.overparam.sharding import in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
 from loraover.overparam.step_guard import StepGuard
 
@@ -84,6 +85,13 @@ class OverParameterization:
         self.base_model = base_model_name(model)
         self.steps = steps
         self.sites: dict[str, Site] = find_sites(model)
+        self._is_cut_flat = any(site.piece is not None for site in self.sites.values())
+        if self._is_cut_flat and runs_model(self.config):
+            raise ConfigError(
+                "DeepSpeed's ZeRO gives no gradients outside of a training step, so nothing can be measured on "
+                "calibration batches. Choose schedule all or dynamic, or a score and bases that need none, or train "
+                "with DDP or FSDP2."
+            )
         self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []
         self.step = 0
@@ -200,7 +208,7 @@ class OverParameterization:
             raise ConfigError(
                 "attach: another OverParameterization trains this optimizer's matrices already; one callback is enough."
             )
-        view = OptimizerView(optimizer, self.config)
+        view = (FlatView if self._is_cut_flat else OptimizerView)(optimizer, self.config)
         view.check_holds([self.sites[name] for name in dict.fromkeys([*self.injected, *self.schedule.candidates])])
         self.groups = view.arranged(self.groups, self.followers)
         self.followers.check_optimizer(optimizer)
@@ -250,7 +258,8 @@ class OverParameterization:
         self._late = LateAnswer()
         changed = []
         for group in self.groups:
-            flags = in_any_process(group.differs().tolist(), group.sites[0].parameter)
+            some = group.sites[0]
+            flags = in_any_process(group.differs().tolist(), some.parameter.device if some.is_cut else None)
             places = [i for i, differs in enumerate(flags) if differs]
             if not places:
                 continue
@@ -346,12 +355,11 @@ class OverParameterization:
         score = self.schedule.observed if is_seen else None
         self._is_counted = False
         candidates = [] if score is None else list(self.schedule.candidates)
-        found = {name: self.sites[name].gradient() for name in dict.fromkeys([*candidates, *self.injected])}
-        gradients = gathered({name: gradient for name, gradient in found.items() if gradient is not None})
+        gradients = view.gradients([self.sites[name] for name in dict.fromkeys([*candidates, *self.injected])])
         if score is not None:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
         dense = {group: group.gather(gradients) for group in self.groups}
-        view.clear_stacked_gradients()
+        view.clear_shared_gradients()
         if is_seen:
             self.followers.observe({group: stack for group, stack in dense.items() if stack is not None})
         for group, stack in dense.items():

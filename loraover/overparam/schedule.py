@@ -17,8 +17,8 @@ from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import SCORES, GradientScore, Probe
 from loraover.overparam.importance.loss_impact import LossImpact
 from loraover.overparam.random_state import seeded
-from loraover.overparam.sharding import assign, full, gathered, of_rank_zero, reshard
-from loraover.overparam.sites import Site, match_sites
+from loraover.overparam.sharding import full, gathered, of_rank_zero, reshard
+from loraover.overparam.sites import Site, match_sites, write_matrices
 
 logger = logging.getLogger("loraover")
 
@@ -277,7 +277,7 @@ class Schedule:
             yield
         finally:
             for name, matrix in kept.items():
-                assign([self._sites[name].values], matrix.unsqueeze(0))
+                write_matrices([self._sites[name]], matrix.unsqueeze(0))
 
     def _warm_up(self, probe: Probe) -> None:
         parameters = {id(p): p for site in self._sites.values() for p in site.holders()}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from loraover.overparam.pieces import is_taken_away, piece_of, summed
+
 
 def full(tensor: Tensor) -> Tensor:
     """Return the full tensor, gathered from all processes if it is sharded."""
@@ -50,7 +52,16 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
             model.save_pretrained(folder, state_dict=state)
         ```
     """
-    return {name: full(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p).cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values, gathered from all processes if FSDP2 or ZeRO 3 has cut it."""
+    if not is_taken_away(parameter):
+        return full(parameter.detach())
+    piece = piece_of(parameter)
+    assert piece is not None
+    return summed({"": piece.spread(piece.values)})[""]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -91,11 +102,16 @@ def reshard(model: nn.Module) -> None:
                 module.reshard()
 
 
-def in_any_process(flags: list[bool], tensor: Tensor) -> list[bool]:
-    """Return for each flag whether it is true in any of the processes that share `tensor`."""
-    if not is_sharded(tensor):
+def in_any_process(flags: list[bool], device: torch.device | None) -> list[bool]:
+    """Return for each flag whether it is true in any process.
+
+    Args:
+        flags: This process's flags.
+        device: Device over which to send them; None: all processes have the same.
+    """
+    if device is None:
         return flags
-    shared = torch.tensor(flags, dtype=torch.uint8, device=tensor.device)
+    shared = torch.tensor(flags, dtype=torch.uint8, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return [bool(flag) for flag in shared.tolist()]
 
@@ -136,5 +152,5 @@ def world_size() -> int:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded by FSDP2."""
-    return hasattr(tensor, "to_local")
+    """Whether the model holds only this process's part of a parameter, or a tensor like one: by FSDP2 or by ZeRO 3."""
+    return hasattr(tensor, "to_local") or is_taken_away(tensor)

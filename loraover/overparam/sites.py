@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError, ShapeError
 from loraover.overparam.expert_part import FUSED, ExpertPart, MatrixName, part_of, without_base_layers
-from loraover.overparam.sharding import local
+from loraover.overparam.pieces import Piece, piece_of, summed, whole_shape
+from loraover.overparam.sharding import assign, is_sharded, local
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -36,6 +37,7 @@ class Site:
         aliases: Parameters that are transposed views of the same memory, as PEFT's `ensure_weight_tying` makes
             them for an output layer that is tied to the embedding.
         part: Place of one expert's matrix in the stack; None if the parameter is the matrix.
+        piece: What this process's optimizer holds of the matrix, where DeepSpeed's ZeRO has cut it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Site:
     parameter: nn.Parameter
     aliases: list[nn.Parameter] = field(default_factory=list)
     part: ExpertPart | None = None
+    piece: Piece | None = None
 
     @property
     def tensor(self) -> Tensor:
@@ -53,8 +56,20 @@ class Site:
 
     @property
     def values(self) -> Tensor:
-        """The matrix (m, n), detached."""
-        return self.tensor.detach()
+        """The matrix (m, n), detached; whole, and a copy, where DeepSpeed's ZeRO has cut it."""
+        if self.piece is None:
+            return self.tensor.detach()
+        return summed({"": self.held})[""]
+
+    @property
+    def held(self) -> Tensor:
+        """This process's part of the matrix: a shard, or the matrix with zeros where other processes have their part."""
+        return local(self.tensor) if self.piece is None else self.piece.spread(self.piece.values)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each process holds a part of the matrix."""
+        return self.piece is not None or is_sharded(self.parameter)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return this matrix's part of a tensor that is shaped like the parameter, a view."""
@@ -105,13 +120,28 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (m, n) of the matrix."""
-        m, n = self.parameter.shape if self.part is None else self.values.shape
+        m, n = whole_shape(self.parameter) if self.part is None else self.values.shape
         return m, n
 
     @property
     def size(self) -> int:
         """Number of elements of the matrix."""
         return math.prod(self.shape)
+
+
+def write_matrices(sites: Sequence[Site], values: Tensor) -> None:
+    """Write full matrices into the parameters of sites of one type; each process keeps its part of those that are cut.
+
+    Args:
+        sites: G sites of shape (m, n).
+        values: Their new values, (G, m, n).
+    """
+    if sites[0].piece is None:
+        assign([site.tensor for site in sites], values)
+        return
+    for site, value in zip(sites, values, strict=True):
+        assert site.piece is not None  # ZeRO cuts all or none
+        site.piece.write(value)
 
 
 def layer_of(module: str) -> str:
@@ -146,10 +176,11 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
             seen.add(id(parameter))
             prefix = "" if adapter == "default" or is_alone else f"{adapter}:"
             for path, part in matrices_of(module, layer, matrix):
-                site = Site(f"{prefix}{path}.{kind}", path, adapter, matrix, parameter, part=part)
-                if site.parameter.ndim != 2:
+                piece = piece_of(parameter)
+                site = Site(f"{prefix}{path}.{kind}", path, adapter, matrix, parameter, part=part, piece=piece)
+                if len(whole_shape(parameter)) != 2:
                     raise ShapeError(f"{site.name}: expected a matrix, found shape {tuple(parameter.shape)}.")
-                held = local(site.values)
+                held = local(site.tensor.detach())
                 pointer = 0 if held.is_meta else held.data_ptr()
                 if pointer and pointer in by_memory:
                     _tie(by_memory[pointer], site.name, parameter)
