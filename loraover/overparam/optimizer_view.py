@@ -179,7 +179,8 @@ class OptimizerView:
                 {**group, "params": [p for p in group["params"] if p in left], "lr": _none_of(group["lr"])}
                 for group in groups
             ]
-            type(optimizer).step(optimizer)  # without the wrappers of schedulers, which count steps
+            step: Any = type(optimizer).step
+            getattr(step, "__wrapped__", step)(optimizer)  # without hooks and schedulers, which count steps
         finally:
             self._is_filling = False
             optimizer.param_groups[:] = groups

@@ -63,7 +63,7 @@ class Site:
 
     @property
     def held(self) -> Tensor:
-        """This process's part of the matrix: a shard, or the matrix with zeros where other processes have their part."""
+        """This process's part of the matrix: a shard, or the matrix with zeros where other processes hold it."""
         return local(self.tensor) if self.piece is None else self.piece.spread(self.piece.values)
 
     @property
@@ -323,8 +323,11 @@ def _refuse_parameter(module: str, layer: Any) -> None:
         )
     if Version(version("peft")) < Version("0.19"):
         raise ConfigError(f"{module}: PEFT before 0.19 swaps A and B of experts. Install PEFT 0.19 or newer.")
-    if any(hasattr(parameter, "to_local") for parameter in layer.parameters(recurse=True)):
-        raise ConfigError(f"{module}: LoRA of experts is not supported under FSDP2; train on one device or with DDP.")
+    for engine, is_cut in (("FSDP2", lambda p: hasattr(p, "to_local")), ("DeepSpeed's ZeRO", piece_of)):
+        if any(map(is_cut, layer.parameters(recurse=True))):
+            raise ConfigError(
+                f"{module}: LoRA of experts is not supported under {engine}; train on one device or with DDP."
+            )
 
 
 def _tie(site: Site, name: str, parameter: nn.Parameter) -> None:

@@ -45,12 +45,14 @@ def trainer_of(
     dropout: float = 0.1,
     config: LoraOverConfig = DYNAMIC,
     fsdp_config: dict[str, Any] | None = None,
+    deepspeed: dict[str, Any] | None = None,
 ) -> Any:
     """Two micro-batches a step.
 
     Args:
         rows: number of rows in a process's micro-batch.
-        fsdp_config: settings of FSDP2; None: DDP.
+        fsdp_config: settings of FSDP2; None: not sharded by it.
+        deepspeed: settings of its engine; None: trained without it.
     """
     args = TrainingArguments(
         output_dir=str(folder),
@@ -67,6 +69,7 @@ def trainer_of(
         disable_tqdm=True,
         fsdp=fsdp_config is not None,
         fsdp_config=fsdp_config,
+        deepspeed=deepspeed,
     )
     model = with_lora(tiny_llama(), task_type="CAUSAL_LM", lora_dropout=dropout)
     return Uneven(model, args, train_dataset=DATA, callbacks=[LoraOverCallback(config), SealCheckpoints()])

@@ -136,7 +136,7 @@ def test_a_step_that_raised_leaves_no_trace_in_the_next() -> None:
                     optimizer.step(lambda step=step: broken(model, optimizer, step))
             optimizer.step(lambda step=step: evaluate(model, optimizer, step))
             assert [len(group["params"]) for group in optimizer.param_groups] == [6]
-            assert optimizer.state_dict()["state"] == {}
+            assert not optimizer.state
         return lora_matrices(model)
 
     assert same(trained(True), trained(False))
@@ -181,7 +181,7 @@ def test_a_step_that_raised_leaves_a_plain_optimizer(broken: Callable[[Optimizer
     with pytest.raises(KeyboardInterrupt):
         broken(optimizer)
     assert [len(group["params"]) for group in optimizer.param_groups] == [6]
-    assert optimizer.state_dict()["state"] == {}
+    assert not optimizer.state
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0})
     before = lora_matrices(model)
     assert not same(train(model, optimizer, range(3, 4)), before)

@@ -1,0 +1,169 @@
+"""A script for torchrun: short runs in DeepSpeed's engine at every stage of ZeRO, and one of the Trainer.
+
+    torchrun --standalone --nproc-per-node 2 support/parallel_zero.py FOLDER
+
+Each process leaves what it saw in FOLDER/<rank>.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, distributed
+
+from loraover import LoraOverConfig, OverParameterization
+from loraover.common.errors import ConfigError
+from loraover.overparam.sharding import whole
+
+from support.parallel_run import cores
+from support.parallel_trainer import DYNAMIC, STEPS
+from support.parallel_trainer import run as train
+from support.tiny_experts import EXPERT_LORA, tiny_moe
+from support.tiny_models import tiny_llama, token_ids, trainable, with_lora
+
+NORM, RATE = 0.3, 1e-2
+CONFIGS = {
+    "all": LoraOverConfig(),
+    "dynamic": DYNAMIC,
+    "eigen": LoraOverConfig.model_validate({"decomposition": "eigen"}),
+}
+
+# Stage of ZeRO, schedule or decomposition, and what else the engine is told.
+RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "ddp": (0, "all", {}),
+    "zero1": (1, "all", {}),
+    "zero2": (2, "all", {}),
+    "zero3": (3, "all", {}),
+    "zero3-taken-away": (3, "all", {"stage3_param_persistence_threshold": 0}),
+    "zero2-offload": (2, "all", {"offload_optimizer": {"device": "cpu"}}),
+    "zero2-dynamic": (2, "dynamic", {}),
+    "zero3-dynamic": (3, "dynamic", {}),
+    "zero2-eigen": (2, "eigen", {}),
+}
+
+
+def rows() -> Tensor:
+    return torch.as_tensor(token_ids(seed=7, batch=8 * STEPS))
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return with_lora(tiny_llama(), task_type="CAUSAL_LM", lora_dropout=0.0)
+
+
+def alone(config: str) -> dict[str, Any]:
+    """The run in one process: two micro-batches of four rows a step, and clipping."""
+    model, batches = net(), rows()
+    optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
+    over = OverParameterization(model, CONFIGS[config], steps=STEPS)
+    over.attach(optimizer)
+    losses = []
+    for step in range(STEPS):
+        for batch in batches[8 * step : 8 * step + 8].split(4):
+            loss = model(input_ids=batch, labels=batch).loss
+            (loss / 2).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(trainable(model), NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen(model, over, losses)
+
+
+def settings(stage: int, options: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration, without its own C++ optimizer, which a compiler would have to make."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": NORM,
+        "zero_optimization": {"stage": stage, **options},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def in_engine(stage: int, config: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The same rows in two processes, each with two of every four."""
+    import deepspeed
+
+    model, batches, rank = net(), rows(), distributed.get_rank()
+    optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
+    engine, wrapper, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage, options))
+    over = OverParameterization(model, CONFIGS[config], steps=STEPS)
+    over.attach(wrapper)
+    losses = []
+    for batch in batches.split(4):
+        mine = batch[2 * rank : 2 * rank + 2]
+        loss = engine(input_ids=mine, labels=mine).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        distributed.all_reduce(mean)
+        losses.append(mean.item() / 2)
+    return seen(model, over, losses)
+
+
+def refusals() -> dict[str, str]:
+    """The messages by which runs are refused that ZeRO cannot give to the cores."""
+    import deepspeed
+
+    measured = LoraOverConfig.model_validate({"schedule": "static", "score": "loss_impact", "budget": {"sites": 4}})
+    cases: dict[str, tuple[int, Any, LoraOverConfig, dict[str, Any]]] = {
+        "groups": (2, net(), CONFIGS["all"], {}),
+        "parts": (3, net(), CONFIGS["all"], {"sub_group_size": 100}),
+        "measured": (2, net(), measured, {}),
+        "experts": (2, get_peft_model(tiny_moe(), LoraConfig(**EXPERT_LORA)), CONFIGS["all"], {}),
+    }
+    found = {}
+    for case, (stage, model, config, options) in cases.items():
+        matrices = trainable(model)
+        groups = [{"params": matrices[::2]}, {"params": matrices[1::2]}] if case == "groups" else matrices
+        optimizer: Any = torch.optim.AdamW(groups, lr=RATE)
+        _, wrapper, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage, options))
+        try:
+            OverParameterization(model, config, steps=STEPS).attach(wrapper)
+        except ConfigError as error:
+            found[case] = str(error)
+    return found
+
+
+def seen(model: Any, over: OverParameterization, losses: list[float]) -> dict[str, Any]:
+    over.check_unchanged()
+    return {
+        "losses": losses,
+        "matrices": {name: whole(p) for name, p in model.named_parameters() if p.requires_grad},
+        "cores": cores(over),
+        "rounds": [found.model_dump() for found in over.schedule.rounds],
+        "step": over.step,
+    }
+
+
+def main(folder: Path) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its first use would compile C++
+    deepspeed.init_distributed("gloo")
+    found: dict[str, Any] = {name: in_engine(*run) for name, run in RUNS.items()}
+    found["refused"] = refusals()
+    for stage in (2, 3):
+        place, options = folder / f"trainer-{stage}", {"stage3_gather_16bit_weights_on_model_save": True}
+        kept: dict[str, Any] = {"rows": 2, "dropout": 0.0, "deepspeed": settings(stage, options if stage == 3 else {})}
+        kept["deepspeed"]["gradient_clipping"] = "auto"  # the Trainer's
+        undisturbed = train(place, **kept)
+        distributed.barrier()
+        if distributed.get_rank() == 0:
+            shutil.rmtree(place / f"checkpoint-{STEPS}")
+        distributed.barrier()
+        found[place.name] = {"whole": undisturbed, "resumed": train(place, place / "checkpoint-3", **kept)}
+    torch.save(found, folder / f"{distributed.get_rank()}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
