@@ -31,7 +31,7 @@ def allow_fsdp_on_cpus() -> None:
         if self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type = DistributedType.MULTI_XPU
 
-    PartialState.__init__ = init  # type: ignore[method-assign]
+    PartialState.__init__ = init
 
 
 def main(folder: Path) -> None:

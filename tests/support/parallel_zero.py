@@ -48,8 +48,9 @@ RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 
 
-def rows() -> Tensor:
-    return torch.as_tensor(token_ids(seed=7, batch=8 * STEPS))
+def rows() -> tuple[Tensor, ...]:
+    """Micro-batches of four rows, two for each step."""
+    return torch.as_tensor(token_ids(seed=7, batch=8 * STEPS)).chunk(2 * STEPS)
 
 
 def net() -> Any:
@@ -65,7 +66,7 @@ def alone(config: str) -> dict[str, Any]:
     over.attach(optimizer)
     losses = []
     for step in range(STEPS):
-        for batch in batches[8 * step : 8 * step + 8].split(4):
+        for batch in batches[2 * step : 2 * step + 2]:
             loss = model(input_ids=batch, labels=batch).loss
             (loss / 2).backward()
             losses.append(loss.item())
@@ -97,7 +98,7 @@ def in_engine(stage: int, config: str, options: dict[str, Any]) -> dict[str, Any
     over = OverParameterization(model, CONFIGS[config], steps=STEPS)
     over.attach(wrapper)
     losses = []
-    for batch in batches.split(4):
+    for batch in batches:
         mine = batch[2 * rank : 2 * rank + 2]
         loss = engine(input_ids=mine, labels=mine).loss
         engine.backward(loss)
