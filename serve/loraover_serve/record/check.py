@@ -147,8 +147,8 @@ def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str,
 
 
 def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
-    without = request.without_mixed
-    return check(asker, request.declared_format, request.named, is_quick=is_quick, without_mixed=without)
+    more = {"is_quick": is_quick, "without_mixed": request.without_mixed}
+    return check(asker, request.declared_format, request.named, repeats=request.repeats, **more)
 
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:

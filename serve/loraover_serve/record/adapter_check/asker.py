@@ -12,11 +12,12 @@ from typing import Any
 
 from loraover.client.dialects import DIALECTS, token_id, up_to_unknown
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
-from loraover_serve.record.adapter_check.evidence import Greedy
+from loraover_serve.record.adapter_check.evidence import Greedy, Round
 from loraover_serve.record.adapter_check.reference import CheckError, Reference, Row, Rows
 from loraover_serve.record.adapter_check.server import Server, UnfitError
 
 AT_ONCE = 4  # requests in flight
+OF_SERVER = ("id", "system_fingerprint")  # fields of an answer that tell who gave it
 COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
 
 
@@ -57,11 +58,11 @@ class Asker:
             return mine["message"] if step == 0 else None
         return self.reference.read(place) if self.dialect.form == "ids" else mine["texts"][step]
 
-    def answer(self, arm: str, prompt: Any, tokens: int) -> tuple[list[tuple[int | None, Row]], str]:
-        """Tokens of the greedy answer, as far as they are known, each with the logprobs there; and its source."""
+    def answer(self, arm: str, prompt: Any, tokens: int) -> tuple[list[tuple[int | None, Row]], dict[str, str]]:
+        """Tokens of the greedy answer, as far as they are known, each with the logprobs there; and what it says."""
         by_text = self.reference.by_text
         asked = self.dialect.request(self.names[arm], prompt, tokens, is_base=arm == BASE)
-        answer, source = self.server.ask(*asked)
+        answer, told = self.server.ask(*asked)
         try:
             rows = [
                 ({token_id(entry, by_text): float(value) for entry, value in tops}, token_id(chosen, by_text))
@@ -71,24 +72,32 @@ class Asker:
                 raise ValueError("a logprob is not a finite number")
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckError(f"{self.server.url}: the answer cannot be read ({error}): {answer!r:.300}") from None
-        told = str(answer.get("id") or "") if isinstance(answer, dict) else ""
-        return [(i, {t: v for t, v in row.items() if t is not None}) for row, i in rows], f"{told} {source}".strip()
+        for name in OF_SERVER:
+            if isinstance(answer, dict) and answer.get(name):
+                told[name] = str(answer[name])
+        return [(i, {t: v for t, v in row.items() if t is not None}) for row, i in rows], told
 
-    def rows(self, arm: str, places: Sequence[int], sources: dict[int, str]) -> dict[int, Row]:
-        """An arm's logprobs at places, asked in random order; those of chats as long as the tokens are PyTorch's."""
+    def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[Round]:
+        """An arm's logprobs at places, each asked for several times, all of it in random order.
 
-        def ask(place: int) -> dict[int, Row]:
-            question = self.reference.places[place][0]
+        Those of chats are kept as long as the tokens are PyTorch's.
+        """
+
+        def ask(asked: tuple[int, int]) -> tuple[int, dict[int, Row], dict[str, str]]:
+            turn, place = asked
+            question, step = self.reference.places[place]
             expected = self.reference.questions[question]["answer"]
-            found, sources[place] = self.answer(
-                arm, self.prompt(place), len(expected) if self.dialect.form == "chat" else 1
-            )
-            return self.shared(place, expected[self.reference.places[place][1] :], found)
+            tokens = len(expected) if self.dialect.form == "chat" else 1
+            found, told = self.answer(arm, self.prompt(place), tokens)
+            return turn, self.shared(place, expected[step:], found), told
 
-        asked = random.sample(places, len(places))
+        asked = [(turn, place) for turn in range(repeats) for place in places]
+        found: list[tuple[dict[int, Row], dict[int, dict[str, str]]]] = [({}, {}) for _ in range(repeats)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = [pair for rows in pool.map(ask, asked) for pair in rows.items()]
-        return dict(sorted(found))
+            for turn, rows, told in pool.map(ask, random.sample(asked, len(asked))):
+                found[turn][0].update(rows)
+                found[turn][1].update(dict.fromkeys(rows, told))
+        return [Round(dict(sorted(rows.items())), told) for rows, told in found]
 
     @staticmethod
     def shared(place: int, expected: Sequence[int], found: Sequence[tuple[int | None, Row]]) -> dict[int, Row]:
@@ -150,7 +159,7 @@ class Asker:
                 try:
                     for each in begun:
                         each.wait()
-                    found[name] = self.rows(arm, places, {})
+                    found[name] = self.rounds(arm, places)[0].rows
                 finally:
                     enough.set()
             for one in running:

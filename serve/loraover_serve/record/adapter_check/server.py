@@ -20,7 +20,6 @@ from loraover_serve.record.adapter_check.reference import CheckError
 LARGEST_ANSWER = 8_000_000  # bytes
 TRANSIENT, UNFIT, PAUSES_S = {408, 409, 425, 429, 500, 502, 503, 504}, {400, 404, 405, 413, 422, 501}, (1.0, 4.0, 16.0)
 NEAR = ("localhost", "127.0.0.1", "::1")
-REPLICA = ("x-request-id", "x-served-by", "x-backend", "x-replica", "server")
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -54,8 +53,8 @@ class Server:
         proxies = [urllib.request.ProxyHandler({})] if parts.hostname in NEAR else []
         self._opener = urllib.request.build_opener(NoRedirect, urllib.request.HTTPSHandler(context=context), *proxies)
 
-    def ask(self, path: str, body: Any = None) -> tuple[Any, str]:
-        """The JSON of an answer, and what tells which replica gave it; asked again where that may help."""
+    def ask(self, path: str, body: Any = None) -> tuple[Any, dict[str, str]]:
+        """The JSON of an answer, and its headers by their names in small letters; asked again where that may help."""
         pauses = iter(PAUSES_S)
         while True:
             try:
@@ -73,7 +72,7 @@ class Server:
                 raise CheckError(told)
             time.sleep(pause)
 
-    def _once(self, path: str, body: Any) -> tuple[Any, str]:
+    def _once(self, path: str, body: Any) -> tuple[Any, dict[str, str]]:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise CheckError(f"{self.url}: no time is left (--timeout).")
@@ -87,8 +86,8 @@ class Server:
                 content += piece
                 if len(content) > LARGEST_ANSWER or time.monotonic() > self.deadline:
                     raise CheckError(f"{self.url}{path}: the answer is too long or too slow.")
-            told = [f"{name}={response.headers[name]}" for name in REPLICA if response.headers.get(name)]
-        return json.loads(content), " ".join(told)
+            told = {name.lower(): value for name, value in response.headers.items()}
+        return json.loads(content), told
 
     def _hidden(self, text: str) -> str:
         secrets = [value.removeprefix("Bearer ") for name, value in self.headers.items() if name != "Content-Type"]
