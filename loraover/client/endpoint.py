@@ -137,7 +137,7 @@ class Endpoint:
         """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **self.GREEDY}
         body |= {"stop": list(stop)} if stop else {}
-        return self._asked("/v1/completions", body, timeout_s, "text")[0]
+        return str(self._asked("/v1/completions", body, timeout_s, "text")[0])
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """Ask for the answer to a conversation.
@@ -152,7 +152,7 @@ class Endpoint:
             EngineError: See `ask`.
         """
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
-        return self._asked("/v1/chat/completions", body, None, "message", "content")[0]
+        return str(self._asked("/v1/chat/completions", body, None, "message", "content")[0])
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
         """Send a request, again after a pause where that may help, and return the JSON of the answer.
@@ -188,11 +188,17 @@ class Endpoint:
             return {}
 
     @contextmanager
-    def readable(self, model: str, answer: Any) -> Iterator[None]:
-        """Raise an EngineError if another model answered, or if the answer lacks something that the block reads."""
+    def readable(self, model: str, answer: Any, *, is_named: bool = True) -> Iterator[None]:
+        """Raise an EngineError if another model answered, or if the answer lacks something that the block reads.
+
+        Args:
+            model: Name of the model that was asked.
+            answer: The answer.
+            is_named: Whether a model that the answer names has to be that one.
+        """
         try:
             speaker = answer.get("model")
-            if speaker and not is_same_model(str(speaker), model):
+            if is_named and speaker and not is_same_model(str(speaker), model):
                 found = f"{model} was asked, and {speaker!r} answered; is the adapter loaded under that name?"
                 raise EngineError(self.hidden(found))
             yield
@@ -226,8 +232,8 @@ class Endpoint:
                     answer, told = self._answer(path, body, deadline, longest)
                     return self._text(answer, text) if text else answer, told
                 except UnansweredError as error:
-                    told = error.pause_s if self._repeats else None
-                    again = time.monotonic() + (next(pauses, math.inf) if told is None else told)
+                    pause = error.pause_s if self._repeats else None
+                    again = time.monotonic() + (next(pauses, math.inf) if pause is None else pause)
                     if again > deadline:
                         raise
                     if error.is_limit:

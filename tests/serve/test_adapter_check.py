@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ import numpy as np
 import pytest
 from serve.test_verify_endpoint import Mixing
 
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import EngineError
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, BASE, Row
 from loraover_serve.engines.base import Engine
 from loraover_serve.judge.names import CHANGED, LEAKS, OTHER_BASE
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.evidence import Answers, Greedy, RecordedEvidence
-from loraover_serve.record.adapter_check.reference import UNIT, CheckError, Reference, read_reference
-from loraover_serve.record.adapter_check.server import Server
+from loraover_serve.record.adapter_check.reference import UNIT, Reference, read_reference
 from loraover_serve.record.checker_file import write_checker
 from loraover_serve.verify.evidence import Answers as VerifyAnswers
 
@@ -36,7 +36,6 @@ from support.verified import Case as VerifyCase
 
 NAMES = ("base", "shop")
 TOP = 20
-SECONDS = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +107,7 @@ def test_both_sides_measure_the_same_changes(asked: VerifyCase, reference: Refer
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
     """The checker's result on a server that answers like this."""
     with openai_server(reply, models) as server:
-        asked = Server(server.url, {}, time.monotonic() + SECONDS)
-        names = served_names(asked, reference, "shop", None)
-        return check(Asker(reference, asked, names), **more)
+        return check(Asker(reference, Endpoint(server.url), "shop"), **more)
 
 
 @pytest.fixture(scope="module")
@@ -211,15 +208,14 @@ def test_a_server_is_judged_in_its_own_protocol(
     adapter = asked.adapter if is_right else plant(FAULTS["rsLoRA ignored"], asked.adapter, tmp_path / "wrong")
     form = "texts" if protocol == "texts" else "ids"
     with openai_server(translated(protocol, Served(asked.base, {"base": None, "shop": adapter}, form))) as server:
-        running = Server(server.url, {}, time.monotonic() + SECONDS)
-        names = {"base": "base", "adapter": "0" if protocol == "llama-server" else "shop"}
-        found = check(Asker(reference, running, names, None if protocol == "texts" else protocol))
+        named, spoken = "0" if protocol == "llama-server" else "shop", None if protocol == "texts" else protocol
+        found = check(Asker(reference, Endpoint(server.url), named, "base", spoken))
     expected = ("as trained", None) if is_right else ("differs", FAULTS["rsLoRA ignored"].fault)
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
 
 
 def test_a_server_without_logprobs_is_said_to_have_none(reference: Reference) -> None:
-    with pytest.raises(CheckError, match="gives no logprobs: nothing can be compared"):
+    with pytest.raises(EngineError, match="without them nothing can be compared"):
         checked(lambda body: "a text", reference)
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 import random
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loraover.client.endpoint import Endpoint
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach
 from loraover_serve.judge.fleet import tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
 from loraover_serve.judge.names import DISAGREE, INTERMITTENT
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence, Round
 from loraover_serve.record.adapter_check.reference import Model, Reference, read_reference
-from loraover_serve.record.adapter_check.server import Server
 
 from support.openai_server import openai_server
 from support.recorded_noise import Recorded
@@ -55,9 +54,7 @@ def fleet(reference: Reference, bad: FromReference) -> Fleet:
 def checked(reply: Any, reference: Reference) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """The result on a server that answers like this, and the adapter's questions in the order of the requests."""
     with openai_server(reply, NAMES) as server:
-        asked = Server(server.url, {}, time.monotonic() + 120)
-        asker = Asker(reference, asked, served_names(asked, reference, "shop", None))
-        found = check(asker, without_mixed=True)
+        found = check(Asker(reference, Endpoint(server.url), "shop"), without_mixed=True)
         bodies = [body for body in server.bodies if body.get("model") == "shop" and body["max_tokens"] == 1]
     return found, [tuple(body["prompt"]) for body in bodies]
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraover.client.dialects import DIALECTS
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import EngineError, LoraOverError
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.request_faults import left_out
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence
-from loraover_serve.record.adapter_check.reference import CheckError, read_reference
-from loraover_serve.record.adapter_check.server import Server, headers, tls
+from loraover_serve.record.adapter_check.reference import read_reference
 
 QUICK = 8  # requests
 
@@ -45,7 +46,7 @@ def check(
         The fields of an engine's result in verify.json, but for the engine.
 
     Raises:
-        CheckError: A server that refuses, or whose answers cannot be read.
+        EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
     unmixed = left_out(option) if without_mixed else None
@@ -84,7 +85,7 @@ def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> Answe
         return answers
     try:
         answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
-    except CheckError as error:  # what was answered before is judged all the same
+    except EngineError as error:  # what was answered before is judged all the same
         answers.mixed_failure = str(error)
     return answers
 
@@ -110,12 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     asked = parser.parse_args(arguments)
     try:
-        server = Server(
-            asked.url, headers(asked.key_variable, asked.header), time.monotonic() + asked.timeout, tls(asked.ca_file)
+        endpoint = Endpoint(
+            asked.url,
+            asked.key_variable,
+            timeout_s=asked.timeout,
+            more=asked.header,
+            ca_file=asked.ca_file,
+            ends=time.monotonic() + asked.timeout,
         )
         reference = read_reference(asked.reference)
-        names = served_names(server, reference, asked.served_name, asked.base_name)
-        asker = Asker(reference, server, names, asked.protocol)
+        asker = Asker(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
         found = check(
             asker,
             asked.served_format,
@@ -123,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             is_quick=asked.quick,
             without_mixed=asked.without_mixed,
         )
-    except CheckError as error:
+    except LoraOverError as error:
         found = {"verdict": "failed", "reason": str(error), "fault": None}
     print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")
     return EXIT_CODES[found["verdict"]]

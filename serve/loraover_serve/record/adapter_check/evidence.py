@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple, final
 
+from loraover.common.errors import EngineError
 from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, Repeat, first_parted
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import COARSE_CACHE
-from loraover_serve.record.adapter_check.reference import CheckError, Model, Reference, Row, Rows
+from loraover_serve.record.adapter_check.reference import Model, Reference, Row, Rows
 
 FACTORS = (1 / 16, 1 / 8)
 """Factors that are tried beside the recorded ones: between those and none, answers are interpolated."""
@@ -77,7 +78,7 @@ class RecordedEvidence(Evidence):
         answers: The answers.
 
     Raises:
-        CheckError: Answers of another vocabulary.
+        EngineError: Answers of another vocabulary.
     """
 
     compared = "top tokens"
@@ -95,7 +96,7 @@ class RecordedEvidence(Evidence):
         self.factors = (*FACTORS, *(factor for factor, _ in self._scaled if factor))
         self._pairs = self._paired(answers.adapter, answers.base) or self._beside_base(answers.adapter)
         if not self._pairs:
-            raise CheckError("the server answers with none of the recorded tokens; it serves another base model.")
+            raise EngineError("the server answers with none of the recorded tokens; it serves another base model.")
 
     def off(self, arm: str, model: Model) -> list[Off]:
         rows = self._answers.adapter if arm == ADAPTER else self._answers.base
