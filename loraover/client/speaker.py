@@ -19,6 +19,8 @@ from loraover.common.errors import ConfigError, EngineError
 OF_SERVER = ("id", "system_fingerprint")
 """Fields of an answer that say who gave it."""
 
+ID_BITS = 64
+
 
 class Generated(NamedTuple):
     """A greedy answer, place by place.
@@ -128,8 +130,8 @@ class Speaker:
 
     def _logprobs(self, pairs: list[tuple[Any, Any]]) -> dict[int, float]:
         found = {id_: float(value) for entry, value in pairs if (id_ := token_id(entry, self._by_text)) is not None}
-        if not all(math.isfinite(value) for value in found.values()):
-            raise ValueError("a logprob is not a finite number")
+        if not all(math.isfinite(value) and id_.bit_length() < ID_BITS for id_, value in found.items()):
+            raise ValueError("not a token and a finite logprob")
         return found
 
     @cached_property
