@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loraover.client.endpoint import Endpoint
-from loraover_serve.judge.estimates import answers_that_show, requests_that_reach
+from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
 from loraover_serve.judge.fleet import tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
 from loraover_serve.judge.names import DISAGREE, INTERMITTENT
@@ -88,6 +88,9 @@ def test_one_of_ten_servers_with_another_fault_disagrees(reference: Reference) -
 def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     found, _ = checked(fleet(reference, right(reference)), reference)
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
+    answers = REPEATS * len(reference.places)
+    assert f"; {answers} answers reach a server that gives {1 - 0.01 ** (1 / answers):.2g} of them" in found["reason"]
+    assert found["reason"].endswith(f"show one without the adapter that gives {found['visible_share']:.2g}")
 
 
 def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
@@ -139,6 +142,11 @@ def test_headers_that_tell_servers_apart(name: str) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.05, 0.01])
-def test_so_many_requests_reach_a_share(share: float) -> None:
+def test_so_many_requests_reach_a_share_and_show_it(share: float) -> None:
+    """The page on checks has these figures."""
     requests = requests_that_reach(share)
+    assert requests == math.ceil(math.log(0.01) / math.log(1 - share))
     assert (1 - share) ** requests <= 0.01 < (1 - share) ** (requests - 1)
+    assert share_reached(requests) <= share < share_reached(requests - 1)
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "check-a-server.md").read_text()
+    assert f"\n| {100 * share:g} % | {requests} | {answers_that_show(share)} |\n" in page

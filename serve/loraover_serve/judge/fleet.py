@@ -1,8 +1,9 @@
 """Servers behind one address, of which some answer otherwise: replicas that have lost the adapter, or serve another.
 
-Servers with the same weights answer one question alike but for arithmetic, which is at most bfloat16's, or twice the
-median that their answers show. Of the recorded engines (`python -m benchmarks.verify_noise` in tests/) all but vLLM
-repeat their answers exactly, and vLLM in bfloat16 stays below a third of the limit at every position.
+Servers with the same weights answer one question alike but for arithmetic. It may set two answers CERTAIN times as far
+apart as rounding to bfloat16 would, or CERTAIN times the median of what sets them apart. Of the recorded engines
+(`python -m benchmarks.verify_noise` in tests/) all but vLLM repeat their answers exactly, and vLLM in bfloat16 stays
+below a third of that at every position.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from loraover_serve.judge.case import Case, split_base
-from loraover_serve.judge.estimates import answers_that_show, requests_that_reach
+from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
 from loraover_serve.judge.names import DISAGREE, INTERMITTENT, NOT_APPLIED
@@ -100,6 +101,17 @@ def some_disagree(case: Case) -> Split | None:
     good = [each for each in agreeing if each.size > (2 * limit) ** 2 * each.tokens] or agreeing
     words = f"are off by more than {limit:.2g} nats from other answers to the same question"
     return Split(DISAGREE, words, bad, good)
+
+
+def coverage(case: Case) -> str:
+    """Which single servers the answers would have found, in words; empty if questions were asked once."""
+    if not case.repeats:
+        return ""
+    shown = share_found(sum(map(len, case.as_base)))
+    return (
+        f"; {len(case.repeats)} answers reach a server that gives {share_reached(len(case.repeats)):.2g} of them with "
+        f"{CONFIDENCE:.0%} probability, and show one without the adapter that gives {shown:.2g}"
+    )
 
 
 def disagreement_limit(case: Case, usual: float) -> float:

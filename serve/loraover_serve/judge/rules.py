@@ -19,7 +19,7 @@ from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Estimate, share_found
 from loraover_serve.judge.evidence import Evidence
-from loraover_serve.judge.fleet import Split, few_are_base, some_are_base, some_disagree
+from loraover_serve.judge.fleet import Split, coverage, few_are_base, some_are_base, some_disagree
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -234,6 +234,7 @@ def as_trained(case: Case) -> Finding:
     reason = (
         f"the adapter has the strength {case.strength}; off by {case.found.rms:.2g} nats, where it moves "
         f"logprobs by {case.effect:.2g} and the engine's base model is off by {case.noise.rms:.2g}{coarse}{hidden}"
+        f"{coverage(case)}"
     )
     return Finding("as trained", reason)
 
