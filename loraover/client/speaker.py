@@ -7,9 +7,10 @@ This module and those that it imports need the standard library alone, and are p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
@@ -39,6 +40,11 @@ class Generated(NamedTuple):
     def ids(self) -> tuple[int, ...]:
         """The tokens before the first that the server does not identify."""
         return up_to_unknown(self.tokens)
+
+    def along(self, expected: Sequence[int]) -> list[dict[int, float]]:
+        """Logprobs from the first place to that of the first token that is not the expected one."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, expected[:-1], strict=False))
+        return self.tops[: len(list(same)) + 1]
 
 
 class Speaker:

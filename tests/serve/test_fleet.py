@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def test_one_of_ten_servers_that_lacks_the_adapter_is_named(reference: Reference
     reached, shown = requests_that_reach(share), answers_that_show(share)
     assert f"{reached} requests reach such a share with 99% probability, and {shown} show it" in found["reason"]
     assert {asked.count(prompt) for prompt in asked} == {REPEATS}
-    assert asked != sorted(asked, key=asked.index), "the order is random, and does not repeat a question at once"
+    places = len(reference.places)
+    assert len({*asked[:places]}) < 0.9 * places, "the order is random, and not one round after the other"
 
 
 def test_one_of_ten_servers_with_another_fault_disagrees(reference: Reference) -> None:
@@ -90,7 +92,7 @@ def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
     answers = REPEATS * len(reference.places)
     assert f"; {answers} answers reach a server that gives {1 - 0.01 ** (1 / answers):.2g} of them" in found["reason"]
-    assert found["reason"].endswith(f"show one without the adapter that gives {found['visible_share']:.2g}")
+    assert f"show one without the adapter that gives {found['visible_share']:.2g}" in found["reason"]
 
 
 def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
@@ -104,8 +106,24 @@ def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
     return Answers(rows(reference.base), rounds[0].rows, rounds=rounds)
 
 
+ODD = [([(0, 0), (1, 0)], None), ([(0, 0), (0, 1), (0, 2)], None), ([(0, 0), (1, 0), (2, 0)], DISAGREE)]
+
+
+@pytest.mark.parametrize(("places", "fault"), ODD)
+def test_two_answers_or_one_odd_question_are_chance(
+    places: list[tuple[int, int]], fault: str | None, reference: Reference
+) -> None:
+    answers = drawn(reference, random.Random(5), bf16(reference))
+    rows = dict(answers.rounds[1].rows)
+    for at in map(reference.places.index, places):
+        rows[at] = {i: value - 9.0 for i, value in rows[at].items()}
+    rounds = [answers.rounds[0], answers.rounds[1]._replace(rows=rows), *answers.rounds[2:]]
+    found = judge(RecordedEvidence(reference, replace(answers, rounds=rounds)))
+    assert found["fault"] == fault, found["reason"]
+
+
 @pytest.mark.statistical
-@pytest.mark.parametrize("louder", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("louder", [0.0, 1.0, 2.0, 20.0])
 def test_noise_never_disagrees(louder: float, reference: Reference) -> None:
     draw = random.Random(5)
     for _ in range(20):

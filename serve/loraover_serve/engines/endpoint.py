@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from itertools import takewhile
 from typing import Any, final
 
 import numpy as np
@@ -142,11 +141,10 @@ class OpenAiEngine(Engine):
 
 def _shared_rows(index: int, position: int, question: Question, answer: Generated) -> list[Row]:
     """Rows of an answer from a position on, as long as its tokens are those of the question."""
-    following = zip(answer.ids, question.tokens[position + 1 :], strict=False)
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], following)))
+    found = answer.along(question.continuation[position + 1 - len(question.prompt) :])
     return [
         Row(index, position + step, np.array([*top.values()], dtype=np.float32), np.array([*top], dtype=np.int64))
-        for step, top in enumerate(answer.tops[: same + 1])
+        for step, top in enumerate(found)
     ]
 
 

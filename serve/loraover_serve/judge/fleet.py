@@ -74,9 +74,17 @@ class Split(NamedTuple):
 def some_are_base(case: Case) -> Split | None:
     """Some of the adapter's answers are the base model's, and others are not."""
     as_base, others = case.as_base
-    if len(as_base) < FEW_AS_BASE or len(others) < FEW_AS_BASE:
+    if is_chance(case, as_base) or len(others) < FEW_AS_BASE:
         return None
     return Split(INTERMITTENT, "are the base model's", as_base, others)
+
+
+def is_chance(case: Case, bad: Sequence[Change]) -> bool:
+    """Whether wrong answers are so few that chance alone may make them.
+
+    Answers to one question share what is odd about it: where it is asked several times, questions are counted.
+    """
+    return len({each.prompt for each in bad} if case.repeats else bad) < FEW_AS_BASE
 
 
 def few_are_base(case: Case) -> Split | None:
@@ -95,7 +103,7 @@ def some_disagree(case: Case) -> Split | None:
         return None
     limit = disagreement_limit(case, median(apart))
     bad = [each.change for each in case.repeats if (each.apart or 0.0) > limit]
-    if len(bad) < FEW_AS_BASE:
+    if is_chance(case, bad):
         return None
     agreeing = [each.change for each in case.repeats if (each.apart or 0.0) <= limit]
     good = [each for each in agreeing if each.size > (2 * limit) ** 2 * each.tokens] or agreeing

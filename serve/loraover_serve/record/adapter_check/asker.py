@@ -82,7 +82,7 @@ class Asker:
             question, step = self.reference.places[place]
             expected = self.reference.questions[question]["answer"]
             found = self.answer(arm, place, len(expected) if self.dialect.form == "chat" else 1)
-            return turn, self.shared(place, expected[step:], found.tokens, found.tops), found.told
+            return turn, self.rows(place, expected[step:], found), found.told
 
         asked = [(turn, place) for turn in range(repeats) for place in places]
         found: list[tuple[dict[int, Row], dict[int, dict[str, str]]]] = [({}, {}) for _ in range(repeats)]
@@ -92,14 +92,9 @@ class Asker:
         return [Round(dict(sorted(rows.items())), told) for rows, told in found]
 
     @staticmethod
-    def shared(place: int, expected: Sequence[int], tokens: Sequence[int | None], tops: Sequence[Row]) -> Rows:
+    def rows(place: int, expected: Sequence[int], found: Generated) -> dict[int, Row]:
         """Rows of an answer from a place on, as long as its tokens are the expected ones."""
-        rows: dict[int, Row] = {}
-        for step, (token, row, right) in enumerate(zip(tokens, tops, expected, strict=False)):
-            rows[place + step] = row
-            if token != right:
-                break
-        return {at: row for at, row in rows.items() if row}
+        return {place + step: row for step, row in enumerate(found.along(expected)) if row}
 
     @cached_property
     def places(self) -> list[int]:
@@ -117,9 +112,7 @@ class Asker:
         def ask(question: int) -> Greedy:
             place, expected = self.reference.first(question), self.reference.questions[question]["answer"]
             found = self.answer(ADAPTER, place, len(expected))
-            follows = [right if token is None else token for token, right in zip(found.tokens, expected, strict=False)]
-            rows = self.shared(place, expected, follows, found.tops)
-            return Greedy(question, found.ids, len(found.tokens), rows)
+            return Greedy(question, found.ids, len(found.tokens), self.rows(place, expected, found))
 
         return at_once(ask, [q for q, step in map(self.reference.places.__getitem__, self.places) if step == 0])
 
