@@ -26,7 +26,7 @@ REQUEST_TIMEOUT_S = 300.0
 UNFIT, ABSENT, LIMITED = {400, 413, 422}, {404, 405, 501}, {429}
 TRANSIENT = LIMITED | {408, 409, 425, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
-LARGEST_ANSWER = 2**26  # bytes
+LARGEST_ANSWER, HEADER_CHARACTERS = 2**26, 200  # bytes of an answer, and characters of a header that are kept
 SECRET_CHARACTERS = 8  # a shorter key, such as "token", can be a part of any text
 _DATE = r"[-@:](\d{4}|\d{6}|\d{8}|\d{4}-\d{2}-\d{2})"
 
@@ -170,7 +170,7 @@ class Endpoint:
     def exchange(
         self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> tuple[Any, dict[str, str]]:
-        """As `request`, with the answer's headers by their names in small letters."""
+        """As `request`, with the answer's headers by their names in small letters, but for cookies."""
         return self._asked(path, body, timeout_s)
 
     def models(self) -> dict[str, str | None]:
@@ -250,7 +250,8 @@ class Endpoint:
         try:
             with self._open(path, body, left, deadline) as response:
                 content = response.read(LARGEST_ANSWER + 1)
-                told = {name.lower(): value for name, value in response.headers.items()}
+                headers = ((name.lower(), self.hidden(value)) for name, value in response.headers.items())
+                told = {name: value[:HEADER_CHARACTERS] for name, value in headers if name != "set-cookie"}
         except UnansweredError:
             if time.monotonic() < deadline:
                 raise

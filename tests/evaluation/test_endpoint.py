@@ -197,10 +197,14 @@ def test_further_headers_are_sent_and_hidden(monkeypatch: pytest.MonkeyPatch) ->
         assert [each.get("X-Team") for each in server.headers] == [None, "sesame"]
 
 
-def test_answers_come_with_their_headers() -> None:
-    with openai_server(lambda body: Answer(b'{"id": 1}', {"X-Served-By": "pod-7"})) as server:
-        content, told = Endpoint(server.url).exchange("/v1/completions", {})
-    assert (content, told["x-served-by"]) == ({"id": 1}, "pod-7")
+def test_answers_come_with_their_headers_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    headers = {"X-Served-By": "pod-7", "Set-Cookie": "session=1", "X-Told": "for sk-sesame", "X-Long": 9000 * "a"}
+    with openai_server(lambda body: Answer(b'{"id": 1}', headers)) as server:
+        content, told = Endpoint(server.url, "MY_KEY").exchange("/v1/completions", {})
+    assert content == {"id": 1}
+    assert (told["x-served-by"], told["x-told"], len(told["x-long"])) == ("pod-7", "for ***", 200)
+    assert "set-cookie" not in told
 
 
 def test_all_requests_end_at_the_given_time() -> None:
@@ -244,15 +248,15 @@ def test_a_tunnel_through_the_proxy_carries_its_user(monkeypatch: pytest.MonkeyP
     asked: list[bytes] = []
 
     def refuse(server: socket.socket) -> None:
-        connection, _ = server.accept()
-        with connection:
+        with suppress(TimeoutError), server.accept()[0] as connection:
             asked.append(connection.recv(65536))
             connection.sendall(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n")
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=refuse, args=(server,))
+        server.settimeout(20)
+        thread = threading.Thread(target=refuse, args=(server,), daemon=True)
         thread.start()
         for name in ("HTTPS_PROXY", "https_proxy"):
             monkeypatch.setenv(name, f"http://user:ses%40me@127.0.0.1:{server.getsockname()[1]}")

@@ -54,12 +54,13 @@ class Split(NamedTuple):
         """How many answers are wrong, and which requests had them, for who looks for the server."""
         share, apart = self.share, self.told_apart
         named = [f"{name}: {' or '.join(value or '(absent)' for value in values)}" for name, values in apart.items()]
-        ids = [next((each.source[name] for name in REQUEST_IDS if name in each.source), "") for each in self.bad]
+        ids = [next((each.source[name] for name in REQUEST_IDS if name in each.source), None) for each in self.bad]
+        shown = [each for each in dict.fromkeys(ids) if each][:SHOWN]
         return (
             f"{len(self.bad)} of {len(self.bad) + len(self.good)} answers of the adapter ({share:.0%}) {self.words}"
             + (f"; their servers are told apart by {', '.join(named)}" if named else "")
             + f"; {requests_that_reach(share)} requests reach such a share with {CONFIDENCE:.0%} probability, and "
-            f"{answers_that_show(share)} show it" + (f"; requests {', '.join(ids[:SHOWN])}" if any(ids) else "")
+            f"{answers_that_show(share)} show it" + (f"; requests {', '.join(shown)}" if shown else "")
         )
 
     def shown(self) -> dict[str, Any]:
