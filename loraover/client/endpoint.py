@@ -86,7 +86,7 @@ class Endpoint:
     ) -> None:
         host = _host(url)
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json", "User-Agent": "loraover"}  # some refuse who has no name
         self._key = "" if key_variable is None else _secret(host, key_variable)
         if self._key:  # servers read one of the two
             self.headers |= {"Authorization": f"Bearer {self._key}", "X-Api-Key": self._key}

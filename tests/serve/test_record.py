@@ -63,6 +63,11 @@ def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, as
         assert not others.size or others.max() <= found.base.floors[place] + UNIT
 
 
+def test_an_unrecorded_token_is_at_least_as_far_as_the_floor() -> None:
+    model = Model([{1: -1.0, 2: -4.0}], [-5.0])
+    assert model.off(0, {2: -3.5, 7: -3.0, 8: -6.0}) == [0.5, 2.0, 0.0]
+
+
 def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
     reference = asked.judge.reference
 
