@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +19,7 @@ from loraover.client import endpoint as module
 from loraover.client.endpoint import Endpoint, UnansweredError
 from loraover.common.errors import ConfigError, EngineError
 
-from support.openai_server import Refusal, openai_server
+from support.openai_server import Answer, Refusal, openai_server
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -181,6 +185,86 @@ def test_a_key_is_not_carried_to_another_address(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(EngineError, match="307"):
             Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4)
         assert [body["path"] for body in server.bodies] == ["/v1/chat/completions"]
+
+
+def test_further_headers_are_sent_and_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEAM", "sesame")
+    with openai_server(lambda body: 400, key=("X-Team", "another")) as server:
+        with pytest.raises(EngineError, match="401"):
+            Endpoint(server.url, more=["Authorization=TEAM"]).chat("m", HELLO, max_tokens=4)
+        with pytest.raises(EngineError, match=r"401: refused, for \*\*\*"):
+            Endpoint(server.url, more=["Authorization=TEAM", "X-Team=TEAM"]).chat("m", HELLO, max_tokens=4)
+        assert [each.get("X-Team") for each in server.headers] == [None, "sesame"]
+
+
+def test_answers_come_with_their_headers_and_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    headers = {"X-Served-By": "pod-7", "Set-Cookie": "session=1", "X-Told": "for sk-sesame", "X-Long": 9000 * "a"}
+    with openai_server(lambda body: Answer(b'{"id": 1}', headers)) as server:
+        content, told = Endpoint(server.url, "MY_KEY").exchange("/v1/completions", {})
+    assert content == {"id": 1}
+    assert (told["x-served-by"], told["x-told"], len(told["x-long"])) == ("pod-7", "for ***", 200)
+    assert "set-cookie" not in told
+
+
+def test_all_requests_end_at_the_given_time() -> None:
+    with openai_server(lambda body: 503) as server:
+        before = time.monotonic()
+        with pytest.raises(UnansweredError):
+            Endpoint(server.url, ends=before).chat("m", HELLO, max_tokens=4)
+        assert time.monotonic() - before < 5
+        assert len(server.bodies) <= 1
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for localhost that signs itself, and its key in the same file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is missing")
+    path = tmp_path_factory.mktemp("certificate") / "both.pem"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    alternative = "subjectAltName=DNS:localhost"
+    files = ["-addext", alternative, "-keyout", str(path), "-out", str(path.with_name("certificate.pem"))]
+    subprocess.run(["openssl", *words.split(), *files], check=True, capture_output=True)
+    path.write_text(path.read_text() + path.with_name("certificate.pem").read_text())
+    return path
+
+
+def test_certificates_are_checked(certificate: Path, tmp_path: Path) -> None:
+    with openai_server(lambda body: "x", certificate=certificate) as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        assert Endpoint(url, ca_file=str(certificate)).chat("m", HELLO, max_tokens=4) == "x"
+        with pytest.raises(UnansweredError, match="CERTIFICATE_VERIFY_FAILED"):
+            Endpoint(url).chat("m", HELLO, max_tokens=4)
+        with pytest.raises(UnansweredError, match="CERTIFICATE_VERIFY_FAILED"):
+            Endpoint(server.url, ca_file=str(certificate)).chat("m", HELLO, max_tokens=4)
+    (tmp_path / "text").write_text("no certificate")
+    for path in ("text", "absent"):
+        with pytest.raises(ConfigError, match="cannot be read as certificates"):
+            Endpoint(url, ca_file=str(tmp_path / path))
+
+
+def test_a_tunnel_through_the_proxy_carries_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+
+    def refuse(server: socket.socket) -> None:
+        with suppress(TimeoutError), server.accept()[0] as connection:
+            asked.append(connection.recv(65536))
+            connection.sendall(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n")
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        thread = threading.Thread(target=refuse, args=(server,), daemon=True)
+        thread.start()
+        for name in ("HTTPS_PROXY", "https_proxy"):
+            monkeypatch.setenv(name, f"http://user:ses%40me@127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UnansweredError, match="Tunnel connection failed: 403"):
+            Endpoint("https://judge.test", repeats=False).chat("m", HELLO, max_tokens=4)
+        thread.join()
+    assert asked[0].startswith(b"CONNECT judge.test:443 HTTP/1.")
+    assert b"\r\nProxy-Authorization: Basic " + base64.b64encode(b"user:ses@me") + b"\r\n" in asked[0]
 
 
 def test_no_key_is_sent_unless_its_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ SERVING = (
     ),
     Mutant(
         "verify-a-chat-is-compared-beyond-its-first-other-token",
-        "answer.tops[: same + 1]",
-        "answer.tops",
+        "return self.tops[: len(list(same)) + 1]",
+        "return self.tops",
         Selection("test_verify_dialects.py", "wrong_one_differs and chats"),
     ),
     Mutant(
@@ -130,8 +130,8 @@ SERVING = (
     ),
     Mutant(
         "client-an-asked-pause-is-not-kept",
-        "told = error.pause_s if self._repeats else None",
-        "told = None",
+        "pause = error.pause_s if self._repeats else None",
+        "pause = None",
         Selection("test_endpoint.py", "pause"),
     ),
     Mutant(
@@ -139,6 +139,103 @@ SERVING = (
         "timer.start()",
         "timer.cancel()",
         Selection("test_endpoint.py", "trickles"),
+    ),
+    Mutant(
+        "client-a-secret-header-is-shown",
+        "for secret in (self._key, *others.values()) if secret]",
+        "for secret in (self._key,) if secret]",
+        Selection("test_endpoint.py", "headers"),
+    ),
+    Mutant(
+        "client-any-certificate-is-taken",
+        "return ssl.create_default_context(cafile=ca_file)",
+        "return ssl._create_unverified_context(cafile=ca_file)",
+        Selection("test_endpoint.py", "certificates"),
+    ),
+    Mutant(
+        "client-the-server-is-asked-past-its-proxy",
+        "secure.set_tunnel(self._host, self._port, headers)",
+        "secure = http.client.HTTPSConnection(self._host, self._port, context=self._context)",
+        Selection("test_endpoint.py", "tunnel"),
+    ),
+    Mutant(
+        "client-an-adapter-has-to-be-listed",
+        "if absent and not speaker.has(adapter):",
+        "if absent:",
+        Selection("test_verify_dialects.py", "listed_by_another_name"),
+    ),
+    # Several servers behind one address
+    Mutant(
+        "fleet-ids-of-requests-name-servers",
+        "if 2 * len(values) <= len(bad) and others < min(len(bad), len(good)):",
+        "if others < min(len(bad), len(good)):",
+        Selection("test_replicas.py", "headers_that_tell"),
+    ),
+    Mutant(
+        "fleet-a-header-of-all-servers-tells-them-apart",
+        "and others < min(len(bad), len(good)):",
+        "and others <= len(good):",
+        Selection("test_replicas.py", "headers_that_tell"),
+    ),
+    Mutant(
+        "fleet-two-answers-decide",
+        "return len({each.prompt for each in bad} if case.repeats else bad) < FEW_AS_BASE",
+        "return not bad",
+        Selection("test_replicas.py", "two_answers"),
+    ),
+    Mutant(
+        "fleet-an-odd-question-is-a-server",
+        "return len({each.prompt for each in bad} if case.repeats else bad) < FEW_AS_BASE",
+        "return len(bad) < FEW_AS_BASE",
+        Selection("test_replicas.py", "odd_question"),
+    ),
+    Mutant(
+        "fleet-noise-disagrees",
+        "return CERTAIN * max(math.sqrt(2) * arithmetic, usual)",
+        "return usual",
+        Selection("test_replicas.py", "noise_never"),
+    ),
+    Mutant(
+        "fleet-a-coarse-engines-own-noise-disagrees",
+        "return CERTAIN * max(math.sqrt(2) * arithmetic, usual)",
+        "return CERTAIN * math.sqrt(2) * arithmetic",
+        Selection("test_replicas.py", "noise_never"),
+    ),
+    Mutant(
+        "fleet-only-first-answers-count",
+        "return [each.change for each in self.repeats] or self.changes",
+        "return self.changes",
+        Selection("test_replicas.py", "lacks_the_adapter"),
+    ),
+    Mutant(
+        "fleet-requests-for-a-share-of-right-answers",
+        "math.log1p(-share)) if share < 1",
+        "math.log(share)) if share < 1",
+        Selection("test_replicas.py", "so_many_requests"),
+    ),
+    Mutant(
+        "checker-the-worst-answer-is-the-right-one",
+        "key=lambda row: fmean(map(abs, self.adapter.off(place, row)))",
+        "key=lambda row: -fmean(map(abs, self.adapter.off(place, row)))",
+        Selection("test_replicas.py", "another_fault"),
+    ),
+    Mutant(
+        "checker-asks-in-order",
+        "at_once(ask, random.sample(asked, len(asked)))",
+        "at_once(ask, asked)",
+        Selection("test_replicas.py", "lacks_the_adapter"),
+    ),
+    Mutant(
+        "checker-asks-once",
+        "for turn in range(repeats) for place in places]",
+        "for turn in range(1) for place in places]",
+        Selection("test_replicas.py", "lacks_the_adapter"),
+    ),
+    Mutant(
+        "checker-an-unrecorded-token-counts-for-nothing",
+        "else max(0.0, value - floor) for i, value in row.items()]",
+        "else 0.0 for i, value in row.items()]",
+        Selection("test_record.py", "unrecorded"),
     ),
     # The plug-in of vLLM
     Mutant(

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
 from loraover_serve.judge.estimates import Estimate
-from loraover_serve.record.adapter_check.reference import UNIT, CheckError, Model, read_reference
+from loraover_serve.record.adapter_check.reference import UNIT, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
 
 from support.recorded import ANSWER, QUESTIONS
@@ -60,6 +61,11 @@ def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, as
         others = np.delete(row, list(found.base.rows[place]))
         assert found.base.floors[place] == pytest.approx(np.sort(row)[-KEPT], abs=UNIT)
         assert not others.size or others.max() <= found.base.floors[place] + UNIT
+
+
+def test_an_unrecorded_token_is_at_least_as_far_as_the_floor() -> None:
+    model = Model([{1: -1.0, 2: -4.0}], [-5.0])
+    assert model.off(0, {2: -3.5, 7: -3.0, 8: -6.0}) == [0.5, 2.0, 0.0]
 
 
 def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
@@ -115,7 +121,7 @@ def test_a_file_that_is_no_reference_is_refused(
     change(key, value)(broken)
     path = tmp_path / "broken.json.gz"
     path.write_bytes(gzip.compress(json.dumps(broken).encode()))
-    with pytest.raises(CheckError, match=rf"broken.json.gz: not a reference.*{message}.*record it again"):
+    with pytest.raises(CheckpointError, match=rf"broken.json.gz: not a reference.*{message}.*record it again"):
         read_reference(str(path))
 
 
@@ -136,9 +142,9 @@ def test_a_file_that_is_no_reference_is_refused(
 )
 def test_bytes_that_are_no_reference_are_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(raw)
-    with pytest.raises(CheckError, match="not a reference that can be used"):
+    with pytest.raises(CheckpointError, match="not a reference that can be used"):
         read_reference(str(tmp_path / "file"))
-    with pytest.raises(CheckError, match="absent: not a reference"):
+    with pytest.raises(CheckpointError, match="absent: not a reference"):
         read_reference(str(tmp_path / "absent"))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -19,7 +21,15 @@ class Refusal:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Reply = Callable[[dict[str, Any]], str | int | bytes | Refusal]
+@dataclass(frozen=True)
+class Answer:
+    """The bytes to send, with headers of their own."""
+
+    content: bytes
+    headers: Mapping[str, str]
+
+
+Reply = Callable[[dict[str, Any]], str | int | bytes | Refusal | Answer]
 """From a request's body: the text of the answer, or the HTTP status of a refusal, or the bytes to send."""
 
 
@@ -40,7 +50,10 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def openai_server(
-    reply: Reply, models: Sequence[str] | Mapping[str, str | None] = (), key: tuple[str, str] | None = None
+    reply: Reply,
+    models: Sequence[str] | Mapping[str, str | None] = (),
+    key: tuple[str, str] | None = None,
+    certificate: Path | None = None,
 ) -> Iterator[Recorded]:
     """Answers `/v1/completions`, `/v1/chat/completions` and, with models to list, `/v1/models` during a block.
 
@@ -48,6 +61,7 @@ def openai_server(
         reply: the answer to a request.
         models: names to list, or the name of each one's base model by its own.
         key: header that every request must have, and its value.
+        certificate: PEM file of a certificate and its key, with which the server speaks TLS.
     """
     parents = models if isinstance(models, Mapping) else dict.fromkeys(models)
 
@@ -65,6 +79,8 @@ def openai_server(
             if isinstance(refusal, Refusal):
                 explanation = f"refused, for {self.headers.get('Authorization')}".encode()
                 self._send(refusal.status, explanation, refusal.headers)
+            elif isinstance(said, Answer):
+                self._send(200, said.content, said.headers)
             elif isinstance(said, bytes):
                 self._send(200, said)
             else:
@@ -90,7 +106,11 @@ def openai_server(
 
     server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    recorded = Recorded(f"http://127.0.0.1:{server.server_port}")
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    recorded = Recorded(f"http{'' if certificate is None else 's'}://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.reference_file import REFERENCE_FILE
-from loraover.common.errors import CheckpointError, ConfigError
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import CheckpointError, ConfigError, EngineError
 from loraover.common.verb import perform, verb
 from loraover_serve.judge.names import ANOTHER
-from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
-from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
-from loraover_serve.record.adapter_check.server import Server, headers, tls
+from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.request import VerifyRequest
 
@@ -80,10 +80,7 @@ def ask_server(request: VerifyRequest) -> tuple[list[Reference], list[dict[str, 
         ConfigError: Arguments that cannot be used.
         CheckpointError: A file that is no reference.
     """
-    try:
-        _server(request)
-    except CheckError as error:
-        raise ConfigError(str(error)) from error
+    _endpoint(request)  # an address or a key that cannot be used is told first
     check_seals(request)
     references = read_all(request.references)
     found = [_check(request, name, mine) for name, mine in _named(request, references)]
@@ -91,12 +88,21 @@ def ask_server(request: VerifyRequest) -> tuple[list[Reference], list[dict[str, 
     return references, found
 
 
-def _server(request: VerifyRequest) -> Server:
+def _endpoint(request: VerifyRequest) -> Endpoint:
     """The server, with the time that one adapter may take."""
     assert request.endpoint is not None
-    sent = headers(request.endpoint_key_variable, request.headers)
-    context = tls(None if request.ca_file is None else str(request.ca_file))
-    return Server(request.endpoint, sent, time.monotonic() + request.timeout_s, context)
+    return Endpoint(
+        request.endpoint,
+        request.endpoint_key_variable,
+        timeout_s=request.timeout_s,
+        more=request.headers,
+        ca_file=None if request.ca_file is None else str(request.ca_file),
+        ends=time.monotonic() + request.timeout_s,
+    )
+
+
+def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Reference) -> Asker:
+    return Asker(reference, endpoint, name, request.base_name, request.protocol, request.named)
 
 
 def read_all(places: Sequence[Path]) -> list[Reference]:
@@ -113,11 +119,7 @@ def read_all(places: Sequence[Path]) -> list[Reference]:
         files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
-        for file in files:
-            try:
-                found.append(read_reference(str(file)))
-            except CheckError as error:
-                raise CheckpointError(str(error)) from error
+        found += [read_reference(str(file)) for file in files]
     return found
 
 
@@ -135,20 +137,19 @@ def _named(request: VerifyRequest, references: Sequence[Reference]) -> Iterator[
 def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
     """Result of one adapter; a failure is a result beside those of the others."""
     request.report.line(f"asking {request.endpoint} for {name}")
-    start, server = time.monotonic(), _server(request)
+    start, endpoint = time.monotonic(), _endpoint(request)
     try:
-        names = served_names(server, reference, name, request.base_name)
-        asker = Asker(reference, server, names, request.protocol)
-        return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": server.sent}
-    except CheckError as error:
+        asker = _asker(request, endpoint, name, reference)
+        return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": endpoint.sent}
+    except (ConfigError, EngineError) as error:
         seconds = time.monotonic() - start
         failed = {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
-        return failed | {"requests": server.sent}
+        return failed | {"requests": endpoint.sent}
 
 
 def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
-    without = request.without_mixed
-    return check(asker, request.declared_format, request.named, is_quick=is_quick, without_mixed=without)
+    more = {"is_quick": is_quick, "without_mixed": request.without_mixed}
+    return check(asker, request.declared_format, request.named, repeats=request.repeats, **more)
 
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
@@ -166,11 +167,10 @@ def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found
 def _answers_as(request: VerifyRequest, name: str, reference: Reference) -> bool:
     """Whether a name is served with another adapter; a few requests exclude most."""
     try:
-        server = _server(request)
-        asker = Asker(reference, server, served_names(server, reference, name, request.base_name), request.protocol)
+        asker = _asker(request, _endpoint(request), name, reference)
         return all(
             _asked(request, asker, is_quick=is_quick)["verdict"] == "as trained"
             for is_quick in (True, *((False,) if not request.quick else ()))
         )
-    except CheckError:
+    except (ConfigError, EngineError):
         return False
