@@ -114,9 +114,7 @@ class Recorded:
         ratios: Floats = np.log(_rms(self._off(arm)) + FLOOR) - np.log(there)
         return ratios
 
-    def judged(
-        self, arm: str, draw: np.random.Generator, runs: int, prompts: int, *, repeats: bool = True
-    ) -> Verdicts:
+    def judged(self, arm: str, draw: np.random.Generator, runs: int, prompts: int, *, repeats: bool = True) -> Verdicts:
         """Judge drawn sets of prompts.
 
         The noise of each prompt has a random sign, so that a set is not one of few, and what it has along the effect in
