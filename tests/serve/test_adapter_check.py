@@ -36,7 +36,6 @@ from support.verified import FAULTS, Served, make_case, plant, save_adapter, sav
 from support.verified import Case as VerifyCase
 
 NAMES = ("base", "shop")
-TOP = 20
 SECONDS = 120.0
 
 
