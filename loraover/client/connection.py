@@ -1,89 +1,162 @@
-"""Connections of the client: their settings, and the time at which one is cut off."""
+"""HTTP with the standard library alone: each request has a connection of its own, which is cut off in time."""
 
 from __future__ import annotations
 
+import base64
+import http.client
 import math
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
-
-import httpx2
+from typing import NamedTuple
+from urllib.parse import quote, unquote, urlsplit
 
 EXPLANATION_BYTES = 1000
 SHORTEST_PAUSE_S = 0.1  # a server that rounds down asks for 0 seconds
+IN_PATHS = "/%:@!$&'()*+,;=~"
+NO_ANSWER = (OSError, http.client.HTTPException)
+"""What a request raises that gets no answer."""
 
 
-def http_client(headers: Mapping[str, str], *, is_near: bool) -> httpx2.Client:
-    """Make a client that any number of threads can share.
+class Proxy(NamedTuple):
+    """A proxy, and what it is told of its user."""
 
-    It follows no redirects, since a key is meant for one server. Every request opens a new connection, so that none
-    depends on what a server does with idle ones. Answers are requested without compression, which would change the
-    pieces in which they arrive.
+    host: str
+    port: int
+    headers: dict[str, str]
+
+
+class Connections:
+    """Connections to one server, of which any number of threads can have one at a time.
+
+    No redirects are followed, since a key is meant for one server. Every request opens a new connection, so that none
+    depends on what a server does with idle ones, and a balancer chooses anew. Answers are requested without
+    compression, which would change the pieces in which they arrive.
 
     Args:
-        headers: Headers of every request.
-        is_near: Whether the server is on this machine, so that a proxy for other machines must not be used.
+        url: Address of the server, with http or https and a host.
+        ca_file: PEM file of certificates that sign the server's; None means those of the system.
 
     Raises:
-        ImportError, ValueError, httpx2.InvalidURL: The environment names a proxy that cannot be used.
+        OSError: A file that holds no certificates.
+        ValueError: The environment names a proxy that cannot be used.
     """
-    return httpx2.Client(
-        headers={"Accept-Encoding": "identity", **headers},
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
-        trust_env=not is_near,
-    )
 
+    def __init__(self, url: str, ca_file: str | None = None) -> None:
+        parts = urlsplit(url)
+        self._host, self._url = str(parts.hostname), f"{parts.scheme}://{parts.netloc}"
+        self._path = quote(parts.path, safe=IN_PATHS)
+        self._context = _tls(ca_file) if parts.scheme == "https" else None
+        self._port = parts.port or (80 if self._context is None else 443)
+        self._proxy = None if is_near(self._host) else _proxy(parts.scheme, self._host)
+        self._open = set[Callable[[], None]]()
 
-@contextmanager
-def cut_off_at(deadline: float) -> Iterator[dict[str, Any]]:
-    """Extensions of a request whose connection ends at a time, however slowly the server sends.
+    @contextmanager
+    def send(
+        self, path: str, content: bytes | None, headers: Mapping[str, str], silence_s: float, deadline: float = math.inf
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Send a request, and give its response while that arrives, of any status.
 
-    httpx2's own timeouts limit a silence, and each byte of an answer or of its headers ends a silence.
+        Args:
+            path: Path below the server's address.
+            content: Contents of a POST; None sends a GET.
+            headers: Headers.
+            silence_s: Longest silence in seconds.
+            deadline: Time on `time.monotonic`'s clock at which the connection ends, however slowly the server sends.
 
-    Args:
-        deadline: Time on `time.monotonic`'s clock.
-    """
-    sockets: list[socket.socket] = []
+        Raises:
+            OSError, http.client.HTTPException: No answer.
+        """
+        connection, target, more = self._connection(self._path + path, silence_s)
+        sockets: list[socket.socket] = []
 
-    def cut() -> None:
-        for each in sockets:
-            with suppress(OSError):  # it has been closed
-                socket.socket.shutdown(each, socket.SHUT_RDWR)  # `SSLSocket.shutdown` would go on without encryption
+        def cut() -> None:
+            for each in (*sockets, connection.sock):
+                with suppress(OSError, TypeError):  # it has been closed, or is not there yet
+                    socket.socket.shutdown(each, socket.SHUT_RDWR)  # `SSLSocket.shutdown` would go on without TLS
 
-    def watch(event: str, info: Mapping[str, Any]) -> None:
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            sockets.append(info["return_value"].get_extra_info("socket"))
+        timer = threading.Timer(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX), cut)
+        timer.daemon = True
+        if math.isfinite(deadline):
+            timer.start()
+        self._open.add(cut)
+        try:
+            try:
+                connection.connect()
+            except UnicodeError as error:
+                raise OSError(f"not the name of a host: {error}") from None
+            sockets.append(connection.sock)
             if time.monotonic() >= deadline:
-                cut()
+                raise TimeoutError("timed out")
+            connection.request("GET" if content is None else "POST", target, content, {**headers, **more})
+            with connection.getresponse() as response:
+                yield response
+        finally:
+            timer.cancel()
+            self._open.discard(cut)
+            connection.close()
 
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield {"trace": watch}
-    finally:
-        timer.cancel()
+    def _connection(self, path: str, silence_s: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+        """A connection that is not open yet, and the target and the further headers of a request through it."""
+        host, port, headers = self._proxy or (self._host, self._port, {})
+        if self._context is None:
+            plain = http.client.HTTPConnection(host, port, timeout=silence_s)
+            return plain, path if self._proxy is None else self._url + path, headers
+        secure = http.client.HTTPSConnection(host, port, timeout=silence_s, context=self._context)
+        if self._proxy is not None:
+            secure.set_tunnel(self._host, self._port, headers)
+        return secure, path, {}
+
+    def close(self) -> None:
+        """Cut off all connections; requests of other threads fail."""
+        for cut in [*self._open]:
+            cut()
 
 
-def explanation(refusal: httpx2.Response) -> str:
+def is_near(host: str) -> bool:
+    """Whether a host is this machine, so that a proxy for other machines must not be used."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _tls(ca_file: str | None) -> ssl.SSLContext:
+    if ca_file is None and ssl.get_default_verify_paths().cafile is None:  # as Python from python.org on macOS
+        with suppress(ImportError):
+            import certifi
+
+            ca_file = certifi.where()
+    return ssl.create_default_context(cafile=ca_file)
+
+
+def _proxy(scheme: str, host: str) -> Proxy | None:
+    """The proxy that the environment names for a host, if any."""
+    from urllib.request import getproxies, proxy_bypass  # which a server on this machine does not need
+
+    known = getproxies()
+    address = known.get(scheme) or known.get("all")
+    if not address or proxy_bypass(host):
+        return None
+    parts = urlsplit(address if "//" in address else f"http://{address}")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"its address begins with {parts.scheme}://, expected http:// and a host")
+    user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+    basic = base64.b64encode(user.encode()).decode()
+    return Proxy(parts.hostname, parts.port or 80, {"Proxy-Authorization": f"Basic {basic}"} if user != ":" else {})
+
+
+def explanation(refusal: http.client.HTTPResponse) -> str:
     """Return the beginning of the text of a refusal whose body has not been read."""
-    found = b""
     try:
-        for piece in refusal.iter_bytes():
-            found += piece
-            if len(found) >= EXPLANATION_BYTES:
-                break
-    except httpx2.HTTPError as error:
+        return refusal.read(EXPLANATION_BYTES).decode(errors="replace")
+    except NO_ANSWER as error:
         return f"its explanation broke off: {error}"
-    return found[:EXPLANATION_BYTES].decode(errors="replace")
 
 
-def asked_pause(refusal: httpx2.Response) -> float | None:
+def asked_pause(refusal: http.client.HTTPResponse) -> float | None:
     """Seconds after which a server wants to be asked again (Retry-After: seconds or a date); None if it names none."""
     told = refusal.headers.get("Retry-After", "")
     try:

@@ -1,4 +1,8 @@
-"""Requests to a server that speaks OpenAI's protocol, such as vLLM."""
+"""Requests to a server that speaks OpenAI's protocol, such as vLLM.
+
+This module and those that it imports need the standard library alone, and are packed into the checker of
+`loraover serve record`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,13 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPResponse
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
-import httpx2
-
-from loraover.client.connection import asked_pause, cut_off_at, explanation, http_client
+from loraover.client.connection import NO_ANSWER, Connections, asked_pause, explanation
 from loraover.client.dialects import GREEDY
 from loraover.common.errors import ConfigError, EngineError
 
@@ -22,10 +26,9 @@ REQUEST_TIMEOUT_S = 300.0
 UNFIT, ABSENT, LIMITED = {400, 413, 422}, {404, 405, 501}, {429}
 TRANSIENT = LIMITED | {408, 409, 425, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
+LARGEST_ANSWER = 2**26  # bytes
 SECRET_CHARACTERS = 8  # a shorter key, such as "token", can be a part of any text
 _DATE = r"[-@:](\d{4}|\d{6}|\d{8}|\d{4}-\d{2}-\d{2})"
-
-T = TypeVar("T")
 
 
 class UnansweredError(EngineError):
@@ -58,10 +61,13 @@ class Endpoint:
         key_variable: Environment variable with the key; it is sent to the server and shown to nobody.
         timeout_s: Longest time of a request in seconds, with its repetitions and the pauses that the server asks for.
         repeats: Whether a request that might succeed later is repeated.
+        more: Further headers, as NAME=VARIABLE with the environment variable that holds the value, which is as secret.
+        ca_file: PEM file of certificates that sign the server's; None means those of the system.
+        ends: Time on `time.monotonic`'s clock at which all requests end.
 
     Raises:
-        ConfigError: Not an HTTP address, no such variable, a key that no header can carry, or a proxy that cannot
-            be used.
+        ConfigError: Not an HTTP address, no such variable, a key that no header can carry, no certificates, or a proxy
+            that cannot be used.
     """
 
     GREEDY: ClassVar[Mapping[str, Any]] = GREEDY
@@ -74,27 +80,29 @@ class Endpoint:
         *,
         timeout_s: float = REQUEST_TIMEOUT_S,
         repeats: bool = True,
+        more: Sequence[str] = (),
+        ca_file: str | None = None,
+        ends: float = math.inf,
     ) -> None:
         host = _host(url)
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.headers = {"Content-Type": "application/json"}
-        self._key = "" if key_variable is None else os.environ.get(key_variable, "").strip()
-        if key_variable is not None and not self._key:
-            raise ConfigError(  # the name is not shown: it may be the key itself
-                f"the key of {host}: no environment variable of the name that was given is set; give the "
-                "variable's name, not the key."
-            )
-        if not self._key.isascii() or not self._key.isprintable():
-            raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
+        self._key = "" if key_variable is None else _secret(host, key_variable)
         if self._key:  # servers read one of the two
             self.headers |= {"Authorization": f"Bearer {self._key}", "X-Api-Key": self._key}
-        is_near = host in ("localhost", "::1") or host.startswith("127.")
+        others = {name: _secret(host, variable) for name, _, variable in (each.partition("=") for each in more)}
+        self.headers |= others
+        self._secrets = [secret for secret in (self._key, *others.values()) if secret]
         try:
-            self._client = http_client(self.headers, is_near=is_near)
-        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            self._connections = Connections(self.url, ca_file)
+        except OSError as error:
+            raise ConfigError(f"{ca_file}: cannot be read as certificates: {error}.") from error
+        except ValueError as error:
             raise ConfigError(f"{host}: the environment's proxy cannot be used: {error}") from error
-        self._timeout_s, self._repeats = timeout_s, repeats
+        self._timeout_s, self._repeats, self._ends = timeout_s, repeats, ends
         self._closed, self._turn = threading.Event(), threading.RLock()
+        self.sent, self._counting = 0, threading.Lock()
+        """Number of requests that were sent."""
 
     @property
     def api(self) -> str:
@@ -104,7 +112,7 @@ class Endpoint:
     def close(self) -> None:
         """Close the connections; requests of other threads fail, and are not repeated."""
         self._closed.set()
-        self._client.close()
+        self._connections.close()
 
     def ask(
         self,
@@ -129,7 +137,7 @@ class Endpoint:
         """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **self.GREEDY}
         body |= {"stop": list(stop)} if stop else {}
-        return self._asked("/v1/completions", body, timeout_s, lambda answer: self._text(answer, "text"))
+        return str(self._asked("/v1/completions", body, timeout_s, "text")[0])
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """Ask for the answer to a conversation.
@@ -144,7 +152,7 @@ class Endpoint:
             EngineError: See `ask`.
         """
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
-        return self._asked("/v1/chat/completions", body, None, lambda answer: self._text(answer, "message", "content"))
+        return str(self._asked("/v1/chat/completions", body, None, "message", "content")[0])
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
         """Send a request, again after a pause where that may help, and return the JSON of the answer.
@@ -157,7 +165,13 @@ class Endpoint:
         Raises:
             EngineError: See `ask`.
         """
-        return self._asked(path, body, timeout_s, lambda answer: answer)
+        return self.exchange(path, body, timeout_s=timeout_s)[0]
+
+    def exchange(
+        self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> tuple[Any, dict[str, str]]:
+        """As `request`, with the answer's headers by their names in small letters."""
+        return self._asked(path, body, timeout_s)
 
     def models(self) -> dict[str, str | None]:
         """Names of the models that the server lists, with that of an adapter's base model where the list has it.
@@ -174,11 +188,17 @@ class Endpoint:
             return {}
 
     @contextmanager
-    def readable(self, model: str, answer: Any) -> Iterator[None]:
-        """Raise an EngineError if another model answered, or if the answer lacks something that the block reads."""
+    def readable(self, model: str, answer: Any, *, is_named: bool = True) -> Iterator[None]:
+        """Raise an EngineError if another model answered, or if the answer lacks something that the block reads.
+
+        Args:
+            model: Name of the model that was asked.
+            answer: The answer.
+            is_named: Whether a model that the answer names has to be that one.
+        """
         try:
             speaker = answer.get("model")
-            if speaker and not is_same_model(str(speaker), model):
+            if is_named and speaker and not is_same_model(str(speaker), model):
                 found = f"{model} was asked, and {speaker!r} answered; is the adapter loaded under that name?"
                 raise EngineError(self.hidden(found))
             yield
@@ -187,11 +207,17 @@ class Endpoint:
             raise EngineError(self.hidden(message)) from error
 
     def hidden(self, text: str) -> str:
-        """A message with the key replaced, since servers may repeat it."""
-        return text.replace(self._key, "***") if self._key else text
+        """A message with the key and other secret headers replaced, since servers may repeat them."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
 
-    def _asked(self, path: str, body: dict[str, Any] | None, timeout_s: float | None, read: Callable[[Any], T]) -> T:
-        """What `read` makes of the answer to a request, which is sent again after a pause where that may help.
+    def _asked(
+        self, path: str, body: dict[str, Any] | None, timeout_s: float | None, *text: str
+    ) -> tuple[Any, dict[str, str]]:
+        """The answer to a request, which is sent again after a pause where that may help, and its headers.
+
+        If the keys of a text are given, that is what is returned of the answer.
 
         A request that the server's limit refuses holds back the others until it is answered, and the time for which it
         was held back itself does not count.
@@ -199,56 +225,62 @@ class Endpoint:
         longest = self._timeout_s if timeout_s is None else timeout_s
         with self._turn:
             pass
-        deadline, pauses = time.monotonic() + longest, iter(PAUSES_S if self._repeats else ())
+        deadline, pauses = min(time.monotonic() + longest, self._ends), iter(PAUSES_S if self._repeats else ())
         with ExitStack() as turn:
             while True:
                 try:
-                    return read(self._answer(path, body, deadline, longest))
+                    answer, told = self._answer(path, body, deadline, longest)
+                    return self._text(answer, text) if text else answer, told
                 except UnansweredError as error:
-                    told = error.pause_s if self._repeats else None
-                    again = time.monotonic() + (next(pauses, math.inf) if told is None else told)
+                    pause = error.pause_s if self._repeats else None
+                    again = time.monotonic() + (next(pauses, math.inf) if pause is None else pause)
                     if again > deadline:
                         raise
                     if error.is_limit:
                         before = time.monotonic()
                         turn.enter_context(self._turn)
-                        deadline += time.monotonic() - before
+                        deadline = min(deadline + time.monotonic() - before, self._ends)
                     if self._closed.wait(max(0.0, again - time.monotonic())):
                         raise
 
-    def _answer(self, path: str, body: dict[str, Any] | None, deadline: float, longest: float) -> Any:
-        left = max(deadline - time.monotonic(), 0.001)
+    def _answer(
+        self, path: str, body: dict[str, Any] | None, deadline: float, longest: float
+    ) -> tuple[Any, dict[str, str]]:
+        left, content, told = max(deadline - time.monotonic(), 0.001), b"", dict[str, str]()
         try:
-            with cut_off_at(deadline) as extensions, self._open(path, body, left, extensions) as response:
-                content = response.read().decode(errors="replace")
+            with self._open(path, body, left, deadline) as response:
+                content = response.read(LARGEST_ANSWER + 1)
+                told = {name.lower(): value for name, value in response.headers.items()}
         except UnansweredError:
             if time.monotonic() < deadline:
                 raise
-            content = ""
         if time.monotonic() >= deadline:
             raise UnansweredError(f"{self.url}{path}: no answer: timed out after {longest:g} s")
+        if len(content) > LARGEST_ANSWER:
+            raise EngineError(f"{self.url}{path}: the answer is longer than {LARGEST_ANSWER} bytes.")
         try:
-            return json.loads(content)
+            return json.loads(content.decode(errors="replace")), told
         except (ValueError, RecursionError) as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
 
     @contextmanager
     def _open(
-        self, path: str, body: dict[str, Any] | None, silence_s: float, extensions: dict[str, Any] | None = None
-    ) -> Iterator[httpx2.Response]:
+        self, path: str, body: dict[str, Any] | None, silence_s: float, deadline: float = math.inf
+    ) -> Iterator[HTTPResponse]:
         """Send a request, and give its answer while that arrives with no longer silence."""
-        method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
-        options: dict[str, Any] = {"content": content, "timeout": silence_s, "extensions": extensions}
+        content = None if body is None else json.dumps(body).encode()
+        with self._counting:
+            self.sent += 1
         try:
-            with self._client.stream(method, self.url + path, **options) as response:
-                if not response.is_success:
+            with self._connections.send(path, content, self.headers, silence_s, deadline) as response:
+                if not 200 <= response.status < 300:
                     raise self._refusal(path, response)
                 yield response
-        except httpx2.HTTPError as error:
+        except NO_ANSWER as error:
             raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}")) from None
 
-    def _refusal(self, path: str, response: httpx2.Response) -> EngineError:
-        status, pause = response.status_code, asked_pause(response)
+    def _refusal(self, path: str, response: HTTPResponse) -> EngineError:
+        status, pause = response.status, asked_pause(response)
         asks = "" if pause is None else f" (it asks for a pause of {pause:g} s)"
         message = self.hidden(f"{self.url}{path}: the server answered {status}{asks}: {explanation(response)}")
         if status in TRANSIENT:
@@ -256,7 +288,7 @@ class Endpoint:
         kind = UnfitRequestError if status in UNFIT else AbsentError if status in ABSENT else EngineError
         return kind(message)
 
-    def _text(self, answer: Any, *keys: str) -> str:
+    def _text(self, answer: Any, keys: Sequence[str]) -> str:
         """Text of an answer, which is kept: without a key that it repeats, unless the key could be part of any word.
 
         Half a character, which JSON can hold but a file cannot, becomes a question mark.
@@ -278,19 +310,30 @@ def is_same_model(one: str, other: str) -> bool:
     return short == long or long.endswith((f"/{short}", f":{short}")) or bool(re.fullmatch(_DATE, tail))
 
 
+def _secret(host: str, variable: str) -> str:
+    """Value of an environment variable that a request carries to a host."""
+    found = os.environ.get(variable, "").strip()
+    if not found:
+        raise ConfigError(  # the name is not shown: it may be the key itself
+            f"the key of {host}: no environment variable of the name that was given is set; give the variable's name, "
+            "not the key."
+        )
+    if not found.isascii() or not found.isprintable():
+        raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
+    return found
+
+
 def _host(url: str) -> str:
     """Host of a server's address.
 
     Raises:
         ConfigError: Not an HTTP address, or one with a user or a query.
     """
-    try:
-        parts = httpx2.URL(url)
-        is_address = parts.scheme in ("http", "https") and parts.host and not parts.userinfo and not parts.query
-    except httpx2.InvalidURL:
-        is_address = False
-    if is_address:
-        return parts.host
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        is_plain = "@" not in parts.netloc and not parts.query and parts.port != 0  # no number raises a ValueError
+        if parts.scheme in ("http", "https") and parts.hostname and is_plain:
+            return parts.hostname
     shown = "the address" if "@" in url or "?" in url else repr(url)  # there, it may hold a secret
     raise ConfigError(
         f"{shown} is not the address of a server; expected e.g. http://localhost:8000/v1, without user or query."

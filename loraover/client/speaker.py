@@ -1,34 +1,44 @@
-"""Next tokens with their logprobs, from a server of OpenAI's protocol in the dialect in which it answers."""
+"""A server, addressed in the dialect in which it answers and by the names that it has for its models.
+
+This module and those that it imports need the standard library alone, and are packed into the checker of
+`loraover serve record`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
-from loraover.client.endpoint import AbsentError, Endpoint, UnfitRequestError
-from loraover.common.errors import EngineError
+from loraover.client.endpoint import AbsentError, Endpoint, UnfitRequestError, is_same_model
+from loraover.common.errors import ConfigError, EngineError
 
-PROBE = "Hello"
+OF_SERVER = ("id", "system_fingerprint")
+"""Fields of an answer that say who gave it."""
+
+ID_BITS = 64
 
 
-@dataclass(frozen=True)
-class Generated:
-    """The tokens of a greedy answer.
+class Generated(NamedTuple):
+    """A greedy answer, place by place.
 
     Args:
-        ids: Token ids, up to the first that the server does not identify.
-        tops: Ids of the likeliest tokens, and their logprobs in nats, at the first places of the answer.
+        tokens: Id of each token; None for one that the server does not identify.
+        tops: Logprobs in nats of the likeliest tokens, by their ids.
+        told: Headers of the response by their names in small letters, and the fields OF_SERVER.
     """
 
-    ids: tuple[int, ...]
-    tops: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+    tokens: list[int | None]
+    tops: list[dict[int, float]]
+    told: dict[str, str]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens before the first that the server does not identify."""
+        return up_to_unknown(self.tokens)
 
 
 class Speaker:
@@ -36,33 +46,44 @@ class Speaker:
 
     Args:
         endpoint: The server.
-        tokenizer: Tokenizer of the base model.
-        model: Name of a model on the server, which is asked in one dialect after the other.
+        model: Name of the base model there, which is asked in one dialect after the other.
+        probe: A prompt in the form of a dialect; None if there is none in this form.
+        by_text: Returns the ids of the tokens that alone have a text.
+        protocol: Protocol of the server; None tries all.
 
     Raises:
         EngineError: A server that answers in none of the dialects, or without logprobs.
     """
 
-    def __init__(self, endpoint: Endpoint, tokenizer: Any, model: str) -> None:
-        self.endpoint, self._tokenizer = endpoint, tokenizer
-        self.dialect = self._find(model)
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        probe: Callable[[Dialect], Prompt | None],
+        by_text: Callable[[], Mapping[str, int]],
+        protocol: str | None = "openai",
+    ) -> None:
+        self.endpoint, self._probe, self._find_texts = endpoint, probe, by_text
+        self.dialect = self._find(model, protocol)
 
     def has(self, model: str) -> bool:
         """Whether a model of this name answers."""
+        prompt = self._probe(self.dialect)
+        assert prompt is not None
         try:
-            self._asked(self.dialect, model, self._probe(self.dialect), 1)
+            self._asked(self.dialect, model, prompt, 1)
         except (UnfitRequestError, AbsentError):
             return False
         return True
 
-    def _probe(self, dialect: Dialect) -> Prompt:
-        return list(self._tokenizer(PROBE).input_ids) if dialect.form == "ids" else PROBE
-
-    def _find(self, model: str) -> Dialect:
+    def _find(self, model: str, protocol: str | None) -> Dialect:
         refusals: list[EngineError] = []
-        for dialect in (one for one in DIALECTS if one.protocol == "openai"):
+        for dialect in (one for one in DIALECTS if protocol in (None, one.protocol)):
+            prompt = self._probe(dialect)
+            if prompt is None:
+                continue
             try:
-                answer = self._asked(dialect, model, self._probe(dialect), 1)
+                answer, _ = self._asked(dialect, model, prompt, 1, is_base=True)
             except EngineError as error:
                 if not refusals and not isinstance(error, UnfitRequestError | AbsentError):
                     raise
@@ -71,17 +92,17 @@ class Speaker:
             if any(answer.tops):
                 return dialect
             refusals.insert(0, self.without_logprobs(model))
-        raise refusals[0]
+        raise refusals[0] if refusals else EngineError(f"{self.endpoint.url}: no question has a form that it takes.")
 
     @staticmethod
     def without_logprobs(model: str) -> EngineError:
         """The error of a server that answers without logprobs."""
         return EngineError(
-            f"{model}: the server gives no logprobs; start it so that /v1/completions answers logprobs={TOPS[0]}, or "
-            "verify with an engine that runs here (--engine)."
+            f"{model}: the server gives no logprobs; start it so that /v1/completions answers logprobs={TOPS[0]}: "
+            "without them nothing can be compared."
         )
 
-    def answer(self, model: str, prompt: Prompt, tokens: int, *, scored: int = 0) -> Generated:
+    def answer(self, model: str, prompt: Prompt, tokens: int, *, scored: int = 0, is_base: bool = False) -> Generated:
         """The greedy answer of a model to a prompt in the form that the dialect takes.
 
         Args:
@@ -89,45 +110,106 @@ class Speaker:
             prompt: Token ids or text.
             tokens: Number of tokens to generate; a server may end an answer before.
             scored: Number of the first places whose logprobs are read.
+            is_base: Whether it is the base model.
 
         Raises:
             EngineError: A refusal, or an answer of another model or in another form.
         """
-        answer = self._asked(self.dialect, model, prompt, tokens)
+        answer, told = self._asked(self.dialect, model, prompt, tokens, is_base=is_base)
         with self.endpoint.readable(model, answer._asdict()):
-            ids = up_to_unknown(token_id(entry, self._by_text) for entry in answer.tokens)
-            return Generated(ids, [self._logprobs(model, pairs) for pairs in answer.tops[:scored]])
+            known = [token_id(entry, self._by_text) for entry in answer.tokens]
+            return Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told)
 
-    def text_of(self, tokens: Sequence[int]) -> str | None:
-        """The text that the tokenizer turns into these tokens; None if there is none."""
-        return text_of(self._tokenizer, tokens)
+    def _asked(
+        self, dialect: Dialect, model: str, prompt: Prompt, tokens: int, *, is_base: bool = False
+    ) -> tuple[Read, dict[str, str]]:
+        answer, told = self.endpoint.exchange(*dialect.request(model, prompt, tokens, is_base=is_base))
+        with self.endpoint.readable(model, answer, is_named=dialect.protocol == "openai"):
+            told |= {name: str(answer[name]) for name in OF_SERVER if answer.get(name)}
+            return dialect.read(answer), told
 
-    def _asked(self, dialect: Dialect, model: str, prompt: Prompt, tokens: int) -> Read:
-        answer = self.endpoint.request(*dialect.request(model, prompt, tokens))
-        with self.endpoint.readable(model, answer):
-            return dialect.read(answer)
-
-    def _logprobs(self, model: str, pairs: Sequence[tuple[Any, Any]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _logprobs(self, pairs: list[tuple[Any, Any]]) -> dict[int, float]:
         found = {id_: float(value) for entry, value in pairs if (id_ := token_id(entry, self._by_text)) is not None}
-        if not found or not all(math.isfinite(value) for value in found.values()):
-            message = f"{model}: the logprobs are not those of the base model's tokens: {pairs!r:.300}"
-            raise EngineError(self.endpoint.hidden(message))
-        return np.array(list(found), dtype=np.int64), np.array(list(found.values()), dtype=np.float32)
+        if not all(math.isfinite(value) and id_.bit_length() < ID_BITS for id_, value in found.items()):
+            raise ValueError("not a token and a finite logprob")
+        return found
 
     @cached_property
-    def _by_text(self) -> dict[str, int]:
-        texts: dict[str, set[int]] = {}
-        for index in range(len(self._tokenizer)):
-            piece = str(self._tokenizer.convert_ids_to_tokens(index))
-            for text in {self._tokenizer.decode([index]), piece, piece.replace("▁", " ")}:  # as sentencepiece has it
-                texts.setdefault(text, set()).add(index)
-        return {text: next(iter(ids)) for text, ids in texts.items() if len(ids) == 1}
+    def _by_text(self) -> Mapping[str, int]:
+        return self._find_texts()
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
-    """The text that a tokenizer turns into these tokens; None if there is none."""
-    for skips in (True, False):  # special tokens, such as that at the beginning, which servers add
-        text = str(tokenizer.decode(list(tokens), skip_special_tokens=skips))
-        if text and tokenizer(text).input_ids == list(tokens):
-            return text
-    return None
+class Served(NamedTuple):
+    """A server, and the names of models there.
+
+    Args:
+        speaker: The server.
+        base: Name of the base model.
+        adapter: Name of the adapter.
+        listed: Names that the server lists, with that of an adapter's base model where the list has it.
+    """
+
+    speaker: Speaker
+    base: str
+    adapter: str
+    listed: Mapping[str, str | None]
+
+    def find_other(self) -> str | None:
+        """Name of an adapter beside the one in question: one that answers, if the server has any."""
+        told = [name for name, parent in self.listed.items() if parent is not None] or list(self.listed)
+        others = [name for name in told if not any(is_same_model(name, known) for known in (self.base, self.adapter))]
+        with suppress(EngineError):
+            return others[0] if others and self.speaker.has(others[0]) else None
+        return None
+
+
+def find_models(
+    endpoint: Endpoint,
+    speak: Callable[[str], Speaker],
+    *,
+    adapter: str,
+    model: str,
+    base: str | None = None,
+    named: Callable[[str], str],
+) -> Served:
+    """Speak to a server, and find the names of the models there.
+
+    Args:
+        endpoint: The server.
+        speak: Makes the speaker, given the name of the base model there.
+        adapter: Name of the adapter there; some servers load one that they do not list when it is first asked for.
+        model: The base model's own name.
+        base: Its name there; None finds out.
+        named: Name of an option as its user writes it.
+
+    Raises:
+        ConfigError: The server has no models of these names.
+        EngineError: See `Speaker`.
+    """
+    listed = endpoint.models()
+    names = (base or _base_name(listed, model, adapter), adapter)
+    absent = [name for name in names if listed and name not in listed]
+    served = endpoint.hidden(f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}")
+    unlisted = ConfigError(
+        f"{served}; name the adapter with {named('served_name')} and its base model with {named('base_name')}."
+    )
+    if names[0] in absent:
+        raise unlisted
+    speaker = speak(names[0])
+    if absent and not speaker.has(adapter):
+        raise unlisted
+    return Served(speaker, *names, listed)
+
+
+def _base_name(listed: Mapping[str, str | None], model: str, adapter: str) -> str:
+    """Name of the base model on a server: as it is listed, or else the only other name there.
+
+    A server that lists the adapter's name alone, as llama-server does with --lora, has one model for both.
+    """
+    alike = [each for each in listed if is_same_model(each, model)]
+    others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, adapter)]
+    if model in listed:
+        return model
+    if list(listed) == [adapter]:
+        return adapter
+    return next((found[0] for found in (alike, others) if len(found) == 1), model)

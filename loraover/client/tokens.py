@@ -6,12 +6,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPResponse, IncompleteRead
 from typing import Any, ClassVar
-
-import httpx2
 
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
+
+PIECE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,14 @@ class TokenEndpoint(Endpoint):
         return asked | {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
 
 
-def _lines(response: httpx2.Response) -> Iterator[bytes]:
-    r"""The lines of an answer as they arrive; the last one may be incomplete.
-
-    `iter_lines` also divides at characters such as U+2028, which JSON may hold as they are.
-    """
+def _lines(response: HTTPResponse) -> Iterator[bytes]:
+    """The lines of an answer as they arrive; the last one may be incomplete."""
     rest = b""
     try:
-        for piece in response.iter_bytes():
+        while piece := response.read1(PIECE_BYTES):
             *lines, rest = (rest + piece).split(b"\n")
             yield from lines
-    except httpx2.RemoteProtocolError:  # it hung up
+    except IncompleteRead:  # it hung up
         if not rest:
             raise
     if rest:

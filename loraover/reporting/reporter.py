@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from loraover.common.command_line import printable
 from loraover.common.reporter import Reporter
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class ConsoleReporter(Reporter):
     """Reporter that shows lines and progress bars on a console, or only lines if the console is not a terminal.
 
+    rich, which takes longer to import than some commands take to do their work, is imported for the first bar.
+
     Args:
-        console: Console to print to; standard error if absent.
+        console: Console to print to; None means one of a standard stream.
+        stderr: Whether that stream is standard error.
 
     Example:
         ```python
@@ -26,8 +31,17 @@ class ConsoleReporter(Reporter):
         ```
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = Console(stderr=True) if console is None else console
+    def __init__(self, console: Console | None = None, *, stderr: bool = True) -> None:
+        self._stderr = stderr
+        if console is not None:
+            self.console = console
+
+    @cached_property
+    def console(self) -> Console:
+        """The console."""
+        from rich.console import Console
+
+        return Console(stderr=self._stderr)
 
     @property
     def shows_bars(self) -> bool:
@@ -39,7 +53,10 @@ class ConsoleReporter(Reporter):
         Args:
             text: The line; markup in it is not interpreted.
         """
-        print_line(self.console, text)
+        if "console" in vars(self):
+            print_line(self.console, text)
+        else:
+            print(_shown(text), file=sys.stderr if self._stderr else sys.stdout, flush=True)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -56,6 +73,9 @@ class ConsoleReporter(Reporter):
             self.line(f"{label}: {total}")
             yield lambda done: None
             return
+        from rich.markup import escape
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(escape(label), total=total)
@@ -70,8 +90,11 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
         text: The text, which is not wrapped.
         style: rich's name of a style for all of it.
     """
-    shown = "\n".join(map(printable, text.split("\n")))
-    console.print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(_shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class _ToReporter(logging.Handler):

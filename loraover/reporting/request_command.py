@@ -90,22 +90,20 @@ class Reporting:
         """Do the work, show the report, and return the exit code."""
         from dataclasses import replace
 
-        from rich.console import Console
-
         from loraover.reporting.reporter import ConsoleReporter
 
         if request.loads_models:
             quiet_libraries()
-        console = Console(stderr=as_json)
+        progress = ConsoleReporter(stderr=as_json)
 
         def present(report: Any, of: Request) -> int:
-            imported(self.show)(report, of, console)
+            imported(self.show)(report, of, progress.console)
             if as_json:
                 print(report.model_dump_json(exclude=set(self.leaves_out), indent=1))
             return int(report.exit_code)
 
         try:
-            report = perform(imported(self.function), replace(request, report=ConsoleReporter(console)))
+            report = perform(imported(self.function), replace(request, report=progress))
         except UnwrittenReportError as error:
             present(error.report, replace(request, output=None))
             raise

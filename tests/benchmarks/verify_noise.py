@@ -30,12 +30,11 @@ from safetensors.torch import load_file, save_file
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.source import read_source
 from loraover.client.endpoint import Endpoint
-from loraover.client.speaker import Speaker
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, window_rows
-from loraover_serve.engines.endpoint import EndpointEngine
+from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.judge import EngineJudge
@@ -105,7 +104,7 @@ def in_vllm(source: ModelSource, reference: Reference, folder: Path) -> Iterator
     with serve_adapters(served, model=source.location, vllm=vllm_command(), log=log, options=options) as server:
         base = next(name for name in server.models() if name not in server.names)
         names = {BASE: base} | {name: name for name in server.names}
-        engine = EndpointEngine(Speaker(Endpoint(server.url), load_tokenizer(source), base), names, ())
+        engine = EndpointEngine(speak_as(Endpoint(server.url), base, load_tokenizer(source)), names, source)
         yield partial(engine.logprobs, questions=reference.questions)
 
 

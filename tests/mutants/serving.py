@@ -130,8 +130,8 @@ SERVING = (
     ),
     Mutant(
         "client-an-asked-pause-is-not-kept",
-        "told = error.pause_s if self._repeats else None",
-        "told = None",
+        "pause = error.pause_s if self._repeats else None",
+        "pause = None",
         Selection("test_endpoint.py", "pause"),
     ),
     Mutant(

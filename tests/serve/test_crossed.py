@@ -101,7 +101,7 @@ def test_a_watch_names_the_adapter_that_answers_within_its_budget(
     check = ask(target)
     assert (check.verdict, check.fault) == ("differs", ANOTHER), check.reason
     assert "answers as a7 was trained" in check.reason
-    assert check.requests == len(server.bodies) + 2, "and two for the names"
+    assert check.requests == len(server.bodies) + 3, "and three for the names"
     assert check.requests <= target.most + target.search
     server.bodies.clear()
     asked: list[int] = []

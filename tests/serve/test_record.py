@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
 from loraover_serve.judge.estimates import Estimate
-from loraover_serve.record.adapter_check.reference import UNIT, CheckError, Model, read_reference
+from loraover_serve.record.adapter_check.reference import UNIT, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
 
 from support.recorded import ANSWER, QUESTIONS
@@ -115,7 +116,7 @@ def test_a_file_that_is_no_reference_is_refused(
     change(key, value)(broken)
     path = tmp_path / "broken.json.gz"
     path.write_bytes(gzip.compress(json.dumps(broken).encode()))
-    with pytest.raises(CheckError, match=rf"broken.json.gz: not a reference.*{message}.*record it again"):
+    with pytest.raises(CheckpointError, match=rf"broken.json.gz: not a reference.*{message}.*record it again"):
         read_reference(str(path))
 
 
@@ -136,9 +137,9 @@ def test_a_file_that_is_no_reference_is_refused(
 )
 def test_bytes_that_are_no_reference_are_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(raw)
-    with pytest.raises(CheckError, match="not a reference that can be used"):
+    with pytest.raises(CheckpointError, match="not a reference that can be used"):
         read_reference(str(tmp_path / "file"))
-    with pytest.raises(CheckError, match="absent: not a reference"):
+    with pytest.raises(CheckpointError, match="absent: not a reference"):
         read_reference(str(tmp_path / "absent"))
 
 

@@ -19,7 +19,7 @@ from loraover_serve.judge.names import CHANGED_BY_OTHER
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 
-from support.openai_server import Refusal, Reply, openai_server
+from support.openai_server import Answer, Refusal, Reply, openai_server
 from support.verified import FAULTS, Case, Served, make_case, plant, save_adapter, save_base
 
 NAMES = ("base", "shop")
@@ -44,7 +44,7 @@ def limited(reply: Reply) -> Reply:
     """Two answers a second; the others are told when to come again, in one of the two forms that HTTP has."""
     lock, times, forms = threading.Lock(), [0.0, 0.0], Counter[str]()
 
-    def answer(body: Body) -> str | int | bytes | Refusal:
+    def answer(body: Body) -> str | int | bytes | Refusal | Answer:
         with lock:
             now = time.monotonic()
             if now - times[-2] < 1:

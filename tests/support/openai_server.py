@@ -19,7 +19,15 @@ class Refusal:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-Reply = Callable[[dict[str, Any]], str | int | bytes | Refusal]
+@dataclass(frozen=True)
+class Answer:
+    """The bytes to send, with headers of their own."""
+
+    content: bytes
+    headers: Mapping[str, str]
+
+
+Reply = Callable[[dict[str, Any]], str | int | bytes | Refusal | Answer]
 """From a request's body: the text of the answer, or the HTTP status of a refusal, or the bytes to send."""
 
 
@@ -65,6 +73,8 @@ def openai_server(
             if isinstance(refusal, Refusal):
                 explanation = f"refused, for {self.headers.get('Authorization')}".encode()
                 self._send(refusal.status, explanation, refusal.headers)
+            elif isinstance(said, Answer):
+                self._send(200, said.content, said.headers)
             elif isinstance(said, bytes):
                 self._send(200, said)
             else:

@@ -104,6 +104,14 @@ class Recorded:
         found: Floats = self._kept[arm] - (0 if arm in ADAPTERS else self.effect)
         return found
 
+    def noise(self, arm: str) -> float:
+        """RMS difference of an arm's answers from PyTorch's, in nats."""
+        return float(np.sqrt(np.square(self._kept[arm]).mean()))
+
+    def largest_between(self, one: str, other: str) -> float:
+        """The largest RMS difference, in nats, of two arms' answers at one position."""
+        return float(np.sqrt(np.square(self._kept[one] - self._kept[other]).mean(-1)).max())
+
     def strength(self, arm: str) -> Estimate:
         """Strength on all prompts of what is served."""
         return strength(_projections(self.change(arm), self.effect))

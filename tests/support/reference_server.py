@@ -1,13 +1,15 @@
-"""A server that answers as a reference has it, without any model: as trained, as the base model, or not at all."""
+"""Servers that answer as a reference has it, without any model: as trained, as the base model, or not at all."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from loraover_serve.record.adapter_check.reference import Reference
+from loraover_serve.record.adapter_check.reference import Model, Reference
+
+from support.openai_server import Answer
 
 RIGHT, AS_BASE, REFUSED = "right", "as base", "refused"
 VERDICT = {RIGHT: "as trained", AS_BASE: "differs", REFUSED: "failed"}
@@ -20,10 +22,15 @@ class FromReference:
     Args:
         reference: The reference.
         state: What the server does with an adapter, by its name.
+        noise: Standard deviation of each logprob, in nats.
+        served: The adapted model; None for that of the reference.
     """
 
-    def __init__(self, reference: Reference, state: Callable[[str], str]) -> None:
+    def __init__(
+        self, reference: Reference, state: Callable[[str], str], noise: float = NOISE, served: Model | None = None
+    ) -> None:
         self._reference, self._state, self._draw = reference, state, random.Random(0)
+        self._noise, self._served = noise, served or reference.adapter
         self._places = {tuple(reference.read(place)): place for place in range(len(reference.places))}
 
     def __call__(self, body: dict[str, Any]) -> int | bytes:
@@ -34,7 +41,7 @@ class FromReference:
         place = self._places.get(tuple(prompt)) if isinstance(prompt, list) else None
         if place is None:
             return 400
-        model = self._reference.base if name == "base" or state == AS_BASE else self._reference.adapter
+        model = self._reference.base if name == "base" or state == AS_BASE else self._served
         last = [at for at, (q, _) in enumerate(self._reference.places) if q == self._reference.places[place][0]][-1]
         tops = [self._top(model.rows[at]) for at in range(place, min(place + body["max_tokens"], last + 1))]
         tokens = [next(iter(top)) for top in tops]
@@ -43,4 +50,21 @@ class FromReference:
 
     def _top(self, row: dict[int, float]) -> dict[str, float]:
         likeliest = sorted(row, key=row.__getitem__, reverse=True)[:TOP]
-        return {f"token_id:{i}": row[i] + self._draw.gauss(0, NOISE) for i in likeliest}
+        return {f"token_id:{i}": row[i] + self._draw.gauss(0, self._noise) for i in likeliest}
+
+
+class Fleet:
+    """Servers behind one address, which answer by chance; a header names each, and another one each request.
+
+    Args:
+        servers: The servers.
+    """
+
+    def __init__(self, servers: Sequence[FromReference]) -> None:
+        self._servers, self._draw = servers, random.Random(1)
+
+    def __call__(self, body: dict[str, Any]) -> int | Answer:
+        index = self._draw.randrange(len(self._servers))
+        content = self._servers[index](body)
+        headers = {"X-Served-By": f"pod-{index}", "X-Request-Id": f"{self._draw.getrandbits(64):x}", "Via": "1.1 gate"}
+        return content if isinstance(content, int) else Answer(content, headers)

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import takewhile
-from threading import Event
-from typing import Any, TypeVar, final
+from typing import Any, final
 
-from loraover.client.dialects import Prompt
-from loraover.client.endpoint import Endpoint, is_same_model
-from loraover.client.speaker import Generated, Speaker
+import numpy as np
+
+from loraover.client.at_once import COMPANION_TOKENS, at_once, in_company
+from loraover.client.dialects import Dialect, Prompt
+from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Generated, Speaker, find_models
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
-from loraover.models.load import load_tokenizer
+from loraover.models.load import ModelSource, load_tokenizer
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
-from loraover_serve.engines.base import Engine, RunningServer, Setting
+from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.request import EngineRequest
+from loraover_serve.engines.texts import ids_by_text, text_of
 
-AT_ONCE = 4  # requests in flight
-COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
-Asked = TypeVar("Asked")
-Answered = TypeVar("Answered")
+PROBE = "Hello"
 
 
 class OpenAiEngine(Engine):
@@ -36,11 +35,18 @@ class OpenAiEngine(Engine):
 
     Args:
         names: Name of each arm's model on the server, and of another adapter if there is one.
+        base: The base model; None if nothing is asked that needs its tokenizer.
         messages: Message of each question's chat, for a server that takes chats alone.
     """
 
-    def __init__(self, names: Mapping[str, str], messages: Sequence[str] = ()) -> None:
-        self.names, self._messages = dict(names), messages
+    def __init__(self, names: Mapping[str, str], base: ModelSource | None, messages: Sequence[str] = ()) -> None:
+        self.names, self._base, self._messages = dict(names), base, messages
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the base model."""
+        assert self._base is not None
+        return load_tokenizer(self._base)
 
     @abstractmethod
     def speak(self) -> Speaker:
@@ -61,7 +67,7 @@ class OpenAiEngine(Engine):
         return self.speaker.dialect.form == "chat"
 
     def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        found = _at_once(lambda place: self._rows(arm, questions, *place), self._places(questions))
+        found = at_once(lambda place: self._rows(arm, questions, *place), self._places(questions))
         return [row for rows in found for row in rows]
 
     def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
@@ -69,46 +75,19 @@ class OpenAiEngine(Engine):
         found = {}
         for name, (arm, companion) in beside.items():
             if companion in self.names:
-                with self._company(companion, questions):
+                with in_company(self._companion(companion, questions)):
                     found[name] = self.logprobs(arm, questions)
         return found
 
-    @contextmanager
-    def _company(self, arm: str, questions: Sequence[Question]) -> Iterator[None]:
-        """Keep an arm generating, in one short answer after the other, so that others share its batches.
-
-        The block begins when each companion has had an answer: the first one of an arm can take a server long. Answers
-        are short, since a server sends nothing before an answer is complete, and may be given up as silent meanwhile.
-        """
+    def _companion(self, arm: str, questions: Sequence[Question]) -> Callable[[], object]:
+        """Asks an arm for one short answer."""
         longest = max(len(question.tokens) for question in questions)  # of which the server certainly takes as many
         prompt, tokens = self._places(questions)[0][2], max(min(COMPANION_TOKENS, longest - 1), 1)
-        if not isinstance(prompt, str):
-            prompt = prompt[:1]
-        enough, begun = Event(), [Event() for _ in range(COMPANIONS)]
-
-        def generate(mine: Event) -> None:
-            try:
-                while not enough.is_set():
-                    self.speaker.answer(self.names[arm], prompt, tokens)
-                    mine.set()
-            finally:
-                mine.set()
-
-        pool = ThreadPoolExecutor(COMPANIONS)
-        try:
-            running = [pool.submit(generate, mine) for mine in begun]
-            for mine in begun:
-                mine.wait()
-            yield
-            enough.set()
-            for each in running:
-                each.result()
-        finally:
-            enough.set()
-            pool.shutdown(wait=False)
+        first = prompt if isinstance(prompt, str) else prompt[:1]
+        return lambda: self.speaker.answer(self.names[arm], first, tokens)
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        found = _at_once(lambda index: self._generate(arm, index, prompts[index], tokens), range(len(prompts)))
+        found = at_once(lambda index: self._generate(arm, index, prompts[index], tokens), range(len(prompts)))
         return [() if answer is None else answer.ids for answer in found]
 
     def generated(self, questions: Sequence[Question], tokens: int) -> list[GreedyAnswer]:
@@ -121,7 +100,7 @@ class OpenAiEngine(Engine):
             length = max(len(answer.ids), len(answer.tops))
             return GreedyAnswer(answer.ids, length, tuple(rows[: len(question.answered)]))
 
-        return _at_once(ask, range(len(questions)))
+        return at_once(ask, range(len(questions)))
 
     def _generate(self, arm: str, index: int, prompt: Sequence[int], tokens: int) -> Generated | None:
         form = self._prompt(index, prompt)
@@ -146,7 +125,7 @@ class OpenAiEngine(Engine):
         """The tokens of a question in the form that the server takes; None if no text has exactly these."""
         if self.is_chat:
             return self._messages[index]
-        return tokens if self.speaker.dialect.form == "ids" else self.speaker.text_of(tokens)
+        return tokens if self.speaker.dialect.form == "ids" else text_of(self.tokenizer, tokens)
 
     def _rows(self, arm: str, questions: Sequence[Question], index: int, position: int, prompt: Prompt) -> list[Row]:
         """Rows from a position on, as long as the tokens of the answer are those of the question."""
@@ -155,6 +134,9 @@ class OpenAiEngine(Engine):
         answer = self.speaker.answer(self.names[arm], prompt, asked, scored=asked)
         if not answer.tops:
             raise self.speaker.without_logprobs(self.names[arm])
+        if not all(answer.tops):
+            message = f"{self.names[arm]}: the logprobs are not those of the base model's tokens"
+            raise EngineError(self.speaker.endpoint.hidden(message))
         return _shared_rows(index, position, question, answer)
 
 
@@ -162,7 +144,10 @@ def _shared_rows(index: int, position: int, question: Question, answer: Generate
     """Rows of an answer from a position on, as long as its tokens are those of the question."""
     following = zip(answer.ids, question.tokens[position + 1 :], strict=False)
     same = len(list(takewhile(lambda pair: pair[0] == pair[1], following)))
-    return [Row(index, position + step, values, ids) for step, (ids, values) in enumerate(answer.tops[: same + 1])]
+    return [
+        Row(index, position + step, np.array([*top.values()], dtype=np.float32), np.array([*top], dtype=np.int64))
+        for step, top in enumerate(answer.tops[: same + 1])
+    ]
 
 
 @final
@@ -172,11 +157,14 @@ class EndpointEngine(OpenAiEngine):
     Args:
         speaker: The server, with the dialect in which it answers.
         names: See `OpenAiEngine`.
+        base: The base model.
         messages: See `OpenAiEngine`.
     """
 
-    def __init__(self, speaker: Speaker, names: Mapping[str, str], messages: Sequence[str]) -> None:
-        super().__init__(names, messages)
+    def __init__(
+        self, speaker: Speaker, names: Mapping[str, str], base: ModelSource, messages: Sequence[str] = ()
+    ) -> None:
+        super().__init__(names, base, messages)
         self._speaker, self.is_one_model = speaker, names[BASE] == names[ADAPTER]
 
     def speak(self) -> Speaker:
@@ -204,7 +192,7 @@ class EndpointEngine(OpenAiEngine):
                     "so PyTorch cannot be asked the same; use the tokenizer of the server's model "
                     f"({setting.request.named('model')}), or start the server so that it answers /v1/completions."
                 )
-            yield cls(speaker, names, messages)
+            yield cls(speaker, names, setting.base, messages)
 
 
 def takes_chats_only(setting: Setting) -> bool:
@@ -244,55 +232,36 @@ def _opened(setting: Setting) -> Endpoint:
 @contextmanager
 def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
     """The server, and the name of each arm's model there."""
-    named, server = setting.request.named, setting.server
+    server, endpoint = setting.server, _opened(setting)
     assert server is not None
-    endpoint = _opened(setting)
     try:
-        listed = endpoint.models()
-        names = {BASE: _base_name(setting, server, listed), ADAPTER: server.adapter}
-        absent = [name for name in names.values() if listed and name not in listed]
-        served = endpoint.hidden(f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}")
-        unlisted = ConfigError(
-            f"{served}; name the adapter with {named('served_name')} and its base model with {named('base_name')}."
+        found = find_models(
+            endpoint,
+            lambda base: speak_as(endpoint, base, load_tokenizer(setting.base)),
+            adapter=server.adapter,
+            model=setting.base.name,
+            base=server.base,
+            named=setting.request.named,
         )
-        if names[BASE] in absent:
-            raise unlisted
-        speaker = Speaker(endpoint, load_tokenizer(setting.base), names[BASE])
-        if absent and not speaker.has(names[ADAPTER]):  # some servers load an adapter when it is first asked for
-            raise unlisted
-        yield speaker, names | _other_adapter(speaker, names, listed)
+        other = found.find_other()
+        yield found.speaker, {BASE: found.base, ADAPTER: found.adapter} | ({} if other is None else {OTHER: other})
     finally:
         endpoint.close()
 
 
-def _base_name(setting: Setting, server: RunningServer, listed: Mapping[str, str | None]) -> str:
-    """Name of the base model on the server: as it was given or is listed, or else the only other name there.
+def speak_as(endpoint: Endpoint, base: str, tokenizer: Any) -> Speaker:
+    """Speak to a server with the tokens of a tokenizer.
 
-    A server that lists the adapter's name alone, as llama-server does with --lora, has one model for both.
+    Args:
+        endpoint: The server.
+        base: Name of the base model there.
+        tokenizer: Tokenizer of the base model.
+
+    Raises:
+        EngineError: See `Speaker`.
     """
-    name = server.base or setting.base.name
-    alike = [each for each in listed if is_same_model(each, name)]
-    others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, server.adapter)]
-    if name in listed or server.base is not None:
-        return name
-    if list(listed) == [server.adapter]:
-        return server.adapter
-    return next((found[0] for found in (alike, others) if len(found) == 1), name)
 
+    def probe(dialect: Dialect) -> Prompt:
+        return list(tokenizer(PROBE).input_ids) if dialect.form == "ids" else PROBE
 
-def _other_adapter(speaker: Speaker, names: Mapping[str, str], listed: Mapping[str, str | None]) -> dict[str, str]:
-    """Name of an adapter that the server has beside the one in question: one that answers, if the list has any."""
-    told = [name for name, parent in listed.items() if parent is not None] or list(listed)
-    others = [name for name in told if not any(is_same_model(name, known) for known in names.values())]
-    with suppress(EngineError):
-        return {OTHER: others[0]} if others and speaker.has(others[0]) else {}
-    return {}
-
-
-def _at_once(ask: Callable[[Asked], Answered], items: Sequence[Asked]) -> list[Answered]:
-    """Ask several questions at a time, and none of those that wait after a failure."""
-    pool = ThreadPoolExecutor(AT_ONCE)
-    try:
-        return list(pool.map(ask, items))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    return Speaker(endpoint, base, probe, partial(ids_by_text, tokenizer))

@@ -15,12 +15,12 @@ from loraover.client.endpoint import Endpoint
 from loraover.client.speaker import Speaker
 from loraover.common.errors import EngineError, ExportError
 from loraover.common.request import as_written
-from loraover.models.load import ModelSource, load_tokenizer
+from loraover.models.load import ModelSource
 from loraover_export.combine.combine import combine_adapters
 from loraover_export.vllm.run import export_vllm
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
 from loraover_serve.engines.base import BatchingEngine, Setting
-from loraover_serve.engines.endpoint import OpenAiEngine
+from loraover_serve.engines.endpoint import OpenAiEngine, speak_as
 from loraover_serve.engines.installed import installed_version, version_beside
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Sample, TokenRequest
@@ -49,9 +49,9 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
     def __init__(
         self, server: VllmServer, names: Mapping[str, str], timeout_s: float, base: ModelSource | None = None
     ) -> None:
-        super().__init__(names)
+        super().__init__(names, base)
         self.arms, self.server = tuple(names), server
-        self._timeout_s, self._base = timeout_s, base
+        self._timeout_s = timeout_s
 
     @classmethod
     def installed(cls) -> str | None:
@@ -108,10 +108,9 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
             yield cls(server, {BASE: config.model} | {arm: arm for arm in adapters}, request.timeout_s, setting.base)
 
     def speak(self) -> Speaker:
-        assert self._base is not None
         key = KEY_VARIABLE if self.server.asks_for_key else None
         endpoint = Endpoint(self.server.url, key, timeout_s=self._timeout_s)
-        return Speaker(endpoint, load_tokenizer(self._base), self.names[BASE])
+        return speak_as(endpoint, self.names[BASE], self.tokenizer)
 
     def version(self) -> str:
         return self.server.version()

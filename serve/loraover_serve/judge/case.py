@@ -17,7 +17,7 @@ from functools import cached_property
 from statistics import fmean, median
 
 from loraover_serve.judge.estimates import Estimate, log_ratio, strength, t_quantile
-from loraover_serve.judge.evidence import Change, Distance, Evidence, Generated, Model, Off, by_prompt
+from loraover_serve.judge.evidence import Change, Distance, Evidence, Generated, Model, Off, Repeat, by_prompt
 from loraover_serve.judge.greedy import Agreement, compare_greedy
 from loraover_serve.judge.limits import (
     ADAPTER,
@@ -153,9 +153,19 @@ class Case:
         return share_along(changes, found) if found.value > EXPLAINED else 0.0
 
     @cached_property
-    def as_base(self) -> tuple[list[Change], int]:
-        """Answers of the adapter that are the base model's, and the number of those at which that would be seen."""
-        return count_base(self.changes, CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR))
+    def repeats(self) -> Sequence[Repeat]:
+        """Every answer of the adapter, where questions were asked several times."""
+        return self.evidence.repeated()
+
+    @property
+    def answers(self) -> Sequence[Change]:
+        """What each answer of the adapter changes, also those to questions that were asked again."""
+        return [each.change for each in self.repeats] or self.changes
+
+    @cached_property
+    def as_base(self) -> tuple[list[Change], list[Change]]:
+        """Answers of the adapter that are the base model's, and the others at which that would be seen."""
+        return split_base(self.answers, CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR))
 
     @cached_property
     def generated(self) -> list[Generated]:
@@ -200,23 +210,22 @@ def share_along(changes: Sequence[Change], estimate: Estimate) -> float:
     return min(1.0, estimate.value**2 * math.fsum(each.size for each in changes) / total) if total > 0 else 0.0
 
 
-def count_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list[Change], int]:
-    """Clear positions at which an engine's adapter changes nothing, and the number of clear positions.
+def split_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list[Change], list[Change]]:
+    """Clear positions at which an engine's adapter changes nothing, and the other clear positions.
 
     Args:
         changes: What the engine's adapter changes, along what the adapter changes.
         limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
     """
     if not changes:
-        return [], 0
+        return [], []
     least = CLEAR * median(min(math.sqrt(each.total), math.sqrt(each.rest)) for each in changes)
-    clear = [each for each in changes if math.sqrt(each.size) > least]
-    as_base = [
-        each
-        for each in clear
-        if math.sqrt(each.total) < math.sqrt(each.rest) / AS_BASE and each.total <= limit**2 * each.tokens
-    ]
-    return as_base, len(clear)
+    found: tuple[list[Change], list[Change]] = ([], [])
+    for each in changes:
+        if math.sqrt(each.size) > least:
+            nearer = math.sqrt(each.total) < math.sqrt(each.rest) / AS_BASE
+            found[not (nearer and each.total <= limit**2 * each.tokens)].append(each)
+    return found
 
 
 def allowed_strength(number_format: str | None, bias: float) -> tuple[float, float]:

@@ -187,6 +187,20 @@ def share_found(answers: int) -> float:
     return high
 
 
+def requests_that_reach(share: float) -> int:
+    """Number of requests of which one is answered by a share of the servers, but for 1 in 100 cases.
+
+    Args:
+        share: The share, above 0.
+    """
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share)) if share < 1 else 1
+
+
+def share_reached(requests: int) -> float:
+    """The smallest share of servers of which one answers some of so many requests, but for 1 in 100 cases."""
+    return -math.expm1(math.log1p(-CONFIDENCE) / requests)
+
+
 def answers_that_show(share: float) -> int:
     """Number of answers that show a share of answers without the adapter, but for 1 in 100 cases.
 

@@ -29,7 +29,7 @@ class Change(NamedTuple):
         size: Square of the direction.
         total: Square of the change.
         rest: Square of what sets the change apart from the direction.
-        source: Name of the request that was answered so; empty if the server names none.
+        source: What the response said of itself: its headers, and its id. Only `Evidence.repeated` has it.
     """
 
     prompt: int
@@ -38,7 +38,20 @@ class Change(NamedTuple):
     size: float
     total: float
     rest: float
-    source: str = ""
+    source: Mapping[str, str] = {}
+
+
+class Repeat(NamedTuple):
+    """One answer of the adapter, at one position, to a question that may have been asked several times.
+
+    Args:
+        change: What it changes, along what the adapter changes.
+        apart: RMS difference, in nats, from the answer to the same question that is nearest to the right adapter's;
+            None for that answer.
+    """
+
+    change: Change
+    apart: float | None
 
 
 class Off(NamedTuple):
@@ -154,6 +167,10 @@ class Evidence(ABC):
 
         The places are in one order; of a model that was run on few prompts there are the first ones alone.
         """
+
+    def repeated(self) -> Sequence[Repeat]:
+        """Every answer of the adapter to the questions; empty if no question was asked more than once."""
+        return ()
 
     @abstractmethod
     def base_changes(self, model: Model) -> list[Change]:

@@ -72,5 +72,8 @@ FEW_AS_BASE = 3
 CONFIDENCE = 0.99
 """Probability with which a share of answers without the adapter is found."""
 
+REPEATS = 3
+"""Number of times that a check by a reference asks the adapter each question, unless told otherwise."""
+
 EXPLAINED = 0.5
 """Share of what sets a base model apart that a fault of it, or a coarse cache, has to explain."""

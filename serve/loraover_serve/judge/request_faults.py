@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from loraover_serve.judge.case import Case, count_base
+from loraover_serve.judge.case import Case, split_base
 from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, OTHER
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, DECODED, ENDS_EARLY, LEAKS
 
@@ -27,8 +27,9 @@ def generated_fault(case: Case) -> Fault | None:
     greedy = case.greedy
     if greedy is None:
         return None
-    as_base, clear = count_base(case.evidence.decoded())
+    as_base, others = split_base(case.evidence.decoded())
     if len(as_base) >= FEW_AS_BASE:
+        clear = len(as_base) + len(others)
         return f"logprobs agree, but {len(as_base)} of {clear} generated tokens have the base model's logprobs", DECODED
     if greedy.gap > greedy.allowed:
         reason = (

@@ -2,7 +2,7 @@
 
 1. Requests for the base model are answered with the adapter, or the base model has a fault that points in a direction.
 2. The base model is further off than any number format explains: another base model.
-3. Some answers are the base model's.
+3. Some answers are the base model's, or answers to one question disagree.
 4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
 5. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
 6. *As trained*, if the interval of the strength is narrow and the number format is one that was asked for;
@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from loraover_serve.judge.base_faults import find_base_fault
-from loraover_serve.judge.case import Case, count_base, flag
-from loraover_serve.judge.estimates import Estimate, answers_that_show, share_found
-from loraover_serve.judge.evidence import Change, Evidence
+from loraover_serve.judge.case import Case, flag, split_base
+from loraover_serve.judge.estimates import Estimate, share_found
+from loraover_serve.judge.evidence import Evidence
+from loraover_serve.judge.fleet import Split, coverage, few_are_base, some_are_base, some_disagree
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -30,11 +31,9 @@ from loraover_serve.judge.limits import (
     SEEN,
     Verdict,
 )
-from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, OTHER_BASE, UNLIKE
+from loraover_serve.judge.names import OTHER_BASE, UNLIKE
 from loraover_serve.judge.request_faults import generated_fault, mixed_fault
 from loraover_serve.judge.search import Suspect, suspects
-
-SHOWN = 16  # requests that are named
 
 
 class Finding(NamedTuple):
@@ -45,12 +44,14 @@ class Finding(NamedTuple):
         reason: The reason, in words.
         fault: Name of the fault; None if it has none.
         suspects: Faults that were compared, the nearest first.
+        split: Answers of which some are wrong; None if no rule found any.
     """
 
     verdict: Verdict
     reason: str
     fault: str | None = None
     suspects: Sequence[Suspect] = ()
+    split: Split | None = None
 
 
 def judge(
@@ -69,25 +70,20 @@ def judge(
     """
     case = Case(evidence, served_format, option)
     if is_quick:
-        verdict, reason, fault, _ = quick(case)
-        return {"verdict": verdict, "reason": reason, "fault": fault, "compared": evidence.compared}
+        return _told(quick(case), evidence)
     found = next(finding for rule in RULES if (finding := rule(case)) is not None)
     failure = evidence.mixed_failure
     unmixed = "" if failure is None else f"; mixed batches were not compared: {failure}"
     value = case.strength
     interval = {"value": value.value, "low": value.low, "high": value.high} if math.isfinite(value.half) else None
     mixed = {name: distance._asdict() for name, distance in case.mixed.items()}
-    return {
-        "verdict": found.verdict,
-        "reason": found.reason + unmixed,
-        "fault": found.fault,
-        "compared": evidence.compared,
+    return _told(found._replace(reason=found.reason + unmixed), evidence) | {
         "strength": interval if case.effect > 0 else None,
         "allowed_strength": case.allowed,
         "base": case.noise._asdict(),
         "number_format": case.number_format,
         "cache_share": case.cache_share,
-        "visible_share": share_found(case.as_base[1]),
+        "visible_share": share_found(sum(map(len, case.as_base))),
         "adapter": case.found._asdict(),
         "effect": case.effect,
         "allowed": case.limit,
@@ -95,6 +91,17 @@ def judge(
         "mixed": mixed if {BASE, ADAPTER} <= mixed.keys() else None,
         "mixed_failure": failure,
         "suspects": [each._asdict() for each in found.suspects],
+    }
+
+
+def _told(found: Finding, evidence: Evidence) -> dict[str, Any]:
+    """What a rule found, as fields of an engine's result."""
+    return {
+        "verdict": found.verdict,
+        "reason": found.reason,
+        "fault": found.fault,
+        "compared": evidence.compared,
+        "replicas": None if found.split is None else found.split.shown(),
     }
 
 
@@ -132,23 +139,14 @@ def base_is_unlike(case: Case) -> Finding | None:
     return Finding("differs", reason, UNLIKE)
 
 
-def some_are_base(case: Case) -> Finding | None:
-    """Some of the adapter's answers are the base model's, and others are not."""
-    as_base, clear = case.as_base
-    if not FEW_AS_BASE <= len(as_base) <= clear - FEW_AS_BASE:
-        return None
-    return Finding("differs", _of_base(as_base, clear), INTERMITTENT)
+def adapter_is_intermittent(case: Case) -> Finding | None:
+    """Some of the adapter's answers are wrong, and others are not."""
+    split = some_are_base(case) or some_disagree(case)
+    return None if split is None else _split(split)
 
 
-def _of_base(as_base: Sequence[Change], clear: int) -> str:
-    """How many answers are the base model's, and which requests had them, for who looks for the replica."""
-    part = len(as_base) / clear
-    sources = [each.source for each in as_base if each.source]
-    return (
-        f"{len(as_base)} of {clear} answers of the adapter ({part:.0%}) are the base model's; "
-        f"{answers_that_show(part)} answers show such a share with 99 % probability"
-        + (f"; requests {', '.join(sources[:SHOWN])}" if sources else "")
-    )
+def _split(split: Split) -> Finding:
+    return Finding("differs", split.reason, split.fault, split=split)
 
 
 def adapter_is_beyond(case: Case) -> Finding | None:
@@ -236,6 +234,7 @@ def as_trained(case: Case) -> Finding:
     reason = (
         f"the adapter has the strength {case.strength}; off by {case.found.rms:.2g} nats, where it moves "
         f"logprobs by {case.effect:.2g} and the engine's base model is off by {case.noise.rms:.2g}{coarse}{hidden}"
+        f"{coverage(case)}"
     )
     return Finding("as trained", reason)
 
@@ -244,7 +243,7 @@ RULES: tuple[Callable[[Case], Finding | None], ...] = (
     base_is_faulty,
     base_is_another,
     base_is_unlike,
-    some_are_base,
+    adapter_is_intermittent,
     adapter_is_beyond,
     generated_is_wrong,
     mixed_is_wrong,
@@ -257,9 +256,10 @@ RULES: tuple[Callable[[Case], Finding | None], ...] = (
 
 def quick(case: Case) -> Finding:
     """Whether the adapter is applied at all, by a few answers of the adapter alone."""
-    as_base, clear = count_base(case.changes)
-    if len(as_base) >= FEW_AS_BASE:
-        return Finding("differs", _of_base(as_base, clear), NOT_APPLIED)
+    if (split := few_are_base(case)) is not None:
+        return _split(split)
+    as_base, others = split_base(case.answers)
+    clear = len(as_base) + len(others)
     shown = f"{len(as_base)} of {clear} answers are the base model's"
     if clear < FEW_AS_BASE or case.effect <= FLOOR:
         return Finding("inconclusive", f"{shown}: too few to tell")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.reference_file import REFERENCE_FILE
-from loraover.common.errors import CheckpointError, ConfigError
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import CheckpointError, ConfigError, EngineError
 from loraover.common.verb import perform, verb
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
-from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
-from loraover_serve.record.adapter_check.reference import CheckError, Reference, read_reference
-from loraover_serve.record.adapter_check.server import Server, headers, tls
+from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.record.crossed import Named, nearest
 from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.request import VerifyRequest
@@ -83,10 +83,7 @@ def ask_server(request: VerifyRequest) -> tuple[list[Reference], list[dict[str, 
         ConfigError: Arguments that cannot be used.
         CheckpointError: A file that is no reference.
     """
-    try:
-        _server(request)
-    except CheckError as error:
-        raise ConfigError(str(error)) from error
+    _endpoint(request)  # an address or a key that cannot be used is told first
     check_seals(request)
     references = read_all(request.references)
     found = [_check(request, name, mine) for name, mine in _named(request, references)]
@@ -94,12 +91,21 @@ def ask_server(request: VerifyRequest) -> tuple[list[Reference], list[dict[str, 
     return references, found
 
 
-def _server(request: VerifyRequest) -> Server:
+def _endpoint(request: VerifyRequest) -> Endpoint:
     """The server, with the time that one adapter may take."""
     assert request.endpoint is not None
-    sent = headers(request.endpoint_key_variable, request.headers)
-    context = tls(None if request.ca_file is None else str(request.ca_file))
-    return Server(request.endpoint, sent, time.monotonic() + request.timeout_s, context)
+    return Endpoint(
+        request.endpoint,
+        request.endpoint_key_variable,
+        timeout_s=request.timeout_s,
+        more=request.headers,
+        ca_file=None if request.ca_file is None else str(request.ca_file),
+        ends=time.monotonic() + request.timeout_s,
+    )
+
+
+def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Reference) -> Asker:
+    return Asker(reference, endpoint, name, request.base_name, request.protocol, request.named)
 
 
 def read_all(places: Sequence[Path]) -> list[Reference]:
@@ -111,25 +117,13 @@ def read_all(places: Sequence[Path]) -> list[Reference]:
     Raises:
         CheckpointError: A file that is no reference, or a folder without any.
     """
-    found: list[Reference] = []
+    found = []
     for place in places:
         files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
-        found += map(read_one, files)
+        found += [read_reference(str(file)) for file in files]
     return found
-
-
-def read_one(file: Path) -> Reference:
-    """The reference of a file.
-
-    Raises:
-        CheckpointError: A file that is no reference.
-    """
-    try:
-        return read_reference(str(file))
-    except CheckError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _named(request: VerifyRequest, references: Sequence[Reference]) -> Iterator[tuple[str, Reference]]:
@@ -146,20 +140,19 @@ def _named(request: VerifyRequest, references: Sequence[Reference]) -> Iterator[
 def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
     """Result of one adapter; a failure is a result beside those of the others."""
     request.report.line(f"asking {request.endpoint} for {name}")
-    start, server = time.monotonic(), _server(request)
+    start, endpoint = time.monotonic(), _endpoint(request)
     try:
-        names = served_names(server, reference, name, request.base_name)
-        asker = Asker(reference, server, names, request.protocol)
-        return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": server.sent}
-    except CheckError as error:
+        asker = _asker(request, endpoint, name, reference)
+        return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": endpoint.sent}
+    except (ConfigError, EngineError) as error:
         seconds = time.monotonic() - start
         failed = {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
-        return failed | {"requests": server.sent}
+        return failed | {"requests": endpoint.sent}
 
 
 def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
-    without = request.without_mixed
-    return check(asker, request.declared_format, request.named, is_quick=is_quick, without_mixed=without)
+    more = {"is_quick": is_quick, "without_mixed": request.without_mixed}
+    return check(asker, request.declared_format, request.named, repeats=request.repeats, **more)
 
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
@@ -187,16 +180,15 @@ def name_crossed(
     """
     if not others or result["verdict"] != "differs" or result["fault"] in (NOT_APPLIED, INTERMITTENT):
         return
-    server = _server(request)
-    with suppress(CheckError):  # what the server refuses now, it answered before: the verdict is known
-        names = served_names(server, reference, result["engine"], request.base_name)
-        asker = Asker(reference, server, names, request.protocol)
+    endpoint = _endpoint(request)
+    with suppress(ConfigError, EngineError):  # what the server refuses now, it answered before: the verdict is known
+        asker = _asker(request, endpoint, result["engine"], reference)
         for name, read in nearest(asker, others)[:most]:
-            if _answers_as(request, Asker(read(), server, names, asker.dialect.protocol)):
+            if _answers_as(request, _asker(request, endpoint, result["engine"], read())):
                 result["fault"] = ANOTHER
                 result["reason"] = f"{ANOTHER}: answers as {name} was trained ({result['reason']})"
                 break
-    result["requests"] += server.sent
+    result["requests"] += endpoint.sent
 
 
 def _answers_as(request: VerifyRequest, asker: Asker) -> bool:

@@ -7,10 +7,13 @@ import tempfile
 import zipapp
 from pathlib import Path
 
-from loraover.client import dialects
+import loraover
 
 SERVE = Path(__file__).parents[1]
 ROOMS = ("judge", "record/adapter_check")
+MODULES = ("at_once", "connection", "dialects", "endpoint", "speaker")
+CLIENT = (*(f"client/{name}.py" for name in MODULES), "common/errors.py")
+"""Files of `loraover` that the checker needs."""
 
 
 def write_checker(path: Path) -> None:
@@ -23,9 +26,10 @@ def write_checker(path: Path) -> None:
         root = Path(scratch)
         for room in ROOMS:
             shutil.copytree(SERVE / room, root / SERVE.name / room, ignore=shutil.ignore_patterns("__pycache__"))
-        client = root.joinpath(*dialects.__name__.split(".")).with_suffix(".py")
-        client.parent.mkdir(parents=True)
-        shutil.copyfile(dialects.__file__, client)
+        for module in CLIENT:
+            file = root / loraover.__name__ / module
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(loraover.__file__).parent / module, file)
         for folder in {above for file in root.rglob("*.py") for above in file.relative_to(root).parents}:
             (root / folder / "__init__.py").touch()
         (root / "__init__.py").unlink()

@@ -31,7 +31,7 @@ def nearest(asker: Asker, others: Sequence[Named]) -> list[Named]:
     """
     mine = asker.reference
     places = [place for place in asker.places if mine.places[place][1] == 0][:SCREENED]
-    rows = asker.rows(ADAPTER, places, {})
+    rows = asker.rounds(ADAPTER, places)[0].rows
     answers = {tuple(mine.read(place)): rows[place] for place in places if place in rows}
     far = [_distance(read(), answers) for _, read in others]
     right = _distance(mine, answers) or math.inf

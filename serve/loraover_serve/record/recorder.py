@@ -20,7 +20,6 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
-from loraover.client.speaker import text_of
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
 from loraover.common.verb import verb
@@ -32,6 +31,7 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
 from loraover_serve.engines.answers import Row, paired
 from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.engines.texts import text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Estimate, t_quantile
 from loraover_serve.judge.evidence import Distance

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
-from loraover.checkpoint.carried_reference import reference_digests
 from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.common.errors import CheckpointError
 from loraover_serve.verify.request import VerifyRequest
@@ -37,7 +37,7 @@ def _beside(place: Path) -> Path | None:
     beside = place.parent / REFERENCE_FILE
     if place.is_dir() or place.name.endswith(REFERENCE_FILE) or not beside.is_file():
         return None
-    mine, digests = reference_digests(place), reference_digests(beside)
+    mine, digests = _digests(place), _digests(beside)
     return beside if SEALED in digests and digests["adapter"] == mine["adapter"] else None
 
 
@@ -51,7 +51,7 @@ def check_seal(sealed: Path, published: Path) -> None:
     Raises:
         CheckpointError: It names another SHA-256, or none.
     """
-    named = reference_digests(published).get(SEALED)
+    named = _digests(published).get(SEALED)
     if named is None:
         raise CheckpointError(f"{published}: names no sealed reference, so nothing shows when {sealed} was made.")
     try:
@@ -63,3 +63,9 @@ def check_seal(sealed: Path, published: Path) -> None:
             f"{sealed}: its SHA-256 is {found}, and {published} names {named}; it was changed, or seals another "
             "adapter. Ask for the file that was published."
         )
+
+
+def _digests(path: Path) -> Mapping[str, str]:
+    from loraover.checkpoint.carried_reference import reference_digests  # with all that reads adapters
+
+    return reference_digests(path)

@@ -84,6 +84,19 @@ class Suspect(Model):
     explains: bool = Field(description="Whether the fault explains the engine's answers within noise")
 
 
+class Replicas(Model):
+    """Answers of servers behind one address, of which some are wrong."""
+
+    answers: int = Field(description="Number of the adapter's answers at which the fault would be seen")
+    bad: int = Field(description="Number of those that are wrong")
+    told_apart: dict[str, list[str]] = Field(
+        description="Headers by which the servers of the wrong answers are known, with their values; empty if absent"
+    )
+    requests: list[dict[str, str]] = Field(
+        description="Headers and ids of each wrong answer, as far as they are not those of all"
+    )
+
+
 class EngineResult(Model):
     """Verdict on one engine."""
 
@@ -119,6 +132,9 @@ class EngineResult(Model):
     visible_share: float = Field(
         default=1.0,
         description="Smallest share of answers without the adapter that these answers show with a probability of 99 %",
+    )
+    replicas: Replicas | None = Field(
+        default=None, description="Answers of which some are wrong; None if none are, or all"
     )
     greedy: GreedyAgreement | None = Field(
         default=None, description="Greedy answers; None if the engine hides its token ids"

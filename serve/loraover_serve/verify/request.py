@@ -11,7 +11,7 @@ from loraover.models.request_fields import device
 from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
-from loraover_serve.judge.limits import NUMBER_FORMATS
+from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.vllm.request import SET_BY_SERVE
 
 
@@ -98,6 +98,13 @@ class VerifyRequest(EngineRequest):
         default=None,
         default_text="tried one after the other",
         choices=("openai", "sglang", "tgi", "llama-server"),
+        needs="references",
+    )
+    repeats: int = option(
+        "Number of times that each question is asked of the adapter, to find single servers behind one address; "
+        "--quick asks once.",
+        default=REPEATS,
+        least=1,
         needs="references",
     )
     quick: bool = option(

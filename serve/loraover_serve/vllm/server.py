@@ -19,8 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-import httpx2
-
+from loraover.client.connection import NO_ANSWER
 from loraover.client.tokens import TokenEndpoint
 from loraover.common.errors import ConfigError, EngineError, OutputError
 from loraover.common.request import as_written
@@ -123,13 +122,15 @@ class VllmServer(TokenEndpoint):
 
     def is_healthy(self) -> bool:
         """Whether the server reports that it is up; a model may still fail at its first request."""
-        try:
-            return self._health().is_success
-        except httpx2.HTTPError:
-            return False
+        return bool(self._health())
 
-    def _health(self) -> httpx2.Response:
-        return self._client.get(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S)
+    def _health(self) -> bool | None:
+        """Whether the server says that it is well; None if it does not answer."""
+        try:
+            with self._connections.send("/health", None, self.headers, HEALTH_TIMEOUT_S) as response:
+                return 200 <= response.status < 300
+        except NO_ANSWER:
+            return None
 
     def version(self) -> str:
         """Version of vLLM that the server runs."""
@@ -143,10 +144,7 @@ class VllmServer(TokenEndpoint):
         """Whether the process, a child of this one, runs without reporting a failure; a busy server need not answer."""
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return False
-        try:
-            return self._health().is_success
-        except httpx2.HTTPError:
-            return True
+        return self._health() is not False
 
     def wait(self) -> None:
         """Return when the server has ended or reports a failure."""

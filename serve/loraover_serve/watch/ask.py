@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 from loraover.common.errors import LoraOverError
-from loraover_serve.record.check import ask_server, name_crossed, read_one
+from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.record.check import ask_server, name_crossed
 from loraover_serve.record.crossed import NEAREST
 from loraover_serve.watch.config import Target
 from loraover_serve.watch.history import Check
@@ -27,7 +28,7 @@ def ask(
     try:
         (reference,), (found,) = ask_server(target.request)
         if found["verdict"] == "differs" and target.others and reserve(target.search):
-            others = [(name, partial(read_one, file)) for name, file in target.others]
+            others = [(name, partial(read_reference, str(file))) for name, file in target.others]
             name_crossed(target.request, reference, others, found, NEAREST)
     except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
         found = {"verdict": "failed", "reason": str(error), "requests": 0}

@@ -12,16 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import describe
-from loraover_serve.judge.limits import NUMBER_FORMATS
-from loraover_serve.record.check import read_one
+from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
+from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.crossed import NEAREST, SCREENED
 from loraover_serve.verify.request import VerifyRequest
 
 MAX_YAML_BYTES = 2**20
 HOUR_S = 3600.0
-REQUESTS_PER_PLACE = 8
-"""Largest number of requests of a check for each token of the reference: two alone, three in mixed batches, the
-requests that run beside those, and one for the greedy answer."""
+REQUESTS_PER_PLACE = 7
+"""Largest number of requests of a check for each token of the reference, beside those for the adapter alone: one for
+the base model, three in mixed batches, the requests that run beside those, and one for the greedy answer."""
 QUICK = 16
 """Requests of a quick check at most, with those that find out names and protocol."""
 
@@ -40,6 +40,7 @@ class AdapterSettings(Part):
     interval_s: float | None = Field(
         default=None, gt=0, description="Seconds between checks; None means the common one"
     )
+    repeats: int = Field(default=REPEATS, ge=1, description="Number of times that each question is asked")
     quick: bool = Field(
         default=False, description="Whether to send 8 requests, which only show an adapter that is lost"
     )
@@ -185,8 +186,8 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     file = folder / adapter.reference
     if file.is_dir():
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
-    reference = read_one(file)
-    most = QUICK if adapter.quick else REQUESTS_PER_PLACE * len(reference.places) + QUICK
+    reference = read_reference(str(file))
+    most = QUICK if adapter.quick else (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places) + QUICK
     name = adapter.name or str(reference.content["adapter"])
     try:
         request = VerifyRequest(
@@ -200,6 +201,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             protocol=server.protocol,
             served_format=server.served_format,
             timeout_s=server.timeout_s,
+            repeats=adapter.repeats,
             quick=adapter.quick,
         )
     except ConfigError as error:

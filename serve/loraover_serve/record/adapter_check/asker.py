@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import random
-import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
-from loraover.client.dialects import DIALECTS, token_id, up_to_unknown
+from loraover.client.at_once import COMPANION_TOKENS, at_once, in_company
+from loraover.client.dialects import Dialect
+from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Generated, Speaker, find_models
+from loraover.common.errors import EngineError
+from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
-from loraover_serve.record.adapter_check.evidence import Greedy
-from loraover_serve.record.adapter_check.reference import CheckError, Reference, Row, Rows
-from loraover_serve.record.adapter_check.server import Server, UnfitError
-
-AT_ONCE = 4  # requests in flight
-COMPANIONS, COMPANION_TOKENS = 2, 16  # answers of the other arm that are generated meanwhile, to mix batches
+from loraover_serve.record.adapter_check.evidence import Greedy, Round
+from loraover_serve.record.adapter_check.reference import Reference, Row, Rows
 
 
 class Asker:
@@ -25,78 +23,81 @@ class Asker:
 
     Args:
         reference: The reference.
-        server: The server.
-        names: Name of each arm's model there.
-        dialect: Protocol that the server speaks; None finds out.
+        endpoint: The server.
+        adapter: Name of the adapter there; None means that of the reference.
+        base: Name of the base model there; None finds out.
+        protocol: Protocol that the server speaks; None finds out.
+        option: Name of an option as its user writes it.
+
+    Raises:
+        ConfigError, EngineError: See `find_models`.
     """
 
     def __init__(
-        self, reference: Reference, server: Server, names: Mapping[str, str], protocol: str | None = None
+        self,
+        reference: Reference,
+        endpoint: Endpoint,
+        adapter: str | None = None,
+        base: str | None = None,
+        protocol: str | None = None,
+        option: Callable[[str], str] = flag,
     ) -> None:
-        self.reference, self.server, self.names = reference, server, names
-        refusals: list[CheckError] = []
-        for self.dialect in (one for one in DIALECTS if protocol in (None, one.protocol)):
-            asked = [prompt for place in range(len(reference.places)) if (prompt := self.prompt(place)) is not None]
-            if not asked:
-                continue
-            try:
-                if any(row for _, row in self.answer(BASE, asked[0], 1)[0]):
-                    return
-                refusals.insert(0, CheckError(f"{server.url} gives no logprobs: nothing can be compared."))
-            except CheckError as error:
-                if not refusals and not isinstance(error, UnfitError):
-                    raise
-                refusals.append(error)
-        raise refusals[0] if refusals else CheckError("no dialect takes the questions of this reference.")
+        self.reference, self.endpoint, content = reference, endpoint, reference.content
+        self._found = find_models(
+            endpoint,
+            lambda name: Speaker(endpoint, name, self._probe, lambda: reference.by_text, protocol),
+            adapter=adapter or str(content["adapter"]),
+            model=str(content["base_model"]),
+            base=base,
+            named=option,
+        )
+        self.names = {BASE: self._found.base, ADAPTER: self._found.adapter}
+        self.speaker, self.dialect = self._found.speaker, self._found.speaker.dialect
 
-    def prompt(self, place: int) -> Any:
+    def _probe(self, dialect: Dialect) -> Any:
+        asked = (self.prompt(place, dialect) for place in range(len(self.reference.places)))
+        return next((prompt for prompt in asked if prompt is not None), None)
+
+    def prompt(self, place: int, dialect: Dialect | None = None) -> Any:
         """A place's tokens in the form that the server takes; None if there is no such form."""
         question, step = self.reference.places[place]
-        mine = self.reference.questions[question]
-        if self.dialect.form == "chat":
+        mine, form = self.reference.questions[question], (dialect or self.dialect).form
+        if form == "chat":
             return mine["message"] if step == 0 else None
-        return self.reference.read(place) if self.dialect.form == "ids" else mine["texts"][step]
+        return self.reference.read(place) if form == "ids" else mine["texts"][step]
 
-    def answer(self, arm: str, prompt: Any, tokens: int) -> tuple[list[tuple[int | None, Row]], str]:
-        """Tokens of the greedy answer, as far as they are known, each with the logprobs there; and its source."""
-        by_text = self.reference.by_text
-        asked = self.dialect.request(self.names[arm], prompt, tokens, is_base=arm == BASE)
-        answer, source = self.server.ask(*asked)
-        try:
-            rows = [
-                ({token_id(entry, by_text): float(value) for entry, value in tops}, token_id(chosen, by_text))
-                for chosen, tops in zip(*self.dialect.read(answer), strict=False)
-            ]
-            if any(not math.isfinite(value) for row, _ in rows for value in row.values()):
-                raise ValueError("a logprob is not a finite number")
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise CheckError(f"{self.server.url}: the answer cannot be read ({error}): {answer!r:.300}") from None
-        told = str(answer.get("id") or "") if isinstance(answer, dict) else ""
-        return [(i, {t: v for t, v in row.items() if t is not None}) for row, i in rows], f"{told} {source}".strip()
+    def answer(self, arm: str, place: int, tokens: int) -> Generated:
+        """The greedy answer of a model from a place on."""
+        name, prompt = self.names[arm], self.prompt(place)
+        return self.speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE)
 
-    def rows(self, arm: str, places: Sequence[int], sources: dict[int, str]) -> dict[int, Row]:
-        """An arm's logprobs at places, asked in random order; those of chats as long as the tokens are PyTorch's."""
+    def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[Round]:
+        """An arm's logprobs at places, each asked for several times, all of it in random order.
 
-        def ask(place: int) -> dict[int, Row]:
-            question = self.reference.places[place][0]
+        Those of chats are kept as long as the tokens are PyTorch's.
+        """
+
+        def ask(asked: tuple[int, int]) -> tuple[int, Rows, dict[str, str]]:
+            turn, place = asked
+            question, step = self.reference.places[place]
             expected = self.reference.questions[question]["answer"]
-            found, sources[place] = self.answer(
-                arm, self.prompt(place), len(expected) if self.dialect.form == "chat" else 1
-            )
-            return self.shared(place, expected[self.reference.places[place][1] :], found)
+            found = self.answer(arm, place, len(expected) if self.dialect.form == "chat" else 1)
+            return turn, self.shared(place, expected[step:], found.tokens, found.tops), found.told
 
-        asked = random.sample(places, len(places))
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = [pair for rows in pool.map(ask, asked) for pair in rows.items()]
-        return dict(sorted(found))
+        asked = [(turn, place) for turn in range(repeats) for place in places]
+        found: list[tuple[dict[int, Row], dict[int, dict[str, str]]]] = [({}, {}) for _ in range(repeats)]
+        for turn, rows, told in at_once(ask, random.sample(asked, len(asked))):
+            found[turn][0].update(rows)
+            found[turn][1].update(dict.fromkeys(rows, told))
+        return [Round(dict(sorted(rows.items())), told) for rows, told in found]
 
     @staticmethod
-    def shared(place: int, expected: Sequence[int], found: Sequence[tuple[int | None, Row]]) -> dict[int, Row]:
+    def shared(place: int, expected: Sequence[int], tokens: Sequence[int | None], tops: Sequence[Row]) -> Rows:
         """Rows of an answer from a place on, as long as its tokens are the expected ones."""
         rows: dict[int, Row] = {}
-        for step, (token, row) in enumerate(found[: len(expected)]):
+        for step, (token, row, right) in enumerate(zip(tokens, tops, expected, strict=False)):
             rows[place + step] = row
-            if token != expected[step]:
+            if token != right:
                 break
         return {at: row for at, row in rows.items() if row}
 
@@ -105,7 +106,9 @@ class Asker:
         """Places that the server can be asked for."""
         found = [place for place in range(len(self.reference.places)) if self.prompt(place) is not None]
         if not found:
-            raise CheckError(f"{self.server.url} takes no token ids, and no text has exactly the tokens of a question.")
+            raise EngineError(
+                f"{self.endpoint.url} takes no token ids, and no text has exactly the tokens of a question."
+            )
         return found
 
     def greedy(self) -> list[Greedy]:
@@ -113,65 +116,20 @@ class Asker:
 
         def ask(question: int) -> Greedy:
             place, expected = self.reference.first(question), self.reference.questions[question]["answer"]
-            found, _ = self.answer(ADAPTER, self.prompt(place), len(expected))
-            tokens = [token for token, _ in found]
-            follows = [expected[k] if token is None else token for k, token in enumerate(tokens[: len(expected)])]
-            rows = self.shared(place, expected, [*zip(follows, (row for _, row in found), strict=False)])
-            return Greedy(question, up_to_unknown(tokens), len(found), rows)
+            found = self.answer(ADAPTER, place, len(expected))
+            follows = [right if token is None else token for token, right in zip(found.tokens, expected, strict=False)]
+            rows = self.shared(place, expected, follows, found.tops)
+            return Greedy(question, found.ids, len(found.tokens), rows)
 
-        first = [question for question, step in map(self.reference.places.__getitem__, self.places) if step == 0]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(ask, first))
+        return at_once(ask, [q for q, step in map(self.reference.places.__getitem__, self.places) if step == 0])
 
     def mixed(self, places: Sequence[int]) -> dict[str, Rows]:
         """Rows of each arm while the other one generates, and of the adapter beside another one."""
         found: dict[str, Rows] = {}
+        other = self._found.find_other()
+        self.names |= {} if other is None else {OTHER: other}
         for name, arm, companion in ((BASE, BASE, ADAPTER), (ADAPTER, ADAPTER, BASE), (OTHER, ADAPTER, OTHER)):
-            if companion not in self.names:
-                continue
-            enough, prompt = threading.Event(), self.prompt(places[0])
-
-            def generate(
-                begun: threading.Event,
-                arm: str = companion,
-                prompt: Any = prompt,
-                enough: threading.Event = enough,
-            ) -> None:
-                try:
-                    while not enough.is_set():
-                        self.answer(arm, prompt, COMPANION_TOKENS)
-                        begun.set()
-                finally:
-                    begun.set()
-
-            with ThreadPoolExecutor(COMPANIONS) as pool:
-                begun = [threading.Event() for _ in range(COMPANIONS)]
-                running = [pool.submit(generate, each) for each in begun]
-                try:
-                    for each in begun:
-                        each.wait()
-                    found[name] = self.rows(arm, places, {})
-                finally:
-                    enough.set()
-            for one in running:
-                one.result()
+            if companion in self.names:
+                with in_company(partial(self.answer, companion, places[0], COMPANION_TOKENS)):
+                    found[name] = self.rounds(arm, places)[0].rows
         return found
-
-
-def served_names(server: Server, reference: Reference, adapter: str | None, base: str | None) -> dict[str, str]:
-    """Names of both arms on a server, and of another adapter that it lists."""
-    try:
-        listed = {str(each["id"]): each.get("parent") for each in server.ask("/v1/models")[0]["data"]}
-    except (UnfitError, LookupError, TypeError, AttributeError):
-        listed = {}
-    mine, model = adapter or reference.content["adapter"], reference.content["base_model"]
-    alike = [name for name in listed if name == model or model.endswith(f"/{name}") or name.endswith(f"/{model}")]
-    others = [name for name, parent in listed.items() if parent is None and name != mine]
-    found = next((names[0] for names in (alike, others) if len(names) == 1), model)
-    if [*listed] == [mine]:  # as llama-server does with --lora: one model for both
-        found = mine
-    names = {BASE: base or found, ADAPTER: mine}
-    if listed and not {*names.values()} <= {*listed}:
-        raise CheckError(f"the server has {', '.join(listed)}, and not {', '.join(names.values())}; name both models.")
-    beside = [name for name, parent in listed.items() if parent is not None and name not in names.values()]
-    return names | ({OTHER: beside[0]} if beside else {})

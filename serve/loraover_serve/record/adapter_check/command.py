@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loraover.client.dialects import DIALECTS
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import EngineError, LoraOverError
 from loraover_serve.judge.case import flag
-from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS
+from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.request_faults import left_out
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.asker import Asker, served_names
+from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence
-from loraover_serve.record.adapter_check.reference import CheckError, read_reference
-from loraover_serve.record.adapter_check.server import Server, headers, tls
+from loraover_serve.record.adapter_check.reference import read_reference
 
 QUICK = 8  # requests
 
@@ -27,6 +28,7 @@ def check(
     served_format: str = "bf16",
     option: Callable[[str], str] = flag,
     *,
+    repeats: int = REPEATS,
     is_quick: bool = False,
     without_mixed: bool = False,
 ) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def check(
         asker: The server, with the reference.
         served_format: Coarsest number format in which the server may hold the base model.
         option: Name of an option as its user writes it.
+        repeats: Number of times that each question is asked of the adapter.
         is_quick: Whether a few answers of the adapter alone have to do.
         without_mixed: Whether no requests for both models are sent together.
 
@@ -43,18 +46,18 @@ def check(
         The fields of an engine's result in verify.json, but for the engine.
 
     Raises:
-        CheckError: A server that refuses, or whose answers cannot be read.
+        EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
     unmixed = left_out(option) if without_mixed else None
-    answers = quick_answers(asker) if is_quick else all_answers(asker, unmixed)
+    answers = quick_answers(asker) if is_quick else all_answers(asker, repeats, unmixed)
     found = judge(RecordedEvidence(asker.reference, answers), served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
 
 
 def quick_answers(asker: Asker) -> Answers:
     """The adapter's answers at the places of different questions where it changes most."""
-    reference, sources = asker.reference, dict[int, str]()
+    reference = asker.reference
     changes = [
         max(abs(value - base[i]) for i, value in adapter.items())
         for base, adapter in zip(reference.base.rows, reference.adapter.rows, strict=True)
@@ -62,27 +65,27 @@ def quick_answers(asker: Asker) -> Answers:
     places = sorted(asker.places, key=lambda place: -changes[place])
     first = {reference.places[place][0]: place for place in reversed(places)}
     chosen = sorted(first.values(), key=lambda place: -changes[place])[:QUICK]
-    return Answers({}, asker.rows(ADAPTER, chosen, sources), sources=sources)
+    rounds = asker.rounds(ADAPTER, chosen)
+    return Answers({}, rounds[0].rows, rounds=rounds)
 
 
-def all_answers(asker: Asker, unmixed: str | None = None) -> Answers:
+def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> Answers:
     """Everything that the judge needs.
 
     Args:
         asker: The server, with the reference.
+        repeats: See `check`.
         unmixed: Reason why no requests for both models are sent together; None if they are.
     """
-    sources: dict[int, str] = {}
-    if asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai":
-        adapter = asker.rows(ADAPTER, asker.places, sources)
-        return Answers({}, adapter, asker.greedy(), sources=sources, is_one_model=True)
-    base, adapter = asker.rows(BASE, asker.places, {}), asker.rows(ADAPTER, asker.places, sources)
-    answers = Answers(base, adapter, asker.greedy(), sources=sources, mixed_failure=unmixed)
-    if unmixed is not None:
+    is_one = asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai"
+    base = {} if is_one else asker.rounds(BASE, asker.places)[0].rows
+    rounds = asker.rounds(ADAPTER, asker.places, repeats)
+    answers = Answers(base, rounds[0].rows, asker.greedy(), rounds=rounds, is_one_model=is_one, mixed_failure=unmixed)
+    if is_one or unmixed is not None:
         return answers
     try:
         answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
-    except CheckError as error:  # what was answered before is judged all the same
+    except EngineError as error:  # what was answered before is judged all the same
         answers.mixed_failure = str(error)
     return answers
 
@@ -102,19 +105,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--header", action="append", default=[], metavar="NAME=VARIABLE", help="header from a variable")
     parser.add_argument("--ca-file", help="certificates that sign the server's (PEM)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for everything (default: 120)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"times that each question is asked ({REPEATS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     asked = parser.parse_args(arguments)
     try:
-        server = Server(
-            asked.url, headers(asked.key_variable, asked.header), time.monotonic() + asked.timeout, tls(asked.ca_file)
+        endpoint = Endpoint(
+            asked.url,
+            asked.key_variable,
+            timeout_s=asked.timeout,
+            more=asked.header,
+            ca_file=asked.ca_file,
+            ends=time.monotonic() + asked.timeout,
         )
         reference = read_reference(asked.reference)
-        names = served_names(server, reference, asked.served_name, asked.base_name)
-        asker = Asker(reference, server, names, asked.protocol)
-        found = check(asker, asked.served_format, is_quick=asked.quick, without_mixed=asked.without_mixed)
-    except CheckError as error:
+        asker = Asker(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
+        found = check(
+            asker,
+            asked.served_format,
+            repeats=max(1, asked.repeats),
+            is_quick=asked.quick,
+            without_mixed=asked.without_mixed,
+        )
+    except LoraOverError as error:
         found = {"verdict": "failed", "reason": str(error), "fault": None}
     print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")
     return EXIT_CODES[found["verdict"]]

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple, final
 
-from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, first_parted
+from loraover.common.errors import EngineError
+from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, Repeat, first_parted
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import COARSE_CACHE
-from loraover_serve.record.adapter_check.reference import CheckError, Model, Reference, Row, Rows
+from loraover_serve.record.adapter_check.reference import Model, Reference, Row, Rows
 
 FACTORS = (1 / 16, 1 / 8)
 """Factors that are tried beside the recorded ones: between those and none, answers are interpolated."""
@@ -33,6 +34,18 @@ class Greedy(NamedTuple):
     rows: Rows
 
 
+class Round(NamedTuple):
+    """Answers of a model at places, each of which was asked for once.
+
+    Args:
+        rows: Their logprobs.
+        told: Headers of each response, and its id.
+    """
+
+    rows: Rows
+    told: Mapping[int, Mapping[str, str]]
+
+
 @dataclass
 class Answers:
     """What a server answered.
@@ -42,7 +55,7 @@ class Answers:
         adapter: Logprobs of the adapter.
         greedy: The adapter's greedy answers.
         mixed: Logprobs of each arm, asked for beside those of another model.
-        sources: What names the request of each of the adapter's places.
+        rounds: The adapter's answers to the same questions, asked again and again; the first are `adapter`.
         is_one_model: Whether the server has one model under both names.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
     """
@@ -51,7 +64,7 @@ class Answers:
     adapter: Rows
     greedy: Sequence[Greedy] = ()
     mixed: Mapping[str, Rows] = field(default_factory=dict)
-    sources: Mapping[int, str] = field(default_factory=dict)
+    rounds: Sequence[Round] = ()
     is_one_model: bool = False
     mixed_failure: str | None = None
 
@@ -65,7 +78,7 @@ class RecordedEvidence(Evidence):
         answers: The answers.
 
     Raises:
-        CheckError: Answers of another vocabulary.
+        EngineError: Answers of another vocabulary.
     """
 
     compared = "top tokens"
@@ -83,7 +96,7 @@ class RecordedEvidence(Evidence):
         self.factors = (*FACTORS, *(factor for factor, _ in self._scaled if factor))
         self._pairs = self._paired(answers.adapter, answers.base) or self._beside_base(answers.adapter)
         if not self._pairs:
-            raise CheckError("the server answers with none of the recorded tokens; it serves another base model.")
+            raise EngineError("the server answers with none of the recorded tokens; it serves another base model.")
 
     def off(self, arm: str, model: Model) -> list[Off]:
         rows = self._answers.adapter if arm == ADAPTER else self._answers.base
@@ -91,6 +104,22 @@ class RecordedEvidence(Evidence):
 
     def changes(self, model: Model, start: Model) -> list[Change]:
         return self._along(self._pairs, model, start)
+
+    def repeated(self) -> list[Repeat]:
+        base = self._answers.base or dict(enumerate(self.base.rows))
+        return [each for place in sorted(base) for each in self._repeated(place, base[place])]
+
+    def _repeated(self, place: int, base: Row) -> list[Repeat]:
+        found = [(one.rows[place], one.told[place]) for one in self._answers.rounds if place in one.rows]
+        nearest = min(
+            (row for row, _ in found), key=lambda row: fmean(map(abs, self.adapter.off(place, row))), default={}
+        )
+        repeats = []
+        for row, told in found:
+            for change in self._along(self._paired({place: row}, {place: base}), self.adapter, self.base):
+                apart = None if row is nearest else math.sqrt(fmean(d * d for d in _difference(row, nearest)))
+                repeats.append(Repeat(change._replace(source=told), apart))
+        return repeats
 
     def base_changes(self, model: Model) -> list[Change]:
         return self._along(self._beside_base(self._answers.base), model, self.base)
@@ -186,7 +215,7 @@ class RecordedEvidence(Evidence):
         rest = [one - other for one, other in zip(change, direction, strict=True)]
         along = math.fsum(one * other for one, other in zip(change, direction, strict=True))
         size, total, far = (math.fsum(value * value for value in each) for each in (direction, change, rest))
-        return Change(self._prompt(place), len(change), along, size, total, far, self._answers.sources.get(place, ""))
+        return Change(self._prompt(place), len(change), along, size, total, far)
 
     def _beside(self, answer: Greedy) -> Generated:
         found = Generated(self._reference.questions[answer.question]["answer"], answer.tokens, answer.length)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from loraover.common.errors import CheckpointError
 from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
 
 UNIT, STEPS_PER_E = 1e-4, 10
@@ -23,10 +24,6 @@ Row = dict[int, float]
 """Logprobs in nats by token id."""
 Rows = Mapping[int, Row]
 """Rows by the index of their place in the reference."""
-
-
-class CheckError(Exception):
-    """A reference or a server that cannot be used."""
 
 
 class Model(NamedTuple):
@@ -111,7 +108,7 @@ def read_reference(path: str) -> Reference:
     """Read a reference.
 
     Raises:
-        CheckError: Not a reference of this version.
+        CheckpointError: Not a reference of this version.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123
@@ -125,6 +122,6 @@ def read_reference(path: str) -> Reference:
         fault: object = error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
-    raise CheckError(
+    raise CheckpointError(
         f"{path}: not a reference that can be used ({fault!s:.300}); record it again: loraover serve record."
     )

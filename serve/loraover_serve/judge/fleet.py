@@ -1,0 +1,144 @@
+"""Servers behind one address, of which some answer otherwise: replicas that have lost the adapter, or serve another.
+
+Servers with the same weights answer one question alike but for arithmetic. It may set two answers CERTAIN times as far
+apart as rounding to bfloat16 would, or CERTAIN times the median of what sets them apart. Of the recorded engines
+(`python -m benchmarks.verify_noise` in tests/) all but vLLM repeat their answers exactly, and vLLM in bfloat16 stays
+below a third of that at every position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from loraover_serve.judge.case import Case, split_base
+from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
+from loraover_serve.judge.evidence import Change
+from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
+from loraover_serve.judge.names import DISAGREE, INTERMITTENT, NOT_APPLIED
+
+SHOWN = 16  # requests that are named
+REQUEST_IDS = ("x-request-id", "request-id", "id")
+OF_CONTENT = {"content-length"}  # headers that follow from the answer
+
+
+class Split(NamedTuple):
+    """Answers of the adapter, of which some are wrong.
+
+    Args:
+        fault: Name of the fault.
+        words: What the wrong ones are, in words.
+        bad: The wrong ones.
+        good: The others, of those at which the fault would be seen.
+    """
+
+    fault: str
+    words: str
+    bad: Sequence[Change]
+    good: Sequence[Change]
+
+    @property
+    def share(self) -> float:
+        """Share of the wrong answers."""
+        return len(self.bad) / (len(self.bad) + len(self.good))
+
+    @property
+    def told_apart(self) -> dict[str, list[str]]:
+        """Headers by which the servers of the wrong answers are known."""
+        return tell_apart([each.source for each in self.bad], [each.source for each in self.good])
+
+    @property
+    def reason(self) -> str:
+        """How many answers are wrong, and which requests had them, for who looks for the server."""
+        share, apart = self.share, self.told_apart
+        named = [f"{name}: {' or '.join(value or '(absent)' for value in values)}" for name, values in apart.items()]
+        ids = [next((each.source[name] for name in REQUEST_IDS if name in each.source), "") for each in self.bad]
+        return (
+            f"{len(self.bad)} of {len(self.bad) + len(self.good)} answers of the adapter ({share:.0%}) {self.words}"
+            + (f"; their servers are told apart by {', '.join(named)}" if named else "")
+            + f"; {requests_that_reach(share)} requests reach such a share with {CONFIDENCE:.0%} probability, and "
+            f"{answers_that_show(share)} show it" + (f"; requests {', '.join(ids[:SHOWN])}" if any(ids) else "")
+        )
+
+    def shown(self) -> dict[str, Any]:
+        """The fields of `Replicas` in verify.json."""
+        told = [each.source for each in (*self.bad, *self.good)]
+        varying = {name for each in told for name in each if len({one.get(name) for one in told}) > 1}
+        requests = [{name: value for name, value in each.source.items() if name in varying} for each in self.bad]
+        answers = len(self.bad) + len(self.good)
+        return {"answers": answers, "bad": len(self.bad), "told_apart": self.told_apart, "requests": requests}
+
+
+def some_are_base(case: Case) -> Split | None:
+    """Some of the adapter's answers are the base model's, and others are not."""
+    as_base, others = case.as_base
+    if len(as_base) < FEW_AS_BASE or len(others) < FEW_AS_BASE:
+        return None
+    return Split(INTERMITTENT, "are the base model's", as_base, others)
+
+
+def few_are_base(case: Case) -> Split | None:
+    """As many of few answers are the base model's as no chance makes."""
+    as_base, others = split_base(case.answers)
+    return Split(NOT_APPLIED, "are the base model's", as_base, others) if len(as_base) >= FEW_AS_BASE else None
+
+
+def some_disagree(case: Case) -> Split | None:
+    """Answers to one question are further apart than arithmetic explains; those nearer to the right ones are good.
+
+    An answer is counted where the adapter changes so much that the lack of it would be seen.
+    """
+    apart = [each.apart for each in case.repeats if each.apart is not None]
+    if not apart:
+        return None
+    limit = disagreement_limit(case, median(apart))
+    bad = [each.change for each in case.repeats if (each.apart or 0.0) > limit]
+    if len(bad) < FEW_AS_BASE:
+        return None
+    agreeing = [each.change for each in case.repeats if (each.apart or 0.0) <= limit]
+    good = [each for each in agreeing if each.size > (2 * limit) ** 2 * each.tokens] or agreeing
+    words = f"are off by more than {limit:.2g} nats from other answers to the same question"
+    return Split(DISAGREE, words, bad, good)
+
+
+def coverage(case: Case) -> str:
+    """Which single servers the answers would have found, in words; empty if questions were asked once."""
+    if not case.repeats:
+        return ""
+    shown = share_found(sum(map(len, case.as_base)))
+    return (
+        f"; {len(case.repeats)} answers reach a server that gives {share_reached(len(case.repeats)):.2g} of them with "
+        f"{CONFIDENCE:.0%} probability, and show one without the adapter that gives {shown:.2g}"
+    )
+
+
+def disagreement_limit(case: Case, usual: float) -> float:
+    """Largest RMS difference, in nats, of two answers to one question from servers with the same weights.
+
+    Args:
+        case: The evidence.
+        usual: Median of such differences.
+    """
+    arithmetic = case.evidence.sensitivity * case.evidence.rounding("bf16") + FLOOR
+    return CERTAIN * max(math.sqrt(2) * arithmetic, usual)
+
+
+def tell_apart(bad: Sequence[Mapping[str, str]], good: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Headers by which the servers of wrong answers are known, with their values there; an absent one is empty.
+
+    At least two wrong answers have a value on average, so that names of single requests do not count, and most answers
+    with these values are wrong.
+
+    Args:
+        bad: Headers of each wrong answer.
+        good: Headers of each right answer.
+    """
+    found = {}
+    for name in sorted({name for each in (*bad, *good) for name in each} - OF_CONTENT):
+        values = {each.get(name, "") for each in bad}
+        others = sum(each.get(name, "") in values for each in good)
+        if 2 * len(values) <= len(bad) and others < min(len(bad), len(good)):
+            found[name] = sorted(values)
+    return found

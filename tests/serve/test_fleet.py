@@ -1,0 +1,152 @@
+"""Servers behind one address: one of ten that answers otherwise is found, and its header named."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.client.endpoint import Endpoint
+from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
+from loraover_serve.judge.fleet import tell_apart
+from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
+from loraover_serve.judge.names import DISAGREE, INTERMITTENT
+from loraover_serve.judge.rules import judge
+from loraover_serve.record.adapter_check.asker import Asker
+from loraover_serve.record.adapter_check.command import check
+from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence, Round
+from loraover_serve.record.adapter_check.reference import Model, Reference, read_reference
+
+from support.openai_server import openai_server
+from support.recorded_noise import Recorded
+from support.reference_server import AS_BASE, RIGHT, Fleet, FromReference
+
+NAMES = {"base": None, "shop": "base"}
+BAD = 3
+
+
+@pytest.fixture(scope="module")
+def reference(recorded: Path) -> Reference:
+    return read_reference(str(recorded))
+
+
+def bf16(reference: Reference) -> float:
+    return float(reference.formats["bf16"]["distance"])
+
+
+def right(reference: Reference) -> FromReference:
+    """A server with the noise of bfloat16."""
+    return FromReference(reference, lambda name: RIGHT, noise=bf16(reference))
+
+
+def fleet(reference: Reference, bad: FromReference) -> Fleet:
+    """Ten servers, of which one is this one."""
+    servers = [right(reference) for _ in range(10)]
+    servers[BAD] = bad
+    return Fleet(servers)
+
+
+def checked(reply: Any, reference: Reference) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
+    """The result on a server that answers like this, and the adapter's questions in the order of the requests."""
+    with openai_server(reply, NAMES) as server:
+        found = check(Asker(reference, Endpoint(server.url), "shop"), without_mixed=True)
+        bodies = [body for body in server.bodies if body.get("model") == "shop" and body["max_tokens"] == 1]
+    return found, [tuple(body["prompt"]) for body in bodies]
+
+
+def test_one_of_ten_servers_that_lacks_the_adapter_is_named(reference: Reference) -> None:
+    found, asked = checked(fleet(reference, FromReference(reference, lambda name: AS_BASE)), reference)
+    replicas = found["replicas"]
+    assert (found["verdict"], found["fault"]) == ("differs", INTERMITTENT), found["reason"]
+    assert replicas["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}
+    assert f"told apart by x-served-by: pod-{BAD}; " in found["reason"]
+    assert len(replicas["requests"]) == replicas["bad"]
+    for told in replicas["requests"]:
+        assert told["x-served-by"] == f"pod-{BAD}"
+        assert "via" not in told, "all answers have it"
+        assert re.fullmatch("[0-9a-f]+", told["x-request-id"])
+        assert told["x-request-id"] in found["reason"]
+    share = replicas["bad"] / replicas["answers"]
+    reached, shown = requests_that_reach(share), answers_that_show(share)
+    assert f"{reached} requests reach such a share with 99% probability, and {shown} show it" in found["reason"]
+    assert {asked.count(prompt) for prompt in asked} == {REPEATS}
+    assert asked != sorted(asked, key=asked.index), "the order is random, and does not repeat a question at once"
+
+
+def test_one_of_ten_servers_with_another_fault_disagrees(reference: Reference) -> None:
+    wrong = max(reference.variants[ADAPTER], key=lambda model: model.factor or 0.0)
+    found, _ = checked(fleet(reference, FromReference(reference, lambda name: RIGHT, served=wrong)), reference)
+    assert (found["verdict"], found["fault"]) == ("differs", DISAGREE), found["reason"]
+    assert found["replicas"]["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}, found["reason"]
+
+
+def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
+    found, _ = checked(fleet(reference, right(reference)), reference)
+    assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
+    answers = REPEATS * len(reference.places)
+    assert f"; {answers} answers reach a server that gives {1 - 0.01 ** (1 / answers):.2g} of them" in found["reason"]
+    assert found["reason"].endswith(f"show one without the adapter that gives {found['visible_share']:.2g}")
+
+
+def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
+    """Answers of servers with noise."""
+
+    def rows(model: Model) -> dict[int, dict[int, float]]:
+        return {p: {i: v + draw.gauss(0, noise) for i, v in row.items()} for p, row in enumerate(model.rows)}
+
+    told: dict[int, dict[str, str]] = {place: {} for place in range(len(reference.places))}
+    rounds = [Round(rows(reference.adapter), told) for _ in range(REPEATS)]
+    return Answers(rows(reference.base), rounds[0].rows, rounds=rounds)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("louder", [0.0, 1.0, 2.0])
+def test_noise_never_disagrees(louder: float, reference: Reference) -> None:
+    draw = random.Random(5)
+    for _ in range(20):
+        found = judge(RecordedEvidence(reference, drawn(reference, draw, louder * bf16(reference))))
+        assert found["replicas"] is None, found["reason"]
+
+
+@pytest.mark.parametrize("engine", Recorded.all(), ids=lambda engine: engine.name)
+def test_no_recorded_engine_disagrees_with_itself(engine: Recorded) -> None:
+    """Its base model was asked twice; the limit is that of bfloat16, whatever the engine's format."""
+    (plain,) = (one for one in Recorded.all() if one.number_format == "bf16")
+    limit = CERTAIN * math.sqrt(2) * (plain.sensitivity * plain.noise("base") + FLOOR)
+    assert engine.largest_between("base", "again") < limit / 3
+
+
+TOLD: Mapping[str, tuple[list[dict[str, str]], list[dict[str, str]], dict[str, list[str]]]] = {
+    "a pod": ([{"pod": "7"}] * 4, [{"pod": "1"}, {"pod": "2"}] * 9, {"pod": ["7"]}),
+    "two pods": ([{"pod": "7"}, {"pod": "8"}] * 4, [{"pod": "1"}] * 9, {"pod": ["7", "8"]}),
+    "a header that is absent": ([{}] * 4, [{"release": "2"}] * 9, {"release": [""]}),
+    "a pod that is mostly wrong": ([{"pod": "7"}] * 4, [{"pod": "7"}] * 3 + [{"pod": "1"}] * 9, {"pod": ["7"]}),
+    "a pod that is mostly right": ([{"pod": "7"}] * 4, [{"pod": "7"}] * 4 + [{"pod": "1"}] * 9, {}),
+    "one server for all": ([{"server": "uvicorn"}] * 4, [{"server": "uvicorn"}] * 9, {}),
+    "one server for few": ([{"server": "uvicorn"}] * 4, [{"server": "uvicorn"}] * 3, {}),
+    "ids of requests": ([{"id": "1"}, {"id": "2"}, {"id": "3"}], [{"id": "4"}] * 9, {}),
+    "lengths": ([{"content-length": "7"}] * 4, [{"content-length": "9"}] * 9, {}),
+    "no headers": ([{}] * 4, [{}] * 9, {}),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_headers_that_tell_servers_apart(name: str) -> None:
+    bad, good, expected = TOLD[name]
+    assert tell_apart(bad, good) == expected
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.05, 0.01])
+def test_so_many_requests_reach_a_share_and_show_it(share: float) -> None:
+    """The page on checks has these figures."""
+    requests = requests_that_reach(share)
+    assert requests == math.ceil(math.log(0.01) / math.log(1 - share))
+    assert (1 - share) ** requests <= 0.01 < (1 - share) ** (requests - 1)
+    assert share_reached(requests) <= share < share_reached(requests - 1)
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "check-a-server.md").read_text()
+    assert f"\n| {100 * share:g} % | {requests} | {answers_that_show(share)} |\n" in page
