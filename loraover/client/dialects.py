@@ -146,7 +146,7 @@ TOPS = (20, 5)
 """Logprobs of a token: the most that vLLM gives unless told otherwise, and that OpenAI's completions give."""
 
 MLX = {"logprobs": True, "top_logprobs": 10}
-"""Fields of completions that mlx_lm.server 0.32 takes. The token that it names at a place need not be the chosen one."""
+"""Fields of completions that mlx_lm.server takes. The token that 0.32 names at a place need not be the chosen one."""
 
 DIALECTS = [
     *(Dialect("openai", *each) for each in product(("ids", "text"), TOPS, (MORE, {}))),
