@@ -25,6 +25,7 @@ import yaml
 
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, OutputError
+from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.watch.ask import ask
@@ -283,6 +284,7 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
 SCRIPT = """
 import os, sys
 from loraover.common.command_line import run
+from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
 end, heavy = os._exit, {"torch", "numpy", "transformers"}
 os._exit = lambda code: (print("heavy", *(heavy & {*sys.modules}), "!", flush=True), end(code))
@@ -297,6 +299,13 @@ def test_each_adapter_is_checked_once(
     with openai_server(FromReference(reference, state.__getitem__), NAMES) as server:
         path = write(tmp_path, recorded, server.url)
         assert run(cli, ["watch", str(path), "--once"]) == 1
+        found = watch_adapters(path, once=True)
+        assert [(check.adapter, check.verdict) for check in found.checks] == [
+            ("steady", "as trained"),
+            ("lost", "differs"),
+            ("locked", "as trained"),
+        ]
+        assert found.exit_code == 1
         state["lost"] = RIGHT
         assert run(cli, ["watch", str(path), "--once"]) == 0
     assert "lost on prod: differs" in "".join(capsys.readouterr())
