@@ -6,6 +6,7 @@ VLLM_VENV ?= .venv-vllm
 MLX_VENV ?= .venv-mlx
 OPENVINO_VENV ?= .venv-openvino
 LLAMA_SERVER_VENV ?= .venv-llama-server
+PROMETHEUS ?= .venv-prometheus
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 RUN ?= runs/demo
@@ -16,11 +17,12 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 export LORAOVER_MLX ?= $(abspath $(MLX_VENV))/bin/python
 export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 export LORAOVER_LLAMA_SERVER ?= $(abspath $(LLAMA_SERVER_VENV))/bin/python
+export LORAOVER_PROMETHEUS ?= $(abspath $(PROMETHEUS))/usr/bin
 
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino llama-server vllm-architectures \
+.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint fuzz docs bench schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
@@ -85,7 +87,7 @@ test:
 installed: $(VENV)/.installed vllm debian-packages
 
 # Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
-engines: installed mlx openvino llama-server
+engines: installed mlx openvino llama-server prometheus
 
 # Every engine, with every kind of adapter and on every model family, and docs/compatibility.md from what was run: one vLLM
 # server a family, most of a minute each.
@@ -117,6 +119,12 @@ mlx: $(MLX_VENV)/.installed
 openvino: $(OPENVINO_VENV)/.installed
 
 llama-server: $(LLAMA_SERVER_VENV)/.installed
+
+# Debian's prometheus and promtool as files alone: the installed package would start a service.
+prometheus:
+	@test -x $(PROMETHEUS)/usr/bin/prometheus || { mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && \
+		apt-get download -qq prometheus promtool && for file in *.deb; do dpkg -x $$file . ; done; } || \
+		echo "Debian's package prometheus cannot be downloaded here: the real Prometheus is not tested"
 
 # What the pre-flight of `loraover export vllm` knows of vLLM; run it again for another version of vLLM.
 vllm-architectures: vllm
@@ -256,4 +264,4 @@ $(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_SERVER_VENV)/.install
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info
