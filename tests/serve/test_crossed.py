@@ -84,6 +84,15 @@ def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: di
     assert max(result.requests for result in found.values()) <= 2 * 2 * least + SCREENED + NEAREST * QUICK
 
 
+def test_a_server_that_answers_as_no_other_adapter_names_none(server: Recorded, files: dict[str, Path]) -> None:
+    """The name a3 answers as a7, which is not asked about; others are nearer to that than a3 is."""
+    known = [files[name] for name in ("a3", *ADAPTERS[:3], *ADAPTERS[4:7])]
+    first, *others = verify_adapter(references=known, endpoint=server.url).engines
+    assert first.verdict == "differs"
+    assert first.fault != ANOTHER
+    assert {one.verdict for one in others} == {"as trained"}
+
+
 def watched(folder: Path, files: Mapping[str, Path], url: str, **more: Any) -> Watched:
     adapters = [{"name": name, "reference": str(files[name]), "quick": True} for name in ADAPTERS]
     for each in adapters[:8]:

@@ -129,6 +129,30 @@ def test_the_budget_holds_in_every_hour_and_outlives_a_restart(recorded: Path, t
     assert canary.deferred > 0
 
 
+def test_another_verdict_or_fault_is_a_change(recorded: Path, tmp_path: Path) -> None:
+    """And a server has one check at a time."""
+    watched = read_config(write(tmp_path, recorded))
+    changes: list[tuple[str, str | None]] = []
+    canary = Canary(
+        watched,
+        History(tmp_path / "h.sqlite"),
+        NOW,
+        random.Random(1),
+        lambda check, before: changes.append((check.verdict, check.fault)),
+    )
+    now = NOW
+    for verdict, fault in [RIGHTLY, RIGHTLY, ("differs", "a"), ("differs", "b"), ("differs", "b"), RIGHTLY]:
+        for _ in watched.targets:
+            target = canary.begin(now := now + 1000)
+            assert target is not None
+            assert canary.begin(now) is None
+            canary.end(target, replace(result(watched, target.adapter, now, verdict), fault=fault))
+    assert changes == [each for each in (RIGHTLY, ("differs", "a"), ("differs", "b"), RIGHTLY) for _ in watched.targets]
+
+
+RIGHTLY = ("as trained", None)
+
+
 def test_another_configuration_keeps_what_it_still_names(recorded: Path, tmp_path: Path) -> None:
     path = write(tmp_path, recorded)
     watched = read_config(path)

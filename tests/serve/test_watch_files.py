@@ -87,9 +87,8 @@ def test_prometheus_reads_the_watch_and_fires_its_alert(recorded: Path, tmp_path
     pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
     program, port, reference = debian("prometheus"), free_port(), read_reference(str(recorded))
     state = {"shop": RIGHT, "news": AS_BASE}
-    with openai_server(
-        FromReference(reference, state.__getitem__), {"base": None, "shop": "base", "news": "base"}
-    ) as it:
+    listed = {"base": None, "shop": "base", "news": "base"}
+    with openai_server(FromReference(reference, state.__getitem__), listed) as server:
         adapters = [{"name": name, "reference": str(recorded), "quick": True} for name in state]
         servers = [{"name": "prod", "url": server.url, "base_name": "base", "adapters": adapters}]
         (tmp_path / "watch.yaml").write_text(yaml.safe_dump({"servers": servers, "port": 0}))
@@ -132,7 +131,9 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
 
 def test_rules_dashboard_and_page_name_figures_of_the_watch(canary: Canary) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
-    shown = set(re.findall(r"^(loraover_watch_\w+)", Metrics(canary, lambda: NOW).text().decode(), re.M))
+    text = Metrics(canary, lambda: NOW).text().decode()
+    shown = set(re.findall(r"^(loraover_watch_\w+)", text, re.M))
+    assert len(re.findall(r"^loraover_watch_verdict\{.*\} 1.0$", text, re.M)) == len(canary.targets())
     for path in (FOLDER / "alerts.yaml", FOLDER / "dashboard.json", PAGE):
         named = set(re.findall(r"loraover_watch_\w+", path.read_text()))
         assert named
