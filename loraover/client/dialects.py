@@ -72,7 +72,7 @@ class Dialect(NamedTuple):
         if self.form == "chat":
             asked = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": self.top}
             return "/v1/chat/completions", body | asked
-        return "/v1/completions", body | {"prompt": prompt, "logprobs": self.top}
+        return "/v1/completions", {"prompt": prompt, "logprobs": self.top} | body
 
     def read(self, answer: Any) -> Read:
         """What an answer holds.
@@ -97,6 +97,8 @@ class Dialect(NamedTuple):
         if given.get("content"):
             content = given["content"]
             tops = [[(each, each.get("logprob")) for each in e.get("top_logprobs") or [e]] for e in content]
+            if self.more == MLX:
+                content = [max(place, key=_value)[0] for place in tops]
             return Read(ids or content, tops)
         tops = [list((place or {}).items()) for place in given.get("top_logprobs") or []]
         likeliest = [max(place, key=_value)[0] if place else None for place in tops]
@@ -143,8 +145,13 @@ MORE = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_id
 TOPS = (20, 5)
 """Logprobs of a token: the most that vLLM gives unless told otherwise, and that OpenAI's completions give."""
 
+MLX = {"logprobs": True, "top_logprobs": 10}
+"""Fields of completions that mlx_lm.server takes. The token that 0.32 names at a place need not be the chosen one."""
+
 DIALECTS = [
-    *(Dialect("openai", *each) for each in product(("ids", "text", "chat"), TOPS, (MORE, {}))),
+    *(Dialect("openai", *each) for each in product(("ids", "text"), TOPS, (MORE, {}))),
+    Dialect("openai", "text", MLX["top_logprobs"], MLX),
+    *(Dialect("openai", "chat", *each) for each in product(TOPS, (MORE, {}))),
     *(Dialect("sglang", "ids", TOPS[0]), Dialect("tgi", "text", TOPS[1]), Dialect("llama-server", "ids", TOPS[0])),
 ]
 """The dialects, the most exact first."""

@@ -45,6 +45,10 @@ class UnansweredError(EngineError):
         self.pause_s, self.is_limit = pause_s, is_limit
 
 
+class NotJsonError(UnansweredError):
+    """An answer that is not JSON, such as none at all after a failure within the server."""
+
+
 class UnfitRequestError(EngineError):
     """A request that the server refuses for its content, such as a text that exceeds the model's context."""
 
@@ -184,8 +188,8 @@ class Endpoint:
         try:
             listed = self.request("/v1/models")
             return {str(model["id"]): model.get("parent") for model in listed["data"]}
-        except (UnfitRequestError, AbsentError, LookupError, TypeError, AttributeError):
-            return {}
+        except (UnfitRequestError, AbsentError, NotJsonError, LookupError, TypeError, AttributeError):
+            return {}  # mlx_lm.server answers with nothing where Hugging Face's cache has no folder
 
     @contextmanager
     def readable(self, model: str, answer: Any, *, is_named: bool = True) -> Iterator[None]:
@@ -262,7 +266,7 @@ class Endpoint:
         try:
             return json.loads(content.decode(errors="replace")), told
         except (ValueError, RecursionError) as error:
-            raise UnansweredError(self.hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
+            raise NotJsonError(self.hidden(f"{self.url}{path}: the answer is not JSON: {error}")) from None
 
     @contextmanager
     def _open(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.memory import is_out_of_memory
 from loraover.common.request import as_written
-from loraover.models.device import found_devices, total_memory
+from loraover.models.device import found_devices, free_memory, total_memory
 from loraover.models.load import ModelSource, load_skeleton
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
@@ -63,6 +63,29 @@ class Needs:
         """Bytes in a compute dtype."""
         width = self.width(dtype)
         return width * (self.weights + self.tokens * self.per_token) + max(4, width) * self.adapters
+
+
+def say_memory(
+    work: str, *, device: str, compute_dtype: str, needs: Needs, say: Callable[[str], None], option: str = "device"
+) -> None:
+    """Say what work needs of a device's memory, and what is free there, before it starts.
+
+    Args:
+        work: The work, as the beginning of a sentence.
+        device: Device that it runs on.
+        compute_dtype: Data type that it runs in.
+        needs: What it needs.
+        say: Receiver of the sentence.
+        option: Name of the argument that chooses the device.
+
+    Raises:
+        ConfigError: The base model's weights alone are larger than the device's memory.
+    """
+    free, total = free_memory(device), total_memory(device)
+    has = "" if free is None else f"; {device} has {_gib(free)} free"
+    say(f"{work} needs about {_gib(needs.size(compute_dtype))} of memory in {compute_dtype}{has}")
+    if total is not None and needs.width(compute_dtype) * needs.weights > total:
+        raise ConfigError(f"{work} cannot run on {device}. {_advice(device, compute_dtype, needs, option)}")
 
 
 @contextmanager

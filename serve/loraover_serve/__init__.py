@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     )
     from loraover_serve.vllm.serve import serve_adapters
     from loraover_serve.vllm.server import VllmServer
+    from loraover_serve.watch.history import Check
+    from loraover_serve.watch.run import WatchReport, watch_adapters
 
 _HOMES = {
     "Answer": "loraover_serve.parity.judge.outputs",
+    "Check": "loraover_serve.watch.history",
     "Completion": "loraover.client.tokens",
     "CrossCheck": "loraover_serve.parity.measure.cross_check",
     "Distance": "loraover_serve.parity.judge.outputs",
@@ -52,14 +55,17 @@ _HOMES = {
     "UnwrittenReportError": "loraover.common.errors",
     "VerifyReport": "loraover_serve.verify.report",
     "VllmServer": "loraover_serve.vllm.server",
+    "WatchReport": "loraover_serve.watch.run",
     "measure_parity": "loraover_serve.parity.run",
     "record_adapter": "loraover_serve.record.recorder",
     "serve_adapters": "loraover_serve.vllm.serve",
     "verify_adapter": "loraover_serve.record.check",
+    "watch_adapters": "loraover_serve.watch.run",
 }
 
 __all__ = [
     "Answer",
+    "Check",
     "Completion",
     "CrossCheck",
     "Distance",
@@ -81,10 +87,12 @@ __all__ = [
     "UnwrittenReportError",
     "VerifyReport",
     "VllmServer",
+    "WatchReport",
     "measure_parity",
     "record_adapter",
     "serve_adapters",
     "verify_adapter",
+    "watch_adapters",
 ]
 
 

@@ -39,6 +39,8 @@ BENCHMARKS = (
     "conversions",
     "fleet",
     "plugin",
+    "reference_check",
+    "reference_size",
 )
 
 

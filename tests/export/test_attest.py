@@ -140,3 +140,6 @@ def test_a_signature_holds_until_a_file_or_the_statement_changes(
     assert run(cli, [*check, public]) == 1
     # The library writes a list of texts as Python does, whose quotes depend on the bytes of the digests in it.
     assert re.search(r"Hash mismatch for \\*'attestation\.json", capsys.readouterr().out.replace("\n", " "))
+    assert run(cli, ["attest", str(adapter), "--force"]) == 0
+    assert run(cli, [*check, public]) == 1
+    assert "model.sig is missing" in capsys.readouterr().out

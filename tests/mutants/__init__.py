@@ -18,7 +18,8 @@ from mutants.mutant import ROOT, Mutant
 from mutants.run import file_of, judge, place_of, product_files
 from mutants.serving import SERVING
 from mutants.training import TRAINING
+from mutants.watching import WATCHING
 
 __all__ = ["MUTANTS", "ROOT", "Mutant", "file_of", "judge", "place_of", "product_files"]
 
-MUTANTS = (*TRAINING, *METHODS, *EXPORT, *SERVING)
+MUTANTS = (*TRAINING, *METHODS, *EXPORT, *SERVING, *WATCHING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,17 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
+from loraover.models import memory
+from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
 from loraover_serve.judge.estimates import Estimate
+from loraover_serve.record import recorder
 from loraover_serve.record.adapter_check.reference import UNIT, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
+from loraover_serve.verify import run as verify_run
 
-from support.recorded import ANSWER, QUESTIONS
+from support.recorded import ANSWER, LINES, QUESTIONS
 from support.verified import Case
 
 
@@ -153,3 +158,46 @@ def test_a_reference_that_exists_is_kept(recorded: Path, adapter: Path, capsys: 
     assert run(cli, ["record", str(adapter), "-o", str(recorded)]) == 2
     assert "exists; choose another --output, or give --force" in capsys.readouterr().err
     assert recorded.read_bytes() == before
+
+
+def test_memory_is_told_before_a_model_is_loaded(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {
+        "record": ["record", str(adapter), "--model", str(base), "-o", str(tmp_path / "r.json.gz"), "--device", "cpu"],
+        "verify": ["verify", str(adapter), "--model", str(base), "--engine", "torch"],
+    }
+    for module in (recorder, verify_run):
+        monkeypatch.setattr(module, "make_reference", stopped)
+    for words_of in words.values():
+        with pytest.raises(StoppedError):
+            run(cli, words_of)
+        told = " ".join("".join(capsys.readouterr()).split())
+        assert re.search(r"PyTorch needs about \S+ GiB of memory in fp32; cpu has \S+ GiB free", told), told
+    monkeypatch.setattr(memory, "total_memory", lambda device: 2**10)
+    for words_of in words.values():
+        assert run(cli, words_of) == 2
+        told = " ".join("".join(capsys.readouterr()).split())
+        assert "PyTorch cannot run on cpu. It needs about" in told
+
+
+class StoppedError(Exception):
+    """Nothing is loaded."""
+
+
+def stopped(*_: Any, **__: Any) -> Any:
+    raise StoppedError
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_verify_in_a_coarser_type_allows_for_its_noise(dtype: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The engine is PyTorch in float32."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"{line}{index}" for line in LINES for index in range(4)))
+    options: dict[str, Any] = {"model": str(base), "engines": ["torch"], "prompts": prompts, "new_tokens": 4}
+    report = verify_adapter(adapter, compute_dtype=dtype, **options)
+    assert f"--compute-dtype {dtype}" in report.command
+    (found,) = report.engines
+    assert found.verdict == "as trained", found.reason
+    assert found.base is not None
+    assert found.base.rms > 1e-4

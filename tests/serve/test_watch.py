@@ -25,6 +25,7 @@ import yaml
 
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, OutputError
+from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.watch.ask import ask
@@ -126,6 +127,30 @@ def test_the_budget_holds_in_every_hour_and_outlives_a_restart(recorded: Path, t
     assert max(sum(n for at, n in sent if begin < at <= begin + HOUR_S) for begin, _ in sent) <= 40
     assert len(sent) >= 4 * (40 // 16)
     assert canary.deferred > 0
+
+
+def test_another_verdict_or_fault_is_a_change(recorded: Path, tmp_path: Path) -> None:
+    """And a server has one check at a time."""
+    watched = read_config(write(tmp_path, recorded))
+    changes: list[tuple[str, str | None]] = []
+    canary = Canary(
+        watched,
+        History(tmp_path / "h.sqlite"),
+        NOW,
+        random.Random(1),
+        lambda check, before: changes.append((check.verdict, check.fault)),
+    )
+    now = NOW
+    for verdict, fault in [RIGHTLY, RIGHTLY, ("differs", "a"), ("differs", "b"), ("differs", "b"), RIGHTLY]:
+        for _ in watched.targets:
+            target = canary.begin(now := now + 1000)
+            assert target is not None
+            assert canary.begin(now) is None
+            canary.end(target, replace(result(watched, target.adapter, now, verdict), fault=fault))
+    assert changes == [each for each in (RIGHTLY, ("differs", "a"), ("differs", "b"), RIGHTLY) for _ in watched.targets]
+
+
+RIGHTLY = ("as trained", None)
 
 
 def test_another_configuration_keeps_what_it_still_names(recorded: Path, tmp_path: Path) -> None:
@@ -283,6 +308,7 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
 SCRIPT = """
 import os, sys
 from loraover.common.command_line import run
+from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
 end, heavy = os._exit, {"torch", "numpy", "transformers"}
 os._exit = lambda code: (print("heavy", *(heavy & {*sys.modules}), "!", flush=True), end(code))
@@ -297,6 +323,13 @@ def test_each_adapter_is_checked_once(
     with openai_server(FromReference(reference, state.__getitem__), NAMES) as server:
         path = write(tmp_path, recorded, server.url)
         assert run(cli, ["watch", str(path), "--once"]) == 1
+        found = watch_adapters(path, once=True)
+        assert [(check.adapter, check.verdict) for check in found.checks] == [
+            ("steady", "as trained"),
+            ("lost", "differs"),
+            ("locked", "as trained"),
+        ]
+        assert found.exit_code == 1
         state["lost"] = RIGHT
         assert run(cli, ["watch", str(path), "--once"]) == 0
     assert "lost on prod: differs" in "".join(capsys.readouterr())

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from loraover.common.reporter import SILENT
+from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.watch.ask import ask
 from loraover_serve.watch.canary import Canary
 from loraover_serve.watch.config import WatchConfig, read_config
 from loraover_serve.watch.history import Check, History
 from loraover_serve.watch.metrics import Metrics
 from loraover_serve.watch.page import to_page
+from loraover_serve.watch.request import WatchRequest
+from loraover_serve.watch.service import Watch, serving
 
 from support.chromium import looked_at
+from support.openai_server import openai_server
+from support.real_servers import free_port, running
+from support.reference_server import AS_BASE, RIGHT, FromReference
 
 FOLDER = Path(__file__).parents[2] / "docker" / "watch"
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "watch.md"
@@ -43,26 +58,82 @@ def canary(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Canary:
     return canary
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: Debian's package promtool has it")
+def debian(name: str) -> str:
+    """Path of a program of Prometheus; skips the test if there is none."""
+    path = shutil.which(name, path=os.pathsep.join([os.environ.get("LORAOVER_PROMETHEUS", ""), os.environ["PATH"]]))
+    if path is None:
+        pytest.skip(f"{name} is missing: `make prometheus` fetches Debian's, or name its folder in LORAOVER_PROMETHEUS")
+    return path
+
+
 @pytest.mark.parametrize("words", [["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]])
 def test_promtool_takes_the_rules(words: list[str]) -> None:
-    done = subprocess.run(["promtool", *words], cwd=FOLDER, capture_output=True, text=True)
+    done = subprocess.run([debian("promtool"), *words], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is missing: Debian's package promtool has it")
 def test_promtool_takes_the_metrics_and_the_configuration(canary: Canary) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
     metrics = Metrics(canary, lambda: NOW).text()
-    done = subprocess.run(["promtool", "check", "metrics"], input=metrics, capture_output=True)
+    done = subprocess.run([debian("promtool"), "check", "metrics"], input=metrics, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    command = ["promtool", "check", "config", "prometheus.yaml"]
+    command = [debian("promtool"), "check", "config", "prometheus.yaml"]
     assert subprocess.run(command, cwd=FOLDER, capture_output=True).returncode == 0
+
+
+@pytest.mark.process
+def test_prometheus_reads_the_watch_and_fires_its_alert(recorded: Path, tmp_path: Path) -> None:
+    """The real one, with our rules, asks a watch whose server has lost an adapter."""
+    pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
+    program, port, reference = debian("prometheus"), free_port(), read_reference(str(recorded))
+    state = {"shop": RIGHT, "news": AS_BASE}
+    listed = {"base": None, "shop": "base", "news": "base"}
+    with openai_server(FromReference(reference, state.__getitem__), listed) as server:
+        adapters = [{"name": name, "reference": str(recorded), "quick": True} for name in state]
+        servers = [{"name": "prod", "url": server.url, "base_name": "base", "adapters": adapters}]
+        (tmp_path / "watch.yaml").write_text(yaml.safe_dump({"servers": servers, "port": 0}))
+        watch = Watch(WatchRequest(tmp_path / "watch.yaml"))
+        try:
+            for target in watch.canary.targets():
+                watch.canary.end(target, ask(target))
+            with serving(watch, SILENT) as url:
+                config = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
+                config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
+                config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+                (job,) = config["scrape_configs"]
+                job["scrape_interval"] = "1s"
+                job["static_configs"][0]["targets"] = [url.removeprefix("http://")]
+                (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
+                words = [program, f"--config.file={tmp_path}/prometheus.yaml", f"--web.listen-address=127.0.0.1:{port}"]
+                words.append(f"--storage.tsdb.path={tmp_path}/data")
+                with running(words, port, "/-/ready", tmp_path / "log", {}) as prometheus:
+                    fired = until(partial(firing, prometheus))
+        finally:
+            watch.close()
+    assert fired == [("AdapterDiffers", "news", "prod")]
+
+
+def firing(prometheus: str) -> list[tuple[str, ...]]:
+    """Alerts that fire: their names, adapters and servers."""
+    with urllib.request.urlopen(f"{prometheus}/api/v1/alerts", timeout=10) as answer:
+        alerts = json.load(answer)["data"]["alerts"]
+    names = ("alertname", "adapter", "server")
+    return [tuple(alert["labels"][name] for name in names) for alert in alerts if alert["state"] == "firing"]
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return found
 
 
 def test_rules_dashboard_and_page_name_figures_of_the_watch(canary: Canary) -> None:
     pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
-    shown = set(re.findall(r"^(loraover_watch_\w+)", Metrics(canary, lambda: NOW).text().decode(), re.M))
+    text = Metrics(canary, lambda: NOW).text().decode()
+    shown = set(re.findall(r"^(loraover_watch_\w+)", text, re.M))
+    assert len(re.findall(r"^loraover_watch_verdict\{.*\} 1.0$", text, re.M)) == len(canary.targets())
     for path in (FOLDER / "alerts.yaml", FOLDER / "dashboard.json", PAGE):
         named = set(re.findall(r"loraover_watch_\w+", path.read_text()))
         assert named

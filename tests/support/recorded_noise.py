@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,36 @@ class Recorded:
         """Every engine's."""
         return [cls(path) for path in sorted(NOISE.glob("*.npz"))]
 
+    def cut(self, positions: int, top: int) -> Recorded:
+        """The engine with fewer positions of each prompt, and with fewer logprobs at each of them.
+
+        Args:
+            positions: Number of positions.
+            top: Number of logprobs that the engine gives: tokens count that are so likely in both of its arms.
+        """
+        base = self._kept["likely"] + self._kept["base"]
+        adapter = self._kept["likely"] + self.effect + self._kept["adapter"]
+        shown = (_rank(base) < top) & (_rank(adapter) < top)
+        return self._with({name: (each * shown)[:, :positions] for name, each in self._kept.items()}, self.bias)
+
+    def served(self, ratio: float, factor: float) -> Recorded:
+        """The engine with a stronger or weaker adapter, and with a fault of its scaling.
+
+        Args:
+            ratio: RMS effect of the adapter, as a multiple of the base model's noise. The noise stays as it is.
+            factor: Factor on what the engine's adapter changes.
+        """
+        scale = ratio * _rms_of(self._kept["base"]) / _rms_of(self.effect)
+        effect = scale * self.effect
+        kept = {name: self._kept[name] for name in ("likely", "base")}
+        adapter = self._kept["adapter"] + (factor - 1) * effect
+        return self._with(kept | {"effect": effect, "adapter": adapter}, 1 + (self.bias - 1) / scale)
+
+    def _with(self, kept: dict[str, Floats], bias: float) -> Recorded:
+        found = copy(self)
+        found._kept, found.bias = kept, bias
+        return found
+
     @property
     def allowed(self) -> tuple[float, float]:
         """Strengths that a right adapter has."""
@@ -92,13 +122,24 @@ class Recorded:
         ratios: Floats = np.log(_rms(self._off(arm)) + FLOOR) - np.log(there)
         return ratios
 
-    def judged(self, arm: str, draw: np.random.Generator, runs: int, prompts: int) -> Verdicts:
+    def judged(self, arm: str, draw: np.random.Generator, runs: int, prompts: int, *, repeats: bool = True) -> Verdicts:
         """Judge drawn sets of prompts.
 
-        Prompts are drawn with replacement. The noise of each has a random sign, so that a set is not one of few, and
-        what it has along the effect in all prompts, such as rounding's own bias, stays.
+        The noise of each prompt has a random sign, so that a set is not one of few, and what it has along the effect in
+        all prompts, such as rounding's own bias, stays.
+
+        Args:
+            arm: What is served.
+            draw: Source of the draws.
+            runs: Number of sets.
+            prompts: Number of prompts in a set.
+            repeats: Whether prompts are drawn with replacement.
         """
-        chosen = draw.integers(len(self._kept["base"]), size=(runs, prompts))
+        number = len(self._kept["base"])
+        if repeats:
+            chosen = draw.integers(number, size=(runs, prompts))
+        else:
+            chosen = draw.permuted(np.tile(np.arange(number), (runs, 1)), axis=1)[:, :prompts]
         signs = draw.choice([-1.0, 1.0], size=(runs, prompts, 1, 1))
         effect, change = self.effect, self.change(arm)
         along = float(self.strength(arm).value) * effect
@@ -124,11 +165,21 @@ class Recorded:
         centred = (noise - noise.mean(-1, keepdims=True)) * present
         return _explained(_projections(centred, likely)) | _explained(_projections(noise, effect[chosen]))
 
-    @cached_property
+    @property
     def _likely(self) -> Floats:
         kept = self._kept["likely"]
         centred: Floats = kept - kept.mean(-1, keepdims=True)
         return centred
+
+
+def _rank(logprobs: Floats) -> NDArray[np.int64]:
+    """Rank of each recorded token at its position, 0 for the likeliest."""
+    known = np.where(logprobs == 0, -np.inf, logprobs)
+    return np.argsort(np.argsort(-known, axis=-1), axis=-1)
+
+
+def _rms_of(values: Floats) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def _projections(change: Floats, direction: Floats) -> Projections:

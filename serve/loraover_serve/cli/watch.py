@@ -11,13 +11,14 @@ def _watch(request: WatchRequest, as_json: bool) -> int:
     from dataclasses import replace
 
     from loraover.common.command_line import end_at_once
+    from loraover.common.verb import perform
     from loraover.reporting.reporter import ConsoleReporter
     from loraover_serve.watch.run import watch_adapters
 
-    code = watch_adapters(replace(request, report=ConsoleReporter()))
+    found = perform(watch_adapters, replace(request, report=ConsoleReporter()))
     if request.once:
-        return code
-    end_at_once(code)  # a check that waits for a silent server would keep the interpreter from ending
+        return found.exit_code
+    end_at_once(0)  # a check that waits for a silent server would keep the interpreter from ending
 
 
 watch = request_command(WatchRequest, _watch)

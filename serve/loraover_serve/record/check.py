@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,11 @@ from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, EngineError
 from loraover.common.verb import perform, verb
-from loraover_serve.judge.names import ANOTHER
+from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
+from loraover_serve.record.crossed import Named, nearest
 from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.request import VerifyRequest
 
@@ -154,23 +157,41 @@ def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str,
 
 def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
     """Name the adapter with which a server answers instead, where it is one of those that are checked."""
+    adapters = [(str(result["engine"]), partial(references.__getitem__, index)) for index, result in enumerate(found)]
     for index, result in enumerate(found):
-        if result["verdict"] != "differs":
-            continue
-        for other, reference in enumerate(references):
-            if other != index and _answers_as(request, result["engine"], reference):
+        name_crossed(request, references[index], adapters[:index] + adapters[index + 1 :], result)
+
+
+def name_crossed(
+    request: VerifyRequest,
+    reference: Reference,
+    others: Sequence[Named],
+    result: dict[str, Any],
+    most: int | None = None,
+) -> None:
+    """Name the adapter with which a server answers instead, where it is one of these.
+
+    Args:
+        request: What the user asked for.
+        reference: The reference by which the adapter was checked.
+        others: The other adapters that the server serves.
+        result: Result of that check, whose fault, reason and number of requests change.
+        most: Largest number of adapters by whose references the server is checked; None means all that may be it.
+    """
+    if not others or result["verdict"] != "differs" or result["fault"] in (NOT_APPLIED, INTERMITTENT):
+        return
+    endpoint = _endpoint(request)
+    with suppress(ConfigError, EngineError):  # what the server refuses now, it answered before: the verdict is known
+        asker = _asker(request, endpoint, result["engine"], reference)
+        for name, read in nearest(asker, others)[:most]:
+            if _answers_as(request, _asker(request, endpoint, result["engine"], read())):
                 result["fault"] = ANOTHER
-                result["reason"] = f"{ANOTHER}: answers as {found[other]['engine']} was trained ({result['reason']})"
+                result["reason"] = f"{ANOTHER}: answers as {name} was trained ({result['reason']})"
                 break
+    result["requests"] += endpoint.sent
 
 
-def _answers_as(request: VerifyRequest, name: str, reference: Reference) -> bool:
-    """Whether a name is served with another adapter; a few requests exclude most."""
-    try:
-        asker = _asker(request, _endpoint(request), name, reference)
-        return all(
-            _asked(request, asker, is_quick=is_quick)["verdict"] == "as trained"
-            for is_quick in (True, *((False,) if not request.quick else ()))
-        )
-    except (ConfigError, EngineError):
-        return False
+def _answers_as(request: VerifyRequest, asker: Asker) -> bool:
+    """Whether a server answers as a reference has it; a few requests exclude most."""
+    steps = (True,) if request.quick else (True, False)
+    return all(_asked(request, asker, is_quick=is_quick)["verdict"] == "as trained" for is_quick in steps)

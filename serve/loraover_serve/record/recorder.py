@@ -43,7 +43,7 @@ from loraover_serve.record.request import RecordRequest
 from loraover_serve.record.sealed import SEALED
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.measures import between_arms, off
-from loraover_serve.verify.reference import Reference, make_reference
+from loraover_serve.verify.reference import HELD, Reference, make_reference, say_needs
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
@@ -51,9 +51,10 @@ SCHEMA_VERSION = 1
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 TOP = 20  # logprobs that most servers give
-KEPT = 32  # likeliest tokens of the base model and of the adapter that are recorded at each place
+KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
 NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
 MEASURED = 16  # questions on which rounding is measured
+FAULTY = 30  # faults of the entire adapter, about, whose logprobs are held at once
 
 
 class RecordReport(BaseModel):
@@ -163,6 +164,9 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     dtype = request.compute_dtype
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
+    rows = (HELD * len(prompts) + FAULTY * NAMED) * request.new_tokens
+    longest = max(map(len, prompts)) + request.new_tokens
+    say_needs("PyTorch", adapter, base, rows=rows, longest=longest, device=device, dtype=dtype, say=say)
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
     variants, subject = Variants(adapter, base, device, reference.questions, dtype), make_subject(adapter, base)
     say(f"running both models in {', '.join(FORMATS)}")

@@ -9,7 +9,7 @@ from typing import final
 
 import numpy as np
 
-from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.comparison.rounding import as_served
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
 from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, first_parted
@@ -127,14 +127,14 @@ class EngineEvidence(Evidence):
         return {name: mixed_off(rows, alone[name]) for name, rows in (self._answers.mixed or {}).items()}
 
     def rounding(self, number_format: str) -> float:
-        model = self._variants.rounded(FORMATS[number_format])
+        model = self._variants.rounded(as_served(number_format, self._variants.dtype))
         squares = [float(np.mean(np.square(model.like(row) - self.base.like(row)))) for row in self._asked]
         return float(np.sqrt(np.mean(squares)))
 
     def bias(self, number_format: str) -> float:
         if number_format == "bf16":
             return self._reference.bias
-        format_ = FORMATS[number_format]
+        format_ = as_served(number_format, self._variants.dtype)
         arms = self._variants.rounded(format_), self._variants.rounded(format_, self._subject.deltas)
         pairs = [(like(row, arms[0]), like(row, arms[1])) for row in self._asked]
         return strength_along(between_arms(pairs, self.base, self.adapter)).value

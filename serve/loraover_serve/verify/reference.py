@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import numpy as np
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model
+from loraover.models.memory import Needs, say_memory
 from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
 from loraover_serve.engines.sample import TokenRequest
-from loraover_serve.engines.torch import TorchEngine, Within
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within
 from loraover_serve.judge.case import strength_along
 from loraover_serve.verify.measures import between_arms
+
+HELD = 4
+"""Models whose logprobs are held at once at most: base and adapter, and both of them rounded."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,39 @@ class Reference:
     sensitivity: float
     bias: float = 1.0
     ends: frozenset[int] = frozenset()
+
+
+def say_needs(
+    work: str,
+    adapter: AdapterDir,
+    base: ModelSource,
+    *,
+    rows: int,
+    longest: int,
+    device: str,
+    dtype: str,
+    say: Callable[[str], None],
+) -> None:
+    """Say what PyTorch needs of memory, and what is free, before a model is loaded.
+
+    Args:
+        work: The work, as the beginning of a sentence.
+        adapter: The adapter.
+        base: The base model.
+        rows: Number of positions whose logprobs are held at once, counted for each model; they are in the CPU's memory.
+        longest: Number of tokens of the longest question with its answer.
+        device: Device to run on.
+        dtype: Data type to run in.
+        say: Receiver of the sentence.
+
+    Raises:
+        ConfigError: The weights of the base model alone are larger than the device's memory.
+    """
+    vocabulary = load_config(base).get_text_config().vocab_size
+    held = sum(prod(shape) for shape in adapter.shapes.values()) + (rows * vocabulary if device == "cpu" else 0)
+    tokens = max(longest, LOGITS_AT_ONCE // vocabulary)
+    needs = Needs.of_model(base, adapters=held, tokens=tokens, logits=2)  # the model's, and these in float32
+    say_memory(work, device=device, compute_dtype=dtype, needs=needs, say=say)
 
 
 def make_reference(

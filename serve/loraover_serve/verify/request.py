@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, option
-from loraover.models.device import choose_device
-from loraover.models.request_fields import device
+from loraover.models.device import choose_compute
+from loraover.models.request_fields import compute_dtype, device
 from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
@@ -136,6 +136,9 @@ class VerifyRequest(EngineRequest):
         least=1,
     )
     device: str = device("Device that PyTorch runs on, such as cpu or cuda:1.", "cpu")
+    compute_dtype: str = compute_dtype(
+        "Data type in which PyTorch computes; what bf16 and fp16 add to the noise is measured and allowed for."
+    )
     base_gguf: AnyPath | None = option(
         "GGUF file of the base model for llama.cpp, quantised or not.",
         default=None,
@@ -153,7 +156,7 @@ class VerifyRequest(EngineRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loads_models:
-            choose_device(self.device)
+            choose_compute(self.device, self.compute_dtype)
 
     @property
     def loads_models(self) -> bool:

@@ -46,7 +46,7 @@ from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import Reference, make_reference
+from loraover_serve.verify.reference import HELD, Reference, make_reference, say_needs
 from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
@@ -114,8 +114,11 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         prompts, messages = as_chats(load_tokenizer(base), prompts)
         setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
-    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report)
-    variants = Variants(adapter, base, device, reference.questions)
+    dtype, rows = request.compute_dtype, HELD * len(prompts) * request.new_tokens
+    needed = {"rows": rows, "longest": longest, "device": device, "dtype": dtype, "say": request.report.line}
+    say_needs("PyTorch", adapter, base, **needed)
+    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
+    variants = Variants(adapter, base, device, reference.questions, dtype)
     judge = EngineJudge(reference, variants, subject, request.declared_format, request.without_mixed)
     results, failures = _verify_all(request, setting, judge)
     made = _report(request, base, reference, prompt_source, results)

@@ -76,12 +76,12 @@ class Variants:
         self, adapter: AdapterDir, base: ModelSource, device: str, questions: Sequence[Question], dtype: str = "fp32"
     ) -> None:
         self._adapter, self._base, self._device, self._questions = adapter, base, device, questions
-        self._dtype = dtype
+        self.dtype = dtype
 
     @cached_property
     def model(self) -> Any:
         """The base model."""
-        return load_model(self._base, dtype=self._dtype, device=self._device)
+        return load_model(self._base, dtype=self.dtype, device=self._device)
 
     def adapted(
         self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None, source: AdapterDir | None = None

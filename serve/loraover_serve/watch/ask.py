@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from loraover.common.errors import LoraOverError
-from loraover_serve.record.check import ask_server
+from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.record.check import ask_server, name_crossed
+from loraover_serve.record.crossed import NEAREST
 from loraover_serve.watch.config import Target
 from loraover_serve.watch.history import Check
 
 
-def ask(target: Target, clock: Callable[[], float] = time.time) -> Check:
+def ask(
+    target: Target, clock: Callable[[], float] = time.time, reserve: Callable[[int], bool] = lambda requests: True
+) -> Check:
     """Check an adapter; one that cannot be checked has the verdict "failed".
 
     Args:
         target: The adapter.
         clock: Clock in seconds since 1970.
+        reserve: Asked whether so many more requests may be sent, to find out which adapter answers in its place.
     """
     begun = time.monotonic()
     try:
-        (found,) = ask_server(target.request)[1]
+        (reference,), (found,) = ask_server(target.request)
+        if found["verdict"] == "differs" and target.others and reserve(target.search):
+            others = [(name, partial(read_reference, str(file))) for name, file in target.others]
+            name_crossed(target.request, reference, others, found, NEAREST)
     except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
         found = {"verdict": "failed", "reason": str(error), "requests": 0}
     strength, distance = found.get("strength"), found.get("adapter")

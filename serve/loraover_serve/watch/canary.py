@@ -57,6 +57,7 @@ class Canary:
         self._spent = deque(history.requests_since(now - HOUR_S))
         self._used = sum(requests for _, requests in self._spent)
         """Requests of the last hour, and those that running checks may send."""
+        self._reserved: Counter[tuple[str, str]] = Counter()
         self._forgotten = now
         self.checks: Counter[tuple[str, str, str]] = Counter()
         self.requests: Counter[str] = Counter()
@@ -111,6 +112,21 @@ class Canary:
             self._used += chosen.target.most
             return chosen.target
 
+    def reserve(self, target: Target, requests: int, now: float) -> bool:
+        """Reserve more requests for a check that runs, and return whether the budget has room for them.
+
+        Args:
+            target: The adapter.
+            requests: Number of requests.
+            now: The time.
+        """
+        with self._lock:
+            if self.left(now) < requests:
+                return False
+            self._used += requests
+            self._reserved[target.key] += requests
+            return True
+
     def left(self, now: float) -> int:
         """Number of requests that the budget of this hour has left."""
         with self._lock:
@@ -128,7 +144,7 @@ class Canary:
         with self._lock:
             before = self.history.last(check.key)
             check = replace(check, changed=before is None or before.shown != check.shown)
-            self._used += check.requests - target.most
+            self._used += check.requests - target.most - self._reserved.pop(target.key, 0)
             self._spent.append((check.at, check.requests))
             self.history.add(check)
             self.requests[check.server] += check.requests

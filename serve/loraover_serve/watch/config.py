@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import describe
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
-from loraover_serve.record.check import read_all
+from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.record.crossed import NEAREST, SCREENED
 from loraover_serve.verify.request import VerifyRequest
 
 MAX_YAML_BYTES = 2**20
@@ -86,6 +88,7 @@ class Target:
         request: What is asked of the server.
         interval_s: Seconds between checks.
         most: Largest number of requests of a check.
+        others: Names of the server's other adapters, and the files of their references.
     """
 
     server: ServerSettings
@@ -93,6 +96,12 @@ class Target:
     request: VerifyRequest
     interval_s: float
     most: int
+    others: tuple[tuple[str, Path], ...] = ()
+
+    @property
+    def search(self) -> int:
+        """Largest number of requests that find out which adapter answers in the place of one that differs."""
+        return QUICK + SCREENED + NEAREST * (2 * QUICK + self.most)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -148,7 +157,13 @@ def read_config(path: Path) -> Watched:
     ]
     if faults:
         raise ConfigError(f"{path}: {' '.join(faults)}")
-    return Watched(config, targets, folder / config.history)
+    return Watched(config, tuple(_beside(target, targets) for target in targets), folder / config.history)
+
+
+def _beside(target: Target, targets: Sequence[Target]) -> Target:
+    """An adapter with the others of its server."""
+    mine = [each for each in targets if each.server.name == target.server.name and each.adapter != target.adapter]
+    return replace(target, others=tuple((each.adapter, each.request.references[0]) for each in mine))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -171,7 +186,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     file = folder / adapter.reference
     if file.is_dir():
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
-    (reference,) = read_all([file])
+    reference = read_reference(str(file))
     most = QUICK if adapter.quick else (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places) + QUICK
     name = adapter.name or str(reference.content["adapter"])
     try:

@@ -1,21 +1,43 @@
-"""A watch from the command line, until a signal ends it or every adapter was checked once."""
+"""A watch, until a signal ends it or every adapter was checked once."""
 
 from __future__ import annotations
 
 import time
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.common.verb import verb
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.ask import ask
 from loraover_serve.watch.config import read_config
+from loraover_serve.watch.history import Check
 from loraover_serve.watch.request import WatchRequest
 from loraover_serve.watch.service import Watch, serving, signals
 
 
-def watch_adapters(request: WatchRequest) -> int:
-    """Watch until a signal ends it, and return the exit code.
+class WatchReport(BaseModel):
+    """What a watch found at its end."""
 
-    Args:
-        request: What the user asked for.
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checks: list[Check] = Field(description="Last check of each adapter on each server, in the order of the file")
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the worst verdict, that of `loraover serve verify`; 0 if there is none."""
+        found = {check.verdict for check in self.checks}
+        return next((code for verdict, code in EXIT_CODES.items() if verdict in found), 0)
+
+
+@verb(WatchRequest)
+def watch_adapters(request: WatchRequest) -> WatchReport:
+    """Check adapters on their servers again and again, until SIGTERM or SIGINT, or each of them once.
+
+    Without `once` it blocks, serves the page and /metrics meanwhile, and has to be called in the main thread, which
+    receives signals.
+
+    Returns:
+        The last check of each adapter.
 
     Raises:
         ConfigError: A configuration that cannot be used.
@@ -29,14 +51,15 @@ def watch_adapters(request: WatchRequest) -> int:
     try:
         with serving(watch, request.report), signals(watch):
             watch.run()
+        last = [check for target in watch.canary.targets() if (check := watch.history.last(target.key)) is not None]
     finally:
         watch.close()
     request.report.line("ended; the history is whole")
-    return 0
+    return WatchReport(checks=last)
 
 
-def check_once(request: WatchRequest) -> int:
-    """Check every adapter once, without a history, and return the exit code of the worst verdict.
+def check_once(request: WatchRequest) -> WatchReport:
+    """Check every adapter once, without a history.
 
     Args:
         request: What the user asked for.
@@ -49,5 +72,5 @@ def check_once(request: WatchRequest) -> int:
     for target in read_config(request.config).targets:
         check = ask(target, time.time)
         request.report.line(f"{check.adapter} on {check.server}: {check.verdict} ({check.reason})")
-        found.append(check.verdict)
-    return next(code for verdict, code in EXIT_CODES.items() if verdict in found)
+        found.append(check)
+    return WatchReport(checks=found)

@@ -68,7 +68,7 @@ class Watch:
 
     def _check(self, target: Target) -> None:
         try:
-            check = ask(target, self._clock)
+            check = ask(target, self._clock, lambda requests: self.canary.reserve(target, requests, self._clock()))
             if not self.stopping.is_set():
                 self.canary.end(target, check)
         except BaseException as error:

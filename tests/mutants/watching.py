@@ -1,0 +1,122 @@
+"""Faults of watches, of the search for crossed names, of references' sizes and memory, and of attestations."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, Selection
+
+WATCHING = (
+    Mutant(
+        "watch-a-running-check-takes-no-budget",
+        "self._used += chosen.target.most",
+        "self._used += 0",
+        Selection("test_watch.py", "budget_holds"),
+    ),
+    Mutant(
+        "watch-the-budget-of-an-hour-never-comes-back",
+        "while self._spent and self._spent[0][0] <= now - HOUR_S:",
+        "while self._spent and self._spent[0][0] <= now - 24 * HOUR_S:",
+        Selection("test_watch.py", "budget_holds"),
+    ),
+    Mutant(
+        "watch-a-restart-forgets-what-was-sent",
+        "deque(history.requests_since(now - HOUR_S))",
+        "deque(history.requests_since(now))",
+        Selection("test_watch.py", "budget_holds"),
+    ),
+    Mutant(
+        "watch-a-search-keeps-its-budget",
+        "check.requests - target.most - self._reserved.pop(target.key, 0)",
+        "check.requests - target.most",
+        Selection("test_crossed.py", "given_back"),
+    ),
+    Mutant(
+        "watch-another-fault-is-no-change",
+        "return self.verdict, self.fault",
+        "return self.verdict, None",
+        Selection("test_watch.py", "is_a_change"),
+    ),
+    Mutant(
+        "watch-a-server-has-two-checks-at-once",
+        "if one.due <= now and one.target.server.name not in running)",
+        "if one.due <= now and not one.is_running)",
+        Selection("test_watch.py", "is_a_change"),
+    ),
+    Mutant(
+        "watch-every-verdict-is-shown-at-once",
+        "float(verdict == last.verdict)",
+        "1.0",
+        Selection("test_watch_files.py", "name_figures"),
+    ),
+    Mutant(
+        "watch-a-wrong-configuration-is-taken-for-read",
+        "self._config_fault, self.metrics.is_config_read = str(error), False",
+        "self._config_fault, self.metrics.is_config_read = str(error), True",
+        Selection("test_watch.py", "process_shows"),
+    ),
+    Mutant(
+        "watch-a-search-needs-no-room-in-the-budget",
+        "target.others and reserve(target.search)",
+        "target.others",
+        Selection("test_crossed.py", "within_its_budget"),
+    ),
+    Mutant(
+        "crossed-the-furthest-is-the-likeliest",
+        "if value is not None and value < right)",
+        "if value is not None and value > right)",
+        Selection("test_crossed.py", "among_many"),
+    ),
+    Mutant(
+        "crossed-the-nearest-needs-no-check",
+        'if _answers_as(request, _asker(request, endpoint, result["engine"], read())):',
+        "if True:",
+        Selection("test_crossed.py", "no_other"),
+    ),
+    Mutant(
+        "memory-more-than-there-is-is-tried",
+        "if total is not None and needs.width(compute_dtype) * needs.weights > total:",
+        "if total is None:",
+        Selection("test_record.py", "memory_is_told"),
+    ),
+    Mutant(
+        "attest-a-changed-file-is-as-attested",
+        "elif sha256_of(found[name]) != digest:",
+        "elif not found[name].exists():",
+        Selection("test_attest.py", "change_is_named"),
+    ),
+    Mutant(
+        "attest-a-further-file-is-as-attested",
+        'is not attested" for name in found if name not in named)',
+        'is not attested" for name in named if name not in named)',
+        Selection("test_attest.py", "change_is_named"),
+    ),
+    Mutant(
+        "attest-a-failed-certificate-is-a-warning",
+        '"FAILED" if tests["failed"] else',
+        '"WARNED" if tests["failed"] else',
+        Selection("test_attest.py", "cannot_be_attested"),
+    ),
+    Mutant(
+        "attest-a-reference-that-may-not-decide-passes",
+        'power.get("decides") is True',
+        'power.get("decides") is not False',
+        Selection("test_attest.py", "form_of_in_toto"),
+    ),
+    Mutant(
+        "attest-takes-the-reference-of-another-adapter",
+        "reason = misfit(path)",
+        "reason = None",
+        Selection("test_attest.py", "cannot_be_attested"),
+    ),
+    Mutant(
+        "attest-an-earlier-signature-stays",
+        "(request.adapter / SIGNATURE_FILE).unlink(missing_ok=True)",
+        "(request.adapter / SIGNATURE_FILE).exists()",
+        Selection("test_attest.py", "signature_holds"),
+    ),
+    Mutant(
+        "attest-any-signature-holds",
+        "faults += [] if fault is None else [fault]",
+        "faults += []",
+        Selection("test_attest.py", "signature_holds"),
+    ),
+)

@@ -1,0 +1,134 @@
+"""Crossed names: which of many adapters a server answers with, for `verify` and for `watch`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loraover_serve import verify_adapter
+from loraover_serve.judge.names import ANOTHER
+from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.record.crossed import NEAREST, SCREENED
+from loraover_serve.watch.ask import ask
+from loraover_serve.watch.canary import Canary
+from loraover_serve.watch.config import QUICK, Watched, read_config
+from loraover_serve.watch.history import Check, History
+
+from support.openai_server import Recorded, openai_server
+from support.reference_server import RIGHT, FromReference
+
+NOW = 1_700_000_000.0
+NUMBER = 20
+ADAPTERS = tuple(f"a{index}" for index in range(NUMBER))
+CROSSED = {"a3": "a7", "a7": "a12", "a12": "a3"}
+
+
+def another(content: Mapping[str, Any], name: str, seed: int) -> dict[str, Any]:
+    """The reference of another adapter, which changes as much at each position, and has the same likeliest tokens."""
+    draw, made = random.Random(seed), json.loads(json.dumps(dict(content)))
+    tokens = [token for question in made["questions"] for token in question["answer"]]
+    for place, token in zip(made["positions"], tokens, strict=True):
+        changes = [one - other for one, other in zip(place["adapter"], place["base"], strict=True)]
+        draw.shuffle(changes)
+        found = [max(0, one + change) for one, change in zip(place["base"], changes, strict=True)]
+        mine, best = place["ids"].index(token), found.index(min(found))
+        found[mine], found[best] = found[best], found[mine]
+        place["adapter"] = found
+    kept = [each for each in made["variants"] if each["factor"] == 2]
+    return made | {"adapter": name, "variants": kept}
+
+
+@pytest.fixture(scope="module")
+def files(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """References of many adapters, below one folder."""
+    folder, content = tmp_path_factory.mktemp("many"), json.loads(gzip.decompress(recorded.read_bytes()))
+    found = {}
+    for seed, name in enumerate(ADAPTERS):
+        (folder / name).mkdir()
+        found[name] = folder / name / "adapter_reference.json.gz"
+        found[name].write_bytes(gzip.compress(json.dumps(another(content, name, seed)).encode()))
+    return found
+
+
+@pytest.fixture
+def server(files: dict[str, Path]) -> Iterator[Recorded]:
+    """A server of all of them, of which three have one another's names."""
+    by_name = {name: read_reference(str(files[CROSSED.get(name, name)])) for name in ADAPTERS}
+    answer: dict[str, Callable[[dict[str, Any]], int | bytes]] = {
+        name: FromReference(reference, lambda _: RIGHT) for name, reference in by_name.items()
+    }
+    answer["base"] = answer["a0"]
+    with openai_server(
+        lambda body: answer[body["model"]](body), {"base": None} | dict.fromkeys(ADAPTERS, "base")
+    ) as it:
+        yield it
+
+
+def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: dict[str, Path]) -> None:
+    report = verify_adapter(references=[files["a0"].parents[1]], endpoint=server.url)
+    found = {result.engine: result for result in report.engines}
+    for name, result in found.items():
+        if name in CROSSED:
+            assert (result.verdict, result.fault) == ("differs", ANOTHER), result.reason
+            assert result.reason.startswith(f"{ANOTHER}: answers as {CROSSED[name]} was trained (")
+        else:
+            assert result.verdict == "as trained", result.reason
+    least = min(result.requests for name, result in found.items() if name not in CROSSED)
+    assert max(result.requests for result in found.values()) <= 2 * 2 * least + SCREENED + NEAREST * QUICK
+
+
+def test_a_server_that_answers_as_no_other_adapter_names_none(server: Recorded, files: dict[str, Path]) -> None:
+    """The name a3 answers as a7, which is not asked about; others are nearer to that than a3 is."""
+    known = [files[name] for name in ("a3", *ADAPTERS[:3], *ADAPTERS[4:7])]
+    first, *others = verify_adapter(references=known, endpoint=server.url).engines
+    assert first.verdict == "differs"
+    assert first.fault != ANOTHER
+    assert {one.verdict for one in others} == {"as trained"}
+
+
+def watched(folder: Path, files: Mapping[str, Path], url: str, **more: Any) -> Watched:
+    adapters = [{"name": name, "reference": str(files[name]), "quick": True} for name in ADAPTERS]
+    for each in adapters[:8]:
+        each["quick"] = False
+    content = {"servers": [{"name": "prod", "url": url, "base_name": "base", "adapters": adapters}], **more}
+    (folder / "watch.yaml").write_text(yaml.safe_dump(content))
+    return read_config(folder / "watch.yaml")
+
+
+def test_a_watch_names_the_adapter_that_answers_within_its_budget(
+    server: Recorded, files: dict[str, Path], tmp_path: Path
+) -> None:
+    found = watched(tmp_path, files, server.url)
+    target = next(each for each in found.targets if each.adapter == "a3")
+    check = ask(target)
+    assert (check.verdict, check.fault) == ("differs", ANOTHER), check.reason
+    assert "answers as a7 was trained" in check.reason
+    assert check.requests == len(server.bodies) + 3, "and three for the names"
+    assert check.requests <= target.most + target.search
+    server.bodies.clear()
+    asked: list[int] = []
+    check = ask(target, reserve=lambda requests: bool(asked.append(requests)))
+    assert asked == [target.search]
+    assert check.verdict == "differs"
+    assert check.fault != ANOTHER
+    assert len(server.bodies) <= target.most
+
+
+def test_a_search_is_reserved_in_the_budget_and_given_back(files: dict[str, Path], tmp_path: Path) -> None:
+    found = watched(tmp_path, files, "http://localhost:9", budget=2000)
+    canary = Canary(found, History(tmp_path / "h.sqlite"), NOW, random.Random(1))
+    target = canary.begin(NOW + 1e6)
+    assert target is not None
+    before = canary.left(NOW + 1e6)
+    assert not canary.reserve(target, before + 1, NOW + 1e6)
+    assert canary.reserve(target, before, NOW + 1e6)
+    assert canary.left(NOW + 1e6) == 0
+    canary.end(target, Check(*target.key, NOW + 1e6, "differs", None, "a reason", 0.1, 0.2, 1.0, 0.1, requests=60))
+    assert canary.left(NOW + 1e6) == 2000 - 60
