@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loraover.common.errors import ConfigError
@@ -19,8 +18,8 @@ from loraover.overparam.sites import Site
 class FlatView(OptimizerView):
     """The cores in an optimizer that holds pieces of the matrices, beside other parameters, in one flat parameter.
 
-    The flat parameter takes every step, with gradients of zero in the places of matrices that have cores; what the
-    step makes of these places is overwritten by the contraction. Every process steps all cores, alike.
+    The flat parameter takes every step, and what that makes of matrices which have cores is overwritten by their
+    contraction. Every process steps all cores, alike.
     """
 
     def check_holds(self, sites: Iterable[Site]) -> None:
@@ -66,13 +65,8 @@ class FlatView(OptimizerView):
     def empty_state(self) -> None:
         """Leave the state as it is: it belongs to other parameters, too."""
 
-    @torch.no_grad()
     def clear_shared_gradients(self) -> None:
-        """Set the gradients in the places of matrices that have cores to zero."""
-        gradient = self._flat.grad
-        for _, group in self._hosted:
-            for _, piece in _pieces(group.sites):
-                piece.of(gradient).zero_()
+        """Leave the gradients as they are: what the step makes of them is overwritten."""
 
     @property
     def _flat(self) -> Any:

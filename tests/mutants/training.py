@@ -86,6 +86,36 @@ TRAINING = (
         "dist.ReduceOp.MIN",
         Selection("test_fsdp.py", "changed_in_one_process"),
     ),
+    Mutant(
+        "checkpoint-of-torch-steps-the-cores",
+        "        if self._is_filling:\n            return None",
+        "        if False:\n            return None",
+        Selection("test_fsdp.py", "checkpoint_of_torch"),
+    ),
+    Mutant(
+        "covered-matrices-have-no-state-in-a-checkpoint",
+        "optimizer.register_state_dict_pre_hook(lambda _: view.fill_state())",
+        "optimizer.register_state_dict_pre_hook(lambda _: None)",
+        Selection("test_between_steps.py", "looks_plain"),
+    ),
+    Mutant(
+        "zero-pieces-are-read-in-another-place",
+        "whole.view(-1)[self.start : self.start + len(part)] = part",
+        "whole.view(-1)[: len(part)] = part",
+        Selection("test_zero.py", "every_stage"),
+    ),
+    Mutant(
+        "zero-pieces-are-not-summed",
+        "        dist.all_reduce(stack)\n",
+        "",
+        Selection("test_zero.py", "every_stage"),
+    ),
+    Mutant(
+        "zero-3-shares-are-swapped",
+        "min(share * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)",
+        "share * (1 - dist.get_rank(parameter.ds_process_group))",
+        Selection("test_zero.py", "every_stage"),
+    ),
     # Schedules, budgets and scores
     Mutant(
         "schedule-rounds-end-too-soon",
