@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.step_norm import Factors, factors, step_norm
@@ -53,14 +51,6 @@ def _condition(frame: Tensor) -> float:
     return float((values[:, 0] / values[:, -1]).max())
 
 
-def _log_folder(args: TrainingArguments) -> Path:
-    """Return the folder in which the Trainer's TensorBoard callback, which runs first, has begun to write."""
-    if named := os.environ.get("TENSORBOARD_LOGGING_DIR"):
-        return Path(named)
-    runs = Path(args.output_dir) / "runs"
-    return max((p for p in runs.glob("*") if p.is_dir()), key=lambda p: p.stat().st_mtime, default=runs)
-
-
 def _may_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
     """Whether the Trainer may log after this step, as far as is known before the step."""
     if args.logging_strategy == "steps":
@@ -70,7 +60,7 @@ def _may_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Callback that adds measurements to the Trainer's log: `trainer_state.json`, and TensorBoard if it is in use.
+    """Callback that adds measurements to what the Trainer logs and reports: to trackers, and in `trainer_state.json`.
 
     `loraover/step_norm` is the Frobenius norm by which the logged step changes scaling * B A, over all modules. It
     exists for plain LoRA too, and shows whether one method only takes larger steps than another. The other values are
@@ -81,28 +71,23 @@ class DiagnosticsCallback(TrainerCallback):
     before it is taken.
 
     Args:
-        over: Callback that trains through cores, which must come before this one; None for plain LoRA.
+        over: Callback that trains through cores; None for plain LoRA.
 
     Example:
         ```python
         over = LoraOverCallback()
-        trainer = Trainer(model, args, train_dataset=data, callbacks=[over, DiagnosticsCallback(over)])
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[over])
+        DiagnosticsCallback(over).add_to(trainer)  # in `callbacks`, it would come after the trackers
         ```
     """
 
     def __init__(self, over: LoraOverCallback | None = None) -> None:
         self._over = over
         self._before: dict[str, Factors] | None = None
-        self._writer: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open a TensorBoard writer if the Trainer reports to TensorBoard."""
-        if "tensorboard" in args.report_to and state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(_log_folder(args))
+    def add_to(self, trainer: Trainer) -> None:
+        """Add this callback to a trainer, before the callbacks that report what the Trainer logs."""
+        trainer.callback_handler.callbacks.insert(0, self)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -128,13 +113,3 @@ class DiagnosticsCallback(TrainerCallback):
         named = {PREFIX + name: value for name, value in numbers.items()}
         logs.update(named)
         state.log_history[-1].update(named)
-        if self._writer is not None:
-            for name, value in named.items():
-                self._writer.add_scalar(name, value, state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the TensorBoard writer."""
-        if self._writer is not None:
-            self._writer.close()

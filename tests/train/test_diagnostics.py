@@ -11,7 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import integration_utils
 
 from loraover import DiagnosticsCallback, LoraOverCallback, LoraOverConfig, OverParameterization
 from loraover.callbacks.diagnostics import PREFIX, core_numbers
@@ -27,9 +28,9 @@ STEPS = 5
 
 def trained(folder: Path, over: LoraOverCallback | None, adapter: str = "default", **changes: Any) -> Trainer:
     args = arguments(folder, **({"max_steps": STEPS, "logging_steps": 2} | changes))
-    callbacks: list[Any] = [DiagnosticsCallback(over)] if over is None else [over, DiagnosticsCallback(over)]
     model = llama(adapter=adapter)
-    trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=callbacks)
+    trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=[] if over is None else [over])
+    DiagnosticsCallback(over).add_to(trainer)
     trainer.train()
     return trainer
 
@@ -95,11 +96,20 @@ def test_an_adapter_of_another_name_is_measured(tmp_path: Path) -> None:
     assert all(norm > 0 for norm in norms.values())
 
 
-def test_they_reach_tensorboard_and_the_trainers_own_record(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, LoraOverCallback(), report_to="tensorboard")
+def test_they_reach_every_tracker_and_the_trainers_own_record(tmp_path: Path) -> None:
+    told: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            told.append(dict(logs or {}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Tracker)
+        trainer = trained(tmp_path, LoraOverCallback(), report_to=["tensorboard", "mlflow"])
+    assert [row[PREFIX + "step_norm"] for row in told if "loss" in row] == list(logged(trainer, "step_norm").values())
     (folder,) = (tmp_path / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    found = {event.step: event.value for event in events.Scalars(PREFIX + "step_norm")}
+    found = {event.step: event.value for event in events.Scalars(f"train/{PREFIX}step_norm")}
     assert found == pytest.approx(logged(trainer, "step_norm"), rel=1e-6)
     trainer.save_state()
     record = json.loads((tmp_path / "trainer_state.json").read_text())
