@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +15,17 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraover.common.dtypes import DTYPES
-from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name, load_rows
+from loraover.data.formats import RowForm
+from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name
 from loraover.models.load import load_skeleton, resolve_model
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
-from loraover.training.examples import WORD_PROBLEMS
+from loraover.training.examples import WORD_PROBLEMS, load_examples, without_evaluation
 from loraover.training.methods import make_method
-from loraover.training.prepare import check_names
+from loraover.training.prepare import check_names, weights_dtype
 from loraover.training.recipe import Recipe
+from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 
 CORE_BYTES = 4  # float32
 
@@ -90,18 +93,19 @@ def make_plan(recipe: Recipe) -> TrainingPlan:
     check_names(recipe)
     training = recipe.training
     source = resolve_model(recipe.model, recipe.model_revision)
-    precision = "bf16" if training.precision == "bf16" else "fp32"
-    base = load_skeleton(source).to(getattr(torch, DTYPES[precision]))
+    base = load_skeleton(source).to(getattr(torch, DTYPES[weights_dtype(recipe)]))
     weights = _bytes(base.parameters())
     is_seq2seq = bool(base.config.is_encoder_decoder)
-    examples = None if training.max_steps is not None else _count_examples(recipe)
+    name = trainer_name(recipe, is_seq2seq=is_seq2seq)
+    make_arguments(recipe, name, Path())
+    examples = None if training.max_steps is not None else _count_examples(recipe, name)
     steps = recipe.steps(examples or 0)
 
     model: Any = base
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     if recipe.method != "full":
         lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
-        task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
+        task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"  # the skeleton is a language model for every trainer
         with torch.device("meta"):
             model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source, method)
     adapter = _bytes(p for p in model.parameters() if p.requires_grad)
@@ -135,15 +139,16 @@ def make_plan(recipe: Recipe) -> TrainingPlan:
     )
 
 
-def _count_examples(recipe: Recipe) -> int:
+def _count_examples(recipe: Recipe, name: str) -> int:
     """Training examples of an epoch; for the hub's data, the recipe's number, or else the number of rows."""
     data = recipe.data
     if data.train == BUILT_IN:
         return data.train_examples or WORD_PROBLEMS
-    if is_hub_name(data.train):
-        return data.train_examples or count_hub_rows(data.train, data.train_split, data.subset, data.revision)
-    local: dict[str, Any] = {"subset": None, "revision": None, "limit": data.train_examples, "keep": data.keep}
-    return len(load_rows(data.train, split=data.train_split, format=data.format, chat=True, **local).rows)
+    if any(map(is_hub_name, data.sources)):
+        if data.train_examples:
+            return data.train_examples * len(data.sources)
+        return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
+    return len(load_examples(without_evaluation(recipe), RowForm(TRAINERS[name].columns, chat=True)).train.rows)
 
 
 def _activations(model: Any, recipe: Recipe) -> int | None:
@@ -153,8 +158,8 @@ def _activations(model: Any, recipe: Recipe) -> int | None:
     """
     shape = (recipe.training.per_device_train_batch_size, recipe.training.max_length)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
-    precision = recipe.training.precision
-    mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
+    training = recipe.training
+    mode = _Accelerated(None if training.is_fp32 else torch.bfloat16 if training.bf16 else torch.float16)
     try:
         all_kept = kept_bytes(model.train(), ids, mode)
         if not recipe.training.gradient_checkpointing:

@@ -14,14 +14,16 @@ from transformers.training_args import OptimizerNames
 
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.step_norm import Factors, factors
+from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
+from loraover.data.formats import TEXTS, Row, RowForm
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
-from loraover.training.examples import Examples, load_examples
+from loraover.training.examples import Examples, load_examples, without_evaluation
 from loraover.training.hf_trainer import make_trainer
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod, count_trained
@@ -31,6 +33,7 @@ from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
 from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, write_recipe
+from loraover.training.trainers import TRAINERS, lora_options, make_arguments, trainer_name
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Prepared:
         method: The recipe's method.
         trained: Numbers in the parameters that the optimizer has before any cores.
         pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
+        trainer_name: Key of `TRAINERS`.
     """
 
     source: ModelSource
@@ -62,6 +66,7 @@ class Prepared:
     method: TrainingMethod
     trained: int
     pushed_base: ModelSource | None
+    trainer_name: str
 
     @property
     def over(self) -> OverParameterization | None:
@@ -87,13 +92,14 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     _note_slow_precision(recipe, report)
     named = pushed_base(recipe, source, report.line)
     is_seq2seq = is_encoder_decoder(source)
+    name = trainer_name(recipe, is_seq2seq=is_seq2seq)
+    make_arguments(recipe, name, output)  # refused before anything large is loaded
+    lora_options(recipe)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     tokenizer = load_tokenizer(source)
-    examples = load_examples(recipe, chat=_use_chat(recipe, tokenizer, is_seq2seq))
-    if tokenizer.chat_template is None and not isinstance(examples.train.rows[0]["prompt"], str):
-        raise DataError(
-            f"{recipe.data.train}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
-        )
+    measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
+    examples = load_examples(measured, row_form(recipe, name, tokenizer))
+    _check_chat(recipe, name, tokenizer, examples.train.rows[0])
     method.check_rows(examples.train.rows)
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     if examples.shared and examples.test is not None:
@@ -102,36 +108,36 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     keep_digests(output, examples)
 
     set_seed(recipe.training.seed)
-    task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
-    base = load_model(source, dtype="bf16" if recipe.training.precision == "bf16" else "fp32", task_type=task)
-    model = base if recipe.method == "full" else with_adapter(base, recipe, task, source, method)
+    base = _load_base(recipe, name, source, examples)
+    model = base if recipe.method == "full" else with_adapter(base, recipe, TRAINERS[name].task, source, method)
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)
     method.start(model)
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE)
-    trainer = make_trainer(recipe, model, tokenizer, examples, output, is_seq2seq, progress, over, method)
+    trainer = make_trainer(recipe, name, model, tokenizer, examples, output, progress, over, method)
     _check_trainer(trainer, recipe, len(examples.train.rows), report)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
-    return Prepared(source, tokenizer, examples, model, untrained, trainer, progress, over, method, trained, named)
+    made = source, tokenizer, examples, model, untrained, trainer
+    return Prepared(*made, progress, over, method, trained, named, name)
 
 
 def check_names(recipe: Recipe) -> None:
     """Check before anything is loaded what the recipe's types do not.
 
     Raises:
-        ConfigError: An unknown optimizer, or a precision that this machine does not have.
+        ConfigError: An unknown optimizer, or float16 on a machine that does not have it.
     """
     known = [SOAP, *(str(name.value) for name in OptimizerNames)]
     if recipe.training.optim not in known:
         near = difflib.get_close_matches(recipe.training.optim, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
         raise ConfigError(f"training.optim is {recipe.training.optim!r}{hint}")
-    if recipe.training.precision == "fp16" and not torch.accelerator.is_available():
-        raise ConfigError("training.precision is fp16, which needs an accelerator; use fp32 or bf16 on a CPU.")
+    if recipe.training.fp16 and not torch.accelerator.is_available():
+        raise ConfigError("training.fp16 needs an accelerator; use bf16, or neither, on a CPU.")
 
 
 def _note_slow_precision(recipe: Recipe, report: Reporter) -> None:
@@ -142,9 +148,9 @@ def _note_slow_precision(recipe: Recipe, report: Reporter) -> None:
     """
     is_cpu = not torch.accelerator.is_available()
     capability = torch.backends.cpu.get_cpu_capability()
-    if recipe.training.precision == "bf16" and is_cpu and capability in ("NO AVX", "AVX2"):
+    if recipe.training.bf16 and is_cpu and capability in ("NO AVX", "AVX2"):
         report.line(
-            f"training.precision is bf16, for which this CPU ({capability}) has no instructions: fp32 takes twice the "
+            f"training.bf16 is true, and this CPU ({capability}) has no instructions for it: float32 takes twice the "
             "memory for the base model, and a fraction of the time"
         )
 
@@ -163,7 +169,7 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter
             f"{recipe.training.max_length} and are left out"
         )
     if not taken:
-        raise DataError(f"{recipe.data.train}: no example fits training.max_length = {recipe.training.max_length}.")
+        raise DataError(f"{recipe.data.name}: no example fits training.max_length = {recipe.training.max_length}.")
     given = trainer.optimizer
     try:
         trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
@@ -182,11 +188,57 @@ def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
     return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
 
 
-def _use_chat(recipe: Recipe, tokenizer: Any, is_seq2seq: bool) -> bool:
+def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Examples) -> PreTrainedModel:
+    init = recipe.model_init
+    labels = {"reward": 1, "classification": 1 + max((row.get("label", 0) for row in examples.train.rows), default=0)}
+    base: PreTrainedModel = load_model(
+        source,
+        dtype=weights_dtype(recipe),
+        task_type=TRAINERS[name].task,
+        num_labels=labels.get(name),
+        attention=init.attn_implementation,
+        quantization=init.quantization,
+    )
+    if base.config.pad_token_id is None:  # by which a classifier finds the last token
+        base.config.pad_token_id = base.generation_config.pad_token_id if base.can_generate() else 0
+    return base
+
+
+def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
+    """Return the form of rows that a recipe's trainer takes.
+
+    Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
+    what it counts; else each turn of the assistant is one example.
+
+    Raises:
+        ConfigError: Chat messages are asked for, and the tokenizer has no chat template.
+    """
     has_template = tokenizer.chat_template is not None
     if recipe.data.chat and not has_template:
         raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
-    return has_template and not is_seq2seq if recipe.data.chat is None else recipe.data.chat
+    kind = TRAINERS[name]
+    chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
+    says = (recipe.training.model_extra or {}).get("assistant_only_loss")
+    return RowForm(kind.columns, chat=chat, turns=says is None, keeps_all=name == "grpo")
+
+
+def _check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
+    if all(isinstance(row[part], str) for part in TEXTS & row.keys()):
+        return
+    if TRAINERS[name].library == "transformers":
+        raise DataError(f"{recipe.data.name}: chat messages cannot train {recipe.model} with {name}; use text.")
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
+        )
+
+
+def weights_dtype(recipe: Recipe) -> str:
+    """Return the data type of a recipe's base weights, as `load_model` names it."""
+    chosen = recipe.model_init.dtype
+    if chosen == "auto":
+        return "bf16" if recipe.training.bf16 else "fp32"
+    return next(name for name, spelt in DTYPES.items() if spelt == chosen)
 
 
 def planned_steps(recipe: Recipe, trainer: Trainer) -> int:

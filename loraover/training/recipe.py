@@ -48,6 +48,21 @@ class Recipe(MethodKeys):
         return self
 
     @model_validator(mode="after")
+    def _has_rewards(self) -> Recipe:
+        if (self.trainer == "grpo") != bool(self.reward_funcs):
+            raise ValueError("trainer grpo needs reward_funcs, such as [think_format_reward], and no other takes them")
+        if self.trainer in ("dpo", "kto", "grpo") and self.lora.init_lora_weights is not True:
+            start = self.lora.init_lora_weights
+            if not (isinstance(start, str) and start.lower() in KEPT_BASE):
+                raise ValueError(
+                    f"lora.init_lora_weights {start!r} changes the base weights, which are the reference of trainer "
+                    f"{self.trainer}; leave it out"
+                )
+        if self.method == "full" and self.model_init.quantization is not None:
+            raise ValueError("method full cannot train quantised weights; leave out model_init.quantization")
+        return self
+
+    @model_validator(mode="after")
     def _can_be_stepped(self) -> Recipe:
         if self.training.optim == SOAP and self.method != "lora":
             raise ValueError(f"training.optim {SOAP} works only with method lora, not with {self.method}")

@@ -131,7 +131,10 @@ def test_what_a_study_varies_is_no_setting_of_all_runs(key: str, option: str, re
     ("method", "expected"),
     [
         *((method, True) for method in ("lora", "lora+", "lora-matched", "lora:r=64", "lora:lora.r=64")),
-        *((method, True) for method in ("lora:training.loraplus_lr_ratio=4", "lora+:training.min_lr_rate=0.1")),
+        *(
+            (method, True)
+            for method in ("lora:training.loraplus_lr_ratio=4", "lora+:training.lr_scheduler_kwargs={min_lr_rate: 0.1}")
+        ),
         *((method, False) for method in ("rslora", "dora", "pissa", "full", "lora-over")),
         *((method, False) for method in ("lora:use_dora=true", "lora+:lora.init_lora_weights=pissa")),
         ("lora-over:training.loraplus_lr_ratio=4", False),

@@ -84,9 +84,10 @@ def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
 
 
 def examples_of(made: Recipe, *, chat: bool = False) -> Any:
+    from loraover.data.formats import RowForm
     from loraover.training.examples import load_examples
 
-    return load_examples(made, chat=chat)
+    return load_examples(made, RowForm(chat=chat))
 
 
 def test_held_out_rows_come_from_another_file(write: Write) -> None:

@@ -99,9 +99,12 @@ class Federated(TrainingMethod):
         super().check_recipe(recipe)
         check_optimizer(recipe)
         training = recipe.training
-        if training.precision != "fp32" or training.gradient_checkpointing:
-            raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
-        unused = {"training.max_grad_norm": training.max_grad_norm == 1, "tensorboard": not recipe.tensorboard}
+        if not training.is_fp32 or training.gradient_checkpointing:
+            raise ValueError("method federated computes in float32, without training.gradient_checkpointing")
+        unused = {
+            "training.max_grad_norm": training.max_grad_norm == 1,
+            "training.report_to": training.report_to == "none",
+        }
         unused["training.save_total_limit"] = training.save_total_limit == 2
         if given := [key for key, is_default in unused.items() if not is_default]:
             raise ValueError(f"method federated does not use {', '.join(given)}; leave it out")
@@ -122,7 +125,7 @@ class Federated(TrainingMethod):
         later = later_turn(rows)
         if later is not None:
             raise ConfigError(
-                f"{self.recipe.data.train}: example {later + 1} is a later turn of the conversation of example "
+                f"{self.recipe.data.name}: example {later + 1} is a later turn of the conversation of example "
                 f"{later}. federated states epsilon for one example, so a conversation may have only one turn of the "
                 "assistant."
             )
