@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.examples import Examples, load_examples, without_evaluation
-from loraover.training.hf_trainer import make_trainer
+from loraover.training.hf_trainer import find_reward, make_trainer
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod, count_trained
 from loraover.training.progress import TrainingProgress
@@ -95,6 +96,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, output)  # refused before anything large is loaded
     lora_options(recipe)
+    for reward in recipe.reward_funcs:
+        find_reward(reward)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     tokenizer = load_tokenizer(source)
     measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
@@ -243,4 +246,8 @@ def weights_dtype(recipe: Recipe) -> str:
 
 def planned_steps(recipe: Recipe, trainer: Trainer) -> int:
     """Return the optimizer steps of the run; a trainer may leave out examples that have no room for a completion."""
+    training = recipe.training
+    if recipe.trainer == "grpo" and training.num_train_epochs is not None:  # a prompt is in several micro-batches
+        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps)
+        return math.ceil(training.num_train_epochs * per_epoch)
     return recipe.steps(len(trainer.train_dataset))

@@ -93,12 +93,18 @@ def test_a_stopped_run_is_resumed_bit_for_bit(name: str, bases: dict[str, Path],
 
 
 def test_the_reference_of_dpo_is_the_base_model(bases: dict[str, Path], tmp_path: Path) -> None:
-    """At the first step, policy and reference are the same model, so that the loss is log 2 and no answer is rewarded."""
+    """At the first step, policy and reference are the same model: the loss is log 2, and no answer is rewarded."""
     loraover.train(str(recipe_of("dpo", tmp_path, bases)), tmp_path / "out")
     first, later = (row for row in metrics(tmp_path / "out") if "loss" in row)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
     assert later["rewards/chosen"] != 0
+
+
+def test_epochs_of_grpo_are_counted_as_trl_does(bases: dict[str, Path], tmp_path: Path) -> None:
+    training = {"max_steps": None, "num_train_epochs": 1, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    result = loraover.train(str(recipe_of("grpo", tmp_path, bases, training=training)), tmp_path / "out")
+    assert result.steps == 8 * 2 * 2 // (2 * 2)
 
 
 def test_a_trainer_without_a_stable_module_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -122,7 +128,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
-    "an unknown reward": ({"trainer": "grpo", "reward_funcs": ["a_reward"]}, "'a_reward' is none of trl.rewards"),
+    "an unknown reward": (
+        {"trainer": "grpo", "reward_funcs": ["a_reward"], "training.num_generations": 2},
+        "'a_reward' is none of trl.rewards",
+    ),
 }
 
 
