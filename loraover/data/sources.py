@@ -35,12 +35,14 @@ class Rows:
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
         numbers: Number of the source's row, from 1, that each example comes from; empty if they are generated.
+        filtered: Number of rows that `keep` has left out.
     """
 
     rows: list[Row]
     origin: str
     revision: str | None = None
     numbers: Sequence[int] = ()
+    filtered: int = 0
 
 
 def load_rows(
@@ -73,12 +75,14 @@ def load_rows(
     """
     rows: list[Row] = []
     numbers: list[int] = []
+    filtered = 0
     raw = read_raw(source, split=split, subset=subset, revision=revision)
     for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"
         if not _is_kept(row, keep, where):
+            filtered += 1
             continue
         for example in read_row(row, format, form, where):
             if rows and type(example.get("prompt")) is not type(rows[0].get("prompt")):
@@ -87,7 +91,7 @@ def load_rows(
             numbers.append(number)
     if not rows:
         raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
-    return Rows(rows[:limit], raw.origin, raw.revision, numbers[:limit])
+    return Rows(rows[:limit], raw.origin, raw.revision, numbers[:limit], filtered)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from loraover.models.load import load_skeleton, resolve_model
 from loraover.study.request import StudyRequest, split_outside_brackets
 from loraover.training.methods import METHODS
 from loraover.training.recipe import Recipe, load_recipe, parse_override
+from loraover.training.trainers import check_keys
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -121,6 +122,8 @@ def make_grid(
             for rate in special.get(f"{task}/{method}", special.get(task, rates[method])):
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
                 runs.append(Run(task, method, rate, seed, load_recipe(recipe, values), method in rulers))
+    for run in {(run.task, run.method): run for run in runs}.values():
+        check_keys(run.recipe)
     _check(runs)
     return runs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
 
+HELD_OUT = 20  # one row of so many is held out of data without another split
 WORD_PROBLEMS = 2000  # training examples where a recipe gives no number
 
 
@@ -25,11 +27,13 @@ class Examples:
         train: Training rows.
         test: Held-out rows; None: nothing is measured.
         shared: Number of held-out rows that are also training rows.
+        divided: Number of rows that were held out of the training data themselves.
     """
 
     train: Rows
     test: Rows | None
     shared: int = 0
+    divided: int = 0
 
 
 def load_examples(recipe: Recipe, form: RowForm) -> Examples:
@@ -76,7 +80,7 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     data = recipe.data
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
     common: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
-    made, held_out = [], []
+    made, held_out = list[Row](), list[Row]()
     if BUILT_IN in (data.train, data.test):
         count = data.train_examples or WORD_PROBLEMS if data.train == BUILT_IN else 0
         made, held_out = split_word_problems(count, wanted, recipe.training.seed)
@@ -98,15 +102,26 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):
         return Examples(train, _built_in(held_out, form, recipe))
     if data.test is None and (len(data.sources) > 1 or Path(data.sources[0]).is_file()):
-        raise DataError(
-            f"{data.name}: one file, or several sources; name held-out data in data.test, or set evaluation.examples "
-            "to 0."
-        )
+        return _divided(train, min(wanted, len(train.rows) // HELD_OUT))
     revision = data.revision if train.revision is None else None
     if data.test in (None, data.train):
         revision = train.revision
     source = data.test or data.sources[0]
     return Examples(train, load_rows(source, split=data.test_split, revision=revision, limit=wanted, **common))
+
+
+def _divided(rows: Rows, held_out: int) -> Examples:
+    """Hold out some rows of data that have no split for it, the same ones for every seed."""
+    taken = set(random.Random(0).sample(range(len(rows.rows)), held_out))
+    parts = [
+        replace(
+            rows,
+            rows=[row for i, row in enumerate(rows.rows) if (i in taken) is is_test],
+            numbers=[number for i, number in enumerate(rows.numbers) if (i in taken) is is_test],
+        )
+        for is_test in (False, True)
+    ]
+    return Examples(parts[0], parts[1] if held_out else None, divided=held_out)
 
 
 def _built_in(rows: Sequence[Row], form: RowForm, recipe: Recipe) -> Rows:

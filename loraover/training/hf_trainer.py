@@ -166,7 +166,7 @@ def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any
     Embeddings' A and B have the learning rate itself; PEFT's default for them is 1e-6, whatever the recipe asks for.
     """
     training = recipe.training
-    rate, decay = training.learning_rate, training.weight_decay
+    rate, decay = training.peak_rate, training.weight_decay
     if training.loraplus_lr_ratio is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return kind(trained, lr=rate, weight_decay=decay, **options)
@@ -203,7 +203,7 @@ def _encoding(name: str, recipe: Recipe, model: PreTrainedModel | PeftModel, tok
     """Return the function that turns a row into tokens for a trainer of transformers, and the collator of its rows."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.max_length}
+    limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.tokens}
 
     def classified(row: dict[str, Any]) -> dict[str, Any]:
         return dict(tokenizer(row["text"], **limit)) | {"labels": row["label"]}

@@ -62,7 +62,7 @@ def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when:
                 publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
         else:
             loss, fitting = _trainer_loss(run, advance), len(rows)
-    lower = LOWER.format(recipe.training.learning_rate)
+    lower = LOWER.format(recipe.training.peak_rate)
     check_finite(loss, f"the held-out loss {when}", lower if when == AFTER else f"Check the weights of {recipe.model}")
     accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
     measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
@@ -79,7 +79,7 @@ def _trainer_loss(run: Prepared, advance: Any) -> float:
 
 
 def _check_fitting(fitting: int, rows: Sequence[Row], recipe: Recipe, report: Reporter) -> None:
-    length = recipe.training.max_length
+    length = recipe.training.tokens
     if not fitting:
         raise DataError(
             f"no held-out example has room for its completion within training.max_length = {length}; raise it."

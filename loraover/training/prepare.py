@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.training_args import OptimizerNames
 
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.step_norm import Factors, factors
-from loraover.common.dtypes import DTYPES
-from loraover.common.errors import ConfigError, DataError
+from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
-from loraover.data.formats import TEXTS, Row, RowForm
-from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
+from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_model, load_tokenizer, resolve_model
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
+from loraover.training.checks import check_chat, check_names, note_slow_precision, row_form, weights_dtype
+from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.examples import Examples, load_examples, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
+from loraover.training.lengths import check_lengths, count_tokens
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod, count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
-from loraover.training.recipe_parts import SOAP
 from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, write_recipe
+from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, lora_options, make_arguments, trainer_name
 
 
@@ -42,6 +40,7 @@ class Prepared:
     """Everything that a run needs before its first step.
 
     Args:
+        recipe: The recipe, with values in place of those that it left to this machine and its data.
         source: The base model.
         tokenizer: Its tokenizer.
         examples: Training and held-out rows.
@@ -54,8 +53,10 @@ class Prepared:
         trained: Numbers in the parameters that the optimizer has before any cores.
         pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
         trainer_name: Key of `TRAINERS`.
+        lengths: Lengths of the training rows; None for trainers that cut none.
     """
 
+    recipe: Recipe
     source: ModelSource
     tokenizer: Any
     examples: Examples
@@ -68,6 +69,7 @@ class Prepared:
     trained: int
     pushed_base: ModelSource | None
     trainer_name: str
+    lengths: Lengths | None
 
     @property
     def over(self) -> OverParameterization | None:
@@ -90,7 +92,6 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
     report.line(f"base model: {source.origin}")
-    _note_slow_precision(recipe, report)
     named = pushed_base(recipe, source, report.line)
     is_seq2seq = is_encoder_decoder(source)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
@@ -98,15 +99,23 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     lora_options(recipe)
     for reward in recipe.reward_funcs:
         find_reward(reward)
-    method = make_method(recipe, is_seq2seq=is_seq2seq)
     tokenizer = load_tokenizer(source)
     measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
     examples = load_examples(measured, row_form(recipe, name, tokenizer))
-    _check_chat(recipe, name, tokenizer, examples.train.rows[0])
-    method.check_rows(examples.train.rows)
+    check_chat(recipe, name, tokenizer, examples.train.rows[0])
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
+    if examples.train.filtered:
+        report.line(f"{examples.train.filtered} rows are left out, since data.keep does not let them through")
+    if examples.divided:
+        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
     if examples.shared and examples.test is not None:
         report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
+    counted = count_tokens(examples.train, name, tokenizer)
+    recipe = with_batch(with_defaults(recipe, load_config(source), counted, report), source, report)
+    method = make_method(recipe, is_seq2seq=is_seq2seq)
+    method.check_rows(examples.train.rows)
+    note_slow_precision(recipe, report)
+    lengths = None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
     write_recipe(output, _pinned(recipe, source, examples))
     keep_digests(output, examples)
 
@@ -120,59 +129,16 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE)
     trainer = make_trainer(recipe, name, model, tokenizer, examples, output, progress, over, method)
-    _check_trainer(trainer, recipe, len(examples.train.rows), report)
+    _check_trainer(trainer, recipe)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
     made = source, tokenizer, examples, model, untrained, trainer
-    return Prepared(*made, progress, over, method, trained, named, name)
+    return Prepared(recipe, *made, progress, over, method, trained, named, name, lengths)
 
 
-def check_names(recipe: Recipe) -> None:
-    """Check before anything is loaded what the recipe's types do not.
-
-    Raises:
-        ConfigError: An unknown optimizer, or float16 on a machine that does not have it.
-    """
-    known = [SOAP, *(str(name.value) for name in OptimizerNames)]
-    if recipe.training.optim not in known:
-        near = difflib.get_close_matches(recipe.training.optim, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
-        raise ConfigError(f"training.optim is {recipe.training.optim!r}{hint}")
-    if recipe.training.fp16 and not torch.accelerator.is_available():
-        raise ConfigError("training.fp16 needs an accelerator; use bf16, or neither, on a CPU.")
-
-
-def _note_slow_precision(recipe: Recipe, report: Reporter) -> None:
-    """Report a run in bf16 on a CPU that has no instructions for it.
-
-    Without AVX-512, oneDNN has no matrix product in bfloat16, and PyTorch's own takes 5 to 45 times as long as that in
-    float32.
-    """
-    is_cpu = not torch.accelerator.is_available()
-    capability = torch.backends.cpu.get_cpu_capability()
-    if recipe.training.bf16 and is_cpu and capability in ("NO AVX", "AVX2"):
-        report.line(
-            f"training.bf16 is true, and this CPU ({capability}) has no instructions for it: float32 takes twice the "
-            "memory for the base model, and a fraction of the time"
-        )
-
-
-def _check_trainer(trainer: Trainer, recipe: Recipe, rows: int, report: Reporter) -> None:
-    """Check a trainer before its first step.
-
-    Raises:
-        ConfigError: An optimizer or a schedule that cannot be made.
-        DataError: No example to learn from.
-    """
-    taken = len(trainer.train_dataset)
-    if taken < rows:
-        report.line(
-            f"{rows - taken} of {rows} examples have no room for their completion within training.max_length = "
-            f"{recipe.training.max_length} and are left out"
-        )
-    if not taken:
-        raise DataError(f"{recipe.data.name}: no example fits training.max_length = {recipe.training.max_length}.")
+def _check_trainer(trainer: Trainer, recipe: Recipe) -> None:
+    """Raise ConfigError for an optimizer or a schedule that cannot be made."""
     given = trainer.optimizer
     try:
         trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
@@ -205,43 +171,6 @@ def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Example
     if base.config.pad_token_id is None:  # by which a classifier finds the last token
         base.config.pad_token_id = base.generation_config.pad_token_id if base.can_generate() else 0
     return base
-
-
-def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
-    """Return the form of rows that a recipe's trainer takes.
-
-    Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
-    what it counts; else each turn of the assistant is one example.
-
-    Raises:
-        ConfigError: Chat messages are asked for, and the tokenizer has no chat template.
-    """
-    has_template = tokenizer.chat_template is not None
-    if recipe.data.chat and not has_template:
-        raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
-    kind = TRAINERS[name]
-    chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
-    says = (recipe.training.model_extra or {}).get("assistant_only_loss")
-    return RowForm(kind.columns, chat=chat, turns=says is None, keeps_all=name == "grpo")
-
-
-def _check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
-    if all(isinstance(row[part], str) for part in TEXTS & row.keys()):
-        return
-    if TRAINERS[name].library == "transformers":
-        raise DataError(f"{recipe.data.name}: chat messages cannot train {recipe.model} with {name}; use text.")
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
-        )
-
-
-def weights_dtype(recipe: Recipe) -> str:
-    """Return the data type of a recipe's base weights, as `load_model` names it."""
-    chosen = recipe.model_init.dtype
-    if chosen == "auto":
-        return "bf16" if recipe.training.bf16 else "fp32"
-    return next(name for name, spelt in DTYPES.items() if spelt == chosen)
 
 
 def planned_steps(recipe: Recipe, trainer: Trainer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import reprlib
@@ -16,7 +17,7 @@ from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.training.methods import METHODS, MethodKeys
-from loraover.training.recipe_parts import SOAP
+from loraover.training.recipe_parts import AUTO, SOAP
 
 MAX_YAML_BYTES = 2**20
 
@@ -120,11 +121,16 @@ def recipe_text(name: str) -> str:
     return files("loraover.training").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load_recipe(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+NO_RECIPE: dict[str, Any] = {"training": {"num_train_epochs": 1, "per_device_train_batch_size": AUTO}}
+"""Recipe of a run that names only its model and its data."""
+
+
+def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe that ships or a YAML file, or take a recipe with other values.
 
     Args:
-        recipe: A recipe, the name of one that ships such as "demo", or the path of a YAML file.
+        recipe: A recipe, the name of one that ships such as "demo", or the path of a YAML file; None: one epoch, of
+            which `overrides` give at least the model and the data.
         overrides: Values by dotted key, e.g. `{"training.seed": 1}`.
 
     Raises:
@@ -132,6 +138,8 @@ def load_recipe(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None
     """
     if isinstance(recipe, Recipe):
         name, values = "in memory", recipe.model_dump(mode="json", exclude_unset=True)
+    elif recipe is None:
+        name, values = "made of options", copy.deepcopy(NO_RECIPE)
     else:
         name = str(recipe)
         values = _read(name)

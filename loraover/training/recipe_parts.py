@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,22 @@ SOAP = "soap"
 MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
 """What PEFT computes each of these starts of A and B from, by calls of its own that a run does not make."""
 
+
+AUTO = "auto"
+LEARNING_RATES = {
+    "lora": 3e-3,
+    "lora-over": 3e-3,
+    "lora+": 1.5e-3,
+    "full": 1e-4,
+    "soma": 3e-3,
+    "lorasc": 3e-3,
+    "tensorguide": 1e-2,
+    "federated": 3e-2,
+}
+"""Rates by method that the kept studies (docs/study) chose at rank 8 on most tasks; that of full was not studied."""
+
+STUDIED_WIDTH = 576
+"""Hidden size of SmolLM2-135M, which the studies trained; wider models need less (Yang et al., arXiv:2203.03466)."""
 
 TrainerName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", "classification"]
 """Names of trainers; `loraover.training.trainers` says what each is."""
@@ -149,12 +165,16 @@ class Training(OpenPart):
     num_train_epochs: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Passes over the training data, in place of max_steps."
     )
-    per_device_train_batch_size: int = Field(8, ge=1, description="Examples in a micro-batch.")
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8, description="Examples in a micro-batch; auto: the largest number that fits, with 8 examples in a step."
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
+    learning_rate: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Peak learning rate; None: by method and width, from the studies."
+    )
     lr_scheduler_type: str = Field("cosine", description="Course of the learning rate; TRL's default is linear.")
-    warmup_steps: float = Field(
-        0, ge=0, description="Optimizer steps in which the learning rate rises; below 1: a share of all steps."
+    warmup_steps: float | None = Field(
+        None, ge=0, description="Optimizer steps in which the rate rises; below 1: a share of all steps; None: 3 %."
     )
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight decay, decoupled in AdamW.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest gradient norm; 0: no clipping.")
@@ -165,8 +185,10 @@ class Training(OpenPart):
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW."
     )
-    max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut.")
-    bf16: bool = Field(False, description="Compute in bfloat16.")
+    max_length: int | None = Field(
+        None, ge=8, description="Tokens of an example; longer ones are cut. None: the longest, or the model's context."
+    )
+    bf16: bool | None = Field(None, description="Compute in bfloat16; None: on a GPU that has it.")
     fp16: bool = Field(False, description="Compute in float16, with a scaled loss.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in place of keeping them; TRL's default is true."
@@ -194,6 +216,24 @@ class Training(OpenPart):
         """Whether the computation is in float32."""
         return not (self.bf16 or self.fp16)
 
+    @property
+    def micro_batch(self) -> int:
+        """Examples in a micro-batch, once that is known."""
+        assert self.per_device_train_batch_size != AUTO
+        return int(self.per_device_train_batch_size)
+
+    @property
+    def peak_rate(self) -> float:
+        """Peak learning rate, once that is known."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+    @property
+    def tokens(self) -> int:
+        """Largest number of tokens of an example, once that is known."""
+        assert self.max_length is not None
+        return self.max_length
+
     def steps(self, examples: int) -> int:
         """Count the run's optimizer steps on one process, as the Trainer does: an epoch's last step may be smaller.
 
@@ -203,16 +243,18 @@ class Training(OpenPart):
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_train_epochs is not None
-        batches = math.ceil(examples / self.per_device_train_batch_size)
+        batches = math.ceil(examples / self.micro_batch)
         return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
 
 class EvaluationSettings(RecipePart):
     """What is measured on held-out data, before and after training."""
 
-    examples: int = Field(100, ge=0, description="Number of held-out examples; 0 measures nothing.")
+    examples: int = Field(200, ge=0, description="Largest number of held-out examples; 0 measures nothing.")
     before: bool = Field(True, description="Measure the untrained model too.")
-    exact_match: bool = Field(True, description="Generate answers and compare them with the references.")
+    exact_match: bool = Field(
+        False, description="Generate answers and compare them with the references, which is slow."
+    )
     answer: Literal["number", "text"] = Field(
         "number", description="What is compared: the final number of an answer, or all of its text."
     )

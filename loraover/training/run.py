@@ -57,7 +57,7 @@ class TimedSteps(NamedTuple):
 
 
 def train(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | str | Path | None,
     output: str | Path,
     *,
     overrides: Mapping[str, Any] | None = None,
@@ -69,7 +69,7 @@ def train(
     """Train an adapter as a recipe says.
 
     Args:
-        recipe: A recipe, the name of one that ships, or a YAML file.
+        recipe: A recipe, the name of one that ships, or a YAML file; None: see `load_recipe`.
         output: A new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
             in it, see `record_failure`.
         overrides: Values in place of the recipe's, by dotted key, e.g. `{"training.seed": 1}`.
@@ -99,13 +99,16 @@ def train(
         return _train(loaded, output, resume, report, command, record)
 
 
-def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, Any] | None, record: bool) -> str:
+def _command(
+    recipe: Recipe | str | Path | None, output: Path, overrides: Mapping[str, Any] | None, record: bool
+) -> str:
     """Command line that does the same; a recipe in memory is named by the copy that the run keeps."""
     asked = ["--record"] if record else []
     if isinstance(recipe, Recipe):
         return shlex.join(["loraover", "train", str(output / RECIPE_FILE), *asked])
     settings = [word for key, value in (overrides or {}).items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    return shlex.join(["loraover", "train", str(recipe), "-o", str(output), *settings, *asked])
+    named = [] if recipe is None else [str(recipe)]
+    return shlex.join(["loraover", "train", *named, "-o", str(output), *settings, *asked])
 
 
 def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str, record: bool) -> RunResult:
@@ -137,6 +140,7 @@ def _train_alone(
     run = None
     try:
         run = prepare(recipe, output, report)
+        recipe = run.recipe
         check_room(run, recipe)
         before = measure(run, recipe, output, report, BEFORE)
         checkpoint = last_whole_checkpoint(output / TRAINER_FOLDER) if resume else None
@@ -147,7 +151,7 @@ def _train_alone(
         if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
             raise DivergedError(
                 "training diverged: the loss is no longer a number at learning rate "
-                f"{recipe.training.learning_rate:g}; lower it. The log is {output / METRICS_FILE}."
+                f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
         left_out = run.method.finish(run.model)
         after = measure(run, recipe, output, report, AFTER)
@@ -174,13 +178,13 @@ def _result(
     served = served_size(run.model)
     change = None if run.untrained is None else step_norm(run.untrained, factors(run.model))
     if change is not None:
-        check_finite(change, "the norm of delta(B A)", LOWER.format(recipe.training.learning_rate))
+        check_finite(change, "the norm of delta(B A)", LOWER.format(recipe.training.peak_rate))
     return RunResult(
         method=recipe.method,
         model=recipe.model,
         model_origin=run.source.origin,
         data_origin=run.examples.train.origin,
-        learning_rate=recipe.training.learning_rate,
+        learning_rate=recipe.training.peak_rate,
         seed=recipe.training.seed,
         steps=run.trainer.state.global_step,
         train_seconds=timed.seconds,
@@ -199,6 +203,7 @@ def _result(
         after=after,
         versions=environment(),
         hardware=hardware(),
+        lengths=run.lengths,
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraover.common.errors import ConfigError
 from loraover.training.recipe import Recipe
-from loraover.training.recipe_parts import SOAP, OpenPart
+from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
 from loraover.training.run_folder import TRAINER_FOLDER
 
 
@@ -131,15 +131,38 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
     given = _checked(recipe.training, config, "training", RUN_SETS)
     if recipe.training.optim == SOAP:
         given = {key: value for key, value in given.items() if not key.startswith("optim")}
+    batch = given.pop("per_device_train_batch_size")
+    sizes = {} if batch == AUTO else {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
     options = {
-        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
+        **sizes,
+        "logging_first_step": True,
         **TRAINERS[name].options,
         **{key: value for key, value in given.items() if key in known},
+        "bf16": bool(recipe.training.bf16),
         "output_dir": str(output / TRAINER_FOLDER),
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),
     }
     return build(config, "training", options)
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Check the keys of a recipe whose model is not known yet, so that its trainer may be either of the defaults.
+
+    Raises:
+        ConfigError: A key, or the type of a value, that no class takes.
+    """
+    faults = []
+    for name in (recipe.trainer,) if recipe.trainer else ("sft", "seq2seq"):
+        try:
+            _checked(recipe.training, TRAINERS[name].load()[1], "training", RUN_SETS)
+        except ConfigError as error:
+            faults.append(error)
+        else:
+            break
+    else:
+        raise faults[0]
+    lora_options(recipe)
 
 
 def lora_options(recipe: Recipe) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.models.load import load_model, resolve_model
 from loraover.sources.hub import HubUnreachableError
-from loraover.training.plan import TrainingPlan, kept_bytes, make_plan
+from loraover.training.estimate import kept_bytes
+from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 

@@ -164,7 +164,7 @@ def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(bases: dict[s
     assert train(recipe, bases, tmp_path, *small, *shown, "--method", "lora", "--set", "evaluation.examples=0") == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rates = [row["learning_rate"] for row in map(json.loads, lines) if "loss" in row]
-    peak = load_recipe(recipe).training.learning_rate
+    peak = load_recipe(recipe).training.peak_rate
     assert len(rates) == EXAMPLES
     assert rates[:5] == pytest.approx([0, peak / 4, peak / 2, peak * 3 / 4, peak])
     assert rates[4:] == sorted(rates[4:], reverse=True)

@@ -247,7 +247,7 @@ def test_overrides_reach_every_depth(write: Write) -> None:
         path, {"method": "lora", "lora.use_rslora": True, "over.options.num_cores": 2, "training.max_steps": 9}
     )
     assert recipe.method == "lora"
-    assert (recipe.lora.r, recipe.lora.use_rslora) == (4, True)
+    assert (recipe.lora.r, recipe.lora.model_dump()["use_rslora"]) == (4, True)
     assert recipe.over.options == {"num_cores": 2}
     assert recipe.training.max_steps == 9
 

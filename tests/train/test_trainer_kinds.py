@@ -7,16 +7,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 import loraover
+from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
+from loraover.data.formats import RowForm, read_row
+from loraover.training.examples import load_examples
 from loraover.training.plan import make_plan
-from loraover.training.recipe import load_recipe
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.trainers import TRAINERS
 
 from support.resumed_run import assert_same_run, stopped
 from support.tiny_hub import write_recipe
-from support.train_command import train
+from support.train_command import TURNS, train
 from support.trained_run import metrics
 
 pytestmark = pytest.mark.process
@@ -153,3 +158,72 @@ def test_rows_that_lack_a_trainers_columns_are_refused_with_their_line(bases: di
     rows_file(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": "a", "chosen": "b"}])
     with pytest.raises(DataError, match=r"row 9: has fields \['chosen', 'prompt'\]; expected \['chosen', 'rejected'\]"):
         loraover.train(str(recipe), tmp_path / "out")
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "packing": {"training.packing": True, "training.packing_strategy": "wrapped"},
+    "evaluation while training": {"training.eval_strategy": "steps", "training.eval_steps": "1"},
+    "a tracker and a name": {"training.report_to": ["tensorboard"], "training.logging_first_step": "yes"},
+    "fields of LoraConfig": {"lora.use_rslora": True, "lora.lora_dropout": "1e-1", "lora.layers_to_transform": [0]},
+    "attention": {"model_init.attn_implementation": "eager"},
+    "weights in bfloat16": {"model_init.dtype": "bfloat16", "training.bf16": True},
+    "nf4": {"model_init.quantization": "nf4"},
+    "int8": {"model_init.quantization": "int8"},
+    "torchao": {"model_init.quantization": "torchao-int8"},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_of_other_libraries_reach_them(case: str, recipe: Path, tmp_path: Path) -> None:
+    if case in ("nf4", "int8"):
+        pytest.importorskip("bitsandbytes")
+    if case == "torchao":
+        pytest.importorskip("torchao")
+    changes = {"training.max_steps": 2, "evaluation.exact_match": False} | SETTINGS[case]
+    result = loraover.train(str(recipe), tmp_path / "out", overrides=changes)
+    assert result.steps == 2
+    assert result.update_norm
+    logged = metrics(tmp_path / "out")
+    assert ("eval_loss" in logged[2]) is (case == "evaluation while training")
+    sites = read_checkpoint(tmp_path / "out" / "adapter").meta.sites
+    assert len({site.name.split(".layers.")[1][0] for site in sites}) == (1 if case == "fields of LoraConfig" else 2)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TALK = [{"role": "system", "content": "brief"}, *TURNS]
+
+
+def test_conversations_with_tools_are_learned(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The assistant's turns are learned one by one, or as the recipe says; other columns stay with them."""
+    rows: list[dict[str, Any]] = [{"messages": [*TALK, TALK[1], CALL], "tools": [TOOL]}]
+    (first, second, third) = read_row(rows[0], "auto", RowForm(TRAINERS["sft"].columns, chat=True), "row 1")
+    assert first == {"prompt": TALK[:2], "completion": TALK[2:3], "tools": [TOOL]}
+    assert (second["completion"], third["completion"]) == (TALK[4:], [CALL])
+    (whole,) = read_row(rows[0], "auto", RowForm(TRAINERS["sft"].columns, chat=True, turns=False), "row 1")
+    assert whole == rows[0]
+    file = rows_file(tmp_path / "rows.jsonl", [{"messages": TALK}] * 4)
+    changes: dict[str, Any] = {"data": {"train": file}, "evaluation": {"examples": 0}, "training": {"max_steps": 2}}
+    recipe = write_recipe(tmp_path / "r.yaml", bases["chat"], **changes)
+    by_turn = loraover.train(str(recipe), tmp_path / "turns")
+    by_talk = loraover.train(str(recipe), tmp_path / "talks", overrides={"training.assistant_only_loss": False})
+    assert by_turn.lengths is not None
+    assert by_talk.lengths is not None
+    assert (by_turn.lengths.examples, by_talk.lengths.examples) == (8, 4)
+
+
+def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS["sft"][:4]).to_parquet(tmp_path / "a.parquet")
+    other = rows_file(tmp_path / "b.jsonl", [{"prompt": str(n), "completion": "b"} for n in range(40)])
+    data: dict[str, Any] = {"train": [str(tmp_path / "a.parquet"), other]}
+    asked = {"model": "m", "data": data, "training": {"max_steps": 1}, "evaluation": {"examples": 0}}
+    plain = load_examples(Recipe.model_validate(asked), RowForm()).train
+    assert sorted(row["completion"] == "b" for row in plain.rows) == [False] * 4 + [True] * 40
+    data["train"] = [{"path": str(tmp_path / "a.parquet"), "weight": 3}, other]
+    weighted = load_examples(Recipe.model_validate(asked), RowForm()).train
+    share = sum(row["completion"] != "b" for row in weighted.rows) / len(weighted.rows)
+    assert share == pytest.approx(0.75, abs=0.1)
+    assert {row["completion"] for row in weighted.rows if row["completion"] == "b"}
+    data["train"] = ["owner/data", other]
+    with pytest.raises(DataError, match="owner/data is one of several sources; name its commit"):
+        load_examples(Recipe.model_validate(asked), RowForm())

@@ -84,10 +84,11 @@ class Federated(TrainingMethod):
     trains_seq2seq: ClassVar[bool] = False
     no_resume: ClassVar[str] = "a step taken twice with other noise would spend privacy that is not accounted for"
     keeps_row_gradients: ClassVar[bool] = True
+    needs_fp32: ClassVar[bool] = True
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
-        self.batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        self.batch = recipe.training.micro_batch * recipe.training.gradient_accumulation_steps
         try:
             import opacus
         except ImportError as error:
@@ -216,7 +217,7 @@ class Federated(TrainingMethod):
         from accelerate.utils import send_to_device
 
         drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]
-        pieces = torch.split(drawn, self.recipe.training.per_device_train_batch_size)
+        pieces = torch.split(drawn, self.recipe.training.micro_batch)
         optimizer, losses = client.optimizer, []
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
