@@ -14,15 +14,16 @@ from loraover.common.reporter import Reporter
 from loraover.data.formats import TEXTS, Row, RowForm
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
-from loraover.training.trainers import TRAINERS
+from loraover.training.trainers import TRAINERS, check_keys
 
 
 def check_names(recipe: Recipe) -> None:
     """Check before anything is loaded what the recipe's types do not.
 
     Raises:
-        ConfigError: An unknown optimizer, or float16 on a machine that does not have it.
+        ConfigError: An unknown key or optimizer, or float16 on a machine that does not have it.
     """
+    check_keys(recipe)
     known = [SOAP, *(str(name.value) for name in OptimizerNames)]
     if recipe.training.optim not in known:
         near = difflib.get_close_matches(recipe.training.optim, known, n=1)

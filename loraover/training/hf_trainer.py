@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError
+from loraover.data.formats import Row
 from loraover.training.examples import Examples
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.progress import TrainingProgress
@@ -53,11 +54,9 @@ def make_trainer(
     Raises:
         ConfigError: A value that the trainer refuses.
     """
-    from datasets import Dataset
-
     kind, _ = TRAINERS[name].load()
     rows = {"train": examples.train, "eval": examples.test}
-    sets = {part: None if found is None else Dataset.from_list(found.rows) for part, found in rows.items()}
+    sets = {part: None if found is None else to_dataset(found.rows) for part, found in rows.items()}
     callbacks: list[TrainerCallback] = [] if over is None else [over]
     callbacks += [MethodCallback(method)]
     callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
@@ -96,6 +95,23 @@ def make_trainer(
     if over is not None and name not in ("sft", "seq2seq", "classification"):
         over.loss = trainer_loss(trainer)
     return trainer
+
+
+def to_dataset(rows: Sequence[Row]) -> Any:
+    """Return rows as a data set whose messages and tools keep their own keys.
+
+    Arrow would give all dicts of a column the same keys, and a tool would be called with the arguments of another row.
+    """
+    from datasets import Dataset, Features, Json, List
+
+    nested = {
+        name: List(Json()) if isinstance(value, list) else Json()
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+    }
+    plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
+    return Dataset.from_list(list(rows), features=Features(plain.features | nested))
 
 
 def find_reward(name: str) -> Any:

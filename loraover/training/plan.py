@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.data.formats import RowForm
-from loraover.data.sources import Rows, count_hub_rows, is_hub_name
+from loraover.data.sources import count_hub_rows, is_hub_name
 from loraover.models.load import ModelSource, load_config, load_tokenizer, resolve_model
-from loraover.training.checks import check_names
+from loraover.training.checks import check_names, row_form
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.estimate import estimate_memory
 from loraover.training.examples import load_examples, without_evaluation
@@ -93,8 +93,10 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT) -> TrainingPlan:
     is_seq2seq = bool(config.is_encoder_decoder)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, Path())
-    rows = None if any(map(is_hub_name, recipe.data.sources)) else _local_rows(recipe, name)
-    tokenizer = None if rows is None else _tokenizer(source)
+    tokenizer = _tokenizer(source)
+    form = RowForm(TRAINERS[name].columns) if tokenizer is None else row_form(recipe, name, tokenizer)
+    is_local = not any(map(is_hub_name, recipe.data.sources))
+    rows = load_examples(without_evaluation(recipe), form).train if is_local else None
     tokens = None if rows is None or tokenizer is None else count_tokens(rows, name, tokenizer)
     recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
     training = recipe.training
@@ -134,10 +136,6 @@ def _tokenizer(source: ModelSource) -> Any:
         return load_tokenizer(source)
     except ConfigError:
         return None
-
-
-def _local_rows(recipe: Recipe, name: str) -> Rows:
-    return load_examples(without_evaluation(recipe), RowForm(TRAINERS[name].columns, chat=name != "seq2seq")).train
 
 
 def _count_examples(recipe: Recipe) -> int:

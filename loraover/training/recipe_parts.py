@@ -19,21 +19,6 @@ MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
 
 
 AUTO = "auto"
-LEARNING_RATES = {
-    "lora": 3e-3,
-    "lora-over": 3e-3,
-    "lora+": 1.5e-3,
-    "full": 1e-4,
-    "soma": 3e-3,
-    "lorasc": 3e-3,
-    "tensorguide": 1e-2,
-    "federated": 3e-2,
-}
-"""Rates by method that the kept studies (docs/study) chose at rank 8 on most tasks; that of full was not studied."""
-
-STUDIED_WIDTH = 576
-"""Hidden size of SmolLM2-135M, which the studies trained; wider models need less (Yang et al., arXiv:2203.03466)."""
-
 TrainerName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", "classification"]
 """Names of trainers; `loraover.training.trainers` says what each is."""
 

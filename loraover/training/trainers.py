@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,41 +62,29 @@ def _columns(*choices: str) -> tuple[frozenset[str], ...]:
     return tuple(frozenset(choice.split()) for choice in choices)
 
 
-PREFERENCES = _columns("chosen rejected")
+def _trl(name: str, *columns: str, task: str = "CAUSAL_LM", **options: Any) -> TrainerKind:
+    return TrainerKind("trl", f"{name}Trainer", f"{name}Config", task, _columns(*columns), options)
+
+
 TRAINERS = {
-    "sft": TrainerKind(
-        "trl",
-        "SFTTrainer",
-        "SFTConfig",
-        "CAUSAL_LM",
-        _columns("prompt completion", "messages", "text"),
-        {"eval_packing": False},
-    ),
-    "dpo": TrainerKind("trl", "DPOTrainer", "DPOConfig", "CAUSAL_LM", PREFERENCES),
-    "kto": TrainerKind("trl", "KTOTrainer", "KTOConfig", "CAUSAL_LM", _columns("prompt completion label")),
-    "orpo": TrainerKind("trl", "ORPOTrainer", "ORPOConfig", "CAUSAL_LM", PREFERENCES),
-    "grpo": TrainerKind("trl", "GRPOTrainer", "GRPOConfig", "CAUSAL_LM", _columns("prompt")),
-    "reward": TrainerKind("trl", "RewardTrainer", "RewardConfig", "SEQ_CLS", PREFERENCES),
+    "sft": _trl("SFT", "prompt completion", "messages", "text", eval_packing=False),
+    "dpo": _trl("DPO", "chosen rejected"),
+    "kto": _trl("KTO", "prompt completion label"),
+    "orpo": _trl("ORPO", "chosen rejected"),
+    "grpo": _trl("GRPO", "prompt"),
+    "reward": _trl("Reward", "chosen rejected", task="SEQ_CLS"),
     "seq2seq": TrainerKind(
-        "transformers",
-        "Seq2SeqTrainer",
-        "Seq2SeqTrainingArguments",
-        "SEQ_2_SEQ_LM",
-        _columns("prompt completion"),
+        "transformers", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SEQ_2_SEQ_LM", _columns("prompt completion")
     ),
     "classification": TrainerKind("transformers", "Trainer", "TrainingArguments", "SEQ_CLS", _columns("text label")),
 }
 """Trainers by the name that a recipe gives them."""
 
-RUN_SETS = frozenset(
-    {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
-    | {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "run_name"}
-)
+RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
+RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
 """Settings of trainers that a run gives itself."""
 
-LORA_SETS = frozenset(
-    {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
-)
+LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
 """Settings of LoraConfig that a run gives itself."""
 
 
@@ -193,7 +181,7 @@ def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{part}: {kind.__name__} refuses it: {error}") from error
 
 
-def _checked(part: OpenPart, kind: Any, name: str, reserved: frozenset[str]) -> dict[str, Any]:
+def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[str, Any]:
     """Return the keys of a part that are not null, those that it does not declare in the types of a dataclass."""
     types = typing.get_type_hints(kind)
     values = part.model_dump(exclude_none=True)

@@ -17,10 +17,10 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
 from loraover.data.sources import Rows
 from loraover.models.load import load_model, load_tokenizer, resolve_model
+from loraover.training.defaults import LEARNING_RATES
 from loraover.training.lengths import Tokens, count_tokens, summarise
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
-from loraover.training.recipe_parts import LEARNING_RATES
 from loraover.training.run_result import read_run
 
 from support.tiny_hub import write_recipe

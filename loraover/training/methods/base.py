@@ -51,6 +51,7 @@ class TrainingMethod:
         trains_seq2seq: Whether the method trains encoder-decoders too.
         no_resume: Reason why a run keeps no checkpoints, as the end of a sentence; empty if it can be resumed.
         keeps_row_gradients: Whether a step holds the gradients of each row of a micro-batch.
+        learning_rate: Peak rate that the kept studies chose, see `loraover.training.defaults`.
         needs_fp32: Whether the method computes in float32 only.
         settings: Settings that the recipe has under the method's name.
         privacy: Guarantee of the finished run; None for methods without one.
@@ -59,6 +60,7 @@ class TrainingMethod:
     trains_seq2seq: ClassVar[bool] = True
     no_resume: ClassVar[str] = ""
     keeps_row_gradients: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-3
     needs_fp32: ClassVar[bool] = False
 
     def __init__(self, recipe: BaseRecipe) -> None:

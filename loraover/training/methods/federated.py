@@ -84,6 +84,7 @@ class Federated(TrainingMethod):
     trains_seq2seq: ClassVar[bool] = False
     no_resume: ClassVar[str] = "a step taken twice with other noise would spend privacy that is not accounted for"
     keeps_row_gradients: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 3e-2
     needs_fp32: ClassVar[bool] = True
 
     def __init__(self, recipe: BaseRecipe) -> None:

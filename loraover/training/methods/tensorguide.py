@@ -217,6 +217,7 @@ class TensorGuide(TrainingMethod):
     """A and B of each module from one tensor train."""
 
     settings: TensorGuideSettings
+    learning_rate: ClassVar[float] = 1e-2
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
