@@ -61,11 +61,9 @@ def make_trainer(
     callbacks += [MethodCallback(method)]
     callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
     callbacks += [progress, SealCheckpoints()]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"optimizers": (_optimizer(recipe, model), None)}
     if name == "grpo":
         options["reward_funcs"] = [find_reward(reward) for reward in recipe.reward_funcs]
-    else:
-        options["optimizers"] = (_optimizer(recipe, model), None)
     if TRAINERS[name].library == "transformers":
         encode, options["data_collator"] = _encoding(name, recipe, model, tokenizer)
         sets = {

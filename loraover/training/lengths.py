@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
@@ -37,19 +38,17 @@ def count_tokens(rows: Rows, name: str, tokenizer: Any) -> list[Tokens]:
         One entry for each example; for a trainer of transformers, input and target count apart, and the longer one
         stands for both.
     """
-    whole = [[_spelt(row, part, tokenizer) for part in _answers(row)] for row in rows.rows]
-    flat = _sizes([text for texts in whole for text in texts], tokenizer, rows.rows[0])
-    sizes = iter(flat)
-    totals = [max(next(sizes) for _ in texts) for texts in whole]
+    first = rows.rows[0]
     if name == "seq2seq":
-        inputs = _sizes([row["prompt"] for row in rows.rows], tokenizer, rows.rows[0])
-        return [Tokens(0, max(pair)) for pair in zip(inputs, totals, strict=True)]
+        sides = [_sizes([row[side] for row in rows.rows], tokenizer, first) for side in ("prompt", "completion")]
+        return [Tokens(0, max(pair)) for pair in zip(*sides, strict=True)]
+    whole = [[_spelt(row, part, tokenizer) for part in _answers(row)] for row in rows.rows]
+    sizes = iter(_sizes([text for texts in whole for text in texts], tokenizer, first))
+    end = int(name in ENDED and not _is_chat(first))
+    totals = [end + max(next(sizes) for _ in texts) for texts in whole]
     prompts = [_spelt(row, None, tokenizer) if "prompt" in row else "" for row in rows.rows]
-    starts = [
-        0 if not text else size for text, size in zip(prompts, _sizes(prompts, tokenizer, rows.rows[0]), strict=True)
-    ]
-    ends = int(name in ENDED and not _is_chat(rows.rows[0]))
-    return [Tokens(*pair) for pair in zip(starts, (total + ends for total in totals), strict=True)]
+    starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
+    return [Tokens(*pair) for pair in zip(starts, totals, strict=True)]
 
 
 ENDED = ("sft", "dpo", "kto")
@@ -70,7 +69,8 @@ def _spelt(row: Row, part: str | None, tokenizer: Any) -> str:
     pieces = [row[name] for name in ("prompt", part) if name is not None and name in row]
     if all(isinstance(piece, str) for piece in pieces):
         return "".join(pieces)
-    options = {name: row[name] for name in ("tools",) if name in row} | row.get("chat_template_kwargs", {})
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
     messages = [message for piece in pieces for message in piece]
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
     return text
@@ -78,8 +78,6 @@ def _spelt(row: Row, part: str | None, tokenizer: Any) -> str:
 
 def _sizes(texts: list[str], tokenizer: Any, first: Row) -> list[int]:
     """Count the tokens of texts; a chat template writes the special tokens itself."""
-    if not texts:
-        return []
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=not _is_chat(first))["input_ids"]]
 
 

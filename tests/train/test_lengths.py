@@ -57,6 +57,12 @@ def test_tokens_are_those_that_trl_trains_on(kind: str, bases: dict[str, Path], 
     assert [one.total - one.prompt for one in found] == labelled
 
 
+def test_input_and_target_of_an_encoder_decoder_are_cut_apart(bases: dict[str, Path]) -> None:
+    rows = [{"prompt": "1+1?", "completion": "2" * 9}, {"prompt": "1" * 20, "completion": "2"}]
+    found = count_tokens(Rows(rows, ""), "seq2seq", load_tokenizer(resolve_model(str(bases["t5"]))))
+    assert found == [Tokens(0, 10), Tokens(0, 21)]
+
+
 def test_what_is_cut_is_counted() -> None:
     tokens = [Tokens(4, 10)] * 197 + [Tokens(20, 30), Tokens(4, 40), Tokens(4, 17)]
     found = summarise(tokens, Rows([{}] * 200, "", numbers=range(11, 211)), 16)
