@@ -21,6 +21,9 @@ from loraover.training.recipe_parts import AUTO, SOAP
 
 MAX_YAML_BYTES = 2**20
 
+LEARNS_TOKENS = (None, "sft", "seq2seq")
+"""Values of the key `trainer` whose loss is that of completion tokens."""
+
 METHOD_NAMES = ("lora", "lora-over", "full", *METHODS)
 """Values of the key `method`."""
 
@@ -59,6 +62,8 @@ class Recipe(MethodKeys):
                     f"lora.init_lora_weights {start!r} changes the base weights, which are the reference of trainer "
                     f"{self.trainer}; leave it out"
                 )
+        if self.method in METHODS and self.trainer not in LEARNS_TOKENS:
+            raise ValueError(f"method {self.method} trains with sft or seq2seq, not with trainer {self.trainer}")
         if self.method == "full" and self.model_init.quantization is not None:
             raise ValueError("method full cannot train quantised weights; leave out model_init.quantization")
         return self

@@ -137,6 +137,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"training": CONSTANT | {"warmup_steps": 1}}, "take constant_with_warmup"),
     ({"training": STEPS | {"bf16": True, "fp16": True}}, "give one of bf16 and fp16"),
     ({"trainer": "grpo"}, "trainer grpo needs reward_funcs"),
+    ({"trainer": "dpo", "method": "soma"}, "method soma trains with sft or seq2seq"),
     ({"trainer": "ppo"}, "trainer: Input should be 'sft'"),
     ({"trainer": "dpo", "method": "lora", "lora": {"init_lora_weights": "pissa"}}, "the reference of trainer dpo"),
     ({"method": "full", "model_init": {"quantization": "nf4"}}, "method full cannot train quantised weights"),
