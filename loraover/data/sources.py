@@ -216,7 +216,7 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
 def is_hub_name(source: str) -> bool:
     """Whether a source is looked for on the hub: it has the form of a hub name, and no local file has this name."""
     path = Path(source)
-    looks_local = source.startswith((".", "/", "~")) or path.suffix in LOCAL_SUFFIXES
+    looks_local = source == BUILT_IN or source.startswith((".", "/", "~")) or path.suffix in LOCAL_SUFFIXES
     return source.count("/") <= 1 and not looks_local and kind_of(path) is None
 
 

@@ -130,7 +130,9 @@ def test_auto_takes_the_largest_batch_that_fits(
 ) -> None:
     monkeypatch.setattr(loraover.training.defaults, "total_memory", lambda _: int(gigabytes * 1e9))
     said = Lines()
-    make_plan(load_recipe(str(recipe), {"training.per_device_train_batch_size": "auto"}), said)
+    found = make_plan(load_recipe(str(recipe), {"training.per_device_train_batch_size": "auto"}), said)
+    assert found.lengths is not None
+    assert (found.lengths.examples, found.lengths.cut) == (20, 0)
     (line,) = [line for line in said.lines if "per_device_train_batch_size" in line]
     assert f"per_device_train_batch_size: {batch}, which" in line
     assert f"gradient_accumulation_steps: {8 // batch}" in line
