@@ -174,14 +174,15 @@ EIGEN := $(AXES)={long: calibration}:$(PLUS)
 GAUGE_TASKS := $(foreach task,gsm8k-long qnli-all svamp mbpp,docs/study/$(task).yaml)
 SLOW := 7.5e-4,1.5e-3,3e-3
 FAST := 1.5e-3,3e-3,6e-3
-GAUGE := --set training.min_lr_rate=0.1 --lr-sweep $(SLOW) --lr-sweep lora=$(FAST) --tuning-seeds 1 --jobs 2
+FLOOR := --set training.lr_scheduler_type=cosine_with_min_lr --set "training.lr_scheduler_kwargs={min_lr_rate: 0.1}"
+GAUGE := $(FLOOR) --lr-sweep $(SLOW) --lr-sweep lora=$(FAST) --tuning-seeds 1 --jobs 2
 LOWER := --lr-sweep qnli-all/lora=1.9e-4,3.75e-4,7.5e-4,$(FAST) --lr-sweep "qnli-all/lora:$(PLUS)=4.7e-5,9.4e-5,1.9e-4,3.75e-4,$(SLOW)" \
 	--lr-sweep "svamp/lora:$(PLUS)=3.75e-4,$(SLOW)"
 study-gauge:
 	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) $(LOWER) \
 		--lr-sweep "qnli-all/$(EIGEN)=1.9e-4,3.75e-4,$(SLOW)" --seeds 4 -o docs/study/gauge
 
-SOAP := training.optim=soap:training.optim_args={max_precondition_dim: 1024}
+SOAP := training.optim=soap:training.optim_args=max_precondition_dim=1024
 QUARTER := schedule=static:budget={fraction: 0.25}:score
 study-gauge-arms:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
@@ -198,7 +199,7 @@ study-gauge-options:
 		),$(AXES)={long: calibration, short: none}:$(PLUS),$(EIGEN):calibration_batches=16$(strip \
 		),$(AXES)={short: calibration, long: calibration}:$(PLUS)$(strip \
 		),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS):aux_lr_scale=0.1" \
-		--set training.min_lr_rate=0.1 --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 \
+		$(FLOOR) --lr-sweep 1.5e-3 --seeds 1 --tuning-seeds 1 --jobs 2 \
 		--reuse docs/study/gauge -o docs/study/gauge-options
 
 study-gauge-steps:
@@ -207,7 +208,7 @@ study-gauge-steps:
 		--reuse docs/study/gauge -o docs/study/gauge-steps
 
 study-gauge-long:
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN),lora" --set training.min_lr_rate=0.1 \
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN),lora" $(FLOOR) \
 		--lr-sweep 1.5e-3 --lr-sweep lora=3e-3 --set training.max_steps=300 --seeds 2 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-long
 
 study-gauge-rates:
@@ -217,7 +218,7 @@ study-gauge-rates:
 		-o docs/study/gauge-rates
 
 # The study of docs/research/papers.md, whose protocol it follows. It should come after study-gauge, whose runs it shares.
-FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.precision=fp32
+FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.bf16=false
 study-papers:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
 		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) \

@@ -27,10 +27,11 @@ def _run(request: TrainRequest, as_json: bool) -> None:
 
 
 def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
+    from loraover.reporting.reporter import ConsoleReporter
     from loraover.training.plan import make_plan
     from loraover.training.show import show_plan
 
-    found = make_plan(recipe)
+    found = make_plan(recipe, ConsoleReporter(console))
     if as_json:
         print(found.model_dump_json(indent=1))
     else:
@@ -39,12 +40,13 @@ def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool
 
 def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
     from dataclasses import replace
+    from pathlib import Path
 
     from loraover.reporting.reporter import ConsoleReporter
     from loraover.training.run import train
-    from loraover.training.run_folder import new_run_folder, newest_unfinished, product
+    from loraover.training.run_folder import RECIPE_FILE, new_run_folder, newest_unfinished, product
 
-    report, name = ConsoleReporter(console), request.recipe
+    report, name = ConsoleReporter(console), request.recipe or Path(request.data or "run").name
     folder = request.output or (newest_unfinished(name) if request.resume else new_run_folder(name))
     if request.output is None:
         report.line(f"run: {folder}")
@@ -57,6 +59,8 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
             again = f"{replace(request, output=folder).command()} --resume"
             click.echo(f"To continue from the last complete checkpoint: {again}", err=True)
         raise
+    if request.recipe is None:
+        report.line(f"recipe: {folder / RECIPE_FILE}")
     made = product(recipe, folder)
     report.line(f"{made.name}: {made}")
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
@@ -20,11 +20,33 @@ ALPACA = (
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-class RowFormat(NamedTuple):
-    """Format of rows.
+PAIRS = (frozenset({"prompt", "completion"}),)
+OPTIONAL = ("prompt", "tools", "images", "image", "chat_template_kwargs")
+"""Columns that trainers of TRL take beside those that they need."""
+
+
+class RowForm(NamedTuple):
+    """Rows that a trainer takes.
 
     Args:
-        read: Function that yields the examples of a row; its second argument is the row's place, for messages.
+        columns: Columns that a row has to have; one of these sets.
+        chat: Whether to write text as chat messages, for a tokenizer with a chat template.
+        turns: Whether each turn of the assistant in `messages` is one example, with all messages before it as prompt.
+        keeps_all: Whether columns that no trainer knows stay, for rewards that read them.
+    """
+
+    columns: tuple[frozenset[str], ...] = PAIRS
+    chat: bool = False
+    turns: bool = True
+    keeps_all: bool = False
+
+
+class RowFormat(NamedTuple):
+    """Format of rows that TRL does not read itself.
+
+    Args:
+        read: Function that yields the prompt and completion, or the messages, of a row; its second argument is the
+            row's place, for messages.
         fields: Fields by which the format is recognised; None means that it is used only by name.
         template: Template around a prompt of text that is not written as chat messages.
     """
@@ -34,61 +56,86 @@ class RowFormat(NamedTuple):
     template: str = "{}"
 
 
-def read_row(row: Any, format: str, chat: bool, where: str) -> Iterator[Row]:
-    """Yield the examples of a row, each with `prompt` and `completion`.
+def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
+    """Yield the examples of a row as a trainer takes them.
 
     Args:
         row: The row, as its source holds it.
         format: Key of `FORMATS`, or "auto" to recognise the format by the fields.
-        chat: Whether to write text as chat messages.
+        form: What the trainer takes.
         where: Place of the row, for messages.
 
     Raises:
-        DataError: The row does not fit the format.
+        DataError: The row does not fit the format or the trainer.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
-    found = FORMATS[_recognised(row, where) if format == "auto" else format]
+    row = {name: value for name, value in row.items() if value is not None}
+    found = FORMATS[_recognised(row, form, where) if format == "auto" else format]
     for example in found.read(row, where):
-        for part in ("prompt", "completion"):
-            if not any(text.strip() for text in _texts(example[part])):
-                raise DataError(f"{where}: the {part} is empty; leave such rows out with data.keep.")
-        if isinstance(example["prompt"], str):
-            yield as_chat(example) if chat else example | {"prompt": found.template.format(example["prompt"])}
-        else:
-            yield example
+        yield from _examples(example, found.template, form, where)
+
+
+def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterator[Row]:
+    """Yield what a trainer takes of an example: its columns, checked, in chat messages where they are wanted."""
+    if "messages" in example and (form.turns or form.columns == PAIRS):
+        for turn in _turns(example, where):
+            yield from _examples(turn, template, form, where)
+        return
+    columns = next((needed for needed in form.columns if needed <= example.keys()), None)
+    if columns is None:
+        raise DataError(f"{where}: has fields {sorted(example)}; expected {_spelt(form.columns)}.")
+    taken = {name: example[name] for name in example if form.keeps_all or name in columns or name in OPTIONAL}
+    for name in TEXTS & taken.keys():
+        _field(taken, name, where)
+        if not any(text.strip() for text in _texts(taken[name])):
+            raise DataError(f"{where}: the {name} is empty; leave such rows out with data.keep.")
+    parts = [taken[name] for name in ("prompt", "completion", "chosen", "rejected") if name in taken]
+    if len({type(part) for part in parts}) > 1:
+        raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
+    if "prompt" in taken and isinstance(taken["prompt"], str):
+        taken = as_chat(taken) if form.chat else taken | {"prompt": template.format(taken["prompt"])}
+    yield taken
+
+
+TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "text"})
+
+
+def _spelt(columns: Iterable[frozenset[str]]) -> str:
+    return " or ".join(str(sorted(names)) for names in columns)
 
 
 def _texts(part: Any) -> list[str]:
-    """Return the texts of a prompt or completion."""
-    return [part] if isinstance(part, str) else [str(message["content"] or "") for message in part]
+    """Return the texts of a prompt or completion; a call of a tool counts as one."""
+    if isinstance(part, str):
+        return [part]
+    return [str(message.get("content") or message.get("tool_calls") or "") for message in part]
 
 
 def as_chat(example: Row) -> Row:
-    """Write a prompt and completion of text as one user message and one assistant message."""
-    return {
-        "prompt": [{"role": "user", "content": example["prompt"].strip()}],
-        "completion": [{"role": "assistant", "content": example["completion"].strip()}],
+    """Write a prompt of text as a message of the user, and each answer to it as one of the assistant."""
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    return example | {
+        name: [{"role": role, "content": example[name].strip()}] for name, role in roles.items() if name in example
     }
 
 
-def _recognised(row: Row, where: str) -> str:
+def _recognised(row: Row, form: RowForm, where: str) -> str:
+    if any(needed <= row.keys() for needed in form.columns):
+        return PASSED
     known = {name: format.fields for name, format in FORMATS.items() if format.fields is not None}
     for name, fields in known.items():
         if fields <= row.keys():
             return name
-    expected = " or ".join(f"{sorted(fields)} ({name})" for name, fields in known.items())
-    raise DataError(f"{where}: has fields {sorted(row)}; expected {expected}.")
+    named = " or ".join(f"{sorted(fields)} ({name})" for name, fields in known.items())
+    raise DataError(f"{where}: has fields {sorted(row)}; expected {_spelt(form.columns)} or {named}.")
 
 
-def _prompt_completion(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    prompt, completion = _field(row, "prompt", where), _field(row, "completion", where)
-    if type(prompt) is not type(completion):
-        raise DataError(f"{where}: prompt and completion must both be text or both be chat messages.")
-    yield {"prompt": prompt, "completion": completion}
+def _as_it_is(row: Mapping[str, Any], where: str) -> Iterator[Row]:
+    yield dict(row)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
+def _turns(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     """Yield one example per assistant turn, with all messages before it as its prompt."""
     messages = _field(row, "messages", where)
     if isinstance(messages, str):
@@ -96,12 +143,13 @@ def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
     if not turns:
         raise DataError(f"{where}: messages holds no assistant turn to learn from.")
+    others = {name: value for name, value in row.items() if name != "messages"}
     for i in turns:
-        yield {"prompt": messages[:i], "completion": [messages[i]]}
+        yield others | {"prompt": messages[:i], "completion": [messages[i]]}
 
 
 def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """Yield text for one question and its answer, and chat messages for a longer conversation."""
+    """Yield text for one question and its answer, and messages for a longer conversation."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
         raise DataError(f"{where}: field 'conversations' is not a list of objects with from and value.")
@@ -111,7 +159,7 @@ def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     if [message["role"] for message in messages] == ["user", "assistant"]:
         yield {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
     else:
-        yield from _messages({"messages": messages}, where)
+        yield {"messages": messages}
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -140,12 +188,13 @@ def _codefeedback(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     yield {"prompt": _text(row, "query", where), "completion": before + fence + rest.partition("```")[0] + fence}
 
 
+PASSED = "trl"
 FORMATS: dict[str, RowFormat] = {
-    "prompt-completion": RowFormat(_prompt_completion, frozenset({"prompt", "completion"})),
-    "messages": RowFormat(_messages, frozenset({"messages"})),
+    PASSED: RowFormat(_as_it_is),
+    "messages": RowFormat(_as_it_is, frozenset({"messages"})),
     "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"})),
-    "instruction": RowFormat(_instruction, template=ALPACA),
-    "conversations": RowFormat(_conversations, template=ALPACA),
+    "instruction": RowFormat(_instruction, frozenset({"instruction", "output"}), template=ALPACA),
+    "conversations": RowFormat(_conversations, frozenset({"conversations"}), template=ALPACA),
     "metamath": RowFormat(_metamath),
     "codefeedback": RowFormat(_codefeedback, template=ALPACA),
     **{f"glue-{name}": RowFormat(glue_reader(task)) for name, task in GLUE_TASKS.items()},
@@ -170,12 +219,12 @@ def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and {"role", "content"} <= value.keys()
-        and isinstance(value["role"], str)
-        and isinstance(value["content"], str | None)
-    )
+    """Whether a value is a chat message: text, parts such as images, or calls of tools, said by some role."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    is_parts = isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+    return isinstance(content, str) or is_parts or ("content" in value and content is None) or "tool_calls" in value
 
 
 def check_encodes(text: str, name: str, where: str) -> None:

@@ -7,7 +7,7 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -18,10 +18,11 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
-from loraover.data.formats import Row, read_row
+from loraover.data.formats import Row, RowForm, read_row
 from loraover.sources.hub import pinned_commit
 
 BUILT_IN = "word-problems"
+LOCAL_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
 MAX_LINE_BYTES = 4 * 2**20
 
 
@@ -30,14 +31,18 @@ class Rows:
     """Examples of a data set.
 
     Args:
-        rows: Examples with `prompt` and `completion`, each a string or a list of chat messages.
+        rows: Examples in the form that the trainer takes, such as `prompt` and `completion`.
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
+        numbers: Number of the source's row, from 1, that each example comes from; empty if they are generated.
+        filtered: Number of rows that `keep` has left out.
     """
 
     rows: list[Row]
     origin: str
     revision: str | None = None
+    numbers: Sequence[int] = ()
+    filtered: int = 0
 
 
 def load_rows(
@@ -48,40 +53,45 @@ def load_rows(
     revision: str | None,
     limit: int | None,
     format: str,
-    chat: bool,
+    form: RowForm,
     keep: Mapping[str, re.Pattern[str]] = MappingProxyType({}),
 ) -> Rows:
-    """Read examples and convert them into prompt and completion.
+    """Read examples in the form that a trainer takes.
 
     Args:
-        source: File (`.jsonl`, `.jsonl.gz` or `.json`), folder with `<split>.jsonl`, or hub name.
+        source: File (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`), folder with `<split>.jsonl` or `.parquet`, or hub
+            name, with `@` and a commit where it shall not be that of `revision`.
         split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". A file has no
             splits: a name is not used, and a slice is refused.
         subset: Name of the data set's configuration on the hub.
         revision: Branch, tag or commit on the hub.
         limit: Number of examples to read; None reads all.
         format: Key of `loraover.data.formats.FORMATS`, or "auto" to recognise the format by the fields.
-        chat: Whether to write text as chat messages, for a tokenizer with a chat template.
+        form: Rows that the trainer takes.
         keep: Regular expressions by column; only rows in which all of them are found are read.
 
     Raises:
         DataError: The source holds no examples or is not JSON, or a row lacks a field; the message has its number.
     """
     rows: list[Row] = []
+    numbers: list[int] = []
+    filtered = 0
     raw = read_raw(source, split=split, subset=subset, revision=revision)
     for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"
         if not _is_kept(row, keep, where):
+            filtered += 1
             continue
-        for example in read_row(row, format, chat, where):
-            if rows and type(example["prompt"]) is not type(rows[0]["prompt"]):
+        for example in read_row(row, format, form, where):
+            if rows and type(example.get("prompt")) is not type(rows[0].get("prompt")):
                 raise DataError(f"{where}: text and chat messages in one file; set data.chat to true.")
             rows.append(example)
+            numbers.append(number)
     if not rows:
         raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
-    return Rows(rows[:limit], raw.origin, raw.revision)
+    return Rows(rows[:limit], raw.origin, raw.revision, numbers[:limit], filtered)
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ def read_raw(source: str, *, split: str, subset: str | None = None, revision: st
     if kind == "folder":
         return _read_folder(path, split)
     is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
-    if not is_name or path.suffix in (".jsonl", ".json", ".gz"):
+    if not is_name or path.suffix in LOCAL_SUFFIXES:
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
     return RawRows(*_read_hub(source, split, subset, revision))
 
@@ -139,12 +149,10 @@ def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
 
 def _read_folder(folder: Path, split: str) -> RawRows:
     name, bracket, _ = split.partition("[")
-    file = next(
-        (folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz") if kind_of(folder / f"{name}{end}") == "file"),
-        None,
-    )
+    named = [folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz", ".parquet")]
+    file = next((path for path in named if kind_of(path) == "file"), None)
     if file is None:
-        raise DataError(f"{folder}: holds no {name}.jsonl or {name}.jsonl.gz.")
+        raise DataError(f"{folder}: holds no {name}.jsonl or {name}.jsonl.gz, nor {name}.parquet.")
     if not bracket:
         return RawRows(_read_file(file), f"file {file.name}")
     return RawRows(_sliced(file, name, split), f"file {file.name}, {split}")
@@ -163,6 +171,9 @@ def _sliced(file: Path, name: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -185,6 +196,16 @@ def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: not JSON: {error}.") from error
 
 
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield from enumerate(Dataset.from_parquet(str(path), keep_in_memory=True), 1)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as parquet: {error}.") from error
+
+
 def _parse(line: bytes, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
@@ -195,7 +216,7 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
 def is_hub_name(source: str) -> bool:
     """Whether a source is looked for on the hub: it has the form of a hub name, and no local file has this name."""
     path = Path(source)
-    looks_local = source.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".gz")
+    looks_local = source == BUILT_IN or source.startswith((".", "/", "~")) or path.suffix in LOCAL_SUFFIXES
     return source.count("/") <= 1 and not looks_local and kind_of(path) is None
 
 
@@ -223,8 +244,9 @@ def _read_hub(
 ) -> tuple[Iterator[tuple[int, Any]], str, str]:
     from datasets import load_dataset
 
+    name, _, own = name.partition("@")
     with _hub_errors(name):
-        commit = pinned_commit(name, revision, "dataset")
+        commit = pinned_commit(name, own or revision, "dataset")
         rows = load_dataset(name, subset, split=split, revision=commit)
     return enumerate(rows, 1), f"hub {name}@{commit[:12]}", commit
 

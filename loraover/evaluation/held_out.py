@@ -68,12 +68,15 @@ class Scored(NamedTuple):
 
 
 @torch.no_grad()
-def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored]:
+def example_losses(
+    model: Any, batches: Iterable[dict[str, Any]], on_batch: Callable[[int], None] = lambda done: None
+) -> list[Scored]:
     """Loss of each example on its completion, in order.
 
     Args:
         model: A causal model or an encoder-decoder.
         batches: Collated batches, whose `labels` are -100 where a token does not count.
+        on_batch: Called with the number of examples that are done.
     """
     was_training = model.training
     model.eval()
@@ -86,6 +89,7 @@ def example_losses(model: Any, batches: Iterable[dict[str, Any]]) -> list[Scored
         logits = model(**inputs).logits[:, : labels.shape[1]].float()
         nats = cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").cpu().double().sum(1)
         found += [Scored(*pair) for pair in zip(nats.tolist(), (labels != -100).sum(1).tolist(), strict=True)]
+        on_batch(len(found))
     model.train(was_training)
     return found
 

@@ -175,7 +175,7 @@ def _run(folder: Path) -> FolderReport:
         method=None if recipe is None else recipe.method,
         can_resume=recipe is not None and recipe.can_resume,
         model=None if recipe is None else recipe.model,
-        data=None if recipe is None else recipe.data.train,
+        data=None if recipe is None else recipe.data.name,
         checkpoint_step=max(steps, default=None),
         last_loss=next(reversed(logged_losses(folder)), None),
         result=result,

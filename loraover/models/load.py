@@ -123,6 +123,8 @@ def load_model(
     task_type: str | None = "CAUSAL_LM",
     num_labels: int | None = None,
     device: str = "cpu",
+    attention: str | None = None,
+    quantization: str | None = None,
 ) -> Any:
     """Load a base model in eval mode, straight to a device: no second copy of the weights is made on the CPU.
 
@@ -132,9 +134,12 @@ def load_model(
         task_type: PEFT's name of the task: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
         num_labels: Number of a classifier's labels; None means the number in the model's configuration.
         device: Device to load to: cpu, cuda, mps, auto, or one GPU such as cuda:1.
+        attention: Implementation of attention, as transformers names it; None means transformers' choice.
+        quantization: Form of the linear layers: nf4 or int8 of bitsandbytes, torchao-int8, or None.
 
     Raises:
-        ConfigError: The files do not hold such a model, or there is no such device.
+        ConfigError: The files do not hold such a model, there is no such device, or a package that quantises is not
+            installed.
     """
     import torch
     import transformers
@@ -159,11 +164,31 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             **({} if num_labels is None else {"num_labels": num_labels}),
+            **({} if attention is None else {"attn_implementation": attention}),
+            **({} if quantization is None else {"quantization_config": _quantised(quantization, dtype)}),
             **({} if place.type == "cpu" else {"device_map": {"": place}}),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
     return model.eval()
+
+
+def _quantised(form: str, dtype: str) -> Any:
+    """Return transformers' settings of a quantised form; nf4 computes in `dtype` and quantises its scales too."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if form == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if form == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=form,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPES[dtype],
+    )
 
 
 def load_skeleton(source: ModelSource) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraover.common.errors import DataError
 from loraover.data.sources import BUILT_IN
 from loraover.data.turns import later_turn
-from loraover.training.examples import load_examples
+from loraover.training.examples import load_held_out
 from loraover.training.recipe import Recipe
 
 
@@ -19,16 +19,15 @@ def check_held_out(recipe: Recipe) -> None:
         recipe: The recipe of a run.
 
     Raises:
-        DataError: An example continues the one before it, or see `load_examples`.
+        DataError: An example continues the one before it, or see `load_held_out`.
     """
     if recipe.data.train == BUILT_IN and recipe.data.test is None:
         return
-    data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
-    held_out = load_examples(recipe.model_copy(update={"data": data}), chat=True).test
+    held_out = load_held_out(recipe)
     later = None if held_out is None else later_turn(held_out.rows)
     if later is not None:
         raise DataError(
-            f"{recipe.data.test or recipe.data.train}: held-out example {later + 1} is a later turn of the "
+            f"{recipe.data.test or recipe.data.name}: held-out example {later + 1} is a later turn of the "
             f"conversation of example {later}. A study chooses rates on one half of the examples and judges on "
             "the other, so its held-out conversations may have only one turn of the assistant."
         )

@@ -14,7 +14,8 @@ from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
 from loraover.study.request import StudyRequest, split_outside_brackets
 from loraover.training.methods import METHODS
-from loraover.training.recipe import Recipe, load_recipe, parse_override
+from loraover.training.recipe import LEARNS_TOKENS, Recipe, load_recipe, parse_override
+from loraover.training.trainers import check_keys
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -121,6 +122,12 @@ def make_grid(
             for rate in special.get(f"{task}/{method}", special.get(task, rates[method])):
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
                 runs.append(Run(task, method, rate, seed, load_recipe(recipe, values), method in rulers))
+    for run in {(run.task, run.method): run for run in runs}.values():
+        check_keys(run.recipe)
+        if run.recipe.trainer not in LEARNS_TOKENS:
+            raise ConfigError(
+                f"{run.task}: a study compares losses of tokens, which trainer {run.recipe.trainer} lacks."
+            )
     _check(runs)
     return runs
 

@@ -16,7 +16,7 @@ from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_vari
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept
 from loraover.study.request import StudyRequest
-from loraover.training.examples import load_examples
+from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
 
 MOST = 10**7
@@ -123,9 +123,7 @@ def predict_power(request: StudyRequest) -> PowerReport:
 
 def _test_rows(request: StudyRequest, recipe: str) -> int:
     """Number of examples in a study's test half."""
-    found = load_recipe(recipe, dict(request.settings or {}))
-    data = found.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
-    held_out = load_examples(found.model_copy(update={"data": data}), chat=True).test
+    held_out = load_held_out(load_recipe(recipe, dict(request.settings or {})))
     count = 0 if held_out is None else len(held_out.rows)
     rows = len(range(*Halves(count).test.indices(count)))
     if rows < 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -9,6 +11,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
+from loraover.training.trainers import build, lora_options
 
 
 def with_adapter(
@@ -27,9 +30,12 @@ def with_adapter(
         ConfigError: PEFT refuses the recipe's `lora`, or the method's settings do not fit the model.
     """
     base.name_or_path = source.name
-    options = recipe.lora.model_dump() | ({} if method is None else method.lora_options(base))
+    options = lora_options(recipe) | ({} if method is None else method.lora_options(base))
+    config = build(LoraConfig, "lora", {"task_type": task, "revision": source.revision, **options})
     try:
-        model = get_peft_model(base, LoraConfig(task_type=task, revision=source.revision, **options))
+        model = get_peft_model(base, config)
+    except re.error as error:
+        raise ConfigError(f"lora: a pattern is not a regular expression, which PEFT expects: {error}") from error
     except ValueError as error:
         raise ConfigError(f"lora: PEFT refuses it: {error}") from error
     adapted = [f".{name}" for name in model.base_model.targeted_parameter_names]

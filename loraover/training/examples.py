@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loraover.common.errors import DataError
-from loraover.data.formats import Row, as_chat
-from loraover.data.sources import BUILT_IN, Rows, load_rows
+from loraover.data.formats import PASSED, Row, RowForm, read_row
+from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
 
+HELD_OUT = 20  # one row of so many is held out of data without another split
 WORD_PROBLEMS = 2000  # training examples where a recipe gives no number
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Training and held-out rows with prompt and completion, and their origin.
+    """Training and held-out rows, and their origin.
 
     Args:
         train: Training rows.
         test: Held-out rows; None: nothing is measured.
         shared: Number of held-out rows that are also training rows.
+        divided: Number of rows that were held out of the training data themselves.
     """
 
     train: Rows
     test: Rows | None
     shared: int = 0
+    divided: int = 0
 
 
-def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
+def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     """Load training rows, and held-out rows if the recipe measures something.
 
     Args:
         recipe: The recipe.
-        chat: Whether to write text as chat messages.
+        form: Rows that the recipe's trainer takes.
 
     Raises:
         DataError: See `load_rows`; or held-out data are missing, or are all trained on.
     """
-    found = _load(recipe, chat=chat)
+    found = _load(recipe, form)
     if found.test is None:
         return found
     held_out = [_content(row) for row in found.test.rows]
@@ -56,33 +61,94 @@ def load_examples(recipe: Recipe, *, chat: bool) -> Examples:
     return replace(found, shared=shared)
 
 
+def without_evaluation(recipe: Recipe) -> Recipe:
+    """Return a recipe that measures nothing."""
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"examples": 0})})
+
+
+def load_held_out(recipe: Recipe) -> Rows | None:
+    """Load the held-out rows alone, as prompt and completion; None if the recipe measures nothing."""
+    data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
+    return load_examples(recipe.model_copy(update={"data": data}), RowForm(chat=True)).test
+
+
 def _content(row: Row) -> str:
-    return json.dumps([row["prompt"], row["completion"]], sort_keys=True)
+    return json.dumps(row, sort_keys=True, default=str)
 
 
-def _load(recipe: Recipe, *, chat: bool) -> Examples:
+def _load(recipe: Recipe, form: RowForm) -> Examples:
     data = recipe.data
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
-    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "chat": chat, "keep": data.keep}
+    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
+    made, held_out = list[Row](), list[Row]()
+    if BUILT_IN in (data.train, data.test):
+        count = data.train_examples or WORD_PROBLEMS if data.train == BUILT_IN else 0
+        made, held_out = split_word_problems(count, wanted, recipe.training.seed)
     if data.train == BUILT_IN:
-        made, held_out = split_word_problems(data.train_examples or WORD_PROBLEMS, wanted, recipe.training.seed)
-        origin = f"built-in word problems, seed {recipe.training.seed}"
-        train_rows, test_rows = (Rows([as_chat(r) if chat else r for r in rows], origin) for rows in (made, held_out))
-        if data.test in (None, BUILT_IN):
-            return Examples(train_rows, test_rows if wanted else None)
+        train = _built_in(made, form, recipe)
     else:
         limit = data.train_examples
-        train_rows = load_rows(data.train, split=data.train_split, revision=data.revision, limit=limit, **common)
+        if loose := [name for name in data.sources[1:] and data.sources if is_hub_name(name) and "@" not in name]:
+            raise DataError(
+                f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT."
+            )
+        parts = [
+            load_rows(source, split=data.train_split, revision=data.revision, limit=limit, **common)
+            for source in data.sources
+        ]
+        train = _mixed(parts, recipe)
     if not wanted:
-        return Examples(train_rows, None)
-    if data.test is None and Path(data.train).is_file():
-        raise DataError(f"{data.train} is one file; name held-out data in data.test, or set evaluation.examples to 0.")
-    if data.test == BUILT_IN:
-        rows = split_word_problems(0, wanted, recipe.training.seed)[1]
-        origin = f"built-in word problems, seed {recipe.training.seed}"
-        return Examples(train_rows, Rows([as_chat(row) if chat else row for row in rows], origin))
-    revision = data.revision if train_rows.revision is None else None
+        return Examples(train, None)
+    if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):
+        return Examples(train, _built_in(held_out, form, recipe))
+    if data.test is None and (len(data.sources) > 1 or Path(data.sources[0]).is_file()):
+        return _divided(train, min(wanted, len(train.rows) // HELD_OUT))
+    revision = data.revision if train.revision is None else None
     if data.test in (None, data.train):
-        revision = train_rows.revision
-    test_rows = load_rows(data.test or data.train, split=data.test_split, revision=revision, limit=wanted, **common)
-    return Examples(train_rows, test_rows)
+        revision = train.revision
+    source = data.test or data.sources[0]
+    return Examples(train, load_rows(source, split=data.test_split, revision=revision, limit=wanted, **common))
+
+
+def _divided(rows: Rows, held_out: int) -> Examples:
+    """Hold out some rows of data that have no split for it, the same ones for every seed."""
+    taken = set(random.Random(0).sample(range(len(rows.rows)), held_out))
+    parts = [
+        replace(
+            rows,
+            rows=[row for i, row in enumerate(rows.rows) if (i in taken) is is_test],
+            numbers=[number for i, number in enumerate(rows.numbers) if (i in taken) is is_test],
+        )
+        for is_test in (False, True)
+    ]
+    return Examples(parts[0], parts[1] if held_out else None, divided=held_out)
+
+
+def _built_in(rows: Sequence[Row], form: RowForm, recipe: Recipe) -> Rows:
+    origin = f"built-in word problems, seed {recipe.training.seed}"
+    return Rows([one for row in rows for one in read_row(row, PASSED, form, BUILT_IN)], origin)
+
+
+def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
+    """Interleave sources in the shares of their weights, or of their rows, until every row was taken once.
+
+    A source whose share is larger than its rows are repeats them, so that a weight is kept until the end.
+    """
+    from datasets import Dataset, interleave_datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    weights = recipe.data.weights or [len(part.rows) for part in parts]
+    places = [
+        Dataset.from_dict({"part": [k] * len(part.rows), "row": [*range(len(part.rows))]})
+        for k, part in enumerate(parts)
+    ]
+    strategy = "all_exhausted" if recipe.data.weights else "all_exhausted_without_replacement"
+    shares = [weight / sum(weights) for weight in weights]
+    mixed = interleave_datasets(places, shares, seed=recipe.training.seed, stopping_strategy=strategy)
+    taken = [*zip(mixed["part"], mixed["row"], strict=True)]
+    return Rows(
+        [parts[k].rows[i] for k, i in taken],
+        " + ".join(part.origin for part in parts),
+        numbers=[parts[k].numbers[i] for k, i in taken],
+    )

@@ -1,15 +1,14 @@
-"""The Hugging Face trainer that a recipe asks for."""
+"""The trainer of TRL or transformers that a recipe asks for."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
@@ -17,41 +16,37 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from loraover.callbacks.diagnostics import DiagnosticsCallback
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
-from loraover.common.errors import ConfigError, DataError
+from loraover.callbacks.trainer_loss import trainer_loss
+from loraover.common.errors import ConfigError
+from loraover.data.formats import Row
 from loraover.training.examples import Examples
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe
+from loraover.training.recipe import Recipe, parse_override
 from loraover.training.recipe_parts import SOAP
-from loraover.training.run_folder import TRAINER_FOLDER
-
-PRECISION = {
-    "fp32": {"bf16": False, "fp16": False},
-    "bf16": {"bf16": True, "fp16": False},
-    "fp16": {"bf16": False, "fp16": True},
-}
+from loraover.training.trainers import TRAINERS, build, make_arguments
 
 
 def make_trainer(
     recipe: Recipe,
+    name: str,
     model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     examples: Examples,
     output: Path,
-    is_seq2seq: bool,
     progress: TrainingProgress,
     over: LoraOverCallback | None,
     method: TrainingMethod,
 ) -> Trainer:
-    """Make TRL's SFTTrainer for a causal model, Seq2SeqTrainer for an encoder-decoder; loss on the completion only.
+    """Make a recipe's trainer.
 
     Args:
         recipe: The recipe.
+        name: Key of `TRAINERS`.
         model: The model to train, with its adapter unless all weights are trained.
         tokenizer: The model's tokenizer.
         examples: Training and held-out rows.
         output: The run's folder.
-        is_seq2seq: Whether the model is an encoder-decoder.
         progress: Writer of the run's log.
         over: Owner of the cores; None for other methods.
         method: The recipe's method.
@@ -59,57 +54,81 @@ def make_trainer(
     Raises:
         ConfigError: A value that the trainer refuses.
     """
-    from datasets import Dataset
-
-    options = _options(recipe, output)
-    train_set = Dataset.from_list(examples.train.rows)
-    eval_set = Dataset.from_list(examples.test.rows) if examples.test is not None else None
+    kind, _ = TRAINERS[name].load()
+    rows = {"train": examples.train, "eval": examples.test}
+    sets = {part: None if found is None else to_dataset(found.rows) for part, found in rows.items()}
     callbacks: list[TrainerCallback] = [] if over is None else [over]
     callbacks += [MethodCallback(method)]
-    callbacks += [DiagnosticsCallback(over)] if recipe.diagnostics and recipe.trains_only_products else []
     callbacks += [progress, SealCheckpoints()]
-    if is_seq2seq:
-        trainer = _seq2seq_trainer(recipe, model, tokenizer, options, train_set, eval_set, callbacks)
+    options: dict[str, Any] = {"optimizers": (_optimizer(recipe, model), None)}
+    if name == "grpo":
+        options["reward_funcs"] = [find_reward(reward) for reward in recipe.reward_funcs]
+    if TRAINERS[name].library == "transformers":
+        encode, options["data_collator"] = _encoding(name, recipe, model, tokenizer)
+        sets = {
+            part: None if found is None else found.map(encode, remove_columns=found.column_names)
+            for part, found in sets.items()
+        }
     else:
-        from trl import SFTConfig, SFTTrainer
-
         _project_labelled_positions_only()
-        trainer = SFTTrainer(
-            model,
-            _arguments(SFTConfig, options | {"max_length": recipe.training.max_length, "completion_only_loss": True}),
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            optimizers=(_optimizer(recipe, model), None),
-        )
+    trainer: Trainer = build(
+        kind,
+        "training",
+        {
+            "model": model,
+            "args": make_arguments(recipe, name, output),
+            "train_dataset": sets["train"],
+            "eval_dataset": sets["eval"],
+            "processing_class": tokenizer,
+            "callbacks": callbacks,
+            **options,
+        },
+    )
+    if isinstance(model, PeftModel) and "ref" in model.peft_config:
+        # TRL copies A and B of before training into a reference. They add nothing yet, so that the base model without
+        # an adapter, which TRL takes where there is no copy, is the same reference.
+        model.delete_adapter("ref")
     trainer.remove_callback(PrinterCallback)
+    if recipe.diagnostics and recipe.trains_only_products:
+        DiagnosticsCallback(over).add_to(trainer)
+    if over is not None and name not in ("sft", "seq2seq", "classification"):
+        over.loss = trainer_loss(trainer)
     return trainer
 
 
-def _options(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Options of a recipe in the words of transformers' TrainingArguments."""
-    ours = {"precision", "max_length", "loraplus_lr_ratio", "warmup_ratio", "min_lr_rate", "optim_args"}
-    if recipe.training.optim == SOAP:
-        ours.add("optim")
-    options = recipe.training.model_dump(exclude=ours, exclude_none=True)
-    options |= PRECISION[recipe.training.precision]
-    if recipe.training.warmup_ratio:
-        takes_share = Version(transformers.__version__) >= Version("5")
-        options["warmup_steps" if takes_share else "warmup_ratio"] = recipe.training.warmup_ratio
-    if recipe.training.min_lr_rate:
-        options |= {
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": recipe.training.min_lr_rate},
-        }
-    options |= {
-        "output_dir": str(output / TRAINER_FOLDER),
-        "per_device_eval_batch_size": recipe.training.per_device_train_batch_size,
-        "report_to": ["tensorboard"] if recipe.tensorboard else "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),
+def to_dataset(rows: Sequence[Row]) -> Any:
+    """Return rows as a data set whose messages and tools keep their own keys.
+
+    Arrow would give all dicts of a column the same keys, and a tool would be called with the arguments of another row.
+    """
+    from datasets import Dataset, Features, Json, List
+
+    nested = {
+        name: List(Json()) if isinstance(value, list) else Json()
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
     }
-    return options
+    plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
+    return Dataset.from_list(list(rows), features=Features(plain.features | nested))
+
+
+def find_reward(name: str) -> Any:
+    """Return a reward of `trl.rewards`, or the function that a dotted name such as "module.function" imports.
+
+    Raises:
+        ConfigError: There is no such function.
+    """
+    import trl.rewards
+
+    module, _, function = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module) if module else trl.rewards, function)
+    except (ImportError, AttributeError) as error:
+        known = ", ".join(one for one in trl.rewards.__all__ if one.endswith("reward"))
+        raise ConfigError(
+            f"reward_funcs: {name!r} is neither of trl.rewards ({known}) nor a function: {error}"
+        ) from error
 
 
 class MethodCallback(TrainerCallback):
@@ -129,14 +148,6 @@ class MethodCallback(TrainerCallback):
             self.method.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def _arguments(kind: Any, options: dict[str, Any]) -> Any:
-    """Make the trainer's arguments."""
-    try:
-        return kind(**options)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"training: {kind.__name__} refuses it: {error}") from error
-
-
 def _project_labelled_positions_only() -> None:
     """Keep TRL's loss from projecting masked positions to the vocabulary on a CPU.
 
@@ -154,7 +165,7 @@ def _optimizer(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
     training = recipe.training
     if training.optim == SOAP:
         try:
-            return _with_rates(recipe, model, _soap(recipe), training.optim_args)
+            return _with_rates(recipe, model, _soap(recipe), _optimizer_options(recipe))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training.optim_args: SOAP refuses them: {error}") from error
     if training.loraplus_lr_ratio is None:
@@ -170,7 +181,7 @@ def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any
     Embeddings' A and B have the learning rate itself; PEFT's default for them is 1e-6, whatever the recipe asks for.
     """
     training = recipe.training
-    rate, decay = training.learning_rate, training.weight_decay
+    rate, decay = training.peak_rate, training.weight_decay
     if training.loraplus_lr_ratio is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return kind(trained, lr=rate, weight_decay=decay, **options)
@@ -185,6 +196,12 @@ def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any
     )
 
 
+def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
+    """Read `optim_args`, which transformers does only for its own optimizers: "name=value, ...", values as in YAML."""
+    given = filter(None, (recipe.training.optim_args or "").replace(" ", "").split(","))
+    return dict(map(parse_override, given))
+
+
 def _soap(recipe: Recipe) -> Any:
     """SOAP (Vyas et al. 2024, arXiv:2409.11321) as pytorch-optimizer has it; its first step only measures."""
     try:
@@ -192,40 +209,24 @@ def _soap(recipe: Recipe) -> Any:
     except ImportError as error:
         raise ConfigError(f"training.optim {SOAP} needs pytorch-optimizer: pip install 'loraover[{SOAP}]'.") from error
     known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})
-    if unknown := sorted({*recipe.training.optim_args} - {*known}):
+    if unknown := sorted({*_optimizer_options(recipe)} - {*known}):
         raise ConfigError(f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}.")
     return pytorch_optimizer.SOAP
 
 
-def _seq2seq_trainer(
-    recipe: Recipe,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
-    options: dict[str, Any],
-    train_set: Any,
-    eval_set: Any,
-    callbacks: Any,
-) -> Trainer:
-    from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+def _encoding(name: str, recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: Any) -> tuple[Any, Any]:
+    """Return the function that turns a row into tokens for a trainer of transformers, and the collator of its rows."""
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(row["prompt"], str):
-            raise DataError(
-                f"{recipe.data.train}: chat messages cannot train the encoder-decoder {recipe.model}; use text."
-            )
-        limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.max_length}
-        encoded = dict(tokenizer(row["prompt"], **limit))
-        encoded["labels"] = tokenizer(text_target=row["completion"], **limit)["input_ids"]
-        return encoded
+    limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.tokens}
 
-    columns = ["prompt", "completion"]
-    return Seq2SeqTrainer(
-        model,
-        _arguments(Seq2SeqTrainingArguments, options),
-        train_dataset=train_set.map(encode, remove_columns=columns),
-        eval_dataset=None if eval_set is None else eval_set.map(encode, remove_columns=columns),
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-        optimizers=(_optimizer(recipe, model), None),
-    )
+    def classified(row: dict[str, Any]) -> dict[str, Any]:
+        return dict(tokenizer(row["text"], **limit)) | {"labels": row["label"]}
+
+    def translated(row: dict[str, Any]) -> dict[str, Any]:
+        labels = tokenizer(text_target=row["completion"], **limit)["input_ids"]
+        return dict(tokenizer(row["prompt"], **limit)) | {"labels": labels}
+
+    if name == "classification":
+        return classified, DataCollatorWithPadding(tokenizer)
+    return translated, DataCollatorForSeq2Seq(tokenizer, model)

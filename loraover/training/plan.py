@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import linear, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loraover.common.dtypes import DTYPES
-from loraover.data.sources import BUILT_IN, count_hub_rows, is_hub_name, load_rows
-from loraover.models.load import load_skeleton, resolve_model
-from loraover.overparam.schedule import Schedule
-from loraover.overparam.sites import find_sites
-from loraover.training.adapter import with_adapter
-from loraover.training.examples import WORD_PROBLEMS
-from loraover.training.methods import make_method
-from loraover.training.prepare import check_names
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT, Reporter
+from loraover.data.formats import RowForm
+from loraover.data.sources import count_hub_rows, is_hub_name
+from loraover.models.load import ModelSource, load_config, load_tokenizer, resolve_model
+from loraover.training.checks import check_names, row_form
+from loraover.training.defaults import with_batch, with_defaults
+from loraover.training.estimate import estimate_memory
+from loraover.training.examples import load_examples, without_evaluation
+from loraover.training.lengths import count_tokens, summarise
 from loraover.training.recipe import Recipe
-
-CORE_BYTES = 4  # float32
+from loraover.training.run_result import Lengths
+from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 
 
 class TrainingPlan(BaseModel):
@@ -46,6 +41,9 @@ class TrainingPlan(BaseModel):
     steps: int = Field(description="Optimizer steps.")
     examples: int = Field(description="Examples that the run sees, over all epochs.")
     tokens: int = Field(description="Largest number of tokens: every example at full length.")
+    lengths: Lengths | None = Field(
+        description="Lengths of the examples; None: their data or tokenizer is not at hand."
+    )
 
     def facts(self) -> dict[str, str]:
         """Name and value of each row of a table."""
@@ -65,6 +63,7 @@ class TrainingPlan(BaseModel):
             "steps": f"{self.steps:,}",
             "examples": f"{self.examples:,}",
             "tokens": f"at most {self.tokens:,}",
+            **({} if self.lengths is None else _length_facts(self.lengths)),
         }
 
 
@@ -76,11 +75,12 @@ ASSUMPTION = (
 )
 
 
-def make_plan(recipe: Recipe) -> TrainingPlan:
+def make_plan(recipe: Recipe, report: Reporter = SILENT) -> TrainingPlan:
     """Estimate memory, steps and tokens of a run without reading weights.
 
     Args:
         recipe: The recipe.
+        report: Receiver of the values that the recipe leaves open.
 
     Raises:
         ConfigError: A recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
@@ -88,142 +88,62 @@ def make_plan(recipe: Recipe) -> TrainingPlan:
         DataError: Local data that cannot be read.
     """
     check_names(recipe)
-    training = recipe.training
     source = resolve_model(recipe.model, recipe.model_revision)
-    precision = "bf16" if training.precision == "bf16" else "fp32"
-    base = load_skeleton(source).to(getattr(torch, DTYPES[precision]))
-    weights = _bytes(base.parameters())
-    is_seq2seq = bool(base.config.is_encoder_decoder)
-    examples = None if training.max_steps is not None else _count_examples(recipe)
+    config = load_config(source)
+    is_seq2seq = bool(config.is_encoder_decoder)
+    name = trainer_name(recipe, is_seq2seq=is_seq2seq)
+    make_arguments(recipe, name, Path())
+    tokenizer = _tokenizer(source)
+    form = RowForm(TRAINERS[name].columns) if tokenizer is None else row_form(recipe, name, tokenizer)
+    is_local = not any(map(is_hub_name, recipe.data.sources))
+    rows = load_examples(without_evaluation(recipe), form).train if is_local else None
+    tokens = None if rows is None or tokenizer is None else count_tokens(rows, name, tokenizer)
+    recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
+    training = recipe.training
+    examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)
     steps = recipe.steps(examples or 0)
-
-    model: Any = base
-    method = make_method(recipe, is_seq2seq=is_seq2seq)
-    if recipe.method != "full":
-        lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
-        task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"
-        with torch.device("meta"):
-            model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source, method)
-    adapter = _bytes(p for p in model.parameters() if p.requires_grad)
-    method.freeze(model)
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    cores = added = gauge = 0
-    if recipe.method == "lora-over":
-        schedule = Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
-        cores, added = schedule.most_parameters
-        gauge = schedule.most_gauge_numbers
-    elif cores := method.count_cores(model):
-        added = cores - trained // CORE_BYTES
-    batch = training.per_device_train_batch_size
-    rows = 1 + batch if method.keeps_row_gradients else 1
-    seen = steps * batch * training.gradient_accumulation_steps * recipe.clients
+    seen = steps * training.micro_batch * training.gradient_accumulation_steps * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,
-        weights=weights,
-        adapter=0 if recipe.method == "full" else adapter,
-        cores=cores * CORE_BYTES,
-        gauge=gauge * CORE_BYTES,
-        gradients=rows * trained + cores * CORE_BYTES,
-        optimizer_states=2 * (trained + added * CORE_BYTES) * recipe.clients,
-        activations=_activations(model, recipe),
+        **estimate_memory(recipe, source, steps)._asdict(),
         steps=steps,
         examples=seen,
-        tokens=seen * training.max_length * (2 if is_seq2seq else 1),
+        tokens=seen * training.tokens * (2 if is_seq2seq else 1),
+        lengths=None if rows is None or tokens is None else summarise(tokens, rows, training.tokens),
     )
 
 
-def _count_examples(recipe: Recipe) -> int:
-    """Training examples of an epoch; for the hub's data, the recipe's number, or else the number of rows."""
-    data = recipe.data
-    if data.train == BUILT_IN:
-        return data.train_examples or WORD_PROBLEMS
-    if is_hub_name(data.train):
-        return data.train_examples or count_hub_rows(data.train, data.train_split, data.subset, data.revision)
-    local: dict[str, Any] = {"subset": None, "revision": None, "limit": data.train_examples, "keep": data.keep}
-    return len(load_rows(data.train, split=data.train_split, format=data.format, chat=True, **local).rows)
+def _length_facts(lengths: Lengths) -> dict[str, str]:
+    """Return a row for each bar of the histogram of lengths, and what is cut."""
+    most = max(lengths.histogram.values())
+    bars = {
+        f"up to {edge:,} tokens": f"{'#' * max(1, round(24 * count / most))} {count:,}"
+        for edge, count in lengths.histogram.items()
+    }
+    cut = f"{lengths.cut:,} of {lengths.examples:,} ({lengths.cut_share:.1%})"
+    return bars | {
+        "cut": f"{cut} at max_length {lengths.max_length:,}; {lengths.unlabelled:,} of them have nothing to learn",
+        "99 % are kept by": f"max_length {lengths.keeps_99:,}; the longest example has {lengths.longest:,} tokens",
+    }
 
 
-def _activations(model: Any, recipe: Recipe) -> int | None:
-    """Bytes that autograd keeps for the backward pass of one micro-batch; None where that depends on values.
-
-    With gradient checkpointing, autograd keeps the layers' inputs and the activations of one layer.
-    """
-    shape = (recipe.training.per_device_train_batch_size, recipe.training.max_length)
-    ids = torch.zeros(shape, dtype=torch.long, device="meta")
-    precision = recipe.training.precision
-    mode = _Accelerated(None if precision == "fp32" else getattr(torch, DTYPES[precision]))
+def _tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer; None for a model that has none beside its configuration."""
     try:
-        all_kept = kept_bytes(model.train(), ids, mode)
-        if not recipe.training.gradient_checkpointing:
-            return all_kept
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable()
-        layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
-        kept = kept_bytes(model, ids, mode)
-    except (RuntimeError, AttributeError):  # such as a mixture of experts, whose router looks at values
+        return load_tokenizer(source)
+    except ConfigError:
         return None
-    return kept + (all_kept - kept) // max(layers, 1)
 
 
-def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any]) -> int:
-    """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass with a loss.
-
-    Args:
-        model: A model on the meta device.
-        ids: Shape (batch, tokens), input and labels.
-        mode: Context of the forward pass.
-    """
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Any] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    with mode, saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
-
-
-class _Accelerated(TorchFunctionMode):
-    """Autocast, and attention that keeps no scores, on the meta device, which has neither."""
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__bool__:  # the meta device holds no values; where a mask is tested, nothing counts as masked
-            return True
-        if func in (linear, torch.matmul, scaled_dot_product_attention) and self.dtype is not None:
-            args = [arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args]
-        if func is scaled_dot_product_attention:
-            fused: Any = _FusedAttention  # before torch 2.15, `apply` has no types
-            return fused.apply(*args[:3], (kwargs or {}).get("attn_mask"))
-        return func(*args, **(kwargs or {}))
-
-
-class _FusedAttention(torch.autograd.Function):
-    """Attention that keeps queries, keys, values, the output and one float32 for each row of scores."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        rows = query.shape[:-1]
-        output = query.new_empty(*rows, value.shape[-1])
-        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(rows, dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise AssertionError("a plan takes no gradients")
-
-
-def _bytes(parameters: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+def _count_examples(recipe: Recipe) -> int:
+    """Training examples of an epoch of the hub's data: the recipe's number, or else the number of rows."""
+    data = recipe.data
+    if data.train_examples:
+        return data.train_examples * len(data.sources)
+    return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
 
 
 def _size(count: int) -> str:

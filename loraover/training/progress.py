@@ -27,6 +27,8 @@ class TrainingProgress(TrainerCallback):
         self.metrics = metrics
         self._written = 0
         self.advance: Callable[[int], None] = lambda done: None
+        self.advance_evaluation: Callable[[int], None] = lambda done: None
+        self._evaluated = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -36,6 +38,12 @@ class TrainingProgress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(state.global_step)
         self._write(state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated += args.per_device_eval_batch_size
+        self.advance_evaluation(self._evaluated)
 
     def on_log(
         self,

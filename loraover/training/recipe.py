@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import reprlib
@@ -16,9 +17,12 @@ from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.training.methods import METHODS, MethodKeys
-from loraover.training.recipe_parts import SOAP
+from loraover.training.recipe_parts import AUTO, SOAP
 
 MAX_YAML_BYTES = 2**20
+
+LEARNS_TOKENS = (None, "sft", "seq2seq")
+"""Values of the key `trainer` whose loss is that of completion tokens."""
 
 METHOD_NAMES = ("lora", "lora-over", "full", *METHODS)
 """Values of the key `method`."""
@@ -45,6 +49,23 @@ class Recipe(MethodKeys):
                 f"lora.init_lora_weights {start!r} changes the base weights, so no fold would be a plain LoRA; "
                 "train it with method lora"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_rewards(self) -> Recipe:
+        if (self.trainer == "grpo") != bool(self.reward_funcs):
+            raise ValueError("trainer grpo needs reward_funcs, such as [think_format_reward], and no other takes them")
+        if self.trainer in ("dpo", "kto", "grpo") and self.lora.init_lora_weights is not True:
+            start = self.lora.init_lora_weights
+            if not (isinstance(start, str) and start.lower() in KEPT_BASE):
+                raise ValueError(
+                    f"lora.init_lora_weights {start!r} changes the base weights, which are the reference of trainer "
+                    f"{self.trainer}; leave it out"
+                )
+        if self.method in METHODS and self.trainer not in LEARNS_TOKENS:
+            raise ValueError(f"method {self.method} trains with sft or seq2seq, not with trainer {self.trainer}")
+        if self.method == "full" and self.model_init.quantization is not None:
+            raise ValueError("method full cannot train quantised weights; leave out model_init.quantization")
         return self
 
     @model_validator(mode="after")
@@ -105,11 +126,16 @@ def recipe_text(name: str) -> str:
     return files("loraover.training").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load_recipe(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+NO_RECIPE: dict[str, Any] = {"training": {"num_train_epochs": 1, "per_device_train_batch_size": AUTO}}
+"""Recipe of a run that names only its model and its data."""
+
+
+def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe that ships or a YAML file, or take a recipe with other values.
 
     Args:
-        recipe: A recipe, the name of one that ships such as "demo", or the path of a YAML file.
+        recipe: A recipe, the name of one that ships such as "demo", or the path of a YAML file; None: one epoch, of
+            which `overrides` give at least the model and the data.
         overrides: Values by dotted key, e.g. `{"training.seed": 1}`.
 
     Raises:
@@ -117,6 +143,8 @@ def load_recipe(recipe: Recipe | str | Path, overrides: Mapping[str, Any] | None
     """
     if isinstance(recipe, Recipe):
         name, values = "in memory", recipe.model_dump(mode="json", exclude_unset=True)
+    elif recipe is None:
+        name, values = "made of options", copy.deepcopy(NO_RECIPE)
     else:
         name = str(recipe)
         values = _read(name)

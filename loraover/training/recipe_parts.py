@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from loraover.checkpoint.adapter_config import path_pattern
+from loraover.data.formats import FORMATS
 from loraover.overparam.config import LoraOverConfig
 
 SOAP = "soap"
@@ -18,16 +18,31 @@ MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
 """What PEFT computes each of these starts of A and B from, by calls of its own that a run does not make."""
 
 
+AUTO = "auto"
+TrainerName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", "classification"]
+"""Names of trainers; `loraover.training.trainers` says what each is."""
+
+
 class RecipePart(BaseModel):
     """Keys of a recipe that stand together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Source(RecipePart):
+    """One of several sources of training data."""
+
+    path: str = Field(description="File, folder or hub name.")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the examples, relative to the others.")
+
+
 class Data(RecipePart):
     """Where examples come from."""
 
-    train: str = Field(description="Training data: 'word-problems' (built in), a JSONL file, a folder or a hub name.")
+    train: str | list[str | Source] = Field(
+        description="Training data: 'word-problems' (built in), a JSONL or parquet file, a folder or a hub name; or a "
+        "list of such sources, which are mixed."
+    )
     test: str | None = Field(
         None,
         description="Held-out data, named as in `train`; None: the split `test_split` of the training data.",
@@ -39,21 +54,7 @@ class Data(RecipePart):
         None,
         description="Commit or tag of the training data on the hub, else of the held-out data; the run's copy has it.",
     )
-    format: Literal[
-        "auto",
-        "prompt-completion",
-        "messages",
-        "gsm8k",
-        "instruction",
-        "conversations",
-        "metamath",
-        "codefeedback",
-        "glue-mnli",
-        "glue-sst2",
-        "glue-cola",
-        "glue-qnli",
-        "glue-mrpc",
-    ] = Field("auto", description="Form of the rows, see docs/recipes.md; auto: found from their columns.")
+    format: str = Field("auto", description="Form of the rows, see docs/recipes.md; auto: found from their columns.")
     keep: dict[str, re.Pattern[str]] = Field(
         default_factory=dict,
         description="Regular expression by column; only rows in which every expression is found are read.",
@@ -65,13 +66,44 @@ class Data(RecipePart):
     train_examples: int | None = Field(None, ge=1, description="Number of training examples; None: all.")
     test_examples: int | None = Field(None, ge=1, description="Largest number of held-out examples; None: no limit.")
 
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources of training data."""
+        parts = [self.train] if isinstance(self.train, str) else self.train
+        return [part.path if isinstance(part, Source) else part for part in parts]
 
-class LoraSettings(RecipePart):
-    """The adapter, in PEFT's terms."""
+    @property
+    def weights(self) -> list[float] | None:
+        """Weights of several sources; None: each has as many examples as it holds."""
+        parts = [self.train] if isinstance(self.train, str) else self.train
+        if not any(isinstance(part, Source) for part in parts):
+            return None
+        return [part.weight if isinstance(part, Source) else 1.0 for part in parts]
+
+    @property
+    def name(self) -> str:
+        """Names of the sources of training data, for messages."""
+        return " + ".join(self.sources)
+
+    @field_validator("format")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in ("auto", *FORMATS):
+            raise ValueError(f"expected auto or one of {', '.join(FORMATS)}")
+        return name
+
+
+class OpenPart(RecipePart):
+    """Keys of another library's class, which checks those that are not declared here; see `foreign_settings`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class LoraSettings(OpenPart):
+    """Fields of PEFT's LoraConfig."""
 
     r: int = Field(8, ge=1, description="Rank.")
     lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="Scaling times rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before A.")
     target_modules: str | list[str] = Field(
         "all-linear", description="Adapted modules: 'all-linear', a list of endings of names, or a regular expression."
     )
@@ -80,26 +112,11 @@ class LoraSettings(RecipePart):
         min_length=1,
         description="Adapted parameters that are no module's weight, such as those of experts: endings of their names.",
     )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) in place of alpha / r.")
     use_dora: bool = Field(
         False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."
     )
     init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default_factory=dict, description="Other alphas, by pattern of module names."
-    )
-
-    @field_validator("target_modules", "rank_pattern", "alpha_pattern")
-    @classmethod
-    def _are_patterns(cls, value: Any) -> Any:
-        compiled = re.compile if isinstance(value, str) else path_pattern
-        for pattern in [value] if isinstance(value, str) else () if isinstance(value, list) else value:
-            try:
-                compiled(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression, which PEFT expects: {error}") from error
-        return value
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -112,56 +129,95 @@ class LoraSettings(RecipePart):
         return start
 
 
-class Training(RecipePart):
-    """The run, in the terms of transformers' TrainingArguments."""
+class ModelInit(RecipePart):
+    """How the base model is loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Data type of the base's weights; auto: bfloat16 with `training.bf16`, else float32."
+    )
+    attn_implementation: str | None = Field(
+        None, description="Attention, as transformers spells it, such as 'sdpa' or 'flash_attention_2'."
+    )
+    quantization: Literal["nf4", "int8", "torchao-int8"] | None = Field(
+        None, description="Form of the base's linear layers: bitsandbytes' nf4 or int8, or torchao's int8."
+    )
+
+
+class Training(OpenPart):
+    """Fields of the trainer's config, such as TRL's SFTConfig; declared are those that this library uses or changes."""
 
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps, in place of num_train_epochs.")
     num_train_epochs: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Passes over the training data, in place of max_steps."
     )
-    per_device_train_batch_size: int = Field(8, ge=1, description="Examples in a micro-batch.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Peak learning rate.")
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = Field("cosine", description="Course of the learning rate.")
-    min_lr_rate: float = Field(
-        0.0, ge=0, lt=1, description="Learning rate at the end of a cosine, as a share of its peak."
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        8, description="Examples in a micro-batch; auto: the largest number that fits, with 8 examples in a step."
     )
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps in which the learning rate rises.")
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Share of all steps, in place of warmup_steps.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
+    learning_rate: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Peak learning rate; None: by method and width, from the studies."
+    )
+    lr_scheduler_type: str = Field("cosine", description="Course of the learning rate; TRL's default is linear.")
+    warmup_steps: float | None = Field(
+        None, ge=0, description="Optimizer steps in which the rate rises; below 1: a share of all steps; None: 3 %."
+    )
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight decay, decoupled in AdamW.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest gradient norm; 0: no clipping.")
     optim: str = Field("adamw_torch_fused", description="Optimizer, as transformers spells it, or soap.")
-    optim_args: dict[str, bool | int | float | str | None] = Field(
-        default_factory=dict, description="Options of soap, such as {max_precondition_dim: 1024}."
+    optim_args: str | None = Field(
+        None, description="Options of the optimizer, such as 'max_precondition_dim=1024' of soap."
     )
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW."
     )
-    max_length: int = Field(512, ge=8, description="Tokens of an example; longer ones are cut.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Data type of the computation.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in place of keeping them.")
+    max_length: int | None = Field(
+        None, ge=8, description="Tokens of an example; longer ones are cut. None: the longest, or the model's context."
+    )
+    bf16: bool | None = Field(None, description="Compute in bfloat16; None: on a GPU that has it.")
+    fp16: bool = Field(False, description="Compute in float16, with a scaled loss.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in place of keeping them; TRL's default is true."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order and built-in examples.")
-    logging_steps: int = Field(10, ge=1, description="Optimizer steps between two lines of the log.")
-    save_steps: int = Field(50, ge=1, description="Optimizer steps between two checkpoints.")
+    logging_steps: float = Field(10, gt=0, description="Optimizer steps between two lines of the log.")
+    save_steps: float = Field(50, gt=0, description="Optimizer steps between two checkpoints.")
     save_total_limit: int = Field(
         2, ge=1, description="Number of checkpoints kept; an old one is removed when the new one is complete."
     )
+    report_to: str | list[str] = Field("none", description="Trackers, as transformers names them.")
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Training:
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ValueError("give one of max_steps and num_train_epochs, the other null or not at all")
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("give one of warmup_steps and warmup_ratio")
-        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.warmup_ratio):
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
             raise ValueError("lr_scheduler_type constant has no warmup; take constant_with_warmup")
-        if self.min_lr_rate and self.lr_scheduler_type != "cosine":
-            raise ValueError(f"min_lr_rate belongs to lr_scheduler_type cosine, not to {self.lr_scheduler_type}")
-        if self.optim_args and self.optim != SOAP:
-            raise ValueError(f"optim_args belongs to optim {SOAP}, not to {self.optim}")
+        if self.bf16 and self.fp16:
+            raise ValueError("give one of bf16 and fp16")
         return self
+
+    @property
+    def is_fp32(self) -> bool:
+        """Whether the computation is in float32."""
+        return not (self.bf16 or self.fp16)
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples in a micro-batch, once that is known."""
+        assert self.per_device_train_batch_size != AUTO
+        return int(self.per_device_train_batch_size)
+
+    @property
+    def peak_rate(self) -> float:
+        """Peak learning rate, once that is known."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+    @property
+    def tokens(self) -> int:
+        """Largest number of tokens of an example, once that is known."""
+        assert self.max_length is not None
+        return self.max_length
 
     def steps(self, examples: int) -> int:
         """Count the run's optimizer steps on one process, as the Trainer does: an epoch's last step may be smaller.
@@ -172,16 +228,18 @@ class Training(RecipePart):
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_train_epochs is not None
-        batches = math.ceil(examples / self.per_device_train_batch_size)
+        batches = math.ceil(examples / self.micro_batch)
         return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))
 
 
 class EvaluationSettings(RecipePart):
     """What is measured on held-out data, before and after training."""
 
-    examples: int = Field(100, ge=0, description="Number of held-out examples; 0 measures nothing.")
+    examples: int = Field(200, ge=0, description="Largest number of held-out examples; 0 measures nothing.")
     before: bool = Field(True, description="Measure the untrained model too.")
-    exact_match: bool = Field(True, description="Generate answers and compare them with the references.")
+    exact_match: bool = Field(
+        False, description="Generate answers and compare them with the references, which is slow."
+    )
     answer: Literal["number", "text"] = Field(
         "number", description="What is compared: the final number of an answer, or all of its text."
     )
@@ -197,16 +255,23 @@ class BaseRecipe(RecipePart):
     model_revision: str | None = Field(
         None, description="Commit or tag on the hub; the run's copy of the recipe names the commit."
     )
+    model_init: ModelInit = Field(ModelInit(), description="How the base model is loaded.")
+    trainer: TrainerName | None = Field(
+        None, description="Trainer; None: sft, or seq2seq for a model with an encoder and a decoder."
+    )
+    reward_funcs: list[str] = Field(
+        default_factory=list,
+        description="Rewards of trainer grpo: names of trl.rewards, or of a module's functions as 'module.function'.",
+    )
     method: str = Field(
         "lora-over",
         description="Plain LoRA, LoRA-Over, full (all weights), or a method of docs/research/methods.md.",
     )
     data: Data = Field(description="Where examples come from.")
-    lora: LoraSettings = Field(LoraSettings(), description="The adapter, in PEFT's terms.")
+    lora: LoraSettings = Field(LoraSettings(), description="The adapter: fields of PEFT's LoraConfig.")
     over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
-    training: Training = Field(description="The run, in the terms of transformers' TrainingArguments.")
+    training: Training = Field(description="The run: fields of the trainer's config class.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
-    tensorboard: bool = Field(False, description="Log to TensorBoard too.")
     diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
     push_to_hub: str | None = Field(None, description="Repository to upload the adapter to.")
     push_model: str | None = Field(

@@ -27,19 +27,25 @@ KEYS = {
 class TrainRequest(Request):
     """Train an adapter as RECIPE says.
 
-    RECIPE is the name of a recipe that ships (see `loraover recipes`), or a YAML file.
+    RECIPE is the name of a recipe that ships (see `loraover recipes`), or a YAML file. Without one, `--data` and
+    `--model` train for one epoch with the defaults of docs/recipes.md, and the run keeps the recipe that it used.
     """
 
     verb = "loraover train"
     examples = (
         "loraover train demo",
+        "loraover train --data chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct",
         "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
         "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
         "loraover train demo --resume",
     )
     json_help = "Print the result, or the plan, as JSON."
 
-    recipe: AnyName = argument("Name of a recipe that ships (see `loraover recipes`), or a YAML file.")
+    recipe: AnyName | None = argument(
+        "Name of a recipe that ships (see `loraover recipes`), or a YAML file; without one, `--model` and `--data` are "
+        "needed, and the run keeps the recipe that it used.",
+        default=None,
+    )
     output: AnyPath | None = option(
         "New folder for the run.",
         default=None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,11 @@ from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text
-from loraover.common.errors import ConfigError, DataError, DivergedError, FoldError
+from loraover.common.errors import ConfigError, DivergedError, FoldError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import as_written
-from loraover.evaluation.generation import answer_rooms
-from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.overparam.eigenbases import with_measured_bases
@@ -32,19 +29,17 @@ from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
 from loraover.training.failure import FAILURE_FILE, record_failure
+from loraover.training.measure import AFTER, BEFORE, LOWER, check_finite, check_room, measure
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import served_size
 from loraover.training.prepare import Prepared, planned_steps, prepare
 from loraover.training.push import moved_copy, push
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.recipe_parts import EvaluationSettings
 from loraover.training.run_folder import (
-    HELD_OUT_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     TRAINER_FOLDER,
     claim,
-    log_measures,
     logged_losses,
     product,
     step_of,
@@ -52,9 +47,6 @@ from loraover.training.run_folder import (
     with_commits,
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult
-
-BEFORE, AFTER = "before training", "after training"
-_LOWER = "Lower the learning rate of {:g}"
 
 
 class TimedSteps(NamedTuple):
@@ -65,7 +57,7 @@ class TimedSteps(NamedTuple):
 
 
 def train(
-    recipe: Recipe | str | Path,
+    recipe: Recipe | str | Path | None,
     output: str | Path,
     *,
     overrides: Mapping[str, Any] | None = None,
@@ -77,7 +69,7 @@ def train(
     """Train an adapter as a recipe says.
 
     Args:
-        recipe: A recipe, the name of one that ships, or a YAML file.
+        recipe: A recipe, the name of one that ships, or a YAML file; None: see `load_recipe`.
         output: A new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
             in it, see `record_failure`.
         overrides: Values in place of the recipe's, by dotted key, e.g. `{"training.seed": 1}`.
@@ -107,13 +99,16 @@ def train(
         return _train(loaded, output, resume, report, command, record)
 
 
-def _command(recipe: Recipe | str | Path, output: Path, overrides: Mapping[str, Any] | None, record: bool) -> str:
+def _command(
+    recipe: Recipe | str | Path | None, output: Path, overrides: Mapping[str, Any] | None, record: bool
+) -> str:
     """Command line that does the same; a recipe in memory is named by the copy that the run keeps."""
     asked = ["--record"] if record else []
     if isinstance(recipe, Recipe):
         return shlex.join(["loraover", "train", str(output / RECIPE_FILE), *asked])
     settings = [word for key, value in (overrides or {}).items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    return shlex.join(["loraover", "train", str(recipe), "-o", str(output), *settings, *asked])
+    named = [] if recipe is None else [str(recipe)]
+    return shlex.join(["loraover", "train", *named, "-o", str(output), *settings, *asked])
 
 
 def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str, record: bool) -> RunResult:
@@ -145,9 +140,9 @@ def _train_alone(
     run = None
     try:
         run = prepare(recipe, output, report)
-        if run.examples.test is not None and recipe.evaluation.exact_match:  # refused now, not after the last step
-            answer_rooms(run.model, run.tokenizer, [row["prompt"] for row in run.examples.test.rows])
-        before = _measure(run, recipe, output, report, BEFORE)
+        recipe = run.recipe
+        check_room(run, recipe)
+        before = measure(run, recipe, output, report, BEFORE)
         checkpoint = last_whole_checkpoint(output / TRAINER_FOLDER) if resume else None
         (output / FAILURE_FILE).unlink(missing_ok=True)
         trim_metrics(output, checkpoint)
@@ -156,10 +151,10 @@ def _train_alone(
         if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
             raise DivergedError(
                 "training diverged: the loss is no longer a number at learning rate "
-                f"{recipe.training.learning_rate:g}; lower it. The log is {output / METRICS_FILE}."
+                f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
         left_out = run.method.finish(run.model)
-        after = _measure(run, recipe, output, report, AFTER)
+        after = measure(run, recipe, output, report, AFTER)
         result = _result(run, recipe, timed, before, after, left_out)
         _check_trained(result, logged_losses(output))
         _publish(run, recipe, output, result, command, resume)
@@ -183,13 +178,13 @@ def _result(
     served = served_size(run.model)
     change = None if run.untrained is None else step_norm(run.untrained, factors(run.model))
     if change is not None:
-        _check_finite(change, "the norm of delta(B A)", _LOWER.format(recipe.training.learning_rate))
+        check_finite(change, "the norm of delta(B A)", LOWER.format(recipe.training.peak_rate))
     return RunResult(
         method=recipe.method,
         model=recipe.model,
         model_origin=run.source.origin,
         data_origin=run.examples.train.origin,
-        learning_rate=recipe.training.learning_rate,
+        learning_rate=recipe.training.peak_rate,
         seed=recipe.training.seed,
         steps=run.trainer.state.global_step,
         train_seconds=timed.seconds,
@@ -208,6 +203,7 @@ def _result(
         after=after,
         versions=environment(),
         hardware=hardware(),
+        lengths=run.lengths,
     )
 
 
@@ -276,64 +272,3 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     run.method.restore(checkpoint)
     run.trainer.state.global_step = step
     return TimedSteps(0, 0.0)
-
-
-def _accuracy(
-    run: Prepared, rows: Sequence[dict[str, Any]], asked: EvaluationSettings, report: Reporter, when: str
-) -> float | None:
-    """Measure exact match; None, with a line that says why, if numbers are compared and no held-out row has one."""
-    if asked.answer == "number" and not any_number(rows):
-        report.line(
-            "no held-out completion has a number, so exact match is not measured; set evaluation.answer to text to "
-            "compare texts"
-        )
-        return None
-    with report.task(f"held-out answers {when}", len(rows)) as advance:
-        return exact_match(
-            run.model,
-            run.tokenizer,
-            rows,
-            max_new_tokens=asked.max_new_tokens,
-            batch_size=asked.batch_size,
-            answer=asked.answer,
-            on_batch=advance,
-        )
-
-
-def _check_finite(value: float, what: str, advice: str) -> None:
-    """Raise DivergedError for a figure that `run.json` cannot hold."""
-    if not math.isfinite(value):
-        raise DivergedError(
-            f"{what} is {value}, expected a finite number. {advice}, or set training.precision to fp32."
-        )
-
-
-def _measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
-    """Measure loss and exact match on the held-out rows, and log them."""
-    if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
-        return None
-    rows = run.examples.test.rows
-    scored = example_losses(run.model, run.trainer.get_eval_dataloader())
-    loss = token_loss(scored)
-    fitting = sum(example.tokens > 0 for example in scored)
-    if not fitting:
-        raise DataError(
-            "no held-out example has room for its completion within training.max_length = "
-            f"{recipe.training.max_length}; raise it."
-        )
-    advice = _LOWER.format(recipe.training.learning_rate)
-    _check_finite(
-        loss, f"the held-out loss {when}", advice if when == AFTER else f"Check the weights of {recipe.model}"
-    )
-    accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
-    measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
-    if fitting < len(rows):
-        report.line(
-            f"{len(rows) - fitting} of {len(rows)} held-out examples have no room for their completion within "
-            f"training.max_length = {recipe.training.max_length}: the loss leaves them out"
-        )
-    if when == AFTER:
-        publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
-    report.line(f"{when}: {measures}")
-    log_measures(output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
-    return measures

@@ -225,7 +225,8 @@ def _stays(line: str, step: int) -> bool:
         logged = int(row["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return 0 <= logged <= step and (logged == 0 or "eval_loss" not in row)
+    is_measured_after = logged > 0 and "eval_loss" in row and "eval_runtime" not in row  # the Trainer's own have that
+    return 0 <= logged <= step and not is_measured_after
 
 
 def logged_losses(output: Path) -> list[float]:

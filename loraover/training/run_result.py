@@ -51,6 +51,26 @@ class Privacy(BaseModel):
         return found + (", as long as federated.noise_seed is secret" if self.has_noise_seed else "")
 
 
+class Lengths(BaseModel):
+    """Lengths of the training examples, and what `training.max_length` cuts of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: int = Field(description="Number of training examples.")
+    max_length: int = Field(description="Tokens that are kept of an example.")
+    cut: int = Field(description="Number of examples that are longer.")
+    unlabelled: int = Field(description="Number of examples whose prompt leaves no room, so that nothing is learned.")
+    longest: int = Field(description="Tokens of the longest example.")
+    keeps_99: int = Field(description="Smallest max_length that keeps 99 % of the examples whole.")
+    cut_rows: list[int] = Field(description="Numbers of the first three rows that are cut, from 1.")
+    histogram: dict[int, int] = Field(description="Number of examples with at most so many tokens and more than half.")
+
+    @property
+    def cut_share(self) -> float:
+        """Share of the examples that is cut."""
+        return self.cut / self.examples
+
+
 class RunResult(BaseModel):
     """Contents of `run.json`."""
 
@@ -85,6 +105,7 @@ class RunResult(BaseModel):
     )
     before: Measures | None = Field(description="Held-out measures before training; None: not measured.")
     after: Measures | None = Field(description="Held-out measures after training; None: not measured.")
+    lengths: Lengths | None = Field(None, description="Lengths of the training examples; None: none can be cut.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Processor and accelerator.")
 

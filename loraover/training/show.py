@@ -50,5 +50,5 @@ def show_recipes(recipes: Iterable[tuple[str, Recipe]], console: Console) -> Non
     """Print name, base model, training data and description of each recipe."""
     for name, recipe in recipes:
         console.print(name, style="bold", markup=False, highlight=False)
-        for text in (f"base model: {recipe.model}", f"data: {recipe.data.train}", recipe.description):
+        for text in (f"base model: {recipe.model}", f"data: {recipe.data.name}", recipe.description):
             console.print(Padding(Text(text), (0, 0, 0, 2)))

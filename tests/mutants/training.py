@@ -335,4 +335,29 @@ TRAINING = (
         "bool(value == self.default)",
         Selection("test_requests.py", "makes_the_same_request"),
     ),
+    # Recipes and data
+    Mutant(
+        "an example counts as cut by its prompt alone",
+        "if one.total > max_length]",
+        "if one.prompt > max_length]",
+        Selection("test_lengths.py", "what_is_cut_is_counted"),
+    ),
+    Mutant(
+        "the token that ends a text is not counted",
+        "totals = [end + max(",
+        "totals = [max(",
+        Selection("test_lengths.py", "those_that_trl_trains_on"),
+    ),
+    Mutant(
+        "all calls of tools have the keys of all others",
+        "features=Features(plain.features | nested))",
+        "features=None)",
+        Selection("test_trainer_kinds.py", "other_rows_call_tools"),
+    ),
+    Mutant(
+        "held-out rows of a file are trained on",
+        "rows=[row for i, row in enumerate(rows.rows) if (i in taken) is is_test]",
+        "rows=[row for i, row in enumerate(rows.rows) if (i in taken) or not is_test]",
+        Selection("test_training_rows.py", "held_out_if_it_has_enough"),
+    ),
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import ConfigError
+from loraover.data.formats import RowForm
 from loraover.overparam.config import Budget
 from loraover.study.grid import is_plain, make_grid, matched_rank
 from loraover.study.request import DEFAULT_METHODS, StudyRequest, split_outside_brackets
@@ -18,7 +19,7 @@ from loraover.training.recipe import load_recipe
 
 def test_every_seed_is_judged_on_the_same_examples(recipe: Path) -> None:
     grid = make_grid([str(recipe)], {"lora": [1e-3]}, 3, {})
-    found = [load_examples(run.recipe, chat=False) for run in grid]
+    found = [load_examples(run.recipe, RowForm()) for run in grid]
     tests = [one.test.rows for one in found if one.test is not None]
     assert tests[0] == tests[1] == tests[2] != []
     assert found[0].train.rows != found[1].train.rows
@@ -131,7 +132,10 @@ def test_what_a_study_varies_is_no_setting_of_all_runs(key: str, option: str, re
     ("method", "expected"),
     [
         *((method, True) for method in ("lora", "lora+", "lora-matched", "lora:r=64", "lora:lora.r=64")),
-        *((method, True) for method in ("lora:training.loraplus_lr_ratio=4", "lora+:training.min_lr_rate=0.1")),
+        *(
+            (method, True)
+            for method in ("lora:training.loraplus_lr_ratio=4", "lora+:training.lr_scheduler_kwargs={min_lr_rate: 0.1}")
+        ),
         *((method, False) for method in ("rslora", "dora", "pissa", "full", "lora-over")),
         *((method, False) for method in ("lora:use_dora=true", "lora+:lora.init_lora_weights=pissa")),
         ("lora-over:training.loraplus_lr_ratio=4", False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from statistics import mode
 from typing import Literal
 
 import pytest
@@ -14,6 +15,7 @@ from loraover.study.kept_runs import finished
 from loraover.study.outcome import RunOutcome
 from loraover.study.report import StudyReport, TaskResult
 from loraover.study.runner import make_report
+from loraover.training.defaults import LEARNING_RATES
 
 from support.planned import planned
 
@@ -167,3 +169,15 @@ def test_the_docs_quote_the_study_of_other_methods() -> None:
         assert result.served_bytes is not None
         numbers = f"{result.trained_parameters:,} | {result.served_rank} | {result.served_bytes / 1e6:.1f} |"
         assert f"| {result.test_loss:.4f} ({result.deviation:.4f}) | {beside} | {numbers}" in quoted
+
+
+def test_default_rates_are_those_that_the_studies_chose_on_most_tasks() -> None:
+    chosen: dict[str, list[float]] = {}
+    for task in (task for folder in FOLDERS.values() for task in kept(folder).tasks):
+        for result in task.methods:
+            name = "lora+" if "loraplus_lr_ratio" in result.method else result.method.partition(":")[0]
+            assert result.rate is not None
+            chosen.setdefault(name, []).append(result.rate)
+    assert {name: mode(rates) for name, rates in chosen.items()} | {"full": LEARNING_RATES["full"]} == LEARNING_RATES
+    quoted = (DOCS.parent / "recipes.md").read_text()
+    assert all(f"| `{name}` | {rate:g} |" in quoted for name, rate in LEARNING_RATES.items())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import DataError
+from loraover.data.formats import RowForm
 from loraover.data.sources import Rows, load_rows
 
 PAIR = {"prompt": "1+1?", "completion": " 2"}
@@ -31,8 +32,9 @@ def lines(*rows: Any) -> bytes:
 
 
 def load(source: object, *, split: str = "train", limit: int | None = None, **options: Any) -> Rows:
-    chosen: dict[str, Any] = {"subset": None, "revision": None, "format": "auto", "chat": False} | options
-    return load_rows(str(source), split=split, limit=limit, **chosen)
+    chosen: dict[str, Any] = {"subset": None, "revision": None, "format": "auto"} | options
+    form = RowForm(chat=chosen.pop("chat", False))
+    return load_rows(str(source), split=split, limit=limit, form=form, **chosen)
 
 
 def fault(source: object, **options: Any) -> str:

@@ -81,10 +81,11 @@ def write_recipe(path: Path, model: Path | str, **parts: Any) -> Path:
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "max_length": 128,
+            "warmup_steps": 0,
             "logging_steps": 1,
             "save_steps": 2,
         },
-        "evaluation": {"examples": 4, "max_new_tokens": 4, "batch_size": 4},
+        "evaluation": {"examples": 4, "exact_match": True, "max_new_tokens": 4, "batch_size": 4},
     }
     for key, value in parts.items():
         recipe[key] = recipe.get(key, {}) | value if isinstance(value, dict) else value

@@ -147,9 +147,9 @@ def test_a_row_that_does_not_fit_is_numbered(row: Any, said: str, write: Write) 
     assert said in message
 
 
-@pytest.mark.parametrize("format", ["prompt-completion", "messages", "gsm8k"])
+@pytest.mark.parametrize("format", ["trl", "messages", "gsm8k"])
 def test_a_format_that_was_named_is_held_to(format: str, write: Write) -> None:
-    rows = {"prompt-completion": PAIR, "messages": MESSAGES, "gsm8k": GSM8K}
+    rows = {"trl": PAIR, "messages": MESSAGES, "gsm8k": GSM8K}
     assert "row 2" in fault(write("a.jsonl", rows.pop(format), *rows.values()), format=format)
 
 

@@ -92,7 +92,8 @@ def test_a_figure_that_is_not_finite_is_not_written(
     figure: str, message: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(f"loraover.training.run.{figure}", lambda *_: math.inf)
+    place = "measure" if figure == "token_loss" else "run"
+    monkeypatch.setattr(f"loraover.training.{place}.{figure}", lambda *_: math.inf)
     assert train(recipe, out, "--set", "evaluation.before=false") == 2
     found = read_failure(out)
     assert found is not None
@@ -104,7 +105,7 @@ def test_a_figure_that_is_not_finite_is_not_written(
 def test_a_base_model_whose_loss_is_not_a_number_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraover.training.run.token_loss", lambda scored: math.nan)
+    monkeypatch.setattr("loraover.training.measure.token_loss", lambda scored: math.nan)
     assert train(recipe, tmp_path / "out") == 2
     assert "the held-out loss before training is nan, expected a finite number. Check" in capsys.readouterr().err
 

@@ -94,8 +94,8 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         ),
         "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
         "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),
-        "a decay": ({"training.weight_decay": 0.1}, "no training.weight_decay"),
-        "fp16": ({"training.precision": "fp16"}, "precision fp32 or bf16"),
+        "a decay": ({"training.weight_decay": 0.1}, "training.weight_decay"),
+        "fp16": ({"training.fp16": True}, "takes neither training.fp16"),
         "an optimizer of matrices": (
             {"training.optim": "adafactor"},
             "tensorguide takes training.optim adamw_torch_fused",
@@ -112,7 +112,7 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
             {"federated.delta": 0.05},
             "delta is 0.05, and there are 20 training examples",
         ),
-        "half precision": ({"training.precision": "bf16"}, "training.precision fp32"),
+        "half precision": ({"training.bf16": True}, "computes in float32"),
         "another optimizer": (
             {"training.optim": "adafactor"},
             "takes training.optim adamw_torch_fused, adamw_torch, sgd",
@@ -120,7 +120,7 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
         "clipping of the mean": ({"training.max_grad_norm": 0.5}, "does not use training.max_grad_norm; leave it out"),
         "checkpoints": ({"training.save_total_limit": 1}, "does not use training.save_total_limit; leave it out"),
-        "TensorBoard": ({"tensorboard": True}, "does not use tensorboard; leave it out"),
+        "TensorBoard": ({"training.report_to": "tensorboard"}, "does not use training.report_to; leave it out"),
         "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "is an embedding, whose B federated cannot train"),
     },
 }

@@ -19,7 +19,8 @@ from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.models.load import load_model, resolve_model
 from loraover.sources.hub import HubUnreachableError
-from loraover.training.plan import TrainingPlan, kept_bytes, make_plan
+from loraover.training.estimate import kept_bytes
+from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
@@ -101,7 +102,7 @@ def test_bf16_halves_the_weights_and_not_the_adapter(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"])
-    whole, half = (plan(recipe, capsys, "--set", f"training.precision={p}") for p in ("fp32", "bf16"))
+    whole, half = (plan(recipe, capsys, "--set", f"training.bf16={p}") for p in ("false", "true"))
     assert half.weights * 2 == whole.weights
     assert half.adapter == whole.adapter
     assert whole.activations is not None
@@ -115,7 +116,7 @@ def test_activations_are_what_autograd_keeps(
     kind: str, precision: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", bases[kind], method="lora")
-    found = plan(recipe, capsys, "--set", f"training.precision={precision}")
+    found = plan(recipe, capsys, "--set", f"training.bf16={precision == 'bf16'}")
     task = "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"
     base = load_model(resolve_model(str(bases[kind])), task_type=task, dtype=precision)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")

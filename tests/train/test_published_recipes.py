@@ -131,10 +131,10 @@ def test_a_published_recipe_is_the_protocol(recipe: str) -> None:
     assert loaded.lora.init_lora_weights is True
     assert (training.num_train_epochs, training.max_steps) == (1, None)
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 32
-    assert (training.lr_scheduler_type, training.warmup_ratio, training.weight_decay) == ("cosine", 0.03, 0)
+    assert (training.lr_scheduler_type, training.warmup_steps, training.weight_decay) == ("cosine", 0.03, 0)
     assert training.optim.startswith("adamw")
-    found = (training.precision, training.learning_rate, training.max_length)
-    assert found == (("fp32", 1e-4, 128) if kind(recipe) == "t5" else ("bf16", 2e-5, 1024))
+    found = (training.bf16, training.learning_rate, training.max_length)
+    assert found == ((False, 1e-4, 128) if kind(recipe) == "t5" else (True, 2e-5, 1024))
     assert "arXiv:2407.05000" in loaded.description
 
 
@@ -160,11 +160,11 @@ def test_a_published_recipe_saves_before_its_end(recipe: str) -> None:
 def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = "glue-cola-t5-base"
     small = ["--set", "training.per_device_train_batch_size=1", "--set", "training.gradient_accumulation_steps=1"]
-    shown = ["--set", "training.logging_steps=1", "--set", "training.warmup_ratio=0.1"]
+    shown = ["--set", "training.logging_steps=1", "--set", "training.warmup_steps=0.1"]
     assert train(recipe, bases, tmp_path, *small, *shown, "--method", "lora", "--set", "evaluation.examples=0") == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rates = [row["learning_rate"] for row in map(json.loads, lines) if "loss" in row]
-    peak = load_recipe(recipe).training.learning_rate
+    peak = load_recipe(recipe).training.peak_rate
     assert len(rates) == EXAMPLES
     assert rates[:5] == pytest.approx([0, peak / 4, peak / 2, peak * 3 / 4, peak])
     assert rates[4:] == sorted(rates[4:], reverse=True)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import loraover.callbacks.seal_checkpoints
+import loraover.training.measure
 import loraover.training.run
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
@@ -60,14 +61,14 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
     """Its rate does not end at zero, so that a step too many shows."""
     constant = ("--set", "training.lr_scheduler_type=constant_with_warmup")
     assert train(recipe, tmp_path / "whole", *constant) == 0
-    measure = loraover.training.run._measure
+    measure = loraover.training.measure.measure
 
     def interrupt(*arguments: Any) -> Any:
         if arguments[-1] == "after training":
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(loraover.training.run, "_measure", interrupt)
+    monkeypatch.setattr(loraover.training.run, "measure", interrupt)
     out = tmp_path / "out"
     assert train(recipe, out, *constant) == 130
     monkeypatch.undo()

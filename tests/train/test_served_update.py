@@ -71,7 +71,7 @@ def test_a_run_serves_what_it_trained(
 
     monkeypatch.setattr(METHODS[name], "finish", watching)
     parts: dict[str, Any] = {"method": name, name: SETTINGS[name], "evaluation": {"exact_match": False}}
-    parts |= {"lora": PATTERNS[tiny_llama], "training": {"precision": precision}}
+    parts |= {"lora": PATTERNS[tiny_llama], "training": {"bf16": precision == "bf16"}}
     loraover.train(write_recipe(tmp_path / "r.yaml", base, **parts), tmp_path / "out")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     served = PeftModel.from_pretrained(

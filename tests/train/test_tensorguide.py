@@ -227,7 +227,7 @@ def test_a_run_in_bf16_serves_what_it_trained(base: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(TensorGuide, "finish", watching)
     recipe = make(tmp_path / "r.yaml", base)
-    result = loraover.train(recipe, tmp_path / "out", overrides={"training.precision": "bf16"})
+    result = loraover.train(recipe, tmp_path / "out", overrides={"training.bf16": True})
     assert result.served_error is None
     served = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert len(trained) == 14

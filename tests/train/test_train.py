@@ -100,7 +100,13 @@ def test_the_result_counts_parameters(done: Trained) -> None:
 
 
 def test_the_rate_falls_along_a_cosine_to_a_share_of_its_peak(recipe: Path, tmp_path: Path) -> None:
-    asked = {"learning_rate": 1e-3, "min_lr_rate": 0.1, "max_steps": 4, "logging_steps": 1}
+    asked = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "max_steps": 4,
+        "logging_steps": 1,
+    }
     loraover.train(recipe, tmp_path / "out", overrides={f"training.{key}": value for key, value in asked.items()})
     found = [row["learning_rate"] for row in metrics(tmp_path / "out") if "loss" in row]
     expected = [1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 4)) / 2) for step in range(4)]
@@ -215,7 +221,7 @@ def test_bf16_on_a_cpu_without_instructions_for_it_is_reported(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    settings = ("--set", "training.precision=bf16", "--set", "evaluation.examples=0")
+    settings = ("--set", "training.bf16=true", "--set", "evaluation.examples=0")
     assert train(recipe, tmp_path / "out", "--steps", 1, *settings) == 0
     assert (f"this CPU ({capability}) has no instructions" in capsys.readouterr().out) is is_slow
     tensors = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
@@ -269,7 +275,7 @@ def test_tensorboard_writes_events_into_the_run(recipe: Path, tmp_path: Path, mo
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert train(recipe, tmp_path / "out", "--set", "tensorboard=true") == 0
+    assert train(recipe, tmp_path / "out", "--set", "training.report_to=tensorboard") == 0
     found: dict[int, float] = {}
     for file in (tmp_path / "out").rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file))

@@ -145,5 +145,5 @@ def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
 def test_float16_on_a_cpu_is_refused_rather_than_ignored(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(recipe, tmp_path / "out", "--set", "training.precision=fp16") == 2
+    assert train(recipe, tmp_path / "out", "--set", "training.fp16=true") == 2
     assert "needs an accelerator" in capsys.readouterr().err

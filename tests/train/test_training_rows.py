@@ -84,9 +84,10 @@ def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
 
 
 def examples_of(made: Recipe, *, chat: bool = False) -> Any:
+    from loraover.data.formats import RowForm
     from loraover.training.examples import load_examples
 
-    return load_examples(made, chat=chat)
+    return load_examples(made, RowForm(chat=chat))
 
 
 def test_held_out_rows_come_from_another_file(write: Write) -> None:
@@ -103,11 +104,15 @@ def test_held_out_rows_come_from_the_other_split(write: Write) -> None:
     assert [row["prompt"] for row in examples.test.rows] == ["Question: 1+1?\nAnswer:"]
 
 
-def test_one_file_cannot_be_trained_and_measured_on(write: Write) -> None:
+def test_rows_of_one_file_are_held_out_if_it_has_enough(write: Write) -> None:
     train = write("train.jsonl", PAIR)
-    with pytest.raises(DataError, match="held-out"):
-        examples_of(recipe(train))
+    assert examples_of(recipe(train)).test is None
     assert examples_of(recipe(train, examples=0)).test is None
+    rows = [PAIR | {"prompt": str(i)} for i in range(60)]
+    found = examples_of(recipe(write("more.jsonl", *rows), examples=200))
+    assert found.divided == len(found.test.rows) == 3
+    assert [*found.test.numbers] == [int(row["prompt"]) + 1 for row in found.test.rows]
+    assert sorted([*found.train.numbers, *found.test.numbers]) == [*range(1, 61)]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -51,6 +51,8 @@ class TrainingMethod:
         trains_seq2seq: Whether the method trains encoder-decoders too.
         no_resume: Reason why a run keeps no checkpoints, as the end of a sentence; empty if it can be resumed.
         keeps_row_gradients: Whether a step holds the gradients of each row of a micro-batch.
+        learning_rate: Peak rate that the kept studies chose, see `loraover.training.defaults`.
+        needs_fp32: Whether the method computes in float32 only.
         settings: Settings that the recipe has under the method's name.
         privacy: Guarantee of the finished run; None for methods without one.
     """
@@ -58,6 +60,8 @@ class TrainingMethod:
     trains_seq2seq: ClassVar[bool] = True
     no_resume: ClassVar[str] = ""
     keeps_row_gradients: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 3e-3
+    needs_fp32: ClassVar[bool] = False
 
     def __init__(self, recipe: BaseRecipe) -> None:
         self.recipe = recipe
@@ -292,7 +296,7 @@ def check_optimizer(recipe: BaseRecipe) -> None:
 
 def make_optimizer(training: Training, parameters: list[nn.Parameter]) -> Optimizer:
     """Return the optimizer of a recipe, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
-    options: Any = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    options: Any = {"lr": training.peak_rate, "weight_decay": training.weight_decay}
     if training.optim == "sgd":
         return torch.optim.SGD(parameters, **options)
     return torch.optim.AdamW(parameters, fused=training.optim == "adamw_torch_fused", **options)

@@ -84,10 +84,12 @@ class Federated(TrainingMethod):
     trains_seq2seq: ClassVar[bool] = False
     no_resume: ClassVar[str] = "a step taken twice with other noise would spend privacy that is not accounted for"
     keeps_row_gradients: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 3e-2
+    needs_fp32: ClassVar[bool] = True
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
-        self.batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        self.batch = recipe.training.micro_batch * recipe.training.gradient_accumulation_steps
         try:
             import opacus
         except ImportError as error:
@@ -99,9 +101,12 @@ class Federated(TrainingMethod):
         super().check_recipe(recipe)
         check_optimizer(recipe)
         training = recipe.training
-        if training.precision != "fp32" or training.gradient_checkpointing:
-            raise ValueError("method federated takes training.precision fp32, without gradient_checkpointing")
-        unused = {"training.max_grad_norm": training.max_grad_norm == 1, "tensorboard": not recipe.tensorboard}
+        if not training.is_fp32 or training.gradient_checkpointing:
+            raise ValueError("method federated computes in float32, without training.gradient_checkpointing")
+        unused = {
+            "training.max_grad_norm": training.max_grad_norm == 1,
+            "training.report_to": training.report_to == "none",
+        }
         unused["training.save_total_limit"] = training.save_total_limit == 2
         if given := [key for key, is_default in unused.items() if not is_default]:
             raise ValueError(f"method federated does not use {', '.join(given)}; leave it out")
@@ -122,7 +127,7 @@ class Federated(TrainingMethod):
         later = later_turn(rows)
         if later is not None:
             raise ConfigError(
-                f"{self.recipe.data.train}: example {later + 1} is a later turn of the conversation of example "
+                f"{self.recipe.data.name}: example {later + 1} is a later turn of the conversation of example "
                 f"{later}. federated states epsilon for one example, so a conversation may have only one turn of the "
                 "assistant."
             )
@@ -213,7 +218,7 @@ class Federated(TrainingMethod):
         from accelerate.utils import send_to_device
 
         drawn = client.rows[torch.rand(len(client.rows), generator=drawing) < client.rate]
-        pieces = torch.split(drawn, self.recipe.training.per_device_train_batch_size)
+        pieces = torch.split(drawn, self.recipe.training.micro_batch)
         optimizer, losses = client.optimizer, []
         for group in optimizer.param_groups:
             group["lr"] = learning_rate

@@ -217,6 +217,7 @@ class TensorGuide(TrainingMethod):
     """A and B of each module from one tensor train."""
 
     settings: TensorGuideSettings
+    learning_rate: ClassVar[float] = 1e-2
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)
@@ -226,10 +227,10 @@ class TensorGuide(TrainingMethod):
     def check_recipe(cls, recipe: BaseRecipe) -> None:
         super().check_recipe(recipe)
         check_optimizer(recipe)
-        if recipe.training.precision == "fp16" or recipe.training.weight_decay:
+        if recipe.training.fp16 or recipe.training.weight_decay:
             raise ValueError(
-                "method tensorguide takes training.precision fp32 or bf16, and no training.weight_decay: smaller cores "
-                "would not bring B back to zero"
+                "method tensorguide takes neither training.fp16 nor training.weight_decay: smaller cores would not "
+                "bring B back to zero"
             )
 
     def start(self, model: PeftModel) -> None:

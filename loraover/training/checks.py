@@ -1,0 +1,90 @@
+"""Checks of a recipe against its machine, its tokenizer and its rows, before anything large is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from transformers.training_args import OptimizerNames
+
+from loraover.common.dtypes import DTYPES
+from loraover.common.errors import ConfigError, DataError
+from loraover.common.reporter import Reporter
+from loraover.data.formats import TEXTS, Row, RowForm
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import SOAP
+from loraover.training.trainers import TRAINERS, check_keys
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check before anything is loaded what the recipe's types do not.
+
+    Raises:
+        ConfigError: An unknown key or optimizer, or float16 on a machine that does not have it.
+    """
+    check_keys(recipe)
+    known = [SOAP, *(str(name.value) for name in OptimizerNames)]
+    if recipe.training.optim not in known:
+        near = difflib.get_close_matches(recipe.training.optim, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
+        raise ConfigError(f"training.optim is {recipe.training.optim!r}{hint}")
+    if recipe.training.fp16 and not torch.accelerator.is_available():
+        raise ConfigError("training.fp16 needs an accelerator; use bf16, or neither, on a CPU.")
+
+
+def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
+    """Report a run in bf16 on a CPU that has no instructions for it.
+
+    Without AVX-512, oneDNN has no matrix product in bfloat16, and PyTorch's own takes 5 to 45 times as long as that in
+    float32.
+    """
+    is_cpu = not torch.accelerator.is_available()
+    capability = torch.backends.cpu.get_cpu_capability()
+    if recipe.training.bf16 and is_cpu and capability in ("NO AVX", "AVX2"):
+        report.line(
+            f"training.bf16 is true, and this CPU ({capability}) has no instructions for it: float32 takes twice the "
+            "memory for the base model, and a fraction of the time"
+        )
+
+
+def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
+    """Return the form of rows that a recipe's trainer takes.
+
+    Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
+    what it counts; else each turn of the assistant is one example.
+
+    Raises:
+        ConfigError: Chat messages are asked for, and the tokenizer has no chat template.
+    """
+    has_template = tokenizer.chat_template is not None
+    if recipe.data.chat and not has_template:
+        raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
+    kind = TRAINERS[name]
+    chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
+    says = (recipe.training.model_extra or {}).get("assistant_only_loss")
+    return RowForm(kind.columns, chat=chat, turns=says is None, keeps_all=name == "grpo")
+
+
+def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
+    """Check that chat messages can be read by a recipe's trainer.
+
+    Raises:
+        DataError: The trainer or the tokenizer takes text only.
+    """
+    if all(isinstance(row[part], str) for part in TEXTS & row.keys()):
+        return
+    if TRAINERS[name].library == "transformers":
+        raise DataError(f"{recipe.data.name}: chat messages cannot train {recipe.model} with {name}; use text.")
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
+        )
+
+
+def weights_dtype(recipe: Recipe) -> str:
+    """Return the data type of a recipe's base weights, as `load_model` names it."""
+    chosen = recipe.model_init.dtype
+    if chosen == "auto":
+        return "bf16" if recipe.training.bf16 else "fp32"
+    return next(name for name, spelt in DTYPES.items() if spelt == chosen)

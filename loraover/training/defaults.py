@@ -1,0 +1,108 @@
+"""Values that a recipe leaves to its method, its data and this machine, each said with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import Reporter
+from loraover.models.device import choose_device, total_memory
+from loraover.models.load import ModelSource
+from loraover.models.memory import ROOM
+from loraover.training.estimate import estimate_memory
+from loraover.training.lengths import Tokens
+from loraover.training.methods import METHODS
+from loraover.training.methods.base import TrainingMethod
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import AUTO
+
+LEARNING_RATES = {"lora": 3e-3, "lora-over": 3e-3, "lora+": 1.5e-3, "full": 1e-4}
+LEARNING_RATES |= {name: method.learning_rate for name, method in METHODS.items()}
+"""Rates by method that the kept studies (docs/study) chose at rank 8 on most tasks; that of full was not studied."""
+
+STUDIED_WIDTH = 576
+"""Hidden size of SmolLM2-135M, which the studies trained; wider models need less (Yang et al., arXiv:2203.03466)."""
+
+WARMUP = 0.03
+"""Share of the steps in which the learning rate rises."""
+
+BATCH = 8
+"""Examples of a step where `per_device_train_batch_size` is auto."""
+
+
+def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, report: Reporter) -> Recipe:
+    """Give the values that a recipe leaves open, but for its batch size.
+
+    Args:
+        recipe: The recipe.
+        config: Configuration of its base model.
+        tokens: Lengths of its training examples; None if they are not known.
+        report: Receiver of the values with their reasons.
+    """
+    training, values = recipe.training, dict[str, Any]()
+    text = config.get_text_config()
+    if training.bf16 is None:
+        needs_fp32 = METHODS.get(recipe.method, TrainingMethod).needs_fp32
+        values["bf16"] = _has_bf16() and not (training.fp16 or needs_fp32)
+        why = "this GPU computes in it" if values["bf16"] else "no GPU here computes in it, or it is not wanted"
+        report.line(f"training.bf16: {str(values['bf16']).lower()}, since {why}")
+    if training.learning_rate is None:
+        key = "lora+" if training.loraplus_lr_ratio is not None else recipe.method
+        studied = LEARNING_RATES[key]
+        values["learning_rate"] = float(f"{studied * STUDIED_WIDTH / text.hidden_size:.2g}")
+        report.line(
+            f"training.learning_rate: {values['learning_rate']:g}, the {studied:g} that was best for {key} at rank 8 "
+            f"and width {STUDIED_WIDTH}, times {STUDIED_WIDTH} / {text.hidden_size}, this model's width"
+        )
+    if training.warmup_steps is None:
+        values["warmup_steps"] = 0.0 if training.lr_scheduler_type == "constant" else WARMUP
+    if training.max_length is None:
+        context = getattr(text, "max_position_embeddings", None) or 1024
+        longest = max(one.total for one in tokens) if tokens else min(context, 1024)
+        values["max_length"] = max(8, min(longest, context))
+        why = "the longest example" if tokens and longest <= context else "the model's context, or 1024 without data"
+        report.line(f"training.max_length: {values['max_length']}, {why}")
+    return recipe.model_copy(update={"training": training.model_copy(update=values)})
+
+
+def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
+    """Choose the micro-batch of a recipe whose batch size is auto: the largest that the plan says fits.
+
+    A step has as many examples as without auto, since micro-batches are accumulated, so that the result of a run does
+    not depend on the machine's memory. If not even one example fits, activations are recomputed.
+
+    Raises:
+        ConfigError: Not even one example fits.
+    """
+    training = recipe.training
+    if training.per_device_train_batch_size != AUTO:
+        return recipe
+    memory = total_memory(choose_device("auto").type)
+    for checkpointing in sorted({training.gradient_checkpointing, True}):
+        for batch in (8, 4, 2, 1):
+            values: dict[str, Any] = {
+                "per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": training.gradient_accumulation_steps * (BATCH // batch),
+                "gradient_checkpointing": checkpointing,
+            }
+            tried = recipe.model_copy(update={"training": training.model_copy(update=values)})
+            needed = estimate_memory(tried, source, tried.training.max_steps or 1)
+            in_all = needed.held + (needed.activations or 0)
+            if memory is None or in_all <= ROOM * memory:
+                known = "" if memory is None else f" of {memory / 1e9:.3g} GB"
+                report.line(
+                    f"training.per_device_train_batch_size: {batch}, which needs about {in_all / 1e9:.3g} GB{known}; "
+                    f"gradient_accumulation_steps: {values['gradient_accumulation_steps']}"
+                    + (", with gradient_checkpointing" if checkpointing else "")
+                )
+                return tried
+    raise ConfigError(
+        f"training.per_device_train_batch_size is auto, and not even one example of {training.tokens} tokens fits into "
+        f"the memory of {memory} bytes; lower training.max_length, or set model_init.quantization."
+    )
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

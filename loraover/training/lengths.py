@@ -1,0 +1,129 @@
+"""Lengths of training examples in tokens: which are cut, and which are left without anything to learn."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from loraover.common.errors import DataError
+from loraover.common.reporter import Reporter
+from loraover.data.formats import Row
+from loraover.data.sources import Rows
+from loraover.training.recipe import Recipe
+from loraover.training.run_result import Lengths
+
+FEW = 0.01
+"""Share of examples that may be cut without a warning."""
+
+KEPT = 0.99
+"""Share of examples that the suggested length keeps whole."""
+
+
+class Tokens(NamedTuple):
+    """Tokens of an example: of its prompt, which has no labels, and in all."""
+
+    prompt: int
+    total: int
+
+
+def count_tokens(rows: Rows, name: str, tokenizer: Any) -> list[Tokens]:
+    """Count the tokens of each example as its trainer does.
+
+    Args:
+        rows: The examples.
+        name: Key of `TRAINERS`.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        One entry for each example; for a trainer of transformers, input and target count apart, and the longer one
+        stands for both.
+    """
+    first = rows.rows[0]
+    if name == "seq2seq":
+        sides = [_sizes([row[side] for row in rows.rows], tokenizer, first) for side in ("prompt", "completion")]
+        return [Tokens(0, max(pair)) for pair in zip(*sides, strict=True)]
+    whole = [[_spelt(row, part, tokenizer) for part in _answers(row)] for row in rows.rows]
+    sizes = iter(_sizes([text for texts in whole for text in texts], tokenizer, first))
+    end = int(name in ENDED and not _is_chat(first))
+    totals = [end + max(next(sizes) for _ in texts) for texts in whole]
+    prompts = [_spelt(row, None, tokenizer) if "prompt" in row else "" for row in rows.rows]
+    starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
+    return [Tokens(*pair) for pair in zip(starts, totals, strict=True)]
+
+
+ENDED = ("sft", "dpo", "kto")
+"""Trainers that add the token which ends a text to text without chat messages."""
+
+
+def _answers(row: Row) -> list[str | None]:
+    """Return the columns that end an example; None for one that is its prompt alone."""
+    return [name for name in ("completion", "chosen", "rejected", "messages", "text") if name in row] or [None]
+
+
+def _is_chat(row: Row) -> bool:
+    return not all(isinstance(row[part], str) for part in (*filter(None, _answers(row)), *({"prompt"} & row.keys())))
+
+
+def _spelt(row: Row, part: str | None, tokenizer: Any) -> str:
+    """Return the text of a prompt, with one of its answers unless that is None."""
+    pieces = [row[name] for name in ("prompt", part) if name is not None and name in row]
+    if all(isinstance(piece, str) for piece in pieces):
+        return "".join(pieces)
+    tools = row.get("tools")
+    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
+    messages = [message for piece in pieces for message in piece]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
+    return text
+
+
+def _sizes(texts: list[str], tokenizer: Any, first: Row) -> list[int]:
+    """Count the tokens of texts; a chat template writes the special tokens itself."""
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=not _is_chat(first))["input_ids"]]
+
+
+def summarise(tokens: list[Tokens], rows: Rows, max_length: int) -> Lengths:
+    """Summarise lengths of examples, and what a largest length cuts."""
+    totals = sorted(one.total for one in tokens)
+    cut = [i for i, one in enumerate(tokens) if one.total > max_length]
+    histogram: dict[int, int] = {}
+    for total in totals:
+        edge = 1 << max(0, total - 1).bit_length()
+        histogram[edge] = histogram.get(edge, 0) + 1
+    return Lengths(
+        examples=len(totals),
+        max_length=max_length,
+        cut=len(cut),
+        unlabelled=sum(tokens[i].prompt >= max_length for i in cut),
+        longest=totals[-1],
+        keeps_99=totals[-int(len(totals) * (1 - KEPT)) - 1],
+        cut_rows=[rows.numbers[i] if rows.numbers else i + 1 for i in cut[:3]],
+        histogram=histogram,
+    )
+
+
+def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, report: Reporter) -> Lengths:
+    """Report which training examples are cut or have nothing to learn, before the first step.
+
+    Raises:
+        DataError: No example keeps anything to learn from.
+    """
+    found = summarise(tokens, rows, recipe.training.tokens)
+    limit = f"training.max_length = {found.max_length}"
+    if found.unlabelled == found.examples:
+        raise DataError(
+            f"{recipe.data.name}: no example fits {limit}, since every prompt fills it. The longest example has "
+            f"{found.longest} tokens; {found.keeps_99} keep 99 % of them whole."
+        )
+    if found.cut:
+        warning = "warning: " if found.cut_share > FEW else ""
+        shown = ", ".join(map(str, found.cut_rows))
+        report.line(
+            f"{warning}{found.cut} of {found.examples} examples are longer than {limit}, so their ends are cut (rows "
+            f"{shown}{', ...' if found.cut > len(found.cut_rows) else ''}); {found.keeps_99} keep 99 % of them whole"
+        )
+    if found.unlabelled:
+        report.line(
+            f"{found.unlabelled} of {found.examples} examples have no room for their completion within {limit} and "
+            "are left out"
+        )
+    return found

@@ -1,0 +1,130 @@
+"""Measures of a run on its held-out rows, before and after training."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraover.common.atomic_output import publish_text
+from loraover.common.errors import DataError, DivergedError
+from loraover.common.reporter import Reporter
+from loraover.data.formats import Row
+from loraover.evaluation.generation import answer_rooms
+from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
+from loraover.training.prepare import Prepared
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import EvaluationSettings
+from loraover.training.run_folder import HELD_OUT_FILE, log_measures
+from loraover.training.run_result import Measures
+
+BEFORE, AFTER = "before training", "after training"
+LOWER = "Lower the learning rate of {:g}"
+BY_TOKEN = ("sft", "seq2seq")
+"""Trainers whose loss is that of completion tokens; the loss of the others is a mean over batches."""
+
+
+def check_room(run: Prepared, recipe: Recipe) -> None:
+    """Check before the first step that answers can be generated after the last one.
+
+    Raises:
+        ConfigError: A prompt leaves no room for an answer.
+    """
+    if run.examples.test is not None and recipe.evaluation.exact_match:
+        answer_rooms(run.model, run.tokenizer, [prompt for prompt, _ in _asked(run.examples.test.rows)])
+
+
+def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
+    """Measure loss and exact match on the held-out rows, and log them.
+
+    Args:
+        run: The run.
+        recipe: Its recipe.
+        output: Its folder.
+        report: Receiver of progress.
+        when: `BEFORE` or `AFTER`.
+
+    Raises:
+        DataError: No held-out example has room for its completion.
+        DivergedError: The loss is not finite.
+    """
+    if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
+        return None
+    rows = run.examples.test.rows
+    with report.task(f"held-out loss {when}", len(rows)) as advance:
+        if run.trainer_name in BY_TOKEN:
+            scored = example_losses(run.model, run.trainer.get_eval_dataloader(), on_batch=advance)
+            loss, fitting = token_loss(scored), sum(example.tokens > 0 for example in scored)
+            _check_fitting(fitting, rows, recipe, report)
+            if when == AFTER:
+                publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
+        else:
+            loss, fitting = _trainer_loss(run, advance), len(rows)
+    lower = LOWER.format(recipe.training.peak_rate)
+    check_finite(loss, f"the held-out loss {when}", lower if when == AFTER else f"Check the weights of {recipe.model}")
+    accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
+    measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
+    report.line(f"{when}: {measures}")
+    log_measures(output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
+    return measures
+
+
+def _trainer_loss(run: Prepared, advance: Any) -> float:
+    """Return the loss that the trainer itself has on the held-out rows, without a line in its log."""
+    run.progress.advance_evaluation = advance
+    loop = run.trainer.evaluation_loop(run.trainer.get_eval_dataloader(), "held-out loss", prediction_loss_only=True)
+    return float(loop.metrics["eval_loss"])
+
+
+def _check_fitting(fitting: int, rows: Sequence[Row], recipe: Recipe, report: Reporter) -> None:
+    length = recipe.training.tokens
+    if not fitting:
+        raise DataError(
+            f"no held-out example has room for its completion within training.max_length = {length}; raise it."
+        )
+    if fitting < len(rows):
+        report.line(
+            f"{len(rows) - fitting} of {len(rows)} held-out examples have no room for their completion within "
+            f"training.max_length = {length}: the loss leaves them out"
+        )
+
+
+def _asked(rows: Sequence[Row]) -> list[tuple[Any, Any]]:
+    """Return the prompt and the completion of each row; those of a conversation end before and in its last turn."""
+    return [
+        (row["prompt"], row["completion"]) if "prompt" in row else (row["messages"][:-1], row["messages"][-1:])
+        for row in rows
+    ]
+
+
+def _accuracy(
+    run: Prepared, rows: Sequence[Row], asked: EvaluationSettings, report: Reporter, when: str
+) -> float | None:
+    """Measure exact match; None, with a line that says why, if numbers are compared and no held-out row has one."""
+    pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in _asked(rows)]
+    if asked.answer == "number" and not any_number(pairs):
+        report.line(
+            "no held-out completion has a number, so exact match is not measured; set evaluation.answer to text to "
+            "compare texts"
+        )
+        return None
+    with report.task(f"held-out answers {when}", len(rows)) as advance:
+        return exact_match(
+            run.model,
+            run.tokenizer,
+            pairs,
+            max_new_tokens=asked.max_new_tokens,
+            batch_size=asked.batch_size,
+            answer=asked.answer,
+            on_batch=advance,
+        )
+
+
+def check_finite(value: float, what: str, advice: str) -> None:
+    """Raise DivergedError for a figure that `run.json` cannot hold."""
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{what} is {value}, expected a finite number. {advice}, or set training.bf16 and training.fp16 to false."
+        )

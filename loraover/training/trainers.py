@@ -1,0 +1,208 @@
+"""Trainers that a recipe can name, and the check of its keys by the classes of TRL, transformers and PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import re
+import typing
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from loraover.common.errors import ConfigError
+from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
+from loraover.training.run_folder import TRAINER_FOLDER
+
+
+class TrainerKind(NamedTuple):
+    """A trainer of TRL or transformers.
+
+    Args:
+        library: Module that has the two classes.
+        trainer: Name of the trainer's class.
+        config: Name of the class of its settings.
+        task: PEFT's task type.
+        columns: Columns of its rows; one set of them has to be there.
+        options: Settings that the run gives unless the recipe does.
+    """
+
+    library: str
+    trainer: str
+    config: str
+    task: str
+    columns: tuple[frozenset[str], ...]
+    options: Mapping[str, Any] = {}
+
+    def load(self) -> tuple[Any, Any]:
+        """Import the classes of the trainer and of its settings.
+
+        Raises:
+            ConfigError: The installed library has no such trainer, or only in a module that is not stable.
+        """
+        module = importlib.import_module(self.library)
+        try:
+            return getattr(module, self.trainer), getattr(module, self.config)
+        except (AttributeError, ImportError) as error:
+            name = self.trainer.removesuffix("Trainer").lower()
+            apart = f"{self.library}.experimental.{name}"
+            if importlib.util.find_spec(f"{self.library}.experimental") and importlib.util.find_spec(apart):
+                why = f"has it only in {apart}, whose interface may change with any version"
+            else:
+                why = f"has none: {error}"
+            raise ConfigError(f"trainer {name}: {self.library} {module.__version__} {why}; use dpo or kto.") from error
+
+
+def _columns(*choices: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(choice.split()) for choice in choices)
+
+
+def _trl(name: str, *columns: str, task: str = "CAUSAL_LM", **options: Any) -> TrainerKind:
+    return TrainerKind("trl", f"{name}Trainer", f"{name}Config", task, _columns(*columns), options)
+
+
+TRAINERS = {
+    "sft": _trl("SFT", "prompt completion", "messages", "text", eval_packing=False),
+    "dpo": _trl("DPO", "chosen rejected"),
+    "kto": _trl("KTO", "prompt completion label"),
+    "orpo": _trl("ORPO", "chosen rejected"),
+    "grpo": _trl("GRPO", "prompt"),
+    "reward": _trl("Reward", "chosen rejected", task="SEQ_CLS"),
+    "seq2seq": TrainerKind(
+        "transformers", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SEQ_2_SEQ_LM", _columns("prompt completion")
+    ),
+    "classification": TrainerKind("transformers", "Trainer", "TrainingArguments", "SEQ_CLS", _columns("text label")),
+}
+"""Trainers by the name that a recipe gives them."""
+
+RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
+RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
+"""Settings of trainers that a run gives itself."""
+
+LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
+"""Settings of LoraConfig that a run gives itself."""
+
+
+def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
+    """Return the name of a recipe's trainer.
+
+    Raises:
+        ConfigError: The trainer does not train the model.
+    """
+    name = recipe.trainer or ("seq2seq" if is_seq2seq else "sft")
+    if is_seq2seq != (TRAINERS[name].task == "SEQ_2_SEQ_LM"):
+        kind = "has an encoder and a decoder; its trainer is seq2seq" if is_seq2seq else "is decoder-only; use sft"
+        raise ConfigError(f"trainer is {name}, and {recipe.model} {kind}.")
+    return name
+
+
+def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
+    """Make the settings of a recipe's trainer, as its class checks them.
+
+    Args:
+        recipe: The recipe.
+        name: Key of `TRAINERS`.
+        output: The run's folder.
+
+    Raises:
+        ConfigError: The class does not have a key, or refuses a value; every fault that it can name alone is named.
+    """
+    import torch
+
+    _, config = TRAINERS[name].load()
+    known = {field.name for field in dataclasses.fields(config)}
+    given = _checked(recipe.training, config, "training", RUN_SETS)
+    if recipe.training.optim == SOAP:
+        given = {key: value for key, value in given.items() if not key.startswith("optim")}
+    batch = given.pop("per_device_train_batch_size")
+    sizes = {} if batch == AUTO else {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+    options = {
+        **sizes,
+        "logging_first_step": True,
+        **TRAINERS[name].options,
+        **{key: value for key, value in given.items() if key in known},
+        "bf16": bool(recipe.training.bf16),
+        "output_dir": str(output / TRAINER_FOLDER),
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    return build(config, "training", options)
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Check the keys of a recipe whose model is not known yet, so that its trainer may be either of the defaults.
+
+    Raises:
+        ConfigError: A key, or the type of a value, that no class takes.
+    """
+    faults = []
+    for name in (recipe.trainer,) if recipe.trainer else ("sft", "seq2seq"):
+        try:
+            _checked(recipe.training, TRAINERS[name].load()[1], "training", RUN_SETS)
+        except ConfigError as error:
+            faults.append(error)
+        else:
+            break
+    else:
+        raise faults[0]
+    lora_options(recipe)
+
+
+def lora_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of PEFT's LoraConfig in a recipe, with their types checked.
+
+    Raises:
+        ConfigError: LoraConfig does not have a key, or not with such a value.
+    """
+    from peft import LoraConfig
+
+    return _checked(recipe.lora, LoraConfig, "lora", LORA_SETS)
+
+
+def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:
+    """Make an object of another library's class of settings.
+
+    Args:
+        kind: The class.
+        part: Key of the recipe that holds its settings, for messages.
+        options: The settings.
+
+    Raises:
+        ConfigError: The class refuses them.
+    """
+    try:
+        return kind(**options)
+    except (ImportError, ValueError, TypeError, re.error) as error:
+        raise ConfigError(f"{part}: {kind.__name__} refuses it: {error}") from error
+
+
+def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[str, Any]:
+    """Return the keys of a part that are not null, those that it does not declare in the types of a dataclass."""
+    types = typing.get_type_hints(kind)
+    values = part.model_dump(exclude_none=True)
+    faults = []
+    for key, value in (part.model_extra or {}).items():
+        if key in reserved:
+            faults.append(f"{name}.{key}: a run sets this itself; leave it out")
+        elif key not in types:
+            near = difflib.get_close_matches(key, {*types, *type(part).model_fields} - reserved, n=1)
+            faults.append(f"{name}.{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+        elif value is not None:
+            try:
+                values[key] = _as_type(types[key], value)
+            except ValidationError as error:
+                faults.append(f"{name}.{key}: {error.errors()[0]['msg']} (found {value!r:.80})")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return values
+
+
+def _as_type(hint: Any, value: Any) -> Any:
+    """Convert a value as YAML has it, such as the text 1e-4, into the type of a field."""
+    config = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(hint, config=config).validate_python(value)

@@ -1,0 +1,237 @@
+"""Every trainer that a recipe can name, and keys of TRL, transformers and PEFT, on tiny models for two steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+import loraover
+from loraover import read_checkpoint
+from loraover.common.errors import ConfigError, DataError
+from loraover.data.formats import RowForm, read_row
+from loraover.training.examples import load_examples
+from loraover.training.hf_trainer import to_dataset
+from loraover.training.plan import make_plan
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.trainers import TRAINERS
+
+from support.resumed_run import assert_same_run, stopped
+from support.tiny_hub import save_llama, write_recipe
+from support.train_command import TURNS, train
+from support.trained_run import metrics
+
+pytestmark = pytest.mark.process
+
+PAIRS = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}"} for n in range(8)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS],
+    "dpo": PAIRS,
+    "kto": [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": n % 2 == 0} for n, pair in enumerate(PAIRS)
+    ],
+    "grpo": [{"prompt": pair["prompt"], "solution": pair["chosen"]} for pair in PAIRS],
+    "reward": [{"chosen": pair["prompt"] + pair["chosen"], "rejected": pair["prompt"]} for pair in PAIRS],
+    "seq2seq": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS],
+    "classification": [{"text": pair["prompt"], "label": n % 3} for n, pair in enumerate(PAIRS)],
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "reward_funcs": ["think_format_reward", "support.rewards.length"],
+        "training": {"num_generations": 2, "max_completion_length": 8, "temperature": "9e-1"},
+    },
+    "dpo": {"training": {"beta": 0.2, "loss_type": ["sigmoid"]}},
+}
+
+
+def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def recipe_of(name: str, folder: Path, bases: dict[str, Path], **parts: Any) -> Path:
+    base = bases[{"seq2seq": "t5", "grpo": "chat"}.get(name, "llama")]
+    data = {
+        "train": rows_file(folder / "rows.jsonl", ROWS[name]),
+        "test": rows_file(folder / "test.jsonl", TESTS[name]),
+    }
+    own = PARTS.get(name, {})
+    training = {"max_steps": 2, "per_device_train_batch_size": 2} | own.get("training", {}) | parts.pop("training", {})
+    changes = {key: value for key, value in own.items() if key != "training"} | parts
+    return write_recipe(
+        folder / "recipe.yaml",
+        base,
+        trainer=name,
+        data=data,
+        training=training,
+        evaluation={"examples": 2, "exact_match": False},
+        **changes,
+    )
+
+
+TESTS = {name: [{**row, next(iter(row)): "9 + 9 ="} for row in rows[:2]] for name, rows in ROWS.items()}
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-over"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_trainer_takes_two_steps(name: str, method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    result = loraover.train(str(recipe_of(name, tmp_path, bases, method=method)), tmp_path / "out")
+    assert result.steps == 2
+    assert result.update_norm
+    assert (result.after is None) is (name == "grpo")
+    assert len([row for row in metrics(tmp_path / "out") if "loss" in row]) == 2
+    assert not (tmp_path / "out" / "adapter" / "ref").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("sft", "seq2seq")])
+def test_a_stopped_run_is_resumed_bit_for_bit(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Those of sft and seq2seq are in test_resume.py. GRPO draws its answers anew, from the restored generators."""
+    training = {"max_steps": 6, "logging_steps": 1, "save_steps": 2, "weight_decay": 0.1}
+    recipe = recipe_of(name, tmp_path, bases, lora={"r": 2, "lora_dropout": "2e-1"}, training=training)
+    assert train(recipe, tmp_path / "whole") == 0
+    halted = stopped(recipe, tmp_path / "halted", 5)
+    assert train(recipe, halted, "--resume") == 0
+    assert_same_run(halted, tmp_path / "whole")
+
+
+def test_the_reference_of_dpo_is_the_base_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    """At the first step, policy and reference are the same model: the loss is log 2, and no answer is rewarded."""
+    loraover.train(str(recipe_of("dpo", tmp_path, bases)), tmp_path / "out")
+    first, later = (row for row in metrics(tmp_path / "out") if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    assert later["rewards/chosen"] != 0
+
+
+def test_epochs_of_grpo_are_counted_as_trl_does(bases: dict[str, Path], tmp_path: Path) -> None:
+    training = {"max_steps": None, "num_train_epochs": 1, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    result = loraover.train(str(recipe_of("grpo", tmp_path, bases, training=training)), tmp_path / "out")
+    assert result.steps == 8 * 2 * 2 // (2 * 2)
+
+
+def test_a_trainer_without_a_stable_module_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = rows_file(tmp_path / "rows.jsonl", PAIRS)
+    recipe = write_recipe(tmp_path / "r.yaml", bases["llama"], trainer="orpo", data={"train": rows})
+    with pytest.raises(ConfigError, match=r"trainer orpo: trl .* has it only in trl\.experimental\.orpo"):
+        loraover.train(str(recipe), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a misspelt key": (
+        {"training.learning_rat": 1},
+        "training.learning_rat: unknown key; did you mean 'learning_rate'",
+    ),
+    "a misspelt field of TRL": ({"training.packin": True}, "did you mean 'packing'"),
+    "a misspelt field of PEFT": ({"lora.use_rslor": True}, "lora.use_rslor: unknown key; did you mean 'use_rslora'"),
+    "what the run sets": ({"training.output_dir": "x"}, "training.output_dir: a run sets this itself"),
+    "what the run sets of PEFT": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type: a run sets this itself"),
+    "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
+    "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
+    "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
+    "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
+    "an unknown reward": (
+        {"trainer": "grpo", "reward_funcs": ["a_reward"], "training.num_generations": 2},
+        "'a_reward' is neither of trl.rewards",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_key_that_a_class_does_not_take_is_refused(case: str, recipe: Path, tmp_path: Path) -> None:
+    changes, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        loraover.train(str(recipe), tmp_path / "out", overrides=changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_unknown_keys_are_named_at_once(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.a: unknown key.*training\.b: unknown key"):
+        make_plan(load_recipe(str(recipe), {"training.a": 1, "training.b": 2}))
+
+
+def test_rows_that_lack_a_trainers_columns_are_refused_with_their_line(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of("dpo", tmp_path, bases)
+    rows_file(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": "a", "chosen": "b"}])
+    with pytest.raises(DataError, match=r"row 9: has fields \['chosen', 'prompt'\]; expected \['chosen', 'rejected'\]"):
+        loraover.train(str(recipe), tmp_path / "out")
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "packing": {"training.packing": True, "training.packing_strategy": "wrapped"},
+    "evaluation while training": {"training.eval_strategy": "steps", "training.eval_steps": "1"},
+    "a tracker and a name": {"training.report_to": ["tensorboard"], "training.logging_first_step": "yes"},
+    "fields of LoraConfig": {"lora.use_rslora": True, "lora.lora_dropout": "1e-1", "lora.exclude_modules": ["q_proj"]},
+    "attention": {"model_init.attn_implementation": "eager"},
+    "weights in bfloat16": {"model_init.dtype": "bfloat16", "training.bf16": True},
+    "nf4": {"model_init.quantization": "nf4"},
+    "int8": {"model_init.quantization": "int8"},
+    "torchao": {"model_init.quantization": "torchao-int8"},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_of_other_libraries_reach_them(case: str, recipe: Path, tmp_path: Path) -> None:
+    if case in ("nf4", "int8"):
+        pytest.importorskip("bitsandbytes")
+    if case == "torchao":
+        pytest.importorskip("torchao")
+    wide = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)  # a block of nf4 has 64 numbers
+    changes = {"model": str(wide), "training.max_steps": 2, "evaluation.exact_match": False} | SETTINGS[case]
+    result = loraover.train(str(recipe), tmp_path / "out", overrides=changes)
+    assert result.steps == 2
+    assert result.update_norm
+    logged = metrics(tmp_path / "out")
+    assert ("eval_loss" in logged[2]) is (case == "evaluation while training")
+    sites = read_checkpoint(tmp_path / "out" / "adapter").meta.sites
+    assert any("q_proj" in site.name for site in sites) is (case != "fields of LoraConfig")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TALK = [{"role": "system", "content": "brief"}, *TURNS]
+
+
+def test_conversations_with_tools_are_learned(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The assistant's turns are learned one by one, or as the recipe says; other columns stay with them."""
+    rows: list[dict[str, Any]] = [{"messages": [*TALK, TALK[1], CALL], "tools": [TOOL]}]
+    (first, second, third) = read_row(rows[0], "auto", RowForm(TRAINERS["sft"].columns, chat=True), "row 1")
+    assert first == {"prompt": TALK[:2], "completion": TALK[2:3], "tools": [TOOL]}
+    assert (second["completion"], third["completion"]) == (TALK[4:], [CALL])
+    (whole,) = read_row(rows[0], "auto", RowForm(TRAINERS["sft"].columns, chat=True, turns=False), "row 1")
+    assert whole == rows[0]
+    file = rows_file(tmp_path / "rows.jsonl", [{"messages": TALK}] * 4)
+    changes: dict[str, Any] = {"data": {"train": file}, "evaluation": {"examples": 0}, "training": {"max_steps": 2}}
+    recipe = write_recipe(tmp_path / "r.yaml", bases["chat"], **changes)
+    by_turn = loraover.train(str(recipe), tmp_path / "turns")
+    by_talk = loraover.train(str(recipe), tmp_path / "talks", overrides={"training.assistant_only_loss": False})
+    assert by_turn.lengths is not None
+    assert by_talk.lengths is not None
+    assert (by_turn.lengths.examples, by_talk.lengths.examples) == (8, 4)
+
+
+def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:
+    """Arrow gives dicts of one column the same keys, with None where a row has none."""
+    rows = [{"messages": [{**CALL, "arguments": {name: 1}}], "text": name} for name in "ab"]
+    assert to_dataset(rows).to_list() == rows
+
+
+def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS["sft"][:4]).to_parquet(tmp_path / "a.parquet")
+    other = rows_file(tmp_path / "b.jsonl", [{"prompt": str(n), "completion": "b"} for n in range(40)])
+    data: dict[str, Any] = {"train": [str(tmp_path / "a.parquet"), other]}
+    asked = {"model": "m", "data": data, "training": {"max_steps": 1}, "evaluation": {"examples": 0}}
+    plain = load_examples(Recipe.model_validate(asked), RowForm()).train
+    assert sorted(row["completion"] == "b" for row in plain.rows) == [False] * 4 + [True] * 40
+    data["train"] = [{"path": str(tmp_path / "a.parquet"), "weight": 3}, other]
+    weighted = load_examples(Recipe.model_validate(asked), RowForm()).train
+    share = sum(row["completion"] != "b" for row in weighted.rows) / len(weighted.rows)
+    assert share == pytest.approx(0.75, abs=0.1)
+    assert {row["completion"] for row in weighted.rows if row["completion"] == "b"}
+    data["train"] = ["owner/data", other]
+    with pytest.raises(DataError, match="owner/data is one of several sources; name its commit"):
+        load_examples(Recipe.model_validate(asked), RowForm())
