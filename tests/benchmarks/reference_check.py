@@ -46,7 +46,7 @@ def measure() -> Iterator[Table]:
 
 
 ENGINES = ("vllm-bf16", "torch-fp8", "mlx-int4")
-"""Recorded engines, one of each number format that servers are run in; mlx-int4 rounds groups of weights as AWQ does."""
+"""Recorded engines, one of each format of weights that servers have; mlx-int4 rounds groups of weights as AWQ does."""
 
 
 def engines() -> list[Recorded]:

@@ -141,12 +141,9 @@ class Recorded:
         else:
             chosen = draw.permuted(np.tile(np.arange(number), (runs, 1)), axis=1)[:, :prompts]
         signs = draw.choice([-1.0, 1.0], size=(runs, prompts, 1))
-        value, effect, base = float(self.strength(arm).value), self.effect, self._kept["base"]
-        rest = self.change(arm) - value * effect
-        size, along, total = (
-            (one * other).sum(-1)[chosen] for one, other in ((effect,) * 2, (effect, rest), (rest,) * 2)
-        )
-        along *= signs
+        value = float(self.strength(arm).value)
+        sums = _projections(self.change(arm) - value * self.effect, self.effect)
+        along, size, total = signs * sums.along[chosen], sums.size[chosen], sums.total[chosen]
 
         def square(factor: float) -> Floats:
             """Square of the drawn change but for a factor of the effect."""
