@@ -24,7 +24,7 @@ RATIO, FAULT = 10.0, 5
 """Effect of the adapter over noise, and the fault of its scaling in percent, of which one set in 100 may be missed."""
 MISSED = 0.01
 RUNS, WRONG_RUNS, BATCH = 40_000, 500, 500
-QUESTIONS, POSITIONS = NUMBERS[0], RecordRequest.__dataclass_fields__["new_tokens"].default
+QUESTIONS, POSITIONS = NUMBERS[0], RecordRequest.new_tokens
 
 
 def measure() -> Iterator[Table]:
