@@ -14,18 +14,17 @@ from itertools import count
 import numpy as np
 from rich.table import Table
 
-from loraover_serve.judge.limits import NUMBER_FORMATS
 from loraover_serve.record.recorder import NUMBERS
 from loraover_serve.record.request import RecordRequest
 
-from support.recorded_noise import Recorded
+from support.recorded_noise import NOISE, Recorded
 
 TOPS = (5, 20)
 RATIO, FAULT = 10.0, 5
 """Effect of the adapter over noise, and the fault of its scaling in percent, of which one set in 100 may be missed."""
 MISSED = 0.01
-RUNS, WRONG_RUNS, BATCH = 40_000, 2000, 1000
-QUESTIONS, POSITIONS = NUMBERS[0], RecordRequest.__dataclass_fields__["new_tokens"].default
+RUNS, WRONG_RUNS, BATCH = 40_000, 500, 500
+QUESTIONS, POSITIONS = NUMBERS[0], RecordRequest.new_tokens
 
 
 def measure() -> Iterator[Table]:
@@ -46,10 +45,13 @@ def measure() -> Iterator[Table]:
     yield table
 
 
+ENGINES = ("vllm-bf16", "torch-fp8", "mlx-int4")
+"""Recorded engines, one of each format of weights that servers have; mlx-int4 rounds groups of weights as AWQ does."""
+
+
 def engines() -> list[Recorded]:
-    """The recorded engines that round, from fine to coarse."""
-    found = [each for each in Recorded.all() if each.number_format != NUMBER_FORMATS[0]]
-    return sorted(found, key=lambda each: NUMBER_FORMATS.index(each.number_format))
+    """The recorded engines."""
+    return [Recorded(NOISE / f"{name}.npz") for name in ENGINES]
 
 
 def row(engine: Recorded, top: int) -> tuple[str, ...]:

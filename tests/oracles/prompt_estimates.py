@@ -63,8 +63,7 @@ def strength(found: Projections) -> Estimate:
     present, root = w > 0, np.sqrt(w)
     safe = np.where(present, root, 1.0)
     value = _over(x, w)
-    with np.errstate(invalid="ignore"):
-        start = np.nanmedian(np.where(present, x / safe**2, np.nan), axis=(-2, -1))
+    start = _median(x / safe**2, present)[..., 0, 0]
     value = np.where(np.isfinite(start), start, value)
     for _ in range(STEPS):
         residual = (x - value[..., None, None] * w) / safe
@@ -88,12 +87,18 @@ def log_ratios(logs: Floats) -> Estimate:
     return Estimate(logs.mean(-1), error * float(stats.t.isf(BY_CHANCE / 2, prompts - 1)))
 
 
+def _median(values: Floats, present: NDArray[np.bool_]) -> Floats:
+    """Median over prompts and positions, whose axes stay; NaN where there is none."""
+    if present.all():
+        return np.median(values, axis=(-2, -1), keepdims=True)
+    with np.errstate(all="ignore"):
+        return np.nanmedian(np.where(present, values, np.nan), axis=(-2, -1), keepdims=True)
+
+
 def _clipped(residual: Floats, present: NDArray[np.bool_]) -> tuple[Floats, NDArray[np.bool_]]:
     """The weights phi, and whether a residual is within CLIP scales."""
     size = np.abs(residual)
-    with np.errstate(all="ignore"):
-        sigma = TO_SIGMA * np.nanmedian(np.where(present, size, np.nan), axis=(-2, -1), keepdims=True)
-    limit = CLIP * np.nan_to_num(sigma)
+    limit = CLIP * np.nan_to_num(TO_SIGMA * _median(size, present))
     inside = (size <= limit) | (limit == 0)
     return np.where(inside, 1.0, limit / np.where(size > 0, size, 1.0)), inside
 

@@ -32,7 +32,8 @@ CROSSED = {"a3": "a7", "a7": "a12", "a12": "a3"}
 
 def another(content: Mapping[str, Any], name: str, seed: int) -> dict[str, Any]:
     """The reference of another adapter, which changes as much at each position, and has the same likeliest tokens."""
-    draw, made = random.Random(seed), json.loads(json.dumps(dict(content)))
+    draw = random.Random(seed)
+    made: dict[str, Any] = json.loads(json.dumps(dict(content)))
     tokens = [token for question in made["questions"] for token in question["answer"]]
     for place, token in zip(made["positions"], tokens, strict=True):
         changes = [one - other for one, other in zip(place["adapter"], place["base"], strict=True)]
@@ -114,7 +115,12 @@ def test_a_watch_names_the_adapter_that_answers_within_its_budget(
     assert check.requests <= target.most + target.search
     server.bodies.clear()
     asked: list[int] = []
-    check = ask(target, reserve=lambda requests: bool(asked.append(requests)))
+
+    def refuse(requests: int) -> bool:
+        asked.append(requests)
+        return False
+
+    check = ask(target, reserve=refuse)
     assert asked == [target.search]
     assert check.verdict == "differs"
     assert check.fault != ANOTHER

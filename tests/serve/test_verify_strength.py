@@ -14,6 +14,8 @@ from loraover_serve.judge.estimates import Estimate, answers_that_show, share_fo
 from loraover_serve.judge.limits import EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
 from loraover_serve.judge.rules import is_narrow
 
+from benchmarks.page import PAGE
+from benchmarks.reference_check import ENGINES, TOPS, engines, row
 from benchmarks.verify_calibration import least_deviation, least_excess, rounded_up
 from oracles.prompt_estimates import Estimate as Estimates
 from oracles.prompt_estimates import Projections, strength
@@ -101,3 +103,11 @@ def test_so_many_answers_show_a_share_without_the_adapter(share: float) -> None:
     enough, fewer = (stats.binom.sf(FEW_AS_BASE - 1, n, share) for n in (found, found - 1))
     assert fewer < 0.99 <= enough
     assert share_found(found) <= share < share_found(found - 1)
+
+
+def test_the_page_of_results_has_what_checks_by_references_decide() -> None:
+    """One row of the table, made anew; no right server of any row differs."""
+    assert f"| {' | '.join(row(engines()[0], TOPS[0]))} |" in PAGE.read_text(encoding="utf-8")
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    counts = [line.split(" | ")[2] for line in lines if line.startswith(tuple(f"| {name} | " for name in ENGINES))]
+    assert counts == ["0"] * (len(ENGINES) * len(TOPS))

@@ -140,30 +140,39 @@ class Recorded:
             chosen = draw.integers(number, size=(runs, prompts))
         else:
             chosen = draw.permuted(np.tile(np.arange(number), (runs, 1)), axis=1)[:, :prompts]
-        signs = draw.choice([-1.0, 1.0], size=(runs, prompts, 1, 1))
-        effect, change = self.effect, self.change(arm)
-        along = float(self.strength(arm).value) * effect
-        drawn = along[chosen] + signs * (change - along)[chosen]
-        found, (low, high) = strength(_projections(drawn, effect[chosen])), self.allowed
+        signs = draw.choice([-1.0, 1.0], size=(runs, prompts, 1))
+        value = float(self.strength(arm).value)
+        sums = _projections(self.change(arm) - value * self.effect, self.effect)
+        along, size, total = signs * sums.along[chosen], sums.size[chosen], sums.total[chosen]
+
+        def square(factor: float) -> Floats:
+            """Square of the drawn change but for a factor of the effect."""
+            found: Floats = np.maximum(factor**2 * size + 2 * factor * along + total, 0)
+            return found
+
+        found, (low, high) = strength(Projections(value * size + along, size, square(value))), self.allowed
         excess = log_ratios(self.excess(arm)[chosen])
-        as_base, clear = _as_base(drawn, effect[chosen])
-        base = self._of_base(signs * self._kept["base"][chosen], chosen, effect)
+        as_base, clear = _as_base(*map(np.sqrt, (square(value), square(value - 1), size)))
+        of_base = self._of_base(signs, chosen)
         differs = (
             (found.low > high)
             | (found.high < low)
             | (excess.low > math.log(EXCESS))
             | (excess.high < -math.log(EXCESS * self.sensitivity))
             | ((as_base >= FEW_AS_BASE) & (as_base <= clear - FEW_AS_BASE))
-            | base
+            | of_base
         )
         return Verdicts(differs, found.half + (high - low) / 2 < SEEN)
 
-    def _of_base(self, noise: Floats, chosen: NDArray[np.int64], effect: Floats) -> NDArray[np.bool_]:
+    def _of_base(self, signs: Floats, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the base model's noise looks like another temperature, or like the adapter."""
-        likely = self._likely[chosen]
-        present = np.abs(likely).sum(-1, keepdims=True) > 0
-        centred = (noise - noise.mean(-1, keepdims=True)) * present
-        return _explained(_projections(centred, likely)) | _explained(_projections(noise, effect[chosen]))
+        base, likely = self._kept["base"], self._likely
+        centred = (base - base.mean(-1, keepdims=True)) * (np.abs(likely).sum(-1, keepdims=True) > 0)
+        found = []
+        for noise, way in ((centred, likely), (base, self.effect)):
+            sums = _projections(noise, way)
+            found.append(_explained(Projections(signs * sums.along[chosen], sums.size[chosen], sums.total[chosen])))
+        return found[0] | found[1]
 
     @property
     def _likely(self) -> Floats:
@@ -199,9 +208,13 @@ def _explained(found: Projections) -> NDArray[np.bool_]:
     return explained
 
 
-def _as_base(change: Floats, effect: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers of answers that are the base model's, and of those at which that would be seen, in each set."""
-    to_base, to_adapter = (np.linalg.norm(each, axis=-1) for each in (change, change - effect))
-    noise = np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
-    clear = np.linalg.norm(effect, axis=-1) > CLEAR * noise
+def _as_base(to_base: Floats, to_adapter: Floats, size: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of answers that are the base model's, and of those at which that would be seen, in each set.
+
+    Args:
+        to_base: Distance of each change from none.
+        to_adapter: Its distance from the effect.
+        size: Size of the effect.
+    """
+    clear = size > CLEAR * np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
     return (clear & (to_base < to_adapter / AS_BASE)).sum((-2, -1)), clear.sum((-2, -1))

@@ -115,8 +115,8 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
     dtype, rows = request.compute_dtype, HELD * len(prompts) * request.new_tokens
-    needed = {"rows": rows, "longest": longest, "device": device, "dtype": dtype, "say": request.report.line}
-    say_needs("PyTorch", adapter, base, **needed)
+    place = {"device": device, "dtype": dtype}
+    say_needs("PyTorch", adapter, base, rows=rows, longest=longest, say=request.report.line, **place)
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
     variants = Variants(adapter, base, device, reference.questions, dtype)
     judge = EngineJudge(reference, variants, subject, request.declared_format, request.without_mixed)
