@@ -59,7 +59,7 @@ def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
         recipe,
         tmp_path,
         methods="wide,lora-over",
-        names=["wide=lora:r=64"],
+        names={"wide": "lora:r=64"},
         lr_sweep={"task/wide": [1e-3], "": [1e-2]},
         seeds=2,
     )
