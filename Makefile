@@ -171,21 +171,24 @@ study:
 PLUS := training.loraplus_lr_ratio=4
 AXES := lora-over:decomposition=eigen:options
 EIGEN := $(AXES)={long: calibration}:$(PLUS)
+# Short names: reports show them, and runs keep the long ones.
+NAMED_PLUS := --name lora-plus=lora:$(PLUS)
+NAMED := $(NAMED_PLUS) --name "eigen=$(EIGEN)"
 GAUGE_TASKS := $(foreach task,gsm8k-long qnli-all svamp mbpp,docs/study/$(task).yaml)
 SLOW := 7.5e-4,1.5e-3,3e-3
 FAST := 1.5e-3,3e-3,6e-3
 FLOOR := --set training.lr_scheduler_type=cosine_with_min_lr --set "training.lr_scheduler_kwargs={min_lr_rate: 0.1}"
 GAUGE := $(FLOOR) --lr-sweep $(SLOW) --lr-sweep lora=$(FAST) --tuning-seeds 1 --jobs 2
-LOWER := --lr-sweep qnli-all/lora=1.9e-4,3.75e-4,7.5e-4,$(FAST) --lr-sweep "qnli-all/lora:$(PLUS)=4.7e-5,9.4e-5,1.9e-4,3.75e-4,$(SLOW)" \
-	--lr-sweep "svamp/lora:$(PLUS)=3.75e-4,$(SLOW)"
+LOWER := --lr-sweep qnli-all/lora=1.9e-4,3.75e-4,7.5e-4,$(FAST) --lr-sweep qnli-all/lora-plus=4.7e-5,9.4e-5,1.9e-4,3.75e-4,$(SLOW) \
+	--lr-sweep svamp/lora-plus=3.75e-4,$(SLOW)
 study-gauge:
-	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) $(LOWER) \
-		--lr-sweep "qnli-all/$(EIGEN)=1.9e-4,3.75e-4,$(SLOW)" --seeds 4 -o docs/study/gauge
+	$(BIN)/loraover study $(GAUGE_TASKS) --methods lora,lora-plus,eigen $(NAMED) --required 3 $(GAUGE) $(LOWER) \
+		--lr-sweep qnli-all/eigen=1.9e-4,3.75e-4,$(SLOW) --seeds 4 -o docs/study/gauge
 
 SOAP := training.optim=soap:training.optim_args=max_precondition_dim=1024
 QUARTER := schedule=static:budget={fraction: 0.25}:score
 study-gauge-arms:
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),lora:$(PLUS):$(SOAP),lora-over,$(EIGEN)$(strip \
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml $(NAMED) --methods "lora,lora-plus,lora:$(PLUS):$(SOAP),lora-over,eigen$(strip \
 		),$(AXES)={long: calibration},$(AXES)={}:$(PLUS),$(AXES)={short: calibration, long: calibration, train_auxiliary: true}:$(PLUS)$(strip \
 		),$(EIGEN):$(QUARTER)=fisher,$(EIGEN):$(QUARTER)=random" --ruler lora:r=16 $(GAUGE) --lr-sweep lora-over=$(FAST),1.2e-2 \
 		--lr-sweep lora:r=16=$(FAST) --lr-sweep "$(AXES)={long: calibration}=$(FAST)" \
@@ -193,7 +196,7 @@ study-gauge-arms:
 		-o docs/study/gauge-arms
 
 study-gauge-options:
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN)$(strip \
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml $(NAMED) --methods "lora-plus,eigen$(strip \
 		),$(AXES)={long: calibration, block: 32}:$(PLUS),$(AXES)={long: calibration, block: 192}:$(PLUS)$(strip \
 		),$(AXES)={long: calibration, growth: null, refresh: 10}:$(PLUS),$(AXES)={long: calibration, second_moments: carried}:$(PLUS)$(strip \
 		),$(AXES)={long: calibration, short: none}:$(PLUS),$(EIGEN):calibration_batches=16$(strip \
@@ -203,17 +206,17 @@ study-gauge-options:
 		--reuse docs/study/gauge -o docs/study/gauge-options
 
 study-gauge-steps:
-	$(BIN)/loraover study $(GAUGE_TASKS) --methods "lora,lora:$(PLUS),$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) \
-		--lr-sweep "qnli-all/$(EIGEN):training.max_steps=80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 \
+	$(BIN)/loraover study $(GAUGE_TASKS) --methods lora,lora-plus,eigen-80 $(NAMED_PLUS) \
+		--name "eigen-80=$(EIGEN):training.max_steps=80" $(GAUGE) $(LOWER) --lr-sweep "qnli-all/eigen-80=9.4e-5,1.9e-4,3.75e-4,7.5e-4" --seeds 4 \
 		--reuse docs/study/gauge -o docs/study/gauge-steps
 
 study-gauge-long:
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora:$(PLUS),$(EIGEN),lora" $(FLOOR) \
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods lora-plus,eigen,lora $(NAMED) $(FLOOR) \
 		--lr-sweep 1.5e-3 --lr-sweep lora=3e-3 --set training.max_steps=300 --seeds 2 --tuning-seeds 1 --jobs 2 -o docs/study/gauge-long
 
 study-gauge-rates:
-	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods "lora,lora:$(PLUS),$(EIGEN)" $(GAUGE) \
-		--lr-sweep "gsm8k-long/lora:$(PLUS)=4.5e-4,$(SLOW),4.5e-3" --lr-sweep "gsm8k-long/$(EIGEN)=4.5e-4,$(SLOW),4.5e-3" \
+	$(BIN)/loraover study docs/study/gsm8k-long.yaml --methods lora,lora-plus,eigen $(NAMED) $(GAUGE) \
+		--lr-sweep gsm8k-long/lora-plus=4.5e-4,$(SLOW),4.5e-3 --lr-sweep gsm8k-long/eigen=4.5e-4,$(SLOW),4.5e-3 \
 		--lr-sweep gsm8k-long/lora=9e-4,$(FAST),9e-3 --seeds 1 --reuse docs/study/gauge \
 		-o docs/study/gauge-rates
 
@@ -221,9 +224,10 @@ study-gauge-rates:
 FEDERATED := federated:federated.epsilon=8:federated.noise_multiplier=0.45:training.per_device_train_batch_size=2:training.bf16=false
 study-papers:
 	$(BIN)/loraover study docs/study/gsm8k-long.yaml \
-		--methods "lora,lora:$(PLUS),$(EIGEN),lora-over,tensorguide,soma,lorasc,$(FEDERATED)" $(GAUGE) \
-		--lr-sweep lora-over=$(FAST),1.2e-2 \
-		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "$(FEDERATED)=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
+		--methods lora,lora-plus,eigen,mpo,tensorguide,soma,lorasc,federated-8 $(NAMED) --name mpo=lora-over \
+		--name "federated-8=$(FEDERATED)" $(GAUGE) \
+		--lr-sweep mpo=$(FAST),1.2e-2 \
+		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "federated-8=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
 		--reuse docs/study/gauge -o docs/study/papers
 
 # The figures of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.

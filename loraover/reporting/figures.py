@@ -210,6 +210,7 @@ class Curve:
         intervals: Ends of a vertical line at each point.
         dots: Single values beside the line, such as those of each seed.
         has_marks: Whether points are marked.
+        form: Number of the curve's dashes and shape; None: its place among the curves of its colour.
     """
 
     label: str
@@ -218,6 +219,7 @@ class Curve:
     intervals: Sequence[tuple[float, float]] = ()
     dots: Sequence[tuple[float, float]] = ()
     has_marks: bool = True
+    form: int | None = None
 
 
 def curves_figure(
@@ -258,10 +260,10 @@ def curves_figure(
 
 
 def _forms(curves: Sequence[Curve]) -> list[tuple[Shape, str | None]]:
-    """Shape and dash of each curve, by its place among those of its colour."""
+    """Shape and dash of each curve, by its number or its place among those of its colour."""
     forms = []
     for i, curve in enumerate(curves):
-        place = sum(other.color == curve.color for other in curves[:i])
+        place = sum(other.color == curve.color for other in curves[:i]) if curve.form is None else curve.form
         forms.append((SHAPES[place % len(SHAPES)], DASHES[place % len(DASHES)]))
     return forms
 

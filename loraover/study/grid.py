@@ -62,6 +62,7 @@ class Run:
         seed: Seed.
         recipe: Recipe with all settings of the run.
         is_ruler: Whether the method is shown only, and belongs neither to the baselines nor to the verdict.
+        short: Short name of the method in reports; None: it has none.
     """
 
     task: str
@@ -70,6 +71,7 @@ class Run:
     seed: int
     recipe: Recipe
     is_ruler: bool = False
+    short: str | None = None
 
     @property
     def name(self) -> str:
@@ -89,6 +91,7 @@ def make_grid(
     settings: dict[str, Any],
     task_rates: Mapping[str, Sequence[float]] | None = None,
     rulers: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> list[Run]:
     """List every combination, seed by seed, so that a study that is stopped has complete seeds.
 
@@ -103,6 +106,7 @@ def make_grid(
         task_rates: Learning rates on a task in place of the methods' rates: of one method, by "TASK/METHOD", or of all
             others, by "TASK".
         rulers: Those of the methods that are shown only, see `Run`.
+        names: Methods by short name.
 
     Raises:
         ConfigError: An unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
@@ -113,6 +117,9 @@ def make_grid(
             f"{StudyRequest.named('methods')}: a study compares with plain LoRA; add {' or '.join(PLAIN)}."
         )
     _refuse_swept(settings, f"{StudyRequest.named('settings')} sets")
+    if taken := sorted({*(names or {})} & {*METHOD_SETTINGS}):
+        raise ConfigError(f"{StudyRequest.named('names')}: {taken[0]!r} is a method; give yours another name.")
+    short = {method: name for name, method in (names or {}).items()}
     special = task_rates or {}
     own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
     runs = []
@@ -121,7 +128,8 @@ def make_grid(
             task = Path(recipe).stem
             for rate in special.get(f"{task}/{method}", special.get(task, rates[method])):
                 values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
-                runs.append(Run(task, method, rate, seed, load_recipe(recipe, values), method in rulers))
+                chosen_recipe = load_recipe(recipe, values)
+                runs.append(Run(task, method, rate, seed, chosen_recipe, method in rulers, short.get(method)))
     for run in {(run.task, run.method): run for run in runs}.values():
         check_keys(run.recipe)
         if run.recipe.trainer not in LEARNS_TOKENS:

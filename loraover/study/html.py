@@ -30,6 +30,7 @@ def to_page(report: StudyReport) -> Page:
         heading="Does over-parameterization beat a tuned LoRA?",
         verdict=verdict_of(report),
         facts={
+            "rule": str(report.rule),
             "tasks": ", ".join(task.task for task in report.tasks),
             "seeds and runs": f"{seeds_text(report)}; {report.runs} runs",
         },
@@ -41,6 +42,7 @@ def to_page(report: StudyReport) -> Page:
         tasks=[(task, _methods_table(task), _rates_table(task)) for task in report.tasks],
         unfinished=None if report.is_whole else unfinished(report),
         end_note=END_NOTE,
+        names={name: method for task in report.tasks for method, name in task.names.items()},
     )
 
 
@@ -62,7 +64,7 @@ def _compared(r: MethodResult, task: TaskResult) -> tuple[str, str, str]:
     if r.difference is None:
         return ("baseline" if r.method == task.baseline else "-"), "", ""
     low, high = r.difference.interval
-    return f"{r.difference.mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{r.difference.p:.2g}"
+    return f"{r.difference.mean:+z.4f}", f"{low:+z.4f} to {high:+z.4f}", f"{r.difference.p:.2g}"
 
 
 def _rates_table(task: TaskResult) -> Table:

@@ -13,6 +13,7 @@ from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss
 from loraover.study.grid import Run, is_plain
 from loraover.study.outcome import RunOutcome
+from loraover.study.rule import Rule
 from loraover.study.tuning import by_method, losses_of, tokens_of, tune
 
 ALPHA = 0.05
@@ -56,6 +57,11 @@ class TaskResult(BaseModel):
     methods: list[MethodResult] = Field(description="Results of the methods that have one.")
     failed: list[str] = Field(description="Methods without a rate at which every run ended well.")
     failures: list[str] = Field(description="Each failed run's folder and reason.")
+    names: dict[str, str] = Field(default_factory=dict, description="Short name of each method that has one.")
+
+    def shown(self, method: str | None) -> str:
+        """Return the name of a method in reports."""
+        return self.names.get(str(method), str(method))
 
 
 class StudyReport(BaseModel):
@@ -64,6 +70,7 @@ class StudyReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
+    rule: Rule = Field(description="When LoRA-Over counts as better.")
     is_whole: bool = Field(description="Whether every run of the study has finished.")
     seeds: int = Field(description="Number of seeds whose runs have all finished; the figures are theirs.")
     tuning_seeds: int | None = Field(None, description="Number of these that chose the learning rates; None: all.")
@@ -134,6 +141,7 @@ def _task(
         methods=results,
         failed=[method for method in methods if method not in tuned],
         failures=failures,
+        names={method: short for method, runs in methods.items() if (short := runs[0].short) is not None},
     )
 
 
@@ -227,15 +235,16 @@ def is_worse(found: Difference) -> bool:
 def _sentence(task: TaskResult, result: MethodResult) -> str:
     assert result.difference is not None
     mean, (low, high) = result.difference.mean, result.difference.interval
-    figures = f"{mean:+.4f} nats per token [{low:+.4f}, {high:+.4f}], p {result.difference.p:.2g} after Holm"
+    figures = f"{mean:+z.4f} nats per token [{low:+z.4f}, {high:+z.4f}], p {result.difference.p:.2g} after Holm"
+    method, baseline = task.shown(result.method), task.shown(task.baseline)
     if is_better(result.difference):
-        verdict = f"{result.method} beats {task.baseline}"
+        verdict = f"{method} beats {baseline}"
     elif is_worse(result.difference):
-        verdict = f"{result.method} does not beat {task.baseline}: it is worse"
+        verdict = f"{method} does not beat {baseline}: it is worse"
     else:
-        verdict = f"{result.method} and {task.baseline} cannot be told apart"
+        verdict = f"{method} and {baseline} cannot be told apart"
     at_end = [
-        other.method
+        task.shown(other.method)
         for other in task.methods
         if other.method in (result.method, task.baseline) and not other.sensitivity.is_bracketed
     ]

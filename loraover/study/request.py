@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,24 @@ def _sweep_text(name: str, rates: Sequence[Any]) -> str:
     return f"{name}{'=' if name else ''}{','.join(map(str, rates))}"
 
 
+def _names(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    """Methods by short name, from those of Python or from texts such as "wide=lora:r=64"."""
+    pairs = list(given.items()) if isinstance(given, Mapping) else [_name(text) for text in given]
+    names = dict(pairs)
+    if len(names) < len(pairs) or len({*names.values()}) < len(names):
+        raise ValueError("gives one name to two methods, or two names to one method.")
+    if wrong := next((name for name in names if not re.fullmatch(r"[A-Za-z0-9.+_-]+", name)), None):
+        raise ValueError(f"names {wrong!r}, expected letters, digits and the marks . + _ - only.")
+    return names
+
+
+def _name(text: str) -> tuple[str, str]:
+    name, equals, method = text.partition("=")
+    if not (equals and method):
+        raise ValueError(f"is {text!r}, expected NAME=METHOD such as wide=lora:r=64.")
+    return name, method
+
+
 @dataclass(frozen=True)
 class StudyRequest(Request):
     """Train RECIPEs with several methods, learning rates and seeds, and compare the methods at their best rates.
@@ -75,6 +94,7 @@ class StudyRequest(Request):
     examples = (
         "loraover study gsm8k-smollm2 --lr-sweep 3e-4,1e-3,3e-3 --seeds 5 -o study",
         "loraover study demo --methods lora,lora-over --lr-sweep lora=1e-3,3e-3 --lr-sweep 3e-4,1e-3 -o study",
+        "loraover study demo --methods lora,wide,lora-over --name wide=lora:r=64 --required 1 -o study",
         "loraover study demo --methods lora,lora-over --seeds 5 -o study --power pilot",
     )
 
@@ -87,6 +107,22 @@ class StudyRequest(Request):
         "of a quarter of them chosen by score and by chance",
         converts=_methods,
         writes=lambda methods: [",".join(methods)],
+    )
+    names: Mapping[str, str] = option(
+        "Short name of a method, which the other options take and reports show in its place.",
+        default=(),
+        default_text="none",
+        flag="--name",
+        metavar="NAME=METHOD",
+        converts=_names,
+        writes=lambda names: [f"{name}={method}" for name, method in names.items()],
+    )
+    required: int | None = option(
+        "Number of tasks on which LoRA-Over's loss has to be below the baseline's for the verdict 'better'. It is "
+        "fixed before the first run and cannot be changed afterwards.",
+        default=None,
+        default_text="all tasks",
+        least=1,
     )
     lr_sweep: Sequence[float] | Mapping[str, Sequence[float]] = option(
         "Learning rates to try. NAME limits them to one method (lora), one task (a recipe's name) or one method on one "
@@ -130,12 +166,16 @@ class StudyRequest(Request):
 
     def faults(self) -> Iterator[str]:
         sweep, ruler, methods = map(self.named, ("lr_sweep", "rulers", "methods"))
+        if self.required is not None and self.required > len(self.tasks):
+            yield f"{self.named('required', self.required)}: expected 1 to {len(self.tasks)}, the number of recipes."
+        if unused := sorted({*self.names.values()} - {*self.trained}):
+            yield f"{self.named('names')} names {unused[0]!r}, which is none of {methods} and {ruler}."
         if self.tuning_seeds is not None and self.tuning_seeds > self.seeds:
             seeds = self.named("seeds")
             yield f"{self.named('tuning_seeds')} is {self.tuning_seeds}, expected 1 to {self.seeds}, which is {seeds}."
         if self.power is not None and self.seeds < 2:
             yield f"{self.named('power')} needs two seeds or more, found {self.named('seeds', self.seeds)}."
-        if both := sorted({*self.rulers} & {*self.methods}):
+        if both := sorted({*self.spelled(self.rulers)} & {*self.spelled(self.methods)}):
             yield f"{ruler} names {both[0]!r}, which is one of {methods}; name it once."
         named = {name for name in self.sweeps if name}
         if both := sorted({*self.trained} & {*self.tasks} & named):
@@ -152,9 +192,17 @@ class StudyRequest(Request):
 
     @property
     def sweeps(self) -> Sweeps:
-        """Learning rates by name, from `lr_sweep`."""
+        """Learning rates by name, from `lr_sweep`, with methods in full."""
         assert isinstance(self.lr_sweep, Mapping)
-        return {name: tuple(rates) for name, rates in self.lr_sweep.items()}
+        return {self._spelled_key(name): tuple(rates) for name, rates in self.lr_sweep.items()}
+
+    def _spelled_key(self, name: str) -> str:
+        task, slash, method = name.rpartition("/")
+        return f"{task}{slash}{self.names[method]}" if method in self.names else name
+
+    def spelled(self, methods: Iterable[str]) -> tuple[str, ...]:
+        """Return methods in full, where some have short names."""
+        return tuple(self.names.get(method, method) for method in methods)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -163,8 +211,8 @@ class StudyRequest(Request):
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Methods and rulers."""
-        return (*self.methods, *self.rulers)
+        """Methods and rulers, in full."""
+        return self.spelled((*self.methods, *self.rulers))
 
     @property
     def rates(self) -> dict[str, tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -23,6 +24,7 @@ from loraover.study.kept_runs import finished, keep
 from loraover.study.outcome import RunOutcome, execute
 from loraover.study.report import StudyReport, task_results, words
 from loraover.study.request import StudyRequest
+from loraover.study.rule import Rule, fixed_rule
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
 from loraover.study.tuning import RunPlan, hours_left, plan_runs
 from loraover.training.recipe import Recipe
@@ -55,9 +57,20 @@ def run_study(request: StudyRequest) -> StudyReport:
         raise ConfigError(f"{power} asks what a study could see, and run_study trains one; call predict_power.")
     folder = request.output
     shared = DEFAULTS | dict(request.settings or {})
-    grid = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates, request.rulers)
-    outcomes = finished(grid, folder, request.reuse) if request.report_only else run_grid(grid, request)
-    found = make_report(grid, outcomes, request.command(), request.tuning_seeds)
+    grid = make_grid(
+        request.recipes,
+        request.rates,
+        request.seeds,
+        shared,
+        request.task_rates,
+        request.spelled(request.rulers),
+        request.names,
+    )
+    outcomes = finished(grid, folder, request.reuse)
+    rule = fixed_rule(request, len(outcomes))
+    if not request.report_only:
+        outcomes = run_grid(grid, request)
+    found = make_report(grid, outcomes, rule, request.command(), request.tuning_seeds)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for path, content in {
         folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",
@@ -108,7 +121,10 @@ def _ending(run: Run, outcome: RunOutcome) -> str:
 
 
 def _estimate(hours: float | None) -> str:
-    return "" if not hours else f"; about {hours:.1f} h left"
+    """Say how long the remaining runs take: in hours, or in minutes where it is less than one."""
+    if not hours:
+        return ""
+    return f"; about {f'{hours:.1f} h' if hours >= 1 else f'{math.ceil(60 * hours)} min'} left"
 
 
 def _seconds_trained(outcomes: Mapping[Run, RunOutcome]) -> dict[str, list[float]]:
@@ -181,13 +197,14 @@ def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
 
 
 def make_report(
-    grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], command: str, tuning_seeds: int | None = None
+    grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], rule: Rule, command: str, tuning_seeds: int | None = None
 ) -> StudyReport:
     """Judge the seeds whose runs have all finished.
 
     Args:
         grid: All runs of the study.
         outcomes: Outcomes of those that are finished.
+        rule: When LoRA-Over counts as better.
         command: Command line for the report.
         tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
 
@@ -206,6 +223,7 @@ def make_report(
     judged = [run for run in grid if run in outcomes and (run.seed < seeds or seeds >= tuning)]
     tasks = task_results(judged, outcomes, seeds, min(tuning, seeds))
     return StudyReport(
+        rule=rule,
         is_whole=not plan.left(outcomes),
         seeds=seeds,
         tuning_seeds=tuning if tuning < seeds else None,

@@ -23,8 +23,13 @@ END_NOTE = " (end): the best rate is at an end of the sweep."
 def show_study(report: StudyReport, request: StudyRequest, console: Console) -> None:
     """Print what the figures say, and which files hold them."""
     written = f"wrote {request.output / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
-    for line in (verdict_of(report).sentence, *report.words, written):
+    for line in (*_verdict(report), *report.words, written):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _verdict(report: StudyReport) -> tuple[str, str]:
+    found = verdict_of(report)
+    return f"{report.rule} Verdict: {found.word}.", found.sentence
 
 
 POWER_NOTE = (
@@ -56,7 +61,7 @@ def _power_cells(one: TaskPower) -> list[str]:
 
 def to_markdown(report: StudyReport) -> str:
     """Markdown with the verdict in sentences, and a table for each task."""
-    lines = [f"- {line}" for line in (verdict_of(report).sentence, *report.words)]
+    lines = [f"- {line}" for line in (*_verdict(report), *report.words)]
     if not report.is_whole:
         lines.append(f"- {unfinished(report)}")
     for task in report.tasks:
@@ -67,6 +72,8 @@ def to_markdown(report: StudyReport) -> str:
         ]
         lines += [_row(result, task) for result in task.methods]
         lines += [f"- {line}" for line in task.failures]
+    if names := {name: method for task in report.tasks for method, name in task.names.items()}:
+        lines += ["", "| name | method |", "| --- | --- |", *(f"| {name} | `{names[name]}` |" for name in names)]
     return "\n".join(lines) + "\n"
 
 
@@ -74,7 +81,7 @@ def _row(r: MethodResult, task: TaskResult) -> str:
     compared = "baseline" if r.method == task.baseline else "-"
     if r.difference is not None:
         low, high = r.difference.interval
-        compared = f"{r.difference.mean:+.4f} [{low:+.4f}, {high:+.4f}], {r.difference.p:.2g}"
+        compared = f"{r.difference.mean:+z.4f} [{low:+z.4f}, {high:+z.4f}], {r.difference.p:.2g}"
     at_least = ">= " if r.sensitivity.is_basin_cut else ""
     cells = [
         method_text(r.method, task),
@@ -105,7 +112,7 @@ def seeds_text(report: StudyReport) -> str:
 
 def method_text(method: str, task: TaskResult) -> str:
     """Name of a method; rulers are marked."""
-    return f"{method} (ruler)" if method in task.rulers else method
+    return f"{task.shown(method)} (ruler)" if method in task.rulers else task.shown(method)
 
 
 def figure_text(value: float | None, form: str) -> str:

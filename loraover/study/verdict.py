@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from loraover.reporting.html_page import Tone, Verdict
@@ -34,7 +34,7 @@ class Change:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.mean:+.1f} % on {self.task}, 95 % interval {low:+.1f} to {high:+.1f}"
+        return f"{self.mean:+z.1f} % on {self.task}, 95 % interval {low:+z.1f} to {high:+z.1f}"
 
 
 def changes(report: StudyReport) -> list[Change]:
@@ -61,8 +61,15 @@ def _change(task: TaskResult, method: str, found: Difference) -> Change | None:
 
 @dataclass
 class _Setting:
-    """LoRA-Over with one setting, over all tasks."""
+    """LoRA-Over with one setting, over all tasks.
 
+    Args:
+        name: Its name in sentences.
+        required: Number of tasks on which it has to be better.
+    """
+
+    name: str
+    required: int
     below: list[Change] = field(default_factory=list)
     above: list[Change] = field(default_factory=list)
     same: list[Change] = field(default_factory=list)
@@ -70,12 +77,15 @@ class _Setting:
 
     @property
     def word(self) -> str:
+        if self.below and (self.above or self.failed):
+            return "better on some tasks, worse on others"
         if self.below:
-            return "better on some tasks, worse on others" if self.above or self.failed else "better"
+            return "better" if len(self.below) >= self.required else "not shown"
         return "worse" if self.above or self.failed else "cannot be told apart"
 
-    def sentence(self, name: str) -> str:
+    def sentence(self) -> str:
         """Say on which tasks the loss is below, above, or neither; the study's limits stand beside the last."""
+        name = self.name
         if not (self.below or self.above or self.failed):
             return f"{name} and a tuned plain LoRA cannot be told apart: {_list(map(str, self.same))}. {self._limits()}"
         parts = [
@@ -101,38 +111,46 @@ _PLAIN = "a tuned plain LoRA's"
 def verdict_of(report: StudyReport) -> Verdict:
     """Return whether LoRA-Over's loss is below a tuned plain LoRA's, above it, or cannot be told apart.
 
+    The verdict is good only of a finished study whose rule was written down before the first run.
+
     Args:
         report: The study.
     """
     settings = _settings(report)
     if not settings:
         return Verdict("open", "unknown", NOTHING)
-    names = {method: "LoRA-Over" if len(settings) == 1 else method for method in settings}
-    sentences = [setting.sentence(names[method]) for method, setting in settings.items()]
-    if len(settings) > 1 and any(setting.below for setting in settings.values()):
+    if len(settings) == 1:
+        settings[0].name = "LoRA-Over"
+    sentences = [setting.sentence() for setting in settings]
+    if len(settings) > 1 and any(setting.below for setting in settings):
         sentences.append("Nothing corrects for the number of settings.")
     if edges := _unbracketed(report.tasks):
         sentences.append(f"The sweep did not bracket plain LoRA's best rate on {_list(edges)}.")
     if not report.is_whole:
         sentences.append("The study is not finished.")
-    words = list(dict.fromkeys(setting.word for setting in settings.values()))
+    words = list(dict.fromkeys(setting.word for setting in settings))
     word = words[0] if len(words) == 1 else "depends on the setting"
-    return Verdict(_tone(words), word, " ".join(sentences))
+    return Verdict(_tone(words, report), word, " ".join(sentences))
 
 
-def _settings(report: StudyReport) -> Mapping[str, _Setting]:
+def _settings(report: StudyReport) -> list[_Setting]:
     settings: dict[str, _Setting] = {}
-    over = {task.task: task for task in report.tasks}
+    by_name = {task.task: task for task in report.tasks}
+
+    def setting_of(task: TaskResult, method: str) -> _Setting:
+        return settings.setdefault(method, _Setting(task.shown(method), report.rule.required))
+
     for change in changes(report):
-        if is_over(over[change.task], change.method):
-            setting = settings.setdefault(change.method, _Setting())
+        task = by_name[change.task]
+        if is_over(task, change.method):
+            setting = setting_of(task, change.method)
             sort = setting.below if is_better(change.found) else setting.above if is_worse(change.found) else None
             (setting.same if sort is None else sort).append(change)
     for task in report.tasks:
         for method in task.failed if task.baseline is not None else ():
             if is_over(task, method):
-                settings.setdefault(method, _Setting()).failed.append(task.task)
-    return settings
+                setting_of(task, method).failed.append(task.task)
+    return [*settings.values()]
 
 
 def _unbracketed(tasks: Sequence[TaskResult]) -> list[str]:
@@ -140,10 +158,10 @@ def _unbracketed(tasks: Sequence[TaskResult]) -> list[str]:
     return [t.task for t in tasks for r in t.methods if r.method == t.baseline and not r.sensitivity.is_bracketed]
 
 
-def _tone(words: Sequence[str]) -> Tone:
+def _tone(words: Sequence[str], report: StudyReport) -> Tone:
     if words == ["worse"]:
         return "bad"
-    return "good" if words == ["better"] else "open"
+    return "good" if words == ["better"] and report.is_whole and report.rule.was_first else "open"
 
 
 def _list(parts: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Upload what a run has trained to the hub."""
+"""What a run uploads to the hub: the plain LoRA that it has trained, under the base model's name on the hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import move, naming
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.source import CORES_FILE, META_FILE
-from loraover.common.errors import ConfigError, OutputError
+from loraover.common.errors import ConfigError, FoldError
+from loraover.common.places import imported
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, resolve_model
 from loraover.training.recipe import Recipe
+
+CARD = "README.md"
+CERTIFICATE_FILE = "fold_certificate.json"
+CHECKPOINT_PLACE = "checkpoint"
+"""Folder of the repository for the cores."""
 
 
 def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]) -> ModelSource | None:
@@ -33,9 +39,16 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
         None where the adapter names the model that it was trained on.
 
     Raises:
-        ConfigError: An adapter of a stand-in would be pushed and the recipe names no model for it that can be read;
-            or the recipe names one although no adapter of a stand-in is pushed.
+        ConfigError: `push_checkpoint` without a repository, without cores, or for cores of a stand-in; an adapter of
+            a stand-in would be pushed and the recipe names no model for it that can be read; or the recipe names one
+            although no adapter of a stand-in is pushed.
     """
+    if recipe.push_checkpoint and (recipe.push_to_hub is None or recipe.method != "lora-over" or recipe.push_model):
+        raise ConfigError(
+            f"{as_written('push_checkpoint')} uploads the cores of a run with method lora-over, needs "
+            f"{as_written('push_to_hub')}, and cannot be combined with {as_written('push_model')}, on which the cores "
+            "were not trained. Leave it out."
+        )
     needs_base = recipe.push_to_hub is not None and recipe.method != "full" and trained.stand_in is not None
     if recipe.push_model is None:
         if not needs_base:
@@ -59,32 +72,37 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
     return moved
 
 
-def push(repository: str, folder: Path, kept: Path) -> None:
-    """Upload a folder.
+@contextmanager
+def plain_copy(adapter: Path) -> Iterator[Path]:
+    """Fold an adapter that has cores into a plain LoRA, with its certificate; the copy lasts for the block.
+
+    The model card and the tokenizer are those of the run. The reference comes along, if there is one.
 
     Args:
-        repository: Name on the hub; it is made if it is missing.
-        folder: What to upload.
-        kept: Folder where the run keeps what was trained, for messages.
+        adapter: The adapter's folder; one without cores is its own copy.
 
     Raises:
-        OutputError: The hub refuses, or cannot be reached.
+        FoldError: A matrix of the plain LoRA failed its check.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # the hub's client lets its HTTP library's own errors through
-        raise OutputError(f"push_to_hub: {repository}: {error}. The adapter is safe in {kept}.") from error
+    if not (adapter / META_FILE).is_file():
+        yield adapter
+        return
+    fold_checkpoint = imported("loraover_export:fold_checkpoint")  # by its place: in a later stage
+    with tempfile.TemporaryDirectory() as scratch:
+        folded = Path(scratch) / adapter.name
+        if fold_checkpoint(adapter, folded).verdict == "failed":
+            raise FoldError(
+                f"{adapter}: a folded matrix failed its check, so nothing was uploaded. Fold it to see why."
+            )
+        for path in adapter.iterdir():
+            if path.name == CARD or not (path.name in (META_FILE, CORES_FILE) or (folded / path.name).exists()):
+                shutil.copyfile(path, folded / path.name)
+        yield folded
 
 
 @contextmanager
 def moved_copy(adapter: Path, base: ModelSource, card: str, say: Callable[[str], None]) -> Iterator[Path]:
-    """Copy an adapter, without its cores, so that it names another base model; the copy lasts for the block.
-
-    The cores are left out since they were not trained on that model.
+    """Copy an adapter without cores so that it names another base model; the copy lasts for the block.
 
     Args:
         adapter: The adapter's folder.
@@ -93,11 +111,12 @@ def moved_copy(adapter: Path, base: ModelSource, card: str, say: Callable[[str],
         say: Receiver of the reason why the adapter's reference is left out, if it is.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        copy = shutil.copytree(
-            adapter, Path(scratch) / adapter.name, ignore=shutil.ignore_patterns(META_FILE, CORES_FILE)
-        )
+        copy = shutil.copytree(adapter, Path(scratch) / adapter.name)
         config = naming(json.loads((copy / CONFIG_FILE).read_bytes()), base)
         (copy / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (copy / "README.md").write_text(card, encoding="utf-8")
+        if (certificate := copy / CERTIFICATE_FILE).is_file():
+            renamed = json.loads(certificate.read_bytes()) | {"base_model": base.name}
+            certificate.write_text(json.dumps(renamed, indent=1) + "\n")
+        (copy / CARD).write_text(card, encoding="utf-8")
         keep_reference(adapter, copy, say)
         yield copy

@@ -273,7 +273,8 @@ class BaseRecipe(RecipePart):
     training: Training = Field(description="The run: fields of the trainer's config class.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
     diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
-    push_to_hub: str | None = Field(None, description="Repository to upload the adapter to.")
+    push_to_hub: str | None = Field(None, description="Repository to upload the plain LoRA to.")
+    push_checkpoint: bool = Field(False, description="Upload the cores too, to the repository's folder checkpoint.")
     push_model: str | None = Field(
         None, description="Base model that a pushed adapter names in place of the stand-in that it was trained on."
     )

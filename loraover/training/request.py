@@ -8,6 +8,7 @@ from typing import Any
 
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.request_fields import records
+from loraover.sources.push import pushes
 from loraover.training.request_fields import settings
 
 KEYS = {
@@ -18,6 +19,7 @@ KEYS = {
     "steps": "training.max_steps",
     "learning_rate": "training.learning_rate",
     "seed": "training.seed",
+    "push_to_hub": "push_to_hub",
     "push_model": "push_model",
 }
 """Key of the recipe that each field sets, in place of the recipe's value."""
@@ -78,6 +80,11 @@ class TrainRequest(Request):
     settings: Mapping[str, Any] | None = settings(
         "Value of any other key of the recipe, such as training.weight_decay=0.01."
     )
+    push_to_hub: str | None = pushes("the plain LoRA")
+    push_checkpoint: bool = option(
+        "Upload the cores too, to the repository's folder checkpoint, for those who want to fold them again.",
+        default=False,
+    )
     push_model: AnyName | None = option(
         "Base model that an adapter names on the hub, if it was trained on a local copy of that model.",
         default=None,
@@ -96,4 +103,5 @@ class TrainRequest(Request):
         """Values in place of the recipe's, by dotted key."""
         given = {key: getattr(self, name) for name, key in KEYS.items() if getattr(self, name) is not None}
         epochs = {} if self.steps is None else {"training.num_train_epochs": None}
-        return given | epochs | dict(self.settings or {})
+        cores = {"push_checkpoint": True} if self.push_checkpoint else {}
+        return given | epochs | cores | dict(self.settings or {})

@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +29,13 @@ from loraover.overparam.eigenbases import with_measured_bases
 from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
+from loraover.sources.push import push
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.measure import AFTER, BEFORE, LOWER, check_finite, check_room, measure
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import served_size
 from loraover.training.prepare import Prepared, planned_steps, prepare
-from loraover.training.push import moved_copy, push
+from loraover.training.push import CHECKPOINT_PLACE, moved_copy, plain_copy
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_folder import (
     METRICS_FILE,
@@ -123,7 +125,7 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
         if record:  # the trained model is no longer in memory
             record_beside(product(asked, output), model=asked.model, report=report)
         if asked.push_to_hub is not None:
-            _push(asked.push_to_hub, pushed, product(asked, output), report)
+            _push(asked, pushed, product(asked, output), report)
         return result
 
 
@@ -242,12 +244,16 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
     return model_card(title, base.name, facts, command, licence=licence, kind=kind, library=library)
 
 
-def _push(repository: str, pushed: Pushed | None, folder: Path, report: Reporter) -> None:
-    if pushed is None:
-        push(repository, folder, folder)
-    else:
-        with moved_copy(folder, pushed.base, pushed.card, report.line) as copy:
-            push(repository, copy, folder)
+def _push(recipe: Recipe, pushed: Pushed | None, folder: Path, report: Reporter) -> None:
+    repository = recipe.push_to_hub
+    assert repository is not None
+    with ExitStack() as copies:
+        plain = copies.enter_context(plain_copy(folder))
+        if pushed is not None:
+            plain = copies.enter_context(moved_copy(plain, pushed.base, pushed.card, report.line))
+        push(repository, plain, folder)
+    if recipe.push_checkpoint:
+        push(repository, folder, folder, CHECKPOINT_PLACE)
     report.line(f"uploaded to {repository}")
 
 

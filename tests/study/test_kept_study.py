@@ -52,7 +52,7 @@ def _rounded(value: float) -> str:
 @pytest.mark.parametrize("target", FOLDERS)
 def test_the_kept_report_is_that_of_the_kept_runs(target: str) -> None:
     grid, outcomes = runs_of(target, FOLDERS[target])
-    report = make_report(grid, outcomes, "", planned(target)[1] or None)
+    report = make_report(grid, outcomes, kept(FOLDERS[target]).rule, "", planned(target)[1] or None)
     assert report.is_whole
     for task, known_task in zip(report.tasks, kept(FOLDERS[target]).tasks, strict=True):
         assert task.baseline == known_task.baseline

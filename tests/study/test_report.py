@@ -16,6 +16,7 @@ from loraover.study.grid import Run, make_grid
 from loraover.study.html import to_page
 from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, RunOutcome
 from loraover.study.report import StudyReport, TaskResult, task_results, words
+from loraover.study.rule import Rule
 from loraover.study.runner import make_report
 from loraover.study.show import to_markdown
 from loraover.study.verdict import verdict_of
@@ -24,6 +25,7 @@ from support.tiny_hub import write_recipe
 
 RATES = (1e-4, 1e-3, 1e-2)
 SEEDS, EXAMPLES = 5, 40
+RULE = Rule(required=1, tasks=1, finished_before=0)
 TOKENS = 20
 Losses = Mapping[str, tuple[float, float, float]]
 """Nats per token of a method at each rate."""
@@ -66,7 +68,7 @@ def test_the_words_are_those_of_the_figures(over: float, verdict: str, word: str
     assert "end of the sweep" not in line
     found = verdict_of(report_of(tasks))
     assert found.word == word
-    assert to_markdown(report_of(tasks)).startswith(f"- {found.sentence}\n- {line}")
+    assert to_markdown(report_of(tasks)).startswith(f"- {RULE} Verdict: {word}.\n- {found.sentence}\n- {line}")
     assert task.methods[1].difference is not None
     assert task.methods[1].difference.mean == pytest.approx(over - 1, abs=0.01)
 
@@ -188,7 +190,7 @@ def test_nothing_stands_in_for_a_plain_lora_that_diverged(tmp_path: Path) -> Non
 def test_a_task_of_which_every_run_failed_is_reported(tmp_path: Path) -> None:
     runs = grid_of(tmp_path, ["lora", "lora-over"])
     outcomes = {run: RunOutcome(recipe="", failure=OUT_OF_MEMORY) for run in runs}
-    report = make_report(runs, outcomes, "")
+    report = make_report(runs, outcomes, RULE, "")
     (task,) = report.tasks
     assert (task.methods, task.baseline) == ([], None)
     assert task.failures[0].endswith("seed-0: out of memory")
@@ -226,6 +228,7 @@ def test_outcomes_on_different_examples_are_not_compared(tmp_path: Path) -> None
 
 def report_of(tasks: list[TaskResult]) -> StudyReport:
     return StudyReport(
+        rule=RULE,
         is_whole=True,
         seeds=SEEDS,
         runs=0,

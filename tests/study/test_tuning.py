@@ -20,6 +20,7 @@ from loraover.study.kept_runs import finished, keep
 from loraover.study.outcome import DIVERGED, RunOutcome, digest
 from loraover.study.report import StudyReport
 from loraover.study.request import StudyRequest
+from loraover.study.rule import Rule
 from loraover.study.runner import make_report, run_grid
 from loraover.study.show import to_markdown
 from loraover.study.tuning import hours_left, plan_runs
@@ -32,6 +33,7 @@ RATES = (1e-4, 1e-3, 1e-2)
 METHODS = ("lora", "lora-over", "lora:r=16")
 RULER = "lora:r=16"
 SEEDS, TUNING = 5, 2
+RULE = Rule(required=2, tasks=2, finished_before=0)
 EXAMPLES, TOKENS = 40, 20
 BEST = {"lora": 1e-3, "lora-over": 1e-2, RULER: 1e-4}
 Loss = Callable[[str, float, int], float | None]
@@ -86,7 +88,7 @@ def machine(grid: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def study(grid: list[Run], folder: Path, report: Reporter = SILENT, tuning: int | None = TUNING) -> StudyReport:
     request = StudyRequest(["demo"], folder, seeds=SEEDS, tuning_seeds=tuning, report=report)
-    return make_report(grid, run_grid(grid, request), "", tuning)
+    return make_report(grid, run_grid(grid, request), RULE, "", tuning)
 
 
 def test_further_seeds_are_trained_at_the_chosen_rate_only(grid: list[Run], machine: Machine, tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_runs_with_other_rows_are_not_compared(grid: list[Run]) -> None:
     def judged(**rows: str) -> None:
         outcomes[one] = outcomes[one].model_copy(update={"test_rows": "a", "train_rows": "b"})
         outcomes[other] = outcomes[one].model_copy(update=rows)
-        make_report(grid, outcomes, "")
+        make_report(grid, outcomes, RULE, "")
 
     judged()
     with pytest.raises(LoraOverError, match=r"lora-over.*had different held-out rows.*were the data changed"):
@@ -137,12 +139,12 @@ def test_runs_on_other_commits_of_a_model_are_not_compared(grid: list[Run]) -> N
     one, other = grid[0], grid[-1]
     outcomes[one] = outcomes[one].model_copy(update={"model_revision": "a"})
     outcomes[other] = outcomes[other].model_copy(update={"model_revision": "a"})
-    make_report(grid, outcomes, "")
+    make_report(grid, outcomes, RULE, "")
     outcomes[other] = outcomes[other].model_copy(update={"model_revision": "b"})
     with pytest.raises(
         LoraOverError, match=r"had different commits of the base model .* name one of them as model_rev"
     ):
-        make_report(grid, outcomes, "")
+        make_report(grid, outcomes, RULE, "")
 
 
 @pytest.mark.parametrize("lasts", [7, 36, 41])
@@ -155,7 +157,7 @@ def test_a_study_that_was_stopped_continues_in_either_stage(
     machine.lasts = len(grid)
     report = study(grid, tmp_path / "out")
     assert len(machine.trained) == len(set(machine.trained)) == 54
-    assert report == make_report(grid, {run: outcome_of(run, loss_of) for run in machine.trained}, "", TUNING)
+    assert report == make_report(grid, {run: outcome_of(run, loss_of) for run in machine.trained}, RULE, "", TUNING)
 
 
 @pytest.mark.parametrize(("lasts", "seeds", "tuning"), [(18, 1, None), (40, 2, None), (49, 4, 2)])
@@ -165,7 +167,7 @@ def test_what_is_finished_is_judged(
     machine.lasts = lasts
     with pytest.raises(KeyboardInterrupt):
         study(grid, tmp_path / "out")
-    report = make_report(grid, finished(grid, tmp_path / "out"), "", TUNING)
+    report = make_report(grid, finished(grid, tmp_path / "out"), RULE, "", TUNING)
     assert (report.is_whole, report.seeds, report.tuning_seeds, report.runs) == (False, seeds, tuning, lasts)
     assert [result.rate for result in report.tasks[0].methods] == [BEST[method] for method in METHODS]
 
@@ -188,7 +190,7 @@ def test_a_chosen_rate_that_fails_later_gives_way_to_the_next(
         known = {
             run: outcome_of(run, loss) for run in machine.trained if run.seed < stop or run.rate == BEST[run.method]
         }
-        partial = make_report(grid, known, "", TUNING)
+        partial = make_report(grid, known, RULE, "", TUNING)
         assert (partial.is_whole, partial.seeds, partial.tasks[0].methods[1].rate) == (False, stop, 1e-3)
 
 
@@ -231,7 +233,7 @@ def test_a_ruler_of_lora_over_decides_nothing(tmp_path: Path) -> None:
     even = {run: outcome_of(run, lambda *_: 1.0) for run in runs if run.method != ruler}
     better = {run: RunOutcome(recipe="", nats=[1.0] * EXAMPLES, tokens=[TOKENS] * EXAMPLES) for run in runs}
     for rulers in (better, dict.fromkeys(runs, RunOutcome(recipe="", failure=DIVERGED))):
-        verdict = verdict_of(make_report(runs, rulers | even, ""))
+        verdict = verdict_of(make_report(runs, rulers | even, RULE, ""))
         assert verdict.word == "cannot be told apart"
         assert ruler not in verdict.sentence
 

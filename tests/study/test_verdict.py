@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 
 from loraover.study.analysis import Difference, RateSensitivity
 from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.rule import Rule
 from loraover.study.verdict import NOTHING, changes, verdict_of
 
 from support.reports import kept_study
@@ -58,7 +60,10 @@ def task(name: str, *gaps: tuple[float, float], failed: bool = False, **baseline
 
 
 def study(*tasks: TaskResult, **changed: Any) -> StudyReport:
-    return kept_study().model_copy(update={"tasks": list(tasks)} | changed)
+    rule = Rule(
+        required=changed.pop("required", 1), tasks=len(tasks), finished_before=changed.pop("finished_before", 0)
+    )
+    return kept_study().model_copy(update={"tasks": list(tasks), "rule": rule} | changed)
 
 
 def text(gap: tuple[float, float], name: str) -> str:
@@ -126,7 +131,26 @@ def test_each_verdict_has_its_figures(tasks: list[TaskResult], tone: str, word: 
 
 
 def test_an_unfinished_study_says_so() -> None:
-    assert verdict_of(study(task("a", BELOW), is_whole=False)).sentence.endswith("The study is not finished.")
+    found = verdict_of(study(task("a", BELOW), is_whole=False))
+    assert (found.tone, found.word) == ("open", "better")
+    assert found.sentence.endswith("The study is not finished.")
+
+
+def test_better_on_fewer_tasks_than_the_rule_requires_is_not_shown() -> None:
+    tasks = [task("a", BELOW), task("b", BELOW), task("c", SAME)]
+    found = [verdict_of(study(*tasks, required=required)) for required in (2, 3)]
+    assert [(one.tone, one.word) for one in found] == [("good", "better"), ("open", "not shown")]
+
+
+def test_a_rule_that_was_written_down_after_a_run_makes_no_verdict_good() -> None:
+    (tone, word, _), rule = astuple(verdict_of(late := study(task("a", BELOW), finished_before=1))), late.rule
+    assert (tone, word) == ("open", "better")
+    assert str(rule).endswith("at least 1 of 1 task; this rule was written down after the first run had finished.")
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_sign_of_its_own() -> None:
+    (change,) = changes(study(task("a", (-0.0001, 0.0002))))
+    assert str(change) == "+0.0 % on a, 95 % interval +0.0 to +0.0"
 
 
 def test_the_kept_study_could_see_large_differences_only() -> None:

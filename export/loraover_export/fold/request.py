@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import records, stored_dtype
+from loraover.sources.push import pushes
 from loraover_export.uniform.request_fields import (
     base_model,
     check_faults,
@@ -44,6 +45,7 @@ class FoldRequest(Request):
         "Also compare the adapter's logits with those of the model that still computes with cores.", default=False
     )
     record: bool = records("the folded adapter")
+    push_to_hub: str | None = pushes("the folded adapter")
     model: AnyName | None = base_model(" for the comparison of logits, and for the reference")
     prompts: AnyPath | None = prompts()
     device: str = logits_device()

@@ -16,6 +16,7 @@ from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
+from loraover.sources.push import push_checked
 from loraover_export.fold.certificate import CERTIFICATE_FILE, FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded
@@ -42,7 +43,8 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         FoldError: An element beyond the range of `dtype`.
         DataError: A file of prompts that cannot be used.
         ExportError: An adapter that no reference can be recorded of, which is written all the same.
-        OutputError: An output that cannot be written, or that exists and may not be replaced.
+        OutputError: An output that cannot be written, or that exists and may not be replaced; or the hub refuses what
+            was written.
     """
     check_replaceable(
         request.output, "folded adapter", CERTIFICATE_FILE, inputs=[request.checkpoint], replace=request.force
@@ -64,6 +66,8 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
     if request.record and is_whole:
         place = {"device": request.device, "compute_dtype": request.compute_dtype}
         record_beside(request.output, model=request.model, report=request.report, **place)
+    if request.push_to_hub is not None:
+        push_checked(request, certificate.verdict)
     return certificate
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
+from loraover.sources.push import pushes
 from loraover_export.uniform.request_fields import given_adapter, replaces
 
 
@@ -45,6 +46,7 @@ class VllmRequest(Request):
     vllm_version: str | None = option(
         "Release of vLLM whose rules apply, such as 0.33.0.", default=None, default_text="0.32.0"
     )
+    push_to_hub: str | None = pushes("the adapter")
     force: bool = replaces("adapter for vLLM")
 
     def faults(self) -> Iterator[str]:

@@ -15,6 +15,7 @@ from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
+from loraover.sources.push import push_checked
 from loraover_export.convert.plain import PlainLora, plain_lora
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
@@ -43,7 +44,8 @@ def export_vllm(request: VllmRequest) -> VllmReport:
         CheckpointError: An adapter that cannot be trusted.
         ExportError: Adapted modules that no list of target modules can name.
         FoldError: An element beyond the range of `dtype`.
-        OutputError: An output that cannot be written, or that exists and may not be replaced.
+        OutputError: An output that cannot be written, or that exists and may not be replaced; or the hub refuses what
+            was written.
     """
     check_replaceable(
         request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
@@ -100,6 +102,8 @@ def _publish(
         (draft / PREFLIGHT_FILE).write_text(found.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
         keep_reference(request.source, draft, request.report.line)
+    if request.push_to_hub is not None:
+        push_checked(request, certificate.verdict)
     return certificate
 
 

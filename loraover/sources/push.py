@@ -1,0 +1,63 @@
+"""Upload a folder to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraover.common.errors import OutputError
+from loraover.common.request import as_written, option
+
+PUSH = "push_to_hub"
+"""Name of the field that holds the repository, in the requests and in a recipe."""
+LEFT_OUT = ("*.html", "figures/*")
+"""Patterns of files that stay here: pages repeat what the certificates have, with paths of this machine."""
+
+
+def pushes(product: str) -> Any:
+    """Declare the field `push_to_hub`, the repository to which a verb uploads its product."""
+    return option(
+        f"Repository on the hub to upload {product} to, with model card, certificate and reference.",
+        default=None,
+        metavar="OWNER/NAME",
+    )
+
+
+def push(repository: str, folder: Path, kept: Path, place: str | None = None) -> None:
+    """Upload a folder, without its pages.
+
+    Args:
+        repository: Name on the hub; it is made if it is missing.
+        folder: What to upload.
+        kept: Folder that keeps the same on this machine, for messages.
+        place: Folder of the repository; None: its root.
+
+    Raises:
+        OutputError: The hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, path_in_repo=place, ignore_patterns=list(LEFT_OUT))
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through
+        raise OutputError(f"{as_written(PUSH)}: {repository}: {error}. What was made is safe in {kept}.") from error
+
+
+def push_checked(request: Any, verdict: str) -> None:
+    """Upload what an export has written, if all of its checks passed.
+
+    Args:
+        request: The export's request, with `push_to_hub`, `output` and `report`.
+        verdict: Verdict of the checks.
+
+    Raises:
+        OutputError: As `push` does.
+    """
+    repository = request.push_to_hub
+    if verdict == "passed":
+        push(repository, request.output, request.output)
+        request.report.line(f"uploaded to {repository}")
+    elif verdict != "failed":  # of what failed, nothing is written either
+        request.report.line(f"not uploaded to {repository}, since the check is {verdict}")

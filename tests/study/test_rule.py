@@ -1,0 +1,91 @@
+"""The rule of a study, which is fixed before its first run, and short names of methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loraover.common.errors import ConfigError
+from loraover.study.grid import make_grid
+from loraover.study.outcome import RunOutcome
+from loraover.study.report import StudyReport, words
+from loraover.study.request import StudyRequest
+from loraover.study.rule import RULE_FILE, Rule, fixed_rule
+from loraover.study.runner import _estimate, make_report
+from loraover.study.show import to_markdown
+
+from support.tiny_hub import write_recipe
+
+TASKS = ("gsm8k.yaml", "qnli.yaml", "svamp.yaml")
+
+
+def test_a_rule_is_written_down_once_and_holds(tmp_path: Path) -> None:
+    first = fixed_rule(StudyRequest(TASKS, tmp_path, required=2), 0)
+    assert first == Rule(required=2, tasks=3, finished_before=0)
+    assert Rule.model_validate_json((tmp_path / RULE_FILE).read_text()) == first
+    for again in (StudyRequest(TASKS, tmp_path), StudyRequest(TASKS, tmp_path, required=2)):
+        assert fixed_rule(again, 9) == first
+    for other in (StudyRequest(TASKS, tmp_path, required=1), StudyRequest(TASKS[:2], tmp_path)):
+        with pytest.raises(ConfigError, match="begun with required 2 of 3 tasks"):
+            fixed_rule(other, 9)
+
+
+def test_a_study_that_only_reports_fixes_no_rule(tmp_path: Path) -> None:
+    rule = fixed_rule(StudyRequest(TASKS, tmp_path, report_only=True), 7)
+    assert rule == Rule(required=3, tasks=3, finished_before=7)
+    assert not (tmp_path / RULE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"required": 4}, "expected 1 to 3, the number of recipes"),
+        ({"names": {"wide": "lora:r=64"}}, "names 'lora:r=64', which is none of methods and rulers"),
+        ({"names": ["wide"]}, "expected NAME=METHOD"),
+        ({"names": {"a b": "lora"}}, "names 'a b', expected letters"),
+        ({"names": ["a=lora", "b=lora"]}, "two names to one method"),
+    ],
+    ids=["required", "unused", "no-method", "marks", "twice"],
+)
+def test_a_rule_or_name_that_cannot_be_is_refused(more: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StudyRequest(TASKS, tmp_path, **more)  # type: ignore[arg-type]
+
+
+def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "task.yaml", "none", evaluation={"examples": 12})
+    request = StudyRequest(
+        recipe,
+        tmp_path,
+        methods="wide,lora-over",
+        names={"wide": "lora:r=64"},
+        lr_sweep={"task/wide": [1e-3], "": [1e-2]},
+        seeds=2,
+    )
+    assert request.trained == ("lora:r=64", "lora-over")
+    assert "--name wide=lora:r=64" in request.command()
+    grid = make_grid(request.recipes, request.rates, 2, {}, request.task_rates, names=request.names)
+    assert {run.name.split("/")[1] for run in grid} == {"lora_r=64", "lora-over"}  # kept runs have the long names
+    assert [run.rate for run in grid] == [1e-3, 1e-2] * 2
+    rule = Rule(required=1, tasks=1, finished_before=0)
+    outcome = RunOutcome(recipe="", nats=[20.0] * 12, tokens=[20] * 12)
+    report: StudyReport = make_report(grid, dict.fromkeys(grid, outcome), rule, "")
+    assert words(report.tasks)[0].startswith("task: lora-over and wide cannot be told apart")
+    assert "| wide | 0.001 (end) |" in to_markdown(report)
+    assert "| wide | `lora:r=64` |" in to_markdown(report)
+
+
+def test_a_name_of_a_method_is_taken(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "task.yaml", "none")
+    with pytest.raises(ConfigError, match="'dora' is a method"):
+        make_grid([str(recipe)], {"lora:r=64": [1e-3]}, 1, {}, names={"dora": "lora:r=64"})
+
+
+def test_less_than_an_hour_is_told_in_minutes() -> None:
+    assert [_estimate(hours) for hours in (None, 0.01, 0.75, 1.25)] == [
+        "",
+        "; about 1 min left",
+        "; about 45 min left",
+        "; about 1.2 h left",
+    ]

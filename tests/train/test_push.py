@@ -1,0 +1,152 @@
+"""What train, fold and export upload, to a stand-in of the hub that the hub's own client talks to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import PeftConfig
+from safetensors.torch import load_file
+
+from loraover.checkpoint.carried_reference import misfit
+from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.models.load import ModelSource
+from loraover.training.push import moved_copy
+from loraover.training.run_result import read_run
+
+from support.hub_server import HubServer, hub_server
+from support.plain_adapter import write_adapter
+from support.plugin import make_checkpoint_on
+from support.recorded import write_reference
+from support.train_command import STEPS, train
+
+pytestmark = pytest.mark.process
+
+PLAIN = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+CERTIFICATE = "fold_certificate.json"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A stand-in to which this process uploads too, although the hub's client read HF_ENDPOINT when it was imported."""
+    with hub_server() as running:
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield running
+
+
+def test_a_run_uploads_its_plain_lora_with_card_certificate_and_reference(
+    recipe: Path, tmp_path: Path, hub: HubServer
+) -> None:
+    out, there = tmp_path / "out", tmp_path / "there"
+    words = ["train", str(recipe), "-o", str(out), "--record", "--push-to-hub", "me/adapter"]
+    call = [sys.executable, "-c", "from loraover.cli import main; main()", *words]
+    ran = subprocess.run(call, env=os.environ | hub.environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    names = {path.name for path in hub.write("me/adapter", there).iterdir()}
+    assert {*PLAIN, CERTIFICATE, REFERENCE_FILE, "tokenizer.json"} <= names
+    assert not names & {META_FILE, CORES_FILE, "fold.html", "optimizer.pt", "recipe.yaml"}
+    assert misfit(there / REFERENCE_FILE) is None
+    assert json.loads((there / CERTIFICATE).read_text())["verdict"] == "passed"
+    assert (there / "README.md").read_text() == (out / "adapter" / "README.md").read_text()
+    mine, pushed = (load_file(folder / "adapter_model.safetensors") for folder in (out / "adapter", there))
+    torch.testing.assert_close(pushed, mine)  # folded from the cores, so rounded again
+    assert PeftConfig.from_pretrained(str(there)).peft_type == "LORA"
+    assert (out / "adapter" / CORES_FILE).is_file()
+
+
+def test_the_cores_are_uploaded_when_asked_for(recipe: Path, tmp_path: Path, hub: HubServer) -> None:
+    assert train(recipe, tmp_path / "out", "--push-to-hub", "me/adapter", "--push-checkpoint") == 0
+    files = hub.repositories["me/adapter"]
+    assert {f"checkpoint/{name}" for name in (CORES_FILE, META_FILE, *PLAIN)} <= files.keys()
+    assert CORES_FILE not in files
+    assert files[f"checkpoint/{CORES_FILE}"] == (tmp_path / "out" / "adapter" / CORES_FILE).read_bytes()
+
+
+def test_a_plain_lora_is_uploaded_as_it_is(recipe: Path, tmp_path: Path, hub: HubServer) -> None:
+    assert train(recipe, tmp_path / "out", "--method", "lora", "--push-to-hub", "me/adapter") == 0
+    files = hub.repositories["me/adapter"]
+    assert CERTIFICATE not in files
+    for name in PLAIN:
+        assert files[name] == (tmp_path / "out" / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("repository", "token", "message"),
+    [("other/adapter", None, "rights"), ("me/adapter", "hf_wrong", "Invalid username")],
+    ids=["another-owner", "wrong-token"],
+)
+def test_an_upload_that_is_refused_keeps_the_run(
+    repository: str,
+    token: str | None,
+    message: str,
+    recipe: Path,
+    tmp_path: Path,
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    assert train(recipe, tmp_path / "out", "--method", "lora", "--push-to-hub", repository) == 2
+    told = capsys.readouterr().err
+    for part in ("--push-to-hub", repository, message, str(tmp_path / "out" / "adapter")):
+        assert part in told
+    assert read_run(tmp_path / "out").steps == STEPS
+    assert hub.commits == []
+
+
+def test_a_fold_and_an_export_upload_what_they_write(bases: dict[str, Path], tmp_path: Path, hub: HubServer) -> None:
+    make_checkpoint_on(bases["llama"], checkpoint := tmp_path / "checkpoint")
+    write_reference(checkpoint)
+    for verb, certificate in (("fold", CERTIFICATE), ("vllm", "vllm_certificate.json")):
+        out, repository = tmp_path / verb, f"me/{verb}"
+        assert run(cli, ["export", verb, str(checkpoint), "-o", str(out), "--push-to-hub", repository]) == 0
+        files = hub.repositories[repository]
+        assert {*PLAIN, certificate, REFERENCE_FILE} <= files.keys()
+        assert not files.keys() & {CORES_FILE, "fold.html"}
+        for name, content in files.items():
+            assert content == (out / name).read_bytes()
+        assert misfit(hub.write(repository, tmp_path / f"{verb}-there") / REFERENCE_FILE) is None
+
+
+@pytest.mark.parametrize("more", [["--method", "lora", "--push-to-hub", "me/a"], []], ids=["no-cores", "no-repository"])
+def test_cores_that_cannot_be_uploaded_are_refused_first(
+    more: list[str], recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(recipe, tmp_path / "out", "--push-checkpoint", *more) == 2
+    assert "--push-checkpoint uploads the cores" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_names_another_base_model_keeps_its_reference(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", {"layer": (torch.ones(1, 2), torch.ones(2, 1))})
+    write_reference(tmp_path / "adapter")
+    base = ModelSource("owner/name", "owner/name", None, "the hub")
+    with moved_copy(tmp_path / "adapter", base, "card", pytest.fail) as copy:
+        assert json.loads((copy / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+        assert misfit(copy / REFERENCE_FILE) is None
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 9, "lora_alpha": 9}')
+    said: list[str] = []
+    with moved_copy(tmp_path / "adapter", base, "card", said.append) as copy:
+        assert not (copy / REFERENCE_FILE).exists()
+    assert "was recorded of an adapter with the digest" in said[0]
+
+
+def test_full_training_has_no_reference(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(recipe, tmp_path / "out", "--record", "--method", "full") == 2
+    assert "--record: method full trains no adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
