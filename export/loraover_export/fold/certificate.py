@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover_export.fold.trained_base import TrainedBase
 from loraover_export.logits.deviation import Deviation
 from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
@@ -70,6 +71,9 @@ class FoldCertificate(BaseModel):
     seed: int | None = Field(description="Seed of the random draws in training's cores; None: the run's, or 0")
     matrices: list[MatrixCertificate] = Field(description="One certificate for each A and B")
     outputs: OutputCertificate | None = Field(description="Check of the outputs; None if it was not asked for")
+    trained_base: TrainedBase | None = Field(
+        None, description="The adapter on the base as quantised in training and on the full one; None: not asked for"
+    )
     output_bound: float | None = Field(description="Largest allowed logit error; None without a check of the outputs")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")

@@ -36,6 +36,7 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
         facts={
             "outputs compared in": None if outputs is None else f"PEFT, {outputs.compute_dtype} on {outputs.device}",
             "base model": certificate.base_model,
+            "trained on": None if certificate.trained_base is None else str(certificate.trained_base),
             "stored as": certificate.dtype,
             "trained as": f"{certificate.decomposition}, {certificate.step} steps",
         },

@@ -44,6 +44,13 @@ class FoldRequest(Request):
     check_error: bool = option(
         "Also compare the adapter's logits with those of the model that still computes with cores.", default=False
     )
+    trained_on: str | None = option(
+        "How bitsandbytes quantised the base model in training: also measure how far logits differ between that base "
+        "and the full one.",
+        default=None,
+        choices=("nf4", "int8"),
+        needs="check_error",
+    )
     record: bool = records("the folded adapter")
     push_to_hub: str | None = pushes("the folded adapter")
     model: AnyName | None = base_model(" for the comparison of logits, and for the reference")

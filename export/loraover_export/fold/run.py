@@ -22,6 +22,7 @@ from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded
 from loraover_export.fold.html import HTML_FILE, to_page
 from loraover_export.fold.request import FoldRequest
+from loraover_export.fold.trained_base import compare_bases
 from loraover_export.logits.judge import CheckVerdict
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover_export.numerics.rounded_adapter import write_config
@@ -91,7 +92,12 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
             device=request.device,
             compute_dtype=request.compute_dtype,
         )
+    trained_base = None
+    if base is not None and request.trained_on is not None:
+        place = {"device": request.device, "compute_dtype": request.compute_dtype}
+        trained_base = compare_bases(draft, base, request.trained_on, request.prompts, request.report, **place)
     return FoldCertificate(
+        trained_base=trained_base,
         verdict=_verdict(matrices, outputs),
         base_model=base_model,
         dtype=request.dtype,
@@ -124,6 +130,8 @@ def _card(request: FoldRequest, certificate: FoldCertificate, checkpoint: Checkp
     revision = base.revision if base is not None and name == base.name else checkpoint.config.revision
     facts |= base_facts(name, base)
     if outputs is not None:
+        if certificate.trained_base is not None:
+            facts["trained on"] = str(certificate.trained_base)
         facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
     licence = None if name is None else known_licence(name, revision)
     return model_card("Folded LoRA adapter", name, facts, request.command(), licence=licence)

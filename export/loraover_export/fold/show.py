@@ -20,6 +20,8 @@ def show_certificate(certificate: FoldCertificate, request: FoldRequest, console
     _show_matrices(certificate, console)
     if certificate.outputs is not None:
         _show_outputs(certificate.outputs, console)
+    if certificate.trained_base is not None:
+        console.print(str(certificate.trained_base), soft_wrap=True, markup=False, highlight=False)
     color = {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow")
     console.print(f"fold {certificate.verdict}", style=color)
     if certificate.verdict == "inconclusive":

@@ -1,0 +1,105 @@
+"""How far an adapter's outputs move when it is served on another precision of the base model than it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT, Reporter
+from loraover.models.device import choose_compute
+from loraover.models.load import ModelSource, load_config, load_model
+from loraover.reference.reference_model import reference_model
+from loraover_export.logits.deviation import Deviation, RunningDeviation
+from loraover_export.logits.pieces import logits_of, pieces, tokens_at_once
+from loraover_export.logits.prompts import read_prompts
+
+
+class TrainedBase(BaseModel):
+    """The folded adapter on the base model as it was quantised in training, and on the full one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quantization: str = Field(description="nf4 or int8: how bitsandbytes quantised the base model in training")
+    served: str = Field(description="Base model that the adapter names and engines load, in full precision, in words")
+    difference: Deviation = Field(description="Distance of the adapter on the quantised base from it on the full one")
+    bases: Deviation = Field(description="Distance of the quantised base from the full one, both without an adapter")
+
+    def __str__(self) -> str:
+        return (
+            f"Engines will serve the adapter on {self.served} in full precision, and it was trained on "
+            f"{self.quantization} of it. Between the two, its logits differ by up to {self.difference.max_logit:.2g} "
+            f"(mean KL {self.difference.mean_kl:.2g} nats, {self.difference.top1_agreement:.1%} same top-1); without "
+            f"the adapter by up to {self.bases.max_logit:.2g} (mean KL {self.bases.mean_kl:.2g} nats)."
+        )
+
+
+def compare_bases(
+    folded: Path,
+    source: ModelSource,
+    quantization: str,
+    prompts_file: Path | None,
+    report: Reporter = SILENT,
+    *,
+    device: str = "cpu",
+    compute_dtype: str = "fp32",
+) -> TrainedBase:
+    """Run a plain adapter on the full base model and on the quantised one, and compare every logit.
+
+    Args:
+        folded: Folder of the adapter.
+        source: The base model in full precision.
+        quantization: How bitsandbytes quantised it in training: nf4 or int8.
+        prompts_file: Text file with one prompt a line; None means a built-in set.
+        report: Receiver of progress.
+        device: Device to run on: cpu, cuda, auto, or one GPU such as cuda:1.
+        compute_dtype: Data type to run in.
+
+    Raises:
+        ConfigError: bitsandbytes is missing, or cannot quantise this model here.
+    """
+    adapter, device = read_adapter_dir(folded), str(choose_compute(device, compute_dtype)[0])
+    config = load_config(source)
+    prompts = read_prompts(source, prompts_file, at_once=tokens_at_once(config, torch.device(device)))
+    from peft import PeftModel
+
+    report.line(f"loading the base model in full precision and as {quantization} to {device}")
+    full = load_model(source, dtype=compute_dtype, task_type=adapter.config.task_type, device=device)
+    small = PeftModel.from_pretrained(_quantised(source, quantization, compute_dtype, device), str(folded)).eval()
+    difference, bases = RunningDeviation(), RunningDeviation()
+    with reference_model(full, adapter) as over_full:
+        for ids in prompts.batches:
+            given = ids.to(full.device)
+            for positions in pieces(full, ids):
+                difference.add(logits_of(over_full, given, positions), logits_of(small, given, positions))
+                with small.disable_adapter():
+                    bases.add(logits_of(full, given, positions), logits_of(small, given, positions))
+    return TrainedBase(
+        quantization=quantization, served=source.origin, difference=difference.result(), bases=bases.result()
+    )
+
+
+def _quantised(source: ModelSource, quantization: str, compute_dtype: str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from loraover.common.dtypes import COMPUTE_DTYPES
+
+    dtype = getattr(torch, COMPUTE_DTYPES[compute_dtype])
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    settings = BitsAndBytesConfig(**(how if quantization == "nf4" else {"load_in_8bit": True}))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            revision=source.revision,
+            dtype=dtype,
+            quantization_config=settings,
+            device_map={"": device},
+            trust_remote_code=False,
+        )
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{source.origin} cannot be quantised as {quantization} here: {error}") from error
+    return model.eval()
