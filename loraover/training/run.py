@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,7 @@ def train(
         FoldError: The result is the untrained model, although the training loss fell.
     """
     output = Path(output)
+    _refuse_launchers()
     loaded = load_recipe(recipe, overrides)
     if record and loaded.method == "full":
         raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
@@ -99,6 +101,20 @@ def train(
         command = _command(recipe, output, overrides, record)
     with quiet_libraries_within(bars=report.shows_bars):
         return _train(loaded, output, resume, report, command, record)
+
+
+def _refuse_launchers() -> None:
+    """Refuse a run that a launcher has started in several processes, each of which would write a folder of its own.
+
+    Raises:
+        ConfigError: There are several processes.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"a launcher has started this run in {processes} processes, and loraover train is one process. Start it "
+            "without the launcher, or put LoraOverCallback into a script of your own, which torchrun can start."
+        )
 
 
 def _command(

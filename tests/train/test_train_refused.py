@@ -147,3 +147,11 @@ def test_float16_on_a_cpu_is_refused_rather_than_ignored(
 ) -> None:
     assert train(recipe, tmp_path / "out", "--set", "training.fp16=true") == 2
     assert "needs an accelerator" in capsys.readouterr().err
+
+
+def test_a_run_of_several_processes_is_refused_in_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train on its own half of the rows, and write a folder of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = write_recipe(tmp_path / "recipe.yaml", save_llama(tmp_path / "base"), training={"max_steps": 1})
+    assert train(recipe, tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
