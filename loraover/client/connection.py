@@ -151,9 +151,12 @@ def _proxy(scheme: str, host: str) -> Proxy | None:
 def explanation(refusal: http.client.HTTPResponse) -> str:
     """Return the beginning of the text of a refusal whose body has not been read."""
     try:
-        return refusal.read(EXPLANATION_BYTES).decode(errors="replace")
+        text = refusal.read(EXPLANATION_BYTES)
+        if refusal.length and len(text) < EXPLANATION_BYTES:  # `read` of a number of bytes ends without an error there
+            raise http.client.IncompleteRead(text, refusal.length)
     except NO_ANSWER as error:
         return f"its explanation broke off: {error}"
+    return text.decode(errors="replace")
 
 
 def asked_pause(refusal: http.client.HTTPResponse) -> float | None:

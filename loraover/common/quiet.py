@@ -38,6 +38,8 @@ def quiet_libraries_within(*, bars: bool) -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # lm_eval's errors show a request with its key
+    deepspeed = logging.getLogger("DeepSpeed")  # sets its own level when Accelerate imports it, and writes to stdout
+    was_disabled, deepspeed.disabled = deepspeed.disabled, True
     try:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
@@ -46,6 +48,7 @@ def quiet_libraries_within(*, bars: bool) -> Iterator[None]:
                 stack.enter_context(_no_bars())
             yield
     finally:
+        deepspeed.disabled = was_disabled
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 

@@ -251,8 +251,8 @@ TRAINING = (
     # Data, recipes, plans and studies
     Mutant(
         "held-out-data-beside-word-problems-are-passed-over",
-        "if data.test in (None, BUILT_IN):",
-        "if wanted or data.test is None:",
+        "if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):",
+        "if data.train == BUILT_IN or data.test == BUILT_IN:",
         Selection("test_training_rows.py", "beside_word_problems"),
     ),
     Mutant(

@@ -18,6 +18,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "reward_funcs": [],
         "diagnostics": False,
         "push_to_hub": None,
+        "push_checkpoint": False,
         "push_model": None,
     },
     "Data": {

@@ -184,7 +184,7 @@ def test_a_study_without_a_place_is_refused(
 ) -> None:
     before = recipe.read_bytes()
     assert run(cli, words(recipe, Path(place.format(recipe=recipe)))) == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
     assert recipe.read_bytes() == before
 
 
