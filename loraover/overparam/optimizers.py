@@ -47,6 +47,11 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+def is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer skips this step: GradScaler calls it even when it has found an infinite gradient."""
+    return bool(getattr(optimizer, "found_inf", False))
+
+
 def ordinary_optimizer(optimizer: Any) -> Optimizer:
     """Return the innermost PyTorch optimizer, if cores can be trained through it.
 

@@ -24,7 +24,7 @@ from loraover.overparam.fingerprint import LateAnswer
 from loraover.overparam.flat_view import FlatView
 from loraover.overparam.importance import Probe
 from loraover.overparam.optimizer_view import OptimizerView
-from loraover.overparam.optimizers import ordinary_optimizer, unwrapped
+from loraover.overparam.optimizers import is_skipped, ordinary_optimizer, unwrapped
 from loraover.overparam.schedule import Schedule, calibrating, runs_model
 from loraover.overparam.sharding import in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
@@ -351,7 +351,7 @@ class OverParameterization:
 
     def _pull_back(self, view: OptimizerView) -> None:
         """Turn the gradients of matrices into those of cores, and show them to all that follows gradients."""
-        is_seen = self._is_counted and not _is_skipped(view.optimizer)
+        is_seen = self._is_counted and not is_skipped(view.optimizer)
         score = self.schedule.observed if is_seen else None
         self._is_counted = False
         candidates = [] if score is None else list(self.schedule.candidates)
@@ -378,7 +378,7 @@ class OverParameterization:
         if self._is_counted:  # a parent class's step, which this step called, has counted it
             return
         self._is_counted = True
-        if not _is_skipped(optimizer):
+        if not is_skipped(optimizer):
             self.step += 1
         if self.schedule.is_due(self.step):
             self._hold_round()
@@ -392,11 +392,6 @@ class OverParameterization:
     def _attached(self) -> OptimizerView:
         assert self._view is not None  # the hooks are there only while an optimizer is attached
         return self._view
-
-
-def _is_skipped(optimizer: Any) -> bool:
-    """Whether a fused optimizer skips this step: GradScaler calls it even when it has found an infinite gradient."""
-    return bool(getattr(optimizer, "found_inf", False))
 
 
 def has_cores(optimizer: Any) -> bool:

@@ -55,21 +55,13 @@ def make_trainer(
         ConfigError: A value that the trainer refuses.
     """
     kind, _ = TRAINERS[name].load()
-    rows = {"train": examples.train, "eval": examples.test}
-    sets = {part: None if found is None else to_dataset(found.rows) for part, found in rows.items()}
     callbacks: list[TrainerCallback] = [] if over is None else [over]
     callbacks += [MethodCallback(method)]
     callbacks += [progress, SealCheckpoints()]
     options: dict[str, Any] = {"optimizers": (_optimizer(recipe, model), None)}
     if name == "grpo":
         options["reward_funcs"] = [find_reward(reward) for reward in recipe.reward_funcs]
-    if TRAINERS[name].library == "transformers":
-        encode, options["data_collator"] = _encoding(name, recipe, model, tokenizer)
-        sets = {
-            part: None if found is None else found.map(encode, remove_columns=found.column_names)
-            for part, found in sets.items()
-        }
-    else:
+    if TRAINERS[name].library == "trl":
         _project_labelled_positions_only()
     trainer: Trainer = build(
         kind,
@@ -77,8 +69,7 @@ def make_trainer(
         {
             "model": model,
             "args": make_arguments(recipe, name, output),
-            "train_dataset": sets["train"],
-            "eval_dataset": sets["eval"],
+            **_data(name, recipe, model, tokenizer, examples),
             "processing_class": tokenizer,
             "callbacks": callbacks,
             **options,
@@ -94,6 +85,22 @@ def make_trainer(
     if over is not None and name not in ("sft", "seq2seq", "classification"):
         over.loss = trainer_loss(trainer)
     return trainer
+
+
+def _data(
+    name: str, recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: Any, examples: Examples
+) -> dict[str, Any]:
+    """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
+    rows = {"train_dataset": examples.train, "eval_dataset": examples.test}
+    sets = {part: None if found is None else to_dataset(found.rows) for part, found in rows.items()}
+    if TRAINERS[name].library == "trl":
+        return sets
+    encode, collator = _encoding(name, recipe, model, tokenizer)
+    encoded = {
+        part: None if found is None else found.map(encode, remove_columns=found.column_names)
+        for part, found in sets.items()
+    }
+    return {**encoded, "data_collator": collator}
 
 
 def to_dataset(rows: Sequence[Row]) -> Any:

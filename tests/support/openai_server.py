@@ -48,6 +48,19 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 512
 
 
+def response(said: Any, body: Mapping[str, Any], key: str | None) -> tuple[int, bytes, Mapping[str, str]]:
+    """Status, content and headers of what a reply says."""
+    refusal = Refusal(said) if isinstance(said, int) else said
+    if isinstance(refusal, Refusal):
+        return refusal.status, f"refused, for {key}".encode(), refusal.headers
+    if isinstance(said, Answer):
+        return 200, said.content, said.headers
+    if isinstance(said, bytes):
+        return 200, said, {}
+    choice = {"message": {"content": said}} if "messages" in body else {"text": said}
+    return 200, json.dumps({"choices": [{"index": 0, **choice}]}).encode(), {}
+
+
 @contextmanager
 def openai_server(
     reply: Reply,
@@ -74,18 +87,7 @@ def openai_server(
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             recorded.bodies.append({"path": self.path, **body})
             recorded.headers.append(dict(self.headers))
-            said = self._refused() or reply(body)
-            refusal = Refusal(said) if isinstance(said, int) else said
-            if isinstance(refusal, Refusal):
-                explanation = f"refused, for {self.headers.get('Authorization')}".encode()
-                self._send(refusal.status, explanation, refusal.headers)
-            elif isinstance(said, Answer):
-                self._send(200, said.content, said.headers)
-            elif isinstance(said, bytes):
-                self._send(200, said)
-            else:
-                choice = {"message": {"content": said}} if "messages" in body else {"text": said}
-                self._send(200, json.dumps({"choices": [{"index": 0, **choice}]}).encode())
+            self._send(*response(self._refused() or reply(body), body, self.headers.get("Authorization")))
 
         def _refused(self) -> int:
             return 0 if key is None or self.headers.get(key[0]) == key[1] else 401
