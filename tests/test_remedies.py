@@ -241,11 +241,11 @@ def test_every_message_with_a_command_has_a_row() -> None:
 
 CASES = [(part, case) for part, cases in REMEDIES.items() for case in cases] + [(COMPLETE, patterns)]
 MARKS: dict[Callable[[Path], Case], list[pytest.MarkDecorator]] = {
-    other_targets: [pytest.mark.engine],
+    other_targets: [pytest.mark.engine, pytest.mark.matrix],
     classifier: [pytest.mark.engine],
     unread_release: [pytest.mark.matrix],
 }
-"""The last command starts vLLM, which answers to it in test_verify_vllm.py as well."""
+"""A remedy that exports three graphs, and one that starts vLLM, which answers to it in test_verify_vllm.py as well."""
 
 
 @pytest.mark.process

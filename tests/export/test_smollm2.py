@@ -90,7 +90,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmolLM2]:
     shutil.rmtree(path.parent)  # exports of half a gigabyte each
 
 
-@pytest.mark.parametrize("mode", [pytest.param("merged", marks=pytest.mark.matrix), "swappable"])
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["merged", "swappable"])
 def test_onnx(mode: str, smollm2: SmolLM2) -> None:
     """With the builder as the product starts it."""
     output = smollm2.output(mode)

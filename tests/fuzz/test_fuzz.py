@@ -62,8 +62,8 @@ def test_a_kept_case_does_not_fail_again(file: Path, bases: Path) -> None:
 
 
 @pytest.mark.statistical
-def test_a_minute_of_cases_without_a_fault(bases: Path) -> None:
+def test_some_cases_without_a_fault(bases: Path) -> None:
     """Graphs are left out, since building one takes seconds; `make fuzz` builds them."""
-    results = list(run_for(60.0, 0, bases, without="onnx"))
+    results = list(run_for(15.0, 0, bases, without="onnx"))
     assert sum(result.outcome == "agrees" for _, result in results) >= 3
     assert not [(case, result.found) for case, result in results if result.outcome == "fault"]

@@ -20,11 +20,13 @@ from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_o
 from loraover_serve.parity.judge.equivalence import Comparison, blocks_needed, compare, decide, holm_levels
 from loraover_serve.parity.request import MIN_BLOCKS
 
+from support.speed import simulations
+
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
 MARGIN, ALPHA = 0.05, 0.05
 LIMIT = math.log(1.05)
-EXPERIMENTS, BLOCKS = 2000, 12
+EXPERIMENTS, BLOCKS = simulations(500), 12
 SPREAD = 0.06  # of d: some of 12 blocks' experiments are decided, some are not
 
 # Sleep gained by ten patients with two drugs: Student 1908, The Probable Error of a Mean, section IX.
@@ -198,7 +200,7 @@ def test_intervals_of_skewed_ratios_cover_better_than_students(blocks: int) -> N
 def test_skewed_ratios_beyond_the_margin_are_less_often_called_equivalent_than_by_student() -> None:
     """With 12 blocks the rate still exceeds alpha, because a sample may lack the rare long pauses."""
     draw = np.random.default_rng(9)
-    d = 0.02 * (np.exp(draw.normal(size=(1000, BLOCKS))) - math.exp(0.5)) + LIMIT * 1.001
+    d = 0.02 * (np.exp(draw.normal(size=(EXPERIMENTS, BLOCKS))) - math.exp(0.5)) + LIMIT * 1.001
     student = np.mean(stats.ttest_1samp(d, LIMIT, axis=1, alternative="less").pvalue <= ALPHA)
     found = np.mean([decide({"d": compare(list(row), margin=MARGIN)})["d"].verdict == "equivalent" for row in d])
     assert found <= 0.14 < 0.16 <= student

@@ -12,9 +12,11 @@ from loraover_serve.engines.sample import Sample
 from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
+from support.speed import simulations
+
 pytestmark = [pytest.mark.statistical, pytest.mark.usefixtures("few_resamples")]
 
-EXPERIMENTS, BLOCKS, MARGIN, ALPHA = 2000, 12, 0.05, 0.05
+EXPERIMENTS, BLOCKS, MARGIN, ALPHA = simulations(500), 12, 0.05, 0.05
 BEYOND = math.log1p(MARGIN) * 1.001
 MOST = stats.binom.ppf(0.999, EXPERIMENTS, ALPHA) / EXPERIMENTS
 """The largest share of wrong verdicts at a rate of alpha, with a probability of 99.9 %."""

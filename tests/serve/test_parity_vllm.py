@@ -144,6 +144,7 @@ def recording(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.matrix
 def test_the_command_measures_on_a_server_without_a_memory(
     tiny_run: tuple[ParityReport, list[list[str]]],
 ) -> None:
@@ -158,6 +159,7 @@ def test_the_command_measures_on_a_server_without_a_memory(
     assert found.agree
 
 
+@pytest.mark.matrix
 def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list[list[str]]]) -> None:
     report, _ = tiny_run
     assert report.notes == []

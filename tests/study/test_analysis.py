@@ -12,6 +12,8 @@ from scipy import stats
 
 from loraover.study.analysis import Halves, Losses, Spread, difference, mean_loss, sensitivity
 
+from support.speed import simulations
+
 
 def made_up(
     draw: np.random.Generator, true: float, seeds: int = 5, examples: int = 60, of_seeds: float = 0.01
@@ -39,7 +41,7 @@ def test_intervals_cover_over_seeds_and_examples_together() -> None:
 def test_no_difference_is_seldom_called_one(seeds: int, of_seeds: float) -> None:
     """Also where little but the seed makes a difference, and there are few."""
     draw = np.random.default_rng(1)
-    experiments = 500
+    experiments = simulations(200)
     called = sum(difference(*made_up(draw, 0.0, seeds, 12, of_seeds)).p <= 0.05 for _ in range(experiments))
     assert called <= stats.binom.ppf(1 - 1e-3, experiments, 0.05)
 
@@ -59,7 +61,7 @@ def spreads(draw: np.random.Generator, variances: tuple[float, float], count: in
 @pytest.mark.parametrize("variances", [(0.0, 1.0), (0.1, 1.0), (1.0, 1.0), (10.0, 1.0), (1.0, 0.0)])
 def test_intervals_are_hardly_wider_than_they_must_be(variances: tuple[float, float]) -> None:
     """Few seeds widen an interval only as far as it is seeds that make the difference."""
-    draw, experiments = np.random.default_rng(5), 4000
+    draw, experiments = np.random.default_rng(5), simulations(1000)
     means = np.sqrt(sum(variances)) * draw.standard_normal(experiments)
     halves = [spread.half(0.05) for spread in spreads(draw, variances, experiments)]
     missed = int((np.abs(means) > halves).sum())
@@ -69,7 +71,7 @@ def test_intervals_are_hardly_wider_than_they_must_be(variances: tuple[float, fl
 @pytest.mark.statistical
 @pytest.mark.parametrize("variances", [(0.0, 1.0), (1.0, 1.0), (1.0, 0.0)])
 def test_a_difference_that_a_study_could_see_is_found_in_four_of_five(variances: tuple[float, float]) -> None:
-    draw, experiments = np.random.default_rng(6), 4000
+    draw, experiments = np.random.default_rng(6), simulations(1000)
     shift = Spread(variances, FREEDOM).detectable()
     means = shift + np.sqrt(sum(variances)) * draw.standard_normal(experiments)
     halves = [spread.half(0.05) for spread in spreads(draw, variances, experiments)]

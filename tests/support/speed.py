@@ -16,6 +16,11 @@ def scaled(number: int, profile: str) -> int:
     return max(min(FEWEST, number), round(number * PROFILES[profile]))
 
 
+def simulations(number: int) -> int:
+    """Experiments of a simulation that has that many in "full", in the profile of this run."""
+    return scaled(number, settings.get_current_profile_name())
+
+
 def examples(number: int, **options: Any) -> settings:
     """Settings of a property that `make test` tries on that many examples; deadlines are off, as clocks are noisy.
 
@@ -23,5 +28,4 @@ def examples(number: int, **options: Any) -> settings:
         number: Examples of the profile "full".
         options: Other settings of Hypothesis.
     """
-    profile = settings.get_current_profile_name()
-    return settings(max_examples=scaled(number, profile), deadline=None, **options)
+    return settings(max_examples=simulations(number), deadline=None, **options)

@@ -82,6 +82,7 @@ def test_cores_made_before_ddp_are_noticed_where_it_writes_rank_zeros_matrices(t
     assert second.startswith("6 over-parameterised matrices, first first.lora_A, were changed outside the optimizer")
 
 
+@pytest.mark.matrix
 def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:
     assert_example_folds("ddp", tmp_path)
 

@@ -104,7 +104,10 @@ class Ran:
         return PeftModel.from_pretrained(kind.from_pretrained(self.base), str(self.adapter))
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.matrix if name == "compile" else ()) for name in SCRIPTS],
+)
 def ran(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
     example = SCRIPTS[request.param]
     pytest.importorskip(example.needs, reason=f"{example.needs} is not installed")

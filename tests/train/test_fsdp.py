@@ -230,5 +230,6 @@ def test_a_checkpoint_of_torch_leaves_the_cores_and_their_moments_alone(schedule
         assert plain["step"] == saved["step"] == STEPS
 
 
+@pytest.mark.matrix
 def test_the_example_leaves_a_plain_lora_whose_checkpoint_folds(tmp_path: Path) -> None:
     assert_example_folds("fsdp2", tmp_path)
