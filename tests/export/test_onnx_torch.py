@@ -25,6 +25,7 @@ pytestmark = pytest.mark.engine
 
 SHAPES = ("one row", "batch", "padded on the left", "one real token", "padded on the right")
 T5_TARGETS = ["q", "k", "v", "o", "wi", "wo"]
+PADDED = ("padded on the left", "padded on the right")
 TOKENS = 10
 
 
@@ -106,11 +107,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> T5:
         "first": lora(base, load, folder / "first", target_modules=T5_TARGETS, **patterns, **task),
         "second": lora(base, load, folder / "second", target_modules=["q", "v"], r=7, **task),
     }
-    requests: dict[Path, tuple[Sources, Sequence[str]]] = {
-        folder / "merged": (folder / "first", ("--mode", "merged")),
-        folder / "swappable": ([folder / "first", folder / "second"], ("--mode", "swappable")),
-    }
-    exported_at_once("T5", requests)
+    exported("T5", [folder / "first", folder / "second"], folder / "swappable", "--mode", "swappable")
     return T5(folder, models)
 
 
@@ -135,24 +132,36 @@ def test_t5_swappable(t5: T5, name: str | None) -> None:
     assert max(errors.values()) <= 1, errors
 
 
-def test_t5_merged(t5: T5) -> None:
-    errors = t5_worst(T5Graphs(t5.folder / "merged"), t5.models["first"])
+@pytest.mark.matrix
+def test_t5_merged(t5: T5, tmp_path: Path) -> None:
+    exported("T5", t5.folder / "first", tmp_path / "merged", "--mode", "merged")
+    graphs = T5Graphs(tmp_path / "merged")
+    errors = t5_worst(graphs, t5.models["first"])
     assert max(errors.values()) <= 1, errors
     with t5.model(None) as base:
-        assert min(t5_worst(T5Graphs(t5.folder / "merged"), base).values()) > 1000
+        assert min(t5_worst(graphs, base).values()) > 1000
+    for feed in PADDED:
+        assert torch.equal(graphs.greedy(FEEDS[feed].ids, FEEDS[feed].mask), t5_greedy(t5, "first", feed))
 
 
-@pytest.mark.parametrize("feed", ["padded on the left", "padded on the right"])
+@pytest.mark.parametrize("feed", PADDED)
 @pytest.mark.parametrize("name", ["first", None])
 def test_t5_decodes_greedily_as_transformers_does(t5: T5, name: str | None, feed: str) -> None:
-    ids, mask = FEEDS[feed].ids, FEEDS[feed].mask
+    found = T5Graphs(t5.folder / "swappable", name).greedy(FEEDS[feed].ids, FEEDS[feed].mask)
+    assert torch.equal(found, t5_greedy(t5, name, feed))
+
+
+def t5_greedy(t5: T5, name: str | None, feed: str) -> Tensor:
+    """What transformers decodes greedily."""
     with t5.model(name) as model:
-        expected = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1
+        tokens: Tensor = model.generate(
+            input_ids=FEEDS[feed].ids,
+            attention_mask=FEEDS[feed].mask,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=-1,
         )
-    assert torch.equal(T5Graphs(t5.folder / "swappable", name).greedy(ids, mask), expected)
-    if name is not None:
-        assert torch.equal(T5Graphs(t5.folder / "merged").greedy(ids, mask), expected)
+    return tokens
 
 
 def test_t5_files(t5: T5) -> None:

@@ -41,6 +41,7 @@ def test_a_sliding_window_shorter_than_the_text(family: str, tmp_path: Path) -> 
     assert worst_error(exports.merged, exports.models["first"], ["batch"])["batch"] > 1000
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("family", ["Granite", "SmolLM3", "Ernie4_5"])
 def test_other_families(family: str, tmp_path: Path) -> None:
     assert_model(make_exports(family, tmp_path), PROMPT, TOKENS)

@@ -20,7 +20,7 @@ from loraover_serve.judge.names import LEAKS
 from support.serving import MODEL, Served
 from support.vllm_command import leaks_in_mixed_batches
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 STEPS, LEARNING_RATE = 4, 1e-2
 RATES = {"LORA": 0.1, "LOHA": 2, "LOKR": 3, "VERA": 3, "ADALORA": 5}
@@ -40,9 +40,6 @@ TRAINED: dict[str, tuple[str, dict[str, Any], int]] = {
     "pissa": ("LORA", {"r": 8, "lora_alpha": 8, "init_lora_weights": "pissa"}, 16),
 }
 """Kind, fields of its configuration and largest exact rank of each adapter."""
-
-ALWAYS = ("adalora",)
-"""The one that `make test` runs, which takes the least time: a LoRA is served alike whatever it was before."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,7 @@ def train(source: ModelSource, folder: Path, kind: str, options: dict[str, Any])
     return folder
 
 
-@pytest.fixture(
-    scope="module",
-    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.matrix) for name in TRAINED],
-)
+@pytest.fixture(scope="module", params=TRAINED)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     name: str = request.param
     kind, options, _ = TRAINED[name]
