@@ -24,6 +24,7 @@ def _run(request: TrainRequest, as_json: bool) -> None:
 
     with launched().together():
         recipe = load_recipe(request.recipe, request.overrides)
+        launched().meet()
         quiet_libraries()
         (_plan if request.plan else _train)(request, recipe, Console(stderr=as_json), as_json)
 

@@ -126,7 +126,7 @@ class Ranks:
         if self._store is None or self._is_together:
             yield
             return
-        self._blocks, self._is_together = self._blocks + 1, True
+        self._blocks, self._meetings, self._is_together = self._blocks + 1, 0, True
         self._ended_by = self.patience_s = None
         try:
             with _stopped_by_launcher():

@@ -37,6 +37,12 @@ DEEPSPEED = AUTO | {
 }
 """Settings of DeepSpeed that LoRA-Over needs, or that the Trainer fills in."""
 
+SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+"""Variables by which `accelerate launch` asks for an engine, and the Trainer's settings do so too."""
+
+LAUNCHED_WITH = [name for name in SWITCHES if os.environ.get(name) == "true"]
+"""Those that were set when this process began."""
+
 CUTS_WEIGHTS = ("zero3", "fsdp2")
 """Engines under which a process holds only its part of the weights."""
 
@@ -48,16 +54,20 @@ def check_processes(recipe: Recipe) -> None:
         ConfigError: They cannot; the message says why.
     """
     engine, size = recipe.distributed.engine, launched().size
-    for name in ("DEEPSPEED", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{name}") == "true":
-            raise ConfigError(
-                f"accelerate's configuration asks for {name}, which the recipe decides: set distributed.engine, and "
-                "take a configuration of accelerate with distributed_type MULTI_GPU."
-            )
+    if LAUNCHED_WITH:
+        raise ConfigError(
+            f"accelerate's configuration sets {LAUNCHED_WITH[0]}, which the recipe decides: set distributed.engine, "
+            "and take a configuration of accelerate with distributed_type MULTI_GPU."
+        )
     if engine != "ddp" and "RANK" not in os.environ:
         raise ConfigError(
             f"distributed.engine is {engine}, which needs a launcher; start the run with torchrun --nproc-per-node N "
             "-m loraover.cli, followed by the words of this command."
+        )
+    if engine != "ddp" and recipe.distributed.processes not in (None, size):
+        raise ConfigError(
+            f"distributed.engine {engine} cuts the optimizer's states into a piece for each process, so a run is "
+            f"continued in as many processes as it has begun with: {recipe.distributed.processes}, found {size}."
         )
     if recipe.method in METHODS and (engine != "ddp" or size > 1) and (why := METHODS[recipe.method].one_process):
         raise ConfigError(f"method {recipe.method} trains in one process, since {why}. Start it without a launcher.")
@@ -97,6 +107,8 @@ def engine_options(recipe: Recipe) -> dict[str, Any]:
     """
     import torch
 
+    for name in SWITCHES:
+        os.environ.pop(name, None)  # another run in this process has left it
     if "RANK" not in os.environ:
         return {}
     options: dict[str, Any] = {"ddp_timeout": PREPARATION_S}

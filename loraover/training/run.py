@@ -120,6 +120,7 @@ def _checked(
         raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
     if command is None:
         command = _command(recipe, output, overrides, record)
+    launched().meet()  # before rank 0 makes a folder
     if resume == "auto":
         if launched().of_first(lambda: is_finished(output)):
             report.line(f"{output}: the run is finished already")

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 support/parallel_command.py FOLDER
 
-FOLDER holds `recipe.yaml`; `alone`, a run of it that one process has left after `HALTED` steps. Each process leaves what
-it saw in FOLDER/<rank>.json. In the last run, rank 1 stops answering.
+FOLDER holds `recipe.yaml`, and in `alone` a run of it that one process has left after `HALTED` steps. Each process
+leaves what it saw in FOLDER/<rank>.json. In the last run, rank 1 stops answering.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from loraover.cli import cli
 from loraover.common.command_line import run
@@ -69,11 +71,16 @@ def halt(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: 
 
 def main(folder: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    allow_fsdp_on_cpus()
     rank, recipe = int(os.environ["RANK"]), folder / "recipe.yaml"
     found = {name: called(recipe, "-o", folder / name, *words) for name, words in REFUSED.items()}
     found["apart"] = called(folder / f"only-{rank}.yaml", "-o", folder / "apart")
-    found |= {name: called(recipe, "-o", folder / name, *words) for name, words in RUNS.items()}
+    plain = PartialState.__init__
+    for name, words in RUNS.items():
+        PartialState.__init__ = plain
+        if name.startswith("fsdp2"):
+            allow_fsdp_on_cpus()
+        found[name] = called(recipe, "-o", folder / name, *words)
+    PartialState.__init__ = plain
     found["again"] = called(recipe, "-o", folder / "ddp", *RUNS["ddp"], "--resume", "auto")
     found["others"] = called(recipe, "-o", folder / "alone", "--resume", "auto")
     (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -64,7 +64,8 @@ def test_every_engine_trains_and_measures_as_one_process_does(
     assert losses(folder / name) == pytest.approx(losses(expected), rel=TOLERANCE)
     result, alone = read_run(folder / name), read_run(expected)
     assert (result.processes, result.steps, result.trained_parameters) == (2, STEPS, alone.trained_parameters)
-    assert result.after is not None and alone.after is not None
+    assert result.after is not None
+    assert alone.after is not None
     assert (result.after.examples, result.after.loss) == (5, pytest.approx(alone.after.loss, rel=TOLERANCE))
     assert result.update_norm == pytest.approx(alone.update_norm, rel=1e-3)
     rows, all_rows = (json.loads((run / "held_out.json").read_text()) for run in (folder / name, expected))
