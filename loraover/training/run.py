@@ -18,7 +18,7 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.write_checkpoint import write_checkpoint
-from loraover.common.atomic_output import publish_directory, publish_text
+from loraover.common.atomic_output import publish_directory, publish_text, unwritable
 from loraover.common.errors import ConfigError, DivergedError, FoldError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
@@ -206,7 +206,7 @@ def _train_all(
         ranks.write(_publish, run, recipe, output, result, command, resume, weights)
     except BaseException as error:
         has_stepped = run is not None and run.trainer.state.global_step > 0
-        agreed = ranks.agreed(error)
+        agreed = ranks.agreed(unwritable(error, output))
         ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=resume)
         if agreed is error:
             raise

@@ -22,12 +22,14 @@ from accelerate import PartialState
 
 from loraover.cli import cli
 from loraover.common.command_line import run
+from loraover.training import prepare
 from loraover.training.progress import TrainingProgress
 
 from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
 
 STEPS, HALTED = 4, 2
 PATIENCE_S = 4.0
+LAUNCH = Path(__file__).parents[2] / "docs" / "examples" / "launch"
 LORA_PLUS = ("--method", "lora", "--set", "training.loraplus_lr_ratio=4")
 
 
@@ -42,8 +44,8 @@ def engine(name: str) -> list[str]:
 
 RUNS: dict[str, list[str]] = {
     "ddp": halves(),
-    "zero2": halves(*engine("zero2")),
-    "zero3": halves(*engine("zero3")),
+    "zero2": halves(*engine("zero2"), "--set", f"distributed.config={LAUNCH / 'zero2.json'}"),
+    "zero3": halves(*engine("zero3"), "--set", f"distributed.config={LAUNCH / 'zero3.json'}"),
     "fsdp2": halves(*engine("fsdp2")),
     "zero2-loraplus": halves(*engine("zero2"), *LORA_PLUS),
     "fsdp2-loraplus": halves(*engine("fsdp2"), *LORA_PLUS),
@@ -74,12 +76,20 @@ def main(folder: Path) -> None:
     rank, recipe = int(os.environ["RANK"]), folder / "recipe.yaml"
     found = {name: called(recipe, "-o", folder / name, *words) for name, words in REFUSED.items()}
     found["apart"] = called(folder / f"only-{rank}.yaml", "-o", folder / "apart")
-    plain = PartialState.__init__
+    plain, load = PartialState.__init__, prepare._load_base
+    are_cut: list[bool] = []
+
+    def noting(*places: Any) -> Any:
+        model = load(*places)
+        are_cut.append(not any(parameter.numel() for parameter in model.parameters()))
+        return model
+
+    prepare._load_base = noting
     for name, words in RUNS.items():
         PartialState.__init__ = plain
         if name.startswith("fsdp2"):
             allow_fsdp_on_cpus()
-        found[name] = called(recipe, "-o", folder / name, *words)
+        found[name] = called(recipe, "-o", folder / name, *words) | {"is_cut": are_cut[-1:]}
     PartialState.__init__ = plain
     found["again"] = called(recipe, "-o", folder / "ddp", *RUNS["ddp"], "--resume", "auto")
     found["others"] = called(recipe, "-o", folder / "alone", "--resume", "auto")

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from loraover import read_checkpoint
+from loraover.cli import cli
 from loraover.training.run_result import read_run
 
-from support.parallel_command import LORA_PLUS, PATIENCE_S, RUNS, STEPS
+from support.parallel_command import LAUNCH, LORA_PLUS, PATIENCE_S, RUNS, STEPS
 from support.processes import TESTS, TORCHRUN, launched
 from support.resumed_run import stopped
+from support.small_disk import small_disk
 from support.tiny_hub import write_recipe
 from support.train_command import train
 from support.trained_run import losses, metrics
@@ -74,6 +84,12 @@ def test_every_engine_trains_and_measures_as_one_process_does(
         assert read_checkpoint(folder / name / "adapter").meta.world_size == 2
 
 
+def test_zero_3_cuts_the_weights_while_they_are_loaded(saw: list[dict[str, Any]]) -> None:
+    assert [found[name]["is_cut"] for found in saw for name in RUNS] == [
+        [name == "zero3"] for _ in saw for name in RUNS
+    ]
+
+
 def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[dict[str, Any]]) -> None:
     assert saw[1]["ddp"]["out"] == saw[1]["ddp"]["error"] == ""
     assert saw[0]["ddp"]["out"].count("step     1/4") == 1
@@ -126,3 +142,58 @@ def test_a_process_that_hangs_ends_the_run_with_a_message(folder: Path, saw: lis
     assert f"process 1 of 2 has ended without a message, or has not answered for {PATIENCE_S:g} s" in hung["error"]
     failure = json.loads((folder / "hung" / "failure.json").read_text())
     assert failure["kind"] == "failed"
+
+
+def words_of(text: str) -> list[str]:
+    """What follows `train` in the command of a launch configuration."""
+    joined = text.replace(",", " ").replace("]", "\n")
+    return re.findall(r"-m\s+loraover\.cli\s+train (.*)", joined)[0].split()
+
+
+@pytest.mark.parametrize("name", ["accelerate.yaml", "slurm.sh", "kubernetes.yaml"])
+def test_a_launch_configuration_starts_a_command_that_can_be_started_again(name: str) -> None:
+    text = (LAUNCH / name).read_text()
+    command = cli.get_command(click.Context(cli), "train")
+    assert command is not None
+    with command.make_context("train", words_of(text)) as context:
+        assert (context.params["recipe"], context.params["resume"]) == ("recipe.yaml", "auto")
+    if name.endswith(".sh"):
+        subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    elif name == "accelerate.yaml":
+        assert load_config_from_file(str(LAUNCH / name)).num_processes == 2
+    else:
+        replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
+        assert replicas["Worker"] == replicas["Master"]
+
+
+@pytest.mark.matrix
+def test_accelerate_starts_the_command_with_its_configuration(folder: Path, tmp_path: Path) -> None:
+    launcher = ["accelerate.commands.launch", "--config_file", str(LAUNCH / "accelerate.yaml"), "-m", "loraover.cli"]
+    words = ["train", str(folder / "recipe.yaml"), "-o", str(tmp_path / "out"), *RUNS["ddp"], "--resume", "auto"]
+    subprocess.run([sys.executable, "-m", *launcher, *words], check=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    assert losses(tmp_path / "out") == losses(folder / "ddp")
+
+
+@pytest.fixture(scope="module")
+def restarted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run whose rank 1 was killed in step 3, whose disk was then full, and which torchrun has started again."""
+    with small_disk(tmp_path_factory.mktemp("restarted") / "disk", 16 * 1024) as disk:
+        script = TESTS / "support" / "parallel_faults.py"
+        launched((*TORCHRUN, "--max-restarts", "2"), script, disk, folder / "recipe.yaml")
+        yield disk
+
+
+def test_a_run_that_is_started_again_ends_as_if_nothing_had_happened(restarted: Path, folder: Path) -> None:
+    assert losses(restarted / "run") == losses(folder / "ddp")
+    again, undisturbed = read_run(restarted / "run"), read_run(folder / "ddp")
+    assert (again.timed_steps, again.steps) == (STEPS - 2, STEPS)
+    assert (again.after, again.update_norm) == (undisturbed.after, undisturbed.update_norm)
+    assert not (restarted / "run" / "failure.json").exists()
+
+
+def test_each_fault_is_told_once_by_the_process_that_is_left(restarted: Path) -> None:
+    killed, full = (json.loads((restarted / f"{attempt}-0.json").read_text()) for attempt in (0, 1))
+    assert killed["code"] == full["code"] == 2
+    assert "process 1 of 2 has ended without a message" in killed["error"]
+    assert "No space left on device" in full["error"]
+    assert json.loads((restarted / "1-1.json").read_text())["error"] == ""
