@@ -79,13 +79,7 @@ def make_trainer(
         # TRL copies A and B of before training into a reference. They add nothing yet, so that the base model without
         # an adapter, which TRL takes where there is no copy, is the same reference.
         model.delete_adapter("ref")
-    if (made := _optimizer(recipe)) is not None:
-
-        def factory(*parameters: Any) -> Any:
-            """Make the optimizer, as older versions of transformers ask, or return what makes it from the model."""
-            return made(trainer.model) if parameters else made
-
-        trainer.optimizer_cls_and_kwargs = (factory, {})  # `optimizers` is ignored under DeepSpeed, refused under FSDP
+    _give_optimizer(trainer, recipe)
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics and recipe.trains_only_products:
         DiagnosticsCallback(over).add_to(trainer)
@@ -172,6 +166,19 @@ def _project_labelled_positions_only() -> None:
 
     if hasattr(utils, "_use_triton"):
         utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+
+
+def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
+    """Let a trainer make the recipe's optimizer: its `optimizers` are ignored under DeepSpeed, refused under FSDP."""
+    made = _optimizer(recipe)
+    if made is None:
+        return
+
+    def factory(*parameters: Any) -> Any:
+        """Make the optimizer, as older versions of transformers ask, or return what makes it from the model."""
+        return made(trainer.model) if parameters else made
+
+    trainer.optimizer_cls_and_kwargs = (factory, {})
 
 
 def _optimizer(recipe: Recipe) -> Callable[[Any], Any] | None:

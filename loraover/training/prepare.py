@@ -32,7 +32,7 @@ from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
-from loraover.training.run_folder import METRICS_FILE, write_recipe
+from loraover.training.run_folder import METRICS_FILE, with_processes, write_recipe
 from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, lora_options, make_arguments, trainer_name
 
@@ -94,8 +94,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     ranks = launched()
     check_names(recipe)
     if recipe.distributed.processes is None and ranks.size > 1:
-        processes = recipe.distributed.model_copy(update={"processes": ranks.size})
-        recipe = recipe.model_copy(update={"distributed": processes})
+        recipe = with_processes(recipe, ranks.size)
     with ranks.first_then_others():  # which finds what rank 0 has downloaded
         source = resolve_model(recipe.model, recipe.model_revision)
         is_seq2seq = is_encoder_decoder(source)
@@ -172,9 +171,8 @@ def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
     held_out = None if examples.test is None else examples.test.revision
     data = recipe.data.model_copy(update={"revision": examples.train.revision or held_out})
     processes = recipe.distributed.processes
-    distributed = recipe.distributed.model_copy(update={"processes": None if processes == 1 else processes})
-    pinned = {"model": source.name, "model_revision": source.revision, "data": data, "distributed": distributed}
-    return recipe.model_copy(update=pinned)
+    recipe = with_processes(recipe, None if processes == 1 else processes)  # so that other recipes stay as they are
+    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
 
 
 def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Examples) -> PreTrainedModel:

@@ -187,10 +187,7 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     """
     begun = _read_yaml(output / RECIPE_FILE)
     if recipe.distributed.processes is None:
-        processes = (begun.get("distributed") or {}).get("processes") or 1
-        recipe = recipe.model_copy(
-            update={"distributed": recipe.distributed.model_copy(update={"processes": processes})}
-        )
+        recipe = with_processes(recipe, (begun.get("distributed") or {}).get("processes") or 1)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
         recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
     data, kept = recipe.data, begun.get("data")
@@ -201,6 +198,12 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     ):
         recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
     return recipe
+
+
+def with_processes(recipe: Recipe, processes: int | None) -> Recipe:
+    """Return a recipe whose step has the micro-batches of so many processes."""
+    distributed = recipe.distributed.model_copy(update={"processes": processes})
+    return recipe.model_copy(update={"distributed": distributed})
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:
