@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 from loraover.common.errors import ConfigError, LoraOverError, ProcessError
 from loraover.common.memory import is_out_of_memory
 from loraover.common.reporter import SILENT, Reporter
 
 P = ParamSpec("P")
-Value = TypeVar("Value")
 
 GRACE_S = 5.0
 """Seconds in which a process that has failed waits for what the others say about it."""
 
 POLL_S = 0.05
+"""Seconds between two looks into the store."""
 
 
 class Ranks:
@@ -216,7 +216,7 @@ def _is_echo(error: BaseException) -> bool:
     """Whether an error may only say that another process has failed: the launcher's signal, or a broken exchange."""
     import torch
 
-    is_broken = isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in ("gloo", "NCCL", "Gloo"))
+    is_broken = isinstance(error, torch.distributed.DistError) or any(w in str(error) for w in ("gloo", "NCCL"))
     return isinstance(error, KeyboardInterrupt) or (isinstance(error, RuntimeError) and is_broken)
 
 
@@ -250,7 +250,8 @@ def launched() -> Ranks:
 def _launched(size: str, rank: str) -> Ranks:
     if size == "1":
         return Ranks()
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     try:
         store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=5)))

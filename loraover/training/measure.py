@@ -142,7 +142,8 @@ def _accuracy(
             answer=asked.answer,
             on_batch=lambda done: advance(min(ranks.size * done, len(rows))),
         )
-    return sum(ranks.gathered(round(share * len(mine)))) / len(pairs)
+    right: int = sum(ranks.gathered(round(share * len(mine))))
+    return right / len(pairs)
 
 
 def check_finite(value: float, what: str, advice: str) -> None:

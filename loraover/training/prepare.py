@@ -195,6 +195,6 @@ def planned_steps(recipe: Recipe, trainer: Trainer) -> int:
     """Return the optimizer steps of the run; a trainer may leave out examples that have no room for a completion."""
     training = recipe.training
     if recipe.trainer == "grpo" and training.num_train_epochs is not None:  # a prompt is in several micro-batches
-        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
+        per_epoch: int = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
         return math.ceil(training.num_train_epochs * per_epoch)
     return recipe.steps(len(trainer.train_dataset))

@@ -125,8 +125,8 @@ def _checked(
         if launched().of_first(lambda: is_finished(output)):
             report.line(f"{output}: the run is finished already")
             return read_run(output)
-        resume = launched().of_first(lambda: has_begun(output))
-    return _train(loaded, output, resume, report, command, record)
+    continues = launched().of_first(lambda: has_begun(output)) if resume == "auto" else resume
+    return _train(loaded, output, continues, report, command, record)
 
 
 def _command(
