@@ -151,7 +151,12 @@ class Ranks:
         if self._ended_by is not error:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all processes when one ends
-            self._ended_by = self._agreed(error)
+            from torch.distributed import DistError
+
+            try:
+                self._ended_by = self._agreed(error)
+            except DistError:  # rank 0 holds the store, unless the launcher does
+                self._ended_by = self._lost([0]) if _is_echo(error) else error
         return self._ended_by
 
     def _agreed(self, error: BaseException) -> BaseException:

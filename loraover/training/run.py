@@ -121,10 +121,9 @@ def _checked(
     if command is None:
         command = _command(recipe, output, overrides, record)
     launched().meet()  # before rank 0 makes a folder
-    if resume == "auto":
-        if launched().of_first(lambda: is_finished(output)):
-            report.line(f"{output}: the run is finished already")
-            return read_run(output)
+    if resume == "auto" and launched().of_first(lambda: is_finished(output)):
+        report.line(f"{output}: the run is finished already")
+        return read_run(output)
     continues = launched().of_first(lambda: has_begun(output)) if resume == "auto" else resume
     return _train(loaded, output, continues, report, command, record)
 

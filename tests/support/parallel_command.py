@@ -1,9 +1,9 @@
-"""A script for two processes: `loraover train` under each engine, continued, and refused.
+"""A script for torchrun: `loraover train` in two processes, under each engine, continued, and refused.
 
     torchrun --standalone --nproc-per-node 2 support/parallel_command.py FOLDER
 
 FOLDER holds `recipe.yaml`, and in `alone` a run of it that one process has left after `HALTED` steps. Each process
-leaves what it saw in FOLDER/<rank>.json.
+leaves what it saw in FOLDER/<rank>.json. In the last run, rank 1 stops answering.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from accelerate import PartialState
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.training import prepare
+from loraover.training.progress import TrainingProgress
 
 from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
 
 STEPS, HALTED = 4, 2
+PATIENCE_S = 4.0
 LAUNCH = Path(__file__).parents[2] / "docs" / "examples" / "launch"
 LORA_PLUS = ("--method", "lora", "--set", "training.loraplus_lr_ratio=4")
 
@@ -61,6 +65,12 @@ def called(*words: object) -> dict[str, Any]:
     return {"code": code, "out": out.getvalue(), "error": error.getvalue()}
 
 
+def halt(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    """Stop this process for good, as a machine that hangs does."""
+    if state.global_step == HALTED:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def main(folder: Path) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     rank, recipe = int(os.environ["RANK"]), folder / "recipe.yaml"
@@ -84,6 +94,15 @@ def main(folder: Path) -> None:
     found["again"] = called(recipe, "-o", folder / "ddp", *RUNS["ddp"], "--resume", "auto")
     found["others"] = called(recipe, "-o", folder / "alone", "--resume", "auto")
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    if rank == 1:
+        (folder / "1.pid").write_text(str(os.getpid()))
+        TrainingProgress.on_step_end = halt  # type: ignore[method-assign]
+    began = time.monotonic()
+    found["hung"] = called(recipe, "-o", folder / "hung", *halves("--set", f"training.ddp_timeout={PATIENCE_S}"))
+    found["hung"]["seconds"] = time.monotonic() - began
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    os.kill(int((folder / "1.pid").read_text()), signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`loraover train` in two processes that a launcher starts: one run, as one process trains it."""
+"""`loraover train` in two processes that torchrun starts: one run, as one process trains it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,13 @@ import click
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from torch.multiprocessing.spawn import ProcessExitedException
 
 from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.training.run_result import read_run
 
-from support.parallel_command import LAUNCH, LORA_PLUS, RUNS, STEPS
-from support.parallel_faults import FAULTS, PATIENCE_S
-from support.processes import TESTS, TORCHRUN, launched, script_in_two_processes
+from support.parallel_command import LAUNCH, LORA_PLUS, PATIENCE_S, RUNS, STEPS
+from support.processes import TESTS, TORCHRUN, launched
 from support.resumed_run import stopped
 from support.small_disk import small_disk
 from support.tiny_hub import write_recipe
@@ -50,7 +46,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.copy(recipe, folder / "only-0.yaml")
     stopped(recipe, folder / "alone", 3)
-    script_in_two_processes(TESTS / "support" / "parallel_command.py", folder)
+    launched(TORCHRUN, TESTS / "support" / "parallel_command.py", folder, fails=True)
     return folder
 
 
@@ -139,6 +135,14 @@ def test_two_processes_go_on_for_one_and_one_for_two(
     assert read_run(left).processes == 1
 
 
+def test_a_process_that_hangs_ends_the_run_with_a_message(folder: Path, saw: list[dict[str, Any]]) -> None:
+    hung = saw[0]["hung"]
+    assert (hung["code"], "hung" in saw[1]) == (2, False)
+    assert f"process 1 of 2 has ended without a message, or has not answered for {PATIENCE_S:g} s" in hung["error"]
+    failure = json.loads((folder / "hung" / "failure.json").read_text())
+    assert failure["kind"] == "failed"
+
+
 def words_of(text: str) -> list[str]:
     """What follows `train` in the command of a launch configuration."""
     joined = text.replace(",", " ").replace("]", "\n")
@@ -170,50 +174,19 @@ def test_accelerate_starts_the_command_with_its_configuration(folder: Path, tmp_
     assert losses(tmp_path / "out") == losses(folder / "ddp")
 
 
-@pytest.fixture(scope="module")
-def restarted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run that was started four times: its rank 1 was killed in step 3, stopped there, its disk was full, then done."""
-    script = TESTS / "support" / "parallel_faults.py"
-    with (
-        small_disk(tmp_path_factory.mktemp("restarted") / "disk", 16 * 1024) as disk,
-        pytest.MonkeyPatch.context() as m,
-    ):
-        for attempt in range(len(FAULTS) + 1):
-            m.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
-            with suppress(ProcessExitedException):
-                script_in_two_processes(script, disk, folder / "recipe.yaml")
-        yield disk
-
-
-def test_a_run_that_is_started_again_ends_as_if_nothing_had_happened(restarted: Path, folder: Path) -> None:
-    check_restarted(restarted / "run", folder / "ddp")
-
-
-def check_restarted(again: Path, undisturbed: Path) -> None:
-    assert losses(again) == losses(undisturbed)
-    found, expected = read_run(again), read_run(undisturbed)
-    assert (found.timed_steps, found.steps) == (STEPS - 2, STEPS)
-    assert (found.after, found.update_norm) == (expected.after, expected.update_norm)
-    assert not (again / "failure.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("fault", "named"),
-    [
-        ("killed", "process 1 of 2 has ended without a message"),
-        ("stopped", f"or has not answered for {PATIENCE_S:g} s (training.ddp_timeout)"),
-        ("full", "No space left on device"),
-    ],
-)
-def test_a_fault_is_told_by_the_process_that_is_left(fault: str, named: str, restarted: Path) -> None:
-    told = json.loads((restarted / f"{FAULTS[fault][0]}-0.json").read_text())
-    assert told["code"] == 2
-    assert named in told["error"]
-
-
 @pytest.mark.matrix
-def test_torchrun_starts_a_run_again(folder: Path, tmp_path: Path) -> None:
-    script = TESTS / "support" / "parallel_faults.py"
+def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed in step 3, then the disk is full in step 4, then nothing happens; each time from step 2."""
     with small_disk(tmp_path / "disk", 16 * 1024) as disk:
-        launched((*TORCHRUN, "--max-restarts", str(len(FAULTS))), script, disk, folder / "recipe.yaml")
-        check_restarted(disk / "run", folder / "ddp")
+        script = TESTS / "support" / "parallel_faults.py"
+        launched((*TORCHRUN, "--max-restarts", "2"), script, disk, folder / "recipe.yaml")
+        again, undisturbed = disk / "run", folder / "ddp"
+        assert losses(again) == losses(undisturbed)
+        found, expected = read_run(again), read_run(undisturbed)
+        assert (found.timed_steps, found.after, found.update_norm) == (2, expected.after, expected.update_norm)
+        assert not (again / "failure.json").exists()
+        killed, full, other = (json.loads((disk / f"{name}.json").read_text()) for name in ("0-0", "1-0", "1-1"))
+    assert killed["code"] == full["code"] == other["code"] == 2
+    assert "process 1 of 2 has ended without a message" in killed["error"]
+    assert "No space left on device" in full["error"]
+    assert other["error"] == ""
