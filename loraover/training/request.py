@@ -40,7 +40,7 @@ class TrainRequest(Request):
         "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
         "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
         "loraover train demo --resume",
-        "torchrun --nproc-per-node 2 -m loraover.cli train demo -o runs/both --resume auto",
+        "loraover train demo -o runs/demo --resume auto",
     )
     json_help = "Print the result, or the plan, as JSON."
 
