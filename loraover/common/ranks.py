@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -27,6 +28,9 @@ P = ParamSpec("P")
 
 GRACE_S = 5.0
 """Seconds in which a process that has failed waits for what the others say about it."""
+
+MEETING_S = 300
+"""Seconds in which the processes of a launcher have to find each other."""
 
 POLL_S = 0.05
 """Seconds between two looks into the store."""
@@ -103,6 +107,24 @@ class Ranks:
             time.sleep(POLL_S)
         found: bytes = self._store.get(place)
         return found
+
+    def start_group(self, backend: str, timeout_s: float) -> None:
+        """Start torch.distributed's process group, if there is none yet, with keys that no earlier start has left.
+
+        Args:
+            backend: Name of its backend, such as gloo.
+            timeout_s: Seconds after which one of its exchanges fails.
+        """
+        from torch import distributed
+
+        if self._store is not None and not distributed.is_initialized():
+            distributed.init_process_group(
+                backend,
+                store=distributed.distributed_c10d.PrefixStore("group", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=timeout_s),
+            )
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
@@ -259,10 +281,48 @@ def _launched(size: str, rank: str) -> Ranks:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, number, count = next(rendezvous("env://", timeout=timedelta(minutes=5)))
+        store, number, count = next(rendezvous("env://", timeout=timedelta(seconds=MEETING_S)))
+        ours = PrefixStore("loraover", store)
+        return Ranks(number, count, PrefixStore(name_of_start(ours, number, count), ours))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {size}, so that this is one of {size} processes, and they do not find each other: {error}. "
             "Start the run with torchrun or accelerate launch, or unset WORLD_SIZE."
         ) from error
-    return Ranks(number, count, PrefixStore("loraover", store))
+
+
+def name_of_start(store: Any, rank: int, size: int) -> str:
+    """Agree on a name that these processes alone have: torchrun's store keeps the keys of those before a restart.
+
+    Every process says a word, rank 0 says all words, and it ends the talk when each has repeated them with its own.
+
+    Args:
+        store: Store of torch.distributed.
+        rank: Number of this process.
+        size: Number of processes.
+
+    Raises:
+        RuntimeError: One of them does not come.
+    """
+
+    def said(place: str) -> str:
+        return store.get(place).decode() if store.check([place]) else ""
+
+    word = secrets.token_hex(8)
+    store.set(f"word/{rank}", word)
+    until = time.monotonic() + MEETING_S
+    while time.monotonic() < until:
+        if rank == 0:
+            words = [said(f"word/{other}") for other in range(size)]
+            all_words = ".".join(words)
+            if all(words):
+                store.set("words", all_words)
+            if all(said(f"heard/{other}") == all_words for other in range(1, size)):
+                store.set("begun", all_words)
+                return all_words
+        elif word in (all_words := said("words")):
+            store.set(f"heard/{rank}", all_words)
+            if said("begun") == all_words:
+                return all_words
+        time.sleep(POLL_S)
+    raise RuntimeError(f"one of them has not come within {MEETING_S} s")

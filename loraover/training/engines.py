@@ -115,6 +115,8 @@ def engine_options(recipe: Recipe) -> dict[str, Any]:
     has_accelerator = torch.accelerator.is_available()
     if not has_accelerator:
         options["ddp_backend"] = "gloo"
+    if torch.cuda.is_available() or not has_accelerator:  # of other accelerators, Accelerate knows the backend
+        launched().start_group("nccl" if has_accelerator else "gloo", PREPARATION_S)
     engine = recipe.distributed.engine
     settings = ENGINES[engine] | _given(recipe.distributed.config)
     if engine.startswith("zero"):

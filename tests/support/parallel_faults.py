@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 --max-restarts 2 support/parallel_faults.py FOLDER RECIPE
 
 First rank 1 is killed in a step, then the disk of FOLDER is full when rank 0 saves a checkpoint. Each process that
-survives an attempt leaves what it saw in FOLDER/<attempt>-<rank>.json.
+survives an attempt leaves what it saw beside RECIPE, in fault-<attempt>-<rank>.json.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(folder: Path, recipe: Path) -> None:
     found = called(recipe, "-o", folder / "run", *halves("--resume", "auto"))
     if rank == 0:
         filler.unlink(missing_ok=True)
-    (folder / f"{attempt}-{rank}.json").write_text(json.dumps(found))
+    (recipe.parent / f"fault-{attempt}-{rank}.json").write_text(json.dumps(found))
     sys.exit(found["code"])
 
 

@@ -30,6 +30,9 @@ from support.trained_run import losses, metrics
 
 pytestmark = pytest.mark.process
 
+SURVIVORS = ("0-0", "1-0", "1-1")
+"""Attempt and rank of each process that ends by itself in an attempt that fails."""
+
 TOLERANCE = 1e-5
 """Largest relative difference of a loss: sums of float32 gradients in another order, through four steps."""
 
@@ -185,7 +188,9 @@ def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(folder
         found, expected = read_run(again), read_run(undisturbed)
         assert (found.timed_steps, found.after, found.update_norm) == (2, expected.after, expected.update_norm)
         assert not (again / "failure.json").exists()
-        killed, full, other = (json.loads((disk / f"{name}.json").read_text()) for name in ("0-0", "1-0", "1-1"))
+        killed, full, other = (
+            json.loads((folder / f"fault-{name}.json").read_text()) for name in ("0-0", "1-0", "1-1")
+        )
     assert killed["code"] == full["code"] == other["code"] == 2
     assert "process 1 of 2 has ended without a message" in killed["error"]
     assert "No space left on device" in full["error"]

@@ -148,3 +148,14 @@ def test_alone_everything_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2"):
         launched()
+
+
+def test_processes_that_are_started_again_do_not_read_what_the_former_ones_left() -> None:
+    store = HashStore()
+    names: list[str] = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            agreed = [*threads.map(lambda rank: room.name_of_start(store, rank, 3), range(3))]
+        assert len({*agreed}) == 1
+        names.append(agreed[0])
+    assert len({*names}) == 3
