@@ -293,6 +293,8 @@ def unwritable(error: BaseException, target: Path) -> BaseException:
         target: The folder, which keeps what it holds.
     """
     failure = _as_os_error(error) if isinstance(error, Exception) else None
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save says only where it was cut
+        failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if failure is None or failure.errno not in UNWRITABLE:
         return error
     return OutputError(f"cannot write {target}: {failure.strerror}. Free space, and continue with what is there.")
