@@ -80,7 +80,7 @@ def launched(launcher: tuple[str, ...], script: Path, *arguments: object, fails:
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", *launcher, str(script), *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
     assert (ended.returncode != 0) is fails, ended.stdout + ended.stderr
 
 
