@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from torch.distributed.distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore
 
 from loraover.common import ranks as room
 from loraover.common.errors import ConfigError, DataError, ProcessError
