@@ -207,7 +207,6 @@ FACTS = (
     "loraover train ended without a result",
     "of training batches, which loraover train does not measure",
     "loraover serve record",
-    "processes, and loraover train is one process",
 )
 """Texts that name a command, and do not say to run it."""
 

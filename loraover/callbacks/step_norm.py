@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.error_bounds import gamma, unit_roundoff
 from loraover.overparam.expert_part import SIDES, part_of
-from loraover.overparam.sharding import full
+from loraover.overparam.sharding import whole
 from loraover.overparam.sites import lora_layers, matrices_of
 
 
@@ -53,9 +53,9 @@ def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
     for module, layer in lora_layers(model).items():
         name = layer.active_adapters[0] if adapter is None else adapter
         if name in layer.lora_A:
-            a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+            a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
         elif name in layer.lora_embedding_A:
-            a, b = layer.lora_embedding_A[name].detach(), layer.lora_embedding_B[name].detach()
+            a, b = whole(layer.lora_embedding_A[name]), whole(layer.lora_embedding_B[name])
         else:
             continue
         for (path, of_a), (_, of_b) in zip(*(matrices_of(module, layer, side) for side in SIDES), strict=True):
@@ -64,7 +64,7 @@ def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
 
 
 def _copy(matrix: Tensor) -> Tensor:
-    return full(matrix).cpu().to(torch.float64, copy=True)  # an Apple GPU has no float64
+    return matrix.cpu().to(torch.float64, copy=True)  # an Apple GPU has no float64
 
 
 def step_norm(before: Mapping[str, Factors], after: Mapping[str, Factors]) -> float:

@@ -17,7 +17,7 @@ from loraover.common.errors import CheckpointError
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.parameterization import OverParameterization
-from loraover.overparam.sharding import full, world_size
+from loraover.overparam.sharding import full
 from loraover.overparam.sites import only_adapter
 
 
@@ -33,8 +33,8 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
     Raises:
         ConfigError: Several adapters are trained.
-        CheckpointError: The model's sites, the configuration, the number of steps or the number of processes differ
-            from the checkpoint's, or the model's matrices contradict the cores.
+        CheckpointError: The model's sites, the configuration or the number of steps differ from the checkpoint's, or
+            the model's matrices contradict the cores.
 
     Mutates:
         The model's matrices become the contraction of the cores.
@@ -157,11 +157,6 @@ def _check_resumable(over: OverParameterization, checkpoint: Checkpoint) -> None
         raise CheckpointError(
             f"{checkpoint.path}: was trained on {checkpoint.meta.base_model}, the model was loaded from "
             f"{over.base_model}; load that one, or set its `name_or_path` if it is a copy."
-        )
-    if checkpoint.meta.world_size != world_size():
-        raise CheckpointError(
-            f"{checkpoint.path}: was trained by {checkpoint.meta.world_size} process(es), this run has {world_size()}; "
-            "the data would be divided differently. Resume with the same number, or start anew."
         )
     missing = sorted(checkpoint.sites.keys() - over.sites.keys())
     if missing:

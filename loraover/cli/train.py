@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,52 +19,58 @@ def _run(request: TrainRequest, as_json: bool) -> None:
     from rich.console import Console
 
     from loraover.common.command_line import quiet_libraries
+    from loraover.common.ranks import launched
     from loraover.training.recipe import load_recipe
 
-    recipe = load_recipe(request.recipe, request.overrides)
-    quiet_libraries()
-    (_plan if request.plan else _train)(request, recipe, Console(stderr=as_json), as_json)
+    with launched().together():
+        recipe = load_recipe(request.recipe, request.overrides)
+        launched().meet()
+        quiet_libraries()
+        (_plan if request.plan else _train)(request, recipe, Console(stderr=as_json), as_json)
 
 
 def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
+    from loraover.common.ranks import launched
     from loraover.reporting.reporter import ConsoleReporter
     from loraover.training.plan import make_plan
     from loraover.training.show import show_plan
 
-    found = make_plan(recipe, ConsoleReporter(console))
+    ranks = launched()
+    found = make_plan(recipe, ranks.heard(ConsoleReporter(console)))
     if as_json:
-        print(found.model_dump_json(indent=1))
+        ranks.write(print, found.model_dump_json(indent=1))
     else:
-        show_plan(found, console)
+        ranks.write(show_plan, found, console)
 
 
 def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
     from dataclasses import replace
     from pathlib import Path
 
+    from loraover.common.ranks import launched
     from loraover.reporting.reporter import ConsoleReporter
     from loraover.training.run import train
-    from loraover.training.run_folder import RECIPE_FILE, new_run_folder, newest_unfinished, product
+    from loraover.training.run_folder import RECIPE_FILE, product, run_folder
 
-    report, name = ConsoleReporter(console), request.recipe or Path(request.data or "run").name
-    folder = request.output or (newest_unfinished(name) if request.resume else new_run_folder(name))
+    ranks, name = launched(), request.recipe or Path(request.data or "run").name
+    report = ranks.heard(ConsoleReporter(console))
+    resume: Any = {None: False, "begun": True}.get(request.resume, request.resume)
+    folder = request.output or Path(ranks.of_first(lambda: str(run_folder(name, resume=resume))))
     if request.output is None:
         report.line(f"run: {folder}")
     try:
-        result = train(
-            recipe, folder, resume=request.resume, report=report, command=request.command(), record=request.record
-        )
+        result = train(recipe, folder, resume=resume, report=report, command=request.command(), record=request.record)
     except KeyboardInterrupt:
         if folder.exists() and recipe.can_resume:
             again = f"{replace(request, output=folder).command()} --resume"
-            click.echo(f"To continue from the last complete checkpoint: {again}", err=True)
+            ranks.write(click.echo, f"To continue from the last complete checkpoint: {again}", err=True)
         raise
     if request.recipe is None:
         report.line(f"recipe: {folder / RECIPE_FILE}")
     made = product(recipe, folder)
     report.line(f"{made.name}: {made}")
     if as_json:
-        print(result.model_dump_json(indent=1))
+        ranks.write(print, result.model_dump_json(indent=1))
 
 
 train = request_command(TrainRequest, _run)

@@ -285,6 +285,21 @@ def _as_os_error(error: Exception) -> OSError | None:
     return None if number is None else OSError(number, os.strerror(number))
 
 
+def unwritable(error: BaseException, target: Path) -> BaseException:
+    """Return an OutputError for an exception that says that a disk is full or read-only; any other exception itself.
+
+    Args:
+        error: What has ended work that writes into a folder piece by piece, such as training.
+        target: The folder, which keeps what it holds.
+    """
+    failure = _as_os_error(error) if isinstance(error, Exception) else None
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save says only where it was cut
+        failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if failure is None or failure.errno not in UNWRITABLE:
+        return error
+    return OutputError(f"cannot write {target}: {failure.strerror}. Free space, and continue with what is there.")
+
+
 def _is_about(error: OSError, draft: Path) -> bool:
     """Whether an error names the draft, a folder above it, or no file at all, as the error of a full disk does."""
     if error.filename is None:

@@ -146,6 +146,8 @@ def _explain(error: BaseException) -> int:
     """Show an error that a user can act on and return its exit code; raise any other error again."""
     if isinstance(error, click.ClickException):
         error.show()
+    elif isinstance(error, LoraOverError) and error.is_told:
+        pass
     elif isinstance(error, LoraOverError):
         text = printable(str(error)) if not isinstance(error, EngineError) else _printable_lines(str(error))
         print(f"error: {text}", file=sys.stderr)

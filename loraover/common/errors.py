@@ -10,6 +10,7 @@
     ├── DataError        (ValueError)    training or evaluation data that cannot be read
     ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
     ├── ParityError      (ValueError)    measurements that cannot answer what was asked
+    ├── ProcessError     (RuntimeError)  a process of a run that has failed or does not answer
     └── OutputError      (OSError)       a destination that cannot be written
         └── UnwrittenReportError         a finished measurement whose report could not be written
 
@@ -22,7 +23,13 @@ from typing import Any
 
 
 class LoraOverError(Exception):
-    """Base of this project's errors: what was found, what was expected, what to do."""
+    """Base of this project's errors: what was found, what was expected, what to do.
+
+    Attributes:
+        is_told: Whether another process of the run shows the message to the user.
+    """
+
+    is_told = False
 
 
 class ConfigError(LoraOverError, ValueError):
@@ -59,6 +66,10 @@ class EngineError(LoraOverError, RuntimeError):
 
 class ParityError(LoraOverError, ValueError):
     """Measurements that cannot answer what was asked."""
+
+
+class ProcessError(LoraOverError, RuntimeError):
+    """A process of a run that has failed or does not answer."""
 
 
 class OutputError(LoraOverError, OSError):

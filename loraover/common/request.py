@@ -60,6 +60,7 @@ class Spec:
         short: Short form of the option, such as "-o".
         metavar: Word for the value in the help text.
         choices: Values that are allowed; empty: all.
+        alone: Choice that the option means where it stands without a value; None: it needs one.
         also: Other spellings of choices, by spelling.
         accepts: Function that says whether a value that is none of `choices` is allowed.
         least: Smallest number that is allowed.
@@ -84,6 +85,7 @@ class Spec:
     short: str | None = None
     metavar: str | None = None
     choices: Sequence[str] = ()
+    alone: str | None = None
     also: Mapping[str, str] = field(default_factory=dict)
     accepts: Callable[[str], bool] | None = None
     least: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import click
 from loraover.common.command_line import Command, quiet_libraries
 from loraover.common.errors import UnwrittenReportError
 from loraover.common.places import imported
-from loraover.common.request import Declared, Request, declarations, written_as_flags
+from loraover.common.request import Declared, Request, Spec, declarations, written_as_flags
 from loraover.common.verb import perform
 
 Body = Callable[[Any, bool], int | None]
@@ -41,7 +41,30 @@ def request_command(request: type[Request], body: Body) -> click.Command:
     name = request.verb.split()[-1]
     more: dict[str, Any] = {"params": params, "callback": callback, "help": request.__doc__}
     more["examples"] = request.examples
-    return Command(name, **more) if rest is None else _SplitAtDashes(name, rest=fields[rest].spec.metavar, **more)
+    alone = {one.flag: one.spec for one in fields.values() if one.spec.alone is not None}
+    if rest is not None:
+        return _SplitAtDashes(name, rest=fields[rest].spec.metavar, **more)
+    return _WithLoneFlags(name, alone=alone, **more) if alone else Command(name, **more)
+
+
+class _WithLoneFlags(Command):
+    """A command some of whose options may stand without their value, also before an argument.
+
+    Args:
+        alone: Declarations of these options, by flag.
+    """
+
+    def __init__(self, *args: Any, alone: Mapping[str, Spec], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.alone = alone
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = list(args)
+        for i, (word, after) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+            spec = self.alone.get(word)
+            if spec is not None and after not in spec.choices:
+                words[i] = f"{word}={spec.alone}"
+        return super().parse_args(ctx, words)
 
 
 class _SplitAtDashes(Command):

@@ -71,7 +71,8 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
     """Choose the micro-batch of a recipe whose batch size is auto: the largest that the plan says fits.
 
     A step has as many examples as without auto, since micro-batches are accumulated, so that the result of a run does
-    not depend on the machine's memory. If not even one example fits, activations are recomputed.
+    not depend on the machine's memory; or fewer, where processes cannot share them evenly. If not even one example
+    fits, activations are recomputed.
 
     Raises:
         ConfigError: Not even one example fits.
@@ -80,11 +81,12 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
     if training.per_device_train_batch_size != AUTO:
         return recipe
     memory = total_memory(choose_device("auto").type)
+    processes, in_a_step = recipe.distributed.processes or 1, training.gradient_accumulation_steps * BATCH
     for checkpointing in sorted({training.gradient_checkpointing, True}):
-        for batch in (8, 4, 2, 1):
+        for batch in (size for size in (8, 4, 2, 1) if size == 1 or size * processes <= in_a_step):
             values: dict[str, Any] = {
                 "per_device_train_batch_size": batch,
-                "gradient_accumulation_steps": training.gradient_accumulation_steps * (BATCH // batch),
+                "gradient_accumulation_steps": max(1, in_a_step // (batch * processes)),
                 "gradient_checkpointing": checkpointing,
             }
             tried = recipe.model_copy(update={"training": training.model_copy(update=values)})

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.atomic_output import publish_directory, publish_text
-from loraover.common.errors import DivergedError, LoraOverError, OutputError
+from loraover.common.errors import DivergedError, LoraOverError, OutputError, ProcessError
 from loraover.common.memory import is_out_of_memory
 from loraover.common.strict_json import read_json
 
@@ -45,7 +45,7 @@ def failure_of(error: Exception) -> Failure:
     elif is_out_of_memory(error):
         kind = "out_of_memory"
     else:
-        kind = "refused" if is_ours else "failed"
+        kind = "refused" if is_ours and not isinstance(error, ProcessError) else "failed"
     return Failure(kind=kind, message=message.encode(errors="backslashreplace").decode())  # a path may be no UTF-8
 
 

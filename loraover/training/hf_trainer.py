@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from loraover.training.methods.base import TrainingMethod
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe, parse_override
 from loraover.training.recipe_parts import SOAP
-from loraover.training.trainers import TRAINERS, build, make_arguments
+from loraover.training.trainers import TRAINERS, build
 
 
 def make_trainer(
@@ -33,7 +33,7 @@ def make_trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: Any,
     examples: Examples,
-    output: Path,
+    arguments: Any,
     progress: TrainingProgress,
     over: LoraOverCallback | None,
     method: TrainingMethod,
@@ -46,7 +46,7 @@ def make_trainer(
         model: The model to train, with its adapter unless all weights are trained.
         tokenizer: The model's tokenizer.
         examples: Training and held-out rows.
-        output: The run's folder.
+        arguments: The trainer's settings.
         progress: Writer of the run's log.
         over: Owner of the cores; None for other methods.
         method: The recipe's method.
@@ -58,7 +58,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [] if over is None else [over]
     callbacks += [MethodCallback(method)]
     callbacks += [progress, SealCheckpoints()]
-    options: dict[str, Any] = {"optimizers": (_optimizer(recipe, model), None)}
+    options: dict[str, Any] = {}
     if name == "grpo":
         options["reward_funcs"] = [find_reward(reward) for reward in recipe.reward_funcs]
     if TRAINERS[name].library == "trl":
@@ -68,7 +68,7 @@ def make_trainer(
         "training",
         {
             "model": model,
-            "args": make_arguments(recipe, name, output),
+            "args": arguments,
             **_data(name, recipe, model, tokenizer, examples),
             "processing_class": tokenizer,
             "callbacks": callbacks,
@@ -79,6 +79,7 @@ def make_trainer(
         # TRL copies A and B of before training into a reference. They add nothing yet, so that the base model without
         # an adapter, which TRL takes where there is no copy, is the same reference.
         model.delete_adapter("ref")
+    _give_optimizer(trainer, recipe)
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics and recipe.trains_only_products:
         DiagnosticsCallback(over).add_to(trainer)
@@ -167,19 +168,38 @@ def _project_labelled_positions_only() -> None:
         utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
 
 
-def _optimizer(recipe: Recipe, model: PreTrainedModel | PeftModel) -> Any:
-    """Make an optimizer that the Trainer does not know; None: the Trainer makes its own."""
+def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
+    """Let a trainer make the recipe's optimizer: its `optimizers` are ignored under DeepSpeed, refused under FSDP."""
+    made = _optimizer(recipe)
+    if made is None:
+        return
+
+    def factory(*parameters: Any) -> Any:
+        """Make the optimizer, as older versions of transformers ask, or return what makes it from the model."""
+        return made(trainer.model) if parameters else made
+
+    trainer.optimizer_cls_and_kwargs = (factory, {})
+
+
+def _optimizer(recipe: Recipe) -> Callable[[Any], Any] | None:
+    """Return what makes an optimizer from the model where the Trainer does not know it; None: the Trainer makes one."""
     training = recipe.training
     if training.optim == SOAP:
-        try:
-            return _with_rates(recipe, model, _soap(recipe), _optimizer_options(recipe))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"training.optim_args: SOAP refuses them: {error}") from error
+        kind, options = _soap(recipe), _optimizer_options(recipe)
+
+        def soap(model: Any) -> Any:
+            try:
+                return _with_rates(recipe, model, kind, options)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"training.optim_args: SOAP refuses them: {error}") from error
+
+        return soap
     if training.loraplus_lr_ratio is None:
         return None
-    if not isinstance(model, PeftModel) or training.optim not in ("adamw_torch", "adamw_torch_fused"):
+    if recipe.method == "full" or training.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch, adamw_torch_fused or soap.")
-    return _with_rates(recipe, model, torch.optim.AdamW, {"fused": training.optim == "adamw_torch_fused"})
+    fused = {"fused": training.optim == "adamw_torch_fused"}
+    return lambda model: _with_rates(recipe, model, torch.optim.AdamW, fused)
 
 
 def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any]) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError, DivergedError
+from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.evaluation.generation import answer_rooms
-from loraover.evaluation.held_out import any_number, exact_match, example_losses, token_loss
+from loraover.evaluation.held_out import Scored, any_number, exact_match, example_losses, token_loss
+from loraover.training.engines import CUTS_WEIGHTS
 from loraover.training.prepare import Prepared
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import EvaluationSettings
@@ -52,14 +54,17 @@ def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when:
     """
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
-    rows = run.examples.test.rows
+    if when == BEFORE and recipe.distributed.engine in CUTS_WEIGHTS:
+        report.line(f"not measured {BEFORE}: {recipe.distributed.engine} cuts the weights when the first step begins")
+        return None
+    rows, ranks = run.examples.test.rows, launched()
     with report.task(f"held-out loss {when}", len(rows)) as advance:
         if run.trainer_name in BY_TOKEN:
-            scored = example_losses(run.model, run.trainer.get_eval_dataloader(), on_batch=advance)
+            scored = _scored(run, lambda done: advance(min(ranks.size * done, len(rows))))
             loss, fitting = token_loss(scored), sum(example.tokens > 0 for example in scored)
             _check_fitting(fitting, rows, recipe, report)
             if when == AFTER:
-                publish_text(output / HELD_OUT_FILE, json.dumps(scored) + "\n")
+                ranks.write(publish_text, output / HELD_OUT_FILE, json.dumps(scored) + "\n")
         else:
             loss, fitting = _trainer_loss(run, advance), len(rows)
     lower = LOWER.format(recipe.training.peak_rate)
@@ -67,8 +72,23 @@ def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when:
     accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
     measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
     report.line(f"{when}: {measures}")
-    log_measures(output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
+    ranks.write(log_measures, output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
     return measures
+
+
+def _scored(run: Prepared, on_batch: Callable[[int], None]) -> list[Scored]:
+    """Return the loss of each held-out row, in order; each process takes every so-many-th batch.
+
+    Accelerate fills the last round of batches up with the first rows, so that all processes have equally many.
+    """
+    if run.recipe.distributed.engine == "zero2" and run.recipe.model_init.quantization is None:
+        run.model.to(run.trainer.args.device)  # which DeepSpeed does when the first step begins
+    batches = run.trainer.get_eval_dataloader()
+    size = run.trainer.args.per_device_eval_batch_size
+    mine = example_losses(run.model, batches, on_batch=on_batch)
+    parts = [[Scored(*pair) for pair in part] for part in launched().gathered(mine)]
+    rounds = zip(*([part[i : i + size] for i in range(0, len(mine), size)] for part in parts), strict=True)
+    return [row for batches in rounds for batch in batches for row in batch][: len(run.trainer.eval_dataset)]
 
 
 def _trainer_loss(run: Prepared, advance: Any) -> float:
@@ -103,7 +123,9 @@ def _accuracy(
     run: Prepared, rows: Sequence[Row], asked: EvaluationSettings, report: Reporter, when: str
 ) -> float | None:
     """Measure exact match; None, with a line that says why, if numbers are compared and no held-out row has one."""
+    ranks = launched()
     pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in _asked(rows)]
+    mine = pairs[ranks.rank :: ranks.size]
     if asked.answer == "number" and not any_number(pairs):
         report.line(
             "no held-out completion has a number, so exact match is not measured; set evaluation.answer to text to "
@@ -111,15 +133,17 @@ def _accuracy(
         )
         return None
     with report.task(f"held-out answers {when}", len(rows)) as advance:
-        return exact_match(
+        share = exact_match(
             run.model,
             run.tokenizer,
-            pairs,
+            mine,
             max_new_tokens=asked.max_new_tokens,
             batch_size=asked.batch_size,
             answer=asked.answer,
-            on_batch=advance,
+            on_batch=lambda done: advance(min(ranks.size * done, len(rows))),
         )
+    right: int = sum(ranks.gathered(round(share * len(mine))))
+    return right / len(pairs)
 
 
 def check_finite(value: float, what: str, advice: str) -> None:

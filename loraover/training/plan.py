@@ -102,7 +102,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT) -> TrainingPlan:
     training = recipe.training
     examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)
     steps = recipe.steps(examples or 0)
-    seen = steps * training.micro_batch * training.gradient_accumulation_steps * recipe.clients
+    in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
+    seen = steps * in_a_step * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
     return TrainingPlan(

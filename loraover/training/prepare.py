@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.step_norm import Factors, factors
 from loraover.common.errors import ConfigError
+from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_model, load_tokenizer, resolve_model
 from loraover.overparam.parameterization import OverParameterization
@@ -21,6 +22,7 @@ from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import check_chat, check_names, note_slow_precision, row_form, weights_dtype
 from loraover.training.defaults import with_batch, with_defaults
+from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples, load_examples, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
 from loraover.training.lengths import check_lengths, count_tokens
@@ -30,7 +32,7 @@ from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
-from loraover.training.run_folder import METRICS_FILE, write_recipe
+from loraover.training.run_folder import METRICS_FILE, with_processes, write_recipe
 from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, lora_options, make_arguments, trainer_name
 
@@ -89,11 +91,15 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         ConfigError: The recipe does not fit its model, its data or this machine.
         DataError: The data cannot be read, have changed since a run that is resumed, or hold no example to learn from.
     """
+    ranks = launched()
     check_names(recipe)
-    source = resolve_model(recipe.model, recipe.model_revision)
+    if recipe.distributed.processes is None and ranks.size > 1:
+        recipe = with_processes(recipe, ranks.size)
+    with ranks.first_then_others():  # which finds what rank 0 has downloaded
+        source = resolve_model(recipe.model, recipe.model_revision)
+        is_seq2seq = is_encoder_decoder(source)
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
-    is_seq2seq = is_encoder_decoder(source)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, output)  # refused before anything large is loaded
     lora_options(recipe)
@@ -101,24 +107,21 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         find_reward(reward)
     tokenizer = load_tokenizer(source)
     measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
-    examples = load_examples(measured, row_form(recipe, name, tokenizer))
+    with ranks.first_then_others():
+        examples = load_examples(measured, row_form(recipe, name, tokenizer))
     check_chat(recipe, name, tokenizer, examples.train.rows[0])
-    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
-    if examples.train.filtered:
-        report.line(f"{examples.train.filtered} rows are left out, since data.keep does not let them through")
-    if examples.divided:
-        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
-    if examples.shared and examples.test is not None:
-        report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
+    _report_rows(examples, report)
     counted = count_tokens(examples.train, name, tokenizer)
     recipe = with_batch(with_defaults(recipe, load_config(source), counted, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
     note_slow_precision(recipe, report)
     lengths = None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
-    write_recipe(output, _pinned(recipe, source, examples))
-    keep_digests(output, examples)
+    ranks.write(write_recipe, output, _pinned(recipe, source, examples))
+    ranks.write(keep_digests, output, examples)
+    ranks.meet()
 
+    arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
     set_seed(recipe.training.seed)
     base = _load_base(recipe, name, source, examples)
     model = base if recipe.method == "full" else with_adapter(base, recipe, TRAINERS[name].task, source, method)
@@ -127,8 +130,9 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     method.start(model)
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    progress = TrainingProgress(report, output / METRICS_FILE)
-    trainer = make_trainer(recipe, name, model, tokenizer, examples, output, progress, over, method)
+    progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
+    trainer = make_trainer(recipe, name, model, tokenizer, examples, arguments, progress, over, method)
+    end_preparation(recipe)
     _check_trainer(trainer, recipe)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
@@ -137,11 +141,23 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     return Prepared(recipe, *made, progress, over, method, trained, named, name, lengths)
 
 
+def _report_rows(examples: Examples, report: Reporter) -> None:
+    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
+    if examples.train.filtered:
+        report.line(f"{examples.train.filtered} rows are left out, since data.keep does not let them through")
+    if examples.divided:
+        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
+    if examples.shared and examples.test is not None:
+        report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
+
+
 def _check_trainer(trainer: Trainer, recipe: Recipe) -> None:
     """Raise ConfigError for an optimizer or a schedule that cannot be made."""
     given = trainer.optimizer
     try:
         trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
+    except ConfigError:
+        raise
     except (ImportError, ValueError) as error:
         chosen = (
             f"training.optim {recipe.training.optim!r} with lr_scheduler_type {recipe.training.lr_scheduler_type!r}"
@@ -151,9 +167,11 @@ def _check_trainer(trainer: Trainer, recipe: Recipe) -> None:
 
 
 def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
-    """The recipe with the commits of model and data that the run uses."""
+    """The recipe with the commits of model and data that the run uses, and the number of its processes if several."""
     held_out = None if examples.test is None else examples.test.revision
     data = recipe.data.model_copy(update={"revision": examples.train.revision or held_out})
+    processes = recipe.distributed.processes
+    recipe = with_processes(recipe, None if processes == 1 else processes)  # so that other recipes stay as they are
     return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
 
 
@@ -177,6 +195,6 @@ def planned_steps(recipe: Recipe, trainer: Trainer) -> int:
     """Return the optimizer steps of the run; a trainer may leave out examples that have no room for a completion."""
     training = recipe.training
     if recipe.trainer == "grpo" and training.num_train_epochs is not None:  # a prompt is in several micro-batches
-        per_epoch = math.ceil(len(trainer.get_train_dataloader()) / training.gradient_accumulation_steps)
+        per_epoch: int = math.ceil(len(trainer.get_train_dataloader()) / trainer.args.gradient_accumulation_steps)
         return math.ceil(training.num_train_epochs * per_epoch)
     return recipe.steps(len(trainer.train_dataset))

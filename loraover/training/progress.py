@@ -19,10 +19,10 @@ class TrainingProgress(TrainerCallback):
 
     Args:
         report: Receiver of losses.
-        metrics: The JSONL file; lines are appended.
+        metrics: The JSONL file, to which lines are appended; None: another process writes it.
     """
 
-    def __init__(self, report: Reporter, metrics: Path) -> None:
+    def __init__(self, report: Reporter, metrics: Path | None) -> None:
         self.report = report
         self.metrics = metrics
         self._written = 0
@@ -58,6 +58,8 @@ class TrainingProgress(TrainerCallback):
             self.report.line(f"step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.4f}")
 
     def _write(self, state: TrainerState) -> None:
+        if self.metrics is None:
+            return
         rows = state.log_history[self._written :]
         with self.metrics.open("a") as file:
             file.writelines(json.dumps({"step": row["step"], **row}) + "\n" for row in rows)

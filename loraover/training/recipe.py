@@ -97,12 +97,12 @@ class Recipe(MethodKeys):
         return METHODS[self.method].count_clients(self) if self.method in METHODS else 1
 
     def steps(self, examples: int) -> int:
-        """Count the run's optimizer steps on one process, which are those of each client where there are several.
+        """Count the run's optimizer steps, which are those of each client where there are several.
 
         Args:
             examples: Number of training examples.
         """
-        return self.training.steps(math.ceil(examples / self.clients))
+        return self.training.steps(math.ceil(examples / self.clients), self.distributed.processes or 1)
 
     @property
     def trains_only_products(self) -> bool:

@@ -219,17 +219,48 @@ class Training(OpenPart):
         assert self.max_length is not None
         return self.max_length
 
-    def steps(self, examples: int) -> int:
-        """Count the run's optimizer steps on one process, as the Trainer does: an epoch's last step may be smaller.
+    def steps(self, examples: int, processes: int = 1) -> int:
+        """Count the run's optimizer steps, as the Trainer does: an epoch's last step may be smaller.
 
         Args:
             examples: Number of training examples.
+            processes: Number of processes whose micro-batches make a step.
         """
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_train_epochs is not None
         batches = math.ceil(examples / self.micro_batch)
-        return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))
+        in_a_step = self.gradient_accumulation_steps * processes
+        return math.ceil(self.num_train_epochs * math.ceil(batches / in_a_step))
+
+
+class Distributed(RecipePart):
+    """How the processes that a launcher starts train one run together."""
+
+    engine: Literal["ddp", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp",
+        description="What is spread over the processes: the rows (ddp), also the optimizer's states (zero2), also the "
+        "weights (zero3, fsdp2).",
+    )
+    config: str | dict[str, Any] | None = Field(
+        None,
+        description="Settings of the engine in place of ours: DeepSpeed's, or the fields of transformers' fsdp_config; "
+        "or a JSON file that holds them.",
+    )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Number of processes whose micro-batches make a step; fewer processes accumulate more "
+        "micro-batches. None: as many as the run is started with.",
+    )
+
+    @model_validator(mode="after")
+    def _has_settings(self) -> Distributed:
+        if self.engine == "ddp" and self.config is not None:
+            raise ValueError(
+                "config is for the engines zero2, zero3 and fsdp2; the fields training.ddp_... are for ddp"
+            )
+        return self
 
 
 class EvaluationSettings(RecipePart):
@@ -271,6 +302,7 @@ class BaseRecipe(RecipePart):
     lora: LoraSettings = Field(LoraSettings(), description="The adapter: fields of PEFT's LoraConfig.")
     over: LoraOverConfig = Field(LoraOverConfig(), description="Decomposition, schedule and budget of the cores.")
     training: Training = Field(description="The run: fields of the trainer's config class.")
+    distributed: Distributed = Field(Distributed(), description="How several processes train the run together.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
     diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
     push_to_hub: str | None = Field(None, description="Repository to upload the plain LoRA to.")

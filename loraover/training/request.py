@@ -40,6 +40,7 @@ class TrainRequest(Request):
         "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
         "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
         "loraover train demo --resume",
+        "loraover train demo -o runs/demo --resume auto",
     )
     json_help = "Print the result, or the plan, as JSON."
 
@@ -91,8 +92,14 @@ class TrainRequest(Request):
         default_text="the recipe's",
     )
     record: bool = records("the adapter")
-    resume: bool = option(
-        "Continue the run in the output folder from its last complete checkpoint.", default=False, is_recorded=False
+    resume: str | None = option(
+        "Which run to continue from its last complete checkpoint: the one that has begun in the output folder (also "
+        "without a value), or auto, the one there if there is one, for launchers that give the same command again.",
+        default=None,
+        default_text="a new run begins",
+        choices=("begun", "auto"),
+        alone="begun",
+        is_recorded=False,
     )
     plan: bool = option(
         "Print memory, steps and tokens that the run would need, and train nothing.", default=False, is_recorded=False

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
+from torch import Tensor
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.write_checkpoint import write_checkpoint
-from loraover.common.atomic_output import publish_directory, publish_text
+from loraover.common.atomic_output import publish_directory, publish_text, unwritable
 from loraover.common.errors import ConfigError, DivergedError, FoldError
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
+from loraover.common.ranks import launched
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import as_written
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.overparam.eigenbases import with_measured_bases
 from loraover.overparam.optimizers import ordinary_optimizer
+from loraover.overparam.sharding import trainable_state_dict, whole
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
 from loraover.sources.push import push
+from loraover.training.engines import CUTS_WEIGHTS
 from loraover.training.failure import FAILURE_FILE, record_failure
 from loraover.training.measure import AFTER, BEFORE, LOWER, check_finite, check_room, measure
 from loraover.training.methods import METHODS
@@ -39,17 +42,20 @@ from loraover.training.prepare import Prepared, planned_steps, prepare
 from loraover.training.push import CHECKPOINT_PLACE, moved_copy, plain_copy
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_folder import (
+    LOCK_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     TRAINER_FOLDER,
     claim,
+    has_begun,
+    is_finished,
     logged_losses,
     product,
     step_of,
     trim_metrics,
     with_commits,
 )
-from loraover.training.run_result import RUN_FILE, Measures, RunResult
+from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
 
 
 class TimedSteps(NamedTuple):
@@ -64,7 +70,7 @@ def train(
     output: str | Path,
     *,
     overrides: Mapping[str, Any] | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     report: Reporter = SILENT,
     command: str | None = None,
     record: bool = False,
@@ -76,7 +82,8 @@ def train(
         output: A new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
             in it, see `record_failure`.
         overrides: Values in place of the recipe's, by dotted key, e.g. `{"training.seed": 1}`.
-        resume: Continue from the last complete checkpoint in `output`, or from the start if there is none.
+        resume: Continue from the last complete checkpoint in `output`, or from the start if there is none. "auto": also
+            begin a run that is not there, and return the result of one that is finished.
         report: Receiver of progress.
         command: Command line for the model card; None: the one of `loraover train` with these arguments.
         record: Also record the adapter's reference beside it, as `loraover serve record` does, before it is pushed.
@@ -91,30 +98,34 @@ def train(
         DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from; or the held-out
             loss or the norm of the change is not.
         FoldError: The result is the untrained model, although the training loss fell.
+        ProcessError: Another process that trains the run has failed or does not answer. Any other error of one process
+            ends all of them.
     """
-    output = Path(output)
-    _refuse_launchers()
+    output, ranks = Path(output), launched()
+    with ranks.together(), quiet_libraries_within(bars=report.shows_bars and ranks.is_first):
+        return _checked(recipe, output, overrides, resume, ranks.heard(report), command, record)
+
+
+def _checked(
+    recipe: Recipe | str | Path | None,
+    output: Path,
+    overrides: Mapping[str, Any] | None,
+    resume: bool | Literal["auto"],
+    report: Reporter,
+    command: str | None,
+    record: bool,
+) -> RunResult:
     loaded = load_recipe(recipe, overrides)
     if record and loaded.method == "full":
         raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
     if command is None:
         command = _command(recipe, output, overrides, record)
-    with quiet_libraries_within(bars=report.shows_bars):
-        return _train(loaded, output, resume, report, command, record)
-
-
-def _refuse_launchers() -> None:
-    """Refuse a run that a launcher has started in several processes, each of which would write a folder of its own.
-
-    Raises:
-        ConfigError: There are several processes.
-    """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"a launcher has started this run in {processes} processes, and loraover train is one process. Start it "
-            "without the launcher, or put LoraOverCallback into a script of your own, which torchrun can start."
-        )
+    launched().meet()  # before rank 0 makes a folder
+    if resume == "auto" and launched().of_first(lambda: is_finished(output)):
+        report.line(f"{output}: the run is finished already")
+        return read_run(output)
+    continues = launched().of_first(lambda: has_begun(output)) if resume == "auto" else resume
+    return _train(loaded, output, continues, report, command, record)
 
 
 def _command(
@@ -135,14 +146,27 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
             f"a run of method {recipe.method} cannot be resumed: it keeps no checkpoints, since "
             f"{METHODS[recipe.method].no_resume}. Start a new run in another folder."
         )
-    with claim(output, resume=resume):
+    ranks = launched()
+    with ranks.held(lambda: claim(output, resume=resume)):
+        _check_shared(output)
         asked = with_commits(recipe, output) if resume else recipe
-        result, pushed = _train_alone(asked, output, resume, report, command)
+        result, pushed = _train_all(asked, output, resume, report, command)
+        ranks.meet()
         if record:  # the trained model is no longer in memory
-            record_beside(product(asked, output), model=asked.model, report=report)
+            ranks.write(record_beside, product(asked, output), model=asked.model, report=report)
         if asked.push_to_hub is not None:
-            _push(asked, pushed, product(asked, output), report)
+            ranks.write(_push, asked, pushed, product(asked, output), report)
         return result
+
+
+def _check_shared(output: Path) -> None:
+    """Check that every process sees the folder that rank 0 has made."""
+    launched().meet()
+    if not (output / LOCK_FILE).exists():
+        raise ConfigError(
+            f"{output}: process {launched().rank} does not see this folder, which process 0 has made. Name one on a "
+            "disk that all machines of the run share."
+        )
 
 
 class Pushed(NamedTuple):
@@ -152,21 +176,22 @@ class Pushed(NamedTuple):
     card: str
 
 
-def _train_alone(
+def _train_all(
     recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str
 ) -> tuple[RunResult, Pushed | None]:
-    run = None
+    run, ranks = None, launched()
     try:
         run = prepare(recipe, output, report)
         recipe = run.recipe
         check_room(run, recipe)
         before = measure(run, recipe, output, report, BEFORE)
-        checkpoint = last_whole_checkpoint(output / TRAINER_FOLDER) if resume else None
-        (output / FAILURE_FILE).unlink(missing_ok=True)
-        trim_metrics(output, checkpoint)
+        step = ranks.of_first(lambda: step_of(last_whole_checkpoint(output / TRAINER_FOLDER)) if resume else 0)
+        checkpoint = output / TRAINER_FOLDER / f"checkpoint-{step}" if step else None
+        ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
+        ranks.write(trim_metrics, output, checkpoint)
         with log_shown(report):
             timed = _take_steps(run, recipe, checkpoint, report)
-        if not all(bool(p.isfinite().all()) for p in run.model.parameters() if p.requires_grad):
+        if not all(bool(whole(p).isfinite().all()) for p in run.model.parameters() if p.requires_grad):
             raise DivergedError(
                 "training diverged: the loss is no longer a number at learning rate "
                 f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
@@ -174,12 +199,17 @@ def _train_alone(
         left_out = run.method.finish(run.model)
         after = measure(run, recipe, output, report, AFTER)
         result = _result(run, recipe, timed, before, after, left_out)
-        _check_trained(result, logged_losses(output))
-        _publish(run, recipe, output, result, command, resume)
+        ranks.meet()  # before rank 0 reads and publishes what all have trained
+        ranks.write(_check_trained, result, logged_losses(output))
+        weights = trainable_state_dict(run.model) if recipe.distributed.engine in CUTS_WEIGHTS else None
+        ranks.write(_publish, run, recipe, output, result, command, resume, weights)
     except BaseException as error:
         has_stepped = run is not None and run.trainer.state.global_step > 0
-        record_failure(output, error, has_stepped=has_stepped, is_resumed=resume)
-        raise
+        agreed = ranks.agreed(unwritable(error, output))
+        ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=resume)
+        if agreed is error:
+            raise
+        raise agreed from error
     base = run.pushed_base
     return result, None if base is None else Pushed(base, _card(recipe, result, base, command))
 
@@ -205,6 +235,7 @@ def _result(
         learning_rate=recipe.training.peak_rate,
         seed=recipe.training.seed,
         steps=run.trainer.state.global_step,
+        processes=launched().size,
         train_seconds=timed.seconds,
         timed_steps=timed.steps,
         peak_bytes=peak_bytes(),
@@ -239,11 +270,23 @@ def _check_trained(result: RunResult, losses: Sequence[float]) -> None:
         )
 
 
-def _publish(run: Prepared, recipe: Recipe, output: Path, result: RunResult, command: str, resume: bool) -> None:
-    """Write the adapter folder, then the run's result; a process that was killed between them has left a folder."""
+def _publish(
+    run: Prepared,
+    recipe: Recipe,
+    output: Path,
+    result: RunResult,
+    command: str,
+    resume: bool,
+    weights: Mapping[str, Tensor] | None,
+) -> None:
+    """Write the adapter folder, then the run's result; a process that was killed between them has left a folder.
+
+    Args:
+        weights: A, B and whatever else was trained, where the model holds only this process's part of them.
+    """
     card = _card(recipe, result, run.source, command)
     with publish_directory(product(recipe, output), replace=resume) as draft:
-        run.model.save_pretrained(draft)
+        run.model.save_pretrained(draft, state_dict=weights)
         run.tokenizer.save_pretrained(draft)
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraover.common.atomic_output import check_free, publish_text
 from loraover.common.errors import ConfigError, OutputError
@@ -44,6 +45,22 @@ def product(recipe: Recipe, output: Path) -> Path:
 def is_finished(output: Path) -> bool:
     """Whether a run has a result, which is written last; what was trained may have been moved away since."""
     return (output / RUN_FILE).exists()
+
+
+def run_folder(recipe: str, *, resume: bool | Literal["auto"]) -> Path:
+    """Return the folder of a run that has been given none.
+
+    Args:
+        recipe: Name or path of the recipe.
+        resume: Whether a run is to be continued; "auto": if there is one.
+
+    Raises:
+        ConfigError: There is no run to continue.
+        OutputError: The folder cannot be made.
+    """
+    if not resume or (resume == "auto" and not _unfinished(recipe, RUNS)):
+        return new_run_folder(recipe)
+    return newest_unfinished(recipe)
 
 
 def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
@@ -81,18 +98,25 @@ def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
     Raises:
         ConfigError: There is none.
     """
+    begun = _unfinished(recipe, root)
+    waiting = [pair for pair in begun if not is_locked(pair[1] / LOCK_FILE)]
+    if not waiting:
+        why = "; the one there is being trained by another process" if begun else "; name the run's folder with -o"
+        raise ConfigError(
+            f"{as_written('resume')}: {root}/ holds no unfinished run of {Path(recipe).stem} to continue{why}."
+        )
+    return max(waiting)[1]
+
+
+def _unfinished(recipe: str, root: Path) -> list[tuple[int, Path]]:
+    """Return number and folder of a recipe's runs that have begun and have not finished."""
     stem = f"{Path(recipe).stem}-"
     numbered = [
         (int(number), folder)
         for folder in (root.iterdir() if root.is_dir() else ())
         if folder.name.startswith(stem) and (number := folder.name.removeprefix(stem)).isdecimal()
     ]
-    begun = [pair for pair in numbered if (pair[1] / RECIPE_FILE).is_file() and not is_finished(pair[1])]
-    waiting = [pair for pair in begun if not is_locked(pair[1] / LOCK_FILE)]
-    if not waiting:
-        why = "; the one there is being trained by another process" if begun else "; name the run's folder with -o"
-        raise ConfigError(f"{as_written('resume')}: {root}/ holds no unfinished run of {stem[:-1]} to continue{why}.")
-    return max(waiting)[1]
+    return [pair for pair in numbered if (pair[1] / RECIPE_FILE).is_file() and not is_finished(pair[1])]
 
 
 @contextmanager
@@ -133,8 +157,24 @@ def _check_unfinished(output: Path) -> None:
         raise ConfigError(f"{output}: holds no run to resume.")
 
 
+def has_begun(output: Path) -> bool:
+    """Whether a folder holds a run that can be continued; of one that was killed before, what is left is removed.
+
+    Args:
+        output: The run's folder.
+    """
+    if (output / RECIPE_FILE).is_file():
+        return True
+    left = sorted(output.rglob("*")) if output.is_dir() and not is_locked(output / LOCK_FILE) else []
+    if left and {str(path.relative_to(output)) for path in left} <= {TRAINER_FOLDER, LOCK_FILE}:
+        shutil.rmtree(output)
+    return False
+
+
 def with_commits(recipe: Recipe, output: Path) -> Recipe:
     """Take the hub's commits from the run in a folder where a recipe with the same model or data names none.
+
+    The number of processes whose micro-batches make a step is taken from it too.
 
     A commit that the hub has got since then does not keep the run from being continued.
 
@@ -146,6 +186,8 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
         ConfigError: The folder's recipe cannot be read.
     """
     begun = _read_yaml(output / RECIPE_FILE)
+    if recipe.distributed.processes is None:
+        recipe = with_processes(recipe, (begun.get("distributed") or {}).get("processes") or 1)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
         recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
     data, kept = recipe.data, begun.get("data")
@@ -156,6 +198,12 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     ):
         recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
     return recipe
+
+
+def with_processes(recipe: Recipe, processes: int | None) -> Recipe:
+    """Return a recipe whose step has the micro-batches of so many processes."""
+    distributed = recipe.distributed.model_copy(update={"processes": processes})
+    return recipe.model_copy(update={"distributed": distributed})
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:

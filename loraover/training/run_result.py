@@ -85,6 +85,7 @@ class RunResult(BaseModel):
     seed: int = Field(description="Seed of the recipe.")
     steps: int = Field(description="Optimizer steps of the run.")
     train_seconds: float = Field(description="Seconds of training in this process; a resumed run trained longer.")
+    processes: int = Field(1, description="Processes that trained the run, each with its own micro-batches.")
     timed_steps: int = Field(description="Optimizer steps within train_seconds.")
     peak_bytes: int = Field(description="Largest memory in bytes: PyTorch's on a CUDA device, else the process's.")
     lora_parameters: int = Field(description="Numbers in A and B, which are served; for method full, all weights.")
@@ -116,6 +117,7 @@ class RunResult(BaseModel):
             "base model": self.model_origin,
             "training data": self.data_origin,
             "steps, learning rate, seed": f"{self.steps}, {self.learning_rate:g}, {self.seed}",
+            **({} if self.processes == 1 else {"processes": str(self.processes)}),
             "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",
             "parameters trained": f"{self.trained_parameters:,}",

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT, Reporter
+from loraover.training.engines import accumulation, check_processes, engine_options
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
 from loraover.training.run_folder import TRAINER_FOLDER
@@ -81,6 +83,7 @@ TRAINERS = {
 """Trainers by the name that a recipe gives them."""
 
 RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
+RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
 RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
 """Settings of trainers that a run gives itself."""
 
@@ -101,19 +104,22 @@ def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
     return name
 
 
-def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
+def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = SILENT) -> Any:
     """Make the settings of a recipe's trainer, as its class checks them.
 
     Args:
         recipe: The recipe.
         name: Key of `TRAINERS`.
         output: The run's folder.
+        report: Receiver of a line where GPUs stay idle.
 
     Raises:
-        ConfigError: The class does not have a key, or refuses a value; every fault that it can name alone is named.
+        ConfigError: The processes of a launcher cannot train the recipe, or the class does not have a key, or refuses a
+            value; every fault that it can name alone is named.
     """
     import torch
 
+    check_processes(recipe)
     _, config = TRAINERS[name].load()
     known = {field.name for field in dataclasses.fields(config)}
     given = _checked(recipe.training, config, "training", RUN_SETS)
@@ -127,11 +133,25 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
         **TRAINERS[name].options,
         **{key: value for key, value in given.items() if key in known},
         "bf16": bool(recipe.training.bf16),
+        "gradient_accumulation_steps": accumulation(recipe),
+        **engine_options(recipe),
         "output_dir": str(output / TRAINER_FOLDER),
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),
     }
-    return build(config, "training", options)
+    arguments = build(config, "training", options)
+    use_one_device(arguments, report)
+    return arguments
+
+
+def use_one_device(arguments: Any, report: Reporter) -> None:
+    """Keep the Trainer of one process on one of several GPUs: nn.DataParallel would change the size of a step."""
+    if (count := arguments.n_gpu) > 1:
+        arguments._n_gpu = 1
+        report.line(
+            f"{count} GPUs are here, and one process trains on the first. To use all, start the run with torchrun "
+            f"--nproc-per-node {count} -m loraover.cli train"
+        )
 
 
 def check_keys(recipe: Recipe) -> None:

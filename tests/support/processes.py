@@ -71,13 +71,17 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 """`accelerate launch`; --multi_gpu, because --cpu starts several processes by mpirun only. GPUs are not needed."""
 
 
-def launched(launcher: tuple[str, ...], script: Path, *arguments: object) -> None:
-    """A script in two processes that a launcher starts, with the tests' own modules to import; fails where it fails."""
+def launched(launcher: tuple[str, ...], script: Path, *arguments: object, fails: bool = False) -> None:
+    """A script in two processes that a launcher starts, with the tests' own modules to import; fails where it fails.
+
+    Args:
+        fails: the script ends one of its processes by force.
+    """
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", *launcher, str(script), *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
+    assert (ended.returncode != 0) is fails, ended.stdout + ended.stderr
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,11 +12,10 @@ from loraover import read_checkpoint
 from loraover.callbacks.seal_checkpoints import Seal, last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.checkpoint.tensor_file import open_tensors
-from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import read_json
 
 from support.parallel_run import equal
-from support.parallel_trainer import STEPS, run, trainer_of
+from support.parallel_trainer import STEPS, run
 from support.processes import TESTS, TORCHRUN, launched
 
 pytestmark = pytest.mark.process
@@ -80,6 +79,7 @@ def test_a_checkpoint_is_whole_and_sealed_with_every_processs_part(folder: Path)
     assert {"rng_state_0.pth", "rng_state_1.pth"} < read_json(newest / SEAL_FILE, Seal).files.keys()
 
 
-def test_one_process_cannot_go_on_for_two(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"was trained by 2 process\(es\), this run has 1"):
-        trainer_of(folder / "run", rows=4).train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
+def test_one_process_goes_on_for_two(folder: Path, saw: list[dict[str, Any]], tmp_path: Path) -> None:
+    found = run(tmp_path, folder / "apart-0" / "checkpoint-3", rows=4, dropout=0.0)
+    assert found["logged"] == pytest.approx(saw[0]["apart"]["logged"], rel=1e-5)
+    assert found["rounds"] == saw[0]["apart"]["rounds"]

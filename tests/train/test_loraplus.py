@@ -23,7 +23,9 @@ def test_b_has_a_multiple_of_the_rate_and_embeddings_have_the_rate(optim: str, r
     rates = {"training.learning_rate": RATE, "training.loraplus_lr_ratio": RATIO}
     asked = load_recipe(recipe, {**rates, "training.optim": optim, "method": "lora"})
     model = with_lora(tiny_llama(), target_modules=["embed_tokens", "q_proj"])
-    optimizer = _optimizer(asked, model)
+    make = _optimizer(asked)
+    assert make is not None
+    optimizer = make(model)
     of_parameters = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     found = {
         name: of_parameters[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad

@@ -50,6 +50,7 @@ class TrainingMethod:
     Attributes:
         trains_seq2seq: Whether the method trains encoder-decoders too.
         no_resume: Reason why a run keeps no checkpoints, as the end of a sentence; empty if it can be resumed.
+        one_process: Reason why several processes cannot train it together, as the end of a sentence; empty if they can.
         keeps_row_gradients: Whether a step holds the gradients of each row of a micro-batch.
         learning_rate: Peak rate that the kept studies chose, see `loraover.training.defaults`.
         needs_fp32: Whether the method computes in float32 only.
@@ -59,6 +60,7 @@ class TrainingMethod:
 
     trains_seq2seq: ClassVar[bool] = True
     no_resume: ClassVar[str] = ""
+    one_process: ClassVar[str] = ""
     keeps_row_gradients: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-3
     needs_fp32: ClassVar[bool] = False

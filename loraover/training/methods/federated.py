@@ -83,6 +83,7 @@ class Federated(TrainingMethod):
     settings: FederatedSettings
     trains_seq2seq: ClassVar[bool] = False
     no_resume: ClassVar[str] = "a step taken twice with other noise would spend privacy that is not accounted for"
+    one_process: ClassVar[str] = "its clients take their steps one after another, each with its own rows"
     keeps_row_gradients: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 3e-2
     needs_fp32: ClassVar[bool] = True

@@ -1,0 +1,160 @@
+"""What the Trainer is told so that the processes of a launcher train one run together."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from loraover.common.errors import ConfigError
+from loraover.common.ranks import launched
+from loraover.training.methods import METHODS
+from loraover.training.recipe import Recipe
+
+PREPARATION_S = 86400
+"""Seconds in which processes may wait for one that prepares data, before training begins."""
+
+TIMEOUT_S = 600
+"""Seconds in training after which a process that does not answer counts as lost; the Trainer's own default is 1800."""
+
+AUTO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    "zero3": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
+    "fsdp2": {"state_dict_type": "FULL_STATE_DICT"},
+}
+"""Our settings of each engine, beside those that DeepSpeed always gets."""
+
+DEEPSPEED = AUTO | {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""Settings of DeepSpeed that LoRA-Over needs, or that the Trainer fills in."""
+
+SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+"""Variables by which `accelerate launch` asks for an engine, and the Trainer's settings do so too."""
+
+LAUNCHED_WITH = [name for name in SWITCHES if os.environ.get(name) == "true"]
+"""Those that were set when this process began."""
+
+CUTS_WEIGHTS = ("zero3", "fsdp2")
+"""Engines under which a process holds only its part of the weights."""
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Check that the processes of a launcher can train a recipe.
+
+    Raises:
+        ConfigError: They cannot; the message says why.
+    """
+    engine, size = recipe.distributed.engine, launched().size
+    if LAUNCHED_WITH:
+        raise ConfigError(
+            f"accelerate's configuration sets {LAUNCHED_WITH[0]}, which the recipe decides: set distributed.engine, "
+            "and take a configuration of accelerate with distributed_type MULTI_GPU."
+        )
+    if engine != "ddp" and "RANK" not in os.environ:
+        raise ConfigError(
+            f"distributed.engine is {engine}, which needs a launcher; start the run with torchrun --nproc-per-node N "
+            "-m loraover.cli, followed by the words of this command."
+        )
+    if engine != "ddp" and recipe.distributed.processes not in (None, size):
+        raise ConfigError(
+            f"distributed.engine {engine} cuts the optimizer's states into a piece for each process, so a run is "
+            f"continued in as many processes as it has begun with: {recipe.distributed.processes}, found {size}."
+        )
+    if recipe.method in METHODS and (engine != "ddp" or size > 1) and (why := METHODS[recipe.method].one_process):
+        raise ConfigError(f"method {recipe.method} trains in one process, since {why}. Start it without a launcher.")
+    if engine in CUTS_WEIGHTS and recipe.method == "full":
+        raise ConfigError(
+            f"method full trains weights that distributed.engine {engine} would cut into pieces; use ddp or zero2."
+        )
+    if engine in CUTS_WEIGHTS and recipe.evaluation.exact_match:
+        raise ConfigError(
+            f"evaluation.exact_match generates answers, which distributed.engine {engine} cannot while the weights are "
+            "cut into pieces; leave it out, and evaluate the trained adapter."
+        )
+
+
+def accumulation(recipe: Recipe) -> int:
+    """Return the micro-batches that this process accumulates, so that a step is that of the recipe's processes.
+
+    Raises:
+        ConfigError: Their number is not a whole one.
+    """
+    here, asked = launched().size, recipe.distributed.processes or 1
+    in_a_step = recipe.training.gradient_accumulation_steps * asked
+    if in_a_step % here:
+        raise ConfigError(
+            f"a step of this run has {in_a_step} micro-batches ({asked} process(es), gradient_accumulation_steps "
+            f"{recipe.training.gradient_accumulation_steps}), which {here} processes cannot share evenly. Start it "
+            f"in a number of processes that divides {in_a_step}."
+        )
+    return in_a_step // here
+
+
+def engine_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of transformers' TrainingArguments that start the recipe's engine; none for one process.
+
+    Raises:
+        ConfigError: A file of settings cannot be read.
+    """
+    import torch
+
+    for name in SWITCHES:
+        os.environ.pop(name, None)  # another run in this process has left it
+    if "RANK" not in os.environ:
+        return {}
+    options: dict[str, Any] = {"ddp_timeout": PREPARATION_S}
+    has_accelerator = torch.accelerator.is_available()
+    if not has_accelerator:
+        options["ddp_backend"] = "gloo"
+    if torch.cuda.is_available() or not has_accelerator:  # of other accelerators, Accelerate knows the backend
+        launched().start_group("nccl" if has_accelerator else "gloo", PREPARATION_S)
+    engine = recipe.distributed.engine
+    settings = ENGINES[engine] | _given(recipe.distributed.config)
+    if engine.startswith("zero"):
+        if not has_accelerator:
+            _use_cpu()
+        stage = ENGINES[engine]["zero_optimization"] | settings.get("zero_optimization", {})
+        options["deepspeed"] = DEEPSPEED | settings | {"zero_optimization": stage}
+    elif engine == "fsdp2":
+        options |= {"fsdp": True, "fsdp_config": settings}
+    return options
+
+
+def end_preparation(recipe: Recipe) -> None:
+    """Let a process that does not answer from now on count as lost after `training.ddp_timeout` seconds."""
+    from torch.distributed import distributed_c10d
+
+    ranks = launched()
+    if ranks.size > 1:
+        given = (recipe.training.model_extra or {}).get("ddp_timeout")
+        ranks.patience_s = float(TIMEOUT_S if given is None else given)
+        distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.patience_s))
+
+
+def _given(config: str | dict[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(config, str):
+        return config or {}
+    try:
+        found = json.loads(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"distributed.config: {config} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"distributed.config: {config} holds {type(found).__name__}, expected an object.")
+    return found
+
+
+def _use_cpu() -> None:
+    """Let DeepSpeed run on a CPU without the C++ that it would compile for messages in shared memory."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,197 @@
+"""`loraover train` in two processes that torchrun starts: one run, as one process trains it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from loraover import read_checkpoint
+from loraover.cli import cli
+from loraover.training.run_result import read_run
+
+from support.parallel_command import LAUNCH, LORA_PLUS, PATIENCE_S, RUNS, STEPS
+from support.processes import TESTS, TORCHRUN, launched
+from support.resumed_run import stopped
+from support.small_disk import small_disk
+from support.tiny_hub import write_recipe
+from support.train_command import train
+from support.trained_run import losses, metrics
+
+pytestmark = pytest.mark.process
+
+SURVIVORS = ("0-0", "1-0", "1-1")
+"""Attempt and rank of each process that ends by itself in an attempt that fails."""
+
+TOLERANCE = 1e-5
+"""Largest relative difference of a loss: sums of float32 gradients in another order, through four steps."""
+
+
+@pytest.fixture(scope="module")
+def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    recipe = write_recipe(
+        folder / "recipe.yaml",
+        base,
+        data={"train_examples": 24},
+        training={"max_steps": STEPS, "gradient_accumulation_steps": 2},
+        evaluation={"examples": 5},
+    )
+    shutil.copy(recipe, folder / "only-0.yaml")
+    stopped(recipe, folder / "alone", 3)
+    launched(TORCHRUN, TESTS / "support" / "parallel_command.py", folder, fails=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saw(folder: Path) -> list[dict[str, Any]]:
+    """What each process saw of the commands."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> dict[bool, Path]:
+    """Runs of the same recipe in one process, without and with LoRA+."""
+    for name, words in (("one", ()), ("one-loraplus", LORA_PLUS)):
+        assert train(folder / "recipe.yaml", folder / name, *words) == 0
+    return {False: folder / "one", True: folder / "one-loraplus"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_engine_trains_and_measures_as_one_process_does(
+    name: str, folder: Path, saw: list[dict[str, Any]], one_process: dict[bool, Path]
+) -> None:
+    assert [found[name]["code"] for found in saw] == [0, 0], saw[0][name]["error"] + saw[1][name]["error"]
+    expected = one_process["loraplus" in name]
+    assert losses(folder / name) == pytest.approx(losses(expected), rel=TOLERANCE)
+    result, alone = read_run(folder / name), read_run(expected)
+    assert (result.processes, result.steps, result.trained_parameters) == (2, STEPS, alone.trained_parameters)
+    assert result.after is not None
+    assert alone.after is not None
+    assert result.after.examples == 5
+    assert result.after.loss == pytest.approx(alone.after.loss, rel=TOLERANCE)
+    assert result.update_norm == pytest.approx(alone.update_norm, rel=1e-3)
+    rows, all_rows = (json.loads((run / "held_out.json").read_text()) for run in (folder / name, expected))
+    assert [tokens for _, tokens in rows] == [tokens for _, tokens in all_rows]
+    if "loraplus" not in name:
+        assert read_checkpoint(folder / name / "adapter").meta.world_size == 2
+
+
+def test_zero_3_cuts_the_weights_while_they_are_loaded(saw: list[dict[str, Any]]) -> None:
+    for found in saw:
+        assert [name for name in RUNS if found[name]["is_cut"] == [True]] == ["zero3"]
+
+
+def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[dict[str, Any]]) -> None:
+    assert saw[1]["ddp"]["out"] == saw[1]["ddp"]["error"] == ""
+    assert saw[0]["ddp"]["out"].count("step     1/4") == 1
+    steps = [row["step"] for row in metrics(folder / "ddp") if "loss" in row]
+    assert steps == [1, 2, 3, 4]
+    assert (folder / "ddp" / "adapter" / "loraover.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("federated", "method federated trains in one process, since its clients take their steps one after another"),
+        ("value", "training.optim is 'adamx'; did you mean"),
+        ("uneven", "a step of this run has 3 micro-batches (3 process(es), gradient_accumulation_steps 1)"),
+        ("cut", "evaluation.exact_match generates answers, which distributed.engine zero3 cannot"),
+        ("apart", "no such YAML file"),
+    ],
+)
+def test_a_refusal_ends_both_processes_with_one_message(
+    name: str, named: str, folder: Path, saw: list[dict[str, Any]]
+) -> None:
+    first, second = (found[name] for found in saw)
+    assert (first["code"], second["code"]) == (2, 2)
+    assert named in first["error"]
+    assert second["error"] == second["out"] == ""
+    assert not (folder / name).exists()
+
+
+def test_the_same_command_again_is_done_at_once(folder: Path, saw: list[dict[str, Any]]) -> None:
+    assert [found["again"]["code"] for found in saw] == [0, 0]
+    assert "the run is finished already" in saw[0]["again"]["out"]
+    assert "training steps" not in saw[0]["again"]["out"]
+
+
+def test_two_processes_go_on_for_one_and_one_for_two(
+    folder: Path, saw: list[dict[str, Any]], one_process: dict[bool, Path]
+) -> None:
+    assert [found["others"]["code"] for found in saw] == [0, 0], saw[0]["others"]["error"]
+    assert losses(folder / "alone") == pytest.approx(losses(one_process[False]), rel=TOLERANCE)
+    left = Path(shutil.copytree(folder / "ddp", folder / "left", ignore=shutil.ignore_patterns("run.json", "adapter")))
+    shutil.rmtree(left / "trainer" / f"checkpoint-{STEPS}")
+    assert train(folder / "recipe.yaml", left, *RUNS["ddp"], "--resume") == 0
+    assert losses(left) == pytest.approx(losses(one_process[False]), rel=TOLERANCE)
+    assert read_run(left).processes == 1
+
+
+def test_a_process_that_hangs_ends_the_run_with_a_message(folder: Path, saw: list[dict[str, Any]]) -> None:
+    hung = saw[0]["hung"]
+    assert (hung["code"], "hung" in saw[1]) == (2, False)
+    assert f"process 1 of 2 has ended without a message, or has not answered for {PATIENCE_S:g} s" in hung["error"]
+    failure = json.loads((folder / "hung" / "failure.json").read_text())
+    assert failure["kind"] == "failed"
+
+
+def words_of(text: str) -> list[str]:
+    """What follows `train` in the command of a launch configuration."""
+    joined = text.replace(",", " ").replace("]", "\n")
+    (found,) = re.findall(r"-m\s+loraover\.cli\s+train (.*)", joined)
+    return str(found).split()
+
+
+@pytest.mark.parametrize("name", ["accelerate.yaml", "slurm.sh", "kubernetes.yaml"])
+def test_a_launch_configuration_starts_a_command_that_can_be_started_again(name: str) -> None:
+    text = (LAUNCH / name).read_text()
+    command = cli.get_command(click.Context(cli), "train")
+    assert command is not None
+    with command.make_context("train", words_of(text)) as context:
+        assert (context.params["recipe"], context.params["resume"]) == ("recipe.yaml", "auto")
+    if name.endswith(".sh"):
+        subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    elif name == "accelerate.yaml":
+        assert load_config_from_file(str(LAUNCH / name)).num_processes == 2
+    else:
+        replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
+        assert replicas["Worker"] == replicas["Master"]
+
+
+@pytest.mark.matrix
+def test_accelerate_starts_the_command_with_its_configuration(folder: Path, tmp_path: Path) -> None:
+    launcher = ["accelerate.commands.launch", "--config_file", str(LAUNCH / "accelerate.yaml"), "-m", "loraover.cli"]
+    words = ["train", str(folder / "recipe.yaml"), "-o", str(tmp_path / "out"), *RUNS["ddp"], "--resume", "auto"]
+    subprocess.run([sys.executable, "-m", *launcher, *words], check=True, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    assert losses(tmp_path / "out") == losses(folder / "ddp")
+
+
+@pytest.mark.matrix
+def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
+    """Rank 1 is killed in step 3, then the disk is full in step 4, then nothing happens; each time from step 2."""
+    with small_disk(tmp_path / "disk", 16 * 1024) as disk:
+        script = TESTS / "support" / "parallel_faults.py"
+        launched((*TORCHRUN, "--max-restarts", "2"), script, disk, folder / "recipe.yaml")
+        again, undisturbed = disk / "run", folder / "ddp"
+        assert losses(again) == losses(undisturbed)
+        found, expected = read_run(again), read_run(undisturbed)
+        assert (found.timed_steps, found.after, found.update_norm) == (2, expected.after, expected.update_norm)
+        assert not (again / "failure.json").exists()
+        killed, full, other = (
+            json.loads((folder / f"fault-{name}.json").read_text()) for name in ("0-0", "1-0", "1-1")
+        )
+    assert killed["code"] == full["code"] == other["code"] == 2
+    assert "process 1 of 2 has ended without a message" in killed["error"]
+    assert "No space left on device" in full["error"]
+    assert other["error"] == ""
