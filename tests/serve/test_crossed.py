@@ -61,7 +61,7 @@ def files(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture
 def server(files: dict[str, Path]) -> Iterator[Recorded]:
     """A server of all of them, of which three have one another's names."""
-    by_name = {name: read_reference(str(files[CROSSED.get(name, name)])) for name in ADAPTERS}
+    by_name = {name: read_reference(files[CROSSED.get(name, name)]) for name in ADAPTERS}
     answer: dict[str, Callable[[dict[str, Any]], int | bytes]] = {
         name: FromReference(reference, lambda _: RIGHT) for name, reference in by_name.items()
     }

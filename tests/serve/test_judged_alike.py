@@ -27,7 +27,7 @@ from support.verified import Case as VerifyCase
 
 @pytest.fixture(scope="module")
 def reference(recorded: Path) -> Reference:
-    return read_reference(str(recorded))
+    return read_reference(recorded)
 
 
 def as_recorded(answers: VerifyAnswers, asked: VerifyCase, reference: Reference) -> Answers:
@@ -145,7 +145,7 @@ def test_a_weak_adapter_in_int4_has_one_verdict(
     recorded = record(asked.base, weak, tmp_path)
     mine = asked_alike(asked.base, weak, recorded)
     answers = answers_of(mine, tmp_path, base=coarse)
-    assert both_ways(answers, mine, read_reference(str(recorded)), served) == [(verdict, None)] * 2
+    assert both_ways(answers, mine, read_reference(recorded), served) == [(verdict, None)] * 2
 
 
 def test_an_earlier_step_has_one_name(base: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_an_earlier_step_has_one_name(base: Path, tmp_path: Path) -> None:
     recorded = record(base, right, tmp_path)
     mine = asked_alike(base, right, recorded)
     answers = answers_of(mine, tmp_path, adapter=stale)
-    assert both_ways(answers, mine, read_reference(str(recorded))) == [("differs", STALE)] * 2
+    assert both_ways(answers, mine, read_reference(recorded)) == [("differs", STALE)] * 2
 
 
 def row_of(place: tuple[int, int], row: dict[int, float], kept: set[int]) -> Row:

@@ -122,7 +122,7 @@ def read_all(places: Sequence[Path]) -> list[Reference]:
         files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
-        found += [read_reference(str(file)) for file in files]
+        found += [read_reference(file) for file in files]
     return found
 
 

@@ -28,7 +28,7 @@ def ask(
     try:
         (reference,), (found,) = ask_server(target.request)
         if found["verdict"] == "differs" and target.others and reserve(target.search):
-            others = [(name, partial(read_reference, str(file))) for name, file in target.others]
+            others = [(name, partial(read_reference, file)) for name, file in target.others]
             name_crossed(target.request, reference, others, found, NEAREST)
     except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
         found = {"verdict": "failed", "reason": str(error), "requests": 0}
