@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import string
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,11 @@ UNIT, STEPS_PER_E = 1e-4, 7
 """Nats of a recorded logprob, and characters in which the recorded difference of a fault grows e-fold.
 
 Rounding to a character moves a difference by at most e^(1/14) - 1 = 7.4 %, less than the tenth that a fault may leave
-unexplained (`judge/search.py`). Fewer characters make a smaller file."""
+unexplained (`judge/search.py`)."""
 
-ALPHABET = "".join(chr(code) for code in range(35, 127) if chr(code) != "\\")
+ALPHABET = f"{string.ascii_uppercase}0{string.ascii_lowercase}"
+"""Characters of such differences: capitals are negative. Fewer of them make a smaller file."""
+
 LARGEST_FILE = 64_000_000  # bytes, unpacked
 
 Row = dict[int, float]
