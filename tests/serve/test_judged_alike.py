@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ import pytest
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row
-from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, NOT_APPLIED, OTHER_BASE, STALE
+from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, LAYERS, NOT_APPLIED, OTHER_BASE, SCALED, STALE
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.evidence import Answers, Greedy, RecordedEvidence
-from loraover_serve.record.adapter_check.reference import UNIT, Reference, read_reference
+from loraover_serve.record.adapter_check.reference import UNIT, Model, Reference, read_reference
 from loraover_serve.record.recorder import KEPT, TOP
 from loraover_serve.verify.evidence import Answers as VerifyAnswers
 from loraover_serve.verify.run import ask
@@ -92,6 +94,25 @@ def test_an_engine_has_verifys_verdict(name: str, asked: VerifyCase, reference: 
         assert alone["verdict"] in ("as trained", "inconclusive")
     else:
         assert (alone["verdict"], alone["fault"]) == expected, alone["reason"]
+
+
+def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Path) -> None:
+    """A recorded fault that is like 0.7 times the adapter, and that noise alone would not exclude."""
+    reference, draw = read_reference(recorded), Random(0)
+    right, base = (dict(enumerate(model.rows)) for model in (reference.adapter, reference.base))
+    scaled = RecordedEvidence(reference, Answers(base, right)).scaled(0.7)
+    like = [
+        {i: value + draw.uniform(0.7, 1.3) * (row[i] - value) for i, value in right[place].items()}
+        for place, row in enumerate(scaled.rows)
+    ]
+    reference.variants[ADAPTER].append(Model(like, reference.adapter.floors, LAYERS, "a layer is missing"))
+    noisy = [
+        {place: {i: value + draw.gauss(0, 0.006) for i, value in row.items()} for place, row in enumerate(model.rows)}
+        for model in (reference.base, scaled)
+    ]
+    found = judge(RecordedEvidence(reference, Answers(*noisy)), "int4")
+    assert re.match(rf"{SCALED}: every delta_W is multiplied by 0\.(69|7)", found["reason"])
+    assert "within noise it could also be: a layer is missing" in found["reason"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
