@@ -106,11 +106,11 @@ def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Pat
         for place, row in enumerate(scaled.rows)
     ]
     reference.variants[ADAPTER].append(Model(like, reference.adapter.floors, LAYERS, "a layer is missing"))
-    noisy = [
+    one, other = (
         {place: {i: value + draw.gauss(0, 0.006) for i, value in row.items()} for place, row in enumerate(model.rows)}
         for model in (reference.base, scaled)
-    ]
-    found = judge(RecordedEvidence(reference, Answers(*noisy)), "int4")
+    )
+    found = judge(RecordedEvidence(reference, Answers(one, other)), "int4")
     assert re.match(rf"{SCALED}: every delta_W is multiplied by 0\.(69|7)", found["reason"])
     assert "within noise it could also be: a layer is missing" in found["reason"]
 
