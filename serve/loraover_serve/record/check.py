@@ -65,7 +65,7 @@ def check_server(request: VerifyRequest) -> VerifyReport:
 
     Raises:
         ConfigError: Arguments that cannot be used, or names that the server does not have.
-        CheckpointError: A file that is no reference.
+        CheckpointError: No file is a reference.
         EngineError: A server that failed for every adapter.
     """
     known, found = ask_server(request)
