@@ -34,7 +34,7 @@ NAMES = ("base", "shop")
 
 @pytest.fixture(scope="module")
 def reference(recorded: Path) -> Reference:
-    return read_reference(str(recorded))
+    return read_reference(recorded)
 
 
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def sharp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Referen
     folder = tmp_path_factory.mktemp("sharp")
     base = save_sharp_base(folder / "base")
     adapter = save_adapter(folder / "adapter", base)
-    return base, adapter, read_reference(str(record(base, adapter, folder)))
+    return base, adapter, read_reference(record(base, adapter, folder))
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,15 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import yaml
 
+from loraover.common.errors import CheckpointError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.names import ANOTHER
-from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.record.crossed import NEAREST, SCREENED
 from loraover_serve.watch.ask import ask
 from loraover_serve.watch.canary import Canary
@@ -61,7 +63,7 @@ def files(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture
 def server(files: dict[str, Path]) -> Iterator[Recorded]:
     """A server of all of them, of which three have one another's names."""
-    by_name = {name: read_reference(str(files[CROSSED.get(name, name)])) for name in ADAPTERS}
+    by_name = {name: read_reference(files[CROSSED.get(name, name)]) for name in ADAPTERS}
     answer: dict[str, Callable[[dict[str, Any]], int | bytes]] = {
         name: FromReference(reference, lambda _: RIGHT) for name, reference in by_name.items()
     }
@@ -72,8 +74,24 @@ def server(files: dict[str, Path]) -> Iterator[Recorded]:
         yield it
 
 
-def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: dict[str, Path]) -> None:
+@pytest.fixture
+def held(server: Recorded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of references in memory, beside those of the server, whenever one was read."""
+    alive, counts, make = WeakSet[Reference](), [], Reference.__init__
+
+    def counted(self: Reference, content: Mapping[str, Any]) -> None:
+        make(self, content)
+        alive.add(self)
+        counts.append(len(alive))
+
+    monkeypatch.setattr(Reference, "__init__", counted)
+    return counts
+
+
+def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: dict[str, Path], held: list[int]) -> None:
     report = verify_adapter(references=[files["a0"].parents[1]], endpoint=server.url)
+    assert len(held) >= 2 * NUMBER
+    assert max(held) <= 3, "the one before, and one that a thread has not let go"
     found = {result.engine: result for result in report.engines}
     for name, result in found.items():
         if name in CROSSED:
@@ -85,13 +103,20 @@ def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: di
     assert max(result.requests for result in found.values()) <= 2 * 2 * least + SCREENED + NEAREST * QUICK
 
 
-def test_a_server_that_answers_as_no_other_adapter_names_none(server: Recorded, files: dict[str, Path]) -> None:
+def test_a_server_that_answers_as_no_other_adapter_names_none(
+    server: Recorded, files: dict[str, Path], tmp_path: Path
+) -> None:
     """The name a3 answers as a7, which is not asked about; others are nearer to that than a3 is."""
     known = [files[name] for name in ("a3", *ADAPTERS[:3], *ADAPTERS[4:7])]
-    first, *others = verify_adapter(references=known, endpoint=server.url).engines
+    broken = tmp_path / "broken.json.gz"
+    broken.write_bytes(b"{}")
+    first, second, *others = verify_adapter(references=[known[0], broken, *known[1:]], endpoint=server.url).engines
     assert first.verdict == "differs"
     assert first.fault != ANOTHER
+    assert (second.engine, second.verdict, second.requests) == (str(broken), "failed", 0)
     assert {one.verdict for one in others} == {"as trained"}
+    with pytest.raises(CheckpointError, match=r"broken\.json\.gz: not a reference"):
+        verify_adapter(references=[broken], endpoint=server.url)
 
 
 def watched(folder: Path, files: Mapping[str, Path], url: str, **more: Any) -> Watched:

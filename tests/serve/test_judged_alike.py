@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ import pytest
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row
-from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, NOT_APPLIED, OTHER_BASE, STALE
+from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, LAYERS, NOT_APPLIED, OTHER_BASE, SCALED, STALE
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.evidence import Answers, Greedy, RecordedEvidence
-from loraover_serve.record.adapter_check.reference import UNIT, Reference, read_reference
+from loraover_serve.record.adapter_check.reference import UNIT, Model, Reference, read_reference
 from loraover_serve.record.recorder import KEPT, TOP
 from loraover_serve.verify.evidence import Answers as VerifyAnswers
 from loraover_serve.verify.run import ask
@@ -27,7 +29,7 @@ from support.verified import Case as VerifyCase
 
 @pytest.fixture(scope="module")
 def reference(recorded: Path) -> Reference:
-    return read_reference(str(recorded))
+    return read_reference(recorded)
 
 
 def as_recorded(answers: VerifyAnswers, asked: VerifyCase, reference: Reference) -> Answers:
@@ -64,9 +66,13 @@ def both_ways(answers: VerifyAnswers, asked: VerifyCase, reference: Reference, s
     return [(one.verdict, one.fault), (other["verdict"], other["fault"])]
 
 
+HIDDEN_BY_ONE_MODEL = ("a tenth more", "permutation dropped", "int8", "bf16")
+"""Faults that move answers less than a coarse base model would, of which a server with one model has no answers."""
+
+
 @pytest.mark.parametrize("name", [*FAULTS, "right", "another base model"])
 def test_an_engine_has_verifys_verdict(name: str, asked: VerifyCase, reference: Reference, tmp_path: Path) -> None:
-    """`test_verify.py` expects the same of verify."""
+    """`test_verify.py` expects the same of verify; a server may also have one model under both names."""
     changed: dict[str, Path] = {}
     expected: Told = ("differs", OTHER_BASE)
     if name in FAULTS:
@@ -80,6 +86,33 @@ def test_an_engine_has_verifys_verdict(name: str, asked: VerifyCase, reference: 
     found = judge(RecordedEvidence(reference, answers))
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
     assert name not in FAULTS or FAULTS[name].words in found["reason"]
+    alone = judge(RecordedEvidence(reference, replace(answers, base={}, is_one_model=True)))
+    if name == "another base model":
+        assert (alone["verdict"], alone["fault"]) == ("differs", None)
+        assert "one model under both names, which may be another base model" in alone["reason"]
+    elif name in HIDDEN_BY_ONE_MODEL:
+        assert alone["verdict"] in ("as trained", "inconclusive")
+    else:
+        assert (alone["verdict"], alone["fault"]) == expected, alone["reason"]
+
+
+def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Path) -> None:
+    """A recorded fault that is like 0.7 times the adapter, and that noise alone would not exclude."""
+    reference, draw = read_reference(recorded), Random(0)
+    right, base = (dict(enumerate(model.rows)) for model in (reference.adapter, reference.base))
+    scaled = RecordedEvidence(reference, Answers(base, right)).scaled(0.7)
+    like = [
+        {i: value + draw.uniform(0.7, 1.3) * (row[i] - value) for i, value in right[place].items()}
+        for place, row in enumerate(scaled.rows)
+    ]
+    reference.variants[ADAPTER].append(Model(like, reference.adapter.floors, LAYERS, "a layer is missing"))
+    one, other = (
+        {place: {i: value + draw.gauss(0, 0.006) for i, value in row.items()} for place, row in enumerate(model.rows)}
+        for model in (reference.base, scaled)
+    )
+    found = judge(RecordedEvidence(reference, Answers(one, other)), "int4")
+    assert re.match(rf"{SCALED}: every delta_W is multiplied by 0\.(69|7)", found["reason"])
+    assert "within noise it could also be: a layer is missing" in found["reason"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -145,7 +178,7 @@ def test_a_weak_adapter_in_int4_has_one_verdict(
     recorded = record(asked.base, weak, tmp_path)
     mine = asked_alike(asked.base, weak, recorded)
     answers = answers_of(mine, tmp_path, base=coarse)
-    assert both_ways(answers, mine, read_reference(str(recorded)), served) == [(verdict, None)] * 2
+    assert both_ways(answers, mine, read_reference(recorded), served) == [(verdict, None)] * 2
 
 
 def test_an_earlier_step_has_one_name(base: Path, tmp_path: Path) -> None:
@@ -154,7 +187,7 @@ def test_an_earlier_step_has_one_name(base: Path, tmp_path: Path) -> None:
     recorded = record(base, right, tmp_path)
     mine = asked_alike(base, right, recorded)
     answers = answers_of(mine, tmp_path, adapter=stale)
-    assert both_ways(answers, mine, read_reference(str(recorded))) == [("differs", STALE)] * 2
+    assert both_ways(answers, mine, read_reference(recorded)) == [("differs", STALE)] * 2
 
 
 def row_of(place: tuple[int, int], row: dict[int, float], kept: set[int]) -> Row:

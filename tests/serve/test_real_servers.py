@@ -13,12 +13,14 @@ from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.judge.names import NOT_APPLIED
 
 from support.real_servers import llama_server, mlx_server
+from support.verified import save_adapter
 
 pytestmark = pytest.mark.engine
 
 Start = Callable[[Path, Path | None, Path], AbstractContextManager[str]]
 SERVERS: dict[str, tuple[Start, Callable[[Path], dict[str, Any]]]] = {
     "llama-server": (llama_server, lambda folder: {"served_name": "0", "protocol": "llama-server"}),
+    "llama-server, by OpenAI's route": (llama_server, lambda folder: {"served_name": str(folder / "base.gguf")}),
     "mlx_lm.server": (mlx_server, lambda folder: {"served_name": "default_model", "base_name": str(folder / "base")}),
 }
 """Each server, and the names of its models."""
@@ -43,3 +45,17 @@ def test_a_real_server_answers_as_trained(name: str, base: Path, adapter: Path, 
 def test_a_real_server_without_the_adapter_is_named(name: str, base: Path, recorded: Path, tmp_path: Path) -> None:
     found = verified(name, base, None, recorded, tmp_path)
     assert (found.verdict, found.fault) == ("differs", NOT_APPLIED), found.reason
+
+
+def test_llama_server_with_several_adapters_needs_its_own_protocol(
+    base: Path, adapter: Path, recorded: Path, tmp_path: Path
+) -> None:
+    """By OpenAI's route it answers with all of them at once, under the only name that it has."""
+    with llama_server(base, adapter, tmp_path, save_adapter(tmp_path / "other", base, seed=5)) as url:
+        own, openai = (
+            verify_adapter(references=[recorded], endpoint=url, **SERVERS[name][1](tmp_path)).engines[0]
+            for name in ("llama-server", "llama-server, by OpenAI's route")
+        )
+    assert own.verdict == "as trained", own.reason
+    assert (openai.verdict, openai.fault) == ("differs", None), openai.reason
+    assert openai.reason.endswith("llama-server answers for each alone with protocol llama-server")

@@ -33,7 +33,7 @@ BAD = 3
 
 @pytest.fixture(scope="module")
 def reference(recorded: Path) -> Reference:
-    return read_reference(str(recorded))
+    return read_reference(recorded)
 
 
 def bf16(reference: Reference) -> float:

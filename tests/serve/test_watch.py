@@ -44,7 +44,7 @@ NAMES = {"base": None, "steady": "base", "lost": "base", "locked": "base"}
 
 @pytest.fixture(scope="module")
 def reference(recorded: Path) -> Reference:
-    return read_reference(str(recorded))
+    return read_reference(recorded)
 
 
 @pytest.fixture(scope="module")

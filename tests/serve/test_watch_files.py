@@ -85,7 +85,7 @@ def test_promtool_takes_the_metrics_and_the_configuration(canary: Canary) -> Non
 def test_prometheus_reads_the_watch_and_fires_its_alert(recorded: Path, tmp_path: Path) -> None:
     """The real one, with our rules, asks a watch whose server has lost an adapter."""
     pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
-    program, port, reference = debian("prometheus"), free_port(), read_reference(str(recorded))
+    program, port, reference = debian("prometheus"), free_port(), read_reference(recorded)
     state = {"shop": RIGHT, "news": AS_BASE}
     listed = {"base": None, "shop": "base", "news": "base"}
     with openai_server(FromReference(reference, state.__getitem__), listed) as server:

@@ -74,16 +74,16 @@ def running(words: Sequence[str], port: int, path: str, log: Path, more: Mapping
 
 
 @contextmanager
-def llama_server(base: Path, adapter: Path | None, folder: Path) -> Iterator[str]:
-    """llama.cpp's server with a tiny model, and with an adapter if one is given."""
+def llama_server(base: Path, adapter: Path | None, folder: Path, *others: Path) -> Iterator[str]:
+    """llama.cpp's server with a tiny model, folder/base.gguf, and with an adapter and others if they are given."""
     python, port = python_of("LORAOVER_LLAMA_SERVER", "llama-server"), free_port()
     exact, model = folder / "exact.gguf", folder / "base.gguf"
     write_base(load_model(resolve_model(str(base))), exact)
     _with_vocabulary(exact, model)
     words = [str(python), str(Path(__file__).with_name("llama_server.py")), str(model), str(port)]
-    if adapter is not None:
-        export_gguf(adapter, folder / "adapter.gguf", model=str(base))
-        words.append(str(folder / "adapter.gguf"))
+    for index, each in enumerate(filter(None, (adapter, *others))):
+        export_gguf(each, folder / f"{index}.gguf", model=str(base))
+        words.append(str(folder / f"{index}.gguf"))
     with running(words, port, "/health", folder / "log", {}) as url:
         yield url
 

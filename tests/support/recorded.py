@@ -45,5 +45,5 @@ def record(base: Path, adapter: Path, folder: Path) -> Path:
 
 def asked_alike(base: Path, adapter: Path, recorded: Path) -> Case:
     """The judge of verify, with the questions of a reference."""
-    questions = read_reference(str(recorded)).questions
+    questions = read_reference(recorded).questions
     return make_case(base, adapter, ANSWER, [tuple(question["prompt"]) for question in questions])

@@ -184,12 +184,14 @@ class Case:
         return {name: Distance.of(off) for name, off in self.evidence.mixed().items() if off}
 
     def is_further(self, off: Sequence[Off] | None = None) -> bool:
-        """Whether answers are off by more than the noise of the base model explains.
+        """Whether answers are off by more than the noise of the base model explains, or on one model any number format.
 
         Args:
             off: What sets them apart; None for the right adapter.
         """
         found = self.found if off is None else Distance.of(off)
+        if self.evidence.is_one_model:
+            return self.format_of(found.rms) is None
         if found.prompts < FEW_PROMPTS:
             return found.rms > CERTAIN * (self.evidence.sensitivity * self.noise.rms + FLOOR)
         return (self.excess if off is None else self._excess_of(off)).low > math.log(EXCESS)

@@ -118,13 +118,14 @@ def base_is_faulty(case: Case) -> Finding | None:
 
 
 def base_is_another(case: Case) -> Finding | None:
-    """No number format is as far off as the base model."""
+    """No number format is as far off as the base model; on an engine with one model, the adapter may be what is off."""
     if case.number_format is not None:
         return None
-    reason = (
-        f"the base model is off by {case.noise.rms:.2g} nats without an adapter, more than weights rounded to "
-        "4 bits would be: the engine serves another base model"
-    )
+    far = f"off by {case.noise.rms:.2g} nats"
+    much = "more than weights rounded to 4 bits would be"
+    if case.evidence.is_one_model:
+        return _nearest(case, f"{far}, {much}")
+    reason = f"the base model is {far} without an adapter, {much}: the engine serves another base model"
     return Finding("differs", reason, OTHER_BASE)
 
 
@@ -152,13 +153,24 @@ def _split(split: Split) -> Finding:
 def adapter_is_beyond(case: Case) -> Finding | None:
     """The strength or the distance is not that of a right adapter."""
     found = beyond(case)
-    if found is None:
-        return None
+    return None if found is None else _nearest(case, found)
+
+
+def _nearest(case: Case, found: str) -> Finding:
+    """The nearest fault, if one explains what was found."""
     compared = suspects(case)
     nearest = compared[0]
     if not nearest.explains:
-        reason = f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
-        return Finding("differs", f"{reason}{nearest.rms:.2g} nats", None, compared)
+        reason = (
+            f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
+            f"{nearest.rms:.2g} nats"
+        )
+        if case.evidence.is_one_model:
+            reason += (
+                "; the server has one model under both names, which may be another base model, or several adapters at "
+                f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
+            )
+        return Finding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
     reason = f"{nearest.fault}: {nearest.detail} ({found}; with this fault {nearest.rms:.2g} nats remain){also}"

@@ -18,6 +18,7 @@ from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, 
 
 EXPLAINED = 0.1  # share of the adapter's distance that may remain if a fault explains it
 EXACT_WAY, ROUNDED_WAY = 0.1, 0.25  # deviation from 1 of the way to a fault, on exact and on other engines
+NEARER = 0.95  # ratio by which the fitted factor, which was chosen, is nearer than a fault that has a name
 FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
 
@@ -52,9 +53,11 @@ def suspects(case: Case) -> list[Suspect]:
     pairs = [(apart(each[:shared]), candidate) for each, candidate in zip(screened, candidates, strict=True)]
     pairs.sort(key=lambda pair: pair[0])
     found = [_suspect(case, candidate) for _, candidate in pairs[:NEAREST]]
-    if not any(each.explains for each in found):
-        found.append(_suspect(case, _fitted(case, few)))
     found.sort(key=lambda each: (not each.explains, each.rms))
+    if not found[0].explains or found[0].rms > EXPLAINED * apart(case.changes):
+        fitted = _suspect(case, _fitted(case, few))
+        is_nearer = fitted.rms < NEARER * found[0].rms
+        found.insert(0 if (fitted.explains or not found[0].explains) and is_nearer else 1, fitted)
     return found + [Suspect(each.fault, each.detail, far, False) for far, each in pairs[NEAREST:]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +18,8 @@ from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
-from loraover_serve.record.crossed import Named, nearest
+from loraover_serve.record.crossed import Named, Search
+from loraover_serve.record.facts import Facts
 from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.request import VerifyRequest
 
@@ -64,31 +65,50 @@ def check_server(request: VerifyRequest) -> VerifyReport:
 
     Raises:
         ConfigError: Arguments that cannot be used, or names that the server does not have.
-        CheckpointError: A file that is no reference.
+        CheckpointError: No file is a reference.
         EngineError: A server that failed for every adapter.
     """
-    references, found = ask_server(request)
+    known, found = ask_server(request)
     from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
 
-    return publish(request, to_report(request, references, found))
+    return publish(request, to_report(request, known, found))
 
 
-def ask_server(request: VerifyRequest) -> tuple[list[Reference], list[dict[str, Any]]]:
-    """Ask a running server, and return the references with the result of each; one that failed is a result, too.
+def ask_server(request: VerifyRequest) -> tuple[list[Facts], list[dict[str, Any]]]:
+    """Ask a running server about one adapter after the other, with one reference in memory at a time.
 
     Args:
         request: What the user asked for.
 
+    Returns:
+        Facts of each reference that could be read, and the result of each adapter; a failure is a result, too.
+
     Raises:
         ConfigError: Arguments that cannot be used.
-        CheckpointError: A file that is no reference.
+        CheckpointError: No file is a reference.
     """
     _endpoint(request)  # an address or a key that cannot be used is told first
     check_seals(request)
-    references = read_all(request.references)
-    found = [_check(request, name, mine) for name, mine in _named(request, references)]
-    _find_crossed(request, references, found)
-    return references, found
+    known: list[Facts] = []
+    adapters: list[Named] = []
+    found: list[dict[str, Any]] = []
+    unread: list[CheckpointError] = []
+    for name, file in _named(request, reference_files(request.references)):
+        read = partial(read_reference, file)
+        try:
+            reference = read()
+        except CheckpointError as error:
+            unread.append(error)
+            adapters.append(Named(name or str(file), read))
+            found.append(_failed(adapters[-1].name, error))
+            continue
+        known.append(Facts.of(reference))
+        adapters.append(Named(name or known[-1].adapter, read))
+        found.append(_check(request, adapters[-1].name, reference))
+    if not known:
+        raise unread[0]
+    name_crossed(request, adapters, found)
+    return known, found
 
 
 def _endpoint(request: VerifyRequest) -> Endpoint:
@@ -108,33 +128,30 @@ def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Ref
     return Asker(reference, endpoint, name, request.base_name, request.protocol, request.named)
 
 
-def read_all(places: Sequence[Path]) -> list[Reference]:
-    """References of files, and of the folders below which they are.
+def reference_files(places: Sequence[Path]) -> list[Path]:
+    """Files of references: those that are named, and those below folders.
 
     Args:
         places: Files and folders.
 
     Raises:
-        CheckpointError: A file that is no reference, or a folder without any.
+        CheckpointError: A folder without any.
     """
     found = []
     for place in places:
         files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
-        found += [read_reference(str(file)) for file in files]
+        found += files
     return found
 
 
-def _named(request: VerifyRequest, references: Sequence[Reference]) -> Iterator[tuple[str, Reference]]:
+def _named(request: VerifyRequest, files: Sequence[Path]) -> Iterator[tuple[str | None, Path]]:
     names = request.served_name
-    if names and len(names) != len(references):
+    if names and len(names) != len(files):
         given = request.named("served_name")
-        raise ConfigError(
-            f"{given}: {len(names)}, and there are {len(references)} references; name all of them or none."
-        )
-    for name, reference in zip_longest(names, references):
-        yield name or str(reference.content["adapter"]), reference
+        raise ConfigError(f"{given}: {len(names)}, and there are {len(files)} references; name all of them or none.")
+    return zip_longest(names, files)
 
 
 def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
@@ -145,9 +162,11 @@ def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str,
         asker = _asker(request, endpoint, name, reference)
         return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": endpoint.sent}
     except (ConfigError, EngineError) as error:
-        seconds = time.monotonic() - start
-        failed = {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds}
-        return failed | {"requests": endpoint.sent}
+        return _failed(name, error, time.monotonic() - start, endpoint.sent)
+
+
+def _failed(name: str, error: Exception, seconds: float = 0.0, requests: int = 0) -> dict[str, Any]:
+    return {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds, "requests": requests}
 
 
 def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
@@ -155,39 +174,42 @@ def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str,
     return check(asker, request.declared_format, request.named, repeats=request.repeats, **more)
 
 
-def _find_crossed(request: VerifyRequest, references: Sequence[Reference], found: Sequence[dict[str, Any]]) -> None:
-    """Name the adapter with which a server answers instead, where it is one of those that are checked."""
-    adapters = [(str(result["engine"]), partial(references.__getitem__, index)) for index, result in enumerate(found)]
-    for index, result in enumerate(found):
-        name_crossed(request, references[index], adapters[:index] + adapters[index + 1 :], result)
-
-
 def name_crossed(
-    request: VerifyRequest,
-    reference: Reference,
-    others: Sequence[Named],
-    result: dict[str, Any],
-    most: int | None = None,
+    request: VerifyRequest, adapters: Sequence[Named], found: Sequence[dict[str, Any]], most: int | None = None
 ) -> None:
-    """Name the adapter with which a server answers instead, where it is one of these.
+    """Name the adapter with which a server answers instead of one that differs, where it is one of these.
 
     Args:
         request: What the user asked for.
-        reference: The reference by which the adapter was checked.
-        others: The other adapters that the server serves.
-        result: Result of that check, whose fault, reason and number of requests change.
+        adapters: Adapters that the server serves, the checked ones first.
+        found: Results of the checked ones, of which fault, reason and number of requests change.
         most: Largest number of adapters by whose references the server is checked; None means all that may be it.
     """
-    if not others or result["verdict"] != "differs" or result["fault"] in (NOT_APPLIED, INTERMITTENT):
-        return
+    searches: list[tuple[Named, dict[str, Any], Search]] = []
+    for mine, result in zip(adapters, found, strict=False):
+        if result["verdict"] == "differs" and result["fault"] not in (NOT_APPLIED, INTERMITTENT) and adapters[1:]:
+            with _again(request, result) as endpoint:
+                searches.append((mine, result, Search(_asker(request, endpoint, mine.name, mine.read()))))
+    for other in adapters if searches else ():
+        with suppress(CheckpointError):  # what is no reference names nothing
+            reference = other.read()
+            for search in (search for mine, _, search in searches if mine is not other):
+                search.compare(other, reference)
+    for mine, result, search in searches:
+        with _again(request, result) as endpoint:
+            for name, read in search.nearest()[:most]:
+                if _answers_as(request, _asker(request, endpoint, mine.name, read())):
+                    result["fault"] = ANOTHER
+                    result["reason"] = f"{ANOTHER}: answers as {name} was trained ({result['reason']})"
+                    break
+
+
+@contextmanager
+def _again(request: VerifyRequest, result: dict[str, Any]) -> Iterator[Endpoint]:
+    """The server once more; what it refuses now, it answered before: the verdict is known."""
     endpoint = _endpoint(request)
-    with suppress(ConfigError, EngineError):  # what the server refuses now, it answered before: the verdict is known
-        asker = _asker(request, endpoint, result["engine"], reference)
-        for name, read in nearest(asker, others)[:most]:
-            if _answers_as(request, _asker(request, endpoint, result["engine"], read())):
-                result["fault"] = ANOTHER
-                result["reason"] = f"{ANOTHER}: answers as {name} was trained ({result['reason']})"
-                break
+    with suppress(ConfigError, EngineError):
+        yield endpoint
     result["requests"] += endpoint.sent
 
 

@@ -11,42 +11,40 @@ from loraover.common.atomic_output import publish_directory, publish_file
 from loraover.common.errors import EngineError, OutputError, UnwrittenReportError
 from loraover.common.provenance import environment, processor, today
 from loraover_serve.judge.limits import EXIT_CODES
-from loraover_serve.record.adapter_check.reference import Reference
+from loraover_serve.record.facts import Facts
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 
 
-def to_report(
-    request: VerifyRequest, references: Sequence[Reference], found: Sequence[Mapping[str, Any]]
-) -> VerifyReport:
+def to_report(request: VerifyRequest, known: Sequence[Facts], found: Sequence[Mapping[str, Any]]) -> VerifyReport:
     """The report of a check.
 
     Args:
         request: What the user asked for.
-        references: The references.
-        found: Result of each.
+        known: Facts of the references.
+        found: Result of each adapter.
 
     Raises:
         EngineError: The server failed for every adapter.
     """
     if all(result["verdict"] == "failed" for result in found):
         raise EngineError(str(found[0]["reason"]))
-    first = references[0].content
+    first = known[0]
     engines = [EngineResult.model_validate(dict(result)) for result in found]
     return VerifyReport(
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in engines}),
         engines=engines,
-        adapter=", ".join(str(one.content["adapter"]) for one in references),
-        base_model=str(first["base_model"]),
+        adapter=", ".join(one.adapter for one in known),
+        base_model=first.base_model,
         reference="the reference",
-        sensitivity=max(one.sensitivity for one in references),
-        bias=float(first["formats"]["bf16"]["strength"]),
+        sensitivity=max(one.sensitivity for one in known),
+        bias=first.bias,
         served_format=request.declared_format,
-        prompts=len(references[0].questions),
+        prompts=first.prompts,
         prompt_source="those of the reference",
-        new_tokens=max(len(question["answer"]) for question in references[0].questions),
-        device=str(first.get("made", {}).get("device", "unknown")),
+        new_tokens=first.new_tokens,
+        device=first.device,
         command=request.command(),
         versions=environment(),
         hardware=f"{processor()}, {platform.platform()}",

@@ -97,7 +97,7 @@ def pack_variant(places: Sequence[Place], model: Expected, start: Expected, ques
     """
     off = np.concatenate([place.of(model) - place.of(start) for place in places if place.question < questions])
     middle = len(ALPHABET) // 2
-    unit = float(np.abs(off).max()) / math.sinh(middle / STEPS_PER_E)
+    unit = float(f"{np.abs(off).max() / math.sinh(middle / STEPS_PER_E):.4g}")
     steps = np.arcsinh(off / unit) * STEPS_PER_E if unit > 0 else np.zeros_like(off)
     levels = np.clip(np.rint(steps).astype(int), -middle, middle) + middle
     return {"questions": questions, "unit": unit, "levels": "".join(ALPHABET[level] for level in levels)}

@@ -9,7 +9,7 @@ from functools import partial
 from loraover.common.errors import LoraOverError
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.check import ask_server, name_crossed
-from loraover_serve.record.crossed import NEAREST
+from loraover_serve.record.crossed import NEAREST, Named
 from loraover_serve.watch.config import Target
 from loraover_serve.watch.history import Check
 
@@ -26,10 +26,11 @@ def ask(
     """
     begun = time.monotonic()
     try:
-        (reference,), (found,) = ask_server(target.request)
+        _, (found,) = ask_server(target.request)
         if found["verdict"] == "differs" and target.others and reserve(target.search):
-            others = [(name, partial(read_reference, str(file))) for name, file in target.others]
-            name_crossed(target.request, reference, others, found, NEAREST)
+            files = (target.adapter, target.request.references[0]), *target.others
+            adapters = [Named(name, partial(read_reference, file)) for name, file in files]
+            name_crossed(target.request, adapters, [found], NEAREST)
     except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
         found = {"verdict": "failed", "reason": str(error), "requests": 0}
     strength, distance = found.get("strength"), found.get("adapter")

@@ -186,7 +186,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     file = folder / adapter.reference
     if file.is_dir():
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
-    reference = read_reference(str(file))
+    reference = read_reference(file)
     most = QUICK if adapter.quick else (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places) + QUICK
     name = adapter.name or str(reference.content["adapter"])
     try:

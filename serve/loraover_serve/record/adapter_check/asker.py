@@ -45,7 +45,7 @@ class Asker:
         self.reference, self.endpoint, content = reference, endpoint, reference.content
         self._found = find_models(
             endpoint,
-            lambda name: Speaker(endpoint, name, self._probe, lambda: reference.by_text, protocol),
+            lambda name: Speaker(endpoint, name, partial(_probe, reference), lambda: reference.by_text, protocol),
             adapter=adapter or str(content["adapter"]),
             model=str(content["base_model"]),
             base=base,
@@ -54,21 +54,9 @@ class Asker:
         self.names = {BASE: self._found.base, ADAPTER: self._found.adapter}
         self.speaker, self.dialect = self._found.speaker, self._found.speaker.dialect
 
-    def _probe(self, dialect: Dialect) -> Any:
-        asked = (self.prompt(place, dialect) for place in range(len(self.reference.places)))
-        return next((prompt for prompt in asked if prompt is not None), None)
-
-    def prompt(self, place: int, dialect: Dialect | None = None) -> Any:
-        """A place's tokens in the form that the server takes; None if there is no such form."""
-        question, step = self.reference.places[place]
-        mine, form = self.reference.questions[question], (dialect or self.dialect).form
-        if form == "chat":
-            return mine["message"] if step == 0 else None
-        return self.reference.read(place) if form == "ids" else mine["texts"][step]
-
     def answer(self, arm: str, place: int, tokens: int) -> Generated:
         """The greedy answer of a model from a place on."""
-        name, prompt = self.names[arm], self.prompt(place)
+        name, prompt = self.names[arm], _prompt(self.reference, place, self.dialect)
         return self.speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE)
 
     def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[Round]:
@@ -99,7 +87,8 @@ class Asker:
     @cached_property
     def places(self) -> list[int]:
         """Places that the server can be asked for."""
-        found = [place for place in range(len(self.reference.places)) if self.prompt(place) is not None]
+        mine = self.reference
+        found = [place for place in range(len(mine.places)) if _prompt(mine, place, self.dialect) is not None]
         if not found:
             raise EngineError(
                 f"{self.endpoint.url} takes no token ids, and no text has exactly the tokens of a question."
@@ -126,3 +115,18 @@ class Asker:
                 with in_company(partial(self.answer, companion, places[0], COMPANION_TOKENS)):
                     found[name] = self.rounds(arm, places)[0].rows
         return found
+
+
+def _prompt(reference: Reference, place: int, dialect: Dialect) -> Any:
+    """A place's tokens in the form that a server takes; None if there is no such form."""
+    question, step = reference.places[place]
+    mine = reference.questions[question]
+    if dialect.form == "chat":
+        return mine["message"] if step == 0 else None
+    return reference.read(place) if dialect.form == "ids" else mine["texts"][step]
+
+
+def _probe(reference: Reference, dialect: Dialect) -> Any:
+    """The first prompt that has this form; None if there is none."""
+    asked = (_prompt(reference, place, dialect) for place in range(len(reference.places)))
+    return next((prompt for prompt in asked if prompt is not None), None)

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from loraover.client.dialects import DIALECTS
@@ -93,7 +94,7 @@ def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> Answe
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a server from a command line, and return the exit code."""
     parser = argparse.ArgumentParser(description="Check that a server answers as an adapter was trained.")
-    parser.add_argument("reference", help="file that loraover serve record wrote")
+    parser.add_argument("reference", type=Path, help="file that loraover serve record wrote")
     parser.add_argument("url", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--served-name", help="name of the adapter there (default: that of its folder)")
     parser.add_argument("--base-name", help="name of the base model there (default: as listed)")
