@@ -31,7 +31,7 @@ def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool
     from loraover.training.plan import make_plan
     from loraover.training.show import show_plan
 
-    found = make_plan(recipe, ConsoleReporter(console))
+    found = make_plan(recipe, ConsoleReporter(console), tries=True)
     if as_json:
         print(found.model_dump_json(indent=1))
     else:
