@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
+from transformers import TrainingArguments
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import factors, step_norm
@@ -50,6 +51,7 @@ from loraover.training.run_folder import (
     with_commits,
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult
+from loraover.training.trackers import attach
 
 
 class TimedSteps(NamedTuple):
@@ -137,24 +139,37 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
         )
     with claim(output, resume=resume):
         asked = with_commits(recipe, output) if resume else recipe
-        result, pushed = _train_alone(asked, output, resume, report, command)
+        done = _train_alone(asked, output, resume, report, command)
         if record:  # the trained model is no longer in memory
             record_beside(product(asked, output), model=asked.model, report=report)
+        attach(done.arguments, product(asked, output), report)
         if asked.push_to_hub is not None:
-            _push(asked, pushed, product(asked, output), report)
-        return result
+            _push(asked, done.pushed, product(asked, output), report)
+        return done.result
 
 
 class Pushed(NamedTuple):
-    """What a pushed adapter names in place of a stand-in, and its model card; None where it names what it has."""
+    """What a pushed adapter names in place of a stand-in, and its model card."""
 
     base: ModelSource
     card: str
 
 
-def _train_alone(
-    recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str
-) -> tuple[RunResult, Pushed | None]:
+class Done(NamedTuple):
+    """What is left of a run when its model is no longer in memory.
+
+    Args:
+        result: The contents of `run.json`.
+        arguments: Settings of its trainer.
+        pushed: What a pushed adapter names; None where it names what it has.
+    """
+
+    result: RunResult
+    arguments: TrainingArguments
+    pushed: Pushed | None
+
+
+def _train_alone(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> Done:
     run = None
     try:
         run = prepare(recipe, output, report)
@@ -181,7 +196,8 @@ def _train_alone(
         record_failure(output, error, has_stepped=has_stepped, is_resumed=resume)
         raise
     base = run.pushed_base
-    return result, None if base is None else Pushed(base, _card(recipe, result, base, command))
+    pushed = None if base is None else Pushed(base, _card(recipe, result, base, command))
+    return Done(result, run.trainer.args, pushed)
 
 
 def _result(

@@ -110,9 +110,11 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
         output: The run's folder.
 
     Raises:
-        ConfigError: The class does not have a key, or refuses a value; every fault that it can name alone is named.
+        ConfigError: The class does not have a key, or refuses a value; every fault that it can name alone is named. Or
+            a tracker is unknown or not installed.
     """
     import torch
+    from transformers.integrations import get_reporting_integration_callbacks
 
     _, config = TRAINERS[name].load()
     known = {field.name for field in dataclasses.fields(config)}
@@ -124,6 +126,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
     options = {
         **sizes,
         "logging_first_step": True,
+        "run_name": output.name,
         **TRAINERS[name].options,
         **{key: value for key, value in given.items() if key in known},
         "bf16": bool(recipe.training.bf16),
@@ -131,7 +134,13 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> Any:
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),
     }
-    return build(config, "training", options)
+    arguments = build(config, "training", options)
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"training.report_to: {error}") from error
+    return arguments
 
 
 def check_keys(recipe: Recipe) -> None:

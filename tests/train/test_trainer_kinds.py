@@ -132,6 +132,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "what the run sets of PEFT": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type: a run sets this itself"),
     "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
+    "an unknown tracker": ({"training.report_to": "notebook"}, "training.report_to: notebook is not supported"),
+    "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
     "an unknown reward": (
