@@ -20,7 +20,7 @@ from loraover.training.plan import make_plan
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.trainers import TRAINERS
 
-from support.resumed_run import assert_same_run, stopped
+from support.resumed_run import assert_same_run, killed, stopped
 from support.tiny_hub import save_llama, write_recipe
 from support.train_command import TURNS, train
 from support.trained_run import metrics
@@ -89,11 +89,14 @@ def test_a_trainer_takes_two_steps(name: str, method: str, bases: dict[str, Path
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("sft", "seq2seq")])
 def test_a_stopped_run_is_resumed_bit_for_bit(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Those of sft and seq2seq are in test_resume.py. GRPO draws its answers anew, from the restored generators."""
+    """Or killed, as that of dpo is. Those of sft and seq2seq are in test_resume.py.
+
+    GRPO draws its answers anew, from the restored generators.
+    """
     training = {"max_steps": 6, "logging_steps": 1, "save_steps": 2, "weight_decay": 0.1}
     recipe = recipe_of(name, tmp_path, bases, lora={"r": 2, "lora_dropout": "2e-1"}, training=training)
     assert train(recipe, tmp_path / "whole") == 0
-    halted = stopped(recipe, tmp_path / "halted", 5)
+    halted = (killed if name == "dpo" else stopped)(recipe, tmp_path / "halted", 5)
     assert train(recipe, halted, "--resume") == 0
     assert_same_run(halted, tmp_path / "whole")
 
