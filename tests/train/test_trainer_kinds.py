@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 import loraover
+import loraover.data.sources
 from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm, read_row
@@ -137,6 +138,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
     "an unknown tracker": ({"training.report_to": "notebook"}, "training.report_to: notebook is not supported"),
     "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
+    "a stream without an end": (
+        {"data.streaming": True, "training.max_steps": None, "training.num_train_epochs": 1},
+        "data.streaming needs training.max_steps",
+    ),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
     "an unknown reward": (
@@ -223,6 +228,29 @@ def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:
     """Arrow gives dicts of one column the same keys, with None where a row has none."""
     rows = [{"messages": [{**CALL, "arguments": {name: 1}}], "text": name} for name in "ab"]
     assert to_dataset(rows).to_list() == rows
+
+
+def test_a_stream_is_read_as_far_as_the_steps_need(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real library, of a folder in place of the hub."""
+    (tmp_path / "set").mkdir()
+    rows_file(tmp_path / "set" / "train.jsonl", ROWS["sft"] * 100)
+    real, read = datasets.load_dataset, list[int]()
+
+    def of_folder(name: str, subset: None, *, split: str, revision: str, streaming: bool) -> Any:
+        stream = real(str(tmp_path / "set"), split=split, streaming=streaming)
+        assert isinstance(stream, datasets.IterableDataset)
+        return stream.map(lambda row, number: read.append(number) or row, with_indices=True)
+
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    changes: dict[str, Any] = {"data": {"train": "owner/data", "streaming": True}, "evaluation": {"examples": 0}}
+    changes["training"] = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    result = loraover.train(str(write_recipe(tmp_path / "r.yaml", bases["llama"], **changes)), tmp_path / "out")
+    assert result.lengths is not None
+    assert (result.steps, result.lengths.examples) == (2, 12)
+    assert len(read) < 20
 
 
 def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
