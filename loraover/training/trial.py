@@ -94,12 +94,12 @@ def try_steps(recipe: Recipe, source: ModelSource, report: Reporter, clock: Cloc
             report.line("time and peak memory are not predicted: this machine is too small or too slow for a trial")
             return None
         report.line(f"trying {STEPS} steps with random weights and {tried} of {layers} layers")
-        more = _tried(recipe, source, config, tried, clock)
-        few = more if tried == layers else _tried(recipe, source, config, FEW, clock)
+        # The smaller model comes first, since a process knows only its largest memory so far.
+        *fewer, more = [_tried(recipe, source, config, n, clock) for n in (FEW, tried)[tried == layers :]]
     except (LoraOverError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         report.line(f"time and peak memory are not predicted: a trial failed: {error}")
         return None
-    return extrapolated(few, more, tried, layers)
+    return extrapolated(fewer[0] if fewer else more, more, tried, layers)
 
 
 def extrapolated(few: Needs, more: Needs, tried: int, layers: int) -> Needs:
@@ -148,7 +148,7 @@ def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock:
 
 
 def _give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps the model's layers, which would count into the peak of the trial."""
+    """Return freed memory to the system: glibc keeps that of the model's layers, and the trial's peak would have it."""
     gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
