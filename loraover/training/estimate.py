@@ -23,6 +23,9 @@ from loraover.training.recipe import Recipe
 
 CORE_BYTES = 4  # float32
 
+QUANTISED = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0, "torchao-int8": 1.0}
+"""Bytes of a weight of a linear layer; nf4 with double quantisation (Dettmers et al., arXiv:2305.14314, section 3)."""
+
 
 class Memory(NamedTuple):
     """Bytes that one process holds.
@@ -64,6 +67,10 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int) -> Memory:
     """
     base = load_skeleton(source).to(getattr(torch, DTYPES[weights_dtype(recipe)]))
     weights = _bytes(base.parameters())
+    if (form := recipe.model_init.quantization) is not None:
+        layers = [one.weight for one in base.modules() if isinstance(one, nn.Linear)]
+        inner = [weight for weight in layers if weight is not base.get_output_embeddings().weight]
+        weights += round(QUANTISED[form] * sum(weight.numel() for weight in inner)) - _bytes(inner)
     is_seq2seq = bool(base.config.is_encoder_decoder)
     model: Any = base
     method = make_method(recipe, is_seq2seq=is_seq2seq)

@@ -80,6 +80,7 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     data = recipe.data
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
     common: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
+    common["streaming"] = data.streaming
     made, held_out = list[Row](), list[Row]()
     if BUILT_IN in (data.train, data.test):
         count = data.train_examples or WORD_PROBLEMS if data.train == BUILT_IN else 0
@@ -87,13 +88,12 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     if data.train == BUILT_IN:
         train = _built_in(made, form, recipe)
     else:
-        limit = data.train_examples
         if loose := [name for name in data.sources[1:] and data.sources if is_hub_name(name) and "@" not in name]:
             raise DataError(
                 f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT."
             )
         parts = [
-            load_rows(source, split=data.train_split, revision=data.revision, limit=limit, **common)
+            load_rows(source, split=data.train_split, revision=data.revision, limit=recipe.most_rows, **common)
             for source in data.sources
         ]
         train = _mixed(parts, recipe)

@@ -20,6 +20,7 @@ from loraover.training.lengths import count_tokens, summarise
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
+from loraover.training.trial import try_steps
 
 
 class TrainingPlan(BaseModel):
@@ -41,6 +42,12 @@ class TrainingPlan(BaseModel):
     steps: int = Field(description="Optimizer steps.")
     examples: int = Field(description="Examples that the run sees, over all epochs.")
     tokens: int = Field(description="Largest number of tokens: every example at full length.")
+    step_seconds: float | None = Field(
+        None, description="Seconds of an optimizer step on this machine, measured in a trial; None: there was none."
+    )
+    peak_bytes: int | None = Field(
+        None, description="Largest memory on this machine, measured in a trial; None: there was none."
+    )
     lengths: Lengths | None = Field(
         description="Lengths of the examples; None: their data or tokenizer is not at hand."
     )
@@ -63,6 +70,8 @@ class TrainingPlan(BaseModel):
             "steps": f"{self.steps:,}",
             "examples": f"{self.examples:,}",
             "tokens": f"at most {self.tokens:,}",
+            **({} if self.step_seconds is None else {"time": _time(self.steps, self.step_seconds)}),
+            **({} if self.peak_bytes is None else {"peak memory": f"{_size(self.peak_bytes)}, measured in a trial"}),
             **({} if self.lengths is None else _length_facts(self.lengths)),
         }
 
@@ -75,12 +84,14 @@ ASSUMPTION = (
 )
 
 
-def make_plan(recipe: Recipe, report: Reporter = SILENT) -> TrainingPlan:
+def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False) -> TrainingPlan:
     """Estimate memory, steps and tokens of a run without reading weights.
 
     Args:
         recipe: The recipe.
         report: Receiver of the values that the recipe leaves open.
+        tries: Whether to measure time and memory in a few steps with random weights, see `try_steps`; they need local
+            data and the model's tokenizer.
 
     Raises:
         ConfigError: A recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
@@ -106,6 +117,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT) -> TrainingPlan:
     seen = steps * in_a_step * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
+    needs = try_steps(recipe, source, report) if tries and tokens is not None else None
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,
@@ -113,6 +125,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT) -> TrainingPlan:
         steps=steps,
         examples=seen,
         tokens=seen * training.tokens * (2 if is_seq2seq else 1),
+        step_seconds=None if needs is None else needs.step_seconds,
+        peak_bytes=None if needs is None else round(needs.peak_bytes),
         lengths=None if rows is None or tokens is None else summarise(tokens, rows, training.tokens),
     )
 
@@ -145,6 +159,13 @@ def _count_examples(recipe: Recipe) -> int:
     if data.train_examples:
         return data.train_examples * len(data.sources)
     return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
+
+
+def _time(steps: int, seconds: float) -> str:
+    """Return the time of a step and of all, in the largest unit in which they are not below one."""
+    minutes = steps * seconds / 60
+    whole = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    return f"about {seconds:.2g} s a step, {whole} in all without evaluation"
 
 
 def _size(count: int) -> str:

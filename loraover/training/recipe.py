@@ -17,7 +17,7 @@ from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.training.methods import METHODS, MethodKeys
-from loraover.training.recipe_parts import AUTO, SOAP
+from loraover.training.recipe_parts import AUTO, BATCH, SOAP
 
 MAX_YAML_BYTES = 2**20
 
@@ -70,6 +70,8 @@ class Recipe(MethodKeys):
 
     @model_validator(mode="after")
     def _can_be_stepped(self) -> Recipe:
+        if self.data.streaming and self.training.max_steps is None:
+            raise ValueError("data.streaming needs training.max_steps, which says how many rows are read")
         if self.training.optim == SOAP and self.method != "lora":
             raise ValueError(f"training.optim {SOAP} works only with method lora, not with {self.method}")
         return self
@@ -103,6 +105,16 @@ class Recipe(MethodKeys):
             examples: Number of training examples.
         """
         return self.training.steps(math.ceil(examples / self.clients), self.distributed.processes or 1)
+
+    @property
+    def most_rows(self) -> int | None:
+        """Largest number of rows to read of a source of training data; None: all."""
+        training, asked = self.training, self.data.train_examples
+        if not self.data.streaming or training.max_steps is None:
+            return asked
+        batch = BATCH if training.per_device_train_batch_size == AUTO else training.micro_batch
+        needed = training.max_steps * batch * training.gradient_accumulation_steps * self.clients
+        return min(needed, asked or needed)
 
     @property
     def trains_only_products(self) -> bool:

@@ -19,6 +19,9 @@ MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
 
 
 AUTO = "auto"
+BATCH = 8
+"""Examples of a step where `per_device_train_batch_size` is auto."""
+
 TrainerName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", "classification"]
 """Names of trainers; `loraover.training.trainers` says what each is."""
 
@@ -62,6 +65,9 @@ class Data(RecipePart):
     chat: bool | None = Field(
         None,
         description="Whether to write examples in the tokenizer's chat template; None: yes if the tokenizer has one.",
+    )
+    streaming: bool = Field(
+        False, description="Read the training data only as far as max_steps needs, and download no more of them."
     )
     train_examples: int | None = Field(None, ge=1, description="Number of training examples; None: all.")
     test_examples: int | None = Field(None, ge=1, description="Largest number of held-out examples; None: no limit.")

@@ -102,7 +102,9 @@ class TrainRequest(Request):
         is_recorded=False,
     )
     plan: bool = option(
-        "Print memory, steps and tokens that the run would need, and train nothing.", default=False, is_recorded=False
+        "Print the memory, time, steps and tokens that the run would need, after a few steps on random weights.",
+        default=False,
+        is_recorded=False,
     )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
 from torch import Tensor
+from transformers import TrainingArguments
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.callbacks.step_norm import factors, step_norm
@@ -56,6 +57,7 @@ from loraover.training.run_folder import (
     with_commits,
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
+from loraover.training.trackers import attach
 
 
 class TimedSteps(NamedTuple):
@@ -150,13 +152,15 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
     with ranks.held(lambda: claim(output, resume=resume)):
         _check_shared(output)
         asked = with_commits(recipe, output) if resume else recipe
-        result, pushed = _train_all(asked, output, resume, report, command)
+        done = _train_all(asked, output, resume, report, command)
         ranks.meet()
+        adapter = product(asked, output)
         if record:  # the trained model is no longer in memory
-            ranks.write(record_beside, product(asked, output), model=asked.model, report=report)
+            ranks.write(record_beside, adapter, model=asked.model, report=report)
+        ranks.write(attach, done.arguments, adapter, report)
         if asked.push_to_hub is not None:
-            ranks.write(_push, asked, pushed, product(asked, output), report)
-        return result
+            ranks.write(_push, asked, done.pushed, adapter, report)
+        return done.result
 
 
 def _check_shared(output: Path) -> None:
@@ -170,15 +174,27 @@ def _check_shared(output: Path) -> None:
 
 
 class Pushed(NamedTuple):
-    """What a pushed adapter names in place of a stand-in, and its model card; None where it names what it has."""
+    """What a pushed adapter names in place of a stand-in, and its model card."""
 
     base: ModelSource
     card: str
 
 
-def _train_all(
-    recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str
-) -> tuple[RunResult, Pushed | None]:
+class Done(NamedTuple):
+    """What is left of a run when its model is no longer in memory.
+
+    Args:
+        result: The contents of `run.json`.
+        arguments: Settings of its trainer.
+        pushed: What a pushed adapter names; None where it names what it has.
+    """
+
+    result: RunResult
+    arguments: TrainingArguments
+    pushed: Pushed | None
+
+
+def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> Done:
     run, ranks = None, launched()
     try:
         run = prepare(recipe, output, report)
@@ -211,7 +227,8 @@ def _train_all(
             raise
         raise agreed from error
     base = run.pushed_base
-    return result, None if base is None else Pushed(base, _card(recipe, result, base, command))
+    pushed = None if base is None else Pushed(base, _card(recipe, result, base, command))
+    return Done(result, run.trainer.args, pushed)
 
 
 def _result(

@@ -114,10 +114,11 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
         report: Receiver of a line where GPUs stay idle.
 
     Raises:
-        ConfigError: The processes of a launcher cannot train the recipe, or the class does not have a key, or refuses a
-            value; every fault that it can name alone is named.
+        ConfigError: The processes of a launcher cannot train the recipe, the class does not have a key or refuses a
+            value, or a tracker is unknown or not installed; every fault that it can name alone is named.
     """
     import torch
+    from transformers.integrations import get_reporting_integration_callbacks
 
     check_processes(recipe)
     _, config = TRAINERS[name].load()
@@ -130,6 +131,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
     options = {
         **sizes,
         "logging_first_step": True,
+        "run_name": output.name,
         **TRAINERS[name].options,
         **{key: value for key, value in given.items() if key in known},
         "bf16": bool(recipe.training.bf16),
@@ -140,6 +142,11 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
         "use_cpu": not torch.accelerator.is_available(),
     }
     arguments = build(config, "training", options)
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"training.report_to: {error}") from error
     use_one_device(arguments, report)
     return arguments
 

@@ -39,6 +39,7 @@ BENCHMARKS = (
     "conversions",
     "fleet",
     "plugin",
+    "planning",
     "reference_check",
     "reference_size",
 )

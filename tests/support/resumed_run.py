@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loraover.training.failure import FAILURE_FILE
 from loraover.training.progress import TrainingProgress
 from loraover.training.run_result import read_run
 
+from support.children import Child
 from support.train_command import train
 from support.trained_run import metrics
 
@@ -25,13 +28,13 @@ KINDS = ("llama", "t5")
 
 
 @contextlib.contextmanager
-def interrupted_at(step: int) -> Iterator[None]:
-    """Ctrl-C when that step has been taken, before it is logged or saved."""
+def interrupted_at(step: int, sent: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """Ctrl-C, or another signal, when that step has been taken, before it is logged or saved."""
     on_step_end = TrainingProgress.on_step_end
 
     def interrupt(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
-            raise KeyboardInterrupt
+            signal.raise_signal(sent)
         on_step_end(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -80,4 +83,12 @@ def stopped(recipe: Path, out: Path, step: int = STOP) -> Path:
     """A run that was interrupted in that step."""
     with interrupted_at(step):
         assert train(recipe, out) == 130
+    return out
+
+
+def killed(recipe: Path, out: Path, step: int = STOP) -> Path:
+    """A run that was killed in that step, so that it could not say anything or tidy up."""
+    with interrupted_at(step, signal.SIGKILL):
+        assert Child(lambda: train(recipe, out)).end().code == -signal.SIGKILL
+    assert not (out / FAILURE_FILE).exists()
     return out

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from support.resumed_run import KINDS, STEPS, stopped
+from support.resumed_run import KINDS, STEPS, killed, stopped
 from support.rows import Write, lines
 from support.tiny_hub import save_llama, save_t5, write_recipe
 from support.train_command import METHODS, train
@@ -113,9 +113,10 @@ def whole(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def halted(recipes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a run of each of these recipes, interrupted in step `STOP`; copy one before you change it."""
+    """Folders of a run of each of these recipes, stopped or killed in step `STOP`; copy one before you change it."""
     folder = tmp_path_factory.mktemp("halted")
-    return {kind: stopped(recipe, folder / kind) for kind, recipe in recipes.items()}
+    stops = {"llama": stopped, "t5": killed}
+    return {kind: stops[kind](recipe, folder / kind) for kind, recipe in recipes.items()}
 
 
 @pytest.fixture

@@ -137,6 +137,8 @@ def test_a_limit_counts_examples(write: Write) -> None:
         ({"prompt": 5, "completion": "b"}, "'prompt' is 5"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
+        (PAIR | {"images": ["a.png"]}, "holds images"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, TURNS[1]]}, "holds images"),
         ([1], "found list"),
         ({}, "has fields []"),
     ],

@@ -23,6 +23,7 @@ from loraover.training.estimate import kept_bytes
 from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
+from loraover.training.trial import Needs, extrapolated
 
 from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
@@ -122,6 +123,31 @@ def test_activations_are_what_autograd_keeps(
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     held = kept_bytes(with_lora(base, task_type=task).train(), torch.ones(4, 128, dtype=torch.long), autocast)
     assert found.activations == pytest.approx(held, rel=0.1)
+    if kind == "t5":
+        assert found.step_seconds is None
+    else:
+        assert found.step_seconds is not None
+        assert 0 < found.step_seconds < 60
+        assert found.peak_bytes is not None
+        assert found.peak_bytes > found.weights
+
+
+def test_layers_that_were_not_tried_need_what_the_others_do() -> None:
+    assert extrapolated(Needs(3.0, 50), Needs(5.0, 90), tried=6, layers=32) == (5 + 26 * 0.5, 90 + 26 * 10)
+    assert extrapolated(Needs(3.0, 50), Needs(3.0, 50), tried=2, layers=2) == (3, 50)
+
+
+def test_a_base_in_four_bits_is_planned_in_four_bits(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", configs["llama"])
+    whole, eight, four = (
+        plan(recipe, capsys, "--set", f"model_init.quantization={form}") for form in ("null", "int8", "nf4")
+    )
+    shared = whole.weights - 4 * (whole.weights - eight.weights) // 3  # embeddings and norms
+    assert 0 < shared < eight.weights
+    assert four.weights - shared == pytest.approx((eight.weights - shared) * 0.516, rel=1e-3)
+    assert four.adapter == whole.adapter
 
 
 def test_a_model_that_looks_at_values_is_planned_without_activations(

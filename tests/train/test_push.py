@@ -23,6 +23,7 @@ from loraover.common.command_line import run
 from loraover.models.load import ModelSource
 from loraover.training.push import moved_copy
 from loraover.training.run_result import read_run
+from loraover.training.trackers import proofs
 
 from support.hub_server import HubServer, hub_server
 from support.plain_adapter import write_adapter
@@ -60,6 +61,7 @@ def test_a_run_uploads_its_plain_lora_with_card_certificate_and_reference(
     assert {*PLAIN, CERTIFICATE, REFERENCE_FILE, "tokenizer.json"} <= names
     assert not names & {META_FILE, CORES_FILE, "fold.html", "optimizer.pt", "recipe.yaml"}
     assert misfit(there / REFERENCE_FILE) is None
+    assert [path.name for path in proofs(there)] == [CERTIFICATE, REFERENCE_FILE]  # what trackers are given
     assert json.loads((there / CERTIFICATE).read_text())["verdict"] == "passed"
     assert (there / "README.md").read_text() == (out / "adapter" / "README.md").read_text()
     mine, pushed = (load_file(folder / "adapter_model.safetensors") for folder in (out / "adapter", there))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -265,7 +266,8 @@ def test_progress_is_printed_without_json(recipe: Path, tmp_path: Path, capfd: p
     assert train(recipe, tmp_path / "out") == 0
     printed = capfd.readouterr().out
     for step in range(1, STEPS + 1):
-        assert f"step     {step}/{STEPS}  loss" in printed
+        assert re.search(rf"step     {step}/{STEPS}  loss [\d.]+, (.* tokens/s, )?peak [\d.]+ GB", printed)
+    assert len(re.findall(r"tokens/s.* left$", printed, re.MULTILINE)) == STEPS - 2  # the first has no rate
     assert f"adapter: {tmp_path / 'out' / 'adapter'}" in printed.splitlines()
     assert "\x1b" not in printed
 

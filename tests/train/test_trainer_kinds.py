@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 import loraover
+import loraover.data.sources
 from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm, read_row
@@ -20,7 +21,7 @@ from loraover.training.plan import make_plan
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.trainers import TRAINERS
 
-from support.resumed_run import assert_same_run, stopped
+from support.resumed_run import assert_same_run, killed, stopped
 from support.tiny_hub import save_llama, write_recipe
 from support.train_command import TURNS, train
 from support.trained_run import metrics
@@ -89,11 +90,14 @@ def test_a_trainer_takes_two_steps(name: str, method: str, bases: dict[str, Path
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("sft", "seq2seq")])
 def test_a_stopped_run_is_resumed_bit_for_bit(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Those of sft and seq2seq are in test_resume.py. GRPO draws its answers anew, from the restored generators."""
+    """Or killed, as that of dpo is. Those of sft and seq2seq are in test_resume.py.
+
+    GRPO draws its answers anew, from the restored generators.
+    """
     training = {"max_steps": 6, "logging_steps": 1, "save_steps": 2, "weight_decay": 0.1}
     recipe = recipe_of(name, tmp_path, bases, lora={"r": 2, "lora_dropout": "2e-1"}, training=training)
     assert train(recipe, tmp_path / "whole") == 0
-    halted = stopped(recipe, tmp_path / "halted", 5)
+    halted = (killed if name == "dpo" else stopped)(recipe, tmp_path / "halted", 5)
     assert train(recipe, halted, "--resume") == 0
     assert_same_run(halted, tmp_path / "whole")
 
@@ -132,6 +136,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "what the run sets of PEFT": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type: a run sets this itself"),
     "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
+    "an unknown tracker": ({"training.report_to": "notebook"}, "training.report_to: notebook is not supported"),
+    "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
+    "a stream without an end": (
+        {"data.streaming": True, "training.max_steps": None, "training.num_train_epochs": 1},
+        "data.streaming needs training.max_steps",
+    ),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
     "an unknown reward": (
@@ -218,6 +228,29 @@ def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:
     """Arrow gives dicts of one column the same keys, with None where a row has none."""
     rows = [{"messages": [{**CALL, "arguments": {name: 1}}], "text": name} for name in "ab"]
     assert to_dataset(rows).to_list() == rows
+
+
+def test_a_stream_is_read_as_far_as_the_steps_need(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real library, of a folder in place of the hub."""
+    (tmp_path / "set").mkdir()
+    rows_file(tmp_path / "set" / "train.jsonl", ROWS["sft"] * 100)
+    real, read = datasets.load_dataset, list[int]()
+
+    def of_folder(name: str, subset: None, *, split: str, revision: str, streaming: bool) -> Any:
+        stream = real(str(tmp_path / "set"), split=split, streaming=streaming)
+        assert isinstance(stream, datasets.IterableDataset)
+        return stream.filter(lambda _, number: not read.append(number), with_indices=True)
+
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    changes: dict[str, Any] = {"data": {"train": "owner/data", "streaming": True}, "evaluation": {"examples": 0}}
+    changes["training"] = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    result = loraover.train(str(write_recipe(tmp_path / "r.yaml", bases["llama"], **changes)), tmp_path / "out")
+    assert result.lengths is not None
+    assert (result.steps, result.lengths.examples) == (2, 12)
+    assert len(read) < 20
 
 
 def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Hub:
             raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it.")
         return self.commit(name)
 
-    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str) -> list[Any]:
+    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str, streaming: bool) -> list[Any]:
         self.loaded.append((name, subset, split, revision))
         return self.sets[name]
 

@@ -1,0 +1,68 @@
+"""Memory that large models would need for training, in Markdown: python docs/predict_sizes.py. Nothing is loaded.
+
+The figures are those of `loraover train --plan` for published shapes, on GPUs that were not there: they are predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraover.training.plan import make_plan
+from loraover.training.recipe import Recipe
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+"""Sizes of Llama 3.1's configurations."""
+CARDS = {"8B": ((24, 1), (80, 1)), "70B": ((80, 8),)}
+"""Gigabytes of a GPU, and number of GPUs that share weights and trained numbers."""
+RANK, TOKENS, GB = 16, 2048, 10**9
+ROOM = 0.9
+"""Share of a card that tensors may take; the rest is for CUDA's context, buffers and fragments."""
+
+
+def table_rows(size: str) -> Iterator[str]:
+    """Yield a row for each method and form of the base: one example in a micro-batch, gradient checkpointing."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA | SHAPES[size]))
+        for method, form in ((method, form) for method in ("lora", "lora-over") for form in (None, "nf4")):
+            recipe = {
+                "model": folder,
+                "model_init": {"quantization": form},
+                "method": method,
+                "data": {"train": "word-problems"},
+                "lora": {"r": RANK, "lora_alpha": 2 * RANK},
+                "training": {
+                    "max_steps": 1,
+                    "per_device_train_batch_size": 1,
+                    "max_length": TOKENS,
+                    "bf16": True,
+                    "gradient_checkpointing": True,
+                },
+            }
+            plan = make_plan(Recipe.model_validate(recipe))
+            trained = plan.adapter + plan.cores + plan.gradients + plan.optimizer_states
+            activations = plan.activations or 0
+            fits = []
+            for card, count in CARDS[size]:
+                total = (plan.weights + trained) / count + activations
+                fits.append(f"{total / GB:.1f} GB of {card}" + ("" if total < ROOM * card * GB else ": does not fit"))
+            cells = [f"{part / GB:.1f} GB" for part in (plan.weights, trained, activations)]
+            yield f"| {size}, `{method}` | {form or 'bf16'} | {' | '.join(cells)} | *predicted*: {'; '.join(fits)} |"
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"| r = {RANK}, 1 x {TOKENS:,} tokens | base in | weights | trained | activations | on each GPU |")
+    print("| --- | --- | ---: | ---: | ---: | --- |")
+    for size in SHAPES:
+        print("\n".join(table_rows(size)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The certificate and the reference of a trained adapter as artifacts of the run that a tracker keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.common.reporter import Reporter
+from loraover.training.push import CERTIFICATE_FILE, plain_copy
+
+ARTIFACT = "loraover"
+"""Name and kind of the artifact, or the folder of its files."""
+
+
+def _to_wandb(args: Any, files: Sequence[Path]) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(f"{ARTIFACT}-{wandb.run.id}", type=ARTIFACT)
+    for file in files:
+        artifact.add_file(str(file))
+    wandb.run.log_artifact(artifact)
+    wandb.finish()  # which waits until the files are copied
+
+
+def _to_mlflow(args: Any, files: Sequence[Path]) -> None:
+    import mlflow
+
+    for file in files:  # the run has ended with the training
+        mlflow.MlflowClient().log_artifact(mlflow.last_active_run().info.run_id, str(file), ARTIFACT)
+
+
+def _to_trackio(args: Any, files: Sequence[Path]) -> None:
+    import trackio
+
+    run = trackio.init(project=args.project, name=args.run_name, space_id=args.trackio_space_id, resume="must")
+    artifact = trackio.Artifact(f"{ARTIFACT}-{run.name}", type=ARTIFACT)
+    for file in files:
+        artifact.add_file(str(file))
+    trackio.log_artifact(artifact)
+    trackio.finish()
+
+
+TRACKERS: dict[str, Callable[[Any, Sequence[Path]], None]] = {
+    "wandb": _to_wandb,
+    "mlflow": _to_mlflow,
+    "trackio": _to_trackio,
+}
+"""Functions that attach files to the run that has just ended, by the names that transformers has for the trackers."""
+
+
+def proofs(adapter: Path) -> list[Path]:
+    """Return the files that show what an adapter is: its fold certificate and its reference, where there are any."""
+    return [file for name in (CERTIFICATE_FILE, REFERENCE_FILE) if (file := adapter / name).is_file()]
+
+
+def attach(args: Any, adapter: Path, report: Reporter) -> None:
+    """Attach the fold certificate and the reference of an adapter, where there are any, to the trackers of its run.
+
+    Args:
+        args: Settings of the run's trainer.
+        adapter: The adapter's folder. One that has cores is folded for its certificate.
+        report: Receiver of what was attached.
+
+    Raises:
+        FoldError: A matrix of the plain LoRA failed its check.
+    """
+    trackers = [name for name in args.report_to if name in TRACKERS]
+    if not trackers:
+        return
+    with plain_copy(adapter) as plain:
+        files = proofs(plain)
+        for name in trackers if files else ():
+            TRACKERS[name](args, files)
+            report.line(f"attached to the run in {name}: {', '.join(file.name for file in files)}")

@@ -1,0 +1,173 @@
+"""Time and memory of a run, told before it: a few steps of the same run on its model with fewer layers."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from loraover.common.errors import LoraOverError
+from loraover.common.reporter import Reporter
+from loraover.models.device import choose_device, free_memory
+from loraover.models.load import ModelSource, load_config, load_tokenizer
+from loraover.training.recipe import Recipe
+from loraover.training.run import train
+
+FEW = 2
+"""Layers of the smaller model, where not all layers can be tried. A further layer needs what the slope says."""
+STEPS = 4
+MOST_SECONDS = 60
+"""Seconds that the steps of one model may take, by the speed of a matrix product; beyond that, layers are left out."""
+MOST_MEMORY = 0.25
+"""Share of the free memory that the weights may take; beyond that, layers are left out."""
+
+Clock = Callable[[], float]
+
+
+class Needs(NamedTuple):
+    """What a run needs on this machine.
+
+    Args:
+        step_seconds: Seconds of an optimizer step.
+        peak_bytes: Largest memory: PyTorch's on a CUDA device, else the process's.
+    """
+
+    step_seconds: float
+    peak_bytes: float
+
+
+class StepClock(Reporter):
+    """Reporter that notes when each training step ends.
+
+    Args:
+        clock: Clock to read, in seconds.
+    """
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+        self.ends: list[float] = []
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Note the time at the end of each training step."""
+        yield lambda done: self.ends.append(self._clock()) if label == "training steps" else None
+
+    @property
+    def step_seconds(self) -> float:
+        """Median seconds of a step, without the first."""
+        return median(later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False))
+
+
+def try_steps(recipe: Recipe, source: ModelSource, report: Reporter, clock: Clock = time.perf_counter) -> Needs | None:
+    """Measure what a run needs in a few steps of it, with random weights and with as many layers as this machine bears.
+
+    If these are n of L layers, needs(L) = needs(n) + (L - n) (needs(n) - needs(2)) / (n - 2). All else is the recipe's:
+    rows, trainer, method, batch and length. All matrices of LoRA-Over have cores, the most that its schedules can cost.
+
+    Args:
+        recipe: The recipe, with its batch size and length.
+        source: The base model.
+        report: Receiver of what is tried, or of the reason for which nothing can be.
+        clock: Clock to time with.
+
+    Returns:
+        The needs; None for a model with an encoder and a decoder, one whose layers cannot be left out, or one for which
+        this machine is too small or too slow.
+    """
+    config = load_config(source)
+    layers = getattr(config, "num_hidden_layers", None)
+    if config.is_encoder_decoder or not isinstance(layers, int):
+        return None
+    try:
+        tried = _affordable_layers(recipe, config, layers)
+        if tried <= min(FEW, layers - 1):
+            report.line("time and peak memory are not predicted: this machine is too small or too slow for a trial")
+            return None
+        report.line(f"trying {STEPS} steps with random weights and {tried} of {layers} layers")
+        # The smaller model comes first, since a process knows only its largest memory so far.
+        *fewer, more = [_tried(recipe, source, config, n, clock) for n in (FEW, tried)[tried == layers :]]
+    except (LoraOverError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        report.line(f"time and peak memory are not predicted: a trial failed: {error}")
+        return None
+    return extrapolated(fewer[0] if fewer else more, more, tried, layers)
+
+
+def extrapolated(few: Needs, more: Needs, tried: int, layers: int) -> Needs:
+    """Return the needs of all layers, of which `FEW` and `tried` were tried."""
+    left_out = (layers - tried) / max(1, tried - FEW)
+    return Needs(*(high + left_out * max(0.0, high - low) for low, high in zip(few, more, strict=True)))
+
+
+def _affordable_layers(recipe: Recipe, config: Any, layers: int) -> int:
+    """Count the layers whose weights fit, and whose steps end soon at the speed of a matrix product of their width."""
+    device, training = choose_device(), recipe.training
+    with torch.device("meta"):
+        one, two = (sum(p.numel() for p in _cut(config, count).parameters()) for count in (1, 2))
+    factor = torch.ones(config.hidden_size, config.hidden_size, device=device)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        (factor @ factor).sum().item()
+        seconds.append(time.perf_counter() - started)
+    work = 6 * STEPS * training.micro_batch * training.tokens  # operations for each number of the model
+    most = MOST_SECONDS * 2 * config.hidden_size**3 / min(seconds) / work
+    if (free := free_memory(device.type)) is not None:
+        most = min(most, MOST_MEMORY * free / 4)
+    return min(layers, 1 + int((most - one) // (two - one)))
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """Make the model with its first layers only, and random weights."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers = layers
+    if getattr(cut, "layer_types", None):
+        cut.layer_types = cut.layer_types[:layers]
+    return getattr(transformers, config.architectures[0])._from_config(cut, dtype=config.dtype)
+
+
+def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock: Clock) -> Needs:
+    """Train a few steps of a model with few layers in a folder that is removed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        base, timed = Path(scratch) / "base", StepClock(clock)
+        with torch.random.fork_rng(devices=[]):
+            _cut(config, layers).save_pretrained(base, max_shard_size="64MB")  # each is copied when it is written
+        load_tokenizer(source).save_pretrained(base)
+        _give_memory_back()
+        result = train(_short(recipe, base), Path(scratch) / "run", report=timed)
+    return Needs(timed.step_seconds * recipe.training.gradient_accumulation_steps, result.peak_bytes)
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system: glibc keeps that of the model's layers, and the trial's peak would have it."""
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _short(recipe: Recipe, base: Path) -> Recipe:
+    training = recipe.training
+    rows = 2 * STEPS * training.micro_batch * recipe.clients
+    changes: dict[str, dict[str, Any]] = {
+        "training": {
+            "max_steps": STEPS,
+            "num_train_epochs": None,
+            "report_to": "none",
+            "gradient_accumulation_steps": 1,
+        },
+        "data": {"train_examples": min(rows, recipe.data.train_examples or rows), "test": None},
+        "evaluation": {"examples": 0},
+        "over": {"schedule": "all", "budget": None},
+        "lora": {"init_lora_weights": True},  # the base's weights are random anyway
+    }
+    parts = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
+    return recipe.model_copy(update={**parts, "model": str(base), "model_revision": None, "push_to_hub": None})
