@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
 from loraover.client.endpoint import AbsentError, Endpoint, UnfitRequestError, is_same_model
-from loraover.common.errors import ConfigError, EngineError
+from loraover.common.errors import ConfigError, EngineError, UnscoredError
 
 OF_SERVER = ("id", "system_fingerprint")
 """Fields of an answer that say who gave it."""
@@ -58,7 +58,8 @@ class Speaker:
         protocol: Protocol of the server; None tries all.
 
     Raises:
-        EngineError: A server that answers in none of the dialects, or without logprobs.
+        EngineError: A server that answers in none of the dialects.
+        UnscoredError: A server that answers without logprobs.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class Speaker:
         raise refusals[0] if refusals else EngineError(f"{self.endpoint.url}: no question has a form that it takes.")
 
     @staticmethod
-    def without_logprobs(model: str) -> EngineError:
+    def without_logprobs(model: str) -> UnscoredError:
         """The error of a server that answers without logprobs."""
-        return EngineError(
+        return UnscoredError(
             f"{model}: the server gives no logprobs; start it so that /v1/completions answers logprobs={TOPS[0]}: "
             "without them nothing can be compared."
         )

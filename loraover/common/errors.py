@@ -9,6 +9,7 @@
     ├── DivergedError    (ArithmeticError) training whose weights or cores are no longer finite numbers
     ├── DataError        (ValueError)    training or evaluation data that cannot be read
     ├── EngineError      (RuntimeError)  an inference engine that does not start, or refuses a request
+    │   └── UnscoredError                a server that answers without logprobs
     ├── ParityError      (ValueError)    measurements that cannot answer what was asked
     ├── ProcessError     (RuntimeError)  a process of a run that has failed or does not answer
     └── OutputError      (OSError)       a destination that cannot be written
@@ -62,6 +63,10 @@ class DataError(LoraOverError, ValueError):
 
 class EngineError(LoraOverError, RuntimeError):
     """An inference engine that does not start, or refuses a request."""
+
+
+class UnscoredError(EngineError):
+    """A server that answers without logprobs, so that nothing can be compared."""
 
 
 class ParityError(LoraOverError, ValueError):

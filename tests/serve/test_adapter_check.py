@@ -14,10 +14,10 @@ from serve.test_verify_dialects import Leaking
 from serve.test_verify_endpoint import Mixing
 
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import EngineError
+from loraover_serve import verify_adapter
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.command import check
+from loraover_serve.record.adapter_check.command import check, main
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.record.checker_file import write_checker
 
@@ -156,9 +156,17 @@ def test_a_server_is_judged_in_its_own_protocol(
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
 
 
-def test_a_server_without_logprobs_is_said_to_have_none(reference: Reference) -> None:
-    with pytest.raises(EngineError, match="without them nothing can be compared"):
-        checked(lambda body: "a text", reference)
+def test_a_server_without_logprobs_decides_nothing(
+    recorded: Path, base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Ollama answers before version 0.12.11; alike by the checker, by a reference and with PyTorch."""
+    with openai_server(lambda body: "a text") as server:
+        named: dict[str, Any] = {"served_name": "shop", "base_name": "base", "endpoint": server.url}
+        assert main([str(recorded), server.url, "--served-name", "shop", "--base-name", "base"]) == 3
+        assert "without them nothing can be compared" in capsys.readouterr().out
+        for report in (verify_adapter(references=[recorded], **named), verify_adapter(adapter, model=base, **named)):
+            assert report.verdict == "inconclusive"
+            assert "without them nothing can be compared" in report.engines[0].reason
 
 
 @pytest.mark.process

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import CheckpointError, ConfigError, EngineError
+from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
 from loraover.common.verb import perform, verb
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
 from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.command import check
+from loraover_serve.record.adapter_check.command import check, unanswered
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.record.crossed import Named, Search
 from loraover_serve.record.facts import Facts
@@ -165,8 +165,8 @@ def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str,
         return _failed(name, error, time.monotonic() - start, endpoint.sent)
 
 
-def _failed(name: str, error: Exception, seconds: float = 0.0, requests: int = 0) -> dict[str, Any]:
-    return {"engine": name, "verdict": "failed", "reason": str(error), "seconds": seconds, "requests": requests}
+def _failed(name: str, error: LoraOverError, seconds: float = 0.0, requests: int = 0) -> dict[str, Any]:
+    return {"engine": name} | unanswered(error) | {"seconds": seconds, "requests": requests}
 
 
 def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:

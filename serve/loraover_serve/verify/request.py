@@ -28,7 +28,7 @@ class VerifyRequest(EngineRequest):
     Words after -- are passed to `vllm serve`, except options that this command sets itself.
 
     Exit code 0: as trained; 1: an engine differs; 3: inconclusive, since the adapter moves the answers less than the
-    noise; 2: unusable request, or an engine that failed.
+    noise, or a server gives no logprobs; 2: unusable request, or an engine that failed.
     """
 
     verb = "loraover serve verify"

@@ -23,6 +23,7 @@ from loraover.common.errors import (
     EngineError,
     LoraOverError,
     OutputError,
+    UnscoredError,
     UnwrittenReportError,
 )
 from loraover.common.provenance import today
@@ -40,7 +41,7 @@ from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Engine, RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.engines.installed import check_installed, versions
-from loraover_serve.judge.limits import EXIT_CODES
+from loraover_serve.judge.limits import EXIT_CODES, Verdict
 from loraover_serve.judge.request_faults import left_out
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
@@ -229,9 +230,10 @@ def _verify_all(
             results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), judge))
         except LoraOverError as error:
             error.args = (_with_logs(str(error), folder, request.output),)
-            failures.append(error)
-            seconds = time.perf_counter() - start
-            results.append(EngineResult(engine=name, verdict="failed", reason=str(error), seconds=seconds))
+            seconds, is_silent = time.perf_counter() - start, isinstance(error, UnscoredError)
+            failures += [] if is_silent else [error]
+            verdict: Verdict = "inconclusive" if is_silent else "failed"
+            results.append(EngineResult(engine=name, verdict=verdict, reason=str(error), seconds=seconds))
     return results, failures
 
 

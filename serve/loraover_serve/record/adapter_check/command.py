@@ -12,7 +12,7 @@ from typing import Any
 
 from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.errors import EngineError, LoraOverError, UnscoredError
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.request_faults import left_out
@@ -91,6 +91,16 @@ def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> Answe
     return answers
 
 
+def unanswered(error: LoraOverError) -> dict[str, Any]:
+    """Result of a check that could not be made: inconclusive on a server without logprobs, and else failed.
+
+    Args:
+        error: What has ended it.
+    """
+    verdict = "inconclusive" if isinstance(error, UnscoredError) else "failed"
+    return {"verdict": verdict, "reason": str(error), "fault": None}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a server from a command line, and return the exit code."""
     parser = argparse.ArgumentParser(description="Check that a server answers as an adapter was trained.")
@@ -130,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             without_mixed=asked.without_mixed,
         )
     except LoraOverError as error:
-        found = {"verdict": "failed", "reason": str(error), "fault": None}
+        found = unanswered(error)
     print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")
     return EXIT_CODES[found["verdict"]]
 
