@@ -263,8 +263,8 @@ TRAINING = (
     ),
     Mutant(
         "recipe-steps-across-epochs",
-        "math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))",
-        "math.ceil(self.num_train_epochs * batches / self.gradient_accumulation_steps)",
+        "math.ceil(self.num_train_epochs * math.ceil(batches / in_a_step))",
+        "math.ceil(self.num_train_epochs * batches / in_a_step)",
         Selection("test_recipe.py", "steps_of_epochs"),
     ),
     Mutant(

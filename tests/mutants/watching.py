@@ -61,13 +61,13 @@ WATCHING = (
     ),
     Mutant(
         "crossed-the-furthest-is-the-likeliest",
-        "if value is not None and value < right)",
-        "if value is not None and value > right)",
+        "elif far < self._right:",
+        "elif far > self._right:",
         Selection("test_crossed.py", "among_many"),
     ),
     Mutant(
         "crossed-the-nearest-needs-no-check",
-        'if _answers_as(request, _asker(request, endpoint, result["engine"], read())):',
+        "if _answers_as(request, _asker(request, endpoint, mine.name, read())):",
         "if True:",
         Selection("test_crossed.py", "no_other"),
     ),

@@ -191,6 +191,7 @@ def test_many_cold_requests_while_the_worker_is_killed(server: Plugged) -> None:
         folder = shutil.copytree(server.adapters / "loha", server.adapters / name)
         edit_tensors(folder / "adapter_model.safetensors", partial(scale, 1 + k / 10))
     before = server.worker()
+    before.suspend()  # so that no request is answered before the kill
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(server.complete, name) for name in names * 4]
         before.kill()

@@ -30,9 +30,11 @@ PINNED: dict[str, dict[str, Any]] = {
         "format": "auto",
         "keep": {},
         "chat": None,
+        "streaming": False,
         "train_examples": None,
         "test_examples": None,
     },
+    "Distributed": {"engine": "ddp", "config": None, "processes": None},
     "ModelInit": {"dtype": "auto", "attn_implementation": None, "quantization": None},
     "LoraSettings": {
         "r": 8,

@@ -17,7 +17,7 @@ import loraover.training.run
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import with_commits, write_recipe
+from loraover.training.run_folder import with_commits, with_processes, write_recipe
 
 from support.resumed_run import KINDS, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
@@ -162,13 +162,13 @@ def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(
 
 
 def test_commits_are_those_of_the_same_model_and_data(tmp_path: Path) -> None:
-    begun = load_recipe("demo", {"model_revision": "m", "data.revision": "d"})
+    begun = load_recipe("demo", {"model_revision": "m", "data.revision": "d", "distributed.processes": 2})
     write_recipe(tmp_path, begun)
     assert with_commits(load_recipe("demo"), tmp_path) == begun
     named = load_recipe("demo", {"model_revision": "other", "data.revision": "other"})
-    assert with_commits(named, tmp_path) == named
+    assert with_commits(named, tmp_path) == with_processes(named, 2)
     others = load_recipe("demo", {"model": "owner/other", "data.test": "owner/other"})
-    assert with_commits(others, tmp_path) == others
+    assert with_commits(others, tmp_path) == with_processes(others, 2)
 
 
 def test_the_recipe_of_a_run_is_there_from_its_first_step(halted: dict[str, Path]) -> None:
