@@ -80,8 +80,8 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
         assert difference is not None
         row = shown(task, difference)
         assert f"| {row} |" in quoted
-        losses = " | ".join(f"{result.test_loss:.4f}" for result in task.methods)
-        assert f"| {losses} | {row} |" in readme
+        percent, _, interval = row.partition(" | ")
+        assert (f"({percent}, 95 % interval {interval})" in readme) == (difference.interval[1] < 0)
         for result in task.methods:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted.replace("**", "")
 
