@@ -259,8 +259,11 @@ class Endpoint:
         except UnansweredError:
             if time.monotonic() < deadline:
                 raise
-        if time.monotonic() >= deadline:
-            raise UnansweredError(f"{self.url}{path}: no answer: timed out after {longest:g} s")
+        if (now := time.monotonic()) >= deadline:
+            over = f"timed out after {longest:g} s"
+            if now >= self._ends:
+                over = f"the time for all requests is over after {self.sent} of them; allow a longer time-out"
+            raise UnansweredError(f"{self.url}{path}: no answer: {over}")
         if len(content) > LARGEST_ANSWER:
             raise EngineError(f"{self.url}{path}: the answer is longer than {LARGEST_ANSWER} bytes.")
         try:

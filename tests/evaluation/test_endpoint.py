@@ -85,7 +85,11 @@ def test_a_server_that_hangs_is_given_up() -> None:
         Endpoint(server.url, timeout_s=0.1).chat("m", HELLO, max_tokens=4)
 
 
-def test_a_request_is_given_up_in_time_though_its_answer_trickles() -> None:
+@pytest.mark.parametrize(
+    ("seconds", "lasting", "told"),
+    [(0.6, 60, r"timed out after 0\.6 s"), (60, 0.6, "the time for all requests is over after 1 of them; allow")],
+)
+def test_a_request_is_given_up_in_time_though_its_answer_trickles(seconds: float, lasting: float, told: str) -> None:
     def dawdle(server: socket.socket) -> None:
         connection, _ = server.accept()
         with connection, suppress(OSError):
@@ -97,8 +101,9 @@ def test_a_request_is_given_up_in_time_though_its_answer_trickles() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=dawdle, args=(server,), daemon=True).start()
         before = time.monotonic()
-        endpoint = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.6)
-        with pytest.raises(UnansweredError, match=r"timed out after 0\.6 s"):
+        url, ends = f"http://127.0.0.1:{server.getsockname()[1]}", before + lasting
+        endpoint = Endpoint(url, timeout_s=seconds, ends=ends)
+        with pytest.raises(UnansweredError, match=told):
             endpoint.ask("m", "one", max_tokens=3)
         assert time.monotonic() - before < 5
 

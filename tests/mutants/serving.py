@@ -123,6 +123,18 @@ SERVING = (
         Selection("test_verify_faults.py", "planted_fault"),
     ),
     Mutant(
+        "check-noise-of-one-model-is-a-fault",
+        "return self.format_of(found.rms) is None",
+        "return True",
+        Selection("test_judged_alike.py", "coarsest_format"),
+    ),
+    Mutant(
+        "check-a-fault-of-one-model-leaves-anything",
+        "return self.format_of(found.rms) is None",
+        "return False",
+        Selection("test_judged_alike.py", "coarsest_format"),
+    ),
+    Mutant(
         "verify-crossed-and-stale-are-confused",
         "((STALE, subject.earlier), (ANOTHER, subject.confusable))",
         "((ANOTHER, subject.earlier), (STALE, subject.confusable))",

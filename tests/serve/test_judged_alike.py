@@ -115,6 +115,25 @@ def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Pat
     assert "within noise it could also be: a layer is missing" in found["reason"]
 
 
+@pytest.mark.parametrize(
+    ("factor", "formats", "expected"),
+    [(1, 0.5, ("as trained", None)), (2, 0.5, ("differs", SCALED)), (2, 4, ("differs", None))],
+)
+def test_one_model_may_be_as_far_off_as_the_coarsest_format(
+    factor: float, formats: float, expected: Told, recorded: Path
+) -> None:
+    """No answers of the base model say how large the noise is; what is left beside a fault may be as large."""
+    reference, draw = read_reference(recorded), Random(0)
+    noise = formats * max(float(each["distance"]) for each in reference.formats.values())
+    served = RecordedEvidence(reference, Answers({}, dict(enumerate(reference.adapter.rows)), is_one_model=True))
+    rows = {
+        place: {i: value + draw.gauss(0, noise) for i, value in row.items()}
+        for place, row in enumerate(served.scaled(factor).rows)
+    }
+    found = judge(RecordedEvidence(reference, Answers({}, rows, is_one_model=True)), "int4")
+    assert (found["verdict"], found["fault"]) == expected, found["reason"]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("is_right", [True, False])
 def test_a_coarse_base_model_has_one_verdict(
