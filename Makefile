@@ -27,57 +27,55 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # takes 10 s of processor time from the kept files and 21 s without them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-vllm check test frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
+.PHONY: demo demo-parity check test frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint fuzz docs bench schedules $(STUDIES) study-data study-smoke clean
 
-# The demo takes the environment of the tests where it is there, and else installs less than half of its packages.
+# The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
+# the last steps need, is installed beside the first ones.
 demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
-	@rm -rf $(RUN)
-	@echo "== 1/7 Train a plain LoRA, then LoRA-Over from the same start, on word problems"
-	@$(BIN)/loraover train demo --method lora -o $(RUN)/lora
-	@$(BIN)/loraover train demo --method lora-over --set evaluation.before=false -o $(RUN)/lora-over
+	@rm -rf $(RUN) && mkdir -p $(RUN)
+	@$(MAKE) --no-print-directory vllm > $(RUN)/install-vllm.log 2>&1 & echo $$! > $(RUN)/install-vllm.pid
+	@echo "== 1/5 Train LoRA-Over on word problems"
+	@$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
 	@echo
-	@echo "== 2/7 Compare them (one rate and one seed decide nothing; loraover study does)"
-	@$(BIN)/loraover compare $(RUN)/lora $(RUN)/lora-over
-	@echo
-	@echo "== 3/7 Fold LoRA-Over into a plain LoRA, and prove that nothing was lost"
+	@echo "== 2/5 Fold it into a plain LoRA, and prove that nothing was lost"
 	@$(BIN)/loraover export fold $(RUN)/lora-over/adapter -o $(RUN)/folded --check-error
 	@echo
-	@echo "== 4/7 Export it for vLLM, checked against vLLM's loading rules"
-	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/vllm
+	@echo "== 3/5 Export it for vLLM, checked against vLLM's loading rules"
+	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/demo
 	@echo
-	@echo "== 5/7 Export both to ONNX, one graph and adapters to swap, run against PyTorch"
-	@$(BIN)/loraover export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable --mode swappable
+	@echo "== 4/5 Record what PyTorch answers, beside the adapter"
+	@$(BIN)/loraover serve record $(RUN)/demo --prompts docs/examples/questions.txt
 	@echo
-	@echo "== 6/7 Verify: do that graph and PEFT answer as the adapter was trained?"
-	@$(BIN)/loraover serve verify $(RUN)/lora-over/adapter --engine onnx --engine torch --graph $(RUN)/swappable -o $(RUN)/verified
-	@echo
-	@echo "== 7/7 Benchmark on that graph: is the folded adapter as fast as the plain LoRA?"
-	@$(BIN)/loraover serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
-		--engine onnx --graph $(RUN)/swappable --num-prompts 32 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
+	@echo "== 5/5 Serve it on vLLM, beside a copy whose scaling was lost, and check both by the reference"
+	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
+	@test -x "$(LORAOVER_VLLM)" || { cat $(RUN)/install-vllm.log; exit 1; }
+	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/demo $(RUN)/verified
 	@echo
 	@echo "== What you have now, in $(RUN)"
 	@echo "lora-over/adapter      the LoRA-Over checkpoint: A, B and their cores"
 	@echo "folded                 the plain LoRA, with its certificate and fold.html"
-	@echo "vllm                   the same for vLLM; loraover serve up $(RUN)/vllm serves it"
-	@echo "swappable              the ONNX graph, both adapters for it, and onnx_report.json"
+	@echo "demo                   the same for vLLM, with its reference; loraover serve up $(RUN)/demo serves it"
+	@echo "verified/verify.html   what the check found: look at it"
 	@echo
 	@echo "== What to do next"
-	@echo "Train on your own data     docs/tutorials/train-and-ship.md"
-	@echo "Check an adapter you have  $(BIN)/loraover export check ADAPTER"
-	@echo "Serve it on the real vLLM  make demo-vllm"
-	@echo
-	@echo "Reports to look at: $(RUN)/folded/fold.html $(RUN)/verified/verify.html $(RUN)/parity/parity.html"
+	@echo "Train on your own data         docs/tutorials/train-and-ship.md"
+	@echo "Check an adapter you have      $(BIN)/loraover export check ADAPTER"
+	@echo "Is it as fast as a plain LoRA? make demo-parity"
 
-# Does the folded adapter cost on the real vLLM what the plain one costs? (A short run: exit 3 says that it was too short.)
-demo-vllm: vllm $(RUN)/folded/adapter_config.json
-	rm -rf $(RUN)/parity-vllm
-	$(BIN)/loraover export vllm $(RUN)/lora/adapter -o $(RUN)/vllm-vanilla --force
-	$(BIN)/loraover export vllm $(RUN)/lora-over/adapter -o $(RUN)/vllm-folded --force
-	$(BIN)/loraover serve parity --adapter $(RUN)/vllm-folded --baseline $(RUN)/vllm-vanilla \
-		--checkpoint $(RUN)/lora-over/adapter --engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
+# Does the folded adapter cost what a plain LoRA costs, on ONNX Runtime and on the real vLLM? Exit 3 says that a run was too short.
+PARITY := $(BIN)/loraover serve parity --checkpoint $(RUN)/lora-over/adapter
+demo-parity: vllm $(RUN)/demo/adapter_config.json
+	rm -rf $(addprefix $(RUN)/,lora parity parity-vllm)
+	$(BIN)/loraover train demo --method lora -o $(RUN)/lora
+	$(BIN)/loraover export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable \
+		--mode swappable --force
+	$(PARITY) --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --engine onnx --graph $(RUN)/swappable \
+		--num-prompts 32 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
+	$(BIN)/loraover export vllm $(RUN)/lora/adapter -o $(RUN)/lora-vllm --force
+	$(PARITY) --adapter $(RUN)/demo --baseline $(RUN)/lora-vllm --engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
 
-$(RUN)/folded/adapter_config.json:
+$(RUN)/demo/adapter_config.json:
 	$(MAKE) demo
 
 # Lint, types and unit tests: no processes, no engines, no simulations, and few examples of each property.
@@ -102,6 +100,7 @@ test-engines: engines
 	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(PYTEST) -m "engine or matrix"
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../runs/compatibility.md
 	mv runs/compatibility.md docs/compatibility.md
+	$(BIN)/python docs/draw_matrix.py
 
 # Chromium for the tests of the reports' pages, bubblewrap for those of HumanEval's sandbox, node and npm for those of
 # onnxruntime-web; they are skipped without.
@@ -159,6 +158,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo > /dev/null || $(BIN)/lint-imports
 	$(BIN)/python docs/draw_rooms.py --check
+	$(BIN)/python docs/draw_matrix.py --check
 	$(BIN)/mypy
 
 # Random adapters against PEFT's own forward, for FUZZ_SECONDS; failing cases are kept in tests/fuzz/regressions.

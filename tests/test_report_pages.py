@@ -48,6 +48,7 @@ def test_a_page_can_be_read_at_each_width_and_in_each_scheme(page: Page, is_dark
             assert found[kind] == rgb(PALETTE[name].dark if is_dark else PALETTE[name].light)
         assert found["figures"] == len(page.figures) > 0
         assert found["outside"] == [], "texts leave their figure"
+        assert width < WIDTHS[-1] or found["cut"] == [], "a table is cut"
         assert found["smallest"] >= 9, "pixels, the height of a line of text"
 
 

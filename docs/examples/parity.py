@@ -1,6 +1,6 @@
 """Measure whether a folded adapter is as fast as a plain LoRA of the same shapes, here on PyTorch.
 
-Usage: python docs/examples/parity.py ADAPTER CHECKPOINT OUTPUT    (without arguments: those of `make demo`)
+Usage: python docs/examples/parity.py ADAPTER CHECKPOINT OUTPUT    (without arguments: those of `make demo-parity`)
 """
 
 import sys

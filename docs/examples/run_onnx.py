@@ -1,6 +1,6 @@
 """Answer with an exported ONNX graph in onnxruntime-genai: with the base model, and with each adapter beside the graph.
 
-Usage: python docs/examples/run_onnx.py GRAPH PROMPT    (without arguments: the swappable graph of `make demo`)
+Usage: python docs/examples/run_onnx.py GRAPH PROMPT    (without arguments: the swappable graph of `make demo-parity`)
 """
 
 import sys

@@ -357,8 +357,7 @@ def _expanded(adapter: Adapter, stacks: Sequence[ExpertStack]) -> Adapter:
         CheckpointError: The file holds another pair of one expert beside the stack.
     """
     parts = _parts(stacks)
-    twice = min(parts.keys() & adapter.shapes.keys(), default=None)
-    if twice is not None:
+    if (twice := min(parts.keys() & adapter.shapes.keys(), default=None)) is not None:
         raise CheckpointError(
             f"{adapter.tensors_path}: {twice} and {parts[twice].key} both adapt one expert, expected one of them; "
             "remove the other."

@@ -12,7 +12,7 @@ from loraover.inspection.report import FolderReport
 from loraover.inspection.show import folder_rows
 from loraover.inspection.verdict import verdict_of
 from loraover.reporting.html_page import Origin, Page, Table, make_page
-from loraover.reporting.schedule_figures import check_new
+from loraover.reporting.schedule_figures import MAP, check_new
 from loraover.reporting.svg import Figure
 
 TEMPLATE = "inspect.html.j2"
@@ -55,8 +55,8 @@ def to_page(report: FolderReport, figures: Sequence[Figure], command: str) -> Pa
         },
         origin=Origin(command, today(), trained_on or "", {} if cores is None else cores.versions),
         figures=figures,
-        map=figures[:1],
-        scores=figures[1:],
+        map=[figure for figure in figures if figure.name == MAP],
+        scores=[figure for figure in figures if figure.name != MAP],
         table=Table(("what", "value"), list(folder_rows(report)), ("what", "value")),
         next_steps=report.next_steps,
     )

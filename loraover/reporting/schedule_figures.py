@@ -10,20 +10,23 @@ from loraover.checkpoint.metadata import Meta
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError
 from loraover.reporting.figures import EDGE, WIDTH, Curve, curves_figure
-from loraover.reporting.schedule_map import MapCell, place_of, placed
+from loraover.reporting.schedule_map import MapCell, is_worth_a_map, place_of, placed
 from loraover.reporting.svg import SMALL, Axis, Drawing, Figure, stacked, text_width
 
+MAP = "map"
+"""Name of the figure of matrices."""
 ROW, TINY = 14.0, 9.0
 WIDEST_CELL = 22.0
 
 
 def schedule_figures(meta: Meta) -> list[Figure]:
-    """Draw the map, and beside it the mean scores of each kind of module at each round.
+    """Draw the map, unless it says the same of every matrix, and the mean scores of each kind of module at each round.
 
     Args:
         meta: Metadata of the checkpoint.
     """
-    return [_map(placed(meta)), *_scores(meta)]
+    rounds = placed(meta)
+    return [*([_map(rounds)] if is_worth_a_map(rounds) else []), *_scores(meta)]
 
 
 def plot_schedule(meta: Meta, path: Path) -> None:
@@ -37,7 +40,7 @@ def plot_schedule(meta: Meta, path: Path) -> None:
         ConfigError: The file exists, or its name has another ending.
     """
     check_new(path, ".svg")
-    publish_text(path, stacked("schedule", schedule_figures(meta)).file())
+    publish_text(path, stacked("schedule", schedule_figures(meta) or [_map(placed(meta))]).file())
 
 
 def check_new(path: Path, ending: str) -> None:
@@ -72,7 +75,7 @@ def _map(rounds: Mapping[MapCell, int | None]) -> Figure:
                 place = MapCell(layer, kind, matrix)
                 if place in rounds:
                     _cell(drawing, left + (2 * i + j) * cell, y, cell, rounds[place])
-    return drawing.figure("map", "Round in which each matrix got cores")
+    return drawing.figure(MAP, "Round in which each matrix got cores")
 
 
 def _cell(drawing: Drawing, x: float, y: float, width: float, number: int | None) -> None:

@@ -38,6 +38,11 @@ def placed(meta: Meta) -> dict[MapCell, int | None]:
     return dict(sorted(found.items(), key=lambda item: _order(item[0].layer)))
 
 
+def is_worth_a_map(rounds: Mapping[MapCell, int | None]) -> bool:
+    """Whether matrices differ in the round in which they got cores."""
+    return len({*rounds.values()}) > 1
+
+
 def place_of(name: str) -> MapCell:
     """Return the place of a matrix in the map.
 
@@ -56,7 +61,7 @@ def _order(layer: str) -> tuple[str, int]:
 
 
 def show_schedule(meta: Meta, console: Console) -> None:
-    """Print a table of the schedule's decisions, and the map.
+    """Print a table of the schedule's decisions, and the map, unless it says the same of every matrix.
 
     In the map, a number is the round in which a matrix got cores, and a point is a matrix without cores.
 
@@ -79,7 +84,8 @@ def show_schedule(meta: Meta, console: Console) -> None:
             counts = (number, found.step, len(found.chosen), f"{found.added:,}")
             table.add_row(*map(str, counts), low, high, str(found.forwards))
         console.print(table)
-    console.print(_map(placed(meta)))
+    if is_worth_a_map(rounds := placed(meta)):
+        console.print(_map(rounds))
 
 
 def _map(rounds: Mapping[MapCell, int | None]) -> Table:

@@ -46,6 +46,8 @@ onload = () => {
       title: page.title,
       figures: page.querySelectorAll("figure > svg").length,
       outside: [...page.querySelectorAll("figure > svg")].flatMap(outside),
+      cut: [...page.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth + 1).map(
+        box => `${box.scrollWidth} > ${box.clientWidth}: ${box.querySelector("tr").textContent}`),
       scripts: page.querySelectorAll("script, img").length,
       smallest: Math.min(...texts, 99),
     }

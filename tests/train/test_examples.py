@@ -8,7 +8,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base
-from loraover_serve import serve_adapters
+from loraover_serve import record_adapter, serve_adapters
+from loraover_serve.judge.names import SCALED
 from loraover_serve.vllm.serve import example_request
 from loraover_serve.vllm.server import VllmServer
 
@@ -42,7 +43,17 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DISTRIBUTED = {"ddp", "fsdp2"}
 """Run with several processes, in another file of tests."""
 EXPORTS = {"export_vllm", "export_onnx", "export_gguf", "export_mlx"}
-LIBRARY = EXPORTS | {"check", "conversions", "convert", "fold", "large_check", "run_onnx", "serve", "verify", "parity"}
+LIBRARY = EXPORTS | {
+    "check",
+    "conversions",
+    "convert",
+    "fold",
+    "large_check",
+    "run_onnx",
+    "catch_a_fault",
+    "verify",
+    "parity",
+}
 FLEETS = {"prepare_on_ray"}
 """Run by the tests of fleets."""
 """Call one function of the library, on paths that they take as arguments."""
@@ -231,19 +242,22 @@ def test_serving_from_python(
     started: list[psutil.Process] = []
 
     @contextmanager
-    def asked_once_more(adapter: Path) -> Iterator[VllmServer]:
+    def asked_once_more(adapters: Sequence[Path], **given: Any) -> Iterator[VllmServer]:
         """At the end of the script's block: the request that users are shown, and the server's processes."""
-        with serve_adapters(adapter) as server:
+        with serve_adapters(adapters, **given) as server:
             yield server
-            assert server.names == ("mine",)
+            assert server.names == ("mine", "mine-scaling-lost")
             curl = f"{example_request(server)} --silent"
             answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
             assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
             started.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
 
     monkeypatch.setattr("loraover_serve.serve_adapters", asked_once_more)
-    run_script("serve", tmp_path / "mine")
-    assert capsys.readouterr().out.strip(), "an answer"
+    record_adapter(tmp_path / "mine", prompts=EXAMPLES / "questions.txt", device="cpu")
+    report = run_script("catch_a_fault", tmp_path / "mine", tmp_path / "verified")["report"]
+    right, lost = report.engines
+    assert (right.verdict, lost.verdict, lost.fault) == ("as trained", "differs", SCALED), report
+    assert (tmp_path / "verified" / "verify.html").is_file()
     assert len(started) > 1
     assert not [process for process in started if runs(process)], "nothing is left afterwards"
 

@@ -27,7 +27,6 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
     """
     outputs = certificate.outputs
     logits = [] if outputs is None else [_logits(outputs)]
-    matrices = [_matrices(certificate.matrices)]
     return make_page(
         files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title=f"Fold: {certificate.verdict}",
@@ -41,10 +40,9 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
             "trained as": f"{certificate.decomposition}, {certificate.step} steps",
         },
         origin=Origin(command, certificate.date, certificate.hardware, certificate.versions),
-        figures=[*logits, *matrices],
+        figures=logits,
         outputs=outputs,
         logits=logits,
-        matrices=matrices,
         outputs_table=None if outputs is None else _outputs_table(outputs),
         matrices_table=_matrices_table(certificate.matrices),
         count=len(certificate.matrices),
@@ -76,32 +74,6 @@ def _points(*values: float) -> list[Point]:
     """Points of the noise, the folded adapter and the adapter's effect, as many as there are values."""
     forms: list[tuple[str, Shape]] = [("noise", "diamond"), ("subject", "circle"), ("effect", "bar")]
     return [Point(max(value, SMALLEST), *form) for value, form in zip(values, forms, strict=False)]
-
-
-def _kind(name: str) -> str:
-    """Name of a matrix without its layer, such as "q_proj A"."""
-    module, _, matrix = name.rpartition(".lora_")
-    return f"{module.rpartition('.')[2]} {matrix}"
-
-
-def _matrices(matrices: Sequence[MatrixCertificate]) -> Figure:
-    """Draw the largest error of each matrix beside its bound, one row for each kind of matrix, the worst first."""
-    kinds: dict[str, list[float]] = {}
-    for matrix in matrices:
-        kinds.setdefault(_kind(matrix.name), []).append(matrix.worst_to_bound)
-    rows = [
-        FigureRow(
-            kind,
-            f"{len(found)} {'matrix' if len(found) == 1 else 'matrices'}, worst {short(max(found))}",
-            [Point(v, "subject") for v in {round(v, 2): v for v in sorted(found)}.values()],
-        )
-        for kind, found in sorted(kinds.items(), key=lambda item: -max(item[1]))
-    ]
-    most = max(max(found) for found in kinds.values())
-    axis = Axis("largest error of an element, divided by its bound", 0, max(1.1, 1.1 * most))
-    keys: list[Key] = [("matrices", "subject", "circle"), ("within the bound", "good", None)]
-    title = "Error of each matrix against its cores"
-    return rows_figure("matrices", title, rows, axis, keys=keys, band=Band(0, 1), reference=1)
 
 
 def _outputs_table(outputs: OutputCertificate) -> Table:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from loraover.reporting.html_page import Tone, Verdict
 from loraover.reporting.svg import short
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.logits.judge import POWER, CheckVerdict
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 TONES: dict[CheckVerdict, Tone] = {"passed": "good", "inconclusive": "open"}
 """Tone of each verdict that a written fold can have; one that failed leaves no page."""
@@ -20,7 +17,8 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
     Args:
         certificate: The certificate of a fold that did not fail.
     """
-    sentences = [_matrices(certificate.matrices)]
+    count = len(certificate.matrices)
+    sentences = [f"All {count} matrices are the products of their cores, rounded to the nearest stored numbers."]
     if certificate.outputs is None:
         sentences.append("Outputs were not compared; --check-error does that.")
     else:
@@ -30,14 +28,6 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
         "inconclusive": "The fold is right as far as this check can see.",
     }[certificate.verdict]
     return Verdict(TONES[certificate.verdict], certificate.verdict, " ".join([start, *sentences]))
-
-
-def _matrices(matrices: Sequence[MatrixCertificate]) -> str:
-    worst = max(matrices, key=lambda matrix: matrix.worst_to_bound)
-    return (
-        f"All {len(matrices)} matrices are within their rounding bounds; the largest error is "
-        f"{100 * worst.worst_to_bound:.1f} % of its bound."
-    )
 
 
 def _outputs(outputs: OutputCertificate, verdict: CheckVerdict) -> str:

@@ -35,7 +35,7 @@ def to_report(request: VerifyRequest, known: Sequence[Facts], found: Sequence[Ma
     return VerifyReport(
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in engines}),
         engines=engines,
-        adapter=", ".join(one.adapter for one in known),
+        adapter=", ".join(dict.fromkeys(one.adapter for one in known)),
         base_model=first.base_model,
         reference="the reference",
         sensitivity=max(one.sensitivity for one in known),

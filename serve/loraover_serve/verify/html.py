@@ -113,26 +113,31 @@ def _axis(label: str, values: Sequence[float]) -> Axis:
 
 
 def _distances(results: Sequence[EngineResult]) -> list[Figure]:
-    """Draw each engine's distance beside what noise explains and what the adapter changes; empty if none answered."""
+    """Draw each engine's distances beside what noise explains and what the adapter changes; empty if none answered."""
     rows, drawn = [], [LOWEST]
     for result in results:
         off = None if result.adapter is None else result.adapter.rms
-        noise = None if result.base is None else result.base.rms
+        noise, mixed = (None if each is None else each.rms for each in (result.base, result.mixed))
         shown: list[tuple[float | None, str, Shape]] = [
             (noise, "noise", "diamond"),
+            (mixed, "other", "triangle"),
             (off, "subject", "circle"),
             (result.effect, "effect", "bar"),
         ]
         points = [Point(max(value, LOWEST), color, shape) for value, color, shape in shown if value is not None]
         allowed = result.allowed or 0.0
         note = f"{short(off)}, allowed {short(result.allowed)}"
-        rows.append(FigureRow(f"{result.engine}: {result.verdict}", note, points, bands=[Band(LOWEST / 10, allowed)]))
+        if result.greedy is not None and result.greedy.equal < 1:
+            note += f", {100 * result.greedy.equal:.0f} % same text"
+        label = ", ".join(filter(None, (f"{result.engine}: {result.verdict}", result.fault)))
+        rows.append(FigureRow(label, note, points, bands=[Band(LOWEST / 10, allowed)]))
         drawn += [*(point.value for point in points), max(allowed, LOWEST)]
     if not rows:
         return []
     keys: list[Key] = [
         ("adapter", "subject", "circle"),
         ("noise: base model", "noise", "diamond"),
+        ("mixed batches, from those of one model", "other", "triangle"),
         ("noise explains", "good", None),
         ("the adapter's effect", "effect", "bar"),
     ]
@@ -159,12 +164,12 @@ def _suspects(result: EngineResult) -> Figure:
 
 def _distances_table(results: Sequence[EngineResult]) -> Table:
     columns = (
-        *("engine", "verdict", "strength", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
+        *("verdict", "engine", "strength", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
         *("mixed batch", "compared", "seconds"),
     )
     rows = [
         (
-            *(r.engine, r.verdict, "-" if r.strength is None else str(r.strength)),
+            *(r.verdict, r.engine, "-" if r.strength is None else str(r.strength)),
             *(short(r.adapter.rms if r.adapter else None), short(r.allowed)),
             *(short(r.effect), short(r.base.rms if r.base else None), r.number_format or "-"),
             "-" if r.greedy is None else f"{100 * r.greedy.equal:.0f} %",
@@ -174,7 +179,7 @@ def _distances_table(results: Sequence[EngineResult]) -> Table:
         )
         for r in results
     ]
-    return Table(columns, rows, ("engine", "verdict", "as", "compared"))
+    return Table(columns, rows, ("verdict", "engine", "as", "compared"))
 
 
 def _suspects_table(result: EngineResult) -> Table:
