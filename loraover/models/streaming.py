@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from typing import Any, final
 
 import torch
@@ -19,43 +20,77 @@ from torch.utils._pytree import tree_map_only
 
 from loraover.common.errors import ConfigError
 
+BLOCK_BYTES = 2**26
+"""Largest part of a linear layer's weight that is in memory at once, in its dtype."""
+
 
 @final
 class StreamedWeight(Tensor):
     """A weight that each operation on it reads from its file, and releases afterwards.
 
-    Hooks and operations see a tensor of the model's dtype on the model's device. Nothing can be written to it. A copy
-    is an ordinary parameter in memory.
+    Hooks and operations see a tensor of the model's dtype on the model's device. Of an embedding only the rows of its
+    tokens are read, and of an index or a view only its part; a linear layer takes a large weight in blocks of rows.
+    Nothing can be written to it. A copy is an ordinary parameter in memory.
 
     Args:
-        read: Function that reads the weight, in its dtype and onto its device.
+        stored: Function that maps the weight into memory as it is in its file.
         like: Tensor of its shape and dtype.
         device: Its device.
     """
 
-    _read: Callable[[], Tensor]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as PyTorch documents it
+    _stored: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, read: Callable[[], Tensor], like: Tensor, device: torch.device) -> StreamedWeight:
+    def __new__(cls, stored: Callable[[], Tensor], like: Tensor, device: torch.device) -> StreamedWeight:
         made: StreamedWeight = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
-        made._read = read
+        made._stored = stored
         return made
+
+    def _computed(self, stored: Tensor) -> Tensor:
+        return stored.to(self.device, self.dtype)
+
+    def _read(self) -> Tensor:
+        return self._computed(self._stored())
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is nn.functional.linear and isinstance(args[1], cls) and not kwargs:
+                return _linear(*args)
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # a class method, as PyTorch documents it
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        weight, *more = args if args and isinstance(args[0], cls) else (None, *args)
         if func is torch.ops.aten.detach.default:  # nn.Parameter asks for it, and holds what it gets
-            return cls(args[0]._read, args[0], args[0].device)
+            return cls(weight._stored, weight, weight.device)
         if func._schema.is_mutable:
             raise RuntimeError(f"{func} would write to a weight that stays in its file.")
         with torch.inference_mode(False), torch.no_grad():  # a view of a weight has to be as ordinary as the weight
-            args, kwargs = tree_map_only(cls, lambda weight: weight._read(), (args, kwargs or {}))
+            if weight is not None and func.is_view:
+                return weight._computed(func(weight._stored(), *more, **(kwargs or {})))
+            if weight is not None and func is torch.ops.aten.embedding.default:
+                return weight._computed(func(weight._stored(), more[0].cpu(), *more[1:], **(kwargs or {})))
+            args, kwargs = tree_map_only(cls, cls._read, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self._read().clone(), requires_grad=False)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b, with a large W in blocks of rows."""
+    rows = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
+    if rows >= len(weight):
+        return nn.functional.linear(x, weight, bias)
+    biases = repeat(None) if bias is None else bias.split(rows)
+    parts = [
+        nn.functional.linear(x, weight[start : start + rows], added)
+        for start, added in zip(range(0, len(weight), rows), biases, strict=False)
+    ]
+    return torch.cat(parts, -1)
 
 
 def in_files() -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]:
@@ -79,18 +114,20 @@ def read_when_used(model: Any, device: torch.device, folder: tempfile.TemporaryD
         ConfigError: The files lack a weight of the model.
     """
     from accelerate.hooks import remove_hook_from_module
+    from safetensors import safe_open
 
     maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules())
-    weights = next(found.dataset for found in maps if found is not None)
-    weights.folder = folder
+    index = next(found.dataset.index for found in maps if found is not None)
 
-    def read(name: str) -> Tensor:
-        found: Tensor = weights[name]
-        return found.to(device)
+    def stored(file: str, key: str) -> Tensor:
+        assert folder.name  # it lasts as long as this function
+        with safe_open(file, framework="pt") as opened:
+            found: Tensor = opened.get_tensor(key)
+        return found
 
     modules = dict(model.named_modules())
     places = [(name, *name.rpartition(".")[::2]) for name, _ in model.named_parameters(remove_duplicate=False)]
-    lacking = [name for name, _, _ in places if name not in weights.index]
+    lacking = [name for name, _, _ in places if name not in index]
     if lacking:
         raise ConfigError(
             f"the files have no {', '.join(lacking[:3])}, and a model that is read from its files needs all its "
@@ -99,12 +136,11 @@ def read_when_used(model: Any, device: torch.device, folder: tempfile.TemporaryD
     remove_hook_from_module(model, recurse=True)
     made: dict[tuple[str, str], nn.Parameter] = {}
     for name, path, attribute in places:
-        module, stored = modules[path], weights.index[name]
-        key = stored["safetensors_file"], stored.get("weight_name", name)  # tied weights stay one
-        if key not in made:
-            like = getattr(module, attribute)
-            made[key] = nn.Parameter(StreamedWeight(partial(read, name), like, device), requires_grad=False)
-        setattr(module, attribute, made[key])
+        place = index[name]["safetensors_file"], index[name].get("weight_name", name)
+        if place not in made:  # else it is tied to another weight
+            weight = StreamedWeight(partial(stored, *place), getattr(modules[path], attribute), device)
+            made[place] = nn.Parameter(weight, requires_grad=False)
+        setattr(modules[path], attribute, made[place])
     for module in modules.values():
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
     del model.hf_device_map
