@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import repeat
 from typing import Any, final
 
 import torch
@@ -66,13 +65,13 @@ class StreamedWeight(Tensor):
         weight, *more = args if args and isinstance(args[0], cls) else (None, *args)
         if func is torch.ops.aten.detach.default:  # nn.Parameter asks for it, and holds what it gets
             return cls(weight._stored, weight, weight.device)
-        if func._schema.is_mutable:
+        if weight is not None and func._schema.is_mutable:
             raise RuntimeError(f"{func} would write to a weight that stays in its file.")
         with torch.inference_mode(False), torch.no_grad():  # a view of a weight has to be as ordinary as the weight
-            if weight is not None and func.is_view:
-                return weight._computed(func(weight._stored(), *more, **(kwargs or {})))
-            if weight is not None and func is torch.ops.aten.embedding.default:
-                return weight._computed(func(weight._stored(), more[0].cpu(), *more[1:], **(kwargs or {})))
+            if weight is not None and (func.is_view or func is torch.ops.aten.embedding.default):
+                given = tree_map_only(Tensor, Tensor.cpu, (more, kwargs or {}))  # the tokens
+                part = func(weight._stored(), *given[0], **given[1])
+                return tree_map_only(Tensor, weight._computed, part)
             args, kwargs = tree_map_only(cls, cls._read, (args, kwargs or {}))
             return func(*args, **kwargs)
 
@@ -85,12 +84,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
     if rows >= len(weight):
         return nn.functional.linear(x, weight, bias)
-    biases = repeat(None) if bias is None else bias.split(rows)
-    parts = [
-        nn.functional.linear(x, weight[start : start + rows], added)
-        for start, added in zip(range(0, len(weight), rows), biases, strict=False)
-    ]
-    return torch.cat(parts, -1)
+    blocks = (slice(start, start + rows) for start in range(0, len(weight), rows))
+    return torch.cat([nn.functional.linear(x, weight[b], None if bias is None else bias[b]) for b in blocks], -1)
 
 
 def in_files() -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]:

@@ -37,6 +37,7 @@ BENCHMARKS = (
     "unfolded_forward",
     "exports",
     "conversions",
+    "large",
     "fleet",
     "plugin",
     "planning",

@@ -1,14 +1,15 @@
-"""Convert, merge and shrink in the shapes of Llama-3-70B, in a process that the kernel limits to 4 GiB of memory.
+"""Convert, merge and shrink in the shapes of Llama-3.1-70B, in a process that the kernel limits to 4 GiB of memory.
 
-The base model's files are synthetic: its embedding and head, and one shard for each of two layers. Work that reads them
-is done on one layer and on two; the figures for 80 layers add 78 times the difference. Shrinking reads the adapter
-alone, whose 80 layers are all there.
+The base model's files are synthetic: its embedding and head, and one shard for each of two layers. What reads the base
+model is measured on these two layers: seconds of 80 layers are 40 times as many, and the memory of 80 layers adds 78
+times what the second layer adds to the first. What reads the adapter alone is measured on all 80 layers.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,15 +44,14 @@ class Cost(NamedTuple):
     seconds: float
     peak: int
 
-    def extended(self, smaller: Cost, layers: int) -> Cost:
-        """What so many layers take, by the difference of two layers and one."""
-        more = layers - 2
-        seconds, peak = (max(0, two - one) for two, one in zip(self, smaller, strict=True))
-        return Cost(self.seconds + more * seconds, int(self.peak + more * peak))
+    def extended(self, one_layer: Cost) -> Cost:
+        """What all layers take, by what two layers and one layer took."""
+        more = max(0, self.peak - one_layer.peak)
+        return Cost(self.seconds * SHAPES.layers / 2, self.peak + (SHAPES.layers - 2) * more)
 
 
 def write_base(folder: Path, layers: int) -> None:
-    """Write a base model with so many layers in bf16, one file for each, and one for all else."""
+    """Write a base model in bf16, one file for each layer and one for all else; of all layers, the configuration."""
     config = LlamaConfig(
         hidden_size=SHAPES.hidden,
         intermediate_size=SHAPES.intermediate,
@@ -63,13 +63,16 @@ def write_base(folder: Path, layers: int) -> None:
     )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    ends = {"model.embed_tokens": (VOCABULARY, SHAPES.hidden), "lm_head": (VOCABULARY, SHAPES.hidden)}
-    files = {"ends.safetensors": ends | {"model.norm": (SHAPES.hidden,)}}
+    if layers == SHAPES.layers:
+        return
+    table, norm = (VOCABULARY, SHAPES.hidden), (SHAPES.hidden,)
+    files: dict[str, dict[str, tuple[int, ...]]] = {
+        "ends.safetensors": {"model.embed_tokens": table, "lm_head": table, "model.norm": norm}
+    }
+    of_layer = {**SHAPES.linears, "input_layernorm": norm, "post_attention_layernorm": norm}
     for layer in range(layers):
-        norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (SHAPES.hidden,))
-        shapes: Mapping[str, tuple[int, ...]] = {**SHAPES.linears, **norms}
-        files[f"layer-{layer}.safetensors"] = {f"model.layers.{layer}.{name}": s for name, s in shapes.items()}
-    index = {}
+        files[f"layer-{layer}.safetensors"] = {f"model.layers.{layer}.{name}": s for name, s in of_layer.items()}
+    index: dict[str, str] = {}
     for number, (file, shapes) in enumerate(files.items()):
         draw = torch.Generator().manual_seed(number)
         tensors = {f"{name}.weight": _weight(shape, draw) for name, shape in shapes.items()}
@@ -114,13 +117,15 @@ def write_adapter(folder: Path, kind: str, layers: int, base: Path) -> None:
 
 def work(verb: str, source: Path, output: Path) -> Cost:
     """Do one piece of work within LIMIT, and delete what it wrote."""
-    import shutil
-
     from loraover_export import convert_adapter, merge_adapter, shrink_adapter
 
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, hard))
-    verbs = {"convert": convert_adapter, "merge": merge_adapter, "shrink": partial(shrink_adapter, rank=SMALLER)}
+    verbs: dict[str, Callable[..., Any]] = {
+        "convert": convert_adapter,
+        "merge": merge_adapter,
+        "shrink": partial(shrink_adapter, rank=SMALLER),
+    }
     started = time.perf_counter()
     done = verbs[verb](source, output)
     seconds = time.perf_counter() - started
@@ -129,34 +134,41 @@ def work(verb: str, source: Path, output: Path) -> Cost:
     return Cost(seconds, host_peak_bytes())
 
 
-JOBS: Mapping[str, tuple[str, str]] = {
-    "convert LoHa, without base weights": ("convert", "LOHA"),
-    "convert HRA, with base weights": ("convert", "HRA"),
-    "merge a LoRA": ("merge", "LORA"),
-}
-"""Verb and kind of adapter of the work that is extended to all layers."""
+WITH_BASE = {"convert HRA": ("convert", "HRA"), "merge a LoRA": ("merge", "LORA")}
+ALONE = {"convert LoHa": ("convert", "LOHA"), f"shrink a LoRA to rank {SMALLER}": ("shrink", "LORA")}
+"""Verb, and kind of the adapter."""
 
 
 def measure() -> Iterator[Table]:
     """Yield the table of work in the shapes of the model."""
     table = table_of(
-        f"Llama-3-70B in bf16, LoRA of rank {RANK}, at most {LIMIT >> 30} GiB of memory, one thread",
-        "s, 2 layers",
-        f"s, {SHAPES.layers} layers",
-        "peak, 2 layers",
-        f"peak, {SHAPES.layers} layers",
+        f"Llama-3.1-70B in bf16, rank {RANK}, at most {LIMIT >> 30} GiB of memory, one thread",
+        "layers measured",
+        "s",
+        "peak",
+        f"s of {SHAPES.layers} layers",
+        f"peak of {SHAPES.layers} layers",
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for layers in (1, 2):
-            in_child(write_base, folder / f"base-{layers}", layers)
-        for job, (verb, kind) in JOBS.items():
-            smaller, both = (_cost(folder, verb, kind, layers) for layers in (1, 2))
-            table.add_row(job, *_shown(both, both.extended(smaller, SHAPES.layers)))
+        for job, (verb, kind) in WITH_BASE.items():
+            one, two = (_cost(folder, verb, kind, layers) for layers in (1, 2))
+            table.add_row(job, "2", *_shown(two), *(f"{cell}, extrapolated" for cell in _shown(two.extended(one))))
+        for job, (verb, kind) in ALONE.items():
+            found = _shown(_cost(folder, verb, kind, SHAPES.layers))
+            table.add_row(job, str(SHAPES.layers), *found, *found)
     yield table
 
 
+def _shown(cost: Cost) -> tuple[str, str]:
+    return f"{cost.seconds:.0f} s", f"{cost.peak / 2**30:.2f} GiB"
+
+
 def _cost(folder: Path, verb: str, kind: str, layers: int) -> Cost:
+    """Do one piece of work on new files, in a process of its own."""
     adapter, base = folder / f"{kind}-{layers}", folder / f"base-{layers}"
+    if not base.exists():
+        in_child(write_base, base, layers)
     in_child(write_adapter, adapter, kind, layers, base)
-    return in_child(work, verb, adapter, folder / "output")
+    found: Cost = in_child(work, verb, adapter, folder / "output")
+    return found

@@ -84,6 +84,8 @@ def test_a_large_weight_is_used_in_blocks(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 5000)
     whole, streamed = load(folder, is_streamed=False), load(folder)
     torch.testing.assert_close(logits(streamed), logits(whole), rtol=0, atol=1e-6)
+    weight = next(streamed.parameters())
+    assert all(torch.equal(part, whole) for part, whole in zip(weight.split(7), (weight + 0).split(7), strict=True))
 
 
 def test_a_weight_that_is_replaced_stays_replaced(folder: Path) -> None:
@@ -99,6 +101,7 @@ def test_nothing_is_written_to_a_weight(folder: Path) -> None:
     weight = next(load(folder).parameters())
     with torch.no_grad(), pytest.raises(RuntimeError, match="stays in its file"):
         weight.zero_()
+    assert torch.equal(torch.empty(weight.shape).copy_(weight), weight + 0), "but a weight can be copied from"
 
 
 def test_a_copy_can_be_written_to(folder: Path) -> None:
