@@ -10,7 +10,7 @@ from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.memory import is_out_of_memory
 from loraover.common.request import as_written
 from loraover.models.device import found_devices, free_memory, total_memory
-from loraover.models.load import ModelSource, load_skeleton
+from loraover.models.load import ModelSource, load_config, load_skeleton
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATIONS = 16  # numbers of a layer's activations for one token, in multiples of the hidden size
@@ -87,7 +87,7 @@ def fit_base(
         max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
 
     Returns:
-        The base model, which is streamed if its weights are larger.
+        The base model, which is streamed if its weights are larger, and not quantised.
     """
     free, weights = free_memory(device), needs.width(compute_dtype) * needs.weights
     has = "" if free is None else f"; {device} has {_gib(free)} free"
@@ -95,7 +95,8 @@ def fit_base(
     rest = needs.size(compute_dtype) - weights
     room = None if free is None else ROOM * free - rest
     limit = room if max_memory_gib is None else max_memory_gib * 2**30
-    if limit is None or weights <= limit:
+    is_quantised = getattr(load_config(base), "quantization_config", None) is not None
+    if limit is None or weights <= limit or is_quantised:
         return base
     say(
         f"the base model's weights, {_gib(weights)}, do not fit into {_gib(max(0, limit))}: they stay in their files, "
