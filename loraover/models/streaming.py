@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from loraover.common.errors import ConfigError
 
-BLOCK_BYTES = 2**26
+BLOCK_BYTES = 2**25
 """Largest part of a linear layer's weight that is in memory at once, in its dtype."""
 
 

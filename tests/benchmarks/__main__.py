@@ -38,6 +38,7 @@ BENCHMARKS = (
     "exports",
     "conversions",
     "large",
+    "streaming",
     "fleet",
     "plugin",
     "planning",

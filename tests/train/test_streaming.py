@@ -25,6 +25,7 @@ from support.tiny_models import tiny_gpt2
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama": lambda: tiny_decoder("Llama"),
     "tied": lambda: tiny_decoder("Llama", tie_word_embeddings=True),
+    "biases": lambda: tiny_decoder("Qwen2"),
     "Conv1D": tiny_gpt2,
     "experts that transformers stacks": tiny_moe,
 }
