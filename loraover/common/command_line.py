@@ -196,6 +196,7 @@ def quiet_libraries() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # warns on import that it found no GPU kernels
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # warns of weights that stay in their files
     logging.getLogger("DeepSpeed").disabled = True  # sets its own level on import, and writes to stdout
     # transformers reads both when it is imported, which takes seconds that some commands do not need
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

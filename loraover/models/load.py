@@ -55,6 +55,7 @@ class ModelSource:
         origin: Description in one line, for messages.
         stand_in: Record of the stand-in if this is one, else None.
         moved: Record of adapters that were trained on a stand-in and are to be used on this model, else None.
+        is_streamed: Whether `load_model` leaves the weights in their files, and each is read whenever it is used.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ModelSource:
     origin: str
     stand_in: StandIn | None = None
     moved: Moved | None = None
+    is_streamed: bool = False
 
     def facts(self) -> dict[str, str]:
         """Return rows of a model card about weights that differ from the hub's; none for other models."""
@@ -145,6 +147,8 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
+    from loraover.models.streaming import in_files, read_when_used
+
     place = choose_device(device)
 
     auto = {
@@ -156,6 +160,9 @@ def load_model(
     kind = task_type or "CAUSAL_LM"
     if kind not in auto:
         raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(auto)}.")
+    placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
+    if source.is_streamed:
+        placed, folder = in_files()
     try:
         model = auto[kind].from_pretrained(
             source.location,
@@ -166,8 +173,10 @@ def load_model(
             **({} if num_labels is None else {"num_labels": num_labels}),
             **({} if attention is None else {"attn_implementation": attention}),
             **({} if quantization is None else {"quantization_config": _quantised(quantization, dtype)}),
-            **({} if place.type == "cpu" else {"device_map": {"": place}}),
+            **placed,
         )
+        if source.is_streamed:
+            read_when_used(model, place, folder)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
     return model.eval()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.memory import is_out_of_memory
 from loraover.common.request import as_written
 from loraover.models.device import found_devices, free_memory, total_memory
-from loraover.models.load import ModelSource, load_skeleton
+from loraover.models.load import ModelSource, load_config, load_skeleton
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 ACTIVATIONS = 16  # numbers of a layer's activations for one token, in multiples of the hidden size
@@ -65,27 +65,44 @@ class Needs:
         return width * (self.weights + self.tokens * self.per_token) + max(4, width) * self.adapters
 
 
-def say_memory(
-    work: str, *, device: str, compute_dtype: str, needs: Needs, say: Callable[[str], None], option: str = "device"
-) -> None:
-    """Say what work needs of a device's memory, and what is free there, before it starts.
+def fit_base(
+    work: str,
+    base: ModelSource,
+    *,
+    device: str,
+    compute_dtype: str,
+    needs: Needs,
+    say: Callable[[str], None],
+    max_memory_gib: float | None = None,
+) -> ModelSource:
+    """Say what work needs of a device's memory before it starts, and choose how to load the base model.
 
     Args:
         work: The work, as the beginning of a sentence.
+        base: The base model.
         device: Device that it runs on.
         compute_dtype: Data type that it runs in.
         needs: What it needs.
-        say: Receiver of the sentence.
-        option: Name of the argument that chooses the device.
+        say: Receiver of the sentences.
+        max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
 
-    Raises:
-        ConfigError: The base model's weights alone are larger than the device's memory.
+    Returns:
+        The base model, which is streamed if its weights are larger, and not quantised.
     """
-    free, total = free_memory(device), total_memory(device)
+    free, weights = free_memory(device), needs.width(compute_dtype) * needs.weights
     has = "" if free is None else f"; {device} has {_gib(free)} free"
     say(f"{work} needs about {_gib(needs.size(compute_dtype))} of memory in {compute_dtype}{has}")
-    if total is not None and needs.width(compute_dtype) * needs.weights > total:
-        raise ConfigError(f"{work} cannot run on {device}. {_advice(device, compute_dtype, needs, option)}")
+    rest = needs.size(compute_dtype) - weights
+    room = None if free is None else ROOM * free - rest
+    limit = room if max_memory_gib is None else max_memory_gib * 2**30
+    is_quantised = getattr(load_config(base), "quantization_config", None) is not None
+    if limit is None or weights <= limit or is_quantised:
+        return base
+    say(
+        f"the base model's weights, {_gib(weights)}, do not fit into {_gib(max(0, limit))}: they stay in their files, "
+        "and each is read whenever it is used"
+    )
+    return replace(base, is_streamed=True)
 
 
 @contextmanager
@@ -140,5 +157,5 @@ def _what_fits(device: str, dtype: str, needs: Needs, option: str) -> Iterator[s
                 yield f"{plan} ({_gib(needs.size(other))} of {_gib(memory)})"
 
 
-def _gib(size: int) -> str:
+def _gib(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"

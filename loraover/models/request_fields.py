@@ -40,6 +40,17 @@ def device(description: str, default: str = "auto") -> Any:
     return option(description, default=default, default_text=text, choices=DEVICES, accepts=_is_one_gpu)
 
 
+def max_memory() -> Any:
+    """Declare the field `max_memory_gib`, above which a base model's weights stay in their files."""
+    return option(
+        "Largest size of the base model's weights in memory, in GiB; larger ones stay in their files, and each is read "
+        "whenever it is used.",
+        default=None,
+        default_text="what the device has free",
+        above=0,
+    )
+
+
 def _is_one_gpu(name: str) -> bool:
     kind, _, index = name.partition(":")
     return kind == "cuda" and index.isascii() and index.isdecimal()

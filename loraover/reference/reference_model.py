@@ -77,7 +77,11 @@ def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
 
 
 def sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:
-    """Return a second model on the same tensors, but with copies of the named ones, of which it may lack some."""
+    """Return a second model on the same tensors, but with copies of the named ones, of which it may lack some.
+
+    Weights in int8 are copied too: a layer of bitsandbytes takes the scales off its weight when it first runs.
+    """
     tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
     copied = {id(tensors[name]) for name in but if name in tensors}
+    copied |= {id(tensor) for tensor in tensors.values() if tensor.dtype == torch.int8}
     return copy.deepcopy(model, {id(t): t for t in tensors.values() if id(t) not in copied})

@@ -37,6 +37,8 @@ BENCHMARKS = (
     "unfolded_forward",
     "exports",
     "conversions",
+    "large",
+    "streaming",
     "fleet",
     "plugin",
     "planning",

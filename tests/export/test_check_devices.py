@@ -17,7 +17,8 @@ from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.fold import write_folded
 
 from support.devices import ALL_DEVICES
-from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint
+from support.fold_cases import certificate
+from support.make_checkpoint import EMBEDDING, LINEAR, Made, edit_tensors, make_checkpoint
 from support.no_memory import NO_MEMORY, failing
 from support.refusals import Refused
 
@@ -52,6 +53,21 @@ def test_a_fold_passes_on_every_device_in_every_type(device: str, made: Made, tm
         noise[dtype] = outputs.noise.max_logit
     assert noise["bf16"] > 2 * noise["fp16"] > 100 * noise["fp32"] > 0
     assert noise["fp32"] > noise.get("fp64", 0) >= 0  # float32 stores the adapter in either
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["lm_head", "norm"]}, {"target_modules": EMBEDDING}], ids=str)
+def test_a_fold_is_checked_alike_on_a_model_that_is_read_from_its_files(
+    lora: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_checkpoint(tmp_path, tokenizer=True, **lora)
+    limits: list[object] = []
+    monkeypatch.setattr(run_fold, "record_beside", lambda *_, **options: limits.append(options["max_memory_gib"]))
+    words = ["fold", str(made.path), "--check-error", "--record", "--device", "cpu"]
+    for name, limit in {"whole": (), "streamed": ("--max-memory-gib", "1e-9")}.items():
+        assert run(cli, [*words, "-o", str(tmp_path / name), *limit]) == 0
+        assert ("they stay in their files" in " ".join(capsys.readouterr().out.split())) == bool(limit)
+    assert limits == [None, 1e-9]
+    assert certificate(tmp_path / "streamed").outputs == certificate(tmp_path / "whole").outputs
 
 
 def test_a_wrong_fold_is_rejected_in_a_coarse_type(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

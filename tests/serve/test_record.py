@@ -17,6 +17,7 @@ import pytest
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
 from loraover.models import memory
+from loraover.models.load import ModelSource
 from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
@@ -27,7 +28,7 @@ from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Mod
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
 from loraover_serve.verify import run as verify_run
 
-from support.recorded import ANSWER, LINES, QUESTIONS
+from support.recorded import ANSWER, LINES, QUESTIONS, record
 from support.verified import Case
 
 
@@ -170,6 +171,12 @@ def test_memory_is_told_before_a_model_is_loaded(
         "record": ["record", str(adapter), "--model", str(base), "-o", str(tmp_path / "r.json.gz"), "--device", "cpu"],
         "verify": ["verify", str(adapter), "--model", str(base), "--engine", "torch"],
     }
+    loaded: list[bool] = []
+
+    def stopped(adapter: Any, base: ModelSource, *_: Any) -> Any:
+        loaded.append(base.is_streamed)
+        raise StoppedError
+
     for module in (recorder, verify_run):
         monkeypatch.setattr(module, "make_reference", stopped)
     for words_of in words.values():
@@ -177,19 +184,31 @@ def test_memory_is_told_before_a_model_is_loaded(
             run(cli, words_of)
         told = " ".join("".join(capsys.readouterr()).split())
         assert re.search(r"PyTorch needs about \S+ GiB of memory in fp32; cpu has \S+ GiB free", told), told
-    monkeypatch.setattr(memory, "total_memory", lambda device: 2**10)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30)
     for words_of in words.values():
-        assert run(cli, words_of) == 2
+        with pytest.raises(StoppedError):
+            run(cli, words_of)
         told = " ".join("".join(capsys.readouterr()).split())
-        assert "PyTorch cannot run on cpu. It needs about" in told
+        assert "do not fit into 0 GiB: they stay in their files" in told
+        with pytest.raises(StoppedError):
+            run(cli, [*words_of, "--max-memory-gib", "1"])
+    assert loaded == [False, False, True, False, True, False]
 
 
 class StoppedError(Exception):
     """Nothing is loaded."""
 
 
-def stopped(*_: Any, **__: Any) -> Any:
-    raise StoppedError
+def test_a_model_that_is_read_from_its_files_is_recorded_and_verified_alike(
+    base: Path, adapter: Path, content: dict[str, Any], tmp_path: Path
+) -> None:
+    again = record(base, adapter, tmp_path, max_memory_gib=1e-9)
+    found = json.loads(gzip.decompress(again.read_bytes()))
+    assert found | {"made": None} == content | {"made": None}
+    assert "--max-memory-gib" in found["made"]["command"]
+    options: dict[str, Any] = {"model": str(base), "engines": ["torch"], "new_tokens": 2}
+    one, other = (verify_adapter(adapter, **options, max_memory_gib=limit).engines[0] for limit in (None, 1e-9))
+    assert other.model_copy(update={"seconds": one.seconds}) == one
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.checkpoint.reference_file import REFERENCE_FILE
@@ -34,12 +35,18 @@ def write_reference(adapter: Path, digest: str | None = None) -> Path:
     return path
 
 
-def record(base: Path, adapter: Path, folder: Path) -> Path:
+def record(base: Path, adapter: Path, folder: Path, **options: Any) -> Path:
     """The path of a reference with these questions."""
     prompts = folder / "questions.txt"
     prompts.write_text("\n".join(LINES))
     return record_adapter(
-        adapter, model=str(base), prompts=prompts, new_tokens=ANSWER, device="cpu", output=folder / "reference.json.gz"
+        adapter,
+        model=str(base),
+        prompts=prompts,
+        new_tokens=ANSWER,
+        device="cpu",
+        output=folder / "reference.json.gz",
+        **options,
     ).path
 
 

@@ -16,7 +16,7 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
-from loraover.models.memory import Needs, memory_explained
+from loraover.models.memory import Needs, fit_base, memory_explained
 from loraover.reference.reference_model import sharing_weights
 from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
 from loraover_export.fold.certificate import OutputCertificate
@@ -43,6 +43,7 @@ def check_outputs(
     *,
     device: str = "cpu",
     compute_dtype: str = "fp32",
+    max_memory_gib: float | None = None,
 ) -> OutputCertificate:
     """Run the unfolded model and the folded adapter on the same prompts, and compare every logit.
 
@@ -66,6 +67,7 @@ def check_outputs(
         report: Receiver of progress.
         device: Device to run on: cpu, cuda, mps, auto, or one GPU such as cuda:1.
         compute_dtype: Data type to run in: fp32, bf16, fp16 or fp64.
+        max_memory_gib: Largest size of the base model's weights in memory; larger ones stay in their files.
 
     Raises:
         CheckpointError: The base model is not the one that was trained.
@@ -74,7 +76,9 @@ def check_outputs(
     """
     place, _ = choose_compute(device, compute_dtype)
     where, needs = {"device": str(place), "compute_dtype": compute_dtype}, partial(_needs, checkpoint, source, place)
-    with memory_explained("the check of the outputs", needs=needs, **where):
+    work = "the check of the outputs"
+    source = fit_base(work, source, needs=needs(), say=report.line, max_memory_gib=max_memory_gib, **where)
+    with memory_explained(work, needs=needs, **where):
         return _check_outputs(checkpoint, folded, dtype, source, prompts_file, report, **where)
 
 

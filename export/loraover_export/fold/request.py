@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.device import choose_compute
-from loraover.models.request_fields import records, stored_dtype
+from loraover.models.request_fields import max_memory, records, stored_dtype
 from loraover.sources.push import pushes
 from loraover_export.uniform.request_fields import (
     base_model,
@@ -57,6 +57,7 @@ class FoldRequest(Request):
     prompts: AnyPath | None = prompts()
     device: str = logits_device()
     compute_dtype: str = logits_dtype()
+    max_memory_gib: float | None = max_memory()
     force: bool = replaces("folded adapter")
 
     def faults(self) -> Iterator[str]:
@@ -64,4 +65,5 @@ class FoldRequest(Request):
             choose_compute(self.device, self.compute_dtype)
             yield from check_faults(self, "check_error", "prompts")
         else:
-            yield from check_faults(self, "check_error", "model", "prompts", "device", "compute_dtype")
+            names = ("model", "prompts", "max_memory_gib", "device", "compute_dtype")
+            yield from check_faults(self, "check_error", *names)

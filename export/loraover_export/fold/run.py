@@ -65,8 +65,8 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         to_page(certificate, request.command()).write(draft / HTML_FILE)
         keep_reference(request.checkpoint, draft, request.report.line)
     if request.record and is_whole:
-        place = {"device": request.device, "compute_dtype": request.compute_dtype}
-        record_beside(request.output, model=request.model, report=request.report, **place)
+        names = ("model", "device", "compute_dtype", "max_memory_gib", "report")
+        record_beside(request.output, **{name: getattr(request, name) for name in names})
     if request.push_to_hub is not None:
         push_checked(request, certificate.verdict)
     return certificate
@@ -91,6 +91,7 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
             request.report,
             device=request.device,
             compute_dtype=request.compute_dtype,
+            max_memory_gib=request.max_memory_gib,
         )
     trained_base = None
     if base is not None and request.trained_on is not None:

@@ -54,7 +54,8 @@ class FoldedAndTwins:
         if computed == torch.float64:  # PEFT keeps adapters in float32; their numbers are exact in either
             for layer in lora_layers(self._model).values():
                 layer.double()
-        self._model.requires_grad_(True)
+        for parameter in filter(torch.is_floating_point, self._model.parameters()):  # those of a quantised base are not
+            parameter.requires_grad_(True)
         self._sites = list(find_sites(self._model).values())
         self._model.requires_grad_(False).eval()
         self.twins = [f"twin{i}" for i in range(twins)]

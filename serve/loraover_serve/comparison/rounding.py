@@ -110,7 +110,8 @@ def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
 
     def before(module: Any, args: tuple[Any, ...]) -> None:
         exact[module] = module.weight
-        module.weight = nn.Parameter(format_.weights(module.weight), requires_grad=False)
+        if module.weight.is_floating_point():  # else the base model is quantised, and its weights are coarse already
+            module.weight = nn.Parameter(format_.weights(module.weight), requires_grad=False)
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         module.weight = exact.pop(module)

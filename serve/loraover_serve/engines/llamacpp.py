@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -61,7 +62,8 @@ def _write_base(setting: Setting) -> Path:
 
     setting.request.report.line(f"writing {setting.base.name} as GGUF in F32")
     try:
-        return write_base(load_model(setting.base), setting.scratch / "base.gguf")
+        in_memory = replace(setting.base, is_streamed=False)  # as its tensors are written from there
+        return write_base(load_model(in_memory), setting.scratch / "base.gguf")
     except OSError as error:
         raise OutputError(
             f"cannot write the base model to {setting.scratch}: {error.strerror or error}; name a GGUF file of it with "

@@ -43,7 +43,7 @@ from loraover_serve.record.request import RecordRequest
 from loraover_serve.record.sealed import SEALED
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.measures import between_arms, off
-from loraover_serve.verify.reference import HELD, Reference, make_reference, say_needs
+from loraover_serve.verify.reference import HELD, Reference, fit_reference, make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
@@ -166,7 +166,8 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     rows = (HELD * len(prompts) + FAULTY * NAMED) * request.new_tokens
     longest = max(map(len, prompts)) + request.new_tokens
-    say_needs("PyTorch", adapter, base, rows=rows, longest=longest, device=device, dtype=dtype, say=say)
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory_gib": request.max_memory_gib}
+    base = fit_reference("PyTorch", adapter, base, rows=rows, longest=longest, say=say, **place)
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
     variants, subject = Variants(adapter, base, device, reference.questions, dtype), make_subject(adapter, base)
     say(f"running both models in {', '.join(FORMATS)}")

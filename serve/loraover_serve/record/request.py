@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.device import choose_compute
-from loraover.models.request_fields import compute_dtype, device
+from loraover.models.request_fields import compute_dtype, device, max_memory
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class RecordRequest(Request):
     compute_dtype: str = compute_dtype(
         "Data type in which PyTorch computes; what bf16 and fp16 add to the noise is measured and allowed for."
     )
+    max_memory_gib: float | None = max_memory()
     sealed: AnyPath | None = option(
         "File for a second reference with questions of its own, of which only the SHA-256 is published.",
         default=None,

@@ -13,7 +13,7 @@ import numpy as np
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model
-from loraover.models.memory import Needs, say_memory
+from loraover.models.memory import Needs, fit_base
 from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
@@ -50,7 +50,7 @@ class Reference:
     ends: frozenset[int] = frozenset()
 
 
-def say_needs(
+def fit_reference(
     work: str,
     adapter: AdapterDir,
     base: ModelSource,
@@ -59,9 +59,10 @@ def say_needs(
     longest: int,
     device: str,
     dtype: str,
+    max_memory_gib: float | None,
     say: Callable[[str], None],
-) -> None:
-    """Say what PyTorch needs of memory, and what is free, before a model is loaded.
+) -> ModelSource:
+    """Say what PyTorch needs of memory before a model is loaded, and choose how to load the base model.
 
     Args:
         work: The work, as the beginning of a sentence.
@@ -71,16 +72,17 @@ def say_needs(
         longest: Number of tokens of the longest question with its answer.
         device: Device to run on.
         dtype: Data type to run in.
-        say: Receiver of the sentence.
+        max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
+        say: Receiver of the sentences.
 
-    Raises:
-        ConfigError: The weights of the base model alone are larger than the device's memory.
+    Returns:
+        The base model, which is streamed if its weights are larger.
     """
     vocabulary = load_config(base).get_text_config().vocab_size
     held = sum(prod(shape) for shape in adapter.shapes.values()) + (rows * vocabulary if device == "cpu" else 0)
     tokens = max(longest, LOGITS_AT_ONCE // vocabulary)
     needs = Needs.of_model(base, adapters=held, tokens=tokens, logits=2)  # the model's, and these in float32
-    say_memory(work, device=device, compute_dtype=dtype, needs=needs, say=say)
+    return fit_base(work, base, device=device, compute_dtype=dtype, needs=needs, say=say, max_memory_gib=max_memory_gib)
 
 
 def make_reference(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, option
 from loraover.models.device import choose_compute
-from loraover.models.request_fields import compute_dtype, device
+from loraover.models.request_fields import compute_dtype, device, max_memory
 from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
@@ -139,6 +139,7 @@ class VerifyRequest(EngineRequest):
     compute_dtype: str = compute_dtype(
         "Data type in which PyTorch computes; what bf16 and fp16 add to the noise is measured and allowed for."
     )
+    max_memory_gib: float | None = max_memory()
     base_gguf: AnyPath | None = option(
         "GGUF file of the base model for llama.cpp, quantised or not.",
         default=None,

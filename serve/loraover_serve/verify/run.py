@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
@@ -47,7 +48,7 @@ from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import HELD, Reference, make_reference, say_needs
+from loraover_serve.verify.reference import HELD, Reference, fit_reference, make_reference
 from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
@@ -116,8 +117,9 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
     dtype, rows = request.compute_dtype, HELD * len(prompts) * request.new_tokens
-    place = {"device": device, "dtype": dtype}
-    say_needs("PyTorch", adapter, base, rows=rows, longest=longest, say=request.report.line, **place)
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory_gib": request.max_memory_gib}
+    base = fit_reference("PyTorch", adapter, base, rows=rows, longest=longest, say=request.report.line, **place)
+    setting = replace(setting, base=base)
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
     variants = Variants(adapter, base, device, reference.questions, dtype)
     judge = EngineJudge(reference, variants, subject, request.declared_format, request.without_mixed)

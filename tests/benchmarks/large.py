@@ -1,0 +1,174 @@
+"""Convert, merge and shrink in the shapes of Llama-3.1-70B, in a process that the kernel limits to 4 GiB of memory.
+
+The base model's files are synthetic: its embedding and head, and one shard for each of two layers. What reads the base
+model is measured on these two layers: seconds of 80 layers are 40 times as many, and the memory of 80 layers adds 78
+times what the second layer adds to the first. What reads the adapter alone is measured on all 80 layers.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig
+
+from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.common.provenance import host_peak_bytes
+
+from benchmarks.exports import in_child, table_of
+from benchmarks.fold_scaling import MODELS
+
+SHAPES, VOCABULARY, HEADS, VALUE_HEADS = MODELS["Llama-3.1-70B"], 128256, 64, 8
+RANK, SMALLER, LOHA_RANK = 16, 8, 4
+LIMIT = 2**32
+"""Bytes of private memory that the kernel gives a process, imports included."""
+ROWS = 1024
+"""Rows of a base weight that are drawn; they are repeated, since arithmetic takes as long on them."""
+
+
+class Cost(NamedTuple):
+    """What one piece of work took: seconds, and the largest memory of its process in bytes, imports included."""
+
+    seconds: float
+    peak: int
+
+    def extended(self, one_layer: Cost) -> Cost:
+        """What all layers take, by what two layers and one layer took."""
+        more = max(0, self.peak - one_layer.peak)
+        return Cost(self.seconds * SHAPES.layers / 2, self.peak + (SHAPES.layers - 2) * more)
+
+
+def write_base(folder: Path, layers: int) -> None:
+    """Write a base model in bf16, one file for each layer and one for all else; of all layers, the configuration."""
+    config = LlamaConfig(
+        hidden_size=SHAPES.hidden,
+        intermediate_size=SHAPES.intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=VALUE_HEADS,
+        vocab_size=VOCABULARY,
+        dtype=torch.bfloat16,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    if layers == SHAPES.layers:
+        return
+    table, norm = (VOCABULARY, SHAPES.hidden), (SHAPES.hidden,)
+    files: dict[str, dict[str, tuple[int, ...]]] = {
+        "ends.safetensors": {"model.embed_tokens": table, "lm_head": table, "model.norm": norm}
+    }
+    of_layer = {**SHAPES.linears, "input_layernorm": norm, "post_attention_layernorm": norm}
+    for layer in range(layers):
+        files[f"layer-{layer}.safetensors"] = {f"model.layers.{layer}.{name}": s for name, s in of_layer.items()}
+    index: dict[str, str] = {}
+    for number, (file, shapes) in enumerate(files.items()):
+        draw = torch.Generator().manual_seed(number)
+        tensors = {f"{name}.weight": _weight(shape, draw) for name, shape in shapes.items()}
+        save_tensors(tensors, folder / file)
+        index |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def _weight(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    rows = torch.randn(min(ROWS, shape[0]), *shape[1:], generator=draw).mul_(0.02).bfloat16()
+    return rows.repeat(-(-shape[0] // len(rows)), *([1] * (len(shape) - 1)))[: shape[0]].contiguous()
+
+
+Shape = Callable[[int, int], Mapping[str, tuple[int, int]]]
+"""Shapes of an adapter's tensors for a layer of m x n, by the end of their keys."""
+KINDS: dict[str, tuple[dict[str, Any], Shape]] = {
+    "LORA": ({"r": RANK, "lora_alpha": RANK}, lambda m, n: {"lora_A.weight": (RANK, n), "lora_B.weight": (m, RANK)}),
+    "HRA": ({"r": RANK}, lambda m, n: {"hra_u": (n, RANK)}),
+    "LOHA": (
+        {"r": LOHA_RANK, "alpha": LOHA_RANK},
+        lambda m, n: {f"hada_w{i}_{s}": (m, LOHA_RANK) if s == "a" else (LOHA_RANK, n) for i in (1, 2) for s in "ab"},
+    ),
+}
+
+
+def write_adapter(folder: Path, kind: str, layers: int, base: Path) -> None:
+    """Write a random adapter of a kind on every linear layer, in float32."""
+    fields, shapes_of = KINDS[kind]
+    draw = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{KEY_PREFIX}model.layers.{layer}.{linear}.{name}": 0.02 * torch.randn(shape, generator=draw)
+        for layer in range(layers)
+        for linear, (m, n) in SHAPES.linears.items()
+        for name, shape in shapes_of(m, n).items()
+    }
+    folder.mkdir()
+    targets = [linear.rpartition(".")[2] for linear in SHAPES.linears]
+    config = {"peft_type": kind, "task_type": "CAUSAL_LM", "target_modules": targets} | fields
+    (folder / CONFIG_FILE).write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    save_tensors(tensors, folder / TENSORS_FILE)
+
+
+def work(verb: str, source: Path, output: Path) -> Cost:
+    """Do one piece of work within LIMIT, and delete what it wrote."""
+    from loraover_export import convert_adapter, merge_adapter, shrink_adapter
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, hard))
+    verbs: dict[str, Callable[..., Any]] = {
+        "convert": convert_adapter,
+        "merge": merge_adapter,
+        "shrink": partial(shrink_adapter, rank=SMALLER),
+    }
+    started = time.perf_counter()
+    done = verbs[verb](source, output)
+    seconds = time.perf_counter() - started
+    assert done.passed
+    shutil.rmtree(output)
+    return Cost(seconds, host_peak_bytes())
+
+
+WITH_BASE = {"convert HRA": ("convert", "HRA"), "merge a LoRA": ("merge", "LORA")}
+ALONE = {"convert LoHa": ("convert", "LOHA"), f"shrink a LoRA to rank {SMALLER}": ("shrink", "LORA")}
+"""Verb, and kind of the adapter."""
+
+
+def measure() -> Iterator[Table]:
+    """Yield the table of work in the shapes of the model."""
+    table = table_of(
+        f"Llama-3.1-70B in bf16, rank {RANK}, at most {LIMIT >> 30} GiB of memory, one thread",
+        "layers measured",
+        "s",
+        "peak",
+        f"s of {SHAPES.layers} layers",
+        f"peak of {SHAPES.layers} layers",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for job, (verb, kind) in WITH_BASE.items():
+            one, two = (_cost(folder, verb, kind, layers) for layers in (1, 2))
+            table.add_row(job, "2", *_shown(two), *(f"{cell}, extrapolated" for cell in _shown(two.extended(one))))
+        for job, (verb, kind) in ALONE.items():
+            found = _shown(_cost(folder, verb, kind, SHAPES.layers))
+            table.add_row(job, str(SHAPES.layers), *found, *found)
+    yield table
+
+
+def _shown(cost: Cost) -> tuple[str, str]:
+    return f"{cost.seconds:.0f} s", f"{cost.peak / 2**30:.2f} GiB"
+
+
+def _cost(folder: Path, verb: str, kind: str, layers: int) -> Cost:
+    """Do one piece of work on new files, in a process of its own."""
+    adapter, base = folder / f"{kind}-{layers}", folder / f"base-{layers}"
+    if not base.exists():
+        in_child(write_base, base, layers)
+    in_child(write_adapter, adapter, kind, layers, base)
+    found: Cost = in_child(work, verb, adapter, folder / "output")
+    return found
