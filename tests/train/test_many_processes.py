@@ -21,6 +21,7 @@ from loraover.cli import cli
 from loraover.training.run_result import read_run
 
 from support.parallel_command import LAUNCH, LORA_PLUS, PATIENCE_S, RUNS, STEPS
+from support.parallel_faults import FAULTS
 from support.processes import TESTS, TORCHRUN, launched
 from support.resumed_run import stopped
 from support.small_disk import small_disk
@@ -29,9 +30,6 @@ from support.train_command import train
 from support.trained_run import losses, metrics
 
 pytestmark = pytest.mark.process
-
-SURVIVORS = ("0-0", "1-0", "1-1")
-"""Attempt and rank of each process that ends by itself in an attempt that fails."""
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss: sums of float32 gradients in another order, through four steps."""
@@ -179,19 +177,21 @@ def test_accelerate_starts_the_command_with_its_configuration(folder: Path, tmp_
 
 @pytest.mark.matrix
 def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
-    """Rank 1 is killed in step 3, then the disk is full in step 4, then nothing happens; each time from step 2."""
+    """Each attempt but the last fails as `FAULTS` says; the next one continues from the last complete checkpoint."""
     with small_disk(tmp_path / "disk", 16 * 1024) as disk:
         script = TESTS / "support" / "parallel_faults.py"
-        launched((*TORCHRUN, "--max-restarts", "2"), script, disk, folder / "recipe.yaml")
+        launched((*TORCHRUN, "--max-restarts", str(len(FAULTS))), script, disk, folder / "recipe.yaml")
         again, undisturbed = disk / "run", folder / "ddp"
         assert losses(again) == losses(undisturbed)
         found, expected = read_run(again), read_run(undisturbed)
-        assert (found.timed_steps, found.after, found.update_norm) == (2, expected.after, expected.update_norm)
+        assert (found.timed_steps, found.after, found.update_norm) == (0, expected.after, expected.update_norm)
         assert not (again / "failure.json").exists()
-        killed, full, other = (
-            json.loads((folder / f"fault-{name}.json").read_text()) for name in ("0-0", "1-0", "1-1")
-        )
-    assert killed["code"] == full["code"] == other["code"] == 2
-    assert "process 1 of 2 has ended without a message" in killed["error"]
-    assert "No space left on device" in full["error"]
-    assert other["error"] == ""
+    for attempt, (fault, at, began) in enumerate(FAULTS):
+        files = {rank: folder / f"fault-{attempt}-{rank}.json" for rank in range(2)}
+        ended = {rank: json.loads(file.read_text()) for rank, file in files.items() if file.exists()}
+        assert ended.keys() == ({0, 1} if fault == "disk" else {1 - at})
+        first = ended[min(ended)]
+        assert (first["code"], first["steps"][:1]) == (2, began)
+        lost = f"process {at} of 2 has ended without a message"
+        assert ("No space left on device" if fault == "disk" else lost) in first["error"]
+        assert "".join(found["error"] for found in ended.values()) == first["error"]
