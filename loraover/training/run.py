@@ -58,6 +58,7 @@ from loraover.training.run_folder import (
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
 from loraover.training.trackers import attach
+from loraover.training.universal import convert_for_processes
 
 
 class TimedSteps(NamedTuple):
@@ -341,6 +342,8 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     steps = planned_steps(recipe, run.trainer)
     step = step_of(checkpoint)
     if checkpoint is None or step < steps:
+        if checkpoint is not None:
+            convert_for_processes(checkpoint, run.trainer, report)
         started = time.perf_counter()
         with report.task("training steps", steps) as run.progress.advance:
             run.method.train(run.trainer, checkpoint, steps, run.progress)

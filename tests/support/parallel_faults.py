@@ -17,15 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+import pytest
 
-from loraover.callbacks import seal_checkpoints
 from loraover.training import measure, run
 from loraover.training.progress import TrainingProgress
 
 from support.parallel_command import STEPS, called, halves
 
-FAULTS = (
+FAULTS: tuple[tuple[str, int, list[int]], ...] = (
     ("step", 1, [1]),
     ("disk", 0, [3]),
     ("save", 0, [3]),
@@ -39,28 +38,31 @@ A checkpoint is saved at steps 2 and 4, so that the last evaluation begins witho
 """
 
 
+SEAL = "loraover.callbacks.seal_checkpoints.publish_text"
+
+
 def killed(*places: Any, **keywords: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_in_evaluation() -> None:
+def kill_in_evaluation(patch: pytest.MonkeyPatch) -> None:
     """Kill this process after the first batch of the held-out rows, when training has ended."""
-    measured = run.measure
+    measured, losses = run.measure, measure.example_losses  # type: ignore[attr-defined]
 
     def evaluated(*places: Any) -> Any:
         if places[-1] == measure.AFTER:
-            losses = measure.example_losses
-            measure.example_losses = lambda *rows, on_batch: losses(*rows, on_batch=killed)  # type: ignore[assignment]
+            patch.setattr(measure, "example_losses", lambda model, rows, on_batch: losses(model, rows, on_batch=killed))
         return measured(*places)
 
-    run.measure = evaluated
+    patch.setattr(run, "measure", evaluated)
 
 
 def main(folder: Path, recipe: Path) -> None:
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends this process before it has written
     fault, at, _ = FAULTS[attempt] if attempt < len(FAULTS) else ("", 0, [])
-    on_step_end, filler, steps = TrainingProgress.on_step_end, folder / "filler", []
+    on_step_end, filler, patch = TrainingProgress.on_step_end, folder / "filler", pytest.MonkeyPatch()
+    steps: list[int] = []
 
     def step_ends(self: TrainingProgress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         steps.append(state.global_step)
@@ -69,12 +71,12 @@ def main(folder: Path, recipe: Path) -> None:
         if (fault, at, state.global_step) == ("disk", rank, STEPS):
             filler.write_bytes(bytes(shutil.disk_usage(folder).free - 8192))
         if (fault, at, state.global_step) == ("save", rank, STEPS):  # rank 0 when all files but the seal are there
-            seal_checkpoints.publish_text = Trainer._save_rng_state = killed
+            patch.setattr(("transformers.Trainer._save_rng_state", SEAL)[rank == 0], killed)
         on_step_end(self, args, state, control, **kwargs)
 
-    TrainingProgress.on_step_end = step_ends  # type: ignore[method-assign]
+    patch.setattr(TrainingProgress, "on_step_end", step_ends)
     if (fault, at) == ("evaluation", rank):
-        kill_in_evaluation()
+        kill_in_evaluation(patch)
     found = called(recipe, "-o", folder / "run", *halves("--resume", "auto")) | {"steps": steps}
     if rank == 0:
         filler.unlink(missing_ok=True)
