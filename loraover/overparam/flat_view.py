@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
@@ -48,7 +49,7 @@ class FlatView(OptimizerView):
         pieces = _pieces(sites)
         if pieces:
             numbers = torch.tensor([piece.group for _, piece in pieces], device=pieces[0][1].values.device)
-            dist.all_reduce(numbers, dist.ReduceOp.MAX)  # a process without a piece does not know its group
+            dist.all_reduce(numbers, ReduceOp.MAX)  # a process without a piece does not know its group
             self._groups |= dict(zip((id(site.parameter) for site, _ in pieces), numbers.tolist(), strict=True))
 
     def gradients(self, sites: Sequence[Site]) -> dict[str, Tensor]:
