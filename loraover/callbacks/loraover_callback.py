@@ -22,7 +22,7 @@ from loraover.overparam.importance.base import Loss, Probe, model_loss
 from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import runs_model
-from loraover.overparam.sharding import is_sharded, trainable_state_dict, world_size
+from loraover.overparam.sharding import is_sharded, trainable_state_dict
 from loraover.overparam.sites import find_sites, only_adapter, peft_root
 
 
@@ -128,8 +128,7 @@ class LoraOverCallback(TrainerCallback):
         assert model is not None
         folder = checkpoint_folder(args, state)
         self._saved_into = folder.parent
-        saves_shards = any(is_sharded(site.parameter) for site in self.over.sites.values())
-        if saves_shards or not isinstance(model, PeftModel):
+        if self._is_sharded or not isinstance(model, PeftModel):
             self._save_all(args, model, folder, state.global_step)
         elif args.should_save:
             self.save(folder, step=state.global_step)
@@ -159,10 +158,15 @@ class LoraOverCallback(TrainerCallback):
         if output is not None:
             self._save_all(args, model, output, step)
 
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the model holds only this process's part of the matrices; also if it is the only process."""
+        return self.over is not None and any(is_sharded(site.parameter) for site in self.over.sites.values())
+
     def _save_all(self, args: TrainingArguments, model: nn.Module, folder: Path, step: int) -> None:
         """Write the adapter and its cores into a folder, from which they can be folded."""
         assert self.over is not None
-        weights = trainable_state_dict(peft_root(model)) if world_size() > 1 else None  # in every process
+        weights = trainable_state_dict(peft_root(model)) if self._is_sharded else None  # in every process
         if args.should_save:
             save_adapter(model, folder, only_adapter(self.over.sites.values()), weights)
             self.save(folder, step=step)

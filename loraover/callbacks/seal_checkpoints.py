@@ -141,6 +141,20 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 
 
+def remove_incomplete(directory: str | os.PathLike[str], step: int) -> None:
+    """Remove the checkpoints of later steps than the newest complete one, from which a run continues.
+
+    Otherwise files that only another number of processes writes would stay in the new checkpoint of that step.
+
+    Args:
+        directory: Folder that holds the `checkpoint-N` folders.
+        step: Step of the newest complete checkpoint; 0 without one.
+    """
+    for folder in checkpoints(directory):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+
+
 def _superfluous(newest: Path, limit: int) -> list[Path]:
     """Return the sealed checkpoints, older than the newest, that exceed the limit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,9 +20,15 @@ def _run(request: TrainRequest, as_json: bool) -> None:
     from rich.console import Console
 
     from loraover.common.command_line import quiet_libraries
+    from loraover.common.errors import ConfigError
     from loraover.common.ranks import launched
     from loraover.training.recipe import load_recipe
 
+    if request.ray is not None and (request.plan or "RANK" in os.environ):
+        raise ConfigError(
+            f"{request.named('ray')} gives a run to Ray, which starts its processes: give the command without "
+            f"{request.named('plan') if request.plan else 'a launcher'}."
+        )
     with launched().together():
         recipe = load_recipe(request.recipe, request.overrides)
         launched().meet()
@@ -49,6 +56,7 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
 
     from loraover.common.ranks import launched
     from loraover.reporting.reporter import ConsoleReporter
+    from loraover.training.on_ray import train_on_ray
     from loraover.training.run import train
     from loraover.training.run_folder import RECIPE_FILE, product, run_folder
 
@@ -58,8 +66,12 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
     folder = request.output or Path(ranks.of_first(lambda: str(run_folder(name, resume=resume))))
     if request.output is None:
         report.line(f"run: {folder}")
+    options = {"resume": resume, "report": report, "command": request.command(), "record": request.record}
     try:
-        result = train(recipe, folder, resume=resume, report=report, command=request.command(), record=request.record)
+        if request.ray is None:
+            result = train(recipe, folder, **options)
+        else:
+            result = train_on_ray(recipe, folder, request.ray, request.workers or 1, **options)
     except KeyboardInterrupt:
         if folder.exists() and recipe.can_resume:
             again = f"{replace(request, output=folder).command()} --resume"

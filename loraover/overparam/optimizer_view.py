@@ -96,7 +96,7 @@ class OptimizerView:
             The optimizer's state of parameters that it leaves alone from now on is dropped.
         """
         self._layout = self._present_layout()
-        host = {identity: i for i, identities in enumerate(self._layout) for identity in identities}
+        host = self._hosts()
         hosted: list[tuple[int, CoreGroup]] = []
         for group in groups:
             parts: dict[int, list[int]] = {}
@@ -107,14 +107,10 @@ class OptimizerView:
                 divided = group.divided(list(parts.values()))
                 followers.divide(group, dict(zip(divided, parts.values(), strict=True)))
             hosted += zip(parts, divided, strict=True)
-        self._cover([group for _, group in hosted])
-        self.empty_state()
-        return self._host(hosted)
-
-    def _host(self, hosted: list[tuple[int, CoreGroup]]) -> list[CoreGroup]:
-        """Take groups, each with the parameter group of its matrices, in a form that the optimizer can step."""
         self._hosted = hosted
         arranged = [group for _, group in hosted]
+        self._cover(arranged)
+        self.empty_state()
         if type(self.optimizer) not in ELEMENTWISE:
             for group in arranged:
                 group.split()
@@ -122,6 +118,18 @@ class OptimizerView:
             if any(self.optimizer.param_groups[index].get(option) for option in ("fused", "capturable")):
                 group.move_step_counts()
         return arranged
+
+    def _hosts(self) -> dict[int, int]:
+        """Return the number of the parameter group that holds a parameter, by the parameter's identity."""
+        return {identity: i for i, identities in enumerate(self._layout) for identity in identities}
+
+    def shown(self) -> list[tuple[int, CoreGroup]]:
+        """Return the cores that this step of the optimizer trains, each with the place of its parameter group."""
+        return self._hosted
+
+    def ends_step(self) -> bool:
+        """Whether this step of the optimizer is the last one of a training step: there is only one."""
+        return True
 
     def is_filled_by_this_step(self) -> bool:
         """Whether the step that begins only fills an empty state, as `torch.distributed.checkpoint` does at a save.
@@ -197,7 +205,7 @@ class OptimizerView:
         self.leave()
         optimizer = self.optimizer
         twins: dict[tuple[int, bool], list[nn.Parameter]] = {}
-        for index, group in self._hosted:
+        for index, group in self.shown():
             for k in group.trained:
                 twins.setdefault((index, k == group.centre), []).extend(group.parameters(k))
             optimizer.state.update(group.state)

@@ -358,7 +358,7 @@ class OverParameterization:
         gradients = view.gradients([self.sites[name] for name in dict.fromkeys([*candidates, *self.injected])])
         if score is not None:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
-        dense = {group: group.gather(gradients) for group in self.groups}
+        dense = {group: group.gather(gradients) for _, group in view.shown()}
         view.clear_shared_gradients()
         if is_seen:
             self.followers.observe({group: stack for group, stack in dense.items() if stack is not None})
@@ -369,8 +369,9 @@ class OverParameterization:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_filling:
             return
-        self._attached().leave()
-        for group in self.groups:
+        view = self._attached()
+        view.leave()
+        for _, group in view.shown():
             group.clear_gradients()
             if group in self.followers:
                 self.followers[group].refresh()
@@ -378,6 +379,8 @@ class OverParameterization:
         if self._is_counted:  # a parent class's step, which this step called, has counted it
             return
         self._is_counted = True
+        if not view.ends_step():
+            return
         if not is_skipped(optimizer):
             self.step += 1
         if self.schedule.is_due(self.step):

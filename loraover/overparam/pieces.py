@@ -26,12 +26,14 @@ class Piece:
         offset: Its place in the flat parameter.
         start: Its place in the matrix (m, n), read row by row.
         shape: Shape (m, n) of the matrix.
+        group: Number of the optimizer's parameter group that the flat parameter is; -1 where the process holds nothing.
     """
 
     values: Tensor
     offset: int
     start: int
     shape: tuple[int, int]
+    group: int
 
     def of(self, flat: Tensor) -> Tensor:
         """Return the part of a tensor that is shaped like the flat parameter, a view."""
@@ -77,17 +79,18 @@ def piece_of(parameter: nn.Parameter) -> Piece | None:
 def _piece_of_stage_3(parameter: Any) -> Piece:
     """Return the piece of a parameter of which every process holds an equal share; the last one's is filled up."""
     engine = parameter._z3_optimizer
-    if (parts := len(engine.fp32_partitioned_groups_flat)) != 1:
+    part, offset, share = engine.grad_position[engine.get_param_id(parameter)]
+    group = engine.sub_group_to_group_id[part]
+    if (parts := list(engine.sub_group_to_group_id.values()).count(group)) != 1:
         raise ConfigError(
-            f"attach: DeepSpeed's ZeRO 3 steps this model's trained parameters in {parts} parts, one after another, "
-            "and cores are stepped together. Raise sub_group_size, and give all trained parameters one group."
+            f"attach: DeepSpeed's ZeRO 3 steps a group of this model's trained parameters in {parts} parts, one after "
+            "another, and cores are stepped together. Raise sub_group_size."
         )
-    group, offset, share = engine.grad_position[engine.get_param_id(parameter)]
     start = min(share * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
     length = min(share, parameter.ds_numel - start)
     return Piece(
-        engine.fp32_partitioned_groups_flat[group].detach().narrow(0, offset, length),
-        *(offset, start, tuple(parameter.ds_shape)),
+        engine.fp32_partitioned_groups_flat[part].detach().narrow(0, offset, length),
+        *(offset, start, tuple(parameter.ds_shape), group),
     )
 
 
@@ -95,9 +98,9 @@ def _piece_of_fragment(parameter: Any) -> Piece:
     """Return the piece of a parameter of stage 1 or 2, which processes cut wherever their shares end."""
     fragment, shape = parameter._hp_mapping, tuple(parameter.shape)
     if fragment is None:
-        return Piece(parameter.new_empty(0, dtype=torch.float32), 0, 0, shape)
+        return Piece(parameter.new_empty(0, dtype=torch.float32), 0, 0, shape, -1)
     address = fragment.hp_fragment_address.start, fragment.lp_fragment_address.start
-    return Piece(fragment.hp_fragment.detach(), *address, shape)
+    return Piece(fragment.hp_fragment.detach(), *address, shape, fragment.param_group_index)
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

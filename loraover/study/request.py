@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, option
-from loraover.training.request_fields import settings
+from loraover.training.request_fields import ray_address, settings
 
 Sweeps = Mapping[str, tuple[float, ...]]
 """Learning rates by name: of a method on a task ("TASK/METHOD"), of a task, of a method, or "" for all others."""
@@ -148,9 +148,7 @@ class StudyRequest(Request):
     )
     settings: Mapping[str, Any] | None = settings("Value of a recipe key for all runs, such as training.max_steps=60.")
     jobs: int = option("Number of runs at the same time on this machine.", default=1, least=1, is_recorded=False)
-    ray: str | None = option(
-        "Address of a Ray cluster for the runs, or 'local' for one on this machine.", default=None, is_recorded=False
-    )
+    ray: str | None = ray_address("the runs")
     reuse: AnyPaths = option(
         "Folder of another study, whose finished runs with the same recipe count as runs of this one.",
         default=(),

@@ -8,13 +8,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment, today
+from loraover.common.ray_cluster import ray_cluster
 from loraover.common.verb import verb
 from loraover.reporting.html_page import FIGURES
 from loraover.study.analysis import Halves
@@ -163,12 +163,7 @@ def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run,
 
 def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, RunOutcome]]:
     """One task for each run; a worker trains in a temporary folder and sends back the outcome."""
-    try:
-        import ray as imported
-    except ImportError as error:
-        raise ConfigError(f"{StudyRequest.named('ray')} needs Ray: pip install 'loraover[ray]'.") from error
-    ray: Any = imported
-    with _cluster(ray, address):
+    with ray_cluster(address) as ray:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute_anywhere)
         waiting = {remote.remote(run.recipe.model_dump(mode="json")): run for run in runs}
@@ -176,15 +171,6 @@ def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, RunOutcome
             (done,), _ = ray.wait(list(waiting), num_returns=1)
             run = waiting.pop(done)
             yield run, RunOutcome.model_validate_json(ray.get(done))
-
-
-@contextmanager
-def _cluster(ray: Any, address: str) -> Iterator[None]:
-    ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _execute_anywhere(recipe: Mapping[str, Any]) -> str:

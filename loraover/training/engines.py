@@ -64,13 +64,13 @@ def check_processes(recipe: Recipe) -> None:
             f"distributed.engine is {engine}, which needs a launcher; start the run with torchrun --nproc-per-node N "
             "-m loraover.cli, followed by the words of this command."
         )
-    if engine != "ddp" and recipe.distributed.processes not in (None, size):
-        raise ConfigError(
-            f"distributed.engine {engine} cuts the optimizer's states into a piece for each process, so a run is "
-            f"continued in as many processes as it has begun with: {recipe.distributed.processes}, found {size}."
-        )
     if recipe.method in METHODS and (engine != "ddp" or size > 1) and (why := METHODS[recipe.method].one_process):
         raise ConfigError(f"method {recipe.method} trains in one process, since {why}. Start it without a launcher.")
+    if recipe.method in METHODS and engine != "ddp":
+        raise ConfigError(
+            f"method {recipe.method} changes weights or their states itself, which distributed.engine {engine} cuts "
+            "into pieces; use ddp."
+        )
     if engine in CUTS_WEIGHTS and recipe.method == "full":
         raise ConfigError(
             f"method full trains weights that distributed.engine {engine} would cut into pieces; use ddp or zero2."
@@ -111,6 +111,9 @@ def engine_options(recipe: Recipe) -> dict[str, Any]:
         os.environ.pop(name, None)  # another run in this process has left it
     if "RANK" not in os.environ:
         return {}
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # by which another run in this process would cut the weights of this one
     options: dict[str, Any] = {"ddp_timeout": PREPARATION_S}
     has_accelerator = torch.accelerator.is_available()
     if not has_accelerator:

@@ -9,7 +9,7 @@ from typing import Any
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.request_fields import records
 from loraover.sources.push import pushes
-from loraover.training.request_fields import settings
+from loraover.training.request_fields import ray_address, settings
 
 KEYS = {
     "method": "method",
@@ -41,6 +41,7 @@ class TrainRequest(Request):
         "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
         "loraover train demo --resume",
         "loraover train demo -o runs/demo --resume auto",
+        "loraover train demo --ray local --workers 2",
     )
     json_help = "Print the result, or the plan, as JSON."
 
@@ -99,6 +100,15 @@ class TrainRequest(Request):
         default_text="a new run begins",
         choices=("begun", "auto"),
         alone="begun",
+        is_recorded=False,
+    )
+    ray: str | None = ray_address("the run")
+    workers: int | None = option(
+        "Number of Ray workers, which are the processes of the run.",
+        default=None,
+        default_text="1",
+        least=1,
+        needs="ray",
         is_recorded=False,
     )
     plan: bool = option(

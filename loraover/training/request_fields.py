@@ -1,4 +1,4 @@
-"""The field of requests that sets keys of recipes."""
+"""Fields that requests which train have in common."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from loraover.common.request import option
 def settings(description: str) -> Any:
     """Declare the field `settings`: values of recipe keys, by dotted key."""
     return option(description, default=None, flag="--set", metavar="KEY=VALUE", converts=_by_key, writes=_as_texts)
+
+
+def ray_address(work: str) -> Any:
+    """Declare the field `ray`: the cluster to which work is given."""
+    description = f"Address of a Ray cluster for {work}, or 'local' for one on this machine."
+    return option(description, default=None, is_recorded=False)
 
 
 def _by_key(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_model as load_weights
 from torch import Tensor
 from transformers import TrainingArguments
 
-from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
+from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, remove_incomplete
 from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.write_checkpoint import write_checkpoint
@@ -58,6 +58,7 @@ from loraover.training.run_folder import (
 )
 from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
 from loraover.training.trackers import attach
+from loraover.training.universal import convert_for_processes
 
 
 class TimedSteps(NamedTuple):
@@ -205,6 +206,7 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         checkpoint = output / TRAINER_FOLDER / f"checkpoint-{step}" if step else None
         ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
         ranks.write(trim_metrics, output, checkpoint)
+        ranks.write(remove_incomplete, output / TRAINER_FOLDER, step)
         with log_shown(report):
             timed = _take_steps(run, recipe, checkpoint, report)
         if not all(bool(whole(p).isfinite().all()) for p in run.model.parameters() if p.requires_grad):
@@ -340,6 +342,8 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
     steps = planned_steps(recipe, run.trainer)
     step = step_of(checkpoint)
     if checkpoint is None or step < steps:
+        if checkpoint is not None:
+            convert_for_processes(checkpoint, run.trainer, report)
         started = time.perf_counter()
         with report.task("training steps", steps) as run.progress.advance:
             run.method.train(run.trainer, checkpoint, steps, run.progress)

@@ -119,6 +119,18 @@ def _unfinished(recipe: str, root: Path) -> list[tuple[int, Path]]:
     return [pair for pair in numbered if (pair[1] / RECIPE_FILE).is_file() and not is_finished(pair[1])]
 
 
+def check_claim(output: Path, *, resume: bool) -> None:
+    """Check that a folder is free for a new run, or with `resume` that it holds a run to continue.
+
+    Raises:
+        ConfigError, OutputError: As `claim` does.
+    """
+    if resume:
+        _check_unfinished(output)
+    elif not has_no_work(output):
+        check_free(output.absolute())
+
+
 @contextmanager
 def claim(output: Path, *, resume: bool) -> Iterator[None]:
     """Make the folder of a new run, or check that there is a run to continue; hold its lock for a block.
@@ -133,10 +145,7 @@ def claim(output: Path, *, resume: bool) -> Iterator[None]:
         ConfigError: With `resume`: no run there, one that is finished, or one that another process trains.
         OutputError: The folder is in use, or cannot be written.
     """
-    if resume:
-        _check_unfinished(output)
-    elif not has_no_work(output):
-        check_free(output.absolute())
+    check_claim(output, resume=resume)
     with ExitStack() as stack:
         try:
             (output / TRAINER_FOLDER).mkdir(parents=True, exist_ok=resume)

@@ -116,6 +116,12 @@ TRAINING = (
         "share * (1 - dist.get_rank(parameter.ds_process_group))",
         Selection("test_zero.py", "every_stage"),
     ),
+    Mutant(
+        "zero-steps-all-cores-with-each-group",
+        "for index, group in self._hosted if index == number]",
+        "for index, group in self._hosted]",
+        Selection("test_zero.py", "every_stage"),
+    ),
     # Schedules, budgets and scores
     Mutant(
         "schedule-rounds-end-too-soon",

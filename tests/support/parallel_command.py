@@ -30,7 +30,14 @@ from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
 STEPS, HALTED = 4, 2
 PATIENCE_S = 4.0
 LAUNCH = Path(__file__).parents[2] / "docs" / "examples" / "launch"
-LORA_PLUS = ("--method", "lora", "--set", "training.loraplus_lr_ratio=4")
+ALONE: dict[str, list[str]] = {
+    "lora-over": [],
+    "loraplus": ["--set", "training.loraplus_lr_ratio=4"],
+    "soma": ["--method", "soma"],
+    "lorasc": ["--method", "lorasc"],
+    "tensorguide": ["--method", "tensorguide", "--set", "tensorguide.tt_rank=2"],
+}
+"""Words of a run in one process, which runs in two are compared with, by the end of their names."""
 
 
 def halves(*words: object) -> list[str]:
@@ -47,8 +54,9 @@ RUNS: dict[str, list[str]] = {
     "zero2": halves(*engine("zero2"), "--set", f"distributed.config={LAUNCH / 'zero2.json'}"),
     "zero3": halves(*engine("zero3"), "--set", f"distributed.config={LAUNCH / 'zero3.json'}"),
     "fsdp2": halves(*engine("fsdp2")),
-    "zero2-loraplus": halves(*engine("zero2"), *LORA_PLUS),
-    "fsdp2-loraplus": halves(*engine("fsdp2"), *LORA_PLUS),
+    "zero3-loraplus": halves(*engine("zero3"), *ALONE["loraplus"]),
+    "fsdp2-loraplus": halves(*engine("fsdp2"), *ALONE["loraplus"]),
+    **{f"ddp-{method}": halves(*ALONE[method]) for method in ("soma", "lorasc", "tensorguide")},
 }
 REFUSED: dict[str, list[str]] = {
     "federated": ["--method", "federated", "--set", "training.bf16=false"],

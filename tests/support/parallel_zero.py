@@ -37,10 +37,10 @@ CONFIGS = {
 # Stage of ZeRO, schedule or decomposition, and what else the engine is told.
 RUNS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ddp": (0, "all", {}),
-    "zero1": (1, "all", {}),
+    "zero1-groups": (1, "all", {}),
     "zero2": (2, "all", {}),
     "zero3": (3, "all", {}),
-    "zero3-taken-away": (3, "all", {"stage3_param_persistence_threshold": 0}),
+    "zero3-groups-taken-away": (3, "all", {"stage3_param_persistence_threshold": 0}),
     "zero2-offload": (2, "all", {"offload_optimizer": {"device": "cpu"}}),
     "zero2-dynamic": (2, "dynamic", {}),
     "zero3-dynamic": (3, "dynamic", {}),
@@ -88,12 +88,19 @@ def settings(stage: int, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_engine(stage: int, config: str, options: dict[str, Any]) -> dict[str, Any]:
+def grouped(model: Any, name: str) -> Any:
+    """The matrices as an optimizer is given them: A in one group and B in another, where a name asks for groups."""
+    matrices = trainable(model)
+    return [{"params": matrices[::2]}, {"params": matrices[1::2]}] if "groups" in name else matrices
+
+
+def in_engine(name: str) -> dict[str, Any]:
     """The same rows in two processes, each with two of every four."""
     import deepspeed
 
     model, batches, rank = net(), rows(), distributed.get_rank()
-    optimizer = torch.optim.AdamW(trainable(model), lr=RATE)
+    stage, config, options = RUNS[name]
+    optimizer = torch.optim.AdamW(grouped(model, name), lr=RATE)
     engine, wrapper, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage, options))
     over = OverParameterization(model, CONFIGS[config], steps=STEPS)
     over.attach(wrapper)
@@ -115,16 +122,14 @@ def refusals() -> dict[str, str]:
 
     measured = LoraOverConfig.model_validate({"schedule": "static", "score": "loss_impact", "budget": {"sites": 4}})
     cases: dict[str, tuple[int, Any, LoraOverConfig, dict[str, Any]]] = {
-        "groups": (2, net(), CONFIGS["all"], {}),
+        "groups": (2, net(), CONFIGS["eigen"], {}),
         "parts": (3, net(), CONFIGS["all"], {"sub_group_size": 100}),
         "measured": (2, net(), measured, {}),
         "experts": (2, get_peft_model(tiny_moe(), LoraConfig(**EXPERT_LORA)), CONFIGS["all"], {}),
     }
     found = {}
     for case, (stage, model, config, options) in cases.items():
-        matrices = trainable(model)
-        groups = [{"params": matrices[::2]}, {"params": matrices[1::2]}] if case == "groups" else matrices
-        optimizer: Any = torch.optim.AdamW(groups, lr=RATE)
+        optimizer: Any = torch.optim.AdamW(grouped(model, case), lr=RATE)
         _, wrapper, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings(stage, options))
         try:
             OverParameterization(model, config, steps=STEPS).attach(wrapper)
@@ -150,7 +155,7 @@ def main(folder: Path) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its first use would compile C++
     deepspeed.init_distributed("gloo")
-    found: dict[str, Any] = {name: in_engine(*run) for name, run in RUNS.items()}
+    found: dict[str, Any] = {name: in_engine(name) for name in RUNS}
     found["refused"] = refusals()
     for stage in (2, 3):
         place, options = folder / f"trainer-{stage}", {"stage3_gather_16bit_weights_on_model_save": True}

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -18,9 +20,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from loraover import read_checkpoint
 from loraover.cli import cli
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT
 from loraover.training.run_result import read_run
+from loraover.training.universal import convert_for_processes
 
-from support.parallel_command import LAUNCH, LORA_PLUS, PATIENCE_S, RUNS, STEPS
+from support.parallel_command import ALONE, HALTED, LAUNCH, PATIENCE_S, RUNS, STEPS
+from support.parallel_faults import FAULTS
 from support.processes import TESTS, TORCHRUN, launched
 from support.resumed_run import stopped
 from support.small_disk import small_disk
@@ -29,9 +35,6 @@ from support.train_command import train
 from support.trained_run import losses, metrics
 
 pytestmark = pytest.mark.process
-
-SURVIVORS = ("0-0", "1-0", "1-1")
-"""Attempt and rank of each process that ends by itself in an attempt that fails."""
 
 TOLERANCE = 1e-5
 """Largest relative difference of a loss: sums of float32 gradients in another order, through four steps."""
@@ -60,19 +63,19 @@ def saw(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_process(folder: Path) -> dict[bool, Path]:
-    """Runs of the same recipe in one process, without and with LoRA+."""
-    for name, words in (("one", ()), ("one-loraplus", LORA_PLUS)):
-        assert train(folder / "recipe.yaml", folder / name, *words) == 0
-    return {False: folder / "one", True: folder / "one-loraplus"}
+def one_process(folder: Path) -> dict[str, Path]:
+    """Runs of `ALONE`, of the same recipe in one process."""
+    for name, words in ALONE.items():
+        assert train(folder / "recipe.yaml", folder / f"one-{name}", *words) == 0
+    return {name: folder / f"one-{name}" for name in ALONE}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_engine_trains_and_measures_as_one_process_does(
-    name: str, folder: Path, saw: list[dict[str, Any]], one_process: dict[bool, Path]
+    name: str, folder: Path, saw: list[dict[str, Any]], one_process: dict[str, Path]
 ) -> None:
     assert [found[name]["code"] for found in saw] == [0, 0], saw[0][name]["error"] + saw[1][name]["error"]
-    expected = one_process["loraplus" in name]
+    expected = one_process[name.partition("-")[2] or "lora-over"]
     assert losses(folder / name) == pytest.approx(losses(expected), rel=TOLERANCE)
     result, alone = read_run(folder / name), read_run(expected)
     assert (result.processes, result.steps, result.trained_parameters) == (2, STEPS, alone.trained_parameters)
@@ -83,13 +86,13 @@ def test_every_engine_trains_and_measures_as_one_process_does(
     assert result.update_norm == pytest.approx(alone.update_norm, rel=1e-3)
     rows, all_rows = (json.loads((run / "held_out.json").read_text()) for run in (folder / name, expected))
     assert [tokens for _, tokens in rows] == [tokens for _, tokens in all_rows]
-    if "loraplus" not in name:
+    if (folder / name / "adapter" / "loraover.json").exists():
         assert read_checkpoint(folder / name / "adapter").meta.world_size == 2
 
 
 def test_zero_3_cuts_the_weights_while_they_are_loaded(saw: list[dict[str, Any]]) -> None:
     for found in saw:
-        assert [name for name in RUNS if found[name]["is_cut"] == [True]] == ["zero3"]
+        assert [name for name in RUNS if found[name]["is_cut"] == [True]] == ["zero3", "zero3-loraplus"]
 
 
 def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[dict[str, Any]]) -> None:
@@ -127,14 +130,14 @@ def test_the_same_command_again_is_done_at_once(folder: Path, saw: list[dict[str
 
 
 def test_two_processes_go_on_for_one_and_one_for_two(
-    folder: Path, saw: list[dict[str, Any]], one_process: dict[bool, Path]
+    folder: Path, saw: list[dict[str, Any]], one_process: dict[str, Path]
 ) -> None:
     assert [found["others"]["code"] for found in saw] == [0, 0], saw[0]["others"]["error"]
-    assert losses(folder / "alone") == pytest.approx(losses(one_process[False]), rel=TOLERANCE)
-    left = Path(shutil.copytree(folder / "ddp", folder / "left", ignore=shutil.ignore_patterns("run.json", "adapter")))
-    shutil.rmtree(left / "trainer" / f"checkpoint-{STEPS}")
+    assert losses(folder / "alone") == pytest.approx(losses(one_process["lora-over"]), rel=TOLERANCE)
+    left = Path(shutil.copytree(folder / "ddp", folder / "left"))
+    undone(left)
     assert train(folder / "recipe.yaml", left, *RUNS["ddp"], "--resume") == 0
-    assert losses(left) == pytest.approx(losses(one_process[False]), rel=TOLERANCE)
+    assert losses(left) == pytest.approx(losses(one_process["lora-over"]), rel=TOLERANCE)
     assert read_run(left).processes == 1
 
 
@@ -153,20 +156,67 @@ def words_of(text: str) -> list[str]:
     return str(found).split()
 
 
-@pytest.mark.parametrize("name", ["accelerate.yaml", "slurm.sh", "kubernetes.yaml"])
+@pytest.mark.parametrize("name", ["accelerate.yaml", "slurm.sh", "skypilot.yaml", "kubernetes.yaml", "jobset.yaml"])
 def test_a_launch_configuration_starts_a_command_that_can_be_started_again(name: str) -> None:
     text = (LAUNCH / name).read_text()
     command = cli.get_command(click.Context(cli), "train")
     assert command is not None
     with command.make_context("train", words_of(text)) as context:
         assert (context.params["recipe"], context.params["resume"]) == ("recipe.yaml", "auto")
-    if name.endswith(".sh"):
-        subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    found = {} if name.endswith(".sh") else yaml.safe_load(text)
+    if name in ("slurm.sh", "skypilot.yaml"):
+        subprocess.run(["bash", "-n"], input=found.get("run", text), text=True, check=True)
     elif name == "accelerate.yaml":
         assert load_config_from_file(str(LAUNCH / name)).num_processes == 2
-    else:
-        replicas = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]
+    elif name == "kubernetes.yaml":
+        replicas = found["spec"]["pytorchReplicaSpecs"]
         assert replicas["Worker"] == replicas["Master"]
+    else:
+        (job,) = found["spec"]["replicatedJobs"]
+        pods = job["template"]["spec"]
+        words = pods["template"]["spec"]["containers"][0]["command"]
+        named = dict(pairwise(words))
+        assert pods["parallelism"] == pods["completions"] == int(named["--nnodes"])
+        first = f"{found['metadata']['name']}-{job['name']}-0-0.{found['metadata']['name']}"  # as JobSet names pods
+        assert named["--rdzv-endpoint"].partition(":")[0] == first
+
+
+@pytest.mark.matrix
+def test_every_engine_continues_in_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    """LoRA-Over, begun in two processes, in one; plain LoRA, all of whose state the engine keeps, the other way."""
+    script, recipe = TESTS / "support" / "parallel_resized.py", shutil.copy(folder / "recipe.yaml", tmp_path)
+    engines = ("fsdp2", "zero2", "zero3")
+    lora = [f"{engine}-lora" for engine in engines]
+    for name in engines:
+        undone(shutil.copytree(folder / name, tmp_path / name))
+    launched((*TORCHRUN[:-1], "1"), script, recipe, *engines, *lora)
+    expected = {name: read_run(folder / name) for name in engines} | {name: read_run(tmp_path / name) for name in lora}
+    all_losses = {name: losses(folder / name) for name in engines} | {name: losses(tmp_path / name) for name in lora}
+    for name in lora:
+        undone(tmp_path / name)
+    launched(TORCHRUN, script, recipe, *lora)
+    for name, reference in expected.items():
+        assert losses(tmp_path / name) == pytest.approx(all_losses[name], rel=TOLERANCE)
+        found = read_run(tmp_path / name)
+        assert (found.processes, found.timed_steps) == (3 - reference.processes, STEPS - HALTED)
+        assert found.update_norm == pytest.approx(reference.update_norm, rel=1e-3)
+
+
+def test_an_optimizer_whose_state_cannot_be_cut_anew_is_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        piece = tmp_path / "checkpoint-2" / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        piece.parent.mkdir(parents=True, exist_ok=True)
+        piece.touch()
+    trainer = SimpleNamespace(args=SimpleNamespace(optim="sgd"))
+    with pytest.raises(ConfigError, match=r"was saved by 2 process\(es\), here are 1.*that of Adam only"):
+        convert_for_processes(tmp_path / "checkpoint-2", trainer, SILENT)
+
+
+def undone(run: Path) -> None:
+    """Remove the result of a run, and its last checkpoint."""
+    (run / "run.json").unlink()
+    for left in (run / "adapter", run / "trainer" / f"checkpoint-{STEPS}"):
+        shutil.rmtree(left)
 
 
 @pytest.mark.matrix
@@ -179,19 +229,21 @@ def test_accelerate_starts_the_command_with_its_configuration(folder: Path, tmp_
 
 @pytest.mark.matrix
 def test_a_run_that_torchrun_starts_again_ends_as_if_nothing_had_happened(folder: Path, tmp_path: Path) -> None:
-    """Rank 1 is killed in step 3, then the disk is full in step 4, then nothing happens; each time from step 2."""
+    """Each attempt but the last fails as `FAULTS` says; the next one continues from the last complete checkpoint."""
     with small_disk(tmp_path / "disk", 16 * 1024) as disk:
         script = TESTS / "support" / "parallel_faults.py"
-        launched((*TORCHRUN, "--max-restarts", "2"), script, disk, folder / "recipe.yaml")
+        launched((*TORCHRUN, "--max-restarts", str(len(FAULTS))), script, disk, folder / "recipe.yaml")
         again, undisturbed = disk / "run", folder / "ddp"
         assert losses(again) == losses(undisturbed)
         found, expected = read_run(again), read_run(undisturbed)
-        assert (found.timed_steps, found.after, found.update_norm) == (2, expected.after, expected.update_norm)
+        assert (found.timed_steps, found.after, found.update_norm) == (0, expected.after, expected.update_norm)
         assert not (again / "failure.json").exists()
-        killed, full, other = (
-            json.loads((folder / f"fault-{name}.json").read_text()) for name in ("0-0", "1-0", "1-1")
-        )
-    assert killed["code"] == full["code"] == other["code"] == 2
-    assert "process 1 of 2 has ended without a message" in killed["error"]
-    assert "No space left on device" in full["error"]
-    assert other["error"] == ""
+    for attempt, (fault, at, began) in enumerate(FAULTS):
+        files = {rank: folder / f"fault-{attempt}-{rank}.json" for rank in range(2)}
+        ended = {rank: json.loads(file.read_text()) for rank, file in files.items() if file.exists()}
+        assert ended.keys() == ({0, 1} if fault == "disk" else {1 - at})
+        first = ended[min(ended)]
+        assert (first["code"], first["steps"][:1]) == (2, began)
+        lost = f"process {at} of 2 has ended without a message"
+        assert ("No space left on device" if fault == "disk" else lost) in first["error"]
+        assert "".join(found["error"] for found in ended.values()) == first["error"]

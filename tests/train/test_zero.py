@@ -81,7 +81,7 @@ def test_what_is_saved_is_a_plain_adapter_with_its_cores(stage: int, folder: Pat
     ("case", "named"),
     [
         ("groups", "the 2 parameter groups"),
-        ("parts", "ZeRO 3 steps this model's trained parameters in"),
+        ("parts", "ZeRO 3 steps a group of this model's trained parameters in"),
         ("measured", "gives no gradients outside of a training step"),
         ("experts", "LoRA of experts is not supported under DeepSpeed's ZeRO"),
     ],

@@ -1,0 +1,163 @@
+"""A run on Ray Train, whose workers are the processes of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, Literal
+
+from loraover.common.errors import ConfigError, LoraOverError, ProcessError
+from loraover.common.ranks import launched
+from loraover.common.ray_cluster import ray_cluster
+from loraover.common.reporter import Reporter
+from loraover.common.request import as_written
+from loraover.training.recipe import Recipe
+from loraover.training.run import train
+from loraover.training.run_folder import check_claim
+from loraover.training.run_result import RunResult, read_run
+
+RESTARTS = 3
+"""How often Ray starts the workers again when one of them has died."""
+
+REFUSED, LINES = "refused.json", "lines.txt"
+"""Files through which the workers tell why a request cannot be used, and how far they are."""
+
+LOOK_S = 0.5
+"""Seconds between two looks at these lines."""
+
+WIDTH = 1000
+"""Columns after which a line is broken, so that none is."""
+
+
+def train_on_ray(
+    recipe: Recipe,
+    output: Path,
+    address: str,
+    workers: int,
+    *,
+    resume: bool | Literal["auto"],
+    report: Reporter,
+    command: str,
+    record: bool,
+) -> RunResult:
+    """Train a recipe as `train` does, in the workers of a Ray cluster, each with one GPU if the cluster has GPUs.
+
+    A worker that dies ends all of them; Ray starts them again, and they continue from the last complete checkpoint.
+
+    Args:
+        recipe: The recipe.
+        output: The run's folder, on a disk that all machines share.
+        address: Address of the cluster, or "local" for one on this machine.
+        workers: Number of workers.
+        resume: As for `train`.
+        report: Receiver of progress, which it gets from rank 0.
+        command: Command line for the model card.
+        record: Whether to record the adapter's reference.
+
+    Raises:
+        ConfigError: Ray is not installed, or the cluster has too few CPUs or GPUs; and what `train` raises.
+        ProcessError: A worker has died, or failed for another reason, more than `RESTARTS` times.
+    """
+    if resume != "auto":
+        check_claim(output, resume=resume)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        ray_cluster(address) as ray,
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent.absolute()) as scratch,
+    ):
+        kind = _check_resources(ray.cluster_resources(), workers)
+        report.line(f"run of {workers} worker(s) on Ray, each with one {kind}")
+        work = {
+            "recipe": recipe.model_dump(mode="json"),
+            "output": str(output),
+            "options": {"command": command, "record": record},
+            "folder": str(Path.cwd()),
+            "scratch": scratch,
+        }
+        with _followed(Path(scratch) / LINES, report):
+            _fit(work, workers, use_gpu=kind == "GPU")
+        _raise_refused(Path(scratch) / REFUSED)
+    return read_run(output)
+
+
+def _check_resources(there: Mapping[str, float], workers: int) -> str:
+    """Return what each worker gets one of, "GPU" or "CPU"; raise ConfigError if the cluster has too few."""
+    kind = "GPU" if there.get("GPU") else "CPU"
+    if workers > there.get(kind, 0):
+        raise ConfigError(f"{as_written('workers', str(workers))}: the cluster has {there.get(kind, 0):g} {kind}s.")
+    return kind
+
+
+def _fit(work: dict[str, Any], workers: int, *, use_gpu: bool) -> None:
+    """Let Ray's workers train; raise ProcessError if they fail too often."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        _take_part,
+        train_loop_config=work,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(storage_path=work["scratch"], failure_config=FailureConfig(max_failures=RESTARTS)),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise ProcessError(f"Ray's workers have failed {RESTARTS + 1} times, at last with: {error}") from error
+
+
+@contextmanager
+def _followed(file: Path, report: Reporter) -> Iterator[None]:
+    """Report the lines that a worker appends to a file while a block runs."""
+    ended = Event()
+
+    def follow() -> None:
+        shown = 0
+        while True:
+            is_over = ended.is_set()
+            lines = file.read_text().split("\n")[:-1] if file.exists() else []
+            for line in lines[shown:]:
+                report.line(line)
+            shown = len(lines)
+            if is_over:
+                return
+            ended.wait(LOOK_S)
+
+    follower = Thread(target=follow)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _take_part(work: Mapping[str, Any]) -> None:
+    """Train as one worker; a refusal is left in a file, since Ray would take it for a reason to start again."""
+    from rich.console import Console
+
+    from loraover.reporting.reporter import ConsoleReporter
+
+    os.chdir(work["folder"])  # where the recipe's paths lead from
+    recipe, scratch = Recipe.model_validate(work["recipe"]), Path(work["scratch"])
+    with (scratch / LINES).open("a", buffering=1) as lines:
+        report = ConsoleReporter(Console(file=lines, width=WIDTH))
+        try:
+            train(recipe, work["output"], resume="auto", report=report, **work["options"])
+        except ProcessError:
+            raise
+        except LoraOverError as error:
+            says = json.dumps({"kind": type(error).__name__, "message": str(error)})
+            launched().write((scratch / REFUSED).write_text, says)
+
+
+def _raise_refused(file: Path) -> None:
+    if file.exists():
+        says = json.loads(file.read_text())
+        raise {kind.__name__: kind for kind in LoraOverError.__subclasses__()}.get(says["kind"], LoraOverError)(
+            says["message"]
+        )

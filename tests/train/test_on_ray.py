@@ -1,0 +1,85 @@
+"""`loraover train --ray`: the workers of Ray Train are the processes of a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+
+from loraover.training.run_result import read_run
+
+from support.train_command import STEPS, train
+from support.trained_run import losses
+
+pytestmark = pytest.mark.process
+
+ROWS = ("--set", "data.train_examples=24")
+HALF = (*ROWS, "--set", "training.gradient_accumulation_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--workers", "2"], "--workers needs --ray, which is missing"),
+        (["--ray", "local", "--plan"], "give the command without --plan"),
+        (["--ray", "local"], "--ray needs Ray: pip install 'loraover[ray]'"),
+    ],
+)
+def test_what_ray_cannot_train_is_refused(
+    words: list[str],
+    named: str,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert train(recipe, tmp_path / "out", *words) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_starts_no_run_on_ray(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    assert train(recipe, tmp_path / "out", "--ray", "local") == 2
+    assert "give the command without a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.matrix
+def test_two_workers_of_ray_train_as_one_process_does_and_start_again(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker is killed when a checkpoint is complete; Ray starts both again."""
+    assert train(recipe, tmp_path / "one", *ROWS, "--set", "training.gradient_accumulation_steps=2") == 0
+    ray = ("--ray", "local", "--workers", "2")
+    assert train(recipe, tmp_path / "refused", *HALF, *ray, "--set", "lora.target_modules=[nothing]") == 2
+    killer = Thread(target=kill_a_worker, args=(tmp_path / "two",))
+    killer.start()
+    assert train(recipe, tmp_path / "two", *HALF, *ray) == 0
+    killer.join()
+    found, expected = read_run(tmp_path / "two"), read_run(tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert (found.processes, found.steps) == (2, STEPS)
+    assert found.timed_steps < STEPS
+    assert found.after is not None
+    assert expected.after is not None
+    assert found.after.loss == pytest.approx(expected.after.loss, rel=1e-5)
+    told = capsys.readouterr()
+    assert "nothing" in told.err
+    assert f"step     {STEPS}/{STEPS}" in told.out
+
+
+def kill_a_worker(run: Path) -> None:
+    """Kill one of the run's workers when a checkpoint is there."""
+    while not list(run.glob("trainer/checkpoint-*/complete.json")):
+        time.sleep(0.01)
+    workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in " ".join(p.cmdline())]
+    os.kill(workers[0].pid, signal.SIGKILL)
