@@ -162,7 +162,8 @@ class LoraOverCallback(TrainerCallback):
     def _save_all(self, args: TrainingArguments, model: nn.Module, folder: Path, step: int) -> None:
         """Write the adapter and its cores into a folder, from which they can be folded."""
         assert self.over is not None
-        weights = trainable_state_dict(peft_root(model)) if world_size() > 1 else None  # in every process
+        is_cut = any(map(is_sharded, model.parameters()))  # by FSDP2, also in the only process
+        weights = trainable_state_dict(peft_root(model)) if is_cut or world_size() > 1 else None  # in every process
         if args.should_save:
             save_adapter(model, folder, only_adapter(self.over.sites.values()), weights)
             self.save(folder, step=step)
