@@ -23,11 +23,10 @@ from loraover_serve.vllm.request import LOOPBACK
 from loraover_serve.vllm.server import free_port
 
 from benchmarks.clock import find_device
+from benchmarks.gpu.checkpoints import make_base
 from benchmarks.planning import STEPS, Shape, recipe_of
-from benchmarks.shapes import SIZES
 from benchmarks.shown import Numbers
 from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
-from support.tiny_hub import tiny_tokenizer
 from support.trained_run import losses
 
 ALONE = "no launcher"
@@ -59,8 +58,7 @@ def measure(size: str, length: int, engines: Sequence[str]) -> Iterator[Table | 
     found: dict[str, dict[str, tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"
-        SIZES[size].random_model(device).save_pretrained(base)
-        tiny_tokenizer().save_pretrained(base)
+        make_base(size, base)
         for engine in (ALONE, *engines):
             if engine != ALONE:
                 _as_launched(device)

@@ -21,7 +21,6 @@ FILES = {
     "train/test_decompositions.py": "contraction and application of every decomposition equal NumPy's oracles",
     "train/test_exactness.py": "training beside the optimizer equals autograd through the cores",
     "train/test_eigen.py": "decomposition eigen trains as NumPy's oracle and as SOAP",
-    "train/test_core_groups.py": "cores of several matrices in one tensor train as each by itself",
     "export/test_check_devices.py": "a fold passes in every data type, and a wrong fold fails",
 }
 """Files of tests that run on any device, and what they show."""

@@ -13,34 +13,13 @@ import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.common.command_line import quiet_libraries
 from loraover.common.provenance import peak_bytes
 from loraover_export import fold_checkpoint
 
 from benchmarks.clock import find_device
-from benchmarks.shapes import SIZES
+from benchmarks.gpu.checkpoints import RANK, make_checkpoint
 from benchmarks.shown import Numbers
-from benchmarks.training import add_lora
-
-RANK = 16
-B_SCALE = 0.02
-"""Standard deviation of B, which PEFT starts at zero."""
-
-
-def make_checkpoint(size: str, folder: Path) -> Path:
-    """Write a base model and a checkpoint on it, whose B is not zero."""
-    base = SIZES[size].random_model(find_device())
-    base.save_pretrained(folder / "base")
-    base.name_or_path = str(folder / "base")
-    model, _ = add_lora(base, RANK)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=B_SCALE)
-    over = OverParameterization(model, LoraOverConfig(seed=0))
-    model.save_pretrained(folder / "checkpoint")
-    write_checkpoint(folder / "checkpoint", over, step=0)
-    return folder / "checkpoint"
 
 
 def measure(size: str, dtypes: Sequence[str]) -> Iterator[Table | Numbers]:
