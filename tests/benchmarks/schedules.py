@@ -36,7 +36,8 @@ from loraover.training.run_result import read_run
 
 from benchmarks.clock import timed
 from benchmarks.intervals import Ratio, median_ratio
-from benchmarks.training import SMOL, Step, add_lora, load, step_of
+from benchmarks.settings import SMOL
+from benchmarks.training import Step, add_lora, load, step_of
 from support.real_data import data_folder
 
 FRACTION = 0.25

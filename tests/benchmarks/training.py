@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,12 +38,10 @@ from loraover.overparam.sites import find_sites
 
 from benchmarks.clock import find_device, timed
 from benchmarks.intervals import median_ratio
+from benchmarks.settings import EIGEN, NAIVE, PLAIN, SMOL, Setting
 from benchmarks.shapes import SIZES
 from benchmarks.shown import Numbers
 
-PLAIN, NAIVE = "LoRA", "naive autograd"
-EIGEN: dict[str, dict[str, str]] = {"eigen": {}, "eigen, long side measured": {"long": "calibration"}}
-"""Options of eigen: the default, and those of the study."""
 CONFIGS = {"mpo": LoraOverConfig()} | {
     arm: LoraOverConfig(decomposition="eigen", options={**options, "refresh": 10**6}) for arm, options in EIGEN.items()
 }
@@ -55,33 +53,6 @@ WHOLE_RUN = 300
 """Optimizer steps with which the cost of bases is compared."""
 
 Step = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained.
-
-    Args:
-        model: Hub name of the base model, which is trained in float32; or a size of `SIZES`, whose random weights are
-            in bfloat16, as are the products, with gradient checkpointing.
-        batch: Rows of a batch.
-        length: Tokens of a row.
-        rank: Rank of the LoRA, on all linear layers.
-        turns: How often each arm takes a step: in every round, in every second one, and so on.
-        rounds: Number of rounds.
-        square: Size of the matrices whose product gives the rate of the machine.
-    """
-
-    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    batch: int = 4
-    length: int = 64
-    rank: int = 8
-    turns: Mapping[str, int] = field(default_factory=lambda: {PLAIN: 1, "mpo": 1, **dict.fromkeys(EIGEN, 2), NAIVE: 5})
-    rounds: int = 60
-    square: int = 2048
-
-
-SMOL = Setting()
 
 
 class Contraction(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.gpu.exactness import FILES
-from benchmarks.training import PLAIN, Setting
+from benchmarks.settings import PLAIN, Setting
 
 TURNS = {PLAIN: 1, "mpo": 1, "eigen": 1}
 GPU_SERVER = ("--gpu-memory-utilization", "0.5", "--max-model-len", "512", "--dtype", "bfloat16")
