@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.gpu import fold_check, rates
 from benchmarks.gpu.__main__ import run_plan
+from benchmarks.gpu.page import write_page
 from benchmarks.gpu.parts import PLANS
-from benchmarks.gpu.run import run_part
+from benchmarks.gpu.run import Outcome, run_part
 from benchmarks.shown import to_markdown
 from benchmarks.training import LIMIT, held_bytes, load, step_table, time_steps
 
@@ -67,6 +68,15 @@ def test_rates_and_folds_are_measured_in_this_process() -> None:
     _, numbers = fold_check.measure(**TINY["fold"].options)
     assert isinstance(numbers, dict)
     assert [found["verdict"] for found in numbers["fold_check"].values()] == ["passed", "passed"]
+
+
+def test_a_failure_keeps_the_tables_that_came_before_it(tmp_path: Path) -> None:
+    page = tmp_path / "gpu.md"
+    outcome = Outcome(3.4, {"parts": ["| passed |"]}, "Its process ended with exit code 1.\n\nlast line")
+    write_page(page, "somewhere", {"exactness": CARD["exactness"]}, {"exactness": outcome})
+    quoted = "    Its process ended with exit code 1.\n\n    last line\n"
+    assert page.read_text().endswith(f"## Exactness\n\n| passed |\n\n**Failed** after 3 s.\n\n{quoted}")
+    assert json.loads(page.with_suffix(".json").read_text())["origin"] == "somewhere"
 
 
 @pytest.mark.process
