@@ -17,20 +17,25 @@ import torch
 from benchmarks.gpu import fold_check, rates
 from benchmarks.gpu.__main__ import run_plan
 from benchmarks.gpu.page import write_page
-from benchmarks.gpu.parts import PLANS
+from benchmarks.gpu.parts import PARTS, Options
 from benchmarks.gpu.run import Outcome, run_part
 from benchmarks.shown import to_markdown
 from benchmarks.training import LIMIT, held_bytes, load, step_table, time_steps
 
 ROOT = Path(__file__).parents[1]
-CARD, TINY = PLANS["card"], PLANS["tiny"]
+
+
+def tiny(name: str) -> Options:
+    """Arguments of a measurement on the CPU."""
+    found = PARTS[name].tiny
+    assert found is not None
+    return found
 
 
 def test_what_a_card_measures_is_tried_at_tiny_sizes() -> None:
-    assert {part.module for part in CARD.values()} == {part.module for part in TINY.values()}
-    for part in CARD.values():
-        (tried,) = (tiny for tiny in TINY.values() if tiny.module == part.module)
-        assert part.options.keys() <= tried.options.keys()
+    tried = {part.module: part.tiny for part in PARTS.values() if part.tiny is not None}
+    for part in PARTS.values():
+        assert part.card.keys() <= tried[part.module].keys()
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_steps_of_a_random_model_are_beside_their_limits() -> None:
-    setting = TINY["step"].options["setting"]
+    setting = tiny("step-1b")["setting"]
     base, ids = load(setting)
     assert (base.dtype, ids.shape) == (torch.bfloat16, (1, 16))
     seconds = time_steps(base, ids, setting)
@@ -62,10 +67,10 @@ def linears(base: torch.nn.Module) -> list[torch.nn.Linear]:
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_rates_and_folds_are_measured_in_this_process() -> None:
-    _, numbers = rates.measure(**TINY["rates"].options)
+    _, numbers = rates.measure(**tiny("rates"))
     assert isinstance(numbers, dict)
     assert all(rate > 0 for rate in numbers["rates"].values())
-    _, numbers = fold_check.measure(**TINY["fold"].options)
+    _, numbers = fold_check.measure(**tiny("fold-8b"))
     assert isinstance(numbers, dict)
     assert [found["verdict"] for found in numbers["fold_check"].values()] == ["passed", "passed"]
 
@@ -73,7 +78,7 @@ def test_rates_and_folds_are_measured_in_this_process() -> None:
 def test_a_failure_keeps_the_tables_that_came_before_it(tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
     outcome = Outcome(3.4, {"parts": ["| passed |"]}, "Its process ended with exit code 1.\n\nlast line")
-    write_page(page, "somewhere", {"exactness": CARD["exactness"]}, {"exactness": outcome})
+    write_page(page, "somewhere", {"exactness": outcome})
     quoted = "    Its process ended with exit code 1.\n\n    last line\n"
     assert page.read_text().endswith(f"## Exactness\n\n| passed |\n\n**Failed** after 3 s.\n\n{quoted}")
     assert json.loads(page.with_suffix(".json").read_text())["origin"] == "somewhere"
@@ -104,7 +109,7 @@ def test_a_failure_is_told_and_what_was_measured_is_kept(tmp_path: Path, monkeyp
 def test_a_measurement_that_takes_too_long_is_ended_and_one_of_another_commit_is_taken_again(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text(json.dumps({"seconds": 1.0, "place": {"commit": "old"}}))
     began = time.monotonic()
-    part = replace(TINY["rates"], limit_s=0.5)
+    part = replace(PARTS["rates"], limit_s=0.5)
     seconds, found, reason = run_part("rates", "tiny", part, tmp_path, {"commit": "new"}, math.inf)
     assert 0.5 <= seconds < time.monotonic() - began + 0.1 < 10
     assert not found

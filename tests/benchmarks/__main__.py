@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import click
 from rich.table import Table
 
+from loraover.common.atomic_output import publish_text
 from loraover.common.command_line import run
 
 from benchmarks.page import PAGE, check_markers, find_origin, write_figures
@@ -128,7 +129,7 @@ def measure_here(name: str, file: Path, **options: Any) -> None:
             parts.append(asdict(part))
         else:
             numbers |= part
-        file.write_text(json.dumps({"parts": parts, "numbers": numbers, "gpu": used_gpu()}), encoding="utf-8")
+        publish_text(file, json.dumps({"parts": parts, "numbers": numbers, "gpu": used_gpu()}))
 
 
 def used_gpu() -> str | None:

@@ -190,7 +190,7 @@ def peak_memory_bytes(arm: str, setting: Setting = SMOL) -> int:
 def held_bytes(base: nn.Module, rank: int) -> int:
     """Return the bytes of the weights, of A and B in float32, and of their gradients and AdamW's two moments."""
     model, _ = add_lora(base, rank)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return sum(parameter.nbytes for parameter in base.parameters()) + 4 * 4 * trained
 
 

@@ -92,9 +92,10 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(local(tensor).nbytes for tensor in tensors if isinstance(tensor, Tensor) and tensor.numel() > 1)
 
 
-def _start(
-    case: Case, model: Any
-) -> tuple[Callable[[Tensor], None], torch.optim.Optimizer, OverParameterization | None, list[Tensor]]:
+Started = tuple[Callable[[Tensor], None], torch.optim.Optimizer, OverParameterization | None, list[Tensor]]
+
+
+def _start(case: Case, model: Any) -> Started:
     """The run's step, its innermost optimizer, its cores, and the float32 copy that ZeRO cuts."""
     if case.mechanism.startswith("zero"):
         return _start_zero(case, model)
@@ -113,7 +114,7 @@ def _start(
     return step, optimizer, _attached(case, wrapped, optimizer), []
 
 
-def _start_zero(case: Case, model: Any) -> Any:
+def _start_zero(case: Case, model: Any) -> Started:
     import deepspeed
 
     stage, inner = int(case.mechanism[-1]), torch.optim.AdamW(trainable(model), lr=1e-2)

@@ -214,7 +214,7 @@ def test_the_trainers_callback_saves_whole_matrices_in_the_only_process(tmp_path
     def work(rank: int) -> dict[str, Tensor]:
         args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
         callback, net = LoraOverCallback(), sharded(model())
-        told: Any = (args, TrainerState(max_steps=1), TrainerControl())
+        told = args, TrainerState(max_steps=1), TrainerControl()
         optimizer = torch.optim.AdamW(trainable(net), lr=LR)
         callback.on_train_begin(*told, model=net, optimizer=optimizer)
         loss(net, share(0, 0, 1)).backward()  # type: ignore[no-untyped-call]

@@ -21,11 +21,10 @@ from loraover.models.device import choose_device
 
 from benchmarks.__main__ import measure_here
 from benchmarks.gpu.page import write_page
-from benchmarks.gpu.parts import PLANS
+from benchmarks.gpu.parts import DEVICES, PARTS
 from benchmarks.gpu.run import Outcome, run_part
 from benchmarks.page import PAGE, ROOT, find_origin
 
-DEVICES = {"card": "cuda", "tiny": "cpu"}
 RESULTS = PAGE.with_name("results-gpu.md")
 
 
@@ -49,13 +48,13 @@ def run_plan(plan: str, names: tuple[str, ...], page: Path, records: Path, until
     place = {"commit": origin.commit, "device": _gpu() or origin.machine.partition(",")[0], "plan": plan}
     records.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, Outcome] = {}
-    for name, part in PLANS[plan].items():
-        if names and name not in names:
+    for name, part in PARTS.items():
+        if part.options(plan) is None or (names and name not in names):
             continue
         outcomes[name] = run_part(name, plan, part, records, place, until - time.time())
         reason = outcomes[name].reason
         print(f"{name}: {outcomes[name].seconds:.0f} s{reason and ', failed: '}{reason}", flush=True)
-        write_page(page, line, PLANS[plan], outcomes)
+        write_page(page, line, outcomes)
     return [name for name, outcome in outcomes.items() if outcome.reason]
 
 
@@ -67,8 +66,8 @@ def _gpu() -> str | None:
 
 
 @click.command()
-@click.option("--plan", type=click.Choice(tuple(PLANS)), default="card", show_default=True, help="Sizes and device.")
-@click.option("--part", "names", multiple=True, help="Measurement to take; repeatable.")
+@click.option("--plan", type=click.Choice(tuple(DEVICES)), default="card", show_default=True, help="Sizes and device.")
+@click.option("--part", "names", multiple=True, type=click.Choice(tuple(PARTS)), help="Measurement; repeatable.")
 @click.option("--page", type=click.Path(path_type=Path), default=RESULTS, help="Page to write.")
 @click.option(
     "--records", type=click.Path(path_type=Path), default=ROOT / "runs" / "gpu", help="Folder of the records."
@@ -81,8 +80,8 @@ def main(
 ) -> int:
     """Take the measurements, or one of them into a file."""
     if into is not None:
-        part = PLANS[plan][names[0]]
-        measure_here(part.module, into, **part.options)
+        part = PARTS[names[0]]
+        measure_here(part.module, into, **(part.options(plan) or {}))
         return 0
     until = (time.time() if since is None else since) + 60 * minutes
     failed = run_plan(plan, names, page.resolve(), records, until)

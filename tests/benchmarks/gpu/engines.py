@@ -103,5 +103,5 @@ def _run(engine: str, method: str, length: int, base: Path) -> tuple[float, floa
             recipe = recipe.model_copy(update={"distributed": recipe.distributed.model_copy(update={"engine": engine})})
         train(recipe, folder, report=clock)
     finally:
-        PartialState.__init__ = plain_init  # type: ignore[method-assign]
+        PartialState.__init__ = plain_init
     return clock.step_seconds, losses(folder)[STEPS]

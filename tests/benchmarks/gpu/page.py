@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraover.common.atomic_output import publish_text
 
-from benchmarks.gpu.parts import Part
+from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.run import Outcome
 
 HEAD = """# Results on a GPU
@@ -17,18 +17,17 @@ HEAD = """# Results on a GPU
 have random weights. Square brackets are the 95 % interval of the median, round brackets the range of fewer than six
 rounds.
 
-*{origin}*
+{origin}
 """
 
 
-def write_page(page: Path, origin: str, parts: Mapping[str, Part], outcomes: Mapping[str, Outcome]) -> None:
+def write_page(page: Path, origin: str, outcomes: Mapping[str, Outcome]) -> None:
     """Write the page, and a JSON file of the same name.
 
     Args:
         page: The page.
         origin: Where and when was measured, in one line.
-        parts: All measurements, by name.
-        outcomes: What became of those that were to be taken, by name.
+        outcomes: What became of each measurement, by its name in `PARTS`.
 
     Raises:
         OutputError: A file cannot be written.
@@ -41,7 +40,7 @@ def write_page(page: Path, origin: str, parts: Mapping[str, Part], outcomes: Map
             contents += [f"**Failed** after {seconds:.0f} s.", indented]
         else:
             contents.append(f"Measured in {seconds:.0f} s.")
-        texts.append("\n\n".join([f"## {parts[name].title}", *contents]) + "\n")
+        texts.append("\n\n".join([f"## {PARTS[name].title}", *contents]) + "\n")
     publish_text(page, "\n".join(texts))
     records = {name: outcome._asdict() for name, outcome in outcomes.items()}
     publish_text(page.with_suffix(".json"), json.dumps({"origin": origin, "measurements": records}, indent=1) + "\n")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from benchmarks.gpu.parts import Part
 TESTS = Path(__file__).parents[2]
 LAST_LINES = 12
 """Lines of a failed measurement's output that the page quotes."""
+GRACE_S = 20
+"""Seconds that a measurement gets to stop what it has started, such as a server."""
 
 
 class Outcome(NamedTuple):
@@ -43,7 +46,7 @@ def run_part(name: str, plan: str, part: Part, folder: Path, place: Mapping[str,
         plan: Name of the plan that has it.
         part: The measurement.
         folder: Folder of the records `<name>.json` and of the outputs `<name>.log`.
-        place: Commit, device and versions with which is measured.
+        place: Commit, device and plan of what is measured.
         left_s: Seconds left for all measurements.
     """
     record, log = folder / f"{name}.json", folder / f"{name}.log"
@@ -77,6 +80,15 @@ def _run(command: list[str], log: Path, limit_s: float) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process and its children; kill those that go on."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
