@@ -71,8 +71,8 @@ PARTS = {
     ),
     "engines": Part(
         *("DeepSpeed and FSDP2", "gpu.engines", 240),
-        {"size": SMALL, "length": 2048, "engines": ENGINES},
-        {"size": "tiny", "length": 32, "engines": ENGINES},
+        {"size": SMALL, "length": 2048, "rate": 2e-3, "engines": ENGINES},
+        {"size": "tiny", "length": 32, "rate": 1e-2, "engines": ENGINES},
     ),
     "vllm": Part("vLLM", "gpu.vllm", 480, {"target": "vllm-gpu"}, {"target": None}),
     "parity": Part(
