@@ -103,6 +103,7 @@ def test_a_failure_is_told_and_what_was_measured_is_kept(tmp_path: Path, monkeyp
     assert (records / "rates.json").stat().st_mtime_ns == written
     assert run_plan("tiny", ("vllm",), page, records, time.time()) == ["vllm"]
     assert "It was not begun" in page.read_text()
+    assert "| copy from the host's memory | " in page.read_text()
 
 
 @pytest.mark.process

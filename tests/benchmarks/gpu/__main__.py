@@ -10,6 +10,7 @@ code is 1 if a measurement failed or was not begun.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def run_plan(plan: str, names: tuple[str, ...], page: Path, records: Path, until
 
     Args:
         plan: Name of the plan.
-        names: Names of the measurements; none: all.
+        names: Names of the measurements; none: all. The page has records that are kept of others, too.
         page: Page to write, and beside it a JSON file of its name.
         records: Folder of the records, which a later run keeps.
         until: Time at which all have to be ended, as `time.time` tells it.
@@ -49,12 +50,17 @@ def run_plan(plan: str, names: tuple[str, ...], page: Path, records: Path, until
     records.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, Outcome] = {}
     for name, part in PARTS.items():
-        if part.options(plan) is None or (names and name not in names):
+        if part.options(plan) is None:
             continue
-        outcomes[name] = run_part(name, plan, part, records, place, until - time.time())
-        reason = outcomes[name].reason
-        print(f"{name}: {outcomes[name].seconds:.0f} s{reason and ', failed: '}{reason}", flush=True)
-        write_page(page, line, outcomes)
+        is_chosen = not names or name in names
+        if is_chosen:
+            print(f"{name}: at most {part.limit_s:.0f} s; its output is in {records / name}.log", flush=True)
+        found = run_part(name, plan, part, records, place, until - time.time() if is_chosen else 0)
+        if is_chosen:
+            print(f"{name}: {f'failed. {found.reason}' if found.reason else f'{found.seconds:.0f} s'}", flush=True)
+        if is_chosen or not found.reason:
+            outcomes[name] = found
+            write_page(page, line, outcomes)
     return [name for name, outcome in outcomes.items() if outcome.reason]
 
 
@@ -80,6 +86,7 @@ def main(
 ) -> int:
     """Take the measurements, or one of them into a file."""
     if into is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background would ignore
         part = PARTS[names[0]]
         measure_here(part.module, into, **(part.options(plan) or {}))
         return 0
