@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+VLLM_GPU_VENV ?= .venv-vllm-gpu
 MLX_VENV ?= .venv-mlx
 OPENVINO_VENV ?= .venv-openvino
 LLAMA_SERVER_VENV ?= .venv-llama-server
@@ -28,7 +29,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo demo-parity check test frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
-	lint fuzz docs bench schedules $(STUDIES) study-data study-smoke clean
+	lint fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
 # the last steps need, is installed beside the first ones.
@@ -169,6 +170,22 @@ fuzz: $(VENV)/.installed
 bench: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks $(BENCH)
 
+# On a machine with one CUDA GPU, in at most 25 minutes: docs/results-gpu.md and its numbers. The same command takes again what
+# failed; GPU='--part parity' takes one measurement.
+gpu: SINCE := $(shell date +%s)
+gpu: export LORAOVER_VLLM := $(abspath $(VLLM_GPU_VENV))/bin/vllm
+gpu: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -m benchmarks.gpu --since $(SINCE) $(GPU)
+
+# vLLM for CUDA, as the package index has it.
+vllm-gpu: $(VLLM_GPU_VENV)/.installed
+
+$(VLLM_GPU_VENV)/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile vllm==0.33.0 "pandas>=2"
+	touch $@
+
 # Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
 # and have it cleared for the next one, which takes a fifth of a step.
 STUDIES := study study-gauge study-gauge-arms study-gauge-options study-gauge-steps study-gauge-long study-gauge-rates study-papers \
@@ -297,4 +314,4 @@ $(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_SERVER_VENV)/.install
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-trackers $(VLLM_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-trackers $(VLLM_VENV) $(VLLM_GPU_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraover.training.plan import make_plan
+from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import Recipe
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8}
@@ -26,34 +26,45 @@ ROOM = 0.9
 """Share of a card that tensors may take; the rest is for CUDA's context, buffers and fragments."""
 
 
-def table_rows(size: str) -> Iterator[str]:
-    """Yield a row for each method and form of the base: one example in a micro-batch, gradient checkpointing."""
+def plan_of(size: str, method: str, form: str | None) -> TrainingPlan:
+    """Return the plan of one example in a micro-batch, with gradient checkpointing.
+
+    Args:
+        size: Key of `SHAPES`.
+        method: Method of the recipe.
+        form: Form in which the base is quantised; None: bfloat16.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA | SHAPES[size]))
-        for method, form in ((method, form) for method in ("lora", "lora-over") for form in (None, "nf4")):
-            recipe = {
-                "model": folder,
-                "model_init": {"quantization": form},
-                "method": method,
-                "data": {"train": "word-problems"},
-                "lora": {"r": RANK, "lora_alpha": 2 * RANK},
-                "training": {
-                    "max_steps": 1,
-                    "per_device_train_batch_size": 1,
-                    "max_length": TOKENS,
-                    "bf16": True,
-                    "gradient_checkpointing": True,
-                },
-            }
-            plan = make_plan(Recipe.model_validate(recipe))
-            trained = plan.adapter + plan.cores + plan.gradients + plan.optimizer_states
-            activations = plan.activations or 0
-            fits = []
-            for card, count in CARDS[size]:
-                total = (plan.weights + trained) / count + activations
-                fits.append(f"{total / GB:.1f} GB of {card}" + ("" if total < ROOM * card * GB else ": does not fit"))
-            cells = [f"{part / GB:.1f} GB" for part in (plan.weights, trained, activations)]
-            yield f"| {size}, `{method}` | {form or 'bf16'} | {' | '.join(cells)} | *predicted*: {'; '.join(fits)} |"
+        recipe = {
+            "model": folder,
+            "model_init": {"quantization": form},
+            "method": method,
+            "data": {"train": "word-problems"},
+            "lora": {"r": RANK, "lora_alpha": 2 * RANK},
+            "training": {
+                "max_steps": 1,
+                "per_device_train_batch_size": 1,
+                "max_length": TOKENS,
+                "bf16": True,
+                "gradient_checkpointing": True,
+            },
+        }
+        return make_plan(Recipe.model_validate(recipe))
+
+
+def table_rows(size: str) -> Iterator[str]:
+    """Yield a row for each method and form of the base."""
+    for method, form in ((method, form) for method in ("lora", "lora-over") for form in (None, "nf4")):
+        plan = plan_of(size, method, form)
+        trained = plan.adapter + plan.cores + plan.gradients + plan.optimizer_states
+        activations = plan.activations or 0
+        fits = []
+        for card, count in CARDS[size]:
+            total = (plan.weights + trained) / count + activations
+            fits.append(f"{total / GB:.1f} GB of {card}" + ("" if total < ROOM * card * GB else ": does not fit"))
+        cells = [f"{part / GB:.1f} GB" for part in (plan.weights, trained, activations)]
+        yield f"| {size}, `{method}` | {form or 'bf16'} | {' | '.join(cells)} | *predicted*: {'; '.join(fits)} |"
 
 
 def main() -> None:

@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from rich.table import Table
 
+from loraover.common.atomic_output import publish_text
 from loraover.common.command_line import run
 
 from benchmarks.page import PAGE, check_markers, find_origin, write_figures
-from benchmarks.shown import Plot, console, to_markdown
+from benchmarks.shown import Numbers, Plot, console, to_markdown
 
 BENCHMARKS = (
     "step_overhead",
@@ -111,17 +112,26 @@ def measure_in_process(name: str) -> Measured:
     return Measured([part if isinstance(part, str) else Plot(**part) for part in found["parts"]], found["gpu"])
 
 
-def measure_here(name: str, file: Path) -> None:
-    """Run one benchmark in this process: print its tables, and write what it found to a file."""
+def measure_here(name: str, file: Path, **options: Any) -> None:
+    """Run one benchmark in this process: print its tables, and write what it has found so far to a file.
+
+    Args:
+        name: Name of its module.
+        file: The file.
+        options: Arguments of its function `measure`.
+    """
     shown = console()
     parts: list[str | dict[str, str]] = []
-    for part in importlib.import_module(f"benchmarks.{name}").measure():
+    numbers: Numbers = {}
+    for part in importlib.import_module(f"benchmarks.{name}").measure(**options):
         if isinstance(part, Table):
             shown.print(part)
             parts.append(to_markdown(part))
-        else:
+        elif isinstance(part, Plot):
             parts.append(asdict(part))
-    file.write_text(json.dumps({"parts": parts, "gpu": used_gpu()}), encoding="utf-8")
+        else:
+            numbers |= part
+        publish_text(file, json.dumps({"parts": parts, "numbers": numbers, "gpu": used_gpu()}))
 
 
 def used_gpu() -> str | None:

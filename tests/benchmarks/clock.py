@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from loraover.models.device import choose_device
 
 
 class Seconds(NamedTuple):
@@ -22,8 +25,8 @@ class Seconds(NamedTuple):
 
 
 def find_device() -> torch.device:
-    """Return the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device that $LORAOVER_DEVICE names; else the CUDA device if there is one, else the CPU."""
+    return choose_device(os.environ.get("LORAOVER_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> Seconds:

@@ -44,6 +44,7 @@ from loraover.common.threads import one_thread
 
 from benchmarks.folding import LAYERS, LINEARS
 from benchmarks.intervals import median_ratio
+from benchmarks.shapes import MODELS
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT, TOKENS, RANK, LARGE_RANK = 32, 16, 8, 16
@@ -88,12 +89,7 @@ def make_small(folder: Path) -> None:
 
 def make_large(folder: Path) -> None:
     """Write a random adapter of 160 MiB in the shapes of Llama-3.1-8B, and the configuration of such a model."""
-    from transformers import LlamaConfig
-
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": LAYERS, "num_attention_heads": 32}
-    model = LlamaConfig(vocab_size=128256, num_key_value_heads=8, **sizes)
-    model.architectures = ["LlamaForCausalLM"]
-    model.save_pretrained(folder / "large-model")
+    MODELS["Llama-3.1-8B"].config().save_pretrained(folder / "large-model")
     draw, tensors = torch.Generator().manual_seed(0), {}
     for layer in range(LAYERS):
         for linear, (m, n) in LINEARS.items():

@@ -19,62 +19,30 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import LlamaConfig
 
 from loraover.common.atomic_output import sync
 from loraover_export import check_adapter, convert_adapter, prepare_adapter
 
+from benchmarks.shapes import MODELS, Llama
 from support.plain_adapter import write_adapter
 
 RANK, REPEATS = 32, 3
+SHAPES = MODELS["Llama-3.1-8B"]
 
 
-def make_base(folder: Path) -> Path:
-    """Write the configuration of Llama-3.1-8B, without weights."""
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    return folder
-
-
-def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Return the shape of each linear layer of a block of Llama, by its path in the block."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
-
-
-def make_plain(folder: Path, base: Path, seed: int, rank: int = RANK) -> Path:
+def make_plain(folder: Path, base: Path, seed: int, rank: int = RANK, shapes: Llama = SHAPES) -> Path:
     """Write a LoRA in bfloat16 on all linear layers of a Llama, with a scaling of 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
 
-    config = LlamaConfig.from_pretrained(base)
-    shapes = linear_shapes(config)
     pairs = {
         f"model.layers.{layer}.{path}": (drawn(rank, n), drawn(m, rank))
-        for layer in range(config.num_hidden_layers)
-        for path, (m, n) in shapes.items()
+        for layer in range(shapes.layers)
+        for path, (m, n) in shapes.linears.items()
     }
-    targets = sorted(path.rpartition(".")[2] for path in shapes)
+    targets = sorted(path.rpartition(".")[2] for path in shapes.linears)
     return write_adapter(folder, pairs, base_model_name_or_path=str(base), target_modules=targets)
 
 
@@ -121,7 +89,8 @@ def measure() -> list[Table]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        base = make_base(folder / "base")
+        base = folder / "base"
+        SHAPES.config().save_pretrained(base)  # without weights
         adapters = [make_plain(folder / str(seed), base, seed) for seed in range(REPEATS + 1)]
         check_adapter(adapters[0], engines="vllm")
         prepare_adapter(adapters[0], folder / "warm", model=base)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
@@ -24,48 +23,11 @@ from rich.table import Table
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 
-from benchmarks.folding import RANK, Shapes, limit_here, write_synthetic_checkpoint
+from benchmarks.folding import RANK, limit_here, write_synthetic_checkpoint
 from benchmarks.intervals import median_interval, median_ratio
+from benchmarks.shapes import MODELS
 from benchmarks.shown import Plot, Point, Shown, draw_curves
 
-
-@dataclass(frozen=True)
-class Llama:
-    """Shapes of a Llama's linear layers.
-
-    Args:
-        layers: Number of layers.
-        hidden: Width of the residual stream, and of all queries together.
-        values: Width of all keys together, and of all values.
-        intermediate: Width inside the feed-forward network.
-    """
-
-    layers: int
-    hidden: int
-    values: int
-    intermediate: int
-
-    @property
-    def linears(self) -> Shapes:
-        """Output and input width of each linear layer of one layer."""
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden),
-            "self_attn.k_proj": (self.values, self.hidden),
-            "self_attn.v_proj": (self.values, self.hidden),
-            "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-        }
-
-
-MODELS = {
-    "SmolLM2-135M": Llama(layers=30, hidden=576, values=192, intermediate=1536),
-    "Llama-3.2-1B": Llama(layers=16, hidden=2048, values=512, intermediate=8192),
-    "Llama-3.2-3B": Llama(layers=28, hidden=3072, values=1024, intermediate=8192),
-    "Llama-3.1-8B": Llama(layers=32, hidden=4096, values=1024, intermediate=14336),
-    "Llama-3.1-70B": Llama(layers=80, hidden=8192, values=1024, intermediate=28672),
-}
 LARGE_BYTES, FEW = 2**29, 2
 """From this size of the adapter on, a model is folded only that many times."""
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,9 @@ from loraover.common.provenance import host_peak_bytes
 from loraover.overparam.decompositions import Decomposition, Eigen
 
 from benchmarks.intervals import median_interval, median_ratio
+from benchmarks.shapes import MODELS, Shapes
 
-RANK, LAYERS = 16, 32
-LINEARS = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
-Shapes = Mapping[str, tuple[int, int]]
-"""Output and input width of each linear layer of one layer, by its name."""
+RANK, LAYERS, LINEARS = 16, MODELS["Llama-3.1-8B"].layers, MODELS["Llama-3.1-8B"].linears
 DECOMPOSITIONS = ("mpo", "eigen")
 MOVED = 3e-3
 """Standard deviation of what training adds to an element: a thousand steps of 1e-4, each up or down by chance."""

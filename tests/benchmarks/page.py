@@ -61,7 +61,7 @@ def find_origin(root: Path = ROOT, page: Path = PAGE) -> Origin:
     Raises:
         ConfigError: The folder is not in a git checkout.
     """
-    written = [f":(exclude){path.relative_to(root)}" for path in (page, plots_of(page))]
+    written = [f":(exclude){path.relative_to(root)}" for path in (page, plots_of(page), page.with_suffix(".json"))]
     commit = _git(root, "rev-parse", "--short", "HEAD").strip()
     changes = _git(root, "status", "--porcelain", "--", ".", *written)
     memory = psutil.virtual_memory().total / 2**30

@@ -48,18 +48,26 @@ class Shape(NamedTuple):
 SHAPES = (Shape("lora", 2, 64, 8), Shape("lora", 4, 128, 16), Shape("lora-over", 2, 128, 4))
 WITHIN = Needs(0.25, 0.15)
 """Largest relative errors that the issue allows."""
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STEPS, ROWS = 5, 64
 WORDS = ("train", "adapter", "matrix", "learn", "small", "model", "token", "sum", "price", "apples", "week", "river")
 
 
-def recipe_of(shape: Shape, folder: Path) -> Recipe:
-    """Write the rows of a run of `STEPS` steps without evaluation, and return its recipe."""
+def recipe_of(shape: Shape, folder: Path, model: str = MODEL, **training: Any) -> Recipe:
+    """Write the rows of a run of `STEPS` steps without evaluation, and return its recipe.
+
+    Args:
+        shape: Shape of the run.
+        folder: Folder for the rows.
+        model: Base model.
+        training: Settings of training in place of these.
+    """
     draw = random.Random(0)
     answers = [" " + " ".join(draw.choices(WORDS, k=2 * shape.tokens)) for _ in range(ROWS)]
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": "Say:", "completion": answer}) + "\n" for answer in answers))
     content: dict[str, Any] = {
-        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "model": model,
         "method": shape.method,
         "data": {"train": str(rows), "chat": False},
         "lora": {"r": shape.rank},
@@ -70,6 +78,7 @@ def recipe_of(shape: Shape, folder: Path) -> Recipe:
             "learning_rate": 1e-4,
             "warmup_steps": 0,
             "bf16": False,
+            **training,
         },
         "evaluation": {"examples": 0},
     }

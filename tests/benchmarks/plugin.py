@@ -30,9 +30,11 @@ from loraover.models.load import resolve_model
 
 from benchmarks.fleet import make_plain
 from benchmarks.intervals import median_ratio
+from benchmarks.shapes import MODELS
 from support.plugin import Plugged, plugged
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHAPES = MODELS["SmolLM2-135M"]
 RANK, ROUNDS = 256, 6
 STREAM_S = 15.0
 """Seconds that a stream is to last, longer than the request beside it; its tokens are as many as fit before."""
@@ -113,7 +115,7 @@ def measure_round(running: Plugged, number: int, tokens: int) -> dict[str, Sampl
     """
     cold, other = (f"{kind}-{number}" for kind in ("cold", "other"))
     for name, seed in ((cold, 2 * number), (other, 2 * number + 1)):
-        make_plain(running.adapters / name, running.base, seed, RANK)
+        make_plain(running.adapters / name, running.base, seed, RANK, SHAPES)
     beside: Mapping[str, Callable[[], httpx2.Response] | None] = {
         ALONE: None,
         COLD: lambda: running.complete(cold),
@@ -135,7 +137,7 @@ def measure() -> list[Table]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         adapters = folder / "adapters"
-        warm = make_plain(adapters / "warm", base, 2 * ROUNDS, RANK)
+        warm = make_plain(adapters / "warm", base, 2 * ROUNDS, RANK, SHAPES)
         mib = (warm / "adapter_model.safetensors").stat().st_size / 2**20
         with plugged(folder / "server", (base, adapters), folder / "cache", *OPTIONS, max_rank=RANK) as running:
             running.complete("warm").raise_for_status()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -37,7 +36,8 @@ from loraover.training.run_result import read_run
 
 from benchmarks.clock import timed
 from benchmarks.intervals import Ratio, median_ratio
-from benchmarks.training import BATCH, LENGTH, Step, add_lora, load, step_of
+from benchmarks.settings import SMOL
+from benchmarks.training import Step, add_lora, load, step_of
 from support.real_data import data_folder
 
 FRACTION = 0.25
@@ -160,7 +160,7 @@ def study_table(out: Path, seeds: int) -> str:
 
 def make_arm(base: nn.Module, ids: Tensor, config: LoraOverConfig) -> tuple[OverParameterization, Step]:
     """Make a model that is trained with a schedule, and the function that takes one training step."""
-    model, optimizer = add_lora(deepcopy(base))
+    model, optimizer = add_lora(base)
     over = OverParameterization(model, config, steps=1000)
     over.attach(optimizer)
     return over, step_of(model, optimizer, ids)
@@ -192,7 +192,7 @@ def measure(rounds: int = 24) -> Iterator[Table]:
     (sites,) = {cost.sites for cost in costs.values()}
     table = Table(
         box=SIMPLE,
-        title=f"Schedules: SmolLM2-135M, {BATCH} x {LENGTH} tokens, {rounds} paired steps",
+        title=f"Schedules: SmolLM2-135M, {SMOL.batch} x {SMOL.length} tokens, {rounds} paired steps",
         caption=f"`loss_impact` costs nothing between decisions, and {forwards} forwards a batch at each of them.",
     )
     peer = f"step / `all` on the same {sites} sites [95 %]"

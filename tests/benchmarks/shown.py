@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +45,8 @@ class Plot:
 
 
 Shown = Table | Plot
+Numbers = dict[str, Any]
+"""What was measured, for programs: it goes into a benchmark's JSON only."""
 
 
 def draw_curves(curves: Mapping[str, Sequence[Point]], *, x: str, y: str, ticks: Sequence[float], names: str) -> str:

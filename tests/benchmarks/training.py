@@ -1,17 +1,21 @@
-"""Step time and peak memory of plain LoRA, LoRA-Over and naive autograd through the cores, on SmolLM2-135M.
+"""Step time and peak memory of plain LoRA, LoRA-Over and naive autograd through the cores.
 
 Times come from one process in which the arms take turns in random order, so that a ratio compares steps that were
-taken within seconds of one another. Peak memory comes from a separate process for each. The physical limit is the time
-of the multiplications in the forward and backward pass, at the rate of a large matrix product of the same round.
+taken within seconds of one another; they share the base model's weights. Peak memory comes from a separate process for
+each. The physical limit is the time of the multiplications in the forward and backward pass, at the rate of a large
+matrix product of the same round; that of memory is what plain LoRA has to hold between two steps.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,22 +38,16 @@ from loraover.overparam.sites import find_sites
 
 from benchmarks.clock import find_device, timed
 from benchmarks.intervals import median_ratio
+from benchmarks.settings import EIGEN, NAIVE, PLAIN, SMOL, Setting
+from benchmarks.shapes import SIZES
+from benchmarks.shown import Numbers
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BATCH, LENGTH, RANK = 4, 64, 8
-PLAIN, NAIVE = "LoRA", "naive autograd"
-EIGEN: dict[str, dict[str, str]] = {"eigen": {}, "eigen, long side measured": {"long": "calibration"}}
-"""Options of eigen: the default, and those of the study."""
-TURNS = {PLAIN: 1, "mpo": 1, **dict.fromkeys(EIGEN, 2), NAIVE: 5}
-"""How often each arm takes a step: in every round, in every second one, and so on."""
 CONFIGS = {"mpo": LoraOverConfig()} | {
     arm: LoraOverConfig(decomposition="eigen", options={**options, "refresh": 10**6}) for arm, options in EIGEN.items()
 }
 """LoRA-Over with each gauge; the bases of eigen are followed and not refreshed, which is timed by itself."""
 LIMIT = "products alone"
 PEERS = (PLAIN, "mpo", LIMIT)
-SQUARE = 2048
-"""Size of the matrices whose product gives the rate of the machine."""
 WARM_UP, MEMORY_STEPS, CALIBRATION_BATCHES = 1, 3, 4
 WHOLE_RUN = 300
 """Optimizer steps with which the cost of bases is compared."""
@@ -69,12 +67,15 @@ class Contraction(nn.Module):
         return self.decomposition.contract([core.unsqueeze(0) for core in self.cores], *self.shape)[0]
 
 
-def add_lora(base: nn.Module) -> tuple[Any, torch.optim.Optimizer]:
-    """Add LoRA to all linear layers, and make the optimizer that trains it."""
+def add_lora(base: nn.Module, rank: int = SMOL.rank) -> tuple[Any, torch.optim.Optimizer]:
+    """Add LoRA to all linear layers of a copy that shares the weights, and make the optimizer that trains it."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, lora)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model: Any = get_peft_model(deepcopy(base, {id(p): p for p in base.parameters()}), lora)
     model.train()
+    if next(base.parameters()).dtype == torch.bfloat16:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, optimizer_of(model)
 
 
@@ -83,19 +84,22 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def step_of(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> Step:
-    """Return a function that takes one training step."""
+    """Return a function that takes one training step; on a base in bfloat16 it computes in that."""
+    is_short = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=is_short):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def make_step(arm: str, base: nn.Module, ids: Tensor) -> Step:
+def make_step(arm: str, base: nn.Module, ids: Tensor, setting: Setting) -> Step:
     """Return a function that takes one training step of an arm."""
-    model, optimizer = add_lora(base)
+    model, optimizer = add_lora(base, setting.rank)
     if arm == NAIVE:
         config = LoraOverConfig()
         owners = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
@@ -115,26 +119,27 @@ def over_parameterize(arm: str, model: Any, ids: Tensor) -> OverParameterization
     return OverParameterization(model, CONFIGS[arm], probe=probe)
 
 
-def time_steps(base: nn.Module, ids: Tensor, rounds: int) -> dict[str, dict[int, float]]:
+def time_steps(base: nn.Module, ids: Tensor, setting: Setting) -> dict[str, dict[int, float]]:
     """Return the seconds of every arm's steps, and those that their multiplications take, by round."""
-    steps = {arm: make_step(arm, deepcopy(base), ids) for arm in TURNS}
+    turns, size = setting.turns, setting.square
+    steps = {arm: make_step(arm, base, ids, setting) for arm in turns}
     with FlopCounterMode(display=False) as counted:
         steps[PLAIN]()
-    products = counted.get_total_flops() / (2 * SQUARE**3)
-    square = torch.ones(SQUARE, SQUARE, device=ids.device)
-    seconds: dict[str, dict[int, float]] = {arm: {} for arm in (*TURNS, LIMIT)}
+    products = counted.get_total_flops() / (2 * size**3)
+    square = torch.ones(size, size, device=ids.device, dtype=next(base.parameters()).dtype)
+    seconds: dict[str, dict[int, float]] = {arm: {} for arm in (*turns, LIMIT)}
     draw = random.Random(0)
-    for number in range(-WARM_UP, rounds):
-        for arm in draw.sample(list(TURNS), len(TURNS)):
-            if number < 0 or number % TURNS[arm] == 0:
+    for number in range(-WARM_UP, setting.rounds):
+        for arm in draw.sample(list(turns), len(turns)):
+            if number < 0 or number % turns[arm] == 0:
                 seconds[arm][number] = timed(steps[arm], ids.device).whole
         seconds[LIMIT][number] = products * timed(lambda: square @ square, ids.device).whole
     return {arm: {number: s for number, s in found.items() if number >= 0} for arm, found in seconds.items()}
 
 
-def basis_seconds(arm: str, base: nn.Module, ids: Tensor) -> dict[str, float]:
+def basis_seconds(arm: str, base: nn.Module, ids: Tensor, setting: Setting = SMOL) -> dict[str, float]:
     """Seconds of what the bases of an arm cost beside its steps: each part, and all parts of a run."""
-    model, optimizer = add_lora(base)
+    model, optimizer = add_lora(base, setting.rank)
     made: list[OverParameterization] = []
     injection = timed(lambda: made.append(over_parameterize(arm, model, ids)), ids.device).whole
     over = made[0].attach(optimizer)
@@ -166,38 +171,49 @@ def number_of_refreshes() -> int:
     return found
 
 
-def load() -> tuple[nn.Module, Tensor]:
+def load(setting: Setting = SMOL) -> tuple[Any, Tensor]:
     """Return the base model and the tokens of a batch, on the device of the benchmarks."""
     quiet_libraries()
-    device = find_device()
-    base = load_model(resolve_model(MODEL))
-    ids = torch.randint(base.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    return base.to(device), ids.to(device)
+    device, sizes = find_device(), SIZES.get(setting.model)
+    base: Any = load_model(resolve_model(setting.model)).to(device) if sizes is None else sizes.random_model(device)
+    shape, draw = (setting.batch, setting.length), torch.Generator().manual_seed(0)
+    return base, torch.randint(base.config.vocab_size, shape, generator=draw).to(device)
 
 
-def peak_memory_bytes(arm: str) -> int:
+def peak_memory_bytes(arm: str, setting: Setting = SMOL) -> int:
     """Return the peak memory of a process that trains one arm."""
-    command = [sys.executable, "-m", "benchmarks.training", arm]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.training", arm, json.dumps(asdict(setting))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def measure(rounds: int = 60) -> Iterator[Table]:
+def held_bytes(base: nn.Module, rank: int) -> int:
+    """Return the bytes of the weights, of A and B in float32, and of their gradients and AdamW's two moments."""
+    model, _ = add_lora(base, rank)
+    trained: int = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.nbytes for parameter in base.parameters()) + 4 * 4 * trained
+
+
+def measure(setting: Setting = SMOL) -> Iterator[Table | Numbers]:
     """Compare plain LoRA, LoRA-Over and naive autograd through the cores."""
-    memory = {arm: peak_memory_bytes(arm) for arm in TURNS}
-    base, ids = load()
-    seconds = time_steps(base, ids, rounds)
-    yield step_table(seconds, memory)
-    yield basis_table({arm: basis_seconds(arm, base, ids) for arm in EIGEN}, median(seconds[PLAIN].values()))
+    memory = {arm: peak_memory_bytes(arm, setting) for arm in setting.turns}
+    base, ids = load(setting)
+    memory[LIMIT] = held_bytes(base, setting.rank)
+    seconds = time_steps(base, ids, setting)
+    yield step_table(seconds, memory, setting)
+    yield {"step_seconds": {arm: list(found.values()) for arm, found in seconds.items()}, "peak_bytes": memory}
+    arms = [arm for arm in EIGEN if arm in setting.turns]
+    yield basis_table({arm: basis_seconds(arm, base, ids, setting) for arm in arms}, median(seconds[PLAIN].values()))
 
 
-def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, int]) -> Table:
+def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, int], setting: Setting) -> Table:
     """Show the time of a step beside plain LoRA's and the limit, and the peak memory."""
-    steps = ", ".join(f"{len(seconds[arm])} of {arm}" for arm in TURNS)
+    steps = ", ".join(f"{len(seconds[arm])} of {arm}" for arm in setting.turns)
     table = Table(
         box=SIMPLE,
-        title=f"SmolLM2-135M, {BATCH} x {LENGTH} tokens, r = {RANK}, all linear layers",
-        caption=f"Paired steps: {steps}. Limit: {LIMIT}.",
+        title=f"{setting.model.rpartition('/')[2]}, {setting.batch} x {setting.length} tokens, r = {setting.rank}, "
+        "all linear layers",
+        caption=f"Paired steps: {steps}. Limits: {LIMIT}; of memory, the weights, A, B, their gradients and moments.",
     )
     for column in ("", "median", *(f"step / {peer} [95 %]" for peer in PEERS), "peak memory", "/ LoRA"):
         table.add_column(column, justify="right" if column else "left")
@@ -205,7 +221,7 @@ def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, 
         ratios = [
             median_ratio(list(found.values()), [seconds[peer][number] for number in found]).shown(3) for peer in PEERS
         ]
-        used = [f"{memory[arm] / 2**20:.0f} MiB", f"{memory[arm] / memory[PLAIN]:.3f}"] if arm in memory else ["", ""]
+        used = f"{memory[arm] / 2**20:.0f} MiB", f"{memory[arm] / memory[PLAIN]:.3f}"
         table.add_row(arm, f"{median(found.values()):.3f} s", *ratios, *used)
     return table
 
@@ -223,11 +239,13 @@ def basis_table(seconds: Mapping[str, Mapping[str, float]], plain: float) -> Tab
 
 
 @click.command()
-@click.argument("arm", type=click.Choice(tuple(TURNS)))
-def main(arm: str) -> None:
-    """Train one arm for a few steps, and print the peak memory in bytes."""
-    base, ids = load()
-    step = make_step(arm, base, ids)
+@click.argument("arm")
+@click.argument("setting")
+def main(arm: str, setting: str) -> None:
+    """Train one arm for a few steps in a setting, which is given as JSON, and print the peak memory in bytes."""
+    chosen = Setting(**json.loads(setting))
+    base, ids = load(chosen)
+    step = make_step(arm, base, ids, chosen)
     for _ in range(MEMORY_STEPS):
         step()
     print(peak_bytes())

@@ -17,6 +17,7 @@ from strategies import (
     Case,
     generators,
 )
+from support.devices import DEVICE
 from support.speed import examples
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma
 
@@ -96,11 +97,13 @@ def within(found: Tensor, expected: Tensor, bound: Tensor | float) -> bool:
 
 
 def contract(case: Case, cores: Sequence[Tensor]) -> Tensor:
-    return case.decomposition.contract(cores, case.m, case.n)
+    """The decomposition's matrices, computed on `DEVICE`."""
+    return case.decomposition.contract([core.to(DEVICE) for core in cores], case.m, case.n).cpu()
 
 
 def apply(case: Case, cores: Sequence[Tensor], x: Tensor) -> Tensor:
-    return case.decomposition.apply(cores, x, case.m, case.n)
+    """The decomposition's application to x, computed on `DEVICE`."""
+    return case.decomposition.apply([core.to(DEVICE) for core in cores], x.to(DEVICE), case.m, case.n).cpu()
 
 
 def init(case: Case, group: Tensor, seed: int) -> tuple[Tensor, ...]:

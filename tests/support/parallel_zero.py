@@ -22,6 +22,7 @@ from loraover.common.errors import ConfigError
 from loraover.overparam.sharding import whole
 
 from support.parallel_run import cores
+from support.parallel_traffic import count_all
 from support.parallel_trainer import DYNAMIC, STEPS
 from support.parallel_trainer import run as train
 from support.tiny_experts import EXPERT_LORA, tiny_moe
@@ -168,6 +169,7 @@ def main(folder: Path) -> None:
         distributed.barrier()
         found[place.name] = {"whole": undisturbed, "resumed": train(place, place / "checkpoint-3", **kept)}
     torch.save(found, folder / f"{distributed.get_rank()}.pt")
+    count_all(folder)
     distributed.destroy_process_group()
 
 

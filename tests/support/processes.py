@@ -23,25 +23,26 @@ EXAMPLES = TESTS.parent / "docs" / "examples"
 PATIENCE_S = 60
 
 
-def in_two_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
+def in_two_processes(work: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
     """What `work(rank)` returns in each of two forks, which have everything imported already.
 
     Args:
         work: returns tensors, plain data and containers of them.
         folder: empty folder for the results.
+        count: number of forks, if there are not two.
     """
     folder.mkdir(exist_ok=True)
-    start_processes(_take_part, (work, folder), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    start_processes(_take_part, (work, folder, count), nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
-def _take_part(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+def _take_part(rank: int, work: Callable[[int], Any], folder: Path, count: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
         rank=rank,
-        world_size=2,
+        world_size=count,
         timeout=timedelta(seconds=PATIENCE_S),
     )
     torch.save(work(rank), folder / f"{rank}.pt")

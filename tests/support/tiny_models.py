@@ -26,6 +26,8 @@ from transformers import (
 
 from loraover.callbacks.step_norm import factors
 
+from support.devices import DEVICE
+
 VOCABULARY = 64
 
 
@@ -42,12 +44,12 @@ class TinyNet(nn.Module):
 
 
 def tiny_net(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
-    """TinyNet with a LoRA on every layer; `options` as in `with_lora`."""
+    """TinyNet with a LoRA on every layer, on `DEVICE`; `options` as in `with_lora`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = TinyNet()
     options = {"target_modules": ["first", "second", "third"]} | options
-    return with_lora(net, seed=seed, **options).to(dtype)
+    return with_lora(net, seed=seed, **options).to(DEVICE, dtype)
 
 
 def net_batch(seed: int = 0, rows: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support.processes import TESTS, TORCHRUN, launched
 from support.resumed_run import KINDS, STEPS, killed, stopped
 from support.rows import Write, lines
 from support.tiny_hub import save_llama, save_t5, write_recipe
@@ -47,6 +48,14 @@ def no_network(reached: list[Any]) -> Iterator[None]:
     yield
     found, reached[:] = list(reached), []
     assert found == []
+
+
+@pytest.fixture(scope="session")
+def zero_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left of their runs in DeepSpeed's engine, and of the messages that they counted."""
+    folder = tmp_path_factory.mktemp("zero")
+    launched(TORCHRUN, TESTS / "support" / "parallel_zero.py", folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

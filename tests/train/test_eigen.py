@@ -22,6 +22,7 @@ from loraover.overparam.decompositions.eigen import Eigen
 
 from oracles.contraction import Array
 from oracles.eigen import EigenAdamW, Rule, soap
+from support.devices import DEVICE
 from support.tiny_models import net_loss, tiny_net, trainable
 
 STEPS, LR, EPS, MAX_NORM = 25, 1e-2, 1e-8, 0.05
@@ -111,7 +112,7 @@ def found(case: Case) -> dict[str, Array]:
             optimizer.step()
         scheduler.step()
         for name, site in over.sites.items():
-            history[name].append(site.parameter.detach().clone().numpy())
+            history[name].append(numpy(site.parameter))
     over.finish()
     return {name: np.stack(matrices) for name, matrices in history.items()}
 
@@ -120,7 +121,7 @@ def expected(case: Case) -> dict[str, Array]:
     """The same of the oracle, whose gradients come from a plain LoRA that holds its matrices."""
     model = tiny_net(dtype=torch.float64, **case.net)
     sites = OverParameterization(model, inject=False).sites
-    oracle = EigenAdamW.of({name: site.parameter.detach().numpy() for name, site in sites.items()}, case.rule)
+    oracle = EigenAdamW.of({name: numpy(site.parameter) for name, site in sites.items()}, case.rule)
     history: dict[str, list[Array]] = {name: [] for name in sites}
     for step in range(STEPS):
         backward(model, step, case)
@@ -131,16 +132,16 @@ def expected(case: Case) -> dict[str, Array]:
             gradients = {name: gradient * (MAX_NORM / (norm + 1e-6)) for name, gradient in gradients.items()}
         oracle.step(gradients, case.rate(step))
         for name, matrix in oracle.matrices.items():
-            sites[name].parameter.data = torch.from_numpy(matrix.value.copy())
+            sites[name].parameter.data.copy_(torch.from_numpy(matrix.value))
             history[name].append(matrix.value)
     assert len(oracle.refreshes) > 1 or not (case.rule.short or case.rule.long)
     assert oracle.smallest_gap > SMALLEST_GAP
     return {name: np.stack(matrices) for name, matrices in history.items()}
 
 
-def numpy(gradient: Tensor | None) -> Array:
-    assert gradient is not None
-    return gradient.detach().clone().numpy()
+def numpy(tensor: Tensor | None) -> Array:
+    assert tensor is not None
+    return tensor.detach().cpu().clone().numpy()
 
 
 def deviation(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
@@ -199,12 +200,12 @@ def one_matrix(gradients: list[Array], frequency: int, betas: tuple[float, float
     optimizer = AdamW([matrix], lr=LR, betas=betas, eps=0.0, weight_decay=0.0)
     over.attach(optimizer)
     (follower,) = over.followers.values()
-    start, after = matrix.detach().numpy().copy(), []
+    start, after = numpy(matrix), []
     for t, gradient in enumerate(gradients, 1):
-        matrix.grad = torch.from_numpy(gradient.copy())
+        matrix.grad = torch.from_numpy(gradient).to(DEVICE, copy=True)
         follower.due = t if t == 1 or t % frequency == 0 else t + 1
         optimizer.step()
-        after.append(matrix.detach().numpy().copy())
+        after.append(numpy(matrix))
     return start, after
 
 

@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam.decompositions import DECOMPOSITIONS, make_decomposition
 
+from support.devices import DEVICE
 from support.optimizers import adagrad
 from support.tiny_models import net_batch, net_loss, tiny_net, trainable
 
@@ -44,24 +45,21 @@ class Case:
     decomposition: str
     clipped: bool = False
     closure: bool = False
-    device: str = "cpu"
 
     def __str__(self) -> str:
-        flags = "-clipped" * self.clipped + "-closure" * self.closure + f"-{self.device}" * (self.device != "cpu")
-        return f"{self.optimizer}-{self.decomposition}{flags}"
+        return f"{self.optimizer}-{self.decomposition}" + "-clipped" * self.clipped + "-closure" * self.closure
 
     def make(self) -> tuple[Any, OverParameterization]:
-        model = tiny_net(dtype=torch.float64).to(self.device)
+        model = tiny_net(dtype=torch.float64)
         return model, OverParameterization(model, LoraOverConfig(decomposition=self.decomposition, seed=3))
 
 
 IN_THE_GRAPH = [name for name in DECOMPOSITIONS if make_decomposition(name).trains_all]
 """Decompositions of which autograd and the optimizer have every core; test_eigen has an oracle of the other."""
 
-DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 CASES = [
-    Case(optimizer, decomposition, clipped=both, closure=both, device=device)
-    for optimizer, decomposition, both, device in product(OPTIMIZERS, IN_THE_GRAPH, (False, True), DEVICES)
+    Case(optimizer, decomposition, clipped=both, closure=both)
+    for optimizer, decomposition, both in product(OPTIMIZERS, IN_THE_GRAPH, (False, True))
 ]
 
 
@@ -117,7 +115,7 @@ def through(case: Case) -> dict[str, Tensor]:
         weights = {keys[id(over.sites[name].parameter)]: matrix for name, matrix in matrices.items()}
         losses: list[Tensor] = []
         for batch in range(MICRO_BATCHES):
-            x, y = (t.to(case.device) for t in net_batch(MICRO_BATCHES * step + batch, dtype=torch.float64))
+            x, y = (t.to(DEVICE) for t in net_batch(MICRO_BATCHES * step + batch, dtype=torch.float64))
             losses.append((functional_call(model, weights, (x,)) - y).square().mean())
         loss = torch.stack(losses).mean()
         if case.clipped:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from loraover import OverParameterization, read_checkpoint, write_checkpoint
+from loraover import LoraOverCallback, OverParameterization, read_checkpoint, write_checkpoint
 from loraover.checkpoint.resume import restore
 from loraover.common.errors import ConfigError
 from loraover.overparam.sharding import full, local, trainable_state_dict
@@ -204,6 +206,25 @@ def test_a_resumed_run_holds_the_rounds_to_come_bit_for_bit(tmp_path: Path) -> N
     checkpoint = read_checkpoint(folder)
     assert checkpoint.meta.world_size == 2
     assert len(checkpoint.sites) == 2
+
+
+def test_the_trainers_callback_saves_whole_matrices_in_the_only_process(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+
+    def work(rank: int) -> dict[str, Tensor]:
+        args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+        callback, net = LoraOverCallback(), sharded(model())
+        told = args, TrainerState(max_steps=1), TrainerControl()
+        optimizer = torch.optim.AdamW(trainable(net), lr=LR)
+        callback.on_train_begin(*told, model=net, optimizer=optimizer)
+        loss(net, share(0, 0, 1)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        callback.on_train_end(*told, model=net)
+        return trainable_state_dict(net)
+
+    (trained,) = in_two_processes(work, tmp_path / "results", count=1)
+    kept = load_file(read_checkpoint(folder).tensors_path)
+    assert equal({key.replace(".default", ""): matrix for key, matrix in trained.items()}, kept)
 
 
 @pytest.mark.parametrize("schedule", ["all", "dynamic"])

@@ -15,7 +15,6 @@ from support.parallel_run import deviation, equal
 from support.parallel_trainer import STEPS
 from support.parallel_trainer import run as train
 from support.parallel_zero import CONFIGS, RUNS, alone
-from support.processes import TESTS, TORCHRUN, launched
 
 pytestmark = pytest.mark.process
 
@@ -24,16 +23,9 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zero")
-    launched(TORCHRUN, TESTS / "support" / "parallel_zero.py", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def saw(folder: Path) -> list[dict[str, Any]]:
+def saw(zero_folder: Path) -> list[dict[str, Any]]:
     """What each process saw of its runs."""
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(zero_folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +62,8 @@ def test_the_trainer_logs_what_one_process_does_and_resumes(
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.usefixtures("saw")
-def test_what_is_saved_is_a_plain_adapter_with_its_cores(stage: int, folder: Path) -> None:
-    checkpoint = read_checkpoint(folder / f"trainer-{stage}")
+def test_what_is_saved_is_a_plain_adapter_with_its_cores(stage: int, zero_folder: Path) -> None:
+    checkpoint = read_checkpoint(zero_folder / f"trainer-{stage}")
     assert (checkpoint.meta.step, checkpoint.meta.world_size, len(checkpoint.sites)) == (STEPS, 2, 8)
     with open_tensors(checkpoint.tensors_path) as file:
         assert len(file.keys) == 28
