@@ -62,8 +62,8 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
         raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
     kind = TRAINERS[name]
     chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
-    says = (recipe.training.model_extra or {}).get("assistant_only_loss")
-    return RowForm(kind.columns, chat=chat, turns=says is None, keeps_all=name == "grpo")
+    turns = recipe.training.assistant_only_loss is None
+    return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo")
 
 
 def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:

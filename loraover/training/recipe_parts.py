@@ -121,6 +121,9 @@ class LoraSettings(OpenPart):
     use_dora: bool = Field(
         False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."
     )
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules that are trained in full and saved beside A and B: endings of their names."
+    )
     init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
 
@@ -206,6 +209,11 @@ class Training(OpenPart):
     def is_fp32(self) -> bool:
         """Whether the computation is in float32."""
         return not (self.bf16 or self.fp16)
+
+    @property
+    def assistant_only_loss(self) -> bool | None:
+        """Whether TRL's SFTTrainer is to learn only the assistant's turns of `messages`; None: left open."""
+        return (self.model_extra or {}).get("assistant_only_loss")
 
     @property
     def micro_batch(self) -> int:
