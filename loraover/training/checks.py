@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.training_args import OptimizerNames
 
 from loraover.common.dtypes import DTYPES
@@ -80,6 +81,20 @@ def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
         raise DataError(
             f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
+
+
+def check_trained(model: nn.Module) -> None:
+    """Check that nothing is trained in float16, in which AdamW's epsilon is zero and steps become too large.
+
+    Raises:
+        ConfigError: All weights, modules to save or biases of a base model in float16 are trained.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"{name} would be trained in float16, in which AdamW's epsilon is zero and its steps are too long; set "
+                "model_init.dtype to float32 or bfloat16."
+            )
 
 
 def weights_dtype(recipe: Recipe) -> str:

@@ -71,12 +71,6 @@ class Recipe(MethodKeys):
             raise ValueError(f"method {self.method} trains with sft or seq2seq, not with trainer {self.trainer}")
         if self.method == "full" and self.model_init.quantization is not None:
             raise ValueError("method full cannot train quantised weights; leave out model_init.quantization")
-        key = "method full" if self.method == "full" else "lora.modules_to_save" if self.lora.modules_to_save else None
-        if key and self.model_init.dtype == "float16":
-            raise ValueError(
-                f"{key} trains base weights, and model_init.dtype is float16, in which AdamW's epsilon is zero and "
-                "steps become too large; load them in float32 or bfloat16"
-            )
         return self
 
     @model_validator(mode="after")

@@ -121,9 +121,6 @@ class LoraSettings(OpenPart):
     use_dora: bool = Field(
         False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."
     )
-    modules_to_save: list[str] | None = Field(
-        None, description="Modules that are trained in full and saved beside A and B: endings of their names."
-    )
     init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
 
