@@ -83,14 +83,26 @@ def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
         )
 
 
-def check_trained(model: nn.Module) -> None:
-    """Check that nothing is trained in float16, in which AdamW's epsilon is zero and steps become too large.
+def check_trained(model: nn.Module, report: Reporter) -> None:
+    """Check that nothing is trained in float16, and report what is trained in bfloat16.
+
+    A bfloat16 has 8 bits, so that a change of less than 1 / 512 is always rounded off.
+
+    Args:
+        model: Model to train.
+        report: Receiver of a line.
 
     Raises:
         ConfigError: All weights, modules to save or biases of a base model in float16 are trained.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if coarse := sum(one.numel() for one in trained.values() if one.dtype == torch.bfloat16):
+        report.line(
+            f"{coarse:,} numbers are trained in bfloat16, where a step of less than 1/512 of a number is lost; set "
+            "model_init.dtype to float32 to keep it"
+        )
+    for name, parameter in trained.items():
+        if parameter.dtype == torch.float16:
             raise ConfigError(
                 f"{name} would be trained in float16, in which AdamW's epsilon is zero and its steps are too long; set "
                 "model_init.dtype to float32 or bfloat16."

@@ -136,7 +136,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)
     method.start(model)
-    check_trained(model)
+    check_trained(model, report)
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
