@@ -83,11 +83,11 @@ def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tm
     assert_attached((Path(place) / "loraover").iterdir(), reference)
 
     with closing(sqlite3.connect(tmp_path / "trackio" / "huggingface.db")) as database:
-        rows = database.execute("select run_id, metrics from metrics where run_name = 'out' order by step").fetchall()
+        logged = database.execute("select run_id, metrics from metrics where run_name = 'out' order by step").fetchall()
         assert database.execute("select name from artifacts").fetchall() == [("loraover-out",)]
-        assert database.execute("select run_id from run_artifact_links").fetchall() == [(rows[0][0],)]
-    logged = [json.loads(row) for _, row in rows]
-    assert [row["train/loss"] for row in logged if "train/loss" in row] == [*expected.values()]
+        assert database.execute("select run_id from run_artifact_links").fetchall() == [(logged[0][0],)]
+    steps = [json.loads(row) for _, row in logged]
+    assert [row["train/loss"] for row in steps if "train/loss" in row] == [*expected.values()]
     assert_attached(tmp_path.glob("trackio/artifacts/huggingface/blobs/*/*/*"), reference)
 
 
