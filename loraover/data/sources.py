@@ -44,6 +44,10 @@ class Rows:
     numbers: Sequence[int] = ()
     filtered: int = 0
 
+    def number(self, example: int) -> int:
+        """Return the number of the source's row that an example comes from, or the example's own."""
+        return self.numbers[example] if self.numbers else example + 1
+
 
 def load_rows(
     source: str,

@@ -179,7 +179,22 @@ def load_model(
             read_when_used(model, place, folder)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
+    if quantization == "nf4":
+        _keep_differentiable(model)
     return model.eval()
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from packing weights of 4 bits when a model is evaluated on a CPU with AVX-512 for bfloat16.
+
+    The product with packed weights (bitsandbytes 0.50) has no gradient, and a layer stays packed when training begins,
+    so that nothing below it would be trained as it should.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantised(form: str, dtype: str) -> Any:

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.training_args import OptimizerNames
 
 from loraover.common.dtypes import DTYPES
@@ -62,8 +63,8 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
         raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
     kind = TRAINERS[name]
     chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
-    says = (recipe.training.model_extra or {}).get("assistant_only_loss")
-    return RowForm(kind.columns, chat=chat, turns=says is None, keeps_all=name == "grpo")
+    turns = recipe.training.assistant_only_loss is None
+    return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo")
 
 
 def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
@@ -80,6 +81,32 @@ def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
         raise DataError(
             f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
+
+
+def check_trained(model: nn.Module, report: Reporter) -> None:
+    """Check that nothing is trained in float16, and report what is trained in bfloat16.
+
+    A bfloat16 has 8 bits, so that a change of less than 1 / 512 is always rounded off.
+
+    Args:
+        model: Model to train.
+        report: Receiver of a line.
+
+    Raises:
+        ConfigError: All weights, modules to save or biases of a base model in float16 are trained.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if coarse := sum(one.numel() for one in trained.values() if one.dtype == torch.bfloat16):
+        report.line(
+            f"{coarse:,} numbers are trained in bfloat16, where a step of less than 1/512 of a number is lost; set "
+            "model_init.dtype to float32 to keep it"
+        )
+    for name, parameter in trained.items():
+        if parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"{name} would be trained in float16, in which AdamW's epsilon is zero and its steps are too long; set "
+                "model_init.dtype to float32 or bfloat16."
+            )
 
 
 def weights_dtype(recipe: Recipe) -> str:

@@ -26,17 +26,21 @@ class Tokens(NamedTuple):
     total: int
 
 
-def count_tokens(rows: Rows, name: str, tokenizer: Any) -> list[Tokens]:
+def count_tokens(rows: Rows, name: str, tokenizer: Any, *, answers_only: bool = False) -> list[Tokens]:
     """Count the tokens of each example as its trainer does.
 
     Args:
         rows: The examples.
         name: Key of `TRAINERS`.
         tokenizer: The model's tokenizer.
+        answers_only: Whether only the assistant's turns of `messages` have labels.
 
     Returns:
         One entry for each example; for a trainer of transformers, input and target count apart, and the longer one
         stands for both.
+
+    Raises:
+        DataError: A conversation has no turn of the assistant, where only these have labels.
     """
     first = rows.rows[0]
     if name == "seq2seq":
@@ -46,7 +50,8 @@ def count_tokens(rows: Rows, name: str, tokenizer: Any) -> list[Tokens]:
     sizes = iter(_sizes([text for texts in whole for text in texts], tokenizer, first))
     end = int(name in ENDED and not _is_chat(first))
     totals = [end + max(next(sizes) for _ in texts) for texts in whole]
-    prompts = [_spelt(row, None, tokenizer) if "prompt" in row else "" for row in rows.rows]
+    asked = [_until_answer(row, rows, i) for i, row in enumerate(rows.rows)] if answers_only else rows.rows
+    prompts = [_spelt(row, None, tokenizer) if row.get("prompt") else "" for row in asked]
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
     return [Tokens(*pair) for pair in zip(starts, totals, strict=True)]
 
@@ -58,6 +63,19 @@ ENDED = ("sft", "dpo", "kto")
 def _answers(row: Row) -> list[str | None]:
     """Return the columns that end an example; None for one that is its prompt alone."""
     return [name for name in ("completion", "chosen", "rejected", "messages", "text") if name in row] or [None]
+
+
+def _until_answer(row: Row, rows: Rows, i: int) -> Row:
+    """Return a conversation with its messages before the assistant's first turn as its prompt."""
+    if "messages" not in row:
+        return row
+    turn = next((n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"), None)
+    if turn is None:
+        raise DataError(
+            f"{rows.origin}: row {rows.number(i)}: messages holds no assistant turn, and training.assistant_only_loss "
+            "learns no other."
+        )
+    return row | {"prompt": row["messages"][:turn]}
 
 
 def _is_chat(row: Row) -> bool:
@@ -96,7 +114,7 @@ def summarise(tokens: list[Tokens], rows: Rows, max_length: int) -> Lengths:
         unlabelled=sum(tokens[i].prompt >= max_length for i in cut),
         longest=totals[-1],
         keeps_99=totals[-int(len(totals) * (1 - KEPT)) - 1],
-        cut_rows=[rows.numbers[i] if rows.numbers else i + 1 for i in cut[:3]],
+        cut_rows=[rows.number(i) for i in cut[:3]],
         histogram=histogram,
     )
 

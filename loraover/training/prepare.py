@@ -20,7 +20,14 @@ from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
-from loraover.training.checks import check_chat, check_names, note_slow_precision, row_form, weights_dtype
+from loraover.training.checks import (
+    check_chat,
+    check_names,
+    check_trained,
+    note_slow_precision,
+    row_form,
+    weights_dtype,
+)
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples, load_examples, without_evaluation
@@ -111,7 +118,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         examples = load_examples(measured, row_form(recipe, name, tokenizer))
     check_chat(recipe, name, tokenizer, examples.train.rows[0])
     _report_rows(examples, report)
-    counted = count_tokens(examples.train, name, tokenizer)
+    answers_only = bool(recipe.training.assistant_only_loss)
+    counted = count_tokens(examples.train, name, tokenizer, answers_only=answers_only)
     recipe = with_batch(with_defaults(recipe, load_config(source), counted, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
@@ -128,6 +136,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)
     method.start(model)
+    check_trained(model, report)
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)

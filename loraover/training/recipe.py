@@ -49,6 +49,11 @@ class Recipe(MethodKeys):
                 f"lora.init_lora_weights {start!r} changes the base weights, so no fold would be a plain LoRA; "
                 "train it with method lora"
             )
+        if self.method == "lora-over" and self.lora.use_dora:
+            raise ValueError(
+                "lora.use_dora: DoRA is more than a product B A, so no fold would be a plain LoRA; "
+                "train it with method lora"
+            )
         return self
 
     @model_validator(mode="after")

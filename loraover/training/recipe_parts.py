@@ -208,6 +208,11 @@ class Training(OpenPart):
         return not (self.bf16 or self.fp16)
 
     @property
+    def assistant_only_loss(self) -> bool | None:
+        """Whether TRL's SFTTrainer is to learn only the assistant's turns of `messages`; None: left open."""
+        return (self.model_extra or {}).get("assistant_only_loss")
+
+    @property
     def micro_batch(self) -> int:
         """Examples in a micro-batch, once that is known."""
         assert self.per_device_train_batch_size != AUTO

@@ -17,11 +17,12 @@ ARTIFACT = "loraover"
 def _to_wandb(args: Any, files: Sequence[Path]) -> None:
     import wandb
 
-    artifact = wandb.Artifact(f"{ARTIFACT}-{wandb.run.id}", type=ARTIFACT)
-    for file in files:
-        artifact.add_file(str(file))
-    wandb.run.log_artifact(artifact)
-    wandb.finish()  # which waits until the files are copied
+    if files:
+        artifact = wandb.Artifact(f"{ARTIFACT}-{wandb.run.id}", type=ARTIFACT)
+        for file in files:
+            artifact.add_file(str(file))
+        wandb.run.log_artifact(artifact)
+    wandb.finish()  # else the next run of this process would be logged into the same one
 
 
 def _to_mlflow(args: Any, files: Sequence[Path]) -> None:
@@ -32,6 +33,8 @@ def _to_mlflow(args: Any, files: Sequence[Path]) -> None:
 
 
 def _to_trackio(args: Any, files: Sequence[Path]) -> None:
+    if not files:
+        return
     import trackio
 
     run = trackio.init(project=args.project, name=args.run_name, space_id=args.trackio_space_id, resume="must")
@@ -47,7 +50,7 @@ TRACKERS: dict[str, Callable[[Any, Sequence[Path]], None]] = {
     "mlflow": _to_mlflow,
     "trackio": _to_trackio,
 }
-"""Functions that attach files to the run that has just ended, by the names that transformers has for the trackers."""
+"""Functions that attach files, if any, to the run that has just ended, by transformers' names for the trackers."""
 
 
 def proofs(adapter: Path) -> list[Path]:
@@ -71,6 +74,7 @@ def attach(args: Any, adapter: Path, report: Reporter) -> None:
         return
     with plain_copy(adapter) as plain:
         files = proofs(plain)
-        for name in trackers if files else ():
+        for name in trackers:
             TRACKERS[name](args, files)
-            report.line(f"attached to the run in {name}: {', '.join(file.name for file in files)}")
+            if files:
+                report.line(f"attached to the run in {name}: {', '.join(file.name for file in files)}")

@@ -366,4 +366,29 @@ TRAINING = (
         "rows=[row for i, row in enumerate(rows.rows) if (i in taken) or not is_test]",
         Selection("test_training_rows.py", "held_out_if_it_has_enough"),
     ),
+    Mutant(
+        "what precedes an assistant's first turn counts as learned",
+        "if answers_only else rows.rows",
+        "if not answers_only else rows.rows",
+        Selection("test_trainer_kinds.py", "mixture_with_tools"),
+    ),
+    # Trackers, which `LORAOVER_TRACKERS` has to name a Python for
+    Mutant(
+        "a run in wandb stays open for the next one",
+        "    wandb.finish()  # else",
+        "    # else",
+        Selection("test_trackers.py", "keep_losses"),
+    ),
+    Mutant(
+        "trackers are not given the reference",
+        "for name in (CERTIFICATE_FILE, REFERENCE_FILE)",
+        "for name in (CERTIFICATE_FILE,)",
+        Selection("test_trackers.py", "keep_losses"),
+    ),
+    Mutant(
+        "trackers are given what lies beside the cores",
+        "files = proofs(plain)",
+        "files = proofs(adapter)",
+        Selection("test_trackers.py", "keep_losses"),
+    ),
 )

@@ -1,4 +1,4 @@
-"""Trackers other than TensorBoard, without a network: each keeps a run's losses and its fold certificate.
+"""Trackers other than TensorBoard, without a network: each keeps a run's losses, certificate and reference.
 
 They are in an environment of their own, since TRL imports those that it finds, which takes seconds in every process.
 """
@@ -10,10 +10,18 @@ import os
 import sqlite3
 import subprocess
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.common.reporter import SILENT
+from loraover.training.push import CERTIFICATE_FILE
+from loraover.training.trackers import attach
+
+from support.plain_adapter import make_adapter
 from support.trained_run import losses
 
 pytestmark = pytest.mark.process
@@ -27,50 +35,69 @@ ENVIRONMENT = {
     "WANDB_CACHE_DIR": "{0}/cache",
     "WANDB_CONFIG_DIR": "{0}/config",
     "WANDB_ERROR_REPORTING": "false",
-    "MLFLOW_TRACKING_URI": "file://{0}/mlruns",
-    "MLFLOW_ALLOW_FILE_STORE": "true",  # which MLflow 3 refuses otherwise; its databases need all of MLflow
+    "MLFLOW_TRACKING_URI": "sqlite:///{0}/runs.db",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "TRACKIO_DIR": "{0}/trackio",
 }
 
 
-def test_trackers_keep_losses_and_the_certificate(recipe: Path, tmp_path: Path) -> None:
+TWO_RUNS = """
+import sys, loraover
+from loraover.cli import main
+plain = {"method": "lora", "training.max_steps": 1, "evaluation.examples": 0, "training.report_to": "wandb"}
+loraover.train(sys.argv[2], "first", overrides=plain)
+main()
+"""
+"""A run that leaves nothing to attach, and the command in the same process."""
+
+
+def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tmp_path: Path) -> None:
     python = os.environ.get("LORAOVER_TRACKERS", "")
     if not Path(python).is_file():
         pytest.skip("LORAOVER_TRACKERS names no Python that has wandb, mlflow and trackio; `make test` installs it")
-    words = [
-        "train",
-        str(recipe),
-        "-o",
-        "out",
-        "--set",
-        "evaluation.examples=0",
-        "--set",
-        "training.report_to=[wandb, mlflow, trackio]",
-    ]
-    call = [python, "-c", "from loraover.cli import main; main()", *words]
+    changes = ("evaluation.examples=0", "training.report_to=[wandb, mlflow, trackio]")
+    words = ["train", str(recipe), "-o", "out", "--record", *(word for one in changes for word in ("--set", one))]
+    call = [python, "-c", TWO_RUNS, *words]
     around = os.environ | {name: value.format(tmp_path) for name, value in ENVIRONMENT.items()}
     ran = subprocess.run(call, cwd=tmp_path, env=around, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
+    for name in ("wandb", "mlflow", "trackio"):
+        assert f"attached to the run in {name}: {CERTIFICATE_FILE}, {REFERENCE_FILE}\n" in ran.stdout
     expected = losses(tmp_path / "out")
+    reference = (tmp_path / "out" / "adapter" / REFERENCE_FILE).read_bytes()
 
-    (records,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")  # artifacts wait beside it for an upload
-    assert all(name in records.read_bytes() for name in (b"train/loss", b"fold_certificate.json"))
-    assert_passed(tmp_path.glob("data/artifacts/staging/*"))
+    runs = {file: file.read_bytes() for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}
+    assert len(runs) == 2
+    (records,) = (
+        file for file, content in runs.items() if CERTIFICATE_FILE.encode() in content
+    )  # copies wait beside it
+    named = (b"train/loss", REFERENCE_FILE.encode(), f"loraover-{records.stem.removeprefix('run-')}".encode())
+    assert [name for name in named if name not in runs[records]] == []
+    assert_attached(tmp_path.glob("data/artifacts/staging/*"), reference)
 
-    (metrics,) = tmp_path.glob("mlruns/*/*/metrics/loss")  # lines of time, value and step
-    lines = [line.split() for line in metrics.read_text().splitlines()]
-    assert {int(step): float(value) for _, value, step, *_ in lines} == expected
-    assert (metrics.parents[1] / "tags" / "mlflow.runName").read_text() == "out"
-    assert_passed((metrics.parents[1] / "artifacts" / "loraover").iterdir())
+    with closing(sqlite3.connect(tmp_path / "runs.db")) as database:
+        ((run, name, place),) = database.execute("select run_uuid, name, artifact_uri from runs").fetchall()
+        rows = database.execute("select step, value from metrics where run_uuid = ? and key = 'loss'", (run,))
+        assert dict(rows.fetchall()) == expected
+    assert name == "out"
+    assert_attached((Path(place) / "loraover").iterdir(), reference)
 
-    with sqlite3.connect(tmp_path / "trackio" / "huggingface.db") as database:
-        rows = database.execute("select run_name, metrics from metrics order by step").fetchall()
-    logged = [json.loads(row) for name, row in rows if name == "out"]
-    assert [row["train/loss"] for row in logged if "train/loss" in row] == [*expected.values()]
-    assert_passed(tmp_path.glob("trackio/artifacts/huggingface/blobs/*/*/*"))
+    with closing(sqlite3.connect(tmp_path / "trackio" / "huggingface.db")) as database:
+        logged = database.execute("select run_id, metrics from metrics where run_name = 'out' order by step").fetchall()
+        assert database.execute("select name from artifacts").fetchall() == [("loraover-out",)]
+        assert database.execute("select run_id from run_artifact_links").fetchall() == [(logged[0][0],)]
+    steps = [json.loads(row) for _, row in logged]
+    assert [row["train/loss"] for row in steps if "train/loss" in row] == [*expected.values()]
+    assert_attached(tmp_path.glob("trackio/artifacts/huggingface/blobs/*/*/*"), reference)
 
 
-def assert_passed(paths: Iterable[Path]) -> None:
-    """The only file is a certificate, whatever its name is."""
-    assert [json.loads(path.read_bytes())["verdict"] for path in paths] == ["passed"]
+def assert_attached(paths: Iterable[Path], reference: bytes) -> None:
+    """The files are a certificate and this reference, whatever their names are."""
+    found = {path.read_bytes() for path in paths}
+    assert reference in found
+    assert [json.loads(one)["verdict"] for one in found - {reference}] == ["passed"]
+
+
+def test_nothing_is_attached_where_nothing_is_proved(tmp_path: Path) -> None:
+    """An adapter without cores and reference starts no run, which the tracker, not installed here, would need."""
+    attach(SimpleNamespace(report_to=["trackio", "tensorboard"]), make_adapter(tmp_path, "Llama"), SILENT)

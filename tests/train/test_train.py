@@ -59,8 +59,11 @@ def test_a_run_folder_holds_what_it_should(done: Trained) -> None:
 
 def test_the_command_says_where_the_model_is(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert train(recipe, out, "--method", "full", "--steps", 1, "--set", "evaluation.before=false") == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"model: {out / 'model'}"
+    settings = ("--set", "evaluation.before=false", "--set", "training.bf16=true")
+    assert train(recipe, out, "--method", "full", "--steps", 1, *settings) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"model: {out / 'model'}"
+    assert any("numbers are trained in bfloat16" in line for line in printed)
     assert (out / "model" / "README.md").is_file()
 
 

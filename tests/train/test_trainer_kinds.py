@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import loraover
 import loraover.data.sources
@@ -19,12 +22,13 @@ from loraover.training.examples import load_examples
 from loraover.training.hf_trainer import to_dataset
 from loraover.training.plan import make_plan
 from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.recipe_parts import BATCH
 from loraover.training.trainers import TRAINERS
 
 from support.resumed_run import assert_same_run, killed, stopped
 from support.tiny_hub import save_llama, write_recipe
 from support.train_command import TURNS, train
-from support.trained_run import metrics
+from support.trained_run import losses, metrics, watched
 
 pytestmark = pytest.mark.process
 
@@ -137,6 +141,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
     "an unknown tracker": ({"training.report_to": "notebook"}, "training.report_to: notebook is not supported"),
+    "DoRA with cores": ({"lora.use_dora": True}, "lora.use_dora: DoRA is more than a product B A"),
+    "a head trained in float16": (
+        {"lora.modules_to_save": ["lm_head"], "model_init.dtype": "float16"},
+        "lm_head.* would be trained in float16",
+    ),
+    "all weights trained in float16": (
+        {"method": "full", "model_init.dtype": "float16"},
+        "embed_tokens.* would be trained in float16",
+    ),
     "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
     "a stream without an end": (
         {"data.streaming": True, "training.max_steps": None, "training.num_train_epochs": 1},
@@ -176,7 +189,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evaluation while training": {"training.eval_strategy": "steps", "training.eval_steps": "1"},
     "a tracker and a name": {"training.report_to": ["tensorboard"], "training.logging_first_step": "yes"},
     "fields of LoraConfig": {"lora.use_rslora": True, "lora.lora_dropout": "1e-1", "lora.exclude_modules": ["q_proj"]},
-    "attention": {"model_init.attn_implementation": "eager"},
+    "attention and a trained head": {
+        "model_init.attn_implementation": "eager",
+        "lora.modules_to_save": ["lm_head"],
+    },
     "weights in bfloat16": {"model_init.dtype": "bfloat16", "training.bf16": True},
     "nf4": {"model_init.quantization": "nf4"},
     "int8": {"model_init.quantization": "int8"},
@@ -199,6 +215,46 @@ def test_settings_of_other_libraries_reach_them(case: str, recipe: Path, tmp_pat
     assert ("eval_loss" in logged[2]) is (case == "evaluation while training")
     sites = read_checkpoint(tmp_path / "out" / "adapter").meta.sites
     assert any("q_proj" in site.name for site in sites) is (case != "fields of LoraConfig")
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert ("base_model.model.lm_head.weight" in saved) is ("head" in case)
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_base_of_4_bits(recipe: Path, tmp_path: Path) -> None:
+    """bitsandbytes packs weights for an evaluation on some CPUs, and the packed product has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    wide = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    changes = {"model": str(wide), "training.max_steps": 2, "evaluation.exact_match": False} | SETTINGS["nf4"]
+    runs = [
+        loraover.train(str(recipe), tmp_path / str(before), overrides=changes | {"evaluation.before": before})
+        for before in (True, False)
+    ]
+    assert runs[0].update_norm == runs[1].update_norm
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+def test_half_weights_other_ranks_and_a_chosen_batch(recipe: Path, tmp_path: Path) -> None:
+    changes = {
+        "model_init.dtype": "float16",
+        "lora.rank_pattern": {"q_proj": 2},
+        "training.per_device_train_batch_size": "auto",
+        "training.max_steps": 2,
+    }
+    with watched() as seen:
+        assert loraover.train(str(recipe), tmp_path / "out", overrides=changes).update_norm
+    layer = seen[0][0].model.base_model.model.model.layers[0].self_attn.q_proj
+    a = layer.lora_A["default"].weight
+    assert (layer.base_layer.weight.dtype, a.dtype, a.shape[0]) == (torch.float16, torch.float32, 2)
+    ran = load_recipe(str(tmp_path / "out" / "recipe.yaml")).training
+    assert ran.micro_batch * ran.gradient_accumulation_steps == BATCH
+
+
+def test_dora_and_a_trained_head_are_saved(recipe: Path, base: Path, tmp_path: Path) -> None:
+    changes = {"method": "lora", "lora.use_dora": True, "lora.modules_to_save": ["lm_head"], "training.max_steps": 2}
+    assert loraover.train(str(recipe), tmp_path / "out", overrides=changes).update_norm is None
+    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in saved)
+    head, start = saved["base_model.model.lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"]
+    assert 0 < (head - start).abs().max() < 1
 
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
@@ -222,6 +278,40 @@ def test_conversations_with_tools_are_learned(bases: dict[str, Path], tmp_path: 
     assert by_turn.lengths is not None
     assert by_talk.lengths is not None
     assert (by_turn.lengths.examples, by_talk.lengths.examples) == (8, 4)
+
+
+MARKED = (
+    "{% for tool in tools or () %}{{ '<tool>' + tool['function']['name'] }}{% endfor %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or () %}{{ '#' + call['function']['name'] }}{% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+"""Chat template that marks what the assistant generates, as `assistant_only_loss` needs."""
+
+
+def test_a_mixture_with_tools_trains_the_assistants_turns_only(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["chat"], tmp_path / "base")
+    (base / "chat_template.jinja").write_text(MARKED)
+    tools = rows_file(tmp_path / "tools.jsonl", [{"messages": [TALK[1], CALL], "tools": [TOOL]}] * 4)
+    talks = rows_file(tmp_path / "talks.jsonl", [{"messages": TALK}] * 20)
+    data = {"train": [{"path": tools, "weight": 3}, talks]}
+    training = {"max_steps": 2, "assistant_only_loss": True}
+    recipe = write_recipe(tmp_path / "r.yaml", base, data=data, training=training, evaluation={"examples": 0})
+    with watched() as seen:
+        assert loraover.train(str(recipe), tmp_path / "out").update_norm
+    trainer, learned = seen[0][0], list[str]()
+    for row in trainer.train_dataset:
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        learned.append(trainer.processing_class.decode([token for token, label in pairs if label != -100]))
+        assert trainer.processing_class.decode(row["input_ids"]).startswith("<tool>add" if row["tools"] else "<system>")
+    assert {*learned} == {"#add</s>", "2</s>#### 4</s>"}
+    assert learned.count("#add</s>") / len(learned) == pytest.approx(0.75, abs=0.1)
+    long = [{"messages": [{"role": "user", "content": "a" * 200}, TALK[2]]}]
+    for rows, message in ((long, "no example fits"), ([{"messages": TALK[:2]}], "row 1: messages holds no assistant")):
+        with pytest.raises(DataError, match=message):
+            loraover.train(str(recipe), tmp_path / "no", overrides={"data.train": rows_file(tmp_path / "r", rows)})
 
 
 def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:

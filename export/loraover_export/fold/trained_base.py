@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
@@ -53,7 +51,7 @@ def compare_bases(
     Args:
         folded: Folder of the adapter.
         source: The base model in full precision.
-        quantization: How bitsandbytes quantised it in training: nf4 or int8.
+        quantization: How `loraover train` had it quantised: nf4 or int8 of bitsandbytes.
         prompts_file: Text file with one prompt a line; None means a built-in set.
         report: Receiver of progress.
         device: Device to run on: cpu, cuda, auto, or one GPU such as cuda:1.
@@ -69,7 +67,8 @@ def compare_bases(
 
     report.line(f"loading the base model in full precision and as {quantization} to {device}")
     full = load_model(source, dtype=compute_dtype, task_type=adapter.config.task_type, device=device)
-    small = PeftModel.from_pretrained(_quantised(source, quantization, compute_dtype, device), str(folded)).eval()
+    small = load_model(source, dtype=compute_dtype, device=device, quantization=quantization)
+    small = PeftModel.from_pretrained(small, str(folded)).eval()
     difference, bases = RunningDeviation(), RunningDeviation()
     with reference_model(full, adapter) as over_full:
         for ids in prompts.batches:
@@ -81,25 +80,3 @@ def compare_bases(
     return TrainedBase(
         quantization=quantization, served=source.origin, difference=difference.result(), bases=bases.result()
     )
-
-
-def _quantised(source: ModelSource, quantization: str, compute_dtype: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from loraover.common.dtypes import COMPUTE_DTYPES
-
-    dtype = getattr(torch, COMPUTE_DTYPES[compute_dtype])
-    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    settings = BitsAndBytesConfig(**(how if quantization == "nf4" else {"load_in_8bit": True}))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            revision=source.revision,
-            dtype=dtype,
-            quantization_config=settings,
-            device_map={"": device},
-            trust_remote_code=False,
-        )
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{source.origin} cannot be quantised as {quantization} here: {error}") from error
-    return model.eval()
