@@ -47,7 +47,7 @@ def engines() -> Iterator[str]:
     lines = ["| `--engine` | engine | what it loads | parity | install |", "| --- | --- | --- | --- | --- |"]
     for name, entry in ENGINES.items():
         is_timed = "yes" if entry.is_timed else "no"
-        lines.append(f"| `{name}` | {entry.title} | {entry.takes} | {is_timed} | `{engine_class(name).hint}` |")
+        lines.append(f"| `{name}` | {entry.title} | {entry.takes} | {is_timed} | {engine_class(name).hint} |")
     yield "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import LlamaConfig
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
@@ -28,9 +28,9 @@ from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.provenance import host_peak_bytes
 
 from benchmarks.exports import in_child, table_of
-from benchmarks.fold_scaling import MODELS
+from benchmarks.shapes import MODELS
 
-SHAPES, VOCABULARY, HEADS, VALUE_HEADS = MODELS["Llama-3.1-70B"], 128256, 64, 8
+SHAPES = MODELS["Llama-3.1-70B"]
 RANK, SMALLER, LOHA_RANK = 16, 8, 4
 LIMIT = 2**32
 """Bytes of private memory that the kernel gives a process, imports included."""
@@ -52,20 +52,10 @@ class Cost(NamedTuple):
 
 def write_base(folder: Path, layers: int) -> None:
     """Write a base model in bf16, one file for each layer and one for all else; of all layers, the configuration."""
-    config = LlamaConfig(
-        hidden_size=SHAPES.hidden,
-        intermediate_size=SHAPES.intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=VALUE_HEADS,
-        vocab_size=VOCABULARY,
-        dtype=torch.bfloat16,
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
+    replace(SHAPES, layers=layers).config().save_pretrained(folder)
     if layers == SHAPES.layers:
         return
-    table, norm = (VOCABULARY, SHAPES.hidden), (SHAPES.hidden,)
+    table, norm = (SHAPES.vocabulary, SHAPES.hidden), (SHAPES.hidden,)
     files: dict[str, dict[str, tuple[int, ...]]] = {
         "ends.safetensors": {"model.embed_tokens": table, "lm_head": table, "model.norm": norm}
     }

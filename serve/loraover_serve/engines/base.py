@@ -92,7 +92,7 @@ class Engine(ABC):
     """Packages whose versions a report has, each with its distributions."""
 
     hint: ClassVar[str] = "pip install loraover"
-    """Command line that installs it."""
+    """How it is installed."""
 
     is_one_model: bool = False
     """Whether it has one model, whatever name a request has: the base model cannot be asked for beside the adapter."""

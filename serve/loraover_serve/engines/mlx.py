@@ -22,7 +22,7 @@ class MlxEngine(ElsewhereEngine, LogitEngine):
     name = "mlx"
     distributions = ("mlx-lm",)
     variable = "LORAOVER_MLX"
-    hint = "make mlx"
+    hint = "pip install mlx-lm, and mlx-cpu where it is no Mac, in an environment of its own"
 
     @classmethod
     @contextmanager

@@ -32,7 +32,7 @@ class OpenVinoEngine(ElsewhereEngine):
     name = "openvino"
     distributions = ("openvino-genai",)
     variable = "LORAOVER_OPENVINO"
-    hint = "make openvino"
+    hint = "pip install openvino-genai 'optimum-intel[openvino]', in an environment of its own"
 
     @classmethod
     @contextmanager
