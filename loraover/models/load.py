@@ -202,8 +202,10 @@ def _quantised(form: str, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     if form == "torchao-int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig
+        except ImportError as error:
+            raise ConfigError(f"quantization {form} needs torchao: pip install torchao") from error
         return TorchAoConfig(Int8WeightOnlyConfig())
     if form == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

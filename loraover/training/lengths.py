@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
     total: int
 
 
-def count_tokens(rows: Rows, name: str, tokenizer: Any, *, answers_only: bool = False) -> list[Tokens]:
+def count_tokens(rows: Rows, name: str, tokenizer: Any, *, answers_only: bool | None = None) -> list[Tokens]:
     """Count the tokens of each example as its trainer does.
 
     Args:

@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     rows = load_examples(without_evaluation(recipe), form).train if is_local else None
     tokens = None
     if rows is not None and tokenizer is not None:
-        tokens = count_tokens(rows, name, tokenizer, answers_only=bool(recipe.training.assistant_only_loss))
+        tokens = count_tokens(rows, name, tokenizer, answers_only=recipe.training.assistant_only_loss)
     recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
     training = recipe.training
     examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)

@@ -41,7 +41,7 @@ from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, with_processes, write_recipe
 from loraover.training.run_result import Lengths
-from loraover.training.trainers import TRAINERS, lora_options, make_arguments, trainer_name
+from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,6 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     named = pushed_base(recipe, source, report.line)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, output)  # refused before anything large is loaded
-    lora_options(recipe)
     for reward in recipe.reward_funcs:
         find_reward(reward)
     tokenizer = load_tokenizer(source)
@@ -118,8 +117,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         examples = load_examples(measured, row_form(recipe, name, tokenizer))
     check_chat(recipe, name, tokenizer, examples.train.rows[0])
     _report_rows(examples, report)
-    answers_only = bool(recipe.training.assistant_only_loss)
-    counted = count_tokens(examples.train, name, tokenizer, answers_only=answers_only)
+    counted = count_tokens(examples.train, name, tokenizer, answers_only=recipe.training.assistant_only_loss)
     recipe = with_batch(with_defaults(recipe, load_config(source), counted, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)

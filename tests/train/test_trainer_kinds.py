@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,14 @@ def test_an_evaluation_leaves_the_gradients_of_a_base_of_4_bits(recipe: Path, tm
     ]
     assert runs[0].update_norm == runs[1].update_norm
     assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+def test_a_missing_package_that_quantises_is_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ConfigError, match="pip install torchao"):
+        loraover.train(str(recipe), tmp_path / "out", overrides=SETTINGS["torchao"])
 
 
 def test_half_weights_other_ranks_and_a_chosen_batch(recipe: Path, tmp_path: Path) -> None:
