@@ -43,6 +43,7 @@ BENCHMARKS = (
     "fleet",
     "plugin",
     "planning",
+    "many_processes",
     "reference_check",
     "reference_size",
 )

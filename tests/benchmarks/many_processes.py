@@ -1,0 +1,103 @@
+"""`loraover train` in two processes on a CPU, with LoRA and LoRA-Over under each engine, and continued in one process.
+
+    torchrun --standalone --nproc-per-node N benchmarks/many_processes.py FOLDER NAME...
+
+takes part in the runs of these names, "<engine>-<method>", in FOLDER, and continues those that are there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.table import Table
+
+from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.training.run_result import read_run
+
+from benchmarks.exports import table_of
+from support.parallel_command import called, engine
+from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
+from support.processes import TORCHRUN, launched
+from support.tiny_hub import save_llama, write_recipe
+from support.trained_run import losses
+
+STEPS = 12
+METHODS = ("lora", "lora-over")
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+ROWS, RATE = 16, 1e-3
+
+
+def take_part(folder: Path, *names: str) -> None:
+    """Train or continue runs in this process, which a launcher has started."""
+    plain = PartialState.__init__
+    for name in names:
+        kind, _, method = name.partition("-")
+        PartialState.__init__ = plain
+        if kind == "fsdp2":
+            allow_fsdp_on_cpus()
+        words = [folder / "recipe.yaml", "-o", folder / name, *engine(kind), "--method", method, "--resume", "auto"]
+        found = called(*words)
+        if found["code"]:
+            sys.exit(f"{name}: {found['out']}{found['error']}")
+
+
+def measure() -> Iterator[Table]:
+    """Yield the table of engines."""
+    table = table_of(
+        "LoRA-Over beside LoRA in two processes, under each engine",
+        *("loss off", "step / LoRA's", "keys, LoRA", "keys", "goes on in one: loss off"),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = save_llama(folder / "base", **SIZES)
+        training = {
+            "max_steps": STEPS,
+            "save_steps": STEPS // 2,
+            "learning_rate": RATE,
+            "per_device_train_batch_size": ROWS,
+        }
+        data = {"train_examples": 2 * ROWS * STEPS}
+        recipe, twice = folder / "recipe.yaml", training | {"gradient_accumulation_steps": 2}
+        write_recipe(recipe, base, data=data, training=twice)
+        alone = called(recipe, "-o", folder / "alone", "--set", "evaluation.exact_match=false", "--method", METHODS[1])
+        assert alone["code"] == 0, alone["error"]
+        write_recipe(recipe, base, data=data, training=training)
+        launched(TORCHRUN, Path(__file__), folder, *(f"{kind}-{method}" for kind in ENGINES for method in METHODS))
+        for kind in ENGINES:
+            plain, over = (folder / f"{kind}-{method}" for method in METHODS)
+            expected, found, ratio = losses(folder / "alone"), losses(over), _step_s(over) / _step_s(plain)
+            keys = [f"{_keys(run)}" for run in (plain, over)]
+            (over / "run.json").unlink()
+            for left in (over / "adapter", over / "trainer" / f"checkpoint-{STEPS}"):
+                shutil.rmtree(left)
+            launched((*TORCHRUN[:-1], "1"), Path(__file__), folder, over.name)
+            row = (_off(found, expected), f"{ratio:.2f}", *keys, _off(losses(over), expected))
+            table.add_row(kind, *row)
+    yield table
+
+
+def _step_s(run: Path) -> float:
+    """Seconds of a step, with its part of both checkpoints."""
+    result = read_run(run)
+    return result.train_seconds / result.timed_steps
+
+
+def _keys(run: Path) -> int:
+    with open_tensors(run / "adapter" / TENSORS_FILE) as file:
+        return len(file.keys)
+
+
+def _off(found: Mapping[int, float], expected: Mapping[int, float]) -> str:
+    """Largest relative difference of a loss."""
+    return f"{max(abs(found[step] / loss - 1) for step, loss in expected.items()):.1e}"
+
+
+if __name__ == "__main__":
+    take_part(Path(sys.argv[1]), *sys.argv[2:])
