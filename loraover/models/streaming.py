@@ -21,7 +21,7 @@ from loraover.common.errors import ConfigError
 
 Change = Callable[[Tensor], Tensor]
 
-BLOCK_BYTES = 2**25
+BLOCK_BYTES = 2**23
 """Largest part of a linear layer's weight that is in memory at once, in its dtype."""
 
 
