@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_map_only
 
 from loraover.common.errors import ConfigError
 
-BLOCK_BYTES = 2**25
+Change = Callable[[Tensor], Tensor]
+
+BLOCK_BYTES = 2**23
 """Largest part of a linear layer's weight that is in memory at once, in its dtype."""
 
 
@@ -35,18 +37,23 @@ class StreamedWeight(Tensor):
         stored: Function that maps the weight into memory as it is in its file.
         like: Tensor of its shape and dtype.
         device: Its device.
+        change: Function that is applied to its rows when they are read; None: none is.
     """
 
     _stored: Callable[[], Tensor]
+    _change: Change | None
 
     @staticmethod
-    def __new__(cls, stored: Callable[[], Tensor], like: Tensor, device: torch.device) -> StreamedWeight:
+    def __new__(
+        cls, stored: Callable[[], Tensor], like: Tensor, device: torch.device, change: Change | None = None
+    ) -> StreamedWeight:
         made: StreamedWeight = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
-        made._stored = stored
+        made._stored, made._change = stored, change
         return made
 
     def _computed(self, stored: Tensor) -> Tensor:
-        return stored.to(self.device, self.dtype)
+        found = stored.to(self.device, self.dtype)
+        return found if self._change is None else self._change(found)
 
     def _read(self) -> Tensor:
         return self._computed(self._stored())
@@ -64,11 +71,11 @@ class StreamedWeight(Tensor):
     ) -> Any:
         weight, *more = args if args and isinstance(args[0], cls) else (None, *args)
         if func is torch.ops.aten.detach.default:  # nn.Parameter asks for it, and holds what it gets
-            return cls(weight._stored, weight, weight.device)
+            return cls(weight._stored, weight, weight.device, weight._change)
         if weight is not None and func._schema.is_mutable:
             raise RuntimeError(f"{func} would write to a weight that stays in its file.")
         with torch.inference_mode(False), torch.no_grad():  # a view of a weight has to be as ordinary as the weight
-            if weight is not None and (func.is_view or func is torch.ops.aten.embedding.default):
+            if weight is not None and (_takes_rows(func, more) or (func.is_view and weight._change is None)):
                 given = tree_map_only(Tensor, Tensor.cpu, (more, kwargs or {}))  # the tokens
                 part = func(weight._stored(), *given[0], **given[1])
                 return tree_map_only(Tensor, weight._computed, part)
@@ -79,11 +86,29 @@ class StreamedWeight(Tensor):
         return nn.Parameter(self._read().clone(), requires_grad=False)
 
 
+def change_rows(weight: Tensor, change: Change) -> Tensor:
+    """Return a weight with a function applied to its rows, which are those of a streamed weight when they are read.
+
+    Args:
+        weight: The weight.
+        change: The function, whose result for a row depends on no other row.
+    """
+    if not isinstance(weight, StreamedWeight):
+        return change(weight)
+    return StreamedWeight(weight._stored, weight, weight.device, change)
+
+
+def _takes_rows(func: Any, arguments: Any) -> bool:
+    """Whether an operation on a weight chooses rows of it."""
+    aten = torch.ops.aten
+    return func is aten.embedding.default or (func is aten.slice.Tensor and arguments[:1] in ([], [0]))
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b, with a large W in blocks of rows."""
     rows = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
     if rows >= len(weight):
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(x, weight[:], bias)
     blocks = (slice(start, start + rows) for start in range(0, len(weight), rows))
     return torch.cat([nn.functional.linear(x, weight[b], None if bias is None else bias[b]) for b in blocks], -1)
 

@@ -133,25 +133,27 @@ def measure() -> Iterator[Table]:
     """Yield the table of work in the shapes of the model."""
     table = table_of(
         f"Llama-3.1-70B in bf16, rank {RANK}, at most {LIMIT >> 30} GiB of memory, one thread",
-        "layers measured",
+        "measured",
         "s",
-        "peak",
-        f"s of {SHAPES.layers} layers",
-        f"peak of {SHAPES.layers} layers",
+        "GiB",
+        f"s, {SHAPES.layers} layers",
+        f"GiB, {SHAPES.layers} layers",
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for job, (verb, kind) in WITH_BASE.items():
             one, two = (_cost(folder, verb, kind, layers) for layers in (1, 2))
-            table.add_row(job, "2", *_shown(two), *(f"{cell}, extrapolated" for cell in _shown(two.extended(one))))
+            table.add_row(
+                job, "2 layers", *_shown(two), *(f"extrapolated {cell}" for cell in _shown(two.extended(one)))
+            )
         for job, (verb, kind) in ALONE.items():
             found = _shown(_cost(folder, verb, kind, SHAPES.layers))
-            table.add_row(job, str(SHAPES.layers), *found, *found)
+            table.add_row(job, f"{SHAPES.layers} layers", *found, *found)
     yield table
 
 
 def _shown(cost: Cost) -> tuple[str, str]:
-    return f"{cost.seconds:.0f} s", f"{cost.peak / 2**30:.2f} GiB"
+    return f"{cost.seconds:.0f}", f"{cost.peak / 2**30:.2f}"
 
 
 def _cost(folder: Path, verb: str, kind: str, layers: int) -> Cost:

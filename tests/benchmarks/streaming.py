@@ -25,11 +25,12 @@ from rich.table import Table
 from benchmarks.exports import MODEL, in_child, table_of
 
 RANK = 2
-LIMIT_MIB, MAX_MEMORY_GIB = 200, 0.1
+MAX_MEMORY_GIB = 0.1
 GROUPS = Path("/sys/fs/cgroup/memory")
 EVERY_S = 0.003
 QUESTIONS = "The train leaves at nine\nA farmer has 17 sheep\ndef is_even(number):\nWater boils at a lower\n"
-VERBS = ("fold --check-error", "record", "verify")
+LIMITS_MIB = {"fold --check-error": 200, "verify": 200, "record": 400}
+"""Limit of each piece of work; `record` also holds the logprobs of some thirty faulty models."""
 
 
 def make(folder: Path) -> None:
@@ -122,8 +123,8 @@ def measured(verb: str, folder: Path, limit: float | None, group: Path | None) -
 
 
 @contextmanager
-def limited() -> Iterator[Path | None]:
-    """Make a control group with the limit for a block; None where that is not allowed."""
+def limited(mib: int) -> Iterator[Path | None]:
+    """Make a control group with a limit for a block; None where that is not allowed."""
     group = GROUPS / f"loraover-{os.getpid()}"
     try:
         group.mkdir()
@@ -131,7 +132,7 @@ def limited() -> Iterator[Path | None]:
         yield None
         return
     try:
-        (group / "memory.limit_in_bytes").write_text(str(LIMIT_MIB * 2**20))
+        (group / "memory.limit_in_bytes").write_text(str(mib * 2**20))
         yield group
     finally:
         group.rmdir()
@@ -139,19 +140,21 @@ def limited() -> Iterator[Path | None]:
 
 def measure() -> Iterator[Table]:
     """Yield the table of checks with and without a limit."""
-    with tempfile.TemporaryDirectory() as scratch, limited() as group:
+    table = table_of(
+        "SmolLM2 in float32 from files in bf16, one thread",
+        "in memory, s",
+        "added MiB",
+        "from files, s",
+        "added MiB",
+        "limit",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         in_child(make, folder)
-        is_kept = "kept by the kernel" if group is not None else "not enforced here"
-        table = table_of(
-            f"SmolLM2 in float32 from files in bf16, one thread; limit of {LIMIT_MIB} MiB: {is_kept}",
-            "in memory, s",
-            "added MiB",
-            "from files, s",
-            "added MiB",
-        )
-        for verb in VERBS:
+        for verb, mib in LIMITS_MIB.items():
             run = partial(in_child, measured, verb, folder)
-            cells = [run(None, None), run(MAX_MEMORY_GIB, group)]
-            table.add_row(verb, *(cell for s, added in cells for cell in (f"{s:.0f}", f"{added / 2**20:.0f}")))
-        yield table
+            with limited(mib) as group:
+                cells = [run(None, None), run(MAX_MEMORY_GIB, group)]
+                kept = f"{mib} MiB" if group is not None else "none here"
+            table.add_row(verb, *(cell for s, added in cells for cell in (f"{s:.0f}", f"{added / 2**20:.0f}")), kept)
+    yield table

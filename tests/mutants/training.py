@@ -30,6 +30,49 @@ TRAINING = (
         "tensors = matrices.reshape(",
         Selection("test_moments.py", "transposed_jacobian"),
     ),
+    # Weights that stay in their files
+    Mutant(
+        "streamed-weight-takes-writes",
+        "if weight is not None and func._schema.is_mutable:",
+        "if False:",
+        Selection("test_streaming.py", "nothing_is_written"),
+    ),
+    Mutant(
+        "streamed-tied-weights-are-two",
+        "if place not in made:",
+        "if name:",
+        Selection("test_streaming.py", "logits_are"),
+    ),
+    Mutant(
+        "streamed-blocks-lose-their-biases",
+        "None if bias is None else bias[b]",
+        "None",
+        Selection("test_streaming.py", "in_blocks"),
+    ),
+    Mutant(
+        "streamed-view-is-not-converted",
+        "return tree_map_only(Tensor, weight._computed, part)",
+        "return part",
+        Selection("test_streaming.py", "logits_are"),
+    ),
+    Mutant(
+        "streams-what-was-allowed",
+        "room if max_memory_gib is None else max_memory_gib * 2**30",
+        "room",
+        Selection("test_record.py", "memory_is_told"),
+    ),
+    Mutant(
+        "streams-a-quantised-base",
+        "weights <= limit or is_quantised",
+        "weights <= limit",
+        Selection("test_quantised_base.py", "nf4"),
+    ),
+    Mutant(
+        "int8-weights-are-shared",
+        "tensor.dtype == torch.int8",
+        "tensor.dtype == torch.int16",
+        Selection("test_quantised_base.py", "int8"),
+    ),
     # The optimizer's hooks
     Mutant(
         "hooks-matrix-keeps-its-gradient",

@@ -34,9 +34,12 @@ IDS = torch.arange(2, 26)[None]
 
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in bf16, in several files."""
-    path = tmp_path_factory.mktemp("streamed")
-    MODELS[request.param]().bfloat16().save_pretrained(path, max_shard_size="20KB")
+    """A model in bf16, in several files, whose biases are not zero."""
+    path, model = tmp_path_factory.mktemp("streamed"), MODELS[request.param]()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for vector in (parameter for parameter in model.parameters() if parameter.ndim == 1):
+            vector.normal_()
+    model.bfloat16().save_pretrained(path, max_shard_size="20KB")
     return path
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.models.streaming import change_rows
 
 Round = Callable[[Tensor], Tensor]
 
@@ -111,7 +112,7 @@ def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
     def before(module: Any, args: tuple[Any, ...]) -> None:
         exact[module] = module.weight
         if module.weight.is_floating_point():  # else the base model is quantised, and its weights are coarse already
-            module.weight = nn.Parameter(format_.weights(module.weight), requires_grad=False)
+            module.weight = nn.Parameter(change_rows(module.weight, format_.weights), requires_grad=False)
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         module.weight = exact.pop(module)
