@@ -110,6 +110,7 @@ def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[d
         ("value", "training.optim is 'adamx'; did you mean"),
         ("uneven", "a step of this run has 3 micro-batches (3 process(es), gradient_accumulation_steps 1)"),
         ("cut", "evaluation.exact_match generates answers, which distributed.engine zero3 cannot"),
+        ("beside", "method soma changes weights or their states itself, which distributed.engine zero2 cuts"),
         ("apart", "no such YAML file"),
     ],
 )
