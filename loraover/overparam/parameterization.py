@@ -369,8 +369,7 @@ class OverParameterization:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._is_filling:
             return
-        view = self._attached()
-        view.leave()
+        (view := self._attached()).leave()
         for _, group in view.shown():
             group.clear_gradients()
             if group in self.followers:
@@ -379,9 +378,7 @@ class OverParameterization:
         if self._is_counted:  # a parent class's step, which this step called, has counted it
             return
         self._is_counted = True
-        if not view.ends_step():
-            return
-        if not is_skipped(optimizer):
+        if view.ends_step() and not is_skipped(optimizer):
             self.step += 1
         if self.schedule.is_due(self.step):
             self._hold_round()

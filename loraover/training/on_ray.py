@@ -65,23 +65,21 @@ def train_on_ray(
     """
     if resume != "auto":
         check_claim(output, resume=resume)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        ray_cluster(address) as ray,
-        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent.absolute()) as scratch,
-    ):
+    with ray_cluster(address) as ray:
         kind = _check_resources(ray.cluster_resources(), workers)
         report.line(f"run of {workers} worker(s) on Ray, each with one {kind}")
-        work = {
-            "recipe": recipe.model_dump(mode="json"),
-            "output": str(output),
-            "options": {"command": command, "record": record},
-            "folder": str(Path.cwd()),
-            "scratch": scratch,
-        }
-        with _followed(Path(scratch) / LINES, report):
-            _fit(work, workers, use_gpu=kind == "GPU")
-        _raise_refused(Path(scratch) / REFUSED)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent.absolute()) as scratch:
+            work = {
+                "recipe": recipe.model_dump(mode="json"),
+                "output": str(output),
+                "options": {"command": command, "record": record},
+                "folder": str(Path.cwd()),
+                "scratch": scratch,
+            }
+            with _followed(Path(scratch) / LINES, report):
+                _fit(work, workers, use_gpu=kind == "GPU")
+            _raise_refused(Path(scratch) / REFUSED)
     return read_run(output)
 
 

@@ -160,9 +160,9 @@ TRAINING = (
         Selection("test_zero.py", "every_stage"),
     ),
     Mutant(
-        "zero-steps-all-cores-with-each-group",
-        "for index, group in self._hosted if index == number]",
-        "for index, group in self._hosted]",
+        "zero-counts-a-step-for-each-group",
+        "return self._present()[1] == self._count - 1",
+        "return True",
         Selection("test_zero.py", "every_stage"),
     ),
     # Schedules, budgets and scores

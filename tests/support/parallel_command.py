@@ -63,6 +63,7 @@ REFUSED: dict[str, list[str]] = {
     "value": ["--set", "training.optim=adamx"],
     "uneven": halves("--set", "distributed.processes=3"),
     "cut": ["--set", "distributed.engine=zero3"],
+    "beside": ["--method", "soma", "--set", "distributed.engine=zero2"],
 }
 
 

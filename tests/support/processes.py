@@ -72,16 +72,19 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 """`accelerate launch`; --multi_gpu, because --cpu starts several processes by mpirun only. GPUs are not needed."""
 
 
-def launched(launcher: tuple[str, ...], script: Path, *arguments: object, fails: bool = False) -> None:
+def launched(
+    launcher: tuple[str, ...], script: Path, *arguments: object, fails: bool = False, limit_s: int = 560
+) -> None:
     """A script in two processes that a launcher starts, with the tests' own modules to import; fails where it fails.
 
     Args:
         fails: the script ends one of its processes by force.
+        limit_s: seconds after which the launcher is ended.
     """
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", *launcher, str(script), *map(str, arguments)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_s)
     assert (ended.returncode != 0) is fails, ended.stdout + ended.stderr
 
 

@@ -79,7 +79,9 @@ def test_two_workers_of_ray_train_as_one_process_does_and_start_again(
 
 def kill_a_worker(run: Path) -> None:
     """Kill one of the run's workers when a checkpoint is there."""
-    while not list(run.glob("trainer/checkpoint-*/complete.json")):
+    workers: list[psutil.Process] = []
+    while not (workers and any(run.glob("trainer/checkpoint-*/complete.json"))):
+        running = psutil.process_iter(["cmdline"])
+        workers = workers or [p for p in running if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
         time.sleep(0.01)
-    workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in " ".join(p.cmdline())]
     os.kill(workers[0].pid, signal.SIGKILL)
