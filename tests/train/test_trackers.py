@@ -1,6 +1,7 @@
 """Trackers other than TensorBoard, without a network: each keeps a run's losses, certificate and reference.
 
-They are in an environment of their own, since TRL imports those that it finds, which takes seconds in every process.
+They are in an environment of their own, with torchao, since TRL and transformers import what they find, which takes
+seconds in every process.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ ENVIRONMENT = {
 TWO_RUNS = """
 import sys, loraover
 from loraover.cli import main
-plain = {"method": "lora", "training.max_steps": 1, "evaluation.examples": 0, "training.report_to": "wandb"}
-loraover.train(sys.argv[2], "first", overrides=plain)
+plain = {"method": "lora", "training.max_steps": 2, "evaluation.examples": 0, "training.report_to": "wandb"}
+loraover.train(sys.argv[2], "first", overrides=plain | {"model_init.quantization": "torchao-int8"})
 main()
 """
-"""A run that leaves nothing to attach, and the command in the same process."""
+"""A run that leaves nothing to attach, on a base that torchao has quantised, and the command in the same process."""
 
 
 def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tmp_path: Path) -> None:
@@ -63,6 +64,7 @@ def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tm
     assert ran.returncode == 0, ran.stderr[-4000:]
     for name in ("wandb", "mlflow", "trackio"):
         assert f"attached to the run in {name}: {CERTIFICATE_FILE}, {REFERENCE_FILE}\n" in ran.stdout
+    assert len(losses(tmp_path / "first")) == 2
     expected = losses(tmp_path / "out")
     reference = (tmp_path / "out" / "adapter" / REFERENCE_FILE).read_bytes()
 

@@ -197,7 +197,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights in bfloat16": {"model_init.dtype": "bfloat16", "training.bf16": True},
     "nf4": {"model_init.quantization": "nf4"},
     "int8": {"model_init.quantization": "int8"},
-    "torchao": {"model_init.quantization": "torchao-int8"},
 }
 
 
@@ -205,8 +204,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_settings_of_other_libraries_reach_them(case: str, recipe: Path, tmp_path: Path) -> None:
     if case in ("nf4", "int8"):
         pytest.importorskip("bitsandbytes")
-    if case == "torchao":
-        pytest.importorskip("torchao")
     wide = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)  # a block of nf4 has 64 numbers
     changes = {"model": str(wide), "training.max_steps": 2, "evaluation.exact_match": False} | SETTINGS[case]
     result = loraover.train(str(recipe), tmp_path / "out", overrides=changes)
@@ -238,7 +235,7 @@ def test_a_missing_package_that_quantises_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ConfigError, match="pip install torchao"):
-        loraover.train(str(recipe), tmp_path / "out", overrides=SETTINGS["torchao"])
+        loraover.train(str(recipe), tmp_path / "out", overrides={"model_init.quantization": "torchao-int8"})
 
 
 def test_half_weights_other_ranks_and_a_chosen_batch(recipe: Path, tmp_path: Path) -> None:

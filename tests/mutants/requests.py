@@ -1,0 +1,102 @@
+"""Faults of `loraover`: experts, requests, recipes, data and trackers."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, Selection
+
+REQUESTS = (
+    # Experts
+    Mutant(
+        "experts run slowest in the columns of B",
+        "return stack.view(len(stack), -1, self.experts)[..., self.expert]",
+        "return stack.view(len(stack), self.experts, -1)[:, self.expert]",
+        Selection("test_expert_stacks.py", "deltas"),
+    ),
+    Mutant(
+        "square experts of an old PEFT are read as they are",
+        "    return not is_present\n",
+        "    return False\n",
+        Selection("test_expert_stacks.py", "deltas"),
+    ),
+    Mutant(
+        "the gradient of an expert is read after it was cleared",
+        "else total.clone()  # clear_gradient overwrites the stack's",
+        "else total",
+        Selection("test_experts.py", "autograd"),
+    ),
+    Mutant(
+        "experts without cores are taken from the optimizer",
+        "taken[id(site.parameter)] == site.part.experts]",
+        "taken[id(site.parameter)] >= 1]",
+        Selection("test_experts.py", "other_experts"),
+    ),
+    Mutant(
+        "messages of a thread name keywords to a command's user",
+        "submit(copy_context().run, work, *arguments)",
+        "submit(work, *arguments)",
+        Selection("test_convert_refused.py", "one_message"),
+    ),
+    # Requests
+    Mutant(
+        "an argument is given without the one that it needs",
+        "if needs and self._is_given(name) and not self._is_given(needs):",
+        "if needs and self._is_given(name) and not self._is_given(name):",
+        Selection("test_requests.py", "in_their_own_words"),
+    ),
+    Mutant(
+        "a recorded command line has defaults that were converted",
+        "bool(value == self.converted(self.default)[0])",
+        "bool(value == self.default)",
+        Selection("test_requests.py", "makes_the_same_request"),
+    ),
+    # Recipes and data
+    Mutant(
+        "an example counts as cut by its prompt alone",
+        "if one.total > max_length]",
+        "if one.prompt > max_length]",
+        Selection("test_lengths.py", "what_is_cut_is_counted"),
+    ),
+    Mutant(
+        "the token that ends a text is not counted",
+        "totals = [end + max(",
+        "totals = [max(",
+        Selection("test_lengths.py", "those_that_trl_trains_on"),
+    ),
+    Mutant(
+        "all calls of tools have the keys of all others",
+        "features=Features(plain.features | nested))",
+        "features=None)",
+        Selection("test_trainer_kinds.py", "other_rows_call_tools"),
+    ),
+    Mutant(
+        "held-out rows of a file are trained on",
+        "rows=[row for i, row in enumerate(rows.rows) if (i in taken) is is_test]",
+        "rows=[row for i, row in enumerate(rows.rows) if (i in taken) or not is_test]",
+        Selection("test_training_rows.py", "held_out_if_it_has_enough"),
+    ),
+    Mutant(
+        "what precedes an assistant's first turn counts as learned",
+        "if answers_only else rows.rows",
+        "if not answers_only else rows.rows",
+        Selection("test_trainer_kinds.py", "mixture_with_tools"),
+    ),
+    # Trackers, which `LORAOVER_TRACKERS` has to name a Python for
+    Mutant(
+        "a run in wandb stays open for the next one",
+        "    wandb.finish()  # else",
+        "    # else",
+        Selection("test_trackers.py", "keep_losses"),
+    ),
+    Mutant(
+        "trackers are not given the reference",
+        "for name in (CERTIFICATE_FILE, REFERENCE_FILE)",
+        "for name in (CERTIFICATE_FILE,)",
+        Selection("test_trackers.py", "keep_losses"),
+    ),
+    Mutant(
+        "trackers are given what lies beside the cores",
+        "files = proofs(plain)",
+        "files = proofs(adapter)",
+        Selection("test_trackers.py", "keep_losses"),
+    ),
+)
