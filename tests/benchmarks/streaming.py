@@ -29,7 +29,7 @@ MAX_MEMORY_GIB = 0.1
 GROUPS = Path("/sys/fs/cgroup/memory")
 EVERY_S = 0.003
 QUESTIONS = "The train leaves at nine\nA farmer has 17 sheep\ndef is_even(number):\nWater boils at a lower\n"
-LIMITS_MIB = {"fold --check-error": 200, "verify": 200, "record": 400}
+LIMITS_MIB = {"fold --check-error": 200, "verify": 200, "record": 600}
 """Limit of each piece of work; `record` also holds the logprobs of some thirty faulty models."""
 
 

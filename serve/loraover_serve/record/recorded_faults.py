@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row
@@ -57,10 +58,10 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         variants: The base model with changed adapters.
         subject: The adapter.
     """
-    scaled = [(FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f)), f) for f in FACTORS]
+    scaled = ((FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f)), f) for f in FACTORS)
     left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
-    known = [(each, None) for find in FAULTS for each in find(subject) if each.fault not in left]
-    for each, factor in [*known, *scaled]:
+    known = ((each, None) for find in FAULTS for each in find(subject) if each.fault not in left)
+    for each, factor in chain(known, scaled):  # each is an adapter, and only one is held
         model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
         rows = [
             Row(index, position, model.at(index, position))
