@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from rich.table import Table
@@ -30,7 +31,12 @@ from support.trained_run import losses
 STEPS = 12
 METHODS = ("lora", "lora-over")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
-SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+}
 ROWS, RATE = 16, 1e-3
 
 
