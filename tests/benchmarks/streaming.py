@@ -29,8 +29,8 @@ MAX_MEMORY_GIB = 0.1
 GROUPS = Path("/sys/fs/cgroup/memory")
 EVERY_S = 0.003
 QUESTIONS = "The train leaves at nine\nA farmer has 17 sheep\ndef is_even(number):\nWater boils at a lower\n"
-LIMITS_MIB = {"fold --check-error": 200, "verify": 200, "record": 600}
-"""Limit of each piece of work; `record` also holds the logprobs of some thirty faulty models."""
+LIMITS_MIB = {"fold --check-error": 200, "verify": 200}
+"""Limit of each piece of work; `record` was killed by one of 400, since it also holds the logprobs of faulty models."""
 
 
 def make(folder: Path) -> None:
@@ -59,14 +59,12 @@ def make(folder: Path) -> None:
 def check(verb: str, folder: Path, name: str, limit: float | None) -> None:
     """Do one piece of work on a model."""
     from loraover_export import fold_checkpoint
-    from loraover_serve import record_adapter, verify_adapter
+    from loraover_serve import verify_adapter
 
     options: dict[str, Any] = {"device": "cpu", "max_memory_gib": limit}
     questions: dict[str, Any] = {"prompts": folder / "questions.txt", "new_tokens": 2}
     folded = folder / f"{name}-folded"
-    if verb == "record":
-        record_adapter(folded, output=folder / "reference.json.gz", force=True, **questions, **options)
-    elif verb == "verify":
+    if verb == "verify":
         assert verify_adapter(folded, engines=["torch"], **questions, **options).verdict == "as trained"
     else:
         output = folder / "output"
