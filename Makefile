@@ -65,16 +65,16 @@ demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
 	@echo "Is it as fast as a plain LoRA? make demo-parity"
 
 # Does the folded adapter cost what a plain LoRA costs, on ONNX Runtime and on the real vLLM? Exit 3 says that a run was too short.
-PARITY := $(BIN)/loraover serve parity --checkpoint $(RUN)/lora-over/adapter
 demo-parity: vllm $(RUN)/demo/adapter_config.json
 	rm -rf $(addprefix $(RUN)/,lora parity parity-vllm)
 	$(BIN)/loraover train demo --method lora -o $(RUN)/lora
 	$(BIN)/loraover export onnx $(RUN)/lora/adapter $(RUN)/lora-over/adapter --name lora --name lora-over -o $(RUN)/swappable \
 		--mode swappable --force
-	$(PARITY) --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --engine onnx --graph $(RUN)/swappable \
-		--num-prompts 32 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
+	$(BIN)/loraover serve parity --adapter $(RUN)/folded --baseline $(RUN)/lora/adapter --checkpoint $(RUN)/lora-over/adapter \
+		--engine onnx --graph $(RUN)/swappable --num-prompts 32 --prompt-tokens 16 --new-tokens 8 -o $(RUN)/parity || test $$? -eq 3
 	$(BIN)/loraover export vllm $(RUN)/lora/adapter -o $(RUN)/lora-vllm --force
-	$(PARITY) --adapter $(RUN)/demo --baseline $(RUN)/lora-vllm --engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
+	$(BIN)/loraover serve parity --adapter $(RUN)/demo --baseline $(RUN)/lora-vllm --checkpoint $(RUN)/lora-over/adapter \
+		--engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
 
 $(RUN)/demo/adapter_config.json:
 	$(MAKE) demo

@@ -110,16 +110,21 @@ def test_a_failure_is_told_and_what_was_measured_is_kept(tmp_path: Path, monkeyp
 def test_a_measurement_that_takes_too_long_is_ended_and_one_of_another_commit_is_taken_again(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text(json.dumps({"seconds": 1.0, "place": {"commit": "old"}}))
     began = time.monotonic()
-    part = replace(PARTS["rates"], limit_s=0.5)
+    part = replace(PARTS["rates"], limit_s=0.05)
     seconds, found, reason = run_part("rates", "tiny", part, tmp_path, {"commit": "new"}, math.inf)
-    assert 0.5 <= seconds < time.monotonic() - began + 0.1 < 10
+    assert 0.05 <= seconds < time.monotonic() - began + 0.1 < 10
     assert not found
-    assert "Its process was ended after 0 s" in reason or "Its process was ended after 1 s" in reason
+    assert "Its process was ended after 0 s" in reason
 
 
 @pytest.mark.process
 def test_make_gpu_begins_its_time_before_it_installs() -> None:
-    done = subprocess.run(["make", "--dry-run", "gpu", "GPU=--part rates"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "gpu", "GPU=--part rates"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     last = done.stdout.splitlines()[-1]
     assert last.endswith("--part rates")
     assert abs(float(last.split("--since ")[1].split()[0]) - time.time()) < 60

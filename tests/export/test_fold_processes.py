@@ -29,7 +29,7 @@ from support.refusals import fold, only_error
 
 pytestmark = pytest.mark.process
 
-WHOLE = {CONFIG, TENSORS, "fold_certificate.json", "fold.html", "figures", "README.md"}
+WHOLE = {CONFIG, TENSORS, "fold_certificate.json", "fold.html", "README.md"}
 
 
 @pytest.fixture

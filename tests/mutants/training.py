@@ -65,13 +65,13 @@ TRAINING = (
         "streams-a-quantised-base",
         "weights <= limit or is_quantised",
         "weights <= limit",
-        Selection("test_quantised_base.py", "nf4"),
+        Selection("test_quantised_base.py", "quantised_base"),
     ),
     Mutant(
         "int8-weights-are-shared",
         "tensor.dtype == torch.int8",
         "tensor.dtype == torch.int16",
-        Selection("test_quantised_base.py", "int8"),
+        Selection("test_quantised_base.py", "quantised_base"),
     ),
     # The optimizer's hooks
     Mutant(

@@ -73,8 +73,8 @@ WATCHING = (
     ),
     Mutant(
         "memory-more-than-there-is-is-tried",
-        "if total is not None and needs.width(compute_dtype) * needs.weights > total:",
-        "if total is None:",
+        "limit = room if max_memory_gib is None else",
+        "limit = None if max_memory_gib is None else",
         Selection("test_record.py", "memory_is_told"),
     ),
     Mutant(

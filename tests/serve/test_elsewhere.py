@@ -32,9 +32,9 @@ def test_an_engine_in_this_environment_needs_no_variable(here: type[MlxEngine]) 
 @pytest.mark.parametrize("engine", [MlxEngine, OpenVinoEngine], ids=lambda engine: engine.name)
 def test_a_missing_engine_says_how_to_get_it(engine: type[ElsewhereEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(engine.variable, raising=False)
-    assert engine.lacking(REQUEST) == (
-        f"make {engine.name}, and name its python with {engine.variable} ({engine.variable} is not set)"
-    )
+    named = f", and name its python with {engine.variable} ({engine.variable} is not set)"
+    assert engine.lacking(REQUEST) == engine.hint + named
+    assert engine.hint.startswith("pip install ")
     for python in ("/nowhere/bin/python", "/bin/sh"):
         monkeypatch.setenv(engine.variable, python)
         assert engine.installed() is None

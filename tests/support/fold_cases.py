@@ -25,7 +25,7 @@ LORA: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
 }
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
-FILES = ADAPTER | {"fold_certificate.json", "fold.html", "figures", "README.md"}
+FILES = ADAPTER | {"fold_certificate.json", "fold.html", "README.md"}
 Q_A, Q_B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{kind}.weight" for kind in "AB")
 """Names of the tensors of the first query projection."""
 HALF = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}

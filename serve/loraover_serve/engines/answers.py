@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,13 +81,28 @@ class GreedyAnswer:
     rows: tuple[Row, ...] = ()
 
 
-def window_rows(index: int, question: Question, logits: Any) -> list[Row]:
-    """Rows of the last positions of a question, from the logits of its last positions, (positions, vocabulary)."""
+def window_rows(index: int, question: Question, logits: Any, *, in_file: bool = False) -> list[Row]:
+    """Rows of the last positions of a question, from the logits of its last positions, (positions, vocabulary).
+
+    Args:
+        index: Index of the question.
+        question: The question.
+        logits: The logits.
+        in_file: Whether the rows are kept in a file.
+    """
     kept = np.asarray(logits, dtype=np.float64)[-len(question.window) :]
     kept -= kept.max(-1, keepdims=True)
     kept -= np.log(np.exp(kept).sum(-1, keepdims=True))
-    logprobs = kept.astype(np.float32)
+    logprobs = in_a_file(kept.astype(np.float32)) if in_file else kept.astype(np.float32)
     return [Row(index, position, row) for position, row in zip(question.window, logprobs, strict=True)]
+
+
+def in_a_file(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A copy in a file without a name, whose memory the kernel may take back."""
+    with tempfile.TemporaryFile() as file:
+        held = np.memmap(file, np.float32, "w+", shape=numbers.shape)
+    held[:] = numbers
+    return np.asarray(held)
 
 
 def paired(one: Rows, other: Rows) -> list[tuple[Row, Row]]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row
+import numpy as np
+
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row, in_a_file
 from loraover_serve.judge.base_faults import FEW
 from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
 from loraover_serve.record.pack import Place, likeliest, pack_variant
@@ -63,12 +65,14 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
     known = ((each, None) for find in FAULTS for each in find(subject) if each.fault not in left)
     for each, factor in chain(known, scaled):  # each is an adapter, and only one is held
         model = variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
-        rows = [
-            Row(index, position, model.at(index, position))
-            for index, question in enumerate(reference.questions[:NAMED])
-            for position in question.answered
-        ]
-        yield RecordedFault(ADAPTER, each.fault, each.detail, Expected(rows), NAMED, factor)
+        yield RecordedFault(ADAPTER, each.fault, each.detail, _kept(model, reference), NAMED, factor)
+
+
+def _kept(model: Expected, reference: Reference) -> Expected:
+    """The model's logprobs of the first questions, in a file."""
+    places = list(_places(reference))
+    held = in_a_file(np.stack([model.at(*place) for place in places]))
+    return Expected([Row(*place, row) for row, place in zip(held, places, strict=True)])
 
 
 def many_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
@@ -92,8 +96,11 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
 def faulty_tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
     """The likeliest tokens of faulty models, by the index of the place."""
     found: dict[int, set[int]] = {}
-    places = [(q, position) for q, each in enumerate(reference.questions[:NAMED]) for position in each.answered]
-    for index, place in enumerate(places):
+    for index, place in enumerate(_places(reference)):
         rows = (fault.model.at(*place) for fault in faults)
         found[index] = {i for row in rows for i in likeliest(row, KEPT_OF_FAULTS)}
     return found
+
+
+def _places(reference: Reference) -> Iterator[tuple[int, int]]:
+    return ((q, position) for q, each in enumerate(reference.questions[:NAMED]) for position in each.answered)

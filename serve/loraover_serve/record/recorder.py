@@ -54,7 +54,6 @@ TOP = 20  # logprobs that most servers give
 KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
 NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
 MEASURED = 16  # questions on which rounding is measured
-FAULTY = 30  # faults of the entire adapter, about, whose logprobs are held at once
 
 
 class RecordReport(BaseModel):
@@ -164,7 +163,7 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     dtype = request.compute_dtype
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
-    rows = (HELD * len(prompts) + FAULTY * NAMED) * request.new_tokens
+    rows = HELD * len(prompts) * request.new_tokens
     longest = max(map(len, prompts)) + request.new_tokens
     place: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory_gib": request.max_memory_gib}
     base = fit_reference("PyTorch", adapter, base, rows=rows, longest=longest, say=say, **place)

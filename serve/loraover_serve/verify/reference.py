@@ -121,9 +121,10 @@ def make_reference(
         questions = tuple(
             Question(p, _first(answer.token_ids, ends)) for p, answer in zip(prompts, answers, strict=True)
         )
-        plain = {arm: _rows(engine, arm, questions) for arm in (BASE, ADAPTER)}
+        read = partial(_rows, engine, questions=questions, in_file=base.is_streamed)
+        plain = {arm: read(arm) for arm in (BASE, ADAPTER)}
         coarse = partial(rounding, format_=as_served("bf16", dtype))
-        rounded = {arm: _rows(engine, arm, questions, within=coarse) for arm in (BASE, ADAPTER)}
+        rounded = {arm: read(arm, within=coarse) for arm in (BASE, ADAPTER)}
     moved = {arm: _rms(plain[arm], rounded[arm]) for arm in (BASE, ADAPTER)}
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     expected = {arm: Expected(plain[arm]) for arm in (BASE, ADAPTER)}
@@ -144,9 +145,11 @@ def _ends(base: ModelSource) -> frozenset[int]:
     return frozenset(found) if isinstance(found, list) else frozenset() if found is None else frozenset({found})
 
 
-def _rows(engine: TorchEngine, arm: str, questions: Sequence[Question], within: Within = nullcontext) -> list[Row]:
-    found = engine.logits(arm, (question.tokens for question in questions), within=within)
-    return [row for index, logits in enumerate(found) for row in window_rows(index, questions[index], logits)]
+def _rows(
+    engine: TorchEngine, arm: str, questions: Sequence[Question], *, in_file: bool, within: Within = nullcontext
+) -> list[Row]:
+    found = enumerate(engine.logits(arm, (question.tokens for question in questions), within=within))
+    return [row for i, logits in found for row in window_rows(i, questions[i], logits, in_file=in_file)]
 
 
 def _rms(one: Sequence[Row], other: Sequence[Row]) -> float:

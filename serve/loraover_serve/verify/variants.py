@@ -138,8 +138,9 @@ class Variants:
     def _run(self, prompts: int | None = None, before: Sequence[int] = ()) -> Expected:
         questions = self._questions[:prompts]
         found = model_logits(self.model, ([*before, *question.tokens] for question in questions))
+        rows = partial(window_rows, in_file=self._base.is_streamed)
         asked = enumerate(zip(questions, found, strict=True))
-        return Expected([row for index, (question, logits) in asked for row in window_rows(index, question, logits)])
+        return Expected([row for index, (question, logits) in asked for row in rows(index, question, logits)])
 
 
 @contextmanager
