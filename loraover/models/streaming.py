@@ -8,6 +8,7 @@ is on the CPU and the disk only.
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,11 @@ Change = Callable[[Tensor], Tensor]
 
 BLOCK_BYTES = 2**23
 """Largest part of a linear layer's weight that is in memory at once, in its dtype."""
+
+
+MMAP_THRESHOLD, GIVEN_BACK_BYTES = -3, 2**18
+"""Parameter of glibc's mallopt, and the smallest block that goes back to the kernel when it is freed. By itself, glibc
+raises it to 32 MiB, so that weights which were released would stay with the process."""
 
 
 @final
@@ -118,6 +124,9 @@ def in_files() -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]:
 
     The folder takes weights that transformers changes when it loads them, such as experts that it stacks.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries than glibc have none
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, GIVEN_BACK_BYTES)
     folder = tempfile.TemporaryDirectory(prefix="loraover-weights-")
     return {"device_map": {"": "disk"}, "offload_folder": folder.name}, folder
 

@@ -29,8 +29,8 @@ MAX_MEMORY_GIB = 0.1
 GROUPS = Path("/sys/fs/cgroup/memory")
 EVERY_S = 0.003
 QUESTIONS = "The train leaves at nine\nA farmer has 17 sheep\ndef is_even(number):\nWater boils at a lower\n"
-LIMITS_MIB = {"fold --check-error": 200, "verify": 200}
-"""Limit of each piece of work; `record` was killed by one of 400, since it also holds the logprobs of faulty models."""
+LIMITS_MIB = {"fold --check-error": 200, "verify": 200, "record": 280}
+"""Limit of each piece of work; `record` was killed by one of 256."""
 
 
 def make(folder: Path) -> None:

@@ -102,6 +102,7 @@ def in_a_file(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
     with tempfile.TemporaryFile() as file:
         held = np.memmap(file, np.float32, "w+", shape=numbers.shape)
     held[:] = numbers
+    held.flush()  # a page that is not on the disk yet cannot be taken
     return np.asarray(held)
 
 
