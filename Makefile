@@ -46,17 +46,17 @@ demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
 	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/demo
 	@echo
 	@echo "== 4/5 Record what PyTorch answers, beside the adapter"
-	@$(BIN)/loraover serve record $(RUN)/demo --prompts docs/examples/questions.txt
+	@$(BIN)/loraover serve record $(RUN)/folded --prompts docs/examples/questions.txt
 	@echo
 	@echo "== 5/5 Serve it on vLLM, beside a copy whose scaling was lost, and check both by the reference"
 	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
 	@test -x "$(LORAOVER_VLLM)" || { cat $(RUN)/install-vllm.log; exit 1; }
-	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/demo $(RUN)/verified
+	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/verified
 	@echo
 	@echo "== What you have now, in $(RUN)"
 	@echo "lora-over/adapter      the LoRA-Over checkpoint: A, B and their cores"
-	@echo "folded                 the plain LoRA, with its certificate and fold.html"
-	@echo "demo                   the same for vLLM, with its reference; loraover serve up $(RUN)/demo serves it"
+	@echo "folded                 the plain LoRA, with its certificate, its reference and fold.html"
+	@echo "demo                   the same for vLLM; loraover serve up $(RUN)/demo serves it"
 	@echo "verified/verify.html   what the check found: look at it"
 	@echo
 	@echo "== What to do next"

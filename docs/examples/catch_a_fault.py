@@ -16,6 +16,7 @@ with tempfile.TemporaryDirectory() as scratch:
     lost = Path(scratch) / f"{adapter.name}-scaling-lost"
     shutil.copytree(adapter, lost, ignore=shutil.ignore_patterns("adapter_reference*"))
     config = json.loads((lost / "adapter_config.json").read_text())
+    assert config["lora_alpha"] != config["r"], "this adapter has a scaling of 1, which cannot be lost"
     (lost / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["r"]}))  # a scaling of 1
     with serve_adapters([adapter, lost], options=["--dtype", "float32"]) as server:
         report = verify_adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_serving_from_python(
     with socket.socket() as probe:  # other tests start servers on port 8000 at the same time
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", probe.getsockname()[1])
-    run_script("export_vllm", folded, tmp_path / "mine")
+    mine = Path(shutil.copytree(folded, tmp_path / "mine"))
     capsys.readouterr()
     started: list[psutil.Process] = []
 
@@ -253,8 +254,8 @@ def test_serving_from_python(
             started.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
 
     monkeypatch.setattr("loraover_serve.serve_adapters", asked_once_more)
-    record_adapter(tmp_path / "mine", prompts=EXAMPLES / "questions.txt", device="cpu")
-    report = run_script("catch_a_fault", tmp_path / "mine", tmp_path / "verified")["report"]
+    record_adapter(mine, prompts=EXAMPLES / "questions.txt", device="cpu")
+    report = run_script("catch_a_fault", mine, tmp_path / "verified")["report"]
     right, lost = report.engines
     assert (right.verdict, lost.verdict, lost.fault) == ("as trained", "differs", SCALED), report
     assert (tmp_path / "verified" / "verify.html").is_file()
