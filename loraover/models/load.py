@@ -118,6 +118,15 @@ def resolve_model(
     return ModelSource(name, name, commit, f"hub {name}@{commit[:12]}")
 
 
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+"""Class of transformers that loads a model for each of PEFT's tasks."""
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -149,22 +158,14 @@ def load_model(
 
     from loraover.models.streaming import in_files, read_when_used
 
-    place = choose_device(device)
-
-    auto = {
-        "CAUSAL_LM": transformers.AutoModelForCausalLM,
-        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    }
-    kind = task_type or "CAUSAL_LM"
-    if kind not in auto:
-        raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(auto)}.")
+    place, kind = choose_device(device), task_type or "CAUSAL_LM"
+    if kind not in AUTO_CLASSES:
+        raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
     placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
     if source.is_streamed:
         placed, folder = in_files()
     try:
-        model = auto[kind].from_pretrained(
+        model = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(
             source.location,
             revision=source.revision,
             dtype=getattr(torch, COMPUTE_DTYPES[dtype]),

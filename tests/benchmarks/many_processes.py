@@ -1,20 +1,13 @@
-"""`loraover train` in two processes on a CPU, with LoRA and LoRA-Over under each engine, and continued in one process.
-
-    torchrun --standalone --nproc-per-node N benchmarks/many_processes.py FOLDER NAME...
-
-takes part in the runs of these names, "<engine>-<method>", in FOLDER, and continues those that are there.
-"""
+"""`loraover train` in two processes on a CPU: LoRA and LoRA-Over under each engine, and continued in one process."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.table import Table
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
@@ -22,9 +15,8 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.training.run_result import read_run
 
 from benchmarks.exports import table_of
-from support.parallel_command import called, engine
-from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
-from support.processes import TORCHRUN, launched
+from support.parallel_command import called
+from support.processes import TESTS, TORCHRUN, launched
 from support.tiny_hub import save_llama, write_recipe
 from support.trained_run import losses
 
@@ -38,20 +30,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
 }
 ROWS, RATE = 16, 1e-3
-
-
-def take_part(folder: Path, *names: str) -> None:
-    """Train or continue runs in this process, which a launcher has started."""
-    plain = PartialState.__init__
-    for name in names:
-        kind, _, method = name.partition("-")
-        PartialState.__init__ = plain
-        if kind == "fsdp2":
-            allow_fsdp_on_cpus()
-        words = [folder / "recipe.yaml", "-o", folder / name, *engine(kind), "--method", method, "--resume", "auto"]
-        found = called(*words)
-        if found["code"]:
-            sys.exit(f"{name}: {found['out']}{found['error']}")
+SCRIPT = TESTS / "support" / "parallel_resized.py"
 
 
 def measure() -> Iterator[Table]:
@@ -75,7 +54,7 @@ def measure() -> Iterator[Table]:
         alone = called(recipe, "-o", folder / "alone", "--set", "evaluation.exact_match=false", "--method", METHODS[1])
         assert alone["code"] == 0, alone["error"]
         write_recipe(recipe, base, data=data, training=training)
-        launched(TORCHRUN, Path(__file__), folder, *(f"{kind}-{method}" for kind in ENGINES for method in METHODS))
+        launched(TORCHRUN, SCRIPT, recipe, *(f"{kind}-{method}" for kind in ENGINES for method in METHODS))
         for kind in ENGINES:
             plain, over = (folder / f"{kind}-{method}" for method in METHODS)
             expected, found, ratio = losses(folder / "alone"), losses(over), _step_s(over) / _step_s(plain)
@@ -83,7 +62,7 @@ def measure() -> Iterator[Table]:
             (over / "run.json").unlink()
             for left in (over / "adapter", over / "trainer" / f"checkpoint-{STEPS}"):
                 shutil.rmtree(left)
-            launched((*TORCHRUN[:-1], "1"), Path(__file__), folder, over.name)
+            launched((*TORCHRUN[:-1], "1"), SCRIPT, recipe, over.name)
             row = (_off(found, expected), f"{ratio:.2f}", *keys, _off(losses(over), expected))
             table.add_row(kind, *row)
     yield table
@@ -103,7 +82,3 @@ def _keys(run: Path) -> int:
 def _off(found: Mapping[int, float], expected: Mapping[int, float]) -> str:
     """Largest relative difference of a loss."""
     return f"{max(abs(found[step] / loss - 1) for step, loss in expected.items()):.1e}"
-
-
-if __name__ == "__main__":
-    take_part(Path(sys.argv[1]), *sys.argv[2:])

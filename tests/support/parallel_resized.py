@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc-per-node N support/parallel_resized.py RECIPE NAME...
 
-The runs lie beside RECIPE, and those that are there are continued. A name is that of an engine, or "<engine>-lora" for
-a run of plain LoRA, whose step is not yet shared by two processes when it begins.
+The runs lie beside RECIPE, and those that are there are continued. A name is that of an engine, or "<engine>-<method>"
+for a run of that method, whose step the recipe alone gives.
 """
 
 from __future__ import annotations
