@@ -59,13 +59,15 @@ def make(folder: Path) -> None:
 def check(verb: str, folder: Path, name: str, limit: float | None) -> None:
     """Do one piece of work on a model."""
     from loraover_export import fold_checkpoint
-    from loraover_serve import verify_adapter
+    from loraover_serve import record_adapter, verify_adapter
 
     options: dict[str, Any] = {"device": "cpu", "max_memory_gib": limit}
     questions: dict[str, Any] = {"prompts": folder / "questions.txt", "new_tokens": 2}
     folded = folder / f"{name}-folded"
     if verb == "verify":
         assert verify_adapter(folded, engines=["torch"], **questions, **options).verdict == "as trained"
+    elif verb == "record":
+        record_adapter(folded, output=folder / "reference.json.gz", force=True, **questions, **options)
     else:
         output = folder / "output"
         assert fold_checkpoint(folder / f"{name}-checkpoint", output, check_error=True, force=True, **options).passed
