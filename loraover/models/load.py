@@ -56,6 +56,7 @@ class ModelSource:
         stand_in: Record of the stand-in if this is one, else None.
         moved: Record of adapters that were trained on a stand-in and are to be used on this model, else None.
         is_streamed: Whether `load_model` leaves the weights in their files, and each is read whenever it is used.
+        is_spread: Whether `load_model` spreads the layers over all GPUs, as accelerate does.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ModelSource:
     stand_in: StandIn | None = None
     moved: Moved | None = None
     is_streamed: bool = False
+    is_spread: bool = False
 
     def facts(self) -> dict[str, str]:
         """Return rows of a model card about weights that differ from the hub's; none for other models."""
@@ -162,6 +164,8 @@ def load_model(
     if kind not in AUTO_CLASSES:
         raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
     placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
+    if source.is_spread:
+        placed = {"device_map": "auto"}
     if source.is_streamed:
         placed, folder = in_files()
     try:

@@ -87,7 +87,8 @@ def fit_base(
         max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
 
     Returns:
-        The base model, which is streamed if its weights are larger, and not quantised.
+        The base model, which is spread over all GPUs if its weights are larger and there is room on all of them
+        together, and else streamed; a quantised one stays as it is.
     """
     free, weights = free_memory(device), needs.width(compute_dtype) * needs.weights
     has = "" if free is None else f"; {device} has {_gib(free)} free"
@@ -98,6 +99,10 @@ def fit_base(
     is_quantised = getattr(load_config(base), "quantization_config", None) is not None
     if limit is None or weights <= limit or is_quantised:
         return base
+    gpus = [free_memory(f"cuda:{index}") or 0 for index in range(found_devices()["cuda"])] if device == "cuda" else []
+    if max_memory_gib is None and weights <= ROOM * sum(gpus) - len(gpus) * rest:
+        say(f"the base model's weights, {_gib(weights)}, do not fit on one GPU: its layers are spread over {len(gpus)}")
+        return replace(base, is_spread=True)
     say(
         f"the base model's weights, {_gib(weights)}, do not fit into {_gib(max(0, limit))}: they stay in their files, "
         "and each is read whenever it is used"

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from loraover.common.errors import ConfigError
-from loraover.models import streaming
+from loraover.common.reporter import SILENT
+from loraover.models import memory, streaming
 from loraover.models.load import load_model, resolve_model
+from loraover.models.memory import Needs, fit_base
 from loraover.models.streaming import StreamedWeight
 from loraover.reference.reference_model import sharing_weights
 
@@ -43,8 +45,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path
 
 
-def load(folder: Path, *, is_streamed: bool = True, **options: Any) -> Any:
-    return load_model(replace(resolve_model(str(folder)), is_streamed=is_streamed), **options)
+def load(folder: Path, *, is_streamed: bool = True, is_spread: bool = False, **options: Any) -> Any:
+    source = replace(resolve_model(str(folder)), is_streamed=is_streamed, is_spread=is_spread)
+    return load_model(source, **options)
 
 
 @torch.inference_mode()
@@ -131,3 +134,37 @@ def test_a_head_that_no_file_holds_is_refused(tmp_path: Path) -> None:
     MODELS["Llama"]().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"the files have no score\.weight"):
         load(tmp_path, task_type="SEQ_CLS")
+
+
+GIB = 2**30
+PLACES = {
+    "one GPU": (12, 1, {}, (False, False)),
+    "all GPUs": (9, 2, {}, (False, True)),
+    "not all GPUs, each of which needs room for activations": (6, 2, {}, (True, False)),
+    "the first GPU": (9, 1, {}, (True, False)),
+    "one GPU by its number": (9, 2, {"device": "cuda:1"}, (True, False)),
+    "a limit": (9, 2, {"max_memory_gib": 1.0}, (True, False)),
+}
+"""Free GiB of each GPU, their number, options, and whether a model of 9 GiB is then streamed or spread."""
+
+
+@pytest.mark.parametrize(("free", "count", "options", "expected"), PLACES.values(), ids=PLACES)
+def test_a_model_that_fits_on_all_gpus_only_is_spread_over_them(
+    free: int,
+    count: int,
+    options: dict[str, Any],
+    expected: tuple[bool, bool],
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: free * GIB)
+    monkeypatch.setattr(memory, "found_devices", lambda: {"cpu": 1, "cuda": count, "mps": 0})
+    needs = Needs(weights=9 * GIB // 4, adapters=GIB // 4, tokens=1, per_token=0)
+    asked = {"device": "cuda", "compute_dtype": "fp32", "needs": needs, "say": SILENT.line, **options}
+    found = fit_base("The check", resolve_model(str(base)), **asked)
+    assert (found.is_streamed, found.is_spread) == expected
+
+
+def test_a_model_that_is_spread_computes_what_it_computes_in_one_place(folder: Path) -> None:
+    whole, spread = load(folder, is_streamed=False), load(folder, is_streamed=False, is_spread=True)
+    assert logits(spread).cpu().equal(logits(whole))
