@@ -29,8 +29,8 @@ MAX_MEMORY_GIB = 0.1
 GROUPS = Path("/sys/fs/cgroup/memory")
 EVERY_S = 0.003
 QUESTIONS = "The train leaves at nine\nA farmer has 17 sheep\ndef is_even(number):\nWater boils at a lower\n"
-LIMITS_MIB = {"fold --check-error": 200, "verify": 200, "record": 280}
-"""Limit of each piece of work; `record` was killed by one of 256."""
+VERBS = ("fold --check-error", "verify", "record")
+LIMIT_MIB = 200
 
 
 def make(folder: Path) -> None:
@@ -123,7 +123,7 @@ def measured(verb: str, folder: Path, limit: float | None, group: Path | None) -
 
 
 @contextmanager
-def limited(mib: int) -> Iterator[Path | None]:
+def limited() -> Iterator[Path | None]:
     """Make a control group with a limit for a block; None where that is not allowed."""
     group = GROUPS / f"loraover-{os.getpid()}"
     try:
@@ -132,7 +132,7 @@ def limited(mib: int) -> Iterator[Path | None]:
         yield None
         return
     try:
-        (group / "memory.limit_in_bytes").write_text(str(mib * 2**20))
+        (group / "memory.limit_in_bytes").write_text(str(LIMIT_MIB * 2**20))
         yield group
     finally:
         group.rmdir()
@@ -151,10 +151,10 @@ def measure() -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         in_child(make, folder)
-        for verb, mib in LIMITS_MIB.items():
+        for verb in VERBS:
             run = partial(in_child, measured, verb, folder)
-            with limited(mib) as group:
+            with limited() as group:
                 cells = [run(None, None), run(MAX_MEMORY_GIB, group)]
-                kept = f"{mib} MiB" if group is not None else "none here"
+                kept = f"{LIMIT_MIB} MiB" if group is not None else "none here"
             table.add_row(verb, *(cell for s, added in cells for cell in (f"{s:.0f}", f"{added / 2**20:.0f}")), kept)
     yield table
