@@ -234,6 +234,7 @@ def test_bert_merged_with_its_classifier(bert: Bert, tmp_path: Path) -> None:
     assert [check.greedy for check in report.checks] == [None]
 
 
+@pytest.mark.matrix
 def test_bert_swappable(bert: Bert, tmp_path: Path) -> None:
     report = exported("BERT", bert.folder / "plain", tmp_path / "out", "--mode", "swappable")
     assert not report.cache
@@ -281,6 +282,7 @@ def gpt2_graphs(gpt2: tuple[Path, Any]) -> dict[str, Path]:
     return graphs
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["merged", "swappable"])
 def test_gpt2_without_a_cache(mode: str, gpt2: tuple[Path, Any], gpt2_graphs: dict[str, Path]) -> None:
     _, model = gpt2

@@ -33,7 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", OPTIONS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.matrix] * (name in ("Gemma2", "Phi3"))) for name in OPTIONS]
+)
 def test_a_sliding_window_shorter_than_the_text(family: str, tmp_path: Path) -> None:
     exports = make_exports(family, tmp_path, sliding_window=WINDOW, **OPTIONS[family])
     assert_model(exports, PROMPT, TOKENS, SLIDING)

@@ -224,7 +224,7 @@ def node(scripts: Path, *arguments: str | Path) -> subprocess.CompletedProcess[s
     return subprocess.run(words, cwd=scripts, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.matrix)])
 def test_the_example_decodes_with_each_adapter(precision: str, web: Web, scripts: Path, tmp_path: Path) -> None:
     graph = web.graph
     if precision == "fp16":

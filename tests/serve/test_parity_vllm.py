@@ -33,6 +33,7 @@ from support.vllm_command import leaks_in_mixed_batches, vllm_command
 pytestmark = pytest.mark.engine
 
 NEW_TOKENS = 2
+REQUESTS = 80
 COPIES = {VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}
 SHARED_BATCH = pytest.mark.xfail(
     reason="vllm-project/vllm#48421: on a CPU, requests for the base model get the weights of an adapter in their batch"
@@ -60,10 +61,10 @@ class Load:
 
 @pytest.fixture(scope="module")
 def load(served: Served) -> Load:
-    """200 requests at random, 16 at once."""
+    """Requests at random, 16 at once."""
     models = {BASE: served.source.location, VANILLA: "vanilla", FOLDED: "folded"}
     draw = random.Random(0)
-    asked = [(draw.choice(list(models)), draw.randrange(len(served.prompts))) for _ in range(200)]
+    asked = [(draw.choice(list(models)), draw.randrange(len(served.prompts))) for _ in range(REQUESTS)]
 
     def answer(request: tuple[str, int]) -> tuple[str, int, Logprobs]:
         model, prompt = request
@@ -85,7 +86,7 @@ def test_under_mixed_load_every_model_says_what_it_says_alone(
 ) -> None:
     if model == BASE and leaks_in_mixed_batches():
         request.applymarker(SHARED_BATCH)
-    assert len(load.mixed) == 200
+    assert len(load.mixed) == REQUESTS
     own, *others = (load.distance(model, other) for other in (model, *load.alone.keys() - {model}))
     print(f"{model}: {own:.4f} nats from its own answers, {others} from the others'")
     assert own < min(others) / 3

@@ -105,6 +105,7 @@ def test_so_many_answers_show_a_share_without_the_adapter(share: float) -> None:
     assert share_found(found) <= share < share_found(found - 1)
 
 
+@pytest.mark.matrix
 def test_the_page_of_results_has_what_checks_by_references_decide() -> None:
     """One row of the table, made anew; no right server of any row differs."""
     assert f"| {' | '.join(row(engines()[0], TOPS[0]))} |" in PAGE.read_text(encoding="utf-8")
