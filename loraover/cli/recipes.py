@@ -18,6 +18,7 @@ class RecipesRequest(Request):
     """
 
     verb = "loraover recipes"
+    extra = "train"
     examples = (
         "loraover recipes",
         "loraover recipes demo > my-recipe.yaml",

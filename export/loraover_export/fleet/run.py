@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
+from loraover.common.extras import missing_package
 from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.sources.address import is_elsewhere
@@ -55,7 +56,8 @@ class Guarded:
             reason = str(error) if row.address == source else _of_address(str(error), fetched)
             row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
         except Exception as error:  # one adapter must not end the others, whatever a library makes of it
-            row = row.model_copy(update={"reason": f"{type(error).__name__}: {error}. Please report this."})
+            reason = missing_package(error) or f"{type(error).__name__}: {error}. Please report this."
+            row = row.model_copy(update={"reason": reason})
         return row.model_copy(update={"seconds": perf_counter() - started})
 
 

@@ -21,11 +21,7 @@ from loraover.common.file_lock import hold_lock
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
-from loraover_export.combine.shrink import shrink_adapter
-from loraover_export.convert.approximate import FullRankError
 from loraover_export.convert.need import named_base, why_convert
-from loraover_export.convert.run import convert_adapter
-from loraover_export.fold.run import fold_checkpoint
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
@@ -208,6 +204,8 @@ def _as_lora(
     rank = read_source(source).rank
     if ranks.largest is None or rank <= ranks.largest:
         return source, None
+    from loraover_export.combine.shrink import shrink_adapter
+
     shrunk = draft / "converted"
     certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, ranks), dtype=target.dtype)
     return shrunk, _kept(certificate, shrunk, draft)
@@ -216,8 +214,13 @@ def _as_lora(
 def _converted(
     source: Path, target: Target, ranks: Ranks, draft: Path, reason: str
 ) -> tuple[Path, LoraCertificate | None]:
+    from loraover_export.convert.approximate import FullRankError
+    from loraover_export.convert.run import convert_adapter
+
     plain, output = source, draft / "converted"
     if (source / META_FILE).is_file():
+        from loraover_export.fold.run import fold_checkpoint
+
         plain = draft / "folded"
         fold_checkpoint(source, plain)
     convert = partial(convert_adapter, plain, output, model=target.base(), dtype=target.dtype)
