@@ -17,11 +17,10 @@ from loraover.models.load import ModelSource
 FAMILIES = (
     *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
     *("granite", "helium", "lfm2", "llama", "mistral", "nemotron", "olmo", "olmo2"),
-    *("opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
 )
 """Types of decoders, by transformers' names, whose files name every matrix as transformers names its module."""
-EMBEDDINGS = ("embed_tokens", "embed_positions")
-HEAD = "lm_head"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -71,6 +70,8 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
         shapes = _shapes(source, config_file.parent)
     except (CheckpointError, OSError) as error:
         raise _needs_torch(source, f"the headers of its weights cannot be read ({error})") from error
+    if f"{EMBEDDING}.weight" not in shapes:
+        raise _needs_torch(source, f"its files hold no {EMBEDDING}, so transformers alone knows their names")
     is_tied = config.tie_word_embeddings
     is_tied = f"{HEAD}.weight" not in shapes if is_tied is None else is_tied
     return ModelFacts(
@@ -100,15 +101,23 @@ def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
     names = set(read_json(index, _Index).weight_map.values()) if index.is_file() else {SINGLE}
     found: dict[str, tuple[int, ...]] = {}
     if not Path(source.location).is_dir() and not all((folder / name).is_file() for name in names):
-        from huggingface_hub import get_safetensors_metadata
-
-        for file in get_safetensors_metadata(source.location, revision=source.revision).files_metadata.values():
-            found |= {key: tuple(tensor.shape) for key, tensor in file.tensors.items()}
-        return found
+        return _shapes_on_hub(source)
     for name in sorted(names):
         with open_tensors(folder / name) as opened:
             found |= {key: opened.shape(key) for key in opened.keys}
     return found
+
+
+def _shapes_on_hub(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    import httpx2
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        files = get_safetensors_metadata(source.location, revision=source.revision).files_metadata.values()
+    except (httpx2.HTTPError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(str(error)) from error
+    return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> dict[str, ModuleFacts]:
@@ -119,16 +128,15 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> dict[str, 
         for count in range(1, len(parts) + 1):
             found.setdefault(".".join(parts[:count]), ModuleFacts("other", "module without a matrix"))
         if parameter == "weight" and len(shape) == 2:
-            found[path] = _matrix(parts[-1], (shape[0], shape[1]))
-    embedding = next((path for path in found if path.endswith(EMBEDDINGS[0])), None)
-    weight = found[embedding].weight if embedding is not None else None
+            found[path] = _matrix(path, (shape[0], shape[1]))
+    weight = found[EMBEDDING].weight
     if is_tied and weight is not None:
         found.setdefault(HEAD, _matrix(HEAD, weight))
     return found
 
 
-def _matrix(name: str, shape: tuple[int, int]) -> ModuleFacts:
-    """Describe an embedding, or a linear layer whose features are in the opposite order of its weight's."""
-    if name in EMBEDDINGS:
+def _matrix(path: str, shape: tuple[int, int]) -> ModuleFacts:
+    """Describe the embedding, or a linear layer, whose weight is (out_features, in_features)."""
+    if path == EMBEDDING:
         return ModuleFacts("embedding", "Embedding", shape, shape)
     return ModuleFacts("linear", "Linear", (shape[1], shape[0]), shape)

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
+from loraover.common.extras import missing_package
 from loraover.common.later import has_torch, torch
 from loraover.common.verb import verb
 from loraover.common.version import __version__
@@ -111,7 +112,7 @@ def find_engines(points: Iterable[EntryPoint]) -> tuple[list[ListedEngine], list
         try:
             engines += [ListedEngine.model_validate(found, from_attributes=True) for found in point.load()()]
         except Exception as error:  # another package's code: whatever is wrong with it is what the user asked for
-            faults.append(f"{point.value} failed: {type(error).__name__}: {error}")
+            faults.append(missing_package(error) or f"{point.value} failed: {type(error).__name__}: {error}")
     return engines, faults
 
 
