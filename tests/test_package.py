@@ -67,7 +67,7 @@ def stranger(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages = next(p for p in folder.rglob("site-packages") if p.is_dir())
     for other in needed(PROJECT["dependencies"], {}).values():
         for name in {file.parts[0] for file in other.files or []} - {"..", "__pycache__"}:
-            (packages / name).symlink_to(other.locate_file(name))
+            (packages / name).symlink_to(str(other.locate_file(name)))
     return scripts
 
 

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraover.checkpoint.error_bounds import gamma
+from loraover.checkpoint.error_bounds import U64, gamma
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.errors import FoldError
 from loraover.common.later import torch
-from loraover_export.numerics.delta import U64, Delta
+from loraover_export.numerics.delta import Delta
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-from loraover.checkpoint.error_bounds import gamma
+from loraover.checkpoint.error_bounds import U64, gamma
 from loraover.common.later import torch
 from loraover_export.convert.source import Adapter, Config, Module
-from loraover_export.numerics.delta import U64
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
 
 if TYPE_CHECKING:
