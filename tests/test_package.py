@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from importlib.metadata import Distribution, distribution, packages_distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from loraover.common.extras import EXTRAS
+from loraover.common.version import __version__
 
 pytestmark = pytest.mark.process
 
@@ -106,6 +109,49 @@ def names_of(extra: str) -> set[str]:
     for one in map(Requirement, PROJECT["optional-dependencies"][extra]):
         names |= {one.name} if one.name != PROJECT["name"] else {n for e in one.extras for n in names_of(e)}
     return names
+
+
+def test_the_recipe_for_conda_has_the_commands_and_requirements_of_the_base() -> None:
+    recipe = yaml.safe_load((ROOT / "release" / "recipe.yaml").read_text())
+    found = recipe["requirements"]["run"]
+    found[0] = found[0].replace("${{ python_min }}", recipe["context"]["python_min"])
+    wanted = [f"python{PROJECT['requires-python']}", *PROJECT["dependencies"]]
+    one, other = (
+        [(canonicalize_name(r.name), r.specifier) for r in map(Requirement, names)] for names in (found, wanted)
+    )
+    assert one == other
+    assert recipe["build"]["python"]["entry_points"] == [f"{name} = {at}" for name, at in PROJECT["scripts"].items()]
+    assert recipe["about"]["summary"] == PROJECT["description"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [
+        ("v9.9", "the tag is v9.9, and loraover/common/version.py has"),
+        (f"v{__version__}", "write the day of the release"),
+    ],
+    ids=["another version", "no day"],
+)
+def test_a_tag_needs_its_version_and_a_day_in_the_changelog(tag: str, message: str) -> None:
+    if f"## {__version__}, unreleased" not in (ROOT / "CHANGELOG.md").read_text():
+        pytest.skip("the present version has its day")
+    command = [sys.executable, ROOT / "release" / "make.py", "--tag", tag]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_workflows_call_targets_of_make_and_only_the_last_job_publishes() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for file in (ROOT / ".github" / "workflows").iterdir():
+        workflow = yaml.safe_load(file.read_text())
+        runs = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+        called = [words.split()[1] for words in runs if words.startswith("make ")]
+        assert called
+        assert set(called) <= {*targets}
+        assert workflow["permissions"] == {"contents": "read"}
+        trusted = [name for name, job in workflow["jobs"].items() if "id-token" in job.get("permissions", {})]
+        assert trusted == (["publish"] if file.name == "release.yml" else [])
 
 
 @pytest.mark.parametrize("module", ["loraover.cli", "loraover_export.cli", "loraover_serve.cli"])
