@@ -18,7 +18,6 @@ class RecipesRequest(Request):
     """
 
     verb = "loraover recipes"
-    extra = "train"
     examples = (
         "loraover recipes",
         "loraover recipes demo > my-recipe.yaml",
