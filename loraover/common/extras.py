@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("accelerate", "sentencepiece", "tensorboard", "trl"), ("train",)),
     "lm_eval": ("eval",),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), ("export",)),
+    "gguf": ("llamacpp", "train"),
     "llama_cpp_py_sync": ("llamacpp",),
     **dict.fromkeys(("OpenSSL", "cryptography", "model_signing"), ("sign",)),
     "prometheus_client": ("watch",),

@@ -6,21 +6,27 @@ import itertools
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
 
+from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.checkpoint.header_facts import FAMILIES, facts_of_headers
 from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError, FoldError
 from loraover.models.load import resolve_model
+from loraover_export.gguf.families import FAMILIES as GGUF_FAMILIES
+from loraover_export.gguf.families import tensor_name
+from loraover_export.gguf.target import expert_tensors
 from loraover_export.uniform.folder import write_uniform
 from loraover_export.uniform.write_plain import STORAGE, write_plain
 
 from strategies import normal
 from support.make_checkpoint import edit_tensors
 from support.plain_adapter import tiny_decoder, write_adapter
+from support.tiny_experts import EXPERT_SIZES
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SCALINGS = {"power of two": 8, "another": 6, "below one": 1}
@@ -48,6 +54,21 @@ def test_headers_say_of_a_family_what_its_class_says(family: str, tmp_path: Path
     for name in ("architecture", "model_type", "dtype", "vocabulary", "layers", "heads", "key_value_heads", "is_tied"):
         assert getattr(found, name) == (getattr(built, name) or getattr(found, name)), name
     assert found.experts == built.experts == {}
+
+
+@pytest.mark.parametrize("family", sorted(GGUF_FAMILIES))
+def test_names_of_matrices_are_those_of_the_gguf_package(family: str) -> None:
+    with torch.device("meta"):
+        model = tiny_decoder(family.removesuffix("ForCausalLM"), **(EXPERT_SIZES if "Moe" in family else {}))
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == GGUF_FAMILIES[family].name)
+    names = gguf.get_tensor_name_map(kind, 2)
+    matrices = [name.removesuffix(".weight") for name, weight in model.named_parameters() if weight.ndim == 2]
+    assert len(matrices) > 8
+    assert {path: tensor_name(path) for path in matrices} == {path: names.get_name(path) for path in matrices}
+    for path in find_expert_weights(model):
+        parts = ("gate_proj", "up_proj") if path.endswith("gate_up_proj") else ("down_proj",)
+        owner = path.rpartition(".")[0]
+        assert expert_tensors(path) == [names.get_name(f"{owner}.{part}") for part in parts]
 
 
 @pytest.mark.parametrize(

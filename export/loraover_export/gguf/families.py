@@ -10,6 +10,7 @@ in llama.cpp by tests/export/test_gguf_families.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,25 @@ FAMILIES = {
     "SmolLM3ForCausalLM": Family("smollm3", interleaved=True),
 }
 """Families by the model class that `config.json` names."""
+
+TENSORS = {
+    **{"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
+    **{"self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv"},
+    **{"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
+    **{"mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps"},
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+"""llama.cpp's names of the matrices in a layer of these families, by transformers' names."""
+OUTER = {"model.embed_tokens": "token_embd", "lm_head": "output"}
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def tensor_name(path: str) -> str | None:
+    """Return llama.cpp's name of a module's matrix; None of a module that has none in these families."""
+    inside = _IN_LAYER.fullmatch(path)
+    if inside is None:
+        return OUTER.get(path)
+    return f"blk.{inside[1]}.{TENSORS[inside[2]]}" if inside[2] in TENSORS else None
 
 
 def find_family(architecture: str, model: str) -> Family:
