@@ -167,7 +167,7 @@ def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, npt
         module, _, part = key.rpartition(".")
         weight = parameter.detach()
         if key in experts:
-            tensors = expert_tensors(key)
+            tensors = expert_tensors(family, key)
             for name, rows in zip(tensors, weight.chunk(len(tensors), dim=1), strict=True):
                 yield f"{name}.weight", np.ascontiguousarray(rows.float().numpy())
             continue

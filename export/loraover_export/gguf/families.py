@@ -28,17 +28,19 @@ class Family:
         name: llama.cpp's name of the architecture.
         interleaved: Whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
         gelu: Whether its activation function is GELU, which llama.cpp looks up in a table of float16.
+        has_head: Whether llama.cpp has a tensor of the output head, apart from the embedding.
     """
 
     name: str
     interleaved: bool = False
     gelu: bool = False
+    has_head: bool = True
 
 
 FAMILIES = {
-    "Gemma2ForCausalLM": Family("gemma2", gelu=True),
+    "Gemma2ForCausalLM": Family("gemma2", gelu=True, has_head=False),
     "Gemma3ForCausalLM": Family("gemma3", gelu=True),
-    "GemmaForCausalLM": Family("gemma", gelu=True),
+    "GemmaForCausalLM": Family("gemma", gelu=True, has_head=False),
     "GraniteForCausalLM": Family("granite", interleaved=True),
     "LlamaForCausalLM": Family("llama", interleaved=True),
     "MistralForCausalLM": Family("llama", interleaved=True),
@@ -58,15 +60,16 @@ TENSORS = {
     "mlp.experts.down_proj": "ffn_down_exps",
 }
 """llama.cpp's names of the matrices in a layer of these families, by transformers' names."""
-OUTER = {"model.embed_tokens": "token_embd", "lm_head": "output"}
+HEAD = "lm_head"
+OUTER = {"model.embed_tokens": "token_embd", HEAD: "output"}
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def tensor_name(path: str) -> str | None:
+def tensor_name(family: Family, path: str) -> str | None:
     """Return llama.cpp's name of a module's matrix; None of a module that has none in these families."""
     inside = _IN_LAYER.fullmatch(path)
     if inside is None:
-        return OUTER.get(path)
+        return OUTER.get(path) if family.has_head or path != HEAD else None
     return f"blk.{inside[1]}.{TENSORS[inside[2]]}" if inside[2] in TENSORS else None
 
 

@@ -108,7 +108,7 @@ def read_target(source: ModelSource) -> GgufTarget:
     facts = read_facts(source, FAMILIES)
     family = find_family(facts.architecture, source.name)
     modules, others = _name_modules(facts, family)
-    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(path)) for path in facts.experts}
+    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(family, path)) for path in facts.experts}
     for path, weight in facts.experts.items():
         owner, _, parameter = path.rpartition(".")
         for expert in range(weight.experts):
@@ -118,7 +118,7 @@ def read_target(source: ModelSource) -> GgufTarget:
     )
 
 
-def expert_tensors(path: str) -> list[str]:
+def expert_tensors(family: Family, path: str) -> list[str]:
     """Return llama.cpp's names of the tensors that hold a parameter of experts, in the order of its rows.
 
     Raises:
@@ -126,7 +126,7 @@ def expert_tensors(path: str) -> list[str]:
     """
     owner, _, parameter = path.rpartition(".")
     parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
-    found = [tensor_name(f"{owner}.{part}") for part in parts]
+    found = [tensor_name(family, f"{owner}.{part}") for part in parts]
     if None in found:
         raise ExportError(f"{path}: llama.cpp has no tensors of these experts; the model cannot be written.")
     return [name for name in found if name is not None]
@@ -136,7 +136,7 @@ def _name_modules(facts: ModelFacts, family: Family) -> tuple[dict[str, TargetMo
     rotated = {"attn_q": facts.heads, "attn_k": facts.key_value_heads}
     found, others = {}, set()
     for path, module in facts.modules.items():
-        name = tensor_name(path)
+        name = tensor_name(family, path)
         if name is None or module.weight is None:
             others.add(path)
             continue
