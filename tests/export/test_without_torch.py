@@ -120,7 +120,7 @@ def test_numpy_writes_the_file_that_torch_writes(stored: str, scaling: str, tmp_
 
 def test_ties_and_the_range_are_those_of_torch(tmp_path: Path) -> None:
     """Numbers halfway between two of bf16 and of fp16, also after one rounding to float32."""
-    half = [1 + k * 2.0**-9 for k in range(1, 16, 2)] + [1 + k * 2.0**-12 for k in range(1, 16, 2)]
+    half = [1 + k * 2.0**-bits for bits in (8, 11) for k in range(1, 16, 2)]
     near = [x * (1 + sign * 2.0**-40) for x, sign in itertools.product(half, (-1, 0, 1))]
     a = torch.tensor([near, [2.0**-24 * x for x in near]], dtype=torch.float64)
     adapter = read_adapter_dir(write_adapter(tmp_path / "in", {"q_proj": (a, torch.eye(3, 2).double())}, lora_alpha=2))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 
@@ -18,6 +19,7 @@ from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
+from loraover.common.later import has_torch
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
@@ -28,6 +30,10 @@ from loraover_export.prepare.refusal import recall, refusal_of, remember
 from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written
 from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+
+if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
+    for _place in ("combine.shrink", "convert.run", "fold.run", "numerics.rounded_adapter", "vllm.run"):
+        import_module(f"loraover_export.{_place}")
 
 LOCKS = "locks"
 """Folder of the cache with a lock for each key that is or was being made."""

@@ -14,6 +14,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover.checkpoint.tensor_file import header_of, open_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import ExportError, FoldError
+from loraover_export.numerics.delta import is_power_of_two
 from loraover_export.numerics.matrix_certificate import Errors, MatrixCertificate, Underflow, certify_parts
 
 Numbers = NDArray[np.float64]
@@ -64,12 +65,11 @@ def write_plain(
     """
     if adapter.stacks:
         raise ExportError(f"{adapter.path}: it adapts stacked experts: pip install 'loraover[torch]'")
-    storage, written, certificates = STORAGE[dtype], {}, []
+    storage, certificates = STORAGE[dtype], []
+    written: dict[str, NDArray[np.generic]] = {}
     with open_tensors(adapter.tensors_path) as source:
         for key, (module, side) in adapter.matrices.items():
-            stored = source.numbers(key)
-            scaling = module.scaling if side == "B" else 1.0
-            exact, bound = _scaled(stored, scaling)
+            exact, bound = _scaled(source.numbers(key), module.scaling if side == "B" else 1.0)
             missing = adapter.rank - module.rank
             padding = ((0, missing), (0, 0)) if side == "A" else ((0, 0), (0, missing))
             exact, bound = np.pad(exact, padding), np.pad(bound, padding)
@@ -81,24 +81,29 @@ def write_plain(
             certificates.append(certify_parts(name, (m, n), [errors], over_parameterised=False))
             written[key] = bits
             on_tensor(len(written))
-    entries = [(key, bits) for key, bits in sorted(written.items())]
+    _save(written, file, storage.name)
+    return certificates
+
+
+def _save(written: dict[str, NDArray[np.generic]], file: Path, dtype: str) -> None:
+    """Write a safetensors file in the order of the safetensors library, and read it back."""
+    entries = sorted(written.items())
     with file.open("wb") as target:
-        target.write(header_of((key, storage.name, bits.shape, bits.nbytes) for key, bits in entries))
+        target.write(header_of((key, dtype, bits.shape, bits.nbytes) for key, bits in entries))
         target.writelines(np.ascontiguousarray(bits).data.cast("B") for _, bits in entries)
     sync(file)
     with open_tensors(file) as kept:
         lost = next((key for key, bits in entries if kept.bytes(key) != bits.tobytes()), None)
     if lost is not None:
         raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
-    return certificates
 
 
 def _scaled(stored: Numbers, scaling: float) -> tuple[Numbers, Numbers]:
     """Multiply by the scaling in float64; return the product, and the bound of each element's error."""
     value = stored * scaling
-    if np.array_equal(value / scaling, stored) if np.frexp(abs(scaling))[0] == 0.5 else scaling == 0:
-        return value, np.zeros_like(value)  # a power of two changes no digit
-    return value, gamma(1, U64) * np.abs(value) + 2.0**-1075
+    if scaling == 0 or (is_power_of_two(scaling) and np.array_equal(value / scaling, stored)):
+        return value, np.zeros_like(value)
+    return value, gamma(1, U64) * np.abs(value)
 
 
 def _rounded(key: str, exact: Numbers, dtype: str) -> NDArray[np.generic]:
