@@ -135,7 +135,7 @@ def test_the_recipe_for_conda_has_the_commands_and_requirements_of_the_base() ->
 def test_a_tag_needs_its_version_and_a_day_in_the_changelog(tag: str, message: str) -> None:
     if f"## {__version__}, unreleased" not in (ROOT / "CHANGELOG.md").read_text():
         pytest.skip("the present version has its day")
-    command = [sys.executable, ROOT / "release" / "make.py", "--tag", tag]
+    command = [sys.executable, str(ROOT / "release" / "make.py"), "--tag", tag]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert message in done.stderr

@@ -40,6 +40,7 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     yield f"{verify} right", 0, "as trained"
     yield f"{verify} wrong", 1, "served as base"
     yield "loraover doctor --offline", 0, "loraover[torch]"
+    yield f"loraover export prepare {adapter} --model {base} -o other --engine mlx", 2, "pip install 'loraover[torch]'"
     yield f"loraover export fold {adapter} -o folded", 2, "pip install 'loraover[torch]'"
     yield "loraover train demo -o run", 2, "pip install 'loraover[train]'"
 

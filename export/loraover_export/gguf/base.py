@@ -168,8 +168,8 @@ def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, npt
         weight = parameter.detach()
         if key in experts:
             tensors = expert_tensors(family, key)
-            for name, rows in zip(tensors, weight.chunk(len(tensors), dim=1), strict=True):
-                yield f"{name}.weight", np.ascontiguousarray(rows.float().numpy())
+            for tensor, rows in zip(tensors, weight.chunk(len(tensors), dim=1), strict=True):
+                yield f"{tensor}.weight", np.ascontiguousarray(rows.float().numpy())
             continue
         if module.endswith("norm") and family.name.startswith("gemma"):
             weight = weight + 1  # transformers multiplies by 1 + weight
