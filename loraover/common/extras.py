@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _WITH_TORCH = ("torch", "train", "eval", "export", "llamacpp", "serve")
-_WITH_PEFT = ("export", "train", "eval", "serve")
+_WITH_PEFT = ("export", "train", "eval", "llamacpp", "serve")
 EXTRAS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("torch", "transformers"), _WITH_TORCH),
     "peft": _WITH_PEFT,
