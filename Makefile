@@ -29,7 +29,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo demo-parity check test frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
-	lint fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
+	lint release fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
 # the last steps need, is installed beside the first ones.
@@ -126,7 +126,7 @@ frameworks: .venv-axolotl/.installed .venv-llamafactory/.installed
 	$(BIN)/python -m pytest -m "" tests/train/test_frameworks.py
 
 .venv-axolotl/.installed: PACKAGES := axolotl ".[train]"
-.venv-llamafactory/.installed: PACKAGES := llamafactory==0.9.5 torch==2.11.0 torchaudio==2.11.0 .
+.venv-llamafactory/.installed: PACKAGES := llamafactory==0.9.5 torch==2.11.0 torchaudio==2.11.0 ".[torch]"
 .venv-axolotl/.installed .venv-llamafactory/.installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
@@ -161,6 +161,16 @@ lint: $(VENV)/.installed
 	$(BIN)/python docs/draw_rooms.py --check
 	$(BIN)/python docs/draw_matrix.py --check
 	$(BIN)/mypy
+
+# A release in dist: packages, bill of materials, notes and recipe. The wheel is tried on each Python that is here. Nothing is published.
+release: .venv-release/.installed
+	.venv-release/bin/python release/make.py $(RELEASE)
+
+.venv-release/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=24"
+	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile "build>=1.2" "cyclonedx-bom>=7" "py-rattler-build>=0.70" "twine>=6"
+	touch $@
 
 # Random adapters against PEFT's own forward, for FUZZ_SECONDS; failing cases are kept in tests/fuzz/regressions.
 fuzz: $(VENV)/.installed
@@ -316,4 +326,4 @@ $(MLX_VENV)/.installed $(OPENVINO_VENV)/.installed $(LLAMA_SERVER_VENV)/.install
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-trackers $(VLLM_VENV) $(VLLM_GPU_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-release .venv-trackers $(VLLM_VENV) $(VLLM_GPU_VENV) $(MLX_VENV) $(OPENVINO_VENV) $(LLAMA_SERVER_VENV) $(PROMETHEUS) runs build dist *.egg-info

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
@@ -104,3 +106,8 @@ def path_pattern(key: str) -> re.Pattern[str]:
         re.error: It is not a regular expression there, such as one with flags of its own, like `(?i)`.
     """
     return re.compile(rf"(.*\.)?({key})$")
+
+
+def write_config(config: Mapping[str, Any], directory: Path) -> None:
+    """Write `adapter_config.json` into a folder."""
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

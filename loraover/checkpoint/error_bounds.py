@@ -5,7 +5,10 @@ Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, sections 2.
 
 from __future__ import annotations
 
-import torch
+from loraover.common.later import torch
+
+U32, U64 = 2.0**-24, 2.0**-53
+"""Unit roundoffs of float32 and float64."""
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

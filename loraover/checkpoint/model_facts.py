@@ -1,4 +1,4 @@
-"""Names and shapes of a model's modules, from `config.json` alone.
+"""Names and shapes of a model's modules, from `config.json` alone; without PyTorch, from the weights' headers too.
 
 To find them takes PyTorch, transformers and seconds, so they are kept in a file, by a digest of the configuration and
 of the versions that read it. Who reads them again imports neither.
@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import OutputError
+from loraover.common.later import has_torch
 from loraover.common.paths import cache_folder
 from loraover.common.provenance import environment
 from loraover.models.load import load_config, load_skeleton
@@ -114,7 +115,7 @@ def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> Mod
     if config is None:
         return _found(source, wanted)
     content = config.read_bytes()
-    versions = [environment()[package] for package in ("torch", "transformers")]
+    versions = [environment().get(package) for package in ("torch", "transformers")] if has_torch() else None
     key = hashlib.sha256(repr([FORM, versions, content]).encode()).hexdigest()
     file = cache_folder() / "models" / f"{key}.json"
     facts = _read(file) if file.is_file() else None
@@ -147,6 +148,10 @@ def _config_file(source: ModelSource) -> Path | None:
 
 
 def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
+    if not has_torch():
+        from loraover.checkpoint.header_facts import facts_of_headers
+
+        return facts_of_headers(source, _config_file(source))
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(source)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loraover.common.errors import CheckpointError, DivergedError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -26,6 +28,8 @@ HASHED_AT_ONCE = 2**20  # bytes
 COPIED_AT_ONCE = 2**24  # bytes
 SHORT_BYTES = 2
 READ_AT_ONCE = 2**30  # bytes; not every system reads 2 GiB at once
+ALIGNMENT = 8
+"""Bytes to whose multiple a header is padded, as the safetensors library does."""
 
 
 class NonFiniteError(CheckpointError, DivergedError):
@@ -89,7 +93,7 @@ class TensorFile:
         """
         tensor = self._stored(key)
         if not is_finite(tensor):
-            raise NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
+            raise self._not_finite(key)
         return tensor
 
     def holds(self, key: str, tensor: Tensor) -> bool:
@@ -102,9 +106,45 @@ class TensorFile:
         if self.dtype(key) not in FLOATS | INTEGERS:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
         tensor = torch.empty(self.shape(key), dtype=torch_dtype(self.dtype(key)))
-        _, end = self._entry(key)["data_offsets"]
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        rest = memoryview(data)
+        self._fill(key, memoryview(data))
+        return tensor
+
+    def bytes(self, key: str) -> bytearray:
+        """Return a tensor's bytes, of any dtype and any values.
+
+        Raises:
+            CheckpointError: The file has no such key, or became shorter.
+        """
+        data = bytearray(self.size(key))
+        self._fill(key, memoryview(data))
+        return data
+
+    def numbers(self, key: str) -> NDArray[np.float64]:
+        """Read one tensor of floating-point numbers into NumPy's float64, without PyTorch.
+
+        Raises:
+            CheckpointError: The file has no such key, or the tensor holds something else.
+            NonFiniteError: The tensor holds NaN or infinity. It is also a CheckpointError.
+        """
+        import numpy as np
+
+        dtype, data = self.dtype(key), self.bytes(key)
+        if dtype == "BF16":
+            stored = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        elif dtype in FLOATS:
+            stored = np.frombuffer(data, f"<f{int(dtype[1:]) // 8}")
+        else:
+            raise CheckpointError(f"{self.path}: {key} is {dtype}, expected floating-point numbers.")
+        if not np.isfinite(stored).all():
+            raise self._not_finite(key)
+        return stored.astype(np.float64).reshape(self.shape(key))
+
+    def _not_finite(self, key: str) -> NonFiniteError:
+        return NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
+
+    def _fill(self, key: str, rest: memoryview) -> None:
+        _, end = self._entry(key)["data_offsets"]
         while rest:
             try:
                 count = os.preadv(self._file.fileno(), [rest[:READ_AT_ONCE]], self._start + end - len(rest))
@@ -113,7 +153,6 @@ class TensorFile:
             if count == 0:
                 raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
             rest = rest[count:]
-        return tensor
 
     def copy(self, key: str, target: BinaryIO) -> None:
         """Append a tensor's bytes, of any dtype and any values, to an open file.
@@ -250,6 +289,22 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: tuple[str, st
         save_file(tensors, path, metadata=dict([metadata]))
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from error
+
+
+def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Return the beginning of a safetensors file, after which the tensors' bytes follow in the same order.
+
+    Args:
+        tensors: Key, safetensors' name of the data type, shape and size in bytes of each tensor.
+    """
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for key, dtype, shape, size in tensors:
+        content[key] = {"dtype": dtype, "shape": shape, "data_offsets": (start, start + size)}
+        start += size
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def first_difference(path: Path, tensors: Mapping[str, Tensor]) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.extras import missing_package
 from loraover.common.places import imported
 from loraover.common.quiet import ignore_idle_warnings
 
@@ -28,17 +29,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 INTERRUPTED = "Interrupted. No incomplete file was left."
 INTERRUPTED_CODE = 130
-EXTRAS = {
-    **dict.fromkeys(("accelerate", "datasets", "sentencepiece", "tensorboard", "trl"), "train"),
-    "lm_eval": "eval",
-    **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), "export"),
-    **dict.fromkeys(("gguf", "llama_cpp_py_sync"), "llamacpp"),
-    "peft": "serve",
-    **dict.fromkeys(("OpenSSL", "cryptography", "model_signing"), "sign"),
-    "prometheus_client": "watch",
-    "scipy": "train,eval,serve",
-    "yaml": "train,watch",
-}
 
 
 class Command(click.Command):
@@ -151,8 +141,8 @@ def _explain(error: BaseException) -> int:
     elif isinstance(error, LoraOverError):
         text = printable(str(error)) if not isinstance(error, EngineError) else _printable_lines(str(error))
         print(f"error: {text}", file=sys.stderr)
-    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        print(f"error: this needs {error.name}: pip install 'loraover[{EXTRAS[error.name]}]'", file=sys.stderr)
+    elif missing := missing_package(error):
+        print(f"error: {missing}", file=sys.stderr)
     else:
         raise error
     return 2

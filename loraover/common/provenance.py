@@ -11,17 +11,19 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from loraover.common.later import has_torch
 from loraover.common.version import __version__
 
 
 def environment(*others: str) -> dict[str, str]:
     """Return the versions of Python and of the packages that measurements depend on, and of some others.
 
-    PEFT is left out where it is not installed: an inference engine's environment converts and exports without it.
+    What is not installed is left out: an engine's environment has no PEFT, and a base installation no PyTorch.
     """
-    packages = {name: _version(name) for name in ("torch", "transformers", "safetensors", *others)}
-    with suppress(PackageNotFoundError):
-        packages["peft"] = _version("peft")
+    packages = {}
+    for name in ("torch", "transformers", "safetensors", *others, "peft"):
+        with suppress(PackageNotFoundError):
+            packages[name] = _version(name)
     return {"loraover": __version__, "python": platform.python_version(), **packages}
 
 
@@ -30,10 +32,13 @@ _version = cache(version)  # which parses the whole description of a package
 
 def hardware() -> str:
     """Describe the processor, and the accelerator if there is one, in one line."""
+    machine = f"{platform.machine()} {platform.system()}"
+    if not has_torch():
+        return f"{machine}, NumPy on 1 thread"
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()} {platform.system()}, {torch.get_num_threads()} threads{gpu}"
+    return f"{machine}, {torch.get_num_threads()} threads{gpu}"
 
 
 def today() -> str:

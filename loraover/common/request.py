@@ -129,6 +129,8 @@ class Request:
     """Words of the command, such as "loraover export vllm"; its help is the request's docstring."""
     examples: ClassVar[Sequence[str]] = ()
     """Complete command lines."""
+    extra: ClassVar[str] = "torch"
+    """Extra of this package that has what the command needs beyond a base installation."""
     json_help: ClassVar[str | None] = "Print the report as JSON."
     """Help text of `--json`; None: the command has no such option."""
 

@@ -10,7 +10,7 @@ from contextvars import copy_context
 from threading import Event
 from typing import TypeVar
 
-import torch
+from loraover.common.later import torch
 
 MAX_WORKERS = 8
 """More would wait for memory, and each holds the numbers that it works on."""

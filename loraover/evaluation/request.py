@@ -16,6 +16,7 @@ class EvaluationRequest(Request):
     """Put a benchmark's questions to MODEL, a folder or hub name, and to its adapters."""
 
     verb = "loraover eval"
+    extra = "eval"
     examples = (
         "loraover eval HuggingFaceTB/SmolLM2-135M-Instruct --task gsm8k --adapter runs/demo-1/adapter --limit 100",
         "loraover eval MODEL --task qnli --endpoint http://localhost:8000/v1 --endpoint-model MODEL "

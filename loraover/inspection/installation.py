@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, metadata, requires, version
 
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
+from loraover.common.extras import missing_package
+from loraover.common.later import has_torch, torch
 from loraover.common.verb import verb
 from loraover.common.version import __version__
 from loraover.inspection.request import DoctorRequest
@@ -64,7 +66,7 @@ class Installation(_Part):
 
     loraover: str = Field(description="Version of this package.")
     python: str = Field(description="Version of Python.")
-    devices: list[Device] = Field(description="Devices that PyTorch can compute on.")
+    devices: list[Device] = Field(description="Processor, and the devices that PyTorch can compute on.")
     libraries: dict[str, str | None] = Field(description="Version of each library; None: not installed.")
     extras: list[Extra] = Field(description="Optional sets of packages.")
     hub: str = Field(description="Whether the Hugging Face hub can be reached.")
@@ -110,7 +112,7 @@ def find_engines(points: Iterable[EntryPoint]) -> tuple[list[ListedEngine], list
         try:
             engines += [ListedEngine.model_validate(found, from_attributes=True) for found in point.load()()]
         except Exception as error:  # another package's code: whatever is wrong with it is what the user asked for
-            faults.append(f"{point.value} failed: {type(error).__name__}: {error}")
+            faults.append(missing_package(error) or f"{point.value} failed: {type(error).__name__}: {error}")
     return engines, faults
 
 
@@ -125,12 +127,24 @@ def missing_extras(extras: Iterable[str], requirements: Iterable[str]) -> list[E
     return [
         Extra(
             name=name,
-            missing=[found.name for found in conditional if _belongs(found, name) and not _is_installed(found)],
+            missing=[found.name for found in _packages(name, conditional) if not _is_installed(found)],
             install=f"pip install 'loraover[{name}]'",
         )
         for name in extras
         if name not in FOR_DEVELOPERS
     ]
+
+
+def _packages(extra: str, requirements: Sequence[Requirement]) -> Iterator[Requirement]:
+    """Yield the packages of an extra, and those of the extras that it names."""
+    for found in requirements:
+        if not _belongs(found, extra):
+            continue
+        if found.name == "loraover":
+            for other in sorted(found.extras):
+                yield from _packages(other, requirements)
+        else:
+            yield found
 
 
 def _belongs(requirement: Requirement, extra: str) -> bool:
@@ -152,10 +166,10 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[Device]:
-    import torch
-
     name = f"{platform.machine()}, {os.cpu_count()} cores"
     found = [Device(kind="cpu", name=name, memory_bytes=total_memory("cpu"))]
+    if not has_torch():
+        return found
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         found.append(Device(kind="cuda", name=properties.name, memory_bytes=properties.total_memory))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from loraover.inspection.installation import Installation
-from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, OnnxFacts, RunFacts, VllmFacts
 from loraover.inspection.request import DoctorRequest
 from loraover.reporting.reporter import print_line
+
+if TYPE_CHECKING:
+    from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, OnnxFacts, RunFacts, VllmFacts
 
 Rows = Iterator[tuple[str, str]]
 

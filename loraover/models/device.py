@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
+from loraover.common.later import torch
 from loraover.common.request import as_written
-
-if TYPE_CHECKING:
-    import torch
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Names of devices; "auto" is the first that is there of cuda, mps and cpu."""
+WITHOUT_FLOAT64 = ("mps",)
+"""Devices for which the CPU does the work in float64."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -26,8 +25,6 @@ def choose_device(name: str = "auto") -> torch.device:
     Raises:
         ConfigError: The name is unknown, or this machine or this installation of PyTorch has no such device.
     """
-    import torch
-
     found = found_devices()
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if found.get(kind)))
@@ -52,8 +49,6 @@ def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch
     Raises:
         ConfigError: A name is unknown, the device is not there, or it does not compute in that type.
     """
-    import torch
-
     name = as_written("compute_dtype")
     if compute_dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"{name} is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")
@@ -66,8 +61,6 @@ def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch
 
 def found_devices() -> dict[str, int]:
     """Return the number of devices of each kind that PyTorch finds: cpu, cuda and mps."""
-    import torch
-
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
 
@@ -79,8 +72,6 @@ def _in_words(found: dict[str, int]) -> str:
 
 def total_memory(device: str) -> int | None:
     """Return the memory of a device in bytes: "cpu", "cuda" (the first GPU), "cuda:1" or "mps"; None if unknown."""
-    import torch
-
     kind, _, index = device.partition(":")
     if kind == "cuda":
         return torch.cuda.get_device_properties(int(index or 0)).total_memory
@@ -94,8 +85,6 @@ def total_memory(device: str) -> int | None:
 
 def free_memory(device: str) -> int | None:
     """Return the memory of a device that nobody uses, in bytes; None if unknown. Devices are named as above."""
-    import torch
-
     kind, _, index = device.partition(":")
     if kind == "cuda":
         return torch.cuda.mem_get_info(int(index or 0))[0]

@@ -14,8 +14,9 @@ from torch import nn
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import CheckpointError
+from loraover.models.device import WITHOUT_FLOAT64
 from loraover.overparam.sites import lora_layers
-from loraover.reference.unfolded_model import WITHOUT_FLOAT64, check_fits, unfolded
+from loraover.reference.unfolded_model import check_fits, unfolded
 
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks for which PEFT asks for a head in the file even if `modules_to_save` names none."""

@@ -25,8 +25,8 @@ from loraover.checkpoint.peft_adapter import (
 )
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
+from loraover.models.device import WITHOUT_FLOAT64
 
-WITHOUT_FLOAT64 = ("mps",)  # devices for which the CPU does the work in float64
 ONE_HOT_AT_ONCE = 2**24  # numbers of the one-hot rows of an embedding's tokens: 128 MiB in float64
 
 

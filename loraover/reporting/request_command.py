@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from loraover.common.command_line import Command, quiet_libraries
-from loraover.common.errors import UnwrittenReportError
+from loraover.common.errors import ConfigError, UnwrittenReportError
+from loraover.common.extras import missing_package
 from loraover.common.places import imported
 from loraover.common.request import Declared, Request, Spec, declarations, written_as_flags
 from loraover.common.verb import perform
@@ -30,8 +31,13 @@ def request_command(request: type[Request], body: Body) -> click.Command:
     @click.pass_context
     def callback(context: click.Context, /, as_json: bool = False, **values: Any) -> int | None:
         given = {name: value for name, value in values.items() if value != ()}
-        with written_as_flags():
-            return body(request(**given, **({rest: context.obj} if rest else {})), as_json)
+        try:
+            with written_as_flags():
+                return body(request(**given, **({rest: context.obj} if rest else {})), as_json)
+        except ModuleNotFoundError as error:
+            if missing := missing_package(error, request.extra):
+                raise ConfigError(missing) from error
+            raise
 
     fields = declarations(request)
     rest = next((name for name, declared in fields.items() if declared.spec.is_rest), None)

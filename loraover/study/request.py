@@ -91,6 +91,7 @@ class StudyRequest(Request):
     """
 
     verb = "loraover study"
+    extra = "train"
     examples = (
         "loraover study gsm8k-smollm2 --lr-sweep 3e-4,1e-3,3e-3 --seeds 5 -o study",
         "loraover study demo --methods lora,lora-over --lr-sweep lora=1e-3,3e-3 --lr-sweep 3e-4,1e-3 -o study",

@@ -34,6 +34,7 @@ class TrainRequest(Request):
     """
 
     verb = "loraover train"
+    extra = "train"
     examples = (
         "loraover train demo",
         "loraover train --data chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct",

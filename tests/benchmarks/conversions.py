@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover_export.convert.approximate import approximations
+from loraover_export.convert.kind import read_method
 from loraover_export.convert.methods.base import Dense
-from loraover_export.convert.run import read_method
 from loraover_export.convert.source import open_adapter
 from loraover_export.merge.base_weights import open_base
 from loraover_export.uniform.write_lora import Approximation

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from loraover.checkpoint.model_facts import read_facts
 from loraover.models.load import resolve_model
 from loraover_export import prepare_adapter
+from loraover_export.convert.kind import read_method
 from loraover_export.convert.prefix import find_move
-from loraover_export.convert.run import read_method
 
 from support.plain_adapter import write_adapter
 

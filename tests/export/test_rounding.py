@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraover.common.errors import FoldError
-from loraover_export.numerics.rounding import STORAGE_DTYPES, Underflow, round_nearest, round_randomly, underflow
+from loraover_export.numerics.matrix_certificate import Underflow
+from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest, round_randomly, underflow
 
 from oracles.contraction import Array
 from strategies import SEEDS

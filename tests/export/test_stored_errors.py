@@ -12,8 +12,9 @@ from torch import Tensor
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.tensor_file import first_difference, is_finite, save_tensors
 from loraover.common.errors import CheckpointError
+from loraover_export.numerics.certify import certify
 from loraover_export.numerics.delta import scale
-from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest
 
 SHAPE = (24, 40)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover_export import combine_adapters, convert_adapter, export_gguf, export_mlx, export_vllm
-from loraover_export.numerics.matrix_certificate import certify, matrix_facts
+from loraover_export.numerics.certify import certify
+from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal

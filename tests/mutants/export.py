@@ -335,4 +335,35 @@ EXPORT = (
         "return",
         Selection("test_fleet.py", "killed_takes_nothing"),
     ),
+    # A base installation, without PyTorch
+    Mutant(
+        "plain-rounds-ties-up",
+        "bits + 0x7FFF + ((bits >> 16) & 1)",
+        "bits + 0x8000",
+        Selection("test_without_torch.py", "ties"),
+    ),
+    Mutant(
+        "plain-rounds-twice",
+        "(bits - (np.abs(wide) > np.abs(exact))) | (wide != exact)",
+        "bits",
+        Selection("test_without_torch.py", "ties"),
+    ),
+    Mutant(
+        "plain-pads-b-by-rows",
+        'if side == "A" else ((0, 0), (0, missing))',
+        'if side == "A" else ((0, missing), (0, 0))',
+        Selection("test_without_torch.py", "numpy_writes"),
+    ),
+    Mutant(
+        "headers-have-no-tied-head",
+        "if is_tied and weight is not None:",
+        "if weight is None:",
+        Selection("test_without_torch.py", "headers_say"),
+    ),
+    Mutant(
+        "gguf-every-family-has-a-head",
+        "if family.has_head or path != HEAD else None",
+        "",
+        Selection("test_without_torch.py", "gguf_package"),
+    ),
 )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover_export import convert_adapter
+from loraover_export.convert.kind import read_method
 from loraover_export.convert.methods.base import Dense, LowRank
-from loraover_export.convert.run import read_method
 from loraover_export.convert.source import open_adapter
 from loraover_export.merge.base_weights import open_base
 from loraover_export.uniform.certificate import ModuleCertificate

@@ -20,6 +20,7 @@ REQUIREMENTS = [
     'no-such-package; extra == "train"',
     'click>=99; extra == "eval"',
     "click>=8; sys_platform == 'nowhere' and extra == 'eval'",
+    'loraover[eval]; extra == "all"',
     'ray>=2.40; extra == "dev"',
 ]
 
@@ -55,9 +56,10 @@ def test_engines_come_from_the_packages_that_have_them() -> None:
 
 
 def test_extras_that_lack_a_package_say_how_to_get_it() -> None:
-    train, other = missing_extras(["train", "eval", "dev"], REQUIREMENTS)
+    train, other, more = missing_extras(["train", "eval", "all", "dev"], REQUIREMENTS)
     assert (train.name, train.missing, train.install) == ("train", ["no-such-package"], "pip install 'loraover[train]'")
     assert (other.name, other.missing) == ("eval", ["click"])  # too old; the other one is for another system
+    assert (more.name, more.missing) == ("all", ["click"])  # of the extra that it names
 
 
 def test_what_is_shown_names_what_is_missing(

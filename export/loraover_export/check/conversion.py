@@ -44,10 +44,10 @@ def converted_subject(subject: Subject) -> Conversion | None:
     """Return what the exact conversion of an adapter will be; None if it needs none or has none."""
     if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
         return None
+    from loraover_export.convert.kind import read_method
     from loraover_export.convert.need import why_convert
     from loraover_export.convert.others import is_served_head, saved_module
     from loraover_export.convert.prefix import find_move
-    from loraover_export.convert.run import read_method
 
     shapes = subject.served.facts.shapes()
     try:

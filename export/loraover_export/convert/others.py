@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
@@ -13,6 +11,9 @@ from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
 from loraover_export.convert.source import Adapter, AdapterLayout, MethodConfig
 from loraover_export.merge.base_weights import changed_weight, module_of_copy, refuse_changed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SERVED_HEADS = ("classifier", "score")
 """Modules of `modules_to_save` that engines take: vLLM's rule, and PEFT loads any."""

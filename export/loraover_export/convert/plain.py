@@ -10,9 +10,8 @@ from tempfile import TemporaryDirectory
 
 from loraover.common.errors import CheckpointError, ExportError, LoraOverError
 from loraover.common.reporter import Reporter
-from loraover_export.convert.approximate import FullRankError
+from loraover_export.convert.kind import read_method
 from loraover_export.convert.need import why_convert
-from loraover_export.convert.run import convert_adapter, read_method
 from loraover_export.convert.source import read_peft_type
 from loraover_export.uniform.certificate import LoraCertificate
 
@@ -52,6 +51,9 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
     if reason is None:
         yield PlainLora(source, None)
         return
+    from loraover_export.convert.approximate import FullRankError
+    from loraover_export.convert.run import convert_adapter
+
     report.line(f"{reason}: converting it into an exact plain LoRA")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / source.resolve().name

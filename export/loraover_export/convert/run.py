@@ -15,21 +15,21 @@ from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
-from loraover.common.errors import CheckpointError, ExportError
+from loraover.common.errors import ExportError
 from loraover.common.request import as_written
 from loraover.common.verb import verb
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
 from loraover_export.convert.effect import compare_outputs
-from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import AnyMethod, Place, Refused
+from loraover_export.convert.kind import read_method
+from loraover_export.convert.methods.base import AnyMethod, Place
 from loraover_export.convert.methods.experts import stacks_of
-from loraover_export.convert.others import carried_notes, carried_tensors, check_fields
+from loraover_export.convert.others import carried_notes, carried_tensors
 from loraover_export.convert.prefix import mend_prefix, part_below
 from loraover_export.convert.report import ConvertReport, VllmFit
 from loraover_export.convert.request import ConvertRequest
-from loraover_export.convert.source import Adapter, AdapterLayout, open_adapter, read_layout, read_peft_type
+from loraover_export.convert.source import Adapter, open_adapter
 from loraover_export.logits.pieces import tokens_at_once
 from loraover_export.logits.prompts import read_prompts
 from loraover_export.merge.base_weights import open_base
@@ -90,32 +90,6 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         engines=VllmFit.of(exact).in_words(),
         certificate=certificate,
     )
-
-
-def read_method(path: Path) -> tuple[AnyMethod, AdapterLayout[Any]]:
-    """Read what kind of adapter a folder holds, and its layout.
-
-    Raises:
-        CheckpointError: An adapter that cannot be trusted, or of a kind that is not known.
-        ExportError: An adapter that is no change of weights, or that changes more than weights.
-    """
-    kind = read_peft_type(path)
-    method = METHODS.get(kind)
-    where = path / CONFIG_FILE
-    if method is None:
-        raise CheckpointError(
-            f"{where}: peft_type is {kind!r:.80}, which this version does not know; it knows {', '.join(METHODS)}."
-        )
-    if isinstance(method, Refused):
-        raise ExportError(f"{where}: a {kind} adapter cannot become a LoRA: it {method.reason}")
-    layout = read_layout(path, method.config, method.tensors, method.shared)
-    check_fields(layout, method)
-    if not layout.modules:
-        raise CheckpointError(
-            f"{layout.tensors_path}: no tensor of a {kind} adapter ({', '.join(method.tensors[:4])}); the file "
-            "names no adapted module, so it is incomplete or was saved without them."
-        )
-    return method, layout
 
 
 def _check_named(method: AnyMethod, adapter: Adapter[Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
+from loraover.common.extras import missing_package
+from loraover.common.later import has_torch
 from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.sources.address import is_elsewhere
@@ -24,6 +26,8 @@ PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
 """Errors that say what is wrong with an adapter; others may not come again."""
 MINUTE_S = 60
+EXTRA_OF_ENGINE = {"llamacpp": "llamacpp", "mlx": "torch", "onnx": "export"}
+"""Extras that writing adapters for an engine needs; plain LoRAs are written for others by a base installation."""
 
 
 class Examine(Protocol):
@@ -55,7 +59,8 @@ class Guarded:
             reason = str(error) if row.address == source else _of_address(str(error), fetched)
             row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
         except Exception as error:  # one adapter must not end the others, whatever a library makes of it
-            row = row.model_copy(update={"reason": f"{type(error).__name__}: {error}. Please report this."})
+            reason = missing_package(error) or f"{type(error).__name__}: {error}. Please report this."
+            row = row.model_copy(update={"reason": reason})
         return row.model_copy(update={"seconds": perf_counter() - started})
 
 
@@ -73,9 +78,12 @@ def prepare_fleet(request: PrepareRequest) -> FleetReport:
         A row for each adapter. One that is refused, or cannot be read, ends nothing.
 
     Raises:
-        ConfigError: An argument that cannot be used.
+        ConfigError: An argument that cannot be used, or an engine whose extra is not installed.
         OutputError: A cache or a page that cannot be written.
     """
+    extra = EXTRA_OF_ENGINE.get(request.engine)
+    if extra is not None and not has_torch():
+        raise ConfigError(f"{request.named('engine', request.engine)} needs PyTorch: pip install 'loraover[{extra}]'")
     cache = request.cache.absolute()
     options = {
         "engine": request.engine,

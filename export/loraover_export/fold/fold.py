@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.adapter_config import CONFIG_FILE, write_config
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounded_adapter import write_config, write_rounded
+from loraover_export.numerics.rounded_adapter import write_rounded
 
 
 def write_folded(

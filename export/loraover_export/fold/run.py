@@ -6,7 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.adapter_config import CONFIG_FILE, write_config
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference, record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
@@ -25,7 +25,6 @@ from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.trained_base import compare_bases
 from loraover_export.logits.judge import CheckVerdict
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
-from loraover_export.numerics.rounded_adapter import write_config
 
 
 @verb(FoldRequest)

@@ -18,7 +18,7 @@ from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.common.errors import ExportError
 from loraover_export.gguf.families import Family, find_family, interleave
 from loraover_export.gguf.request import GgufRequest
-from loraover_export.gguf.target import expert_tensors, tensor_names
+from loraover_export.gguf.target import expert_tensors
 from loraover_export.gguf.write import Written
 
 PLAIN_ROPE = (None, "default")
@@ -159,14 +159,17 @@ def _head_size(config: Any) -> int:
 
 
 def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    names, experts = tensor_names(family, config.num_hidden_layers), find_expert_weights(model)
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    names, experts = gguf.get_tensor_name_map(kind, config.num_hidden_layers), find_expert_weights(model)
     for key, parameter in model.named_parameters():
         module, _, part = key.rpartition(".")
         weight = parameter.detach()
         if key in experts:
-            tensors = expert_tensors(names, key)
-            for name, rows in zip(tensors, weight.chunk(len(tensors), dim=1), strict=True):
-                yield f"{name}.weight", np.ascontiguousarray(rows.float().numpy())
+            tensors = expert_tensors(family, key)
+            for tensor, rows in zip(tensors, weight.chunk(len(tensors), dim=1), strict=True):
+                yield f"{tensor}.weight", np.ascontiguousarray(rows.float().numpy())
             continue
         if module.endswith("norm") and family.name.startswith("gemma"):
             weight = weight + 1  # transformers multiplies by 1 + weight

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ExportError, OutputError
 from loraover.models.load import ModelSource, load_model
@@ -21,7 +22,7 @@ from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
 from loraover_export.logits.prompts import Prompts, read_prompts
-from loraover_export.numerics.rounded_adapter import write_config, write_rounded
+from loraover_export.numerics.rounded_adapter import write_rounded
 
 
 @dataclass(frozen=True)

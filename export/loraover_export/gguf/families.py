@@ -10,6 +10,7 @@ in llama.cpp by tests/export/test_gguf_families.py.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,17 +28,19 @@ class Family:
         name: llama.cpp's name of the architecture.
         interleaved: Whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
         gelu: Whether its activation function is GELU, which llama.cpp looks up in a table of float16.
+        has_head: Whether llama.cpp has a tensor of the output head, apart from the embedding.
     """
 
     name: str
     interleaved: bool = False
     gelu: bool = False
+    has_head: bool = True
 
 
 FAMILIES = {
-    "Gemma2ForCausalLM": Family("gemma2", gelu=True),
+    "Gemma2ForCausalLM": Family("gemma2", gelu=True, has_head=False),
     "Gemma3ForCausalLM": Family("gemma3", gelu=True),
-    "GemmaForCausalLM": Family("gemma", gelu=True),
+    "GemmaForCausalLM": Family("gemma", gelu=True, has_head=False),
     "GraniteForCausalLM": Family("granite", interleaved=True),
     "LlamaForCausalLM": Family("llama", interleaved=True),
     "MistralForCausalLM": Family("llama", interleaved=True),
@@ -48,6 +51,26 @@ FAMILIES = {
     "SmolLM3ForCausalLM": Family("smollm3", interleaved=True),
 }
 """Families by the model class that `config.json` names."""
+
+TENSORS = {
+    **{"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
+    **{"self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv"},
+    **{"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
+    **{"mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps"},
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+"""llama.cpp's names of the matrices in a layer of these families, by transformers' names."""
+HEAD = "lm_head"
+OUTER = {"model.embed_tokens": "token_embd", HEAD: "output"}
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def tensor_name(family: Family, path: str) -> str | None:
+    """Return llama.cpp's name of a module's matrix; None of a module that has none in these families."""
+    inside = _IN_LAYER.fullmatch(path)
+    if inside is None:
+        return OUTER.get(path) if family.has_head or path != HEAD else None
+    return f"blk.{inside[1]}.{TENSORS[inside[2]]}" if inside[2] in TENSORS else None
 
 
 def find_family(architecture: str, model: str) -> Family:

@@ -28,6 +28,7 @@ class GgufRequest(Request):
     """
 
     verb = "loraover export gguf"
+    extra = "llamacpp"
     examples = (
         "loraover export gguf folded -o adapter.gguf",
         "loraover export gguf runs/a/adapter -o adapter.gguf --base-gguf SmolLM2-135M-Instruct-F32.gguf",

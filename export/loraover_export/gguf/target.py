@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight
 from loraover.checkpoint.model_facts import ModelFacts, read_facts
@@ -12,7 +12,7 @@ from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover.overparam.expert_part import MatrixName
-from loraover_export.gguf.families import FAMILIES, Family, find_family, interleave
+from loraover_export.gguf.families import FAMILIES, Family, find_family, interleave, tensor_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,10 +107,8 @@ def read_target(source: ModelSource) -> GgufTarget:
     """
     facts = read_facts(source, FAMILIES)
     family = find_family(facts.architecture, source.name)
-    assert facts.layers is not None, "every family's configuration has it, or a default"
-    names = tensor_names(family, facts.layers)
-    modules, others = _name_modules(facts, names, family)
-    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(names, path)) for path in facts.experts}
+    modules, others = _name_modules(facts, family)
+    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(family, path)) for path in facts.experts}
     for path, weight in facts.experts.items():
         owner, _, parameter = path.rpartition(".")
         for expert in range(weight.experts):
@@ -120,15 +118,7 @@ def read_target(source: ModelSource) -> GgufTarget:
     )
 
 
-def tensor_names(family: Family, layers: int) -> Any:
-    """Return the gguf package's map from names of modules to llama.cpp's, for a number of layers."""
-    import gguf
-
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
-    return gguf.get_tensor_name_map(kind, layers)
-
-
-def expert_tensors(names: Any, path: str) -> list[str]:
+def expert_tensors(family: Family, path: str) -> list[str]:
     """Return llama.cpp's names of the tensors that hold a parameter of experts, in the order of its rows.
 
     Raises:
@@ -136,22 +126,20 @@ def expert_tensors(names: Any, path: str) -> list[str]:
     """
     owner, _, parameter = path.rpartition(".")
     parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
-    found = [names.get_name(f"{owner}.{part}") for part in parts]
+    found = [tensor_name(family, f"{owner}.{part}") for part in parts]
     if None in found:
         raise ExportError(f"{path}: llama.cpp has no tensors of these experts; the model cannot be written.")
-    return found
+    return [name for name in found if name is not None]
 
 
-def _name_modules(facts: ModelFacts, names: Any, family: Family) -> tuple[dict[str, TargetModule], set[str]]:
-    import gguf
-
-    rotated = {gguf.MODEL_TENSOR.ATTN_Q: facts.heads, gguf.MODEL_TENSOR.ATTN_K: facts.key_value_heads}
+def _name_modules(facts: ModelFacts, family: Family) -> tuple[dict[str, TargetModule], set[str]]:
+    rotated = {"attn_q": facts.heads, "attn_k": facts.key_value_heads}
     found, others = {}, set()
     for path, module in facts.modules.items():
-        name = names.get_type_and_name(path)
+        name = tensor_name(family, path)
         if name is None or module.weight is None:
             others.add(path)
             continue
-        heads = rotated.get(name[0]) if family.interleaved else None
-        found[path] = TargetModule(f"{name[1]}.weight", module.weight, module.kind == "embedding", heads)
+        heads = rotated.get(name.rpartition(".")[2]) if family.interleaved else None
+        found[path] = TargetModule(f"{name}.weight", module.weight, module.kind == "embedding", heads)
     return found, others

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from loraover.reference.unfolded_model import WITHOUT_FLOAT64
+from loraover.common.later import torch
+from loraover.models.device import WITHOUT_FLOAT64
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ELEMENTS_AT_ONCE = 2**20
 """Logits that are compared at once: 8 MiB in float64, and a comparison holds about six such tensors."""

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loraover.checkpoint.error_bounds import U64
 from loraover.checkpoint.exact_tensors import Exact
-from loraover_export.numerics.delta import U64, Delta
-from loraover_export.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts, measure
+from loraover_export.numerics.certify import measure
+from loraover_export.numerics.delta import Delta
+from loraover_export.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts
 from loraover_export.numerics.rounding import round_nearest
 
 BLOCK = 2**17

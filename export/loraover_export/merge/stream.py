@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import ExactAdapter
-from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, open_tensors, torch_dtype
+from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, header_of, open_tensors, torch_dtype
 from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
@@ -22,9 +21,6 @@ from loraover_export.merge.rounding_loss import Lost, lost_by_four_bits, lost_by
 from loraover_export.numerics.delta import read_delta
 from loraover_export.numerics.rounded_adapter import not_kept
 from loraover_export.numerics.rounding import round_nearest
-
-ALIGNMENT = 8
-"""Bytes to whose multiple a header is padded, as the safetensors library does."""
 
 Merged = tuple[MergedWeight, Lost, Lost]
 """A weight's entry in the report, with the sums of what storage and a quantiser lose."""
@@ -54,7 +50,8 @@ def write_shard(
     """
     found: list[Merged] = []
     with path.open("w+b") as file:
-        file.write(_header(source, tensors))
+        read = ((planned.key, planned.read) for planned in tensors)
+        file.write(header_of((key, source.dtype(old), source.shape(old), source.size(old)) for key, old in read))
         for planned in tensors:
             if planned.changes:
                 try:
@@ -99,22 +96,6 @@ def _changed(
         four_bit=four_bit.result(),
     )
     return weight, (entry, stored_loss, four_bit)
-
-
-def _header(source: TensorFile, tensors: Sequence[Planned]) -> bytes:
-    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for planned in tensors:
-        end = start + source.size(planned.read)
-        content[planned.key] = {
-            "dtype": source.dtype(planned.read),
-            "shape": source.shape(planned.read),
-            "data_offsets": (start, end),
-        }
-        start = end
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _write(file: BinaryIO, tensor: Tensor, key: str) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.error_bounds import U64, gamma, smallest_subnormal
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.tensor_file import have_same_bits, is_finite
 from loraover.common.errors import ExportError
+from loraover.common.later import torch
 
-U64 = unit_roundoff(torch.float64)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

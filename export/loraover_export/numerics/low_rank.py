@@ -16,14 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from loraover.checkpoint.error_bounds import gamma
+from loraover.checkpoint.error_bounds import U64, gamma
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.errors import FoldError
-from loraover_export.numerics.delta import U64, Delta
+from loraover.common.later import torch
+from loraover_export.numerics.delta import Delta
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OF_NORMS = 1.01
 """Factor by which bounds are enlarged, since the norms in them are computed too."""

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, ExactAdapter, pack_stacks, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
-from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.certify import certify
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounding import round_tensor
-
-
-def write_config(config: Mapping[str, Any], directory: Path) -> None:
-    """Write `adapter_config.json` into a folder."""
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_rounded(

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from loraover.checkpoint.tensor_file import is_finite
 from loraover.common.errors import FoldError
+from loraover_export.numerics.matrix_certificate import Underflow
 
 STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Underflow:
-    """Numbers of non-zero elements that became zero, or subnormals, because they are small for their type."""
-
-    to_zero: int = 0
-    to_subnormal: int = 0
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:

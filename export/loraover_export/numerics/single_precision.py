@@ -8,13 +8,13 @@ what E does to the part.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from loraover.checkpoint.error_bounds import U32
+from loraover.common.later import torch
 
-from loraover.checkpoint.error_bounds import unit_roundoff
-
-U32 = unit_roundoff(torch.float32)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SVD_ROUNDINGS = 20
 """Largest element of E in the singular vectors of W, in units of u32 sigma_1, as if another machine's W were W + E.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.models.device import WITHOUT_FLOAT64
 from loraover.reference.reference_model import reference_model
-from loraover.reference.unfolded_model import WITHOUT_FLOAT64
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck

@@ -28,6 +28,7 @@ class OnnxRequest(Request):
     """
 
     verb = "loraover export onnx"
+    extra = "export"
     examples = (
         "loraover export onnx folded -o onnx-merged --mode merged --precision int4",
         "loraover export onnx adapter-a adapter-b -o onnx-swappable --mode swappable --name support --name sales",

@@ -21,8 +21,9 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.errors import ExportError
+from loraover_export.numerics.certify import certify
 from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.onnx.layout import LAYOUT_FILE, AdapterInput, SwappableLayout
 from loraover_export.onnx.request import OnnxRequest

@@ -15,7 +15,7 @@ from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
 from loraover.common.provenance import environment
 from loraover.models.load import ModelSource
-from loraover_export.convert.run import read_method
+from loraover_export.convert.kind import read_method
 from loraover_export.merge.base_files import CONFIG, open_base
 from loraover_export.uniform.certificate import READ_FILES, record_source
 
@@ -49,7 +49,7 @@ def digest_of(source: Path, base: ModelSource, options: Mapping[str, object], ot
         "base": {"name": base.name, "revision": base.revision, "files": _base_digests(source, base)},
         "options": dict(options),
         "others": [sha256_of(path) for path in others if path.is_file()],
-        "versions": {name: versions[name] for name in VERSIONS},
+        "versions": {name: versions.get(name) for name in VERSIONS},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

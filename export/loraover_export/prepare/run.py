@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 
@@ -18,20 +19,21 @@ from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
+from loraover.common.later import has_torch
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
-from loraover_export.combine.shrink import shrink_adapter
-from loraover_export.convert.approximate import FullRankError
 from loraover_export.convert.need import named_base, why_convert
-from loraover_export.convert.run import convert_adapter
-from loraover_export.fold.run import fold_checkpoint
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
 from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written
 from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+
+if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
+    for _place in ("combine.shrink", "convert.run", "fold.run", "numerics.rounded_adapter", "vllm.run"):
+        import_module(f"loraover_export.{_place}")
 
 LOCKS = "locks"
 """Folder of the cache with a lock for each key that is or was being made."""
@@ -208,6 +210,8 @@ def _as_lora(
     rank = read_source(source).rank
     if ranks.largest is None or rank <= ranks.largest:
         return source, None
+    from loraover_export.combine.shrink import shrink_adapter
+
     shrunk = draft / "converted"
     certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, ranks), dtype=target.dtype)
     return shrunk, _kept(certificate, shrunk, draft)
@@ -216,8 +220,13 @@ def _as_lora(
 def _converted(
     source: Path, target: Target, ranks: Ranks, draft: Path, reason: str
 ) -> tuple[Path, LoraCertificate | None]:
+    from loraover_export.convert.approximate import FullRankError
+    from loraover_export.convert.run import convert_adapter
+
     plain, output = source, draft / "converted"
     if (source / META_FILE).is_file():
+        from loraover_export.fold.run import fold_checkpoint
+
         plain = draft / "folded"
         fold_checkpoint(source, plain)
     convert = partial(convert_adapter, plain, output, model=target.base(), dtype=target.dtype)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import naming
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir
 from loraover.common.errors import ExportError
+from loraover.common.later import has_torch
 from loraover.models.load import ModelSource
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounded_adapter import write_config, write_rounded
-from loraover_export.uniform.matrices import to_uniform
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_uniform(
@@ -41,10 +42,16 @@ def write_uniform(
         CheckpointError: NaN, or a stored matrix that contradicts its cores.
         FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
     """
-    prepare, keys = to_uniform(adapter), adapter.matrices
-    certificates = write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
     write_config(config, directory)
-    return certificates
+    if not has_torch():
+        from loraover_export.uniform.write_plain import write_plain
+
+        return write_plain(adapter, directory / TENSORS_FILE, dtype, on_tensor)
+    from loraover_export.numerics.rounded_adapter import write_rounded
+    from loraover_export.uniform.matrices import to_uniform
+
+    prepare, keys = to_uniform(adapter), adapter.matrices
+    return write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
 
 
 def uniform_config(adapter: AdapterDir, served: ModelSource, target_modules: list[str]) -> dict[str, Any]:

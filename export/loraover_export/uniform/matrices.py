@@ -6,13 +6,15 @@ Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
-from torch.nn.functional import pad
+from typing import TYPE_CHECKING
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.later import torch
 from loraover_export.numerics.delta import scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
@@ -37,6 +39,6 @@ def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
         return exact
 
     def zeros(matrix: Tensor) -> Tensor:
-        return pad(matrix, sides)
+        return torch.nn.functional.pad(matrix, sides)
 
     return Exact(zeros(exact.value), zeros(exact.bound), exact.site)

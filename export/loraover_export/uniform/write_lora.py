@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, pack_stacks, site_key
@@ -22,10 +23,11 @@ from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
+from loraover_export.numerics.certify import certify
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import factor_noise, product_norm, sum_norm
-from loraover_export.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts
-from loraover_export.numerics.rounded_adapter import not_kept, write_config
+from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
+from loraover_export.numerics.rounded_adapter import not_kept
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform.certificate import (
     CERTIFICATE_FILE,

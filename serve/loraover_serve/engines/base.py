@@ -91,7 +91,7 @@ class Engine(ABC):
     reported: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Packages whose versions a report has, each with its distributions."""
 
-    hint: ClassVar[str] = "pip install loraover"
+    hint: ClassVar[str] = "pip install 'loraover[serve]'"
     """How it is installed."""
 
     is_one_model: bool = False

@@ -37,6 +37,7 @@ class ParityRequest(EngineRequest):
     """
 
     verb = "loraover serve parity"
+    extra = "serve"
     examples = (
         "loraover serve parity --adapter folded --checkpoint runs/a/adapter -o parity",
         "loraover serve parity --adapter shop --also-adapter news --engine vllm --max-concurrency 4 --num-prompts 200",

@@ -25,6 +25,7 @@ class RecordRequest(Request):
     """
 
     verb = "loraover serve record"
+    extra = "serve"
     examples = (
         "loraover serve record folded",
         "loraover serve record runs/a/adapter --device cuda -o shop.json.gz --checker adapter_check.pyz",

@@ -32,6 +32,7 @@ class VerifyRequest(EngineRequest):
     """
 
     verb = "loraover serve verify"
+    extra = "serve"
     examples = (
         "loraover serve verify folded --engine onnx --engine torch -o verified",
         "loraover serve verify runs/a/adapter --engine vllm -- --dtype float32",

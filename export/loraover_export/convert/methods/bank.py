@@ -8,14 +8,16 @@ Source: Li et al. 2024, arXiv:2405.15179.
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.source import MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class VbLoraFields(MethodConfig):

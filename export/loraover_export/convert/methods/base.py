@@ -6,15 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-import torch
-from torch import Tensor
-
-from loraover.checkpoint.error_bounds import gamma
+from loraover.checkpoint.error_bounds import U64, gamma
+from loraover.common.later import torch
 from loraover_export.convert.source import Adapter, Config, Module
-from loraover_export.numerics.delta import U64
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INERT = TRAINING_ONLY | {
     *("init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "megatron_config"),

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
-import torch
 from pydantic import Field
 
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank, block_diag
 from loraover_export.convert.source import MethodConfig, Module
 

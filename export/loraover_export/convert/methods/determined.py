@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import LowRank
 from loraover_export.convert.source import Module
 from loraover_export.numerics.low_rank import product_norm
 from loraover_export.numerics.single_precision import basis_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MERGE_THERE = "Merge it into the base model with PEFT's merge_and_unload, where it was trained."
 

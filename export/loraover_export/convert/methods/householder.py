@@ -9,15 +9,17 @@ Sources: Yuan et al. 2024, arXiv:2405.17484; Schreiber and Van Loan 1989, doi:10
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.methods.determined import determined, orthonormal
 from loraover_export.convert.source import MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HraFields(MethodConfig):

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from loraover.checkpoint.adapter_config import KEPT_BASE, AdapterConfig
+from loraover.checkpoint.error_bounds import U32
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank, Place
 from loraover_export.convert.methods.determined import MERGE_THERE, determined
 from loraover_export.convert.methods.experts import expert_places, stacks_of
@@ -31,7 +30,10 @@ from loraover_export.convert.methods.singular import singular_part
 from loraover_export.convert.methods.tokens import token_places
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 from loraover_export.numerics.low_rank import product_norm
-from loraover_export.numerics.single_precision import QR_ROUNDINGS, U32, basis_error
+from loraover_export.numerics.single_precision import QR_ROUNDINGS, basis_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 

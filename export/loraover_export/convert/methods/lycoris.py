@@ -11,16 +11,18 @@ Sources: Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
-import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from loraover.checkpoint.adapter_config import Patterns, first_match
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class LycorisFields(MethodConfig):

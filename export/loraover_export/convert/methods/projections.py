@@ -20,17 +20,19 @@ PEFT 0.21's `_init_vera_A_vera_B` and `_init_pvera_A_pvera_B`.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
-import torch
 from pydantic import Field
-from torch import Generator, Tensor
 
 from loraover.checkpoint.error_bounds import unit_roundoff
 from loraover.common.errors import CheckpointError
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class VeraFields(MethodConfig):
@@ -81,7 +83,7 @@ def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: i
     a, b = adapter.shared(name_a), adapter.shared(name_b)
     m, n = adapter.largest
     if a is None and b is None:
-        generator = Generator().manual_seed(adapter.config.projection_prng_key)
+        generator = torch.Generator().manual_seed(adapter.config.projection_prng_key)
         a = _kaiming((rows, n), n, generator).double()
         return a, _kaiming((m, adapter.config.r), adapter.config.r, generator).double()
     if a is None or b is None or not _covers(a, (rows, n)) or not _covers(b, (m, adapter.config.r)):
@@ -192,7 +194,7 @@ class UniLora(ConversionMethod[UniLoraFields]):
         return LowRank(b, a)
 
 
-def _kaiming(shape: tuple[int, ...], fan: int, generator: Generator) -> Tensor:
+def _kaiming(shape: tuple[int, ...], fan: int, generator: torch.Generator) -> Tensor:
     """Return the draws of He et al. 2015, arXiv:1502.01852, in float32 as PEFT makes them for VeRA."""
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -10,14 +10,16 @@ PEFT's `OFTRotationModule`, `BOFTLayer` and `RoadLayer`.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, Dense, block_diag
 from loraover_export.convert.source import MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class OftFields(MethodConfig):

@@ -11,12 +11,13 @@ et al. 2025, arXiv:2503.18225.
 
 from __future__ import annotations
 
-from typing import ClassVar, final
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, final
 
 from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank
 from loraover_export.convert.source import MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALLEST = 1e-4
 """Norm below which DeLoRA does not divide by less, in PEFT."""

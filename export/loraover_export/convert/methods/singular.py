@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
+from loraover.common.later import torch
 from loraover_export.numerics.single_precision import part_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SingularPart(NamedTuple):

@@ -8,15 +8,17 @@ Sources: Bhardwaj et al. 2024, arXiv:2406.13175; Gao et al. 2024, arXiv:2405.030
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
-import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
 from loraover.checkpoint.adapter_config import Patterns, first_match
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, Dense
 from loraover_export.convert.source import MethodConfig, Module
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ShiraFields(MethodConfig):

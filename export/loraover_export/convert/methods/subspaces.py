@@ -11,26 +11,27 @@ Sources: PEFT's `DeftLinear`; Zhong et al. 2025, arXiv:2410.01870; Nayak et al. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
-import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional
 
 from loraover.checkpoint.error_bounds import unit_roundoff
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, LowRank, rounding
 from loraover_export.convert.methods.determined import determined, orthonormal
 from loraover_export.convert.methods.singular import singular_part
 from loraover_export.convert.source import MethodConfig, Module
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+    "relu": lambda x: torch.nn.functional.relu(x),
+    "gelu": lambda x: torch.nn.functional.gelu(x),
+    "silu": lambda x: torch.nn.functional.silu(x),
+    "swish": lambda x: torch.nn.functional.silu(x),
+    "sigmoid": lambda x: torch.sigmoid(x),
+    "tanh": lambda x: torch.tanh(x),
     "linear": lambda x: x,
 }
 """Activations of transformers' ACT2FN that PEANuT can have here, by name."""

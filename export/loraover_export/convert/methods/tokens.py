@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, final
 
-import torch
-
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.common.errors import ExportError
+from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, LowRank, Place
 from loraover_export.convert.source import Adapter, MethodConfig, Module
 from loraover_export.merge.base_weights import is_embedding

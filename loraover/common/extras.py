@@ -1,0 +1,33 @@
+"""Extras of this package, and what to say where a package of theirs is missing."""
+
+from __future__ import annotations
+
+_WITH_TORCH = ("torch", "train", "eval", "export", "llamacpp", "serve")
+_WITH_PEFT = ("export", "train", "eval", "llamacpp", "serve")
+EXTRAS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("torch", "transformers"), _WITH_TORCH),
+    "peft": _WITH_PEFT,
+    "scipy": ("serve", "train", "eval"),
+    "datasets": ("train", "eval"),
+    **dict.fromkeys(("accelerate", "sentencepiece", "tensorboard", "trl"), ("train",)),
+    "lm_eval": ("eval",),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), ("export",)),
+    "gguf": ("llamacpp", "train"),
+    "llama_cpp_py_sync": ("llamacpp",),
+    **dict.fromkeys(("OpenSSL", "cryptography", "model_signing"), ("sign",)),
+    "prometheus_client": ("watch",),
+}
+"""Extras that bring a package, by the name that it is imported by; the first is named where no command says which."""
+
+
+def missing_package(error: BaseException, extra: str | None = None) -> str | None:
+    """Return what to install after an import that failed; None of any other error.
+
+    Args:
+        error: The error.
+        extra: Extra of the command that was called.
+    """
+    if not isinstance(error, ModuleNotFoundError) or error.name not in EXTRAS:
+        return None
+    extras = EXTRAS[error.name]
+    return f"this needs {error.name}: pip install 'loraover[{extra if extra in extras else extras[0]}]'"
