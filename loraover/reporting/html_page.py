@@ -46,11 +46,13 @@ class Table:
         columns: Names of the columns.
         rows: Cells, which are escaped.
         words: Columns of words, which begin at the left; numbers end at the right.
+        long: Those of the columns of words whose texts take several lines where there is little room.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Collection[str] = ()
+    long: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def make_page(
     environment = Environment(
         loader=DictLoader(shared), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["zip"] = zip
     shown = {**facts, "machine": origin.hardware or None, "date": origin.day}
     html = environment.from_string(template).render(
         title=title,

@@ -9,9 +9,9 @@ from loraover_serve.verify.report import EngineResult
 
 from support.reports import LEFT_OUT, SCALED, engine_result, three_engines, verification
 
-PASSED = "off by 0.0002 nats, where noise explains 0.0003 and the adapter moves logprobs by 0.19."
+PASSED = "off by 0.0002 nats, where noise explains 0.0003. The adapter moves logprobs by 0.19 nats."
 SCALING = (
-    "vllm does not answer as trained: it is off by 0.14 nats, where noise explains 0.0003. The likely fault is wrong "
+    "vllm does not answer as trained. It is off by 0.14 nats, where noise explains 0.0003. The likely fault is wrong "
     "scaling: the scaling is left out (times 0.333). With it, 0.0002 nats remain."
 )
 

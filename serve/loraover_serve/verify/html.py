@@ -84,8 +84,8 @@ def _passed(results: Sequence[EngineResult]) -> str:
         return f"{subject}."
     most = "at most " if len(results) > 1 else ""
     return (
-        f"{subject}: off by {most}{short(worst.adapter.rms)} nats, where noise explains {short(worst.allowed)} and the "
-        f"adapter moves logprobs by {short(worst.effect)}."
+        f"{subject}: off by {most}{short(worst.adapter.rms)} nats, where noise explains {short(worst.allowed)}. The "
+        f"adapter moves logprobs by {short(worst.effect)} nats."
     )
 
 
@@ -98,7 +98,7 @@ def _sentence(result: EngineResult) -> str:
     if result.fault is None or nearest is None or result.adapter is None:
         return f"{result.engine} does not answer as trained: {_ended(result.reason)}"
     return (
-        f"{result.engine} does not answer as trained: it is off by {short(result.adapter.rms)} nats, where noise "
+        f"{result.engine} does not answer as trained. It is off by {short(result.adapter.rms)} nats, where noise "
         f"explains {short(result.allowed)}. The likely fault is {result.fault}: {nearest.detail}. With it, "
         f"{short(nearest.rms)} nats remain."
     )
@@ -183,5 +183,6 @@ def _distances_table(results: Sequence[EngineResult]) -> Table:
 
 
 def _suspects_table(result: EngineResult) -> Table:
-    rows = [(s.fault, s.detail, short(s.rms), "yes" if s.explains else "no") for s in result.suspects]
-    return Table(("fault", "what it computes", "distance", "explains"), rows, ("fault", "what it computes", "explains"))
+    rows = [("yes" if s.explains else "no", s.fault, s.detail, short(s.rms)) for s in result.suspects]
+    columns = ("explains", "fault", "what it computes", "distance")
+    return Table(columns, rows, columns[:3], columns[1:3])

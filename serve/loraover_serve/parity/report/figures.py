@@ -63,7 +63,7 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
 
 def _base_text(results: Sequence[Result]) -> str:
     found = [f"{r.ratio:.2f} {PER.get(r.measure, r.measure)}" for r in results if r.arm == BASE]
-    return f"Not drawn: the base model without an adapter, plain LoRA's time x {', x '.join(found)}." if found else ""
+    return f"Not drawn: the base model, plain LoRA's time x {', x '.join(found)}." if found else ""
 
 
 def _at(results: Sequence[Result], place: _Place) -> list[Result]:

@@ -52,32 +52,30 @@ def _speed(report: ParityReport) -> str:
     several = len({(r.engine, r.concurrency) for r in report.results}) > 1
     margin = f"{100 * report.margin:g} %"
     if control.verdict != "equivalent":
-        noise = f"two copies of one adapter differ by {change(control, several)}"
+        copies, interval = f"Two copies of one adapter differ by {change(control)}", _interval(control, several)
         if control.verdict == "different":
-            return f"This machine is too noisy to compare: {noise}, beyond {margin}."
-        return f"Too short to tell, or this machine is too noisy: {noise}, not surely within {margin}{_more(report)}."
-    figures = change(folded, several)
+            return f"This machine is too noisy to compare. {copies}, beyond {margin}. {interval}"
+        unknown = f"Too short to tell, or this machine is too noisy. {copies}, not surely within {margin}."
+        return f"{unknown} {interval} {_needed(report)}"
+    figures, interval = change(folded), _interval(folded, several)
     if folded.verdict == "equivalent":
-        most = "at most " if several else ""
-        return f"Same speed as plain LoRA: {most}{figures}, within {margin}."
+        return f"Same speed as plain LoRA within {margin}: {'at most ' if several else ''}{figures}. {interval}"
     if folded.verdict == "different":
-        return f"{'Slower' if folded.ratio > 1 else 'Faster'} than plain LoRA: {figures}, beyond {margin}."
-    return (
-        f"Too short to tell whether it is as fast as plain LoRA: {figures}, not surely within {margin}{_more(report)}."
-    )
+        word = "Slower" if folded.ratio > 1 else "Faster"
+        return f"{word} than plain LoRA by more than {margin}: {figures}. {interval}"
+    unknown = f"Too short to tell whether it is as fast as plain LoRA within {margin}."
+    return f"{unknown} Measured: {figures}. {interval} {_needed(report)}"
 
 
-def change(result: Result, with_engine: bool) -> str:
-    """Return a difference of times with its interval, such as "+0.5 % per token, 95 % interval -0.1 to +1.4".
+def change(result: Result) -> str:
+    """Return a difference of times, such as "+0.5 % per token"."""
+    return f"{100 * (result.ratio - 1):+.1f} % {PER.get(result.measure, result.measure)}"
 
-    Args:
-        result: The comparison.
-        with_engine: Whether to name the engine and the concurrency.
-    """
+
+def _interval(result: Result, with_engine: bool) -> str:
     low, high = (100 * (end - 1) for end in result.interval)
     where = f" ({result.engine}, {at_once(result.concurrency)})" if with_engine else ""
-    measure = PER.get(result.measure, result.measure)
-    return f"{100 * (result.ratio - 1):+.1f} % {measure}{where}, 95 % interval {low:+.1f} to {high:+.1f}"
+    return f"The 95 % interval is {low:+.1f} to {high:+.1f}{where}."
 
 
 def at_once(concurrency: int) -> str:
@@ -85,8 +83,9 @@ def at_once(concurrency: int) -> str:
     return "one request at a time" if concurrency == 1 else f"{concurrency} requests at once"
 
 
-def _more(report: ParityReport) -> str:
-    return f"; {requests_needed(report.results)}"
+def _needed(report: ParityReport) -> str:
+    text = requests_needed(report.results)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _answers(report: ParityReport) -> str:
@@ -95,22 +94,20 @@ def _answers(report: ParityReport) -> str:
         return ""
     prompts = sum(outputs.prompts for outputs in report.outputs)
     equal = sum(round(outputs.folded.equal * outputs.prompts) for outputs in report.outputs)
-    exact = f"{equal} of {prompts} answers match PyTorch exactly"
+    exact = f"{equal} of {prompts} answers match PyTorch exactly."
     far = next((outputs for outputs in report.outputs if not outputs.agree), None)
     if far is not None:
-        distances = _far(far.folded, far.vanilla)
-        return f"{exact}, and {far.engine} is further from PyTorch with the folded adapter {distances}."
+        return f"{exact} With the folded adapter, {far.engine} is off by {_far(far.folded, far.vanilla)}."
     parted = next((t for t in report.together if not t.agree), None)
     if parted is not None:
-        beside = f"beside other adapters ({parted.arm})"
-        return f"{exact}, but {beside} {parted.engine} answers wrongly for {parted.adapter}."
-    return f"{exact}."
+        return f"{exact} Beside other adapters ({parted.arm}), {parted.engine} answers wrongly for {parted.adapter}."
+    return exact
 
 
 def _far(folded: Distance, vanilla: Distance) -> str:
     if folded.logprob_rms is None or vanilla.logprob_rms is None:
-        return f"(a gap of {folded.largest_gap:.2g} nats) than with plain LoRA ({vanilla.largest_gap:.2g})"
-    return f"({folded.logprob_rms:.2g} nats) than with plain LoRA ({vanilla.logprob_rms:.2g})"
+        return f"a gap of {folded.largest_gap:.2g} nats, with plain LoRA by {vanilla.largest_gap:.2g}"
+    return f"{folded.logprob_rms:.2g} nats, with plain LoRA by {vanilla.logprob_rms:.2g}"
 
 
 def _cost(results: Sequence[Result]) -> str:
