@@ -30,7 +30,7 @@ class Verdict:
     Args:
         tone: "good", "bad", "open" if nothing could be decided, or "plain" if nothing was to be.
         word: The verdict in a few words.
-        sentence: The verdict in one or two plain sentences with their figures.
+        sentence: The verdict in plain sentences with their figures; the page keeps its line breaks.
     """
 
     tone: Tone

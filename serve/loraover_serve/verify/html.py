@@ -56,7 +56,7 @@ def to_page(report: VerifyReport) -> Page:
 
 
 def verdict_of(report: VerifyReport) -> Verdict:
-    """Return the verdict on all engines in plain sentences with their figures, the worst first.
+    """Return the verdict on all engines in plain sentences with their figures: a line for each, the worst first.
 
     Args:
         report: The report.
@@ -68,7 +68,7 @@ def verdict_of(report: VerifyReport) -> Verdict:
     sentences += [
         f"{r.engine}: mixed batches were not compared: {_ended(r.mixed_failure)}" for r in passed if r.mixed_failure
     ]
-    return Verdict(TONES[report.verdict], report.verdict, " ".join(sentences))
+    return Verdict(TONES[report.verdict], report.verdict, "\n".join(sentences))
 
 
 def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:

@@ -99,7 +99,7 @@ def _verdict(rows: list[Row]) -> Verdict:
     found = [row.last for row in rows if row.last is not None]
     bad = [check for check in found if check.verdict in ("differs", "failed")]
     waiting = len(rows) - len(found)
-    later = f" {waiting} not checked yet." if waiting else ""
+    later = f" {waiting} {'is' if waiting == 1 else 'are'} not checked yet." if waiting else ""
     if bad:
         named = " ".join(f"Look at {check.adapter} on {check.server}." for check in bad[:3])
         more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
