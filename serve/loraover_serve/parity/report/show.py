@@ -15,7 +15,7 @@ from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result
 from loraover_serve.parity.judge.outputs import Distance, Outputs
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.report.tables import deciding_first
+from loraover_serve.parity.report.tables import deciding_first, end_text
 from loraover_serve.parity.request import ParityRequest
 
 SHORT = {"time to first token": "first token", "time per output token": "per token", "end-to-end latency": "end to end"}
@@ -65,7 +65,7 @@ def _ratios_table(report: ParityReport) -> Table:
     rows = [
         (
             *(r.verdict, _place(r), r.arm, SHORT[r.measure]),
-            f"{r.ratio:.3f} [{r.interval[0]:.3f}, {r.interval[1]:.3f}]",
+            f"{r.ratio:.3f} [{', '.join(end_text(end, 3) for end in r.interval)}]",
         )
         for r in deciding_first(report.results)
     ]

@@ -10,7 +10,7 @@ from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
 
-GIB = 2**30
+GIB, UNBOUNDED = 2**30, 1000.0
 
 
 def arms_table(report: ParityReport) -> Table:
@@ -45,7 +45,7 @@ def ratios_table(report: ParityReport) -> Table:
     rows = [
         (
             *(r.verdict, r.engine, str(r.concurrency), r.arm, r.measure, f"{r.ratio:.4f}"),
-            *(f"{low:.4f} to {high:.4f}" for low, high in (r.interval, r.adjusted_interval)),
+            *(" to ".join(map(end_text, ends)) for ends in (r.interval, r.adjusted_interval)),
             str(r.blocks),
         )
         for r in deciding_first(report.results)
@@ -55,6 +55,16 @@ def ratios_table(report: ParityReport) -> Table:
         "blocks",
     )
     return Table(columns, rows, ("verdict", "engine", "arm", "measure"))
+
+
+def end_text(ratio: float, digits: int = 4) -> str:
+    """Return the end of an interval of a ratio; few blocks can leave it without a limit.
+
+    Args:
+        ratio: The end.
+        digits: Number of decimal places.
+    """
+    return f"{ratio:.{digits}f}" if ratio < UNBOUNDED else "infinity"
 
 
 def latencies_table(report: ParityReport) -> Table:
