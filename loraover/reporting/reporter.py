@@ -28,7 +28,9 @@ class ConsoleReporter(Reporter):
 
     Example:
         ```python
-        loraover.train("recipe.yaml", output="runs/a", report=ConsoleReporter())
+        import loraover
+
+        loraover.train("demo", output="runs/demo", report=loraover.ConsoleReporter())
         ```
     """
 
