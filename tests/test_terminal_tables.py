@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +58,14 @@ from support.reports import (
 )
 
 COLUMNS = 80
+
+
+Report = TypeVar("Report", bound=BaseModel)
+
+
+def partly(model: type[Report], **values: Any) -> Report:
+    """A report with only those of its fields that are shown."""
+    return model.model_construct(**values)
 
 
 def parity_with(engine: str, concurrency: int | None) -> ParityReport:
@@ -142,7 +151,7 @@ def lora_certificate() -> LoraCertificate:
     errors = {"truncation_error": 1.2, "arithmetic_bound": 1e-9, "storage_error": 1e-3}
     modules = [ModuleCertificate(module=name, **shape, **errors) for name in LONG]
     found = {"verdict": "passed", "rank": 128, "dtype": "bf16", "notes": [], "matrices": matrices()}
-    return LoraCertificate.model_construct(modules=modules, **found)
+    return partly(LoraCertificate, modules=modules, **found)
 
 
 def matrices() -> list[MatrixCertificate]:
@@ -155,7 +164,7 @@ def merge_report() -> MergeReport:
         MergedWeight(matrix=matrix, dtype="F8_E4M3", delta_to_weight=1.2e-3, stored=lost, four_bit=lost)
         for matrix in matrices()
     ]
-    return MergeReport.model_construct(verdict="passed", weights=weights, stored=lost, four_bit=lost, untied=[])
+    return partly(MergeReport, verdict="passed", weights=weights, stored=lost, four_bit=lost, untied=[])
 
 
 def diff_report() -> DiffReport:
@@ -164,26 +173,23 @@ def diff_report() -> DiffReport:
         ModuleDiff(module=name, ranks=(128, 64), norms=(12.3, 0.123), difference=12.1, **angles) for name in LONG
     ]
     far = fold_outputs(1e-5, 2.0).error
-    logits = LogitDiff.model_construct(tokens=496, prompt_source="a file", difference=far, effects=(far, far))
-    return DiffReport.model_construct(
-        modules=modules, other_tensors=[], logits=logits, norms=(12.3, 0.1), difference=12.1
-    )
+    logits = partly(LogitDiff, tokens=496, prompt_source="a file", difference=far, effects=(far, far))
+    return partly(DiffReport, modules=modules, other_tensors=[], logits=logits, norms=(12.3, 0.1), difference=12.1)
 
 
 def evaluation() -> Evaluation:
     measures = {"strict-match": 0.1234, "flexible-extract": 0.1234}
     results = [
-        ModelResult.model_construct(
-            name=name, measures=measures, interval=(0.1, 0.2), missing=0, examples=[], failure=None
-        )
+        partly(ModelResult, name=name, measures=measures, interval=(0.1, 0.2), missing=0, examples=[], failure=None)
         for name in ("base", "runs/a-long-name-of-a-run/adapter")
     ]
     origin = {"data_origin": "openai/gsm8k, commit 0123456", "model_origin": "a model", "settings": {}}
-    return Evaluation.model_construct(task="gsm8k", questions=1319, is_right_or_wrong=True, results=results, **origin)
+    return partly(Evaluation, task="gsm8k", questions=1319, is_right_or_wrong=True, results=results, **origin)
 
 
 def power_report() -> PowerReport:
-    one = TaskPower.model_construct(
+    one = partly(
+        TaskPower,
         task="glue-qnli-t5-base",
         method="lora-over",
         baseline="lora",
@@ -196,7 +202,7 @@ def power_report() -> PowerReport:
         seeds_to_halve=None,
         factor_to_halve=12.3,
     )
-    return PowerReport.model_construct(tasks=[one])
+    return partly(PowerReport, tasks=[one])
 
 
 def by_reference() -> VerifyReport:
@@ -248,6 +254,11 @@ class Tables(Console):
         super().print(*objects, **options)
 
 
+def shown_on(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def drawn(table: Table, width: int) -> str:
     console = Console(file=(shown := io.StringIO()), width=width)
     console.print(table)
@@ -277,7 +288,7 @@ class Terminal(Console):
 
     @property
     def lines(self) -> list[str]:
-        return self.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return shown_on(self).splitlines()
 
 
 def test_rows_of_names_and_values_are_broken_between_words() -> None:
@@ -285,8 +296,16 @@ def test_rows_of_names_and_values_are_broken_between_words() -> None:
     engine = ListedEngine(
         name="OpenVINO GenAI", version=None, takes="adapters of `loraover export vllm`", install=install
     )
-    found = Installation.model_construct(
-        python="3.11", devices=[], libraries={}, extras=[], hub="reached", sandbox="ready", engines=[engine], faults=[]
+    found = partly(
+        Installation,
+        python="3.11",
+        devices=[],
+        libraries={},
+        extras=[],
+        hub="reached",
+        sandbox="ready",
+        engines=[engine],
+        faults=[],
     )
     for console in (terminal := Terminal(), whole := Tables()):
         show_installation(found, DoctorRequest(), console)
@@ -299,14 +318,14 @@ def test_rows_of_names_and_values_are_broken_between_words() -> None:
         "",
         "",
     ]
-    assert len(whole.file.getvalue().splitlines()) == 4, "files and pipes get each value on one line"
+    assert len(shown_on(whole).splitlines()) == 4, "files and pipes get each value on one line"
 
 
 def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:
     console = Tables()
     runs = {method: run_result().model_copy(update={"method": method}) for method in ("lora", "lora-over")}
     show_runs({f"runs/demo/{method}": run for method, run in runs.items()}, console)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = shown_on(console)
     assert max(map(len, shown.splitlines())) <= COLUMNS
     assert shown.count("base model") == 1, "what all runs have in common"
     assert "…" not in shown
@@ -316,6 +335,6 @@ def test_a_run_whose_start_was_not_measured_shows_its_end() -> None:
     console, end = Tables(), Measures(examples=32, loss=0.5, exact_match=0.75)
     runs = {"one": run_result(), "other": run_result().model_copy(update={"before": None, "after": end})}
     show_runs(runs, console)
-    rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if line.split()}  # type: ignore[attr-defined]
+    rows = {line.split()[0]: line for line in shown_on(console).splitlines() if line.split()}
     assert rows["before"].count("loss") == 1
     assert rows["after"].count("loss") == 2

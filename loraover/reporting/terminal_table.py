@@ -39,8 +39,7 @@ def terminal_table(
             table.add_column(head, overflow="fold")
         else:
             width = max([*map(len, head.split("\n")), *(row[k].cell_len for row in cells)])
-            side = "left" if head in words else "right"
-            table.add_column(head, justify=side, no_wrap=True, min_width=width)
+            table.add_column(head, justify="left" if head in words else "right", no_wrap=True, min_width=width)
     for row in cells:
         table.add_row(*row)
     return table

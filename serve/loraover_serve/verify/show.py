@@ -23,8 +23,8 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
         console: Where to print.
     """
     heads = ("verdict", "engine", "strength", "noise", "adapter", "effect", "same\ntext")
-    rows = [
-        (Text(result.verdict, COLORS[result.verdict]), result.engine, *_figures(result)) for result in report.engines
+    rows: list[list[str | Text]] = [
+        [Text(result.verdict, COLORS[result.verdict]), result.engine, *_figures(result)] for result in report.engines
     ]
     title = f"RMS distance of logprobs from {report.reference}, in nats"
     console.print(terminal_table(heads, rows, words=heads[:1], names=heads[1:2], title=title))
@@ -36,7 +36,8 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
 
 def _figures(result: EngineResult) -> list[str]:
     """Strength, noise of the base model, distance of the adapter, its effect, share of equal answers."""
-    distances = [result.base and result.base.rms, result.adapter and result.adapter.rms, result.effect]
+    noise, off = (None if each is None else each.rms for each in (result.base, result.adapter))
     found = result.strength
     strength = "-" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    return [strength, *map(short, distances), "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]
+    distances = [short(distance) for distance in (noise, off, result.effect)]
+    return [strength, *distances, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]
