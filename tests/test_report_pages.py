@@ -105,6 +105,13 @@ def test_a_page_begins_with_its_verdict(page: Page) -> None:
     assert re.search("<dt>(date|now)</dt>", page.html)
 
 
+def test_the_column_of_the_verdict_is_the_first(page: Page) -> None:
+    for head in re.findall("<thead><tr>(.*?)</tr>", page.html):
+        names = re.findall("<th[^>]*>(.*?)</th>", head)
+        assert "verdict" not in names[1:]
+        assert "explains" not in names[1:]
+
+
 @pytest.mark.parametrize("is_hostile", [False, True])
 def test_figures_are_files_too(is_hostile: bool, page: Page, hostile_page: Page, tmp_path: Path) -> None:
     found = hostile_page if is_hostile else page
