@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loraover.reporting.html_page import Page
+from loraover.reporting.html_page import Page, in_sentences
 from loraover.reporting.palette import GROUNDS, INKS, PALETTE
 
 from support.chromium import chromium, looked_at
@@ -151,6 +151,10 @@ def test_contrast_is_that_of_the_standard() -> None:
 def test_a_colour_has_one_meaning() -> None:
     for shades in ([c.light for c in INKS.values()], [c.dark for c in INKS.values()]):
         assert len(set(shades)) == len(INKS)
+
+
+def test_clauses_outside_of_brackets_become_sentences() -> None:
+    assert in_sentences("off by 1 nat (a; b); no fault explains it.") == "Off by 1 nat (a; b). No fault explains it."
 
 
 def test_every_colour_that_a_page_names_is_in_the_palette(page: Page) -> None:

@@ -7,6 +7,7 @@ supplies the verdict, figures, tables and a template that extends "page.html.j2"
 from __future__ import annotations
 
 import hashlib
+import re
 from base64 import b64encode
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ def make_page(
     html = environment.from_string(template).render(
         title=title,
         heading=heading,
+        in_sentences=in_sentences,
         verdict=verdict,
         facts={name: value for name, value in shown.items() if value is not None},
         origin=origin,
@@ -154,6 +156,16 @@ def make_page(
         **values,
     )
     return Page(html, figures)
+
+
+def in_sentences(text: str) -> str:
+    """Return clauses that semicolons join, outside of brackets, as sentences.
+
+    Args:
+        text: The clauses, such as "off by 0.1 nats; no known fault explains it".
+    """
+    clauses = re.split(r";\s+(?![^()]*\))", text.rstrip("."))
+    return " ".join(f"{clause[:1].upper()}{clause[1:]}." for clause in clauses)
 
 
 def _policy(script: str | None) -> str:
