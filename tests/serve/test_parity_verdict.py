@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result
 from loraover_serve.parity.judge.several import Together
+from loraover_serve.parity.report.html import to_page
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.verdict import verdict_of
 from loraover_serve.parity.samples import CONTROL, FOLDED
@@ -109,6 +111,14 @@ def test_the_kept_report_says_it_in_a_line() -> None:
 )
 def test_each_verdict_has_its_figures(whole: ParityReport, verdict: str, found: list[Result], expected: str) -> None:
     assert sentence(whole, verdict, *found) == expected
+
+
+def test_an_interval_without_a_limit_is_not_written_in_digits(whole: ParityReport) -> None:
+    """Of few blocks, some resamples have no spread."""
+    wide = result(FOLDED, 1.0, "inconclusive").model_copy(update={"interval": (0.9, 1e304)})
+    report = whole.model_copy(update={"verdict": "inconclusive", "results": [SAME, wide]})
+    assert "The 95 % interval is -10.0 to infinity. " in verdict_of(report).sentence
+    assert max(map(len, re.findall(r"\d+", to_page(report).html))) < 20
 
 
 def test_what_adapters_cost_is_a_range_of_several_engines(whole: ParityReport) -> None:

@@ -10,6 +10,7 @@ from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result, requests_needed
 from loraover_serve.parity.judge.outputs import Distance
 from loraover_serve.parity.report.parity_report import EngineVerdict, ParityReport
+from loraover_serve.parity.report.tables import UNBOUNDED
 from loraover_serve.parity.samples import CONTROL, FOLDED
 
 PER = {"time per output token": "per token", "end-to-end latency": "per answer"}
@@ -69,13 +70,21 @@ def _speed(report: ParityReport) -> str:
 
 def change(result: Result) -> str:
     """Return a difference of times, such as "+0.5 % per token"."""
-    return f"{100 * (result.ratio - 1):+.1f} % {PER.get(result.measure, result.measure)}"
+    return f"{percent_text(result.ratio)} % {PER.get(result.measure, result.measure)}"
+
+
+def percent_text(ratio: float) -> str:
+    """Return by how many per cent a ratio differs from 1, such as "+0.5"; few blocks can leave its interval unbounded.
+
+    Args:
+        ratio: The ratio, or an end of its interval.
+    """
+    return f"{100 * (ratio - 1):+.1f}" if ratio < UNBOUNDED else "infinity"
 
 
 def _interval(result: Result, with_engine: bool) -> str:
-    low, high = (100 * (end - 1) for end in result.interval)
     where = f" ({result.engine}, {at_once(result.concurrency)})" if with_engine else ""
-    return f"The 95 % interval is {low:+.1f} to {high:+.1f}{where}."
+    return f"The 95 % interval is {' to '.join(map(percent_text, result.interval))}{where}."
 
 
 def at_once(concurrency: int) -> str:
