@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from loraover.common.atomic_output import publish_text
-from loraover.reporting.svg import Drawing, Shape
+from loraover.reporting.svg import SMALL, Drawing, Shape
 
 DOCS = Path(__file__).parent
 TABLE, FIGURE = DOCS / "compatibility.md", DOCS / "figures" / "matrix.svg"
@@ -21,7 +21,7 @@ LEGEND: dict[str, tuple[str, Shape]] = {
     "refused": ("open", "square"),
 }
 """Colour and shape of each verdict; what cannot be asked of an engine is left empty."""
-NAMES, FORMS, COLUMN, ROW, TOP = 236.0, 64.0, 92.0, 20.0, 58.0
+NAMES, FORMS, COLUMN, ROW, TOP = 164.0, 46.0, 25.0, 20.0, 116.0
 
 
 def rows_of(page: str) -> list[list[str]]:
@@ -38,14 +38,14 @@ def draw(rows: list[list[str]]) -> str:
     for verdict, (color, shape) in LEGEND.items():
         picture.mark(left + 6, 16, color, shape)
         picture.text(left + 18, 20, verdict)
-        left += 140
+        left += 110
     for index, kind in enumerate(kinds):
-        picture.text(NAMES + FORMS + COLUMN * (index + 0.5), TOP - 12, kind, anchor="middle")
+        picture.text(NAMES + FORMS + COLUMN * (index + 0.5) + 4, TOP - 10, kind, turn=-90)
     for index, (engine, form, *verdicts) in enumerate(cells):
         top = TOP + ROW * index
         if index == 0 or engine != cells[index - 1][0]:
             picture.line([(0, top - 4), (picture.width, top - 4)], "line", width=1)
-            picture.text(8, top + 10, engine.partition(", ")[2])
+            picture.text(0, top + 10, engine.partition(", ")[2], size=SMALL)
         picture.text(NAMES, top + 10, form)
         for column, verdict in enumerate(verdicts):
             if verdict in LEGEND:

@@ -9,16 +9,21 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import click
 import pytest
+from pydantic import BaseModel
 
 from loraover import Budget, LoraOverConfig
 from loraover_serve.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("loraover", "export/loraover_export", "serve/loraover_serve")
 API_PAGES = {"loraover": "loraover", "loraover_export": "export", "loraover_serve": "serve"}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
@@ -40,6 +45,48 @@ def test_every_public_name_has_an_entry(package: str, site: Path) -> None:
     page = (site / "api" / API_PAGES[package] / "index.html").read_text()
     entries = set(re.findall(rf'<h\d id="{package}\.(\w+)"', page))
     assert entries == set(import_module(package).__all__) - {"__version__"}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("package", API_PAGES)
+def test_every_type_that_a_function_returns_has_an_entry(package: str, site: Path) -> None:
+    """Also those of the fields of what it returns, as far as they are classes of this package."""
+    page = (site / "api" / API_PAGES[package] / "index.html").read_text()
+    module = import_module(package)
+    public = {name: getattr(module, name) for name in module.__all__}
+    returned = [
+        get_type_hints(inspect.unwrap(function), localns=public).get("return")
+        for function in public.values()
+        if inspect.isfunction(function)
+    ]
+    reports = [one for one in returned if isinstance(one, type) and issubclass(one, BaseModel)]
+    parts = {one for report in reports for field in report.model_fields.values() for one in classes(field.annotation)}
+    named = {one for hint in returned for one in classes(hint)} | {
+        one for one in parts if one.__module__.startswith(f"{package}.")
+    }
+    own = {one for one in named if one.__module__.partition(".")[0] in API_PAGES} - {*public.values()}
+    assert [one for one in own if f'id="{one.__module__}.{one.__qualname__}"' not in page] == []
+    assert reports
+
+
+def classes(hint: Any) -> Iterator[type]:
+    """Classes in an annotation."""
+    for part in get_args(hint):
+        yield from classes(part)
+    if isinstance(hint, type) and not get_args(hint):
+        yield hint
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("page", API_PAGES.values())
+def test_an_api_page_shows_what_a_caller_needs(page: str, site: Path) -> None:
+    """Contents of one level, and no settings of pydantic's models."""
+    text = (site / "api" / page / "index.html").read_text()
+    contents = text[text.index('data-md-component="toc"') : text.index('class="md-content"')]
+    assert "doc-symbol-function" in contents
+    assert "doc-symbol-attribute" not in contents
+    assert "doc-symbol-method" not in contents
+    assert "<p>Config:" not in text
 
 
 @pytest.mark.process
@@ -91,6 +138,36 @@ def test_the_home_page_is_the_readme(site: Path) -> None:
     page = (site / "index.html").read_text()
     assert 'href="how-it-works/"' in page, "a page of the site"
     assert re.search(r'href="https://github.com/[^"]*/tree/main/docs/examples"', page), "a folder that the site lacks"
+
+
+def test_every_example_has_all_its_names(tmp_path: Path) -> None:
+    """Those of pages, and those of docstrings; the tests of examples run the latter."""
+    sources = [*PAGES, *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    for number, file in enumerate(sources):
+        for place in re.finditer(r"^([ \t]*)```python\n(.*?)^[ \t]*```", file.read_text(), re.DOTALL | re.MULTILINE):
+            example = tmp_path / f"{number}_{place.start()}_{file.stem}.py"
+            example.write_text(textwrap.dedent(place[2]))
+            assert "..." not in place[2], file
+    assert len([*tmp_path.iterdir()]) > 15
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--output-format", "concise"]
+    found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_figures_can_be_read_on_a_phone() -> None:
+    """At 388 pixels, which the site leaves on a screen of 420; the map of all rooms is for larger ones."""
+    linked = {
+        (page.parent / link).resolve()
+        for page in PAGES
+        for link in re.findall(r"!\[[^]]*\]\(([^)]+\.svg)\)", page.read_text())
+    }
+    assert len(linked) > 8
+    for figure in linked - {ROOT / "docs" / "rooms.svg"}:
+        text = figure.read_text()
+        width = re.search(r'viewBox="0 0 ([\d.]+)', text)
+        assert width is not None
+        smallest = min(map(float, re.findall(r'font-size[=:]"?\s*([\d.]+)', text)))
+        assert smallest * min(1, 388 / float(width[1])) > 10, figure
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

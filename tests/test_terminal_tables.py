@@ -5,29 +5,67 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from loraover.checkpoint.metadata import Meta
+from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation
+from loraover.inspection.folder import read_schedule
+from loraover.inspection.installation import Installation, ListedEngine
+from loraover.inspection.request import DoctorRequest
+from loraover.inspection.show import show_installation
+from loraover.reporting.schedule_map import show_schedule
+from loraover.study.power import PowerReport, TaskPower
+from loraover.study.request import StudyRequest
+from loraover.study.show import show_power
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
+from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
+from loraover_export.combine.requests import DiffRequest
+from loraover_export.combine.show import show_diff
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
+from loraover_export.merge.report import MergedWeight, MergeReport
+from loraover_export.merge.request import MergeRequest
+from loraover_export.merge.rounding_loss import RoundingLoss
+from loraover_export.merge.show import show_merge
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
 from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.show import show_report as show_onnx
+from loraover_export.uniform.certificate import LoraCertificate, ModuleCertificate
+from loraover_export.uniform.show import show_lora
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.show import show_report as show_parity
 from loraover_serve.parity.request import ParityRequest
+from loraover_serve.verify.report import Interval, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.show import show_report as show_verification
 
-from support.reports import engine_result, fold_certificate, parity, verification
+from support.reports import (
+    CHECKPOINT,
+    engine_result,
+    fold_certificate,
+    fold_outputs,
+    parity,
+    three_engines,
+    verification,
+)
 
 COLUMNS = 80
+
+
+Report = TypeVar("Report", bound=BaseModel)
+
+
+def partly(model: type[Report], **values: Any) -> Report:
+    """A report with only those of its fields that are shown."""
+    return model.model_construct(**values)
 
 
 def parity_with(engine: str, concurrency: int | None) -> ParityReport:
@@ -108,14 +146,99 @@ def onnx_report() -> OnnxReport:
     )
 
 
+def lora_certificate() -> LoraCertificate:
+    shape = {"shape": (49152, 12288), "rank": 128, "norm": 12.3, "embedding": False}
+    errors = {"truncation_error": 1.2, "arithmetic_bound": 1e-9, "storage_error": 1e-3}
+    modules = [ModuleCertificate(module=name, **shape, **errors) for name in LONG]
+    found = {"verdict": "passed", "rank": 128, "dtype": "bf16", "notes": [], "matrices": matrices()}
+    return partly(LoraCertificate, modules=modules, **found)
+
+
+def matrices() -> list[MatrixCertificate]:
+    return [one.model_copy(update={"name": LONG[0], "shape": (128, 49152)}) for one in fold_certificate().matrices[:2]]
+
+
+def merge_report() -> MergeReport:
+    lost = RoundingLoss(erased=0.1234, error=0.987)
+    weights = [
+        MergedWeight(matrix=matrix, dtype="F8_E4M3", delta_to_weight=1.2e-3, stored=lost, four_bit=lost)
+        for matrix in matrices()
+    ]
+    return partly(MergeReport, verdict="passed", weights=weights, stored=lost, four_bit=lost, untied=[])
+
+
+def diff_report() -> DiffReport:
+    angles = {"column_angles": [12.3, 89.9], "row_angles": [0.1, 89.9]}
+    modules = [
+        ModuleDiff(module=name, ranks=(128, 64), norms=(12.3, 0.123), difference=12.1, **angles) for name in LONG
+    ]
+    far = fold_outputs(1e-5, 2.0).error
+    logits = partly(LogitDiff, tokens=496, prompt_source="a file", difference=far, effects=(far, far))
+    return partly(DiffReport, modules=modules, other_tensors=[], logits=logits, norms=(12.3, 0.1), difference=12.1)
+
+
+def evaluation() -> Evaluation:
+    measures = {"strict-match": 0.1234, "flexible-extract": 0.1234}
+    results = [
+        partly(ModelResult, name=name, measures=measures, interval=(0.1, 0.2), missing=0, examples=[], failure=None)
+        for name in ("base", "runs/a-long-name-of-a-run/adapter")
+    ]
+    origin = {"data_origin": "openai/gsm8k, commit 0123456", "model_origin": "a model", "settings": {}}
+    return partly(Evaluation, task="gsm8k", questions=1319, is_right_or_wrong=True, results=results, **origin)
+
+
+def power_report() -> PowerReport:
+    one = partly(
+        TaskPower,
+        task="glue-qnli-t5-base",
+        method="lora-over",
+        baseline="lora",
+        measured_on="glue-mnli-t5-base",
+        measured_seeds=20,
+        rows=12_345,
+        seeds=20,
+        smallest=0.123,
+        rows_to_halve=9_876_543,
+        seeds_to_halve=None,
+        factor_to_halve=12.3,
+    )
+    return partly(PowerReport, tasks=[one])
+
+
+def by_reference() -> VerifyReport:
+    strength = Interval(value=-0.00123, low=-0.00456, high=0.00789)
+    result = engine_result("customer-support-german-v12", "inconclusive").model_copy(update={"strength": strength})
+    return verification(result).model_copy(update={"reference": "the reference"})
+
+
+def schedule() -> Meta:
+    """A schedule of nine kinds of modules with 32 layers, whose map needs two tables."""
+    parts = ("self_attn.q_proj", "linear_attn.in_proj_qkvz", "mlp.shared_expert_gate", "mlp.shared_expert.down_proj")
+    kinds = [f"{part}_{k}" for part in parts for k in range(3)][:9]
+    names = [f"model.layers.{layer}.{kind}.lora_{m}" for layer in range(32) for kind in kinds for m in "AB"]
+    round_ = read_schedule(CHECKPOINT).rounds[0]
+    rounds = [
+        round_.model_copy(update={"chosen": names[k::12], "scores": dict.fromkeys(names, 1e-10)}) for k in range(11)
+    ]
+    return read_schedule(CHECKPOINT).model_copy(update={"rounds": rounds, "sites": []})
+
+
+LONG = [f"model.language_model.layers.{k}.linear_attn.in_proj_qkvz.lora_A" for k in (7, 39)]
 SHOWN: dict[str, Callable[[Console], object]] = {
-    "fold": lambda console: show_certificate(fold_certificate(), FoldRequest("checkpoint", "folded"), console),
-    "onnx": lambda console: show_onnx(onnx_report(), OnnxRequest("source", "onnx", "merged"), console),
-    "verify": lambda console: show_verification(
-        verification(engine_result("llamacpp", "inconclusive")), VerifyRequest("a"), console
+    "fold": lambda console: show_certificate(
+        fold_certificate().model_copy(update={"matrices": matrices()}), FoldRequest("checkpoint", "folded"), console
     ),
+    "onnx": lambda console: show_onnx(onnx_report(), OnnxRequest("source", "onnx", "merged"), console),
+    "verify": lambda console: show_verification(three_engines(), VerifyRequest("a"), console),
+    "verify --reference": lambda console: show_verification(by_reference(), VerifyRequest("a"), console),
     "parity": lambda console: show_parity(parity_with("onnx swappable", 1), ParityRequest("a"), console),
     "parity of many requests": lambda console: show_parity(parity_with("vllm", 128), ParityRequest("a"), console),
+    "convert, combine and shrink": lambda console: show_lora(lora_certificate(), FoldRequest("a", "b"), console),
+    "merge": lambda console: show_merge(merge_report(), MergeRequest("a", "b"), console),
+    "diff": lambda console: show_diff(diff_report(), DiffRequest("a", "b"), console),
+    "eval": lambda console: show_evaluation(evaluation(), console),
+    "study --power": lambda console: show_power(power_report(), StudyRequest(("a",), output="b"), console),
+    "inspect --schedule": lambda console: show_schedule(schedule(), console),
 }
 
 
@@ -131,20 +254,78 @@ class Tables(Console):
         super().print(*objects, **options)
 
 
+def shown_on(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def drawn(table: Table, width: int) -> str:
+    console = Console(file=(shown := io.StringIO()), width=width)
+    console.print(table)
+    return shown.getvalue()
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_tables_fit_a_terminal(name: str) -> None:
+    """Names are continued on the next line; every other cell stays whole."""
     console = Tables()
     SHOWN[name](console)
     assert console.tables
     for table in console.tables:
-        assert Console(width=400).measure(table).maximum <= COLUMNS, table.title
+        shown = drawn(table, COLUMNS)
+        assert max(map(len, shown.splitlines())) <= COLUMNS
+        assert "…" not in shown
+        names = [str(cell) for column in table.columns if not column.no_wrap for cell in column.cells]
+        broken = {*drawn(table, 400).replace("─", "").split()} - {*shown.split()}
+        assert broken <= {*" ".join(names).split()}
+
+
+class Terminal(Console):
+    """A terminal of 80 columns, and what is printed on it."""
+
+    def __init__(self) -> None:
+        super().__init__(file=io.StringIO(), width=COLUMNS, force_terminal=True, color_system=None)
+
+    @property
+    def lines(self) -> list[str]:
+        return shown_on(self).splitlines()
+
+
+def test_rows_of_names_and_values_are_broken_between_words() -> None:
+    install = "pip install openvino-genai 'optimum-intel[openvino]', in an environment of its own"
+    engine = ListedEngine(
+        name="OpenVINO GenAI", version=None, takes="adapters of `loraover export vllm`", install=install
+    )
+    found = partly(
+        Installation,
+        python="3.11",
+        devices=[],
+        libraries={},
+        extras=[],
+        hub="reached",
+        sandbox="ready",
+        engines=[engine],
+        faults=[],
+    )
+    for console in (terminal := Terminal(), whole := Tables()):
+        show_installation(found, DoctorRequest(), console)
+    assert max(map(len, terminal.lines)) <= COLUMNS
+    assert [line[:19].rstrip() for line in terminal.lines] == [
+        "python",
+        "hub",
+        "HumanEval sandbox",
+        "OpenVINO GenAI",
+        "",
+        "",
+    ]
+    assert len(shown_on(whole).splitlines()) == 4, "files and pipes get each value on one line"
 
 
 def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:
     console = Tables()
     runs = {method: run_result().model_copy(update={"method": method}) for method in ("lora", "lora-over")}
     show_runs({f"runs/demo/{method}": run for method, run in runs.items()}, console)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    shown = shown_on(console)
     assert max(map(len, shown.splitlines())) <= COLUMNS
     assert shown.count("base model") == 1, "what all runs have in common"
     assert "…" not in shown
@@ -154,6 +335,6 @@ def test_a_run_whose_start_was_not_measured_shows_its_end() -> None:
     console, end = Tables(), Measures(examples=32, loss=0.5, exact_match=0.75)
     runs = {"one": run_result(), "other": run_result().model_copy(update={"before": None, "after": end})}
     show_runs(runs, console)
-    rows = {line.split()[0]: line for line in console.file.getvalue().splitlines() if line.split()}  # type: ignore[attr-defined]
+    rows = {line.split()[0]: line for line in shown_on(console).splitlines() if line.split()}
     assert rows["before"].count("loss") == 1
     assert rows["after"].count("loss") == 2

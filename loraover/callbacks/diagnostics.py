@@ -75,9 +75,20 @@ class DiagnosticsCallback(TrainerCallback):
 
     Example:
         ```python
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+        from loraover import DiagnosticsCallback, LoraOverCallback
+
+        base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        tokens = AutoTokenizer.from_pretrained(base)("2 + 2 = 4")["input_ids"]
+        data = [{"input_ids": tokens, "labels": tokens}]
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+        args = TrainingArguments("run", max_steps=4)
         over = LoraOverCallback()
         trainer = Trainer(model, args, train_dataset=data, callbacks=[over])
         DiagnosticsCallback(over).add_to(trainer)  # in `callbacks`, it would come after the trackers
+        trainer.train()
         ```
     """
 

@@ -49,6 +49,16 @@ class LoraOverCallback(TrainerCallback):
 
     Example:
         ```python
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+        from loraover import LoraOverCallback
+
+        base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        tokens = AutoTokenizer.from_pretrained(base)("2 + 2 = 4")["input_ids"]
+        data = [{"input_ids": tokens, "labels": tokens}]
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+        args = TrainingArguments("run", max_steps=4)
         trainer = Trainer(model, args, train_dataset=data, callbacks=[LoraOverCallback()])
         trainer.train()
         model.save_pretrained("adapter")  # an ordinary LoRA adapter

@@ -39,9 +39,18 @@ class SealCheckpoints(TrainerCallback):
 
     Example:
         ```python
-        callbacks = [LoraOverCallback(config), SealCheckpoints()]
-        trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+        from loraover import LoraOverCallback, SealCheckpoints, last_whole_checkpoint
+
+        base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        tokens = AutoTokenizer.from_pretrained(base)("2 + 2 = 4")["input_ids"]
+        data = [{"input_ids": tokens, "labels": tokens}]
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+        args = TrainingArguments("run", max_steps=4, save_steps=2)
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[LoraOverCallback(), SealCheckpoints()])
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint("run"))  # None begins at the first step
         ```
     """
 

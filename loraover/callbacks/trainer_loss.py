@@ -23,9 +23,22 @@ def trainer_loss(trainer: Any) -> Loss:
 
     Example:
         ```python
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import DPOConfig, DPOTrainer
+
+        from loraover import Budget, LoraOverCallback, LoraOverConfig, trainer_loss
+
         callback = LoraOverCallback(LoraOverConfig(schedule="static", budget=Budget(fraction=0.25)))
-        trainer = DPOTrainer(..., callbacks=[callback])
+        trainer = DPOTrainer(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            args=DPOConfig("run", max_steps=4, bf16=False),  # True on a GPU
+            train_dataset=Dataset.from_list([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}]),
+            peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[callback],
+        )
         callback.loss = trainer_loss(trainer)
+        trainer.train()
         ```
     """
 

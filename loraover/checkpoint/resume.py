@@ -41,9 +41,18 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
     Example:
         ```python
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        from loraover import OverParameterization, read_checkpoint, restore
+
+        checkpoint = read_checkpoint("checkpoint")  # of `write_checkpoint`
+        base = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
         model = PeftModel.from_pretrained(base, "checkpoint", is_trainable=True)
-        over = OverParameterization(model, config, inject=False)
-        restore(over, read_checkpoint("checkpoint"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        over = OverParameterization(model, checkpoint.meta.config, inject=False)
+        restore(over, checkpoint)
         over.attach(optimizer)
         ```
     """

@@ -44,8 +44,25 @@ def write_checkpoint(
 
     Example:
         ```python
-        model.save_pretrained("checkpoint")
-        write_checkpoint("checkpoint", over, step=100)
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+
+        base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        batch = AutoTokenizer.from_pretrained(base)("2 + 2 = 4", return_tensors="pt")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        over = OverParameterization(model, LoraOverConfig())
+        over.attach(optimizer)  # any ordinary optimizer that holds the LoRA matrices
+        for _ in range(4):  # your loop
+            model(**batch, labels=batch["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        over.finish()
+        model.save_pretrained("checkpoint")  # an ordinary LoRA adapter
+        write_checkpoint("checkpoint", over, step=4)  # the cores beside it, to fold or to resume
         ```
     """
     over.check_unchanged()

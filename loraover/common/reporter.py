@@ -14,6 +14,11 @@ class Reporter:
 
     Example:
         ```python
+        import logging
+
+        from loraover import Reporter
+
+
         class Log(Reporter):
             def line(self, text):
                 logging.info(text)

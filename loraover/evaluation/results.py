@@ -78,17 +78,11 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 def show_evaluation(found: Evaluation, console: Console) -> None:
     """Print one row for each model, then the settings and the failures."""
-    from rich.box import SIMPLE
-    from rich.markup import escape
-    from rich.table import Table
+    from loraover.reporting.terminal_table import terminal_table
 
-    table = Table(box=SIMPLE, title=f"{found.task}, {found.questions} questions from {escape(found.data_origin)}")
+    title = f"{found.task}, {found.questions} questions from {found.data_origin}"
     columns, rows = result_rows(found)
-    for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    console.print(terminal_table(columns, rows, names=columns[:1], title=title))
     settings = "; ".join(f"{name}: {value}" for name, value in found.settings.items())
     print_line(console, f"{found.model_origin}; {settings}")
     for result in found.results:

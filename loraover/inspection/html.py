@@ -57,6 +57,6 @@ def to_page(report: FolderReport, figures: Sequence[Figure], command: str) -> Pa
         figures=figures,
         map=[figure for figure in figures if figure.name == MAP],
         scores=[figure for figure in figures if figure.name != MAP],
-        table=Table(("what", "value"), list(folder_rows(report)), ("what", "value")),
+        table=Table(("what", "value"), list(folder_rows(report)), ("what", "value"), ("value",)),
         next_steps=report.next_steps,
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from loraover.inspection.installation import Installation
 from loraover.inspection.request import DoctorRequest
-from loraover.reporting.reporter import print_line
+from loraover.reporting.reporter import print_line, print_rows
 
 if TYPE_CHECKING:
     from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, OnnxFacts, RunFacts, VllmFacts
@@ -19,7 +19,7 @@ Rows = Iterator[tuple[str, str]]
 
 def show_folder(report: FolderReport, console: Console) -> None:
     """Print what a folder is and what was trained."""
-    _show([("folder", report.path), ("kind", report.kind), *folder_rows(report)], console)
+    print_rows(console, [("folder", report.path), ("kind", report.kind), *folder_rows(report)])
 
 
 def folder_rows(report: FolderReport) -> list[tuple[str, str]]:
@@ -102,10 +102,4 @@ def show_installation(found: Installation, request: DoctorRequest, console: Cons
         state = f"not installed: {engine.install}" if engine.version is None else engine.version
         rows.append((engine.name, f"{state}; takes {engine.takes}" if engine.takes else state))
     rows += [("engines", fault) for fault in found.faults]
-    _show(rows, console)
-
-
-def _show(rows: Sequence[tuple[str, str]], console: Console) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print_line(console, f"{name:<{width}}  {value}")
+    print_rows(console, rows)

@@ -23,7 +23,9 @@ class Budget(BaseModel):
 
     Example:
         ```python
-        LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.25))
+        from loraover import Budget, LoraOverConfig
+
+        config = LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.25))
         ```
     """
 
@@ -60,9 +62,11 @@ class LoraOverConfig(BaseModel):
 
     Example:
         ```python
-        LoraOverConfig()  # every A and B matrix, from the start
-        LoraOverConfig(decomposition="mpo", options={"num_cores": 3}, sites=["*.q_proj.*", "*.v_proj.*"])
-        LoraOverConfig(schedule="dynamic", score="fisher", budget=Budget(fraction=0.25))
+        from loraover import Budget, LoraOverConfig
+
+        plain = LoraOverConfig()  # every A and B matrix, from the start
+        some = LoraOverConfig(decomposition="mpo", options={"num_cores": 3}, sites=["*.q_proj.*", "*.v_proj.*"])
+        rounds = LoraOverConfig(schedule="dynamic", score="fisher", budget=Budget(fraction=0.25))
         ```
     """
 

@@ -61,14 +61,7 @@ class OverParameterization:
     Mutates:
         The chosen matrices are rewritten as the contraction of their cores, which equals them up to rounding.
 
-    Example:
-        ```python
-        over = OverParameterization(model, LoraOverConfig())
-        over.attach(optimizer)
-        ...  # an ordinary training loop
-        over.finish()
-        model.save_pretrained("adapter")  # an ordinary LoRA adapter
-        ```
+    `write_checkpoint` has an example.
     """
 
     def __init__(

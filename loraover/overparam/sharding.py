@@ -47,9 +47,15 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Example:
         ```python
-        state = trainable_state_dict(model)  # in every process
-        if rank == 0:
-            model.save_pretrained(folder, state_dict=state)
+        from torch import distributed
+
+        from loraover import trainable_state_dict
+
+
+        def save(model, folder):
+            state = trainable_state_dict(model)  # in every process
+            if distributed.get_rank() == 0:
+                model.save_pretrained(folder, state_dict=state)
         ```
     """
     return {name: whole(p).cpu() for name, p in model.named_parameters() if p.requires_grad}

@@ -7,6 +7,7 @@ supplies the verdict, figures, tables and a template that extends "page.html.j2"
 from __future__ import annotations
 
 import hashlib
+import re
 from base64 import b64encode
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Verdict:
     Args:
         tone: "good", "bad", "open" if nothing could be decided, or "plain" if nothing was to be.
         word: The verdict in a few words.
-        sentence: The verdict in one or two plain sentences with their figures.
+        sentence: The verdict in plain sentences with their figures; the page keeps its line breaks.
     """
 
     tone: Tone
@@ -46,11 +47,13 @@ class Table:
         columns: Names of the columns.
         rows: Cells, which are escaped.
         words: Columns of words, which begin at the left; numbers end at the right.
+        long: Those of the columns of words whose texts take several lines where there is little room.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Collection[str] = ()
+    long: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,12 @@ def make_page(
     environment = Environment(
         loader=DictLoader(shared), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["zip"] = zip
     shown = {**facts, "machine": origin.hardware or None, "date": origin.day}
     html = environment.from_string(template).render(
         title=title,
         heading=heading,
+        in_sentences=in_sentences,
         verdict=verdict,
         facts={name: value for name, value in shown.items() if value is not None},
         origin=origin,
@@ -151,6 +156,16 @@ def make_page(
         **values,
     )
     return Page(html, figures)
+
+
+def in_sentences(text: str) -> str:
+    """Return clauses that semicolons join, outside of brackets, as sentences.
+
+    Args:
+        text: The clauses, such as "off by 0.1 nats; no known fault explains it".
+    """
+    clauses = re.split(r";\s+(?![^()]*\))", text.rstrip("."))
+    return " ".join(f"{clause[:1].upper()}{clause[1:]}." for clause in clauses)
 
 
 def _policy(script: str | None) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from loraover.common.command_line import printable
@@ -27,7 +28,9 @@ class ConsoleReporter(Reporter):
 
     Example:
         ```python
-        loraover.train("recipe.yaml", output="runs/a", report=ConsoleReporter())
+        import loraover
+
+        loraover.train("demo", output="runs/demo", report=loraover.ConsoleReporter())
         ```
     """
 
@@ -91,6 +94,19 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
         style: rich's name of a style for all of it.
     """
     console.print(_shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and values, one below the other; a terminal's lines are broken between words, and no others.
+
+    Args:
+        console: Console to print to.
+        rows: Names and values, which may quote a file.
+    """
+    width = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        lines = wrap(value, max(console.width - width, 20)) if console.is_terminal else [value]
+        print_line(console, f"{name:<{width}}" + f"\n{' ' * width}".join(lines))
 
 
 def _shown(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE
@@ -12,7 +12,12 @@ from rich.table import Table
 
 from loraover.checkpoint.metadata import Meta
 from loraover.common.command_line import printable
+from loraover.overparam.schedule import Round
 from loraover.overparam.sites import layer_of
+from loraover.reporting.terminal_table import terminal_table
+
+WIDEST_PAIR = 5
+"""Characters of two rounds, of A and B, beside one another."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +78,38 @@ def show_schedule(meta: Meta, console: Console) -> None:
     what = config.schedule if config.schedule == "all" else f"{config.schedule} by {config.score}"
     console.print(f"schedule {what}: {len(meta.sites)} over-parameterised matrices", highlight=False)
     if any(found.scores for found in meta.rounds):
-        table = Table(box=SIMPLE)
-        for column in ("round", "after step", "sites", "added", "lowest chosen", "highest left", "forwards"):
-            table.add_column(column, justify="right")
-        for number, found in enumerate(meta.rounds, 1):
-            chosen = [found.scores[name] for name in found.chosen if name in found.scores]
-            left = [score for name, score in found.scores.items() if name not in set(found.chosen)]
-            low = f"{min(chosen):.2e}" if chosen else "-"
-            high = f"{max(left):.2e}" if left else "-"
-            counts = (number, found.step, len(found.chosen), f"{found.added:,}")
-            table.add_row(*map(str, counts), low, high, str(found.forwards))
-        console.print(table)
+        heads = ("round", "after step", "sites", "added", "lowest chosen", "highest left", "forwards")
+        console.print(terminal_table(heads, [_decision(number, found) for number, found in enumerate(meta.rounds, 1)]))
     if is_worth_a_map(rounds := placed(meta)):
-        console.print(_map(rounds))
+        room = console.width - 3 - max(len(place.layer) for place in (*rounds, MapCell("layer", "", "")))
+        for kinds in _fitting(dict.fromkeys(place.kind for place in rounds), max(room, WIDEST_PAIR)):
+            console.print(_map(rounds, kinds))
 
 
-def _map(rounds: Mapping[MapCell, int | None]) -> Table:
-    kinds = list(dict.fromkeys(place.kind for place in rounds))
+def _decision(number: int, found: Round) -> list[str]:
+    chosen = [found.scores[name] for name in found.chosen if name in found.scores]
+    left = [score for name, score in found.scores.items() if name not in set(found.chosen)]
+    low = f"{min(chosen):.2e}" if chosen else "-"
+    high = f"{max(left):.2e}" if left else "-"
+    counts = (number, found.step, len(found.chosen), f"{found.added:,}")
+    return [*map(str, counts), low, high, str(found.forwards)]
+
+
+def _fitting(kinds: Iterable[str], room: int) -> Iterator[list[str]]:
+    """Yield the kinds of modules in groups, each for a map of at most so many characters without the layers' names."""
+    group: list[str] = []
+    left = room
+    for kind in kinds:
+        needed = 2 + max(WIDEST_PAIR, *map(len, kind.split(".")))
+        if group and needed > left:
+            yield group
+            group, left = [], room
+        group.append(kind)
+        left -= needed
+    yield group
+
+
+def _map(rounds: Mapping[MapCell, int | None], kinds: Sequence[str]) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("layer")
     for kind in kinds:

@@ -6,15 +6,11 @@ from importlib.resources import files
 
 from loraover.reporting.html_page import Origin, Page, Table, make_page
 from loraover.study.figures import forest, rate_figures
-from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.report import MethodResult, StudyReport, TaskResult, is_better, is_worse
 from loraover.study.show import END_NOTE, figure_text, gibibytes, method_text, regret_text, seeds_text, unfinished
 from loraover.study.verdict import changes, verdict_of
 
 TEMPLATE = "study.html.j2"
-COLUMNS = (
-    *("method", "rate", "test loss", "sd", "difference", "95 % interval", "p", "trained"),
-    *("served rank", "served bytes", "s / step", "GiB", "step norm", "update norm", "fold error"),
-)
 
 
 def to_page(report: StudyReport) -> Page:
@@ -39,7 +35,7 @@ def to_page(report: StudyReport) -> Page:
         report=report,
         differences=differences,
         rates=rates,
-        tasks=[(task, _methods_table(task), _rates_table(task)) for task in report.tasks],
+        tasks=[(task, _methods_table(task), _costs_table(task)) for task in report.tasks],
         unfinished=None if report.is_whole else unfinished(report),
         end_note=END_NOTE,
         names={name: method for task in report.tasks for method, name in task.names.items()},
@@ -49,31 +45,46 @@ def to_page(report: StudyReport) -> Page:
 def _methods_table(task: TaskResult) -> Table:
     rows = [
         (
-            *(method_text(r.method, task), f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}"),
-            *(f"{r.test_loss:.4f}", figure_text(r.deviation, ".4f"), *_compared(r, task)),
-            *(f"{r.trained_parameters:,}", figure_text(r.served_rank, "d"), figure_text(r.served_bytes, ",d")),
-            *(figure_text(r.step_seconds, ".2f"), figure_text(gibibytes(r), ".2f")),
-            *(figure_text(r.step_norm, ".3g"), figure_text(r.update_norm, ".3g"), figure_text(r.fold_error, ".1e")),
-        )
-        for r in task.methods
-    ]
-    return Table(COLUMNS, rows, ("method",))
-
-
-def _compared(r: MethodResult, task: TaskResult) -> tuple[str, str, str]:
-    if r.difference is None:
-        return ("baseline" if r.method == task.baseline else "-"), "", ""
-    low, high = r.difference.interval
-    return f"{r.difference.mean:+z.4f}", f"{low:+z.4f} to {high:+z.4f}", f"{r.difference.p:.2g}"
-
-
-def _rates_table(task: TaskResult) -> Table:
-    rows = [
-        (
-            *(method_text(r.method, task), f"{r.rate:g}"),
+            *(_verdict(r, task), method_text(r.method, task)),
+            f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
+            *(f"{r.test_loss:.4f}", figure_text(r.deviation, ".4f"), *_compared(r)),
             f"{'at least ' if r.sensitivity.is_basin_cut else ''}{r.sensitivity.basin_decades:.2f}",
             regret_text(r),
         )
         for r in task.methods
     ]
-    return Table(("method", "best rate", "basin, decades", "mean regret"), rows, ("method",))
+    columns = (
+        *("verdict", "method", "rate", "test loss", "sd", "difference", "95 % interval", "p"),
+        *("basin, decades", "mean regret"),
+    )
+    return Table(columns, rows, columns[:2], ("method",))
+
+
+def _verdict(r: MethodResult, task: TaskResult) -> str:
+    if r.difference is None:
+        return "baseline" if r.method == task.baseline else "-"
+    return "better" if is_better(r.difference) else "worse" if is_worse(r.difference) else "cannot be told apart"
+
+
+def _compared(r: MethodResult) -> tuple[str, str, str]:
+    if r.difference is None:
+        return "-", "-", "-"
+    low, high = r.difference.interval
+    return f"{r.difference.mean:+z.4f}", f"{low:+z.4f} to {high:+z.4f}", f"{r.difference.p:.2g}"
+
+
+def _costs_table(task: TaskResult) -> Table:
+    rows = [
+        (
+            *(method_text(r.method, task), f"{r.trained_parameters:,}"),
+            *(figure_text(r.served_rank, "d"), figure_text(r.served_bytes, ",d")),
+            *(figure_text(r.step_seconds, ".2f"), figure_text(gibibytes(r), ".2f")),
+            *(figure_text(r.step_norm, ".3g"), figure_text(r.update_norm, ".3g"), figure_text(r.fold_error, ".1e")),
+        )
+        for r in task.methods
+    ]
+    columns = (
+        *("method", "trained", "served rank", "served bytes", "s / step", "GiB", "step norm", "update norm"),
+        "fold error",
+    )
+    return Table(columns, rows, columns[:1], columns[:1])

@@ -248,5 +248,5 @@ def _sentence(task: TaskResult, result: MethodResult) -> str:
         for other in task.methods
         if other.method in (result.method, task.baseline) and not other.sensitivity.is_bracketed
     ]
-    edge = f"; the best rate of {' and of '.join(at_end)} is at an end of the sweep, which should be widened"
-    return f"{task.task}: {verdict}, each at its own tuned rate ({figures}){edge if at_end else ''}."
+    edge = f" The best rate of {' and of '.join(at_end)} is at an end of the sweep, which should be widened."
+    return f"{task.task}: {verdict}, each at its own tuned rate. The difference is {figures}.{edge if at_end else ''}"

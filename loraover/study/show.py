@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from loraover.reporting.terminal_table import terminal_table
 from loraover.study.power import PowerReport, TaskPower
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 from loraover.study.request import StudyRequest
@@ -43,13 +41,9 @@ def show_power(report: PowerReport, request: StudyRequest, console: Console) -> 
     compared = {(one.method, one.baseline): f"{one.method} against {one.baseline}" for one in report.tasks}
     for pair, title in compared.items():
         console.print(title, soft_wrap=True, markup=False, highlight=False)
-        table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-        for column in ("task", "spread of", "rows", "seeds", "smallest", "half: rows", "seeds", "both"):
-            table.add_column(column, overflow="fold")
-        for one in report.tasks:
-            if (one.method, one.baseline) == pair:
-                table.add_row(*map(escape, _power_cells(one)))
-        console.print(table)
+        rows = [_power_cells(one) for one in report.tasks if (one.method, one.baseline) == pair]
+        heads = ("task", "spread of", "rows", "seeds", "smallest", "half:\nrows", "half:\nseeds", "half:\nboth")
+        console.print(terminal_table(heads, rows, names=heads[:2]))
     console.print(POWER_NOTE, soft_wrap=True, markup=False, highlight=False)
 
 

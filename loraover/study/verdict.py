@@ -34,7 +34,7 @@ class Change:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.mean:+z.1f} % on {self.task}, 95 % interval {low:+z.1f} to {high:+z.1f}"
+        return f"On {self.task}: {self.mean:+z.1f} %, 95 % interval {low:+z.1f} to {high:+z.1f}"
 
 
 def changes(report: StudyReport) -> list[Change]:
@@ -84,28 +84,26 @@ class _Setting:
         return "worse" if self.above or self.failed else "cannot be told apart"
 
     def sentence(self) -> str:
-        """Say on which tasks the loss is below, above, or neither; the study's limits stand beside the last."""
-        name = self.name
-        if not (self.below or self.above or self.failed):
-            return f"{name} and a tuned plain LoRA cannot be told apart: {_list(map(str, self.same))}. {self._limits()}"
+        """Say on which tasks the loss is below, above, or neither, then the figures of each; the limits of the last."""
+        name, plain = self.name, "a tuned plain LoRA"
         parts = [
-            *([f"below a tuned plain LoRA's ({_list(map(str, self.below))})"] if self.below else []),
-            *([f"above {'it' if self.below else _PLAIN} ({_list(map(str, self.above))})"] if self.above else []),
+            f"{side} {plain}'s on {_tasks(found)}"
+            for side, found in (("below", self.below), ("above", self.above))
+            if found
         ]
-        text = f"{name}'s loss is {' and '.join(parts)}." if parts else ""
+        found = [f"{name}'s loss is {' and '.join(parts)}."] if parts else []
         if self.same:
-            lead = " On other tasks, the two" if parts else f"{name} and a tuned plain LoRA"
-            text += f"{lead} cannot be told apart: {_list(map(str, self.same))}. {self._limits()}"
+            both = f"On {_tasks(self.same)}, the two" if parts else f"{name} and {plain}"
+            found.append(f"{both} cannot be told apart.")
         if self.failed:
-            text += f" {name} failed at every rate on {_list(self.failed)}."
-        return text.strip()
-
-    def _limits(self) -> str:
-        seen = [f"{change.seen:.2g} % on {change.task}" for change in self.same]
-        return f"The smallest true difference that this study could have seen: {_list(seen)}." if seen else ""
+            found.append(f"{name} failed at every rate on {_list(self.failed)}.")
+        found += [f"{change}." for change in (*self.below, *self.above)]
+        found += [f"{change}; {change.seen:.2g} % could have been seen." for change in self.same]
+        return " ".join(found)
 
 
-_PLAIN = "a tuned plain LoRA's"
+def _tasks(found: Iterable[Change]) -> str:
+    return _list(change.task for change in found)
 
 
 def verdict_of(report: StudyReport) -> Verdict:
@@ -165,7 +163,5 @@ def _tone(words: Sequence[str], report: StudyReport) -> Tone:
 
 
 def _list(parts: Iterable[str]) -> str:
-    """Join parts; those with commas are separated by semicolons."""
-    found = list(parts)
-    between = "; " if any("," in part for part in found) else ", "
-    return between.join(found) if len(found) < 2 or between == "; " else f"{', '.join(found[:-1])} and {found[-1]}"
+    *most, last = parts
+    return f"{', '.join(most)} and {last}" if most else last

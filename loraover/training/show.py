@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loraover.common.command_line import printable
+from loraover.reporting.reporter import print_line, print_rows
 from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def show_plan(plan: TrainingPlan, console: Console) -> None:
     """Print what a run would need, and what the estimate assumes."""
     from loraover.training.plan import ASSUMPTION
 
-    for line in (*(f"{name:<18}{value}" for name, value in plan.facts().items()), ASSUMPTION):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print_rows(console, list(plan.facts().items()))
+    print_line(console, ASSUMPTION)
 
 
 def show_recipes(recipes: Iterable[tuple[str, Recipe]], console: Console) -> None:

@@ -10,8 +10,8 @@ from loraover_export.fold.verdict import verdict_of
 
 from support.reports import fold_certificate
 
-WITHIN = "All 60 matrices are the products of their cores, rounded to the nearest stored numbers."
-LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5"
+WITHIN = "All 60 matrices are rounded to nearest, within the bound by construction."
+LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5."
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,7 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5"
         (
             fold_certificate(),
             "good",
-            f"The folded adapter computes what was trained. {WITHIN} {LOGITS} and the adapter itself moves them by up "
-            "to "
+            f"The folded adapter computes what was trained. {WITHIN} {LOGITS} The adapter itself moves them by up to "
             "2.1.",
         ),
         (
@@ -33,15 +32,14 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5"
         (
             fold_certificate("inconclusive", effect=4e-5),
             "open",
-            f"The fold is right as far as this check can see. {WITHIN} {LOGITS}, but the adapter moves no logit by "
-            "more "
-            "than 4e-5, less than 2 times that, so an adapter that does nothing would pass as well.",
+            f"The fold is right as far as this check can see. {WITHIN} {LOGITS} But the adapter moves no logit by more "
+            "than 4e-5, less than 2 times that. An adapter that does nothing would pass as well.",
         ),
         (
             fold_certificate("inconclusive", effect=0.0),
             "open",
-            f"The fold is right as far as this check can see. {WITHIN} {LOGITS}, but the adapter moves no logit at "
-            "all, so an adapter that does nothing would pass as well.",
+            f"The fold is right as far as this check can see. {WITHIN} {LOGITS} But the adapter moves no logit at all. "
+            "An adapter that does nothing would pass as well.",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result
 from loraover_serve.parity.judge.several import Together
+from loraover_serve.parity.report.html import to_page
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.verdict import verdict_of
 from loraover_serve.parity.samples import CONTROL, FOLDED
@@ -55,9 +57,8 @@ def test_the_kept_report_says_it_in_a_line() -> None:
     verdict = verdict_of(ParityReport.model_validate_json(KEPT.read_text()))
     assert (verdict.tone, verdict.word) == ("good", "equivalent")
     assert verdict.sentence == (
-        "Same speed as plain LoRA: +0.5 % per token, 95 % interval -0.1 to +1.4, within 5 %. 7 of 8 answers match "
-        "PyTorch "
-        "exactly. Any adapter costs 1.9 x the base model here."
+        "Same speed as plain LoRA within 5 %: +0.5 % per token. The 95 % interval is -0.1 to +1.4. 7 of 8 answers "
+        "match PyTorch exactly. Any adapter costs 1.9 x the base model here."
     )
 
 
@@ -67,52 +68,57 @@ def test_the_kept_report_says_it_in_a_line() -> None:
         (
             "equivalent",
             [SAME, result(FOLDED, 1.001), result(FOLDED, 1.004, concurrency=4)],
-            "Same speed as plain LoRA: at most +0.4 % per token (vllm, 4 requests at once), 95 % interval -0.6 to "
-            "+2.4, "
-            "within 5 %.",
+            "Same speed as plain LoRA within 5 %: at most +0.4 % per token. The 95 % interval is -0.6 to +2.4 (vllm, 4 "
+            "requests at once).",
         ),
         (
             "different",
             [SAME, result(FOLDED, 1.12, "different")],
-            "Slower than plain LoRA: +12.0 % per token, 95 % interval +11.0 to +14.0, beyond 5 %.",
+            "Slower than plain LoRA by more than 5 %: +12.0 % per token. The 95 % interval is +11.0 to +14.0.",
         ),
         (
             "different",
             [SAME, result(FOLDED, 0.8, "different")],
-            "Faster than plain LoRA: -20.0 % per token, 95 % interval -21.0 to -18.0, beyond 5 %.",
+            "Faster than plain LoRA by more than 5 %: -20.0 % per token. The 95 % interval is -21.0 to -18.0.",
         ),
         (
             "inconclusive",
             [SAME, result(FOLDED, 1.04, "inconclusive")],
-            "Too short to tell whether it is as fast as plain LoRA: +4.0 % per token, 95 % interval +3.0 to +6.0, not "
-            "surely within 5 %; about 80 requests would be enough if the two are equally fast.",
+            "Too short to tell whether it is as fast as plain LoRA within 5 %. Measured: +4.0 % per token. The 95 % "
+            "interval is +3.0 to +6.0. About 80 requests would be enough if the two are equally fast.",
         ),
         (
             "inconclusive",
             [result(CONTROL, 1.2, "different"), result(FOLDED, 1.0)],
-            "This machine is too noisy to compare: two copies of one adapter differ by +20.0 % per token, 95 % "
-            "interval "
-            "+19.0 to +22.0, beyond 5 %.",
+            "This machine is too noisy to compare. Two copies of one adapter differ by +20.0 % per token, beyond 5 %. "
+            "The 95 % interval is +19.0 to +22.0.",
         ),
         (
             "inconclusive",
             [result(CONTROL, 1.04, "inconclusive", needed=30), result(FOLDED, 1.0)],
-            "Too short to tell, or this machine is too noisy: two copies of one adapter differ by +4.0 % per token, "
-            "95 % "
-            "interval +3.0 to +6.0, not surely within 5 %; about 60 requests would be enough if the two are equally "
-            "fast.",
+            "Too short to tell, or this machine is too noisy. Two copies of one adapter differ by +4.0 % per token, "
+            "not surely within 5 %. The 95 % interval is +3.0 to +6.0. About 60 requests would be enough if the two "
+            "are equally fast.",
         ),
         (
             "failed",
             [SAME, result(FOLDED, 1.001), BASE_MODEL],
-            "The measurement failed: the server answered 500. Before that: Same speed as plain LoRA: +0.1 % per token, "
-            "95 % interval -0.9 to +2.1, within 5 %. Any adapter costs 2.0 x the base model here.",
+            "The measurement failed: the server answered 500. Before that: Same speed as plain LoRA within 5 %: +0.1 % "
+            "per token. The 95 % interval is -0.9 to +2.1. Any adapter costs 2.0 x the base model here.",
         ),
         ("failed", [], "The measurement failed: the server answered 500."),
     ],
 )
 def test_each_verdict_has_its_figures(whole: ParityReport, verdict: str, found: list[Result], expected: str) -> None:
     assert sentence(whole, verdict, *found) == expected
+
+
+def test_an_interval_without_a_limit_is_not_written_in_digits(whole: ParityReport) -> None:
+    """Of few blocks, some resamples have no spread."""
+    wide = result(FOLDED, 1.0, "inconclusive").model_copy(update={"interval": (0.9, 1e304)})
+    report = whole.model_copy(update={"verdict": "inconclusive", "results": [SAME, wide]})
+    assert "The 95 % interval is -10.0 to infinity. " in verdict_of(report).sentence
+    assert max(map(len, re.findall(r"\d+", to_page(report).html))) < 20
 
 
 def test_what_adapters_cost_is_a_range_of_several_engines(whole: ParityReport) -> None:
@@ -131,9 +137,8 @@ def test_wrong_answers_come_before_the_speed(whole: ParityReport) -> None:
         outputs=[outputs.model_copy(update={"folded": far, "agree": False})],
     )
     assert said.startswith(
-        "7 of 8 answers match PyTorch exactly, and vllm is further from PyTorch with the folded adapter (0.5 nats) "
-        "than "
-        "with plain LoRA (0.002). Same speed as plain LoRA"
+        "7 of 8 answers match PyTorch exactly. With the folded adapter, vllm is off by 0.5 nats, with plain LoRA by "
+        "0.002. Same speed as plain LoRA"
     )
     parted = Together(
         engine="vllm",
@@ -147,8 +152,7 @@ def test_wrong_answers_come_before_the_speed(whole: ParityReport) -> None:
     )
     said = sentence(whole, "different", SAME, result(FOLDED, 1.0), outputs=[outputs], together=[parted])
     assert said.startswith(
-        "7 of 8 answers match PyTorch exactly, but beside other adapters (mixed) vllm answers wrongly for adapter2. "
-        "Same"
+        "7 of 8 answers match PyTorch exactly. Beside other adapters (mixed), vllm answers wrongly for adapter2. Same"
     )
 
 

@@ -104,13 +104,13 @@ def grid_of_any(folder: Path, methods: list[str]) -> list[Run]:
 def test_a_best_rate_at_an_end_is_marked_of_both(tmp_path: Path) -> None:
     runs = grid_of(tmp_path, ["lora", "lora-over"])
     tasks = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": (1.0, 1.1, 1.2)})
-    assert "the best rate of lora and of lora-over is at an end of the sweep" in words(tasks)[0]
+    assert "The best rate of lora and of lora-over is at an end of the sweep" in words(tasks)[0]
     report = report_of(tasks)
     assert "| lora | 0.01 (end) |" in to_markdown(report)
     assert "| lora-over | 0.0001 (end) |" in to_markdown(report)
     assert "0.01 (end)" in to_page(report).html
     (task,) = judged(runs, {"lora": (1.2, 1.1, 1.0), "lora-over": MIDDLE})
-    assert "the best rate of lora is at an end of the sweep" in words([task])[0]
+    assert "The best rate of lora is at an end of the sweep" in words([task])[0]
 
 
 def test_p_values_are_holms_over_tasks_for_each_method(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import astuple
 from typing import Any
 
@@ -68,7 +69,7 @@ def study(*tasks: TaskResult, **changed: Any) -> StudyReport:
 
 def text(gap: tuple[float, float], name: str) -> str:
     mean, half = (100 * share for share in gap)
-    return f"{mean:+.1f} % on {name}, 95 % interval {mean - half:+.1f} to {mean + half:+.1f}"
+    return f"On {name}: {mean:+.1f} %, 95 % interval {mean - half:+.1f} to {mean + half:+.1f}"
 
 
 @pytest.mark.parametrize(
@@ -78,33 +79,34 @@ def text(gap: tuple[float, float], name: str) -> str:
             [task("a", BELOW), task("b", BELOW)],
             "good",
             "better",
-            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}; {text(BELOW, 'b')}).",
+            f"LoRA-Over's loss is below a tuned plain LoRA's on a and b. {text(BELOW, 'a')}. {text(BELOW, 'b')}.",
         ),
         (
             [task("a", ABOVE)],
             "bad",
             "worse",
-            f"LoRA-Over's loss is above a tuned plain LoRA's ({text(ABOVE, 'a')}).",
+            f"LoRA-Over's loss is above a tuned plain LoRA's on a. {text(ABOVE, 'a')}.",
         ),
         (
             [task("a", BELOW), task("b", ABOVE)],
             "open",
             "better on some tasks, worse on others",
-            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}) and above it ({text(ABOVE, 'b')}).",
+            "LoRA-Over's loss is below a tuned plain LoRA's on a and above a tuned plain LoRA's on b. "
+            f"{text(BELOW, 'a')}. {text(ABOVE, 'b')}.",
         ),
         (
             [task("a", BELOW), task("b", SAME)],
             "good",
             "better",
-            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). On other tasks, the two cannot be "
-            f"told apart: {text(SAME, 'b')}. The smallest true difference that this study could have seen: 3 % on b.",
+            "LoRA-Over's loss is below a tuned plain LoRA's on a. On b, the two cannot be told apart. "
+            f"{text(BELOW, 'a')}. {text(SAME, 'b')}; 3 % could have been seen.",
         ),
         (
             [task("a", SAME), task("b", SAME)],
             "open",
             "cannot be told apart",
-            f"LoRA-Over and a tuned plain LoRA cannot be told apart: {text(SAME, 'a')}; {text(SAME, 'b')}. The "
-            "smallest true difference that this study could have seen: 3 % on a and 3 % on b.",
+            f"LoRA-Over and a tuned plain LoRA cannot be told apart. {text(SAME, 'a')}; 3 % could have been seen. "
+            f"{text(SAME, 'b')}; 3 % could have been seen.",
         ),
         ([task("a", failed=True)], "bad", "worse", "LoRA-Over failed at every rate on a."),
         ([task("a")], "open", "unknown", NOTHING),
@@ -112,16 +114,15 @@ def text(gap: tuple[float, float], name: str) -> str:
             [task("a", BELOW, ABOVE)],
             "open",
             "depends on the setting",
-            f"lora-over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). lora-over:r=1's loss is above a "
-            f"tuned plain LoRA's ({text(ABOVE, 'a')}). Nothing corrects for the number of settings.",
+            f"lora-over's loss is below a tuned plain LoRA's on a. {text(BELOW, 'a')}. lora-over:r=1's loss is above a "
+            f"tuned plain LoRA's on a. {text(ABOVE, 'a')}. Nothing corrects for the number of settings.",
         ),
         (
             [task("a", BELOW, is_bracketed=False)],
             "good",
             "better",
-            f"LoRA-Over's loss is below a tuned plain LoRA's ({text(BELOW, 'a')}). The sweep did not bracket plain "
-            "LoRA's "
-            "best rate on a.",
+            f"LoRA-Over's loss is below a tuned plain LoRA's on a. {text(BELOW, 'a')}. The sweep did not bracket plain "
+            "LoRA's best rate on a.",
         ),
     ],
 )
@@ -150,11 +151,10 @@ def test_a_rule_that_was_written_down_after_a_run_makes_no_verdict_good() -> Non
 
 def test_a_difference_that_rounds_to_nothing_has_no_sign_of_its_own() -> None:
     (change,) = changes(study(task("a", (-0.0001, 0.0002))))
-    assert str(change) == "+0.0 % on a, 95 % interval +0.0 to +0.0"
+    assert str(change) == "On a: +0.0 %, 95 % interval +0.0 to +0.0"
 
 
 def test_the_kept_study_could_see_large_differences_only() -> None:
-    assert verdict_of(kept_study()).sentence.endswith(
-        "The smallest true difference that this study could have seen: 0.85 % on gsm8k, 6.7 % on qnli and 41 % on subj."
-    )
+    seen = re.findall(r"On (\w+): [^;]*; ([\d.]+) % could have been seen", verdict_of(kept_study()).sentence)
+    assert seen == [("gsm8k", "0.85"), ("qnli", "6.7"), ("subj", "41")]
     assert [round(change.mean, 1) for change in changes(kept_study())] == [0.1, -0.4, -3.5]

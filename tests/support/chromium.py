@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ function outside(svg) {
     return isTall || box.left < edge.left - 1 || box.right > edge.right + 1
   }).map(text => text.textContent)
 }
+function long(text) {
+  const sentences = text.textContent.trim().split(/(?<=[.!?])\\s+/)
+  text.replaceChildren(...sentences.map(each => Object.assign(document.createElement("div"), {textContent: each})))
+  const line = parseFloat(getComputedStyle(text).lineHeight)
+  const isLong = each => each.getBoundingClientRect().height > 2.5 * line
+  return [...text.children].filter(isLong).map(each => each.textContent)
+}
 onload = () => {
   document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument, root = page.documentElement
@@ -50,6 +57,7 @@ onload = () => {
         box => `${box.scrollWidth} > ${box.clientWidth}: ${box.querySelector("tr").textContent}`),
       scripts: page.querySelectorAll("script, img").length,
       smallest: Math.min(...texts, 99),
+      long: [...page.querySelectorAll("header p, main :is(p, li, figcaption)")].flatMap(long),
     }
   }))
 }
@@ -69,19 +77,21 @@ def chromium(folder: Path, page: str, *flags: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def looked_at(folder: Path, page: str, widths: Sequence[int], *, is_dark: bool) -> list[dict[str, Any]]:
-    """Load a page in frames of these widths, since windows are wider, and return what the browser measures in each.
+def looked_at(
+    folder: Path, pages: Mapping[str, str], widths: Sequence[int], *, is_dark: bool
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Load pages in frames of these widths, since windows are wider, and return what the browser measures in each.
 
-    The page may write nothing to the console.
+    The pages may write nothing to the console.
     """
+    places = [(name, width) for name in pages for width in widths]
     frames = "".join(
-        f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{escape(page)}"></iframe>'
-        for width in widths
+        f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{escape(pages[name])}"></iframe>'
+        for name, width in places
     )
     flags = ("--dump-dom", "--window-size=1400,1900", *(DARK if is_dark else ()))
     shown, console = chromium(folder, f"<title></title>{MEASURES}<body>{frames}", *flags)
     assert console == []
     found = re.search(r"<title>(\[.*?\])</title>", shown, re.DOTALL)
     assert found is not None, shown[:500]
-    measured: list[dict[str, Any]] = json.loads(unescape(found[1]))
-    return measured
+    return dict(zip(places, json.loads(unescape(found[1])), strict=True))

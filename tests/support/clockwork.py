@@ -6,9 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 
+import pytest
+
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.parity.judge import bootstrap
 from loraover_serve.parity.judge.analysis import PRIMARY, latencies, overall, results, throughputs
 from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
 from loraover_serve.parity.measure.blocks import measure
@@ -51,7 +54,16 @@ class Clockwork(Timed):
 
 
 def whole_report() -> ParityReport:
-    """A report with something in every section: two engines, one of them at three concurrencies."""
+    """A report with something in every section: two engines, one of them at three concurrencies.
+
+    Its bootstraps have a tenth of the usual resamples, which is enough for a report that is only shown.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "RESAMPLES", 499)
+        return _whole_report()
+
+
+def _whole_report() -> ParityReport:
     slower = {"base": -0.2, FOLDED: 0.004}
     engines = [("vllm", 1), ("vllm", 2), ("vllm", 4), ("onnx merged", 1)]
     requests = [TokenRequest((1, 2, 3), 3)]

@@ -17,6 +17,8 @@ from loraover.reporting.html_page import Page
 from loraover.reporting.schedule_figures import schedule_figures
 from loraover.study.html import to_page as study_page
 from loraover.study.report import StudyReport
+from loraover_export.fleet.page import to_page as fleet_page
+from loraover_export.fleet.row import FleetReport, Row
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
 from loraover_export.logits.deviation import Deviation
@@ -24,13 +26,18 @@ from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_serve.parity.report.html import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
 from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, LogprobDistance, Suspect, VerifyReport
+from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.watch.canary import Canary
+from loraover_serve.watch.config import AdapterSettings, ServerSettings, Target, WatchConfig, Watched
+from loraover_serve.watch.history import Check, History
+from loraover_serve.watch.page import to_page as watch_page
 
 from support.clockwork import whole_report
 
 ROOT = Path(__file__).parents[2]
 KEPT_STUDY = ROOT / "docs" / "study" / "smollm2" / "study.json"
 CHECKPOINT = ROOT / "tests" / "golden" / "schema_3" / "dynamic"
-DAY = "2026-03-01"
+DAY, NOW = "2026-03-01", 1_700_000_000.0
 HOSTILE = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title='ran'\">$\\frac$ & 'q' \""
 
 Report = TypeVar("Report", bound=BaseModel)
@@ -61,6 +68,13 @@ SCALED = Suspect(fault="wrong scaling", detail="the scaling is left out (times 0
 LEFT_OUT = Suspect(fault="modules left out", detail="only attention is adapted", rms=0.09, explains=False)
 
 
+STRENGTH = "the adapter has the strength 0.333 [0.331, 0.335], and 0.998 to 1.002 is right"
+NEAREST = (
+    f"wrong scaling: {SCALED.detail}; {STRENGTH}; with this fault 0.0002 nats remain; within noise it could also be: "
+    "another adapter of the same rank; mixed batches were not compared: the server answered 500"
+)
+
+
 def verification(*results: EngineResult) -> VerifyReport:
     """A report on these engines, whose verdict is the worst of theirs."""
     order = ("differs", "failed", "inconclusive", "as trained")
@@ -86,8 +100,8 @@ def verification(*results: EngineResult) -> VerifyReport:
 
 def three_engines() -> VerifyReport:
     return verification(
-        engine_result("onnx", "as trained", "off by 0.0002 nats"),
-        engine_result("vllm", "differs", "scaling", off=0.14, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]),
+        engine_result("onnx", "as trained", f"{STRENGTH}; generated answers were not compared"),
+        engine_result("vllm", "differs", NEAREST, off=0.14, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]),
         EngineResult(engine="llamacpp", verdict="failed", reason="the server ended with code 1", seconds=2.0),
     )
 
@@ -162,6 +176,37 @@ def hostile(report: Report, keys: Collection[str]) -> Report:
     return type(report).model_validate_json(json.dumps(spoilt(json.loads(report.model_dump_json()))))
 
 
+def fleet_report() -> FleetReport:
+    """One adapter of each verdict, with the engines of a check, and texts as long as real ones."""
+    engines = dict.fromkeys(("vllm", "onnx", "llamacpp", "mlx"), "right")
+    whole = Row(source="a", address="owner/a-plain-adapter@0123456789abcdef", verdict="right", kind="LORA", rank=16)
+    reason = "target_modules names layers that the base model lacks: model.layers.32.self_attn.q_proj and 15 others"
+    rows = (
+        whole.model_copy(update={"engines": engines, "seconds": 0.25}),
+        Row(source="b", address="adapters/loha", verdict="prepared", kind="LOHA", rank=64, error=1e-7),
+        Row(source="c", address="adapters/broken", verdict="refused", kind="IA3", reason=reason, engines=engines),
+        Row(source="d", address="bucket/gone", verdict="failed", reason="the server does not answer"),
+    )
+    return FleetReport(rows=rows, seconds=12.5)
+
+
+def canary(now: float, text: str | None = None) -> Canary:
+    """A canary with an adapter of each verdict and one that was not checked, and with a text in place of all names."""
+    verdicts = ("as trained", "differs", "inconclusive", "failed", None)
+    settings = AdapterSettings(reference=Path("reference.json.gz"))
+    server = ServerSettings(name=text or "production-europe-1", url="http://localhost:8000", adapters=[settings])
+    request = VerifyRequest(references=(settings.reference,), endpoint=server.url)
+    targets = [Target(server, f"{text or 'shop'}-{k}", request, 900.0, 0) for k in range(len(verdicts))]
+    found = Canary(Watched(WatchConfig(servers=[server]), tuple(targets), Path()), History(Path(":memory:")), now)
+    for target, verdict in zip(targets, verdicts, strict=True):
+        for hour in range(24 if verdict else 0):
+            fault = "the scaling is left out" if verdict == "differs" else None
+            distance = None if verdict == "failed" else 0.01 * (1 + hour % 3)
+            at, reason = now - 3600.0 * (24 - hour), text or f"{STRENGTH}; no known fault explains it"
+            found.end(target, Check(*target.key, at, str(verdict), text or fault, reason, distance, 0.05, 1.0, 2.5, 0))
+    return found
+
+
 @dataclass(frozen=True)
 class Made:
     """How a report's page is made.
@@ -208,4 +253,14 @@ REPORTS = {
         lambda: fold_page(hostile(fold_certificate(), (*RUN_KEYS, "name", "base", "prompt_source")), HOSTILE),
     ),
     "inspect": Made("Folder: ", _inspected, lambda: _inspected(is_hostile=True)),
+    "fleet": Made(
+        "Fleet of adapters",
+        lambda: fleet_page(fleet_report(), "loraover export check adapters.txt"),
+        lambda: fleet_page(hostile(fleet_report(), ("address", "kind", "done", "reason")), HOSTILE),
+    ),
+    "watch": Made(
+        "Watch: adapters on servers",
+        lambda: watch_page(canary(NOW), NOW, "loraover serve watch watch.yaml", None),
+        lambda: watch_page(canary(NOW, HOSTILE), NOW, HOSTILE, HOSTILE),
+    ),
 }

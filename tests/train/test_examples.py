@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 import runpy
 import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
+import loraover
 import loraover_serve
 from loraover import read_checkpoint
 from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
@@ -55,6 +59,12 @@ LIBRARY = EXPORTS | {
     "verify",
     "parity",
 }
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EXPLAINED = (
+    *("Budget", "ConsoleReporter", "DiagnosticsCallback", "LoraOverCallback", "LoraOverConfig", "Probe", "Reporter"),
+    *("SealCheckpoints", "write_checkpoint", "restore", "trainable_state_dict", "trainer_loss"),
+)
+"""Names whose docstrings have an example; one that writes a checkpoint comes before the one that reads it."""
 FLEETS = {"prepare_on_ray"}
 """Run by the tests of fleets."""
 """Call one function of the library, on paths that they take as arguments."""
@@ -183,6 +193,23 @@ def test_an_example_leaves_cores_that_fold_into_that_lora(ran: Ran, tmp_path: Pa
 def test_folding_from_python(made: Made, folded: Path) -> None:
     assert (folded / "fold_certificate.json").is_file()
     assert PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.base), str(folded))
+
+
+@pytest.fixture(scope="module")
+def explained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The examples of docstrings, by name, with a tiny base model; they run in a new folder."""
+    docs = {name: inspect.getdoc(getattr(loraover, name)) or "" for name in loraover.__all__}
+    found = {name: re.search(r"```python\n(.*?)```", text, re.DOTALL) for name, text in docs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("docstrings"))
+        patch.setattr(loraover, "train", lambda *places, **keywords: None)  # of the demo, which takes minutes
+        yield {name: each[1].replace(BASE, str(made.base)) for name, each in found.items() if each is not None}
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_an_example_of_a_docstring_runs_as_it_stands(name: str, explained: dict[str, str]) -> None:
+    assert explained.keys() == set(EXPLAINED)
+    exec(compile(textwrap.dedent(explained[name]), name, "exec"), {})  # noqa: S102
 
 
 def test_a_large_check_from_python(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from loraover.reporting.reporter import print_line
+from loraover.reporting.terminal_table import terminal_table
 from loraover_export.combine.diff_report import DiffReport, LogitDiff
 from loraover_export.combine.requests import DiffRequest
-from loraover_export.uniform.show import fill_table
 
 SHOWN = 12
 
@@ -33,12 +30,6 @@ def show_diff(report: DiffReport, request: DiffRequest, console: Console) -> Non
 
 def _show_modules(report: DiffReport, console: Console) -> None:
     shown = sorted(report.modules, key=lambda module: -module.relative_difference)[:SHOWN]
-    table = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        title=f"Largest differences, {len(shown)} of {len(report.modules)} modules",
-        caption="Difference: of the larger norm. Angles: smallest and largest principal angle, in degrees.",
-    )
     rows = (
         (
             module.module,
@@ -51,8 +42,10 @@ def _show_modules(report: DiffReport, console: Console) -> None:
         )
         for module in shown
     )
-    fill_table(table, ("module", "ranks", "norm 1", "norm 2", "diff.", "column\nangles", "row\nangles"), rows)
-    console.print(table)
+    heads = ("module", "ranks", "norm 1", "norm 2", "diff.", "column\nangles", "row\nangles")
+    title = f"Largest differences, {len(shown)} of {len(report.modules)} modules"
+    caption = "Difference: of the larger norm. Angles: smallest and largest principal angle, in degrees."
+    console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))
 
 
 def _ends(angles: list[float]) -> str:
@@ -60,10 +53,11 @@ def _ends(angles: list[float]) -> str:
 
 
 def _show_logits(logits: LogitDiff, console: Console) -> None:
-    table = Table(box=SIMPLE, title=f"Logits on {escape(logits.prompt_source)}, {logits.tokens} tokens")
-    for column in ("", "max logit", "mean logit", "max KL", "top-1 agreement"):
-        table.add_column(column, justify="left" if not column else "right")
     effects = zip(("first to base", "second to base"), logits.effects, strict=True)
-    for label, d in (("first to second", logits.difference), *effects):
-        table.add_row(label, f"{d.max_logit:.2e}", f"{d.mean_logit:.2e}", f"{d.max_kl:.2e}", f"{d.top1_agreement:.2%}")
-    console.print(table)
+    rows = [
+        (label, f"{d.max_logit:.2e}", f"{d.mean_logit:.2e}", f"{d.max_kl:.2e}", f"{d.top1_agreement:.2%}")
+        for label, d in (("first to second", logits.difference), *effects)
+    ]
+    heads = ("", "max logit", "mean logit", "max KL", "top-1 agreement")
+    title = f"Logits on {logits.prompt_source}, {logits.tokens} tokens"
+    console.print(terminal_table(heads, rows, words=heads[:1], title=title))

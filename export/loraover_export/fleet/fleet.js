@@ -5,7 +5,7 @@ const text = (row, column) => row.cells[column].textContent
 function choose() {
   const wanted = form.elements.text.value.toLowerCase(), verdict = form.elements.verdict.value
   for (const row of rows)
-    row.hidden = !row.textContent.toLowerCase().includes(wanted) || (verdict !== "" && text(row, 1) !== verdict)
+    row.hidden = !row.textContent.toLowerCase().includes(wanted) || (verdict !== "" && text(row, 0) !== verdict)
   const shown = rows.filter(row => !row.hidden).length
   form.querySelector("output").value = `${shown} of ${rows.length}`
 }

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.provenance import environment, today
-from loraover.reporting.html_page import Origin, Table, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
 from loraover_export.fleet.row import FleetReport, Row
 
 TEMPLATE, SCRIPT = "fleet.html.j2", "fleet.js"
-WORDS = ("adapter", "verdict", "kind", "what was done, or why not")
+WORDS = ("verdict", "adapter", "kind", "what was done, or why not")
 PACKAGES = ("loraover", "torch", "transformers")
 
 
@@ -26,14 +26,14 @@ def write_page(report: FleetReport, path: Path, command: str) -> None:
     Raises:
         OutputError: The page cannot be written.
     """
-    publish_text(path, to_html(report, command))
+    publish_text(path, to_page(report, command).html)
 
 
-def to_html(report: FleetReport, command: str) -> str:
+def to_page(report: FleetReport, command: str) -> Page:
     """Make the page; every text is escaped."""
     room = files(__package__)
     number, versions = len(report.rows), environment()
-    page = make_page(
+    return make_page(
         room.joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title="Fleet of adapters",
         heading="Can these adapters be served?",
@@ -48,17 +48,17 @@ def to_html(report: FleetReport, command: str) -> str:
         table=_table(report),
         verdicts=sorted({row.verdict for row in report.rows}),
     )
-    return page.html
 
 
 def _table(report: FleetReport) -> Table:
     engines = list(dict.fromkeys(engine for row in report.rows for engine in row.engines))
-    columns = ("adapter", "verdict", "kind", "rank", "error", "seconds", *engines, WORDS[-1])
-    return Table(columns, [_cells(row, engines) for row in report.rows], (*WORDS, *engines))
+    columns = (*WORDS[:-1], "rank", "error", "seconds", *engines, WORDS[-1])
+    rows = [_cells(row, engines) for row in report.rows]
+    return Table(columns, rows, (*WORDS, *engines), (WORDS[1], WORDS[-1]))
 
 
 def _cells(row: Row, engines: list[str]) -> list[str]:
     numbers = ["" if row.rank is None else str(row.rank), "" if row.error is None else f"{row.error:.2g}"]
     verdicts = [row.engines.get(engine, "") for engine in engines]
     done = "; ".join(text for text in (row.done, row.reason, "from the cache" if row.cached else "") if text)
-    return [row.address, row.verdict, row.kind or "", *numbers, f"{row.seconds:.2f}", *verdicts, done]
+    return [row.verdict, row.address, row.kind or "", *numbers, f"{row.seconds:.2f}", *verdicts, done]

@@ -86,7 +86,7 @@ def _outputs_table(outputs: OutputCertificate) -> Table:
         for label, d in (("folded adapter", outputs.error), ("noise of rounding", outputs.noise))
     ]
     columns = ("compared with the unfolded model", "max logit", "mean logit", "max KL", "mean KL", "same top token")
-    return Table(columns, rows, columns[:1])
+    return Table(columns, rows, columns[:1], columns[:1])
 
 
 def _matrices_table(matrices: Sequence[MatrixCertificate]) -> Table:
@@ -103,4 +103,4 @@ def _matrices_table(matrices: Sequence[MatrixCertificate]) -> Table:
         *("matrix", "shape", "trained as", "relative error", "relative bound", "worst error / bound"),
         *("became zero", "subnormal"),
     )
-    return Table(columns, rows, ("matrix", "trained as"))
+    return Table(columns, rows, ("matrix", "trained as"), ("matrix",))

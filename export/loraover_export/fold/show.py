@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from loraover.reporting.terminal_table import terminal_table
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.request import FoldRequest
 from loraover_export.logits.judge import POWER
@@ -39,47 +38,33 @@ def show_certificate(certificate: FoldCertificate, request: FoldRequest, console
 
 def _show_matrices(certificate: FoldCertificate, console: Console) -> None:
     worst = sorted(certificate.matrices, key=lambda m: -m.worst_to_bound)[:WORST_SHOWN]
-    table = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        title=f"Worst {len(worst)} of {len(certificate.matrices)} matrices, stored as {certificate.dtype}",
-        caption="worst: largest element error / its bound",
-    )
-    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
-    for column in ("shape", "rel. error", "bound", "worst"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-    for m in worst:
-        table.add_row(
-            escape(m.name),
-            f"{m.shape[0]} x {m.shape[1]}",
-            f"{m.relative_error:.2e}",
-            f"{m.relative_bound:.2e}",
+    rows = [
+        (
+            *(m.name, f"{m.shape[0]} x {m.shape[1]}", f"{m.relative_error:.2e}", f"{m.relative_bound:.2e}"),
             f"{m.worst_to_bound:.3f}",
         )
-    console.print(table)
+        for m in worst
+    ]
+    heads = ("matrix", "shape", "rel. error", "bound", "worst")
+    title = f"Worst {len(worst)} of {len(certificate.matrices)} matrices, stored as {certificate.dtype}"
+    caption = "worst: largest element error / its bound"
+    console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))
     for fact in underflow_facts(certificate.matrices).values():
         console.print(f"{certificate.dtype} range: {fact}", soft_wrap=True)
 
 
 def _show_outputs(outputs: OutputCertificate, console: Console) -> None:
     where = f"{outputs.compute_dtype} on {outputs.device}"
-    table = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        title=f"Folded against unfolded: {escape(outputs.prompt_source)}, {outputs.tokens} tokens, {where}",
-    )
-    for column in ("", "max logit", "mean logit", "max KL", "mean KL", "same top-1"):
-        table.add_column(column, justify="left" if not column else "right")
-    for label, d in (("error", outputs.error), ("noise floor", outputs.noise)):
-        table.add_row(
-            label,
-            f"{d.max_logit:.2e}",
-            f"{d.mean_logit:.2e}",
-            f"{d.max_kl:.2e}",
-            f"{d.mean_kl:.2e}",
+    heads = ("", "max logit", "mean logit", "max KL", "mean KL", "same top-1")
+    rows = [
+        (
+            *(label, *(f"{value:.2e}" for value in (d.max_logit, d.mean_logit, d.max_kl, d.mean_kl))),
             f"{d.top1_agreement:.2%}",
         )
-    console.print(table)
+        for label, d in (("error", outputs.error), ("noise floor", outputs.noise))
+    ]
+    title = f"Folded against unfolded: {outputs.prompt_source}, {outputs.tokens} tokens, {where}"
+    console.print(terminal_table(heads, rows, words=heads[:1], title=title))
     console.print(
         f"max logit error {outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}; "
         f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}",

@@ -18,7 +18,7 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
         certificate: The certificate of a fold that did not fail.
     """
     count = len(certificate.matrices)
-    sentences = [f"All {count} matrices are the products of their cores, rounded to the nearest stored numbers."]
+    sentences = [f"All {count} matrices are rounded to nearest, within the bound by construction."]
     if certificate.outputs is None:
         sentences.append("Outputs were not compared; --check-error does that.")
     else:
@@ -35,5 +35,5 @@ def _outputs(outputs: OutputCertificate, verdict: CheckVerdict) -> str:
     text = f"Logits differ by at most {short(outputs.error.max_logit)}, where rounding explains {short(outputs.bound)}"
     if verdict == "inconclusive":
         moved = f"by more than {short(effect)}, less than {POWER:g} times that" if effect else "at all"
-        return f"{text}, but the adapter moves no logit {moved}, so an adapter that does nothing would pass as well."
-    return f"{text} and the adapter itself moves them by up to {short(effect)}."
+        return f"{text}. But the adapter moves no logit {moved}. An adapter that does nothing would pass as well."
+    return f"{text}. The adapter itself moves them by up to {short(effect)}."

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from loraover.reporting.reporter import print_line
+from loraover.reporting.terminal_table import terminal_table
 from loraover_export.merge.report import MergeReport
 from loraover_export.merge.request import MergeRequest
 from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.show import fill_table
 
 WORST_SHOWN = 12
 
@@ -40,13 +38,6 @@ def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> 
 
 def _show_weights(report: MergeReport, console: Console) -> None:
     worst = sorted(report.weights, key=lambda weight: -weight.stored.error)[:WORST_SHOWN]
-    table = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        title=f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights",
-        caption="Erased: share of the delta's squared norm in elements that did not change. "
-        "Error: relative to the delta's norm.",
-    )
     rows = (
         (
             weight.matrix.name,
@@ -59,5 +50,7 @@ def _show_weights(report: MergeReport, console: Console) -> None:
         )
         for weight in worst
     )
-    fill_table(table, ("weight", "dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror"), rows)
-    console.print(table)
+    heads = ("weight", "dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror")
+    title = f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights"
+    caption = "Erased: share of the delta's squared norm in elements that stay. Error: relative to the delta's norm."
+    console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from loraover.reporting.terminal_table import terminal_table
 from loraover_export.logits.judge import POWER
 from loraover_export.onnx.report import GraphCheck, OnnxReport
 from loraover_export.onnx.request import OnnxRequest
@@ -17,19 +16,16 @@ CAPTION = "largest errors of logits; effect: the adapter's change of a logit"
 def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> None:
     """Print errors and bounds of each adapter, the verdict, and where the files are."""
     if report.checks:
-        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=_title(report), caption=CAPTION)
-        for column in ("adapter", "error", "noise", "allowed", "effect", "greedy tokens"):
-            table.add_column(column, justify="left" if column == "adapter" else "right")
-        for check in report.checks:
-            table.add_row(
-                escape(check.adapter or "none") + (" (change)" if check.compared == "change" else ""),
-                f"{check.error:.1e}",
-                f"{check.noise:.1e}",
-                f"{check.bound:.1e}",
-                f"{check.adapter_effect:.3g}",
-                _greedy(check),
+        heads = ("adapter", "error", "noise", "allowed", "effect", "greedy tokens")
+        rows = [
+            (
+                (check.adapter or "none") + (" (change)" if check.compared == "change" else ""),
+                *(f"{value:.1e}" for value in (check.error, check.noise, check.bound)),
+                *(f"{check.adapter_effect:.3g}", _greedy(check)),
             )
-        console.print(table)
+            for check in report.checks
+        ]
+        console.print(terminal_table(heads, rows, names=heads[:1], title=_title(report), caption=CAPTION))
         console.print(f"noise: {report.checks[0].noise_of}")
     color = {"passed": "green", "failed": "red"}.get(report.verdict, "yellow")
     console.print(f"export {report.verdict}", style=color)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from loraover.common.command_line import printable
 from loraover.reporting.reporter import print_line
+from loraover.reporting.terminal_table import terminal_table
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.certificate import LoraCertificate, ModuleCertificate
 
@@ -42,25 +38,10 @@ def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> N
 
 def _show_modules(certificate: LoraCertificate, console: Console) -> None:
     worst = sorted(certificate.modules, key=lambda module: -module.relative_error_bound)[:WORST_SHOWN]
-    table = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        title=f"Largest errors, {len(worst)} of {len(certificate.modules)} modules",
-        caption="Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B.",
-    )
-    fill_table(table, ("module", "shape", "rank", "norm", "left out", "stored", "in all"), map(_cells, worst))
-    console.print(table)
-
-
-def fill_table(table: Table, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Add columns and rows of which only the first column, of names, is cut if the terminal is narrow."""
-    cells = [tuple(row) for row in rows]
-    table.add_column(heads[0], no_wrap=True, overflow="ellipsis")
-    for k, head in enumerate(heads[1:], 1):
-        width = max([*map(len, head.split("\n")), *(len(row[k]) for row in cells)])
-        table.add_column(head, justify="right", no_wrap=True, min_width=width)
-    for name, *others in cells:
-        table.add_row(escape(printable(name)), *others)
+    title = f"Largest errors, {len(worst)} of {len(certificate.modules)} modules"
+    caption = "Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B."
+    heads = ("module", "shape", "rank", "norm", "left out", "stored", "in all")
+    console.print(terminal_table(heads, map(_cells, worst), names=heads[:1], title=title, caption=caption))
 
 
 def _cells(module: ModuleCertificate) -> tuple[str, ...]:

@@ -68,9 +68,17 @@ class Probe:
 
     Example:
         ```python
-        probe = Probe(model, [next(loader) for _ in range(4)])
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from loraover import Budget, LoraOverConfig, OverParameterization, Probe
+
+        base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        batch = AutoTokenizer.from_pretrained(base)(["2 + 2 = 4", "3 + 4 = 7"], return_tensors="pt")
+        batch["labels"] = batch["input_ids"]
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
         config = LoraOverConfig(schedule="static", budget=Budget(fraction=0.25))
-        over = OverParameterization(model, config, probe=probe)
+        over = OverParameterization(model, config, probe=Probe(model, [batch]))
         ```
     """
 

@@ -111,7 +111,7 @@ def base_is_faulty(case: Case) -> Finding | None:
     if found is None:
         return None
     reason = (
-        f"{found.fault}: {found.detail}, which explains {found.share:.0%} of what sets the base model apart from "
+        f"{found.fault}: {found.detail}; that explains {found.share:.0%} of what sets the base model apart from "
         f"PyTorch's ({case.noise.rms:.2g} nats)"
     )
     return Finding("differs", reason, found.fault)
@@ -135,7 +135,7 @@ def base_is_unlike(case: Case) -> Finding | None:
         return None
     reason = (
         f"the adapter's answers are off by {case.found.rms:.2g} nats, those for the base model by "
-        f"{case.noise.rms:.2g}: requests for the base model are answered by something else"
+        f"{case.noise.rms:.2g}; requests for the base model are answered by something else"
     )
     return Finding("differs", reason, UNLIKE)
 
@@ -173,7 +173,7 @@ def _nearest(case: Case, found: str) -> Finding:
         return Finding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
-    reason = f"{nearest.fault}: {nearest.detail} ({found}; with this fault {nearest.rms:.2g} nats remain){also}"
+    reason = f"{nearest.fault}: {nearest.detail}; {found}; with this fault {nearest.rms:.2g} nats remain{also}"
     return Finding("differs", reason, nearest.fault, compared)
 
 
@@ -207,7 +207,7 @@ def strength_is_unclear(case: Case) -> Finding | None:
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
         return None
     reason = (
-        f"the adapter moves logprobs by {case.effect:.2g} nats, and the engine's noise is {case.noise.rms:.2g}: its "
+        f"the adapter moves logprobs by {case.effect:.2g} nats, and the engine's noise is {case.noise.rms:.2g}; its "
         f"strength is {case.strength}, and a wrong adapter would pass as well"
     )
     if case.prompts < ENOUGH_PROMPTS:
@@ -226,8 +226,8 @@ def format_is_undeclared(case: Case) -> Finding | None:
     if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.served_format):
         return None
     reason = (
-        f"the adapter has the strength {case.strength}, but the base model is off by "
-        f"{case.noise.rms:.2g} nats, as {case.number_format} would be, or another base model; if it is served "
+        f"the adapter has the strength {case.strength}; the base model is off by {case.noise.rms:.2g} nats, as "
+        f"{case.number_format} would be, or another base model; if it is served "
         f"in {case.number_format}, say so with {case.option('served_format')}"
     )
     return Finding("inconclusive", reason)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, in_sentences, make_page
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover_serve.judge import limits
 from loraover_serve.judge.limits import EXIT_CODES
@@ -56,7 +56,7 @@ def to_page(report: VerifyReport) -> Page:
 
 
 def verdict_of(report: VerifyReport) -> Verdict:
-    """Return the verdict on all engines in plain sentences with their figures, the worst first.
+    """Return the verdict on all engines in plain sentences with their figures: a line for each, the worst first.
 
     Args:
         report: The report.
@@ -66,9 +66,11 @@ def verdict_of(report: VerifyReport) -> Verdict:
     sentences = [_sentence(result) for result in results if result.verdict != "as trained"]
     sentences += [_passed(passed)] if passed else []
     sentences += [
-        f"{r.engine}: mixed batches were not compared: {_ended(r.mixed_failure)}" for r in passed if r.mixed_failure
+        f"{r.engine}: mixed batches were not compared. {in_sentences(r.mixed_failure)}"
+        for r in passed
+        if r.mixed_failure
     ]
-    return Verdict(TONES[report.verdict], report.verdict, " ".join(sentences))
+    return Verdict(TONES[report.verdict], report.verdict, "\n".join(sentences))
 
 
 def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:
@@ -84,28 +86,24 @@ def _passed(results: Sequence[EngineResult]) -> str:
         return f"{subject}."
     most = "at most " if len(results) > 1 else ""
     return (
-        f"{subject}: off by {most}{short(worst.adapter.rms)} nats, where noise explains {short(worst.allowed)} and the "
-        f"adapter moves logprobs by {short(worst.effect)}."
+        f"{subject}: off by {most}{short(worst.adapter.rms)} nats, where noise explains {short(worst.allowed)}. The "
+        f"adapter moves logprobs by {short(worst.effect)} nats."
     )
 
 
 def _sentence(result: EngineResult) -> str:
     if result.verdict == "failed":
-        return f"{result.engine} failed: {_ended(result.reason)}"
+        return f"{result.engine} failed. {in_sentences(result.reason)}"
     if result.verdict == "inconclusive":
-        return f"{result.engine} cannot be judged: {_ended(result.reason)}"
+        return f"{result.engine} cannot be judged. {in_sentences(result.reason)}"
     nearest = next((suspect for suspect in result.suspects if suspect.explains), None)
     if result.fault is None or nearest is None or result.adapter is None:
-        return f"{result.engine} does not answer as trained: {_ended(result.reason)}"
+        return f"{result.engine} does not answer as trained. {in_sentences(result.reason)}"
     return (
-        f"{result.engine} does not answer as trained: it is off by {short(result.adapter.rms)} nats, where noise "
+        f"{result.engine} does not answer as trained. It is off by {short(result.adapter.rms)} nats, where noise "
         f"explains {short(result.allowed)}. The likely fault is {result.fault}: {nearest.detail}. With it, "
         f"{short(nearest.rms)} nats remain."
     )
-
-
-def _ended(text: str) -> str:
-    return text if text.endswith(".") else f"{text}."
 
 
 def _axis(label: str, values: Sequence[float]) -> Axis:
@@ -183,5 +181,6 @@ def _distances_table(results: Sequence[EngineResult]) -> Table:
 
 
 def _suspects_table(result: EngineResult) -> Table:
-    rows = [(s.fault, s.detail, short(s.rms), "yes" if s.explains else "no") for s in result.suspects]
-    return Table(("fault", "what it computes", "distance", "explains"), rows, ("fault", "what it computes", "explains"))
+    rows = [("yes" if s.explains else "no", s.fault, s.detail, short(s.rms)) for s in result.suspects]
+    columns = ("explains", "fault", "what it computes", "distance")
+    return Table(columns, rows, columns[:3], columns[1:3])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from loraover.reporting.reporter import print_line
+from loraover.reporting.svg import short
+from loraover.reporting.terminal_table import terminal_table
 from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 
@@ -21,16 +22,12 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
         request: What it answers.
         console: Where to print.
     """
-    table = Table(
-        box=SIMPLE,
-        padding=(0, 1, 0, 0),
-        title=f"RMS distance of logprobs from {report.reference}, in nats",
-    )
-    for column in ("engine", "verdict", "strength", "noise", "adapter", "effect", "same text"):
-        table.add_column(column, no_wrap=True)
-    for result in report.engines:
-        table.add_row(result.engine, f"[{COLORS[result.verdict]}]{result.verdict}[/]", *_figures(result))
-    console.print(table)
+    heads = ("verdict", "engine", "strength", "noise", "adapter", "effect", "same\ntext")
+    rows: list[list[str | Text]] = [
+        [Text(result.verdict, COLORS[result.verdict]), result.engine, *_figures(result)] for result in report.engines
+    ]
+    title = f"RMS distance of logprobs from {report.reference}, in nats"
+    console.print(terminal_table(heads, rows, words=heads[:1], names=heads[1:2], title=title))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.verdict}: {result.reason}", COLORS[result.verdict])
     if request.output is not None:
@@ -39,7 +36,8 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
 
 def _figures(result: EngineResult) -> list[str]:
     """Strength, noise of the base model, distance of the adapter, its effect, share of equal answers."""
-    distances = [result.base and result.base.rms, result.adapter and result.adapter.rms, result.effect]
-    shown = ["-" if distance is None else f"{distance:.1e}" for distance in distances]
-    strength = "-" if result.strength is None else str(result.strength)
-    return [strength, *shown, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]
+    noise, off = (None if each is None else each.rms for each in (result.base, result.adapter))
+    found = result.strength
+    strength = "-" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    distances = [short(distance) for distance in (noise, off, result.effect)]
+    return [strength, *distances, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]

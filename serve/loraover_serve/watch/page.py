@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 
-from loraover.reporting.html_page import Origin, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.svg import Axis, Drawing, Figure, short
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.canary import Canary
@@ -52,7 +52,7 @@ class Row:
         return "faint" if self.last is None else COLORS[self.last.verdict]
 
 
-def to_page(canary: Canary, now: float, command: str, config_fault: str | None) -> str:
+def to_page(canary: Canary, now: float, command: str, config_fault: str | None) -> Page:
     """Make the page.
 
     Args:
@@ -74,8 +74,9 @@ def to_page(canary: Canary, now: float, command: str, config_fault: str | None) 
         },
         origin=Origin(command, None, "", {}),
         rows=rows,
+        figures=[row.plot for row in rows],
         config_fault=config_fault,
-    ).html
+    )
 
 
 def moment(at: float) -> str:
@@ -98,11 +99,11 @@ def _verdict(rows: list[Row]) -> Verdict:
     found = [row.last for row in rows if row.last is not None]
     bad = [check for check in found if check.verdict in ("differs", "failed")]
     waiting = len(rows) - len(found)
-    later = f" {waiting} not checked yet." if waiting else ""
+    later = f" {waiting} {'is' if waiting == 1 else 'are'} not checked yet." if waiting else ""
     if bad:
-        named = ", ".join(f"{check.adapter} on {check.server}" for check in bad[:3])
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return Verdict("bad", f"{len(bad)} of {len(rows)} not as trained", f"Look at {named}{more}.{later}")
+        named = " ".join(f"Look at {check.adapter} on {check.server}." for check in bad[:3])
+        more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
+        return Verdict("bad", f"{len(bad)} of {len(rows)} not as trained", f"{named}{more}{later}")
     undecided = sum(check.verdict == "inconclusive" for check in found)
     if undecided or waiting:
         sentence = f"{undecided} cannot be judged.{later}" if undecided else later.strip()

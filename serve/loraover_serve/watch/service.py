@@ -46,7 +46,7 @@ class Watch:
 
     def page(self) -> str:
         """The page."""
-        return to_page(self.canary, self._clock(), self._request.command(), self._config_fault)
+        return to_page(self.canary, self._clock(), self._request.command(), self._config_fault).html
 
     def run(self) -> None:
         """Check until `stopping` is set; checks that still run then are left out of the history.

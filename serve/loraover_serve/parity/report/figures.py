@@ -12,8 +12,8 @@ from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curve
 from loraover.reporting.svg import Axis, Figure
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
-from loraover_serve.parity.report.tables import deciding_first
-from loraover_serve.parity.report.verdict import PER, at_once
+from loraover_serve.parity.report.tables import UNBOUNDED, deciding_first
+from loraover_serve.parity.report.verdict import PER, at_once, percent_text
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 COLORS = {FOLDED: "subject", VANILLA: "baseline", CONTROL: "noise", BASE: "base"}
@@ -50,7 +50,7 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
     compared = [result for result in results if result.arm != BASE]
     deciding = [r for r in compared if r.arm in (FOLDED, CONTROL)]
     band = Band(100 * (1 / (1 + margin) - 1), 100 * margin)
-    ends = [end for r in deciding for end in map(_percent, r.interval)]
+    ends = [_percent(end) for r in deciding for end in r.interval if end < UNBOUNDED]
     axis = Axis.around("slower than plain LoRA, %", [1.2 * band.low, 1.2 * band.high, *ends])
     keys: list[Key] = [(f"within {100 * margin:g} %", "good", None)]
     figures = []
@@ -63,7 +63,7 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
 
 def _base_text(results: Sequence[Result]) -> str:
     found = [f"{r.ratio:.2f} {PER.get(r.measure, r.measure)}" for r in results if r.arm == BASE]
-    return f"Not drawn: the base model without an adapter, plain LoRA's time x {', x '.join(found)}." if found else ""
+    return f"Not drawn: the base model, plain LoRA's time x {', x '.join(found)}." if found else ""
 
 
 def _at(results: Sequence[Result], place: _Place) -> list[Result]:
@@ -78,7 +78,7 @@ def _change_row(r: Result) -> FigureRow:
     low, high = map(_percent, r.interval)
     return FigureRow(
         f"{r.arm}, {PER.get(r.measure, r.measure)}",
-        f"{_percent(r.ratio):+.1f} % [{low:+.1f}, {high:+.1f}]",
+        f"{percent_text(r.ratio)} % [{', '.join(map(percent_text, r.interval))}]",
         [Point(_percent(r.ratio), _color(r.arm))],
         (low, high),
     )

@@ -10,7 +10,7 @@ from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
 
-GIB = 2**30
+GIB, UNBOUNDED = 2**30, 1000.0
 
 
 def arms_table(report: ParityReport) -> Table:
@@ -27,7 +27,7 @@ def arms_table(report: ParityReport) -> Table:
     }
     arms = {sample.arm for run in report.runs for sample in run.samples}
     rows = [(arm, what) for arm, what in meanings.items() if arm in arms]
-    return Table(("arm", "what it is"), rows, ("arm", "what it is"))
+    return Table(("arm", "what it is"), rows, ("arm", "what it is"), ("what it is",))
 
 
 def deciding_first(results: Sequence[Result]) -> list[Result]:
@@ -44,17 +44,27 @@ def ratios_table(report: ParityReport) -> Table:
     """Every ratio of times, those of the folded arm first and the base model's last."""
     rows = [
         (
-            *(r.engine, str(r.concurrency), r.arm, r.measure, f"{r.ratio:.4f}"),
-            *(f"{low:.4f} to {high:.4f}" for low, high in (r.interval, r.adjusted_interval)),
-            *(str(r.blocks), r.verdict),
+            *(r.verdict, r.engine, str(r.concurrency), r.arm, r.measure, f"{r.ratio:.4f}"),
+            *(" to ".join(map(end_text, ends)) for ends in (r.interval, r.adjusted_interval)),
+            str(r.blocks),
         )
         for r in deciding_first(report.results)
     ]
     columns = (
-        *("engine", "at once", "arm", "measure", "ratio", "95 % interval", "adjusted interval", "blocks"),
-        "verdict",
+        *("verdict", "engine", "at once", "arm", "measure", "ratio", "95 % interval", "adjusted interval"),
+        "blocks",
     )
-    return Table(columns, rows, ("engine", "arm", "measure", "verdict"))
+    return Table(columns, rows, ("verdict", "engine", "arm", "measure"))
+
+
+def end_text(ratio: float, digits: int = 4) -> str:
+    """Return the end of an interval of a ratio; few blocks can leave it without a limit.
+
+    Args:
+        ratio: The end.
+        digits: Number of decimal places.
+    """
+    return f"{ratio:.{digits}f}" if ratio < UNBOUNDED else "infinity"
 
 
 def latencies_table(report: ParityReport) -> Table:
@@ -83,18 +93,17 @@ def answers_table(report: ParityReport) -> Table:
     """Answers of the folded adapter, the vanilla one and the base model beside PyTorch's."""
     rows = [
         (
-            *(o.engine, str(o.concurrency), arm, d.reference, str(o.prompts), f"{100 * d.equal:.0f} %"),
+            *(verdict, o.engine, str(o.concurrency), arm, d.reference, str(o.prompts), f"{100 * d.equal:.0f} %"),
             *(f"{d.largest_gap:.2g}", _nats(d.logprob_rms)),
-            verdict,
         )
         for o in report.outputs
         for arm, d, verdict in o.rows()
     ]
     columns = (
-        *("engine", "at once", "arm", "compared with", "prompts", "equal texts", "largest gap", "logprobs"),
-        "verdict",
+        *("verdict", "engine", "at once", "arm", "compared with", "prompts", "equal texts", "largest gap"),
+        "logprobs",
     )
-    return Table(columns, rows, ("engine", "arm", "compared with", "verdict"))
+    return Table(columns, rows, ("verdict", "engine", "arm", "compared with"))
 
 
 def repeats_table(report: ParityReport) -> Table:
@@ -118,13 +127,13 @@ def together_table(report: ParityReport) -> Table:
     """Answers of several adapters in turn, or in one batch."""
     rows = [
         (
-            *(t.engine, str(t.concurrency), t.arm, t.adapter, str(t.prompts), f"{100 * t.alone_equal:.0f} %"),
-            *(f"{t.distance.largest_gap:.2g}", _nats(t.distance.logprob_rms), "agrees" if t.agree else "too far"),
+            *("agrees" if t.agree else "too far", t.engine, str(t.concurrency), t.arm, t.adapter, str(t.prompts)),
+            *(f"{100 * t.alone_equal:.0f} %", f"{t.distance.largest_gap:.2g}", _nats(t.distance.logprob_rms)),
         )
         for t in report.together
     ]
-    columns = ("engine", "at once", "arm", "adapter", "prompts", "equal texts", "largest gap", "logprobs", "verdict")
-    return Table(columns, rows, ("engine", "arm", "adapter", "verdict"))
+    columns = ("verdict", "engine", "at once", "arm", "adapter", "prompts", "equal texts", "largest gap", "logprobs")
+    return Table(columns, rows, ("verdict", "engine", "arm", "adapter"), ("adapter",))
 
 
 def cross_checks_table(report: ParityReport) -> Table:

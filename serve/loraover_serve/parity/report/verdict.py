@@ -10,6 +10,7 @@ from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result, requests_needed
 from loraover_serve.parity.judge.outputs import Distance
 from loraover_serve.parity.report.parity_report import EngineVerdict, ParityReport
+from loraover_serve.parity.report.tables import UNBOUNDED
 from loraover_serve.parity.samples import CONTROL, FOLDED
 
 PER = {"time per output token": "per token", "end-to-end latency": "per answer"}
@@ -52,32 +53,38 @@ def _speed(report: ParityReport) -> str:
     several = len({(r.engine, r.concurrency) for r in report.results}) > 1
     margin = f"{100 * report.margin:g} %"
     if control.verdict != "equivalent":
-        noise = f"two copies of one adapter differ by {change(control, several)}"
+        copies, interval = f"Two copies of one adapter differ by {change(control)}", _interval(control, several)
         if control.verdict == "different":
-            return f"This machine is too noisy to compare: {noise}, beyond {margin}."
-        return f"Too short to tell, or this machine is too noisy: {noise}, not surely within {margin}{_more(report)}."
-    figures = change(folded, several)
+            return f"This machine is too noisy to compare. {copies}, beyond {margin}. {interval}"
+        unknown = f"Too short to tell, or this machine is too noisy. {copies}, not surely within {margin}."
+        return f"{unknown} {interval} {_needed(report)}"
+    figures, interval = change(folded), _interval(folded, several)
     if folded.verdict == "equivalent":
-        most = "at most " if several else ""
-        return f"Same speed as plain LoRA: {most}{figures}, within {margin}."
+        return f"Same speed as plain LoRA within {margin}: {'at most ' if several else ''}{figures}. {interval}"
     if folded.verdict == "different":
-        return f"{'Slower' if folded.ratio > 1 else 'Faster'} than plain LoRA: {figures}, beyond {margin}."
-    return (
-        f"Too short to tell whether it is as fast as plain LoRA: {figures}, not surely within {margin}{_more(report)}."
-    )
+        word = "Slower" if folded.ratio > 1 else "Faster"
+        return f"{word} than plain LoRA by more than {margin}: {figures}. {interval}"
+    unknown = f"Too short to tell whether it is as fast as plain LoRA within {margin}."
+    return f"{unknown} Measured: {figures}. {interval} {_needed(report)}"
 
 
-def change(result: Result, with_engine: bool) -> str:
-    """Return a difference of times with its interval, such as "+0.5 % per token, 95 % interval -0.1 to +1.4".
+def change(result: Result) -> str:
+    """Return a difference of times, such as "+0.5 % per token"."""
+    return f"{percent_text(result.ratio)} % {PER.get(result.measure, result.measure)}"
+
+
+def percent_text(ratio: float) -> str:
+    """Return by how many per cent a ratio differs from 1, such as "+0.5"; few blocks can leave its interval unbounded.
 
     Args:
-        result: The comparison.
-        with_engine: Whether to name the engine and the concurrency.
+        ratio: The ratio, or an end of its interval.
     """
-    low, high = (100 * (end - 1) for end in result.interval)
+    return f"{100 * (ratio - 1):+.1f}" if ratio < UNBOUNDED else "infinity"
+
+
+def _interval(result: Result, with_engine: bool) -> str:
     where = f" ({result.engine}, {at_once(result.concurrency)})" if with_engine else ""
-    measure = PER.get(result.measure, result.measure)
-    return f"{100 * (result.ratio - 1):+.1f} % {measure}{where}, 95 % interval {low:+.1f} to {high:+.1f}"
+    return f"The 95 % interval is {' to '.join(map(percent_text, result.interval))}{where}."
 
 
 def at_once(concurrency: int) -> str:
@@ -85,8 +92,9 @@ def at_once(concurrency: int) -> str:
     return "one request at a time" if concurrency == 1 else f"{concurrency} requests at once"
 
 
-def _more(report: ParityReport) -> str:
-    return f"; {requests_needed(report.results)}"
+def _needed(report: ParityReport) -> str:
+    text = requests_needed(report.results)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _answers(report: ParityReport) -> str:
@@ -95,22 +103,20 @@ def _answers(report: ParityReport) -> str:
         return ""
     prompts = sum(outputs.prompts for outputs in report.outputs)
     equal = sum(round(outputs.folded.equal * outputs.prompts) for outputs in report.outputs)
-    exact = f"{equal} of {prompts} answers match PyTorch exactly"
+    exact = f"{equal} of {prompts} answers match PyTorch exactly."
     far = next((outputs for outputs in report.outputs if not outputs.agree), None)
     if far is not None:
-        distances = _far(far.folded, far.vanilla)
-        return f"{exact}, and {far.engine} is further from PyTorch with the folded adapter {distances}."
+        return f"{exact} With the folded adapter, {far.engine} is off by {_far(far.folded, far.vanilla)}."
     parted = next((t for t in report.together if not t.agree), None)
     if parted is not None:
-        beside = f"beside other adapters ({parted.arm})"
-        return f"{exact}, but {beside} {parted.engine} answers wrongly for {parted.adapter}."
-    return f"{exact}."
+        return f"{exact} Beside other adapters ({parted.arm}), {parted.engine} answers wrongly for {parted.adapter}."
+    return exact
 
 
 def _far(folded: Distance, vanilla: Distance) -> str:
     if folded.logprob_rms is None or vanilla.logprob_rms is None:
-        return f"(a gap of {folded.largest_gap:.2g} nats) than with plain LoRA ({vanilla.largest_gap:.2g})"
-    return f"({folded.logprob_rms:.2g} nats) than with plain LoRA ({vanilla.logprob_rms:.2g})"
+        return f"a gap of {folded.largest_gap:.2g} nats, with plain LoRA by {vanilla.largest_gap:.2g}"
+    return f"{folded.logprob_rms:.2g} nats, with plain LoRA by {vanilla.logprob_rms:.2g}"
 
 
 def _cost(results: Sequence[Result]) -> str:
