@@ -64,7 +64,8 @@ def test_each_fault_of_a_server_has_verifys_verdict(
 ) -> None:
     """`test_verify_faults.py` expects the same of verify. One answer to each question shows all faults but one."""
     fault = PLANTED[name]
-    found = checked(reply(fault.wrong(serve(fault))), sharp[2], fault.listed, repeats=3 if name == "intermittent" else 1)
+    repeats = 3 if name == "intermittent" else 1
+    found = checked(reply(fault.wrong(serve(fault))), sharp[2], fault.listed, repeats=repeats)
     assert (found["verdict"], found["fault"]) == (fault.verdict, fault.name), found["reason"]
 
 
