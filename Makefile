@@ -88,7 +88,7 @@ test:
 	$(MAKE) --jobs 4 installed lint
 	$(PYTEST)
 
-installed: $(VENV)/.installed .venv-trackers/.installed vllm debian-packages
+installed: $(VENV)/.installed $(VENV)/quantisers .venv-trackers/.installed vllm debian-packages
 
 # Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
 engines: installed mlx openvino llama-server prometheus
@@ -294,6 +294,12 @@ $(VENV)/.installed $(VENV)/.demo-installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --progress-bar off --no-compile --editable ".[$(EXTRAS)]"
+	touch $@
+
+# PEFT imports bitsandbytes wherever it is, which takes 2 s of processor time. So it has a folder of its own, which tests see and the
+# processes that they start do not.
+$(VENV)/quantisers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --progress-bar off --no-compile --no-deps --target $@ "bitsandbytes>=0.49"
 	touch $@
 
 # Trackers and torchao, over the packages of $(VENV). They are not in it, since TRL and transformers import what they find: seconds in

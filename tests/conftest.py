@@ -4,6 +4,7 @@
   bind each of its servers to the first one.
 - Few garbage collections, since one that begins in deep recursion, such as JSON of a thousand brackets, makes another
   test's finalizers fail there. They pass over all that was imported, since each Trainer that ends asks for one.
+- bitsandbytes from a folder that the processes which tests start do not see, since each that imports PEFT would import it.
 - A lock of progress bars for each process, since a child that is killed while it holds a shared one stops all others.
 - Ctrl-C, which a script that runs the suite in its background would have it ignore, with every process that it starts.
 - A Hypothesis profile for each speed, and a place for each test among parallel workers (pytest-xdist).
@@ -14,6 +15,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 gc.set_threshold(20_000, 5, 2)
 TqdmDefaultWriteLock.mp_lock = None
+sys.path.append(str(Path(sys.prefix) / "quantisers"))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in PROFILES:
