@@ -4,7 +4,7 @@
   bind each of its servers to the first one.
 - Few garbage collections, since one that begins in deep recursion, such as JSON of a thousand brackets, makes another
   test's finalizers fail there. They pass over all that was imported, since each Trainer that ends asks for one.
-- bitsandbytes from a folder that the processes which tests start do not see, since each that imports PEFT would import it.
+- bitsandbytes from a folder that is hidden from the processes which tests start, since PEFT imports it wherever it is.
 - A lock of progress bars for each process, since a child that is killed while it holds a shared one stops all others.
 - Ctrl-C, which a script that runs the suite in its background would have it ignore, with every process that it starts.
 - A Hypothesis profile for each speed, and a place for each test among parallel workers (pytest-xdist).
