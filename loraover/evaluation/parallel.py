@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, TypeVar
+
+from loraover.client.at_once import at_once
 
 if TYPE_CHECKING:
     from loraover.common.reporter import Reporter
@@ -28,9 +29,5 @@ def in_parallel(
     Returns:
         The results in the order of the items.
     """
-    found: list[Result] = []
-    with report.task(label, len(items)) as advance, ThreadPool(workers) as pool:
-        for result in pool.imap(work, items):
-            found.append(result)
-            advance(len(found))
-    return found
+    with report.task(label, len(items)) as advance:
+        return at_once(work, items, workers, advance)
