@@ -78,4 +78,4 @@ def left_out(option: Callable[[str], str]) -> str:
     Args:
         option: Name of an option as its user writes it.
     """
-    return f"{option('without_mixed')} was given"
+    return f"none was asked for, as {option('without_mixed')} says"
