@@ -73,14 +73,11 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
         for name, (group, i) in over.injected.items():
             _load_site(checkpoint, file, checkpoint.sites[name], over, group, i)
         if isinstance(over.schedule.score, GradientScore):
-            over.schedule.score.load(
-                {key.removeprefix(SCORE_PREFIX): file.read(key) for key in file.keys_below(SCORE_PREFIX)}
-            )
+            kept = file.keys_below(SCORE_PREFIX)
+            over.schedule.score.load({key.removeprefix(SCORE_PREFIX): file.read(key) for key in kept})
     for group in over.groups:
-        if all(checkpoint.sites[site.name].joined for site in group.sites):
-            group.join()
-        else:
-            group.split()
+        are_joined = all(checkpoint.sites[site.name].joined for site in group.sites)
+        (group.join if are_joined else group.split)()
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer

@@ -12,7 +12,7 @@ from torch import Tensor
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.checkpoint import SCORE_PREFIX
 from loraover.checkpoint.metadata import Meta, SiteRecord
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, read_adapter_dir
 from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
@@ -75,7 +75,15 @@ def write_checkpoint(
     if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
         tensors |= {SCORE_PREFIX + key: value for key, value in over.schedule.score.state().items()}
     publish_file(stored.path / CORES_FILE, lambda draft: save_tensors(tensors, draft))
-    meta = Meta(
+    meta = _meta(stored, over, step, records, dtypes)
+    publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
+
+
+def _meta(
+    stored: AdapterDir, over: OverParameterization, step: int, records: list[SiteRecord], dtypes: set[torch.dtype]
+) -> Meta:
+    """Describe the cores that were written beside a stored adapter."""
+    return Meta(
         base_model=stored.config.base_model_name_or_path,
         step=step,
         config=over.config,
@@ -89,7 +97,6 @@ def write_checkpoint(
         versions={"loraover": __version__, **{name: version(name) for name in ("torch", "peft", "transformers")}},
         sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
-    publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
 
 
 def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
