@@ -36,6 +36,18 @@ SERVING = (
         "agrees(mine[VANILLA], mine[VANILLA], sensitivity)",
         Selection("test_parity.py", "scales_all_adapters"),
     ),
+    Mutant(
+        "verify-right-layers-of-another-model",
+        "if shared != self._shared or self._held[0] > last:",
+        "if self._held[0] > last:",
+        Selection("test_right_layers.py", "another_model"),
+    ),
+    Mutant(
+        "verify-right-layers-up-to-the-fault",
+        "last = min(layer, len(self._layers)) - 1",
+        "last = min(layer, len(self._layers) - 1)",
+        Selection("test_right_layers.py", "whole_run"),
+    ),
     # Earlier graphs of ONNX Runtime
     Mutant(
         "serve-builds-a-graph-although-one-is-given",

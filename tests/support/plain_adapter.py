@@ -16,7 +16,7 @@ from support.tiny_models import VOCABULARY, fill_b, with_lora
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
 """Decoders that vLLM serves with adapters; `tiny_decoder` makes each."""
 
-TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
+TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3n": "Gemma3nTextConfig", "Llama4": "Llama4TextConfig"}
 """Configurations of decoders whose family also has images."""
 
 

@@ -84,7 +84,7 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         subject: The adapter.
     """
     for each in misplaced(subject):
-        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS)
+        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS, layer=each.layer)
         yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
     for way, model in variants.with_coarse_caches():
         yield RecordedFault(BASE, COARSE_CACHE, f"keys and values are {way} to float8", model, NAMED)

@@ -22,8 +22,8 @@ THETAS = (10_000.0, 500_000.0, 1_000_000.0)
 WINDOWS = (8, 16, 32, 64, 128)
 
 
-def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
-    """Yield the name of each fault, the fault in words, and what makes it.
+def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change, int]]:
+    """Yield the name of each fault, the fault in words, what makes it, and the first layer that it changes.
 
     Args:
         model: The base model.
@@ -31,7 +31,8 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
     """
     config = model.config.get_text_config()
     if config.bos_token_id is not None:
-        yield EXTRA_TOKEN, "a token of the beginning of the text is added", partial(_before, int(config.bos_token_id))
+        added = partial(_before, int(config.bos_token_id))
+        yield EXTRA_TOKEN, "a token of the beginning of the text is added", added, 0
     rotary = next(
         (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
     )
@@ -39,17 +40,15 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change]]:
         mine = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
         for theta in THETAS:
             if theta != mine:
-                yield POSITIONS, f"rope_theta is {theta:g} instead of {mine}", partial(_rotated, rotary, theta)
-    layers = _layers(model, config.num_hidden_layers)
-    if layers is None:
-        return
+                yield POSITIONS, f"rope_theta is {theta:g} instead of {mine}", partial(_rotated, rotary, theta), 0
+    layers = _layers(model)
     for size in WINDOWS:
-        if size < longest:
-            yield WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size)
-    for index in range(len(layers)):
-        yield BASE_LAYERS, f"layer {index} is missing", partial(_skipping, layers[index])
+        if size < longest and layers:
+            yield WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size), 0
+    for index, layer in enumerate(chain_of(model)):
+        yield BASE_LAYERS, f"layer {index} is missing", partial(_skipping, layer), index
         if index + 1 < len(layers):
-            yield BASE_LAYERS, f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
+            yield BASE_LAYERS, f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index), index
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -100,10 +99,20 @@ def coarse_cache(model: nn.Module, rounding: Rounding) -> Iterator[None]:
         handle.remove()
 
 
-def _layers(model: nn.Module, number: int) -> nn.ModuleList | None:
-    """The list of the model's layers."""
+def chain_of(model: Any) -> nn.ModuleList:
+    """The model's layers, if each computes from the output of the one before it alone; else none.
+
+    Args:
+        model: A causal model.
+    """
+    reads_earlier_keys = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)  # as Gemma 3n does
+    return nn.ModuleList() if reads_earlier_keys else _layers(model)
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    number = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number)
-    return next(lists, None)
+    return next(lists, nn.ModuleList())
 
 
 @contextmanager

@@ -149,7 +149,11 @@ class EngineEvidence(Evidence):
 
     def _run(self, faulty: FaultyAdapter, prompts: int | None) -> Expected:
         return self._variants.adapted(
-            faulty.deltas, with_others=faulty.with_others, prompts=prompts, source=faulty.source
+            faulty.deltas,
+            with_others=faulty.with_others,
+            prompts=prompts,
+            source=faulty.source,
+            layer=faulty.layer,
         )
 
     def base_faults(self) -> Iterator[Candidate]:

@@ -64,6 +64,7 @@ class FaultyAdapter:
         deltas: Deltas by the paths of their modules.
         with_others: Whether the adapter's fully trained parameters are in place.
         source: Adapter whose deltas these are; None for the right one.
+        layer: Index of the first layer whose deltas are not the right adapter's.
     """
 
     fault: str
@@ -71,6 +72,7 @@ class FaultyAdapter:
     deltas: Deltas
     with_others: bool = True
     source: AdapterDir | None = None
+    layer: int = 0
 
 
 def scaled(subject: RightAdapter) -> Iterator[FaultyAdapter]:
@@ -152,14 +154,14 @@ def misplaced(subject: RightAdapter) -> Iterator[FaultyAdapter]:
             layers.setdefault(int(number[1]), {})[module] = delta
     if len(layers) < 2:
         return
-    for layer, mine in layers.items():
+    for layer, mine in sorted(layers.items()):
         rest = {module: delta for module, delta in subject.deltas.items() if module not in mine}
-        yield FaultyAdapter(LAYERS, f"layer {layer} is not adapted", rest)
+        yield FaultyAdapter(LAYERS, f"layer {layer} is not adapted", rest, layer=layer)
         moved = {_in_layer(module, layer + 1): delta for module, delta in mine.items()}
         back = {_in_layer(module, layer): delta for module, delta in layers.get(layer + 1, {}).items()}
         if moved.keys() == layers.get(layer + 1, {}).keys() and back.keys() == mine.keys():
             detail = f"layers {layer} and {layer + 1} are swapped"
-            yield FaultyAdapter(LAYERS, detail, {**subject.deltas, **moved, **back})
+            yield FaultyAdapter(LAYERS, detail, {**subject.deltas, **moved, **back}, layer=layer)
 
 
 def _in_layer(module: str, layer: int) -> str:

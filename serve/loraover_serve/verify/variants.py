@@ -19,7 +19,8 @@ from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, window_rows
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.evidence import Candidate
-from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, coarse_cache
+from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, chain_of, coarse_cache
+from loraover_serve.verify.right_layers import RightLayers
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,18 @@ class Variants:
         """The base model."""
         return load_model(self._base, dtype=self.dtype, device=self._device)
 
+    @cached_property
+    def _right(self) -> RightLayers:
+        return RightLayers(chain_of(self.model))
+
     def adapted(
-        self, deltas: Deltas, *, with_others: bool = True, prompts: int | None = None, source: AdapterDir | None = None
+        self,
+        deltas: Deltas,
+        *,
+        with_others: bool = True,
+        prompts: int | None = None,
+        source: AdapterDir | None = None,
+        layer: int = 0,
     ) -> Expected:
         """Logprobs of the base model with these deltas.
 
@@ -93,9 +104,14 @@ class Variants:
             with_others: Whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
             prompts: Number of prompts to run, the first ones; None means all.
             source: Adapter whose deltas these are; None for the one in question.
+            layer: Index of the first layer whose deltas are not those of the adapter in question.
         """
         adapter = source or self._adapter
-        with _adding(self.model, deltas, adapter), self._others(adapter if with_others else None):
+        with (
+            _adding(self.model, deltas, adapter),
+            self._others(adapter if with_others else None),
+            self._right.before(layer, ("adapter", prompts)),
+        ):
             return self._run(prompts)
 
     def rounded(self, format_: NumberFormat, deltas: Deltas | None = None, *, prompts: int | None = None) -> Expected:
@@ -111,11 +127,11 @@ class Variants:
 
     def base_faults(self) -> Iterator[Candidate]:
         """The base model with faults of its own."""
-        for fault, detail, changed in base_faults(self.model, self._longest):
-            yield Candidate(fault, detail, partial(self._changed, changed))
+        for fault, detail, changed, layer in base_faults(self.model, self._longest):
+            yield Candidate(fault, detail, partial(self._changed, changed, layer))
 
-    def _changed(self, changed: Change, prompts: int | None) -> Expected:
-        with changed() as before:
+    def _changed(self, changed: Change, layer: int, prompts: int | None) -> Expected:
+        with self._right.before(layer, ("base", prompts)), changed() as before:
             return self._run(prompts, before)
 
     @property
