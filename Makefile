@@ -52,12 +52,14 @@ demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
 	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
 	@test -x "$(LORAOVER_VLLM)" || { cat $(RUN)/install-vllm.log; exit 1; }
 	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/verified
+	@$(BIN)/python docs/examples/demo_page.py $(RUN)
 	@echo
 	@echo "== What you have now, in $(RUN)"
 	@echo "lora-over/adapter      the LoRA-Over checkpoint: A, B and their cores"
 	@echo "folded                 the plain LoRA, with its certificate, its reference and fold.html"
 	@echo "demo                   the same for vLLM; loraover serve up $(RUN)/demo serves it"
-	@echo "verified/verify.html   what the check found: look at it"
+	@echo "verified               what the check found, whole"
+	@echo "demo.html              training, fold and check on one page: look at it"
 	@echo
 	@echo "== What to do next"
 	@echo "Train on your own data         docs/tutorials/train-and-ship.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -229,6 +230,40 @@ def _inspected(is_hostile: bool = False) -> Page:
     return inspect_page(report, schedule_figures(read_schedule(CHECKPOINT)), "loraover inspect checkpoint")
 
 
+DEMO_RUN: dict[str, Any] = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "steps": 8,
+    "served_rank": 8,
+    "trained_parameters": 2_637_600,
+    "lora_parameters": 2_442_240,
+    "before": {"examples": 32, "loss": 1.998, "exact_match": 0.094},
+    "after": {"examples": 32, "loss": 0.066, "exact_match": 0.688},
+}
+DEMO_METRICS = [
+    {"step": 0, "eval_loss": 1.998},
+    {"step": 1, "loss": 1.997},
+    {"step": 4, "loss": 1.413},
+    {"step": 8, "loss": 0.46},
+]
+
+
+def demo_check() -> VerifyReport:
+    """The check of an adapter and of its copy whose scaling was lost."""
+    return verification(
+        engine_result("folded", "as trained", STRENGTH),
+        engine_result(
+            "folded-scaling-lost", "differs", NEAREST, off=1.8, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]
+        ),
+    )
+
+
+def demo_page(run: Mapping[str, Any], check: VerifyReport) -> Page:
+    page: Page = runpy.run_path(str(ROOT / "docs" / "examples" / "demo_page.py"))["page_of"](
+        run, DEMO_METRICS, fold_certificate(), check
+    )
+    return page
+
+
 RUN_KEYS = ("base_model", "command", "reason", "hardware", "versions", "engine")
 parity = cache(whole_report)
 REPORTS = {
@@ -251,6 +286,11 @@ REPORTS = {
         "Fold: ",
         lambda: fold_page(fold_certificate(), "loraover export fold checkpoint -o folded --check-error"),
         lambda: fold_page(hostile(fold_certificate(), (*RUN_KEYS, "name", "base", "prompt_source")), HOSTILE),
+    ),
+    "demo": Made(
+        "Demo: ",
+        lambda: demo_page(DEMO_RUN, demo_check()),
+        lambda: demo_page(DEMO_RUN | {"model": HOSTILE}, hostile(demo_check(), (*RUN_KEYS, "fault", "detail"))),
     ),
     "inspect": Made("Folder: ", _inspected, lambda: _inspected(is_hostile=True)),
     "fleet": Made(

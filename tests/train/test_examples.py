@@ -39,6 +39,7 @@ from loraover_serve.vllm.serve import example_request
 from loraover_serve.vllm.server import VllmServer
 
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
+from support.reports import DEMO_METRICS, DEMO_RUN, demo_check, fold_certificate, verification
 from support.tiny_models import lora_matrices
 from support.vllm_command import vllm_command
 
@@ -56,6 +57,7 @@ LIBRARY = EXPORTS | {
     "large_check",
     "run_onnx",
     "catch_a_fault",
+    "demo_page",
     "verify",
     "parity",
 }
@@ -288,6 +290,24 @@ def test_serving_from_python(
     assert (tmp_path / "verified" / "verify.html").is_file()
     assert len(started) > 1
     assert not [process for process in started if runs(process)], "nothing is left afterwards"
+
+
+@pytest.mark.parametrize(("fault", "word"), [("wrong scaling", "nothing was lost"), (None, "not what this demo")])
+def test_the_demo_ends_with_one_page(fault: str | None, word: str, tmp_path: Path) -> None:
+    right, wrong = demo_check().engines
+    check = verification(right, wrong.model_copy(update={"fault": fault}))
+    for file, content in {
+        "lora-over/run.json": json.dumps(DEMO_RUN),
+        "lora-over/metrics.jsonl": "\n".join(map(json.dumps, DEMO_METRICS)),
+        "folded/fold_certificate.json": fold_certificate().model_dump_json(),
+        "verified/verify.json": check.model_dump_json(),
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    run_script("demo_page", tmp_path)
+    page = (tmp_path / "demo.html").read_text()
+    assert f"<title>Demo: {word}" in page
+    assert page.count("<figure>") == 4, "training, fold, distances and faults"
 
 
 def runs(process: psutil.Process) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover_export.fold.trained_base import TrainedBase
 from loraover_export.logits.deviation import Deviation
 from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
@@ -55,6 +54,25 @@ class OutputCertificate(BaseModel):
     def passed(self) -> bool:
         """Whether the verdict is "passed"."""
         return self.verdict == "passed"
+
+
+class TrainedBase(BaseModel):
+    """The folded adapter on the base model as it was quantised in training, and on the full one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quantization: str = Field(description="nf4 or int8: how bitsandbytes quantised the base model in training")
+    served: str = Field(description="Base model that the adapter names and engines load, in full precision, in words")
+    difference: Deviation = Field(description="Distance of the adapter on the quantised base from it on the full one")
+    bases: Deviation = Field(description="Distance of the quantised base from the full one, both without an adapter")
+
+    def __str__(self) -> str:
+        return (
+            f"Engines will serve the adapter on {self.served} in full precision, and it was trained on "
+            f"{self.quantization} of it. Between the two, its logits differ by up to {self.difference.max_logit:.2g} "
+            f"(mean KL {self.difference.mean_kl:.2g} nats, {self.difference.top1_agreement:.1%} same top-1); without "
+            f"the adapter by up to {self.bases.max_logit:.2g} (mean KL {self.bases.mean_kl:.2g} nats)."
+        )
 
 
 class FoldCertificate(BaseModel):

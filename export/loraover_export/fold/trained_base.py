@@ -5,35 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model
-from loraover_export.logits.deviation import Deviation, RunningDeviation
+from loraover_export.fold.certificate import TrainedBase
+from loraover_export.logits.deviation import RunningDeviation
 from loraover_export.logits.pieces import logits_of, pieces, tokens_at_once
 from loraover_export.logits.prompts import read_prompts
-
-
-class TrainedBase(BaseModel):
-    """The folded adapter on the base model as it was quantised in training, and on the full one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    quantization: str = Field(description="nf4 or int8: how bitsandbytes quantised the base model in training")
-    served: str = Field(description="Base model that the adapter names and engines load, in full precision, in words")
-    difference: Deviation = Field(description="Distance of the adapter on the quantised base from it on the full one")
-    bases: Deviation = Field(description="Distance of the quantised base from the full one, both without an adapter")
-
-    def __str__(self) -> str:
-        return (
-            f"Engines will serve the adapter on {self.served} in full precision, and it was trained on "
-            f"{self.quantization} of it. Between the two, its logits differ by up to {self.difference.max_logit:.2g} "
-            f"(mean KL {self.difference.mean_kl:.2g} nats, {self.difference.top1_agreement:.1%} same top-1); without "
-            f"the adapter by up to {self.bases.max_logit:.2g} (mean KL {self.bases.mean_kl:.2g} nats)."
-        )
 
 
 def compare_bases(
