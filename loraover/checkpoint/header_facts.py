@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,16 @@ def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes_on_hub(source: ModelSource) -> dict[str, tuple[int, ...]]:
-    import httpx2
-    from huggingface_hub import get_safetensors_metadata
+    import huggingface_hub
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
+    # Versions 1 and 2 of huggingface-hub ask by these, and the errors of what version 0 asks by are OSErrors.
+    unreachable = [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
     try:
-        files = get_safetensors_metadata(source.location, revision=source.revision).files_metadata.values()
-    except (httpx2.HTTPError, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        found = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
+    except (OSError, *unreachable, NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(str(error)) from error
+    files = found.files_metadata.values()
     return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -54,6 +58,25 @@ def test_headers_say_of_a_family_what_its_class_says(family: str, tmp_path: Path
     for name in ("architecture", "model_type", "dtype", "vocabulary", "layers", "heads", "key_value_heads", "is_tied"):
         assert getattr(found, name) == (getattr(built, name) or getattr(found, name)), name
     assert found.experts == built.experts == {}
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2", None])
+def test_a_hub_that_cannot_be_reached_is_told(
+    library: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HTTPError(Exception): ...
+
+    def fails(*_: object, **__: object) -> None:
+        raise (OSError if library is None else HTTPError)("no connection")
+
+    tiny_decoder("Llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", fails)
+    if library is not None:
+        monkeypatch.setitem(sys.modules, library, SimpleNamespace(HTTPError=HTTPError))
+    source = replace(resolve_model(str(tmp_path)), location="owner/model")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="no connection"):
+        facts_of_headers(source, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("family", sorted(GGUF_FAMILIES))
