@@ -96,7 +96,7 @@ installed: $(VENV)/.installed $(VENV)/quantisers .venv-trackers/.installed vllm 
 engines: installed mlx openvino llama-server prometheus
 
 # Every engine, with every kind of adapter and on every model family, and docs/compatibility.md from what was run: one vLLM
-# server a family, most of a minute each.
+# server a family, most of a minute each. At the end, the table of the engines of training in two processes.
 test-engines: engines
 	mkdir -p runs
 	rm -f runs/compatibility.json
@@ -104,6 +104,7 @@ test-engines: engines
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../runs/compatibility.md
 	mv runs/compatibility.md docs/compatibility.md
 	$(BIN)/python docs/draw_matrix.py
+	cd tests && ../$(BIN)/python -m benchmarks --only many_processes --no-write
 
 # Chromium for the tests of the reports' pages, bubblewrap for those of HumanEval's sandbox, node and npm for those of
 # onnxruntime-web; they are skipped without.
