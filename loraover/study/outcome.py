@@ -33,6 +33,8 @@ from loraover.training.run_result import RUN_FILE, read_run
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
 FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
 """Words for the kinds of failure that are due to the method."""
+DECIMALS = 6
+"""Those of nats that are kept; a model in float32 has no more."""
 
 
 class RunOutcome(BaseModel):
@@ -192,7 +194,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
     rows = read_digests(folder)
     return RunOutcome(
         recipe=digest(recipe),
-        nats=[nats for nats, _ in scored],
+        nats=[round(nats, DECIMALS) for nats, _ in scored],
         tokens=[tokens for _, tokens in scored],
         step_seconds=result.train_seconds / result.timed_steps if result.timed_steps else None,
         peak_bytes=result.peak_bytes,

@@ -24,6 +24,7 @@ RESEARCH = DOCS.parent / "research"
 FOLDERS = {"study": "smollm2", "study-gauge": "gauge", "study-papers": "papers"}
 Half = Literal["validation", "test"]
 HALVES: tuple[Half, ...] = ("validation", "test")
+ROUNDED = 1e-6  # nats are kept to six decimals, and the reports were made before they were rounded
 
 
 def kept(folder: str) -> StudyReport:
@@ -58,9 +59,9 @@ def test_the_kept_report_is_that_of_the_kept_runs(target: str) -> None:
         assert task.baseline == known_task.baseline
         for result, known in zip(task.methods, known_task.methods, strict=True):
             assert (result.method, result.rate) == (known.method, known.rate)
-            assert result.test_loss == pytest.approx(known.test_loss)
+            assert result.test_loss == pytest.approx(known.test_loss, abs=ROUNDED)
             if result.difference is not None and known.difference is not None:
-                assert result.difference.interval == pytest.approx(known.difference.interval)
+                assert result.difference.interval == pytest.approx(known.difference.interval, abs=ROUNDED)
 
 
 def test_the_docs_quote_the_study_of_mpo() -> None:
