@@ -13,9 +13,10 @@ from loraover_serve.judge.case import allowed_strength
 from loraover_serve.judge.estimates import Estimate, answers_that_show, share_found
 from loraover_serve.judge.limits import EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
 from loraover_serve.judge.rules import is_narrow
+from loraover_serve.record.request import RecordRequest
 
 from benchmarks.page import PAGE
-from benchmarks.reference_check import ENGINES, TOPS, engines, row
+from benchmarks.reference_check import ENGINES, FAULT, RATIO, TOPS, engines, row
 from benchmarks.verify_calibration import least_deviation, least_excess, rounded_up
 from oracles.prompt_estimates import Estimate as Estimates
 from oracles.prompt_estimates import Projections, strength
@@ -103,6 +104,15 @@ def test_so_many_answers_show_a_share_without_the_adapter(share: float) -> None:
     enough, fewer = (stats.binom.sf(FEW_AS_BASE - 1, n, share) for n in (found, found - 1))
     assert fewer < 0.99 <= enough
     assert share_found(found) <= share < share_found(found - 1)
+
+
+@pytest.mark.parametrize("positions", [RecordRequest.new_tokens, POSITIONS])
+@pytest.mark.parametrize("percent", [-FAULT, FAULT])
+def test_a_scaling_5_percent_off_can_have_a_right_strength_without_any_chance(percent: int, positions: int) -> None:
+    """More questions make the interval narrower, but not what an int4 base takes from the adapter's effect."""
+    served = Recorded(NOISE / "mlx-int4.npz").cut(positions, TOPS[-1]).served(RATIO, 1 + percent / 100)
+    low, high = served.allowed
+    assert low + 0.01 < served.strength("adapter").value < high - 0.01
 
 
 @pytest.mark.matrix
