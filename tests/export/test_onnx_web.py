@@ -203,7 +203,8 @@ def test_both_graphs_of_t5_get_files(tmp_path: Path) -> None:
     tiny_t5().save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     matrices = {"decoder.block.0.layer.0.SelfAttention.q": (torch.randn(2, 32), torch.randn(32, 2))}
-    config = {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(tmp_path / "base")}
+    config: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(tmp_path / "base")}
+    config["target_modules"] = ["q", "wo"]  # without them, PEFT adapts q and v
     first = write_adapter(tmp_path / "first", matrices, **config)
     module = "encoder.block.0.layer.1.DenseReluDense.wo"
     weight = dict(tiny_t5().named_modules())[module].weight
