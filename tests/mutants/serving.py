@@ -37,6 +37,12 @@ SERVING = (
         Selection("test_parity.py", "scales_all_adapters"),
     ),
     Mutant(
+        "judge-noise-of-the-base-is-a-fleet",
+        "sum(not is_nearer_base(each) for each in others) < FEW_AS_BASE",
+        "len(others) < FEW_AS_BASE",
+        Selection("test_replicas.py", "noisy_answers"),
+    ),
+    Mutant(
         "verify-right-layers-of-another-model",
         "if shared != self._shared or self._held[0] > last:",
         "if self._held[0] > last:",

@@ -8,13 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from loraover.client.endpoint import Endpoint
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
-from loraover_serve.judge.fleet import tell_apart
+from loraover_serve.judge.evidence import Change
+from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
 from loraover_serve.judge.names import DISAGREE, INTERMITTENT
 from loraover_serve.judge.rules import judge
@@ -104,6 +106,20 @@ def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
     told: dict[int, dict[str, str]] = {place: {} for place in range(len(reference.places))}
     rounds = [Round(rows(reference.adapter), told) for _ in range(REPEATS)]
     return Answers(rows(reference.base), rounds[0].rows, rounds=rounds)
+
+
+def moved(prompt: int, share: float) -> Change:
+    """An answer that goes this share of the way from the base model's to the adapter's."""
+    size = 9.0
+    return Change(prompt, 20, share * size, size, share**2 * size, (1 - share) ** 2 * size)
+
+
+@pytest.mark.parametrize(("share", "is_fleet"), [(0.15, False), (0.3, True), (1.0, True)])
+def test_noisy_answers_of_the_base_are_no_answers_of_the_adapter(share: float, is_fleet: bool) -> None:
+    """A server of the base alone: at some positions vLLM in bfloat16 is several times the noise off."""
+    answers = [moved(prompt, 0.01) for prompt in range(57)], [moved(prompt, share) for prompt in range(7)]
+    case: Any = SimpleNamespace(as_base=answers, repeats=())
+    assert (some_are_base(case) is not None) == is_fleet
 
 
 ODD = [([(0, 0), (1, 0)], None), ([(0, 0), (0, 1), (0, 2)], None), ([(0, 0), (1, 0), (2, 0)], DISAGREE)]

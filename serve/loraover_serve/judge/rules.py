@@ -45,6 +45,7 @@ class Finding(NamedTuple):
         fault: Name of the fault; None if it has none.
         suspects: Faults that were compared, the nearest first.
         split: Answers of which some are wrong; None if no rule found any.
+        explains_base: Whether the fault is what sets the base model apart.
     """
 
     verdict: Verdict
@@ -52,6 +53,7 @@ class Finding(NamedTuple):
     fault: str | None = None
     suspects: Sequence[Suspect] = ()
     split: Split | None = None
+    explains_base: bool = False
 
 
 def judge(
@@ -82,7 +84,7 @@ def judge(
         "allowed_strength": case.allowed,
         "base": case.noise._asdict(),
         "number_format": case.number_format,
-        "cache_share": case.cache_share,
+        "cache_share": 0.0 if found.explains_base else case.cache_share,
         "visible_share": share_found(sum(map(len, case.as_base))),
         "adapter": case.found._asdict(),
         "effect": case.effect,
@@ -114,7 +116,7 @@ def base_is_faulty(case: Case) -> Finding | None:
         f"{found.fault}: {found.detail}; that explains {found.share:.0%} of what sets the base model apart from "
         f"PyTorch's ({case.noise.rms:.2g} nats)"
     )
-    return Finding("differs", reason, found.fault)
+    return Finding("differs", reason, found.fault, explains_base=True)
 
 
 def base_is_another(case: Case) -> Finding | None:

@@ -116,7 +116,8 @@ class EngineResult(Model):
     )
     cache_share: float = Field(
         default=0.0,
-        description="Share of the base model's distance that a KV cache in float8 explains; 0 if it explains none",
+        description="Share of the base model's distance that a KV cache in float8 explains; 0 if it explains none, or "
+        "a fault of the base model does",
     )
     strength: Interval | None = Field(
         default=None, description="Strength of the adapter; None after a failure, and where prompts are too few"
