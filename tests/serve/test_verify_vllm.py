@@ -129,8 +129,10 @@ def test_each_planted_fault_has_its_verdict(name: str, sharp: Case, started: Sta
         setting = sharp.setting(tmp_path, endpoint=running.url, served_name="shop")
         found = verify_engine("endpoint", setting, sharp.judge)
     print(f"\n{name}: {found.verdict}: {found.reason}")
-    # A leak is looked at after all other faults. It makes answers of the base model beside the adapter's the adapter's.
+    # A leak is looked at after all other faults. It makes answers of the base model beside the adapter's the adapter's,
+    # by which requests happen to share a batch: then a fleet's answers may be those of no known fault.
     leaks = leaks_in_mixed_batches() and (fault.verdict != "differs" or fault.name == INTERMITTENT)
     allowed = {(fault.verdict, fault.name)} | ({("differs", LEAKS)} if leaks else set())
+    allowed |= {("differs", None)} if leaks and fault.name == INTERMITTENT else set()
     assert (found.verdict, found.fault) in allowed, found.reason
     assert (found.cache_share > 0) == (fault.cache is not DynamicCache)
