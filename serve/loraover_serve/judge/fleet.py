@@ -73,7 +73,7 @@ class Split(NamedTuple):
 
 
 def some_are_base(case: Case) -> Split | None:
-    """Some of the adapter's answers are the base model's, and others are not, even with much noise."""
+    """Some of the adapter's answers are the base model's, and others are clearly not."""
     as_base, others = case.as_base
     if is_chance(case, as_base) or sum(not is_nearer_base(each) for each in others) < FEW_AS_BASE:
         return None
