@@ -76,11 +76,18 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
             kept = file.keys_below(SCORE_PREFIX)
             over.schedule.score.load({key.removeprefix(SCORE_PREFIX): file.read(key) for key in kept})
     for group in over.groups:
-        are_joined = all(checkpoint.sites[site.name].joined for site in group.sites)
-        (group.join if are_joined else group.split)()
+        _join_as_stored(checkpoint, group)
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
+
+
+def _join_as_stored(checkpoint: Checkpoint, group: CoreGroup) -> None:
+    """Join a group's sites if the checkpoint has them joined, and else split them."""
+    if all(checkpoint.sites[site.name].joined for site in group.sites):
+        group.join()
+    else:
+        group.split()
 
 
 def stored_dtypes(adapter: AdapterDir, names: Iterable[str]) -> dict[str, torch.dtype]:
