@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import DynamicCache
 
 from loraover.checkpoint.source import read_source
 from loraover.models.load import resolve_model
@@ -58,6 +59,7 @@ def test_each_planted_fault_has_its_verdict(
     fault = FAULTS[name]
     found = WAYS[way](fault.wrong(serve(fault)), fault, sharp, tmp_path)
     assert (found.verdict, found.fault) == (fault.verdict, fault.name), found.reason
+    assert (found.cache_share > 0) == (fault.cache is not DynamicCache)
 
 
 def test_an_adapter_that_is_exchanged_is_named(base: Path, tmp_path: Path) -> None:
