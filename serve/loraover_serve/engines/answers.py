@@ -81,20 +81,20 @@ class GreedyAnswer:
     rows: tuple[Row, ...] = ()
 
 
-def window_rows(index: int, question: Question, logits: Any, *, in_file: bool = False) -> list[Row]:
+def last_rows(index: int, positions: range, logits: Any, *, in_file: bool = False) -> list[Row]:
     """Rows of the last positions of a question, from the logits of its last positions, (positions, vocabulary).
 
     Args:
         index: Index of the question.
-        question: The question.
-        logits: The logits.
+        positions: The positions.
+        logits: The logits, at these positions or at more before them.
         in_file: Whether the rows are kept in a file.
     """
-    kept = np.asarray(logits, dtype=np.float64)[-len(question.window) :]
+    kept = np.asarray(logits[-len(positions) :], dtype=np.float64)
     kept -= kept.max(-1, keepdims=True)
     kept -= np.log(np.exp(kept).sum(-1, keepdims=True))
     logprobs = in_a_file(kept.astype(np.float32)) if in_file else kept.astype(np.float32)
-    return [Row(index, position, row) for position, row in zip(question.window, logprobs, strict=True)]
+    return [Row(index, position, row) for position, row in zip(positions, logprobs, strict=True)]
 
 
 def in_a_file(numbers: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.models.load import ModelSource
-from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row, window_rows
+from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row, last_rows
 from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Sample, TokenRequest
@@ -207,7 +207,7 @@ class LogitEngine(Engine):
 
     def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
         found = self.logits(arm, (question.tokens for question in questions))
-        return [row for i, logits in enumerate(found) for row in window_rows(i, questions[i], logits)]
+        return [row for i, logits in enumerate(found) for row in last_rows(i, questions[i].window, logits)]
 
 
 class Timed(ABC):

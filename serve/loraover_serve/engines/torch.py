@@ -139,18 +139,28 @@ def memory_needs(setting: Setting) -> Needs:
     return Needs.of_model(setting.base, adapters=adapters, tokens=setting.longest, copies=copies)
 
 
-def model_logits(model: Any, sequences: Iterable[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
-    """Yield a causal model's logits after each token of each sequence, of shape (tokens, vocabulary).
+def model_logits(
+    model: Any, sequences: Iterable[Sequence[int]], *, last: int | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """Yield a causal model's logits after the last tokens of each sequence, of shape (last or all tokens, vocabulary).
 
     Several sequences are run at once, with other tokens behind the shorter ones, which no token before them sees.
+
+    Args:
+        model: The model.
+        sequences: Token ids.
+        last: Number of tokens after which logits are wanted; None means all.
     """
     vocabulary = model.config.get_text_config().vocab_size
     for batch in _batches(sequences, LOGITS_AT_ONCE // vocabulary):
         longest = max(map(len, batch))
         padded = [[*tokens, *[tokens[-1]] * (longest - len(tokens))] for tokens in batch]
-        logits = model(input_ids=torch.tensor(padded, device=model.device), use_cache=False).logits
+        left_out = 0 if last is None else max(0, min(map(len, batch)) - last)
+        ids = torch.tensor(padded, device=model.device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - left_out).logits
         for tokens, found in zip(batch, logits, strict=True):
-            yield found[: len(tokens)].float().cpu().numpy()
+            first = 0 if last is None else max(0, len(tokens) - last)
+            yield found[first - left_out : len(tokens) - left_out].float().cpu().numpy()
 
 
 def _batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:

@@ -168,7 +168,8 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     place: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory_gib": request.max_memory_gib}
     base = fit_reference("PyTorch", adapter, base, rows=rows, longest=longest, say=say, **place)
     reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
-    variants, subject = Variants(adapter, base, device, reference.questions, dtype), make_subject(adapter, base)
+    variants = Variants(adapter, base, device, reference.questions, dtype, answers_only=True)
+    subject = make_subject(adapter, base)
     say(f"running both models in {', '.join(FORMATS)}")
     formats = {name: measure_rounding(reference, variants, subject, as_served(name, dtype)) for name in FORMATS}
     power = choose_number(reference, formats["bf16"], chosen=request.prompts is not None)

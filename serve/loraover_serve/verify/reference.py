@@ -16,7 +16,7 @@ from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, fit_base
 from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
-from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, paired, window_rows
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Question, Row, last_rows, paired
 from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within
 from loraover_serve.judge.case import strength_along
@@ -149,7 +149,7 @@ def _rows(
     engine: TorchEngine, arm: str, questions: Sequence[Question], *, in_file: bool, within: Within = nullcontext
 ) -> list[Row]:
     found = enumerate(engine.logits(arm, (question.tokens for question in questions), within=within))
-    return [row for i, logits in found for row in window_rows(i, questions[i], logits, in_file=in_file)]
+    return [row for i, logits in found for row in last_rows(i, questions[i].window, logits, in_file=in_file)]
 
 
 def _rms(one: Sequence[Row], other: Sequence[Row]) -> float:

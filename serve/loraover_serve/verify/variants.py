@@ -16,7 +16,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import NumberFormat, rounding
-from loraover_serve.engines.answers import Expected, Question, window_rows
+from loraover_serve.engines.answers import Expected, Question, last_rows
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.evidence import Candidate
 from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, chain_of, coarse_cache
@@ -71,12 +71,21 @@ class Variants:
         device: Device to run on.
         questions: Tokens after which next tokens are compared.
         dtype: Data type to run in: fp32, bf16, fp16 or fp64.
+        answers_only: Whether logprobs are wanted after the tokens of answers alone, as a server gives them.
     """
 
     def __init__(
-        self, adapter: AdapterDir, base: ModelSource, device: str, questions: Sequence[Question], dtype: str = "fp32"
+        self,
+        adapter: AdapterDir,
+        base: ModelSource,
+        device: str,
+        questions: Sequence[Question],
+        dtype: str = "fp32",
+        *,
+        answers_only: bool = False,
     ) -> None:
         self._adapter, self._base, self._device, self._questions = adapter, base, device, questions
+        self._positions = [question.answered if answers_only else question.window for question in questions]
         self.dtype = dtype
 
     @cached_property
@@ -152,11 +161,12 @@ class Variants:
 
     @torch.inference_mode()
     def _run(self, prompts: int | None = None, before: Sequence[int] = ()) -> Expected:
-        questions = self._questions[:prompts]
-        found = model_logits(self.model, ([*before, *question.tokens] for question in questions))
-        rows = partial(window_rows, in_file=self._base.is_streamed)
-        asked = enumerate(zip(questions, found, strict=True))
-        return Expected([row for index, (question, logits) in asked for row in rows(index, question, logits)])
+        sequences = [[*before, *question.tokens] for question in self._questions[:prompts]]
+        positions = self._positions[:prompts]
+        found = model_logits(self.model, sequences, last=max(map(len, positions)))
+        rows = partial(last_rows, in_file=self._base.is_streamed)
+        asked = enumerate(zip(positions, found, strict=True))
+        return Expected([row for index, (at, logits) in asked for row in rows(index, at, logits)])
 
 
 @contextmanager
