@@ -54,6 +54,18 @@ SERVING = (
         "last = min(layer, len(self._layers) - 1)",
         Selection("test_right_layers.py", "whole_run"),
     ),
+    Mutant(
+        "verify-logits-kept-of-the-padding",
+        "yield found[first - left_out : len(tokens) - left_out]",
+        "yield found[first - longest : longest - left_out]",
+        Selection("test_verify.py", "run_together"),
+    ),
+    Mutant(
+        "record-logits-before-the-answers",
+        "question.answered if answers_only else question.window",
+        "question.window",
+        Selection("test_record.py", "answers_alone"),
+    ),
     # Earlier graphs of ONNX Runtime
     Mutant(
         "serve-builds-a-graph-although-one-is-given",

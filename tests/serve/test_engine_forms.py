@@ -51,6 +51,8 @@ SILENT = {
     ("openvino", OURS, "embeddings"),
 }
 """Cells that are wrong without a message, whatever the engine's version."""
+TRIES = 5
+"""How often a fault is looked for that shows only where the engine's scheduler puts both models into one batch."""
 IN_OTHERS_ANSWERS = {("vllm", form, feature) for form in FORMS for feature in ("tied head", "mixed batch")}
 """Cells in which vLLM before 0.33 applies an adapter to the base model's rows on a CPU: the head's in every batch."""
 
@@ -88,11 +90,17 @@ def test_an_engine_is_right_or_known_to_be_wrong(
     tmp_path: Path,
 ) -> None:
     skip_unless_installed(engine)
-    cell = judged(engine, form, feature, cases.of(feature), running, tmp_path)
+    place = (engine, form, feature)
+    leaks = place in IN_OTHERS_ANSWERS and leaks_in_mixed_batches()
+    expected = place in SILENT or leaks
+    for number in range(TRIES if leaks else 1):
+        scratch = tmp_path / f"{tmp_path.name}-{number}"  # an adapter is served under its folder's name
+        scratch.mkdir()
+        cell = judged(engine, form, feature, cases.of(feature), running, scratch)
+        if cell.verdict == "wrong silently":
+            break
     print(f"\n{cell}")
     record_cell(cell)
-    place = (engine, form, feature)
-    expected = place in SILENT or (place in IN_OTHERS_ANSWERS and leaks_in_mixed_batches())
     assert (cell.verdict == "wrong silently") == expected, cell.reason
     assert cell.verdict != "inconclusive", cell.reason
     if place not in IN_OTHERS_ANSWERS:

@@ -27,6 +27,7 @@ from loraover_serve.record import recorder
 from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
 from loraover_serve.verify import run as verify_run
+from loraover_serve.verify import variants
 
 from support.recorded import ANSWER, LINES, QUESTIONS, record
 from support.verified import Case
@@ -61,6 +62,22 @@ def test_recorded_logprobs_are_pytorchs(recorded: Path, asked: Case) -> None:
             deltas = {module: delta.times(model.factor) for module, delta in asked.judge.subject.deltas.items()}
             gap = largest_gap(model, asked.judge.variants.adapted(deltas), found.places, asked)
             assert gap <= relative * largest_gap(model, right.adapter, found.places, asked) + rounding
+
+
+def test_a_fault_is_computed_at_the_answers_alone(
+    recorded: Path, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+    computed = variants.model_logits
+
+    def counted(*args: Any, last: int | None) -> Any:
+        asked.append(last)
+        return computed(*args, last=last)
+
+    monkeypatch.setattr(variants, "model_logits", counted)
+    again = record(base, adapter, tmp_path)
+    assert set(asked) == {ANSWER}
+    assert read_reference(again).variants == read_reference(recorded).variants
 
 
 def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, asked: Case) -> None:

@@ -211,9 +211,10 @@ def test_the_allowed_distance_follows_the_noise() -> None:
     assert sure_errors(2) > 10**3
 
 
+@pytest.mark.parametrize("last", [None, 1, 4])
 @pytest.mark.parametrize("lengths", [[5], [3, 7, 5, 1, 6], [2, 2, 2, 2]])
 def test_questions_that_are_run_together_get_the_logits_of_those_run_alone(
-    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], last: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_decoder("Llama").eval()
     monkeypatch.setattr(torch_engines, "LOGITS_AT_ONCE", 15 * model.config.vocab_size)
@@ -221,11 +222,21 @@ def test_questions_that_are_run_together_get_the_logits_of_those_run_alone(
     calls: list[torch.Size] = []
     model.register_forward_pre_hook(lambda *each: calls.append(each[2]["input_ids"].shape), with_kwargs=True)
     with torch.inference_mode():
-        together = list(model_logits(model, asked))
+        together = list(model_logits(model, asked, last=last))
         batches = [shape.numel() for shape in calls]
-        alone = [model(input_ids=torch.tensor([ids])).logits[0].numpy() for ids in asked]
+        alone = [model(input_ids=torch.tensor([ids])).logits[0].numpy()[-(last or 0) :] for ids in asked]
     assert len(batches) < len(asked) or len(asked) == 1
     assert max(batches) <= 15
     for one, other in zip(together, alone, strict=True):
         assert one.shape == other.shape
         assert np.abs(one - other).max() <= 1e-5
+
+
+def test_a_recording_computes_no_logits_before_the_answers() -> None:
+    model = tiny_decoder("Llama").eval()
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    with torch.inference_mode():
+        found = list(model_logits(model, [range(20), range(24)], last=4))
+    assert rows == [8], "the shorter question ends four tokens before the longer one"
+    assert [len(each) for each in found] == [4, 4]

@@ -155,11 +155,11 @@ def model_logits(
     for batch in _batches(sequences, LOGITS_AT_ONCE // vocabulary):
         longest = max(map(len, batch))
         padded = [[*tokens, *[tokens[-1]] * (longest - len(tokens))] for tokens in batch]
-        left_out = 0 if last is None else max(0, min(map(len, batch)) - last)
+        firsts = [0 if last is None else max(0, len(tokens) - last) for tokens in batch]
+        left_out = min(firsts)
         ids = torch.tensor(padded, device=model.device)
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - left_out).logits
-        for tokens, found in zip(batch, logits, strict=True):
-            first = 0 if last is None else max(0, len(tokens) - last)
+        for tokens, first, found in zip(batch, firsts, logits, strict=True):
             yield found[first - left_out : len(tokens) - left_out].float().cpu().numpy()
 
 
