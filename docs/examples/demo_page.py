@@ -72,7 +72,8 @@ def page_of(
 
 def _losses(run: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Figure:
     steps = [(float(line["step"]), float(line["loss"])) for line in metrics if "loss" in line]
-    x, y = Axis("step", 0, run["steps"]), Axis.around("loss, nats", [0.0, *(loss for _, loss in steps)])
+    x = Axis("step", 0, 1.03 * run["steps"])  # the last mark has room
+    y = Axis.around("loss, nats", [0.0, *(loss for _, loss in steps)])
     return curves_figure("training", "Loss in training", [Curve("LoRA-Over", "subject", steps)], x, y)
 
 
