@@ -38,7 +38,7 @@ SERVING = (
     ),
     Mutant(
         "judge-noise-of-the-base-is-a-fleet",
-        "sum(not is_nearer_base(each) for each in others) < FEW_AS_BASE",
+        "sum(each.rest < each.total for each in others) < FEW_AS_BASE",
         "len(others) < FEW_AS_BASE",
         Selection("test_replicas.py", "noisy_answers"),
     ),

@@ -225,17 +225,9 @@ def split_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list
     found: tuple[list[Change], list[Change]] = ([], [])
     for each in changes:
         if math.sqrt(each.size) > least:
-            found[not (is_nearer_base(each) and each.total <= limit**2 * each.tokens)].append(each)
+            is_nearer = math.sqrt(each.total) < math.sqrt(each.rest) / AS_BASE
+            found[not (is_nearer and each.total <= limit**2 * each.tokens)].append(each)
     return found
-
-
-def is_nearer_base(change: Change) -> bool:
-    """Whether an answer of the adapter is clearly nearer to the base model's than to the right adapter's.
-
-    Args:
-        change: What the engine's adapter changes, along what the adapter changes.
-    """
-    return math.sqrt(change.total) < math.sqrt(change.rest) / AS_BASE
 
 
 def allowed_strength(number_format: str | None, bias: float) -> tuple[float, float]:

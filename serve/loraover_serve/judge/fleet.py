@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from loraover_serve.judge.case import Case, is_nearer_base, split_base
+from loraover_serve.judge.case import Case, split_base
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
@@ -73,9 +73,12 @@ class Split(NamedTuple):
 
 
 def some_are_base(case: Case) -> Split | None:
-    """Some of the adapter's answers are the base model's, and others are clearly not."""
+    """Some of the adapter's answers are the base model's, and others are nearer to the right ones.
+
+    Noise alone sets an answer of the base model apart from the base model's, but not towards the adapter's.
+    """
     as_base, others = case.as_base
-    if is_chance(case, as_base) or sum(not is_nearer_base(each) for each in others) < FEW_AS_BASE:
+    if is_chance(case, as_base) or sum(each.rest < each.total for each in others) < FEW_AS_BASE:
         return None
     return Split(INTERMITTENT, "are the base model's", as_base, others)
 
