@@ -21,13 +21,13 @@ from loraover.models.load import ModelSource
 from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
+from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.estimates import Estimate
 from loraover_serve.judge.search import EXPLAINED
 from loraover_serve.record import recorder
 from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number
 from loraover_serve.verify import run as verify_run
-from loraover_serve.verify import variants
 
 from support.recorded import ANSWER, LINES, QUESTIONS, record
 from support.verified import Case
@@ -68,13 +68,12 @@ def test_a_fault_is_computed_at_the_answers_alone(
     recorded: Path, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int | None] = []
-    computed = variants.model_logits
 
     def counted(*args: Any, last: int | None) -> Any:
         asked.append(last)
-        return computed(*args, last=last)
+        return model_logits(*args, last=last)
 
-    monkeypatch.setattr(variants, "model_logits", counted)
+    monkeypatch.setattr("loraover_serve.verify.variants.model_logits", counted)
     again = record(base, adapter, tmp_path)
     assert set(asked) == {ANSWER}
     assert read_reference(again).variants == read_reference(recorded).variants
