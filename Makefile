@@ -281,6 +281,10 @@ study-papers:
 		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "federated-8=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
 		--reuse docs/study/gauge -o docs/study/papers
 
+# The comparison that docs/study/replication.yaml registers, which takes eight hours of two cores.
+study-replication:
+	$(BIN)/python docs/study/replication.py docs/study/replication.yaml docs/study/replication --jobs 2
+
 # The figures of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 schedules: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m benchmarks.schedules --jobs 2 --out $(CURDIR)/runs/schedules

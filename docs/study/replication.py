@@ -59,6 +59,7 @@ def ruler_of(plan: Registration) -> list[Run]:
 
 def _run(plan: Registration, task: Mapping[str, Any], method: Mapping[str, Any], rate: float, seed: int) -> Run:
     values = {"training.learning_rate": rate, "training.seed": seed, "training.max_steps": task["max_steps"]}
+    values["training.bf16"] = plan["bf16"]
     recipe = load_recipe(str(HERE / f"{task['recipe']}.yaml"), DEFAULTS | method["settings"] | values)
     return Run(task["name"], method["name"], rate, seed, recipe)
 
