@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
 from loraover.data.glue import GLUE_TASKS, glue_reader
+from loraover.data.pictures import PICTURES, has_media, has_others, placed, places
 
 Row = dict[str, Any]
 
@@ -21,11 +22,8 @@ SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assista
 
 
 PAIRS = (frozenset({"prompt", "completion"}),)
-OPTIONAL = ("prompt", "tools", "chat_template_kwargs")
+OPTIONAL = ("prompt", "tools", "chat_template_kwargs", "images")
 """Columns that trainers of TRL take beside those that they need."""
-
-PICTURES = ("images", "image")
-"""Columns of rows for vision, which a run cannot learn: it trains language models, with their tokenizers."""
 
 
 class RowForm(NamedTuple):
@@ -36,12 +34,14 @@ class RowForm(NamedTuple):
         chat: Whether to write text as chat messages, for a tokenizer with a chat template.
         turns: Whether each turn of the assistant in `messages` is one example, with all messages before it as prompt.
         keeps_all: Whether columns that no trainer knows stay, for rewards that read them.
+        pictures: Whether rows may hold images, in the form of `loraover.data.pictures`.
     """
 
     columns: tuple[frozenset[str], ...] = PAIRS
     chat: bool = False
     turns: bool = True
     keeps_all: bool = False
+    pictures: bool = False
 
 
 class RowFormat(NamedTuple):
@@ -74,17 +74,23 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
     row = {name: value for name, value in row.items() if value is not None}
-    if any(map(row.get, PICTURES)) or any(
-        _has_media(row[name]) for name in TEXTS & row.keys() if isinstance(row[name], list)
-    ):
-        raise DataError(f"{where}: holds images or other media, and a run learns text only; leave out such rows.")
+    if has_others(row) if form.pictures else has_media(row):
+        raise DataError(
+            f"{where}: holds images or other media, which this run cannot learn. A model that takes images learns them "
+            f"with trainer sft, from the column {PICTURES[0]!r}; leave out other such rows."
+        )
     found = FORMATS[_recognised(row, form, where) if format == "auto" else format]
+    row = {name: value for name, value in row.items() if name not in PICTURES or (form.pictures and value)}
+    images = {"images": row["images"]} if "images" in row else {}
     for example in found.read(row, where):
-        yield from _examples(example, found.template, form, where)
+        yield from _examples(example | images, found.template, form, where)
 
 
 def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterator[Row]:
     """Yield what a trainer takes of an example: its columns, checked, in chat messages where they are wanted."""
+    if "images" in example and "messages" in example:
+        _field(example, "messages", where)
+        example = placed(example, where)
     if "messages" in example and (form.turns or form.columns == PAIRS):
         for turn in _turns(example, where):
             yield from _examples(turn, template, form, where)
@@ -102,7 +108,7 @@ def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterato
         raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
     if "prompt" in taken and isinstance(taken["prompt"], str):
         taken = as_chat(taken) if form.chat else taken | {"prompt": template.format(taken["prompt"])}
-    yield taken
+    yield placed(taken, where) if "images" in taken else taken
 
 
 TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "text"})
@@ -110,14 +116,6 @@ TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "te
 
 def _spelt(columns: Iterable[frozenset[str]]) -> str:
     return " or ".join(str(sorted(names)) for names in columns)
-
-
-def _has_media(messages: Any) -> bool:
-    """Whether some content of messages is a list of parts that has others than text."""
-    listed = messages if isinstance(messages, list) else ()
-    contents = [message.get("content") for message in listed if isinstance(message, dict)]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") != "text" for part in parts)
 
 
 def _texts(part: Any) -> list[str]:
@@ -160,7 +158,8 @@ def _turns(row: Mapping[str, Any], where: str) -> Iterator[Row]:
         raise DataError(f"{where}: messages holds no assistant turn to learn from.")
     others = {name: value for name, value in row.items() if name != "messages"}
     for i in turns:
-        yield others | {"prompt": messages[:i], "completion": [messages[i]]}
+        seen = {"images": row["images"][: places(messages[:i])]} if "images" in row else {}
+        yield others | seen | {"prompt": messages[:i], "completion": [messages[i]]}
 
 
 def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:

@@ -19,6 +19,7 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
 from loraover.data.formats import Row, RowForm, read_row
+from loraover.data.pictures import with_pictures
 from loraover.sources.hub import pinned_commit
 
 BUILT_IN = "word-problems"
@@ -90,6 +91,8 @@ def load_rows(
         if not _is_kept(row, keep, where):
             filtered += 1
             continue
+        if form.pictures:
+            row = with_pictures(row, raw.folder, where)
         for example in read_row(row, format, form, where):
             if rows and type(example.get("prompt")) is not type(rows[0].get("prompt")):
                 raise DataError(f"{where}: text and chat messages in one file; set data.chat to true.")
@@ -108,11 +111,13 @@ class RawRows:
         rows: Rows with their numbers, from 1; each is read when it is needed.
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
+        folder: Folder of the file; None for data of the hub.
     """
 
     rows: Iterator[tuple[int, Any]]
     origin: str
     revision: str | None = None
+    folder: Path | None = None
 
 
 def read_raw(
@@ -134,7 +139,7 @@ def read_raw(
                 f"{source}: is one file, of which the slice {split!r} is not taken. To read the complete file, set the "
                 f"split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and name the folder."
             )
-        return RawRows(_read_file(path), f"file {path.name}")
+        return RawRows(_read_file(path), f"file {path.name}", folder=path.parent)
     if kind == "folder":
         return _read_folder(path, split)
     is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
@@ -162,8 +167,8 @@ def _read_folder(folder: Path, split: str) -> RawRows:
     if file is None:
         raise DataError(f"{folder}: holds no {name}.jsonl or {name}.jsonl.gz, nor {name}.parquet.")
     if not bracket:
-        return RawRows(_read_file(file), f"file {file.name}")
-    return RawRows(_sliced(file, name, split), f"file {file.name}, {split}")
+        return RawRows(_read_file(file), f"file {file.name}", folder=folder)
+    return RawRows(_sliced(file, name, split), f"file {file.name}, {split}", folder=folder)
 
 
 def _sliced(file: Path, name: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -209,7 +214,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        yield from enumerate(Dataset.from_parquet(str(path), keep_in_memory=True), 1)
+        yield from enumerate(_undecoded(Dataset.from_parquet(str(path), keep_in_memory=True)), 1)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}.") from error
 
@@ -261,7 +266,19 @@ def _read_hub(
 
 def _downloaded(rows: Any, name: str) -> Iterator[tuple[int, Any]]:
     with _hub_errors(name):
-        yield from enumerate(rows, 1)
+        yield from enumerate(_undecoded(rows), 1)
+
+
+def _undecoded(rows: Any) -> Any:
+    """Return a data set whose images are files, which a trainer decodes when it needs them."""
+    from datasets import Image, List
+
+    for name, kind in (rows.features or {}).items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows
 
 
 @contextmanager

@@ -129,6 +129,17 @@ AUTO_CLASSES = {
 """Class of transformers that loads a model for each of PEFT's tasks."""
 
 
+def takes_images(source: ModelSource) -> bool:
+    """Whether a model reads images beside text, by the class that its configuration names.
+
+    Raises:
+        ConfigError: The configuration cannot be loaded; see `load_config`.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return load_config(source).architectures[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -163,13 +174,14 @@ def load_model(
     place, kind = choose_device(device), task_type or "CAUSAL_LM"
     if kind not in AUTO_CLASSES:
         raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
+    auto = "AutoModelForImageTextToText" if kind == "CAUSAL_LM" and takes_images(source) else AUTO_CLASSES[kind]
     placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
     if source.is_spread:
         placed = {"device_map": "auto"}
     if source.is_streamed:
         placed, folder = in_files()
     try:
-        model = getattr(transformers, AUTO_CLASSES[kind]).from_pretrained(
+        model = getattr(transformers, auto).from_pretrained(
             source.location,
             revision=source.revision,
             dtype=getattr(torch, COMPUTE_DTYPES[dtype]),
@@ -301,6 +313,31 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: transformers 4, if the files are missing
         raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
+    return _padded(tokenizer)
+
+
+def load_processor(source: ModelSource) -> Any | None:
+    """Load what turns texts and images into a model's inputs, with its tokenizer; None for a model without one.
+
+    Raises:
+        ConfigError: The configuration of the model cannot be loaded.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    if not takes_images(source):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ImportError, ValueError, KeyError, TypeError):  # such a model can still be trained on text
+        return None
+    if not isinstance(processor, ProcessorMixin):
+        return None
+    if _padded(processor.tokenizer).chat_template is None:
+        processor.tokenizer.chat_template = processor.chat_template
+    return processor
+
+
+def _padded(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -49,7 +49,7 @@ def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
         )
 
 
-def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
+def row_form(recipe: Recipe, name: str, tokenizer: Any, processor: Any = None) -> RowForm:
     """Return the form of rows that a recipe's trainer takes.
 
     Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
@@ -64,7 +64,8 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any) -> RowForm:
     kind = TRAINERS[name]
     chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
     turns = recipe.training.assistant_only_loss is None
-    return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo")
+    pictures = processor is not None and name == "sft"
+    return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo", pictures=pictures)
 
 
 def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
@@ -81,6 +82,16 @@ def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
         raise DataError(
             f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
         )
+
+
+def check_pictures(recipe: Recipe, has_pictures: bool) -> None:
+    """Check that a recipe asks for nothing that needs rows without images.
+
+    Raises:
+        ConfigError: Answers are to be generated, which needs texts alone.
+    """
+    if has_pictures and recipe.evaluation.exact_match:
+        raise ConfigError("evaluation.exact_match generates answers to texts, and rows hold images; set it to false.")
 
 
 def check_trained(model: nn.Module, report: Reporter) -> None:

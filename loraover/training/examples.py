@@ -35,6 +35,11 @@ class Examples:
     shared: int = 0
     divided: int = 0
 
+    @property
+    def have_pictures(self) -> bool:
+        """Whether any row holds images."""
+        return any("images" in row for part in (self.train, self.test) if part is not None for row in part.rows)
+
 
 def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     """Load training rows, and held-out rows if the recipe measures something.

@@ -31,7 +31,7 @@ def make_trainer(
     recipe: Recipe,
     name: str,
     model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
+    reads: Any,
     examples: Examples,
     arguments: Any,
     progress: TrainingProgress,
@@ -44,7 +44,7 @@ def make_trainer(
         recipe: The recipe.
         name: Key of `TRAINERS`.
         model: The model to train, with its adapter unless all weights are trained.
-        tokenizer: The model's tokenizer.
+        reads: The model's tokenizer, or its processor for rows with images.
         examples: Training and held-out rows.
         arguments: The trainer's settings.
         progress: Writer of the run's log.
@@ -69,8 +69,8 @@ def make_trainer(
         {
             "model": model,
             "args": arguments,
-            **_data(name, recipe, model, tokenizer, examples),
-            "processing_class": tokenizer,
+            **_data(name, recipe, model, reads, examples),
+            "processing_class": reads,
             "callbacks": callbacks,
             **options,
         },
@@ -93,7 +93,8 @@ def _data(
 ) -> dict[str, Any]:
     """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
     rows = {"train_dataset": examples.train, "eval_dataset": examples.test}
-    sets = {part: None if found is None else to_dataset(found.rows) for part, found in rows.items()}
+    pictures = examples.have_pictures
+    sets = {part: None if found is None else to_dataset(found.rows, pictures) for part, found in rows.items()}
     if TRAINERS[name].library == "trl":
         return sets
     encode, collator = _encoding(name, recipe, model, tokenizer)
@@ -104,21 +105,28 @@ def _data(
     return {**encoded, "data_collator": collator}
 
 
-def to_dataset(rows: Sequence[Row]) -> Any:
+def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     """Return rows as a data set whose messages and tools keep their own keys.
 
     Arrow would give all dicts of a column the same keys, and a tool would be called with the arguments of another row.
-    """
-    from datasets import Dataset, Features, Json, List
 
+    Args:
+        rows: The rows.
+        pictures: Whether each row has the column `images`, by whose presence TRL chooses how rows become tokens.
+    """
+    from datasets import Dataset, Features, Image, Json, List
+
+    kinds: dict[str, Any] = {"images": List(Image())} if pictures else {}
+    rows = [{**{name: [] for name in kinds}, **row} for row in rows]
     nested = {
         name: List(Json()) if isinstance(value, list) else Json()
         for row in rows
         for name, value in row.items()
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
     }
+    nested |= kinds
     plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
-    return Dataset.from_list(list(rows), features=Features(plain.features | nested))
+    return Dataset.from_list(rows, features=Features(plain.features | nested))
 
 
 def find_reward(name: str) -> Any:

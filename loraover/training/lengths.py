@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ class Tokens(NamedTuple):
     total: int
 
 
-def count_tokens(rows: Rows, name: str, tokenizer: Any, *, answers_only: bool | None = None) -> list[Tokens]:
+def count_tokens(
+    rows: Rows, name: str, tokenizer: Any, *, answers_only: bool | None = None, processor: Any = None
+) -> list[Tokens]:
     """Count the tokens of each example as its trainer does.
 
     Args:
@@ -34,26 +37,29 @@ def count_tokens(rows: Rows, name: str, tokenizer: Any, *, answers_only: bool | 
         name: Key of `TRAINERS`.
         tokenizer: The model's tokenizer.
         answers_only: Whether only the assistant's turns of `messages` have labels.
+        processor: What reads the rows' images; None for rows without any.
 
     Returns:
         One entry for each example; for a trainer of transformers, input and target count apart, and the longer one
         stands for both.
 
     Raises:
-        DataError: A conversation has no turn of the assistant, where only these have labels.
+        DataError: A conversation has no turn of the assistant, where only these have labels, or an image is damaged.
     """
     first = rows.rows[0]
     if name == "seq2seq":
         sides = [_sizes([row[side] for row in rows.rows], tokenizer, first) for side in ("prompt", "completion")]
         return [Tokens(0, max(pair)) for pair in zip(*sides, strict=True)]
-    whole = [[_spelt(row, part, tokenizer) for part in _answers(row)] for row in rows.rows]
+    reads = tokenizer if processor is None else processor
+    whole = [[_spelt(row, part, reads) for part in _answers(row)] for row in rows.rows]
     sizes = iter(_sizes([text for texts in whole for text in texts], tokenizer, first))
     end = int(name in ENDED and not _is_chat(first))
     totals = [end + max(next(sizes) for _ in texts) for texts in whole]
     asked = [_until_answer(row, rows, i) for i, row in enumerate(rows.rows)] if answers_only else rows.rows
-    prompts = [_spelt(row, None, tokenizer) if row.get("prompt") else "" for row in asked]
+    prompts = [_spelt(row, None, reads) if row.get("prompt") else "" for row in asked]
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
-    return [Tokens(*pair) for pair in zip(starts, totals, strict=True)]
+    shown = [0] * len(totals) if processor is None else picture_tokens(rows, processor)
+    return [Tokens(start + more, total + more) for start, total, more in zip(starts, totals, shown, strict=True)]
 
 
 ENDED = ("sft", "dpo", "kto")
@@ -82,21 +88,73 @@ def _is_chat(row: Row) -> bool:
     return not all(isinstance(row[part], str) for part in (*filter(None, _answers(row)), *({"prompt"} & row.keys())))
 
 
-def _spelt(row: Row, part: str | None, tokenizer: Any) -> str:
+def _spelt(row: Row, part: str | None, reads: Any) -> str:
     """Return the text of a prompt, with one of its answers unless that is None."""
     pieces = [row[name] for name in ("prompt", part) if name is not None and name in row]
     if all(isinstance(piece, str) for piece in pieces):
         return "".join(pieces)
     tools = row.get("tools")
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
-    messages = [message for piece in pieces for message in piece]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
+    messages = [_without_places(message) for piece in pieces for message in piece]
+    text: str = reads.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
     return text
 
 
 def _sizes(texts: list[str], tokenizer: Any, first: Row) -> list[int]:
     """Count the tokens of texts; a chat template writes the special tokens itself."""
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=not _is_chat(first))["input_ids"]]
+
+
+def _without_places(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without the places of its images, whose tokens are counted by `picture_tokens`."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    return message | {"content": [part for part in content if part["type"] != "image"]}
+
+
+def picture_tokens(rows: Rows, processor: Any) -> list[int]:
+    """Count the tokens that the images of each example add to its texts.
+
+    They depend on an image's size alone, so that one image of each size is processed, and of others only the size is
+    read.
+
+    Raises:
+        DataError: The size of an image cannot be read.
+    """
+    by_size: dict[tuple[int, int], int] = {}
+
+    def count(picture: dict[str, Any], i: int) -> int:
+        size = _picture_size(picture, f"{rows.origin}: row {rows.number(i)}")
+        if size not in by_size:
+            by_size[size] = _tokens_of_size(size, processor)
+        return by_size[size]
+
+    return [sum(count(picture, i) for picture in row.get("images", ())) for i, row in enumerate(rows.rows)]
+
+
+def _tokens_of_size(size: tuple[int, int], processor: Any) -> int:
+    """Count the tokens that one image adds to a message."""
+    from PIL import Image
+
+    alone, empty = (
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        for content in ([{"type": "image"}], [])
+    )
+    found = processor(text=[alone], images=[[Image.new("RGB", size)]], add_special_tokens=False)
+    return len(found["input_ids"][0]) - len(processor.tokenizer(empty, add_special_tokens=False)["input_ids"])
+
+
+def _picture_size(picture: dict[str, Any], where: str) -> tuple[int, int]:
+    """Return an image's width and height, as `datasets` turns it: the size is known without its pixels."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])) as image:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # turned by a quarter
+            return image.size[::-1] if lies else image.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: an image cannot be read: {error}.") from error
 
 
 def summarise(tokens: list[Tokens], rows: Rows, max_length: int) -> Lengths:
@@ -123,10 +181,17 @@ def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, report: Repo
     """Report which training examples are cut or have nothing to learn, before the first step.
 
     Raises:
-        DataError: No example keeps anything to learn from.
+        DataError: No example keeps anything to learn from, or one with images would be cut.
     """
     found = summarise(tokens, rows, recipe.training.tokens)
     limit = f"training.max_length = {found.max_length}"
+    pictured = zip(rows.rows, tokens, strict=True)
+    cut = [i for i, (row, one) in enumerate(pictured) if row.get("images") and one.total > found.max_length]
+    if cut:
+        raise DataError(
+            f"{recipe.data.name}: row {rows.number(cut[0])} holds images and is longer than {limit}, and the "
+            f"tokens of an image cannot be cut. Leave training.max_length out, or set it to {found.longest} or more."
+        )
     if found.unlabelled == found.examples:
         raise DataError(
             f"{recipe.data.name}: no example fits {limit}, since every prompt fills it. The longest example has "

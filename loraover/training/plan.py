@@ -11,7 +11,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.data.formats import RowForm
 from loraover.data.sources import count_hub_rows, is_hub_name
-from loraover.models.load import ModelSource, load_config, load_tokenizer, resolve_model
+from loraover.models.load import ModelSource, load_config, load_processor, load_tokenizer, resolve_model
 from loraover.training.checks import check_names, row_form
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.estimate import estimate_memory
@@ -104,13 +104,15 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     is_seq2seq = bool(config.is_encoder_decoder)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, Path())
-    tokenizer = _tokenizer(source)
-    form = RowForm(TRAINERS[name].columns) if tokenizer is None else row_form(recipe, name, tokenizer)
+    tokenizer, processor = _tokenizer(source), load_processor(source)
+    form = RowForm(TRAINERS[name].columns) if tokenizer is None else row_form(recipe, name, tokenizer, processor)
     is_local = not any(map(is_hub_name, recipe.data.sources))
-    rows = load_examples(without_evaluation(recipe), form).train if is_local else None
+    read = load_examples(without_evaluation(recipe), form) if is_local else None
+    rows = None if read is None else read.train
     tokens = None
-    if rows is not None and tokenizer is not None:
-        tokens = count_tokens(rows, name, tokenizer, answers_only=recipe.training.assistant_only_loss)
+    if read is not None and rows is not None and tokenizer is not None:
+        answers_only, reads = recipe.training.assistant_only_loss, processor if read.have_pictures else None
+        tokens = count_tokens(rows, name, tokenizer, answers_only=answers_only, processor=reads)
     recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
     training = recipe.training
     examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)

@@ -15,7 +15,15 @@ from loraover.callbacks.step_norm import Factors, factors
 from loraover.common.errors import ConfigError
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
-from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_model, load_tokenizer, resolve_model
+from loraover.models.load import (
+    ModelSource,
+    is_encoder_decoder,
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    resolve_model,
+)
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
@@ -23,6 +31,7 @@ from loraover.training.adapter import with_adapter
 from loraover.training.checks import (
     check_chat,
     check_names,
+    check_pictures,
     check_trained,
     note_slow_precision,
     row_form,
@@ -52,6 +61,7 @@ class Prepared:
         recipe: The recipe, with values in place of those that it left to this machine and its data.
         source: The base model.
         tokenizer: Its tokenizer.
+        processor: What reads the images of its rows; None for rows without any.
         examples: Training and held-out rows.
         model: What the trainer trains.
         untrained: A and B of every module before training; None where more than their product is trained.
@@ -68,6 +78,7 @@ class Prepared:
     recipe: Recipe
     source: ModelSource
     tokenizer: Any
+    processor: Any | None
     examples: Examples
     model: PreTrainedModel | PeftModel
     untrained: dict[str, Factors] | None
@@ -111,13 +122,17 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     make_arguments(recipe, name, output)  # refused before anything large is loaded
     for reward in recipe.reward_funcs:
         find_reward(reward)
-    tokenizer = load_tokenizer(source)
+    processor = load_processor(source)
+    tokenizer = load_tokenizer(source) if processor is None else processor.tokenizer
     measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
     with ranks.first_then_others():
-        examples = load_examples(measured, row_form(recipe, name, tokenizer))
+        examples = load_examples(measured, row_form(recipe, name, tokenizer, processor))
+    processor = processor if examples.have_pictures else None
     check_chat(recipe, name, tokenizer, examples.train.rows[0])
+    check_pictures(recipe, examples.have_pictures)
     _report_rows(examples, report)
-    counted = count_tokens(examples.train, name, tokenizer, answers_only=recipe.training.assistant_only_loss)
+    answers_only = recipe.training.assistant_only_loss
+    counted = count_tokens(examples.train, name, tokenizer, answers_only=answers_only, processor=processor)
     recipe = with_batch(with_defaults(recipe, load_config(source), counted, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
@@ -138,13 +153,14 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
-    trainer = make_trainer(recipe, name, model, tokenizer, examples, arguments, progress, over, method)
+    reads = tokenizer if processor is None else processor
+    trainer = make_trainer(recipe, name, model, reads, examples, arguments, progress, over, method)
     end_preparation(recipe)
     _check_trainer(trainer, recipe)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
-    made = source, tokenizer, examples, model, untrained, trainer
+    made = source, tokenizer, processor, examples, model, untrained, trainer
     return Prepared(recipe, *made, progress, over, method, trained, named, name, lengths)
 
 
@@ -193,8 +209,9 @@ def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Example
         attention=init.attn_implementation,
         quantization=init.quantization,
     )
-    if base.config.pad_token_id is None:  # by which a classifier finds the last token
-        base.config.pad_token_id = base.generation_config.pad_token_id if base.can_generate() else 0
+    config = base.config.get_text_config()
+    if config.pad_token_id is None:  # by which a classifier finds the last token
+        config.pad_token_id = base.generation_config.pad_token_id if base.can_generate() else 0
     return base
 
 

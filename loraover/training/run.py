@@ -306,7 +306,7 @@ def _publish(
     card = _card(recipe, result, run.source, command)
     with publish_directory(product(recipe, output), replace=resume) as draft:
         run.model.save_pretrained(draft, state_dict=weights)
-        run.tokenizer.save_pretrained(draft)
+        (run.tokenizer if run.processor is None else run.processor).save_pretrained(draft)
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")

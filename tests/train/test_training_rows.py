@@ -34,9 +34,9 @@ class Hub:
             raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it.")
         return self.commit(name)
 
-    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str, streaming: bool) -> list[Any]:
+    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str, streaming: bool) -> Any:
         self.loaded.append((name, subset, split, revision))
-        return self.sets[name]
+        return datasets.Dataset.from_list(self.sets[name])
 
 
 def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
