@@ -59,8 +59,8 @@ class FleetCheckRequest(FleetRequest):
     engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes. Several
     adapters become a table with a line for each, and one that cannot be read ends nothing.
 
-    Exit code 1: an engine refuses an adapter as it is, or applies it wrongly. `--engine` chooses the engines that
-    matter to you: mlx-lm, for instance, has a format of its own and refuses every adapter as it is.
+    Exit code 1: an engine that `--engine` names applies an adapter rightly neither as it is nor as exported for it.
+    Without `--engine`, no engine does.
     """
 
     verb = "loraover export check"
