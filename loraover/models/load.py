@@ -316,22 +316,20 @@ def load_tokenizer(source: ModelSource) -> Any:
     return _padded(tokenizer)
 
 
-def load_processor(source: ModelSource) -> Any | None:
-    """Load what turns texts and images into a model's inputs, with its tokenizer; None for a model without one.
+def load_processor(source: ModelSource) -> Any:
+    """Load what turns texts and images into a model's inputs, with its tokenizer.
 
     Raises:
-        ConfigError: The configuration of the model cannot be loaded.
+        ConfigError: The model has no processor, or a package that it needs is not installed, such as torchvision.
     """
     from transformers import AutoProcessor, ProcessorMixin
 
-    if not takes_images(source):
-        return None
     try:
         processor = AutoProcessor.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ImportError, ValueError, KeyError, TypeError):  # such a model can still be trained on text
-        return None
-    if not isinstance(processor, ProcessorMixin):
-        return None
+        if not isinstance(processor, ProcessorMixin):
+            raise ValueError("it has no processor's files, such as processor_config.json")
+    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model: {source.origin} cannot read images: {error}") from error
     if _padded(processor.tokenizer).chat_template is None:
         processor.tokenizer.chat_template = processor.chat_template
     return processor

@@ -49,7 +49,7 @@ def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
         )
 
 
-def row_form(recipe: Recipe, name: str, tokenizer: Any, processor: Any = None) -> RowForm:
+def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -> RowForm:
     """Return the form of rows that a recipe's trainer takes.
 
     Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
@@ -64,7 +64,7 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, processor: Any = None) -
     kind = TRAINERS[name]
     chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
     turns = recipe.training.assistant_only_loss is None
-    pictures = processor is not None and name == "sft"
+    pictures = takes_images and name == "sft"
     return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo", pictures=pictures)
 
 

@@ -11,7 +11,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.data.formats import RowForm
 from loraover.data.sources import count_hub_rows, is_hub_name
-from loraover.models.load import ModelSource, load_config, load_processor, load_tokenizer, resolve_model
+from loraover.models.load import ModelSource, load_config, load_processor, load_tokenizer, resolve_model, takes_images
 from loraover.training.checks import check_names, row_form
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.estimate import estimate_memory
@@ -104,15 +104,18 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     is_seq2seq = bool(config.is_encoder_decoder)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, Path())
-    tokenizer, processor = _tokenizer(source), load_processor(source)
-    form = RowForm(TRAINERS[name].columns) if tokenizer is None else row_form(recipe, name, tokenizer, processor)
+    tokenizer, images = _tokenizer(source), takes_images(source)
+    form = RowForm(TRAINERS[name].columns)
+    if tokenizer is not None:
+        form = row_form(recipe, name, tokenizer, takes_images=images)
     is_local = not any(map(is_hub_name, recipe.data.sources))
     read = load_examples(without_evaluation(recipe), form) if is_local else None
     rows = None if read is None else read.train
     tokens = None
-    if read is not None and rows is not None and tokenizer is not None:
-        answers_only, reads = recipe.training.assistant_only_loss, processor if read.have_pictures else None
-        tokens = count_tokens(rows, name, tokenizer, answers_only=answers_only, processor=reads)
+    if read is not None and tokenizer is not None:
+        processor = load_processor(source) if read.have_pictures else None
+        answers_only = recipe.training.assistant_only_loss
+        tokens = count_tokens(read.train, name, tokenizer, answers_only=answers_only, processor=processor)
     recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
     training = recipe.training
     examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)

@@ -23,6 +23,7 @@ from loraover.models.load import (
     load_processor,
     load_tokenizer,
     resolve_model,
+    takes_images,
 )
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
@@ -122,12 +123,12 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     make_arguments(recipe, name, output)  # refused before anything large is loaded
     for reward in recipe.reward_funcs:
         find_reward(reward)
-    processor = load_processor(source)
-    tokenizer = load_tokenizer(source) if processor is None else processor.tokenizer
+    tokenizer, images = load_tokenizer(source), takes_images(source)
     measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
     with ranks.first_then_others():
-        examples = load_examples(measured, row_form(recipe, name, tokenizer, processor))
-    processor = processor if examples.have_pictures else None
+        examples = load_examples(measured, row_form(recipe, name, tokenizer, takes_images=images))
+    processor = load_processor(source) if examples.have_pictures else None
+    tokenizer = tokenizer if processor is None else processor.tokenizer
     check_chat(recipe, name, tokenizer, examples.train.rows[0])
     check_pictures(recipe, examples.have_pictures)
     _report_rows(examples, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,13 @@ def test_a_plan_counts_the_tokens_of_images(colours: Path) -> None:
     plan = make_plan(load_recipe(colours / "recipe.yaml"))
     assert plan.lengths is not None
     assert plan.lengths.longest == plan.lengths.max_length > 20
+
+
+@pytest.mark.process
+def test_without_a_processor_texts_are_learnt_and_images_refused(colours: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(colours / "base", tmp_path / "base")
+    (base / "processor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read images: .*processor"):
+        train(colours / "recipe.yaml", tmp_path / "refused", overrides={"model": str(base)})
+    text = {"model": str(base), "data.train": "word-problems", "training.max_steps": 1, "evaluation.examples": 0}
+    assert train(colours / "recipe.yaml", tmp_path / "run", overrides=text).steps == 1
