@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
 from loraover.data.glue import GLUE_TASKS, glue_reader
-from loraover.data.pictures import PICTURES, has_media, has_others, placed, places
+from loraover.data.pictures import MEDIA, PICTURES, has_media, has_others, placed, places
 
 Row = dict[str, Any]
 
@@ -77,10 +77,10 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     if has_others(row) if form.pictures else has_media(row):
         raise DataError(
             f"{where}: holds images or other media, which this run cannot learn. A model that takes images learns them "
-            f"with trainer sft, from the column {PICTURES[0]!r}; leave out other such rows."
+            f"with trainer sft, from the column {PICTURES[0]!r}; remove rows with other media."
         )
     found = FORMATS[_recognised(row, form, where) if format == "auto" else format]
-    row = {name: value for name, value in row.items() if name not in PICTURES or (form.pictures and value)}
+    row = {name: value for name, value in row.items() if name not in MEDIA or value}
     images = {"images": row["images"]} if "images" in row else {}
     for example in found.read(row, where):
         yield from _examples(example | images, found.template, form, where)
@@ -88,7 +88,7 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
 
 def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterator[Row]:
     """Yield what a trainer takes of an example: its columns, checked, in chat messages where they are wanted."""
-    if "images" in example and "messages" in example:
+    if form.pictures and "messages" in example:
         _field(example, "messages", where)
         example = placed(example, where)
     if "messages" in example and (form.turns or form.columns == PAIRS):
@@ -108,7 +108,7 @@ def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterato
         raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
     if "prompt" in taken and isinstance(taken["prompt"], str):
         taken = as_chat(taken) if form.chat else taken | {"prompt": template.format(taken["prompt"])}
-    yield placed(taken, where) if "images" in taken else taken
+    yield placed(taken, where) if form.pictures else taken
 
 
 TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "text"})

@@ -1,7 +1,8 @@
-"""Images of rows: where they are read from, and to which turns of a conversation they belong."""
+"""Images of rows: where they are read from, and where the messages of a conversation show them."""
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,17 @@ from loraover.common.paths import kind_of
 PICTURES = ("images", "image")
 """Columns that hold a row's images; rows that are read have the first."""
 
+MEDIA = (*PICTURES, "video", "videos", "audio", "audios")
+"""Columns that hold other things than text."""
+
 PLACE = "<image>"
 """What stands for an image in the text of a message, as in LLaVA's data (Liu et al. 2023, arXiv:2304.08485)."""
 
 CHATS = ("messages", "prompt", "completion", "chosen", "rejected")
 """Columns that may hold chat messages."""
+
+ASKERS = ("user", "system")
+"""Roles whose messages may show images."""
 
 
 def with_pictures(row: Any, folder: Path | None, where: str) -> Any:
@@ -45,43 +52,68 @@ def _picture(given: Any, folder: Path | None, where: str) -> dict[str, Any]:
     data, path = (given.get("bytes"), given.get("path")) if isinstance(given, Mapping) else (None, given)
     if isinstance(data, bytes):
         return {"bytes": data, "path": None}
-    if folder is not None and isinstance(path, str):
-        if kind_of(folder / path) == "file":
-            return {"bytes": None, "path": str(folder / path)}
-        raise DataError(f"{where}: there is no image file {folder / path}; paths are relative to the data file.")
-    raise DataError(f"{where}: an image is {reprlib.repr(given)}, expected the path of a local file.")
+    is_known = folder is not None or isinstance(given, Mapping)  # a text in data of the hub could name any file here
+    if isinstance(path, str) and is_known and ":" not in path[:8]:
+        found = (folder or Path()) / path
+        if kind_of(found) == "file":
+            return {"bytes": None, "path": str(found)}
+        raise DataError(f"{where}: there is no image file {found}; paths are relative to the data file.")
+    raise DataError(
+        f"{where}: an image is {reprlib.repr(given)}, expected the path of a local file; URLs are not fetched."
+    )
+
+
+def digested(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row with the SHA-256 of each image in place of the image."""
+    if PICTURES[0] not in row:
+        return row
+    files = (one["bytes"] or Path(one["path"]).read_bytes() for one in row[PICTURES[0]])
+    return {**row, PICTURES[0]: [hashlib.sha256(file).hexdigest() for file in files]}
 
 
 def has_media(row: Mapping[str, Any]) -> bool:
-    """Whether a row has images in a column, or any media among the parts of its messages."""
-    return any(map(row.get, PICTURES)) or any(part.get("type") != "text" for part in _parts(row))
+    """Whether a row has images or other media in a column, or among the parts of its messages."""
+    return any(map(row.get, MEDIA)) or any(part.get("type") != "text" for part in _parts(row))
 
 
 def has_others(row: Mapping[str, Any]) -> bool:
-    """Whether the parts of a row's messages hold other media than places of images, such as sound or an image."""
-    return any(part.get("type") not in ("text", "image") or "image" in part for part in _parts(row))
+    """Whether a row holds other media than images in their column, which parts of messages show by their places."""
+    filled = ({name for name, value in part.items() if value is not None} for part in _parts(row))
+    kinds = ({"type", "text"} if part.get("type") == "text" else {"type"} for part in _parts(row))
+    return (
+        any(row.get(name) for name in MEDIA if name not in PICTURES)
+        or any(part.get("type") not in ("text", "image") for part in _parts(row))
+        or any(names - known for names, known in zip(filled, kinds, strict=True))
+    )
 
 
 def placed(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a row with images whose messages consist of parts, among them a place for each image.
+    """Return a row whose messages consist of parts, among them a place for each of its images.
 
     Args:
-        row: The row. In a message of text, `PLACE` is the place of an image; if there is none in any message, all
+        row: The row. In a text of the user, `PLACE` is the place of an image; if there is none in any message, all
             images come first in the first message of the user, where TRL puts them too.
         where: Place of the row, for messages.
 
     Raises:
-        DataError: There are no messages, or other places than images.
+        DataError: There are images and no messages of a user, or other places than images.
     """
     found = {name: [*map(_in_parts, row[name])] for name in CHATS if isinstance(row.get(name), list)}
-    images, asked = row[PICTURES[0]], next(iter(found.values()), [])
-    first = next((message for message in asked if message.get("role") == "user"), None)
-    if first is None:
-        raise DataError(f"{where}: images stand in chat messages of a user; write the row so, and leave data.chat out.")
-    if not places(asked):
-        first["content"] = [{"type": "image"} for _ in images] + (first.get("content") or [])
+    images, asked = row.get(PICTURES[0], ()), next(iter(found.values()), [])
+    first = next((message for message in asked if message["role"] == "user"), None)
+    if images and first is None:
+        raise DataError(
+            f"{where}: a row with images needs chat messages, one of them the user's; and no data.chat: false."
+        )
+    if first is not None and not places(asked):
+        first["content"] = [{"type": "image"} for _ in images] + first["content"]
     if places(asked) != len(images):
-        raise DataError(f"{where}: holds {len(images)} images, and its messages have {places(asked)} places for them.")
+        raise DataError(
+            f"{where}: holds {len(images)} image(s), and its messages have {places(asked)} place(s) for them."
+        )
+    others = [message for messages in found.values() for message in messages if message["role"] not in ASKERS]
+    if places(others):
+        raise DataError(f"{where}: a message of the {others[0]['role']} shows an image, which only the user's may.")
     return {**row, **found}
 
 
@@ -91,14 +123,20 @@ def places(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message of text as one of parts, with a place for an image wherever its text has `PLACE`."""
-    text = message.get("content")
-    if not isinstance(text, str):
+    """Return a message as one of parts, with a place for an image wherever a text of the user has `PLACE`."""
+    content = message.get("content")
+    if content is None:
         return dict(message)
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts: list[dict[str, Any]] = []
-    for i, piece in enumerate(text.split(PLACE)):
-        parts += [{"type": "image"}] * bool(i)
-        parts += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
+    for part in given:
+        text = part.get("text")
+        if message["role"] in ASKERS and isinstance(text, str) and PLACE in text:
+            for i, piece in enumerate(text.split(PLACE)):
+                parts += [{"type": "image"}] * bool(i)
+                parts += [{"type": "text", "text": piece.strip()}] * bool(piece.strip())
+        else:
+            parts.append({name: value for name, value in part.items() if value is not None})
     return {**message, "content": parts}
 
 

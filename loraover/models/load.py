@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
@@ -130,14 +131,19 @@ AUTO_CLASSES = {
 
 
 def takes_images(source: ModelSource) -> bool:
-    """Whether a model reads images beside text, by the class that its configuration names.
+    """Whether a model reads images beside text, by the kind that its configuration names.
+
+    A model that transformers also loads as one of texts alone, with other names of its modules, such as Llama 4, is
+    taken as that.
 
     Raises:
         ConfigError: The configuration cannot be loaded; see `load_config`.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as classes
 
-    return load_config(source).architectures[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    kind = load_config(source).model_type
+    seeing = classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    return seeing is not None and classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, seeing) == seeing
 
 
 def load_model(
@@ -174,7 +180,10 @@ def load_model(
     place, kind = choose_device(device), task_type or "CAUSAL_LM"
     if kind not in AUTO_CLASSES:
         raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
-    auto = "AutoModelForImageTextToText" if kind == "CAUSAL_LM" and takes_images(source) else AUTO_CLASSES[kind]
+    auto = AUTO_CLASSES[kind]
+    with suppress(ConfigError):  # transformers itself says below what is wrong
+        if kind == "CAUSAL_LM" and takes_images(source):
+            auto = "AutoModelForImageTextToText"
     placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
     if source.is_spread:
         placed = {"device_map": "auto"}
@@ -313,6 +322,9 @@ def load_tokenizer(source: ModelSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: transformers 4, if the files are missing
         raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
+    with suppress(ConfigError):  # models of texts, or without a processor
+        if tokenizer.chat_template is None and takes_images(source):
+            tokenizer.chat_template = load_processor(source).chat_template
     return _padded(tokenizer)
 
 
@@ -330,8 +342,8 @@ def load_processor(source: ModelSource) -> Any:
             raise ValueError("it has no processor's files, such as processor_config.json")
     except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model: {source.origin} cannot read images: {error}") from error
-    if _padded(processor.tokenizer).chat_template is None:
-        processor.tokenizer.chat_template = processor.chat_template
+    template = processor.chat_template or processor.tokenizer.chat_template
+    processor.chat_template = _padded(processor.tokenizer).chat_template = template
     return processor
 
 

@@ -13,6 +13,7 @@ from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import TEXTS, Row, RowForm
+from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
 from loraover.training.trainers import TRAINERS, check_keys
@@ -84,14 +85,24 @@ def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
         )
 
 
-def check_pictures(recipe: Recipe, has_pictures: bool) -> None:
-    """Check that a recipe asks for nothing that needs rows without images.
+def check_pictures(recipe: Recipe, examples: Examples) -> None:
+    """Check that nothing is asked for that needs rows without images.
 
     Raises:
         ConfigError: Answers are to be generated, which needs texts alone.
+        DataError: Rows have tools, which TRL leaves out of rows with images.
     """
-    if has_pictures and recipe.evaluation.exact_match:
+    if not examples.have_pictures:
+        return
+    if examples.test is not None and recipe.evaluation.exact_match:
         raise ConfigError("evaluation.exact_match generates answers to texts, and rows hold images; set it to false.")
+    for part in filter(None, (examples.train, examples.test)):
+        for i, row in enumerate(part.rows):
+            if found := sorted({"tools", "chat_template_kwargs"} & row.keys()):
+                raise DataError(
+                    f"{part.origin}: row {part.number(i)} has {found[0]}, and TRL leaves this column out where rows "
+                    "hold images; train such rows apart."
+                )
 
 
 def check_trained(model: nn.Module, report: Reporter) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loraover.common.errors import DataError
 from loraover.data.formats import PASSED, Row, RowForm, read_row
+from loraover.data.pictures import digested
 from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
@@ -78,7 +79,7 @@ def load_held_out(recipe: Recipe) -> Rows | None:
 
 
 def _content(row: Row) -> str:
-    return json.dumps(row, sort_keys=True, default=str)
+    return json.dumps(digested(row), sort_keys=True, default=str)
 
 
 def _load(recipe: Recipe, form: RowForm) -> Examples:

@@ -108,41 +108,56 @@ def _sizes(texts: list[str], tokenizer: Any, first: Row) -> list[int]:
 def _without_places(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message without the places of its images, whose tokens are counted by `picture_tokens`."""
     content = message.get("content")
-    if not isinstance(content, list):
+    if not isinstance(content, list) or not any(part["type"] == "image" for part in content):
         return message
-    return message | {"content": [part for part in content if part["type"] != "image"]}
+    return message | {
+        "content": [part for part in content if part["type"] != "image"] or [{"type": "text", "text": ""}]
+    }
+
+
+ROOM = 4
+"""Tokens for each image that are counted besides its own, since texts around it may merge into tokens otherwise."""
 
 
 def picture_tokens(rows: Rows, processor: Any) -> list[int]:
-    """Count the tokens that the images of each example add to its texts.
+    """Count the tokens that the images of each example add to its texts, at most.
 
-    They depend on an image's size alone, so that one image of each size is processed, and of others only the size is
-    read.
+    They depend on an image's size and on the number of images in an example, so that one image for each of these is
+    processed, and of others only the size is read.
 
     Raises:
-        DataError: The size of an image cannot be read.
+        DataError: An image cannot be read or processed.
     """
-    by_size: dict[tuple[int, int], int] = {}
+    known: dict[tuple[tuple[int, int], int], int] = {}
 
-    def count(picture: dict[str, Any], i: int) -> int:
-        size = _picture_size(picture, f"{rows.origin}: row {rows.number(i)}")
-        if size not in by_size:
-            by_size[size] = _tokens_of_size(size, processor)
-        return by_size[size]
+    def count(picture: dict[str, Any], shown: int, where: str) -> int:
+        key = _picture_size(picture, where), shown
+        if key not in known:
+            known[key] = ROOM + _tokens_of_size(*key, processor, where)
+        return known[key]
 
-    return [sum(count(picture, i) for picture in row.get("images", ())) for i, row in enumerate(rows.rows)]
+    found = []
+    for i, row in enumerate(rows.rows):
+        pictures, where = row.get("images", ()), f"{rows.origin}: row {rows.number(i)}"
+        found.append(sum(count(picture, len(pictures), where) for picture in pictures))
+    return found
 
 
-def _tokens_of_size(size: tuple[int, int], processor: Any) -> int:
-    """Count the tokens that one image adds to a message."""
+def _tokens_of_size(size: tuple[int, int], shown: int, processor: Any, where: str) -> int:
+    """Count the tokens that each of several images of one size adds to a message."""
     from PIL import Image
 
-    alone, empty = (
+    text, images = [{"type": "text", "text": "a"}], [Image.new("RGB", size)] * shown
+    seen, unseen = (
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        for content in ([{"type": "image"}], [])
+        for content in ([{"type": "image"}] * shown + text, text)
     )
-    found = processor(text=[alone], images=[[Image.new("RGB", size)]], add_special_tokens=False)
-    return len(found["input_ids"][0]) - len(processor.tokenizer(empty, add_special_tokens=False)["input_ids"])
+    try:
+        made = processor(text=[seen], images=[images], add_special_tokens=False)
+    except ValueError as error:
+        raise DataError(f"{where}: the model takes no image of {size[0]} x {size[1]} pixels: {error}") from error
+    more = len(made["input_ids"][0]) - len(processor.tokenizer(unseen, add_special_tokens=False)["input_ids"])
+    return -(-more // shown)
 
 
 def _picture_size(picture: dict[str, Any], where: str) -> tuple[int, int]:
@@ -151,10 +166,26 @@ def _picture_size(picture: dict[str, Any], where: str) -> tuple[int, int]:
 
     try:
         with Image.open(picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])) as image:
-            lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # turned by a quarter
-            return image.size[::-1] if lies else image.size
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
+            return image.size[::-1] if is_turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: an image cannot be read: {error}.") from error
+
+
+def check_pictures_fit(tokens: list[Tokens], rows: Rows, recipe: Recipe) -> None:
+    """Check that no example with images is cut.
+
+    Raises:
+        DataError: One is, by its row.
+    """
+    limit = recipe.training.tokens
+    for i, one in enumerate(tokens):
+        if rows.rows[i].get("images") and one.total > limit:
+            raise DataError(
+                f"{rows.origin}: row {rows.number(i)} holds images and may need {one.total} tokens, more than "
+                f"training.max_length = {limit}, and the tokens of an image cannot be cut. Leave training.max_length "
+                "out, or remove such rows."
+            )
 
 
 def summarise(tokens: list[Tokens], rows: Rows, max_length: int) -> Lengths:
@@ -181,17 +212,10 @@ def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, report: Repo
     """Report which training examples are cut or have nothing to learn, before the first step.
 
     Raises:
-        DataError: No example keeps anything to learn from, or one with images would be cut.
+        DataError: No example keeps anything to learn from.
     """
     found = summarise(tokens, rows, recipe.training.tokens)
     limit = f"training.max_length = {found.max_length}"
-    pictured = zip(rows.rows, tokens, strict=True)
-    cut = [i for i, (row, one) in enumerate(pictured) if row.get("images") and one.total > found.max_length]
-    if cut:
-        raise DataError(
-            f"{recipe.data.name}: row {rows.number(cut[0])} holds images and is longer than {limit}, and the "
-            f"tokens of an image cannot be cut. Leave training.max_length out, or set it to {found.longest} or more."
-        )
     if found.unlabelled == found.examples:
         raise DataError(
             f"{recipe.data.name}: no example fits {limit}, since every prompt fills it. The longest example has "

@@ -42,7 +42,7 @@ from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples, load_examples, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
-from loraover.training.lengths import check_lengths, count_tokens
+from loraover.training.lengths import check_lengths, check_pictures_fit, count_tokens
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod, count_trained
 from loraover.training.progress import TrainingProgress
@@ -130,14 +130,20 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     processor = load_processor(source) if examples.have_pictures else None
     tokenizer = tokenizer if processor is None else processor.tokenizer
     check_chat(recipe, name, tokenizer, examples.train.rows[0])
-    check_pictures(recipe, examples.have_pictures)
+    check_pictures(recipe, examples)
     _report_rows(examples, report)
     answers_only = recipe.training.assistant_only_loss
     counted = count_tokens(examples.train, name, tokenizer, answers_only=answers_only, processor=processor)
-    recipe = with_batch(with_defaults(recipe, load_config(source), counted, report), source, report)
+    seen = []  # held-out rows, whose images cannot be cut either
+    if processor is not None and examples.test is not None:
+        seen = count_tokens(examples.test, name, tokenizer, answers_only=answers_only, processor=processor)
+    recipe = with_batch(with_defaults(recipe, load_config(source), counted + seen, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
     note_slow_precision(recipe, report)
+    for part, tokens in ((examples.train, counted), (examples.test, seen)):
+        if part is not None:
+            check_pictures_fit(tokens, part, recipe)
     lengths = None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
     ranks.write(write_recipe, output, _pinned(recipe, source, examples))
     ranks.write(keep_digests, output, examples)

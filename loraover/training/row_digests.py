@@ -13,6 +13,7 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError
 from loraover.common.strict_json import read_json
 from loraover.data.formats import Row
+from loraover.data.pictures import digested
 from loraover.training.examples import Examples
 
 DATA_FILE = "data.json"
@@ -28,10 +29,10 @@ class RowDigests(BaseModel):
 
 
 def digest_rows(rows: Sequence[Row]) -> str:
-    """Return the SHA-256 of rows, one line of JSON each."""
+    """Return the SHA-256 of rows, one line of JSON each, in which the SHA-256 of an image stands for it."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        total.update(json.dumps(digested(row), sort_keys=True, default=str).encode() + b"\n")
     return total.hexdigest()
 
 

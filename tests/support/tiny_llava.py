@@ -29,6 +29,9 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+FIRST_PART = CHAT_TEMPLATE.replace("'>' }}", "('>' if message['content'][0]['type'] == 'image' else '> ') }}")
+"""A template that looks at the first part of each message, as SmolVLM's does."""
+
 FEATURES = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 
 
@@ -67,12 +70,12 @@ def tiny_processor() -> Any:
     return LlavaProcessor(CLIPImageProcessor(**sizes), _tokenizer(), chat_template=CHAT_TEMPLATE, **FEATURES)
 
 
-def sizing_processor() -> Any:
+def sizing_processor(template: str = CHAT_TEMPLATE) -> Any:
     """More tokens for an image that is wide or high."""
     sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     grid = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
     images = LlavaNextImageProcessor(**sizes, image_grid_pinpoints=grid)
-    return LlavaNextProcessor(images, _tokenizer(), chat_template=CHAT_TEMPLATE, **FEATURES)
+    return LlavaNextProcessor(images, _tokenizer(), chat_template=template, **FEATURES)
 
 
 def save_pictures(folder: Path, sizes: list[tuple[int, int]]) -> list[str]:
