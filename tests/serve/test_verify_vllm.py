@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import DynamicCache, GenerationConfig
 
 from loraover.client.endpoint import Endpoint
@@ -107,6 +108,8 @@ def started(sharp: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             base = sharp.base if fault.base is None else fault.base(folder / f"base-{len(running)}")
             options = (*TINY, "--logprobs-mode", "processed_logprobs")
             key = (base, (*options, *(("--kv-cache-dtype", "fp8") if fault.cache is not DynamicCache else ())))
+            if fault.cache is not DynamicCache and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
+                pytest.skip("vLLM keeps keys and values in float8 only on a CPU with AVX-512")
             if key not in running:
                 config = VllmServerConfig(str(base), adapters, max_lora_rank=8, max_loras=2, options=key[1])
                 log = folder / f"{len(running)}.log"

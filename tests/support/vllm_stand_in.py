@@ -68,6 +68,7 @@ def main(mode: str, folder: str, after: int) -> None:
     if mode == "ends" or (mode == "starts once" and started_before):
         sys.exit("no memory for the cache")
     if mode == "raises":
+        print("WARNING such a limit can cause fd limit errors like `OSError: [Errno 24] Too many open files`")
         print("ValueError: not enough memory")
         print("a line" + "\n" * 40 + "RuntimeError: see above", flush=True)
         sys.exit(1)

@@ -385,7 +385,7 @@ def _await_end(group: int) -> None:
 def _end_of(log: Path) -> str:
     """The last lines of the log, after its first error: the lines that vLLM prints last seldom name the cause."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    first = next((line for line in lines if _ERROR.search(line)), None)
+    first = next((line for line in lines if _ERROR.search(line) and "WARNING" not in line), None)
     end = [line for line in lines[-LOG_LINES:] if line.strip()]
     shown = end if first is None or first in end else [first, "...", *end]
     return "\n".join([f"the end of {log}:", *(line[-LINE_SHOWN:] for line in shown)])
