@@ -151,7 +151,9 @@ def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(
     newest = ["old"]
     monkeypatch.setattr("loraover.data.sources.pinned_commit", lambda name, revision, kind: revision or newest[-1])
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, subset, split, **_: rows[:10] if split == "train" else rows[10:]
+        datasets,
+        "load_dataset",
+        lambda name, subset, split, **_: datasets.Dataset.from_list(rows[:10] if split == "train" else rows[10:]),
     )
     options = ("--data", "owner/data", "--steps", "3")
     with interrupted_at(3):
