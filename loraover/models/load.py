@@ -180,17 +180,13 @@ def load_model(
     place, kind = choose_device(device), task_type or "CAUSAL_LM"
     if kind not in AUTO_CLASSES:
         raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
-    auto = AUTO_CLASSES[kind]
-    with suppress(ConfigError):  # transformers itself says below what is wrong
-        if kind == "CAUSAL_LM" and takes_images(source):
-            auto = "AutoModelForImageTextToText"
     placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
     if source.is_spread:
         placed = {"device_map": "auto"}
     if source.is_streamed:
         placed, folder = in_files()
     try:
-        model = getattr(transformers, auto).from_pretrained(
+        model = getattr(transformers, _auto_class(kind, source)).from_pretrained(
             source.location,
             revision=source.revision,
             dtype=getattr(torch, COMPUTE_DTYPES[dtype]),
@@ -208,6 +204,14 @@ def load_model(
     if quantization == "nf4":
         _keep_differentiable(model)
     return model.eval()
+
+
+def _auto_class(kind: str, source: ModelSource) -> str:
+    """Return the name of the class that loads a model; that of images where a model has no other."""
+    with suppress(ConfigError):  # of a configuration that transformers itself then refuses
+        if kind == "CAUSAL_LM" and takes_images(source):
+            return "AutoModelForImageTextToText"
+    return AUTO_CLASSES[kind]
 
 
 def _keep_differentiable(model: Any) -> None:

@@ -123,14 +123,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     make_arguments(recipe, name, output)  # refused before anything large is loaded
     for reward in recipe.reward_funcs:
         find_reward(reward)
-    tokenizer, images = load_tokenizer(source), takes_images(source)
-    measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
-    with ranks.first_then_others():
-        examples = load_examples(measured, row_form(recipe, name, tokenizer, takes_images=images))
-    processor = load_processor(source) if examples.have_pictures else None
-    tokenizer = tokenizer if processor is None else processor.tokenizer
-    check_chat(recipe, name, tokenizer, examples.train.rows[0])
-    check_pictures(recipe, examples)
+    tokenizer, processor, examples = _read(recipe, name, source)
     _report_rows(examples, report)
     answers_only = recipe.training.assistant_only_loss
     counted = count_tokens(examples.train, name, tokenizer, answers_only=answers_only, processor=processor)
@@ -169,6 +162,19 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
     made = source, tokenizer, processor, examples, model, untrained, trainer
     return Prepared(recipe, *made, progress, over, method, trained, named, name, lengths)
+
+
+def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | None, Examples]:
+    """Load the tokenizer, the processor if any row holds images, and the rows, and check that they fit together."""
+    tokenizer, images = load_tokenizer(source), takes_images(source)
+    measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
+    with launched().first_then_others():
+        examples = load_examples(measured, row_form(recipe, name, tokenizer, takes_images=images))
+    processor = load_processor(source) if examples.have_pictures else None
+    tokenizer = tokenizer if processor is None else processor.tokenizer
+    check_chat(recipe, name, tokenizer, examples.train.rows[0])
+    check_pictures(recipe, examples)
+    return tokenizer, processor, examples
 
 
 def _report_rows(examples: Examples, report: Reporter) -> None:
