@@ -71,9 +71,9 @@ def tiny_processor() -> Any:
 
 
 def sizing_processor(template: str = CHAT_TEMPLATE) -> Any:
-    """More tokens for an image that is wide or high."""
+    """More tokens for an image that is wide."""
     sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    grid = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
+    grid = [[SIDE, SIDE], [SIDE, 2 * SIDE]]
     images = LlavaNextImageProcessor(**sizes, image_grid_pinpoints=grid)
     return LlavaNextProcessor(images, _tokenizer(), chat_template=template, **FEATURES)
 
