@@ -51,7 +51,6 @@ TOGETHER = {
             "test_parity_several.py",
             "test_parity_vllm.py",
             "test_verify_vllm.py",
-            "test_vllm_families.py",
             "test_vllm_served.py",
         ),
         "vLLM",
