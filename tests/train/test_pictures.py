@@ -25,10 +25,13 @@ from loraover.training.lengths import ROOM, count_tokens
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run import train
+from loraover.training.run_result import read_run
 from loraover_export import fold_checkpoint
 
+from support.processes import TORCHRUN, launched
 from support.tiny_hub import write_recipe
 from support.tiny_llava import COLOURS, FIRST_PART, save_llava, save_pictures, sizing_processor, tiny_processor
+from support.trained_run import losses
 
 FORM = RowForm((*PAIRS, frozenset({"messages"})), chat=True, pictures=True)
 IMAGE = {"type": "image"}
@@ -230,6 +233,20 @@ def test_a_model_is_trained_on_what_it_sees(colours: Path, tmp_path: Path) -> No
 
     torch.testing.assert_close(loss(rows), result.after.loss, rtol=1e-5, atol=1e-6)
     assert abs(loss(unseen) - loss(rows)) > 1e-3
+
+
+@pytest.mark.process
+def test_two_processes_learn_from_images_as_one_does(colours: Path, tmp_path: Path) -> None:
+    shared = {"data.train_examples": 8, "training.per_device_train_batch_size": 4, "training.max_steps": 3}
+    train(colours / "recipe.yaml", tmp_path / "one", overrides=shared | {"training.gradient_accumulation_steps": 2})
+    words = [word for key, value in shared.items() for word in ("--set", f"{key}={value}")]
+    launched((*TORCHRUN, "-m"), Path("loraover.cli"), "train", colours / "recipe.yaml", "-o", tmp_path / "two", *words)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = (read_run(tmp_path / name) for name in ("one", "two"))
+    assert two.processes == 2
+    assert one.after is not None
+    assert two.after is not None
+    assert two.after.loss == pytest.approx(one.after.loss, rel=1e-5)
 
 
 @pytest.mark.process
