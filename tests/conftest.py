@@ -1,7 +1,8 @@
 """What every test stands on.
 
 - One thread, since tensors are tiny and waiting threads slow one another down. No thread is bound to a core: vLLM would
-  bind each of its servers to the first one.
+  bind each of its servers to the first one. A step of vLLM may take half an hour: on a busy CPU without AVX-512, one in
+  bfloat16 takes longer than the five minutes after which vLLM ends itself.
 - Few garbage collections, since one that begins in deep recursion, such as JSON of a thousand brackets, makes another
   test's finalizers fail there. They pass over all that was imported, since each Trainer that ends asks for one.
 - bitsandbytes from a folder that is hidden from the processes which tests start, since PEFT imports it wherever it is.
@@ -30,6 +31,7 @@ from support.speed import PROFILES, scaled
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "1800")
 gc.set_threshold(20_000, 5, 2)
 TqdmDefaultWriteLock.mp_lock = None
 sys.path.append(str(Path(sys.prefix) / "quantisers"))

@@ -24,11 +24,11 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.provenance import environment, today
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.study.analysis import LEVEL, Losses, difference, mean_loss, unit_variances
-from loraover.study.grid import Run
+from loraover.study.grid import DEFAULTS, Run
 from loraover.study.kept_runs import finished
 from loraover.study.outcome import RunOutcome
 from loraover.study.request import StudyRequest
-from loraover.study.runner import DEFAULTS, run_grid
+from loraover.study.runner import run_grid
 from loraover.training.recipe import load_recipe
 
 Registration = Mapping[str, Any]

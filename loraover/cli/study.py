@@ -11,10 +11,14 @@ STUDY = Reporting(
 POWER = Reporting(
     "loraover.study.request:StudyRequest", "loraover.study.power:predict_power", "loraover.study.show:show_power"
 )
+PLAN = Reporting(
+    "loraover.study.request:StudyRequest", "loraover.study.plan:plan_study", "loraover.study.show:show_study_plan"
+)
 
 
 def _study(request: StudyRequest, as_json: bool) -> int:
-    return (STUDY if request.power is None else POWER).run(request, as_json)
+    asked = PLAN if request.plan else STUDY if request.power is None else POWER
+    return asked.run(request, as_json)
 
 
 study = request_command(StudyRequest, _study)

@@ -69,7 +69,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         return _evaluate(request)
 
 
-def _options(request: EvaluationRequest) -> Options:
+def options_of(request: EvaluationRequest) -> Options:
     """What tasks read.
 
     Raises:
@@ -100,7 +100,7 @@ def _server(request: EvaluationRequest) -> Endpoint | None:
 
 def _evaluate(request: EvaluationRequest) -> Evaluation:
     report, output = request.report, request.output
-    task, options, server = TASKS[request.task], _options(request), _server(request)
+    task, options, server = TASKS[request.task], options_of(request), _server(request)
     task.check(options)
     if output is not None:
         check_file_writable(output)

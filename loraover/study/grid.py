@@ -12,7 +12,7 @@ from typing import Any
 
 from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
-from loraover.study.request import StudyRequest, split_outside_brackets
+from loraover.study.request import StudyRequest, StudyTask, split_outside_brackets, study_tasks
 from loraover.training.methods import METHODS
 from loraover.training.recipe import LEARNS_TOKENS, Recipe, load_recipe, parse_override
 from loraover.training.trainers import check_keys
@@ -45,6 +45,9 @@ RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for metho
 SWEPT = {"training.learning_rate": "lr_sweep", "training.seed": "seeds", "method": "methods"}
 """Arguments of a study that set what neither a method nor `settings` may set."""
 
+DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
+"""What a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
+
 FEWEST_EXAMPLES = 4
 """Smallest number of held-out examples: half of them choose the rates, and an interval needs two."""
 
@@ -56,7 +59,7 @@ class Run:
     """One training run.
 
     Args:
-        task: Name of its recipe.
+        task: Name of its task, see `StudyTask`.
         method: Method as the user named it, settings included.
         rate: Learning rate.
         seed: Seed.
@@ -84,6 +87,24 @@ class Run:
         return Path("runs") / self.name
 
 
+def grid_of(request: StudyRequest) -> list[Run]:
+    """List all runs of a study.
+
+    Args:
+        request: What it is asked for, whole.
+    """
+    return make_grid(
+        request.recipes,
+        request.rates,
+        request.seeds,
+        DEFAULTS | dict(request.settings or {}),
+        request.task_rates,
+        request.spelled(request.rulers),
+        request.names,
+        request.models,
+    )
+
+
 def make_grid(
     recipes: Sequence[str],
     rates: Mapping[str, Sequence[float]],
@@ -92,6 +113,7 @@ def make_grid(
     task_rates: Mapping[str, Sequence[float]] | None = None,
     rulers: Collection[str] = (),
     names: Mapping[str, str] | None = None,
+    models: Sequence[str] = (),
 ) -> list[Run]:
     """List every combination, seed by seed, so that a study that is stopped has complete seeds.
 
@@ -107,6 +129,7 @@ def make_grid(
             others, by "TASK".
         rulers: Those of the methods that are shown only, see `Run`.
         names: Methods by short name.
+        models: Base models in place of the recipes', see `study_tasks`.
 
     Raises:
         ConfigError: An unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
@@ -121,15 +144,16 @@ def make_grid(
         raise ConfigError(f"{StudyRequest.named('names')}: {taken[0]!r} is a method; give yours another name.")
     short = {method: name for name, method in (names or {}).items()}
     special = task_rates or {}
-    own = {(recipe, method): _settings(recipe, method, settings) for recipe in recipes for method in rates}
+    own = [
+        (task, method, _settings(task, method, settings)) for task in study_tasks(recipes, models) for method in rates
+    ]
     runs = []
     for seed in range(seeds):
-        for (recipe, method), chosen in own.items():
-            task = Path(recipe).stem
-            for rate in special.get(f"{task}/{method}", special.get(task, rates[method])):
-                values = settings | chosen | {"training.learning_rate": rate, "training.seed": seed}
-                chosen_recipe = load_recipe(recipe, values)
-                runs.append(Run(task, method, rate, seed, chosen_recipe, method in rulers, short.get(method)))
+        for task, method, chosen in own:
+            for rate in special.get(f"{task.name}/{method}", special.get(task.name, rates[method])):
+                values = chosen | {"training.learning_rate": rate, "training.seed": seed}
+                recipe = load_recipe(task.recipe, values)
+                runs.append(Run(task.name, method, rate, seed, recipe, method in rulers, short.get(method)))
     for run in {(run.task, run.method): run for run in runs}.values():
         check_keys(run.recipe)
         if run.recipe.trainer not in LEARNS_TOKENS:
@@ -164,20 +188,24 @@ def is_plain(method: str) -> bool:
     return name in PLAIN and not VARIANTS & keys
 
 
-def _settings(recipe: str, method: str, shared: dict[str, Any]) -> dict[str, Any]:
+def _settings(task: StudyTask, method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of recipe keys that a task, a study and a method set."""
+    shared = given | task.settings
     name, *own = split_outside_brackets(method, ":")
     if name not in METHOD_SETTINGS:
         raise ConfigError(f"{StudyRequest.named('methods')}: {name!r} is none of {', '.join(METHOD_SETTINGS)}.")
     part = "over" if name == "lora-over" else "lora"
-    given = {key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)}
-    _refuse_swept(given, f"{StudyRequest.named('methods')}: {method} sets")
+    chosen = {
+        key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)
+    }
+    _refuse_swept(chosen, f"{StudyRequest.named('methods')}: {method} sets")
     if name == "lora-matched":
-        if "lora.r" in given:
+        if "lora.r" in chosen:
             raise ConfigError(
                 f"{StudyRequest.named('methods')}: lora-matched chooses its rank; write lora:r=N for another one."
             )
-        given["lora.r"] = matched_rank(load_recipe(recipe, shared | METHOD_SETTINGS[name] | given))
-    return METHOD_SETTINGS[name] | given
+        chosen["lora.r"] = matched_rank(load_recipe(task.recipe, shared | METHOD_SETTINGS[name] | chosen))
+    return shared | METHOD_SETTINGS[name] | chosen
 
 
 def _refuse_swept(settings: Collection[str], who: str) -> None:

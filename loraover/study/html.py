@@ -7,7 +7,17 @@ from importlib.resources import files
 from loraover.reporting.html_page import Origin, Page, Table, make_page
 from loraover.study.figures import forest, rate_figures
 from loraover.study.report import MethodResult, StudyReport, TaskResult, is_better, is_worse
-from loraover.study.show import END_NOTE, figure_text, gibibytes, method_text, regret_text, seeds_text, unfinished
+from loraover.study.show import (
+    END_NOTE,
+    figure_text,
+    gibibytes,
+    method_text,
+    regret_text,
+    score_rows,
+    score_title,
+    seeds_text,
+    unfinished,
+)
 from loraover.study.verdict import changes, verdict_of
 
 TEMPLATE = "study.html.j2"
@@ -38,8 +48,17 @@ def to_page(report: StudyReport) -> Page:
         tasks=[(task, _methods_table(task), _costs_table(task)) for task in report.tasks],
         unfinished=None if report.is_whole else unfinished(report),
         end_note=END_NOTE,
+        scores=_scores_table(report),
+        score_title=score_title(report),
         names={name: method for task in report.tasks for method, name in task.names.items()},
     )
+
+
+def _scores_table(report: StudyReport) -> Table | None:
+    if (found := score_rows(report)) is None:
+        return None
+    heads, rows = found
+    return Table(heads, rows, heads[:1], heads[:1])
 
 
 def _methods_table(task: TaskResult) -> Table:

@@ -61,6 +61,11 @@ class RunOutcome(BaseModel):
     update_norm: float | None = Field(None, description="Frobenius norm of the change of scaling * B A.")
     step_norm: float | None = Field(None, description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
+    score: float | None = Field(
+        None,
+        description="Right answers to the benchmark, or to the held-out rows, in per cent, or the benchmark's mean "
+        "rating; None: not measured.",
+    )
     train_rows: str | None = Field(None, description="SHA-256 of the training rows; None: not known.")
     test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None: not known.")
     model_revision: str | None = Field(
@@ -192,6 +197,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
     logged = (json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
     rows = read_digests(folder)
+    right = None if result.after is None else result.after.exact_match
     return RunOutcome(
         recipe=digest(recipe),
         nats=[round(nats, DECIMALS) for nats, _ in scored],
@@ -206,6 +212,7 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
         update_norm=result.update_norm,
         step_norm=sum(norms) / len(norms) if norms else None,
         fold_error=_fold_error(folder / "adapter"),
+        score=None if right is None else 100 * right,
         train_rows=None if rows is None else rows.train,
         test_rows=None if rows is None else rows.test,
         model_revision=load_recipe(str(folder / RECIPE_FILE)).model_revision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +16,7 @@ from loraover.common.verb import verb
 from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_variances
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept
-from loraover.study.request import StudyRequest
+from loraover.study.request import StudyRequest, StudyTask, study_tasks
 from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
 
@@ -104,6 +105,8 @@ def predict_power(request: StudyRequest) -> PowerReport:
     """
     if request.power is None:
         raise ConfigError(f"{StudyRequest.named('power')} is missing, expected the folder of a pilot or kept study.")
+    command, request = request.command(), request.whole()
+    assert request.power is not None
     spreads = measured_spreads(read_kept(request.power), request.methods)
     if not spreads:
         methods = StudyRequest.named("methods")
@@ -113,21 +116,20 @@ def predict_power(request: StudyRequest) -> PowerReport:
             "Name the folder of a finished study, or train a pilot of two seeds."
         )
     tasks: list[TaskPower] = []
-    for recipe, task in zip(request.recipes, request.tasks, strict=True):
-        rows = _test_rows(request, recipe)
-        own = [spread for spread in spreads if spread.task == task] or spreads
-        tasks += [_power(task, spread, rows, request.seeds) for spread in own]
-    command, versions = request.command(), environment("numpy", "scipy")
-    return PowerReport(tasks=tasks, command=command, versions=versions, date=today())
+    for task in study_tasks(request.recipes, request.models):
+        rows = _test_rows(task, dict(request.settings or {}))
+        own = [spread for spread in spreads if spread.task == task.name] or spreads
+        tasks += [_power(task.name, spread, rows, request.seeds) for spread in own]
+    return PowerReport(tasks=tasks, command=command, versions=environment("numpy", "scipy"), date=today())
 
 
-def _test_rows(request: StudyRequest, recipe: str) -> int:
+def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:
     """Number of examples in a study's test half."""
-    held_out = load_held_out(load_recipe(recipe, dict(request.settings or {})))
+    held_out = load_held_out(load_recipe(task.recipe, settings | task.settings))
     count = 0 if held_out is None else len(held_out.rows)
     rows = len(range(*Halves(count).test.indices(count)))
     if rows < 2:
-        raise ConfigError(f"{recipe}: has {count} held-out examples, expected 4 or more.")
+        raise ConfigError(f"{task.recipe}: has {count} held-out examples, expected 4 or more.")
     return rows
 
 

@@ -41,6 +41,20 @@ class MethodResult(BaseModel):
     update_norm: float | None = Field(description="Frobenius norm of the change of B A, mean over seeds.")
     step_norm: float | None = Field(description="Norm of the change of B A in one step, mean over logged steps.")
     fold_error: float | None = Field(description="Largest relative Frobenius error of a stored A or B.")
+    score: float | None = Field(None, description="Score, mean over seeds; None: not measured for all of them.")
+    score_deviation: float | None = Field(None, description="Standard deviation of the score; None with one seed.")
+
+
+class Scores(BaseModel):
+    """What the scores of a study are of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    benchmark: str | None = Field(None, description="Benchmark; None: right answers to the held-out rows.")
+    untrained: dict[str, float] = Field(default_factory=dict, description="Base model's score, by task.")
+    choices: list[str] = Field(
+        default_factory=list, description="What a table of the paper fixes where its abstract is silent."
+    )
 
 
 class TaskResult(BaseModel):
@@ -77,6 +91,7 @@ class StudyReport(BaseModel):
     runs: int = Field(description="Number of finished runs.")
     tasks: list[TaskResult] = Field(description="Results on each task.")
     words: list[str] = Field(description="A sentence for each comparison.")
+    scores: Scores = Field(default_factory=Scores, description="What the methods' scores are of.")
     command: str = Field(description="Command line of the study.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Machines that trained.")
@@ -158,6 +173,8 @@ def _method(
     updates = _known(outcome.update_norm for outcome in outcomes)
     errors = _known(outcome.fold_error for outcome in outcomes)
     seconds = _known(outcome.step_seconds for outcome in outcomes)
+    scores = _known(outcome.score for outcome in outcomes)
+    is_scored = len(scores) == len(outcomes)
     paired = None if reference is None or len(losses) < 2 else difference(losses, reference, tokens)
     return MethodResult(
         method=method,
@@ -175,6 +192,8 @@ def _method(
         update_norm=fmean(updates) if updates else None,
         step_norm=fmean(norms) if norms else None,
         fold_error=max(errors) if errors else None,
+        score=fmean(scores) if is_scored else None,
+        score_deviation=stdev(scores) if is_scored and len(scores) > 1 else None,
     )
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, option
-from loraover.training.request_fields import ray_address, settings
+from loraover.common.errors import ConfigError
+from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, declarations, option
+from loraover.evaluation import TASKS
+from loraover.evaluation.request import EvaluationRequest
+from loraover.training.request_fields import ray_address, values_by_key
 
 Sweeps = Mapping[str, tuple[float, ...]]
 """Learning rates by name: of a method on a task ("TASK/METHOD"), of a task, of a method, or "" for all others."""
@@ -19,6 +23,48 @@ EXAMPLE = "expected different positive numbers such as 3e-4,1e-3,3e-3."
 QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
 """What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and matrices chosen by chance."""
+
+
+PAPER_TABLES = ("paper-glue", "paper-mtbench", "paper-gsm8k", "paper-humaneval")
+"""Studies that ship, each a table of arXiv:2605.16470, by their names in `paper.yaml`."""
+
+STUDY_SETS = (
+    "model",
+    "task",
+    "adapters",
+    "output",
+    "on_result",
+    "endpoint",
+    "endpoint_models",
+    "endpoint_key_variable",
+)
+"""Arguments of an evaluation that a study sets, or that are for servers."""
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """Read what a table of the paper fixes: arguments of `StudyRequest` by name, without `choices`.
+
+    Args:
+        name: One of `PAPER_TABLES`.
+    """
+    tables = _tables()
+    return {key: value for key, value in (tables["shared"] | tables[name]).items() if key != "choices"}
+
+
+def table_choices(name: str | None) -> list[str]:
+    """Return sentences on what the paper's abstract leaves open; none for another study."""
+    if name is None:
+        return []
+    tables = _tables()
+    return [*tables["shared"]["choices"], *tables[name]["choices"]]
+
+
+def _tables() -> dict[str, Any]:
+    import yaml
+
+    content = files("loraover.study").joinpath("paper.yaml").read_text(encoding="utf-8")
+    tables: dict[str, Any] = yaml.safe_load(content)
+    return tables
 
 
 def split_outside_brackets(text: str, separator: str) -> list[str]:
@@ -40,8 +86,8 @@ def _methods(given: str | Iterable[str]) -> list[str]:
 
 def _sweeps(given: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Sweeps:
     """Learning rates by name, from those of Python or from texts such as "lora=1e-3,3e-3"."""
-    if isinstance(given, Mapping):
-        pairs = list(given.items())
+    if not given or isinstance(given, Mapping):
+        pairs = list(dict(given).items())
     elif texts := [one for one in given if isinstance(one, str)]:
         pairs = [(name, rates.split(",")) for name, _, rates in (text.rpartition("=") for text in texts)]
     else:
@@ -83,11 +129,41 @@ def _name(text: str) -> tuple[str, str]:
     return name, method
 
 
+class StudyTask(NamedTuple):
+    """One task of a study.
+
+    Args:
+        name: Name of the recipe, with the model's where there are several models.
+        recipe: Name of a recipe that ships, or a YAML file.
+        settings: Values of recipe keys, which name the base model if the study does.
+    """
+
+    name: str
+    recipe: str
+    settings: dict[str, Any]
+
+
+def study_tasks(recipes: Sequence[str], models: Sequence[str]) -> list[StudyTask]:
+    """Return the tasks of a study: every recipe, on every model if there are any."""
+    if not models:
+        return [StudyTask(Path(recipe).stem, recipe, {}) for recipe in recipes]
+    return [
+        StudyTask(
+            Path(recipe).stem if len(models) == 1 else f"{Path(recipe).stem}-{Path(model).name}",
+            recipe,
+            {"model": model, "model_revision": None},
+        )
+        for model in models
+        for recipe in recipes
+    ]
+
+
 @dataclass(frozen=True)
 class StudyRequest(Request):
     """Train RECIPEs with several methods, learning rates and seeds, and compare the methods at their best rates.
 
-    Finished runs are kept: the same command continues a study that was stopped.
+    Finished runs are kept: the same command continues a study that was stopped. The name of a table of the paper, in
+    place of recipes, repeats it; see docs/study/.
     """
 
     verb = "loraover study"
@@ -97,15 +173,16 @@ class StudyRequest(Request):
         "loraover study demo --methods lora,lora-over --lr-sweep lora=1e-3,3e-3 --lr-sweep 3e-4,1e-3 -o study",
         "loraover study demo --methods lora,wide,lora-over --name wide=lora:r=64 --required 1 -o study",
         "loraover study demo --methods lora,lora-over --seeds 5 -o study --power pilot",
+        "loraover study paper-gsm8k --model meta-llama/Llama-3.1-8B -o gsm8k --plan",
     )
 
     recipes: AnyNames = argument("Names of recipes that ship, or YAML files; each is a task.", metavar="RECIPE...")
     output: AnyPath = option("Folder of the study: new, or one to continue.", short="-o")
     methods: AnyNames = option(
         "Methods to compare, separated by commas, with settings where wanted; see docs/study/.",
-        default=DEFAULT_METHODS,
-        default_text="plain LoRA, plain LoRA with as many trained numbers as LoRA-Over, LoRA-Over of all matrices, and "
-        "of a quarter of them chosen by score and by chance",
+        default=(),
+        default_text="those of the paper's table, or plain LoRA, plain LoRA with as many trained numbers as LoRA-Over, "
+        "LoRA-Over of all matrices, and of a quarter of them chosen by score and by chance",
         converts=_methods,
         writes=lambda methods: [",".join(methods)],
     )
@@ -128,8 +205,8 @@ class StudyRequest(Request):
     lr_sweep: Sequence[float] | Mapping[str, Sequence[float]] = option(
         "Learning rates to try. NAME limits them to one method (lora), one task (a recipe's name) or one method on one "
         "task (demo/lora); rates without a name apply to all others.",
-        default=DEFAULT_SWEEP,
-        default_text="3e-4,1e-3,3e-3",
+        default=(),
+        default_text="those of the paper's table, or 3e-4,1e-3,3e-3",
         metavar="[NAME=]RATES",
         converts=_sweeps,
         writes=lambda sweeps: [_sweep_text(*sweep) for sweep in sweeps.items()],
@@ -147,7 +224,23 @@ class StudyRequest(Request):
         flag="--ruler",
         metavar="METHOD",
     )
-    settings: Mapping[str, Any] | None = settings("Value of a recipe key for all runs, such as training.max_steps=60.")
+    settings: Mapping[str, Any] | None = values_by_key(
+        "Value of a recipe key for all runs, such as training.max_steps=60."
+    )
+    models: AnyNames = option(
+        "Base model in place of the recipes'. With several, each recipe is a task on each of them.",
+        default=(),
+        flag="--model",
+        are_different=True,
+    )
+    benchmark: str | None = option(
+        "Benchmark whose score every adapter that judges gets, see docs/evaluation.md.",
+        default=None,
+        choices=tuple(TASKS),
+    )
+    benchmark_settings: Mapping[str, Any] | None = values_by_key(
+        "Option of an evaluation for the benchmark, such as limit=100 or judge_url=URL.", "--ask"
+    )
     jobs: int = option("Number of runs at the same time on this machine.", default=1, least=1, is_recorded=False)
     ray: str | None = ray_address("the runs")
     reuse: AnyPaths = option(
@@ -161,9 +254,80 @@ class StudyRequest(Request):
         default=None,
         metavar="STUDY",
     )
+    plan: bool = option(
+        "Print how many runs the study needs, with their memory and time, and train nothing.",
+        default=False,
+        is_recorded=False,
+    )
     report_only: bool = option("Judge the runs that are finished, and train nothing.", default=False, is_recorded=False)
 
+    def whole(self) -> StudyRequest:
+        """Return this request with what it leaves open, as the paper's table or the defaults have it.
+
+        Raises:
+            ConfigError: What it asks for cannot be used.
+        """
+        if self.is_whole:
+            return self
+        table: dict[str, Any] = {"methods": DEFAULT_METHODS, "lr_sweep": DEFAULT_SWEEP}
+        if self.table is not None:
+            table |= read_table(self.table)
+        given = {name: getattr(self, name) for name in declarations(type(self)) if self._is_given(name)}
+        for name in ("names", "settings", "benchmark_settings"):
+            given[name] = {**(table.get(name) or {}), **(getattr(self, name) or {})}
+        methods = {*(self.methods or table["methods"]), *self.rulers}
+        given["names"] = {name: one for name, one in given["names"].items() if name in self.names or name in methods}
+        given["recipes"] = table.get("recipes", self.recipes)
+        return StudyRequest(**(table | given), report=self.report)
+
+    @property
+    def table(self) -> str | None:
+        """Name of the paper's table that is asked for in place of recipes."""
+        return self.recipes[0] if len(self.recipes) == 1 and self.recipes[0] in PAPER_TABLES else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left open."""
+        return bool(self.methods and self.lr_sweep and self.table is None)
+
     def faults(self) -> Iterator[str]:
+        if not self.is_whole:
+            self.whole()
+            return
+        yield from self._faults_of_comparison()
+        yield from self._faults_of_benchmark()
+
+    def _faults_of_benchmark(self) -> Iterator[str]:
+        asked = self.named("benchmark_settings")
+        if self.benchmark is None:
+            if self.benchmark_settings:
+                yield f"{asked} needs {self.named('benchmark')}, which is missing."
+            return
+        if self.ray is not None:
+            yield f"{self.named('benchmark')} needs the adapters, which Ray's workers do not keep; leave one out."
+        known = [name for name in declarations(EvaluationRequest) if name not in STUDY_SETS]
+        if unknown := sorted({*(self.benchmark_settings or {})} - {*known}):
+            yield f"{asked} names {unknown[0]!r}, expected one of {', '.join(known)}."
+            return
+        try:
+            self.evaluation("model", ("adapter",), None)
+        except ConfigError as error:
+            yield f"{asked}: {error}"
+
+    def evaluation(self, model: str, adapters: Sequence[str], output: Path | None) -> EvaluationRequest:
+        """Return the request of the benchmark for some adapters.
+
+        Args:
+            model: Base model.
+            adapters: Folders of the adapters.
+            output: File of the results.
+        """
+        assert self.benchmark is not None
+        asked: dict[str, Any] = dict(self.benchmark_settings or {})
+        places: dict[str, Any] = {"adapters": adapters, "output": output, "report": self.report}
+        return EvaluationRequest(model, task=self.benchmark, **places, **asked)
+
+    def _faults_of_comparison(self) -> Iterator[str]:
         sweep, ruler, methods = map(self.named, ("lr_sweep", "rulers", "methods"))
         if self.required is not None and self.required > len(self.tasks):
             yield f"{self.named('required', self.required)}: expected 1 to {len(self.tasks)}, the number of recipes."
@@ -205,8 +369,8 @@ class StudyRequest(Request):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Name of each recipe."""
-        return tuple(Path(recipe).stem for recipe in self.recipes)
+        """Name of each task."""
+        return tuple(task.name for task in study_tasks(self.recipes, self.models))
 
     @property
     def trained(self) -> tuple[str, ...]:

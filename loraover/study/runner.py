@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -18,19 +17,17 @@ from loraover.common.ray_cluster import ray_cluster
 from loraover.common.verb import verb
 from loraover.reporting.html_page import FIGURES
 from loraover.study.analysis import Halves
-from loraover.study.grid import Run, make_grid
+from loraover.study.benchmark import check_benchmark, score_runs, untrained_scores
+from loraover.study.grid import Run, grid_of
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
 from loraover.study.outcome import RunOutcome, execute
-from loraover.study.report import StudyReport, task_results, words
-from loraover.study.request import StudyRequest
+from loraover.study.report import Scores, StudyReport, task_results, words
+from loraover.study.request import StudyRequest, table_choices
 from loraover.study.rule import Rule, fixed_rule
-from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, to_markdown
+from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, hours_text, to_markdown
 from loraover.study.tuning import RunPlan, hours_left, plan_runs
 from loraover.training.recipe import Recipe
-
-DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
-"""What a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
 
 
 @verb(StudyRequest)
@@ -42,7 +39,8 @@ def run_study(request: StudyRequest) -> StudyReport:
     stopped. `study.json`, `study.md`, `study.html` and its figures are written to `output`.
 
     A method is a name of `loraover.study.grid.METHOD_SETTINGS`, with settings where wanted, such as
-    "lora-over:schedule=dynamic:budget={fraction: 0.25}". `lr_sweep` may also map such names as "lora", "demo" or
+    "lora-over:schedule=dynamic:budget={fraction: 0.25}". A table of the paper, such as "paper-gsm8k", takes the place
+    of recipes; other arguments override what it fixes. `lr_sweep` may also map such names as "lora", "demo" or
     "demo/lora" to their rates, and "" to those of all others.
 
     Returns:
@@ -52,25 +50,23 @@ def run_study(request: StudyRequest) -> StudyReport:
         ConfigError: The request is not a study, or not the one that was begun in `output`.
         LoraOverError: A run failed for another reason than its rate or its size, or no seed is finished yet.
     """
-    if request.power is not None:
-        power = StudyRequest.named("power")
-        raise ConfigError(f"{power} asks what a study could see, and run_study trains one; call predict_power.")
+    for name, function in (("power", "predict_power"), ("plan", "plan_study")):
+        if request.given(name):
+            asked = StudyRequest.named(name)
+            raise ConfigError(
+                f"{asked} asks what a study would see or need, and run_study trains one; call {function}."
+            )
+    command, choices, request = request.command(), table_choices(request.table), request.whole()
     folder = request.output
-    shared = DEFAULTS | dict(request.settings or {})
-    grid = make_grid(
-        request.recipes,
-        request.rates,
-        request.seeds,
-        shared,
-        request.task_rates,
-        request.spelled(request.rulers),
-        request.names,
-    )
+    grid = grid_of(request)
+    check_benchmark(request)
     outcomes = finished(grid, folder, request.reuse)
     rule = fixed_rule(request, len(outcomes))
     if not request.report_only:
-        outcomes = run_grid(grid, request)
-    found = make_report(grid, outcomes, rule, request.command(), request.tuning_seeds)
+        outcomes = score_runs(grid, run_grid(grid, request), request)
+    untrained = untrained_scores(request.tasks, folder)
+    scores = Scores(benchmark=request.benchmark, untrained=untrained, choices=choices)
+    found = make_report(grid, outcomes, rule, command, request.tuning_seeds, scores)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for path, content in {
         folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",
@@ -121,10 +117,10 @@ def _ending(run: Run, outcome: RunOutcome) -> str:
 
 
 def _estimate(hours: float | None) -> str:
-    """Say how long the remaining runs take: in hours, or in minutes where it is less than one."""
+    """Say how long the remaining runs take."""
     if not hours:
         return ""
-    return f"; about {f'{hours:.1f} h' if hours >= 1 else f'{math.ceil(60 * hours)} min'} left"
+    return f"; about {hours_text(hours)} left"
 
 
 def _seconds_trained(outcomes: Mapping[Run, RunOutcome]) -> dict[str, list[float]]:
@@ -183,7 +179,12 @@ def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
 
 
 def make_report(
-    grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], rule: Rule, command: str, tuning_seeds: int | None = None
+    grid: Sequence[Run],
+    outcomes: Mapping[Run, RunOutcome],
+    rule: Rule,
+    command: str,
+    tuning_seeds: int | None = None,
+    scores: Scores = Scores(),  # noqa: B008  # it is frozen
 ) -> StudyReport:
     """Judge the seeds whose runs have all finished.
 
@@ -193,6 +194,7 @@ def make_report(
         rule: When LoRA-Over counts as better.
         command: Command line for the report.
         tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
+        scores: What the outcomes' scores are of.
 
     Raises:
         LoraOverError: No seed is finished yet, or see `task_results`.
@@ -216,6 +218,7 @@ def make_report(
         runs=len(outcomes),
         tasks=tasks,
         words=words(tasks),
+        scores=scores,
         command=command,
         versions=environment("scipy", "transformers"),
         hardware="; ".join(sorted({found.hardware for found in outcomes.values() if found.hardware}))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from statistics import fmean
+
 from rich.console import Console
 
 from loraover.reporting.terminal_table import terminal_table
+from loraover.study.plan import StudyPlan
 from loraover.study.power import PowerReport, TaskPower
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 from loraover.study.request import StudyRequest
 from loraover.study.verdict import verdict_of
+from loraover.training.plan import ASSUMPTION, size_text
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
 COLUMNS = (
@@ -21,6 +26,9 @@ END_NOTE = " (end): the best rate is at an end of the sweep."
 def show_study(report: StudyReport, request: StudyRequest, console: Console) -> None:
     """Print what the figures say, and which files hold them."""
     written = f"wrote {request.output / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
+    if (scores := score_rows(report)) is not None:
+        heads, rows = scores
+        console.print(terminal_table(heads, rows, names=heads[:1], title=score_title(report)))
     for line in (*_verdict(report), *report.words, written):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -28,6 +36,34 @@ def show_study(report: StudyReport, request: StudyRequest, console: Console) -> 
 def _verdict(report: StudyReport) -> tuple[str, str]:
     found = verdict_of(report)
     return f"{report.rule} Verdict: {found.word}.", found.sentence
+
+
+def score_title(report: StudyReport) -> str:
+    """Say what the scores are of."""
+    kind = "right answers in %" if report.scores.benchmark != "mtbench" else "mean rating, 1 to 10"
+    return f"{report.scores.benchmark or 'Held-out rows'}: {kind}, mean (sd) of {seeds_text(report)}"
+
+
+def score_rows(report: StudyReport) -> tuple[list[str], list[list[str]]] | None:
+    """Return the columns and rows of the methods' scores, one column a task, as papers print them; None without any."""
+    scores: dict[str, dict[str, str]] = {}
+    means: dict[str, list[float]] = {}
+    for task in report.tasks:
+        if task.task in report.scores.untrained:
+            scores.setdefault("untrained", {})[task.task] = f"{report.scores.untrained[task.task]:.2f}"
+        for one in task.methods:
+            if one.score is not None:
+                deviation = "" if one.score_deviation is None else f" ({one.score_deviation:.2f})"
+                scores.setdefault(method_text(one.method, task), {})[task.task] = f"{one.score:.2f}{deviation}"
+                means.setdefault(method_text(one.method, task), []).append(one.score)
+    if not means:
+        return None
+    tasks = [task.task for task in report.tasks]
+    whole = {method: fmean(found) for method, found in means.items() if len(found) == len(tasks)}
+    rows = [[method, *(cells.get(task, "-") for task in tasks)] for method, cells in scores.items()]
+    if len(tasks) == 1:
+        return ["method", *tasks], rows
+    return ["method", *tasks, "mean"], [[*row, figure_text(whole.get(row[0]), ".2f")] for row in rows]
 
 
 POWER_NOTE = (
@@ -53,11 +89,41 @@ def _power_cells(one: TaskPower) -> list[str]:
     return [one.task, f"{one.measured_on}, {one.measured_seeds} seeds", *counts]
 
 
+def show_study_plan(plan: StudyPlan, request: StudyRequest, console: Console) -> None:
+    """Print the runs of each method on each task with their needs, and the sum."""
+    heads = ("task", "method", "runs", "steps", "memory", "s / step", "time")
+    rows = [
+        (
+            *(one.task, one.method, str(one.runs), f"{one.steps:,}"),
+            f"{'over ' if one.activations is None else ''}{size_text(one.held_bytes + (one.activations or 0))}",
+            *(figure_text(one.step_seconds, ".2g"), "-" if one.hours is None else hours_text(one.hours)),
+        )
+        for one in plan.methods
+    ]
+    console.print(terminal_table(heads, rows, names=heads[:2]))
+    time = (
+        "the time is not predicted for all of them" if plan.hours is None else f"{hours_text(plan.hours)} of training"
+    )
+    line = f"{plan.runs} runs; {time}, one run after another. Evaluation comes on top. {ASSUMPTION}"
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def hours_text(hours: float) -> str:
+    """Return a duration in hours, or in minutes where it is less than one hour."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{math.ceil(60 * hours)} min"
+
+
 def to_markdown(report: StudyReport) -> str:
     """Markdown with the verdict in sentences, and a table for each task."""
     lines = [f"- {line}" for line in (*_verdict(report), *report.words)]
     if not report.is_whole:
         lines.append(f"- {unfinished(report)}")
+    if (scores := score_rows(report)) is not None:
+        heads, rows = scores
+        lines += ["", "### Scores", "", f"{score_title(report)}.", ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows)]
+        lines += ["", "Our choices, where the paper's abstract is silent:", ""] if report.scores.choices else []
+        lines += [f"- {choice}" for choice in report.scores.choices]
     for task in report.tasks:
         lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {seeds_text(report)}.{END_NOTE}", ""]
         lines += [
@@ -99,9 +165,10 @@ def _row(r: MethodResult, task: TaskResult) -> str:
 def seeds_text(report: StudyReport) -> str:
     """Number of seeds, and how many of them chose the rates."""
     seeds = f"{report.seeds} seed{'' if report.seeds == 1 else 's'}"
-    return (
-        seeds if report.tuning_seeds is None else f"{seeds}, the first {report.tuning_seeds} of which chose the rates"
-    )
+    if report.tuning_seeds is None:
+        return seeds
+    first = "" if report.tuning_seeds == 1 else f" {report.tuning_seeds}"
+    return f"{seeds}, the first{first} of which chose the rates"
 
 
 def method_text(method: str, task: TaskResult) -> str:

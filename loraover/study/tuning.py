@@ -69,6 +69,24 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_se
     return RunPlan(runs, undecided)
 
 
+def chosen_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_seeds: int | None) -> list[Run]:
+    """List the runs that judge: each method's at its chosen rate, without those that failed.
+
+    Args:
+        grid: Every combination of task, method, rate and seed.
+        outcomes: Outcomes of the runs that are finished, with those of all tuning seeds.
+        tuning_seeds: Number of seeds that choose the rates; None: all.
+    """
+    tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
+    found: list[Run] = []
+    for methods in by_method([run for run in grid if run in outcomes]).values():
+        tokens = tokens_of([run for runs in methods.values() for run in runs], outcomes)
+        for runs in methods.values():
+            tuned = tune(runs, outcomes, tuning, tokens)
+            found += [run for run in runs if tuned is not None and run.rate == tuned.best_rate]
+    return [run for run in found if outcomes[run].failure is None]
+
+
 def check_inputs(outcomes: Mapping[Run, RunOutcome]) -> None:
     """Check that runs which should have had the same rows and base model had them, where that is known.
 

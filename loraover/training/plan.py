@@ -52,26 +52,30 @@ class TrainingPlan(BaseModel):
         description="Lengths of the examples; None: their data or tokenizer is not at hand."
     )
 
+    @property
+    def held(self) -> int:
+        """Bytes in all, without the activations."""
+        return self.weights + self.adapter + self.cores + self.gauge + self.gradients + self.optimizer_states
+
     def facts(self) -> dict[str, str]:
         """Name and value of each row of a table."""
-        held = self.weights + self.adapter + self.cores + self.gauge + self.gradients + self.optimizer_states
         known = self.activations is not None
         return {
             "base model": self.model,
             "method": self.method,
-            "weights": _size(self.weights),
-            "A and B": _size(self.adapter),
-            "cores": _size(self.cores),
-            **({"bases and moments": _size(self.gauge)} if self.gauge else {}),
-            "gradients": _size(self.gradients),
-            "optimizer states": _size(self.optimizer_states),
-            "activations": f"about {_size(self.activations or 0)}" if known else "unknown for this architecture",
-            "in all": f"about {_size(held + (self.activations or 0))}{'' if known else ', and activations'}",
+            "weights": size_text(self.weights),
+            "A and B": size_text(self.adapter),
+            "cores": size_text(self.cores),
+            **({"bases and moments": size_text(self.gauge)} if self.gauge else {}),
+            "gradients": size_text(self.gradients),
+            "optimizer states": size_text(self.optimizer_states),
+            "activations": f"about {size_text(self.activations or 0)}" if known else "unknown for this architecture",
+            "in all": f"about {size_text(self.held + (self.activations or 0))}{'' if known else ', and activations'}",
             "steps": f"{self.steps:,}",
             "examples": f"{self.examples:,}",
             "tokens": f"at most {self.tokens:,}",
             **({} if self.step_seconds is None else {"time": _time(self.steps, self.step_seconds)}),
-            **({} if self.peak_bytes is None else {"peak memory": f"{_size(self.peak_bytes)}, measured in a trial"}),
+            **({} if (peak := self.peak_bytes) is None else {"peak memory": f"{size_text(peak)}, measured in a trial"}),
             **({} if self.lengths is None else _length_facts(self.lengths)),
         }
 
@@ -175,7 +179,8 @@ def _time(steps: int, seconds: float) -> str:
     return f"about {seconds:.2g} s a step, {whole} in all without evaluation"
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Return a number of bytes in the largest unit in which it is not below one."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

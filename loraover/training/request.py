@@ -9,7 +9,7 @@ from typing import Any
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.request_fields import records
 from loraover.sources.push import pushes
-from loraover.training.request_fields import ray_address, settings
+from loraover.training.request_fields import ray_address, values_by_key
 
 KEYS = {
     "method": "method",
@@ -80,7 +80,7 @@ class TrainRequest(Request):
     seed: int | None = option(
         "Seed of weights, data order and built-in data.", default=None, default_text="the recipe's"
     )
-    settings: Mapping[str, Any] | None = settings(
+    settings: Mapping[str, Any] | None = values_by_key(
         "Value of any other key of the recipe, such as training.weight_decay=0.01."
     )
     push_to_hub: str | None = pushes("the plain LoRA")

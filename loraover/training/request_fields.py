@@ -9,9 +9,10 @@ from typing import Any
 from loraover.common.request import option
 
 
-def settings(description: str) -> Any:
-    """Declare the field `settings`: values of recipe keys, by dotted key."""
-    return option(description, default=None, flag="--set", metavar="KEY=VALUE", converts=_by_key, writes=_as_texts)
+def values_by_key(description: str, flag: str = "--set", **more: Any) -> Any:
+    """Declare a field of values by key, such as `settings`: values of recipe keys, by dotted key."""
+    form: dict[str, Any] = {"metavar": "KEY=VALUE", "converts": _by_key, "writes": _as_texts}
+    return option(description, default=None, flag=flag, **form, **more)
 
 
 def ray_address(work: str) -> Any:

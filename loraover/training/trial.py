@@ -31,6 +31,9 @@ MOST_SECONDS = 60
 MOST_MEMORY = 0.25
 """Share of the free memory that the weights may take; beyond that, layers are left out."""
 
+DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+"""Fields of configurations with the number of layers; an encoder and a decoder of one depth are cut alike."""
+
 Clock = Callable[[], float]
 
 
@@ -81,12 +84,11 @@ def try_steps(recipe: Recipe, source: ModelSource, report: Reporter, clock: Cloc
         clock: Clock to time with.
 
     Returns:
-        The needs; None for a model with an encoder and a decoder, one whose layers cannot be left out, or one for which
-        this machine is too small or too slow.
+        The needs; None for a model whose layers cannot be left out, or for which this machine is too small or too slow.
     """
     config = load_config(source)
-    layers = getattr(config, "num_hidden_layers", None)
-    if config.is_encoder_decoder or not isinstance(layers, int):
+    depths = {getattr(config, name) for name in DEPTHS if hasattr(config, name)}
+    if len(depths) != 1 or not isinstance(layers := depths.pop(), int):
         return None
     try:
         tried = _affordable_layers(recipe, config, layers)
@@ -129,7 +131,9 @@ def _affordable_layers(recipe: Recipe, config: Any, layers: int) -> int:
 def _cut(config: Any, layers: int) -> Any:
     """Make the model with its first layers only, and random weights."""
     cut = copy.deepcopy(config)
-    cut.num_hidden_layers = layers
+    for name in DEPTHS:
+        if hasattr(cut, name):
+            setattr(cut, name, layers)
     if getattr(cut, "layer_types", None):
         cut.layer_types = cut.layer_types[:layers]
     return getattr(transformers, config.architectures[0])._from_config(cut, dtype=config.dtype)

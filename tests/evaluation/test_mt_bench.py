@@ -24,36 +24,12 @@ from loraover.evaluation.base import Options
 from loraover.evaluation.judge import find_rating
 from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench
 
+from support.fastchat import ASKED, fastchat, write_rows
 from support.openai_server import Recorded, openai_server
 from support.real_data import data_folder, real_data
 from support.tiny_hub import save_llama
 
 pytestmark = pytest.mark.process
-
-PROMPTS = {
-    "single-v1": "[Question]\n{question}\n[Answer]\n{answer}",
-    "single-math-v1": "[Question]\n{question}\n[Reference]\n{ref_answer_1}\n[Answer]\n{answer}",
-    "single-v1-multi-turn": "{question_1}|{answer_1}|{question_2}|{answer_2}",
-    "single-math-v1-multi-turn": "{ref_answer_1}|{ref_answer_2}|{question_1}|{answer_1}|{question_2}|{answer_2}",
-}
-ASKED = [
-    {"question_id": 81, "category": "writing", "turns": ["write {this}", "again"]},
-    {"question_id": 101, "category": "reasoning", "turns": ["who?", "why?"]},
-]
-KNOWN = {"question_id": 101, "choices": [{"index": 0, "turns": ["me", "because"]}]}
-
-
-def lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def fastchat(folder: Path) -> Path:
-    lines(folder / QUESTIONS, ASKED)
-    prompts = [{"name": n, "system_prompt": f"judge {n}", "prompt_template": t} for n, t in PROMPTS.items()]
-    lines(folder / "judge_prompts.jsonl", prompts)
-    lines(folder / REFERENCES[0], [KNOWN])
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +186,7 @@ def test_a_question_beyond_the_models_context_is_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = {"question_id": 82, "category": "writing", "turns": ["a" * 300, "again"]}
-    monkeypatch.setitem(globals(), "ASKED", [ASKED[0], long])
+    monkeypatch.setattr("support.fastchat.ASKED", [ASKED[0], long])
     found, judge, code = evaluated(model, tmp_path, lambda body: "[[6]]")
     assert (found, judge.bodies, code) == ({}, [], 2)
     assert "question 2: its 317 tokens leave no room in the model's context of 256" in capsys.readouterr().err
@@ -289,7 +265,7 @@ def test_rows_that_do_not_fit_are_named(file: str, row: dict[str, Any], message:
 
 def test_a_missing_file_or_prompt_is_named(tmp_path: Path) -> None:
     folder = fastchat(tmp_path)
-    lines(folder / "judge_prompts.jsonl", [])
+    write_rows(folder / "judge_prompts.jsonl", [])
     with pytest.raises(DataError, match="judge_prompts"):
         TASKS["mtbench"].read(Options(data=str(folder)))
     shutil.rmtree(folder / "reference_answer")

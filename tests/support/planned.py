@@ -13,9 +13,8 @@ import pytest
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.study.grid import Run, make_grid
+from loraover.study.grid import Run, grid_of
 from loraover.study.request import StudyRequest
-from loraover.study.runner import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +36,6 @@ def planned(target: str) -> tuple[list[Run], int, list[Path]]:
         patch.setattr("loraover.study.show.show_study", Mock())
         patch.chdir(ROOT)
         assert run(cli, shlex.split(line)[1:]) == 0
-        (request,) = asked
-        shared = DEFAULTS | dict(request.settings or {})
-        runs = make_grid(request.recipes, request.rates, request.seeds, shared, request.task_rates)
+        request = asked[0].whole()
+        runs = grid_of(request)
     return runs, request.tuning_seeds or 0, [ROOT / study for study in request.reuse]

@@ -1,0 +1,227 @@
+"""The tables of the paper, each run whole by its command on tiny models of the kinds that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.cli import cli
+from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
+from loraover.evaluation.results import Evaluation
+from loraover.evaluation.run import evaluate
+from loraover.study import benchmark
+from loraover.study.kept_runs import read_kept
+from loraover.study.plan import plan_study
+from loraover.study.report import StudyReport
+from loraover.study.request import PAPER_TABLES, StudyRequest, read_table, table_choices
+from loraover.study.runner import run_study
+from loraover.training.recipe import load_recipe
+
+from support.bubblewrap import needs_bubblewrap
+from support.fastchat import fastchat
+from support.openai_server import openai_server
+from support.published import LLAMA_2, LLAMA_3_1, SLICES, TEXT
+from support.tiny_hub import save_llama, save_t5
+
+pytestmark = pytest.mark.process
+
+METHODS = ("lora", "lora+", "mpo-static", "mpo-dynamic", "eigen")
+PROBLEM = {
+    "task_id": "T/0",
+    "prompt": "def double(x):\n",
+    "entry_point": "double",
+    "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    folder = tmp_path_factory.mktemp("bases")
+    llamas = [save_llama(folder / "llama-2", **LLAMA_2), save_llama(folder / "llama-3.1", **LLAMA_3_1)]
+    return {"t5": [save_t5(folder / "t5")], "llama": llamas}
+
+
+def rows(table: str, folder: Path) -> Path:
+    """A folder with a training and a test file that have the columns of all recipes of a table."""
+    columns = {key: value for recipe in read_table(table)["recipes"] for key, value in SLICES[recipe].items()}
+    columns |= {"label": 1} if "label" in columns else {}
+    for split, count in (("train", 12), ("test", 4)):
+        some = [columns | {key: f"{TEXT} {split} {i}" for key in columns if columns[key] == TEXT} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row | {"idx": i}) + "\n" for i, row in enumerate(some))
+        )
+    return folder
+
+
+def words(
+    table: str, folder: Path, bases: dict[str, list[Path]], *more: str, seeds: int = 1, sweep: str = "1e-2"
+) -> list[str]:
+    """The command of a table, with few steps on a tiny model and files in place of the hub's."""
+    data = rows(table, folder)
+    keys = {"data.train": data / "train.jsonl", "data.test": data / "test.jsonl", "data.train_examples": 12}
+    keys |= {"data.train_split": "train", "data.test_split": "test"}
+    keys |= {"training.num_train_epochs": "null", "training.max_steps": 2, "training.gradient_accumulation_steps": 1}
+    keys |= {"training.bf16": "false", "training.per_device_train_batch_size": 4, "over.rounds": 1}
+    models = bases["t5" if table == "paper-glue" else "llama"]
+    options = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    options += [word for model in models for word in ("--model", str(model))]
+    return ["study", table, "-o", str(folder / "out"), "--seeds", str(seeds), "--lr-sweep", sweep, *options, *more]
+
+
+@pytest.fixture
+def asked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]:
+    """Options of a benchmark, with a judge where it needs one."""
+    with ExitStack() as until:
+        if request.param == "paper-mtbench":
+            judge = until.enter_context(openai_server(lambda body: "Rating: [[7]]"))
+            more = [f"data={fastchat(tmp_path / 'questions')}", f"judge_url={judge.url}", "judge_model=tester"]
+        elif request.param == "paper-humaneval":
+            (tmp_path / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+            more = [f"data={tmp_path / 'problems.jsonl'}", "allow_code_execution=true"]
+        else:
+            (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
+            more = [f"data={tmp_path / 'sums.jsonl'}"]
+        yield [word for option in (*more, "max_new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
+
+
+def report_of(folder: Path) -> StudyReport:
+    return StudyReport.model_validate_json((folder / "out" / "study.json").read_text())
+
+
+def test_glue_is_scored_by_the_answers_to_held_out_rows(bases: dict[str, list[Path]], tmp_path: Path) -> None:
+    assert run(cli, words("paper-glue", tmp_path, bases)) == 0
+    found = report_of(tmp_path)
+    assert [task.task for task in found.tasks] == read_table("paper-glue")["recipes"]
+    assert found.command.startswith("loraover study paper-glue ")
+    for task in found.tasks:
+        assert [task.shown(one.method) for one in task.methods] == [*METHODS]
+        assert all(one.score is not None and one.score % 25 == 0 for one in task.methods)  # of four rows
+    table = (tmp_path / "out" / "study.md").read_text().partition("### Scores")[2].partition("###")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == ["method", "---", *METHODS]
+    assert lines[0].endswith(" | mean |")
+    assert all(f"- {choice}" in table for choice in table_choices("paper-glue"))
+
+
+@pytest.mark.parametrize(
+    ("table", "asked"),
+    [
+        ("paper-gsm8k", "paper-gsm8k"),
+        ("paper-mtbench", "paper-mtbench"),
+        pytest.param("paper-humaneval", "paper-humaneval", marks=needs_bubblewrap),
+    ],
+    indirect=["asked"],
+)
+def test_a_table_of_two_models_is_scored_by_its_benchmark(
+    table: str, asked: list[str], bases: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+    assert run(cli, [*words(table, tmp_path, bases), *asked]) == 0
+    found = report_of(tmp_path)
+    (recipe,) = read_table(table)["recipes"]
+    assert [task.task for task in found.tasks] == [f"{recipe}-llama-2", f"{recipe}-llama-3.1"]
+    assert found.scores.untrained.keys() == {task.task for task in found.tasks}
+    for task in found.tasks:
+        file = tmp_path / "out" / benchmark.FOLDER / f"{task.task}.json"
+        _, *results = Evaluation.model_validate_json(file.read_text()).results
+        scores = [one.score for one in task.methods]
+        assert scores == [benchmark.score_of(one) for one in results]
+        assert all(score == 7 for score in scores) is (table == "paper-mtbench")
+
+    # The same command asks nothing again.
+    monkeypatch.setattr(benchmark, "perform", lambda *_: pytest.fail("asked again"))
+    assert run(cli, [*words(table, tmp_path, bases), *asked]) == 0
+    assert report_of(tmp_path).tasks == found.tasks
+    page = (tmp_path / "out" / "study.html").read_text()
+    assert page.count("untrained") == 1
+
+
+def test_a_benchmark_that_fails_leaves_no_score(
+    bases: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
+
+    def failing(function: Any, request: Any) -> Any:
+        found = evaluate.__wrapped__(request)  # type: ignore[attr-defined]
+        last = found.results[-1].model_copy(update={"failure": "out of memory", "measures": {}})
+        return found.model_copy(update={"results": [*found.results[:-1], last]})
+
+    monkeypatch.setattr(benchmark, "perform", failing)
+    asked = ["--ask", f"data={tmp_path / 'sums.jsonl'}", "--ask", "max_new_tokens=2", "--methods", "lora,lora+"]
+    shorter = words("paper-gsm8k", tmp_path, {"llama": bases["llama"][:1]})
+    assert run(cli, [*shorter, *asked, "--ask", "dtype=fp32"]) == 0
+    (task,) = report_of(tmp_path).tasks
+    assert [one.score is None for one in task.methods] == [False, True]
+    assert [one.score is None for one in read_kept(tmp_path / "out")] == [True, False]  # sorted by name
+
+
+@pytest.mark.parametrize("table", PAPER_TABLES)
+def test_a_table_is_a_study_that_arguments_change(table: str, tmp_path: Path) -> None:
+    whole = StudyRequest(table, tmp_path, settings={"training.max_steps": 3}).whole()
+    assert whole.methods == METHODS
+    assert (whole.seeds, whole.tuning_seeds) == (3, 1)
+    assert {len(rates) for rates in whole.rates.values()} == {3}
+    assert whole.settings == {"training.max_steps": 3} | (read_table(table).get("settings") or {})
+    assert all(load_recipe(recipe).lora.r == 8 for recipe in whole.recipes)
+    fewer = StudyRequest(table, tmp_path, methods="lora,eigen", lr_sweep=(1e-3,), models="one").whole()
+    assert fewer.methods == ("lora", "eigen")
+    assert set(fewer.rates.values()) == {(1e-3,)}
+    assert fewer.tasks == whole.recipes
+    assert table_choices(table)[0] == table_choices("paper-glue")[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"benchmark_settings": {"limi": 3}}, "benchmark_settings names 'limi', expected one of data, limit"),
+        ({"benchmark_settings": {"limit": 0}}, "limit is 0, expected 1 or more"),
+        ({"benchmark_settings": {"judge_url": "http://a"}}, "judge_url needs judge_model"),
+        ({"benchmark_settings": {"adapters": "a"}}, "names 'adapters'"),
+        ({"ray": "local"}, "benchmark needs the adapters"),
+        ({"methods": "lora,eigen-2", "lr_sweep": {"eigen": (1e-3,), "": (1e-3,)}}, "lr_sweep names 'eigen'"),
+        ({"required": 3}, "required=3: expected 1 to 2"),
+    ],
+)
+def test_what_a_table_cannot_be_asked_is_refused(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StudyRequest("paper-gsm8k", tmp_path, **more)
+
+
+def test_a_benchmark_is_checked_before_the_first_run(bases: dict[str, list[Path]], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="judge"):
+        run_study("paper-mtbench", tmp_path / "out", models=bases["llama"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="benchmark_settings needs benchmark"):
+        StudyRequest("demo", tmp_path, benchmark_settings={"limit": 3})
+
+
+def test_a_plan_counts_the_runs_of_a_table_and_trains_nothing(
+    bases: dict[str, list[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--methods", "lora,mpo-dynamic", "--plan"]
+    one = {"llama": bases["llama"][:1]}
+    command = words("paper-gsm8k", tmp_path, one, *more, seeds=3, sweep="1e-3,1e-2")
+    assert run(cli, command) == 0
+    shown = capsys.readouterr().out
+    assert "8 runs; " in shown  # two rates and two further seeds of two methods
+    assert run(cli, [*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["method"], one["runs"], one["steps"]) for one in found["methods"]] == [
+        ("lora", 4, 2),
+        ("mpo-dynamic", 4, 2),
+    ]
+    assert all(one["step_seconds"] > 0 for one in found["methods"])
+    lora, over = (one["held_bytes"] for one in found["methods"])
+    assert over > lora
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="call plan_study"):
+        run_study("paper-gsm8k", tmp_path, plan=True)
+    with pytest.raises(ConfigError, match="two questions"):
+        plan_study("paper-gsm8k", tmp_path, plan=True, power=tmp_path, seeds=2)
