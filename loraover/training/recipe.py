@@ -73,10 +73,13 @@ class Recipe(MethodKeys):
         if self.method in METHODS and self.trainer not in LEARNS_TOKENS:
             raise ValueError(f"method {self.method} trains with sft or seq2seq, not with trainer {self.trainer}")
         if self.trainer in HAS_REFERENCE and self.lora.start_from is not None:
-            raise ValueError(
-                f"trainer {self.trainer} compares with the base model without an adapter, not with the adapter of "
-                "lora.start_from; merge that into the base model with `loraover export merge`, and train on the result"
-            )
+            is_grpo = self.trainer == "grpo"
+            if not is_grpo or (self.training.model_extra or {}).get("beta") != 0:
+                raise ValueError(
+                    f"trainer {self.trainer} compares with the base model without an adapter, not with the adapter of "
+                    "lora.start_from; merge that into the base model with `loraover export merge`, and train on the "
+                    f"result{', or set training.beta to 0, which compares with nothing' if is_grpo else ''}"
+                )
         if self.method == "full" and self.lora.start_from is not None:
             raise ValueError("method full trains no adapter, so nothing can start from one; leave out lora.start_from")
         if self.method == "full" and self.model_init.quantization is not None:

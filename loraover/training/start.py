@@ -182,14 +182,15 @@ def _as_plain(
         with ExitStack() as stack:
             given = [plain_lora(one, model=base.name, dtype="fp32", report=report) for one in folders]
             plain = [stack.enter_context(one).path for one in given]
-            certificates.append(combine_adapters(plain, folder, weights=weights, report=report))
+            certificates.append(_passed(combine_adapters(plain, folder, weights=weights, report=report)))
     named = imported("loraover_export.convert.need:named_base")(folder).base_model_name_or_path
     reason = imported("loraover_export.convert.need:why_convert")(folder, read_facts(base).shapes())
     if reason is None and not (adapter := _read(folder)).others:  # else perhaps copies of base weights
         move([] if named is None else [named], base, report.line)
     else:
         convert_adapter, converted = imported("loraover_export:convert_adapter"), scratch / "converted"
-        certificates.append(convert_adapter(folder, converted, rank=rank, model=base.name, report=report).certificate)
+        done = convert_adapter(folder, converted, rank=rank, model=base.name, report=report)
+        certificates.append(_passed(done.certificate))
         adapter = _read(converted)
     if named is not None and Path(named).resolve() != Path(base.name).resolve():
         report.line(f"warning: the adapter was trained on {named}, and this run trains on {base.name}")
@@ -197,6 +198,13 @@ def _as_plain(
     for module in (module for certificate in certificates for module in certificate.modules):
         found.setdefault(module.module, []).append(module)
     return _Plain(adapter, found)
+
+
+def _passed(certificate: Any) -> Any:
+    """Return a certificate of loraover_export, or raise FoldError if it failed, so that nothing was written."""
+    if not certificate.passed:
+        raise FoldError("float32 does not hold the update; a matrix failed its check. Train the adapter again.")
+    return certificate
 
 
 def _read(folder: Path) -> AdapterDir:
@@ -232,7 +240,7 @@ def _started(plain: _Plain, drawn: Mapping[str, Factors], report: Reporter) -> d
     read_delta = imported("loraover_export.numerics.delta:read_delta")
     product_norm = imported("loraover_export.numerics.low_rank:product_norm")
     found: dict[str, _Module] = {}
-    with plain.adapter.open() as exact, report.task("starting modules", len(plain.adapter.modules)) as done:
+    with plain.adapter.open() as exact, report.task("setting A and B", len(plain.adapter.modules)) as done:
         for path, module in plain.adapter.modules.items():
             delta, target, certificates = read_delta(exact, path), drawn[path], plain.certificates.get(path, [])
             if not certificates and (module.rank, module.scaling) == (len(target.a), target.scaling):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loraover
-from loraover import LoraOverConfig, OverParameterization
+from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.callbacks.step_norm import factors
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
@@ -36,11 +36,14 @@ from loraover.training.run_result import StartedFrom, read_run
 from loraover.training.start import pin_start, start_from_adapter
 
 from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas
-from support.make_checkpoint import ATTENTION, calibration, make_checkpoint
+from support.make_checkpoint import ATTENTION, calibration, make_checkpoint, save
 from support.resumed_run import assert_same_run, steps_taken, stopped
+from support.tiny_experts import EXPERT_LORA, expert_lora, tiny_moe
+from support.tiny_experts import peft_deltas as expert_deltas
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import lora_matrices, saved, tiny_llama, token_ids, with_lora
 from support.train_command import train
+from support.versions import needs_expert_stacks
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -237,6 +240,23 @@ def test_a_sum_takes_adapters_of_other_kinds(tmp_path: Path) -> None:
     assert distance(model, wanted) < 3e-6
 
 
+@needs_expert_stacks
+@pytest.mark.parametrize("rank", [4, 5])
+def test_experts_start_from_those_of_an_adapter(tmp_path: Path, rank: int) -> None:
+    saved(tiny_moe(), tmp_path / "base")
+    trained = expert_lora(load_base(tmp_path / "base"), tmp_path / "source")
+    lora = {key: value for key, value in EXPERT_LORA.items() if key != "task_type"} | {"r": rank}
+    model, origin = started(tmp_path / "base", tmp_path / "out", tmp_path / "source", **lora)
+    assert origin.relative_error == 0
+    found, kept = expert_deltas(model), expert_deltas(trained)
+    assert len(kept) == 16
+    assert found.keys() == kept.keys()
+    assert all(torch.allclose(found[path], kept[path], atol=1e-6) for path in kept)
+    if rank == 4:
+        matrices, others = lora_matrices(model), lora_matrices(trained)
+        assert all(torch.equal(matrices[name], others[name]) for name in others)
+
+
 def test_modules_that_the_adapter_lacks_start_as_usual(base: Path, tmp_path: Path) -> None:
     source, report = adapter(base, tmp_path / "source", target_modules=["q_proj"]), Lines()
     model, origin = started(base, tmp_path / "out", source, report)
@@ -262,7 +282,9 @@ def test_cores_are_made_from_the_first_a_and_b(base: Path, tmp_path: Path, decom
     over.attach(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
     assert len(over.sites) == 28
     assert torch.allclose(logits(model), wanted, atol=1e-5)
-    assert torch.allclose(logits(unfolded(over)), wanted, atol=1e-5)
+    save(tmp_path / "checkpoint", model, over, step=0)
+    with unfolded(load_base(base), read_checkpoint(tmp_path / "checkpoint")) as applied:
+        assert torch.allclose(logits(applied), wanted, atol=1e-5)
 
 
 # Runs
@@ -365,6 +387,7 @@ def refused(base: Path, folder: Path, start: Any, **lora: Any) -> str:
         ({"method": "lorasc"}, "method lorasc takes no lora.start_from"),
         ({"method": "tensorguide"}, "method tensorguide takes no lora.start_from"),
         ({"trainer": "dpo"}, "trainer dpo compares with the base model without an adapter"),
+        ({"trainer": "grpo", "reward_funcs": ["think_format_reward"]}, "or set training.beta to 0"),
         ({"method": "lora", "lora.init_lora_weights": "pissa"}, "both say how A and B start"),
         ({"lora.init_lora_weights": "gaussian"}, "both say how A and B start"),
         ({"method": "lora", "lora.use_dora": True}, "use_dora trains magnitudes"),
