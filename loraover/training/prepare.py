@@ -148,11 +148,10 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
 
     arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
     set_seed(recipe.training.seed)
-    base = _load_base(recipe, name, source, examples)
-    model: PreTrainedModel | PeftModel = base
+    model: PreTrainedModel | PeftModel = _load_base(recipe, name, source, examples)
     start = None
     if recipe.method != "full":
-        model = with_adapter(base, recipe, TRAINERS[name].task, source, method)
+        model = with_adapter(model, recipe, TRAINERS[name].task, source, method)
         start = start_from_adapter(model, recipe, source, output, report)
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)

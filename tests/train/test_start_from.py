@@ -37,6 +37,7 @@ from loraover.training.start import pin_start, start_from_adapter
 
 from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas
 from support.make_checkpoint import ATTENTION, calibration, make_checkpoint, save
+from support.refusals import only_error
 from support.resumed_run import assert_same_run, steps_taken, stopped
 from support.tiny_experts import EXPERT_LORA, expert_lora, tiny_moe
 from support.tiny_experts import peft_deltas as expert_deltas
@@ -108,10 +109,10 @@ def distance(model: PeftModel, wanted: Mapping[str, Matrix]) -> float:
 
 def tail(wanted: Mapping[str, Matrix], ranks: Mapping[str, int]) -> float:
     """Smallest relative error of these ranks, by the ends of module names, from dense SVDs (Eckart and Young)."""
-    left = []
+    left: list[Matrix] = []
     for path, delta in wanted.items():
         rank = next(r for end, r in ranks.items() if path.endswith(end))
-        left.append(np.linalg.svd(delta, compute_uv=False)[rank:])
+        left.append(np.asarray(np.linalg.svd(delta, compute_uv=False)[rank:], dtype=np.float64))
     return norm(left) / norm([*wanted.values()])
 
 
@@ -207,7 +208,7 @@ def test_other_kinds_start_as_peft_runs_them(tmp_path: Path, name: str, rank: in
 @pytest.mark.parametrize("rank", [4, 6])
 def test_a_loraover_checkpoint_starts_a_run(tmp_path: Path, rank: int) -> None:
     made = make_checkpoint(tmp_path)
-    lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ATTENTION}
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ATTENTION}
     model, origin = started(made.base, tmp_path / "out", made.path, **lora)
     assert origin.relative_error == 0
     assert "loraover.safetensors" in origin.sources[0].sha256
@@ -331,6 +332,28 @@ def test_the_loss_before_training_is_that_of_the_adapter(base: Path, tmp_path: P
     assert done.before is not None
     assert found.before.loss == pytest.approx(done.after.loss, rel=1e-5)
     assert found.before.loss < done.before.loss - 0.01
+
+
+@pytest.mark.process
+def test_federated_clients_share_the_b_of_the_adapter_and_keep_its_a(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    source = adapter(base, tmp_path / "source")
+    parts: dict[str, Any] = {"lora": {"start_from": str(source)}, "evaluation": {"examples": 0}}
+    result = loraover.train(write_recipe(tmp_path / "r.yaml", base, method="federated", **parts), tmp_path / "out")
+    assert result.started_from is not None
+    kept, found = (load_file(folder / "adapter_model.safetensors") for folder in (source, tmp_path / "out" / "adapter"))
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[key], kept[key]) == ("lora_A" in key) for key in kept)
+
+
+@pytest.mark.process
+def test_a_run_without_its_adapter_leaves_no_folder(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", base, lora={"start_from": str(tmp_path / "absent")})
+    assert train(recipe, tmp_path / "out") == 2
+    assert "lora.start_from: " in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.process
