@@ -77,7 +77,8 @@ def make_trainer(
     )
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         # TRL copies A and B of before training into a reference. They add nothing yet, so that the base model without
-        # an adapter, which TRL takes where there is no copy, is the same reference.
+        # an adapter, which TRL takes where there is no copy, is the same reference. A recipe with lora.start_from is
+        # refused where there is a reference.
         model.delete_adapter("ref")
     _give_optimizer(trainer, recipe)
     trainer.remove_callback(PrinterCallback)

@@ -50,7 +50,8 @@ from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, with_processes, write_recipe
-from loraover.training.run_result import Lengths
+from loraover.training.run_result import Lengths, StartedFrom
+from loraover.training.start import pin_start, start_from_adapter
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 
 
@@ -72,6 +73,7 @@ class Prepared:
         method: The recipe's method.
         trained: Numbers in the parameters that the optimizer has before any cores.
         pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
+        started_from: Adapters that A and B start from; None: PEFT draws them.
         trainer_name: Key of `TRAINERS`.
         lengths: Lengths of the training rows; None for trainers that cut none.
     """
@@ -89,6 +91,7 @@ class Prepared:
     method: TrainingMethod
     trained: int
     pushed_base: ModelSource | None
+    started_from: StartedFrom | None
     trainer_name: str
     lengths: Lengths | None
 
@@ -117,6 +120,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     with ranks.first_then_others():  # which finds what rank 0 has downloaded
         source = resolve_model(recipe.model, recipe.model_revision)
         is_seq2seq = is_encoder_decoder(source)
+        recipe = pin_start(recipe, output, report)
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
@@ -144,8 +148,11 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
 
     arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
     set_seed(recipe.training.seed)
-    base = _load_base(recipe, name, source, examples)
-    model = base if recipe.method == "full" else with_adapter(base, recipe, TRAINERS[name].task, source, method)
+    model: PreTrainedModel | PeftModel = _load_base(recipe, name, source, examples)
+    start = None
+    if recipe.method != "full":
+        model = with_adapter(model, recipe, TRAINERS[name].task, source, method)
+        start = start_from_adapter(model, recipe, source, output, report)
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)
     method.start(model)
@@ -161,7 +168,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     if over is not None:
         Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
     made = source, tokenizer, processor, examples, model, untrained, trainer
-    return Prepared(recipe, *made, progress, over, method, trained, named, name, lengths)
+    return Prepared(recipe, *made, progress, over, method, trained, named, start, name, lengths)
 
 
 def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | None, Examples]:

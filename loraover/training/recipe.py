@@ -24,6 +24,9 @@ MAX_YAML_BYTES = 2**20
 LEARNS_TOKENS = (None, "sft", "seq2seq")
 """Values of the key `trainer` whose loss is that of completion tokens."""
 
+HAS_REFERENCE = ("dpo", "kto", "grpo")
+"""Values of the key `trainer` whose loss compares the model with the one before training."""
+
 METHOD_NAMES = ("lora", "lora-over", "full", *METHODS)
 """Values of the key `method`."""
 
@@ -60,7 +63,7 @@ class Recipe(MethodKeys):
     def _has_rewards(self) -> Recipe:
         if (self.trainer == "grpo") != bool(self.reward_funcs):
             raise ValueError("trainer grpo needs reward_funcs, such as [think_format_reward], and no other takes them")
-        if self.trainer in ("dpo", "kto", "grpo") and self.lora.init_lora_weights is not True:
+        if self.trainer in HAS_REFERENCE and self.lora.init_lora_weights is not True:
             start = self.lora.init_lora_weights
             if not (isinstance(start, str) and start.lower() in KEPT_BASE):
                 raise ValueError(
@@ -69,6 +72,16 @@ class Recipe(MethodKeys):
                 )
         if self.method in METHODS and self.trainer not in LEARNS_TOKENS:
             raise ValueError(f"method {self.method} trains with sft or seq2seq, not with trainer {self.trainer}")
+        if self.trainer in HAS_REFERENCE and self.lora.start_from is not None:
+            is_grpo = self.trainer == "grpo"
+            if not is_grpo or (self.training.model_extra or {}).get("beta") != 0:
+                raise ValueError(
+                    f"trainer {self.trainer} compares with the base model without an adapter, not with the adapter of "
+                    "lora.start_from; merge that into the base model with `loraover export merge`, and train on the "
+                    f"result{', or set training.beta to 0, which compares with nothing' if is_grpo else ''}"
+                )
+        if self.method == "full" and self.lora.start_from is not None:
+            raise ValueError("method full trains no adapter, so nothing can start from one; leave out lora.start_from")
         if self.method == "full" and self.model_init.quantization is not None:
             raise ValueError("method full cannot train quantised weights; leave out model_init.quantization")
         return self

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from loraover.data.formats import FORMATS
 from loraover.overparam.config import LoraOverConfig
@@ -123,6 +132,35 @@ class LoraSettings(OpenPart):
     )
     init_lora_weights: bool | str = Field(True, description="Start of A and B, as PEFT spells it, such as 'pissa'.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Other ranks, by pattern of module names.")
+    start_from: str | list[str] | dict[str, float] | None = Field(
+        None,
+        min_length=1,
+        description="Trained adapter that A and B start from: folder, hub name or address; or a list of adapters, or "
+        "weights by adapter, whose sum they start from. None: as init_lora_weights says.",
+    )
+
+    @property
+    def start_weights(self) -> dict[str, float]:
+        """Weights of the adapters that A and B start from, by the adapters' names; empty if there are none."""
+        if isinstance(self.start_from, dict):
+            return self.start_from
+        named = [self.start_from] if isinstance(self.start_from, str) else self.start_from or []
+        return dict.fromkeys(named, 1.0)
+
+    def with_start(self, names: Mapping[str, str]) -> LoraSettings:
+        """Return the settings with other names for the same adapters.
+
+        Args:
+            names: The new name by the old one.
+        """
+        start: Any = self.start_from
+        if isinstance(start, str):
+            start = names[start]
+        elif isinstance(start, list):
+            start = [names[name] for name in start]
+        elif start is not None:
+            start = {names[name]: weight for name, weight in start.items()}
+        return self.model_copy(update={"start_from": start})
 
     @field_validator("init_lora_weights")
     @classmethod
@@ -133,6 +171,34 @@ class LoraSettings(OpenPart):
                 "train does not measure, so PEFT would start otherwise; give another start, such as true or 'pissa'"
             )
         return start
+
+    @field_validator("start_from")
+    @classmethod
+    def _can_be_summed(cls, start: str | list[str] | dict[str, float] | None) -> Any:
+        if isinstance(start, list) and len(set(start)) < len(start):
+            raise ValueError("an adapter is named twice; name it once, with a weight, as in {maths: 2, code: 1}")
+        for name, weight in start.items() if isinstance(start, dict) else ():
+            if not weight or not math.isfinite(weight):
+                raise ValueError(f"the weight of {name} is {weight:g}; give finite numbers other than 0")
+        return start
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> LoraSettings:
+        if self.start_from is None:
+            return self
+        if self.init_lora_weights is not True:
+            raise ValueError(
+                f"start_from and init_lora_weights {self.init_lora_weights!r} both say how A and B start; leave one out"
+            )
+        if self.use_dora:
+            raise ValueError("use_dora trains magnitudes, which start_from does not set; leave one of the two out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave an absent start out, so that runs that began before there was this key can be resumed."""
+        values: dict[str, Any] = make(self)
+        return {key: value for key, value in values.items() if key != "start_from" or value is not None}
 
 
 class ModelInit(RecipePart):

@@ -263,6 +263,7 @@ def _result(
         served_bytes=None if served is None else served.bytes,
         served_error=left_out,
         trained_parameters=run.trained + cores - matrices,
+        started_from=run.started_from,
         privacy=run.method.privacy,
         added_parameters=cores - matrices,
         gauge_numbers=0 if run.over is None else run.over.gauge_numbers(),

@@ -1,6 +1,7 @@
 """The folder of a run: which files it has, who may begin one, and which one can be continued.
 
 OUT/recipe.yaml       the recipe, with hub revisions pinned, and the folder of a stand-in for the hub's model
+OUT/start.json        adapters that A and B start from, and OUT/start.safetensors the first A and B; only then
 OUT/data.json         digests of the training and held-out rows
 OUT/metrics.jsonl     one object per logging step and measure
 OUT/trainer/          sealed checkpoints to resume from
@@ -22,16 +23,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from loraover.common.atomic_output import check_free, publish_text
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock, is_locked
 from loraover.common.request import as_written
 from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import LoraSettings
 from loraover.training.run_result import RUN_FILE
 
 RUNS = Path("runs")
 RECIPE_FILE, METRICS_FILE, HELD_OUT_FILE = "recipe.yaml", "metrics.jsonl", "held_out.json"
+START_FILE, START_TENSORS = "start.json", "start.safetensors"
 TRAINER_FOLDER = "trainer"
 LOCK_FILE = f"{TRAINER_FOLDER}/lock"
 PRODUCTS = ("adapter", "model")
@@ -199,6 +204,8 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
         recipe = with_processes(recipe, (begun.get("distributed") or {}).get("processes") or 1)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
         recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
+    if recipe.lora.start_from is not None:
+        recipe = recipe.model_copy(update={"lora": _with_pins(recipe.lora, begun.get("lora"))})
     data, kept = recipe.data, begun.get("data")
     if (
         data.revision is None
@@ -207,6 +214,19 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     ):
         recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
     return recipe
+
+
+def _with_pins(lora: LoraSettings, kept: Any) -> LoraSettings:
+    """Name the adapters that A and B start from as a run has kept them, with the commits of the hub."""
+    try:
+        names = list(LoraSettings.model_validate(kept).start_weights)
+    except ValidationError:
+        return lora
+    asked = list(lora.start_weights)
+    if len(asked) != len(names):
+        return lora
+    pairs = zip(asked, names, strict=True)
+    return lora.with_start({one: pinned if pinned.startswith(f"{one}@") else one for one, pinned in pairs})
 
 
 def with_processes(recipe: Recipe, processes: int | None) -> Recipe:

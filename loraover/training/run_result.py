@@ -71,6 +71,35 @@ class Lengths(BaseModel):
         return self.cut / self.examples
 
 
+class StartSource(BaseModel):
+    """An adapter that A and B started from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    path: str = Field(description="Folder or address of the adapter, or its name on the hub with the commit.")
+    weight: float = Field(description="Factor of its update in the sum.")
+    sha256: dict[str, str] = Field(description="SHA-256 of each of its files that was read, in hexadecimal digits.")
+
+
+class StartedFrom(BaseModel):
+    """What A and B started from, see `loraover.training.start`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    sources: list[StartSource] = Field(description="Adapters, in the order of the recipe.")
+    relative_error: float = Field(
+        description="Frobenius norm, over all modules, of what the rank left out of the adapters' update, as a share "
+        "of the update's norm; 0: nothing but rounding."
+    )
+    modules: int = Field(description="Number of modules that started from the adapters.")
+    fresh_modules: int = Field(description="Number of modules that the adapters do not have, which started with B = 0.")
+
+    def __str__(self) -> str:
+        named = ", ".join(one.path if one.weight == 1 else f"{one.weight:g} * {one.path}" for one in self.sources)
+        lost = f"the rank leaves out {self.relative_error:.3g} of the update's norm" if self.relative_error else "exact"
+        return f"{named} ({self.modules} modules; {lost})"
+
+
 class RunResult(BaseModel):
     """Contents of `run.json`."""
 
@@ -97,6 +126,9 @@ class RunResult(BaseModel):
         "None: nothing.",
     )
     trained_parameters: int = Field(description="Numbers trained at the same time: of A, B and the cores.")
+    started_from: StartedFrom | None = Field(
+        None, description="Adapters that A and B started from; None: from PEFT's draws."
+    )
     privacy: Privacy | None = Field(None, description="Guarantee of differential privacy; None: there is none.")
     added_parameters: int = Field(description="Numbers in the cores beyond those of the matrices that they represent.")
     gauge_numbers: int = Field(0, description="Numbers in bases that are not trained, and in their moments.")
@@ -126,6 +158,8 @@ class RunResult(BaseModel):
             rows["rank and bytes served"] = f"{self.served_rank}, {self.served_bytes:,}"
         if self.served_error is not None:
             rows["norm left out of the served update"] = f"{self.served_error:.2g}"
+        if self.started_from is not None:
+            rows["started from"] = str(self.started_from)
         if self.privacy is not None:
             rows["differential privacy"] = str(self.privacy)
         if self.gauge_numbers:

@@ -188,7 +188,8 @@ def lora_options(recipe: Recipe) -> dict[str, Any]:
     """
     from peft import LoraConfig
 
-    return _checked(recipe.lora, LoraConfig, "lora", LORA_SETS)
+    options = _checked(recipe.lora, LoraConfig, "lora", LORA_SETS)
+    return {key: value for key, value in options.items() if key != "start_from"}
 
 
 def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:

@@ -171,7 +171,7 @@ def _short(recipe: Recipe, base: Path) -> Recipe:
         "data": {"train_examples": min(rows, recipe.data.train_examples or rows), "test": None},
         "evaluation": {"examples": 0},
         "over": {"schedule": "all", "budget": None},
-        "lora": {"init_lora_weights": True},  # the base's weights are random anyway
+        "lora": {"init_lora_weights": True, "start_from": None},  # the base's weights are random anyway
     }
     parts = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
     return recipe.model_copy(update={**parts, "model": str(base), "model_revision": None, "push_to_hub": None})

@@ -50,6 +50,7 @@ class TrainingMethod:
     Attributes:
         trains_seq2seq: Whether the method trains encoder-decoders too.
         no_resume: Reason why a run keeps no checkpoints, as the end of a sentence; empty if it can be resumed.
+        no_start: Reason why A and B cannot start from an adapter, as the end of a sentence; empty if they can.
         one_process: Reason why several processes cannot train it together, as the end of a sentence; empty if they can.
         keeps_row_gradients: Whether a step holds the gradients of each row of a micro-batch.
         learning_rate: Peak rate that the kept studies chose, see `loraover.training.defaults`.
@@ -60,6 +61,7 @@ class TrainingMethod:
 
     trains_seq2seq: ClassVar[bool] = True
     no_resume: ClassVar[str] = ""
+    no_start: ClassVar[str] = ""
     one_process: ClassVar[str] = ""
     keeps_row_gradients: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 3e-3
@@ -82,6 +84,8 @@ class TrainingMethod:
                 f"method {recipe.method} chooses its first A and B itself: leave out lora.use_dora and "
                 "lora.init_lora_weights"
             )
+        if recipe.lora.start_from is not None and cls.no_start:
+            raise ValueError(f"method {recipe.method} takes no lora.start_from: {cls.no_start}; leave it out")
         if recipe.lora.target_parameters:
             raise ValueError(f"method {recipe.method} adapts modules only: leave out lora.target_parameters")
 

@@ -60,6 +60,7 @@ class LoraSc(TrainingMethod):
     """Stages of a fast LoRA that are blended into a slow one."""
 
     settings: LoraScSettings
+    no_start: ClassVar[str] = "each of its stages begins with a new A and B, and what they learn is blended"
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)

@@ -61,6 +61,7 @@ class Soma(TrainingMethod):
 
     settings: SomaSettings
     trains_seq2seq: ClassVar[bool] = False
+    no_start: ClassVar[str] = "A and B start from singular components of the base weights"
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)

@@ -218,6 +218,7 @@ class TensorGuide(TrainingMethod):
 
     settings: TensorGuideSettings
     learning_rate: ClassVar[float] = 1e-2
+    no_start: ClassVar[str] = "A and B start from cores that it draws"
 
     def __init__(self, recipe: BaseRecipe) -> None:
         super().__init__(recipe)

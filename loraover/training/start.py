@@ -1,0 +1,276 @@
+"""A and B that start from a trained adapter, or from a sum of several, in place of PEFT's draws.
+
+Of each module, the adapter's update is delta_W = sum_i w_i s_i B_i A_i, with the weights w_i of the recipe. A and B of
+rank r, whose scaling is s, start as the factors of its best approximation of that rank:
+
+    delta_W / s = U S V^T,   B = U_r S_r^1/2,   A = S_r^1/2 V_r^T
+
+What the rank leaves out is the root of the sum of squares of the other singular values (Eckart and Young 1936). Where
+delta_W has a smaller rank than r, the other columns of B are zero, and the other rows of A stay as PEFT has drawn them:
+if both were zero, neither would ever have a gradient. A module whose rank and scaling are already those of the recipe
+keeps its A and B bit for bit.
+
+The matrices are kept in the run's folder, from which each process, and a run that is resumed, reads them.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from loraover.callbacks.step_norm import Factors, factors
+from loraover.checkpoint.base_model import move
+from loraover.checkpoint.model_facts import read_facts
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.atomic_output import publish_file, publish_text
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError
+from loraover.common.places import imported
+from loraover.common.ranks import launched
+from loraover.common.reporter import Reporter
+from loraover.common.strict_json import read_json
+from loraover.models.load import ModelSource
+from loraover.overparam.sites import find_sites, write_matrices
+from loraover.sources.fetch import fetch_adapter
+from loraover.training.recipe import Recipe
+from loraover.training.run_folder import START_FILE, START_TENSORS
+from loraover.training.run_result import StartedFrom, StartSource
+
+KEY = "lora.start_from"
+
+
+def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:
+    """Fetch the adapters that a recipe starts from, unless the run has their matrices already.
+
+    Args:
+        recipe: The recipe.
+        output: The run's folder.
+        report: Receiver of progress.
+
+    Returns:
+        The recipe, in which the adapters of the hub are named with their commits.
+
+    Raises:
+        ConfigError: An adapter cannot be fetched.
+    """
+    if recipe.lora.start_from is None or (output / START_FILE).is_file():
+        return recipe
+    names = {name: fetch_adapter(name, report.line).address for name in recipe.lora.start_weights}
+    return recipe.model_copy(update={"lora": recipe.lora.with_start(names)})
+
+
+def start_from_adapter(
+    model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, report: Reporter
+) -> StartedFrom | None:
+    """Set A and B of a model to those that its recipe starts from.
+
+    Args:
+        model: The model, whose LoRA PEFT has just made; its A and B are changed.
+        recipe: The recipe, as `pin_start` returns it.
+        base: The base model.
+        output: The run's folder, in which rank 0 keeps the matrices.
+        report: Receiver of progress.
+
+    Returns:
+        What A and B start from; None where that is PEFT's own start.
+
+    Raises:
+        ConfigError: An adapter that cannot be read, is more than A and B, or does not fit the recipe's modules.
+        CheckpointError: The matrices of a run that is resumed cannot be read.
+        OutputError: The run's folder cannot be written.
+    """
+    if recipe.lora.start_from is None:
+        return None
+    with launched().first_then_others():
+        if not (output / START_FILE).is_file():
+            _make(model, recipe, base, output, report)
+    started = read_json(output / START_FILE, StartedFrom)
+    sites = find_sites(model)
+    with open_tensors(output / START_TENSORS) as file:
+        for name in file.keys:
+            write_matrices([sites[name]], file.read(name)[None])
+    report.line(f"A and B start from {started}")
+    if started.fresh_modules:
+        report.line(f"{started.fresh_modules} other modules start as PEFT starts them, with B = 0")
+    return started
+
+
+class _Module(NamedTuple):
+    """Start of one module.
+
+    Args:
+        a: A, (r, in_features).
+        b: B, (out_features, r).
+        norm: Frobenius norm of the adapter's update.
+        left_out: Frobenius norm of what the rank leaves out of it.
+    """
+
+    a: Tensor
+    b: Tensor
+    norm: float
+    left_out: float
+
+
+class _Plain(NamedTuple):
+    """Adapters as one plain LoRA.
+
+    Args:
+        adapter: The LoRA.
+        certificates: Those of its modules whose factors were computed and rounded, by their paths.
+    """
+
+    adapter: AdapterDir
+    certificates: dict[str, list[Any]]
+
+
+def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, report: Reporter) -> None:
+    """Compute A and B, and write them and their origin into the run's folder."""
+    weights = recipe.lora.start_weights
+    sites = find_sites(model)  # which refuses what is more than B A
+    drawn = factors(model)
+    unscaled = next((path for path, one in drawn.items() if not one.scaling), None)
+    if unscaled is not None:
+        raise ConfigError(f"{KEY}: the scaling of {unscaled} is 0, so its update stays 0; give it another lora_alpha.")
+    fetched = [fetch_adapter(name, report.line) for name in weights]
+    folders = [one.folder for one in fetched]
+    record_source = imported("loraover_export.uniform.certificate:record_source")  # by its place: in a later stage
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            most = max(len(one.a) for one in drawn.values())
+            plain = _as_plain(folders, list(weights.values()), base, most, Path(scratch), report)
+            _check_fits(plain.adapter, drawn, ", ".join(weights), base)
+            modules = _started(plain, drawn, report)
+        records = [record_source(folder) for folder in folders]
+    except (CheckpointError, ExportError, FoldError) as error:
+        raise ConfigError(f"{KEY}: {error}") from error
+    norm, left_out = (math.hypot(*(getattr(one, part) for one in modules.values())) for part in ("norm", "left_out"))
+    if not norm:
+        raise ConfigError(f"{KEY}: the update of {', '.join(weights)} is zero in every module; train it first.")
+    pairs = zip(fetched, weights.values(), records, strict=True)
+    origin = StartedFrom(
+        sources=[StartSource(path=one.address, weight=w, sha256=record.sha256) for one, w, record in pairs],
+        relative_error=left_out / norm,
+        modules=len(modules),
+        fresh_modules=len(drawn) - len(modules),
+    )
+    tensors = {
+        name: (modules[site.module].a if site.matrix == "A" else modules[site.module].b).float().contiguous()
+        for name, site in sites.items()
+        if site.module in modules
+    }
+    publish_file(output / START_TENSORS, lambda draft: save_tensors(tensors, draft))
+    publish_text(output / START_FILE, origin.model_dump_json(indent=1) + "\n")
+
+
+def _as_plain(
+    folders: list[Path], weights: list[float], base: ModelSource, rank: int, scratch: Path, report: Reporter
+) -> _Plain:
+    """Return adapters as one plain LoRA: as it is, or their sum, or converted with at most that rank."""
+    folder, certificates = folders[0], []
+    if weights != [1.0]:
+        plain_lora = imported("loraover_export.convert.plain:plain_lora")
+        combine_adapters = imported("loraover_export:combine_adapters")
+        folder = scratch / "sum"
+        with ExitStack() as stack:
+            given = [plain_lora(one, model=base.name, dtype="fp32", report=report) for one in folders]
+            plain = [stack.enter_context(one).path for one in given]
+            certificates.append(_passed(combine_adapters(plain, folder, weights=weights, report=report)))
+    named = imported("loraover_export.convert.need:named_base")(folder).base_model_name_or_path
+    reason = imported("loraover_export.convert.need:why_convert")(folder, read_facts(base).shapes())
+    if reason is None and not (adapter := _read(folder)).others:  # else perhaps copies of base weights
+        move([] if named is None else [named], base, report.line)
+    else:
+        convert_adapter, converted = imported("loraover_export:convert_adapter"), scratch / "converted"
+        done = convert_adapter(folder, converted, rank=rank, model=base.name, report=report)
+        certificates.append(_passed(done.certificate))
+        adapter = _read(converted)
+    if named is not None and Path(named).resolve() != Path(base.name).resolve():
+        report.line(f"warning: the adapter was trained on {named}, and this run trains on {base.name}")
+    found: dict[str, list[Any]] = {}
+    for module in (module for certificate in certificates for module in certificate.modules):
+        found.setdefault(module.module, []).append(module)
+    return _Plain(adapter, found)
+
+
+def _passed(certificate: Any) -> Any:
+    """Return a certificate of loraover_export, or raise FoldError if it failed, so that nothing was written."""
+    if not certificate.passed:
+        raise FoldError("float32 does not hold the update; a matrix failed its check. Train the adapter again.")
+    return certificate
+
+
+def _read(folder: Path) -> AdapterDir:
+    """Read an adapter that is nothing but A and B, and copies of base weights."""
+    sources = imported("loraover_export.combine.sources:read_sources")([folder])
+    imported("loraover_export.combine.sources:check_plain")(sources)
+    adapter: AdapterDir = sources.adapters[0]
+    return adapter
+
+
+def _check_fits(adapter: AdapterDir, drawn: Mapping[str, Factors], names: str, base: ModelSource) -> None:
+    """Raise ConfigError if the recipe does not adapt a module of the adapter, or one of another shape."""
+    others = [path for path in adapter.modules if path not in drawn]
+    if others:
+        more = f" and {len(others) - 1} other modules" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{KEY}: {names} adapts {others[0]}{more}, and the {len(drawn)} modules that this recipe's lora adapts, "
+            f"such as {next(iter(drawn))}, do not contain that. Name it in lora.target_modules too, or start from an "
+            "adapter without it."
+        )
+    for path, module in adapter.modules.items():
+        here = len(drawn[path].b), drawn[path].a.shape[1]
+        if module.shape != here:
+            raise ConfigError(
+                f"{KEY}: {names} changes {path} by a matrix of shape {module.shape}, and {base.name} has {here} there, "
+                f"so the adapter belongs to another base model, {adapter.config.base_model_name_or_path}. Set model to "
+                "that, or start from an adapter of this one."
+            )
+
+
+def _started(plain: _Plain, drawn: Mapping[str, Factors], report: Reporter) -> dict[str, _Module]:
+    """Return the start of each module of an adapter, by its path."""
+    read_delta = imported("loraover_export.numerics.delta:read_delta")
+    product_norm = imported("loraover_export.numerics.low_rank:product_norm")
+    found: dict[str, _Module] = {}
+    with plain.adapter.open() as exact, report.task("setting A and B", len(plain.adapter.modules)) as done:
+        for path, module in plain.adapter.modules.items():
+            delta, target, certificates = read_delta(exact, path), drawn[path], plain.certificates.get(path, [])
+            if not certificates and (module.rank, module.scaling) == (len(target.a), target.scaling):
+                a, b = map(exact.stored, module.keys)
+                norm = product_norm(delta.b.value.double(), delta.a.value.double())
+                found[path] = _Module(a, b, norm, 0.0)
+            else:
+                found[path] = _fitted(delta, target, certificates)
+            done(len(found))
+    return found
+
+
+def _fitted(delta: Any, target: Factors, certificates: list[Any]) -> _Module:
+    """Return the best approximation of a delta by A and B of the target's rank and scaling.
+
+    Args:
+        delta: The delta of loraover_export.numerics.
+        target: A and B as PEFT has drawn them.
+        certificates: Certificates of the steps in which the delta was computed.
+    """
+    low_rank = "loraover_export.numerics.low_rank"
+    noise = imported(f"{low_rank}:factor_noise")(delta.b, delta.a)
+    noise += sum(one.arithmetic_bound + one.storage_error for one in certificates)
+    size, rank = abs(target.scaling), len(target.a)
+    svd = imported(f"{low_rank}:decompose")(delta.b.value.double() / target.scaling, delta.a.value.double())
+    exact = svd.numerical_rank(noise / size)
+    kept = svd.truncate(min(exact, rank))
+    left_out = size * svd.error(rank) if exact > rank else 0.0
+    norm = certificates[-1].norm if certificates else size * svd.norm
+    used = len(kept.a)
+    a = torch.cat([kept.a, target.a[used:]])
+    b = torch.cat([kept.b, kept.b.new_zeros(len(kept.b), rank - used)], dim=1)
+    return _Module(a, b, norm, math.hypot(left_out, *(one.truncation_error for one in certificates)))

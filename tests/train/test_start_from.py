@@ -1,0 +1,502 @@
+"""A run that starts from trained adapters: the first A and B, what a smaller rank leaves out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import loraover
+from loraover import LoraOverConfig, OverParameterization, read_checkpoint
+from loraover.callbacks.step_norm import factors
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT, Reporter
+from loraover.models.load import load_model, resolve_model
+from loraover.reference.unfolded_model import unfolded
+from loraover.sources.fetch import Fetched
+from loraover.study.outcome import digest
+from loraover.training.adapter import with_adapter
+from loraover.training.plan import make_plan
+from loraover.training.recipe import load_recipe
+from loraover.training.run_folder import with_commits
+from loraover.training.run_folder import write_recipe as keep_recipe
+from loraover.training.run_result import StartedFrom, read_run
+from loraover.training.start import pin_start, start_from_adapter
+
+from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas
+from support.make_checkpoint import ATTENTION, calibration, make_checkpoint, save
+from support.refusals import only_error
+from support.resumed_run import assert_same_run, steps_taken, stopped
+from support.tiny_experts import EXPERT_LORA, expert_lora, tiny_moe
+from support.tiny_experts import peft_deltas as expert_deltas
+from support.tiny_hub import save_llama, write_recipe
+from support.tiny_models import lora_matrices, saved, tiny_llama, token_ids, with_lora
+from support.train_command import train
+from support.versions import needs_expert_stacks
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+Matrix = NDArray[np.float64]
+U32 = 2.0**-24
+
+
+class Lines(Reporter):
+    """Reporter that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def adapter(base: Path, folder: Path, seed: int = 1, **lora: Any) -> Path:
+    """A plain LoRA of rank 4 on all linear layers, unless told otherwise; returns its folder."""
+    model = with_lora(load_base(base), seed=seed, task_type="CAUSAL_LM", **lora)
+    model.save_pretrained(folder)
+    return folder
+
+
+def started(
+    base: Path, output: Path, start: Any, report: Reporter = SILENT, **lora: Any
+) -> tuple[PeftModel, StartedFrom]:
+    """The model of a recipe whose `lora` has these keys, as a run starts it."""
+    output.mkdir(exist_ok=True)
+    named = start if isinstance(start, Mapping) else list(map(str, start)) if isinstance(start, list) else str(start)
+    recipe = load_recipe(write_recipe(output / "asked.yaml", base, lora={"start_from": named, **lora}))
+    source = resolve_model(str(base))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = with_adapter(load_model(source), recipe, "CAUSAL_LM", source)
+    found = start_from_adapter(model, recipe, source, output, report)
+    assert found is not None
+    return model, found
+
+
+def updates(model: PeftModel) -> dict[str, Matrix]:
+    """scaling * B A of each module in float64."""
+    return {path: one.scaling * (one.b @ one.a).numpy() for path, one in factors(model).items()}
+
+
+def expected(base: Path, folder: Path) -> dict[str, Matrix]:
+    """delta_W of each module, as PEFT merges it in float64."""
+    return {path: delta.numpy() for path, delta in peft_deltas(base, folder).items()}
+
+
+def norm(matrices: Sequence[Matrix]) -> float:
+    return math.sqrt(sum(float(np.square(matrix).sum()) for matrix in matrices))
+
+
+def distance(model: PeftModel, wanted: Mapping[str, Matrix]) -> float:
+    """Norm of the difference over all modules, relative to that of the wanted update."""
+    found = updates(model)
+    assert wanted.keys() <= found.keys()
+    off = [update - wanted.get(path, np.zeros_like(update)) for path, update in found.items()]
+    return norm(off) / norm([*wanted.values()])
+
+
+def tail(wanted: Mapping[str, Matrix], ranks: Mapping[str, int]) -> float:
+    """Smallest relative error of these ranks, by the ends of module names, from dense SVDs (Eckart and Young)."""
+    left: list[Matrix] = []
+    for path, delta in wanted.items():
+        rank = next(r for end, r in ranks.items() if path.endswith(end))
+        left.append(np.asarray(np.linalg.svd(delta, compute_uv=False)[rank:], dtype=np.float64))
+    return norm(left) / norm([*wanted.values()])
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=token_ids()).logits
+    return found
+
+
+# The first A and B
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "lora_alpha": 7, "use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"up_proj": 5}},
+    ],
+)
+def test_a_lora_of_the_same_rank_and_scaling_keeps_its_bits(base: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    source = adapter(base, tmp_path / "source", **lora)
+    model, origin = started(base, tmp_path / "out", source, **lora)
+    kept = load_file(source / "adapter_model.safetensors")
+    found = {name.replace(".default", ""): matrix for name, matrix in lora_matrices(model).items()}
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[key], kept[key]) for key in kept)
+    assert (origin.relative_error, origin.modules, origin.fresh_modules) == (0, 14, 0)
+    assert origin.sources[0].path == str(source)
+    assert origin.sources[0].sha256.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_smaller_rank_is_the_best_one_and_its_error_is_told(
+    base: Path, tmp_path: Path, rank: int, use_rslora: bool
+) -> None:
+    source, report = adapter(base, tmp_path / "source", r=6, lora_alpha=9), Lines()
+    lora = {"r": rank, "lora_alpha": 7, "use_rslora": use_rslora, "rank_pattern": {"down_proj": 2}}
+    model, origin = started(base, tmp_path / "out", source, report, **lora)
+    wanted = expected(base, source)
+    best = tail(wanted, {"down_proj": 2, "": rank})
+    assert 0.05 < best < 0.95
+    assert origin.relative_error == pytest.approx(best, rel=1e-6)
+    assert distance(model, wanted) == pytest.approx(best, rel=1e-6)
+    assert any(f"leaves out {best:.3g} of the update's norm" in line for line in report.lines)
+    for one in factors(model).values():
+        assert torch.allclose(one.a.norm(dim=1), one.b.norm(dim=0), rtol=1e-5)
+
+
+def test_a_larger_rank_adds_directions_that_can_be_trained(base: Path, tmp_path: Path) -> None:
+    """Zeros in both A and B would stay zeros for ever."""
+    source = adapter(base, tmp_path / "source", r=2)
+    model, origin = started(base, tmp_path / "out", source, r=5)
+    assert origin.relative_error == 0
+    assert distance(model, expected(base, source)) < 4 * U32
+    model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            assert not parameter[:, 2:].any()
+            assert parameter.grad is not None
+            assert bool((parameter.grad.norm(dim=0) > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "error"),
+    [
+        ("rslora with patterns", 7, 4 * U32),
+        ("loha", 9, 3e-6),
+        ("lokr", 16, 4 * U32),
+        ("pissa", 6, 3e-6),
+        ("lora of an embedding", 3, 4 * U32),
+        ("dora", 5, None),
+        ("oft", 3, None),
+    ],
+)
+def test_other_kinds_start_as_peft_runs_them(tmp_path: Path, name: str, rank: int, error: float | None) -> None:
+    source = SOURCES[name]
+    base = make_base(tmp_path / "base", source.base)
+    folder = make_source(base, tmp_path / "source", source)
+    targets = source.options.get("target_modules", BOTH)
+    model, origin = started(base, tmp_path / "out", folder, r=rank, lora_alpha=3, target_modules=targets)
+    wanted = expected(base, folder)
+    if error is not None:
+        assert origin.relative_error == 0
+        assert distance(model, wanted) < error
+    else:
+        best = tail(wanted, {"": rank})
+        assert best > 0.01
+        assert origin.relative_error == pytest.approx(best, rel=1e-4)
+        assert distance(model, wanted) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_a_loraover_checkpoint_starts_a_run(tmp_path: Path, rank: int) -> None:
+    made = make_checkpoint(tmp_path)
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ATTENTION}
+    model, origin = started(made.base, tmp_path / "out", made.path, **lora)
+    assert origin.relative_error == 0
+    assert "loraover.safetensors" in origin.sources[0].sha256
+    if rank == 4:
+        found, kept = lora_matrices(model), lora_matrices(made.model)
+        assert all(torch.equal(found[name], kept[name]) for name in kept)
+    assert torch.allclose(logits(model), logits(made.model), atol=1e-5)
+
+
+def test_the_sum_of_several_adapters_starts_a_run(base: Path, tmp_path: Path) -> None:
+    first = adapter(base, tmp_path / "first", seed=1, r=2)
+    second = adapter(base, tmp_path / "second", seed=2, r=3, target_modules=["q_proj", "down_proj"])
+    model, origin = started(base, tmp_path / "out", {str(first): 0.5, str(second): -2}, r=5)
+    deltas, others = expected(base, first), expected(base, second)
+    wanted = {path: 0.5 * delta - 2 * others.get(path, np.zeros_like(delta)) for path, delta in deltas.items()}
+    assert distance(model, wanted) < 8 * U32
+    assert [(one.path, one.weight) for one in origin.sources] == [(str(first), 0.5), (str(second), -2)]
+    model, origin = started(base, tmp_path / "list", [first, second], r=2)
+    wanted = {path: delta + others.get(path, np.zeros_like(delta)) for path, delta in deltas.items()}
+    assert origin.relative_error == pytest.approx(tail(wanted, {"": 2}), rel=1e-6)
+
+
+def test_a_sum_takes_adapters_of_other_kinds(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "even")
+    loha = make_source(base, tmp_path / "loha", SOURCES["loha"])
+    plain = adapter(base, tmp_path / "plain", target_modules=["q_proj"])
+    model, _ = started(base, tmp_path / "out", [loha, plain], r=16, target_modules=BOTH)
+    deltas, others = expected(base, loha), expected(base, plain)
+    wanted = {path: delta + others.get(path, np.zeros_like(delta)) for path, delta in deltas.items()}
+    assert distance(model, wanted) < 3e-6
+
+
+@needs_expert_stacks
+@pytest.mark.parametrize("rank", [4, 5])
+def test_experts_start_from_those_of_an_adapter(tmp_path: Path, rank: int) -> None:
+    saved(tiny_moe(), tmp_path / "base")
+    trained = expert_lora(load_base(tmp_path / "base"), tmp_path / "source")
+    lora = {key: value for key, value in EXPERT_LORA.items() if key != "task_type"} | {"r": rank}
+    model, origin = started(tmp_path / "base", tmp_path / "out", tmp_path / "source", **lora)
+    assert origin.relative_error == 0
+    found, kept = expert_deltas(model), expert_deltas(trained)
+    assert len(kept) == 16
+    assert found.keys() == kept.keys()
+    assert all(torch.allclose(found[path], kept[path], atol=1e-6) for path in kept)
+    if rank == 4:
+        matrices, others = lora_matrices(model), lora_matrices(trained)
+        assert all(torch.equal(matrices[name], others[name]) for name in others)
+
+
+def test_modules_that_the_adapter_lacks_start_as_usual(base: Path, tmp_path: Path) -> None:
+    source, report = adapter(base, tmp_path / "source", target_modules=["q_proj"]), Lines()
+    model, origin = started(base, tmp_path / "out", source, report)
+    plain = load_recipe(write_recipe(tmp_path / "plain.yaml", base))
+    torch.manual_seed(7)
+    untouched = with_adapter(load_model(resolve_model(str(base))), plain, "CAUSAL_LM", resolve_model(str(base)))
+    others = lora_matrices(untouched)
+    assert (origin.modules, origin.fresh_modules) == (2, 12)
+    assert "12 other modules start as PEFT starts them, with B = 0" in report.lines
+    for name, matrix in lora_matrices(model).items():
+        assert torch.equal(matrix, others[name]) == ("q_proj" not in name)
+
+
+@pytest.mark.parametrize("decomposition", ["mpo", "eigen"])
+def test_cores_are_made_from_the_first_a_and_b(base: Path, tmp_path: Path, decomposition: str) -> None:
+    source = adapter(base, tmp_path / "source")
+    model, _ = started(base, tmp_path / "out", source)
+    wanted = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(source)))
+    assert float((wanted - logits(load_base(base))).abs().max()) > 0.01
+    config = LoraOverConfig(decomposition=decomposition)
+    probe = calibration(model) if config.make_decomposition().calibrates else None
+    over = OverParameterization(model, config, probe=probe)
+    over.attach(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    assert len(over.sites) == 28
+    assert torch.allclose(logits(model), wanted, atol=1e-5)
+    save(tmp_path / "checkpoint", model, over, step=0)
+    with unfolded(load_base(base), read_checkpoint(tmp_path / "checkpoint")) as applied:
+        assert torch.allclose(logits(applied), wanted, atol=1e-5)
+
+
+# Runs
+
+
+@pytest.fixture
+def source(base: Path, tmp_path: Path) -> Path:
+    return adapter(base, tmp_path / "source", r=6)
+
+
+@pytest.fixture
+def recipe(base: Path, source: Path, tmp_path: Path) -> Path:
+    parts: dict[str, Any] = {"lora": {"start_from": str(source), "lora_dropout": 0.2}}
+    parts |= {"training": {"max_steps": 7}, "evaluation": {"exact_match": False}}
+    return write_recipe(tmp_path / "recipe.yaml", base, **parts)
+
+
+@pytest.mark.process
+def test_a_resumed_run_needs_its_source_no_more(recipe: Path, source: Path, tmp_path: Path) -> None:
+    assert train(recipe, tmp_path / "whole") == 0
+    out = stopped(recipe, tmp_path / "out")
+    shutil.rmtree(source)
+    with steps_taken() as taken:
+        assert train(recipe, out, "--resume") == 0
+    assert taken == [5, 6, 7]
+    assert_same_run(out, tmp_path / "whole")
+    result = read_run(out)
+    assert result.started_from is not None
+    assert 0.05 < result.started_from.relative_error < 0.95
+    assert "source" in result.facts()["started from"]
+    assert "started from" in (out / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.process
+def test_the_loss_before_training_is_that_of_the_adapter(base: Path, tmp_path: Path) -> None:
+    first = write_recipe(tmp_path / "first.yaml", base, method="lora", evaluation={"exact_match": False})
+    loraover.train(first, tmp_path / "first")
+    done = read_run(tmp_path / "first")
+    lora = {"start_from": str(tmp_path / "first" / "adapter")}
+    again = write_recipe(tmp_path / "again.yaml", base, lora=lora, evaluation={"exact_match": False})
+    found = loraover.train(again, tmp_path / "again")
+    assert found.before is not None
+    assert done.after is not None
+    assert done.before is not None
+    assert found.before.loss == pytest.approx(done.after.loss, rel=1e-5)
+    assert found.before.loss < done.before.loss - 0.01
+
+
+@pytest.mark.process
+def test_federated_clients_share_the_b_of_the_adapter_and_keep_its_a(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    source = adapter(base, tmp_path / "source")
+    parts: dict[str, Any] = {"lora": {"start_from": str(source)}, "evaluation": {"examples": 0}}
+    result = loraover.train(write_recipe(tmp_path / "r.yaml", base, method="federated", **parts), tmp_path / "out")
+    assert result.started_from is not None
+    kept, found = (load_file(folder / "adapter_model.safetensors") for folder in (source, tmp_path / "out" / "adapter"))
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[key], kept[key]) == ("lora_A" in key) for key in kept)
+
+
+@pytest.mark.process
+def test_a_run_without_its_adapter_leaves_no_folder(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", base, lora={"start_from": str(tmp_path / "absent")})
+    assert train(recipe, tmp_path / "out") == 2
+    assert "lora.start_from: " in only_error(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.process
+def test_a_plan_and_its_trial_need_no_adapter(base: Path, tmp_path: Path) -> None:
+    asked = load_recipe(write_recipe(tmp_path / "r.yaml", base, lora={"start_from": str(tmp_path / "absent")}))
+    plan = make_plan(asked, tries=True)
+    assert plan.step_seconds is not None
+
+
+def test_a_start_is_part_of_a_recipe_and_its_absence_is_not(base: Path, tmp_path: Path) -> None:
+    asked = load_recipe(write_recipe(tmp_path / "r.yaml", base))
+    other = load_recipe(asked, {"lora.start_from": "maths"})
+    assert digest(other) != digest(asked)
+    assert digest(load_recipe(other, {"lora.start_from": {"maths": 2}})) != digest(other)
+    assert digest(load_recipe(other, {"lora.start_from": None})) == digest(asked)
+    assert "start_from" not in asked.model_dump()["lora"]
+    assert load_recipe(other) == other
+
+
+@pytest.mark.parametrize("start", ["owner/maths", ["owner/maths", "here"], {"owner/maths": 0.5, "here": 2.0}])
+def test_a_run_keeps_the_commits_of_the_hub(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any
+) -> None:
+    def fetch(name: str, say: Any) -> Fetched:
+        return Fetched(tmp_path, f"{name}@c0ffee" if "/" in name else name)
+
+    monkeypatch.setattr("loraover.training.start.fetch_adapter", fetch)
+    asked = load_recipe(write_recipe(tmp_path / "r.yaml", base, lora={"start_from": start}))
+    pinned = pin_start(asked, tmp_path, SILENT)
+    names = {"owner/maths": "owner/maths@c0ffee", "here": "here"}
+    assert pinned.lora.start_weights == {names[name]: weight for name, weight in asked.lora.start_weights.items()}
+    keep_recipe(tmp_path, pinned)
+    assert with_commits(asked, tmp_path).lora == pinned.lora
+    for other in ("owner/code", None, ["owner/maths", "code", "law"]):
+        changed = load_recipe(asked, {"lora.start_from": other})
+        assert with_commits(changed, tmp_path).lora == changed.lora
+
+
+# Refusals
+
+
+def refused(base: Path, folder: Path, start: Any, **lora: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        started(base, folder / "out", start, **lora)
+    assert not (folder / "out" / "start.json").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "full"}, "method full trains no adapter"),
+        ({"method": "soma"}, "method soma takes no lora.start_from"),
+        ({"method": "lorasc"}, "method lorasc takes no lora.start_from"),
+        ({"method": "tensorguide"}, "method tensorguide takes no lora.start_from"),
+        ({"trainer": "dpo"}, "trainer dpo compares with the base model without an adapter"),
+        ({"trainer": "grpo", "reward_funcs": ["think_format_reward"]}, "or set training.beta to 0"),
+        ({"method": "lora", "lora.init_lora_weights": "pissa"}, "both say how A and B start"),
+        ({"lora.init_lora_weights": "gaussian"}, "both say how A and B start"),
+        ({"method": "lora", "lora.use_dora": True}, "use_dora trains magnitudes"),
+        ({"lora.start_from": []}, "at least 1 item"),
+        ({"lora.start_from": ["a", "a"]}, "named twice"),
+        ({"lora.start_from": {"a": 0}}, "finite numbers other than 0"),
+    ],
+)
+def test_a_recipe_that_contradicts_its_start_is_refused(
+    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", base, lora={"start_from": "a"})
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe, changes)
+
+
+def test_a_module_that_the_recipe_does_not_adapt_is_refused(base: Path, tmp_path: Path) -> None:
+    message = refused(base, tmp_path, adapter(base, tmp_path / "source"), target_modules=["q_proj"])
+    assert "adapts model.layers.0.mlp.down_proj and 11 other modules" in message
+    assert "the 2 modules that this recipe's lora adapts, such as model.layers.0.self_attn.q_proj" in message
+    assert "Name it in lora.target_modules too" in message
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_llama(other, intermediate_size=40)
+    message = refused(base, tmp_path, adapter(other, tmp_path / "source"))
+    assert "by a matrix of shape (32, 40)" in message
+    assert "(32, 48) there" in message
+    assert f"another base model, {other}. Set model to that" in message
+
+
+def test_another_base_of_the_same_shapes_is_said(base: Path, tmp_path: Path) -> None:
+    other, report = save_llama(tmp_path / "other", seed=5), Lines()
+    started(base, tmp_path / "out", adapter(other, tmp_path / "source"), report)
+    assert f"warning: the adapter was trained on {other}, and this run trains on {base}" in report.lines
+
+
+def test_adapters_of_two_bases_are_refused(base: Path, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "other", seed=5)
+    sources = [adapter(base, tmp_path / "a"), adapter(other, tmp_path / "b")]
+    assert "Deltas fit one base model only" in refused(base, tmp_path, sources)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save is ['lm_head']"),
+        ({"init_lora_weights": "corda"}, "corda"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_and_b_is_refused(tmp_path: Path, lora: dict[str, Any], message: str) -> None:
+    base = tmp_path / "base"
+    saved(tiny_llama(attention_bias=True), base)
+    start = lora.pop("init_lora_weights", True)
+    source = adapter(base, tmp_path / "source", **lora)
+    if start is not True:
+        config = json.loads((source / "adapter_config.json").read_text())
+        (source / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
+    found = refused(base, tmp_path, source)
+    assert found.startswith("lora.start_from: ")
+    assert message in found
+
+
+def test_kinds_that_change_no_weights_are_refused(base: Path, tmp_path: Path) -> None:
+    source = adapter(base, tmp_path / "source")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
+    assert "PROMPT_TUNING adapter cannot become a LoRA" in refused(base, tmp_path, source)
+
+
+def test_untrained_damaged_and_absent_adapters_are_refused(base: Path, tmp_path: Path) -> None:
+    zero = tmp_path / "zero"
+    with_lora(load_base(base), draw_b=False).save_pretrained(zero)
+    assert "is zero in every module; train it first" in refused(base, tmp_path, zero)
+    nan = adapter(base, tmp_path / "nan")
+    tensors = load_file(nan / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = math.nan
+    save_file(tensors, nan / "adapter_model.safetensors")
+    assert "NaN" in refused(base, tmp_path, nan)
+    assert "no such folder" in refused(base, tmp_path, tmp_path / "absent")
+
+
+def test_a_scaling_of_zero_is_refused(base: Path, tmp_path: Path) -> None:
+    source = adapter(base, tmp_path / "source")
+    message = refused(base, tmp_path, source, alpha_pattern={"q_proj": 0})
+    assert "the scaling of model.layers.0.self_attn.q_proj is 0" in message
