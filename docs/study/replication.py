@@ -2,7 +2,7 @@
 
     python docs/study/replication.py docs/study/replication.yaml docs/study/replication [--report-only] [--jobs 2]
 
-Writes replication.json and replication.md beside the runs. Only the secondary comparison is not made here.
+Writes replication.json beside the runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loraover.reporting.reporter import ConsoleReporter
 from loraover.study.analysis import LEVEL, Losses, difference, mean_loss, unit_variances
 from loraover.study.grid import DEFAULTS, Run
 from loraover.study.kept_runs import finished
-from loraover.study.outcome import RunOutcome
+from loraover.study.outcome import RunOutcome, execute
 from loraover.study.request import StudyRequest
 from loraover.study.runner import run_grid
 from loraover.training.recipe import load_recipe
@@ -54,6 +54,28 @@ def ruler_of(plan: Registration) -> list[Run]:
         _run(plan, task, ruler, float(rate), ruler["seed"])
         for task in plan["tasks"]
         for rate in ruler["learning_rates"]
+    ]
+
+
+def start_of(plan: Registration) -> Run:
+    """The run whose adapter both methods are started from in the secondary comparison."""
+    task = {"name": plan["secondary"]["start_from"], "recipe": plan["secondary"]["start_from"], "max_steps": 100}
+    return _run(plan, task, plan["primary"]["baseline"], float(plan["learning_rate"]), plan["ruler"]["seed"])
+
+
+def secondary_of(plan: Registration, adapter: Path) -> list[Run]:
+    """Both methods on every task, started from an adapter, with the first seed."""
+    named = {method["name"]: method for method in plan["primary"].values()}
+    return [
+        _run(
+            plan,
+            task,
+            {"name": f"{name}-started", "settings": named[name]["settings"] | {"lora.start_from": str(adapter)}},
+            float(plan["learning_rate"]),
+            plan["seeds"][0],
+        )
+        for task in plan["tasks"]
+        for name in plan["secondary"]["methods"]
     ]
 
 
@@ -106,6 +128,10 @@ def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> 
     }
 
 
+def _loss(outcome: RunOutcome) -> float:
+    return mean_loss(np.array([outcome.nats]), np.array(outcome.tokens))
+
+
 def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, Any]:
     """State what the finished runs show by the registered rule; a task with unfinished seeds has no interval yet."""
     names = [task["name"] for task in plan["tasks"]]
@@ -113,6 +139,7 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
     is_piloted = len(pilot) == len(runs_of(plan, plan["pilot_seeds"], names))
     widths = predicted_widths(plan, pilot) if is_piloted else {}
     ruler = finished(ruler_of(plan), folder)
+    started = finished(secondary_of(plan, folder / start_of(plan).folder / "adapter"), folder)
     tasks: dict[str, Any] = {}
     for name in names:
         asked = runs_of(plan, plan["seeds"], [name])
@@ -122,10 +149,9 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
             tasks[name]["stopped"] = "after the pilot: the interval would be too wide"
         elif len(outcomes) == len(asked):
             tasks[name] |= judge(plan, outcomes, name)
-        full = {
-            run.rate: mean_loss(np.array([o.nats]), np.array(o.tokens)) for run, o in ruler.items() if run.task == name
-        }
+        full = {run.rate: _loss(outcome) for run, outcome in ruler.items() if run.task == name}
         tasks[name]["full_fine_tuning_losses"] = {f"{rate:g}": loss for rate, loss in sorted(full.items())}
+        tasks[name]["started_losses"] = {run.method: _loss(o) for run, o in started.items() if run.task == name}
     return {
         "registration_sha256": hashlib.sha256(registration).hexdigest(),
         "tasks": tasks,
@@ -155,6 +181,9 @@ def main() -> None:
         print(f"predicted widths in per cent: {widths}; continued: {kept}")
         run_grid(runs_of(plan, plan["seeds"], kept), study)
         run_grid(ruler_of(plan), study)
+        start = start_of(plan)
+        execute(start.recipe, asked.folder / start.folder, threads=1)
+        run_grid(secondary_of(plan, asked.folder / start.folder / "adapter"), study)
     found = report(plan, asked.folder, registration)
     publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps(found["tasks"], indent=1))

@@ -36,7 +36,7 @@ PLAIN = ("lora", "lora+", "lora-matched")
 VARIANTS = {
     key.removeprefix("lora.") for settings in METHOD_SETTINGS.values() for key in settings if key.startswith("lora.")
 }
-VARIANTS |= {"training.optim"}
+VARIANTS |= {"training.optim", "start_from"}
 """Settings with which plain LoRA counts as another method."""
 
 RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in METHODS))

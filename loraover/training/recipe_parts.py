@@ -7,15 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loraover.data.formats import FORMATS
 from loraover.overparam.config import LoraOverConfig
@@ -193,12 +185,6 @@ class LoraSettings(OpenPart):
         if self.use_dora:
             raise ValueError("use_dora trains magnitudes, which start_from does not set; leave one of the two out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, make: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave an absent start out, so that runs that began before there was this key can be resumed."""
-        values: dict[str, Any] = make(self)
-        return {key: value for key, value in values.items() if key != "start_from" or value is not None}
 
 
 class ModelInit(RecipePart):

@@ -44,6 +44,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "use_dora": False,
         "init_lora_weights": True,
         "rank_pattern": {},
+        "start_from": None,
     },
     "LoraOverConfig": {
         "decomposition": "mpo",
