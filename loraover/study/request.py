@@ -303,6 +303,8 @@ class StudyRequest(Request):
             if self.benchmark_settings:
                 yield f"{asked} needs {self.named('benchmark')}, which is missing."
             return
+        if (self.settings or {}).get("evaluation.exact_match"):
+            yield f"{self.named('benchmark')} and evaluation.exact_match both give the scores; leave one out."
         if self.ray is not None:
             yield f"{self.named('benchmark')} needs the adapters, which Ray's workers do not keep; leave one out."
         known = [name for name in declarations(EvaluationRequest) if name not in STUDY_SETS]

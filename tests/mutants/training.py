@@ -340,4 +340,34 @@ TRAINING = (
         "served_rank=outcomes[0].served_rank",
         Selection("test_report.py", "older_version"),
     ),
+    Mutant(
+        "study-scores-every-rate",
+        "found += [run for run in runs if tuned is not None and run.rate == tuned.best_rate]",
+        "found += [run for run in runs if tuned is not None]",
+        Selection("test_paper.py", "chosen_rate"),
+    ),
+    Mutant(
+        "study-scores-another-adapter",
+        "_, *results = perform(evaluate, asked).results",
+        "*results, _ = perform(evaluate, asked).results",
+        Selection("test_paper.py", "leaves_no_score"),
+    ),
+    Mutant(
+        "start-forgets-the-recipes-scaling",
+        "(delta.b.value.double() / target.scaling, delta.a.value.double())",
+        "(delta.b.value.double(), delta.a.value.double())",
+        Selection("test_start_from.py", "smaller_rank"),
+    ),
+    Mutant(
+        "start-says-nothing-of-what-a-sum-left-out",
+        "_Module(a, b, norm, math.hypot(left_out, *(one.truncation_error for one in certificates)))",
+        "_Module(a, b, norm, math.hypot(*(one.truncation_error for one in certificates)))",
+        Selection("test_start_from.py", "smaller_rank"),
+    ),
+    Mutant(
+        "start-adds-directions-that-are-never-trained",
+        "a = torch.cat([kept.a, target.a[used:]])",
+        "a = torch.cat([kept.a, 0 * target.a[used:]])",
+        Selection("test_start_from.py", "larger_rank"),
+    ),
 )

@@ -162,6 +162,19 @@ def test_a_benchmark_that_fails_leaves_no_score(
     assert [one.score is None for one in read_kept(tmp_path / "out")] == [True, False]  # sorted by name
 
 
+def test_adapters_at_the_chosen_rate_alone_are_scored(bases: dict[str, list[Path]], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
+    asked = ["--ask", f"data={tmp_path / 'sums.jsonl'}", "--ask", "max_new_tokens=2", "--ask", "dtype=fp32"]
+    one = {"llama": bases["llama"][:1]}
+    command = words("paper-gsm8k", tmp_path, one, *asked, "--methods", "lora", seeds=2, sweep="1e-4,1e-2")
+    assert run(cli, command) == 0
+    (task,) = report_of(tmp_path).tasks
+    (best,) = {one.rate for one in task.methods}
+    scored = [one.run for one in read_kept(tmp_path / "out") if one.score is not None]
+    assert [name.split("/")[2:] for name in scored] == [[f"lr-{best:g}", "seed-0"], [f"lr-{best:g}", "seed-1"]]
+
+
 @pytest.mark.parametrize("table", PAPER_TABLES)
 def test_a_table_is_a_study_that_arguments_change(table: str, tmp_path: Path) -> None:
     whole = StudyRequest(table, tmp_path, settings={"training.max_steps": 3}).whole()
@@ -185,6 +198,7 @@ def test_a_table_is_a_study_that_arguments_change(table: str, tmp_path: Path) ->
         ({"benchmark_settings": {"judge_url": "http://a"}}, "judge_url needs judge_model"),
         ({"benchmark_settings": {"adapters": "a"}}, "names 'adapters'"),
         ({"ray": "local"}, "benchmark needs the adapters"),
+        ({"settings": {"evaluation.exact_match": True}}, "both give the scores"),
         ({"methods": "lora,eigen-2", "lr_sweep": {"eigen": (1e-3,), "": (1e-3,)}}, "lr_sweep names 'eigen'"),
         ({"required": 3}, "required=3: expected 1 to 2"),
     ],

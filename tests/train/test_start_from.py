@@ -1,8 +1,7 @@
-"""A run that starts from trained adapters: the first A and B, what a smaller rank leaves out, and what is refused."""
+"""A run that starts from trained adapters: the first A and B, and what a smaller rank leaves out."""
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import loraover
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.callbacks.step_norm import factors
-from loraover.common.errors import ConfigError
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.reporter import SILENT
 from loraover.models.load import load_model, resolve_model
 from loraover.reference.unfolded_model import unfolded
 from loraover.sources.fetch import Fetched
@@ -32,17 +30,18 @@ from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_folder import with_commits
 from loraover.training.run_folder import write_recipe as keep_recipe
-from loraover.training.run_result import StartedFrom, read_run
-from loraover.training.start import pin_start, start_from_adapter
+from loraover.training.run_result import read_run
+from loraover.training.start import pin_start
 
 from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas
 from support.make_checkpoint import ATTENTION, calibration, make_checkpoint, save
 from support.refusals import only_error
 from support.resumed_run import assert_same_run, steps_taken, stopped
+from support.started import Lines, adapter, started
 from support.tiny_experts import EXPERT_LORA, expert_lora, tiny_moe
 from support.tiny_experts import peft_deltas as expert_deltas
-from support.tiny_hub import save_llama, write_recipe
-from support.tiny_models import lora_matrices, saved, tiny_llama, token_ids, with_lora
+from support.tiny_hub import write_recipe
+from support.tiny_models import lora_matrices, saved, token_ids
 from support.train_command import train
 from support.versions import needs_expert_stacks
 
@@ -50,39 +49,6 @@ pytestmark = pytest.mark.usefixtures("no_network")
 
 Matrix = NDArray[np.float64]
 U32 = 2.0**-24
-
-
-class Lines(Reporter):
-    """Reporter that keeps its lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def adapter(base: Path, folder: Path, seed: int = 1, **lora: Any) -> Path:
-    """A plain LoRA of rank 4 on all linear layers, unless told otherwise; returns its folder."""
-    model = with_lora(load_base(base), seed=seed, task_type="CAUSAL_LM", **lora)
-    model.save_pretrained(folder)
-    return folder
-
-
-def started(
-    base: Path, output: Path, start: Any, report: Reporter = SILENT, **lora: Any
-) -> tuple[PeftModel, StartedFrom]:
-    """The model of a recipe whose `lora` has these keys, as a run starts it."""
-    output.mkdir(exist_ok=True)
-    named = start if isinstance(start, Mapping) else list(map(str, start)) if isinstance(start, list) else str(start)
-    recipe = load_recipe(write_recipe(output / "asked.yaml", base, lora={"start_from": named, **lora}))
-    source = resolve_model(str(base))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model = with_adapter(load_model(source), recipe, "CAUSAL_LM", source)
-    found = start_from_adapter(model, recipe, source, output, report)
-    assert found is not None
-    return model, found
 
 
 def updates(model: PeftModel) -> dict[str, Matrix]:
@@ -389,113 +355,3 @@ def test_a_run_keeps_the_commits_of_the_hub(
     for other in ("owner/code", None, ["owner/maths", "code", "law"]):
         changed = load_recipe(asked, {"lora.start_from": other})
         assert with_commits(changed, tmp_path).lora == changed.lora
-
-
-# Refusals
-
-
-def refused(base: Path, folder: Path, start: Any, **lora: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        started(base, folder / "out", start, **lora)
-    assert not (folder / "out" / "start.json").exists()
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "full"}, "method full trains no adapter"),
-        ({"method": "soma"}, "method soma takes no lora.start_from"),
-        ({"method": "lorasc"}, "method lorasc takes no lora.start_from"),
-        ({"method": "tensorguide"}, "method tensorguide takes no lora.start_from"),
-        ({"trainer": "dpo"}, "trainer dpo compares with the base model without an adapter"),
-        ({"trainer": "grpo", "reward_funcs": ["think_format_reward"]}, "or set training.beta to 0"),
-        ({"method": "lora", "lora.init_lora_weights": "pissa"}, "both say how A and B start"),
-        ({"lora.init_lora_weights": "gaussian"}, "both say how A and B start"),
-        ({"method": "lora", "lora.use_dora": True}, "use_dora trains magnitudes"),
-        ({"lora.start_from": []}, "at least 1 item"),
-        ({"lora.start_from": ["a", "a"]}, "named twice"),
-        ({"lora.start_from": {"a": 0}}, "finite numbers other than 0"),
-    ],
-)
-def test_a_recipe_that_contradicts_its_start_is_refused(
-    base: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", base, lora={"start_from": "a"})
-    with pytest.raises(ConfigError, match=message):
-        load_recipe(recipe, changes)
-
-
-def test_a_module_that_the_recipe_does_not_adapt_is_refused(base: Path, tmp_path: Path) -> None:
-    message = refused(base, tmp_path, adapter(base, tmp_path / "source"), target_modules=["q_proj"])
-    assert "adapts model.layers.0.mlp.down_proj and 11 other modules" in message
-    assert "the 2 modules that this recipe's lora adapts, such as model.layers.0.self_attn.q_proj" in message
-    assert "Name it in lora.target_modules too" in message
-
-
-def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    save_llama(other, intermediate_size=40)
-    message = refused(base, tmp_path, adapter(other, tmp_path / "source"))
-    assert "by a matrix of shape (32, 40)" in message
-    assert "(32, 48) there" in message
-    assert f"another base model, {other}. Set model to that" in message
-
-
-def test_another_base_of_the_same_shapes_is_said(base: Path, tmp_path: Path) -> None:
-    other, report = save_llama(tmp_path / "other", seed=5), Lines()
-    started(base, tmp_path / "out", adapter(other, tmp_path / "source"), report)
-    assert f"warning: the adapter was trained on {other}, and this run trains on {base}" in report.lines
-
-
-def test_adapters_of_two_bases_are_refused(base: Path, tmp_path: Path) -> None:
-    other = save_llama(tmp_path / "other", seed=5)
-    sources = [adapter(base, tmp_path / "a"), adapter(other, tmp_path / "b")]
-    assert "Deltas fit one base model only" in refused(base, tmp_path, sources)
-
-
-@pytest.mark.parametrize(
-    ("lora", "message"),
-    [
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
-        ({"lora_bias": True}, "lora_bias is True"),
-        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save is ['lm_head']"),
-        ({"init_lora_weights": "corda"}, "corda"),
-    ],
-)
-def test_an_adapter_that_is_more_than_a_and_b_is_refused(tmp_path: Path, lora: dict[str, Any], message: str) -> None:
-    base = tmp_path / "base"
-    saved(tiny_llama(attention_bias=True), base)
-    start = lora.pop("init_lora_weights", True)
-    source = adapter(base, tmp_path / "source", **lora)
-    if start is not True:
-        config = json.loads((source / "adapter_config.json").read_text())
-        (source / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": start}))
-    found = refused(base, tmp_path, source)
-    assert found.startswith("lora.start_from: ")
-    assert message in found
-
-
-def test_kinds_that_change_no_weights_are_refused(base: Path, tmp_path: Path) -> None:
-    source = adapter(base, tmp_path / "source")
-    config = json.loads((source / "adapter_config.json").read_text())
-    (source / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PROMPT_TUNING"}))
-    assert "PROMPT_TUNING adapter cannot become a LoRA" in refused(base, tmp_path, source)
-
-
-def test_untrained_damaged_and_absent_adapters_are_refused(base: Path, tmp_path: Path) -> None:
-    zero = tmp_path / "zero"
-    with_lora(load_base(base), draw_b=False).save_pretrained(zero)
-    assert "is zero in every module; train it first" in refused(base, tmp_path, zero)
-    nan = adapter(base, tmp_path / "nan")
-    tensors = load_file(nan / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = math.nan
-    save_file(tensors, nan / "adapter_model.safetensors")
-    assert "NaN" in refused(base, tmp_path, nan)
-    assert "no such folder" in refused(base, tmp_path, tmp_path / "absent")
-
-
-def test_a_scaling_of_zero_is_refused(base: Path, tmp_path: Path) -> None:
-    source = adapter(base, tmp_path / "source")
-    message = refused(base, tmp_path, source, alpha_pattern={"q_proj": 0})
-    assert "the scaling of model.layers.0.self_attn.q_proj is 0" in message
