@@ -77,7 +77,7 @@ class Recipe(MethodKeys):
             if not is_grpo or (self.training.model_extra or {}).get("beta") != 0:
                 raise ValueError(
                     f"trainer {self.trainer} compares with the base model without an adapter, not with the adapter of "
-                    "lora.start_from; merge that into the base model with `loraover export merge`, and train on the "
+                    "lora.start_from; merge that adapter into the base model, and train on the "
                     f"result{', or set training.beta to 0, which compares with nothing' if is_grpo else ''}"
                 )
         if self.method == "full" and self.lora.start_from is not None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -32,6 +32,8 @@ from support.tiny_hub import save_llama, save_t5
 pytestmark = pytest.mark.process
 
 METHODS = ("lora", "lora+", "mpo-static", "mpo-dynamic", "eigen")
+WHOLE = pytest.param(METHODS, marks=pytest.mark.matrix, id="whole")
+"""All methods of a table, which take a minute."""
 PROBLEM = {
     "task_id": "T/0",
     "prompt": "def double(x):\n",
@@ -74,9 +76,16 @@ def words(
     return ["study", table, "-o", str(folder / "out"), "--seeds", str(seeds), "--lr-sweep", sweep, *options, *more]
 
 
+class Asked(NamedTuple):
+    """A table, and options of its benchmark."""
+
+    table: str
+    options: list[str]
+
+
 @pytest.fixture
-def asked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]:
-    """Options of a benchmark, with a judge where it needs one."""
+def asked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Asked]:
+    """A table, with a judge where its benchmark needs one."""
     with ExitStack() as until:
         if request.param == "paper-mtbench":
             judge = until.enter_context(openai_server(lambda body: "Rating: [[7]]"))
@@ -87,42 +96,49 @@ def asked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]
         else:
             (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
             more = [f"data={tmp_path / 'sums.jsonl'}"]
-        yield [word for option in (*more, "max_new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
+        options = [word for option in (*more, "max_new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
+        yield Asked(request.param, options)
 
 
 def report_of(folder: Path) -> StudyReport:
     return StudyReport.model_validate_json((folder / "out" / "study.json").read_text())
 
 
-def test_glue_is_scored_by_the_answers_to_held_out_rows(bases: dict[str, list[Path]], tmp_path: Path) -> None:
-    assert run(cli, words("paper-glue", tmp_path, bases)) == 0
+@pytest.mark.parametrize("methods", [("lora", "mpo-dynamic"), WHOLE])
+def test_glue_is_scored_by_the_answers_to_held_out_rows(
+    methods: tuple[str, ...], bases: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    assert run(cli, words("paper-glue", tmp_path, bases, "--methods", ",".join(methods))) == 0
     found = report_of(tmp_path)
     assert [task.task for task in found.tasks] == read_table("paper-glue")["recipes"]
     assert found.command.startswith("loraover study paper-glue ")
     for task in found.tasks:
-        assert [task.shown(one.method) for one in task.methods] == [*METHODS]
+        assert [task.shown(one.method) for one in task.methods] == [*methods]
         assert all(one.score is not None and one.score % 25 == 0 for one in task.methods)  # of four rows
     table = (tmp_path / "out" / "study.md").read_text().partition("### Scores")[2].partition("###")[0]
     lines = [line for line in table.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0].strip("| ") for line in lines] == ["method", "---", *METHODS]
+    assert [line.split(" | ")[0].strip("| ") for line in lines] == ["method", "---", *methods]
     assert lines[0].endswith(" | mean |")
     assert all(f"- {choice}" in table for choice in table_choices("paper-glue"))
 
 
 @pytest.mark.parametrize(
-    ("table", "asked"),
-    [
-        ("paper-gsm8k", "paper-gsm8k"),
-        ("paper-mtbench", "paper-mtbench"),
-        pytest.param("paper-humaneval", "paper-humaneval", marks=needs_bubblewrap),
-    ],
-    indirect=["asked"],
+    "asked",
+    ["paper-gsm8k", "paper-mtbench", pytest.param("paper-humaneval", marks=needs_bubblewrap)],
+    indirect=True,
 )
+@pytest.mark.parametrize("methods", [("lora+", "eigen"), WHOLE])
 def test_a_table_of_two_models_is_scored_by_its_benchmark(
-    table: str, asked: list[str], bases: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    methods: tuple[str, ...],
+    asked: Asked,
+    bases: dict[str, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
-    assert run(cli, [*words(table, tmp_path, bases), *asked]) == 0
+    table = asked.table
+    command = words(table, tmp_path, bases, *asked.options, "--methods", ",".join(methods))
+    assert run(cli, command) == 0
     found = report_of(tmp_path)
     (recipe,) = read_table(table)["recipes"]
     assert [task.task for task in found.tasks] == [f"{recipe}-llama-2", f"{recipe}-llama-3.1"]
@@ -136,7 +152,7 @@ def test_a_table_of_two_models_is_scored_by_its_benchmark(
 
     # The same command asks nothing again.
     monkeypatch.setattr(benchmark, "perform", lambda *_: pytest.fail("asked again"))
-    assert run(cli, [*words(table, tmp_path, bases), *asked]) == 0
+    assert run(cli, command) == 0
     assert report_of(tmp_path).tasks == found.tasks
     page = (tmp_path / "out" / "study.html").read_text()
     assert page.count("untrained") == 1
