@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.strict_json import read_json
 from loraover.common.verb import perform
 from loraover.evaluation import TASKS
@@ -31,8 +31,11 @@ def check_benchmark(request: StudyRequest) -> None:
     if request.benchmark is None or request.report_only:
         return
     task, options = TASKS[request.benchmark], options_of(request.evaluation("", (), None))
-    task.check(options)
-    task.read(options)
+    try:
+        task.check(options)
+        task.read(options)
+    except LoraOverError as error:
+        raise type(error)(f"{error} Options of the benchmark: {StudyRequest.named('benchmark_settings')}.") from error
 
 
 def score_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], request: StudyRequest) -> dict[Run, RunOutcome]:

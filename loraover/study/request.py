@@ -59,6 +59,10 @@ def table_choices(name: str | None) -> list[str]:
     return [*tables["shared"]["choices"], *tables[name]["choices"]]
 
 
+def _is_meant_for_table(name: str) -> bool:
+    return name.startswith("paper-") and not Path(name).exists()
+
+
 def _tables() -> dict[str, Any]:
     import yaml
 
@@ -291,6 +295,9 @@ class StudyRequest(Request):
         return bool(self.methods and self.lr_sweep and self.table is None)
 
     def faults(self) -> Iterator[str]:
+        if wrong := [name for name in self.recipes if self.table is None and _is_meant_for_table(name)]:
+            yield f"{wrong[0]!r}: a table of the paper stands alone, and is one of {', '.join(PAPER_TABLES)}."
+            return
         if not self.is_whole:
             self.whole()
             return

@@ -225,9 +225,12 @@ def test_what_a_table_cannot_be_asked_is_refused(more: dict[str, Any], message: 
 
 
 def test_a_benchmark_is_checked_before_the_first_run(bases: dict[str, list[Path]], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="judge"):
+    with pytest.raises(ConfigError, match=r"mtbench needs data.*Options of the benchmark: benchmark_settings"):
         run_study("paper-mtbench", tmp_path / "out", models=bases["llama"])
     assert not (tmp_path / "out").exists()
+    for names in ("paper-gsm8", ("paper-gsm8k", "demo")):
+        with pytest.raises(ConfigError, match="stands alone, and is one of paper-glue, "):
+            StudyRequest(names, tmp_path)
     with pytest.raises(ConfigError, match="benchmark_settings needs benchmark"):
         StudyRequest("demo", tmp_path, benchmark_settings={"limit": 3})
 
