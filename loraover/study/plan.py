@@ -10,6 +10,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
 from loraover.common.verb import verb
 from loraover.study.grid import Run, grid_of
+from loraover.study.report import StudyAnswer
 from loraover.study.request import StudyRequest
 from loraover.study.tuning import by_method
 from loraover.training.plan import make_plan
@@ -34,16 +35,10 @@ class MethodPlan(BaseModel):
         return None if self.step_seconds is None else self.runs * self.steps * self.step_seconds / 3600
 
 
-class StudyPlan(BaseModel):
+class StudyPlan(StudyAnswer):
     """Contents of `loraover study --plan --json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     methods: list[MethodPlan] = Field(description="Needs of each method on each task.")
-    command: str = Field(description="Command line.")
-    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
-    date: str = Field(description="Day of the answer, in UTC.")
 
     @property
     def runs(self) -> int:
@@ -55,11 +50,6 @@ class StudyPlan(BaseModel):
         """Hours of all runs; None where those of one method are not predicted."""
         known = [one.hours for one in self.methods if one.hours is not None]
         return sum(known) if len(known) == len(self.methods) else None
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command, which is 0."""
-        return 0
 
 
 @verb(StudyRequest)

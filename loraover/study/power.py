@@ -16,6 +16,7 @@ from loraover.common.verb import verb
 from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_variances
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept
+from loraover.study.report import StudyAnswer
 from loraover.study.request import StudyRequest, StudyTask, study_tasks
 from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
@@ -45,21 +46,10 @@ class TaskPower(BaseModel):
     factor_to_halve: float = Field(description="Factor of rows and of seeds that halves it if both grow.")
 
 
-class PowerReport(BaseModel):
+class PowerReport(StudyAnswer):
     """Contents of `loraover study --power STUDY --json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     tasks: list[TaskPower] = Field(description="What each comparison could see.")
-    command: str = Field(description="Command line.")
-    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
-    date: str = Field(description="Day of the answer, in UTC.")
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command, which is 0."""
-        return 0
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,25 @@ class TaskResult(BaseModel):
         return self.names.get(str(method), str(method))
 
 
-class StudyReport(BaseModel):
-    """Contents of `study.json`."""
+class StudyAnswer(BaseModel):
+    """What a command of studies answers, with its origin."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
+    command: str = Field(description="Command line.")
+    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
+    date: str = Field(description="Day of the answer, in UTC.")
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command, which is 0."""
+        return 0
+
+
+class StudyReport(StudyAnswer):
+    """Contents of `study.json`."""
+
     rule: Rule = Field(description="When LoRA-Over counts as better.")
     is_whole: bool = Field(description="Whether every run of the study has finished.")
     seeds: int = Field(description="Number of seeds whose runs have all finished; the figures are theirs.")
@@ -92,15 +105,7 @@ class StudyReport(BaseModel):
     tasks: list[TaskResult] = Field(description="Results on each task.")
     words: list[str] = Field(description="A sentence for each comparison.")
     scores: Scores = Field(default_factory=Scores, description="What the methods' scores are of.")
-    command: str = Field(description="Command line of the study.")
-    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Machines that trained.")
-    date: str = Field(description="Day on which the runs were judged, in UTC.")
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command, which is 0."""
-        return 0
 
 
 def task_results(

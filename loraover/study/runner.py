@@ -184,7 +184,7 @@ def make_report(
     rule: Rule,
     command: str,
     tuning_seeds: int | None = None,
-    scores: Scores = Scores(),  # noqa: B008  # it is frozen
+    scores: Scores | None = None,
 ) -> StudyReport:
     """Judge the seeds whose runs have all finished.
 
@@ -194,7 +194,7 @@ def make_report(
         rule: When LoRA-Over counts as better.
         command: Command line for the report.
         tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
-        scores: What the outcomes' scores are of.
+        scores: What the outcomes' scores are of; None: of held-out rows.
 
     Raises:
         LoraOverError: No seed is finished yet, or see `task_results`.
@@ -218,7 +218,7 @@ def make_report(
         runs=len(outcomes),
         tasks=tasks,
         words=words(tasks),
-        scores=scores,
+        scores=scores or Scores(),
         command=command,
         versions=environment("scipy", "transformers"),
         hardware="; ".join(sorted({found.hardware for found in outcomes.values() if found.hardware}))

@@ -42,7 +42,7 @@ from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples, load_examples, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
-from loraover.training.lengths import check_lengths, check_pictures_fit, count_tokens
+from loraover.training.lengths import Tokens, check_lengths, check_pictures_fit, count_tokens
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod, count_trained
 from loraover.training.progress import TrainingProgress
@@ -129,26 +129,19 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         find_reward(reward)
     tokenizer, processor, examples = _read(recipe, name, source)
     _report_rows(examples, report)
-    answers_only = recipe.training.assistant_only_loss
-    counted = count_tokens(examples.train, name, tokenizer, answers_only=answers_only, processor=processor)
-    seen = []  # held-out rows, whose images cannot be cut either
-    if processor is not None and examples.test is not None:
-        seen = count_tokens(examples.test, name, tokenizer, answers_only=answers_only, processor=processor)
+    counted, seen = _count(recipe, name, tokenizer, processor, examples)
     recipe = with_batch(with_defaults(recipe, load_config(source), counted + seen, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
     note_slow_precision(recipe, report)
-    for part, tokens in ((examples.train, counted), (examples.test, seen)):
-        if part is not None:
-            check_pictures_fit(tokens, part, recipe)
-    lengths = None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
+    lengths = _check_fit(recipe, name, examples, counted, seen, report)
     ranks.write(write_recipe, output, _pinned(recipe, source, examples))
     ranks.write(keep_digests, output, examples)
     ranks.meet()
 
     arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
     set_seed(recipe.training.seed)
-    model: PreTrainedModel | PeftModel = _load_base(recipe, name, source, examples)
+    model: Any = _load_base(recipe, name, source, examples)
     start = None
     if recipe.method != "full":
         model = with_adapter(model, recipe, TRAINERS[name].task, source, method)
@@ -163,10 +156,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     reads = tokenizer if processor is None else processor
     trainer = make_trainer(recipe, name, model, reads, examples, arguments, progress, over, method)
     end_preparation(recipe)
-    _check_trainer(trainer, recipe)
+    _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
-    if over is not None:
-        Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
     made = source, tokenizer, processor, examples, model, untrained, trainer
     return Prepared(recipe, *made, progress, over, method, trained, named, start, name, lengths)
 
@@ -184,6 +175,27 @@ def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | No
     return tokenizer, processor, examples
 
 
+def _count(
+    recipe: Recipe, name: str, tokenizer: Any, processor: Any | None, examples: Examples
+) -> tuple[list[Tokens], list[Tokens]]:
+    """Count the tokens of training rows, and of held-out rows if there are images, which cannot be cut there either."""
+    options: dict[str, Any] = {"answers_only": recipe.training.assistant_only_loss, "processor": processor}
+    counted = count_tokens(examples.train, name, tokenizer, **options)
+    if processor is None or examples.test is None:
+        return counted, []
+    return counted, count_tokens(examples.test, name, tokenizer, **options)
+
+
+def _check_fit(
+    recipe: Recipe, name: str, examples: Examples, counted: list[Tokens], seen: list[Tokens], report: Reporter
+) -> Lengths | None:
+    """Check that no example with images is cut, and report which others are; None for a trainer that cuts none."""
+    for part, tokens in ((examples.train, counted), (examples.test, seen)):
+        if part is not None:
+            check_pictures_fit(tokens, part, recipe)
+    return None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
+
+
 def _report_rows(examples: Examples, report: Reporter) -> None:
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     if examples.train.filtered:
@@ -194,8 +206,8 @@ def _report_rows(examples: Examples, report: Reporter) -> None:
         report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
 
 
-def _check_trainer(trainer: Trainer, recipe: Recipe) -> None:
-    """Raise ConfigError for an optimizer or a schedule that cannot be made."""
+def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:
+    """Raise ConfigError for an optimizer, or a schedule of rates or of cores, that cannot be made."""
     given = trainer.optimizer
     try:
         trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
@@ -207,6 +219,8 @@ def _check_trainer(trainer: Trainer, recipe: Recipe) -> None:
         )
         raise ConfigError(f"{chosen} cannot be used here: {error}") from error
     trainer.optimizer, trainer.lr_scheduler = given, None  # the Trainer makes them where it has placed the model
+    if recipe.method == "lora-over":
+        Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
 
 
 def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:

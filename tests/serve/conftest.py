@@ -17,6 +17,7 @@ from loraover_serve.parity.judge import bootstrap
 from support.engine_forms import Running
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.onnx_export import ForkedBuilder
+from support.planted_faults import save_sharp_base
 from support.recorded import asked_alike, record
 from support.serving import Served, serving
 from support.verified import Case, make_case, save_adapter, save_base
@@ -61,6 +62,14 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def case(base: Path, adapter: Path) -> Case:
     """These two, with the judge of engines that serve them."""
     return make_case(base, adapter)
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """An adapter of a base model whose attention tells positions apart, so that faults of the base show."""
+    folder = tmp_path_factory.mktemp("sharp")
+    base = save_sharp_base(folder / "base")
+    return make_case(base, save_adapter(folder / "adapter", base))
 
 
 @pytest.fixture(scope="session")

@@ -17,21 +17,14 @@ from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.engine_forms import TINY
 from support.openai_server import openai_server
-from support.planted_faults import FAULTS, Ask, Fault, models, reply, save_sharp_base
-from support.verified import Case, make_case, save_adapter
+from support.planted_faults import FAULTS, Ask, Fault, models, reply
+from support.verified import Case
 from support.vllm_command import leaks_in_mixed_batches
 from support.vllm_loading import serving_loader
 
 pytestmark = pytest.mark.matrix
 
 Started = Callable[[Fault], Ask]
-
-
-@pytest.fixture(scope="module")
-def sharp(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("sharp")
-    base = save_sharp_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,8 @@ from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import ask, make_subject, verify_engine
 
 from support.openai_server import openai_server
-from support.planted_faults import FAULTS, Ask, AskedModel, Fault, reply, right_models, save_sharp_base
+from support.planted_faults import FAULTS, Ask, AskedModel, Fault, reply, right_models
 from support.verified import Case, make_case, save_adapter
-
-
-@pytest.fixture(scope="module")
-def sharp(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("sharp")
-    base = save_sharp_base(folder / "base")
-    return make_case(base, save_adapter(folder / "adapter", base))
 
 
 @pytest.fixture(scope="module")
