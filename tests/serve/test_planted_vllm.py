@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,28 +25,37 @@ from support.vllm_loading import serving_loader
 
 pytestmark = pytest.mark.matrix
 
-Started = Callable[[Fault], Ask]
+Started = Callable[[Fault, ExitStack], Ask]
 
 
 @pytest.fixture(scope="module")
 def started(sharp: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
-    """Starts the vLLM server that a fault is planted in; those with the right base model are one, which goes on."""
+    """Starts the vLLM server that a fault is planted in; those with the right base model are one, which goes on.
+
+    Each takes more than a gibibyte, so another base model's server ends with its test.
+    """
     folder = tmp_path_factory.mktemp("vLLM")
     adapters = {name: adapter for name, adapter in models(sharp, folder).items() if adapter is not None}
-    with ExitStack() as until:
-        running: dict[tuple[Path, tuple[str, ...]], Ask] = {}
+    numbers = count()
+    options = (*TINY, "--logprobs-mode", "processed_logprobs")
 
-        def start(fault: Fault) -> Ask:
-            base = sharp.base if fault.base is None else fault.base(folder / f"base-{len(running)}")
-            options = (*TINY, "--logprobs-mode", "processed_logprobs")
-            key = (base, (*options, *(("--kv-cache-dtype", "fp8") if fault.cache is not DynamicCache else ())))
-            if fault.cache is not DynamicCache and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
-                pytest.skip("vLLM keeps keys and values in float8 only on a CPU with AVX-512")
-            if key not in running:
-                config = VllmServerConfig(str(base), adapters, max_lora_rank=8, max_loras=2, options=key[1])
-                log = folder / f"{len(running)}.log"
-                running[key] = asking(until.enter_context(serving_loader(config, log)), str(base))
-            return running[key]
+    def serve(base: Path, more: tuple[str, ...], until: ExitStack) -> Ask:
+        config = VllmServerConfig(str(base), adapters, max_lora_rank=8, max_loras=2, options=(*options, *more))
+        return asking(until.enter_context(serving_loader(config, folder / f"{next(numbers)}.log")), str(base))
+
+    with ExitStack() as until_the_end:
+        right: list[Ask] = []
+
+        def start(fault: Fault, until: ExitStack) -> Ask:
+            if fault.cache is not DynamicCache:
+                if torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
+                    pytest.skip("vLLM keeps keys and values in float8 only on a CPU with AVX-512")
+                return serve(sharp.base, ("--kv-cache-dtype", "fp8"), until)
+            if fault.base is not None:
+                return serve(fault.base(folder / f"base-{next(numbers)}"), (), until)
+            if not right:
+                right.append(serve(sharp.base, (), until_the_end))
+            return right[0]
 
         yield start
 
@@ -58,7 +68,8 @@ def asking(server: VllmServer, base: str) -> Ask:
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_planted_fault_has_its_verdict(name: str, sharp: Case, started: Started, tmp_path: Path) -> None:
     fault = FAULTS[name]
-    with openai_server(reply(fault.wrong(started(fault))), fault.listed) as running:
+    with ExitStack() as until:
+        running = until.enter_context(openai_server(reply(fault.wrong(started(fault, until))), fault.listed))
         setting = sharp.setting(tmp_path, endpoint=running.url, served_name="shop")
         found = verify_engine("endpoint", setting, sharp.judge)
     print(f"\n{name}: {found.verdict}: {found.reason}")

@@ -14,6 +14,7 @@ from support.agreement import PROMPTS
 from support.serving import Served
 from support.verified import save_adapter, save_base
 from support.vllm_command import assert_as_trained, vllm_command
+from support.vllm_loading import FEW_BLOCKS
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +32,7 @@ def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     GenerationConfig(repetition_penalty=5.0).save_pretrained(base)  # as Qwen2.5's 1.1, which vLLM takes for its default
     adapter = save_adapter(tmp_path / "adapter", base)
-    options = ("--dtype", "float32", "--enforce-eager")
+    options = ("--dtype", "float32", "--enforce-eager", *FEW_BLOCKS)
     report = verify_adapter(adapter, engines=["vllm"], vllm=vllm_command(), options=options, output=tmp_path / "out")
     (found,) = report.engines
     print(f"\n{found.verdict}: {found.reason}")

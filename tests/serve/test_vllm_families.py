@@ -13,6 +13,7 @@ from loraover_export.cli import cli
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.agreement import agreement
+from support.engine_forms import TINY
 from support.plain_adapter import FAMILIES, make_adapter
 from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import token_ids
@@ -31,7 +32,7 @@ def test_a_family_is_served_as_peft_computes_it(family: str, tmp_path: Path, mon
         model=str(base),
         adapters={"adapter": tmp_path / "out"},
         max_lora_rank=8,
-        options=("--dtype", "float32", "--max-model-len", "128", "--enforce-eager"),
+        options=TINY,
     )
     prompts: list[list[int]] = token_ids(batch=8, length=12).tolist()
     with serve_vllm(config, tmp_path / "log", executable=str(vllm_command())) as client:

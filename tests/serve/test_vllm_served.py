@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from loraover_export.vllm.architectures import known_architectures
 
 from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record
-from support.serving import ADAPTERS, Served
+from support.serving import Served
 from support.vllm_loading import load_adapter, unload_adapter
 
 pytestmark = pytest.mark.engine
@@ -29,12 +28,7 @@ FEW = 8  # prompts, where a difference is large
 @pytest.fixture(scope="module")
 def noise(served: Served) -> Agreement:
     """The two engines on the base model."""
-    return agreement(served.base(), served.prompts, generate(served, served.source.location))
-
-
-@pytest.fixture(scope="module")
-def vanilla(served: Served) -> Any:
-    return peft(served, served.adapters["vanilla"])
+    return compare(served.base(), served, generate(served, served.source.location))
 
 
 def generate(served: Served, model: str, prompts: int | None = None) -> list[Completion]:
@@ -53,7 +47,8 @@ def peft(served: Served, folder: Path) -> Any:
 
 
 def compare(model: Any, served: Served, completions: Sequence[Completion]) -> Agreement:
-    return agreement(model, served.prompts[: len(completions)], completions)
+    """From the weights in bfloat16, computed in float32: more exact, and several times faster on many processors."""
+    return agreement(model.float(), served.prompts[: len(completions)], completions)
 
 
 def allowed(tokens: int, noise: Agreement) -> float:
@@ -70,12 +65,14 @@ def assert_no_further_apart(found: Agreement, noise: Agreement) -> None:
 @pytest.mark.parametrize("name", [pytest.param("vanilla", marks=pytest.mark.matrix), "folded"])
 def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: Agreement) -> None:
     completions = generate(served, name)
-    found = compare(peft(served, served.adapters[name]), served, completions)
+    found = compare(peft(served, served.sources[name]), served, completions)
     print(f"\n{name}: {found}\nbase model: {noise}")
     assert len(found.differences) == 20 * 32
     assert_no_further_apart(found, noise)
     effect = compare(served.base(), served, completions[:FEW])
     assert effect.rms > 3 * noise.rms, f"the adapter's own effect is lost in the noise: {effect}"
+    with pytest.raises(AssertionError):
+        assert_no_further_apart(effect, noise)
     engine, limit = f"vLLM {known_architectures().version}, served", allowed(len(found.differences), noise)
     record("SmolLM2-135M-Instruct", engine, f"{name} LoRA, rms of logprobs", "bf16", "passed", found.rms, limit)
 
@@ -87,19 +84,6 @@ def test_an_embedding_and_a_tied_head_are_adapted(served: Served, noise: Agreeme
     print(f"\nembeddings: {found}\neffect: {effect}")
     assert_no_further_apart(found, noise)
     assert effect.rms > 2 * allowed(len(found.differences), noise)
-
-
-@pytest.mark.parametrize("name", ["misplaced", pytest.param("doubled", marks=pytest.mark.matrix)])
-def test_a_wrong_adapter_is_seen(name: str, served: Served, noise: Agreement, vanilla: Any) -> None:
-    completions = as_guest(served, name)
-    found = compare(vanilla, served, completions)
-    limit = allowed(len(found.differences), noise)
-    print(f"\n{name}: {found}")
-    assert found.rms > 2 * limit, f"{found}; base model: {noise}"
-    with pytest.raises(AssertionError):
-        assert_no_further_apart(found, noise)
-    is_applied = compare(served.base(), served, completions).rms > limit
-    assert is_applied == (name != "misplaced"), "vLLM ignores tensors below a prefix that it does not know"
 
 
 def test_adapters_come_and_go_while_the_server_runs(served: Served, tmp_path: Path) -> None:
@@ -117,10 +101,3 @@ def test_adapters_come_and_go_while_the_server_runs(served: Served, tmp_path: Pa
         unload_adapter(client, "guest")
     with pytest.raises(EngineError, match="404"):
         load_adapter(client, "guest", tmp_path / "nothing")
-
-
-def test_two_adapters_share_a_batch_and_equal_what_they_were_made_from(served: Served, noise: Agreement) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        both = dict(zip(ADAPTERS, pool.map(lambda name: generate(served, name, FEW), ADAPTERS), strict=True))
-    for name, completions in both.items():
-        assert_no_further_apart(compare(peft(served, served.sources[name]), served, completions), noise)

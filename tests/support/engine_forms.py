@@ -38,9 +38,9 @@ from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.compatibility import PEFT
-from support.vllm_loading import ENABLE_LORA, load_adapter, serving_loader, unload_adapter
+from support.vllm_loading import ENABLE_LORA, FEW_BLOCKS, load_adapter, serving_loader, unload_adapter
 
-TINY = ("--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--no-enable-prefix-caching")
+TINY = ("--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--no-enable-prefix-caching", *FEW_BLOCKS)
 """Options of a vLLM server of a tiny model."""
 
 

@@ -23,9 +23,8 @@ from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.agreement import PROMPTS
 from support.vllm_command import vllm_command
-from support.vllm_loading import load_adapter, serving_loader, unload_adapter
+from support.vllm_loading import FEW_BLOCKS, load_adapter, serving_loader, unload_adapter
 
-ADAPTERS = ("vanilla", "folded")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 B_SCALE = 0.05  # standard deviation of B: an effect on logprobs several times the noise of bfloat16, and still words
 
@@ -81,9 +80,9 @@ def serving(folder: Path) -> Iterator[Served]:
         adapters=adapters,
         max_lora_rank=16,
         max_loras=2,
-        options=("--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager"),
+        options=("--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager", *FEW_BLOCKS),
     )
-    with serving_loader(config, folder / "vllm.log", cache_gib=2) as client:
+    with serving_loader(config, folder / "vllm.log") as client:
         yield Served(client, source, adapters, sources, guests, [tokenizer(text).input_ids for text in PROMPTS])
 
 

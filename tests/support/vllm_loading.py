@@ -15,14 +15,17 @@ from support.vllm_command import vllm_command
 ENABLE_LORA = ("--enable-lora", "--max-loras", "1", "--max-lora-rank", "8")
 """Options of a server that is started without an adapter."""
 
+FEW_BLOCKS = ("--num-gpu-blocks-override", "128")
+"""Room for the keys and values of 16,000 tokens on a CPU; else each server fills a gibibyte or more."""
+
 
 @contextmanager
-def serving_loader(config: VllmServerConfig, log: Path, *, cache_gib: int = 1) -> Iterator[VllmServer]:
-    """Serve a model during a block, with so many GiB for keys and values."""
+def serving_loader(config: VllmServerConfig, log: Path) -> Iterator[VllmServer]:
+    """Serve a model during a block."""
     with ExitStack() as until:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-            patch.setenv("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
+            patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
             server = until.enter_context(serve_vllm(config, log, executable=str(vllm_command())))
         yield server
 
