@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
@@ -30,16 +30,14 @@ from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.places import imported
-from loraover.common.strict_json import MAX_JSON_BYTES, read_json
+from loraover.common.strict_json import MAX_JSON_BYTES, StrictModel, read_json
 
 KEPT_FILE = "adapter_reference.kept.json"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 
 
-class KeptReference(BaseModel):
+class KeptReference(StrictModel):
     """Why a reference is that of an exported adapter: the contents of `adapter_reference.kept.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     reference: str = Field(description="SHA-256 of the reference, in hexadecimal digits")

@@ -10,17 +10,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import CheckpointError
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.schedule import Round
 
 SCHEMA_VERSION = 3
 
 
-class SiteRecord(BaseModel):
+class SiteRecord(StrictModel):
     """Record of one over-parameterised matrix of shape (m, n) in `loraover.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(description="Name of the matrix, e.g. 'model.layers.0.mlp.up_proj.lora_A'.")
     m: int = Field(ge=1, description="Number of rows.")
@@ -57,10 +55,8 @@ class _Version(BaseModel):
     schema_version: int
 
 
-class Meta(BaseModel):
+class Meta(StrictModel):
     """Contents of `loraover.json`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["loraover-checkpoint"] = "loraover-checkpoint"
     schema_version: int = SCHEMA_VERSION

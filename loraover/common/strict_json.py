@@ -9,12 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loraover.common.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 * 2**20
 Model = TypeVar("Model", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """Contents of a JSON file, or a part of them: they do not change, and a file has no other fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def read_json(path: Path, model: type[Model], *, finite: bool = True) -> Model:

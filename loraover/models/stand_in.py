@@ -18,20 +18,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.atomic_output import publish_directory
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.paths import cache_folder, kind_of
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 
 STAND_IN_FILE = "loraover_stand_in.json"
 
 
-class StandIn(BaseModel):
+class StandIn(StrictModel):
     """Contents of `loraover_stand_in.json`: the origin of a stand-in's weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = Field(1, description="Version of this format.")
     stands_for: str = Field(description="Hub name of the model to whose weights these are close.")

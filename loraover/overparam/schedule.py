@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from loraover.common.errors import ConfigError
+from loraover.common.strict_json import StrictModel
 from loraover.overparam.config import Budget, LoraOverConfig
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import SCORES, GradientScore, Probe
@@ -25,10 +26,8 @@ logger = logging.getLogger("loraover")
 CALIBRATION_RATE = 1e-3  # learning rate of the warm-up steps that a static schedule takes and undoes
 
 
-class Round(BaseModel):
+class Round(StrictModel):
     """One decision of a schedule, with the scores that it is based on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int = Field(ge=0, description="Number of optimizer steps taken before the decision.")
     scores: dict[str, float] = Field(

@@ -72,6 +72,7 @@ WRONG_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
     "another graph": ("swappable.json", place(graph="other.onnx")),
     "a graph elsewhere": ("swappable.json", place(graph="../model.onnx")),
     "another schema": ("swappable.json", {"schema_version": 2}),
+    "another schema of the report": ("onnx_report.json", {"schema_version": 2}),
     "device unknown": ("onnx_report.json", {"device": "tpu"}),
     "a merged graph": ("onnx_report.json", {"mode": "merged"}),
 }

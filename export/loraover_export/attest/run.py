@@ -16,7 +16,7 @@ from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import CheckpointError, ExportError, OutputError
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 from loraover.common.verb import verb
 from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
@@ -50,10 +50,8 @@ class Certificate(BaseModel):
     verdict: Literal["passed", "failed", "inconclusive", "not checked"]
 
 
-class AttestReport(BaseModel):
+class AttestReport(StrictModel):
     """What was attested, or what is not as attested."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path = Field(description="The statement")
     statement: Statement = Field(description="Its contents")

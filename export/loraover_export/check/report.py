@@ -5,35 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from loraover.common.strict_json import StrictModel
+from loraover_export.logits.judge import Proof
 
 Level = Literal["refused", "wrong silently", "note"]
 Verdict = Literal["right", "refused", "wrong silently"]
 
 
-class Finding(BaseModel):
+class Finding(StrictModel):
     """One fact about an adapter on one engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     feature: str = Field(description="Property of the adapter, or name of the rule")
     level: Level = Field(description="What the engine does; a note does not change the verdict")
     found: str = Field(description="What was found, and what the engine does with it, in words")
 
 
-class Judgement(BaseModel):
+class Judgement(StrictModel):
     """What an engine does with one form of an adapter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     verdict: Verdict = Field(description="The worst of the findings; a refusal outweighs a silent error")
     findings: tuple[Finding, ...] = Field(description="The facts that the verdict rests on")
 
 
-class EngineCheck(BaseModel):
+class EngineCheck(StrictModel):
     """One engine: both forms of the adapter, and the command that writes the second."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str = Field(description="Name that --engine takes")
     reader: str = Field(description="Program that reads the adapter, with the release whose sources were read")
@@ -67,10 +64,8 @@ class EngineCheck(BaseModel):
         return self.as_it_is.verdict != "right" and self.by_us.verdict == "right"
 
 
-class CheckReport(BaseModel):
+class CheckReport(Proof):
     """Result of judging an adapter for several engines without running any."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 2
     verdict: Literal["passed", "failed"] = Field(
@@ -84,16 +79,6 @@ class CheckReport(BaseModel):
     modules: int = Field(description="Number of adapted modules")
     ranks: tuple[int, ...] = Field(description="Ranks of the modules, each once")
     engines: tuple[EngineCheck, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether each engine that was asked for is right on a form of the adapter; without a choice, one engine."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command: 0 if the verdict is "passed", else 1."""
-        return 0 if self.passed else 1
 
 
 def judge(findings: Iterable[Finding]) -> Judgement:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation
 
 
-class ModuleDiff(BaseModel):
+class ModuleDiff(StrictModel):
     """Comparison of the deltas of one module."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     module: str = Field(description="Path of the module in the base model")
     ranks: tuple[int, int] = Field(description="Numerical rank of each delta; 0 if it is zero or missing")
@@ -32,10 +31,8 @@ class ModuleDiff(BaseModel):
         return self.difference / (max(self.norms) or 1.0)
 
 
-class LogitDiff(BaseModel):
+class LogitDiff(StrictModel):
     """Comparison of the logits of two adapters on the base model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = Field(description="Base model that was run, in words")
     device: str = Field(description="Device that it ran on")
@@ -48,10 +45,8 @@ class LogitDiff(BaseModel):
     )
 
 
-class DiffReport(BaseModel):
+class DiffReport(StrictModel):
     """Comparison of two adapters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
     first: str = Field(description="Folder of the first adapter")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.uniform.certificate import LoraCertificate, OutputsOfConversion
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 
 
-class VllmFit(BaseModel):
+class VllmFit(StrictModel):
     """Whether vLLM takes adapters of a rank; no other engine names a largest rank."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     takes: bool = Field(description="Whether vLLM takes the rank")
     max_lora_rank: int | None = Field(description="Value of --max-lora-rank to start vLLM with; None if none suffices")
@@ -31,10 +30,8 @@ class VllmFit(BaseModel):
         return f"only vLLM names a largest rank, {self.largest}, so {option} {self.largest} would fit it"
 
 
-class ConvertReport(BaseModel):
+class ConvertReport(StrictModel):
     """Ranks, errors and certificate of one conversion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="Kind of the source, as PEFT names it")
     exact_rank: int = Field(description="Largest rank of any module's exact delta_W")

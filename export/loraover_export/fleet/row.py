@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from loraover.common.strict_json import StrictModel
 
 Verdict = Literal["right", "prepared", "refused", "failed"]
 GOOD: tuple[Verdict, ...] = ("right", "prepared")
 
 
-class Row(BaseModel):
+class Row(StrictModel):
     """One adapter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(description="The adapter, as it was named")
     address: str = Field(description="Text that names the same files again, such as a hub name with its commit")
@@ -33,10 +33,8 @@ class Row(BaseModel):
     seconds: float = Field(0.0, description="Time that this adapter took")
 
 
-class FleetReport(BaseModel):
+class FleetReport(StrictModel):
     """All adapters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     rows: Sequence[Row] = Field(description="The adapters, in the order in which they were named")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
+from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, Proof, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "fold_certificate.json"
 
 
-class OutputCertificate(BaseModel):
+class OutputCertificate(StrictModel):
     """Outputs of the folded adapter, as PEFT loads it, against the unfolded model's.
 
     The yardstick is the noise of rounding: the distance between *twins*, adapters whose elements were rounded at
     random to one of the two neighbouring numbers.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = Field(description="Base model that was run, in words")
     device: str = Field(description="Device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
@@ -56,10 +55,8 @@ class OutputCertificate(BaseModel):
         return self.verdict == "passed"
 
 
-class TrainedBase(BaseModel):
+class TrainedBase(StrictModel):
     """The folded adapter on the base model as it was quantised in training, and on the full one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     quantization: str = Field(description="nf4 or int8: how bitsandbytes quantised the base model in training")
     served: str = Field(description="Base model that the adapter names and engines load, in full precision, in words")
@@ -75,12 +72,9 @@ class TrainedBase(BaseModel):
         )
 
 
-class FoldCertificate(BaseModel):
+class FoldCertificate(Proof):
     """Result of a fold, and the contents of `fold_certificate.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     verdict: CheckVerdict
     base_model: str | None = Field(description="Base model that the adapter names; None if it names none")
     dtype: str = Field(description="Data type that the adapter is stored in: fp32, bf16 or fp16")
@@ -96,13 +90,3 @@ class FoldCertificate(BaseModel):
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
     date: str | None = Field(default=None, description="Day of the fold, in UTC; None in older files")
-
-    @property
-    def passed(self) -> bool:
-        """Whether the verdict is "passed"."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return EXIT_CODES[self.verdict]

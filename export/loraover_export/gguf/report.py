@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from loraover_export.logits.judge import EXIT_CODES, CheckVerdict, judge
+from loraover.common.strict_json import StrictModel
+from loraover_export.logits.judge import CheckVerdict, Proof, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 NOISE_FACTOR = 6.0
@@ -16,10 +17,8 @@ TABLE = 2.0**-9
 """Share of the adapter's effect that four roundings to float16 cost, as in llama.cpp's table of GELU."""
 
 
-class GgufCheck(BaseModel):
+class GgufCheck(StrictModel):
     """Logits of llama.cpp with the adapter, on a GGUF file of the base model, against the PyTorch reference's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_gguf: str = Field(description="File of the base model")
     weight_types: list[str] = Field(description="Storage types of its matrices, such as F32 or Q4_K")
@@ -56,12 +55,9 @@ class GgufCheck(BaseModel):
         return judge(self.error, self.bound, self.adapter_effect)
 
 
-class GgufReport(BaseModel):
+class GgufReport(Proof):
     """Result of an export for llama.cpp."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     verdict: Literal["passed", "failed", "inconclusive", "not checked"] = Field(
         description='"not checked": every matrix is within its bound, and llama.cpp was not run'
     )
@@ -77,16 +73,6 @@ class GgufReport(BaseModel):
     check: GgufCheck | None = Field(description="Logits of llama.cpp against PyTorch's; None without --base-gguf")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-
-    @property
-    def passed(self) -> bool:
-        """Whether the verdict is "passed": run by llama.cpp, and within every bound."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return EXIT_CODES[self.verdict]
 
 
 def judge_export(

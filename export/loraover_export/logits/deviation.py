@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.later import torch
+from loraover.common.strict_json import StrictModel
 from loraover.models.device import WITHOUT_FLOAT64
 
 if TYPE_CHECKING:
@@ -16,10 +17,8 @@ ELEMENTS_AT_ONCE = 2**20
 """Logits that are compared at once: 8 MiB in float64, and a comparison holds about six such tensors."""
 
 
-class Deviation(BaseModel):
+class Deviation(StrictModel):
     """Distance of one model's outputs from another's, over all positions of all prompts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_logit: float = Field(description="Largest absolute difference of two logits")
     mean_logit: float = Field(description="Mean absolute difference of logits")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from loraover.common.strict_json import StrictModel
+
 NOISE_FACTOR = 3.0
 POWER = 2.0
 """Multiple of the allowed error by which an adapter must change some logit, so that its loss would be noticed."""
@@ -11,6 +13,23 @@ POWER = 2.0
 CheckVerdict = Literal["passed", "failed", "inconclusive"]
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
 """Exit code of the command of each verdict."""
+
+
+class Proof(StrictModel):
+    """Verdict on an output, and what it rests on."""
+
+    schema_version: int = 1
+    verdict: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is "passed"."""
+        return self.verdict == "passed"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return EXIT_CODES[self.verdict]
 
 
 def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
+from loraover_export.logits.judge import Proof
 from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.certificate import SourceRecord
@@ -13,10 +15,8 @@ from loraover_export.uniform.certificate import SourceRecord
 CERTIFICATE_FILE = "merge_certificate.json"
 
 
-class MergedWeight(BaseModel):
+class MergedWeight(StrictModel):
     """One weight to which a delta was added."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     matrix: MatrixCertificate = Field(description="Error of the written weight against W + delta_W in float64")
     dtype: str = Field(description="Data type of the weight, as safetensors spells it, such as BF16")
@@ -28,12 +28,9 @@ class MergedWeight(BaseModel):
     )
 
 
-class MergeReport(BaseModel):
+class MergeReport(Proof):
     """Result of a merge, and the contents of `merge_certificate.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     verdict: Literal["passed", "failed"]
     base_model: str = Field(description="Folder or hub name of the base model")
     revision: str | None = Field(description="Commit of the base model on the hub; None for folders")
@@ -46,13 +43,3 @@ class MergeReport(BaseModel):
     weights: list[MergedWeight] = Field(description="One entry for each weight to which a delta was added")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-
-    @property
-    def passed(self) -> bool:
-        """Whether every element of every merged weight is within its bound."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return 0 if self.passed else 1

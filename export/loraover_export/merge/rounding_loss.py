@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loraover.common.strict_json import StrictModel
 from loraover_export.merge.arithmetic import WeightPart
 from loraover_export.numerics.delta import Delta
 
@@ -28,10 +29,8 @@ NF4 = (
 """The 16 numbers of the 4-bit NormalFloat. Source: Dettmers et al. 2023, arXiv:2305.14314, appendix E."""
 
 
-class RoundingLoss(BaseModel):
+class RoundingLoss(StrictModel):
     """What storage does to the deltas of one or more weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     erased: float = Field(
         description="Share of the delta's squared norm in elements that are stored as they were in the base model"

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover_export.logits.judge import Proof
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "mlx_certificate.json"
 
 
-class MlxReport(BaseModel):
+class MlxReport(Proof):
     """Errors of the matrices of a written adapter, and the contents of `mlx_certificate.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     verdict: Literal["passed", "failed"] = Field(
         description='"passed" if every matrix is within its bound; mlx-lm was not run'
     )
@@ -32,13 +30,3 @@ class MlxReport(BaseModel):
     matrices: list[MatrixCertificate] = Field(description="One certificate for each A and each scaling * B")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-
-    @property
-    def passed(self) -> bool:
-        """Whether every matrix is within its bound, so that the adapter was written."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return 0 if self.passed else 1

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from loraover.common.strict_json import StrictModel
 
 LARGEST_LOSS = 0.5
 """Largest relative error of a matrix that passes.
@@ -17,10 +19,8 @@ Rounding gives 2^-9 at most, so more is a loss to underflow, which the bounds of
 """
 
 
-class MatrixCertificate(BaseModel):
+class MatrixCertificate(StrictModel):
     """Error of one written matrix against its exact value: the contraction of its cores, or the stored value."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="Name of the matrix, such as model.layers.0.mlp.up_proj.lora_A")
     shape: tuple[int, int] = Field(description="Rows and columns")

@@ -6,28 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.errors import CheckpointError
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 
 LAYOUT_FILE = "swappable.json"
 
 
-class AdapterInput(BaseModel):
+class AdapterInput(StrictModel):
     """Input of a graph that takes one A, as (in_features, r), or B, as (r, out_features)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     graph: str = Field(description="File name of the graph")
     input: str = Field(description="Name of the input")
     features: int = Field(ge=1, description="in_features of A, or out_features of B")
 
 
-class SwappableLayout(BaseModel):
+class SwappableLayout(StrictModel):
     """Contents of `swappable.json`: the LoRA inputs of exported graphs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     base_model: str = Field(description="Folder or hub name of the base model")

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from loraover_export.logits.judge import EXIT_CODES, CheckVerdict, judge
+from loraover.common.strict_json import StrictModel
+from loraover_export.logits.judge import CheckVerdict, Proof, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"
@@ -17,20 +18,16 @@ ENGINE_FACTOR = 6.0
 CHANGE_FACTOR = 2.0
 
 
-class CaseError(BaseModel):
+class CaseError(StrictModel):
     """Errors of ONNX Runtime's logits against PyTorch's at one shape."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     case: str = Field(description="Batch, sequence, cached tokens and padding, in words")
     max_logit: float = Field(description="Largest absolute error of a logit")
     mean_logit: float = Field(description="Mean absolute error of the logits")
 
 
-class GreedyCheck(BaseModel):
+class GreedyCheck(StrictModel):
     """Tokens of greedy decoding in ONNX Runtime, through its cache, against PyTorch's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int = Field(description="Number of tokens compared")
     first_difference: int | None = Field(description="Position of the first token that differs; None if all are equal")
@@ -39,10 +36,8 @@ class GreedyCheck(BaseModel):
     )
 
 
-class GraphCheck(BaseModel):
+class GraphCheck(StrictModel):
     """Outputs of a graph with one adapter, or with none, against the PyTorch reference's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapter: str | None = Field(description="Name of the adapter; None for the base model")
     compared: Literal["logits", "change"] = Field(
@@ -94,10 +89,8 @@ class GraphCheck(BaseModel):
         return self.verdict == "passed"
 
 
-class OnnxReport(BaseModel):
+class OnnxReport(Proof):
     """Result of an ONNX export, and the contents of `onnx_report.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     verdict: Literal["passed", "failed", "inconclusive", "not checked"]
@@ -117,16 +110,6 @@ class OnnxReport(BaseModel):
     matrices: list[MatrixCertificate] = Field(description="One certificate for each merged weight, or each A and B")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-
-    @property
-    def passed(self) -> bool:
-        """Whether the verdict is "passed": checked, and within every bound."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return EXIT_CODES[self.verdict]
 
 
 def judge_export(

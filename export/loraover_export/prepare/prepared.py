@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from loraover.common.strict_json import StrictModel
 
 RECORD_FILE = "prepared.json"
 
@@ -40,10 +42,8 @@ class PreparedAdapter:
     cached: bool
 
 
-class Record(BaseModel):
+class Record(StrictModel):
     """The contents of `prepared.json`, beside a prepared adapter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     digest: str = Field(description="SHA-256 of all that the adapter was made from")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 
 REMEMBERED: dict[str, type[LoraOverError]] = {kind.__name__: kind for kind in (CheckpointError, ExportError, FoldError)}
 """Errors that say what is wrong with an adapter, by name."""
@@ -17,10 +17,8 @@ PLACE = "{adapter}"
 """Stands for the adapter's folder in a message, since copies of one adapter lie in several folders."""
 
 
-class Refusal(BaseModel):
+class Refusal(StrictModel):
     """Why an adapter cannot be prepared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     error: str = Field(description="Name of the error's class")
     message: str = Field(description="The error's message, with a placeholder for the adapter's folder")

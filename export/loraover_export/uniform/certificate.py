@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from threading import Event
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.checkpoint.tensor_file import sha256_of
+from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import EXIT_CODES, NOISE_FACTOR, CheckVerdict, judge
+from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, Proof, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"
@@ -21,10 +22,8 @@ CONVERSION_FILE = "conversion.json"
 READ_FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE)
 
 
-class SourceRecord(BaseModel):
+class SourceRecord(StrictModel):
     """An adapter that was read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(description="Folder of the adapter, as it was named")
     sha256: dict[str, str] = Field(description="SHA-256 of each file that was read, in hexadecimal digits")
@@ -41,10 +40,8 @@ def record_source(folder: Path, ending: Event | None = None) -> SourceRecord:
     return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
 
 
-class ModuleCertificate(BaseModel):
+class ModuleCertificate(StrictModel):
     """Distance of one written delta_W from the exact one, as Frobenius norms."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     module: str = Field(description="Path of the module in the base model")
     embedding: bool = Field(description="Whether the module is an embedding")
@@ -72,15 +69,13 @@ class ModuleCertificate(BaseModel):
         return self.error_bound / (self.norm or 1.0)
 
 
-class OutputsOfConversion(BaseModel):
+class OutputsOfConversion(StrictModel):
     """Logits of the written adapter against those of its source, both as PEFT loads them.
 
     The yardstick is the noise of rounding: the distance of either from its *twin*, the same adapter in which some
     numbers, and for the source some weights of the base model, were moved at random by one or two units in the last
     place.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = Field(description="Base model that was run, in words")
     device: str = Field(description="Device that the models ran on: cpu, cuda, one GPU such as cuda:1, or mps")
@@ -105,12 +100,9 @@ class OutputsOfConversion(BaseModel):
         return None if self.bound is None else judge(self.error.max_logit, self.bound, self.adapter_effect)
 
 
-class LoraCertificate(BaseModel):
+class LoraCertificate(Proof):
     """Errors of a plain LoRA that was made from other adapters, and the contents of `lora_certificate.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     verdict: CheckVerdict = Field(
         description='"passed" if every matrix is within its bound, and the logits too if they were compared; '
         '"inconclusive" if the adapter moves logits too little for that comparison'
@@ -129,16 +121,6 @@ class LoraCertificate(BaseModel):
     output_bound: float | None = Field(default=None, description="Largest allowed logit error; None if there is none")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-
-    @property
-    def passed(self) -> bool:
-        """Whether the verdict is "passed"."""
-        return self.verdict == "passed"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return EXIT_CODES[self.verdict]
 
 
 def module_facts(modules: list[ModuleCertificate]) -> dict[str, str]:

@@ -7,14 +7,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from loraover.common.strict_json import StrictModel
 from loraover_export.vllm.versions import Versions
 
 LORA_A = ".lora_A.weight"
 
 
-class Architecture(BaseModel):
+class Architecture(StrictModel):
     """Facts about a model class that decide which of its modules can be adapted.
 
     Args:
@@ -25,8 +24,6 @@ class Architecture(BaseModel):
         stacked_experts: Whether vLLM reads LoRA of experts as PEFT stacks it, and not each expert's by itself.
         renames: Rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     embeddings: tuple[str, ...]
     packed: dict[str, tuple[str, ...]]
@@ -50,7 +47,7 @@ class Architecture(BaseModel):
         return key.removesuffix(LORA_A)
 
 
-class Architectures(BaseModel):
+class Architectures(StrictModel):
     """Contents of `architectures.json`.
 
     Args:
@@ -60,8 +57,6 @@ class Architectures(BaseModel):
         unknown: Classes that could not be inspected.
         lora: Classes that take adapters, by vLLM's names.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     version: str

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover_export.logits.judge import Proof
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "vllm_certificate.json"
 
 
-class VllmCertificate(BaseModel):
+class VllmCertificate(Proof):
     """Errors of the matrices of a written adapter, and the contents of `vllm_certificate.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
     verdict: Literal["passed", "failed"]
     base_model: str | None = Field(description="Base model that the written adapter names")
     dtype: str = Field(description="Data type that the adapter is stored in: fp32, bf16 or fp16")
@@ -25,8 +23,3 @@ class VllmCertificate(BaseModel):
     matrices: list[MatrixCertificate] = Field(description="One certificate for each A and each scaling * B")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-
-    @property
-    def passed(self) -> bool:
-        """Whether every matrix is within its bound."""
-        return all(matrix.passed for matrix in self.matrices)

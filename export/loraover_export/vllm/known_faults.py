@@ -6,14 +6,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from loraover.common.strict_json import StrictModel
 from loraover_export.vllm.versions import Versions
 
 Platform = Literal["cpu", "cuda"]
 
 
-class NoOp(BaseModel):
+class NoOp(StrictModel):
     """A module whose matrices vLLM loads and applies nowhere.
 
     Args:
@@ -24,8 +23,6 @@ class NoOp(BaseModel):
         thread: Link to the issue or pull request that discusses it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     module: str
     classes: tuple[str, ...]
     versions: Versions
@@ -33,7 +30,7 @@ class NoOp(BaseModel):
     thread: str
 
 
-class EngineFault(BaseModel):
+class EngineFault(StrictModel):
     """A fault that can affect any adapter.
 
     Args:
@@ -43,18 +40,14 @@ class EngineFault(BaseModel):
         remedy: Next step for the user.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     platform: Platform
     versions: Versions
     found: str
     remedy: str
 
 
-class KnownFaults(BaseModel):
+class KnownFaults(StrictModel):
     """Contents of `known_faults.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     no_ops: tuple[NoOp, ...]

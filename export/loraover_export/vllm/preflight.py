@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
+from loraover_export.logits.judge import Proof
 from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.rules import RULES
@@ -13,10 +15,8 @@ from loraover_export.vllm.rules import RULES
 PREFLIGHT_FILE = "preflight.json"
 
 
-class Violation(BaseModel):
+class Violation(StrictModel):
     """One violated rule."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rule: str = Field(description="Name of the rule")
     level: Literal["error", "warning"] = Field(description="An error keeps the adapter from being written")
@@ -24,13 +24,10 @@ class Violation(BaseModel):
     remedy: str = Field(description="Next step for the user")
 
 
-class Preflight(BaseModel):
+class Preflight(Proof):
     """Result of checking an adapter against vLLM's rules, and the contents of `preflight.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = 1
-    verdict: Literal["passed", "failed"]
+    verdict: Literal["passed", "failed"] = Field(description="Passed: no rule found an error; warnings are allowed")
     vllm_version: str = Field(description="Release of vLLM whose rules were applied")
     served_model: str = Field(description="Folder or hub name of the model to be served")
     architecture: str = Field(description="Model class that the served model's configuration names")
@@ -39,11 +36,6 @@ class Preflight(BaseModel):
     max_lora_rank: int | None = Field(description="Value for vLLM's --max-lora-rank; None if the rank is too large")
     rules: dict[str, Literal["passed", "warning", "error"]] = Field(description="Outcome of each rule, by its name")
     findings: list[Violation] = Field(description="Violated rules")
-
-    @property
-    def passed(self) -> bool:
-        """Whether no rule found an error; warnings are allowed."""
-        return self.verdict == "passed"
 
 
 def preflight(candidate: Candidate) -> Preflight:

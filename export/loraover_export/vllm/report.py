@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.preflight import Preflight
 
 
-class VllmReport(BaseModel):
+class VllmReport(StrictModel):
     """Pre-flight, certificate and launch commands of one export for vLLM."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     preflight: Preflight = Field(description="Check of the adapter against vLLM's rules")
     conversion: LoraCertificate | None = Field(

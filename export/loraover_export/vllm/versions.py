@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from packaging.version import InvalidVersion, Version
-from pydantic import BaseModel, ConfigDict
 
 from loraover.common.errors import ConfigError
+from loraover.common.strict_json import StrictModel
 
 
-class Versions(BaseModel):
+class Versions(StrictModel):
     """A range of releases.
 
     Args:
         since: First release of the range; None leaves the range open.
         before: First release after the range; None leaves the range open.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     since: str | None = None
     before: str | None = None

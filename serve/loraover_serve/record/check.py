@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
-from loraover.common.verb import perform, verb
+from loraover.common.verb import verb
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check, unanswered
@@ -33,10 +33,10 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
     Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
     the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
-    checkpoint, of PEFT for any other LoRA of a causal language model. The engine's distance on the base model is its
-    noise. A server is asked for each of the two models again while it answers for the other one. The report's `verdict`
-    is "as trained", "differs", "inconclusive" if the adapter moves the answers less than the noise, or "failed" if an
-    engine failed after another had answered.
+    checkpoint, of PEFT for any other adapter of a causal language model, which is converted for the engines if it is no
+    plain LoRA. The engine's distance on the base model is its noise. A server is asked for each of the two models again
+    while it answers for the other one. The report's `verdict` is "as trained", "differs", "inconclusive" if the adapter
+    moves the answers less than the noise, or "failed" if an engine failed after another had answered.
 
     With references, a running server is compared with PyTorch's answers that they hold, and PyTorch is not imported.
 
@@ -53,7 +53,7 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
     if not request.references:
         from loraover_serve.verify.run import verify_with_pytorch
 
-        return perform(verify_with_pytorch, request)
+        return verify_with_pytorch(request)
     return check_server(request)
 
 

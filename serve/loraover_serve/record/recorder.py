@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import adapter_digest
@@ -22,6 +22,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
+from loraover.common.strict_json import StrictModel
 from loraover.common.verb import verb
 from loraover.evaluation.digests import model_digest
 from loraover.models.device import choose_device
@@ -56,10 +57,8 @@ NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides i
 MEASURED = 16  # questions on which rounding is measured
 
 
-class RecordReport(BaseModel):
+class RecordReport(StrictModel):
     """What was recorded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path = Field(description="The file")
     size_bytes: int = Field(description="Its size, in bytes")

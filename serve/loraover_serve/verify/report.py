@@ -5,20 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
 
 REPORT_FILE = "verify.json"
 
 
-class Model(BaseModel):
-    """A part of the report."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LogprobDistance(Model):
+class LogprobDistance(StrictModel):
     """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
 
     rms: float = Field(description="RMS difference of logprobs, in nats")
@@ -28,7 +23,7 @@ class LogprobDistance(Model):
     prompts: int = Field(description="Number of prompts to which they belong")
 
 
-class Interval(Model):
+class Interval(StrictModel):
     """A strength: 1 if the engine applies the adapter as it was trained, 0 if it does not."""
 
     value: float = Field(description="The estimate")
@@ -39,7 +34,7 @@ class Interval(Model):
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-class MixedBatch(Model):
+class MixedBatch(StrictModel):
     """Answers to requests for both models that are sent together, beside those sent for one model at a time."""
 
     base: LogprobDistance = Field(description="Distance between the base model's answers sent together and apart")
@@ -56,7 +51,7 @@ class MixedBatch(Model):
         return max(each.rms for each in (self.base, self.adapter, self.other) if each is not None)
 
 
-class GreedyAgreement(Model):
+class GreedyAgreement(StrictModel):
     """Greedy answers of the adapter, token by token, beside PyTorch's."""
 
     equal: float = Field(description="Share of prompts that both answer with the same tokens")
@@ -72,7 +67,7 @@ class GreedyAgreement(Model):
     )
 
 
-class Suspect(Model):
+class Suspect(StrictModel):
     """One fault, as PyTorch computes it, beside the engine's answers."""
 
     fault: str = Field(description="Name of the fault")
@@ -84,7 +79,7 @@ class Suspect(Model):
     explains: bool = Field(description="Whether the fault explains the engine's answers within noise")
 
 
-class Replicas(Model):
+class Replicas(StrictModel):
     """Answers of servers behind one address, of which some are wrong."""
 
     answers: int = Field(description="Number of the adapter's answers at which the fault would be seen")
@@ -97,7 +92,7 @@ class Replicas(Model):
     )
 
 
-class EngineResult(Model):
+class EngineResult(StrictModel):
     """Verdict on one engine."""
 
     engine: str = Field(description="Name of the engine, as --engine takes it; endpoint for a server at --endpoint")
@@ -151,7 +146,7 @@ class EngineResult(Model):
     requests: int = Field(default=0, description="Number of requests of a check by a reference; 0 in other checks")
 
 
-class VerifyReport(Model):
+class VerifyReport(StrictModel):
     """Contents of `verify.json`."""
 
     schema_version: int = 1

@@ -28,7 +28,6 @@ from loraover.common.errors import (
     UnwrittenReportError,
 )
 from loraover.common.provenance import today
-from loraover.common.verb import verb
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover.training.run_folder import TRAINER_FOLDER
@@ -61,28 +60,8 @@ KEPT_PREFIX = "loraover-verify-kept-"
 """Beginning of the names of temporary folders that outlive a verification."""
 
 
-@verb(VerifyRequest)
 def verify_with_pytorch(request: VerifyRequest) -> VerifyReport:
-    """Verify that engines answer as an adapter was trained, and name the likely fault of one that does not.
-
-    Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
-    the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
-    checkpoint, of PEFT for any other adapter of a causal language model, which is converted for the engines if it is no
-    plain LoRA. The engine's distance on the base model is its
-    noise. A server is asked for each of the two models again while it answers for the other one. The report's `verdict`
-    is "as trained", "differs", "inconclusive" if the adapter moves the answers less than the noise, or "failed" if an
-    engine failed after another had answered.
-
-    Raises:
-        ConfigError: Arguments that cannot be used, a task that is not a causal language model, or a base model that
-            cannot be loaded.
-        CheckpointError: Files that cannot be read as an adapter, a checkpoint or an ONNX export.
-        DataError: A file of prompts that cannot be read.
-        EngineError: An engine that is not installed, or every engine failed; the message names the logs that are kept.
-        ExportError: An adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
-        OutputError: An output that exists or cannot be written.
-        UnwrittenReportError: An output that could not be written after the verification; `error.report` has the report.
-    """
+    """Verify engines by what PyTorch answers; see `verify_adapter`."""
     assert request.adapter is not None
     if request.output is not None:
         check_writable(request.output, outside=request.adapter)

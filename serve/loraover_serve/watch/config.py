@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from loraover.common.errors import ConfigError
-from loraover.common.strict_json import describe
+from loraover.common.strict_json import StrictModel, describe
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.crossed import NEAREST, SCREENED
@@ -26,13 +26,7 @@ QUICK = 16
 """Requests of a quick check at most, with those that find out names and protocol."""
 
 
-class Part(BaseModel):
-    """A part of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AdapterSettings(Part):
+class AdapterSettings(StrictModel):
     """An adapter on a server."""
 
     reference: Path = Field(description="File of the reference; a relative path begins at the configuration's folder")
@@ -46,7 +40,7 @@ class AdapterSettings(Part):
     )
 
 
-class ServerSettings(Part):
+class ServerSettings(StrictModel):
     """A server."""
 
     name: str = Field(min_length=1, description="Name on the page and in metrics")
@@ -65,7 +59,7 @@ class ServerSettings(Part):
     timeout_s: float = Field(default=120.0, ge=1, description="Seconds that a check may take")
 
 
-class WatchConfig(Part):
+class WatchConfig(StrictModel):
     """All of it."""
 
     servers: list[ServerSettings] = Field(min_length=1, description="Servers")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover.common.verb import verb
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.ask import ask
@@ -15,10 +16,8 @@ from loraover_serve.watch.request import WatchRequest
 from loraover_serve.watch.service import Watch, serving, signals
 
 
-class WatchReport(BaseModel):
+class WatchReport(StrictModel):
     """What a watch found at its end."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checks: list[Check] = Field(description="Last check of each adapter on each server, in the order of the file")
 

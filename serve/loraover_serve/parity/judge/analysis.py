@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_serve.engines.sample import Sample
 from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of
 from loraover_serve.parity.judge.equivalence import Comparison, compare, decide
@@ -29,10 +30,8 @@ QUANTILES = (0.5, 0.9, 0.99)
 QUANTILE_NAMES = tuple(f"p{100 * q:g}" for q in QUANTILES)
 
 
-class Result(BaseModel):
+class Result(StrictModel):
     """One measure of one arm, compared with the vanilla adapter (the baseline)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int
@@ -60,10 +59,8 @@ class Result(BaseModel):
     verdict: Literal["equivalent", "different", "inconclusive"]
 
 
-class Latency(BaseModel):
+class Latency(StrictModel):
     """Quantiles of one measure of one arm, in seconds; the verdict does not depend on them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int
@@ -75,13 +72,11 @@ class Latency(BaseModel):
     )
 
 
-class Throughput(BaseModel):
+class Throughput(StrictModel):
     """Generated tokens per second of one arm.
 
     A wave is a group of simultaneous requests; its time runs from the first request sent to the last token.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from loraover.common.strict_json import StrictModel
 from loraover_serve.comparison.rounding import FORMATS, rounding
 from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import engine_errors
@@ -42,10 +43,8 @@ Reference = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields a model in PyTorch."""
 
 
-class Answer(BaseModel):
+class Answer(StrictModel):
     """Distance of the answer to one prompt from PyTorch's model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     request: int = Field(description="Index of the request")
     gap: float | None = Field(
@@ -56,10 +55,8 @@ class Answer(BaseModel):
     )
 
 
-class Distance(BaseModel):
+class Distance(StrictModel):
     """Distance of one arm's answers from PyTorch's model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     reference: str = Field(description="The model in PyTorch, in words")
     equal: float = Field(description="Share of prompts whose tokens PyTorch would all have chosen, too")
@@ -76,10 +73,8 @@ class Distance(BaseModel):
     answers: list[Answer] = Field(description="Distance of the answer to each prompt")
 
 
-class Outputs(BaseModel):
+class Outputs(StrictModel):
     """Comparison of one engine's answers with PyTorch's, for the first prompts of a run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_serve.engines.base import engine_errors
 from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.judge.outputs import Distance, Outputs, Reference, agrees, distance_of, equal_share
 from loraover_serve.parity.samples import MIXED, SWITCHING, Measurement
 
 
-class Together(BaseModel):
+class Together(StrictModel):
     """Answers of one adapter to requests that ran in turn, or in one batch, with those of other adapters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
     concurrency: int

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.errors import EngineError
+from loraover.common.strict_json import StrictModel
 from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.samples import Measurement
 from loraover_serve.vllm.request import KEY_VARIABLE
@@ -25,10 +26,8 @@ FIGURES = {
 }
 
 
-class CrossCheck(BaseModel):
+class CrossCheck(StrictModel):
     """Medians of one arm by both benchmarks, in seconds; the verdict does not depend on them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     concurrency: int
     arm: str

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy import stats
 
+from loraover.common.strict_json import StrictModel
 from loraover_serve.engines.base import BatchingEngine, Setting
 from loraover_serve.engines.sample import TokenRequest
 
@@ -19,10 +20,8 @@ POLL_S = 0.2
 MIN_SERVERS = 3
 
 
-class PeakMemory(BaseModel):
+class PeakMemory(StrictModel):
     """Peak memory of servers with one arm alone; the verdict does not depend on it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     concurrency: int
     arm: str

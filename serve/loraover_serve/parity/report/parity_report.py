@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from loraover.common.strict_json import StrictModel
 from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
 from loraover_serve.parity.judge.outputs import Outputs
 from loraover_serve.parity.judge.several import Together
@@ -19,10 +20,8 @@ EngineVerdict = Literal["equivalent", "different", "inconclusive", "failed"]
 EXIT_CODES = {"equivalent": 0, "different": 1, "inconclusive": 3, "failed": 2}
 
 
-class ParityReport(BaseModel):
+class ParityReport(StrictModel):
     """Contents of `parity.json`; after a failure, everything that was measured before it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 3
     verdict: EngineVerdict = Field(description="Verdict on the folded adapter against the vanilla one")
