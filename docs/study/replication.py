@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,12 @@ def _run(plan: Registration, task: Mapping[str, Any], method: Mapping[str, Any],
     return Run(task["name"], method["name"], rate, seed, recipe)
 
 
+def failures(outcomes: Mapping[Run, RunOutcome], task: str) -> list[str]:
+    """Names of a task's runs that have no loss; such a task does not count as better."""
+    failed = (run.name for run, outcome in outcomes.items() if run.task == task and outcome.failure is not None)
+    return [*dict.fromkeys(failed)]
+
+
 def losses(outcomes: Mapping[Run, RunOutcome], task: str, method: str) -> tuple[Losses, Losses]:
     """Nats of a method on a task, shape (seeds, rows) in the order of the seeds, and tokens, shape (rows,)."""
     found = sorted((r for r in outcomes if (r.task, r.method) == (task, method)), key=lambda run: run.seed)
@@ -102,16 +109,20 @@ def variances(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str)
 
 
 def predicted_widths(plan: Registration, outcomes: Mapping[Run, RunOutcome]) -> dict[str, float]:
-    """Width of each task's interval with all seeds, in per cent, from the pilot."""
-    found = {task["name"]: variances(plan, outcomes, task["name"]) for task in plan["tasks"]}
+    """Width of each task's interval with all seeds, in per cent, from the pilot; infinite where a run failed."""
+    names = [task["name"] for task in plan["tasks"]]
+    found = {name: variances(plan, outcomes, name) for name in names if not failures(outcomes, name)}
+    if not found:
+        return dict.fromkeys(names, math.inf)
     seeds = len(plan["seeds"])
     of_seeds = sum(seed for seed, _ in found.values()) / len(found) / seeds
     quantile = stats.t.isf(LEVEL / 2, seeds - 1)
     rows = {task["name"]: stats.t.isf(LEVEL / 2, task["test_rows"] - 1) for task in plan["tasks"]}
-    return {
+    widths = {
         name: 2 * math.hypot(quantile * math.sqrt(of_seeds), rows[name] * math.sqrt(of_rows))
         for name, (_, of_rows) in found.items()
     }
+    return {name: widths.get(name, math.inf) for name in names}
 
 
 def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> dict[str, Any]:
@@ -128,8 +139,8 @@ def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> 
     }
 
 
-def _loss(outcome: RunOutcome) -> float:
-    return mean_loss(np.array([outcome.nats]), np.array(outcome.tokens))
+def _loss(outcome: RunOutcome) -> float | None:
+    return None if outcome.failure is not None else mean_loss(np.array([outcome.nats]), np.array(outcome.tokens))
 
 
 def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, Any]:
@@ -145,7 +156,9 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
         asked = runs_of(plan, plan["seeds"], [name])
         outcomes = finished(asked, folder)
         tasks[name] = {"finished_runs": len(outcomes), "predicted_width_percent": widths.get(name)}
-        if is_piloted and widths[name] >= plan["required_width_percent"]:
+        if failed := failures(pilot | outcomes, name):
+            tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}
+        elif is_piloted and widths[name] >= plan["required_width_percent"]:
             tasks[name]["stopped"] = "after the pilot: the interval would be too wide"
         elif len(outcomes) == len(asked):
             tasks[name] |= judge(plan, outcomes, name)
@@ -167,6 +180,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report-only", action="store_true")
     asked = parser.parse_args()
+    asked.folder = Path(os.path.relpath(asked.folder))  # it stands in the recipes of the secondary comparison
     registration = asked.registration.read_bytes()
     plan = yaml.safe_load(registration)
     names = [task["name"] for task in plan["tasks"]]

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ class HarnessTask(Task):
 
     def check(self, options: Options) -> None:
         super().check(options)
+        import_module("lm_eval")  # said before a study trains for hours
         if self.labels and options.max_new_tokens is not None:
             raise ConfigError(
                 f"{options.named('max_new_tokens')}: {self.name} compares the likelihoods of its labels and generates "

@@ -37,6 +37,8 @@ def exact_match(
     Returns:
         A share from 0 to 1; 0 without examples. Where numbers are compared, an answer without one is wrong.
     """
+    if not rows:
+        return 0.0
     answers = greedy_answers(
         model,
         tokenizer,
@@ -48,7 +50,7 @@ def exact_match(
     read: Callable[[str], object] = final_number if answer == "number" else str.strip
     found = [read(text) for text in answers]
     wanted = [read(_content(row["completion"])) for row in rows]
-    return sum(one is not None and one == other for one, other in zip(found, wanted, strict=True)) / max(1, len(rows))
+    return sum(one is not None and one == other for one, other in zip(found, wanted, strict=True)) / len(rows)
 
 
 def any_number(rows: Iterable[dict[str, Any]]) -> bool:

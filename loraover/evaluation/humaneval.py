@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loraover.client.at_once import at_once
 from loraover.common.errors import ConfigError
 from loraover.evaluation.base import (
     Example,
@@ -23,7 +24,6 @@ from loraover.evaluation.base import (
     read_questions,
     text_field,
 )
-from loraover.evaluation.parallel import in_parallel
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class HumanEval(Task):
             return Example(problem["task_id"], float(outcome.passed), body, note=outcome.reason)
 
         pairs = list(zip(problems, completions, strict=True))
-        examples = in_parallel(run, pairs, os.cpu_count() or 1, "programs", report)
+        with report.task("programs", len(pairs)) as advance:
+            examples = at_once(run, pairs, os.cpu_count() or 1, advance)
         return TaskScores({"pass@1": sum(example.score == 1 for example in examples) / len(examples)}, examples)
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:

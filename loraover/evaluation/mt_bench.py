@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraover.client.at_once import at_once
 from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.common.paths import kind_of
 from loraover.data.formats import ALPACA, ALPACA_TURN
@@ -26,7 +27,6 @@ from loraover.evaluation.base import (
     text_field,
     uses_chat,
 )
-from loraover.evaluation.parallel import in_parallel
 
 if TYPE_CHECKING:
     from loraover.common.reporter import Reporter
@@ -106,14 +106,15 @@ class MtBench(Task):
             for row, first, second in zip(questions.rows, texts[::2], texts[1::2], strict=True)
             for turn in (0, 1)
         ]
-        verdicts = in_parallel(lambda one: _rate(judge, *one), asked, REQUESTS_AT_A_TIME, "ratings", report)
-        if all(verdict.rating is None for verdict in verdicts):
+        lacking = [i for i, example in enumerate(answered) if example.score is None]
+        with report.task("ratings", len(lacking)) as advance:
+            verdicts = at_once(lambda i: _rate(judge, *asked[i]), lacking, REQUESTS_AT_A_TIME, advance)
+        examples = list(answered)
+        for i, verdict in zip(lacking, verdicts, strict=True):
+            examples[i] = replace(answered[i], score=verdict.rating, note=verdict.text)
+        if all(example.score is None for example in examples):
             first = f"its reply to the first one: {verdicts[0].text:.500}"
             raise EngineError(f"judge {judge.name} at {judge.endpoint.api}: rated none of the answers; {first}")
-        examples = [
-            replace(example, score=verdict.rating, note=verdict.text)
-            for example, verdict in zip(answered, verdicts, strict=True)
-        ]
         return TaskScores(_means(examples), examples)
 
     def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.stats import binomtest
 
+from loraover.common.strict_json import StrictModel
 from loraover.evaluation.base import Example
 from loraover.reporting.reporter import print_line
 
@@ -17,10 +18,8 @@ if TYPE_CHECKING:
 CORRELATIONS = ("mcc",)  # measures from -1 to 1, where others are shares from 0 to 1
 
 
-class ModelResult(BaseModel):
+class ModelResult(StrictModel):
     """Result of one model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="'base', or the adapter as the user named it.")
     sha256: str | None = Field(None, description="SHA-256 of the adapter's configuration and tensors.")
@@ -32,10 +31,8 @@ class ModelResult(BaseModel):
     failure: str | None = Field(None, description="Why there are no measures; None: there are.")
 
 
-class Evaluation(BaseModel):
+class Evaluation(StrictModel):
     """Contents of the file that `loraover eval` writes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     task: str = Field(description="Name of the benchmark.")

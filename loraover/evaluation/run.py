@@ -56,8 +56,8 @@ class _Candidate:
 def evaluate(request: EvaluationRequest) -> Evaluation:
     """Put a benchmark's questions to a base model, then to each adapter.
 
-    Adapters whose files are the same as in an unfinished output, and models of the same name at the same endpoint, are
-    not asked again, and answers without ratings are only rated.
+    Adapters whose files are the same as in the output, and models of the same name at the same endpoint, are not asked
+    again, and answers without ratings are only rated.
 
     Returns:
         The contents of the output file. A failure of a model after the first one is that model's result.
@@ -118,8 +118,8 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
     names, keys = {c.name for c in candidates}, {c.key for c in candidates}
     known = {key: result for key, result in _known(found, output).items() if key in keys or key[0] not in names}
     for candidate in candidates:
-        result = known.pop(candidate.key, None)
-        if result is not None and result.failure is None:
+        before = result = known.pop(candidate.key, None)
+        if result is not None and result.failure is None and (task.is_right_or_wrong or not result.missing):
             report.line(f"{candidate.name}: finished already")
         else:
             answered = [] if result is None else result.examples
@@ -130,6 +130,9 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
                 if not found.results:
                     raise
                 result = _failure(candidate, str(error), answered)
+            if result.failure is not None and before is not None and before.measures:  # rated in part, and not again
+                report.line(f"{candidate.name}: {result.failure}")
+                result = before
             publish(result)
         found = found.model_copy(update={"results": [*found.results, result]})
         if request.on_result is not None:
@@ -189,7 +192,7 @@ def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | Non
         return {}
     begun = read_json(output, Evaluation)
     before, now = _identity(begun), _identity(wanted)
-    if not any(result.measures for result in begun.results):
+    if not any(example.score is not None for result in begun.results for example in result.examples):
         for settings in (before["settings"], now["settings"]):
             settings.pop("judge", None)  # nothing depends on it yet: another judge may rate the answers
     changed = [key for key in now if before[key] != now[key]]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
+from loraover.client.at_once import at_once
 from loraover.common.errors import CheckpointError
-from loraover.evaluation.parallel import in_parallel
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model
 
 if TYPE_CHECKING:
@@ -115,13 +115,15 @@ class Served(Answerer):
         def ask(prompt: str) -> str:
             return self.endpoint.ask(self.name, prompt, max_tokens=max_new_tokens, stop=stop)
 
-        return in_parallel(ask, prompts, self.batch_size, "answers", report)
+        with report.task("answers", len(prompts)) as advance:
+            return at_once(ask, prompts, self.batch_size, advance)
 
     def chat(self, chats: Sequence[Chat], *, max_new_tokens: int, report: Reporter) -> list[str]:
         def ask(chat: Chat) -> str:
             return self.endpoint.chat(self.name, chat, max_tokens=max_new_tokens)
 
-        return in_parallel(ask, chats, self.batch_size, "answers", report)
+        with report.task("answers", len(chats)) as advance:
+            return at_once(ask, chats, self.batch_size, advance)
 
     def harness_model(self) -> Any:
         from loraover.evaluation.harness_client import HarnessClient

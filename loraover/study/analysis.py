@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy import optimize, stats
+
+from loraover.common.strict_json import StrictModel
 
 Losses = NDArray[np.float64]
 """Shape (seeds, examples): nats of each completion."""
@@ -26,10 +28,8 @@ BASIN = 0.01
 """Share of the lowest loss by which losses may be higher and still belong to the basin: the rates that do well."""
 
 
-class Difference(BaseModel):
+class Difference(StrictModel):
     """A method's test loss minus the baseline's, each at its own tuned rate, in nats per token."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mean: float = Field(description="Mean difference; below 0: better than the baseline.")
     interval: tuple[float, float] = Field(description="95 % interval, over seeds and examples together.")
@@ -37,10 +37,8 @@ class Difference(BaseModel):
     detectable: float = Field(description="Smallest true difference that four of five such studies would show.")
 
 
-class RateSensitivity(BaseModel):
+class RateSensitivity(StrictModel):
     """How much a method's loss depends on its learning rate."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     losses: dict[str, float] = Field(description="Mean validation loss by rate; rates that diverged are left out.")
     seed_losses: dict[str, list[float]] = Field(description="Validation loss of each seed by rate.")

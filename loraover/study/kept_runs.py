@@ -74,7 +74,7 @@ def keep(folder: Path, outcomes: Mapping[Run, RunOutcome]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(folder / f".{KEPT_FILE}.lock", wait=True):
             kept = {one.run: one for one in read_kept(folder)}
-            kept |= {run.name: KeptRun(run=run.name, **dict(outcome)) for run, outcome in outcomes.items()}
+            kept |= {run.name: KeptRun(**(dict(outcome) | {"run": run.name})) for run, outcome in outcomes.items()}
             lines = [one.model_dump_json(exclude_defaults=True) + "\n" for _, one in sorted(kept.items())]
             publish_text(folder / KEPT_FILE, "".join(lines))
     except OSError as error:

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.source import META_FILE
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
+from loraover.common.strict_json import StrictModel
 from loraover.study.conversations import check_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
@@ -37,10 +38,8 @@ DECIMALS = 6
 """Those of nats that are kept; a model in float32 has no more."""
 
 
-class RunOutcome(BaseModel):
+class RunOutcome(StrictModel):
     """Results of a run that a study needs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: str = Field(description="SHA-256 of the recipe.")
     failure: str | None = Field(None, description="Why there is no loss; None: there is one.")
@@ -63,8 +62,8 @@ class RunOutcome(BaseModel):
     fold_error: float | None = Field(None, description="Largest relative Frobenius error of a stored A or B.")
     score: float | None = Field(
         None,
-        description="Right answers to the benchmark, or to the held-out rows, in per cent, or the benchmark's mean "
-        "rating; None: not measured.",
+        description="Right answers to the held-out rows in per cent, or the score of the study's benchmark; None: not "
+        "measured.",
     )
     train_rows: str | None = Field(None, description="SHA-256 of the training rows; None: not known.")
     test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None: not known.")

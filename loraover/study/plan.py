@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
+from loraover.common.strict_json import StrictModel
 from loraover.common.verb import verb
 from loraover.study.grid import Run, grid_of
 from loraover.study.report import StudyAnswer
@@ -16,10 +17,8 @@ from loraover.study.tuning import by_method
 from loraover.training.plan import make_plan
 
 
-class MethodPlan(BaseModel):
+class MethodPlan(StrictModel):
     """Needs of the runs of a method on a task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str = Field(description="Name of the task.")
     method: str = Field(description="Name of the method in reports.")
@@ -56,8 +55,8 @@ class StudyPlan(StudyAnswer):
 def plan_study(request: StudyRequest) -> StudyPlan:
     """Tell how many runs a study needs, with their memory and time, without reading weights.
 
-    Each method on each task is planned as `loraover train --plan` does it, with a trial of a few steps where this
-    machine bears one.
+    Each method on each task is planned as `loraover train --plan` does it, with a trial of a few steps where the data
+    are local and this machine bears one.
 
     Raises:
         ConfigError: The request is not a study, or a run of it would be refused.

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
+from loraover.common.strict_json import StrictModel
 from loraover.common.verb import verb
 from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_variances
 from loraover.study.grid import is_plain, slug
@@ -25,10 +26,8 @@ MOST = 10**7
 """Number of rows or seeds above which a study is taken to be impossible."""
 
 
-class TaskPower(BaseModel):
+class TaskPower(StrictModel):
     """The smallest difference that a study would see between a method and the baseline on one task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str = Field(description="Name of the recipe.")
     method: str = Field(description="Method as the user named it.")
@@ -97,7 +96,8 @@ def predict_power(request: StudyRequest) -> PowerReport:
         raise ConfigError(f"{StudyRequest.named('power')} is missing, expected the folder of a pilot or kept study.")
     command, request = request.command(), request.whole()
     assert request.power is not None
-    spreads = measured_spreads(read_kept(request.power), request.methods)
+    spelled = dict(zip(request.spelled(request.methods), request.methods, strict=True))
+    spreads = measured_spreads(read_kept(request.power), spelled)
     if not spreads:
         methods = StudyRequest.named("methods")
         raise ConfigError(
@@ -123,12 +123,12 @@ def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:
     return rows
 
 
-def measured_spreads(kept: Sequence[KeptRun], methods: Sequence[str]) -> list[MeasuredSpread]:
+def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> list[MeasuredSpread]:
     """Measure the spread of each method's difference to the best plain LoRA, each at its best rate.
 
     Args:
         kept: Finished runs of a study; failed ones do not count.
-        methods: Methods to compare.
+        methods: Names of the methods to compare, by the methods in full.
     """
     named = {slug(method): method for method in methods}
     runs: dict[str, dict[str, dict[str, dict[str, KeptRun]]]] = {}
@@ -136,10 +136,12 @@ def measured_spreads(kept: Sequence[KeptRun], methods: Sequence[str]) -> list[Me
         task, name, rate, seed = one.run.split("/")
         if name in named and one.failure is None:
             runs.setdefault(task, {}).setdefault(named[name], {}).setdefault(rate, {})[seed] = one
-    return [spread for task, found in runs.items() for spread in _spreads(task, found)]
+    return [spread for task, found in runs.items() for spread in _spreads(task, found, methods)]
 
 
-def _spreads(task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]]) -> list[MeasuredSpread]:
+def _spreads(
+    task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]], names: Mapping[str, str]
+) -> list[MeasuredSpread]:
     best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
     plain = [method for method in best if is_plain(method)]
     if not plain:
@@ -153,7 +155,8 @@ def _spreads(task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]]
             tokens = np.array(next(iter(seeds.values())).tokens, dtype=np.float64)
             scale = (100 / mean_loss(old, tokens)) ** 2
             of_seed, of_row = (scale * variance for variance in unit_variances(new - old, tokens))
-            spreads.append(MeasuredSpread(method, baseline, task, len(common), len(tokens), of_seed, of_row))
+            pair = names[method], names[baseline]
+            spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), of_seed, of_row))
     return spreads
 
 

@@ -7,9 +7,10 @@ from statistics import fmean, median, stdev
 from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.multiple_testing import holm
+from loraover.common.strict_json import StrictModel
 from loraover.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss
 from loraover.study.grid import Run, is_plain
 from loraover.study.outcome import RunOutcome
@@ -21,10 +22,8 @@ ALPHA = 0.05
 Number = TypeVar("Number", int, float)
 
 
-class MethodResult(BaseModel):
+class MethodResult(StrictModel):
     """One method on one task, at the rate tuned for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="Method as the user named it.")
     rate: float = Field(description="Learning rate tuned for it.")
@@ -45,22 +44,19 @@ class MethodResult(BaseModel):
     score_deviation: float | None = Field(None, description="Standard deviation of the score; None with one seed.")
 
 
-class Scores(BaseModel):
+class Scores(StrictModel):
     """What the scores of a study are of."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     benchmark: str | None = Field(None, description="Benchmark; None: right answers to the held-out rows.")
     untrained: dict[str, float] = Field(default_factory=dict, description="Base model's score, by task.")
+    unrated: int = Field(0, description="Answers without a rating by the judge, which no score counts.")
     choices: list[str] = Field(
         default_factory=list, description="What a table of the paper fixes where its abstract is silent."
     )
 
 
-class TaskResult(BaseModel):
+class TaskResult(StrictModel):
     """Every method on one task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str = Field(description="Name of the recipe.")
     examples: int = Field(description="Number of examples in the test half.")
@@ -78,10 +74,8 @@ class TaskResult(BaseModel):
         return self.names.get(str(method), str(method))
 
 
-class StudyAnswer(BaseModel):
+class StudyAnswer(StrictModel):
     """What a command of studies answers, with its origin."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = 1
     command: str = Field(description="Command line.")

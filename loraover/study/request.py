@@ -259,7 +259,7 @@ class StudyRequest(Request):
         metavar="STUDY",
     )
     plan: bool = option(
-        "Print how many runs the study needs, with their memory and time, and train nothing.",
+        "Print how many runs the study needs, with their memory, and their time if it can be tried, and train nothing.",
         default=False,
         is_recorded=False,
     )

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import ConfigError
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 from loraover.study.request import StudyRequest
 
 RULE_FILE = "rule.json"
 
 
-class Rule(BaseModel):
+class Rule(StrictModel):
     """On how many tasks LoRA-Over has to be better, and when that was decided."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     required: int = Field(description="Number of tasks on which the loss has to be below a tuned plain LoRA's.")

@@ -17,7 +17,7 @@ from loraover.common.ray_cluster import ray_cluster
 from loraover.common.verb import verb
 from loraover.reporting.html_page import FIGURES
 from loraover.study.analysis import Halves
-from loraover.study.benchmark import check_benchmark, score_runs, untrained_scores
+from loraover.study.benchmark import check_benchmark, score_runs
 from loraover.study.grid import Run, grid_of
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
@@ -59,14 +59,14 @@ def run_study(request: StudyRequest) -> StudyReport:
     command, choices, request = request.command(), table_choices(request.table), request.whole()
     folder = request.output
     grid = grid_of(request)
-    check_benchmark(request)
+    check_benchmark(grid, request)
     outcomes = finished(grid, folder, request.reuse)
     rule = fixed_rule(request, len(outcomes))
     if not request.report_only:
-        outcomes = score_runs(grid, run_grid(grid, request), request)
-    untrained = untrained_scores(request.tasks, folder)
-    scores = Scores(benchmark=request.benchmark, untrained=untrained, choices=choices)
-    found = make_report(grid, outcomes, rule, command, request.tuning_seeds, scores)
+        outcomes = run_grid(grid, request)
+    scored, scores = score_runs(grid, outcomes, request)
+    scores = scores.model_copy(update={"choices": choices})
+    found = make_report(grid, scored, rule, command, request.tuning_seeds, scores)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for path, content in {
         folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",

@@ -38,10 +38,16 @@ def _verdict(report: StudyReport) -> tuple[str, str]:
     return f"{report.rule} Verdict: {found.word}.", found.sentence
 
 
+OTHER_SCORES = {"mtbench": "mean rating, 1 to 10", "cola": "Matthews correlation in %"}
+"""What the scores are of benchmarks that do not count right answers."""
+
+
 def score_title(report: StudyReport) -> str:
     """Say what the scores are of."""
-    kind = "right answers in %" if report.scores.benchmark != "mtbench" else "mean rating, 1 to 10"
-    return f"{report.scores.benchmark or 'Held-out rows'}: {kind}, mean (sd) of {seeds_text(report)}"
+    scores = report.scores
+    kind = OTHER_SCORES.get(scores.benchmark or "", "right answers in %")
+    without = f"; answers without a rating, which do not count: {scores.unrated}" if scores.unrated else ""
+    return f"{scores.benchmark or 'Held-out rows'}: {kind}, mean (sd) of {seeds_text(report)}{without}"
 
 
 def score_rows(report: StudyReport) -> tuple[list[str], list[list[str]]] | None:
@@ -101,10 +107,10 @@ def show_study_plan(plan: StudyPlan, request: StudyRequest, console: Console) ->
         for one in plan.methods
     ]
     console.print(terminal_table(heads, rows, names=heads[:2]))
-    time = (
-        "the time is not predicted for all of them" if plan.hours is None else f"{hours_text(plan.hours)} of training"
-    )
-    line = f"{plan.runs} runs; {time}, one run after another. Evaluation comes on top. {ASSUMPTION}"
+    time = "time is predicted only if the data are local and this machine can run a trial."
+    if plan.hours is not None:
+        time = f"{hours_text(plan.hours)} of training, one run after another. Evaluation comes on top."
+    line = f"{plan.runs} runs; {time} {ASSUMPTION}"
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 

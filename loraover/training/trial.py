@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from loraover.common.errors import LoraOverError
 from loraover.common.reporter import Reporter
@@ -33,6 +34,9 @@ MOST_MEMORY = 0.25
 
 DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
 """Fields of configurations with the number of layers; an encoder and a decoder of one depth are cut alike."""
+
+FAILS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, OSError, SafetensorError)
+"""Errors of libraries, or of a full disk, that leave a trial out."""
 
 Clock = Callable[[], float]
 
@@ -98,7 +102,7 @@ def try_steps(recipe: Recipe, source: ModelSource, report: Reporter, clock: Cloc
         report.line(f"trying {STEPS} steps with random weights and {tried} of {layers} layers")
         # The smaller model comes first, since a process knows only its largest memory so far.
         *fewer, more = [_tried(recipe, source, config, n, clock) for n in (FEW, tried)[tried == layers :]]
-    except (LoraOverError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (*FAILS, LoraOverError) as error:
         report.line(f"time and peak memory are not predicted: a trial failed: {error}")
         return None
     return extrapolated(fewer[0] if fewer else more, more, tried, layers)
@@ -124,7 +128,8 @@ def _affordable_layers(recipe: Recipe, config: Any, layers: int) -> int:
     work = 6 * STEPS * training.micro_batch * training.tokens  # operations for each number of the model
     most = MOST_SECONDS * 2 * config.hidden_size**3 / min(seconds) / work
     if (free := free_memory(device.type)) is not None:
-        most = min(most, MOST_MEMORY * free / 4)
+        copies = 4 if recipe.method == "full" else 1  # of float32: weights, gradients and both moments of AdamW
+        most = min(most, MOST_MEMORY * free / (4 * copies))
     return min(layers, 1 + int((most - one) // (two - one)))
 
 

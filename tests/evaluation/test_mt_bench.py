@@ -46,11 +46,14 @@ def evaluated(
     model: Path, folder: Path, reply: Callable[[dict[str, Any]], Any], *more: str
 ) -> tuple[dict[str, Any], Recorded, int]:
     """What the command wrote, what the judge was sent, and the exit code."""
-    out = folder / "out.json"
     with openai_server(reply) as judge:
-        words = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--max-new-tokens", "6"]
-        words += ["--judge-url", judge.url, "--judge-model", "tester", "-o", str(out), *more]
-        code = run(cli, words)
+        return evaluated_by(judge, model, folder, *more)
+
+
+def evaluated_by(judge: Recorded, model: Path, folder: Path, *more: str) -> tuple[dict[str, Any], Recorded, int]:
+    out = folder / "out.json"
+    words = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--max-new-tokens", "6"]
+    code = run(cli, [*words, "--judge-url", judge.url, "--judge-model", "tester", "-o", str(out), *more])
     return (json.loads(out.read_text()) if out.exists() else {}), judge, code
 
 
@@ -94,6 +97,17 @@ def test_nonsense_is_asked_again_and_then_counted_as_missing(model: Path, tmp_pa
     assert result["missing"] == 2
     assert [e["score"] for e in result["examples"]] == [4.0, None, 4.0, None]
     assert len(judge.bodies) == 2 * 2 + 2 * 3
+
+
+def test_the_same_command_asks_only_for_ratings_that_are_missing(model: Path, tmp_path: Path) -> None:
+    replies = iter(["[[4]]", *["no"] * 9, *["[[6]]"] * 9])
+    with openai_server(lambda body: next(replies)) as judge:
+        found, _, code = evaluated_by(judge, model, tmp_path)
+        assert (code, found["results"][0]["missing"]) == (0, 3)
+        later, _, code = evaluated_by(judge, model, tmp_path)
+    (result,) = later["results"]
+    assert (code, result["missing"], len(judge.bodies)) == (0, 0, 1 + 9 + 3)
+    assert sorted(example["score"] for example in result["examples"]) == [4.0, 6.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize(("reply", "said"), [(500, "answered 500"), ("a fine answer",) * 2])

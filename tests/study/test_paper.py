@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
-from loraover.evaluation.results import Evaluation
+from loraover.evaluation.results import Evaluation, ModelResult
 from loraover.evaluation.run import evaluate
 from loraover.study import benchmark
 from loraover.study.kept_runs import read_kept
@@ -123,11 +124,16 @@ def test_glue_is_scored_by_the_answers_to_held_out_rows(
 
 
 @pytest.mark.parametrize(
-    "asked",
-    ["paper-gsm8k", "paper-mtbench", pytest.param("paper-humaneval", marks=needs_bubblewrap)],
-    indirect=True,
+    ("asked", "methods"),
+    [
+        ("paper-mtbench", ("lora+", "eigen")),
+        pytest.param("paper-humaneval", ("lora+", "eigen"), marks=needs_bubblewrap),
+        pytest.param("paper-gsm8k", METHODS, marks=pytest.mark.matrix),
+        pytest.param("paper-mtbench", METHODS, marks=pytest.mark.matrix),
+        pytest.param("paper-humaneval", METHODS, marks=[pytest.mark.matrix, needs_bubblewrap]),
+    ],
+    indirect=["asked"],
 )
-@pytest.mark.parametrize("methods", [("lora+", "eigen"), WHOLE])
 def test_a_table_of_two_models_is_scored_by_its_benchmark(
     methods: tuple[str, ...],
     asked: Asked,
@@ -144,7 +150,7 @@ def test_a_table_of_two_models_is_scored_by_its_benchmark(
     assert [task.task for task in found.tasks] == [f"{recipe}-llama-2", f"{recipe}-llama-3.1"]
     assert found.scores.untrained.keys() == {task.task for task in found.tasks}
     for task in found.tasks:
-        file = tmp_path / "out" / benchmark.FOLDER / f"{task.task}.json"
+        (file,) = (tmp_path / "out" / benchmark.FOLDER).glob(f"{task.task}.*.json")
         _, *results = Evaluation.model_validate_json(file.read_text()).results
         scores = [one.score for one in task.methods]
         assert scores == [benchmark.score_of(one) for one in results]
@@ -164,10 +170,11 @@ def test_a_benchmark_that_fails_leaves_no_score(
     pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
     (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
 
-    def failing(function: Any, request: Any) -> Any:
+    def failing(function: Any, request: Any) -> None:
         found = evaluate.__wrapped__(request)  # type: ignore[attr-defined]
-        last = found.results[-1].model_copy(update={"failure": "out of memory", "measures": {}})
-        return found.model_copy(update={"results": [*found.results[:-1], last]})
+        last = ModelResult(name=found.results[-1].name, failure="out of memory")
+        failed = found.model_copy(update={"results": [*found.results[:-1], last]})
+        request.output.write_text(failed.model_dump_json())
 
     monkeypatch.setattr(benchmark, "perform", failing)
     asked = ["--ask", f"data={tmp_path / 'sums.jsonl'}", "--ask", "max_new_tokens=2", "--methods", "lora,lora+"]
@@ -175,20 +182,40 @@ def test_a_benchmark_that_fails_leaves_no_score(
     assert run(cli, [*shorter, *asked, "--ask", "dtype=fp32"]) == 0
     (task,) = report_of(tmp_path).tasks
     assert [one.score is None for one in task.methods] == [False, True]
-    assert [one.score is None for one in read_kept(tmp_path / "out")] == [True, False]  # sorted by name
+
+    # The same command asks the adapter that failed again.
+    monkeypatch.undo()
+    assert run(cli, [*shorter, *asked, "--ask", "dtype=fp32"]) == 0
+    (task,) = report_of(tmp_path).tasks
+    assert [one.score is None for one in task.methods] == [False, False]
 
 
 def test_adapters_at_the_chosen_rate_alone_are_scored(bases: dict[str, list[Path]], tmp_path: Path) -> None:
+    """Also those of seeds that are added to a study that is finished, and after other questions."""
     pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
     (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
     asked = ["--ask", f"data={tmp_path / 'sums.jsonl'}", "--ask", "max_new_tokens=2", "--ask", "dtype=fp32"]
     one = {"llama": bases["llama"][:1]}
-    command = words("paper-gsm8k", tmp_path, one, *asked, "--methods", "lora", seeds=2, sweep="1e-4,1e-2")
-    assert run(cli, command) == 0
-    (task,) = report_of(tmp_path).tasks
-    (best,) = {one.rate for one in task.methods}
-    scored = [one.run for one in read_kept(tmp_path / "out") if one.score is not None]
-    assert [name.split("/")[2:] for name in scored] == [[f"lr-{best:g}", "seed-0"], [f"lr-{best:g}", "seed-1"]]
+    more: dict[str, Any] = {"sweep": "1e-4,1e-2"}
+    for seeds in (1, 2):
+        assert run(cli, words("paper-gsm8k", tmp_path, one, *asked, "--methods", "lora", seeds=seeds, **more)) == 0
+    found = report_of(tmp_path)
+    (best,) = {one.rate for one in found.tasks[0].methods}
+    (file,) = (tmp_path / "out" / benchmark.FOLDER).iterdir()
+    _, *results = Evaluation.model_validate_json(file.read_text()).results
+    scored = sorted(Path(result.name).parts[-3:-1] for result in results)
+    assert scored == [(f"lr-{best:g}", "seed-0"), (f"lr-{best:g}", "seed-1")]
+    kept = [one.score for one in read_kept(tmp_path / "out")]
+    assert kept == [None] * 3  # whatever the benchmark is
+
+    command = words("paper-gsm8k", tmp_path, one, *asked, "--methods", "lora", seeds=2, **more)
+    assert run(cli, [*command, "--report-only"]) == 0
+    assert report_of(tmp_path).tasks == found.tasks
+    assert run(cli, [*command, "--report-only", "--ask", "limit=1"]) == 0
+    assert [one.score for one in report_of(tmp_path).tasks[0].methods] == [None]
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert run(cli, command) == 0  # answers that are kept need no adapter
+    assert run(cli, [*command, "--ask", "limit=1"]) == 2
 
 
 @pytest.mark.parametrize("table", PAPER_TABLES)

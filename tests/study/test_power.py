@@ -52,7 +52,7 @@ def pilot(tmp_path: Path) -> Path:
 
 
 def test_the_same_study_sees_what_it_says_of_itself() -> None:
-    worse, found = measured_spreads(RUNS, ["lora", "lora:r=2", NEW, "dora"])
+    worse, found = measured_spreads(RUNS, {name: name for name in ("lora", "lora:r=2", NEW, "dora")})
     assert [(one.task, one.method, one.baseline) for one in (worse, found)] == [
         ("demo", "lora:r=2", "lora"),
         ("demo", NEW, "lora"),
@@ -70,7 +70,7 @@ def test_the_command_tells_what_halves_the_difference(
     assert "half:" in printed.err
     assert not (tmp_path / "out").exists()
     (task,) = PowerReport.model_validate_json(printed.out).tasks
-    (spread,) = measured_spreads(RUNS, ["lora", NEW])
+    (spread,) = measured_spreads(RUNS, {"lora": "lora", NEW: NEW})
     assert (task.seeds, task.measured_on, task.smallest) == (6, "demo", spread.smallest(task.rows, 6))
     both = round(6 * task.factor_to_halve)
     rows = [spread.smallest(n, 6) for n in around(task.rows_to_halve)]
@@ -79,6 +79,12 @@ def test_the_command_tells_what_halves_the_difference(
     for count, (before, at) in ((task.rows_to_halve, rows), (task.seeds_to_halve, seeds), (both, together)):
         assert before > task.smallest / 2
         assert (at <= task.smallest / 2) == (count is not None)
+
+
+def test_methods_with_short_names_are_found(pilot: Path, tmp_path: Path) -> None:
+    names = {"plain": "lora", "over": NEW}
+    (task,) = predict_power(["demo"], tmp_path, methods=["plain", "over"], names=names, power=pilot).tasks
+    assert (task.method, task.baseline) == ("over", "plain")
 
 
 def around(count: int | None) -> tuple[int, int]:

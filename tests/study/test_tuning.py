@@ -27,6 +27,7 @@ from loraover.study.tuning import hours_left, plan_runs
 from loraover.study.verdict import verdict_of
 from loraover.training.recipe import Recipe
 
+from support.lines import Lines
 from support.tiny_hub import write_recipe
 
 RATES = (1e-4, 1e-3, 1e-2)
@@ -242,14 +243,6 @@ def test_a_ruler_does_not_stand_in_for_a_baseline(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path / "task.yaml", "none", evaluation={"examples": 12}))
     with pytest.raises(ConfigError, match="compares with plain LoRA"):
         make_grid([recipe], {"lora": RATES, "lora-over": RATES}, 1, {}, rulers=("lora",))
-
-
-class Lines(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def test_the_number_of_runs_comes_first_and_the_hours_with_each_run(
