@@ -52,11 +52,13 @@ class RowFormat(NamedTuple):
             row's place, for messages.
         fields: Fields by which the format is recognised; None means that it is used only by name.
         template: Template around a prompt of text that is not written as chat messages.
+        reads: Fields that are learned; none where they are those that the trainer takes.
     """
 
     read: Callable[[Mapping[str, Any], str], Iterator[Row]]
     fields: frozenset[str] | None = None
     template: str = "{}"
+    reads: tuple[str, ...] = ()
 
 
 def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
@@ -86,6 +88,16 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
         yield from _examples(example | images, found.template, form, where)
 
 
+def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> list[str]:
+    """Return the columns of a row of which nothing is learned; the arguments are those of `read_row`."""
+    if form.keeps_all:
+        return []
+    row = {column: value for column, value in row.items() if value is not None}
+    name = _recognised(row, form, where) if format == "auto" else format
+    read = {*FORMATS[name].reads} or {"messages", *OPTIONAL}.union(*form.columns)
+    return [column for column in row if column not in read.union(MEDIA)]
+
+
 def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterator[Row]:
     """Yield what a trainer takes of an example: its columns, checked, in chat messages where they are wanted."""
     if form.pictures and "messages" in example:
@@ -95,6 +107,11 @@ def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterato
         for turn in _turns(example, where):
             yield from _examples(turn, template, form, where)
         return
+    if any(one.get("weight") == 0 for one in example.get("messages", ()) if isinstance(one, dict)):
+        raise DataError(
+            f"{where}: a message has the weight 0, which training.assistant_only_loss would learn all the same; leave "
+            "that out of the recipe."
+        )
     columns = next((needed for needed in form.columns if needed <= example.keys()), None)
     if columns is None:
         raise DataError(f"{where}: has fields {sorted(example)}; expected {_spelt(form.columns)}.")
@@ -133,7 +150,7 @@ def as_chat(example: Row) -> Row:
     }
 
 
-def _recognised(row: Row, form: RowForm, where: str) -> str:
+def _recognised(row: Mapping[str, Any], form: RowForm, where: str) -> str:
     if any(needed <= row.keys() for needed in form.columns):
         return PASSED
     known = {name: format.fields for name, format in FORMATS.items() if format.fields is not None}
@@ -149,11 +166,11 @@ def _as_it_is(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _turns(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    """Yield one example per assistant turn, with all messages before it as its prompt."""
+    """Yield one example per assistant turn whose weight is not 0, with all messages before it as its prompt."""
     messages = _field(row, "messages", where)
     if isinstance(messages, str):
         raise DataError(f"{where}: messages is text, expected a list of objects with role and content.")
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
+    turns = [i for i, one in enumerate(messages) if one["role"] == "assistant" and i > 0 and one.get("weight") != 0]
     if not turns:
         raise DataError(f"{where}: messages holds no assistant turn to learn from.")
     others = {name: value for name, value in row.items() if name != "messages"}
@@ -170,10 +187,13 @@ def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     if unknown := [turn["from"] for turn in turns if turn["from"] not in SPEAKERS]:
         raise DataError(f"{where}: unknown speaker {reprlib.repr(unknown[0])}, expected one of {', '.join(SPEAKERS)}.")
     messages = [{"role": SPEAKERS[turn["from"]], "content": _field(turn, "value", where)} for turn in turns]
-    if [message["role"] for message in messages] == ["user", "assistant"]:
+    if row.get("system") and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": _text(row, "system", where)}, *messages]
+    tools = {"tools": row["tools"]} if row.get("tools") not in (None, "", "[]", []) else {}
+    if [message["role"] for message in messages] == ["user", "assistant"] and not tools:
         yield {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
     else:
-        yield {"messages": messages}
+        yield {"messages": messages, **tools}
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -206,12 +226,16 @@ PASSED = "trl"
 FORMATS: dict[str, RowFormat] = {
     PASSED: RowFormat(_as_it_is),
     "messages": RowFormat(_as_it_is, frozenset({"messages"})),
-    "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"})),
-    "instruction": RowFormat(_instruction, frozenset({"instruction", "output"}), template=ALPACA),
-    "conversations": RowFormat(_conversations, frozenset({"conversations"}), template=ALPACA),
-    "metamath": RowFormat(_metamath),
-    "codefeedback": RowFormat(_codefeedback, template=ALPACA),
-    **{f"glue-{name}": RowFormat(glue_reader(task)) for name, task in GLUE_TASKS.items()},
+    "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"}), reads=("question", "answer")),
+    "instruction": RowFormat(
+        _instruction, frozenset({"instruction", "output"}), ALPACA, reads=("instruction", "input", "output")
+    ),
+    "conversations": RowFormat(
+        _conversations, frozenset({"conversations"}), ALPACA, reads=("conversations", "system", "tools")
+    ),
+    "metamath": RowFormat(_metamath, reads=("query", "response")),
+    "codefeedback": RowFormat(_codefeedback, template=ALPACA, reads=("query", "answer")),
+    **{f"glue-{name}": RowFormat(glue_reader(t), reads=(*t.columns, "label")) for name, t in GLUE_TASKS.items()},
 }
 
 

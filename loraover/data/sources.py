@@ -7,9 +7,10 @@ import json
 import re
 import reprlib
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
-from loraover.data.formats import Row, RowForm, read_row
+from loraover.data.formats import Row, RowForm, read_row, unread
 from loraover.data.pictures import with_pictures
 from loraover.sources.hub import pinned_commit
 
@@ -37,6 +38,7 @@ class Rows:
         revision: Commit of a data set on the hub; None for local data.
         numbers: Number of the source's row, from 1, that each example comes from; empty if they are generated.
         filtered: Number of rows that `keep` has left out.
+        unread: For each column that is not learned, the number of rows that have it.
     """
 
     rows: list[Row]
@@ -44,6 +46,7 @@ class Rows:
     revision: str | None = None
     numbers: Sequence[int] = ()
     filtered: int = 0
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def number(self, example: int) -> int:
         """Return the number of the source's row that an example comes from, or the example's own."""
@@ -83,6 +86,7 @@ def load_rows(
     rows: list[Row] = []
     numbers: list[int] = []
     filtered = 0
+    others = Counter[str]()
     raw = read_raw(source, split=split, subset=subset, revision=revision, streaming=streaming)
     for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
@@ -98,9 +102,17 @@ def load_rows(
                 raise DataError(f"{where}: text and chat messages in one file; set data.chat to true.")
             rows.append(example)
             numbers.append(number)
+        others.update(unread(row, format, form, where))
     if not rows:
         raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
-    return Rows(rows[:limit], raw.origin, raw.revision, numbers[:limit], filtered)
+    return Rows(
+        rows[:limit],
+        raw.origin,
+        raw.revision,
+        numbers[:limit],
+        filtered,
+        {name: count for name, count in others.items() if name not in keep},
+    )
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from loraover.common.strict_json import StrictModel
 from loraover.overparam.decompositions import Decomposition, make_decomposition
 
 SCORE_NAMES = ("fisher", "taylor", "sensitivity", "loss_impact", "random", "inverse")
 
 
-class Budget(BaseModel):
+class Budget(StrictModel):
     """Largest number of sites or parameters that a static or dynamic schedule may over-parameterise.
 
     Give exactly one of the three fields. A *candidate* is an A or B matrix that one of the patterns in
@@ -28,8 +29,6 @@ class Budget(BaseModel):
         config = LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.25))
         ```
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sites: int | None = Field(None, ge=1, description="Largest number of A and B matrices that get cores.")
     fraction: float | None = Field(
@@ -50,7 +49,7 @@ class Budget(BaseModel):
         return self
 
 
-class LoraOverConfig(BaseModel):
+class LoraOverConfig(StrictModel):
     """Which LoRA matrices are trained through cores, when, and how.
 
     A *site* is one A or B matrix of one module. During training, a site may be the contraction of several smaller
@@ -69,8 +68,6 @@ class LoraOverConfig(BaseModel):
         rounds = LoraOverConfig(schedule="dynamic", score="fisher", budget=Budget(fraction=0.25))
         ```
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     decomposition: str = Field(
         "mpo",

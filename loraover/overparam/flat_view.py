@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
@@ -15,7 +14,7 @@ from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.optimizer_view import OptimizerView
-from loraover.overparam.pieces import Piece, summed
+from loraover.overparam.pieces import Piece, all_reduced, summed
 from loraover.overparam.sites import Site
 
 
@@ -49,7 +48,7 @@ class FlatView(OptimizerView):
         pieces = _pieces(sites)
         if pieces:
             numbers = torch.tensor([piece.group for _, piece in pieces], device=pieces[0][1].values.device)
-            dist.all_reduce(numbers, ReduceOp.MAX)  # a process without a piece does not know its group
+            numbers = all_reduced(numbers, ReduceOp.MAX)  # a process without a piece does not know its group
             self._groups |= dict(zip((id(site.parameter) for site, _ in pieces), numbers.tolist(), strict=True))
 
     def gradients(self, sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -113,13 +113,27 @@ def summed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the sums over all processes, with one message for all tensors of the same shape and dtype."""
     alike: dict[Any, list[str]] = {}
     for name, tensor in tensors.items():
-        alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(name)
+        alike.setdefault((tensor.shape, tensor.dtype), []).append(name)
     found: dict[str, Tensor] = {}
     for names in alike.values():
-        stack = torch.stack([tensors[name] for name in names])
-        dist.all_reduce(stack)
-        found.update(zip(names, stack, strict=True))
+        sums = all_reduced(torch.stack([_as_sent(tensors[name]) for name in names]))
+        found.update((name, one.to(tensors[name].device)) for name, one in zip(names, sums, strict=True))
     return found
+
+
+def all_reduced(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Return the sum, or another reduction, of all processes' tensors on the tensor's device.
+
+    With an optimizer offloaded to the CPU, pieces are there, and a process without a piece has an empty one on its GPU:
+    all of them send from the GPU.
+    """
+    sent = _as_sent(tensor)
+    dist.all_reduce(sent, operation)
+    return sent.to(tensor.device)
+
+
+def _as_sent(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else tensor
 
 
 def is_taken_away(parameter: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from loraover.overparam.pieces import is_taken_away, piece_of, summed
+from loraover.overparam.pieces import all_reduced, is_taken_away, piece_of, summed
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -118,8 +118,7 @@ def in_any_process(flags: list[bool], device: torch.device | None) -> list[bool]
     if device is None:
         return flags
     shared = torch.tensor(flags, dtype=torch.uint8, device=device)
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in shared.tolist()]
+    return [bool(flag) for flag in all_reduced(shared, dist.ReduceOp.MAX).tolist()]
 
 
 def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:

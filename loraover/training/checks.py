@@ -105,6 +105,25 @@ def check_pictures(recipe: Recipe, examples: Examples) -> None:
                 )
 
 
+def count_classes(examples: Examples) -> int:
+    """Return the number of classes of training and held-out rows, whose labels are 0, 1 and so on; at least two.
+
+    Raises:
+        DataError: A label is no such number.
+    """
+    most = 1
+    for rows in (part for part in (examples.train, examples.test) if part is not None):
+        for i, row in enumerate(rows.rows):
+            label = row.get("label")
+            if type(label) is not int or label < 0:
+                raise DataError(
+                    f"{rows.origin}, row {rows.number(i)}: the label is {label!r}, expected a number from 0 on; number "
+                    "the classes."
+                )
+            most = max(most, label)
+    return 1 + most
+
+
 def check_trained(model: nn.Module, report: Reporter) -> None:
     """Check that nothing is trained in float16, and report what is trained in bfloat16.
 

@@ -68,8 +68,8 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
     """Choose the micro-batch of a recipe whose batch size is auto: the largest that the plan says fits.
 
     A step has as many examples as without auto, since micro-batches are accumulated, so that the result of a run does
-    not depend on the machine's memory; or fewer, where processes cannot share them evenly. If not even one example
-    fits, activations are recomputed.
+    not depend on the machine's memory. Where processes cannot share them evenly, another number is reported and taken.
+    If not even one example fits, activations are recomputed.
 
     Raises:
         ConfigError: Not even one example fits.
@@ -91,6 +91,8 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
             in_all = needed.held + (needed.activations or 0)
             if memory is None or in_all <= ROOM * memory:
                 known = "" if memory is None else f" of {memory / 1e9:.3g} GB"
+                if (step := batch * values["gradient_accumulation_steps"] * processes) != in_a_step:
+                    report.line(f"a step has {step} examples, since {processes} processes cannot share {in_a_step}")
                 report.line(
                     f"training.per_device_train_batch_size: {batch}, which needs about {in_all / 1e9:.3g} GB{known}; "
                     f"gradient_accumulation_steps: {values['gradient_accumulation_steps']}"

@@ -119,7 +119,7 @@ def engine_options(recipe: Recipe) -> dict[str, Any]:
     if not has_accelerator:
         options["ddp_backend"] = "gloo"
     if torch.cuda.is_available() or not has_accelerator:  # of other accelerators, Accelerate knows the backend
-        launched().start_group("nccl" if has_accelerator else "gloo", PREPARATION_S)
+        launched().start_group("cpu:gloo,cuda:nccl" if has_accelerator else "gloo", PREPARATION_S)
     engine = recipe.distributed.engine
     settings = ENGINES[engine] | _given(recipe.distributed.config)
     if engine.startswith("zero"):

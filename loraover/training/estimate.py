@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loraover.common.dtypes import DTYPES
+from loraover.common.strict_json import StrictModel
 from loraover.models.load import ModelSource, load_skeleton
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
@@ -27,26 +29,18 @@ QUANTISED = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0, "torchao-int8": 1.0}
 """Bytes of a weight of a linear layer; nf4 with double quantisation (Dettmers et al., arXiv:2305.14314, section 3)."""
 
 
-class Memory(NamedTuple):
-    """Bytes that one process holds.
+class Memory(StrictModel):
+    """Memory of one process in bytes."""
 
-    Args:
-        weights: The base model.
-        adapter: A and B.
-        cores: All cores that the schedule can inject.
-        gauge: Bases that are not trained, and their moments.
-        gradients: Gradients of everything trained, of single rows too.
-        optimizer_states: AdamW's two moments, in the type of their parameters.
-        activations: What autograd keeps of one micro-batch of full length; None: it depends on the values.
-    """
-
-    weights: int
-    adapter: int
-    cores: int
-    gauge: int
-    gradients: int
-    optimizer_states: int
-    activations: int | None
+    weights: int = Field(description="Bytes of the base model.")
+    adapter: int = Field(description="Bytes of A and B.")
+    cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
+    gauge: int = Field(description="Largest number of bytes of bases that are not trained, and of their moments.")
+    gradients: int = Field(description="Bytes of the gradients of everything trained, of single rows too.")
+    optimizer_states: int = Field(description="Bytes of AdamW's two moments, in the type of their parameters.")
+    activations: int | None = Field(
+        description="Estimated bytes of activations, see `plan.ASSUMPTION`; None: they depend on the values."
+    )
 
     @property
     def held(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,17 @@ def without_evaluation(recipe: Recipe) -> Recipe:
 
 def load_held_out(recipe: Recipe) -> Rows | None:
     """Load the held-out rows alone, as prompt and completion; None if the recipe measures nothing."""
-    data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
-    return load_examples(recipe.model_copy(update={"data": data}), RowForm(chat=True)).test
+    if not _is_divided(recipe):
+        data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
+        recipe = recipe.model_copy(update={"data": data})
+    return load_examples(recipe, RowForm(chat=True, pictures=True)).test
+
+
+def _is_divided(recipe: Recipe) -> bool:
+    """Whether held-out rows are taken from the training rows."""
+    data = recipe.data
+    is_built_in = data.train == BUILT_IN
+    return data.test is None and not is_built_in and (len(data.sources) > 1 or Path(data.sources[0]).is_file())
 
 
 def _content(row: Row) -> str:
@@ -102,13 +112,13 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
             load_rows(source, split=data.train_split, revision=data.revision, limit=recipe.most_rows, **common)
             for source in data.sources
         ]
-        train = _mixed(parts, recipe)
+        train, places = _mixed(parts, recipe)
     if not wanted:
         return Examples(train, None)
     if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):
         return Examples(train, _built_in(held_out, form, recipe))
-    if data.test is None and (len(data.sources) > 1 or Path(data.sources[0]).is_file()):
-        return _divided(train, min(wanted, len(train.rows) // HELD_OUT))
+    if _is_divided(recipe):
+        return _divided(train, places, wanted)
     revision = data.revision if train.revision is None else None
     if data.test in (None, data.train):
         revision = train.revision
@@ -116,16 +126,28 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     return Examples(train, load_rows(source, split=data.test_split, revision=revision, limit=wanted, **common))
 
 
-def _divided(rows: Rows, held_out: int) -> Examples:
-    """Hold out some rows of data that have no split for it, the same ones for every seed."""
-    taken = set(random.Random(0).sample(range(len(rows.rows)), held_out))
+def _divided(rows: Rows, places: Sequence[Hashable], most: int) -> Examples:
+    """Hold out some rows of data that have no split for it, the same ones for every seed.
+
+    Args:
+        rows: All rows.
+        places: The row of the source that each of them comes from. Turns of one conversation have one place, and stay
+            together.
+        most: Largest number of rows to hold out, unless one conversation has more turns.
+    """
+    sizes = Counter(places)
+    taken: set[Hashable] = set()
+    held_out = 0
+    for place in random.Random(0).sample(list(sizes), min(most, len(sizes) // HELD_OUT)):
+        if not taken or held_out + sizes[place] <= most:
+            taken.add(place)
+            held_out += sizes[place]
+    order = {place: number for number, place in enumerate(sizes)}
+    train = [i for i, place in enumerate(places) if place not in taken]
+    test = sorted({*range(len(places))}.difference(train), key=lambda i: (order[places[i]], i))  # turns are neighbours
     parts = [
-        replace(
-            rows,
-            rows=[row for i, row in enumerate(rows.rows) if (i in taken) is is_test],
-            numbers=[number for i, number in enumerate(rows.numbers) if (i in taken) is is_test],
-        )
-        for is_test in (False, True)
+        replace(rows, rows=[rows.rows[i] for i in part], numbers=[rows.numbers[i] for i in part])
+        for part in (train, test)
     ]
     return Examples(parts[0], parts[1] if held_out else None, divided=held_out)
 
@@ -135,15 +157,18 @@ def _built_in(rows: Sequence[Row], form: RowForm, recipe: Recipe) -> Rows:
     return Rows([one for row in rows for one in read_row(row, PASSED, form, BUILT_IN)], origin)
 
 
-def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
+def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]:
     """Interleave sources in the shares of their weights, or of their rows, until every row was taken once.
 
     A source whose share is larger than its rows are repeats them, so that a weight is kept until the end.
+
+    Returns:
+        The rows, and for each of them its source and its number there.
     """
     from datasets import Dataset, interleave_datasets
 
     if len(parts) == 1:
-        return parts[0]
+        return parts[0], list(parts[0].numbers)
     weights = recipe.data.weights or [len(part.rows) for part in parts]
     places = [
         Dataset.from_dict({"part": [k] * len(part.rows), "row": [*range(len(part.rows))]})
@@ -153,8 +178,7 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
     shares = [weight / sum(weights) for weight in weights]
     mixed = interleave_datasets(places, shares, seed=recipe.training.seed, stopping_strategy=strategy)
     taken = [*zip(mixed["part"], mixed["row"], strict=True)]
-    return Rows(
-        [parts[k].rows[i] for k, i in taken],
-        " + ".join(part.origin for part in parts),
-        numbers=[parts[k].numbers[i] for k, i in taken],
-    )
+    numbers = [parts[k].numbers[i] for k, i in taken]
+    origin, unread = " + ".join(part.origin for part in parts), sum((Counter(part.unread) for part in parts), Counter())
+    rows = Rows([parts[k].rows[i] for k, i in taken], origin, numbers=numbers, unread=unread)
+    return rows, [(k, number) for (k, _), number in zip(taken, numbers, strict=True)]

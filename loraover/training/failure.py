@@ -7,20 +7,18 @@ import traceback
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.errors import DivergedError, LoraOverError, OutputError, ProcessError
 from loraover.common.memory import is_out_of_memory
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 
 FAILURE_FILE = "failure.json"
 
 
-class Failure(BaseModel):
+class Failure(StrictModel):
     """Contents of `failure.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     kind: Literal["diverged", "out_of_memory", "refused", "failed"] = Field(

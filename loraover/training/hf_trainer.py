@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,19 @@ def make_trainer(
         options["reward_funcs"] = [find_reward(reward) for reward in recipe.reward_funcs]
     if TRAINERS[name].library == "trl":
         _project_labelled_positions_only()
-    trainer: Trainer = build(
-        kind,
-        "training",
-        {
-            "model": model,
-            "args": arguments,
-            **_data(name, recipe, model, reads, examples),
-            "processing_class": reads,
-            "callbacks": callbacks,
-            **options,
-        },
-    )
+    with _unrounded(model, recipe):
+        trainer: Trainer = build(
+            kind,
+            "training",
+            {
+                "model": model,
+                "args": arguments,
+                **_data(name, recipe, model, reads, examples),
+                "processing_class": reads,
+                "callbacks": callbacks,
+                **options,
+            },
+        )
     if isinstance(model, PeftModel) and "ref" in model.peft_config:
         # TRL copies A and B of before training into a reference. They add nothing yet, so that the base model without
         # an adapter, which TRL takes where there is no copy, is the same reference. A recipe with lora.start_from is
@@ -87,6 +89,16 @@ def make_trainer(
     if over is not None and name not in ("sft", "seq2seq", "classification"):
         over.loss = trainer_loss(trainer)
     return trainer
+
+
+@contextmanager
+def _unrounded(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Iterator[None]:
+    """Keep what is trained on a quantised base, which TRL rounds to bfloat16 and the Trainer resumes in float32."""
+    is_rounded = recipe.model_init.quantization in ("nf4", "int8")
+    kept = {p: p.detach().clone() for p in model.parameters() if is_rounded and p.requires_grad}
+    yield
+    for parameter, values in kept.items():
+        parameter.data = values.to(parameter.device)
 
 
 def _data(
@@ -118,7 +130,9 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     from datasets import Dataset, Features, Image, Json, List
 
     kinds: dict[str, Any] = {"images": List(Image())} if pictures else {}
-    rows = [{**{name: [] for name in kinds}, **row} for row in rows]
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}  # the value that TRL takes as none; None of other columns
+    lacking = {name: empty.get(name) for row in rows for name in row} | {name: [] for name in kinds}
+    rows = [lacking | row for row in rows]  # else the first row says which columns there are
     nested = {
         name: List(Json()) if isinstance(value, list) else Json()
         for row in rows

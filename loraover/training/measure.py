@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ def check_room(run: Prepared, recipe: Recipe) -> None:
         answer_rooms(run.model, run.tokenizer, [prompt for prompt, _ in _asked(run.examples.test.rows)])
 
 
-def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str) -> Measures | None:
+def measure(
+    run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str, *, has_begun: bool
+) -> Measures | None:
     """Measure loss and exact match on the held-out rows, and log them.
 
     Args:
@@ -47,6 +51,7 @@ def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when:
         output: Its folder.
         report: Receiver of progress.
         when: `BEFORE` or `AFTER`.
+        has_begun: Whether this process has taken a step, with which an engine places the weights.
 
     Raises:
         DataError: No held-out example has room for its completion.
@@ -54,8 +59,10 @@ def measure(run: Prepared, recipe: Recipe, output: Path, report: Reporter, when:
     """
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
-    if when == BEFORE and recipe.distributed.engine in CUTS_WEIGHTS:
-        report.line(f"not measured {BEFORE}: {recipe.distributed.engine} cuts the weights when the first step begins")
+    engine = recipe.distributed.engine
+    by_engine = engine in CUTS_WEIGHTS or (engine == "zero2" and run.trainer_name not in BY_TOKEN)
+    if by_engine and not has_begun:
+        report.line(f"not measured {when}: {engine} places the weights when this process takes its first step")
         return None
     rows, ranks = run.examples.test.rows, launched()
     with report.task(f"held-out loss {when}", len(rows)) as advance:
@@ -81,14 +88,26 @@ def _scored(run: Prepared, on_batch: Callable[[int], None]) -> list[Scored]:
 
     Accelerate fills the last round of batches up with the first rows, so that all processes have equally many.
     """
-    if run.recipe.distributed.engine == "zero2" and run.recipe.model_init.quantization is None:
+    if run.recipe.distributed.engine == "zero2" and run.recipe.model_init.quantization not in ("nf4", "int8"):
         run.model.to(run.trainer.args.device)  # which DeepSpeed does when the first step begins
-    batches = run.trainer.get_eval_dataloader()
     size = run.trainer.args.per_device_eval_batch_size
-    mine = example_losses(run.model, batches, on_batch=on_batch)
+    with _one_row_an_example(run.trainer):
+        mine = example_losses(run.model, run.trainer.get_eval_dataloader(), on_batch=on_batch)
     parts = [[Scored(*pair) for pair in part] for part in launched().gathered(mine)]
     rounds = zip(*([part[i : i + size] for i in range(0, len(mine), size)] for part in parts), strict=True)
     return [row for batches in rounds for batch in batches for row in batch][: len(run.trainer.eval_dataset)]
+
+
+@contextmanager
+def _one_row_an_example(trainer: Any) -> Iterator[None]:
+    """Fill batches of held-out rows up, where TRL would join them to one row, as it joins those that it packs."""
+    given = trainer.data_collator
+    if getattr(given, "padding_free", False):  # only the collator of TRL's sft has it
+        trainer.data_collator = replace(given, padding_free=False)
+    try:
+        yield
+    finally:
+        trainer.data_collator = given
 
 
 def _trainer_loss(run: Prepared, advance: Any) -> float:

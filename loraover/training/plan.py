@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
@@ -14,7 +15,7 @@ from loraover.data.sources import count_hub_rows, is_hub_name
 from loraover.models.load import ModelSource, load_config, load_processor, load_tokenizer, resolve_model, takes_images
 from loraover.training.checks import check_names, row_form
 from loraover.training.defaults import with_batch, with_defaults
-from loraover.training.estimate import estimate_memory
+from loraover.training.estimate import Memory, estimate_memory
 from loraover.training.examples import load_examples, without_evaluation
 from loraover.training.lengths import count_tokens, summarise
 from loraover.training.recipe import Recipe
@@ -23,22 +24,11 @@ from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 from loraover.training.trial import try_steps
 
 
-class TrainingPlan(BaseModel):
-    """Needs of one process; memory in bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TrainingPlan(Memory):
+    """Needs of one process: its memory, time, steps and tokens."""
 
     model: str = Field(description="Base model with its commit or folder.")
     method: str = Field(description="Method of the recipe, such as lora or lora-over.")
-    weights: int = Field(description="Bytes of the base model.")
-    adapter: int = Field(description="Bytes of A and B.")
-    cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
-    gauge: int = Field(description="Largest number of bytes of bases that are not trained, and of their moments.")
-    gradients: int = Field(description="Bytes of the gradients of everything trained, of single rows too.")
-    optimizer_states: int = Field(description="Bytes of AdamW's two moments, in the type of their parameters.")
-    activations: int | None = Field(
-        description="Estimated bytes of activations, see `ASSUMPTION`; None: they depend on the values."
-    )
     steps: int = Field(description="Optimizer steps.")
     examples: int = Field(description="Examples that the run sees, over all epochs.")
     tokens: int = Field(description="Largest number of tokens: every example at full length.")
@@ -51,11 +41,6 @@ class TrainingPlan(BaseModel):
     lengths: Lengths | None = Field(
         description="Lengths of the examples; None: their data or tokenizer is not at hand."
     )
-
-    @property
-    def held(self) -> int:
-        """Bytes in all, without the activations."""
-        return self.weights + self.adapter + self.cores + self.gauge + self.gradients + self.optimizer_states
 
     def facts(self) -> dict[str, str]:
         """Name and value of each row of a table."""
@@ -123,6 +108,9 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
     training = recipe.training
     examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)
+    if recipe.packs and examples is not None and tokens is not None:
+        most = training.tokens
+        examples = math.ceil(sum(min(one.total, most) for one in tokens) / most)  # about as many as TRL makes
     steps = recipe.steps(examples or 0)
     in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
     seen = steps * in_a_step * recipe.clients
@@ -132,7 +120,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,
-        **estimate_memory(recipe, source, steps)._asdict(),
+        **dict(estimate_memory(recipe, source, steps)),
         steps=steps,
         examples=seen,
         tokens=seen * training.tokens * (2 if is_seq2seq else 1),

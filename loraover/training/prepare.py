@@ -34,13 +34,14 @@ from loraover.training.checks import (
     check_names,
     check_pictures,
     check_trained,
+    count_classes,
     note_slow_precision,
     row_form,
     weights_dtype,
 )
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.engines import end_preparation
-from loraover.training.examples import Examples, load_examples, without_evaluation
+from loraover.training.examples import HELD_OUT, Examples, load_examples, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
 from loraover.training.lengths import Tokens, check_lengths, check_pictures_fit, count_tokens
 from loraover.training.methods import make_method
@@ -128,7 +129,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     for reward in recipe.reward_funcs:
         find_reward(reward)
     tokenizer, processor, examples = _read(recipe, name, source)
-    _report_rows(examples, report)
+    _report_rows(examples, report, measures=bool(recipe.evaluation.examples) and name != "grpo")
     counted, seen = _count(recipe, name, tokenizer, processor, examples)
     recipe = with_batch(with_defaults(recipe, load_config(source), counted + seen, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
@@ -196,10 +197,15 @@ def _check_fit(
     return None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
 
 
-def _report_rows(examples: Examples, report: Reporter) -> None:
+def _report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None:
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     if examples.train.filtered:
         report.line(f"{examples.train.filtered} rows are left out, since data.keep does not let them through")
+    if others := examples.train.unread:
+        counts = ", ".join(f"{name!r} ({count})" for name, count in others.items())
+        report.line(f"these columns are not learned (number of rows that have them): {counts}")
+    if measures and examples.test is None:
+        report.line(f"nothing is held out of fewer than {HELD_OUT} rows; name held-out data in data.test")
     if examples.divided:
         report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
     if examples.shared and examples.test is not None:
@@ -234,7 +240,9 @@ def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
 
 def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Examples) -> PreTrainedModel:
     init = recipe.model_init
-    labels = {"reward": 1, "classification": 1 + max((row.get("label", 0) for row in examples.train.rows), default=0)}
+    labels = {"reward": 1}
+    if name == "classification":
+        labels[name] = count_classes(examples)
     base: PreTrainedModel = load_model(
         source,
         dtype=weights_dtype(recipe),

@@ -90,6 +90,8 @@ class Recipe(MethodKeys):
     def _can_be_stepped(self) -> Recipe:
         if self.data.streaming and self.training.max_steps is None:
             raise ValueError("data.streaming needs training.max_steps, which says how many rows are read")
+        if self.data.streaming and self.packs and self.data.train_examples is None:
+            raise ValueError("data.streaming with training.packing needs data.train_examples, the rows that are packed")
         if self.training.optim == SOAP and self.method != "lora":
             raise ValueError(f"training.optim {SOAP} works only with method lora, not with {self.method}")
         return self
@@ -125,13 +127,19 @@ class Recipe(MethodKeys):
         return self.training.steps(math.ceil(examples / self.clients), self.distributed.processes or 1)
 
     @property
+    def packs(self) -> bool:
+        """Whether several examples are joined to one of full length."""
+        return bool((self.training.model_extra or {}).get("packing"))
+
+    @property
     def most_rows(self) -> int | None:
         """Largest number of rows to read of a source of training data; None: all."""
         training, asked = self.training, self.data.train_examples
-        if not self.data.streaming or training.max_steps is None:
+        if not self.data.streaming or training.max_steps is None or self.packs:
             return asked
         batch = BATCH if training.per_device_train_batch_size == AUTO else training.micro_batch
-        needed = training.max_steps * batch * training.gradient_accumulation_steps * self.clients
+        processes = self.distributed.processes or 1
+        needed = training.max_steps * batch * training.gradient_accumulation_steps * self.clients * processes
         return min(needed, asked or needed)
 
     @property

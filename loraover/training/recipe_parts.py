@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from loraover.common.strict_json import StrictModel
 from loraover.data.formats import FORMATS
 from loraover.overparam.config import LoraOverConfig
 
@@ -27,20 +28,14 @@ TrainerName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", 
 """Names of trainers; `loraover.training.trainers` says what each is."""
 
 
-class RecipePart(BaseModel):
-    """Keys of a recipe that stand together."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(RecipePart):
+class Source(StrictModel):
     """One of several sources of training data."""
 
     path: str = Field(description="File, folder or hub name.")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the examples, relative to the others.")
 
 
-class Data(RecipePart):
+class Data(StrictModel):
     """Where examples come from."""
 
     train: str | list[str | Source] = Field(
@@ -100,7 +95,7 @@ class Data(RecipePart):
         return name
 
 
-class OpenPart(RecipePart):
+class OpenPart(StrictModel):
     """Keys of another library's class, which checks those that are not declared here; see `foreign_settings`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -187,7 +182,7 @@ class LoraSettings(OpenPart):
         return self
 
 
-class ModelInit(RecipePart):
+class ModelInit(StrictModel):
     """How the base model is loaded."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -297,7 +292,7 @@ class Training(OpenPart):
         return math.ceil(self.num_train_epochs * math.ceil(batches / in_a_step))
 
 
-class Distributed(RecipePart):
+class Distributed(StrictModel):
     """How the processes that a launcher starts train one run together."""
 
     engine: Literal["ddp", "zero2", "zero3", "fsdp2"] = Field(
@@ -326,7 +321,7 @@ class Distributed(RecipePart):
         return self
 
 
-class EvaluationSettings(RecipePart):
+class EvaluationSettings(StrictModel):
     """What is measured on held-out data, before and after training."""
 
     examples: int = Field(200, ge=0, description="Largest number of held-out examples; 0 measures nothing.")
@@ -341,7 +336,7 @@ class EvaluationSettings(RecipePart):
     batch_size: int = Field(16, ge=1, description="Answers generated at the same time.")
 
 
-class BaseRecipe(RecipePart):
+class BaseRecipe(StrictModel):
     """Keys that a recipe has whatever its method is."""
 
     description: str = Field("", description="What the recipe does, for people.")

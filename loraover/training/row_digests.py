@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 from loraover.data.formats import Row
 from loraover.data.pictures import digested
 from loraover.training.examples import Examples
@@ -19,10 +19,8 @@ from loraover.training.examples import Examples
 DATA_FILE = "data.json"
 
 
-class RowDigests(BaseModel):
+class RowDigests(StrictModel):
     """Contents of `data.json`: SHA-256 of rows with prompt and completion, as they are read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: str = Field(description="SHA-256 of the training rows.")
     test: str | None = Field(description="SHA-256 of the held-out rows; None: there are none.")

@@ -201,7 +201,7 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         run = prepare(recipe, output, report)
         recipe = run.recipe
         check_room(run, recipe)
-        before = measure(run, recipe, output, report, BEFORE)
+        before = measure(run, recipe, output, report, BEFORE, has_begun=False)
         step = ranks.of_first(lambda: step_of(last_whole_checkpoint(output / TRAINER_FOLDER)) if resume else 0)
         checkpoint = output / TRAINER_FOLDER / f"checkpoint-{step}" if step else None
         ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
@@ -215,7 +215,7 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
                 f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
         left_out = run.method.finish(run.model)
-        after = measure(run, recipe, output, report, AFTER)
+        after = measure(run, recipe, output, report, AFTER, has_begun=timed.steps > 0)
         result = _result(run, recipe, timed, before, after, left_out)
         ranks.meet()  # before rank 0 reads and publishes what all have trained
         ranks.write(_check_trained, result, logged_losses(output))

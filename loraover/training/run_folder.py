@@ -31,7 +31,7 @@ from loraover.common.file_lock import hold_lock, is_locked
 from loraover.common.request import as_written
 from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
-from loraover.training.recipe_parts import LoraSettings
+from loraover.training.recipe_parts import AUTO, LoraSettings, Training
 from loraover.training.run_result import RUN_FILE
 
 RUNS = Path("runs")
@@ -40,6 +40,8 @@ START_FILE, START_TENSORS = "start.json", "start.safetensors"
 TRAINER_FOLDER = "trainer"
 LOCK_FILE = f"{TRAINER_FOLDER}/lock"
 PRODUCTS = ("adapter", "model")
+CHOSEN = ("bf16", "learning_rate", "warmup_steps", "max_length")
+"""Fields of `training` that a run chooses where its recipe has no value, see `loraover.training.defaults`."""
 
 
 def product(recipe: Recipe, output: Path) -> Path:
@@ -186,11 +188,11 @@ def has_begun(output: Path) -> bool:
 
 
 def with_commits(recipe: Recipe, output: Path) -> Recipe:
-    """Take the hub's commits from the run in a folder where a recipe with the same model or data names none.
+    """Take what a recipe leaves open from the run in a folder, as it was chosen there.
 
-    The number of processes whose micro-batches make a step is taken from it too.
-
-    A commit that the hub has got since then does not keep the run from being continued.
+    That is the hub's commits, if model or data are the same, the number of processes whose micro-batches make a step,
+    and fields of `training` that have no value, or `auto`. Thus neither a new commit of the hub nor another machine
+    keeps the run from being continued.
 
     Args:
         recipe: The recipe as it was asked for.
@@ -200,6 +202,7 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
         ConfigError: The folder's recipe cannot be read.
     """
     begun = _read_yaml(output / RECIPE_FILE)
+    recipe = recipe.model_copy(update={"training": _with_chosen(recipe.training, begun.get("training"))})
     if recipe.distributed.processes is None:
         recipe = with_processes(recipe, (begun.get("distributed") or {}).get("processes") or 1)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
@@ -214,6 +217,18 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     ):
         recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
     return recipe
+
+
+def _with_chosen(training: Training, kept: Any) -> Training:
+    """Give fields without a value, or `auto`, what a run has chosen for them."""
+    names = [name for name in CHOSEN if getattr(training, name) is None]
+    if training.per_device_train_batch_size == AUTO:
+        names += ["per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"]
+    values = {name: kept[name] for name in names if name in kept} if isinstance(kept, dict) else {}
+    try:
+        return Training.model_validate(training.model_dump() | values)
+    except ValidationError:  # it was begun with other settings, which `write_recipe` refuses
+        return training
 
 
 def _with_pins(lora: LoraSettings, kept: Any) -> LoraSettings:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
-from loraover.common.strict_json import read_json
+from loraover.common.strict_json import StrictModel, read_json
 
 RUN_FILE = "run.json"
 
 
-class Measures(BaseModel):
+class Measures(StrictModel):
     """Held-out measures at one moment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     examples: int = Field(description="Number of held-out examples behind the loss.")
     loss: float = Field(description="Nats per completion token.")
@@ -28,10 +28,10 @@ class Measures(BaseModel):
         return f"held-out loss {self.loss:.4f}{accuracy} ({self.examples} examples)"
 
 
-class Privacy(BaseModel):
+class Privacy(StrictModel):
     """Guarantee of differential privacy for one training example, see `loraover.training.methods.federated`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     epsilon: float | None = Field(description="Epsilon that the run has spent; None: no noise, so no guarantee.")
     delta: float = Field(description="Delta at which epsilon is stated.")
@@ -51,10 +51,8 @@ class Privacy(BaseModel):
         return found + (", as long as federated.noise_seed is secret" if self.has_noise_seed else "")
 
 
-class Lengths(BaseModel):
+class Lengths(StrictModel):
     """Lengths of the training examples, and what `training.max_length` cuts of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples: int = Field(description="Number of training examples.")
     max_length: int = Field(description="Tokens that are kept of an example.")
@@ -71,20 +69,20 @@ class Lengths(BaseModel):
         return self.cut / self.examples
 
 
-class StartSource(BaseModel):
+class StartSource(StrictModel):
     """An adapter that A and B started from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     path: str = Field(description="Folder or address of the adapter, or its name on the hub with the commit.")
     weight: float = Field(description="Factor of its update in the sum.")
     sha256: dict[str, str] = Field(description="SHA-256 of each of its files that was read, in hexadecimal digits.")
 
 
-class StartedFrom(BaseModel):
+class StartedFrom(StrictModel):
     """What A and B started from, see `loraover.training.start`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     sources: list[StartSource] = Field(description="Adapters, in the order of the recipe.")
     relative_error: float = Field(
@@ -100,10 +98,10 @@ class StartedFrom(BaseModel):
         return f"{named} ({self.modules} modules; {lost})"
 
 
-class RunResult(BaseModel):
+class RunResult(StrictModel):
     """Contents of `run.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     method: str = Field(description="Method of the recipe, such as lora or lora-over.")

@@ -14,27 +14,34 @@ ARTIFACT = "loraover"
 """Name and kind of the artifact, or the folder of its files."""
 
 
-def _to_wandb(args: Any, files: Sequence[Path]) -> None:
+def _to_wandb(args: Any, files: Sequence[Path]) -> bool:
     import wandb
 
+    if wandb.run is None:
+        return False
     if files:
         artifact = wandb.Artifact(f"{ARTIFACT}-{wandb.run.id}", type=ARTIFACT)
         for file in files:
             artifact.add_file(str(file))
         wandb.run.log_artifact(artifact)
     wandb.finish()  # else the next run of this process would be logged into the same one
+    return True
 
 
-def _to_mlflow(args: Any, files: Sequence[Path]) -> None:
+def _to_mlflow(args: Any, files: Sequence[Path]) -> bool:
     import mlflow
 
-    for file in files:  # the run has ended with the training
-        mlflow.MlflowClient().log_artifact(mlflow.last_active_run().info.run_id, str(file), ARTIFACT)
+    ended = mlflow.last_active_run()  # with the training
+    if ended is None:
+        return False
+    for file in files:
+        mlflow.MlflowClient().log_artifact(ended.info.run_id, str(file), ARTIFACT)
+    return True
 
 
-def _to_trackio(args: Any, files: Sequence[Path]) -> None:
+def _to_trackio(args: Any, files: Sequence[Path]) -> bool:
     if not files:
-        return
+        return True
     import trackio
 
     run = trackio.init(project=args.project, name=args.run_name, space_id=args.trackio_space_id, resume="must")
@@ -43,14 +50,18 @@ def _to_trackio(args: Any, files: Sequence[Path]) -> None:
         artifact.add_file(str(file))
     trackio.log_artifact(artifact)
     trackio.finish()
+    return True
 
 
-TRACKERS: dict[str, Callable[[Any, Sequence[Path]], None]] = {
+TRACKERS: dict[str, Callable[[Any, Sequence[Path]], bool]] = {
     "wandb": _to_wandb,
     "mlflow": _to_mlflow,
     "trackio": _to_trackio,
 }
-"""Functions that attach files, if any, to the run that has just ended, by transformers' names for the trackers."""
+"""Functions that attach files, if any, to the run that has just ended, by transformers' names for the trackers.
+
+They return whether there is such a run; a resumed run that took no step has none.
+"""
 
 
 def proofs(adapter: Path) -> list[Path]:
@@ -75,6 +86,7 @@ def attach(args: Any, adapter: Path, report: Reporter) -> None:
     with plain_copy(adapter) as plain:
         files = proofs(plain)
         for name in trackers:
-            TRACKERS[name](args, files)
-            if files:
+            if not TRACKERS[name](args, files):
+                report.line(f"nothing was attached in {name}: no step was taken, so this process has no run there")
+            elif files:
                 report.line(f"attached to the run in {name}: {', '.join(file.name for file in files)}")

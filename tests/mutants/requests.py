@@ -70,8 +70,8 @@ REQUESTS = (
     ),
     Mutant(
         "held-out rows of a file are trained on",
-        "rows=[row for i, row in enumerate(rows.rows) if (i in taken) is is_test]",
-        "rows=[row for i, row in enumerate(rows.rows) if (i in taken) or not is_test]",
+        "train = [i for i, place in enumerate(places) if place not in taken]",
+        "train = [*range(len(places))]",
         Selection("test_training_rows.py", "held_out_if_it_has_enough"),
     ),
     Mutant(

@@ -149,7 +149,7 @@ TRAINING = (
     ),
     Mutant(
         "zero-pieces-are-not-summed",
-        "        dist.all_reduce(stack)\n",
+        "    dist.all_reduce(sent, operation)\n",
         "",
         Selection("test_zero.py", "every_stage"),
     ),
@@ -348,9 +348,45 @@ TRAINING = (
     ),
     Mutant(
         "study-scores-another-adapter",
-        "_, *results = perform(evaluate, asked).results",
-        "*results, _ = perform(evaluate, asked).results",
+        "results.get(_adapter(run), ModelResult(",
+        "results.get(_adapter(runs[0]), ModelResult(",
         Selection("test_paper.py", "leaves_no_score"),
+    ),
+    Mutant(
+        "study-shows-the-scores-of-other-questions",
+        'f"{task}.{request.benchmark}-{asked}.json"',
+        'f"{task}.{request.benchmark}.json"',
+        Selection("test_paper.py", "chosen_rate"),
+    ),
+    Mutant(
+        "held-out-turns-of-trained-conversations",
+        "return parts[0], list(parts[0].numbers)",
+        "return parts[0], list(range(len(parts[0].rows)))",
+        Selection("test_training_rows.py", "held_out_together"),
+    ),
+    Mutant(
+        "columns-are-those-of-the-first-row",
+        "rows = [lacking | row for row in rows]",
+        "rows = list(rows)",
+        Selection("test_trainer_kinds.py", "begin_after"),
+    ),
+    Mutant(
+        "a-base-of-4-bits-rounds-what-is-trained",
+        "parameter.data = values.to(parameter.device)",
+        "pass",
+        Selection("test_trainer_kinds.py", "4_bits_is_resumed"),
+    ),
+    Mutant(
+        "a-stream-is-read-for-one-process",
+        "training.gradient_accumulation_steps * self.clients * processes",
+        "training.gradient_accumulation_steps * self.clients",
+        Selection("test_trainer_kinds.py", "stream"),
+    ),
+    Mutant(
+        "packed-rows-are-measured-in-batches",
+        "trainer.data_collator = replace(given, padding_free=False)",
+        "pass",
+        Selection("test_trainer_kinds.py", "measured_one_by_one"),
     ),
     Mutant(
         "start-forgets-the-recipes-scaling",

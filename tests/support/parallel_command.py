@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -100,6 +101,11 @@ def main(folder: Path) -> None:
             allow_fsdp_on_cpus()
         found[name] = called(recipe, "-o", folder / name, *words) | {"is_cut": are_cut[-1:]}
     PartialState.__init__ = plain
+    if rank == 0:  # killed between the last step and the end
+        left = shutil.copytree(folder / "zero3", folder / "unfinished", ignore=shutil.ignore_patterns("run.json"))
+        shutil.rmtree(left / "adapter")
+    found["unfinished"] = called(recipe, "-o", folder / "unfinished", *RUNS["zero3"], "--resume")
+    found["dpo"] = called(folder / "dpo.yaml", "-o", folder / "dpo", *engine("zero2"))
     found["again"] = called(recipe, "-o", folder / "ddp", *RUNS["ddp"], "--resume", "auto")
     found["others"] = called(recipe, "-o", folder / "alone", "--resume", "auto")
     (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -49,10 +49,10 @@ def kill_in_evaluation(patch: pytest.MonkeyPatch) -> None:
     """Kill this process after the first batch of the held-out rows, when training has ended."""
     measured, losses = run.measure, measure.example_losses  # type: ignore[attr-defined]
 
-    def evaluated(*places: Any) -> Any:
+    def evaluated(*places: Any, **options: Any) -> Any:
         if places[-1] == measure.AFTER:
             patch.setattr(measure, "example_losses", lambda model, rows, on_batch: losses(model, rows, on_batch=killed))
-        return measured(*places)
+        return measured(*places, **options)
 
     patch.setattr(run, "measure", evaluated)
 

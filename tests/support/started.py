@@ -21,16 +21,6 @@ from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
 
 
-class Lines(Reporter):
-    """Reporter that keeps its lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
 def adapter(base: Path, folder: Path, seed: int = 1, **lora: Any) -> Path:
     """A plain LoRA of rank 4 on all linear layers, unless told otherwise; returns its folder."""
     model = with_lora(load_base(base), seed=seed, task_type="CAUSAL_LM", **lora)

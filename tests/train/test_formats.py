@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import ConfigError, DataError
-from loraover.data.formats import FORMATS, RowForm
+from loraover.data.formats import FORMATS, RowForm, read_row, unread
 from loraover.data.sources import load_rows
 from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.trainers import TRAINERS
 
 from support.real_data import real_data
 
@@ -132,6 +133,47 @@ def test_an_empty_sentence_of_glue_is_data(file: Path) -> None:
 def test_an_input_follows_its_instruction(file: Path) -> None:
     (row,) = load(file, WIZARD | {"input": "x = 1"}, format="instruction")
     assert row["prompt"].endswith("### Instruction:\nSay hi.\n\n### Input:\nx = 1\n\n### Response:\n")
+
+
+SAID = [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi!"}]
+
+
+def test_the_system_and_the_tools_of_a_conversation_are_learned(file: Path) -> None:
+    tools = '[{"name": "f"}]'
+    (row,) = load(file, {"conversations": SAID, "system": "Be kind.", "tools": tools}, format="conversations")
+    system, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi."}
+    assert row == {"prompt": [system, asked], "completion": [{"role": "assistant", "content": "Hi!"}], "tools": tools}
+    first = {"from": "system", "value": "Be brief."}
+    (row,) = load(file, {"conversations": [first, *SAID], "system": "Be kind.", "tools": "[]"}, format="conversations")
+    assert row["prompt"] == [{"role": "system", "content": "Be brief."}, asked]
+    assert "tools" not in row
+
+
+def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
+    asked, said = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3", "weight": 0}
+    corrected = {"role": "assistant", "content": "2", "weight": None}  # as Arrow gives messages without one
+    row = {"messages": [asked, said, asked, corrected]}
+    assert load(file, row, format="auto") == [{"prompt": [asked, said, asked], "completion": [corrected]}]
+    form = RowForm((frozenset({"messages"}),), turns=False)
+    with pytest.raises(DataError, match="row 1: a message has the weight 0"):
+        list(read_row(row, "auto", form, "row 1"))
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "columns"),
+    [
+        ({"system": "a", "question": "b", "chosen": "c", "rejected": "d", "id": None}, "auto", ["system", "question"]),
+        (WIZARD | {"history": [["a", "b"]]}, "auto", ["history"]),
+        (METAMATH, "metamath", ["type", "original_question"]),
+        (MNLI, "glue-mnli", ["idx"]),
+        (TALK | {"system": "a"}, "auto", ["idx"]),
+        ({"messages": [], "images": ["a.png"], "source": "b"}, "auto", ["source"]),
+    ],
+)
+def test_columns_of_which_nothing_is_learned_are_counted(row: dict[str, Any], format: str, columns: list[str]) -> None:
+    columns_of = TRAINERS["dpo" if "chosen" in row else "sft"].columns
+    assert unread(row, format, RowForm(columns_of), "row 1") == columns
+    assert unread(row, format, RowForm(columns_of, keeps_all=True), "row 1") == []
 
 
 def test_braces_in_a_prompt_are_left_alone(file: Path) -> None:

@@ -14,7 +14,6 @@ import loraover.training.defaults
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
-from loraover.common.reporter import Reporter
 from loraover.data.sources import Rows
 from loraover.models.load import load_model, load_tokenizer, resolve_model
 from loraover.training.defaults import LEARNING_RATES
@@ -23,6 +22,7 @@ from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
+from support.lines import Lines
 from support.tiny_hub import write_recipe
 from support.train_command import TURNS, data_file, train
 
@@ -30,16 +30,6 @@ pytestmark = pytest.mark.process
 
 
 CUT: dict[str, Any] = {"evaluation": {"examples": 0}, "training": {"max_length": 16}}
-
-
-class Lines(Reporter):
-    """Keeps what is reported."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.mark.parametrize("kind", ["llama", "chat"])

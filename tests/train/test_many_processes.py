@@ -51,6 +51,10 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={"examples": 5},
     )
     shutil.copy(recipe, folder / "only-0.yaml")
+    pairs = [json.dumps({"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}"}) for n in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs))
+    data = {"train": str(folder / "pairs.jsonl")}
+    write_recipe(folder / "dpo.yaml", base, trainer="dpo", data=data, training={"max_steps": 1})
     stopped(recipe, folder / "alone", 3)
     launched(TORCHRUN, TESTS / "support" / "parallel_command.py", folder, fails=True)
     return folder
@@ -140,6 +144,18 @@ def test_two_processes_go_on_for_one_and_one_for_two(
     assert train(folder / "recipe.yaml", left, *RUNS["ddp"], "--resume") == 0
     assert losses(left) == pytest.approx(losses(one_process["lora-over"]), rel=TOLERANCE)
     assert read_run(left).processes == 1
+
+
+def test_what_an_engine_cannot_measure_without_a_step_is_said(folder: Path, saw: list[dict[str, Any]]) -> None:
+    """The loss of a run that was killed after its last step, and that of preferences before the first one."""
+    assert [found[name]["code"] for found in saw for name in ("unfinished", "dpo")] == [0] * 4, saw[0]
+    assert "not measured after training: zero3 places the weights" in saw[0]["unfinished"]["out"]
+    ended, whole = read_run(folder / "unfinished"), read_run(folder / "zero3")
+    assert (ended.after, ended.timed_steps, ended.update_norm) == (None, 0, whole.update_norm)
+    adapters = [folder / run / "adapter" / "adapter_model.safetensors" for run in ("unfinished", "zero3")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    assert "not measured before training: zero2 places the weights" in saw[0]["dpo"]["out"]
+    assert read_run(folder / "dpo").after is not None
 
 
 def test_a_process_that_hangs_ends_the_run_with_a_message(folder: Path, saw: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import loraover.training.measure
 import loraover.training.run
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
+from loraover.common.errors import ConfigError
 from loraover.training.recipe import load_recipe
 from loraover.training.run_folder import with_commits, with_processes, write_recipe
 
@@ -63,10 +64,10 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
     assert train(recipe, tmp_path / "whole", *constant) == 0
     measure = loraover.training.measure.measure
 
-    def interrupt(*arguments: Any) -> Any:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
         if arguments[-1] == "after training":
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(loraover.training.run, "measure", interrupt)
     out = tmp_path / "out"
@@ -171,6 +172,21 @@ def test_commits_are_those_of_the_same_model_and_data(tmp_path: Path) -> None:
     assert with_commits(named, tmp_path) == with_processes(named, 2)
     others = load_recipe("demo", {"model": "owner/other", "data.test": "owner/other"})
     assert with_commits(others, tmp_path) == with_processes(others, 2)
+
+
+def test_a_run_goes_on_with_what_another_machine_has_chosen(tmp_path: Path) -> None:
+    chosen = {"training.bf16": True, "training.learning_rate": 2e-3, "training.max_length": 77}
+    batch = "training.per_device_train_batch_size"
+    of_batch = {batch: 2, "training.gradient_accumulation_steps": 4, "training.gradient_checkpointing": True}
+    begun = load_recipe("demo", chosen | of_batch)
+    write_recipe(tmp_path, begun)
+    asked = load_recipe("demo", dict.fromkeys(chosen) | {batch: "auto"})
+    assert with_commits(asked, tmp_path) == with_processes(begun, 1)
+    named = load_recipe("demo", chosen | of_batch | {"training.learning_rate": 1e-3})
+    assert with_commits(named, tmp_path).training.learning_rate == 1e-3
+    other = load_recipe("demo", dict.fromkeys(chosen) | {"training.fp16": True})
+    with pytest.raises(ConfigError, match=r"the run was started with another recipe \(distributed, training differ\)"):
+        write_recipe(tmp_path, with_commits(other, tmp_path))
 
 
 def test_the_recipe_of_a_run_is_there_from_its_first_step(halted: dict[str, Path]) -> None:

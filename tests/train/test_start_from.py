@@ -34,10 +34,11 @@ from loraover.training.run_result import read_run
 from loraover.training.start import pin_start
 
 from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas
+from support.lines import Lines
 from support.make_checkpoint import ATTENTION, calibration, make_checkpoint, save
 from support.refusals import only_error
 from support.resumed_run import assert_same_run, steps_taken, stopped
-from support.started import Lines, adapter, started
+from support.started import adapter, started
 from support.tiny_experts import EXPERT_LORA, expert_lora, tiny_moe
 from support.tiny_experts import peft_deltas as expert_deltas
 from support.tiny_hub import write_recipe

@@ -14,7 +14,8 @@ from loraover.common.errors import ConfigError
 from loraover.training.recipe import load_recipe
 
 from support.conversions import load_base
-from support.started import Lines, adapter, started
+from support.lines import Lines
+from support.started import adapter, started
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import saved, tiny_llama, with_lora
 

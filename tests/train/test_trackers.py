@@ -10,6 +10,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -98,6 +99,17 @@ def assert_attached(paths: Iterable[Path], reference: bytes) -> None:
     found = {path.read_bytes() for path in paths}
     assert reference in found
     assert [json.loads(one)["verdict"] for one in found - {reference}] == ["passed"]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_without_a_run_is_left_out(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a resumed run has taken no step."""
+    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(run=None, last_active_run=lambda: None))
+    (adapter := make_adapter(tmp_path, "Llama")).joinpath(CERTIFICATE_FILE).write_text("{}")
+    said: list[str] = []
+    reporter: Any = SimpleNamespace(line=said.append)
+    attach(SimpleNamespace(report_to=[tracker]), adapter, reporter)
+    assert said == [f"nothing was attached in {tracker}: no step was taken, so this process has no run there"]
 
 
 def test_nothing_is_attached_where_nothing_is_proved(tmp_path: Path) -> None:

@@ -19,11 +19,14 @@ import loraover.data.sources
 from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm, read_row
-from loraover.training.examples import load_examples
+from loraover.data.sources import Rows
+from loraover.training.checks import count_classes
+from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import to_dataset
 from loraover.training.plan import make_plan
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.recipe_parts import BATCH
+from loraover.training.run_result import read_run
 from loraover.training.trainers import TRAINERS
 
 from support.resumed_run import assert_same_run, killed, stopped
@@ -230,6 +233,51 @@ def test_an_evaluation_leaves_the_gradients_of_a_base_of_4_bits(recipe: Path, tm
     assert losses(tmp_path / "True") == losses(tmp_path / "False")
 
 
+def test_a_run_on_a_base_of_4_bits_is_resumed_bit_for_bit(bases: dict[str, Path], tmp_path: Path) -> None:
+    """TRL would round A and B to bfloat16, and the Trainer resume them in float32."""
+    pytest.importorskip("bitsandbytes")
+    wide = save_llama(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    training = {"max_steps": 4, "logging_steps": 1, "save_steps": 2}
+    asked: dict[str, Any] = {"method": "lora", "model_init": {"quantization": "nf4"}, "training": training}
+    recipe = recipe_of("sft", tmp_path, bases | {"llama": wide}, **asked)
+    assert train(recipe, tmp_path / "whole") == 0
+    halted = stopped(recipe, tmp_path / "halted", 3)
+    assert train(recipe, halted, "--resume") == 0
+    assert_same_run(halted, tmp_path / "whole")
+    saved = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["yes", 1], "row 1: the label is 'yes', expected a number"),
+        ([0, -1], "row 2: the label is -1"),
+        ([0, True], "row 2: the label is True"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], message: str, tmp_path: Path) -> None:
+    rows = Rows([{"text": "a", "label": label} for label in labels], "rows")
+    with pytest.raises(DataError, match=message):
+        count_classes(Examples(rows, None))
+
+
+def test_a_label_of_held_out_rows_is_a_class() -> None:
+    train, test = (Rows([{"text": "a", "label": label}], "rows") for label in (0, 2))
+    assert count_classes(Examples(train, test)) == 3
+    assert count_classes(Examples(train, None)) == 2  # of one class, as the first rows of sorted data may be
+
+
+def test_packed_rows_are_measured_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    """TRL would join a batch of held-out rows to one row, too."""
+    out = {packed: tmp_path / str(packed) for packed in (False, True)}
+    recipe = recipe_of("sft", tmp_path, bases, training={"max_length": 32})
+    for packed, folder in out.items():
+        loraover.train(str(recipe), folder, overrides={"training.packing": packed, "training.max_steps": 1})
+    found = [read_run(folder).before for folder in out.values()]
+    assert found[0] == found[1]
+
+
 def test_a_missing_package_that_quantises_is_named(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +374,13 @@ def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:
     assert to_dataset(rows).to_list() == rows
 
 
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_a_column_may_begin_after_the_first_row(tools: Any) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b", "tools": tools, "chat_template_kwargs": {"k": 1}}]
+    missing: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
+    assert to_dataset(rows).to_list() == [missing | rows[0], rows[1]]
+
+
 def test_a_stream_is_read_as_far_as_the_steps_need(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +406,11 @@ def test_a_stream_is_read_as_far_as_the_steps_need(
     assert result.lengths is not None
     assert (result.steps, result.lengths.examples) == (2, 12)
     assert len(read) < 20
+    all_rows = {"data.train_examples": None}
+    shared = load_recipe(str(tmp_path / "r.yaml"), all_rows | {"distributed.processes": 2})
+    assert shared.most_rows == 24  # micro-batches of both processes
+    with pytest.raises(ConfigError, match=r"data\.streaming with training\.packing needs data\.train_examples"):
+        load_recipe(str(tmp_path / "r.yaml"), all_rows | {"training.packing": True})
 
 
 def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import TrainingArguments
 from trl.trainer import utils
 
-from loraover.common.reporter import Reporter
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.training.prepare import prepare
 from loraover.training.recipe import load_recipe
 from loraover.training.trainers import use_one_device
 
+from support.lines import Lines
 from support.tiny_hub import save_llama, write_recipe
 
 pytestmark = pytest.mark.process
@@ -58,19 +58,11 @@ def test_only_labelled_positions_are_projected_and_no_gradient_changes(
     torch.testing.assert_close(found, expected)
 
 
-class Lines(Reporter):
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.told.append(text)
-
-
 @pytest.mark.parametrize(("count", "told"), [(1, 0), (3, 1)])
 def test_several_gpus_without_a_launcher_do_not_make_a_step_larger(count: int, told: int, tmp_path: Path) -> None:
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=4)
     arguments._n_gpu = count
     report = Lines()
     use_one_device(arguments, report)
-    assert (arguments.n_gpu, arguments.train_batch_size, len(report.told)) == (1, 4, told)
-    assert all("3 GPUs are here" in line and "torchrun --nproc-per-node 3" in line for line in report.told)
+    assert (arguments.n_gpu, arguments.train_batch_size, len(report.lines)) == (1, 4, told)
+    assert all("3 GPUs are here" in line and "torchrun --nproc-per-node 3" in line for line in report.lines)

@@ -9,10 +9,12 @@ import pytest
 
 import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
+from loraover.data.turns import later_turn
 from loraover.sources.hub import HubUnreachableError
+from loraover.training.examples import load_held_out
 from loraover.training.recipe import Recipe
 
-from support.rows import GSM8K, PAIR, Write, fault, load
+from support.rows import GSM8K, PAIR, TURNS, Write, fault, load
 
 
 class Hub:
@@ -113,6 +115,21 @@ def test_rows_of_one_file_are_held_out_if_it_has_enough(write: Write) -> None:
     assert found.divided == len(found.test.rows) == 3
     assert [*found.test.numbers] == [int(row["prompt"]) + 1 for row in found.test.rows]
     assert sorted([*found.train.numbers, *found.test.numbers]) == [*range(1, 61)]
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_turns_of_one_conversation_are_held_out_together(sources: int, write: Write) -> None:
+    talks = [{"messages": [{**one, "content": f"{i}: {one['content']}"} for one in TURNS]} for i in range(80)]
+    files = [str(write(f"{i}.jsonl", *talks[i::sources])) for i in range(sources)]
+    given = recipe(files[0], examples=5).model_dump()
+    asked = Recipe.model_validate(given | {"data": {"train": files if sources > 1 else files[0]}})
+    found = examples_of(asked)
+    first = {part: {row["prompt"][0]["content"] for row in getattr(found, part).rows} for part in ("train", "test")}
+    assert first["train"].isdisjoint(first["test"])
+    assert len(found.test.rows) == 2 * len(first["test"]) == 4  # of two turns each, at most five
+    held_out = load_held_out(asked)
+    assert held_out is not None
+    assert later_turn(held_out.rows) == 1
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -47,11 +47,12 @@ from torch.nn.functional import cross_entropy
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
+from loraover.common.strict_json import StrictModel
 from loraover.data.formats import Row
 from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
 from loraover.training.methods.base import ADAPTER, TrainingMethod, check_optimizer, make_optimizer
-from loraover.training.recipe_parts import BaseRecipe, RecipePart
+from loraover.training.recipe_parts import BaseRecipe
 from loraover.training.run_result import Privacy
 
 if TYPE_CHECKING:
@@ -363,7 +364,7 @@ def _learning_rates(trainer: Trainer, steps: int) -> list[float]:
     return rates
 
 
-class FederatedSettings(RecipePart):
+class FederatedSettings(StrictModel):
     """Settings of `method: federated`."""
 
     method: ClassVar[type[TrainingMethod]] = Federated

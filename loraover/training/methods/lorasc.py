@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
+from loraover.common.strict_json import StrictModel
 from loraover.training.methods.base import (
     ADAPTER,
     OriginalWeights,
@@ -46,7 +47,7 @@ from loraover.training.methods.base import (
     truncate,
     widen,
 )
-from loraover.training.recipe_parts import BaseRecipe, RecipePart
+from loraover.training.recipe_parts import BaseRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -200,7 +201,7 @@ def stage_of(step: int, steps: int, stages: int) -> int:
     return step * stages // steps
 
 
-class LoraScSettings(RecipePart):
+class LoraScSettings(StrictModel):
     """Settings of `method: lorasc`."""
 
     method: ClassVar[type[TrainingMethod]] = LoraSc

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
+from loraover.common.strict_json import StrictModel
 from loraover.training.methods.base import (
     ADAPTER,
     OriginalWeights,
@@ -44,7 +45,7 @@ from loraover.training.methods.base import (
     set_pairs,
     widen,
 )
-from loraover.training.recipe_parts import BaseRecipe, RecipePart
+from loraover.training.recipe_parts import BaseRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -159,7 +160,7 @@ def split(weight: Tensor, r: int, scaling: float) -> Pair:
     return Pair(u[:, -r:] * root, root[:, None] * vt[-r:])
 
 
-class SomaSettings(RecipePart):
+class SomaSettings(StrictModel):
     """Settings of `method: soma`."""
 
     method: ClassVar[type[TrainingMethod]] = Soma

@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
+from loraover.common.strict_json import StrictModel
 from loraover.overparam.core_group import full_precision, seeded_generator
 from loraover.overparam.decompositions.mpo import balanced_factors
 from loraover.overparam.sharding import assign
 from loraover.overparam.sites import lora_layers
 from loraover.training.methods.base import ADAPTER, Pair, TrainingMethod, check_optimizer, make_optimizer
-from loraover.training.recipe_parts import BaseRecipe, RecipePart
+from loraover.training.recipe_parts import BaseRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -302,7 +303,7 @@ class TensorGuide(TrainingMethod):
         return found
 
 
-class TensorGuideSettings(RecipePart):
+class TensorGuideSettings(StrictModel):
     """Settings of `method: tensorguide`."""
 
     method: ClassVar[type[TrainingMethod]] = TensorGuide
