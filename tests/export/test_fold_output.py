@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from loraover_export.fold.certificate import FoldCertificate
 
 from support.fold_cases import FILES, certificate
 from support.make_checkpoint import Made, make_checkpoint
@@ -57,13 +53,3 @@ def test_the_verdict_is_shown_and_the_card_has_the_figures(tmp_path: Path, capsy
     assert f'base_model: "{made.base}"' in card
     assert f"loraover export fold {made.path} -o {tmp_path / 'out'} --dtype bf16" in card
     assert "8 of 8 within their bounds" in card
-
-
-def test_the_installed_command(made: Made, tmp_path: Path) -> None:
-    """It runs in a new process, where nothing has been imported or silenced yet."""
-    command = Path(sys.executable).with_name("loraover-export")
-    arguments = [str(command), "fold", str(made.path), "-o", str(tmp_path / "out"), "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert FoldCertificate.model_validate_json(done.stdout).passed
-    assert "Traceback" not in done.stderr

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from loraover.common.command_line import quiet_libraries, run
-from loraover.common.reporter import Reporter
 from loraover.reporting.reporter import ConsoleReporter
 from loraover_export import (
     FoldCertificate,
@@ -28,6 +27,7 @@ from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.onnx import genai, swappable
 
+from support.lines import Lines
 from support.make_checkpoint import Made, edit_json, tree
 from support.onnx_export import ForkedBuilder, llama_checkpoint
 
@@ -119,18 +119,12 @@ def test_a_pre_flight_that_fails_is_a_report_without_a_certificate(made: Made, t
 
 
 def test_a_reporter_hears_what_is_done(made: Made, tmp_path: Path) -> None:
-    lines: list[str] = []
-
-    class Heard(Reporter):
-        def line(self, text: str) -> None:
-            lines.append(text)
-
-    heard = Heard()
+    heard = Lines()
     fold_checkpoint(made.path, tmp_path / "fold", check_error=True, device="cpu", report=heard)
-    assert lines[0].startswith("the check of the outputs needs about ")
-    assert lines[1] == f"loading the base model from folder {made.base} to cpu, fp32"
+    assert heard.lines[0].startswith("the check of the outputs needs about ")
+    assert heard.lines[1] == f"loading the base model from folder {made.base} to cpu, fp32"
     export_onnx(made.path, tmp_path / "onnx", mode="swappable", check=False, report=heard)
-    assert any(line.startswith("building the fp32 graph of LlamaForCausalLM") for line in lines)
+    assert any(line.startswith("building the fp32 graph of LlamaForCausalLM") for line in heard.lines)
 
 
 def test_names_in_files_cannot_control_the_terminal() -> None:

@@ -30,7 +30,7 @@ from support.onnx_graph import LENGTH, Feed, Graph, torch_logits
 from support.tiny_models import fill_b
 from support.web_runtime import ENGINES, WebRun, web_scripts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 NAME = "SmolLM2-135M-Instruct"
 MODEL = f"HuggingFaceTB/{NAME}"
@@ -90,7 +90,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmolLM2]:
     shutil.rmtree(path.parent)  # exports of half a gigabyte each
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("mode", ["merged", "swappable"])
 def test_onnx(mode: str, smollm2: SmolLM2) -> None:
     """With the builder as the product starts it."""
@@ -114,7 +113,6 @@ def web(smollm2: SmolLM2) -> Iterator[Path]:
         yield scripts
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("engine", ENGINES)
 def test_onnxruntime_web(engine: str, smollm2: SmolLM2, web: Path) -> None:
     run = WebRun("web", [smollm2.text], [None, "web/checkpoint.safetensors"], HEAD_SIZE)

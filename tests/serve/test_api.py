@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shlex
 import tempfile
 from pathlib import Path
@@ -15,27 +13,17 @@ import pytest
 import loraover_serve
 from loraover.common.command_line import Command
 from loraover.common.errors import ConfigError, EngineError
-from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device
-from loraover_serve import UnwrittenReportError, measure_parity, serve_adapters
+from loraover_serve import measure_parity, serve_adapters
 from loraover_serve.cli import cli
 
+from support.lines import Lines
 from support.make_checkpoint import Made
 from support.vllm_stand_in import assert_stopped, stand_in
 
 pytestmark = pytest.mark.process
 
 SMALL: dict[str, Any] = {"num_prompts": 10, "prompt_tokens": 5, "new_tokens": 4}
-
-
-class Lines(Reporter):
-    """Keeps the lines that it receives."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture
@@ -131,20 +119,6 @@ def test_an_error_names_the_log_that_is_kept(folded: Path, tmp_path: Path) -> No
         measure_parity(folded, engines=["vllm"], vllm=vllm, report=report, **SMALL)
     assert caught.value.__notes__ == report.lines[-1:]
     assert report.lines[-1].startswith("kept in ")
-
-
-def test_a_measurement_that_cannot_be_written_is_in_the_error(
-    folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fill_the_disk(report: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("loraover_serve.parity.run.to_page", fill_the_disk)
-    with pytest.raises(UnwrittenReportError, match="No space left") as caught:
-        measure_parity(folded, engines=["torch"], output=tmp_path / "out", **SMALL)
-    assert caught.value.report.runs[0].blocks == 5
-    assert caught.value.report.kept is not None
-    assert (caught.value.report.kept / "parity.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from loraover_serve.parity import collect
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import Made
-from support.no_memory import NO_MEMORY, failing
+from support.no_memory import failing
 
 pytestmark = pytest.mark.engine
 
@@ -36,20 +36,16 @@ def test_answers_on_a_device_are_those_of_its_unfolded_model(device: str, comput
     assert [found.agree for found in report.outputs] == [True]
 
 
-@pytest.mark.parametrize("name", NO_MEMORY)
-def test_what_was_measured_outlives_a_comparison_without_memory(
-    name: str, made: Made, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(collect, "compare_outputs", failing(name))
+def test_what_was_measured_outlives_a_comparison_without_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "compare_outputs", failing("the CPU"))
     report = measure_parity(folded(made), device="cpu", **SMALL)
     assert (report.verdict, report.runs[0].blocks) == ("failed", 5)
     assert "the comparison with PyTorch ran out of memory on cpu" in report.reason
     assert "What would fit: device='cpu' compute_dtype='bf16'" in report.reason
 
 
-@pytest.mark.parametrize("name", NO_MEMORY)
-def test_an_engine_without_memory_says_what_would_fit(name: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_engines, "load_model", failing(name))
+def test_an_engine_without_memory_says_what_would_fit(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_engines, "load_model", failing("the CPU"))
     with pytest.raises(ConfigError, match=r"PyTorch ran out of memory on cpu .*What would fit: .*compute_dtype='bf16'"):
         measure_parity(folded(made), device="cpu", **SMALL)
 

@@ -168,7 +168,7 @@ def test_a_silent_server_is_given_up_and_stopped(
 ) -> None:
     words = ["up", str(shop), "--vllm", stand_in(tmp_path, "silent"), "--log", str(tmp_path / "log")]
     assert run(cli, [*words, "--start-timeout", "4"]) == 2
-    assert "did not come up in time" in capsys.readouterr().err
+    assert "did not come up in time; the end of" in capsys.readouterr().err
     assert_stopped(tmp_path)
 
 

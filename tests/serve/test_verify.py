@@ -88,7 +88,7 @@ def test_a_checkpoint_is_compared_with_its_unfolded_model(made: Made, tmp_path: 
     case = make_case(made.base, made.path)
     assert case.judge.reference.name == "the unfolded checkpoint"
     found = verify_engine("torch", case.setting(tmp_path), case.judge)
-    assert found.verdict == "as trained"
+    assert (found.verdict, found.compared) == ("as trained", "all tokens")
     assert found.adapter is not None
     assert 0 < found.adapter.rms < 1e-5, "another computation than the reference's"
 

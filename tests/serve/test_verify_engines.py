@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("quick_builder")]
 
 APART = [name for name in ENGINES if issubclass(engine_class(name), ElsewhereEngine)]
 """Engines in separate environments, which `make engines` installs."""
-HERE = [name for name, entry in ENGINES.items() if not entry.is_batching and name not in APART]
-"""Engines that run in this process."""
+HERE = [name for name, entry in ENGINES.items() if not entry.is_batching and name not in (*APART, "torch")]
+"""Engines that run in this process, without PyTorch, which `test_verify.py` takes."""
 ELSEWHERE = [pytest.param(name, marks=pytest.mark.matrix) for name in APART]
 SAVED, EMBEDDING = {"modules_to_save": ["norm"]}, {"target_modules": ["embed_tokens", "q_proj", "down_proj"]}
 REFUSING = ("llamacpp", "mlx", "openvino")

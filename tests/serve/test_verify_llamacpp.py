@@ -1,21 +1,16 @@
-"""Verification of llama.cpp: faults in the GGUF files that it loads, and GGUF files of users."""
+"""Verification of llama.cpp on GGUF files of users."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
-from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
-from loraover_export.gguf import target
 from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCppModel
-from loraover_export.uniform import matrices
 from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.verify.run import verify_engine
 
@@ -31,39 +26,6 @@ def gguf_of(model: Path, output: Path) -> Path:
 
 def verify(case: Case, folder: Path) -> EngineResult:
     return verify_engine("llamacpp", case.setting(folder), case.judge)
-
-
-def no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "interleave", lambda rows, heads: rows)
-
-
-def no_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unscaled(exact: Exact, factor: float) -> Exact:
-        return exact
-
-    monkeypatch.setattr(matrices, "scale", unscaled)
-
-
-def no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = "loraover_serve.engines.llamacpp.LlamaCppModel"
-    monkeypatch.setattr(started, lambda base, adapter: LlamaCppModel(base))
-
-
-@pytest.mark.parametrize(
-    ("plant", "fault", "words"),
-    [
-        (no_permutation, "rows of q and k in another order", "B of q_proj and k_proj lack the row order of the engine"),
-        (no_scaling, "wrong scaling", "the scaling is left out"),
-        (no_adapter, "served as base", "the adapter is not loaded"),
-    ],
-)
-def test_a_fault_in_the_file_is_found_and_named(
-    plant: Any, fault: str, words: str, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch)
-    found = verify(case, tmp_path)
-    assert (found.verdict, found.fault) == ("differs", fault), found.reason
-    assert words in found.reason
 
 
 def test_a_users_file_is_run(case: Case, tmp_path: Path) -> None:

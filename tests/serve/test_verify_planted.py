@@ -32,7 +32,7 @@ from support.verified import FAULTS, WRONG_PREFIX, Case, Tensors, make_case, pla
 
 pytestmark = pytest.mark.engine
 
-READERS = ["torch", "onnx", pytest.param("vllm", marks=pytest.mark.matrix)]
+READERS = ["onnx", pytest.param("vllm", marks=pytest.mark.matrix)]
 """Engines that get PEFT's files, or a graph that is made from them."""
 
 
