@@ -66,7 +66,25 @@ REQUESTS = (
         "all calls of tools have the keys of all others",
         "features=Features(plain.features | nested))",
         "features=None)",
-        Selection("test_trainer_kinds.py", "other_rows_call_tools"),
+        Selection("test_trainer_rows.py", "other_rows_call_tools"),
+    ),
+    Mutant(
+        "held-out-turns-of-trained-conversations",
+        "return parts[0], list(parts[0].numbers)",
+        "return parts[0], list(range(len(parts[0].rows)))",
+        Selection("test_training_rows.py", "held_out_together"),
+    ),
+    Mutant(
+        "columns-are-those-of-the-first-row",
+        "rows = [lacking | row for row in rows]",
+        "rows = list(rows)",
+        Selection("test_trainer_rows.py", "begin_after"),
+    ),
+    Mutant(
+        "a-stream-is-read-for-one-process",
+        "training.gradient_accumulation_steps * self.clients * processes",
+        "training.gradient_accumulation_steps * self.clients",
+        Selection("test_trainer_rows.py", "stream"),
     ),
     Mutant(
         "held-out rows of a file are trained on",
@@ -78,7 +96,7 @@ REQUESTS = (
         "what precedes an assistant's first turn counts as learned",
         "if answers_only else rows.rows",
         "if not answers_only else rows.rows",
-        Selection("test_trainer_kinds.py", "mixture_with_tools"),
+        Selection("test_trainer_rows.py", "mixture_with_tools"),
     ),
     # Trackers, which `LORAOVER_TRACKERS` has to name a Python for
     Mutant(

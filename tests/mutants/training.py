@@ -359,28 +359,10 @@ TRAINING = (
         Selection("test_paper.py", "chosen_rate"),
     ),
     Mutant(
-        "held-out-turns-of-trained-conversations",
-        "return parts[0], list(parts[0].numbers)",
-        "return parts[0], list(range(len(parts[0].rows)))",
-        Selection("test_training_rows.py", "held_out_together"),
-    ),
-    Mutant(
-        "columns-are-those-of-the-first-row",
-        "rows = [lacking | row for row in rows]",
-        "rows = list(rows)",
-        Selection("test_trainer_kinds.py", "begin_after"),
-    ),
-    Mutant(
         "a-base-of-4-bits-rounds-what-is-trained",
         "parameter.data = values.to(parameter.device)",
         "pass",
         Selection("test_trainer_kinds.py", "4_bits_is_resumed"),
-    ),
-    Mutant(
-        "a-stream-is-read-for-one-process",
-        "training.gradient_accumulation_steps * self.clients * processes",
-        "training.gradient_accumulation_steps * self.clients",
-        Selection("test_trainer_kinds.py", "stream"),
     ),
     Mutant(
         "packed-rows-are-measured-in-batches",

@@ -1,0 +1,171 @@
+"""The rows that trainers of TRL are given: tools, columns, classes, streams and mixtures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+import loraover
+import loraover.data.sources
+from loraover.common.errors import ConfigError, DataError
+from loraover.data.formats import RowForm, read_row
+from loraover.data.sources import Rows
+from loraover.training.checks import count_classes
+from loraover.training.examples import Examples, load_examples
+from loraover.training.hf_trainer import to_dataset
+from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.trainers import TRAINERS
+
+from support.tiny_hub import write_recipe
+from support.train_command import TURNS, data_file
+from support.trained_run import watched
+
+pytestmark = pytest.mark.process
+
+SUMS: list[dict[str, Any]] = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["yes", 1], "row 1: the label is 'yes', expected a number"),
+        ([0, -1], "row 2: the label is -1"),
+        ([0, True], "row 2: the label is True"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], message: str, tmp_path: Path) -> None:
+    rows = Rows([{"text": "a", "label": label} for label in labels], "rows")
+    with pytest.raises(DataError, match=message):
+        count_classes(Examples(rows, None))
+
+
+def test_a_label_of_held_out_rows_is_a_class() -> None:
+    train, test = (Rows([{"text": "a", "label": label}], "rows") for label in (0, 2))
+    assert count_classes(Examples(train, test)) == 3
+    assert count_classes(Examples(train, None)) == 2  # of one class, as the first rows of sorted data may be
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TALK = [{"role": "system", "content": "brief"}, *TURNS]
+
+
+def test_conversations_with_tools_are_learned(bases: dict[str, Path], tmp_path: Path) -> None:
+    """The assistant's turns are learned one by one, or as the recipe says; other columns stay with them."""
+    rows: list[dict[str, Any]] = [{"messages": [*TALK, TALK[1], CALL], "tools": [TOOL]}]
+    (first, second, third) = read_row(rows[0], "auto", RowForm(TRAINERS["sft"].columns, chat=True), "row 1")
+    assert first == {"prompt": TALK[:2], "completion": TALK[2:3], "tools": [TOOL]}
+    assert (second["completion"], third["completion"]) == (TALK[4:], [CALL])
+    (whole,) = read_row(rows[0], "auto", RowForm(TRAINERS["sft"].columns, chat=True, turns=False), "row 1")
+    assert whole == rows[0]
+    file = str(data_file(tmp_path / "rows.jsonl", *[{"messages": TALK}] * 4))
+    changes: dict[str, Any] = {"data": {"train": file}, "evaluation": {"examples": 0}, "training": {"max_steps": 2}}
+    recipe = write_recipe(tmp_path / "r.yaml", bases["chat"], **changes)
+    by_turn = loraover.train(str(recipe), tmp_path / "turns")
+    by_talk = loraover.train(str(recipe), tmp_path / "talks", overrides={"training.assistant_only_loss": False})
+    assert by_turn.lengths is not None
+    assert by_talk.lengths is not None
+    assert (by_turn.lengths.examples, by_talk.lengths.examples) == (8, 4)
+
+
+MARKED = (
+    "{% for tool in tools or () %}{{ '<tool>' + tool['function']['name'] }}{% endfor %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '>' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or () %}{{ '#' + call['function']['name'] }}{% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+"""Chat template that marks what the assistant generates, as `assistant_only_loss` needs."""
+
+
+def test_a_mixture_with_tools_trains_the_assistants_turns_only(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(bases["chat"], tmp_path / "base")
+    (base / "chat_template.jinja").write_text(MARKED)
+    tools = str(data_file(tmp_path / "tools.jsonl", *[{"messages": [TALK[1], CALL], "tools": [TOOL]}] * 4))
+    talks = str(data_file(tmp_path / "talks.jsonl", *[{"messages": TALK}] * 20))
+    data = {"train": [{"path": tools, "weight": 3}, talks]}
+    training = {"max_steps": 2, "assistant_only_loss": True}
+    recipe = write_recipe(tmp_path / "r.yaml", base, data=data, training=training, evaluation={"examples": 0})
+    with watched() as seen:
+        assert loraover.train(str(recipe), tmp_path / "out").update_norm
+    trainer, learned = seen[0][0], list[str]()
+    for row in trainer.train_dataset:
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        learned.append(trainer.processing_class.decode([token for token, label in pairs if label != -100]))
+        assert trainer.processing_class.decode(row["input_ids"]).startswith("<tool>add" if row["tools"] else "<system>")
+    assert {*learned} == {"#add</s>", "2</s>#### 4</s>"}
+    assert learned.count("#add</s>") / len(learned) == pytest.approx(0.75, abs=0.1)
+    long = [{"messages": [{"role": "user", "content": "a" * 200}, TALK[2]]}]
+    for rows, message in ((long, "no example fits"), ([{"messages": TALK[:2]}], "row 1: messages holds no assistant")):
+        with pytest.raises(DataError, match=message):
+            loraover.train(
+                str(recipe), tmp_path / "no", overrides={"data.train": str(data_file(tmp_path / "r", *rows))}
+            )
+
+
+def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:
+    """Arrow gives dicts of one column the same keys, with None where a row has none."""
+    rows = [{"messages": [{**CALL, "arguments": {name: 1}}], "text": name} for name in "ab"]
+    assert to_dataset(rows).to_list() == rows
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_a_column_may_begin_after_the_first_row(tools: Any) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b", "tools": tools, "chat_template_kwargs": {"k": 1}}]
+    missing: dict[str, Any] = {"tools": None, "chat_template_kwargs": {}}
+    assert to_dataset(rows).to_list() == [missing | rows[0], rows[1]]
+
+
+def test_a_stream_is_read_as_far_as_the_steps_need(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real library, of a folder in place of the hub."""
+    (tmp_path / "set").mkdir()
+    data_file(tmp_path / "set" / "train.jsonl", *SUMS * 100)
+    real, read = datasets.load_dataset, list[int]()
+
+    def note(row: dict[str, Any], number: int) -> dict[str, Any]:
+        read.append(number)
+        return row
+
+    def of_folder(name: str, subset: None, *, split: str, revision: str, streaming: bool) -> Any:
+        stream = real(str(tmp_path / "set"), split=split, streaming=streaming)
+        assert isinstance(stream, datasets.IterableDataset)
+        return stream.map(note, with_indices=True)
+
+    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    changes: dict[str, Any] = {"data": {"train": "owner/data", "streaming": True}, "evaluation": {"examples": 0}}
+    changes["training"] = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    result = loraover.train(str(write_recipe(tmp_path / "r.yaml", bases["llama"], **changes)), tmp_path / "out")
+    assert result.lengths is not None
+    assert (result.steps, result.lengths.examples) == (2, 12)
+    assert len(read) < 20
+    all_rows = {"data.train_examples": None}
+    shared = load_recipe(str(tmp_path / "r.yaml"), all_rows | {"distributed.processes": 2})
+    assert shared.most_rows == 24  # micro-batches of both processes
+    with pytest.raises(ConfigError, match=r"data\.streaming with training\.packing needs data\.train_examples"):
+        load_recipe(str(tmp_path / "r.yaml"), all_rows | {"training.packing": True})
+
+
+def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(SUMS[:4]).to_parquet(tmp_path / "a.parquet")
+    other = str(data_file(tmp_path / "b.jsonl", *[{"prompt": str(n), "completion": "b"} for n in range(40)]))
+    data: dict[str, Any] = {"train": [str(tmp_path / "a.parquet"), other]}
+    asked = {"model": "m", "data": data, "training": {"max_steps": 1}, "evaluation": {"examples": 0}}
+    plain = load_examples(Recipe.model_validate(asked), RowForm()).train
+    assert sorted(row["completion"] == "b" for row in plain.rows) == [False] * 4 + [True] * 40
+    data["train"] = [{"path": str(tmp_path / "a.parquet"), "weight": 3}, other]
+    weighted = load_examples(Recipe.model_validate(asked), RowForm()).train
+    share = sum(row["completion"] != "b" for row in weighted.rows) / len(weighted.rows)
+    assert share == pytest.approx(0.75, abs=0.1)
+    assert {row["completion"] for row in weighted.rows if row["completion"] == "b"}
+    data["train"] = ["owner/data", other]
+    with pytest.raises(DataError, match="owner/data is one of several sources; name its commit"):
+        load_examples(Recipe.model_validate(asked), RowForm())
