@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import cycle
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
@@ -22,6 +23,8 @@ SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assista
 
 
 PAIRS = (frozenset({"prompt", "completion"}),)
+SYSTEM = "system"
+"""Column of the text that is learned as a system message before the prompt or the messages of a row."""
 OPTIONAL = ("prompt", "tools", "chat_template_kwargs", "images")
 """Columns that trainers of TRL take beside those that they need."""
 
@@ -85,7 +88,8 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     row = {name: value for name, value in row.items() if name not in MEDIA or value}
     images = {"images": row["images"]} if "images" in row else {}
     for example in found.read(row, where):
-        yield from _examples(example | images, found.template, form, where)
+        started = example if form.keeps_all else _with_system(example, row, where)
+        yield from _examples(started | images, found.template, form, where)
 
 
 def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> list[str]:
@@ -95,7 +99,29 @@ def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> li
     row = {column: value for column, value in row.items() if value is not None}
     name = _recognised(row, form, where) if format == "auto" else format
     read = {*FORMATS[name].reads} or {"messages", *OPTIONAL}.union(*form.columns)
+    if name != PASSED or {"messages", "prompt"} & row.keys():
+        read.add(SYSTEM)
     return [column for column in row if column not in read.union(MEDIA)]
+
+
+def _with_system(example: Row, row: Mapping[str, Any], where: str) -> Row:
+    """Put a row's system prompt before the prompt or the messages of its example, which become chat messages."""
+    if not row.get(SYSTEM):
+        return example
+    if isinstance(example.get("prompt"), str):
+        example = as_chat(example)
+    part = next((name for name in ("messages", "prompt") if name in example), None)
+    if part is None and "chosen" in example:
+        raise DataError(f"{where}: has a system prompt and no prompt; call the column of the questions 'prompt'.")
+    if part is None:
+        return example
+    said = {"role": "system", "content": _text(row, SYSTEM, where)}
+    messages = _field(example, part, where)
+    if not isinstance(messages, list) or messages[0] == said:
+        return example
+    if messages[0]["role"] == "system":
+        raise DataError(f"{where}: has two system prompts, {SYSTEM!r} and the first of its messages; remove one.")
+    return example | {part: [said, *messages]}
 
 
 def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterator[Row]:
@@ -187,8 +213,6 @@ def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     if unknown := [turn["from"] for turn in turns if turn["from"] not in SPEAKERS]:
         raise DataError(f"{where}: unknown speaker {reprlib.repr(unknown[0])}, expected one of {', '.join(SPEAKERS)}.")
     messages = [{"role": SPEAKERS[turn["from"]], "content": _field(turn, "value", where)} for turn in turns]
-    if row.get("system") and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": _text(row, "system", where)}, *messages]
     tools = {"tools": row["tools"]} if row.get("tools") not in (None, "", "[]", []) else {}
     if [message["role"] for message in messages] == ["user", "assistant"] and not tools:
         yield {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
@@ -197,10 +221,17 @@ def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    prompt = _text(row, "instruction", where)
+    """Yield text for an instruction and its output, and messages where earlier exchanges stand before them."""
+    prompt, answer, history = _text(row, "instruction", where), _text(row, "output", where), row.get("history") or []
     if row.get("input"):
         prompt += f"\n\n### Input:\n{_text(row, 'input', where)}"
-    yield {"prompt": prompt, "completion": _text(row, "output", where)}
+    if not history:
+        yield {"prompt": prompt, "completion": answer}
+        return
+    if not isinstance(history, list) or not all(isinstance(one, list) and len(one) == 2 for one in history):
+        raise DataError(f"{where}: field 'history' is not a list of pairs, an instruction and its output.")
+    said = [_text({"history": text}, "history", where) for pair in [*history, (prompt, answer)] for text in pair]
+    yield {"messages": [{"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)]}
 
 
 def _gsm8k(row: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -228,11 +259,9 @@ FORMATS: dict[str, RowFormat] = {
     "messages": RowFormat(_as_it_is, frozenset({"messages"})),
     "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"}), reads=("question", "answer")),
     "instruction": RowFormat(
-        _instruction, frozenset({"instruction", "output"}), ALPACA, reads=("instruction", "input", "output")
+        _instruction, frozenset({"instruction", "output"}), ALPACA, reads=("instruction", "input", "output", "history")
     ),
-    "conversations": RowFormat(
-        _conversations, frozenset({"conversations"}), ALPACA, reads=("conversations", "system", "tools")
-    ),
+    "conversations": RowFormat(_conversations, frozenset({"conversations"}), ALPACA, reads=("conversations", "tools")),
     "metamath": RowFormat(_metamath, reads=("query", "response")),
     "codefeedback": RowFormat(_codefeedback, template=ALPACA, reads=("query", "answer")),
     **{f"glue-{name}": RowFormat(glue_reader(t), reads=(*t.columns, "label")) for name, t in GLUE_TASKS.items()},

@@ -12,7 +12,8 @@ from transformers.training_args import OptimizerNames
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
-from loraover.data.formats import TEXTS, Row, RowForm
+from loraover.data.formats import TEXTS, RowForm
+from loraover.data.sources import Rows
 from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
@@ -69,19 +70,24 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
     return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo", pictures=pictures)
 
 
-def check_chat(recipe: Recipe, name: str, tokenizer: Any, row: Row) -> None:
-    """Check that chat messages can be read by a recipe's trainer.
+def check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
+    """Check that the chat messages among a recipe's rows can be read by its trainer.
 
     Raises:
-        DataError: The trainer or the tokenizer takes text only.
+        DataError: The trainer or the tokenizer takes text only, or some rows are text and others chat messages.
     """
-    if all(isinstance(row[part], str) for part in TEXTS & row.keys()):
+    is_text = [all(isinstance(row[column], str) for column in TEXTS & row.keys()) for row in part.rows]
+    if all(is_text):
         return
+    where = f"{part.origin}: row {part.number(is_text.index(False))} holds chat messages"
     if TRAINERS[name].library == "transformers":
-        raise DataError(f"{recipe.data.name}: chat messages cannot train {recipe.model} with {name}; use text.")
+        raise DataError(f"{where}, which cannot train {recipe.model} with {name}; use text.")
     if tokenizer.chat_template is None:
+        raise DataError(f"{where}, but the tokenizer of {recipe.model} has no chat template.")
+    if any(is_text):
         raise DataError(
-            f"{recipe.data.name}: holds chat messages, but the tokenizer of {recipe.model} has no chat template."
+            f"{where}, and row {part.number(is_text.index(True))} text; leave data.chat out of the recipe, so that "
+            "texts become chat messages."
         )
 
 

@@ -171,7 +171,8 @@ def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | No
         examples = load_examples(measured, row_form(recipe, name, tokenizer, takes_images=images))
     processor = load_processor(source) if examples.have_pictures else None
     tokenizer = tokenizer if processor is None else processor.tokenizer
-    check_chat(recipe, name, tokenizer, examples.train.rows[0])
+    for part in filter(None, (examples.train, examples.test)):
+        check_chat(recipe, name, tokenizer, part)
     check_pictures(recipe, examples)
     return tokenizer, processor, examples
 

@@ -138,15 +138,57 @@ def test_an_input_follows_its_instruction(file: Path) -> None:
 SAID = [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi!"}]
 
 
+def said(*texts: str) -> list[dict[str, str]]:
+    """Return chat messages of the user and the assistant in turn."""
+    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+
+KIND = {"role": "system", "content": "Be kind."}
+
+
 def test_the_system_and_the_tools_of_a_conversation_are_learned(file: Path) -> None:
     tools = '[{"name": "f"}]'
     (row,) = load(file, {"conversations": SAID, "system": "Be kind.", "tools": tools}, format="conversations")
-    system, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say hi."}
-    assert row == {"prompt": [system, asked], "completion": [{"role": "assistant", "content": "Hi!"}], "tools": tools}
-    first = {"from": "system", "value": "Be brief."}
+    asked, answer = said("Say hi.", "Hi!")
+    assert row == {"prompt": [KIND, asked], "completion": [answer], "tools": tools}
+    first = {"from": "system", "value": "Be kind."}
     (row,) = load(file, {"conversations": [first, *SAID], "system": "Be kind.", "tools": "[]"}, format="conversations")
-    assert row["prompt"] == [{"role": "system", "content": "Be brief."}, asked]
-    assert "tools" not in row
+    assert row == {"prompt": [KIND, asked], "completion": [answer]}
+
+
+@pytest.mark.parametrize("prompt", ["Say hi.", said("Say hi."), [KIND, *said("Say hi.")]])
+def test_a_system_prompt_is_learned_before_the_prompt(prompt: Any) -> None:
+    answer = "Hi!" if isinstance(prompt, str) else [{"role": "assistant", "content": "Hi!"}]
+    pair = {"prompt": prompt, "completion": answer, "system": "Be kind."}
+    assert [*read_row(pair, "auto", RowForm(), "row 1")] == [
+        {"prompt": [KIND, *said("Say hi.")], "completion": said("", "Hi!")[1:]}
+    ]
+
+
+def test_the_exchanges_before_an_instruction_are_learned() -> None:
+    row = WIZARD | {"history": [["1+1?", "2"]], "system": "Be kind."}
+    assert [*read_row(row, "auto", RowForm(), "row 1")] == [
+        {"prompt": [KIND, *said("1+1?")], "completion": said("", "2")[1:]},
+        {"prompt": [KIND, *said("1+1?", "2", "Say hi.")], "completion": said("", "Hi!")[1:]},
+    ]
+    without = [*read_row(WIZARD | {"history": [], "system": ""}, "auto", RowForm(), "row 1")]
+    assert without == [*read_row(WIZARD, "auto", RowForm(), "row 1")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"system": "a", "question": "b", "chosen": "c", "rejected": "d"}, "a system prompt and no prompt; call the"),
+        ({"messages": [KIND, *said("a", "b")], "system": "Be brief."}, "two system prompts, 'system' and the first"),
+        (WIZARD | {"history": ["a", "b"]}, "field 'history' is not a list of pairs"),
+        (WIZARD | {"history": [["a", ""]]}, "field 'history' is '', expected text"),
+        (WIZARD | {"system": 7}, "field 'system' is 7, expected text"),
+    ],
+)
+def test_a_system_prompt_or_history_that_cannot_be_learned_is_refused(row: dict[str, Any], message: str) -> None:
+    form = RowForm(TRAINERS["dpo" if "chosen" in row else "sft"].columns)
+    with pytest.raises(DataError, match=f"row 1: .*{message}"):
+        list(read_row(row, "auto", form, "row 1"))
 
 
 def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
@@ -160,20 +202,23 @@ def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "format", "columns"),
+    ("trainer", "row", "format", "columns"),
     [
-        ({"system": "a", "question": "b", "chosen": "c", "rejected": "d", "id": None}, "auto", ["system", "question"]),
-        (WIZARD | {"history": [["a", "b"]]}, "auto", ["history"]),
-        (METAMATH, "metamath", ["type", "original_question"]),
-        (MNLI, "glue-mnli", ["idx"]),
-        (TALK | {"system": "a"}, "auto", ["idx"]),
-        ({"messages": [], "images": ["a.png"], "source": "b"}, "auto", ["source"]),
+        ("dpo", {"question": "b", "chosen": "c", "rejected": "d", "id": None}, "auto", ["question"]),
+        ("sft", WIZARD | {"history": [["a", "b"]], "system": "a", "id": 1}, "auto", ["id"]),
+        ("classification", {"text": "a", "label": 1, "system": "linux"}, "auto", ["system"]),
+        ("sft", METAMATH, "metamath", ["type", "original_question"]),
+        ("sft", MNLI, "glue-mnli", ["idx"]),
+        ("sft", TALK | {"system": "a"}, "auto", ["idx"]),
+        ("sft", {"messages": [], "images": ["a.png"], "source": "b"}, "auto", ["source"]),
     ],
 )
-def test_columns_of_which_nothing_is_learned_are_counted(row: dict[str, Any], format: str, columns: list[str]) -> None:
-    columns_of = TRAINERS["dpo" if "chosen" in row else "sft"].columns
-    assert unread(row, format, RowForm(columns_of), "row 1") == columns
-    assert unread(row, format, RowForm(columns_of, keeps_all=True), "row 1") == []
+def test_columns_of_which_nothing_is_learned_are_counted(
+    trainer: str, row: dict[str, Any], format: str, columns: list[str]
+) -> None:
+    form = RowForm(TRAINERS[trainer].columns)
+    assert unread(row, format, form, "row 1") == columns
+    assert unread(row, format, form._replace(keeps_all=True), "row 1") == []
 
 
 def test_braces_in_a_prompt_are_left_alone(file: Path) -> None:
