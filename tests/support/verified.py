@@ -230,6 +230,7 @@ class Served:
     ) -> None:
         self._cache = cache
         self._models = {name: self._load(base, path) for name, path in adapters.items()}
+        self._computed: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._tokenizer = AutoTokenizer.from_pretrained(base)
         self._form = form
 
@@ -263,7 +264,11 @@ class Served:
 
     def _logits(self, body: dict[str, Any], ids: list[int]) -> Tensor:
         """Logits after each token, with the request's temperature and with Hugging Face's repetition penalty."""
-        logits: Tensor = self._models[body["model"]](torch.tensor([ids]), past_key_values=self._cache()).logits[0]
+        asked = body["model"], tuple(ids)
+        if asked not in self._computed:  # a verification asks the same again, alone and in company
+            model = self._models[body["model"]]
+            self._computed[asked] = model(torch.tensor([ids]), past_key_values=self._cache()).logits[0]
+        logits = self._computed[asked]
         penalty = body.get("repetition_penalty", 1.0)
         read = torch.zeros(len(ids), logits.shape[-1], dtype=torch.bool)
         for place, token in enumerate(ids):

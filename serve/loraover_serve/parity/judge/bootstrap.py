@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4999
-CHUNK = 2**20  # numbers that are drawn at once
+CHUNK = 2**18  # numbers that are drawn at once
 
 
 def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
@@ -35,7 +35,7 @@ def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float6
 
 
 def _chunks(n: int) -> list[int]:
-    """Numbers of resamples of n values each that are drawn at once, which limits memory."""
+    """Return the numbers of resamples, of n values each, that are drawn at once, which limits memory."""
     rows = max(1, CHUNK // n)
     return [min(rows, RESAMPLES - first) for first in range(0, RESAMPLES, rows)]
 
@@ -55,11 +55,13 @@ def quantile_intervals(
     n, draw = len(blocks), np.random.default_rng(seed)
     order = np.argsort(pooled := np.concatenate(blocks), kind="stable")
     values, owner = pooled[order], np.repeat(np.arange(n), [len(block) for block in blocks])[order]
-    found = np.empty((RESAMPLES, len(quantiles)))
-    for row in found:
-        weights = np.cumsum(np.bincount(draw.integers(n, size=n), minlength=n)[owner])
-        row[:] = values[np.searchsorted(weights, np.multiply(quantiles, weights[-1]))]
-    low, high = np.quantile(found, [0.025, 0.975], axis=0, method="inverted_cdf")
+    found = []
+    for rows in _chunks(max(n, len(values))):
+        times = draw.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.int32)  # draws of each block
+        weights = np.cumsum(times[:, owner], axis=1, dtype=np.int32)
+        below = [np.count_nonzero(weights < q * weights[:, -1:], axis=1) for q in quantiles]
+        found.append(values[np.stack(below, axis=1)])
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975], axis=0, method="inverted_cdf")
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
