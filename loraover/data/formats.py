@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -22,11 +23,12 @@ ALPACA = (
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 PAIRS = (frozenset({"prompt", "completion"}),)
+TURNS = frozenset({"messages"})
+PARTS = ("prompt", "completion", "chosen", "rejected")
 SYSTEM = "system"
-"""Column of the text that is learned as a system message before the prompt or the messages of a row."""
-OPTIONAL = ("prompt", "tools", "chat_template_kwargs", "images")
-"""Columns that trainers of TRL take beside those that they need."""
+"""Column whose text is learned before the prompt or the messages of a row."""
 
 
 class RowForm(NamedTuple):
@@ -84,12 +86,11 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
             f"{where}: holds images or other media, which this run cannot learn. A model that takes images learns them "
             f"with trainer sft, from the column {PICTURES[0]!r}; remove rows with other media."
         )
-    found = FORMATS[_recognised(row, form, where) if format == "auto" else format]
+    name = _recognised(row, form, where) if format == "auto" else format
     row = {name: value for name, value in row.items() if name not in MEDIA or value}
-    images = {"images": row["images"]} if "images" in row else {}
-    for example in found.read(row, where):
-        started = example if form.keeps_all else _with_system(example, row, where)
-        yield from _examples(started | images, found.template, form, where)
+    others = row if form.keeps_all else {"images": row["images"]} if "images" in row else {}
+    for example in FORMATS[name].read(row, where):
+        yield from _examples(others | example, row.get(SYSTEM), FORMATS[name].template, form, where)
 
 
 def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> list[str]:
@@ -98,60 +99,111 @@ def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> li
         return []
     row = {column: value for column, value in row.items() if value is not None}
     name = _recognised(row, form, where) if format == "auto" else format
-    read = {*FORMATS[name].reads} or {"messages", *OPTIONAL}.union(*form.columns)
-    if name != PASSED or {"messages", "prompt"} & row.keys():
+    read = {*FORMATS[name].reads} or _taken(_matched(row, form) or TURNS)
+    if FORMATS[name].reads or {"messages", "prompt"} & read & row.keys():
         read.add(SYSTEM)
     return [column for column in row if column not in read.union(MEDIA)]
 
 
-def _with_system(example: Row, row: Mapping[str, Any], where: str) -> Row:
-    """Put a row's system prompt before the prompt or the messages of its example, which become chat messages."""
-    if not row.get(SYSTEM):
-        return example
-    if isinstance(example.get("prompt"), str):
-        example = as_chat(example)
-    part = next((name for name in ("messages", "prompt") if name in example), None)
-    if part is None and "chosen" in example:
-        raise DataError(f"{where}: has a system prompt and no prompt; call the column of the questions 'prompt'.")
-    if part is None:
-        return example
-    said = {"role": "system", "content": _text(row, SYSTEM, where)}
-    messages = _field(example, part, where)
-    if not isinstance(messages, list) or messages[0] == said:
-        return example
-    if messages[0]["role"] == "system":
-        raise DataError(f"{where}: has two system prompts, {SYSTEM!r} and the first of its messages; remove one.")
-    return example | {part: [said, *messages]}
+def _matched(row: Mapping[str, Any], form: RowForm) -> frozenset[str] | None:
+    """Return the set of columns that a trainer needs and a row has."""
+    return next((needed for needed in form.columns if needed <= row.keys()), None)
 
 
-def _examples(example: Row, template: str, form: RowForm, where: str) -> Iterator[Row]:
+def _taken(columns: Set[str]) -> set[str]:
+    """Return the columns that a trainer takes of a row which has those that it needs."""
+    taken = {*columns, "images"}
+    if columns & {"messages", *PARTS}:
+        taken |= {"tools", "chat_template_kwargs"}
+    return taken | {"prompt"} if "chosen" in columns else taken
+
+
+def _examples(example: Row, system: Any, template: str, form: RowForm, where: str) -> Iterator[Row]:
     """Yield what a trainer takes of an example: its columns, checked, in chat messages where they are wanted."""
-    if form.pictures and "messages" in example:
-        _field(example, "messages", where)
-        example = placed(example, where)
-    if "messages" in example and (form.turns or form.columns == PAIRS):
+    columns = _matched(example, form)
+    if "messages" in example and (columns is None or (columns == TURNS and form.turns)):
+        if form.pictures:
+            _field(example, "messages", where)
+            example = placed(example, where)
         for turn in _turns(example, where):
-            yield from _examples(turn, template, form, where)
+            yield from _examples(turn, system, template, form, where)
         return
-    if any(one.get("weight") == 0 for one in example.get("messages", ()) if isinstance(one, dict)):
-        raise DataError(
-            f"{where}: a message has the weight 0, which training.assistant_only_loss would learn all the same; leave "
-            "that out of the recipe."
-        )
-    columns = next((needed for needed in form.columns if needed <= example.keys()), None)
     if columns is None:
         raise DataError(f"{where}: has fields {sorted(example)}; expected {_spelt(form.columns)}.")
-    taken = {name: example[name] for name in example if form.keeps_all or name in columns or name in OPTIONAL}
-    for name in TEXTS & taken.keys():
-        _field(taken, name, where)
-        if not any(text.strip() for text in _texts(taken[name])):
-            raise DataError(f"{where}: the {name} is empty; leave such rows out with data.keep.")
-    parts = [taken[name] for name in ("prompt", "completion", "chosen", "rejected") if name in taken]
-    if len({type(part) for part in parts}) > 1:
-        raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
+    taken = {name: example[name] for name in example if form.keeps_all or name in _taken(columns)}
+    _check_texts({name: taken[name] for name in TEXTS & _taken(columns) & taken.keys()}, where)
+    if columns >= {"completion", "label"}:
+        taken["label"] = _yes_or_no(taken["label"], where)
+    if "tools" in taken and (tools := _tools(taken.pop("tools"), where)):
+        taken["tools"] = tools
+    if not isinstance(taken.get("chat_template_kwargs", {}), dict):
+        raise DataError(f"{where}: field 'chat_template_kwargs' is not an object.")
+    system = _text({SYSTEM: system}, SYSTEM, where) if system and {"messages", "prompt", "chosen"} & columns else None
     if "prompt" in taken and isinstance(taken["prompt"], str):
         taken = as_chat(taken) if form.chat else taken | {"prompt": template.format(taken["prompt"])}
+    taken = taken if system is None else _after(system, taken, where)
     yield placed(taken, where) if form.pictures else taken
+
+
+def _after(system: str, example: Row, where: str) -> Row:
+    """Put a system prompt before the prompt or the messages of an example."""
+    part = next((name for name in ("messages", "prompt", "chosen") if name in example), "")
+    start = example[part]
+    if isinstance(start, list) and start[0]["role"] == "system":
+        if _texts_of(start[0]) == system.strip():
+            return example
+        raise DataError(f"{where}: has two system prompts, {SYSTEM!r} and the first of its messages; remove one.")
+    if part == "chosen":
+        raise DataError(f"{where}: has a system prompt and no prompt; call the column of the questions 'prompt'.")
+    said = f"{system}\n\n" if isinstance(start, str) else [{"role": "system", "content": system}]
+    return example | {part: said + start}
+
+
+def _texts_of(message: Row) -> str:
+    """Return what a message says, which may be in parts."""
+    content = message.get("content") or ""
+    return (content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)).strip()
+
+
+def _check_texts(taken: Row, where: str) -> None:
+    """Raise DataError for texts or messages that nothing can be learned from, or that are not alike."""
+    for name, part in taken.items():
+        _field(taken, name, where)
+        if not any(text.strip() for text in _texts(part)):
+            raise DataError(f"{where}: the {name} is empty; leave such rows out with data.keep.")
+        _check_roles([] if isinstance(part, str) else part, where)
+    if len({type(taken[name]) for name in PARTS if name in taken}) > 1:
+        raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
+    for name in {"completion", "messages"} & taken.keys():
+        if isinstance(taken[name], list) and any(message.get("weight") == 0 for message in taken[name]):
+            raise DataError(
+                f"{where}: a message of {name} has the weight 0, and all of them would be learned. Remove it, or learn "
+                "the turns of messages one by one, without training.assistant_only_loss."
+            )
+
+
+def _check_roles(messages: Sequence[Row], where: str) -> None:
+    if unknown := [message["role"] for message in messages if message["role"] not in ROLES]:
+        raise DataError(f"{where}: unknown role {reprlib.repr(unknown[0])}, expected one of {', '.join(ROLES)}.")
+
+
+def _yes_or_no(label: Any, where: str) -> bool:
+    if label not in (0, 1):
+        raise DataError(
+            f"{where}: the label is {label!r}, expected true for a good completion and false for a bad one."
+        )
+    return bool(label)
+
+
+def _tools(value: Any, where: str) -> list[Row]:
+    """Return the tools of a row, which may be written as JSON."""
+    try:
+        tools = json.loads(value or "[]") if isinstance(value, str) else value
+    except ValueError:
+        tools = value
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: field 'tools' is {reprlib.repr(value)}, expected a list of objects.")
+    return tools
 
 
 TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "text"})
@@ -172,17 +224,20 @@ def as_chat(example: Row) -> Row:
     """Write a prompt of text as a message of the user, and each answer to it as one of the assistant."""
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
     return example | {
-        name: [{"role": role, "content": example[name].strip()}] for name, role in roles.items() if name in example
+        name: [{"role": role, "content": example[name].strip()}]
+        for name, role in roles.items()
+        if isinstance(example.get(name), str)
     }
 
 
 def _recognised(row: Mapping[str, Any], form: RowForm, where: str) -> str:
-    if any(needed <= row.keys() for needed in form.columns):
-        return PASSED
     known = {name: format.fields for name, format in FORMATS.items() if format.fields is not None}
-    for name, fields in known.items():
-        if fields <= row.keys():
-            return name
+    found = next((name for name, fields in known.items() if fields <= row.keys()), PASSED)
+    matched = _matched(row, form)
+    if matched is not None and (matched != {"text"} or found == PASSED):  # Alpaca's rows have their whole text, too
+        return PASSED
+    if found != PASSED:
+        return found
     named = " or ".join(f"{sorted(fields)} ({name})" for name, fields in known.items())
     raise DataError(f"{where}: has fields {sorted(row)}; expected {_spelt(form.columns)} or {named}.")
 
@@ -196,6 +251,7 @@ def _turns(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     messages = _field(row, "messages", where)
     if isinstance(messages, str):
         raise DataError(f"{where}: messages is text, expected a list of objects with role and content.")
+    _check_roles(messages, where)
     turns = [i for i, one in enumerate(messages) if one["role"] == "assistant" and i > 0 and one.get("weight") != 0]
     if not turns:
         raise DataError(f"{where}: messages holds no assistant turn to learn from.")
@@ -212,9 +268,13 @@ def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
         raise DataError(f"{where}: field 'conversations' is not a list of objects with from and value.")
     if unknown := [turn["from"] for turn in turns if turn["from"] not in SPEAKERS]:
         raise DataError(f"{where}: unknown speaker {reprlib.repr(unknown[0])}, expected one of {', '.join(SPEAKERS)}.")
-    messages = [{"role": SPEAKERS[turn["from"]], "content": _field(turn, "value", where)} for turn in turns]
+    weights = [{"weight": turn["weight"]} if "weight" in turn else {} for turn in turns]
+    messages = [
+        {"role": SPEAKERS[turn["from"]], "content": _field(turn, "value", where), **weight}
+        for turn, weight in zip(turns, weights, strict=True)
+    ]
     tools = {"tools": row["tools"]} if row.get("tools") not in (None, "", "[]", []) else {}
-    if [message["role"] for message in messages] == ["user", "assistant"] and not tools:
+    if [message["role"] for message in messages] == ["user", "assistant"] and not tools and not any(weights):
         yield {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
     else:
         yield {"messages": messages, **tools}

@@ -7,8 +7,8 @@ import json
 import re
 import reprlib
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,6 +26,37 @@ from loraover.sources.hub import pinned_commit
 BUILT_IN = "word-problems"
 LOCAL_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
 MAX_LINE_BYTES = 4 * 2**20
+SHOWN = 3  # rows by which messages show a kind
+
+
+@dataclass
+class Counted:
+    """Rows of one kind.
+
+    Args:
+        count: Their number.
+        first: Numbers of the first three, from 1.
+    """
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def add(self, number: int) -> None:
+        """Count another row."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(number)
+
+    @property
+    def rows(self) -> str:
+        """The numbers, for messages."""
+        return f"rows {', '.join(map(str, self.first))}{', ...' if self.count > len(self.first) else ''}"
+
+
+def together(parts: Iterable[Counted]) -> Counted:
+    """Return the rows of one kind in several sources."""
+    found = [part for part in parts if part.count]
+    return Counted(sum(part.count for part in found), [number for part in found for number in part.first][:SHOWN])
 
 
 @dataclass(frozen=True)
@@ -37,16 +68,16 @@ class Rows:
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
         numbers: Number of the source's row, from 1, that each example comes from; empty if they are generated.
-        filtered: Number of rows that `keep` has left out.
-        unread: For each column that is not learned, the number of rows that have it.
+        filtered: Rows that `keep` has left out.
+        unread: Columns that are not learned, with the rows that have them.
     """
 
     rows: list[Row]
     origin: str
     revision: str | None = None
     numbers: Sequence[int] = ()
-    filtered: int = 0
-    unread: Mapping[str, int] = field(default_factory=dict)
+    filtered: Counted = field(default_factory=Counted)
+    unread: Mapping[str, Counted] = field(default_factory=dict)
 
     def number(self, example: int) -> int:
         """Return the number of the source's row that an example comes from, or the example's own."""
@@ -85,24 +116,22 @@ def load_rows(
     """
     rows: list[Row] = []
     numbers: list[int] = []
-    filtered = 0
-    others = Counter[str]()
+    filtered, others = Counted(), defaultdict[str, Counted](Counted)
     raw = read_raw(source, split=split, subset=subset, revision=revision, streaming=streaming)
     for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"
         if not _is_kept(row, keep, where):
-            filtered += 1
+            filtered.add(number)
             continue
         if form.pictures:
             row = with_pictures(row, raw.folder, where)
         for example in read_row(row, format, form, where):
-            if rows and type(example.get("prompt")) is not type(rows[0].get("prompt")):
-                raise DataError(f"{where}: text and chat messages in one file; set data.chat to true.")
             rows.append(example)
             numbers.append(number)
-        others.update(unread(row, format, form, where))
+        for column in unread(row, format, form, where):
+            others[column].add(number)
     if not rows:
         raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
     return Rows(
@@ -111,7 +140,7 @@ def load_rows(
         raw.revision,
         numbers[:limit],
         filtered,
-        {name: count for name, count in others.items() if name not in keep},
+        {name: found for name, found in others.items() if name not in keep},
     )
 
 

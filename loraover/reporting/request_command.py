@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class _WithLoneFlags(Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = list(args)
-        for i, (word, after) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+        for i, (word, after) in enumerate(zip_longest(args, args[1:], fillvalue="")):
             spec = self.alone.get(word)
             if spec is not None and after not in spec.choices:
                 words[i] = f"{word}={spec.alone}"

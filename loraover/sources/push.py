@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraover.common.errors import OutputError
+from loraover.common.errors import ConfigError, OutputError
 from loraover.common.request import as_written, option
 
 PUSH = "push_to_hub"
@@ -21,6 +21,26 @@ def pushes(product: str) -> Any:
         default=None,
         metavar="OWNER/NAME",
     )
+
+
+def check_repository(repository: str) -> None:
+    """Check before any work whether a product could be uploaded to a repository.
+
+    Raises:
+        ConfigError: A name that no repository can have, or nobody is logged in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"{as_written(PUSH)}: {str(error).rstrip('.')}.") from error
+    if get_token() is None:
+        raise ConfigError(
+            f"{as_written(PUSH)}: nobody is logged in to the hub here. Log in with hf auth login, or set HF_TOKEN."
+        )
 
 
 def push(repository: str, folder: Path, kept: Path, place: str | None = None) -> None:

@@ -36,7 +36,7 @@ def with_adapter(
         model = get_peft_model(base, config)
     except re.error as error:
         raise ConfigError(f"lora: a pattern is not a regular expression, which PEFT expects: {error}") from error
-    except ValueError as error:
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"lora: PEFT refuses it: {error}") from error
     adapted = [f".{name}" for name in model.base_model.targeted_parameter_names]
     for entry in recipe.lora.target_parameters or ():  # of an entry without effect, PEFT warns only

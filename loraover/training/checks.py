@@ -70,12 +70,20 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
     return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo", pictures=pictures)
 
 
-def check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
-    """Check that the chat messages among a recipe's rows can be read by its trainer.
+def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) -> None:
+    """Check that a recipe's trainer can learn the chat messages and the images among its rows.
 
     Raises:
-        DataError: The trainer or the tokenizer takes text only, or some rows are text and others chat messages.
+        ConfigError: Answers are to be generated, which needs texts alone.
+        DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; or rows
+            with images and tools, which TRL leaves out.
     """
+    for part in filter(None, (examples.train, examples.test)):
+        _check_chat(recipe, name, tokenizer, part)
+    _check_pictures(recipe, examples)
+
+
+def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
     is_text = [all(isinstance(row[column], str) for column in TEXTS & row.keys()) for row in part.rows]
     if all(is_text):
         return
@@ -86,18 +94,12 @@ def check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
         raise DataError(f"{where}, but the tokenizer of {recipe.model} has no chat template.")
     if any(is_text):
         raise DataError(
-            f"{where}, and row {part.number(is_text.index(True))} text; leave data.chat out of the recipe, so that "
-            "texts become chat messages."
+            f"{where}, and row {part.number(is_text.index(True))} text; set data.chat to true, so that all "
+            "become chat messages."
         )
 
 
-def check_pictures(recipe: Recipe, examples: Examples) -> None:
-    """Check that nothing is asked for that needs rows without images.
-
-    Raises:
-        ConfigError: Answers are to be generated, which needs texts alone.
-        DataError: Rows have tools, which TRL leaves out of rows with images.
-    """
+def _check_pictures(recipe: Recipe, examples: Examples) -> None:
     if not examples.have_pictures:
         return
     if examples.test is not None and recipe.evaluation.exact_match:

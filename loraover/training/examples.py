@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loraover.common.errors import DataError
+from loraover.common.reporter import Reporter
 from loraover.data.formats import PASSED, Row, RowForm, read_row
 from loraover.data.pictures import digested
-from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows
+from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows, together
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
 
@@ -179,6 +180,35 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
     mixed = interleave_datasets(places, shares, seed=recipe.training.seed, stopping_strategy=strategy)
     taken = [*zip(mixed["part"], mixed["row"], strict=True)]
     numbers = [parts[k].numbers[i] for k, i in taken]
-    origin, unread = " + ".join(part.origin for part in parts), sum((Counter(part.unread) for part in parts), Counter())
-    rows = Rows([parts[k].rows[i] for k, i in taken], origin, numbers=numbers, unread=unread)
+    rows = Rows(
+        [parts[k].rows[i] for k, i in taken],
+        " + ".join(part.origin for part in parts),
+        numbers=numbers,
+        filtered=together(part.filtered for part in parts),
+        unread={
+            name: together(part.unread[name] for part in parts if name in part.unread)
+            for name in dict.fromkeys(name for part in parts for name in part.unread)
+        },
+    )
     return rows, [(k, number) for (k, _), number in zip(taken, numbers, strict=True)]
+
+
+def report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None:
+    """Report what is trained and held out, and which rows and columns are not.
+
+    Args:
+        examples: The rows.
+        report: Receiver of the lines.
+        measures: Whether the run measures anything on held-out rows.
+    """
+    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
+    if (left := examples.train.filtered).count:
+        report.line(f"{left.count} rows are left out, since data.keep does not let them through ({left.rows})")
+    for name, found in examples.train.unread.items():
+        report.line(f"column {name!r} is not learned; {found.count} rows have it ({found.rows})")
+    if measures and examples.test is None:
+        report.line(f"nothing is held out of fewer than {HELD_OUT} rows; name held-out data in data.test")
+    if examples.divided:
+        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
+    if examples.shared and examples.test is not None:
+        report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")

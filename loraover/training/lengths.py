@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
-from loraover.data.sources import Rows
+from loraover.data.sources import Counted, Rows
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
+from loraover.training.spelling import is_chat, spelt, whole_texts
 
 FEW = 0.01
 """Share of examples that may be cut without a warning."""
@@ -44,31 +44,34 @@ def count_tokens(
         stands for both.
 
     Raises:
-        DataError: A conversation has no turn of the assistant, where only these have labels, or an image is damaged.
+        DataError: A conversation has no turn of the assistant, where only these have labels; the chat template refuses
+            a row, or leaves something out; or an image is damaged.
     """
     first = rows.rows[0]
     if name == "seq2seq":
         sides = [_sizes([row[side] for row in rows.rows], tokenizer, first) for side in ("prompt", "completion")]
         return [Tokens(0, max(pair)) for pair in zip(*sides, strict=True)]
     reads = tokenizer if processor is None else processor
-    whole = [[_spelt(row, part, reads) for part in _answers(row)] for row in rows.rows]
+    whole = whole_texts(rows, reads)
     sizes = iter(_sizes([text for texts in whole for text in texts], tokenizer, first))
-    end = int(name in ENDED and not _is_chat(first))
+    end = int(name in ENDED and not is_chat(first))
     totals = [end + max(next(sizes) for _ in texts) for texts in whole]
     asked = [_until_answer(row, rows, i) for i, row in enumerate(rows.rows)] if answers_only else rows.rows
-    prompts = [_spelt(row, None, reads) if row.get("prompt") else "" for row in asked]
+    if name in FINDS_PROMPT:
+        from trl.data_utils import extract_prompt
+
+        asked = [row if "prompt" in row else extract_prompt(row) for row in asked]
+    prompts = [spelt(row, None, reads) if row.get("prompt") else "" for row in asked]
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
     shown = [0] * len(totals) if processor is None else picture_tokens(rows, processor)
     return [Tokens(start + more, total + more) for start, total, more in zip(starts, totals, shown, strict=True)]
 
 
+FINDS_PROMPT = ("dpo", "orpo")
+"""Trainers whose prompt may be what the chosen and the rejected text begin with."""
+
 ENDED = ("sft", "dpo", "kto")
 """Trainers that add the token which ends a text to text without chat messages."""
-
-
-def _answers(row: Row) -> list[str | None]:
-    """Return the columns that end an example; None for one that is its prompt alone."""
-    return [name for name in ("completion", "chosen", "rejected", "messages", "text") if name in row] or [None]
 
 
 def _until_answer(row: Row, rows: Rows, i: int) -> Row:
@@ -84,35 +87,9 @@ def _until_answer(row: Row, rows: Rows, i: int) -> Row:
     return row | {"prompt": row["messages"][:turn]}
 
 
-def _is_chat(row: Row) -> bool:
-    return not all(isinstance(row[part], str) for part in (*filter(None, _answers(row)), *({"prompt"} & row.keys())))
-
-
-def _spelt(row: Row, part: str | None, reads: Any) -> str:
-    """Return the text of a prompt, with one of its answers unless that is None."""
-    pieces = [row[name] for name in ("prompt", part) if name is not None and name in row]
-    if all(isinstance(piece, str) for piece in pieces):
-        return "".join(pieces)
-    tools = row.get("tools")
-    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **row.get("chat_template_kwargs", {})}
-    messages = [_without_places(message) for piece in pieces for message in piece]
-    text: str = reads.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
-    return text
-
-
 def _sizes(texts: list[str], tokenizer: Any, first: Row) -> list[int]:
     """Count the tokens of texts; a chat template writes the special tokens itself."""
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=not _is_chat(first))["input_ids"]]
-
-
-def _without_places(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without the places of its images, whose tokens are counted by `picture_tokens`."""
-    content = message.get("content")
-    if not isinstance(content, list) or not any(part["type"] == "image" for part in content):
-        return message
-    return message | {
-        "content": [part for part in content if part["type"] != "image"] or [{"type": "text", "text": ""}]
-    }
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=not is_chat(first))["input_ids"]]
 
 
 ROOM = 4
@@ -188,49 +165,82 @@ def check_pictures_fit(tokens: list[Tokens], rows: Rows, recipe: Recipe) -> None
             )
 
 
-def summarise(tokens: list[Tokens], rows: Rows, max_length: int) -> Lengths:
-    """Summarise lengths of examples, and what a largest length cuts."""
-    totals = sorted(one.total for one in tokens)
-    cut = [i for i, one in enumerate(tokens) if one.total > max_length]
+def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Lengths:
+    """Summarise lengths of examples, and what a largest length cuts.
+
+    Args:
+        tokens: Lengths of the examples.
+        rows: The examples.
+        recipe: The recipe, with its largest length.
+        name: Key of `TRAINERS`; that of rewards leaves longer examples out.
+    """
+    training, totals = recipe.training, sorted(one.total for one in tokens)
+    extra, most = training.model_extra or {}, training.tokens
+    cut, unlabelled = Counted(), Counted()
+    if not (recipe.packs and extra.get("packing_strategy") in SPLITS):
+        keeps_end, learns_prompts = (
+            extra.get("truncation_mode") == "keep_end",
+            extra.get("completion_only_loss") is False,
+        )
+        for i, one in enumerate(tokens):
+            if one.total > most:
+                cut.add(rows.number(i))
+                if name == "reward" or (one.prompt >= most and not (keeps_end or learns_prompts)):
+                    unlabelled.add(rows.number(i))
     histogram: dict[int, int] = {}
     for total in totals:
         edge = 1 << max(0, total - 1).bit_length()
         histogram[edge] = histogram.get(edge, 0) + 1
     return Lengths(
         examples=len(totals),
-        max_length=max_length,
-        cut=len(cut),
-        unlabelled=sum(tokens[i].prompt >= max_length for i in cut),
+        max_length=most,
+        cut=cut.count,
+        cut_rows=cut.first,
+        unlabelled=unlabelled.count,
+        unlabelled_rows=unlabelled.first,
         longest=totals[-1],
         keeps_99=totals[-int(len(totals) * (1 - KEPT)) - 1],
-        cut_rows=[rows.number(i) for i in cut[:3]],
         histogram=histogram,
     )
 
 
-def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, report: Reporter) -> Lengths:
+SPLITS = ("wrapped", "bfd_split")
+"""Strategies of packing that put the rest of a longer example into the next row."""
+
+
+def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str, report: Reporter) -> Lengths:
     """Report which training examples are cut or have nothing to learn, before the first step.
+
+    Args:
+        tokens: Lengths of the examples.
+        rows: The examples.
+        recipe: The recipe, with its largest length.
+        name: Key of `TRAINERS`.
+        report: Receiver of the lines.
 
     Raises:
         DataError: No example keeps anything to learn from.
     """
-    found = summarise(tokens, rows, recipe.training.tokens)
-    limit = f"training.max_length = {found.max_length}"
+    found = summarise(tokens, rows, recipe, name)
+    limit, kept = f"training.max_length = {found.max_length}", f"{found.keeps_99} keep 99 % of them whole"
     if found.unlabelled == found.examples:
+        why = "trainer reward leaves out what is longer" if name == "reward" else "every prompt fills it"
         raise DataError(
-            f"{recipe.data.name}: no example fits {limit}, since every prompt fills it. The longest example has "
-            f"{found.longest} tokens; {found.keeps_99} keep 99 % of them whole."
+            f"{recipe.data.name}: no example fits {limit}, since {why}. The longest example has {found.longest} "
+            f"tokens; {kept}."
         )
     if found.cut:
         warning = "warning: " if found.cut_share > FEW else ""
-        shown = ", ".join(map(str, found.cut_rows))
+        fate = "they are left out" if name == "reward" else "their ends are cut"
+        if (recipe.training.model_extra or {}).get("truncation_mode") == "keep_end":
+            fate = "their beginnings are cut"
+        rows_cut = Counted(found.cut, found.cut_rows).rows
         report.line(
-            f"{warning}{found.cut} of {found.examples} examples are longer than {limit}, so their ends are cut (rows "
-            f"{shown}{', ...' if found.cut > len(found.cut_rows) else ''}); {found.keeps_99} keep 99 % of them whole"
+            f"{warning}{found.cut} of {found.examples} examples are longer than {limit}, so {fate} ({rows_cut}); {kept}"
         )
-    if found.unlabelled:
+    if found.unlabelled and name != "reward":
         report.line(
-            f"{found.unlabelled} of {found.examples} examples have no room for their completion within {limit} and "
-            "are left out"
+            f"{found.unlabelled} of {found.examples} examples have no room for their completion within {limit} and are "
+            f"left out ({Counted(found.unlabelled, found.unlabelled_rows).rows})"
         )
     return found

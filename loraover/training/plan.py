@@ -13,10 +13,10 @@ from loraover.common.reporter import SILENT, Reporter
 from loraover.data.formats import RowForm
 from loraover.data.sources import count_hub_rows, is_hub_name
 from loraover.models.load import ModelSource, load_config, load_processor, load_tokenizer, resolve_model, takes_images
-from loraover.training.checks import check_names, row_form
+from loraover.training.checks import check_names, check_rows, row_form
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.estimate import Memory, estimate_memory
-from loraover.training.examples import load_examples, without_evaluation
+from loraover.training.examples import load_examples, report_rows, without_evaluation
 from loraover.training.lengths import count_tokens, summarise
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
@@ -98,10 +98,13 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     if tokenizer is not None:
         form = row_form(recipe, name, tokenizer, takes_images=images)
     is_local = not any(map(is_hub_name, recipe.data.sources))
-    read = load_examples(without_evaluation(recipe), form) if is_local else None
+    tests = name != "grpo" and (recipe.data.test is None or not is_hub_name(recipe.data.test))
+    read = load_examples(recipe if tests else without_evaluation(recipe), form) if is_local else None
     rows = None if read is None else read.train
     tokens = None
     if read is not None and tokenizer is not None:
+        check_rows(recipe, name, tokenizer, read)
+        report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
         processor = load_processor(source) if read.have_pictures else None
         answers_only = recipe.training.assistant_only_loss
         tokens = count_tokens(read.train, name, tokenizer, answers_only=answers_only, processor=processor)
@@ -126,7 +129,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
         tokens=seen * training.tokens * (2 if is_seq2seq else 1),
         step_seconds=None if needs is None else needs.step_seconds,
         peak_bytes=None if needs is None else round(needs.peak_bytes),
-        lengths=None if rows is None or tokens is None else summarise(tokens, rows, training.tokens),
+        lengths=None if rows is None or tokens is None else summarise(tokens, rows, recipe, name),
     )
 
 

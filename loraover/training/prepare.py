@@ -30,9 +30,8 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import (
-    check_chat,
     check_names,
-    check_pictures,
+    check_rows,
     check_trained,
     count_classes,
     note_slow_precision,
@@ -41,7 +40,7 @@ from loraover.training.checks import (
 )
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.engines import end_preparation
-from loraover.training.examples import HELD_OUT, Examples, load_examples, without_evaluation
+from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
 from loraover.training.lengths import Tokens, check_lengths, check_pictures_fit, count_tokens
 from loraover.training.methods import make_method
@@ -53,6 +52,7 @@ from loraover.training.row_digests import keep_digests
 from loraover.training.run_folder import METRICS_FILE, with_processes, write_recipe
 from loraover.training.run_result import Lengths, StartedFrom
 from loraover.training.start import pin_start, start_from_adapter
+from loraover.training.trackers import check_login
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 
 
@@ -125,13 +125,15 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
-    make_arguments(recipe, name, output)  # refused before anything large is loaded
+    asked = make_arguments(recipe, name, output)  # refused before anything large is loaded
+    ranks.write(check_login, asked.report_to)
     for reward in recipe.reward_funcs:
         find_reward(reward)
     tokenizer, processor, examples = _read(recipe, name, source)
-    _report_rows(examples, report, measures=bool(recipe.evaluation.examples) and name != "grpo")
+    report_rows(examples, report, measures=bool(recipe.evaluation.examples) and name != "grpo")
     counted, seen = _count(recipe, name, tokenizer, processor, examples)
-    recipe = with_batch(with_defaults(recipe, load_config(source), counted + seen, report), source, report)
+    lasting = counted + ([] if processor is None else seen)
+    recipe = with_batch(with_defaults(recipe, load_config(source), lasting, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
     note_slow_precision(recipe, report)
@@ -171,21 +173,17 @@ def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | No
         examples = load_examples(measured, row_form(recipe, name, tokenizer, takes_images=images))
     processor = load_processor(source) if examples.have_pictures else None
     tokenizer = tokenizer if processor is None else processor.tokenizer
-    for part in filter(None, (examples.train, examples.test)):
-        check_chat(recipe, name, tokenizer, part)
-    check_pictures(recipe, examples)
+    check_rows(recipe, name, tokenizer, examples)
     return tokenizer, processor, examples
 
 
 def _count(
     recipe: Recipe, name: str, tokenizer: Any, processor: Any | None, examples: Examples
 ) -> tuple[list[Tokens], list[Tokens]]:
-    """Count the tokens of training rows, and of held-out rows if there are images, which cannot be cut there either."""
+    """Count the tokens of training and of held-out rows; rows with images cannot be cut there either."""
     options: dict[str, Any] = {"answers_only": recipe.training.assistant_only_loss, "processor": processor}
     counted = count_tokens(examples.train, name, tokenizer, **options)
-    if processor is None or examples.test is None:
-        return counted, []
-    return counted, count_tokens(examples.test, name, tokenizer, **options)
+    return counted, [] if examples.test is None else count_tokens(examples.test, name, tokenizer, **options)
 
 
 def _check_fit(
@@ -195,22 +193,7 @@ def _check_fit(
     for part, tokens in ((examples.train, counted), (examples.test, seen)):
         if part is not None:
             check_pictures_fit(tokens, part, recipe)
-    return None if name == "grpo" else check_lengths(counted, examples.train, recipe, report)
-
-
-def _report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None:
-    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
-    if examples.train.filtered:
-        report.line(f"{examples.train.filtered} rows are left out, since data.keep does not let them through")
-    if others := examples.train.unread:
-        counts = ", ".join(f"{name!r} ({count})" for name, count in others.items())
-        report.line(f"these columns are not learned (number of rows that have them): {counts}")
-    if measures and examples.test is None:
-        report.line(f"nothing is held out of fewer than {HELD_OUT} rows; name held-out data in data.test")
-    if examples.divided:
-        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
-    if examples.shared and examples.test is not None:
-        report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
+    return None if name == "grpo" else check_lengths(counted, examples.train, recipe, name, report)
 
 
 def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:

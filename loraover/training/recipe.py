@@ -254,8 +254,10 @@ def _faults(error: ValidationError) -> list[str]:
             faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing")
-        else:
+        elif place:
             faults.append(f"{place}: {fault['msg']} (found {_short.repr(fault['input'])})")
+        else:
+            faults.append(fault["msg"].removeprefix("Value error, "))
     return faults
 
 

@@ -219,6 +219,8 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         result = _result(run, recipe, timed, before, after, left_out)
         ranks.meet()  # before rank 0 reads and publishes what all have trained
         ranks.write(_check_trained, result, logged_losses(output))
+        if result.update_norm == 0:
+            report.line(f"warning: {result.steps} steps have changed nothing: the adapter does what it did before them")
         weights = trainable_state_dict(run.model) if recipe.distributed.engine in CUTS_WEIGHTS else None
         ranks.write(_publish, run, recipe, output, result, command, resume, weights)
     except BaseException as error:
@@ -273,6 +275,8 @@ def _result(
         versions=environment(),
         hardware=hardware(),
         lengths=run.lengths,
+        filtered=run.examples.train.filtered,
+        unread=dict(run.examples.train.unread),
     )
 
 

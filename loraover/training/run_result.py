@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from loraover.common.strict_json import StrictModel, read_json
+from loraover.data.sources import Counted
 
 RUN_FILE = "run.json"
 
@@ -61,6 +62,7 @@ class Lengths(StrictModel):
     longest: int = Field(description="Tokens of the longest example.")
     keeps_99: int = Field(description="Smallest max_length that keeps 99 % of the examples whole.")
     cut_rows: list[int] = Field(description="Numbers of the first three rows that are cut, from 1.")
+    unlabelled_rows: list[int] = Field(description="Numbers of the first three rows of which nothing is learned.")
     histogram: dict[int, int] = Field(description="Number of examples with at most so many tokens and more than half.")
 
     @property
@@ -137,6 +139,8 @@ class RunResult(StrictModel):
     before: Measures | None = Field(description="Held-out measures before training; None: not measured.")
     after: Measures | None = Field(description="Held-out measures after training; None: not measured.")
     lengths: Lengths | None = Field(None, description="Lengths of the training examples; None: none can be cut.")
+    filtered: Counted = Field(Counted(), description="Rows that data.keep did not let through.")
+    unread: dict[str, Counted] = Field({}, description="Columns that were not learned, with the rows that have them.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Processor and accelerator.")
 

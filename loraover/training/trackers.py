@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
 from loraover.training.push import CERTIFICATE_FILE, plain_copy
 
@@ -62,6 +64,27 @@ TRACKERS: dict[str, Callable[[Any, Sequence[Path]], bool]] = {
 
 They return whether there is such a run; a resumed run that took no step has none.
 """
+
+
+def check_login(trackers: Sequence[str]) -> None:
+    """Check that the trackers that upload may do so, before anything is loaded.
+
+    Raises:
+        ConfigError: wandb is to upload and has no key, or its server refuses it.
+    """
+    if "wandb" not in trackers or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    try:
+        may_upload = wandb.login(prompt=False)
+    except wandb.Error as error:
+        raise ConfigError(f"training.report_to: wandb: {error}") from error
+    if not may_upload:
+        raise ConfigError(
+            "training.report_to: wandb has no key of yours. Log in with wandb's own command, set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline, which keeps the run on this machine."
+        )
 
 
 def proofs(adapter: Path) -> list[Path]:

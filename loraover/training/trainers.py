@@ -84,11 +84,17 @@ TRAINERS = {
 
 RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
 RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
+RUN_SETS |= {"dataset_text_field", "dataset_kwargs", "chat_template_path"}
 RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
 """Settings of trainers that a run gives itself."""
 
 LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
 """Settings of LoraConfig that a run gives itself."""
+
+
+MEANT = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+MEANT |= {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""Keys by the names that other tools give them."""
 
 
 def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
@@ -205,20 +211,20 @@ def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:
     """
     try:
         return kind(**options)
-    except (ImportError, ValueError, TypeError, re.error) as error:
+    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:
         raise ConfigError(f"{part}: {kind.__name__} refuses it: {error}") from error
 
 
 def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[str, Any]:
     """Return the keys of a part that are not null, those that it does not declare in the types of a dataclass."""
     types = typing.get_type_hints(kind)
-    values = part.model_dump(exclude_none=True)
+    known, values = {*types, *type(part).model_fields}, part.model_dump(exclude_none=True)
     faults = []
     for key, value in (part.model_extra or {}).items():
         if key in reserved:
             faults.append(f"{name}.{key}: a run sets this itself; leave it out")
         elif key not in types:
-            near = difflib.get_close_matches(key, {*types, *type(part).model_fields} - reserved, n=1)
+            near = [MEANT[key]] if key in MEANT else difflib.get_close_matches(key, known - reserved, n=1)
             faults.append(f"{name}.{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
         elif value is not None:
             try:

@@ -52,9 +52,33 @@ REQUESTS = (
     # Recipes and data
     Mutant(
         "an example counts as cut by its prompt alone",
-        "if one.total > max_length]",
-        "if one.prompt > max_length]",
+        "if one.total > most:",
+        "if one.prompt > most:",
         Selection("test_lengths.py", "what_is_cut_is_counted"),
+    ),
+    Mutant(
+        "rows that the reward trainer drops count as cut",
+        'if name == "reward" or (one.prompt',
+        "if (one.prompt",
+        Selection("test_lengths.py", "preferences_that_trl_leaves_out"),
+    ),
+    Mutant(
+        "a chat template may leave out a system prompt",
+        'one | {"content": "another"} if one["role"] == "system" else one',
+        "one",
+        Selection("test_lengths.py", "chat_template_does_not_write"),
+    ),
+    Mutant(
+        "messages beside the trainer's columns are learned",
+        "(columns is None or (columns == TURNS and form.turns))",
+        "form.turns",
+        Selection("test_formats.py", "messages_beside_the_columns"),
+    ),
+    Mutant(
+        "a system prompt of a column is put before another",
+        'if isinstance(start, list) and start[0]["role"] == "system":',
+        "if False:",
+        Selection("test_formats.py", "learned_once"),
     ),
     Mutant(
         "the token that ends a text is not counted",

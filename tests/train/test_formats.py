@@ -150,24 +150,50 @@ def test_the_system_and_the_tools_of_a_conversation_are_learned(file: Path) -> N
     tools = '[{"name": "f"}]'
     (row,) = load(file, {"conversations": SAID, "system": "Be kind.", "tools": tools}, format="conversations")
     asked, answer = said("Say hi.", "Hi!")
-    assert row == {"prompt": [KIND, asked], "completion": [answer], "tools": tools}
+    assert row == {"prompt": [KIND, asked], "completion": [answer], "tools": [{"name": "f"}]}
     first = {"from": "system", "value": "Be kind."}
     (row,) = load(file, {"conversations": [first, *SAID], "system": "Be kind.", "tools": "[]"}, format="conversations")
     assert row == {"prompt": [KIND, asked], "completion": [answer]}
+
+
+CHATS = RowForm(chat=True)
 
 
 @pytest.mark.parametrize("prompt", ["Say hi.", said("Say hi."), [KIND, *said("Say hi.")]])
 def test_a_system_prompt_is_learned_before_the_prompt(prompt: Any) -> None:
     answer = "Hi!" if isinstance(prompt, str) else [{"role": "assistant", "content": "Hi!"}]
     pair = {"prompt": prompt, "completion": answer, "system": "Be kind."}
-    assert [*read_row(pair, "auto", RowForm(), "row 1")] == [
-        {"prompt": [KIND, *said("Say hi.")], "completion": said("", "Hi!")[1:]}
-    ]
+    learned = {"prompt": [KIND, *said("Say hi.")], "completion": said("", "Hi!")[1:]}
+    assert [*read_row(pair, "auto", CHATS, "row 1")] == [learned]
+    rewarded = RowForm(TRAINERS["grpo"].columns, chat=True, keeps_all=True)
+    (row,) = read_row(pair, "auto", rewarded, "row 1")
+    assert row == learned | {"system": "Be kind."}
+
+
+def test_where_all_is_text_a_system_prompt_is_text_before_it() -> None:
+    (row,) = read_row(WIZARD | {"system": "Be kind."}, "auto", RowForm(), "row 1")
+    assert row["prompt"] == f"Be kind.\n\n{ASKED}### Instruction:\nSay hi.\n\n### Response:\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"role": "system", "content": "Be kind.", "name": None},
+        KIND | {"content": [{"type": "text", "text": "Be kind."}]},
+    ],
+)
+def test_a_system_prompt_that_the_messages_have_is_learned_once(first: dict[str, Any]) -> None:
+    talk = [first, *said("Say hi.", "Hi!")]
+    (row,) = read_row({"messages": talk, "system": "Be kind."}, "auto", CHATS, "row 1")
+    assert row["prompt"] == talk[:2]
+    pair = {"chosen": talk, "rejected": [*talk[:2], {"role": "assistant", "content": "No."}]}
+    form = RowForm(TRAINERS["reward"].columns, chat=True)
+    assert [*read_row(pair | {"system": "Be kind."}, "auto", form, "row 1")] == [pair]
 
 
 def test_the_exchanges_before_an_instruction_are_learned() -> None:
     row = WIZARD | {"history": [["1+1?", "2"]], "system": "Be kind."}
-    assert [*read_row(row, "auto", RowForm(), "row 1")] == [
+    assert [*read_row(row, "auto", CHATS, "row 1")] == [
         {"prompt": [KIND, *said("1+1?")], "completion": said("", "2")[1:]},
         {"prompt": [KIND, *said("1+1?", "2", "Say hi.")], "completion": said("", "Hi!")[1:]},
     ]
@@ -176,19 +202,69 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("trainer", "row", "message"),
     [
-        ({"system": "a", "question": "b", "chosen": "c", "rejected": "d"}, "a system prompt and no prompt; call the"),
-        ({"messages": [KIND, *said("a", "b")], "system": "Be brief."}, "two system prompts, 'system' and the first"),
-        (WIZARD | {"history": ["a", "b"]}, "field 'history' is not a list of pairs"),
-        (WIZARD | {"history": [["a", ""]]}, "field 'history' is '', expected text"),
-        (WIZARD | {"system": 7}, "field 'system' is 7, expected text"),
+        (
+            "dpo",
+            {"system": "a", "question": "b", "chosen": "c", "rejected": "d"},
+            "a system prompt and no prompt; call the",
+        ),
+        (
+            "sft",
+            {"messages": [KIND, *said("a", "b")], "system": "Be brief."},
+            "two system prompts, 'system' and",
+        ),
+        ("sft", WIZARD | {"history": ["a", "b"]}, "field 'history' is not a list of pairs"),
+        ("sft", WIZARD | {"history": [["a", ""]]}, "field 'history' is '', expected text"),
+        ("sft", WIZARD | {"system": 7}, "field 'system' is 7, expected text"),
+        ("sft", {"prompt": "a", "completion": said("b"), "system": "c"}, "its texts must all be text"),
+        ("dpo", {"prompt": "a", "chosen": 5, "rejected": "b", "system": "c"}, "field 'chosen' is 5"),
+        ("sft", {"messages": [{"role": "asistant", "content": "a"}, *said("b", "c")]}, "unknown role 'asistant'"),
+        ("sft", {"prompt": said("a"), "completion": [said("", "b")[1] | {"weight": 0}]}, "a message of completion has"),
+        ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
+        ("sft", {"messages": said("a", "b"), "tools": "not json"}, "field 'tools' is 'not json'"),
+        ("sft", {"messages": said("a", "b"), "tools": ["f"]}, "field 'tools' is"),
+        ("sft", {"messages": said("a", "b"), "chat_template_kwargs": "{}"}, "'chat_template_kwargs' is not an object"),
+        ("kto", {"prompt": "a", "completion": "b", "label": "false"}, "the label is 'false', expected true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": 0.3}, "the label is 0.3, expected true"),
     ],
 )
-def test_a_system_prompt_or_history_that_cannot_be_learned_is_refused(row: dict[str, Any], message: str) -> None:
-    form = RowForm(TRAINERS["dpo" if "chosen" in row else "sft"].columns)
+def test_what_cannot_be_learned_is_refused(trainer: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"row 1: .*{message}"):
-        list(read_row(row, "auto", form, "row 1"))
+        list(read_row(row, "auto", RowForm(TRAINERS[trainer].columns, chat=True), "row 1"))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "row", "learned"),
+    [
+        ("sft", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
+        ("kto", {"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "b", "label": True}),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    ],
+)
+def test_messages_beside_the_columns_of_a_trainer_are_not_learned(
+    trainer: str, row: dict[str, Any], learned: dict[str, Any]
+) -> None:
+    form, both = RowForm(TRAINERS[trainer].columns), row | {"messages": said("d", "e", "f", "g")}
+    assert [*read_row(both, "auto", form, "row 1")] == [learned]
+    assert unread(both, "auto", form, "row 1") == ["messages"]
+
+
+def test_a_reward_sees_the_other_columns_of_a_known_format() -> None:
+    form = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
+    (row,) = read_row({"question": "1+1?", "answer": "2", "level": 3}, "auto", form, "row 1")
+    assert (row["prompt"], row["answer"], row["level"]) == ("Question: 1+1?\nAnswer:", "2", 3)
+    others = {"text": 5, "completion": 7, "messages": "none"}
+    (row,) = read_row({"prompt": "a"} | others, "auto", form._replace(chat=True), "row 1")
+    assert row == {"prompt": said("a")} | others
+
+
+def test_rows_with_an_instruction_are_learned_by_it_though_they_have_their_whole_text() -> None:
+    row = WIZARD | {"text": "Say hi. Hi!"}
+    assert [*read_row(row, "auto", RowForm(TRAINERS["sft"].columns), "row 1")] == [
+        *read_row(WIZARD, "auto", RowForm(), "")
+    ]
+    assert unread(row, "auto", RowForm(TRAINERS["sft"].columns), "row 1") == ["text"]
 
 
 def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
@@ -197,7 +273,7 @@ def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
     row = {"messages": [asked, said, asked, corrected]}
     assert load(file, row, format="auto") == [{"prompt": [asked, said, asked], "completion": [corrected]}]
     form = RowForm((frozenset({"messages"}),), turns=False)
-    with pytest.raises(DataError, match="row 1: a message has the weight 0"):
+    with pytest.raises(DataError, match="row 1: a message of messages has the weight 0"):
         list(read_row(row, "auto", form, "row 1"))
 
 
@@ -207,6 +283,7 @@ def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
         ("dpo", {"question": "b", "chosen": "c", "rejected": "d", "id": None}, "auto", ["question"]),
         ("sft", WIZARD | {"history": [["a", "b"]], "system": "a", "id": 1}, "auto", ["id"]),
         ("classification", {"text": "a", "label": 1, "system": "linux"}, "auto", ["system"]),
+        ("sft", {"text": "a", "system": "b", "prompt": "c"}, "messages", ["system", "prompt"]),
         ("sft", METAMATH, "metamath", ["type", "original_question"]),
         ("sft", MNLI, "glue-mnli", ["idx"]),
         ("sft", TALK | {"system": "a"}, "auto", ["idx"]),

@@ -14,13 +14,15 @@ import loraover.training.defaults
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
-from loraover.data.sources import Rows
+from loraover.common.reporter import SILENT
+from loraover.data.sources import Counted, Rows
 from loraover.models.load import load_model, load_tokenizer, resolve_model
 from loraover.training.defaults import LEARNING_RATES
 from loraover.training.lengths import Tokens, count_tokens, summarise
 from loraover.training.plan import make_plan
+from loraover.training.prepare import prepare
 from loraover.training.recipe import load_recipe
-from loraover.training.run_result import read_run
+from loraover.training.run_result import Lengths, read_run
 
 from support.lines import Lines
 from support.tiny_hub import write_recipe
@@ -53,12 +55,85 @@ def test_input_and_target_of_an_encoder_decoder_are_cut_apart(bases: dict[str, P
     assert found == [Tokens(0, 10), Tokens(0, 21)]
 
 
+TOKENS = [Tokens(4, 10)] * 197 + [Tokens(20, 30), Tokens(4, 40), Tokens(4, 17)]
+
+
+def summary(trainer: str = "sft", **training: Any) -> Lengths:
+    recipe = load_recipe("demo", {f"training.{key}": value for key, value in ({"max_length": 16} | training).items()})
+    return summarise(TOKENS, Rows([{}] * 200, "", numbers=range(11, 211)), recipe, trainer)
+
+
 def test_what_is_cut_is_counted() -> None:
-    tokens = [Tokens(4, 10)] * 197 + [Tokens(20, 30), Tokens(4, 40), Tokens(4, 17)]
-    found = summarise(tokens, Rows([{}] * 200, "", numbers=range(11, 211)), 16)
+    found = summary()
     assert (found.cut, found.unlabelled, found.longest, found.keeps_99) == (3, 1, 40, 17)
-    assert found.cut_rows == [208, 209, 210]
+    assert (found.cut_rows, found.unlabelled_rows) == ([208, 209, 210], [208])
     assert found.histogram == {16: 197, 32: 2, 64: 1}
+
+
+@pytest.mark.parametrize(
+    ("found", "cut", "unlabelled"),
+    [
+        (summary("reward"), 3, 3),
+        (summary(truncation_mode="keep_end"), 3, 0),
+        (summary(completion_only_loss=False), 3, 0),
+        (summary(packing=True), 3, 1),
+        (summary(packing=True, packing_strategy="wrapped"), 0, 0),
+    ],
+)
+def test_what_is_cut_depends_on_the_trainer(found: Lengths, cut: int, unlabelled: int) -> None:
+    assert (found.cut, found.unlabelled) == (cut, unlabelled)
+
+
+@pytest.mark.parametrize("trainer", ["reward", "dpo"])
+def test_preferences_that_trl_leaves_out_are_counted(
+    trainer: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL finds the prompt of a preference in what both conversations begin with."""
+    asked = [{"role": "user", "content": "1" * (60 if n in (1, 4) else 2)} for n in range(6)]
+    answers = [{"role": "assistant", "content": text} for text in "23"]
+    rows = [{"chosen": [one, answers[0]], "rejected": [one, answers[1]]} for one in asked]
+    file = data_file(tmp_path / "rows.jsonl", *[dict(row) for row in rows])
+    changes: dict[str, Any] = {"data": {"train": str(file), "train_examples": None}, "trainer": trainer}
+    changes |= {"evaluation": {"examples": 0}, "training": {"max_length": 40, "num_train_epochs": 1, "max_steps": None}}
+    recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml", bases["chat"], method="lora", **changes)))
+    (tmp_path / "out").mkdir()
+    prepared = prepare(recipe, tmp_path / "out", SILENT)
+    assert prepared.lengths is not None
+    assert prepared.lengths.unlabelled_rows == [2, 5]
+    assert len(prepared.trainer.train_dataset) == 4
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (PLAIN, {"tools": [TOOL]}, "row 2 has tools, which the model's chat template leaves out"),
+        (PLAIN, {"completion": [CALL]}, "row 2 has calls of tools, which the model's chat template leaves out"),
+        (
+            PLAIN.replace("messages %}", "messages if message['role'] != 'system' %}"),
+            {"prompt": [{"role": "system", "content": "Be kind."}, TURNS[0]]},
+            "row 2 has system prompts, which the model's chat template leaves out",
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN,
+            {"prompt": [{"role": "system", "content": "Be kind."}, TURNS[0]]},
+            "row 2: the model's chat template refuses it: no system",
+        ),
+    ],
+)
+def test_what_a_chat_template_does_not_write_is_refused(
+    template: str, row: dict[str, Any], message: str, bases: dict[str, Path]
+) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
+    tokenizer.chat_template = template
+    asked = {"prompt": TURNS[:1], "completion": TURNS[1:2]}
+    with pytest.raises(DataError, match=message):
+        count_tokens(Rows([asked, asked | row], "rows"), "sft", tokenizer)
+    assert count_tokens(Rows([asked, asked], "rows"), "sft", tokenizer)
 
 
 def test_cut_examples_are_said_with_their_lines_and_kept(
@@ -76,6 +151,7 @@ def test_cut_examples_are_said_with_their_lines_and_kept(
         in said
     )
     assert "1 of 40 examples have no room for their completion within training.max_length = 16 and are left out" in said
+    assert "left out (rows 8)" in said
     kept = read_run(tmp_path / "out").lengths
     assert kept is not None
     assert (kept.cut, kept.unlabelled, kept.cut_rows) == (3, 1, [4, 6, 8])
@@ -104,9 +180,48 @@ def test_data_and_a_model_are_enough(base: Path, tmp_path: Path, monkeypatch: py
     assert (found.steps, found.lengths.cut) == (5, 0)
     assert made.training.learning_rate == found.learning_rate == pytest.approx(LEARNING_RATES["lora-over"] * 576 / 32)
     assert (made.training.micro_batch, made.training.max_length) == (8, found.lengths.longest)
-    assert (made.training.warmup_steps, made.training.bf16) == (0.03, False)
+    assert (made.training.warmup_steps, made.training.bf16) == (0, False)  # 3 % of five steps
     assert found.before is not None
     assert (found.before.examples, found.before.exact_match) == (2, None)
+
+
+def test_one_step_trains(base: Path, tmp_path: Path) -> None:
+    file = data_file(tmp_path / "rows.jsonl", *[{"prompt": f"{n}+1?", "completion": f" {n + 1}"} for n in range(8)])
+    said, options = Lines(), {"data.train": str(file), "model": str(base)}
+    assert loraover.train(None, tmp_path / "out", overrides=options).update_norm
+    still = loraover.train(None, tmp_path / "still", report=said, overrides=options | {"training.warmup_steps": 1})
+    assert still.update_norm == 0
+    assert "warning: 1 steps have changed nothing: the adapter does what it did before them" in said.lines
+
+
+def test_rows_and_columns_that_are_not_learned_are_kept(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}+1?", "completion": f" {n + 1}", "level": n or None} for n in range(40)]
+    files = [str(data_file(tmp_path / f"{k}.jsonl", *rows)) for k in range(2)]
+    changes: dict[str, Any] = {"data": {"train": files, "train_examples": None, "keep": {"prompt": "[^3]\\+"}}, **CUT}
+    said = Lines()
+    recipe = str(write_recipe(tmp_path / "r.yaml", base, method="lora", **changes))
+    found = loraover.train(recipe, tmp_path / "out", report=said, overrides={"training.max_steps": 1})
+    assert (found.filtered.count, found.filtered.first) == (8, [4, 14, 24])
+    assert found.unread == {"level": Counted(70, [2, 3, 5])}
+    assert "8 rows are left out, since data.keep does not let them through (rows 4, 14, 24, ...)" in said.lines
+    assert "column 'level' is not learned; 70 rows have it (rows 2, 3, 5, ...)" in said.lines
+
+
+def test_a_plan_counts_the_rows_that_a_run_trains_on(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}+1?", "completion": f" {n + 1}", "level": 1} for n in range(40)]
+    changes: dict[str, Any] = {
+        "data": {"train": str(data_file(tmp_path / "rows.jsonl", *rows)), "train_examples": None}
+    }
+    said = Lines()
+    made = make_plan(load_recipe(str(write_recipe(tmp_path / "r.yaml", base, **changes))), said)
+    assert made.lengths is not None
+    assert made.lengths.examples == 38
+    assert "column 'level' is not learned; 40 rows have it (rows 1, 2, 3, ...)" in said.lines
+
+
+def test_without_words_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["train"]) == 2
+    assert "required" in capsys.readouterr().err
 
 
 def test_without_a_recipe_model_and_data_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,13 @@ from huggingface_hub import constants
 from peft import PeftConfig
 from safetensors.torch import load_file
 
+import loraover
 from loraover.checkpoint.carried_reference import misfit
 from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.cli import cli
 from loraover.common.command_line import run
+from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 from loraover.training.push import moved_copy
 from loraover.training.run_result import read_run
@@ -47,6 +49,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield running
+
+
+@pytest.mark.parametrize(("name", "message"), [("a b", "a b"), ("me/adapter", "nobody is logged in to the hub here")])
+def test_what_cannot_be_uploaded_is_refused_before_the_training(
+    name: str, message: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(ConfigError, match=f"push_to_hub: .*{message}"):
+        loraover.train(str(recipe), tmp_path / "out", overrides={"push_to_hub": name})
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_run_uploads_its_plain_lora_with_card_certificate_and_reference(

@@ -44,13 +44,20 @@ ENVIRONMENT = {
 
 
 TWO_RUNS = """
-import sys, loraover
+import os, sys, loraover
 from loraover.cli import main
+from loraover.common.errors import ConfigError
 plain = {"method": "lora", "training.max_steps": 2, "evaluation.examples": 0, "training.report_to": "wandb"}
+mode = os.environ.pop("WANDB_MODE")
+try:
+    loraover.train(sys.argv[2], "refused", overrides=plain)
+except ConfigError as error:
+    print(error)
+os.environ["WANDB_MODE"] = mode
 loraover.train(sys.argv[2], "first", overrides=plain | {"model_init.quantization": "torchao-int8"})
 main()
 """
-"""A run that leaves nothing to attach, on a base that torchao has quantised, and the command in the same process."""
+"""A run without a key to upload by, one on a quantised base that leaves nothing to attach, and the command."""
 
 
 def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tmp_path: Path) -> None:
@@ -63,6 +70,7 @@ def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tm
     around = os.environ | {name: value.format(tmp_path) for name, value in ENVIRONMENT.items()}
     ran = subprocess.run(call, cwd=tmp_path, env=around, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
+    assert "wandb has no key of yours. Log in with wandb's own command" in ran.stdout
     for name in ("wandb", "mlflow", "trackio"):
         assert f"attached to the run in {name}: {CERTIFICATE_FILE}, {REFERENCE_FILE}\n" in ran.stdout
     assert len(losses(tmp_path / "first")) == 2

@@ -16,7 +16,7 @@ import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm, read_row
 from loraover.data.sources import Rows
-from loraover.training.checks import check_chat, count_classes
+from loraover.training.checks import check_rows, count_classes
 from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import to_dataset
 from loraover.training.recipe import Recipe, load_recipe
@@ -54,7 +54,7 @@ def test_a_label_of_held_out_rows_is_a_class() -> None:
 @pytest.mark.parametrize(
     ("trainer", "template", "message"),
     [
-        ("sft", "", "row 2 holds chat messages, and row 1 text; leave data.chat out of the recipe"),
+        ("sft", "", "row 2 holds chat messages, and row 1 text; set data.chat to true"),
         ("sft", None, "row 2 holds chat messages, but the tokenizer of owner/model has no chat template"),
         ("seq2seq", "", "row 2 holds chat messages, which cannot train owner/model with seq2seq"),
     ],
@@ -64,8 +64,8 @@ def test_chat_messages_after_a_row_of_text_are_found(trainer: str, template: str
     recipe = load_recipe("demo", {"model": "owner/model"})
     tokenizer = SimpleNamespace(chat_template=template)
     with pytest.raises(DataError, match=message):
-        check_chat(recipe, trainer, tokenizer, Rows([SUMS[0], talk], "rows"))
-    check_chat(recipe, trainer, tokenizer, Rows(SUMS, "rows"))
+        check_rows(recipe, trainer, tokenizer, Examples(Rows(SUMS, "rows"), Rows([SUMS[0], talk], "rows")))
+    check_rows(recipe, trainer, tokenizer, Examples(Rows(SUMS, "rows"), None))
 
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
