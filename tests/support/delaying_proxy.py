@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 from urllib.request import ProxyHandler, Request, build_opener
 
+from support.openai_server import POLL_S
+
 
 @contextmanager
 def delaying(url: str, model: str, share: float) -> Iterator[str]:
@@ -26,7 +28,7 @@ def delaying(url: str, model: str, share: float) -> Iterator[str]:
         The address of the proxy.
     """
     proxy = Proxy(url, model, share)
-    thread = threading.Thread(target=proxy.serve_forever)
+    thread = threading.Thread(target=proxy.serve_forever, args=(POLL_S,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{proxy.server_port}"

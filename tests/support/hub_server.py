@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from support.openai_server import POLL_S
+
 TOKEN = "hf_stand_in"
 LARGE = (".safetensors", ".gz", ".json")
 """Endings of the files that the stand-in wants by git LFS, as the hub does with weights; others come in the commit."""
@@ -52,7 +54,7 @@ def hub_server() -> Iterator[HubServer]:
     server.daemon_threads = True
     hub = HubServer(f"http://127.0.0.1:{server.server_port}")
     _Handler.hub, _Handler.objects = hub, {}
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(POLL_S,), daemon=True)
     thread.start()
     try:
         yield hub
