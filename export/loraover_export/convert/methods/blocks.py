@@ -55,20 +55,16 @@ class Gralora(ConversionMethod[GraloraFields]):
         return LowRank(torch.cat(factors[0], dim=1) * (module.config.alpha / (r + hybrid)), torch.cat(factors[1]))
 
 
-class C3aFields(MethodConfig):
-    """Fields of C3AConfig that change the delta; the shape of a kernel shows its length."""
-
-
 @final
-class C3a(ConversionMethod[C3aFields]):
-    """Circular convolution adaptation."""
+class C3a(ConversionMethod[MethodConfig]):
+    """Circular convolution adaptation; the shape of a kernel shows its length."""
 
-    config = C3aFields
+    config = MethodConfig
     tensors = ("c3a_kernel",)
     inert: ClassVar[frozenset[str]] = frozenset({"block_size", "block_size_pattern"})
     rank: ClassVar[str] = "full"
 
-    def delta(self, module: Module[C3aFields]) -> Dense:
+    def delta(self, module: Module[MethodConfig]) -> Dense:
         m, n = module.shape
         kernel = module.tensor("c3a_kernel", None, None, None)
         outs, ins, b = kernel.shape

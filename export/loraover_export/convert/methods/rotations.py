@@ -93,15 +93,11 @@ def _cayley(q: Tensor, config: OftFields) -> Tensor:
     return rotation
 
 
-class BoftFields(MethodConfig):
-    """Fields of BOFTConfig that change the delta."""
-
-
 @final
-class Boft(ConversionMethod[BoftFields]):
+class Boft(ConversionMethod[MethodConfig]):
     """Butterfly orthogonal fine-tuning, with one factor, which is all that PEFT runs on a CPU."""
 
-    config = BoftFields
+    config = MethodConfig
     tensors = ("boft_R", "boft_s")
     inert: ClassVar[frozenset[str]] = frozenset(
         {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"}
@@ -109,7 +105,7 @@ class Boft(ConversionMethod[BoftFields]):
     rank: ClassVar[str] = "full"
     needs_weights = True
 
-    def delta(self, module: Module[BoftFields]) -> Dense:
+    def delta(self, module: Module[MethodConfig]) -> Dense:
         m, n = module.shape
         r = module.tensor("boft_R", None, None, None, None)
         if r.shape[2] != r.shape[3]:

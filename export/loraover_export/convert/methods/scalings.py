@@ -23,21 +23,17 @@ SMALLEST = 1e-4
 """Norm below which DeLoRA does not divide by less, in PEFT."""
 
 
-class Ia3Fields(MethodConfig):
-    """Fields of IA3Config; the shape of a vector shows which side it scales."""
-
-
 @final
-class Ia3(ConversionMethod[Ia3Fields]):
-    """Infused adapter by inhibiting and amplifying inner activations."""
+class Ia3(ConversionMethod[MethodConfig]):
+    """Infused adapter by inhibiting and amplifying inner activations; a vector's shape shows which side it scales."""
 
-    config = Ia3Fields
+    config = MethodConfig
     tensors = ("ia3_l",)
     inert: ClassVar[frozenset[str]] = frozenset({"feedforward_modules", "init_ia3_weights"})
     rank: ClassVar[str] = "full"
     needs_weights = True
 
-    def delta(self, module: Module[Ia3Fields]) -> Dense:
+    def delta(self, module: Module[MethodConfig]) -> Dense:
         m, n = module.shape
         scale = module.tensor("ia3_l", None, None)
         if scale.shape not in ((1, n), (m, 1)):
@@ -47,21 +43,17 @@ class Ia3(ConversionMethod[Ia3Fields]):
         return Dense(module.weight() * (scale - 1))
 
 
-class HiraFields(MethodConfig):
-    """Fields of HiraConfig; the shapes of the tensors show the rank."""
-
-
 @final
-class Hira(ConversionMethod[HiraFields]):
-    """Hadamard high-rank adaptation."""
+class Hira(ConversionMethod[MethodConfig]):
+    """Hadamard high-rank adaptation; the shapes of the tensors show the rank."""
 
-    config = HiraFields
+    config = MethodConfig
     tensors = ("hira_A", "hira_B")
     inert: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern", "hira_dropout"})
     rank: ClassVar[str] = "full"
     needs_weights = True
 
-    def delta(self, module: Module[HiraFields]) -> Dense:
+    def delta(self, module: Module[MethodConfig]) -> Dense:
         m, n = module.shape
         a = module.tensor("hira_A", None, n)
         b, weight = module.tensor("hira_B", m, len(a)), module.weight()
@@ -69,27 +61,23 @@ class Hira(ConversionMethod[HiraFields]):
         return Dense(weight * (b @ a), float(terms.norm()))
 
 
-class GloraFields(MethodConfig):
-    """Fields of GloraConfig; the tensors show the form of each path."""
-
-
 @final
-class Glora(ConversionMethod[GloraFields]):
-    """Generalised LoRA, on layers without a bias."""
+class Glora(ConversionMethod[MethodConfig]):
+    """Generalised LoRA, on layers without a bias; the tensors show the form of each path."""
 
-    config = GloraFields
+    config = MethodConfig
     tensors = tuple(f"glora_{path}.{name}" for path in "ABCDE" for name in ("Xd", "Xu", "X", "zeros"))
     inert: ClassVar[frozenset[str]] = frozenset({"r", "config_A_B", "config_C", "config_D_E"})
     rank: ClassVar[str] = "full"
     needs_weights = True
 
-    def delta(self, module: Module[GloraFields]) -> Dense:
+    def delta(self, module: Module[MethodConfig]) -> Dense:
         if module.has_bias:
             raise module.refuse("GLoRA changes the bias of the layer too, which no LoRA can do.")
         weight = module.weight()
         return Dense(weight * self._path(module, "A") + self._path(module, "B") * weight.new_ones(weight.shape))
 
-    def _path(self, module: Module[GloraFields], path: str) -> Tensor:
+    def _path(self, module: Module[MethodConfig], path: str) -> Tensor:
         """Return a number, a column, or a matrix."""
         m, n = module.shape
         if module.has(f"glora_{path}.X"):
@@ -101,20 +89,16 @@ class Glora(ConversionMethod[GloraFields]):
         return xd @ module.tensor(f"glora_{path}.Xu", xd.shape[1], n)
 
 
-class DeloraFields(MethodConfig):
-    """Fields of DeloraConfig that change the delta; the strength of each module is in the file of tensors."""
-
-
 @final
-class Delora(ConversionMethod[DeloraFields]):
-    """LoRA whose strength is decoupled from the directions of its factors."""
+class Delora(ConversionMethod[MethodConfig]):
+    """LoRA whose strength, which the file of tensors holds, is decoupled from the directions of its factors."""
 
-    config = DeloraFields
+    config = MethodConfig
     tensors = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     inert: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern", "delora_lambda", "lambda_pattern"})
     rank: ClassVar[str] = "r"
 
-    def delta(self, module: Module[DeloraFields]) -> LowRank:
+    def delta(self, module: Module[MethodConfig]) -> LowRank:
         m, n = module.shape
         a = module.tensor("delora_A", None, n)
         b = module.tensor("delora_B", m, len(a))

@@ -21,20 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ShiraFields(MethodConfig):
-    """Fields of ShiraConfig; the file of tensors holds the places."""
-
-
 @final
-class Shira(ConversionMethod[ShiraFields]):
-    """Sparse high-rank adapters."""
+class Shira(ConversionMethod[MethodConfig]):
+    """Sparse high-rank adapters, whose places the file of tensors holds."""
 
-    config = ShiraFields
+    config = MethodConfig
     tensors = ("shira_weight", "shira_indices")
     inert: ClassVar[frozenset[str]] = frozenset({"r", "mask_type"})
     rank: ClassVar[str] = "full"
 
-    def delta(self, module: Module[ShiraFields]) -> Dense:
+    def delta(self, module: Module[MethodConfig]) -> Dense:
         values = module.tensor("shira_weight", None)
         rows, columns = module.tensor("shira_indices", 2, len(values)).long()
         return Dense(_scattered(module, rows, columns, values))

@@ -128,22 +128,18 @@ class Peanut(ConversionMethod[PeanutFields]):
         return LowRank(b, hidden.T.contiguous(), apart * float(b.norm()))
 
 
-class OsfFields(MethodConfig):
-    """Fields of OSFConfig; the shapes of the tensors show how many triplets are trained."""
-
-
 @final
-class Osf(ConversionMethod[OsfFields]):
-    """Orthogonal subspace fine-tuning."""
+class Osf(ConversionMethod[MethodConfig]):
+    """Orthogonal subspace fine-tuning; the shapes of the tensors show how many triplets are trained."""
 
-    config = OsfFields
+    config = MethodConfig
     tensors = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
     inert: ClassVar[frozenset[str]] = frozenset({"effective_rank", "rank_pattern", "target_svd_config"})
     rank: ClassVar[str] = "2 (min(shape) - effective_rank)"
     needs_weights = True
     starts_in_stored = True
 
-    def delta(self, module: Module[OsfFields]) -> LowRank:
+    def delta(self, module: Module[MethodConfig]) -> LowRank:
         m, n = module.shape
         s = module.tensor("osf_svd_params.S_low", None)
         u = module.tensor("osf_svd_params.U_low", m, len(s))
