@@ -239,6 +239,5 @@ def test_an_adapter_may_not_be_called_like_the_model(adapter: Path) -> None:
 
 def test_a_class_that_could_not_be_looked_at(adapter: Path) -> None:
     right = candidate(adapter)
-    facts = replace(right.served.facts, architecture=right.architectures.unknown[0])
-    served = replace(right.served, facts=facts)
+    served = replace(right.served, architecture=right.architectures.unknown[0])
     assert "is not known" in findings(preflight(replace(right, served=served)))["architecture"]

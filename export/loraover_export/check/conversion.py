@@ -49,7 +49,7 @@ def converted_subject(subject: Subject) -> Conversion | None:
     from loraover_export.convert.others import is_served_head, saved_module
     from loraover_export.convert.prefix import find_move
 
-    shapes = subject.served.facts.shapes()
+    shapes = subject.served.shapes()
     try:
         reason = why_convert(subject.path, shapes)
         if reason is None:

@@ -200,13 +200,13 @@ def embedding(subject: Subject) -> str | None:
 
 def tied_embedding(subject: Subject) -> str | None:
     """LoRA on an embedding that is also the head."""
-    adapted = subject.is_tied and any(matrix.is_embedding for matrix in subject.matrices.values())
+    adapted = subject.served.is_tied and any(matrix.is_embedding for matrix in subject.matrices.values())
     return "the embedding is adapted, whose matrix is also the head's" if adapted else None
 
 
 def tied_head(subject: Subject) -> str | None:
     """LoRA on a head that is also the embedding."""
-    found = adapted_head(subject) if subject.is_tied else None
+    found = adapted_head(subject) if subject.served.is_tied else None
     return None if found is None else f"{found}, whose matrix is also the embedding"
 
 
@@ -217,12 +217,13 @@ def adapted_head(subject: Subject) -> str | None:
 
 def quantised_base(subject: Subject) -> str | None:
     """A base model with quantised weights."""
-    return None if subject.quantization is None else f"the base model's weights are quantised ({subject.quantization})"
+    method = subject.served.quantization
+    return None if method is None else f"the base model's weights are quantised ({method})"
 
 
 def task(subject: Subject) -> str | None:
     """A base model other than a causal language model."""
-    return None if subject.is_causal else f"the base model is a {subject.served.architecture}"
+    return None if subject.served.is_causal else f"the base model is a {subject.served.architecture}"
 
 
 def cores(subject: Subject) -> str | None:

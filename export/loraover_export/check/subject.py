@@ -73,9 +73,6 @@ class Subject:
         unreadable: Reason for which the exports cannot read it; None if they can.
         has_cores: Whether the folder is a LoRA-Over checkpoint.
         served: The base model.
-        is_causal: Whether the base model is a causal language model.
-        is_tied: Whether the base model's head is its embedding.
-        quantization: Method by which the base model's weights are quantised; None if they are not.
         model: Base model that the user named.
         written: Folder of the conversion that is to be exported; None if the adapter itself is.
     """
@@ -88,9 +85,6 @@ class Subject:
     unreadable: str | None
     has_cores: bool
     served: ServedModel
-    is_causal: bool
-    is_tied: bool
-    quantization: str | None
     model: str | None
     written: Path | None = None
 
@@ -151,9 +145,6 @@ def read_subject(request: CheckRequest) -> Subject:
         unreadable=unreadable,
         has_cores=has_cores,
         served=served,
-        is_causal=served.facts.is_causal,
-        is_tied=served.facts.is_tied,
-        quantization=served.facts.quantization,
         model=model,
     )
 

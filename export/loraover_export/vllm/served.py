@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraover.checkpoint.model_facts import ModelFacts, ModuleFacts, read_facts
@@ -14,39 +14,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """The model that adapters are to be served on.
+class ServedModel(ModelFacts):
+    """What the configuration says of the model that adapters are to be served on.
+
+    Its modules have each expert's part of a parameter too, like "model.layers.0.mlp.experts.3.down_proj". There are
+    none if vLLM serves no adapters on this architecture.
 
     Args:
         source: Where the model is read from.
-        facts: What its configuration says.
-        modules: Modules by path, and experts like "model.layers.0.mlp.experts.3.down_proj"; empty if vLLM serves no
-            adapters on this architecture.
     """
 
     source: ModelSource
-    facts: ModelFacts
-    modules: Mapping[str, ModuleFacts] = field(default_factory=dict)
-
-    @property
-    def architecture(self) -> str:
-        """Name of the model class that vLLM looks up."""
-        return self.facts.architecture
-
-    @property
-    def dtype(self) -> str | None:
-        """Data type that the configuration gives, such as "bfloat16"; None if it gives none."""
-        return self.facts.dtype
-
-    @property
-    def vocabulary(self) -> int | None:
-        """Number of tokens; None if the configuration gives none."""
-        return self.facts.vocabulary
-
-    @property
-    def experts(self) -> Mapping[str, ExpertWeight]:
-        """Parameters of the model's experts, by path."""
-        return self.facts.experts
 
 
 def read_served(source: ModelSource, supported: Container[str] | None = None) -> ServedModel:
@@ -60,9 +38,9 @@ def read_served(source: ModelSource, supported: Container[str] | None = None) ->
         ConfigError: No usable configuration, or a class that transformers cannot build.
     """
     facts = read_facts(source, supported)
-    if supported is not None and facts.architecture not in supported:
-        return ServedModel(source, facts)
-    return ServedModel(source, facts, facts.modules | _parts(facts.experts))
+    is_supported = supported is None or facts.architecture in supported
+    modules = facts.modules | _parts(facts.experts) if is_supported else {}
+    return ServedModel(**vars(facts) | {"modules": modules}, source=source)
 
 
 def _parts(experts: Mapping[str, ExpertWeight]) -> dict[str, ModuleFacts]:
