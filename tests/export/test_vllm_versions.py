@@ -16,11 +16,11 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
+from loraover_export.uniform.served import read_served
 from loraover_export.vllm.architectures import architectures_of, known_architectures
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import known_faults
 from loraover_export.vllm.preflight import Violation, preflight
-from loraover_export.vllm.served import read_served
 from loraover_export.vllm.versions import Versions
 
 from support.make_checkpoint import edit_json

@@ -13,7 +13,7 @@ from loraover_export.check.features import FEATURES
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.export_command import export_command
-from loraover_export.vllm.served import ServedModel
+from loraover_export.uniform.served import ServedModel
 
 if TYPE_CHECKING:
     from loraover_export.convert.prefix import Move

@@ -21,7 +21,7 @@ from loraover.common.strict_json import read_json
 from loraover.models.load import resolve_model
 from loraover.sources.address import is_elsewhere
 from loraover_export.check.request import CheckRequest
-from loraover_export.vllm.served import ServedModel, read_served
+from loraover_export.uniform.served import ServedModel, read_served
 
 _MATRIX = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?:\.weight)?"

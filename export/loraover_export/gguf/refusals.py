@@ -30,28 +30,28 @@ def refuse_or_leave_out(adapter: AdapterDir, target: GgufTarget) -> list[str]:
         ExportError: An adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    adapter.check_complete([*target.modules, *target.others])
+    adapter.check_complete(target.served.modules)
     check_fields(adapter, MERGE, allowed=written_parameters(adapter))
     for path in adapter.modules:
         _check_module(adapter, path, target)
     weights = {path: module.shape for path, module in target.modules.items()}
     copies = check_tensors(adapter, weights, MERGE, OTHERS | NORM)
-    check_base_weights(adapter, copies, target.source, MERGE)
+    check_base_weights(adapter, copies, target.served.source, MERGE)
     return copies
 
 
 def _check_module(adapter: AdapterDir, path: str, target: GgufTarget) -> None:
-    where, base = adapter.tensors_path, target.source.name
-    if path in target.others:
+    where, base = adapter.tensors_path, target.served.source.name
+    names = target.served.modules
+    if path in names and path not in target.modules:
         raise ExportError(f"{where}: adapts {path}, for which llama.cpp's {target.family.name} has no weight; {MERGE}.")
     module = target.modules.get(path)
     if module is None:
-        names = target.others | target.modules.keys()
         raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
     option = GgufRequest.named("model")
     check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base, option=option)
     is_head = path == "lm_head"
-    if target.tied and (module.is_embedding or is_head):
+    if target.served.is_tied and (module.is_embedding or is_head):
         reason = (
             "llama.cpp keeps no weight of the head to adapt"
             if is_head

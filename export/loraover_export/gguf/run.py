@@ -44,7 +44,7 @@ def export_gguf(request: GgufRequest) -> GgufReport:
     adapter = read_source(request.source)
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     target = read_target(base)
-    adapter = read_on_base(adapter, target.experts)
+    adapter = read_on_base(adapter, target.served.experts)
     left_out = refuse_or_leave_out(adapter, target)
     return _publish(request, adapter, target, left_out)
 
@@ -56,7 +56,7 @@ def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left
         request.report.line(
             f"running the base model and the reference in PyTorch, and {request.base_gguf} in llama.cpp"
         )
-        reference = make_reference(adapter, target.source, request.dtype, request.base_gguf, request.threads)
+        reference = make_reference(adapter, target.served.source, request.dtype, request.base_gguf, request.threads)
     made: list[GgufReport] = []
 
     def fill(draft: Path) -> None:
@@ -87,8 +87,8 @@ def _write(
         check = check_adapter_file(reference, draft, target.family, request.threads)
     return GgufReport(
         verdict=judge_export(matrices, check),
-        base_model=target.source.name,
-        architecture=target.architecture,
+        base_model=target.served.source.name,
+        architecture=target.served.architecture,
         family=target.family.name,
         dtype=request.dtype,
         rank=adapter.rank,

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraover.checkpoint.expert_stacks import ExpertStack, ExpertWeight
-from loraover.checkpoint.model_facts import ModelFacts, read_facts
+from loraover.checkpoint.expert_stacks import ExpertStack
 from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover.overparam.expert_part import MatrixName
 from loraover_export.gguf.families import FAMILIES, Family, find_family, interleave, tensor_name
+from loraover_export.uniform.served import ServedModel, read_served
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,23 +42,15 @@ class GgufTarget:
     """The base model of an export.
 
     Args:
-        source: Where it is read from.
-        architecture: Its model class in transformers.
-        family: llama.cpp's view of that class.
-        tied: Whether its head is its embedding.
+        served: What its configuration says.
+        family: llama.cpp's view of its class.
         modules: Modules that llama.cpp can adapt, by path.
-        others: Paths of its other modules.
-        experts: Parameters of its experts, by path.
         expert_tensors: llama.cpp's names of the tensors that hold such a parameter, by path. Each holds as many rows.
     """
 
-    source: ModelSource
-    architecture: str
+    served: ServedModel
     family: Family
-    tied: bool
     modules: Mapping[str, TargetModule]
-    others: frozenset[str]
-    experts: Mapping[str, ExpertWeight]
     expert_tensors: Mapping[str, tuple[str, ...]]
 
     def pack_experts(self, stack: ExpertStack, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,17 +97,15 @@ def read_target(source: ModelSource) -> GgufTarget:
         ConfigError: No usable configuration.
         ExportError: A model class that no table entry describes.
     """
-    facts = read_facts(source, FAMILIES)
-    family = find_family(facts.architecture, source.name)
-    modules, others = _name_modules(facts, family)
-    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(family, path)) for path in facts.experts}
-    for path, weight in facts.experts.items():
+    served = read_served(source, FAMILIES)
+    family = find_family(served.architecture, source.name)
+    modules = _name_modules(served, family)
+    tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(family, path)) for path in served.experts}
+    for path, weight in served.experts.items():
         owner, _, parameter = path.rpartition(".")
         for expert in range(weight.experts):
             modules[f"{owner}.{expert}.{parameter}"] = TargetModule(tensors[path][0], weight.shape, False, None)
-    return GgufTarget(
-        source, facts.architecture, family, facts.is_tied, modules, frozenset(others), facts.experts, tensors
-    )
+    return GgufTarget(served, family, modules, tensors)
 
 
 def expert_tensors(family: Family, path: str) -> list[str]:
@@ -132,14 +122,12 @@ def expert_tensors(family: Family, path: str) -> list[str]:
     return [name for name in found if name is not None]
 
 
-def _name_modules(facts: ModelFacts, family: Family) -> tuple[dict[str, TargetModule], set[str]]:
-    rotated = {"attn_q": facts.heads, "attn_k": facts.key_value_heads}
-    found, others = {}, set()
-    for path, module in facts.modules.items():
+def _name_modules(served: ServedModel, family: Family) -> dict[str, TargetModule]:
+    rotated = {"attn_q": served.heads, "attn_k": served.key_value_heads}
+    found = {}
+    for path, module in served.modules.items():
         name = tensor_name(family, path)
-        if name is None or module.weight is None:
-            others.add(path)
-            continue
-        heads = rotated.get(name.rpartition(".")[2]) if family.interleaved else None
-        found[path] = TargetModule(f"{name}.weight", module.weight, module.kind == "embedding", heads)
-    return found, others
+        if name is not None and module.weight is not None:
+            heads = rotated.get(name.rpartition(".")[2]) if family.interleaved else None
+            found[path] = TargetModule(f"{name}.weight", module.weight, module.kind == "embedding", heads)
+    return found

@@ -69,7 +69,7 @@ def write_adapter(
         "general.type": "adapter",
         "general.name": name,
         "general.base_model.count": 1,
-        "general.base_model.0.name": target.source.name,
+        "general.base_model.0.name": target.served.source.name,
         "adapter.type": "lora",
         "adapter.lora.alpha": float(adapter.rank),
     }

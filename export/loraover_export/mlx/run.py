@@ -16,9 +16,10 @@ from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.mlx.target import MlxTarget, lost_settings, read_target, refuse_or_leave_out
+from loraover_export.mlx.target import lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import TENSORS_FILE, write_adapter
 from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.served import ServedModel
 
 
 @verb(MlxRequest)
@@ -56,7 +57,7 @@ def export_mlx(request: MlxRequest) -> MlxReport:
 def _write(
     request: MlxRequest,
     adapter: AdapterDir,
-    target: MlxTarget,
+    target: ServedModel,
     draft: Path,
     left_out: list[str],
 ) -> MlxReport:
@@ -77,7 +78,7 @@ def _write(
     )
 
 
-def _card(request: MlxRequest, target: MlxTarget, report: MlxReport) -> str:
+def _card(request: MlxRequest, target: ServedModel, report: MlxReport) -> str:
     source = target.source
     facts = {
         "rank": str(report.rank),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
@@ -14,6 +12,7 @@ from loraover.models.load import ModelSource
 from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.mlx.request import MlxRequest
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
+from loraover_export.uniform.served import ServedModel, read_served
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
 
@@ -43,38 +42,16 @@ Source: mlx_lm/models of ml-explore/mlx-lm at d78bf58e217c, in the module of eac
 """
 
 
-@dataclass(frozen=True)
-class MlxTarget:
-    """The base model of an export.
-
-    Args:
-        source: Where it is read from.
-        architecture: Its model class in transformers.
-        layers: Number of its layers.
-        tied: Whether its head is its embedding.
-        shapes: Shapes of the weights of its linear layers and embeddings, by path.
-        embeddings: Paths of its embeddings.
-    """
-
-    source: ModelSource
-    architecture: str
-    layers: int | None
-    tied: bool
-    shapes: Mapping[str, tuple[int, ...]]
-    embeddings: frozenset[str]
-
-
-def read_target(source: ModelSource) -> MlxTarget:
+def read_target(source: ModelSource) -> ServedModel:
     """Read the configuration of a base model.
 
     Raises:
         ConfigError: No usable configuration.
         ExportError: A model class whose paths were not compared with mlx-lm's.
     """
-    facts = read_facts(source, SAME_NAMES)
-    _check_names(facts.architecture, source.name)
-    embeddings = frozenset(path for path, module in facts.modules.items() if module.kind == "embedding")
-    return MlxTarget(source, facts.architecture, facts.layers, facts.is_tied, facts.shapes(), embeddings)
+    target = read_served(source, SAME_NAMES)
+    _check_names(target.architecture, source.name)
+    return target
 
 
 def _check_names(architecture: str, model: str) -> None:
@@ -87,7 +64,7 @@ def _check_names(architecture: str, model: str) -> None:
         )
 
 
-def refuse_or_leave_out(adapter: AdapterDir, target: MlxTarget) -> list[str]:
+def refuse_or_leave_out(adapter: AdapterDir, target: ServedModel) -> list[str]:
     """Check that mlx-lm can apply an adapter to its base model.
 
     Args:
@@ -103,25 +80,26 @@ def refuse_or_leave_out(adapter: AdapterDir, target: MlxTarget) -> list[str]:
         ExportError: An adapter that is more than A and B, or that mlx-lm cannot apply.
     """
     adapter.check_keeps_base()
-    adapter.check_complete(target.shapes)
+    shapes = target.shapes()
+    adapter.check_complete(shapes)
     check_fields(adapter, MERGE)
     for path in adapter.modules:
-        _check_module(adapter, path, target)
-    copies = check_tensors(adapter, target.shapes, MERGE)
+        _check_module(adapter, path, target, shapes)
+    copies = check_tensors(adapter, shapes, MERGE)
     check_base_weights(adapter, copies, target.source, MERGE)
     return copies
 
 
-def _check_module(adapter: AdapterDir, path: str, target: MlxTarget) -> None:
+def _check_module(adapter: AdapterDir, path: str, target: ServedModel, shapes: Mapping[str, tuple[int, int]]) -> None:
     where, base = adapter.tensors_path, target.source.name
-    if path not in target.shapes:
+    if path not in shapes:
         raise ExportError(
             f"{where}: adapts {path}, which is neither a linear layer nor an embedding of {base}; "
-            f"{if_missing(path, target.shapes)}, or {MERGE}."
+            f"{if_missing(path, shapes)}, or {MERGE}."
         )
-    option, is_embedding = MlxRequest.named("model"), path in target.embeddings
-    check_shape(adapter, path, target.shapes[path], is_embedding=is_embedding, base=base, option=option)
-    if target.tied and (is_embedding or path == "lm_head"):
+    option, is_embedding = MlxRequest.named("model"), target.modules[path].kind == "embedding"
+    check_shape(adapter, path, shapes[path], is_embedding=is_embedding, base=base, option=option)
+    if target.is_tied and (is_embedding or path == "lm_head"):
         raise ExportError(
             f"{where}: adapts {path}, but the embedding and the head of {base} are one matrix, which mlx-lm adapts in "
             f"both places or not at all. Train without {path.rpartition('.')[2]}, or {MERGE}."

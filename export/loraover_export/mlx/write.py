@@ -15,17 +15,17 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
-from loraover_export.mlx.target import MlxTarget
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import not_kept, round_exact
 from loraover_export.uniform.matrices import to_uniform
+from loraover_export.uniform.served import ServedModel
 
 TENSORS_FILE = "adapters.safetensors"
 
 
 def write_adapter(
     adapter: AdapterDir,
-    target: MlxTarget,
+    target: ServedModel,
     directory: Path,
     dtype: str,
     on_tensor: Callable[[int], None] = lambda done: None,
@@ -61,7 +61,7 @@ def write_adapter(
     return certificates
 
 
-def adapter_config(adapter: AdapterDir, target: MlxTarget) -> dict[str, Any]:
+def adapter_config(adapter: AdapterDir, target: ServedModel) -> dict[str, Any]:
     """Return the contents of mlx-lm's `adapter_config.json`: which modules are adapted, by their full paths."""
     return {
         "model": target.source.name,

@@ -9,9 +9,9 @@ from typing import Any
 from loraover.checkpoint.model_facts import ModuleFacts
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_export.uniform.experts import parts_of
+from loraover_export.uniform.served import ServedModel
 from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.vllm.known_faults import Platform
-from loraover_export.vllm.served import ServedModel
 from loraover_export.vllm.versions import Versions
 
 TEXT_NAMES = Versions(since="0.33.0")

@@ -21,6 +21,7 @@ from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.experts import split_experts, split_paths, stack_fields
 from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
+from loraover_export.uniform.served import ServedModel, read_served
 from loraover_export.vllm.architectures import Architectures, architectures_of, projections_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate
@@ -28,7 +29,6 @@ from loraover_export.vllm.launch import launch_commands
 from loraover_export.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest
-from loraover_export.vllm.served import ServedModel, read_served
 
 
 @verb(VllmRequest)

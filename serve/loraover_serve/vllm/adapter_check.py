@@ -9,11 +9,11 @@ from loraover.common.command_line import printable
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource
+from loraover_export.uniform.served import read_served
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.preflight import Violation, preflight
-from loraover_export.vllm.served import read_served
 
 
 def check_adapters(

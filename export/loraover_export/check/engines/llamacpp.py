@@ -64,7 +64,7 @@ PEFT_FORM = {
 
 def _check(adapter: AdapterDir, base: ModelSource) -> None:
     target = read_target(base)
-    refuse_or_leave_out(read_on_base(adapter, target.experts), target)
+    refuse_or_leave_out(read_on_base(adapter, target.served.experts), target)
 
 
 @final

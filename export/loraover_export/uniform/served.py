@@ -1,4 +1,4 @@
-"""The model that adapters are to be served on, with each expert's part of a parameter as a module."""
+"""The model that an adapter is exported for, with each expert's part of a parameter as a module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedModel(ModelFacts):
-    """What the configuration says of the model that adapters are to be served on.
+    """What the configuration says of the model that an adapter is exported for, or served on.
 
     Its modules have each expert's part of a parameter too, like "model.layers.0.mlp.experts.3.down_proj". There are
-    none if vLLM serves no adapters on this architecture.
+    none if the engine takes no adapters for this architecture.
 
     Args:
         source: Where the model is read from.
