@@ -7,7 +7,7 @@ from rich.console import Console
 from loraover.reporting.reporter import print_line
 from loraover_export.convert.report import ConvertReport
 from loraover_export.convert.request import ConvertRequest
-from loraover_export.logits.judge import POWER
+from loraover_export.logits.show import OTHER_TEXTS, undecided
 from loraover_export.uniform.show import show_lora
 
 
@@ -28,10 +28,7 @@ def show_report(report: ConvertReport, request: ConvertRequest, console: Console
             f"source moves logits by up to {outputs.adapter_effect:.3g}"
         )
     if outputs is not None and outputs.verdict == "inconclusive":
-        lines.append(
-            f"The source moves no logit by {POWER:g} times the allowed error, so this check cannot distinguish the "
-            "LoRA from an adapter that does nothing. Try --prompts with texts that it was trained for, or --dtype fp32."
-        )
+        lines.append(undecided("The source", OTHER_TEXTS, "the LoRA"))
     for line in lines:
         print_line(console, line)
     show_lora(report.certificate, request, console)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 
+from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.request import FoldRequest
-from loraover_export.logits.judge import POWER
+from loraover_export.logits.show import OTHER_TEXTS, show_place, show_verdict, undecided
 from loraover_export.numerics.matrix_certificate import underflow_facts
 
 WORST_SHOWN = 8
@@ -20,20 +20,11 @@ def show_certificate(certificate: FoldCertificate, request: FoldRequest, console
     if certificate.outputs is not None:
         _show_outputs(certificate.outputs, console)
     if certificate.trained_base is not None:
-        console.print(str(certificate.trained_base), soft_wrap=True, markup=False, highlight=False)
-    color = {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow")
-    console.print(f"fold {certificate.verdict}", style=color)
+        print_line(console, str(certificate.trained_base))
+    show_verdict(certificate, f"fold {certificate.verdict}", console)
     if certificate.verdict == "inconclusive":
-        console.print(
-            f"The matrices are within their bounds, but the adapter moves no logit by {POWER:g} times the allowed "
-            "error, so this check cannot distinguish it from an adapter that does nothing. Try --prompts with texts "
-            "that it was trained for, or --dtype fp32.",
-            soft_wrap=True,
-        )
-    if certificate.verdict == "failed":
-        console.print("nothing was written: an adapter that fails its check is not left behind")
-    else:
-        console.print(f"wrote {escape(str(request.output))}", soft_wrap=True)
+        print_line(console, undecided("The matrices are within their bounds, but the adapter", OTHER_TEXTS))
+    show_place(certificate, request.output, console, reason="an adapter that fails its check is not left behind")
 
 
 def _show_matrices(certificate: FoldCertificate, console: Console) -> None:

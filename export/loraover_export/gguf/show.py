@@ -9,27 +9,24 @@ from rich.console import Console
 from loraover.reporting.reporter import print_line
 from loraover_export.gguf.report import GgufCheck, GgufReport
 from loraover_export.gguf.request import GgufRequest
-from loraover_export.logits.judge import POWER
+from loraover_export.logits.show import in_one_line, show_place, show_verdict, undecided
 from loraover_export.numerics.matrix_certificate import matrix_facts
 
 
 def show_report(report: GgufReport, request: GgufRequest, console: Console) -> None:
     """Print the certificate, the check, the verdict, and how to run the adapter if it was written."""
-    facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(report.matrices).items())
+    facts = in_one_line(matrix_facts(report.matrices))
     print_line(console, f"{report.family}, rank {report.rank}, {report.dtype}, {facts}")
     if report.left_out:
         print_line(console, f"left out, as copies of the base model's weights: {', '.join(report.left_out)}", "yellow")
     if report.check is not None:
         _show_check(report.check, console)
-    color = {"passed": "green", "failed": "red"}.get(report.verdict, "yellow")
-    print_line(console, f"export {report.verdict}", color)
-    if report.verdict == "failed":
-        print_line(console, "nothing was written: an adapter that fails its check is not left behind")
-        return
+    show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "not checked":
         print_line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
-    print_line(console, f"wrote {request.output}")
-    print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(request.output)])}")
+    show_place(report, request.output, console, reason="an adapter that fails its check is not left behind")
+    if report.verdict != "failed":
+        print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(request.output)])}")
 
 
 def _show_check(check: GgufCheck, console: Console) -> None:
@@ -40,10 +37,6 @@ def _show_check(check: GgufCheck, console: Console) -> None:
     print_line(console, f"  base model against base model {check.base_distance:.2e}")
     print_line(console, f"  change that the adapter makes {check.adapter_effect:.3g}")
     if check.verdict == "inconclusive":
-        print_line(
-            console,
-            f"The adapter moves no logit by {POWER:g} times the allowed error, so this check cannot distinguish it "
-            "from an adapter that does nothing. A GGUF file of the base model in F32 allows a smaller error; "
-            "if this one is in F32, it holds another model's weights.",
-            "yellow",
-        )
+        remedy = "A GGUF file of the base model in F32 allows a smaller error; "
+        remedy += "if this one is in F32, it holds another model's weights."
+        print_line(console, undecided("The adapter", remedy), "yellow")

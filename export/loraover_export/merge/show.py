@@ -6,6 +6,7 @@ from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
+from loraover_export.logits.show import in_one_line, show_place, show_verdict
 from loraover_export.merge.report import MergeReport
 from loraover_export.merge.request import MergeRequest
 from loraover_export.numerics.matrix_certificate import matrix_facts
@@ -29,11 +30,9 @@ def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> 
     )
     if report.untied:
         print_line(console, f"no longer tied: {', '.join(report.untied)}")
-    facts = ", ".join(f"{k} {v}" for k, v in matrix_facts([weight.matrix for weight in report.weights]).items())
-    print_line(console, f"merge {report.verdict}: {facts}", "green" if report.passed else "red")
-    print_line(
-        console, f"wrote {request.output}" if report.passed else "nothing was written: a weight failed its check"
-    )
+    facts = in_one_line(matrix_facts([weight.matrix for weight in report.weights]))
+    show_verdict(report, f"merge {report.verdict}: {facts}", console)
+    show_place(report, request.output, console, reason="a weight failed its check")
 
 
 def _show_weights(report: MergeReport, console: Console) -> None:

@@ -8,31 +8,25 @@ import shlex
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
+from loraover_export.logits.show import show_place
 from loraover_export.mlx.report import MlxReport
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.uniform.show import show_matrices
 
 
 def show_report(report: MlxReport, request: MlxRequest, console: Console) -> None:
     """Print the certificate, and how to run the adapter if it was written."""
-    facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(report.matrices).items())
-    print_line(
-        console,
-        f"certificate {report.verdict}: rank {report.rank}, {report.dtype}, {facts}",
-        "green" if report.passed else "red",
-    )
+    show_matrices(report, console)
     if report.left_out:
         print_line(console, f"left out, as copies of the base model's weights: {', '.join(report.left_out)}", "yellow")
-    if not report.passed:
-        print_line(console, "nothing was written")
-        return
-    if report.lost_settings:
+    if report.passed and report.lost_settings:
         print_line(
             console,
             f"config.json of {report.base_model} has these settings only within rope_parameters, where mlx-lm 0.32 "
             f"does not look for all models; add them at its top level: {json.dumps(report.lost_settings)}",
             "yellow",
         )
-    print_line(console, f"wrote {request.output}")
-    words = ["mlx_lm.generate", "--model", report.base_model, "--adapter-path", str(request.output)]
-    print_line(console, f"run it: {shlex.join([*words, '--prompt', 'Hello'])}")
+    show_place(report, request.output, console)
+    if report.passed:
+        words = ["mlx_lm.generate", "--model", report.base_model, "--adapter-path", str(request.output)]
+        print_line(console, f"run it: {shlex.join([*words, '--prompt', 'Hello'])}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 
+from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
-from loraover_export.logits.judge import POWER
+from loraover_export.logits.show import show_place, show_verdict, undecided
 from loraover_export.onnx.report import GraphCheck, OnnxReport
 from loraover_export.onnx.request import OnnxRequest
 
@@ -27,18 +27,10 @@ def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> N
         ]
         console.print(terminal_table(heads, rows, names=heads[:1], title=_title(report), caption=CAPTION))
         console.print(f"noise: {report.checks[0].noise_of}")
-    color = {"passed": "green", "failed": "red"}.get(report.verdict, "yellow")
-    console.print(f"export {report.verdict}", style=color)
+    show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "inconclusive":
-        console.print(
-            f"An adapter moves no logit by {POWER:g} times the allowed error, so this check cannot distinguish it from "
-            "an adapter that does nothing. A higher --precision allows a smaller error.",
-            soft_wrap=True,
-        )
-    if report.verdict == "failed":
-        console.print("nothing was written: an export that fails its check is not left behind")
-    else:
-        console.print(f"wrote {escape(str(request.output))}", soft_wrap=True)
+        print_line(console, undecided("An adapter", "A higher --precision allows a smaller error."))
+    show_place(report, request.output, console, reason="an export that fails its check is not left behind")
 
 
 def _title(report: OnnxReport) -> str:

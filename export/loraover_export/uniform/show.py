@@ -8,6 +8,7 @@ from rich.console import Console
 
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
+from loraover_export.logits.show import in_one_line, show_place, show_verdict
 from loraover_export.numerics.matrix_certificate import matrix_facts
 from loraover_export.uniform.certificate import LoraCertificate, ModuleCertificate
 
@@ -22,18 +23,18 @@ def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> N
     cancelled = [module.module for module in certificate.modules if module.rank == 0]
     if cancelled:
         print_line(console, f"{len(cancelled)} modules have a delta of zero: {', '.join(cancelled[:3])}", "yellow")
-    facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(certificate.matrices).items())
-    print_line(
-        console,
-        f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}",
-        {"passed": "green", "failed": "red"}.get(certificate.verdict, "yellow"),
-    )
-    if certificate.verdict != "failed":
-        print_line(console, f"wrote {request.output}")
-    elif all(matrix.passed for matrix in certificate.matrices):
-        print_line(console, "nothing was written: the logits are further from the source's than rounding explains")
-    else:
-        print_line(console, "nothing was written: a matrix failed its check")
+    show_matrices(certificate, console)
+    reason = "a matrix failed its check"
+    if all(matrix.passed for matrix in certificate.matrices):
+        reason = "the logits are further from the source's than rounding explains"
+    show_place(certificate, request.output, console, reason=reason)
+
+
+def show_matrices(certificate: Any, console: Console) -> None:
+    """Print the verdict of a certificate that has a rank, a data type and matrices, and what sums up the matrices."""
+    facts = in_one_line(matrix_facts(certificate.matrices))
+    text = f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}"
+    show_verdict(certificate, text, console)
 
 
 def _show_modules(certificate: LoraCertificate, console: Console) -> None:

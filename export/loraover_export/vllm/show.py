@@ -5,24 +5,24 @@ from __future__ import annotations
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
-from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover_export.logits.show import in_one_line, show_verdict
 from loraover_export.uniform.certificate import module_facts
-from loraover_export.vllm.certificate import VllmCertificate
+from loraover_export.uniform.show import show_matrices
 from loraover_export.vllm.preflight import Preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest
 
-STYLES = {"error": "red", "warning": "yellow", "passed": "green"}
+STYLES = {"error": "red", "warning": "yellow"}
 
 
 def show_report(report: VllmReport, request: VllmRequest, console: Console) -> None:
     """Print the pre-flight, the certificate, and how to serve the adapter if it was written."""
     if report.conversion is not None:
-        facts = ", ".join(f"{name} {value}" for name, value in module_facts(report.conversion.modules).items())
+        facts = in_one_line(module_facts(report.conversion.modules))
         print_line(console, f"converted into a plain LoRA of rank {report.conversion.rank}: {facts}", "green")
     _show_preflight(report.preflight, console)
     if report.certificate is not None:
-        _show_certificate(report.certificate, console)
+        show_matrices(report.certificate, console)
     if not report.passed:
         console.print("nothing was written")
         return
@@ -41,13 +41,4 @@ def _show_preflight(report: Preflight, console: Console) -> None:
         print_line(console, f"{finding.level}: {finding.rule}: {finding.found}", STYLES[finding.level])
         print_line(console, f"  remedy: {finding.remedy}")
     summary = f"pre-flight {report.verdict}: {counts[0]} errors, {counts[1]} warnings, {len(report.rules)} rules"
-    print_line(console, summary, STYLES["passed" if report.passed else "error"])
-
-
-def _show_certificate(certificate: VllmCertificate, console: Console) -> None:
-    facts = ", ".join(f"{name} {value}" for name, value in matrix_facts(certificate.matrices).items())
-    print_line(
-        console,
-        f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}",
-        STYLES["passed" if certificate.passed else "error"],
-    )
+    show_verdict(report, summary, console)
