@@ -5,31 +5,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from loraover.client.tokens import Completion, Streamed
-    from loraover.common.errors import UnwrittenReportError
-    from loraover_serve.engines.sample import Sample
-    from loraover_serve.parity.judge.analysis import Latency, Result, Throughput
-    from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
-    from loraover_serve.parity.measure.cross_check import CrossCheck
-    from loraover_serve.parity.measure.memory import PeakMemory
-    from loraover_serve.parity.report.parity_report import ParityReport
-    from loraover_serve.parity.run import measure_parity
-    from loraover_serve.parity.samples import Measurement
-    from loraover_serve.record.check import verify_adapter
-    from loraover_serve.record.recorder import RecordReport, record_adapter
-    from loraover_serve.verify.report import (
-        EngineResult,
-        GreedyAgreement,
-        Interval,
-        LogprobDistance,
-        Suspect,
-        VerifyReport,
-    )
-    from loraover_serve.vllm.serve import serve_adapters
-    from loraover_serve.vllm.server import VllmServer
-    from loraover_serve.watch.history import Check
-    from loraover_serve.watch.run import WatchReport, watch_adapters
+if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
+    from loraover.client.tokens import Completion as Completion
+    from loraover.client.tokens import Streamed as Streamed
+    from loraover.common.errors import UnwrittenReportError as UnwrittenReportError
+    from loraover_serve.engines.sample import Sample as Sample
+    from loraover_serve.parity.judge.analysis import Latency as Latency
+    from loraover_serve.parity.judge.analysis import Result as Result
+    from loraover_serve.parity.judge.analysis import Throughput as Throughput
+    from loraover_serve.parity.judge.outputs import Answer as Answer
+    from loraover_serve.parity.judge.outputs import Distance as Distance
+    from loraover_serve.parity.judge.outputs import Outputs as Outputs
+    from loraover_serve.parity.measure.cross_check import CrossCheck as CrossCheck
+    from loraover_serve.parity.measure.memory import PeakMemory as PeakMemory
+    from loraover_serve.parity.report.parity_report import ParityReport as ParityReport
+    from loraover_serve.parity.run import measure_parity as measure_parity
+    from loraover_serve.parity.samples import Measurement as Measurement
+    from loraover_serve.record.check import verify_adapter as verify_adapter
+    from loraover_serve.record.recorder import RecordReport as RecordReport
+    from loraover_serve.record.recorder import record_adapter as record_adapter
+    from loraover_serve.verify.report import EngineResult as EngineResult
+    from loraover_serve.verify.report import GreedyAgreement as GreedyAgreement
+    from loraover_serve.verify.report import Interval as Interval
+    from loraover_serve.verify.report import LogprobDistance as LogprobDistance
+    from loraover_serve.verify.report import Suspect as Suspect
+    from loraover_serve.verify.report import VerifyReport as VerifyReport
+    from loraover_serve.vllm.serve import serve_adapters as serve_adapters
+    from loraover_serve.vllm.server import VllmServer as VllmServer
+    from loraover_serve.watch.history import Check as Check
+    from loraover_serve.watch.run import WatchReport as WatchReport
+    from loraover_serve.watch.run import watch_adapters as watch_adapters
 
 _HOMES = {
     "Answer": "loraover_serve.parity.judge.outputs",
@@ -63,37 +68,7 @@ _HOMES = {
     "watch_adapters": "loraover_serve.watch.run",
 }
 
-__all__ = [
-    "Answer",
-    "Check",
-    "Completion",
-    "CrossCheck",
-    "Distance",
-    "EngineResult",
-    "GreedyAgreement",
-    "Interval",
-    "Latency",
-    "LogprobDistance",
-    "Measurement",
-    "Outputs",
-    "ParityReport",
-    "PeakMemory",
-    "RecordReport",
-    "Result",
-    "Sample",
-    "Streamed",
-    "Suspect",
-    "Throughput",
-    "UnwrittenReportError",
-    "VerifyReport",
-    "VllmServer",
-    "WatchReport",
-    "measure_parity",
-    "record_adapter",
-    "serve_adapters",
-    "verify_adapter",
-    "watch_adapters",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
