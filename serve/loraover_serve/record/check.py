@@ -19,7 +19,6 @@ from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check, unanswered
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
 from loraover_serve.record.crossed import Named, Search
-from loraover_serve.record.facts import Facts
 from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.request import VerifyRequest
 
@@ -74,7 +73,7 @@ def check_server(request: VerifyRequest) -> VerifyReport:
     return publish(request, to_report(request, known, found))
 
 
-def ask_server(request: VerifyRequest) -> tuple[list[Facts], list[dict[str, Any]]]:
+def ask_server(request: VerifyRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Ask a running server about one adapter after the other, with one reference in memory at a time.
 
     Args:
@@ -89,7 +88,7 @@ def ask_server(request: VerifyRequest) -> tuple[list[Facts], list[dict[str, Any]
     """
     _endpoint(request)  # an address or a key that cannot be used is told first
     check_seals(request)
-    known: list[Facts] = []
+    known: list[dict[str, Any]] = []
     adapters: list[Named] = []
     found: list[dict[str, Any]] = []
     unread: list[CheckpointError] = []
@@ -102,13 +101,27 @@ def ask_server(request: VerifyRequest) -> tuple[list[Facts], list[dict[str, Any]
             adapters.append(Named(name or str(file), read))
             found.append(_failed(adapters[-1].name, error))
             continue
-        known.append(Facts.of(reference))
-        adapters.append(Named(name or known[-1].adapter, read))
+        known.append(_facts(reference))
+        adapters.append(Named(name or known[-1]["adapter"], read))
         found.append(_check(request, adapters[-1].name, reference))
     if not known:
         raise unread[0]
     name_crossed(request, adapters, found)
     return known, found
+
+
+def _facts(reference: Reference) -> dict[str, Any]:
+    """The fields of a report that say what a reference holds; they are small, unlike the reference."""
+    content = reference.content
+    return {
+        "adapter": str(content["adapter"]),
+        "base_model": str(content["base_model"]),
+        "sensitivity": reference.sensitivity,
+        "bias": float(reference.formats["bf16"]["strength"]),
+        "prompts": len(reference.questions),
+        "new_tokens": max(len(question["answer"]) for question in reference.questions),
+        "device": str(content.get("made", {}).get("device", "unknown")),
+    }
 
 
 def _endpoint(request: VerifyRequest) -> Endpoint:

@@ -11,13 +11,14 @@ from loraover.common.atomic_output import publish_directory, publish_file
 from loraover.common.errors import EngineError, OutputError, UnwrittenReportError
 from loraover.common.provenance import environment, processor, today
 from loraover_serve.judge.limits import EXIT_CODES
-from loraover_serve.record.facts import Facts
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 
 
-def to_report(request: VerifyRequest, known: Sequence[Facts], found: Sequence[Mapping[str, Any]]) -> VerifyReport:
+def to_report(
+    request: VerifyRequest, known: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
+) -> VerifyReport:
     """The report of a check.
 
     Args:
@@ -30,21 +31,18 @@ def to_report(request: VerifyRequest, known: Sequence[Facts], found: Sequence[Ma
     """
     if all(result["verdict"] == "failed" for result in found):
         raise EngineError(str(found[0]["reason"]))
-    first = known[0]
     engines = [EngineResult.model_validate(dict(result)) for result in found]
+    of_all = {
+        "adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known)),
+        "sensitivity": max(one["sensitivity"] for one in known),
+    }
     return VerifyReport(
+        **{**known[0], **of_all},
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in engines}),
         engines=engines,
-        adapter=", ".join(dict.fromkeys(one.adapter for one in known)),
-        base_model=first.base_model,
         reference="the reference",
-        sensitivity=max(one.sensitivity for one in known),
-        bias=first.bias,
         served_format=request.declared_format,
-        prompts=first.prompts,
         prompt_source="those of the reference",
-        new_tokens=first.new_tokens,
-        device=first.device,
         command=request.command(),
         versions=environment(),
         hardware=f"{processor()}, {platform.platform()}",
