@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loraover.common.command_line import quiet_libraries
@@ -29,10 +30,6 @@ def _check(request: FleetCheckRequest, as_json: bool) -> int:
     return ONE.run(CheckRequest(request.sources[0], engines=request.engines, model=request.model), as_json)
 
 
-def _prepare(request: PrepareRequest, as_json: bool) -> int:
-    return _fleet("prepare_fleet", request, as_json)
-
-
 def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
     """Call a verb of many adapters, show each row as soon as it is there, and return the exit code."""
     from rich.console import Console
@@ -57,4 +54,4 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
 
 
 check = request_command(FleetCheckRequest, _check)
-prepare = request_command(PrepareRequest, _prepare)
+prepare = request_command(PrepareRequest, partial(_fleet, "prepare_fleet"))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
@@ -120,36 +118,24 @@ def compare_deltas(module: str, first: Delta | None, second: Delta | None) -> Mo
     columns: list[float] = []
     rows: list[float] = []
     if one is not None and other is not None:
-        columns = principal_angles(one.columns(), other.columns())
-        rows = principal_angles(one.rows(), other.rows())
+        columns = principal_angles(*(svd.columns(rank) for svd, rank in (one, other)))
+        rows = principal_angles(*(svd.rows(rank) for svd, rank in (one, other)))
     return ModuleDiff(
         module=module,
-        ranks=(0 if one is None else one.rank, 0 if other is None else other.rank),
-        norms=(0.0 if one is None else one.svd.norm, 0.0 if other is None else other.svd.norm),
+        ranks=(0 if one is None else one[1], 0 if other is None else other[1]),
+        norms=(0.0 if one is None else one[0].norm, 0.0 if other is None else other[0].norm),
         difference=product_norm(*concatenate(factors)),
         column_angles=[math.degrees(angle) for angle in columns],
         row_angles=[math.degrees(angle) for angle in rows],
     )
 
 
-class _Decomposed(NamedTuple):
-    """A delta's singular value decomposition, and the rank up to which it is more than rounding."""
-
-    svd: SingularValues
-    rank: int
-
-    def columns(self) -> Tensor:
-        return self.svd.columns(self.rank)
-
-    def rows(self) -> Tensor:
-        return self.svd.rows(self.rank)
-
-
-def _decomposed(delta: Delta | None) -> _Decomposed | None:
+def _decomposed(delta: Delta | None) -> tuple[SingularValues, int] | None:
+    """Return a delta's singular value decomposition, and the rank up to which it is more than rounding."""
     if delta is None:
         return None
     svd = decompose(delta.b.value.double(), delta.a.value.double())
-    return _Decomposed(svd, svd.numerical_rank(factor_noise(delta.b, delta.a)))
+    return svd, svd.numerical_rank(factor_noise(delta.b, delta.a))
 
 
 def _others(opened: Sequence[ExactAdapter]) -> list[str]:

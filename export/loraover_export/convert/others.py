@@ -64,17 +64,12 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
 
 def saved_module(name: str, config: MethodConfig) -> str | None:
     """Return the module of `modules_to_save` that a parameter belongs to; None if it belongs to none."""
-    return next((module for module in config.modules_to_save or () if _is_below(name, module)), None)
+    return next((module for module in config.modules_to_save or () if f".{module}." in f".{name}"), None)
 
 
 def is_served_head(module: str) -> bool:
     """Whether engines take a module of `modules_to_save`."""
     return module.rpartition(".")[2] in SERVED_HEADS
-
-
-def _is_below(name: str, module: str) -> bool:
-    """Whether a parameter belongs to a module that `modules_to_save` names."""
-    return f".{module}." in f".{name}"
 
 
 def _described(saved: str | None, name: str) -> str:

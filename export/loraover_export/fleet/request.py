@@ -7,19 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraover.common.dtypes import DTYPES
-from loraover.common.request import AnyName, AnyNames, AnyPath, Request, argument, option
+from loraover.common.request import AnyName, AnyNames, AnyPath, Request, option
 from loraover_export.check.engines import ENGINES
 from loraover_export.check.request import CheckRequest
-from loraover_export.uniform.request_fields import ADDRESSES, base_model
+from loraover_export.uniform.request_fields import base_model, given_adapter
 
 PREPARED_FOR = ("vllm", "llamacpp", "onnx", "openvino", "mlx")
 """Engines that adapters can be prepared for."""
 LINES = "Print a JSON object for each adapter, one a line, as soon as it is done."
-
-
-def adapters(kind: str, metavar: str) -> Any:
-    """Declare the field `sources`, whose adapters are fetched one by one, so that one that is missing ends nothing."""
-    return argument(f"{kind}: {ADDRESSES}.", metavar=metavar)
 
 
 def number_of_jobs() -> Any:
@@ -67,7 +62,9 @@ class FleetCheckRequest(FleetRequest):
     examples = (*CheckRequest.examples, "loraover export check adapters/* --engine vllm --jobs 4 --html fleet.html")
     json_help = "Print the report as JSON; of several adapters, a JSON object for each, one a line."
 
-    sources: AnyNames = adapters("LoRA-Over checkpoints, or PEFT adapters of any method", "ADAPTER...")
+    sources: AnyNames = given_adapter(
+        "LoRA-Over checkpoints, or PEFT adapters of any method", is_source=False, metavar="ADAPTER..."
+    )
     engines: AnyNames = option(
         "Engine to judge for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
     )
@@ -93,7 +90,9 @@ class PrepareRequest(FleetRequest):
     )
     json_help = LINES
 
-    sources: AnyNames = adapters("LoRA-Over checkpoints, or PEFT adapters of any kind", "SOURCE...")
+    sources: AnyNames = given_adapter(
+        "LoRA-Over checkpoints, or PEFT adapters of any kind", is_source=False, metavar="SOURCE..."
+    )
     cache: AnyPath = option("Folder of the cache, which is made if it is missing.", short="-o")
     engine: str = option("Engine to prepare for.", default="vllm", choices=PREPARED_FOR)
     model: AnyName | None = option(

@@ -56,7 +56,7 @@ class Guarded:
             row = self.examine(fetched, source)
         except LoraOverError as error:
             is_its_own = isinstance(error, IN_THE_ADAPTER) and not isinstance(error, ConfigError | OutputError)
-            reason = str(error) if row.address == source else _of_address(str(error), fetched)
+            reason = str(error) if row.address == source else str(error).replace(str(fetched.folder), fetched.address)
             row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
         except Exception as error:  # one adapter must not end the others, whatever a library makes of it
             reason = missing_package(error) or f"{type(error).__name__}: {error}. Please report this."
@@ -183,11 +183,6 @@ def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path 
     if page is not None:
         write_page(report, page, request.command())
     return report
-
-
-def _of_address(message: str, fetched: Fetched) -> str:
-    """Return a message with the address of an adapter in place of the folder that it was fetched to."""
-    return message.replace(str(fetched.folder), fetched.address)
 
 
 def _in_words(seconds: float) -> str:

@@ -221,17 +221,17 @@ class Export:
         return checks
 
     def _result(self, matrices: list[MatrixCertificate], checks: list[GraphCheck]) -> OnnxReport:
-        request = self.request
+        request, device = self.request, self.plan.device
         return OnnxReport(
             verdict=judge_export(checks, matrices),
             mode=request.mode,
             precision=self.plan.precision,
-            device=self.plan.device,
+            device=device,
             cache=not isinstance(self.kind, Stateless),
             web=request.web,
             check_device=str(choose_device(request.check_device)) if request.check else None,
             compute_dtype=request.compute_dtype if request.check else None,
-            checked_on=self._checked_on() if request.check else None,
+            checked_on=(device if has_provider(device) else "cpu") if request.check else None,
             base_model=self.inputs.base.name,
             adapters={name: str(adapter.path) for name, adapter in self.inputs.adapters.items()},
             checks=checks,
@@ -239,9 +239,6 @@ class Export:
             versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
             hardware=hardware(),
         )
-
-    def _checked_on(self) -> str:
-        return self.plan.device if has_provider(self.plan.device) else "cpu"
 
 
 def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from loraover.common.errors import ExportError
 from loraover_export.onnx.web import lora_feed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 def has_provider(device: str) -> bool:
@@ -72,7 +71,7 @@ class GraphSession:
             if name.startswith("past_key_values."):
                 _, heads, _, size = value.shape
                 size = size if isinstance(size, int) else head_size
-                empty[name] = torch.zeros((batch, heads, 0, size), dtype=_torch_dtype(value.type))
+                empty[name] = torch.zeros((batch, heads, 0, size), dtype=FLOATS[value.type])
         return empty
 
 
@@ -80,7 +79,3 @@ def _loaded(adapter: Path) -> Any:
     loaded = ort.LoraAdapter()
     loaded.Load(str(adapter))
     return loaded
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return torch.from_numpy(np.zeros(0, FLOATS[name])).dtype

@@ -25,16 +25,13 @@ def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> N
             )
             for check in report.checks
         ]
-        console.print(terminal_table(heads, rows, names=heads[:1], title=_title(report), caption=CAPTION))
+        title = f"ONNX Runtime against the PyTorch reference, {report.compute_dtype} on {report.check_device}"
+        console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=CAPTION))
         console.print(f"noise: {report.checks[0].noise_of}")
     show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "inconclusive":
         print_line(console, undecided("An adapter", "A higher --precision allows a smaller error."))
     show_place(report, request.output, console, reason="an export that fails its check is not left behind")
-
-
-def _title(report: OnnxReport) -> str:
-    return f"ONNX Runtime against the PyTorch reference, {report.compute_dtype} on {report.check_device}"
 
 
 def _greedy(check: GraphCheck) -> str:

@@ -18,13 +18,10 @@ def given_adapter(kind: str, **more: Any) -> Any:
 
     Args:
         kind: What the adapter is, in words.
-        more: Keywords of `argument`.
+        more: Keywords of `argument`; without `is_source`, the verb fetches adapters one by one, so that one that is
+            missing ends nothing.
     """
-    return argument(
-        f"{kind}: {ADDRESSES}.",
-        is_source=True,
-        **more,
-    )
+    return argument(f"{kind}: {ADDRESSES}.", **{"is_source": True} | more)
 
 
 def plain_adapter() -> Any:

@@ -41,16 +41,17 @@ class Preflight(Proof):
 def preflight(candidate: Candidate) -> Preflight:
     """Apply every rule of `RULES` to an adapter."""
     findings = [_finding(rule, problem) for rule, check in RULES.items() for problem in check(candidate)]
-    failed = any(finding.level == "error" for finding in findings)
+    rules = dict.fromkeys(RULES, "passed") | {finding.rule: finding.level for finding in findings}
+    rules |= {finding.rule: "error" for finding in findings if finding.level == "error"}
     return Preflight(
-        verdict="failed" if failed else "passed",
+        verdict="failed" if "error" in rules.values() else "passed",
         vllm_version=candidate.architectures.version,
         served_model=candidate.served.source.name,
         architecture=candidate.served.architecture,
         modules=len(candidate.modules),
         rank=candidate.adapter.rank,
         max_lora_rank=max_lora_rank(candidate.adapter.rank),
-        rules={rule: _outcome([finding.level for finding in findings if finding.rule == rule]) for rule in RULES},
+        rules=rules,
         findings=findings,
     )
 
@@ -59,7 +60,3 @@ def _finding(rule: str, problem: Problem) -> Violation:
     return Violation(
         rule=rule, level="warning" if problem.is_warning else "error", found=problem.found, remedy=problem.remedy
     )
-
-
-def _outcome(levels: list[Literal["error", "warning"]]) -> Literal["passed", "warning", "error"]:
-    return "error" if "error" in levels else "warning" if levels else "passed"
