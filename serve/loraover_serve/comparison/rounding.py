@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -106,7 +106,6 @@ def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
         model: The model.
         format_: The number format.
     """
-    handles = []
     exact: dict[nn.Module, nn.Parameter] = {}
 
     def before(module: Any, args: tuple[Any, ...]) -> None:
@@ -118,13 +117,13 @@ def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
         module.weight = exact.pop(module)
         return output if format_.outputs is None else format_.outputs(output)
 
-    try:
+    with ExitStack() as hooks:
         for module in model.modules():
             if module._parameters.get("weight") is not None:
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, weight in exact.items():
-            module.register_parameter("weight", weight)
+                hooks.enter_context(module.register_forward_pre_hook(before))
+                hooks.enter_context(module.register_forward_hook(after))
+        try:
+            yield
+        finally:
+            for module, weight in exact.items():
+                module.register_parameter("weight", weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,8 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change, in
     """
     config = model.config.get_text_config()
     if config.bos_token_id is not None:
-        added = partial(_before, int(config.bos_token_id))
-        yield EXTRA_TOKEN, "a token of the beginning of the text is added", added, 0
+        added = (int(config.bos_token_id),)
+        yield EXTRA_TOKEN, "a token of the beginning of the text is added", lambda: nullcontext(added), 0
     rotary = next(
         (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
     )
@@ -92,11 +92,8 @@ def coarse_cache(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     def cached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, kwargs | {"use_cache": True, "past_key_values": Float8Cache(rounding)}
 
-    handle = model.register_forward_pre_hook(cached, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(cached, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def chain_of(model: Any) -> nn.ModuleList:
@@ -113,11 +110,6 @@ def _layers(model: Any) -> nn.ModuleList:
     number = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number)
     return next(lists, nn.ModuleList())
-
-
-@contextmanager
-def _before(token: int) -> Iterator[tuple[int, ...]]:
-    yield (token,)
 
 
 @contextmanager
@@ -141,12 +133,10 @@ def _windowed(layers: nn.ModuleList, size: int) -> Iterator[tuple[int, ...]]:
         mask = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, torch.finfo(hidden.dtype).min)
         return args, kwargs | {"attention_mask": mask[None, None]}
 
-    handles = [layer.register_forward_pre_hook(narrow, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(narrow, with_kwargs=True))
         yield ()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -155,11 +145,8 @@ def _skipping(layer: nn.Module) -> Iterator[tuple[int, ...]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handle = layer.register_forward_hook(skip, with_kwargs=True)
-    try:
+    with layer.register_forward_hook(skip, with_kwargs=True):
         yield ()
-    finally:
-        handle.remove()
 
 
 @contextmanager

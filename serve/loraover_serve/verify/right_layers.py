@@ -40,8 +40,8 @@ class RightLayers:
             self._shared, self._held = shared, (-1, [])
         outputs: list[Any] = []
         with ExitStack() as changes:
-            hook = self._layers[last].register_forward_hook(lambda module, args, output: outputs.append(output))
-            changes.callback(hook.remove)
+            keep = self._layers[last].register_forward_hook(lambda module, args, output: outputs.append(output))
+            changes.enter_context(keep)
             changes.enter_context(_giving(self._layers[: self._held[0] + 1], self._held[1]))
             yield
         self._held = (last, outputs) if outputs else (-1, [])

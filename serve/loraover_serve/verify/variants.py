@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -171,15 +171,11 @@ class Variants:
 
 @contextmanager
 def _adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[None]:
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for module, delta in deltas.items():
             target = target_module(model, adapter, module)
-            handles.append(target.register_forward_hook(_adder(delta)))
+            hooks.enter_context(target.register_forward_hook(_adder(delta)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adder(delta: LowRankChange) -> Any:
