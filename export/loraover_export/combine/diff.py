@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.threads import workers
@@ -91,18 +91,7 @@ def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDif
             "whose logits cannot be compared; leave it out."
         )
     base = resolve_base(sources.adapters, request.model, option=request.named("model"), say=request.report.line)
-    labels = (saved_labels(adapter.shapes) for adapter in sources.adapters)
-    return partial(
-        compare_logits,
-        sources.adapters,
-        base,
-        read_prompts(base, request.prompts),
-        request.report,
-        task_type=sources.task_type,
-        num_labels=next(filter(None, labels), None),
-        device=request.device,
-        compute_dtype=request.compute_dtype,
-    )
+    return partial(compare_logits, request, sources, base, read_prompts(base, request.prompts))
 
 
 def _compared(opened: Sequence[ExactAdapter], module: str) -> ModuleDiff:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
-from loraover.common.reporter import Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
 from loraover_export.convert.request import ConvertRequest
-from loraover_export.convert.source import AdapterLayout
+from loraover_export.convert.source import Adapter, AdapterLayout
 from loraover_export.logits.deviation import Deviation, RunningDeviation, largest_of
-from loraover_export.logits.pieces import logits_of, pieces
+from loraover_export.logits.pieces import logits_of, walked
 from loraover_export.logits.prompts import Prompts
 from loraover_export.numerics.rounding import STORAGE_DTYPES
 from loraover_export.uniform.certificate import OutputsOfConversion
@@ -30,18 +30,13 @@ MOVED = 0.25
 
 
 def compare_outputs(
-    source: AdapterLayout[Any],
-    converted: Path,
-    base: ModelSource,
+    request: ConvertRequest,
+    adapter: Adapter[Any],
     prompts: Prompts,
-    report: Reporter,
+    start_dtype: str | None,
+    converted: Path,
     *,
     is_exact: bool,
-    dtype: str,
-    start_dtype: str | None,
-    num_labels: int | None,
-    device: str,
-    compute_dtype: str,
 ) -> OutputsOfConversion:
     """Run the source and the converted adapter on the same prompts, and compare every logit.
 
@@ -50,68 +45,44 @@ def compare_outputs(
     converted adapter and its twin share one.
 
     Args:
-        source: The source.
-        converted: Folder of the written adapter.
-        base: The base model.
+        request: The arguments of the conversion.
+        adapter: The source, on its base model.
         prompts: Token ids to run.
-        report: Receiver of progress.
-        is_exact: Whether the conversion left nothing out, so that its logits have to be the source's.
-        dtype: Data type that the adapter is stored in: fp32, bf16 or fp16.
         start_dtype: Data type to load the base model in, where PEFT starts the source from the loaded weights; None
             means `compute_dtype`.
-        num_labels: Number of labels of a classification head that the source replaces; None if it replaces none.
-        device: Device to run on.
-        compute_dtype: Data type to run the models in: fp32, bf16, fp16 or fp64.
+        converted: Folder of the written adapter.
+        is_exact: Whether the conversion left nothing out, so that its logits have to be the source's.
 
     Raises:
         ConfigError: A base model that cannot be loaded for the source's task, or a device that is not there.
     """
-    place, _ = choose_compute(device, compute_dtype)
+    place, _ = choose_compute(request.device, request.compute_dtype)
+    source, base, compute_dtype = adapter.layout, adapter.base.source, request.compute_dtype
     times = "three times" if is_exact else "twice"
-    report.line(f"loading the base model from {base.origin} {times}, to {place}, {compute_dtype}")
-    load = partial(_load, base, source, num_labels, start_dtype or compute_dtype, compute_dtype, str(place))
+    request.report.line(f"loading the base model from {base.origin} {times}, to {place}, {compute_dtype}")
+    labels = saved_labels({key: adapter.file.shape(key) for key in source.others})
+    load = partial(_load, base, source, labels, start_dtype or compute_dtype, compute_dtype, str(place))
     (trained, _), (written, matrices) = load(source.path), load(converted)
-    twins = Twins(load(source.path, is_twin=True)[0], matrices, STORAGE_DTYPES[dtype]) if is_exact else None
-    tokens = sum(batch.numel() for batch in prompts.batches)
-    error, effect = _run(prompts, tokens, trained, written, twins, place, report)
+    twins = Twins(load(source.path, is_twin=True)[0], matrices, STORAGE_DTYPES[request.dtype]) if is_exact else None
+    error, effect = RunningDeviation(), RunningDeviation()
+    with walked(prompts, written.get_base_model(), "the source and the LoRA", request.report) as steps:
+        for ids, positions in steps:
+            expected, found = (logits_of(model, ids, positions) for model in (trained, written))
+            error.add(expected, found)
+            if twins is not None:
+                twins.add(expected, found, written, ids, positions)
+            with written.disable_adapter():
+                effect.add(expected, logits_of(written, ids, positions))
     return OutputsOfConversion(
         base=base.origin,
         device=str(place),
         compute_dtype=compute_dtype,
-        tokens=tokens,
+        tokens=prompts.tokens,
         prompt_source=prompts.source,
         error=error.result(),
         noise=None if twins is None else twins.noise(),
         adapter_effect=effect.result().max_logit,
     )
-
-
-def _run(
-    prompts: Prompts,
-    tokens: int,
-    trained: Any,
-    written: Any,
-    twins: Twins | None,
-    place: torch.device,
-    report: Reporter,
-) -> tuple[RunningDeviation, RunningDeviation]:
-    """Distances of the converted adapter, and of the base model, from the source's logits."""
-    error, effect = RunningDeviation(), RunningDeviation()
-    seen = 0
-    with report.task(f"running the source and the LoRA on {prompts.source}, tokens", tokens) as done:
-        for ids in prompts.batches:
-            placed = ids.to(place)
-            for positions in pieces(written.get_base_model(), ids):
-                expected = logits_of(trained, placed, positions)
-                found = logits_of(written, placed, positions)
-                error.add(expected, found)
-                if twins is not None:
-                    twins.add(expected, found, written, placed, positions)
-                with written.disable_adapter():
-                    effect.add(expected, logits_of(written, placed, positions))
-            seen += ids.numel()
-            done(seen)
-    return error, effect
 
 
 class Twins:

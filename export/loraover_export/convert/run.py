@@ -12,7 +12,6 @@ from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
-from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ExportError
@@ -128,18 +127,7 @@ def _comparison(
     config, layout = adapter.base.model.config, adapter.layout
     at_once = tokens_at_once(config, place, layout.config.task_type)
     prompts = read_prompts(base, request.prompts, at_once=at_once, tokens=method.trained_tokens(layout.config))
-    return partial(
-        compare_outputs,
-        layout,
-        base=base,
-        prompts=prompts,
-        report=request.report,
-        dtype=request.dtype,
-        start_dtype=start_dtype,
-        num_labels=saved_labels({key: adapter.file.shape(key) for key in layout.others}),
-        device=request.device,
-        compute_dtype=request.compute_dtype,
-    )
+    return partial(compare_outputs, request, adapter, prompts, start_dtype)
 
 
 def _convert(

@@ -81,21 +81,10 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
         if base.moved is not None:
             write_config(naming(json.loads((draft / CONFIG_FILE).read_bytes()), base), draft)
             base_model = base.name
-        outputs = check_outputs(
-            checkpoint,
-            draft,
-            request.dtype,
-            base,
-            request.prompts,
-            request.report,
-            device=request.device,
-            compute_dtype=request.compute_dtype,
-            max_memory_gib=request.max_memory_gib,
-        )
+        outputs = check_outputs(request, checkpoint, draft, base)
     trained_base = None
     if base is not None and request.trained_on is not None:
-        place = {"device": request.device, "compute_dtype": request.compute_dtype}
-        trained_base = compare_bases(draft, base, request.trained_on, request.prompts, request.report, **place)
+        trained_base = compare_bases(request, draft, base, request.trained_on)
     return FoldCertificate(
         trained_base=trained_base,
         verdict=_verdict(matrices, outputs),

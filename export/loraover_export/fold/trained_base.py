@@ -4,49 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model
 from loraover_export.fold.certificate import TrainedBase
+from loraover_export.fold.request import FoldRequest
 from loraover_export.logits.deviation import RunningDeviation
 from loraover_export.logits.pieces import logits_of, pieces, tokens_at_once
 from loraover_export.logits.prompts import read_prompts
 
 
-def compare_bases(
-    folded: Path,
-    source: ModelSource,
-    quantization: str,
-    prompts_file: Path | None,
-    report: Reporter = SILENT,
-    *,
-    device: str = "cpu",
-    compute_dtype: str = "fp32",
-) -> TrainedBase:
+def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quantization: str) -> TrainedBase:
     """Run a plain adapter on the full base model and on the quantised one, and compare every logit.
 
     Args:
+        request: The arguments of the fold.
         folded: Folder of the adapter.
         source: The base model in full precision.
         quantization: How `loraover train` had it quantised: nf4 or int8 of bitsandbytes.
-        prompts_file: Text file with one prompt a line; None means a built-in set.
-        report: Receiver of progress.
-        device: Device to run on: cpu, cuda, auto, or one GPU such as cuda:1.
-        compute_dtype: Data type to run in.
 
     Raises:
         ConfigError: bitsandbytes is missing, or cannot quantise this model here.
     """
-    adapter, device = read_adapter_dir(folded), str(choose_compute(device, compute_dtype)[0])
-    config = load_config(source)
-    prompts = read_prompts(source, prompts_file, at_once=tokens_at_once(config, torch.device(device)))
+    adapter, compute_dtype = read_adapter_dir(folded), request.compute_dtype
+    place, _ = choose_compute(request.device, compute_dtype)
+    device, at_once = str(place), tokens_at_once(load_config(source), place)
+    prompts = read_prompts(source, request.prompts, at_once=at_once)
     from peft import PeftModel
 
-    report.line(f"loading the base model in full precision and as {quantization} to {device}")
+    request.report.line(f"loading the base model in full precision and as {quantization} to {device}")
     full = load_model(source, dtype=compute_dtype, task_type=adapter.config.task_type, device=device)
     small = load_model(source, dtype=compute_dtype, device=device, quantization=quantization)
     small = PeftModel.from_pretrained(small, str(folded)).eval()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from loraover.common.reporter import Reporter
+from loraover_export.logits.prompts import Prompts
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27, "mps": 2**26}
 """Logits of what runs at once, by device: 64 MiB in float32 on the CPU. At most four such pieces are held."""
@@ -34,6 +38,32 @@ def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
         yield None
         return
     yield from torch.split(torch.arange(ids.shape[1], device=model.device), at_once)
+
+
+@contextmanager
+def walked(
+    prompts: Prompts, model: Any, work: str, report: Reporter
+) -> Iterator[Iterator[tuple[Tensor, Tensor | None]]]:
+    """Walk over prompts on a model's device, with the positions of `pieces`, and report how many tokens are done.
+
+    Args:
+        prompts: The prompts.
+        model: The model.
+        work: What is run on the prompts, in words.
+        report: Receiver of progress.
+    """
+    with report.task(f"running {work} on {prompts.source}, tokens", prompts.tokens) as advance:
+
+        def steps() -> Iterator[tuple[Tensor, Tensor | None]]:
+            done = 0
+            for batch in prompts.batches:
+                ids = batch.to(model.device)
+                for positions in pieces(model, batch):
+                    yield ids, positions
+                    done += ids.numel() if positions is None else len(positions)
+                    advance(done)
+
+        yield steps()
 
 
 @torch.no_grad()

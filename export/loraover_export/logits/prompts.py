@@ -42,6 +42,11 @@ class Prompts:
     source: str
     cut: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all prompts."""
+        return sum(ids.numel() for ids in self.batches)
+
 
 def read_prompts(
     source: ModelSource,
