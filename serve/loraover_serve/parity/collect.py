@@ -208,16 +208,7 @@ class Collector:
     def _cross_check(self, engine: VllmEngine, run: Measurement, measured: Measured) -> None:
         tokenizer = load_tokenizer(self.arms.base)
         for arm in (arm for arm in engine.arms if arm not in self.arms.also):
-            measured.cross_checks += cross_check(
-                run,
-                arm,
-                engine.names[arm],
-                self.requests,
-                tokenizer,
-                vllm=self.request.vllm,
-                url=engine.server.url,
-                folder=self.setting.scratch,
-            )
+            measured.cross_checks += cross_check(run, arm, engine, self.requests, tokenizer, self.setting)
 
     def _measure_memory(self, kind: type[BatchingEngine], setting: Setting, measured: Measured) -> None:
         """Start a server for each arm alone, and send it a few waves of requests."""

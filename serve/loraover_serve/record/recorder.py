@@ -44,7 +44,7 @@ from loraover_serve.record.request import RecordRequest
 from loraover_serve.record.sealed import SEALED
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.measures import between_arms, off
-from loraover_serve.verify.reference import HELD, Reference, fit_reference, make_reference
+from loraover_serve.verify.reference import Reference, fit_reference, make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
@@ -162,11 +162,9 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     dtype = request.compute_dtype
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
-    rows = HELD * len(prompts) * request.new_tokens
-    longest = max(map(len, prompts)) + request.new_tokens
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory_gib": request.max_memory_gib}
-    base = fit_reference("PyTorch", adapter, base, rows=rows, longest=longest, say=say, **place)
-    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
+    asked = prompts, request.new_tokens, device, request.report, dtype
+    base = fit_reference(adapter, base, *asked, request.max_memory_gib)
+    reference = make_reference(adapter, base, *asked)
     variants = Variants(adapter, base, device, reference.questions, dtype, answers_only=True)
     subject = make_subject(adapter, base)
     say(f"running both models in {', '.join(FORMATS)}")

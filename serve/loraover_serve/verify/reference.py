@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,38 +51,33 @@ class Reference:
 
 
 def fit_reference(
-    work: str,
     adapter: AdapterDir,
     base: ModelSource,
-    *,
-    rows: int,
-    longest: int,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
     device: str,
+    report: Reporter,
     dtype: str,
     max_memory_gib: float | None,
-    say: Callable[[str], None],
 ) -> ModelSource:
     """Say what PyTorch needs of memory before a model is loaded, and choose how to load the base model.
 
+    The other arguments are those of `make_reference`.
+
     Args:
-        work: The work, as the beginning of a sentence.
-        adapter: The adapter.
-        base: The base model.
-        rows: Number of positions whose logprobs are held at once, counted for each model; they are in the CPU's memory.
-        longest: Number of tokens of the longest question with its answer.
-        device: Device to run on.
-        dtype: Data type to run in.
         max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
-        say: Receiver of the sentences.
 
     Returns:
         The base model, which is streamed if its weights are larger.
     """
     vocabulary = load_config(base).get_text_config().vocab_size
-    held = sum(prod(shape) for shape in adapter.shapes.values()) + (rows * vocabulary if device == "cpu" else 0)
-    tokens = max(longest, LOGITS_AT_ONCE // vocabulary)
+    held = sum(prod(shape) for shape in adapter.shapes.values())
+    if device == "cpu":  # which has the logprobs in its memory
+        held += HELD * len(prompts) * new_tokens * vocabulary
+    tokens = max(max(map(len, prompts)) + new_tokens, LOGITS_AT_ONCE // vocabulary)
     needs = Needs.of_model(base, adapters=held, tokens=tokens, logits=2)  # the model's, and these in float32
-    return fit_base(work, base, device=device, compute_dtype=dtype, needs=needs, say=say, max_memory_gib=max_memory_gib)
+    place = {"device": device, "compute_dtype": dtype}
+    return fit_base("PyTorch", base, needs=needs, say=report.line, max_memory_gib=max_memory_gib, **place)
 
 
 def make_reference(

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
@@ -47,7 +46,7 @@ from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import HELD, Reference, fit_reference, make_reference
+from loraover_serve.verify.reference import Reference, fit_reference, make_reference
 from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
@@ -95,11 +94,11 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
         prompts, messages = as_chats(load_tokenizer(base), prompts)
         setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
-    dtype, rows = request.compute_dtype, HELD * len(prompts) * request.new_tokens
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "max_memory_gib": request.max_memory_gib}
-    base = fit_reference("PyTorch", adapter, base, rows=rows, longest=longest, say=request.report.line, **place)
+    dtype = request.compute_dtype
+    asked = prompts, request.new_tokens, device, request.report, dtype
+    base = fit_reference(adapter, base, *asked, request.max_memory_gib)
     setting = replace(setting, base=base)
-    reference = make_reference(adapter, base, prompts, request.new_tokens, device, request.report, dtype)
+    reference = make_reference(adapter, base, *asked)
     variants = Variants(adapter, base, device, reference.questions, dtype)
     judge = EngineJudge(reference, variants, subject, request.declared_format, request.without_mixed)
     results, failures = _verify_all(request, setting, judge)

@@ -7,7 +7,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -17,6 +17,10 @@ from loraover.common.strict_json import StrictModel
 from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.parity.samples import Measurement
 from loraover_serve.vllm.request import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from loraover_serve.engines.base import Setting
+    from loraover_serve.engines.vllm import VllmEngine
 
 TIMEOUT_S = 3600
 FIGURES = {
@@ -39,29 +43,25 @@ class CrossCheck(StrictModel):
 def cross_check(
     run: Measurement,
     arm: str,
-    model: str,
+    engine: VllmEngine,
     requests: Sequence[TokenRequest],
     tokenizer: Any,
-    *,
-    vllm: str,
-    url: str,
-    folder: Path,
+    setting: Setting,
 ) -> list[CrossCheck]:
     """Run vLLM's benchmark on the prompts of a run, with the most frequent length of an answer.
 
     Args:
         run: Our measurement.
         arm: Name of the arm.
-        model: Name of the arm's model on the server.
+        engine: The server.
         requests: Requests of the run; their prompts are sent as text.
         tokenizer: Tokenizer of the base model.
-        vllm: Command that starts vLLM.
-        url: Address of the server.
-        folder: Folder for the benchmark's files.
+        setting: What the server was started with, whose folder has the benchmark's files.
 
     Raises:
         EngineError: A benchmark that cannot be started, fails, or loses requests.
     """
+    folder, model, url, vllm = setting.scratch, engine.names[arm], engine.server.url, setting.request.vllm
     prompts = folder / "prompts.jsonl"
     texts = [tokenizer.decode(request.prompt) for request in requests]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
