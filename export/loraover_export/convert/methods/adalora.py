@@ -7,7 +7,7 @@ Source: Zhang et al. 2023, arXiv:2303.10512; PEFT's `AdaLoraLayer`.
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import final
 
 from pydantic import Field
 
@@ -28,13 +28,13 @@ class AdaLora(ConversionMethod[AdaLoraFields]):
 
     config = AdaLoraFields
     tensors = ("lora_A", "lora_B", "lora_E")
-    inert: ClassVar[frozenset[str]] = frozenset(
+    inert = frozenset(
         {
             *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
             *("r", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
         }
     )
-    rank: ClassVar[str] = "number of ranks that are left"
+    rank = "number of ranks that are left"
 
     def delta(self, module: Module[AdaLoraFields]) -> LowRank:
         m, n = module.shape

@@ -8,7 +8,7 @@ Source: Li et al. 2024, arXiv:2405.15179.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from pydantic import Field
 
@@ -35,13 +35,13 @@ class VbLora(ConversionMethod[VbLoraFields]):
         f"vblora_logits_{side}{ending}" for side in "AB" for ending in ("", "_topk_indices", "_topk_weights")
     )
     shared = ("vblora_vector_bank",)
-    inert: ClassVar[frozenset[str]] = frozenset(
+    inert = frozenset(
         {
             *("r", "num_vectors", "vector_length", "save_only_topk_weights", "vblora_dropout"),
             *("init_vector_bank_bound", "init_logits_std"),
         }
     )
-    rank: ClassVar[str] = "r"
+    rank = "r"
 
     def delta(self, module: Module[VbLoraFields]) -> LowRank:
         m, n = module.shape

@@ -11,7 +11,7 @@ Sources: Jung et al. 2025, arXiv:2505.20355; Chen et al. 2024, arXiv:2407.19342.
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import final
 
 from pydantic import Field
 
@@ -34,8 +34,8 @@ class Gralora(ConversionMethod[GraloraFields]):
 
     config = GraloraFields
     tensors = ("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight")
-    inert: ClassVar[frozenset[str]] = frozenset({"gralora_k", "gralora_dropout"})
-    rank: ClassVar[str] = "k r + hybrid_r"
+    inert = frozenset({"gralora_k", "gralora_dropout"})
+    rank = "k r + hybrid_r"
 
     def delta(self, module: Module[GraloraFields]) -> LowRank:
         m, n = module.shape
@@ -61,8 +61,8 @@ class C3a(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = ("c3a_kernel",)
-    inert: ClassVar[frozenset[str]] = frozenset({"block_size", "block_size_pattern"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"block_size", "block_size_pattern"})
+    rank = "full"
 
     def delta(self, module: Module[MethodConfig]) -> Dense:
         m, n = module.shape

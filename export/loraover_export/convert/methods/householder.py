@@ -9,7 +9,7 @@ Sources: Yuan et al. 2024, arXiv:2405.17484; Schreiber and Van Loan 1989, doi:10
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ class Hra(ConversionMethod[HraFields]):
 
     config = HraFields
     tensors = ("hra_u",)
-    rank: ClassVar[str] = "r"
+    rank = "r"
     needs_weights = True
 
     def delta(self, module: Module[HraFields]) -> LowRank:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from loraover.checkpoint.adapter_config import KEPT_BASE, AdapterConfig
 from loraover.checkpoint.error_bounds import U32
@@ -62,7 +62,7 @@ class Lora(ConversionMethod[LoraFields]):
     )
     embeddings = True
     inert = frozenset({"target_parameters"})
-    rank: ClassVar[str] = "r; PiSSA and OLoRA 2 r; DoRA full"
+    rank = "r; PiSSA and OLoRA 2 r; DoRA full"
 
     def reads_weights(self, config: LoraFields) -> bool:
         return config.use_dora or config.subtracted_initialisation is not None or bool(config.trainable_token_indices)

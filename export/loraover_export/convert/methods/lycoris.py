@@ -11,7 +11,7 @@ Sources: Hyeon-Woo et al. 2021, arXiv:2108.06098; Yeh et al. 2023, arXiv:2309.14
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from pydantic import Field, PositiveInt
 
@@ -48,8 +48,8 @@ class LoHa(ConversionMethod[LycorisFields]):
 
     config = LycorisFields
     tensors = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-    inert: ClassVar[frozenset[str]] = frozenset({"use_effective_conv2d"})
-    rank: ClassVar[str] = "r^2"
+    inert = frozenset({"use_effective_conv2d"})
+    rank = "r^2"
 
     def delta(self, module: Module[LycorisFields]) -> LowRank:
         (m, n), r = module.shape, module.config.rank(module.path)
@@ -66,8 +66,8 @@ class LoKr(ConversionMethod[LycorisFields]):
 
     config = LycorisFields
     tensors = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    inert: ClassVar[frozenset[str]] = frozenset({"use_effective_conv2d", "decompose_both", "decompose_factor"})
-    rank: ClassVar[str] = "rank(w1) rank(w2), mostly min(shape of w1) r"
+    inert = frozenset({"use_effective_conv2d", "decompose_both", "decompose_factor"})
+    rank = "rank(w1) rank(w2), mostly min(shape of w1) r"
 
     def delta(self, module: Module[LycorisFields]) -> LowRank:
         (p1, q1, apart1), (p2, q2, apart2) = _factors(module, "lokr_w1"), _factors(module, "lokr_w2")

@@ -9,7 +9,7 @@ Source: Kang and Yin 2024, arXiv:2409.15371; PEFT's `MissLinear`.
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import final
 
 from pydantic import Field
 
@@ -32,8 +32,8 @@ class Miss(ConversionMethod[MissFields]):
 
     config = MissFields
     tensors = ("miss_block",)
-    inert: ClassVar[frozenset[str]] = frozenset({"miss_dropout"})
-    rank: ClassVar[str] = "r; init_weights='bat' full"
+    inert = frozenset({"miss_dropout"})
+    rank = "r; init_weights='bat' full"
 
     def delta(self, module: Module[MissFields]) -> LowRank | Dense:
         m, n = module.shape

@@ -20,7 +20,7 @@ PEFT 0.21's `_init_vera_A_vera_B` and `_init_pvera_A_pvera_B`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from pydantic import Field
 
@@ -50,8 +50,8 @@ class Vera(ConversionMethod[VeraFields]):
     config = VeraFields
     tensors = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
-    inert: ClassVar[frozenset[str]] = frozenset({"save_projection", "d_initial", "vera_dropout"})
-    rank: ClassVar[str] = "r"
+    inert = frozenset({"save_projection", "d_initial", "vera_dropout"})
+    rank = "r"
 
     def delta(self, module: Module[VeraFields]) -> LowRank:
         r = module.config.r
@@ -67,8 +67,8 @@ class Pvera(ConversionMethod[VeraFields]):
     config = VeraFields
     tensors = ("pvera_lambda_b", "pvera_lambda_d")
     shared = ("pvera_A", "pvera_B")
-    inert: ClassVar[frozenset[str]] = frozenset({"save_projection", "d_initial", "pvera_dropout", "generator_seed"})
-    rank: ClassVar[str] = "r"
+    inert = frozenset({"save_projection", "d_initial", "pvera_dropout", "generator_seed"})
+    rank = "r"
 
     def delta(self, module: Module[VeraFields]) -> LowRank:
         if module.config.sample_at_inference:
@@ -125,10 +125,8 @@ class RandLora(ConversionMethod[RandLoraFields]):
     config = RandLoraFields
     tensors = ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B")
     shared = ("randlora_A", "randlora_B")
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"save_projection", "randlora_dropout", "projection_prng_key", "sparse", "very_sparse"}
-    )
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"save_projection", "randlora_dropout", "projection_prng_key", "sparse", "very_sparse"})
+    rank = "full"
 
     def delta(self, module: Module[RandLoraFields]) -> Dense:
         m, n = module.shape
@@ -173,10 +171,8 @@ class UniLora(ConversionMethod[UniLoraFields]):
     config = UniLoraFields
     tensors = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
     shared = ("unilora_theta_d",)
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"save_indices", "unilora_dropout", "init_theta_d_bound", "theta_d_length", "proj_seed"}
-    )
-    rank: ClassVar[str] = "r"
+    inert = frozenset({"save_indices", "unilora_dropout", "init_theta_d_bound", "theta_d_length", "proj_seed"})
+    rank = "r"
 
     def delta(self, module: Module[UniLoraFields]) -> LowRank:
         m, n = module.shape

@@ -10,7 +10,7 @@ PEFT's `OFTRotationModule`, `BOFTLayer` and `RoadLayer`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 from pydantic import Field
 
@@ -38,8 +38,8 @@ class Oft(ConversionMethod[OftFields]):
 
     config = OftFields
     tensors = ("oft_R.weight",)
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "oft_block_size"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"r", "oft_block_size"})
+    rank = "full"
     needs_weights = True
 
     def delta(self, module: Module[OftFields]) -> Dense:
@@ -99,10 +99,8 @@ class Boft(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = ("boft_R", "boft_s")
-    inert: ClassVar[frozenset[str]] = frozenset(
-        {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"}
-    )
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"})
+    rank = "full"
     needs_weights = True
 
     def delta(self, module: Module[MethodConfig]) -> Dense:
@@ -137,7 +135,7 @@ class Road(ConversionMethod[RoadFields]):
 
     config = RoadFields
     tensors = ("road_theta", "road_alpha")
-    rank: ClassVar[str] = "full"
+    rank = "full"
     needs_weights = True
 
     def delta(self, module: Module[RoadFields]) -> Dense:

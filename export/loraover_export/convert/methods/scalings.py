@@ -11,7 +11,7 @@ et al. 2025, arXiv:2503.18225.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, final
 
 from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank
 from loraover_export.convert.source import MethodConfig, Module
@@ -29,8 +29,8 @@ class Ia3(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = ("ia3_l",)
-    inert: ClassVar[frozenset[str]] = frozenset({"feedforward_modules", "init_ia3_weights"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"feedforward_modules", "init_ia3_weights"})
+    rank = "full"
     needs_weights = True
 
     def delta(self, module: Module[MethodConfig]) -> Dense:
@@ -49,8 +49,8 @@ class Hira(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = ("hira_A", "hira_B")
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern", "hira_dropout"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"r", "rank_pattern", "hira_dropout"})
+    rank = "full"
     needs_weights = True
 
     def delta(self, module: Module[MethodConfig]) -> Dense:
@@ -67,8 +67,8 @@ class Glora(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = tuple(f"glora_{path}.{name}" for path in "ABCDE" for name in ("Xd", "Xu", "X", "zeros"))
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "config_A_B", "config_C", "config_D_E"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"r", "config_A_B", "config_C", "config_D_E"})
+    rank = "full"
     needs_weights = True
 
     def delta(self, module: Module[MethodConfig]) -> Dense:
@@ -95,8 +95,8 @@ class Delora(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern", "delora_lambda", "lambda_pattern"})
-    rank: ClassVar[str] = "r"
+    inert = frozenset({"r", "rank_pattern", "delora_lambda", "lambda_pattern"})
+    rank = "r"
 
     def delta(self, module: Module[MethodConfig]) -> LowRank:
         m, n = module.shape

@@ -8,7 +8,7 @@ Sources: Bhardwaj et al. 2024, arXiv:2406.13175; Gao et al. 2024, arXiv:2405.030
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, final
 
 from pydantic import Field, PositiveInt
 
@@ -27,8 +27,8 @@ class Shira(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = ("shira_weight", "shira_indices")
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "mask_type"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"r", "mask_type"})
+    rank = "full"
 
     def delta(self, module: Module[MethodConfig]) -> Dense:
         values = module.tensor("shira_weight", None)
@@ -52,8 +52,8 @@ class Supertuning(ConversionMethod[SupertuningFields]):
         *("supertuning_values", "supertuning_indices"),
         *("supertuning_lora_A.weight", "supertuning_lora_B.weight"),
     )
-    inert: ClassVar[frozenset[str]] = frozenset({"sparsity", "select_top", "save_precomputed_indices"})
-    rank: ClassVar[str] = "full"
+    inert = frozenset({"sparsity", "select_top", "save_precomputed_indices"})
+    rank = "full"
 
     def delta(self, module: Module[SupertuningFields]) -> Dense:
         m, n = module.shape
@@ -83,7 +83,7 @@ class FourierFt(ConversionMethod[FourierFields]):
 
     config = FourierFields
     tensors = ("fourierft_spectrum",)
-    rank: ClassVar[str] = "full"
+    rank = "full"
 
     def delta(self, module: Module[FourierFields]) -> Dense:
         m, n = module.shape

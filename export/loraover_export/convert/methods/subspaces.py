@@ -11,7 +11,7 @@ Sources: PEFT's `DeftLinear`; Zhong et al. 2025, arXiv:2410.01870; Nayak et al. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 from pydantic import Field
 
@@ -54,8 +54,8 @@ class Deft(ConversionMethod[DeftFields]):
 
     config = DeftFields
     tensors = ("deft_P", "deft_R")
-    inert: ClassVar[frozenset[str]] = frozenset({"r", "init_scale", "deft_dropout"})
-    rank: ClassVar[str] = "r"
+    inert = frozenset({"r", "init_scale", "deft_dropout"})
+    rank = "r"
     needs_weights = True
 
     def delta(self, module: Module[DeftFields]) -> LowRank:
@@ -97,8 +97,8 @@ class Peanut(ConversionMethod[PeanutFields]):
         *("peanut_A.weight", "peanut_B.weight"),
         *(f"peanut_{side}.{i}.weight" for side in ("encoders", "decoders") for i in range(16)),
     )
-    inert: ClassVar[frozenset[str]] = frozenset({"r"})
-    rank: ClassVar[str] = "r"
+    inert = frozenset({"r"})
+    rank = "r"
     needs_weights = True
 
     def delta(self, module: Module[PeanutFields]) -> LowRank:
@@ -134,8 +134,8 @@ class Osf(ConversionMethod[MethodConfig]):
 
     config = MethodConfig
     tensors = tuple(f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
-    inert: ClassVar[frozenset[str]] = frozenset({"effective_rank", "rank_pattern", "target_svd_config"})
-    rank: ClassVar[str] = "2 (min(shape) - effective_rank)"
+    inert = frozenset({"effective_rank", "rank_pattern", "target_svd_config"})
+    rank = "2 (min(shape) - effective_rank)"
     needs_weights = True
     starts_in_stored = True
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.common.errors import ExportError
@@ -38,7 +38,7 @@ class TrainableTokens(ConversionMethod[TokenFields]):
 
     config = TokenFields
     tensors = (NAME,)
-    rank: ClassVar[str] = "number of trained tokens"
+    rank = "number of trained tokens"
     needs_weights = True
     embeddings = True
 
