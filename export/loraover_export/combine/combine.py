@@ -9,11 +9,11 @@ from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.verb import verb
 from loraover_export.combine.requests import CombineRequest
-from loraover_export.combine.sources import check_plain, deltas_of, held_notes, held_weights, read_sources
+from loraover_export.combine.sources import check_plain, deltas_of, read_sources
 from loraover_export.numerics.delta import Delta, scale
 from loraover_export.numerics.low_rank import concatenate, decompose, factor_noise
 from loraover_export.uniform.certificate import LoraCertificate
-from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_lora
+from loraover_export.uniform.write_lora import Approximation, write_lora
 
 ZERO = (
     "the sum of the deltas is zero to rounding in every module, so the adapter would do nothing: the adapters are "
@@ -42,21 +42,11 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
     """
     adapters = read_sources(request.sources)
     check_plain(adapters)
-    held = held_weights(adapters)
-    target = LoraOutput(
-        output=request.output,
-        command=request.command(),
-        title="Sum of LoRA adapters" if len(request.sources) > 1 else "LoRA adapter",
+    target = adapters.output(
+        request,
+        "Sum of LoRA adapters" if len(request.sources) > 1 else "LoRA adapter",
         asked={"weights": ",".join(map(str, request.each_weight))},
         sources=request.sources,
-        base_model=adapters.base_model,
-        revision=adapters.revision,
-        task_type=adapters.task_type,
-        dtype=request.dtype,
-        force=request.force,
-        others=held,
-        stacks=adapters.stacks,
-        notes=held_notes(held),
         if_zero=ZERO.format(weights=request.named("weights")),
     )
     with adapters.opened() as opened:

@@ -13,11 +13,11 @@ from loraover.common.reporter import Reporter
 from loraover.common.threads import workers
 from loraover.common.verb import verb
 from loraover_export.combine.requests import ShrinkRequest
-from loraover_export.combine.sources import Sources, check_plain, held_notes, held_weights, read_sources
+from loraover_export.combine.sources import Sources, check_plain, read_sources
 from loraover_export.numerics.delta import read_delta
 from loraover_export.numerics.low_rank import decompose, factor_noise, rank_of_energy, singular_values
 from loraover_export.uniform.certificate import LoraCertificate
-from loraover_export.uniform.write_lora import Approximation, LoraOutput, Work, write_lora
+from loraover_export.uniform.write_lora import Approximation, Work, write_lora
 
 
 @verb(ShrinkRequest)
@@ -41,22 +41,7 @@ def shrink_adapter(request: ShrinkRequest) -> LoraCertificate:
     """
     adapter = read_sources([request.source])
     check_plain(adapter)
-    held = held_weights(adapter)
-    target = LoraOutput(
-        output=request.output,
-        command=request.command(),
-        title="LoRA adapter of a smaller rank",
-        asked=request.asked(),
-        sources=[request.source],
-        base_model=adapter.base_model,
-        revision=adapter.revision,
-        task_type=adapter.task_type,
-        dtype=request.dtype,
-        force=request.force,
-        others=held,
-        stacks=adapter.stacks,
-        notes=held_notes(held),
-    )
+    target = adapter.output(request, "LoRA adapter of a smaller rank", asked=request.asked(), sources=[request.source])
     target.check()
     with adapter.opened() as (opened,):
         kept = _rank(request, adapter, opened)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,10 @@ from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
+from loraover_export.combine.requests import CombineRequest, ShrinkRequest
 from loraover_export.numerics.delta import Delta, read_delta
 from loraover_export.uniform.refusals import HELD, check_fields, check_tensors, has_targets
+from loraover_export.uniform.write_lora import LoraOutput
 
 MERGE = "merge it with PEFT"
 REMEDIES = {
@@ -61,6 +64,31 @@ class Sources:
     def task_type(self) -> str | None:
         """PEFT's name of the task of the first adapter that names one."""
         return next((kind for a in self.adapters if (kind := a.config.task_type)), None)
+
+    def output(self, request: CombineRequest | ShrinkRequest, title: str, **more: Any) -> LoraOutput:
+        """Return the destination of a LoRA that is made of these adapters, with the base weights of `held_weights`.
+
+        Args:
+            request: The arguments of the verb.
+            title: Heading of the model card.
+            more: Further fields of the destination.
+        """
+        held = held_weights(self)
+        notes = [f"base weights that the sources hold were taken over as they are: {', '.join(held)}"] if held else []
+        return LoraOutput(
+            request.output,
+            request.command(),
+            title,
+            base_model=self.base_model,
+            revision=self.revision,
+            task_type=self.task_type,
+            dtype=request.dtype,
+            force=request.force,
+            others=held,
+            stacks=self.stacks,
+            notes=notes,
+            **more,
+        )
 
     @contextmanager
     def opened(self) -> Iterator[list[ExactAdapter]]:
@@ -118,13 +146,6 @@ def held_weights(sources: Sources) -> dict[str, Tensor]:
                         "Train them on the same base model, with the same rows for new tokens."
                     )
     return {key: weight for key, (weight, _) in found.items()}
-
-
-def held_notes(held: Mapping[str, Tensor]) -> list[str]:
-    """Return what a reader should know about base weights that were taken over."""
-    if not held:
-        return []
-    return [f"base weights that the sources hold were taken over as they are: {', '.join(held)}"]
 
 
 def deltas_of(opened: Sequence[ExactAdapter], module: str) -> list[Delta | None]:
