@@ -5,7 +5,6 @@ from __future__ import annotations
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
-from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import GgufTarget
 from loraover_export.merge.base_weights import check_base_weights
 from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
@@ -48,8 +47,7 @@ def _check_module(adapter: AdapterDir, path: str, target: GgufTarget) -> None:
     module = target.modules.get(path)
     if module is None:
         raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
-    option = GgufRequest.named("model")
-    check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base, option=option)
+    check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
     is_head = path == "lm_head"
     if target.served.is_tied and (module.is_embedding or is_head):
         reason = (

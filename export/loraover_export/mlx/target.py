@@ -10,7 +10,6 @@ from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.merge.base_weights import check_base_weights
-from loraover_export.mlx.request import MlxRequest
 from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
 from loraover_export.uniform.served import ServedModel, read_served
 
@@ -97,8 +96,8 @@ def _check_module(adapter: AdapterDir, path: str, target: ServedModel, shapes: M
             f"{where}: adapts {path}, which is neither a linear layer nor an embedding of {base}; "
             f"{if_missing(path, shapes)}, or {MERGE}."
         )
-    option, is_embedding = MlxRequest.named("model"), target.modules[path].kind == "embedding"
-    check_shape(adapter, path, shapes[path], is_embedding=is_embedding, base=base, option=option)
+    is_embedding = target.modules[path].kind == "embedding"
+    check_shape(adapter, path, shapes[path], is_embedding=is_embedding, base=base)
     if target.is_tied and (is_embedding or path == "lm_head"):
         raise ExportError(
             f"{where}: adapts {path}, but the embedding and the head of {base} are one matrix, which mlx-lm adapts in "

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
+from loraover.common.request import as_written
 from loraover_export.uniform.variants import TRAINING_ONLY, UNMERGED, VARIANTS
 
 OTHERS = {
@@ -122,9 +123,7 @@ def check_tensors(
     return copies
 
 
-def check_shape(
-    adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str, option: str
-) -> None:
+def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str) -> None:
     """Compare the shape of B @ A with that of the weight that it is for.
 
     Args:
@@ -133,7 +132,6 @@ def check_shape(
         shape: Shape of its weight, (out_features, in_features) or (tokens, dimension).
         is_embedding: Whether it is an embedding.
         base: Name of the base model.
-        option: Name of the argument for the base model, as the caller wrote it.
 
     Raises:
         ExportError: An adapter of another model.
@@ -142,5 +140,5 @@ def check_shape(
     if module.is_embedding != is_embedding or module.weight_shape != shape:
         raise ExportError(
             f"{adapter.tensors_path}: {path} has shape {module.weight_shape} in the adapter and {shape} in {base}; "
-            f"name the model that the adapter was trained on with {option}."
+            f"name the model that the adapter was trained on with {as_written('model')}."
         )
