@@ -187,14 +187,14 @@ def in_onnx(precision: str, source: ModelSource, reference: Reference, folder: P
 @contextmanager
 def in_mlx(source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
+    from loraover_export.merge.base_files import folder_of
     from loraover_export.mlx.run import export_mlx
-    from loraover_serve.engines.elsewhere import local_folder
     from loraover_serve.engines.mlx import MlxEngine
 
     scratch = folder / "mlx"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    words = ["-m", "mlx_lm", "convert", "-q", "--q-bits", "4", "--hf-path", local_folder(source)]
+    words = ["-m", "mlx_lm", "convert", "-q", "--q-bits", "4", "--hf-path", str(folder_of(source))]
     subprocess.run([str(MlxEngine.python()), *words, "--mlx-path", str(scratch / BASE)], check=True)
     made = [export_mlx(folder / arm, scratch / arm, model=source.location) for arm in ADAPTERS]
     adapters = {BASE: None} | {arm: str(scratch / arm) for arm in ADAPTERS}

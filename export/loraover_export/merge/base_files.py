@@ -97,7 +97,7 @@ def open_base(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool =
         ExportError: A quantised model.
         BaseFileError: A damaged file.
     """
-    folder = _folder(source)
+    folder = folder_of(source)
     config = _read(folder / CONFIG, _BaseConfig, source)
     if config.quantization_config and not may_be_quantised:
         method = config.quantization_config.get("quant_method", "an unnamed method")
@@ -135,7 +135,8 @@ def _shard_names(folder: Path, source: ModelSource) -> list[str]:
     )
 
 
-def _folder(source: ModelSource) -> Path:
+def folder_of(source: ModelSource) -> Path:
+    """Return the folder with a base model's files, which lie in the hub's cache once the model has been loaded."""
     if Path(source.location).is_dir():
         return Path(source.location)
     return fetch_repository(source.location, source.revision, "model", MODEL_FILES)

@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError
-from loraover.models.load import ModelSource
-from loraover.sources.cache import MODEL_FILES
-from loraover.sources.hub import fetch_repository
 from loraover_serve.engines import runner
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.installed import installed_version, version_beside
@@ -158,10 +155,3 @@ def end_process(process: subprocess.Popen[str], patience_s: float) -> None:
 def tail(log: Path) -> str:
     """The end of a log, in one line."""
     return " ".join(log.read_text(encoding="utf-8", errors="replace")[-TAIL:].split()) or "it printed nothing"
-
-
-def local_folder(base: ModelSource) -> str:
-    """Folder with the files of a base model, which lie in the hub's cache once the model has been loaded."""
-    if Path(base.location).is_dir():
-        return str(Path(base.location).resolve())
-    return str(fetch_repository(base.location, base.revision, "model", MODEL_FILES))

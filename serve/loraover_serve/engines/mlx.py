@@ -9,10 +9,11 @@ from typing import Any, final
 import numpy as np
 
 from loraover.common.errors import ExportError
+from loraover_export.merge.base_files import folder_of
 from loraover_export.mlx.run import export_mlx
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
-from loraover_serve.engines.elsewhere import ElsewhereEngine, local_folder
+from loraover_serve.engines.elsewhere import ElsewhereEngine
 
 
 @final
@@ -35,7 +36,7 @@ class MlxEngine(ElsewhereEngine, LogitEngine):
             names = ", ".join(exported.lost_settings)
             request.report.line(f"mlx-lm does not find {names} in the model's config.json, and is given it here")
         arguments = {
-            "model": local_folder(setting.base),
+            "model": str(folder_of(setting.base).resolve()),
             "settings": exported.lost_settings,
             "adapters": {BASE: None, ADAPTER: str(folder)},
         }

@@ -15,9 +15,10 @@ import numpy as np
 
 from loraover.checkpoint.peft_adapter import TENSORS_FILE
 from loraover.common.errors import EngineError
+from loraover_export.merge.base_files import folder_of
 from loraover_serve.engines.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.engines.base import Setting
-from loraover_serve.engines.elsewhere import ElsewhereEngine, end_process, local_folder, start_process, tail
+from loraover_serve.engines.elsewhere import ElsewhereEngine, end_process, start_process, tail
 from loraover_serve.engines.vllm import export_uniform
 
 TOP = 20  # logprobs of each token, as servers give them
@@ -46,7 +47,7 @@ class OpenVinoEngine(ElsewhereEngine):
     def convert(cls, setting: Setting) -> Path:
         """Export the base model with optimum-intel in float32, and return its folder."""
         output, log = setting.scratch / "model", setting.log.with_name("optimum.log")
-        request, python, model = setting.request, str(cls.python()), local_folder(setting.base)
+        request, python, model = setting.request, str(cls.python()), str(folder_of(setting.base).resolve())
         request.report.line(f"exporting {setting.base.name} with optimum-intel")
         words = [python, "-I", "-c", CONVERT, "export", "openvino", "--model", model, *OPTIONS, str(output)]
         with log.open("wb") as errors:
