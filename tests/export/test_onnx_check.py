@@ -16,12 +16,12 @@ from torch import Tensor
 
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.exact_tensors import Exact
+from loraover_export.logits.deviation import largest
 from loraover_export.merge import arithmetic, in_memory
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest, round_tensor
 from loraover_export.onnx import export as export_module
 from loraover_export.onnx import swappable
-from loraover_export.onnx.check import largest
 from loraover_export.onnx.kinds import decoder
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.report import CaseError, GraphCheck, OnnxReport

@@ -13,8 +13,9 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover.models.load import load_model, resolve_model
+from loraover_export.logits.deviation import largest
 from loraover_export.onnx import export as export_module
-from loraover_export.onnx.check import Compute, OnnxReference, largest, make_reference
+from loraover_export.onnx.check import Compute, OnnxReference, make_reference
 from loraover_export.onnx.kinds.stateless import Stateless
 from loraover_export.onnx.request import OnnxRequest
 

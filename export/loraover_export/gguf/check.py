@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,7 @@ from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
+from loraover_export.logits.deviation import largest
 from loraover_export.logits.prompts import Prompts, read_prompts
 from loraover_export.numerics.rounded_adapter import write_rounded
 
@@ -94,11 +94,6 @@ def check_adapter_file(reference: LlamaCppReference, adapter: Path, family: Fami
         adapter_effect=reference.adapter_effect,
         arithmetic=TABLE if family.gelu else ARITHMETIC,
     )
-
-
-def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Return the largest absolute difference of two lists of logits; NaN if there is one."""
-    return float(torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(one, other, strict=True)]).max())
 
 
 def _rounded(adapter: AdapterDir, folder: Path, dtype: str) -> AdapterDir:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
 
 from pydantic import Field
@@ -65,6 +66,16 @@ class RunningDeviation:
             mean_kl=float(self._sums[1]) / self._positions,
             top1_agreement=self._same / self._positions,
         )
+
+
+def largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the largest absolute difference of two lists of logits; NaN if one is NaN."""
+    return float(torch.stack([difference.abs().max() for difference in differences(one, other)]).max())
+
+
+def differences(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Return the differences of two lists of logits, in float64."""
+    return [a.double() - b.double() for a, b in zip(one, other, strict=True)]
 
 
 def largest_of(noises: list[Deviation]) -> Deviation:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.device import WITHOUT_FLOAT64
 from loraover.reference.reference_model import reference_model
+from loraover_export.logits.deviation import differences, largest
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck
@@ -156,18 +157,13 @@ def _converted(model: Any, compute: Compute) -> Iterator[Any]:
         yield copy.deepcopy(model, {**parameters, **buffers})
 
 
-def largest(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest absolute difference of two lists of logits; NaN if one is NaN."""
-    return float(torch.stack([difference.abs().max() for difference in _differences(one, other)]).max())
-
-
 def _finite_noise(in_float32: list[Tensor], in_float64: list[Tensor]) -> float:
     """Return the largest absolute difference that is a number, which can only lower the error that is allowed.
 
     Where attention is eager, transformers computes its softmax in float32, in which the float64 mask of a padded row is
     minus infinity: padding gives NaN, and so does every token that looks at it with weight 0.
     """
-    found = torch.cat([difference.abs().flatten() for difference in _differences(in_float32, in_float64)])
+    found = torch.cat([difference.abs().flatten() for difference in differences(in_float32, in_float64)])
     finite = found[found.isfinite()]
     return float(finite.max()) if finite.numel() else math.nan
 
@@ -215,12 +211,12 @@ def check_graph(
     )
     if found_base is None or reference.rounded is None or base.rounded is None:
         return [logits]
-    expected = _differences(reference.logits, base.logits)
+    expected = differences(reference.logits, base.logits)
     change = GraphCheck(
         adapter=logits.adapter,
         compared="change",
-        cases=_errors(cases, expected, _differences(found, found_base)),
-        noise=largest(expected, _differences(reference.rounded, base.rounded)),
+        cases=_errors(cases, expected, differences(found, found_base)),
+        noise=largest(expected, differences(reference.rounded, base.rounded)),
         noise_of=reference.noise_of,
         adapter_effect=effect,
         greedy=None,
@@ -229,15 +225,11 @@ def check_graph(
 
 
 def _errors(cases: list[Case], expected: list[Tensor], found: list[Tensor]) -> list[CaseError]:
-    errors = [error.abs() for error in _differences(expected, found)]
+    errors = [error.abs() for error in differences(expected, found)]
     return [
         CaseError(case=case.name, max_logit=float(error.max()), mean_logit=float(error.mean()))
         for case, error in zip(cases, errors, strict=True)
     ]
-
-
-def _differences(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
-    return [a.double() - b.double() for a, b in zip(one, other, strict=True)]
 
 
 def _greedy(
