@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover_export.onnx.export import STREAM, Export
+from loraover_export.onnx.export import ROWS, Export
 
 from support.make_checkpoint import edit_tensors, save_tokenizer
 from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
@@ -127,7 +127,7 @@ def test_experts_in_a_graph_without_a_cache_are_refused(tmp_path: Path, refused:
 def test_a_tokenizer_that_knows_no_text_is_no_endless_loop() -> None:
     """Such as the empty one that transformers makes for a Qwen2 without files of a tokenizer."""
     empty: Any = SimpleNamespace(tokenizer=lambda *_, **__: SimpleNamespace(input_ids=[]), model=tiny_gpt2())
-    assert len(Export._tokens(empty)) == STREAM
+    assert Export._rows(empty).shape == ROWS
 
 
 # Adapters

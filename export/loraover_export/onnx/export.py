@@ -43,7 +43,7 @@ KINDS: dict[str, type[GraphKind]] = {
     "SEQ_CLS": Stateless,
     "TOKEN_CLS": Stateless,
 }
-STREAM = 64  # tokens, from which the checks cut their cases
+ROWS = 3, 12  # rows and tokens in each, from which the checks cut their cases
 WEB_INT4 = (
     "onnxruntime-web computes int4 graphs in another way than the ONNX Runtime that checks them here: logits of "
     "SmolLM2 differed by up to 1.8. Use fp32 where answers must agree."
@@ -108,7 +108,7 @@ class Export:
     def _run(self) -> OnnxReport:
         if self.request.check or self.request.graph is None:
             self.load()
-        cases = self.kind.cases(self._tokens()) if self.request.check else []
+        cases = self.kind.cases(self._rows()) if self.request.check else []
         references = self._references(cases) if self.request.check else {}
         matrices, found_base = self._write(cases)
         checks = self._check(cases, references, found_base) if self.request.check else []
@@ -148,15 +148,15 @@ class Export:
             self.inputs.base, adapters=adapters, tokens=tokens, copies=copies, logits=3, at_least=widest
         )
 
-    def _tokens(self) -> torch.Tensor:
-        """Token ids of real text, repeated until there are enough; all ids in turn if the tokenizer knows no text."""
+    def _rows(self) -> torch.Tensor:
+        """Rows of token ids of real text, repeated until there are enough; of all ids if the tokenizer has no text."""
         ids: list[int] = []
         for prompt in BUILT_IN_PROMPTS:
             ids += self.tokenizer(prompt, add_special_tokens=False).input_ids
         ids = ids or list(range(self.model.get_input_embeddings().num_embeddings))
-        while len(ids) < STREAM:
+        while len(ids) < prod(ROWS):
             ids += ids
-        return torch.tensor(ids[:STREAM])
+        return torch.tensor(ids[: prod(ROWS)]).reshape(ROWS)
 
     def _write(self, cases: list[Case]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
         """Write graphs and adapters into the draft; also return a merged int4 graph's logits without the adapter."""

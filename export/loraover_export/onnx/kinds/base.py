@@ -101,9 +101,9 @@ class GraphKind(ABC):
             ExportError: The exporter does not support this model.
         """
 
-    @abstractmethod
-    def cases(self, tokens: Tensor) -> list[Case]:
-        """Return the cases to check, cut from a long row of tokens."""
+    def cases(self, rows: Tensor) -> list[Case]:
+        """Return the cases to check, cut from three rows of twelve tokens; here, those without a cache."""
+        return [Case(rows[:1, :7]), Case(rows), Case(rows, padding="left"), Case(rows, padding="right")]
 
     @abstractmethod
     def reference(self, model: Any, case: Case) -> Tensor:
