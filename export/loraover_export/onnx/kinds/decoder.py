@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,12 @@ class Decoder(GraphKind):
             marker = work / "marker"
             write_marker_adapter(marker, plan.markers, plan.rank)
         excluded: list[str] = []
+        build = partial(genai.build_decoder, base, device=plan.device, adapter=marker, builder=self._builder)
         if plan.markers is not None and plan.precision == "int4":
             draft = work / "fp32"
-            genai.build_decoder(
-                base, draft, precision="fp32", device=plan.device, adapter=marker, builder=self._builder
-            )
+            build(draft, precision="fp32")
             excluded = _lora_nodes(draft / genai.GRAPH_FILE, plan.markers)
-        genai.build_decoder(
-            base,
-            out,
-            precision=plan.precision,
-            device=plan.device,
-            adapter=marker,
-            full_precision_nodes=excluded,
-            builder=self._builder,
-        )
+        build(out, precision=plan.precision, full_precision_nodes=excluded)
         _finish(out, plan.device)
 
     def cases(self, rows: Tensor) -> list[Case]:
