@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +94,10 @@ def _publish(
 
 def _write(files: BaseFiles, plan: MergePlan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
     merged: list[Merged] = []
-    total, written = sum(map(len, plan.shards.values())), 0
+    total, at = sum(map(len, plan.shards.values())), count(1)
     with workers() as threads, report.task("writing tensors", total) as done:
-
-        def on_tensor() -> None:
-            nonlocal written
-            written += 1
-            done(written)
-
         for name, tensors in plan.shards.items():
-            merged += write_shard(draft / name, files.shards[name], tensors, exact, threads, on_tensor)
+            merged += write_shard(draft / name, files.shards[name], tensors, exact, threads, lambda: done(next(at)))
     return merged
 
 
