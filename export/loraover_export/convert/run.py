@@ -18,7 +18,6 @@ from loraover.common.errors import ExportError
 from loraover.common.request import as_written
 from loraover.common.verb import verb
 from loraover.models.device import choose_compute
-from loraover.models.load import ModelSource
 from loraover_export.convert.approximate import approximations
 from loraover_export.convert.effect import compare_outputs
 from loraover_export.convert.kind import read_method
@@ -67,7 +66,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         _check_named(method, adapter)
         check_complete(request.source / CONFIG_FILE, layout.modules, part_below(layout.below, weights.modules))
         start_dtype = _start_dtype(method, adapter)
-        compare = _comparison(request, method, adapter, base, start_dtype) if request.check_error else None
+        compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
             if request.rank is None or max(ranks.values()) <= request.rank:  # an approximation is another adapter
@@ -79,7 +78,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
             return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 
         notes = [*mended, *_start_notes(start_dtype)]
-        certificate = _convert(request, method, adapter, base, ranks, notes, check)
+        certificate = _convert(request, method, adapter, ranks, notes, check)
     exact = max(ranks.values())
     return ConvertReport(
         method=layout.config.peft_type,
@@ -102,7 +101,6 @@ def _comparison(
     request: ConvertRequest,
     method: AnyMethod,
     adapter: Adapter[Any],
-    base: ModelSource,
     start_dtype: str | None,
 ) -> Callable[..., OutputsOfConversion]:
     """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
@@ -110,6 +108,7 @@ def _comparison(
     Raises:
         ExportError: Experts of an old PEFT, whose A and B the installed one would misread, or a mended prefix.
     """
+    base = adapter.base.source
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:
         raise ExportError(
@@ -134,14 +133,13 @@ def _convert(
     request: ConvertRequest,
     method: AnyMethod,
     adapter: Adapter[Any],
-    base: ModelSource,
     ranks: dict[str, int],
     notes: list[str],
     check: Check,
 ) -> LoraCertificate:
     others, modules = carried_tensors(adapter)
     places = list(method.places(adapter))
-    config = adapter.config
+    config, base = adapter.config, adapter.base.source
     is_named = config.base_model_name_or_path is not None and base.moved is None
     target = LoraOutput(
         request.output,
