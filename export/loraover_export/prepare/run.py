@@ -27,7 +27,7 @@ from loraover_export.convert.need import named_base, why_convert
 from loraover_export.prepare.key import adapter_digests, digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
-from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written
+from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written, check_matrices
 from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 
@@ -188,6 +188,7 @@ def _publish(
         try:
             plain, conversion = _as_lora(source, base, target, ranks, draft)
             written = TARGETS[target.engine](plain, draft, target)
+            check_matrices(plain, written.matrices)
         except LoraOverError as error:
             raise refusal_of(error, source, draft) from error
         record = _record(source, digest, target, written, conversion, perf_counter() - started)

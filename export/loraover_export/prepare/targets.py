@@ -97,7 +97,6 @@ def write_for_vllm(source: Path, folder: Path, target: Target) -> Written:
         raise ExportError(f"{source}: {found}")
     certificate = report.certificate
     assert certificate is not None
-    _check(source, certificate.matrices)
     taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
     return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", certificate.rank, certificate.matrices, taken)
 
@@ -107,7 +106,6 @@ def write_for_llamacpp(source: Path, folder: Path, target: Target) -> Written:
     from loraover_export.gguf.run import export_gguf
 
     report = export_gguf(source, folder / f"{ADAPTER}.gguf", model=target.model, dtype=target.dtype)
-    _check(source, report.matrices)
     (folder / "gguf_report.json").write_text(report.model_dump_json(indent=1) + "\n")
     return Written(f"{ADAPTER}.gguf", "gguf_report.json", report.rank, report.matrices)
 
@@ -118,7 +116,6 @@ def write_for_mlx(source: Path, folder: Path, target: Target) -> Written:
     from loraover_export.mlx.run import export_mlx
 
     report = export_mlx(source, folder / ADAPTER, model=target.model, dtype=target.dtype)
-    _check(source, report.matrices)
     return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", report.rank, report.matrices)
 
 
@@ -136,7 +133,6 @@ def write_for_onnx(source: Path, folder: Path, target: Target) -> Written:
         names=[ADAPTER],
         check=False,
     )
-    _check(source, report.matrices)
     rank = read_source(source).rank
     return Written(ADAPTER, f"{ADAPTER}/{REPORT_FILE}", rank, report.matrices)
 
@@ -151,7 +147,8 @@ TARGETS: dict[str, Callable[[Path, Path, Target], Written]] = {
 """Export of each engine, which writes into an empty folder."""
 
 
-def _check(source: Path, matrices: list[MatrixCertificate]) -> None:
+def check_matrices(source: Path, matrices: list[MatrixCertificate]) -> None:
+    """Refuse what was written of an adapter where a matrix is outside its bound."""
     wrong = [matrix.name for matrix in matrices if not matrix.passed]
     if wrong:
         raise FoldError(
