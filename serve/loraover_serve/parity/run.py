@@ -17,7 +17,6 @@ from loraover_serve.comparison.report import machine
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.installed import check_installed, versions
-from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
@@ -83,7 +82,15 @@ def _kept_in(folder: Path, reporter: Reporter) -> str:
 def _measured_report(request: ParityRequest, logs: Path) -> ParityReport:
     with tempfile.TemporaryDirectory(prefix="loraover-parity-") as scratch:
         arms = prepare_arms(request, Path(scratch))
-        requests = _requests(request, arms)
+        requests = make_requests(
+            request.workload,
+            load_tokenizer(arms.base),
+            request.num_prompts,
+            prompt_tokens=request.prompt_tokens,
+            new_tokens=request.new_tokens,
+            seed=request.seed,
+            file=request.prompts,
+        )
         setting = Setting(
             request,
             arms.adapters,
@@ -122,18 +129,6 @@ def _is_kept(text: str, folder: Path) -> bool:
     except OutputError:
         return False
     return True
-
-
-def _requests(request: ParityRequest, arms: Arms) -> list[TokenRequest]:
-    return make_requests(
-        request.workload,
-        load_tokenizer(arms.base),
-        request.num_prompts,
-        prompt_tokens=request.prompt_tokens,
-        new_tokens=request.new_tokens,
-        seed=request.seed,
-        file=request.prompts,
-    )
 
 
 def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, str]:
