@@ -8,30 +8,38 @@ from typing import TYPE_CHECKING, Any
 from loraover.common.version import __version__
 
 if TYPE_CHECKING:
-    from loraover.callbacks.diagnostics import DiagnosticsCallback
-    from loraover.callbacks.loraover_callback import LoraOverCallback
-    from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
-    from loraover.callbacks.trainer_loss import trainer_loss
-    from loraover.checkpoint.checkpoint import Checkpoint, read_checkpoint
-    from loraover.checkpoint.resume import restore
-    from loraover.checkpoint.write_checkpoint import write_checkpoint
-    from loraover.common.reporter import Reporter
-    from loraover.evaluation.results import Evaluation
-    from loraover.evaluation.run import evaluate
-    from loraover.inspection.folder import inspect_folder
-    from loraover.inspection.installation import Installation, check_installation
-    from loraover.inspection.report import FolderReport
-    from loraover.overparam.config import Budget, LoraOverConfig
-    from loraover.overparam.importance import Probe
-    from loraover.overparam.parameterization import OverParameterization
-    from loraover.overparam.sharding import trainable_state_dict
-    from loraover.reporting.reporter import ConsoleReporter
-    from loraover.study.power import PowerReport, predict_power
-    from loraover.study.report import StudyReport
-    from loraover.study.runner import run_study
-    from loraover.training.recipe import Recipe, load_recipe
-    from loraover.training.run import train
-    from loraover.training.run_result import RunResult, read_run
+    from loraover.callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
+    from loraover.callbacks.loraover_callback import LoraOverCallback as LoraOverCallback
+    from loraover.callbacks.seal_checkpoints import SealCheckpoints as SealCheckpoints
+    from loraover.callbacks.seal_checkpoints import last_whole_checkpoint as last_whole_checkpoint
+    from loraover.callbacks.seal_checkpoints import seal as seal
+    from loraover.callbacks.trainer_loss import trainer_loss as trainer_loss
+    from loraover.checkpoint.checkpoint import Checkpoint as Checkpoint
+    from loraover.checkpoint.checkpoint import read_checkpoint as read_checkpoint
+    from loraover.checkpoint.resume import restore as restore
+    from loraover.checkpoint.write_checkpoint import write_checkpoint as write_checkpoint
+    from loraover.common.reporter import Reporter as Reporter
+    from loraover.evaluation.results import Evaluation as Evaluation
+    from loraover.evaluation.run import evaluate as evaluate
+    from loraover.inspection.folder import inspect_folder as inspect_folder
+    from loraover.inspection.installation import Installation as Installation
+    from loraover.inspection.installation import check_installation as check_installation
+    from loraover.inspection.report import FolderReport as FolderReport
+    from loraover.overparam.config import Budget as Budget
+    from loraover.overparam.config import LoraOverConfig as LoraOverConfig
+    from loraover.overparam.importance import Probe as Probe
+    from loraover.overparam.parameterization import OverParameterization as OverParameterization
+    from loraover.overparam.sharding import trainable_state_dict as trainable_state_dict
+    from loraover.reporting.reporter import ConsoleReporter as ConsoleReporter
+    from loraover.study.power import PowerReport as PowerReport
+    from loraover.study.power import predict_power as predict_power
+    from loraover.study.report import StudyReport as StudyReport
+    from loraover.study.runner import run_study as run_study
+    from loraover.training.recipe import Recipe as Recipe
+    from loraover.training.recipe import load_recipe as load_recipe
+    from loraover.training.run import train as train
+    from loraover.training.run_result import RunResult as RunResult
+    from loraover.training.run_result import read_run as read_run
 
 
 _HOMES = {
@@ -69,41 +77,7 @@ _HOMES = {
     "write_checkpoint": "checkpoint.write_checkpoint",
 }
 
-__all__ = [
-    "Budget",
-    "Checkpoint",
-    "ConsoleReporter",
-    "DiagnosticsCallback",
-    "Evaluation",
-    "FolderReport",
-    "Installation",
-    "LoraOverCallback",
-    "LoraOverConfig",
-    "OverParameterization",
-    "PowerReport",
-    "Probe",
-    "Recipe",
-    "Reporter",
-    "RunResult",
-    "SealCheckpoints",
-    "StudyReport",
-    "__version__",
-    "check_installation",
-    "evaluate",
-    "inspect_folder",
-    "last_whole_checkpoint",
-    "load_recipe",
-    "predict_power",
-    "read_checkpoint",
-    "read_run",
-    "restore",
-    "run_study",
-    "seal",
-    "train",
-    "trainable_state_dict",
-    "trainer_loss",
-    "write_checkpoint",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
