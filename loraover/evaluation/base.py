@@ -13,35 +13,10 @@ from loraover.data.formats import check_encodes
 from loraover.data.sources import read_raw
 
 if TYPE_CHECKING:
-    from loraover.common.reporter import Reporter
-    from loraover.evaluation.judge import Judge
+    from loraover.evaluation.request import EvaluationRequest
     from loraover.evaluation.subjects import Answerer
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for, whatever the task.
-
-    Args:
-        data: File, folder or hub name with the questions; None: the task's data set on the hub.
-        limit: Number of questions, from the first; None: all.
-        max_new_tokens: Largest number of tokens in an answer; None: the task's number.
-        apply_chat_template: Whether to put questions into the tokenizer's chat template, where the task leaves that
-            open; None: if there is one.
-        allow_code_execution: Whether code that a model writes may run, in a sandbox.
-        judge: Model that rates open answers.
-        named: Function that names an argument as the caller wrote it, see `Request.named`.
-    """
-
-    data: str | None = None
-    limit: int | None = None
-    max_new_tokens: int | None = None
-    apply_chat_template: bool | None = None
-    allow_code_execution: bool = False
-    judge: Judge | None = None
-    named: Callable[..., str] = lambda name, value=None: name
 
 
 @dataclass(frozen=True)
@@ -95,55 +70,51 @@ class Task(ABC):
     max_new_tokens: int
     packages: tuple[str, ...] = ()
 
-    def check(self, options: Options) -> None:
-        """Check the options before anything is loaded.
+    def check(self, request: EvaluationRequest) -> None:
+        """Check what is asked for before anything is loaded.
 
         Args:
-            options: What the user asked for.
+            request: What the user asked for.
 
         Raises:
-            ConfigError: An option is missing, or is one that would do nothing in this task.
+            ConfigError: An option is missing or cannot be used, or is one that would do nothing in this task.
         """
-        if options.judge is not None:
-            judge, task = options.named("judge_url"), options.named("task", "mtbench")
+        if request.judge_url is not None:
+            judge, task = request.named("judge_url"), request.named("task", "mtbench")
             raise ConfigError(f"{judge} is for {task}; no answer of this task is rated.")
 
     @abstractmethod
-    def read(self, options: Options) -> Questions:
+    def read(self, request: EvaluationRequest) -> Questions:
         """Read the questions.
 
         Args:
-            options: What the user asked for.
+            request: What the user asked for.
 
         Raises:
             DataError: No such data, or a row that lacks a field; the message has the row's number.
         """
 
     @abstractmethod
-    def measure(
-        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> TaskScores:
+    def measure(self, subject: Answerer, questions: Questions, request: EvaluationRequest, keep: Keep) -> TaskScores:
         """Put the questions to one model.
 
         Args:
             subject: The model.
             questions: What `read` returned.
-            options: What the user asked for.
-            report: Receiver of progress.
+            request: What the user asked for.
             keep: Called with the answers before another service scores them, so that `rate` can do it later.
 
         Raises:
             LoraOverError: The model or its engine cannot answer, or the answers cannot be scored.
         """
 
-    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> TaskScores:
+    def rate(self, answered: list[Example], questions: Questions, request: EvaluationRequest) -> TaskScores:
         """Score answers that were kept; only tasks that another service scores do this.
 
         Args:
             answered: The answers, in the order of the questions.
             questions: What `read` returned.
-            options: What the user asked for.
-            report: Receiver of progress.
+            request: What the user asked for.
 
         Raises:
             DataError: The answers belong to other questions, or to another task.
@@ -151,25 +122,25 @@ class Task(ABC):
         """
         raise DataError("the file holds answers without scores, which this task never writes; name a new file.")
 
-    def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
+    def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
         """Settings of the task that a reader needs to repeat the figures."""
         return {}
 
 
-def uses_chat(options: Options, tokenizer: Any) -> bool:
+def uses_chat(request: EvaluationRequest, tokenizer: Any) -> bool:
     """Whether questions are put into the chat template.
 
     Args:
-        options: What the user asked for.
+        request: What the user asked for.
         tokenizer: The model's tokenizer.
 
     Raises:
         ConfigError: The user asked for a template that the tokenizer does not have.
     """
     has_template = tokenizer.chat_template is not None
-    wanted = options.apply_chat_template
+    wanted = request.apply_chat_template
     if wanted and not has_template:
-        raise ConfigError(f"{options.named('apply_chat_template')}: the model's tokenizer has no chat template.")
+        raise ConfigError(f"{request.named('apply_chat_template')}: the model's tokenizer has no chat template.")
     return has_template if wanted is None else wanted
 
 

@@ -18,7 +18,6 @@ from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.evaluation.base import (
     Example,
     Keep,
-    Options,
     Questions,
     Row,
     Task,
@@ -31,7 +30,7 @@ from loraover.evaluation.base import (
 from loraover.evaluation.final_number import final_number
 
 if TYPE_CHECKING:
-    from loraover.common.reporter import Reporter
+    from loraover.evaluation.request import EvaluationRequest
     from loraover.evaluation.subjects import Answerer
 
 SPLIT = "questions"
@@ -58,24 +57,22 @@ class HarnessTask(Task):
     max_new_tokens: int = 400
     packages: tuple[str, ...] = ("lm-eval",)
 
-    def check(self, options: Options) -> None:
-        super().check(options)
+    def check(self, request: EvaluationRequest) -> None:
+        super().check(request)
         import_module("lm_eval")  # said before a study trains for hours
-        if self.labels and options.max_new_tokens is not None:
+        if self.labels and request.max_new_tokens is not None:
             raise ConfigError(
-                f"{options.named('max_new_tokens')}: {self.name} compares the likelihoods of its labels and generates "
+                f"{request.named('max_new_tokens')}: {self.name} compares the likelihoods of its labels and generates "
                 "nothing; leave it out."
             )
 
-    def read(self, options: Options) -> Questions:
+    def read(self, request: EvaluationRequest) -> Questions:
         name, subset, split = self.hub
-        if options.data is not None:
-            return read_questions(options.data, self._question, split=split, limit=options.limit)
-        return read_questions(name, self._question, split=split, subset=subset, limit=options.limit)
+        if request.data is not None:
+            return read_questions(request.data, self._question, split=split, limit=request.limit)
+        return read_questions(name, self._question, split=split, subset=subset, limit=request.limit)
 
-    def measure(
-        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> TaskScores:
+    def measure(self, subject: Answerer, questions: Questions, request: EvaluationRequest, keep: Keep) -> TaskScores:
         from lm_eval import simple_evaluate
 
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # again, since its import sets the level
@@ -83,8 +80,8 @@ class HarnessTask(Task):
             model=subject.harness_model(),
             tasks=[self.harness_task(questions)],
             task_manager=self._tasks(),
-            gen_kwargs={"max_gen_toks": options.max_new_tokens or self.max_new_tokens},
-            apply_chat_template=uses_chat(options, subject.tokenizer),
+            gen_kwargs={"max_gen_toks": request.max_new_tokens or self.max_new_tokens},
+            apply_chat_template=uses_chat(request, subject.tokenizer),
             bootstrap_iters=0,
         )
         samples = sorted(found["samples"][self.name], key=lambda sample: sample["doc_id"])
@@ -95,8 +92,8 @@ class HarnessTask(Task):
         }
         return TaskScores(measures, [self._example(sample) for sample in samples])
 
-    def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
-        return {"prompt": "chat template" if uses_chat(options, tokenizer) else "plain text", "shots": "0"}
+    def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
+        return {"prompt": "chat template" if uses_chat(request, tokenizer) else "plain text", "shots": "0"}
 
     def _question(self, row: Mapping[str, Any], where: str) -> Row:
         is_glue = bool(self.labels)  # GLUE has empty sentences

@@ -16,7 +16,6 @@ from loraover.common.errors import ConfigError
 from loraover.evaluation.base import (
     Example,
     Keep,
-    Options,
     Questions,
     Row,
     Task,
@@ -27,7 +26,7 @@ from loraover.evaluation.base import (
 from loraover.evaluation.sandbox import Limits, check_sandbox, run_program
 
 if TYPE_CHECKING:
-    from loraover.common.reporter import Reporter
+    from loraover.evaluation.request import EvaluationRequest
     from loraover.evaluation.subjects import Answerer
 
 STOPS = (
@@ -49,30 +48,28 @@ class HumanEval(Task):
     max_new_tokens: int = 512
     limits: Limits = field(default_factory=Limits)
 
-    def check(self, options: Options) -> None:
-        super().check(options)
-        if options.apply_chat_template:
-            template = options.named("apply_chat_template")
+    def check(self, request: EvaluationRequest) -> None:
+        super().check(request)
+        if request.apply_chat_template:
+            template = request.named("apply_chat_template")
             raise ConfigError(f"{template}: the prompts of humaneval are always plain text; leave it out.")
-        if not options.allow_code_execution:
+        if not request.allow_code_execution:
             raise ConfigError(
                 "humaneval runs code that a model writes, in a sandbox. To agree, add "
-                f"{options.named('allow_code_execution', True)}."
+                f"{request.named('allow_code_execution', True)}."
             )
         check_sandbox()
 
-    def read(self, options: Options) -> Questions:
-        return read_questions(options.data or self.hub, _problem, split="test", limit=options.limit)
+    def read(self, request: EvaluationRequest) -> Questions:
+        return read_questions(request.data or self.hub, _problem, split="test", limit=request.limit)
 
-    def measure(
-        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> TaskScores:
+    def measure(self, subject: Answerer, questions: Questions, request: EvaluationRequest, keep: Keep) -> TaskScores:
         problems = questions.rows
         completions = subject.complete(
             [problem["prompt"] for problem in problems],
-            max_new_tokens=options.max_new_tokens or self.max_new_tokens,
+            max_new_tokens=request.max_new_tokens or self.max_new_tokens,
             stop=STOPS,
-            report=report,
+            report=request.report,
         )
 
         def run(pair: tuple[Row, str]) -> Example:
@@ -82,11 +79,11 @@ class HumanEval(Task):
             return Example(problem["task_id"], float(outcome.passed), body, note=outcome.reason)
 
         pairs = list(zip(problems, completions, strict=True))
-        with report.task("programs", len(pairs)) as advance:
+        with request.report.task("programs", len(pairs)) as advance:
             examples = at_once(run, pairs, os.cpu_count() or 1, advance)
         return TaskScores({"pass@1": sum(example.score == 1 for example in examples) / len(examples)}, examples)
 
-    def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
+    def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
         return {"prompt": "plain text", "seconds for each program": f"{self.limits.seconds:g}"}
 
 

@@ -18,7 +18,6 @@ from loraover.data.formats import ALPACA, ALPACA_TURN
 from loraover.evaluation.base import (
     Example,
     Keep,
-    Options,
     Questions,
     Row,
     Task,
@@ -29,8 +28,8 @@ from loraover.evaluation.base import (
 )
 
 if TYPE_CHECKING:
-    from loraover.common.reporter import Reporter
     from loraover.evaluation.judge import Judge, Rating
+    from loraover.evaluation.request import EvaluationRequest
     from loraover.evaluation.subjects import Answerer, Chat
 
 QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
@@ -52,25 +51,26 @@ class MtBench(Task):
     is_right_or_wrong: bool = False
     max_new_tokens: int = 1024
 
-    def check(self, options: Options) -> None:
-        if options.data is None or kind_of(options.data) != "folder":
+    def check(self, request: EvaluationRequest) -> None:
+        if request.data is None or kind_of(request.data) != "folder":
             raise ConfigError(
-                f"mtbench needs {options.named('data', 'FOLDER')} with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as "
+                f"mtbench needs {request.named('data', 'FOLDER')} with {QUESTIONS}, {PROMPTS} and {REFERENCES[0]}, as "
                 "in fastchat/llm_judge/data of github.com/lm-sys/FastChat."
             )
-        if options.judge is None:
-            judge = f"{options.named('judge_url')} and {options.named('judge_model')}"
+        if request.judge_url is None:
+            judge = f"{request.named('judge_url')} and {request.named('judge_model')}"
             raise ConfigError(f"mtbench needs a judge: {judge}.")
+        judge_of(request)
 
-    def read(self, options: Options) -> Questions:
-        folder = Path(str(options.data))
+    def read(self, request: EvaluationRequest) -> Questions:
+        folder = Path(str(request.data))
         prompts = {row["name"]: row for row in _rows(folder / PROMPTS, _prompt)}
         lacking = [name for name in PROMPT_NAMES.values() if name not in prompts]
         if lacking:
             raise DataError(f"{folder / PROMPTS}: has no prompt named {lacking[0]!r}.")
         file = next((folder / name for name in REFERENCES if (folder / name).is_file()), folder / REFERENCES[0])
         references = {row["question_id"]: row["turns"] for row in _rows(file, _reference)}
-        found = read_questions(str(folder / QUESTIONS), _question, split="test", limit=options.limit)
+        found = read_questions(str(folder / QUESTIONS), _question, split="test", limit=request.limit)
         for row in found.rows:
             row["references"] = None
             if row["category"] in WITH_REFERENCE:
@@ -80,24 +80,21 @@ class MtBench(Task):
             row["prompts"] = [prompts[PROMPT_NAMES[row["references"] is not None, turn]] for turn in (0, 1)]
         return found
 
-    def measure(
-        self, subject: Answerer, questions: Questions, options: Options, report: Reporter, keep: Keep
-    ) -> TaskScores:
+    def measure(self, subject: Answerer, questions: Questions, request: EvaluationRequest, keep: Keep) -> TaskScores:
         chats: list[Chat] = [[] for _ in questions.rows]
         for turn in (0, 1):
             for chat, row in zip(chats, questions.rows, strict=True):
                 chat.append({"role": "user", "content": row["turns"][turn]})
-            answers = _answers(subject, chats, options, options.max_new_tokens or self.max_new_tokens, report)
+            answers = _answers(subject, chats, request, request.max_new_tokens or self.max_new_tokens)
             for chat, answer in zip(chats, answers, strict=True):
                 chat.append({"role": "assistant", "content": answer})
         texts = [message["content"] for chat in chats for message in chat[1::2]]
         answered = [Example(name, None, text) for name, text in zip(_names(questions), texts, strict=True)]
         keep(answered)
-        return self.rate(answered, questions, options, report)
+        return self.rate(answered, questions, request)
 
-    def rate(self, answered: list[Example], questions: Questions, options: Options, report: Reporter) -> TaskScores:
-        judge = options.judge
-        assert judge is not None
+    def rate(self, answered: list[Example], questions: Questions, request: EvaluationRequest) -> TaskScores:
+        judge = judge_of(request)
         if [example.id for example in answered] != _names(questions):
             raise DataError("the answers in the file belong to other questions; name a new file.")
         texts = [example.answer for example in answered]
@@ -107,7 +104,7 @@ class MtBench(Task):
             for turn in (0, 1)
         ]
         lacking = [i for i, example in enumerate(answered) if example.score is None]
-        with report.task("ratings", len(lacking)) as advance:
+        with request.report.task("ratings", len(lacking)) as advance:
             verdicts = at_once(lambda i: _rate(judge, *asked[i]), lacking, REQUESTS_AT_A_TIME, advance)
         examples = list(answered)
         for i, verdict in zip(lacking, verdicts, strict=True):
@@ -117,13 +114,25 @@ class MtBench(Task):
             raise EngineError(f"judge {judge.name} at {judge.endpoint.api}: rated none of the answers; {first}")
         return TaskScores(_means(examples), examples)
 
-    def settings(self, options: Options, tokenizer: Any) -> dict[str, str]:
-        assert options.judge is not None
+    def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
+        judge = judge_of(request)
         return {
-            "prompt": "chat template" if uses_chat(options, tokenizer) else "Alpaca's",
-            "judge": f"{options.judge.name} at {options.judge.endpoint.api}",
+            "prompt": "chat template" if uses_chat(request, tokenizer) else "Alpaca's",
+            "judge": f"{judge.name} at {judge.endpoint.api}",
             "note": "a rating means nothing without the name of its judge",
         }
+
+
+def judge_of(request: EvaluationRequest) -> Judge:
+    """Return the judge that an evaluation asks for.
+
+    Raises:
+        ConfigError: Its address or key cannot be used.
+    """
+    from loraover.client.endpoint import Endpoint
+    from loraover.evaluation.judge import Judge
+
+    return Judge(Endpoint(str(request.judge_url), request.judge_key_variable), str(request.judge_model))
 
 
 def _names(questions: Questions) -> list[str]:
@@ -131,19 +140,17 @@ def _names(questions: Questions) -> list[str]:
     return [f"{row['question_id']}, turn {turn}" for row in questions.rows for turn in (1, 2)]
 
 
-def _answers(
-    subject: Answerer, chats: list[Chat], options: Options, max_new_tokens: int, report: Reporter
-) -> list[str]:
+def _answers(subject: Answerer, chats: list[Chat], request: EvaluationRequest, max_new_tokens: int) -> list[str]:
     """Answer the last question of each conversation."""
-    if uses_chat(options, subject.tokenizer):
-        return [text.strip() for text in subject.chat(chats, max_new_tokens=max_new_tokens, report=report)]
+    if uses_chat(request, subject.tokenizer):
+        return [text.strip() for text in subject.chat(chats, max_new_tokens=max_new_tokens, report=request.report)]
     prompts = []
     for chat in chats:
         first, *later = [message["content"] for message in chat]
         turns = zip(later[::2], later[1::2], strict=True)
         prompts.append(ALPACA.format(first) + "".join(f"{a}\n\n{ALPACA_TURN.format(q)}" for a, q in turns))
     stop = ALPACA_TURN.partition("\n")[0]
-    answers = subject.complete(prompts, max_new_tokens=max_new_tokens, stop=(stop,), report=report)
+    answers = subject.complete(prompts, max_new_tokens=max_new_tokens, stop=(stop,), report=request.report)
     return [answer.partition(stop)[0].strip() for answer in answers]
 
 

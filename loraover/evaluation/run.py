@@ -17,13 +17,11 @@ from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
 from loraover.common.quiet import quiet_libraries_within
-from loraover.common.reporter import Reporter
 from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Example, Options, Questions, Task
+from loraover.evaluation.base import Example, Questions
 from loraover.evaluation.digests import model_digest
-from loraover.evaluation.judge import Judge
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
 from loraover.evaluation.subjects import Answerer, Served, in_memory
@@ -69,26 +67,6 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         return _evaluate(request)
 
 
-def options_of(request: EvaluationRequest) -> Options:
-    """What tasks read.
-
-    Raises:
-        ConfigError: The judge's address or key cannot be used.
-    """
-    judge = None
-    if request.judge_url is not None and request.judge_model is not None:
-        judge = Judge(Endpoint(request.judge_url, request.judge_key_variable), request.judge_model)
-    return Options(
-        data=request.data,
-        limit=request.limit,
-        max_new_tokens=request.max_new_tokens,
-        apply_chat_template=request.apply_chat_template,
-        allow_code_execution=request.allow_code_execution,
-        judge=judge,
-        named=request.named,
-    )
-
-
 def _server(request: EvaluationRequest) -> Endpoint | None:
     """The server that answers; None for models in memory.
 
@@ -100,18 +78,20 @@ def _server(request: EvaluationRequest) -> Endpoint | None:
 
 def _evaluate(request: EvaluationRequest) -> Evaluation:
     report, output = request.report, request.output
-    task, options, server = TASKS[request.task], options_of(request), _server(request)
-    task.check(options)
+    task, server = TASKS[request.task], _server(request)
+    task.check(request)
     if output is not None:
         check_file_writable(output)
     source = resolve_model(request.model)
     report.line(f"base model: {source.origin}")
-    questions = task.read(options)
+    questions = task.read(request)
     report.line(f"questions: {questions.origin}, {len(questions.rows)} of them")
     tokenizer = load_tokenizer(source)
     candidates = _candidates(request, source, tokenizer, server)
     engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.api}"
-    settings = {"engine": engine, "answers": "greedy"} | _settings(task, options, tokenizer, request.batch_size)
+    new_tokens = request.max_new_tokens or task.max_new_tokens
+    settings = {"engine": engine, "answers": "greedy", "new tokens": str(new_tokens)}
+    settings |= {"batch size": str(request.batch_size)} | task.settings(request, tokenizer)
     found = _empty(request, source, questions, settings)
     if output is not None:  # what is in the file may be another model's, which the same folder held
         found = found.model_copy(update={"model_digest": model_digest(source, weights=server is None)})
@@ -125,7 +105,7 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
             answered = [] if result is None else result.examples
             publish = partial(_publish, output, found, list(known.values()))
             try:
-                result = _result(candidate, answered, task, questions, options, report, publish)
+                result = _result(candidate, answered, questions, request, publish)
             except LoraOverError as error:
                 if not found.results:
                     raise
@@ -160,11 +140,6 @@ def _candidates(
 
     adapters = [_Candidate(str(adapter), adapter_digest(adapter), load(adapter)) for adapter in request.adapters]
     return [_Candidate(BASE_MODEL, None, load(None)), *adapters]
-
-
-def _settings(task: Task, options: Options, tokenizer: Any, batch_size: int) -> dict[str, str]:
-    new_tokens = options.max_new_tokens or task.max_new_tokens
-    return {"new tokens": str(new_tokens), "batch size": str(batch_size)} | task.settings(options, tokenizer)
 
 
 def _empty(
@@ -215,10 +190,8 @@ def _publish(output: Path | None, before: Evaluation, after: list[ModelResult], 
 def _result(
     candidate: _Candidate,
     answered: list[Example],
-    task: Task,
     questions: Questions,
-    options: Options,
-    report: Reporter,
+    request: EvaluationRequest,
     publish: Callable[[ModelResult], None],
 ) -> ModelResult:
     """Put the questions to one model, or only rate its answers.
@@ -226,27 +199,25 @@ def _result(
     Args:
         candidate: The model.
         answered: Its answers, if it has been asked already.
-        task: The benchmark.
         questions: The questions.
-        options: What the user asked for.
-        report: Receiver of progress.
+        request: What the user asked for.
         publish: Called with a result that is not final.
 
     Raises:
         LoraOverError: The model failed and left no answers.
     """
-    started = time.perf_counter()
+    task, started = TASKS[request.task], time.perf_counter()
 
     def keep(answers: list[Example]) -> None:
         answered[:] = answers
         publish(_failure(candidate, "its answers have not been rated", answers))
 
-    report.line(f"{candidate.name}: answered already" if answered else f"{candidate.name}:")
+    request.report.line(f"{candidate.name}: answered already" if answered else f"{candidate.name}:")
     try:
         if answered:
-            measured = task.rate(answered, questions, options, report)
+            measured = task.rate(answered, questions, request)
         else:
-            measured = task.measure(candidate.load(), questions, options, report, keep)
+            measured = task.measure(candidate.load(), questions, request, keep)
     except EngineError as error:
         if not answered:
             raise

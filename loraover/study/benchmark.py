@@ -17,7 +17,7 @@ from loraover.common.strict_json import read_json
 from loraover.common.verb import perform
 from loraover.evaluation import TASKS
 from loraover.evaluation.results import CORRELATIONS, Evaluation, ModelResult
-from loraover.evaluation.run import BASE_MODEL, evaluate, options_of
+from loraover.evaluation.run import BASE_MODEL, evaluate
 from loraover.models.load import load_tokenizer, resolve_model
 from loraover.study.grid import Run
 from loraover.study.kept_runs import KEPT_FILE
@@ -45,14 +45,14 @@ def check_benchmark(grid: Sequence[Run], request: StudyRequest) -> None:
     if any(run.recipe.model_init.quantization for run in grid):
         benchmark = StudyRequest.named("benchmark")
         raise ConfigError(f"{benchmark} asks models that are not quantised; leave out model_init.quantization.")
-    task, options = TASKS[request.benchmark], options_of(request.evaluation("", (), None))
+    task, asked = TASKS[request.benchmark], request.evaluation("", (), None)
     models = dict.fromkeys((run.recipe.model, run.recipe.model_revision) for run in grid)
     tokenizers = [load_tokenizer(resolve_model(*model)) for model in models]
     try:
-        task.check(options)
-        task.read(options)
+        task.check(asked)
+        task.read(asked)
         for tokenizer in tokenizers:
-            task.settings(options, tokenizer)
+            task.settings(asked, tokenizer)
     except LoraOverError as error:
         raise type(error)(f"{error} Options of the benchmark: {StudyRequest.named('benchmark_settings')}.") from error
 

@@ -18,9 +18,10 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Options, Questions
+from loraover.evaluation.base import Questions
 from loraover.evaluation.generation import greedy_answers
 from loraover.evaluation.harness import HarnessTask, number_matches
+from loraover.evaluation.request import EvaluationRequest
 
 from support.openai_server import openai_server
 from support.tiny_hub import save_llama, save_t5
@@ -343,12 +344,12 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_are_named(task: str, row: Any, message: str, tmp_path: Path) -> None:
     data = written(tmp_path / "rows.jsonl", [SUMS[0] if task == "gsm8k" else PAIRS[0], row])
     with pytest.raises(DataError, match=message):
-        TASKS[task].read(Options(data=data))
-    assert len(TASKS[task].read(Options(data=data, limit=1)).rows) == 1
+        TASKS[task].read(EvaluationRequest("m", task, data=data))
+    assert len(TASKS[task].read(EvaluationRequest("m", task, data=data, limit=1)).rows) == 1
 
 
 def test_no_file_and_no_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        TASKS["gsm8k"].read(Options(data=str(tmp_path / "none.jsonl")))
+        TASKS["gsm8k"].read(EvaluationRequest("m", "gsm8k", data=str(tmp_path / "none.jsonl")))
     with pytest.raises(DataError, match="holds no questions"):
-        TASKS["gsm8k"].read(Options(data=written(tmp_path / "none.jsonl", [])))
+        TASKS["gsm8k"].read(EvaluationRequest("m", "gsm8k", data=written(tmp_path / "none.jsonl", [])))

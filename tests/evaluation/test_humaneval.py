@@ -12,8 +12,8 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
 from loraover.evaluation import TASKS, humaneval
-from loraover.evaluation.base import Options
 from loraover.evaluation.humaneval import STOPS, cut, program
+from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.sandbox import run_program
 
 from support.bubblewrap import needs_bubblewrap
@@ -115,15 +115,15 @@ def test_rows_that_lack_a_field_are_named(tmp_path: Path) -> None:
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(DOUBLE) + "\n" + json.dumps({"task_id": "T/1", "prompt": "x", "test": "y"}) + "\n")
     with pytest.raises(DataError, match=r"row 2: has fields .* expected 'entry_point'"):
-        TASKS["humaneval"].read(Options(data=str(path)))
+        TASKS["humaneval"].read(EvaluationRequest("m", "humaneval", data=str(path)))
     with pytest.raises(DataError, match="no such file"):
-        TASKS["humaneval"].read(Options(data=str(tmp_path / "none.jsonl")))
+        TASKS["humaneval"].read(EvaluationRequest("m", "humaneval", data=str(tmp_path / "none.jsonl")))
 
 
 @needs_bubblewrap
 def test_canonical_solutions_pass_and_empty_ones_fail() -> None:
     path = real_data("humaneval/HumanEval.jsonl.gz")
-    found = TASKS["humaneval"].read(Options(data=str(path)))
+    found = TASKS["humaneval"].read(EvaluationRequest("m", "humaneval", data=str(path)))
     assert len(found.rows) == 164
     import gzip
 

@@ -20,9 +20,9 @@ from loraover.client import endpoint as endpoint_module
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Options
 from loraover.evaluation.judge import find_rating
 from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench
+from loraover.evaluation.request import EvaluationRequest
 
 from support.fastchat import ASKED, fastchat, write_rows
 from support.openai_server import Recorded, openai_server
@@ -274,24 +274,24 @@ def test_rows_that_do_not_fit_are_named(file: str, row: dict[str, Any], message:
     with (fastchat(tmp_path) / file).open("a") as more:
         more.write(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=message):
-        TASKS["mtbench"].read(Options(data=str(tmp_path)))
+        TASKS["mtbench"].read(EvaluationRequest("m", "mtbench", data=str(tmp_path)))
 
 
 def test_a_missing_file_or_prompt_is_named(tmp_path: Path) -> None:
     folder = fastchat(tmp_path)
     write_rows(folder / "judge_prompts.jsonl", [])
     with pytest.raises(DataError, match="judge_prompts"):
-        TASKS["mtbench"].read(Options(data=str(folder)))
+        TASKS["mtbench"].read(EvaluationRequest("m", "mtbench", data=str(folder)))
     shutil.rmtree(folder / "reference_answer")
     fastchat(tmp_path)
     (folder / QUESTIONS).unlink()
     with pytest.raises(DataError, match=re.escape(QUESTIONS)):
-        TASKS["mtbench"].read(Options(data=str(folder)))
+        TASKS["mtbench"].read(EvaluationRequest("m", "mtbench", data=str(folder)))
 
 
 def test_the_real_files_are_read() -> None:
     real_data("mt_bench/question.jsonl")
-    found = TASKS["mtbench"].read(Options(data=str(data_folder() / "mt_bench")))
+    found = TASKS["mtbench"].read(EvaluationRequest("m", "mtbench", data=str(data_folder() / "mt_bench")))
     assert len(found.rows) == 80
     assert sum(row["references"] is not None for row in found.rows) == 30
     assert found.rows[0]["prompts"][1]["name"] == "single-v1-multi-turn"

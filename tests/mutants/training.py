@@ -287,8 +287,8 @@ TRAINING = (
     ),
     Mutant(
         "code-runs-without-consent",
-        "if not options.allow_code_execution:",
-        "if options.allow_code_execution is None:",
+        "if not request.allow_code_execution:",
+        "if request.allow_code_execution is None:",
         Selection("test_humaneval.py", "consent"),
     ),
     Mutant(
