@@ -65,7 +65,7 @@ class HumanEval(Task):
 
     def measure(self, subject: Answerer, questions: Questions, request: EvaluationRequest, keep: Keep) -> TaskScores:
         problems = questions.rows
-        completions = subject.complete(
+        completions = subject.answers(
             [problem["prompt"] for problem in problems],
             max_new_tokens=request.max_new_tokens or self.max_new_tokens,
             stop=STOPS,

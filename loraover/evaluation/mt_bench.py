@@ -143,14 +143,14 @@ def _names(questions: Questions) -> list[str]:
 def _answers(subject: Answerer, chats: list[Chat], request: EvaluationRequest, max_new_tokens: int) -> list[str]:
     """Answer the last question of each conversation."""
     if uses_chat(request, subject.tokenizer):
-        return [text.strip() for text in subject.chat(chats, max_new_tokens=max_new_tokens, report=request.report)]
+        return [text.strip() for text in subject.answers(chats, max_new_tokens=max_new_tokens, report=request.report)]
     prompts = []
     for chat in chats:
         first, *later = [message["content"] for message in chat]
         turns = zip(later[::2], later[1::2], strict=True)
         prompts.append(ALPACA.format(first) + "".join(f"{a}\n\n{ALPACA_TURN.format(q)}" for a, q in turns))
     stop = ALPACA_TURN.partition("\n")[0]
-    answers = subject.complete(prompts, max_new_tokens=max_new_tokens, stop=(stop,), report=request.report)
+    answers = subject.answers(prompts, max_new_tokens=max_new_tokens, stop=(stop,), report=request.report)
     return [answer.partition(stop)[0].strip() for answer in answers]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraover.client.endpoint import Endpoint
     from loraover.common.reporter import Reporter
 
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
 
 
 class Answerer(ABC):
@@ -28,26 +28,16 @@ class Answerer(ABC):
     tokenizer: Any
 
     @abstractmethod
-    def complete(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], report: Reporter
+    def answers(
+        self, prompts: Sequence[str | Chat], *, max_new_tokens: int, report: Reporter, stop: Sequence[str] = ()
     ) -> list[str]:
-        """Continue each prompt greedily.
+        """Continue each text, or answer each conversation in the model's chat format, greedily.
 
         Args:
-            prompts: Texts.
-            max_new_tokens: Largest number of tokens in a continuation.
-            stop: Texts after which a continuation may end; it may also be longer.
-            report: Receiver of progress.
-        """
-
-    @abstractmethod
-    def chat(self, chats: Sequence[Chat], *, max_new_tokens: int, report: Reporter) -> list[str]:
-        """Answer each conversation greedily, in the model's chat format.
-
-        Args:
-            chats: Conversations.
+            prompts: Only texts, or only conversations.
             max_new_tokens: Largest number of tokens in an answer.
             report: Receiver of progress.
+            stop: Texts after which the continuation of a text may end; it may also be longer.
         """
 
     @abstractmethod
@@ -63,20 +53,9 @@ class InMemory(Answerer):
     tokenizer: Any
     batch_size: int
 
-    def complete(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], report: Reporter
+    def answers(
+        self, prompts: Sequence[str | Chat], *, max_new_tokens: int, report: Reporter, stop: Sequence[str] = ()
     ) -> list[str]:
-        return self._answers(prompts, max_new_tokens, stop, report)
-
-    def chat(self, chats: Sequence[Chat], *, max_new_tokens: int, report: Reporter) -> list[str]:
-        return self._answers(chats, max_new_tokens, (), report)
-
-    def harness_model(self) -> Any:
-        from loraover.evaluation.harness_model import HarnessModel
-
-        return HarnessModel(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
-
-    def _answers(self, prompts: Sequence[Any], max_new_tokens: int, stop: Sequence[str], report: Reporter) -> list[str]:
         from loraover.evaluation.generation import greedy_answers
 
         with report.task("answers", len(prompts)) as advance:
@@ -89,6 +68,11 @@ class InMemory(Answerer):
                 stop=stop,
                 on_batch=advance,
             )
+
+    def harness_model(self) -> Any:
+        from loraover.evaluation.harness_model import HarnessModel
+
+        return HarnessModel(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -109,21 +93,16 @@ class Served(Answerer):
     tokenizer_location: str
     batch_size: int
 
-    def complete(
-        self, prompts: Sequence[str], *, max_new_tokens: int, stop: Sequence[str], report: Reporter
+    def answers(
+        self, prompts: Sequence[str | Chat], *, max_new_tokens: int, report: Reporter, stop: Sequence[str] = ()
     ) -> list[str]:
-        def ask(prompt: str) -> str:
-            return self.endpoint.ask(self.name, prompt, max_tokens=max_new_tokens, stop=stop)
+        def ask(prompt: str | Chat) -> str:
+            if isinstance(prompt, str):
+                return self.endpoint.ask(self.name, prompt, max_tokens=max_new_tokens, stop=stop)
+            return self.endpoint.chat(self.name, prompt, max_tokens=max_new_tokens)
 
         with report.task("answers", len(prompts)) as advance:
             return at_once(ask, prompts, self.batch_size, advance)
-
-    def chat(self, chats: Sequence[Chat], *, max_new_tokens: int, report: Reporter) -> list[str]:
-        def ask(chat: Chat) -> str:
-            return self.endpoint.chat(self.name, chat, max_tokens=max_new_tokens)
-
-        with report.task("answers", len(chats)) as advance:
-            return at_once(ask, chats, self.batch_size, advance)
 
     def harness_model(self) -> Any:
         from loraover.evaluation.harness_client import HarnessClient
