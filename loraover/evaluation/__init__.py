@@ -7,7 +7,11 @@ from loraover.evaluation.harness import HarnessTask
 from loraover.evaluation.humaneval import HumanEval
 from loraover.evaluation.mt_bench import MtBench
 
-GLUE = "nyu-mll/glue"
+
+def _glue(name: str, *labels: str, split: str = "validation", **fields: tuple[str, ...]) -> HarnessTask:
+    """A task of GLUE: the names of its labels, and those that each of its fields may have in a file."""
+    return HarnessTask(name, f"glue/{name}", ("nyu-mll/glue", name, split), fields, labels)
+
 
 TASKS: dict[str, Task] = {
     "gsm8k": HarnessTask(
@@ -16,43 +20,20 @@ TASKS: dict[str, Task] = {
         hub=("openai/gsm8k", "main", "test"),
         fields={"question": ("question",), "answer": ("answer",)},
     ),
-    "qnli": HarnessTask(
-        name="qnli",
-        folder="glue/qnli",
-        hub=(GLUE, "qnli", "validation"),
-        fields={"question": ("question", "sentence1"), "sentence": ("sentence", "sentence2")},
-        labels=("entailment", "not_entailment"),
+    "qnli": _glue(
+        *("qnli", "entailment", "not_entailment"),
+        question=("question", "sentence1"),
+        sentence=("sentence", "sentence2"),
     ),
-    "mnli": HarnessTask(
-        name="mnli",
-        folder="glue/mnli",
-        hub=(GLUE, "mnli", "validation_matched"),
-        fields={"premise": ("premise", "sentence1"), "hypothesis": ("hypothesis", "sentence2")},
-        labels=("entailment", "neutral", "contradiction"),
+    "mnli": _glue(
+        *("mnli", "entailment", "neutral", "contradiction"),
+        split="validation_matched",
+        premise=("premise", "sentence1"),
+        hypothesis=("hypothesis", "sentence2"),
     ),
-    "sst2": HarnessTask(
-        name="sst2",
-        folder="glue/sst2",
-        hub=(GLUE, "sst2", "validation"),
-        fields={"sentence": ("sentence",)},
-        labels=("negative", "positive"),
-    ),
-    "cola": HarnessTask(
-        name="cola",
-        folder="glue/cola",
-        hub=(GLUE, "cola", "validation"),
-        fields={"sentence": ("sentence",)},
-        labels=("unacceptable", "acceptable"),
-    ),
-    "mrpc": HarnessTask(
-        name="mrpc",
-        folder="glue/mrpc",
-        hub=(GLUE, "mrpc", "validation"),
-        fields={"sentence1": ("sentence1",), "sentence2": ("sentence2",)},
-        labels=("not_equivalent", "equivalent"),
-    ),
+    "sst2": _glue("sst2", "negative", "positive", sentence=("sentence",)),
+    "cola": _glue("cola", "unacceptable", "acceptable", sentence=("sentence",)),
+    "mrpc": _glue("mrpc", "not_equivalent", "equivalent", sentence1=("sentence1",), sentence2=("sentence2",)),
     "humaneval": HumanEval(),
     "mtbench": MtBench(),
 }
-
-__all__ = ["TASKS", "Task"]
