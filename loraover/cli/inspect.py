@@ -9,10 +9,12 @@ from loraover.reporting.request_command import request_command
 def _inspect(request: InspectRequest, as_json: bool) -> None:
     from rich.console import Console
 
+    from loraover.common.atomic_output import publish_text
     from loraover.inspection.folder import inspect_folder, read_schedule
-    from loraover.inspection.html import write_page
+    from loraover.inspection.html import to_page
     from loraover.inspection.show import show_folder, show_next_steps
-    from loraover.reporting.schedule_figures import plot_schedule, schedule_figures
+    from loraover.reporting.reporter import print_line
+    from loraover.reporting.schedule_figures import check_new, plot_schedule, schedule_figures
     from loraover.reporting.schedule_map import show_schedule
 
     path, plot, html = request.path, request.plot, request.html
@@ -21,7 +23,8 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
         plot_schedule(read_schedule(path), plot)
     if html is not None:
         figures = [] if report.cores is None else schedule_figures(read_schedule(path))
-        write_page(report, figures, html, request.command())
+        check_new(html, ".html")
+        publish_text(html, to_page(report, figures, request.command()).html)
     if as_json:
         print(report.model_dump_json(indent=1))
         return
@@ -31,7 +34,7 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
         show_schedule(read_schedule(path), console)
     show_next_steps(report, console)
     for file in filter(None, (plot, html)):
-        console.print(f"wrote {file}", soft_wrap=True, markup=False, highlight=False)
+        print_line(console, f"wrote {file}")
 
 
 inspect = request_command(InspectRequest, _inspect)

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 
-from loraover.common.atomic_output import publish_text
 from loraover.common.provenance import today
 from loraover.inspection.report import FolderReport
 from loraover.inspection.show import folder_rows
 from loraover.inspection.verdict import verdict_of
 from loraover.reporting.html_page import Origin, Page, Table, make_page
-from loraover.reporting.schedule_figures import MAP, check_new
+from loraover.reporting.schedule_figures import MAP
 from loraover.reporting.svg import Figure
 
 TEMPLATE = "inspect.html.j2"
-
-
-def write_page(report: FolderReport, figures: Sequence[Figure], path: Path, command: str) -> None:
-    """Write the page of a folder to a new file.
-
-    Args:
-        report: Description of the folder.
-        figures: Figures of its schedule; empty without cores.
-        path: New file, whose name ends in .html.
-        command: Command line that makes the page.
-
-    Raises:
-        ConfigError: The file exists, or its name has another ending.
-    """
-    check_new(path, ".html")
-    publish_text(path, to_page(report, figures, command).html)
 
 
 def to_page(report: FolderReport, figures: Sequence[Figure], command: str) -> Page:
