@@ -8,9 +8,10 @@ from loraover.reporting.html_page import Origin, Page, Table, make_page
 from loraover.study.figures import forest, rate_figures
 from loraover.study.report import MethodResult, StudyReport, TaskResult, is_better, is_worse
 from loraover.study.show import (
+    COSTS,
     END_NOTE,
+    cost_cells,
     figure_text,
-    gibibytes,
     method_text,
     regret_text,
     score_rows,
@@ -93,17 +94,5 @@ def _compared(r: MethodResult) -> tuple[str, str, str]:
 
 
 def _costs_table(task: TaskResult) -> Table:
-    rows = [
-        (
-            *(method_text(r.method, task), f"{r.trained_parameters:,}"),
-            *(figure_text(r.served_rank, "d"), figure_text(r.served_bytes, ",d")),
-            *(figure_text(r.step_seconds, ".2f"), figure_text(gibibytes(r), ".2f")),
-            *(figure_text(r.step_norm, ".3g"), figure_text(r.update_norm, ".3g"), figure_text(r.fold_error, ".1e")),
-        )
-        for r in task.methods
-    ]
-    columns = (
-        *("method", "trained", "served rank", "served bytes", "s / step", "GiB", "step norm", "update norm"),
-        "fold error",
-    )
-    return Table(columns, rows, columns[:1], columns[:1])
+    rows = [(method_text(r.method, task), *cost_cells(r)) for r in task.methods]
+    return Table(("method", *COSTS), rows, ("method",), ("method",))

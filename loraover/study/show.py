@@ -7,6 +7,7 @@ from statistics import fmean
 
 from rich.console import Console
 
+from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover.study.plan import StudyPlan
 from loraover.study.power import PowerReport, TaskPower
@@ -16,10 +17,8 @@ from loraover.study.verdict import verdict_of
 from loraover.training.plan import ASSUMPTION, size_text
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
-COLUMNS = (
-    *("method", "rate", "test loss (sd)", "difference [95 %], p", "trained", "served rank", "served bytes"),
-    *("s / step", "GiB", "step norm", "update norm", "fold error", "basin", "regret"),
-)
+COSTS = ("trained", "served rank", "served bytes", "s / step", "GiB", "step norm", "update norm", "fold error")
+COLUMNS = ("method", "rate", "test loss (sd)", "difference [95 %], p", *COSTS, "basin", "regret")
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
@@ -30,7 +29,7 @@ def show_study(report: StudyReport, request: StudyRequest, console: Console) -> 
         heads, rows = scores
         console.print(terminal_table(heads, rows, names=heads[:1], title=score_title(report)))
     for line in (*_verdict(report), *report.words, written):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        print_line(console, line)
 
 
 def _verdict(report: StudyReport) -> tuple[str, str]:
@@ -82,11 +81,11 @@ def show_power(report: PowerReport, request: StudyRequest, console: Console) -> 
     """Print the smallest difference that each comparison of a study would see."""
     compared = {(one.method, one.baseline): f"{one.method} against {one.baseline}" for one in report.tasks}
     for pair, title in compared.items():
-        console.print(title, soft_wrap=True, markup=False, highlight=False)
+        print_line(console, title)
         rows = [_power_cells(one) for one in report.tasks if (one.method, one.baseline) == pair]
         heads = ("task", "spread of", "rows", "seeds", "smallest", "half:\nrows", "half:\nseeds", "half:\nboth")
         console.print(terminal_table(heads, rows, names=heads[:2]))
-    console.print(POWER_NOTE, soft_wrap=True, markup=False, highlight=False)
+    print_line(console, POWER_NOTE)
 
 
 def _power_cells(one: TaskPower) -> list[str]:
@@ -110,8 +109,7 @@ def show_study_plan(plan: StudyPlan, request: StudyRequest, console: Console) ->
     time = "time is predicted only if the data are local and this machine can run a trial."
     if plan.hours is not None:
         time = f"{hours_text(plan.hours)} of training, one run after another. Evaluation comes on top."
-    line = f"{plan.runs} runs; {time} {ASSUMPTION}"
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    print_line(console, f"{plan.runs} runs; {time} {ASSUMPTION}")
 
 
 def hours_text(hours: float) -> str:
@@ -154,14 +152,7 @@ def _row(r: MethodResult, task: TaskResult) -> str:
         f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
         f"{r.test_loss:.4f} ({figure_text(r.deviation, '.4f')})",
         compared,
-        f"{r.trained_parameters:,}",
-        figure_text(r.served_rank, "d"),
-        figure_text(r.served_bytes, ",d"),
-        figure_text(r.step_seconds, ".2f"),
-        figure_text(gibibytes(r), ".2f"),
-        figure_text(r.step_norm, ".3g"),
-        figure_text(r.update_norm, ".3g"),
-        figure_text(r.fold_error, ".1e"),
+        *cost_cells(r),
         f"{at_least}{r.sensitivity.basin_decades:.2f}",
         regret_text(r),
     ]
@@ -187,9 +178,18 @@ def figure_text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def gibibytes(r: MethodResult) -> float | None:
-    """Peak memory in GiB; None: not measured."""
-    return None if r.peak_bytes is None else r.peak_bytes / 2**30
+def cost_cells(r: MethodResult) -> list[str]:
+    """Return the cells of the columns `COSTS`."""
+    return [
+        f"{r.trained_parameters:,}",
+        figure_text(r.served_rank, "d"),
+        figure_text(r.served_bytes, ",d"),
+        figure_text(r.step_seconds, ".2f"),
+        figure_text(None if r.peak_bytes is None else r.peak_bytes / 2**30, ".2f"),
+        figure_text(r.step_norm, ".3g"),
+        figure_text(r.update_norm, ".3g"),
+        figure_text(r.fold_error, ".1e"),
+    ]
 
 
 def regret_text(r: MethodResult) -> str:
