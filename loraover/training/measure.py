@@ -7,20 +7,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError, DivergedError
 from loraover.common.ranks import launched
-from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import Scored, any_number, exact_match, example_losses, token_loss
 from loraover.training.engines import CUTS_WEIGHTS
 from loraover.training.prepare import Prepared
-from loraover.training.recipe import Recipe
-from loraover.training.recipe_parts import EvaluationSettings
 from loraover.training.run_folder import HELD_OUT_FILE, log_measures
 from loraover.training.run_result import Measures
 
@@ -30,26 +26,21 @@ BY_TOKEN = ("sft", "seq2seq")
 """Trainers whose loss is that of completion tokens; the loss of the others is a mean over batches."""
 
 
-def check_room(run: Prepared, recipe: Recipe) -> None:
+def check_room(run: Prepared) -> None:
     """Check before the first step that answers can be generated after the last one.
 
     Raises:
         ConfigError: A prompt leaves no room for an answer.
     """
-    if run.examples.test is not None and recipe.evaluation.exact_match:
+    if run.examples.test is not None and run.recipe.evaluation.exact_match:
         answer_rooms(run.model, run.tokenizer, [prompt for prompt, _ in _asked(run.examples.test.rows)])
 
 
-def measure(
-    run: Prepared, recipe: Recipe, output: Path, report: Reporter, when: str, *, has_begun: bool
-) -> Measures | None:
+def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
     """Measure loss and exact match on the held-out rows, and log them.
 
     Args:
         run: The run.
-        recipe: Its recipe.
-        output: Its folder.
-        report: Receiver of progress.
         when: `BEFORE` or `AFTER`.
         has_begun: Whether this process has taken a step, with which an engine places the weights.
 
@@ -57,6 +48,7 @@ def measure(
         DataError: No held-out example has room for its completion.
         DivergedError: The loss is not finite.
     """
+    recipe, report = run.recipe, run.report
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
     engine = recipe.distributed.engine
@@ -69,17 +61,17 @@ def measure(
         if run.trainer_name in BY_TOKEN:
             scored = _scored(run, lambda done: advance(min(ranks.size * done, len(rows))))
             loss, fitting = token_loss(scored), sum(example.tokens > 0 for example in scored)
-            _check_fitting(fitting, rows, recipe, report)
+            _check_fitting(run, fitting, rows)
             if when == AFTER:
-                ranks.write(publish_text, output / HELD_OUT_FILE, json.dumps(scored) + "\n")
+                ranks.write(publish_text, run.output / HELD_OUT_FILE, json.dumps(scored) + "\n")
         else:
             loss, fitting = _trainer_loss(run, advance), len(rows)
     lower = LOWER.format(recipe.training.peak_rate)
     check_finite(loss, f"the held-out loss {when}", lower if when == AFTER else f"Check the weights of {recipe.model}")
-    accuracy = _accuracy(run, rows, recipe.evaluation, report, when) if recipe.evaluation.exact_match else None
+    accuracy = _accuracy(run, rows, when) if recipe.evaluation.exact_match else None
     measures = Measures(examples=fitting, loss=loss, exact_match=accuracy)
     report.line(f"{when}: {measures}")
-    ranks.write(log_measures, output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
+    ranks.write(log_measures, run.output, run.trainer.state.global_step, eval_loss=loss, exact_match=accuracy)
     return measures
 
 
@@ -117,14 +109,14 @@ def _trainer_loss(run: Prepared, advance: Any) -> float:
     return float(loop.metrics["eval_loss"])
 
 
-def _check_fitting(fitting: int, rows: Sequence[Row], recipe: Recipe, report: Reporter) -> None:
-    length = recipe.training.tokens
+def _check_fitting(run: Prepared, fitting: int, rows: Sequence[Row]) -> None:
+    length = run.recipe.training.tokens
     if not fitting:
         raise DataError(
             f"no held-out example has room for its completion within training.max_length = {length}; raise it."
         )
     if fitting < len(rows):
-        report.line(
+        run.report.line(
             f"{len(rows) - fitting} of {len(rows)} held-out examples have no room for their completion within "
             f"training.max_length = {length}: the loss leaves them out"
         )
@@ -138,20 +130,18 @@ def _asked(rows: Sequence[Row]) -> list[tuple[Any, Any]]:
     ]
 
 
-def _accuracy(
-    run: Prepared, rows: Sequence[Row], asked: EvaluationSettings, report: Reporter, when: str
-) -> float | None:
+def _accuracy(run: Prepared, rows: Sequence[Row], when: str) -> float | None:
     """Measure exact match; None, with a line that says why, if numbers are compared and no held-out row has one."""
-    ranks = launched()
+    asked, ranks = run.recipe.evaluation, launched()
     pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in _asked(rows)]
     mine = pairs[ranks.rank :: ranks.size]
     if asked.answer == "number" and not any_number(pairs):
-        report.line(
+        run.report.line(
             "no held-out completion has a number, so exact match is not measured; set evaluation.answer to text to "
             "compare texts"
         )
         return None
-    with report.task(f"held-out answers {when}", len(rows)) as advance:
+    with run.report.task(f"held-out answers {when}", len(rows)) as advance:
         share = exact_match(
             run.model,
             run.tokenizer,

@@ -61,6 +61,8 @@ class Prepared:
     """Everything that a run needs before its first step.
 
     Args:
+        output: The run's folder.
+        report: Receiver of progress.
         recipe: The recipe, with values in place of those that it left to this machine and its data.
         source: The base model.
         tokenizer: Its tokenizer.
@@ -79,6 +81,8 @@ class Prepared:
         lengths: Lengths of the training rows; None for trainers that cut none.
     """
 
+    output: Path
+    report: Reporter
     recipe: Recipe
     source: ModelSource
     tokenizer: Any
@@ -162,7 +166,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     made = source, tokenizer, processor, examples, model, untrained, trainer
-    return Prepared(recipe, *made, progress, over, method, trained, named, start, name, lengths)
+    return Prepared(output, report, recipe, *made, progress, over, method, trained, named, start, name, lengths)
 
 
 def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | None, Examples]:

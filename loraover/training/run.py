@@ -160,7 +160,7 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
             ranks.write(record_beside, adapter, model=asked.model, report=report)
         ranks.write(attach, done.arguments, adapter, report)
         if asked.push_to_hub is not None:
-            ranks.write(_push, asked, done.pushed, adapter, report)
+            ranks.write(_push, asked, done, adapter, report)
         return done.result
 
 
@@ -174,25 +174,20 @@ def _check_shared(output: Path) -> None:
         )
 
 
-class Pushed(NamedTuple):
-    """What a pushed adapter names in place of a stand-in, and its model card."""
-
-    base: ModelSource
-    card: str
-
-
 class Done(NamedTuple):
     """What is left of a run when its model is no longer in memory.
 
     Args:
         result: The contents of `run.json`.
         arguments: Settings of its trainer.
-        pushed: What a pushed adapter names; None where it names what it has.
+        base: Model that a pushed adapter names in place of a stand-in; None where it names what it has.
+        card: Model card that names this model.
     """
 
     result: RunResult
     arguments: TrainingArguments
-    pushed: Pushed | None
+    base: ModelSource | None
+    card: str
 
 
 def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> Done:
@@ -200,29 +195,29 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
     try:
         run = prepare(recipe, output, report)
         recipe = run.recipe
-        check_room(run, recipe)
-        before = measure(run, recipe, output, report, BEFORE, has_begun=False)
+        check_room(run)
+        before = measure(run, BEFORE, has_begun=False)
         step = ranks.of_first(lambda: step_of(last_whole_checkpoint(output / TRAINER_FOLDER)) if resume else 0)
         checkpoint = output / TRAINER_FOLDER / f"checkpoint-{step}" if step else None
         ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
         ranks.write(trim_metrics, output, checkpoint)
         ranks.write(remove_incomplete, output / TRAINER_FOLDER, step)
         with log_shown(report):
-            timed = _take_steps(run, recipe, checkpoint, report)
+            timed = _take_steps(run, checkpoint)
         if not all(bool(whole(p).isfinite().all()) for p in run.model.parameters() if p.requires_grad):
             raise DivergedError(
                 "training diverged: the loss is no longer a number at learning rate "
                 f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
         left_out = run.method.finish(run.model)
-        after = measure(run, recipe, output, report, AFTER, has_begun=timed.steps > 0)
-        result = _result(run, recipe, timed, before, after, left_out)
+        after = measure(run, AFTER, has_begun=timed.steps > 0)
+        result = _result(run, timed, before, after, left_out)
         ranks.meet()  # before rank 0 reads and publishes what all have trained
         ranks.write(_check_trained, result, logged_losses(output))
         if result.update_norm == 0:
             report.line(f"warning: {result.steps} steps have changed nothing: the adapter does what it did before them")
         weights = trainable_state_dict(run.model) if recipe.distributed.engine in CUTS_WEIGHTS else None
-        ranks.write(_publish, run, recipe, output, result, command, resume, weights)
+        ranks.write(_publish, run, result, command, resume, weights)
     except BaseException as error:
         has_stepped = run is not None and run.trainer.state.global_step > 0
         agreed = ranks.agreed(unwritable(error, output))
@@ -231,18 +226,13 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
             raise
         raise agreed from error
     base = run.pushed_base
-    pushed = None if base is None else Pushed(base, _card(recipe, result, base, command))
-    return Done(result, run.trainer.args, pushed)
+    return Done(result, run.trainer.args, base, "" if base is None else _card(recipe, result, base, command))
 
 
 def _result(
-    run: Prepared,
-    recipe: Recipe,
-    timed: TimedSteps,
-    before: Measures | None,
-    after: Measures | None,
-    left_out: float | None,
+    run: Prepared, timed: TimedSteps, before: Measures | None, after: Measures | None, left_out: float | None
 ) -> RunResult:
+    recipe = run.recipe
     cores, matrices = (0, 0) if run.over is None else run.over.num_parameters()
     served = served_size(run.model)
     change = None if run.untrained is None else step_norm(run.untrained, factors(run.model))
@@ -295,27 +285,21 @@ def _check_trained(result: RunResult, losses: Sequence[float]) -> None:
 
 
 def _publish(
-    run: Prepared,
-    recipe: Recipe,
-    output: Path,
-    result: RunResult,
-    command: str,
-    resume: bool,
-    weights: Mapping[str, Tensor] | None,
+    run: Prepared, result: RunResult, command: str, resume: bool, weights: Mapping[str, Tensor] | None
 ) -> None:
     """Write the adapter folder, then the run's result; a process that was killed between them has left a folder.
 
     Args:
         weights: A, B and whatever else was trained, where the model holds only this process's part of them.
     """
-    card = _card(recipe, result, run.source, command)
-    with publish_directory(product(recipe, output), replace=resume) as draft:
+    card = _card(run.recipe, result, run.source, command)
+    with publish_directory(product(run.recipe, run.output), replace=resume) as draft:
         run.model.save_pretrained(draft, state_dict=weights)
         (run.tokenizer if run.processor is None else run.processor).save_pretrained(draft)
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
-    publish_text(output / RUN_FILE, result.model_dump_json(indent=1) + "\n")
+    publish_text(run.output / RUN_FILE, result.model_dump_json(indent=1) + "\n")
 
 
 def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) -> str:
@@ -327,30 +311,30 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
     return model_card(title, base.name, facts, command, licence=licence, kind=kind, library=library)
 
 
-def _push(recipe: Recipe, pushed: Pushed | None, folder: Path, report: Reporter) -> None:
+def _push(recipe: Recipe, done: Done, folder: Path, report: Reporter) -> None:
     repository = recipe.push_to_hub
     assert repository is not None
     with ExitStack() as copies:
         plain = copies.enter_context(plain_copy(folder))
-        if pushed is not None:
-            plain = copies.enter_context(moved_copy(plain, pushed.base, pushed.card, report.line))
+        if done.base is not None:
+            plain = copies.enter_context(moved_copy(plain, done.base, done.card, report.line))
         push(repository, plain, folder)
     if recipe.push_checkpoint:
         push(repository, folder, folder, CHECKPOINT_PLACE)
     report.line(f"uploaded to {repository}")
 
 
-def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: Reporter) -> TimedSteps:
+def _take_steps(run: Prepared, checkpoint: Path | None) -> TimedSteps:
     """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
     if run.callback is not None:
         run.callback.resume_from = checkpoint
-    steps = planned_steps(recipe, run.trainer)
+    steps = planned_steps(run.recipe, run.trainer)
     step = step_of(checkpoint)
     if checkpoint is None or step < steps:
         if checkpoint is not None:
-            convert_for_processes(checkpoint, run.trainer, report)
+            convert_for_processes(checkpoint, run.trainer, run.report)
         started = time.perf_counter()
-        with report.task("training steps", steps) as run.progress.advance:
+        with run.report.task("training steps", steps) as run.progress.advance:
             run.method.train(run.trainer, checkpoint, steps, run.progress)
         return TimedSteps(run.trainer.state.global_step - step, time.perf_counter() - started)
     if isinstance(run.model, PeftModel):
@@ -359,7 +343,7 @@ def _take_steps(run: Prepared, recipe: Recipe, checkpoint: Path | None, report: 
         load_weights(run.model, checkpoint / "model.safetensors")
     if run.callback is not None:
         config = with_measured_bases(run.callback.config, ordinary_optimizer(run.trainer.create_optimizer()))
-        run.callback.restore(run.model, checkpoint, recipe.training.seed, steps=steps, config=config)
+        run.callback.restore(run.model, checkpoint, run.recipe.training.seed, steps=steps, config=config)
     run.method.restore(checkpoint)
     run.trainer.state.global_step = step
     return TimedSteps(0, 0.0)
