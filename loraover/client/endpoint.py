@@ -141,7 +141,7 @@ class Endpoint:
         """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **self.GREEDY}
         body |= {"stop": list(stop)} if stop else {}
-        return str(self._asked("/v1/completions", body, timeout_s, "text")[0])
+        return str(self.exchange("/v1/completions", body, timeout_s=timeout_s, text=("text",))[0])
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
         """Ask for the answer to a conversation.
@@ -156,7 +156,7 @@ class Endpoint:
             EngineError: See `ask`.
         """
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature}
-        return str(self._asked("/v1/chat/completions", body, None, "message", "content")[0])
+        return str(self.exchange("/v1/chat/completions", body, text=("message", "content"))[0])
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
         """Send a request, again after a pause where that may help, and return the JSON of the answer.
@@ -170,12 +170,6 @@ class Endpoint:
             EngineError: See `ask`.
         """
         return self.exchange(path, body, timeout_s=timeout_s)[0]
-
-    def exchange(
-        self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
-    ) -> tuple[Any, dict[str, str]]:
-        """As `request`, with the answer's headers by their names in small letters, but for cookies."""
-        return self._asked(path, body, timeout_s)
 
     def models(self) -> dict[str, str | None]:
         """Names of the models that the server lists, with that of an adapter's base model where the list has it.
@@ -216,10 +210,10 @@ class Endpoint:
             text = text.replace(secret, "***")
         return text
 
-    def _asked(
-        self, path: str, body: dict[str, Any] | None, timeout_s: float | None, *text: str
+    def exchange(
+        self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None, text: Sequence[str] = ()
     ) -> tuple[Any, dict[str, str]]:
-        """The answer to a request, which is sent again after a pause where that may help, and its headers.
+        """As `request`, with the answer's headers by their names in small letters, but for cookies.
 
         If the keys of a text are given, that is what is returned of the answer.
 
