@@ -9,6 +9,7 @@ from typing import Any
 from loraover.common.dtypes import DTYPES
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
 from loraover.evaluation import TASKS
+from loraover.models.request_fields import SPELLINGS, dtype_option
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,7 @@ class EvaluationRequest(Request):
         "Environment variable that holds the endpoint's key.", default=None, needs="endpoint"
     )
     batch_size: int = option("Number of questions at the same time.", default=8, least=1)
-    dtype: str = option(
-        "Data type of the weights in memory; PyTorch's names, such as bfloat16, are accepted too.",
-        default="fp32",
-        choices=tuple(DTYPES),
-        also={long: short for short, long in DTYPES.items()},
-    )
+    dtype: str = dtype_option(f"Data type of the weights in memory{SPELLINGS}", DTYPES)
     max_new_tokens: int | None = option(
         "Largest number of tokens in an answer.", default=None, default_text="the task's number", least=1
     )

@@ -28,8 +28,8 @@ def choose_device(name: str = "auto") -> torch.device:
     found = found_devices()
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if found.get(kind)))
-    kind, colon, index = name.partition(":")
-    if kind not in DEVICES[1:] or (colon and not (kind == "cuda" and index.isascii() and index.isdigit())):
+    kind, _, index = name.partition(":")
+    if name not in DEVICES and not is_one_gpu(name):
         raise ConfigError(f"device is {name!r}, expected one of {', '.join(DEVICES)}, or one GPU such as cuda:1.")
     if int(index or 0) >= found[kind]:
         raise ConfigError(
@@ -37,6 +37,12 @@ def choose_device(name: str = "auto") -> torch.device:
             "that is there, or auto. If the machine has a GPU, install a PyTorch that is built for it."
         )
     return torch.device(name)
+
+
+def is_one_gpu(name: str) -> bool:
+    """Whether a name is that of one GPU of several, such as "cuda:1"."""
+    kind, _, index = name.partition(":")
+    return kind == "cuda" and index.isascii() and index.isdecimal()
 
 
 def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch.dtype]:

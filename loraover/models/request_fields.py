@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from loraover.common.dtypes import COMPUTE_DTYPES, DTYPES
 from loraover.common.request import option
-from loraover.models.device import DEVICES
+from loraover.models.device import DEVICES, is_one_gpu
+
+SPELLINGS = "; PyTorch's names, such as bfloat16, are accepted too."
 
 
 def stored_dtype(default: str = "fp32", product: str = "adapter") -> Any:
     """Declare the field `dtype`, the data type in which a verb stores its product."""
-    return option(
-        f"Data type to store the {product} in; PyTorch's names, such as bfloat16, are accepted too.",
-        default=default,
-        choices=tuple(DTYPES),
-        also={long: short for short, long in DTYPES.items()},
-    )
+    return dtype_option(f"Data type to store the {product} in{SPELLINGS}", DTYPES, default)
 
 
 def compute_dtype(description: str) -> Any:
     """Declare a field for the data type in which PyTorch runs models."""
-    return option(
-        description,
-        default="fp32",
-        choices=tuple(COMPUTE_DTYPES),
-        also={long: short for short, long in COMPUTE_DTYPES.items()},
-    )
+    return dtype_option(description, COMPUTE_DTYPES)
+
+
+def dtype_option(description: str, dtypes: Mapping[str, str], default: str = "fp32") -> Any:
+    """Declare a field for one of some data types, given PyTorch's name of each, which is accepted too."""
+    also = {long: short for short, long in dtypes.items()}
+    return option(description, default=default, choices=tuple(dtypes), also=also)
 
 
 def records(product: str) -> Any:
@@ -37,7 +36,7 @@ def records(product: str) -> Any:
 def device(description: str, default: str = "auto") -> Any:
     """Declare a field for the device on which PyTorch runs models; one GPU of several, such as cuda:1, is allowed."""
     text = "the first that is there of cuda, mps and cpu" if default == "auto" else default
-    return option(description, default=default, default_text=text, choices=DEVICES, accepts=_is_one_gpu)
+    return option(description, default=default, default_text=text, choices=DEVICES, accepts=is_one_gpu)
 
 
 def max_memory() -> Any:
@@ -49,8 +48,3 @@ def max_memory() -> Any:
         default_text="what the device has free",
         above=0,
     )
-
-
-def _is_one_gpu(name: str) -> bool:
-    kind, _, index = name.partition(":")
-    return kind == "cuda" and index.isascii() and index.isdecimal()
