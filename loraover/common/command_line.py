@@ -139,8 +139,8 @@ def _explain(error: BaseException) -> int:
     elif isinstance(error, LoraOverError) and error.is_told:
         pass
     elif isinstance(error, LoraOverError):
-        text = printable(str(error)) if not isinstance(error, EngineError) else _printable_lines(str(error))
-        print(f"error: {text}", file=sys.stderr)
+        lines = str(error).splitlines() if isinstance(error, EngineError) else [str(error)]  # an engine's log has lines
+        print("error: " + "\n".join(map(printable, lines)), file=sys.stderr)
     elif missing := missing_package(error):
         print(f"error: {missing}", file=sys.stderr)
     else:
@@ -151,11 +151,6 @@ def _explain(error: BaseException) -> int:
 def printable(text: str) -> str:
     """Escape characters by which a text could move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _printable_lines(text: str) -> str:
-    """Escape a text of several lines, such as an engine's log, but keep its line breaks."""
-    return "\n".join(map(printable, text.splitlines()))
 
 
 def entry_point(command: click.Command) -> Callable[[], Any]:
