@@ -123,11 +123,8 @@ def in_any_process(flags: list[bool], device: torch.device | None) -> list[bool]
 
 def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     """Return rank 0's numbers in every process."""
-    if world_size() == 1:
-        return numbers
-    shared = torch.tensor(numbers, dtype=torch.float64).view(torch.int64).to(device)  # not every GPU has float64
-    dist.broadcast(shared, src=0)
-    found: list[float] = shared.cpu().view(torch.float64).tolist()
+    bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)  # not every GPU has float64
+    found: list[float] = of_first_process(bits, device).view(torch.float64).tolist()
     return found
 
 
