@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from loraover.common.command_line import printable
 from loraover.reporting.reporter import print_line, print_rows
+from loraover.reporting.terminal_table import terminal_table
 from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
@@ -29,14 +28,9 @@ def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
     shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
     for name in shared:
         console.print(printable(f"{name}: {common[name].pop()}"), markup=False, highlight=False)
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for run in results:
-        table.add_column(escape(run), overflow="fold")
-    for name in names:
-        if name not in shared:
-            table.add_row(name, *(escape(printable(found.get(name, "-"))) for found in facts.values()))
-    console.print(table)
+    heads = ("", *map(escape, results))
+    rows = [(name, *(found.get(name, "-") for found in facts.values())) for name in names if name not in shared]
+    console.print(terminal_table(heads, rows, names=heads))
 
 
 def show_plan(plan: TrainingPlan, console: Console) -> None:
