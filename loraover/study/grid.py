@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -88,67 +88,33 @@ class Run:
 
 
 def grid_of(request: StudyRequest) -> list[Run]:
-    """List all runs of a study.
-
-    Args:
-        request: What it is asked for, whole.
-    """
-    return make_grid(
-        request.recipes,
-        request.rates,
-        request.seeds,
-        DEFAULTS | dict(request.settings or {}),
-        request.task_rates,
-        request.spelled(request.rulers),
-        request.names,
-        request.models,
-    )
-
-
-def make_grid(
-    recipes: Sequence[str],
-    rates: Mapping[str, Sequence[float]],
-    seeds: int,
-    settings: dict[str, Any],
-    task_rates: Mapping[str, Sequence[float]] | None = None,
-    rulers: Collection[str] = (),
-    names: Mapping[str, str] | None = None,
-    models: Sequence[str] = (),
-) -> list[Run]:
     """List every combination, seed by seed, so that a study that is stopped has complete seeds.
 
+    A method is a name of `METHOD_SETTINGS`, with settings where wanted, as in
+    "lora-over:schedule=dynamic:budget={fraction: 0.25}". A setting that begins with an entry of `RECIPE_PARTS` is a key
+    of the recipe; the other settings of lora-over are keys of `over`, those of other methods keys of `lora`.
+
     Args:
-        recipes: Names of recipes that ship, or YAML files.
-        rates: Learning rates of each method. A method is a name of `METHOD_SETTINGS`, with settings where wanted, as in
-            "lora-over:schedule=dynamic:budget={fraction: 0.25}". A setting that begins with an entry of `RECIPE_PARTS`
-            is a key of the recipe; the other settings of lora-over are keys of `over`, those of other methods keys of
-            `lora`.
-        seeds: Number of seeds, from 0.
-        settings: Values of recipe keys that all runs share, by dotted key.
-        task_rates: Learning rates on a task in place of the methods' rates: of one method, by "TASK/METHOD", or of all
-            others, by "TASK".
-        rulers: Those of the methods that are shown only, see `Run`.
-        names: Methods by short name.
-        models: Base models in place of the recipes', see `study_tasks`.
+        request: What the study is asked for, whole.
 
     Raises:
         ConfigError: An unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
             that compares nothing.
     """
+    rates, rulers, settings = request.rates, request.spelled(request.rulers), DEFAULTS | dict(request.settings or {})
     if not any(is_plain(method) for method in rates if method not in rulers):
         raise ConfigError(
             f"{StudyRequest.named('methods')}: a study compares with plain LoRA; add {' or '.join(PLAIN)}."
         )
     _refuse_swept(settings, f"{StudyRequest.named('settings')} sets")
-    if taken := sorted({*(names or {})} & {*METHOD_SETTINGS}):
+    if taken := sorted({*request.names} & {*METHOD_SETTINGS}):
         raise ConfigError(f"{StudyRequest.named('names')}: {taken[0]!r} is a method; give yours another name.")
-    short = {method: name for name, method in (names or {}).items()}
-    special = task_rates or {}
-    own = [
-        (task, method, _settings(task, method, settings)) for task in study_tasks(recipes, models) for method in rates
-    ]
+    short = {method: name for name, method in request.names.items()}
+    special = request.task_rates
+    tasks = study_tasks(request.recipes, request.models)
+    own = [(task, method, _settings(task, method, settings)) for task in tasks for method in rates]
     runs = []
-    for seed in range(seeds):
+    for seed in range(request.seeds):
         for task, method, chosen in own:
             for rate in special.get(f"{task.name}/{method}", special.get(task.name, rates[method])):
                 values = chosen | {"training.learning_rate": rate, "training.seed": seed}

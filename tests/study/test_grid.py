@@ -11,10 +11,12 @@ import pytest
 from loraover.common.errors import ConfigError
 from loraover.data.formats import RowForm
 from loraover.overparam.config import Budget
-from loraover.study.grid import is_plain, make_grid, matched_rank
+from loraover.study.grid import grid_of, is_plain, matched_rank
 from loraover.study.request import DEFAULT_METHODS, StudyRequest, split_outside_brackets
 from loraover.training.examples import load_examples
 from loraover.training.recipe import load_recipe
+
+from support.study_grid import make_grid
 
 
 def test_every_seed_is_judged_on_the_same_examples(recipe: Path) -> None:
@@ -159,7 +161,7 @@ def test_seeds_come_one_after_the_other(recipe: Path) -> None:
 
 def asked(methods: Sequence[str], recipes: Sequence[str], **lr_sweep: tuple[float, ...]) -> StudyRequest:
     sweep = {"" if name == "others" else name: rates for name, rates in lr_sweep.items()}
-    return StudyRequest(recipes, "out", methods=methods, lr_sweep=sweep)
+    return StudyRequest(recipes, "out", methods=methods, lr_sweep=sweep, seeds=1)
 
 
 def test_a_method_may_have_a_sweep_of_its_own() -> None:
@@ -192,7 +194,7 @@ def test_a_recipe_that_leads_out_of_the_study_is_refused(recipe: Path, tmp_path:
 
 def test_a_task_may_have_a_sweep_of_its_own(recipe: Path) -> None:
     found = asked(["lora", "lora-over"], [str(recipe)], **{recipe.stem: (1e-4, 3e-4)})
-    runs = make_grid([str(recipe)], found.rates, 1, {}, found.task_rates)
+    runs = grid_of(found)
     assert [(run.method, run.rate) for run in runs] == [
         (method, rate) for method in ("lora", "lora-over") for rate in (1e-4, 3e-4)
     ]
@@ -209,7 +211,7 @@ def test_a_method_may_have_a_sweep_of_its_own_on_one_task(recipe: Path, tmp_path
     found = asked(
         ["lora", "lora-over"], [str(recipe), str(other)], others=(1e-3,), other=(1e-2,), **{own: (1e-4, 3e-4)}
     )
-    runs = make_grid([str(recipe), str(other)], found.rates, 1, {}, found.task_rates)
+    runs = grid_of(found)
     assert [(run.task, run.method, run.rate) for run in runs] == [
         (recipe.stem, "lora", 1e-3),
         (recipe.stem, "lora-over", 1e-4),

@@ -12,7 +12,7 @@ import pytest
 from loraover.common.errors import LoraOverError
 from loraover.common.multiple_testing import holm
 from loraover.study.analysis import Halves
-from loraover.study.grid import Run, make_grid
+from loraover.study.grid import Run
 from loraover.study.html import to_page
 from loraover.study.outcome import DIVERGED, OUT_OF_MEMORY, RunOutcome
 from loraover.study.report import StudyReport, TaskResult, task_results, words
@@ -21,6 +21,7 @@ from loraover.study.runner import make_report
 from loraover.study.show import to_markdown
 from loraover.study.verdict import verdict_of
 
+from support.study_grid import make_grid
 from support.tiny_hub import write_recipe
 
 RATES = (1e-4, 1e-3, 1e-2)

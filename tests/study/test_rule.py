@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loraover.common.errors import ConfigError
-from loraover.study.grid import make_grid
+from loraover.study.grid import grid_of
 from loraover.study.outcome import RunOutcome
 from loraover.study.report import StudyReport, words
 from loraover.study.request import StudyRequest
@@ -15,6 +15,7 @@ from loraover.study.rule import RULE_FILE, Rule, fixed_rule
 from loraover.study.runner import _estimate, make_report
 from loraover.study.show import to_markdown
 
+from support.study_grid import make_grid
 from support.tiny_hub import write_recipe
 
 TASKS = ("gsm8k.yaml", "qnli.yaml", "svamp.yaml")
@@ -65,7 +66,7 @@ def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
     )
     assert request.trained == ("lora:r=64", "lora-over")
     assert "--name wide=lora:r=64" in request.command()
-    grid = make_grid(request.recipes, request.rates, 2, {}, request.task_rates, names=request.names)
+    grid = grid_of(request)
     assert {run.name.split("/")[1] for run in grid} == {"lora_r=64", "lora-over"}  # kept runs have the long names
     assert [run.rate for run in grid] == [1e-3, 1e-2] * 2
     rule = Rule(required=1, tasks=1, finished_before=0)

@@ -18,7 +18,6 @@ import loraover
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
-from loraover.study.grid import make_grid
 from loraover.study.kept_runs import KEPT_FILE, read_kept
 from loraover.study.outcome import RunOutcome
 from loraover.study.report import StudyReport
@@ -27,6 +26,7 @@ from loraover.study.runner import run_grid
 from loraover.training.run_result import read_run
 
 from support.children import Child
+from support.study_grid import make_grid
 
 pytestmark = pytest.mark.process
 

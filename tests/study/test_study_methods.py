@@ -9,10 +9,12 @@ import yaml
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.study.grid import is_plain, make_grid
+from loraover.study.grid import is_plain
 from loraover.study.outcome import execute
 from loraover.study.report import StudyReport
 from loraover.training.recipe import load_recipe
+
+from support.study_grid import make_grid
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 

@@ -14,7 +14,7 @@ from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.study import runner
 from loraover.study.analysis import Halves
-from loraover.study.grid import Run, make_grid
+from loraover.study.grid import Run
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
 from loraover.study.outcome import DIVERGED, RunOutcome, digest
@@ -28,6 +28,7 @@ from loraover.study.verdict import verdict_of
 from loraover.training.recipe import Recipe
 
 from support.lines import Lines
+from support.study_grid import make_grid
 from support.tiny_hub import write_recipe
 
 RATES = (1e-4, 1e-3, 1e-2)
