@@ -19,6 +19,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pkgutil import resolve_name as imported
 from typing import Any, Literal
 
 from pydantic import Field
@@ -29,7 +30,6 @@ from loraover.checkpoint.reference_file import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
-from loraover.common.places import imported
 from loraover.common.strict_json import MAX_JSON_BYTES, StrictModel, read_json
 
 KEPT_FILE = "adapter_reference.kept.json"

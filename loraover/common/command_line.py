@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name as imported
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,7 +22,6 @@ import click
 
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.extras import missing_package
-from loraover.common.places import imported
 from loraover.common.quiet import ignore_idle_warnings
 
 # Keeps it private which models a user trains; huggingface_hub reads this when it is imported.

@@ -7,9 +7,9 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pkgutil import resolve_name as imported
 from typing import Any, ParamSpec, TypeVar
 
-from loraover.common.places import imported
 from loraover.common.request import Request, declarations
 
 P = ParamSpec("P")

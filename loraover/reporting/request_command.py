@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from itertools import zip_longest
 from pathlib import Path
+from pkgutil import resolve_name as imported
 from typing import Any
 
 import click
@@ -13,7 +14,6 @@ import click
 from loraover.common.command_line import Command, quiet_libraries
 from loraover.common.errors import ConfigError, UnwrittenReportError
 from loraover.common.extras import missing_package
-from loraover.common.places import imported
 from loraover.common.request import Declared, Request, Spec, declarations, written_as_flags
 from loraover.common.verb import perform
 

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from pkgutil import resolve_name as imported
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,6 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError
-from loraover.common.places import imported
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
 from loraover.common.strict_json import read_json

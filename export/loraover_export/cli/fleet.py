@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pkgutil import resolve_name as imported
 from typing import TYPE_CHECKING
 
 from loraover.common.command_line import quiet_libraries
-from loraover.common.places import imported
 from loraover.common.verb import perform
 from loraover.reporting.request_command import Reporting, request_command
 from loraover_export.check.request import CheckRequest

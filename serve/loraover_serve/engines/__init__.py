@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pkgutil import resolve_name as imported
 from typing import TYPE_CHECKING
-
-from loraover.common.places import imported
 
 if TYPE_CHECKING:
     from loraover_serve.engines.base import Engine

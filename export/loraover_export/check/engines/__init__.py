@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name as imported
 from typing import TYPE_CHECKING
-
-from loraover.common.places import imported
 
 if TYPE_CHECKING:
     from loraover_export.check.engines.base import EngineRules
