@@ -51,7 +51,7 @@ def cost(chain: CoreShapes, steps: tuple[Step, ...], tokens: int) -> int:
 @pytest.mark.parametrize("num_cores", CORES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_order_is_cheaper(shape: tuple[int, int], num_cores: int, tokens: int) -> None:
-    chain = Mpo(num_cores).layout(*shape).chain
+    chain = Mpo(num_cores).layout(*shape)
     found = cheapest_order(chain, tokens)
     everything = [cost(chain, steps, tokens) for steps in every_order(chain, 0, num_cores)]
     assert found.cost == min(everything) == cost(chain, found.steps, tokens)
@@ -61,7 +61,7 @@ def test_no_order_is_cheaper(shape: tuple[int, int], num_cores: int, tokens: int
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_step_takes_all_cores(shape: tuple[int, int], num_cores: int) -> None:
     for tokens in (1, 2**20):
-        steps = cheapest_order(Mpo(num_cores).layout(*shape).chain, tokens).steps
+        steps = cheapest_order(Mpo(num_cores).layout(*shape), tokens).steps
         assert sorted(k for step in steps for k in range(step.first, step.last)) == list(range(num_cores))
         assert max(step.last - step.first for step in steps) < num_cores
 
@@ -79,7 +79,7 @@ def test_the_count_is_that_of_the_products_that_run(shape: tuple[int, int], name
 
 
 def test_many_cores_take_a_moment() -> None:
-    chain = Mpo(64).layout(2**12, 2**12).chain
+    chain = Mpo(64).layout(2**12, 2**12)
     assert len(cheapest_order(chain, 256).steps) > 1
 
 

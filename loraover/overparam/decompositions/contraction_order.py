@@ -32,11 +32,20 @@ class Step(NamedTuple):
 
 
 class CoreShapes(NamedTuple):
-    """Shapes of K cores; core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
+    """Shapes of K cores; core k is (bonds[k], rows[k], columns[k], bonds[k + 1]), and one of them the centre core."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     bonds: tuple[int, ...]
+    centre: int
+
+    def core(self, k: int) -> tuple[int, int, int, int]:
+        """Return the 4-D shape of core k."""
+        return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
+
+    def num_parameters(self) -> int:
+        """Number of parameters of all cores."""
+        return sum(prod(self.core(k)) for k in range(len(self.rows)))
 
     def steps(self, start: int, end: int) -> Iterator[tuple[Step, tuple[int, int]]]:
         """Possible steps while the cores `start` to `end - 1` remain, each with the range that remains after it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import lru_cache
 from math import ceil, prod
-from typing import Annotated, Literal, NamedTuple, final
+from typing import Annotated, Literal, final
 
 import torch
 from pydantic import Field, StrictInt, ValidationInfo, field_validator
@@ -18,28 +18,6 @@ from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Rat
 from loraover.overparam.decompositions.contraction_order import CoreShapes, apply_chain, cheapest_order
 
 Modes = Mapping[int, tuple[StrictInt, ...]]
-
-
-class MpoLayout(NamedTuple):
-    """Modes and bonds for one shape of matrix: core k is (bonds[k], rows[k], columns[k], bonds[k + 1])."""
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    bonds: tuple[int, ...]
-    centre: int
-
-    def core(self, k: int) -> tuple[int, int, int, int]:
-        """Return the 4-D shape of core k."""
-        return self.bonds[k], self.rows[k], self.columns[k], self.bonds[k + 1]
-
-    @property
-    def chain(self) -> CoreShapes:
-        """Shapes of the cores, for orders of contraction."""
-        return CoreShapes(self.rows, self.columns, self.bonds)
-
-    def num_parameters(self) -> int:
-        """Number of parameters of all cores."""
-        return sum(prod(self.core(k)) for k in range(len(self.rows)))
 
 
 @final
@@ -111,7 +89,7 @@ class Mpo(Decomposition):
     def __hash__(self) -> int:
         return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))
 
-    def layout(self, m: int, n: int) -> MpoLayout:
+    def layout(self, m: int, n: int) -> CoreShapes:
         """Return the modes and bonds for an m x n matrix.
 
         Raises:
@@ -171,7 +149,7 @@ class Mpo(Decomposition):
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
         self.check(cores, m, n)
         layout = self.layout(m, n)
-        return apply_chain(layout.chain, [core.reshape(-1, *layout.core(k)) for k, core in enumerate(cores)], x)
+        return apply_chain(layout, [core.reshape(-1, *layout.core(k)) for k, core in enumerate(cores)], x)
 
     def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
         layout = self.layout(m, n)
@@ -190,13 +168,13 @@ class Mpo(Decomposition):
         return centre.reshape(len(matrices), *_unfolding(layout, layout.centre))
 
     def multiplications(self, m: int, n: int, tokens: int) -> int:
-        return cheapest_order(self.layout(m, n).chain, tokens).multiplications
+        return cheapest_order(self.layout(m, n), tokens).multiplications
 
     def contraction_terms(self, m: int, n: int) -> int:
         return sum(self.layout(m, n).bonds[1:-1]) + self.num_cores
 
 
-def _fold_right(cores: Sequence[Tensor], layout: MpoLayout, first: int) -> Tensor | None:
+def _fold_right(cores: Sequence[Tensor], layout: CoreShapes, first: int) -> Tensor | None:
     """Contract neighbouring cores to (G, R_first * modes, R_{last + 1}); None if there are none."""
     product = None
     for k, core in enumerate(cores, first):
@@ -206,7 +184,7 @@ def _fold_right(cores: Sequence[Tensor], layout: MpoLayout, first: int) -> Tenso
     return None if product is None else product.reshape(product.shape[0], -1, layout.bonds[first + len(cores)])
 
 
-def _unfolding(layout: MpoLayout, k: int) -> tuple[int, int]:
+def _unfolding(layout: CoreShapes, k: int) -> tuple[int, int]:
     """Return the 2-D shape of core k, unfolded towards the centre core."""
     bond, rows, columns, next_bond = layout.core(k)
     if k < layout.centre:
@@ -216,14 +194,14 @@ def _unfolding(layout: MpoLayout, k: int) -> tuple[int, int]:
     return bond * rows, columns * next_bond
 
 
-def _interleave(matrices: Tensor, layout: MpoLayout) -> Tensor:
+def _interleave(matrices: Tensor, layout: CoreShapes) -> Tensor:
     """Reorder (G, m, n) to (G, m_1, n_1, m_2, n_2, ...)."""
     count = len(layout.rows)
     split = matrices.reshape(-1, *layout.rows, *layout.columns)
     return split.permute(0, *(d for k in range(count) for d in (1 + k, 1 + count + k)))
 
 
-def _deinterleave(product: Tensor, layout: MpoLayout) -> Tensor:
+def _deinterleave(product: Tensor, layout: CoreShapes) -> Tensor:
     """Reorder (G, m_1 n_1 m_2 n_2 ...) to (G, m, n)."""
     count = len(layout.rows)
     split = product.reshape(-1, *(d for pair in zip(layout.rows, layout.columns, strict=True) for d in pair))
@@ -240,7 +218,7 @@ def _deinterleave(product: Tensor, layout: MpoLayout) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _layout(mpo: Mpo, m: int, n: int) -> MpoLayout:
+def _layout(mpo: Mpo, m: int, n: int) -> CoreShapes:
     if m < 1 or n < 1:
         raise ShapeError(f"mpo: expected a matrix with at least one row and one column, found {m} x {n}.")
     rows = mpo.modes.get(m) or balanced_factors(m, mpo.num_cores)
@@ -249,7 +227,7 @@ def _layout(mpo: Mpo, m: int, n: int) -> MpoLayout:
     sizes = [a * b for a, b in zip(rows, columns, strict=True)]
     cuts = range(1, mpo.num_cores)
     full = (1, *(min(prod(sizes[:k]), prod(sizes[k:])) for k in cuts), 1)
-    minimal = MpoLayout(rows, columns, full, 0)
+    minimal = CoreShapes(rows, columns, full, 0)
     centre = max(range(mpo.num_cores), key=lambda k: (prod(minimal.core(k)), -abs(2 * k + 1 - mpo.num_cores)))
 
     if mpo.bonds is not None:
@@ -260,13 +238,13 @@ def _layout(mpo: Mpo, m: int, n: int) -> MpoLayout:
                 f"mpo: {'; '.join(narrow)} for a {m} x {n} matrix with row modes {rows} and column modes "
                 f"{columns}; narrower bonds would truncate the matrix. Widen them or leave them out."
             )
-        return MpoLayout(rows, columns, bonds, centre)
-    layout = MpoLayout(rows, columns, full, centre)
+        return CoreShapes(rows, columns, bonds, centre)
+    layout = CoreShapes(rows, columns, full, centre)
     step = 0
     while mpo.expansion is not None and layout.num_parameters() < mpo.expansion * m * n:
         step += 1
         widened = (1, *(ceil(full[k] * (1 + step / 64)) for k in cuts), 1)
-        layout = MpoLayout(rows, columns, widened, centre)
+        layout = CoreShapes(rows, columns, widened, centre)
     return layout
 
 
