@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from typing import Any
@@ -183,7 +183,7 @@ class BasisFollower:
         self.due = None if due < 0 else due
 
 
-class Followers(Mapping[CoreGroup, BasisFollower]):
+class Followers(dict[CoreGroup, BasisFollower]):
     """The followers of a run, by the group that each follows; empty unless the decomposition has bases.
 
     Args:
@@ -192,18 +192,9 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
     """
 
     def __init__(self, decomposition: Decomposition, names: Iterable[str]) -> None:
+        super().__init__()
         self._decomposition = decomposition
         self._places = {name: place for place, name in enumerate(names)}
-        self._followers: dict[CoreGroup, BasisFollower] = {}
-
-    def __getitem__(self, group: CoreGroup) -> BasisFollower:
-        return self._followers[group]
-
-    def __iter__(self) -> Iterator[CoreGroup]:
-        return iter(self._followers)
-
-    def __len__(self) -> int:
-        return len(self._followers)
 
     @property
     def numbers(self) -> int:
@@ -213,7 +204,7 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
     def add(self, group: CoreGroup) -> None:
         """Follow a new group from now on, if its decomposition has bases."""
         if self._decomposition.moments is not None:
-            self._followers[group] = BasisFollower(group)
+            self[group] = BasisFollower(group)
 
     def divide(self, group: CoreGroup, parts: Mapping[CoreGroup, Sequence[int]]) -> None:
         """Follow the parts of a group in its place.
@@ -223,8 +214,8 @@ class Followers(Mapping[CoreGroup, BasisFollower]):
             parts: Indices of the sites that each part has of it.
         """
         if group in self:
-            follower = self._followers.pop(group)
-            self._followers |= {part: follower.divided(part, indices) for part, indices in parts.items()}
+            follower = self.pop(group)
+            self.update({part: follower.divided(part, indices) for part, indices in parts.items()})
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
