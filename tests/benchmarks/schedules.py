@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.common.command_line import quiet_libraries
-from loraover.overparam.config import SCORE_NAMES
+from loraover.overparam.importance import SCORES
 from loraover.overparam.importance.loss_impact import LossImpact
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.training.recipe import load_recipe
@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "over.budget": {"fraction": FRACTION},
         }
         for schedule in ("static", "dynamic")
-        for score in SCORE_NAMES
+        for score in SCORES
     },
     "dynamic, fisher, moments afresh": {
         "over.schedule": "dynamic",
