@@ -81,8 +81,8 @@ class TensorFile:
 
     def size(self, key: str) -> int:
         """Return a tensor's size in the file, in bytes."""
-        begin, end = self._entry(key)["data_offsets"]
-        return int(end - begin)
+        begin, end = self._place(key)
+        return end - begin
 
     def read(self, key: str) -> Tensor:
         """Read one tensor, onto the CPU.
@@ -107,7 +107,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
         tensor = torch.empty(self.shape(key), dtype=torch_dtype(self.dtype(key)))
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        self._fill(key, memoryview(data))
+        self._fill(memoryview(data), self._place(key)[0])
         return tensor
 
     def bytes(self, key: str) -> bytearray:
@@ -117,7 +117,7 @@ class TensorFile:
             CheckpointError: The file has no such key, or became shorter.
         """
         data = bytearray(self.size(key))
-        self._fill(key, memoryview(data))
+        self._fill(memoryview(data), self._place(key)[0])
         return data
 
     def numbers(self, key: str) -> NDArray[np.float64]:
@@ -143,16 +143,21 @@ class TensorFile:
     def _not_finite(self, key: str) -> NonFiniteError:
         return NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")
 
-    def _fill(self, key: str, rest: memoryview) -> None:
-        _, end = self._entry(key)["data_offsets"]
+    def _place(self, key: str) -> tuple[int, int]:
+        """Return where a tensor begins and ends in the file."""
+        begin, end = self._entry(key)["data_offsets"]
+        return self._start + begin, self._start + end
+
+    def _fill(self, rest: memoryview, at: int) -> None:
+        """Fill memory with the file's bytes from a place on."""
         while rest:
             try:
-                count = os.preadv(self._file.fileno(), [rest[:READ_AT_ONCE]], self._start + end - len(rest))
+                count = os.preadv(self._file.fileno(), [rest[:READ_AT_ONCE]], at)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}.") from error
             if count == 0:
                 raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
-            rest = rest[count:]
+            rest, at = rest[count:], at + count
 
     def copy(self, key: str, target: BinaryIO) -> None:
         """Append a tensor's bytes, of any dtype and any values, to an open file.
@@ -160,13 +165,11 @@ class TensorFile:
         Raises:
             CheckpointError: The file has no such key, or became shorter.
         """
-        begin, end = (self._start + offset for offset in self._entry(key)["data_offsets"])
-        while begin < end:
-            piece = os.pread(self._file.fileno(), min(COPIED_AT_ONCE, end - begin), begin)
-            if not piece:
-                raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or save it again.")
+        begin, end = self._place(key)
+        for at in range(begin, end, COPIED_AT_ONCE):
+            piece = bytearray(min(COPIED_AT_ONCE, end - at))
+            self._fill(memoryview(piece), at)
             target.write(piece)
-            begin += len(piece)
 
     def _entry(self, key: str) -> Any:
         if key not in self._header:
