@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,8 +204,4 @@ def _first(suffices: Callable[[int], bool], start: int) -> int | None:
     """Smallest number from `start` that suffices, where all larger ones do too; None if MOST does not."""
     if not suffices(MOST):
         return None
-    low, high = start, MOST
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if suffices(middle) else (middle + 1, high)
-    return low
+    return start + bisect.bisect_left(range(start, MOST), True, key=suffices)

@@ -32,6 +32,7 @@ AdamW, or SGD if `training.optim` is sgd.
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -327,14 +328,7 @@ def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -
 
 def steps_within(epsilon: float, noise_multiplier: float, rate: float, steps: int, delta: float) -> int:
     """Return the largest number of steps, of at most so many, whose epsilon does not exceed a budget."""
-    fits, exceeds = 0, steps + 1
-    while exceeds - fits > 1:
-        middle = (fits + exceeds) // 2
-        if epsilon_of(noise_multiplier, rate, middle, delta) <= epsilon:
-            fits = middle
-        else:
-            exceeds = middle
-    return fits
+    return bisect.bisect_right(range(1, steps + 1), epsilon, key=lambda n: epsilon_of(noise_multiplier, rate, n, delta))
 
 
 @torch.no_grad()
