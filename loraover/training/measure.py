@@ -33,7 +33,7 @@ def check_room(run: Prepared) -> None:
         ConfigError: A prompt leaves no room for an answer.
     """
     if run.examples.test is not None and run.recipe.evaluation.exact_match:
-        answer_rooms(run.model, run.tokenizer, [prompt for prompt, _ in _asked(run.examples.test.rows)])
+        answer_rooms(run.model, run.tokenizer, [row["prompt"] for row in _asked(run.examples.test.rows)])
 
 
 def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
@@ -122,18 +122,17 @@ def _check_fitting(run: Prepared, fitting: int, rows: Sequence[Row]) -> None:
         )
 
 
-def _asked(rows: Sequence[Row]) -> list[tuple[Any, Any]]:
+def _asked(rows: Sequence[Row]) -> list[Row]:
     """Return the prompt and the completion of each row; those of a conversation end before and in its last turn."""
     return [
-        (row["prompt"], row["completion"]) if "prompt" in row else (row["messages"][:-1], row["messages"][-1:])
-        for row in rows
+        row if "prompt" in row else {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows
     ]
 
 
 def _accuracy(run: Prepared, rows: Sequence[Row], when: str) -> float | None:
     """Measure exact match; None, with a line that says why, if numbers are compared and no held-out row has one."""
     asked, ranks = run.recipe.evaluation, launched()
-    pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in _asked(rows)]
+    pairs = _asked(rows)
     mine = pairs[ranks.rank :: ranks.size]
     if asked.answer == "number" and not any_number(pairs):
         run.report.line(
