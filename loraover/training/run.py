@@ -106,29 +106,18 @@ def train(
     """
     output, ranks = Path(output), launched()
     with ranks.together(), quiet_libraries_within(bars=report.shows_bars and ranks.is_first):
-        return _checked(recipe, output, overrides, resume, ranks.heard(report), command, record)
-
-
-def _checked(
-    recipe: Recipe | str | Path | None,
-    output: Path,
-    overrides: Mapping[str, Any] | None,
-    resume: bool | Literal["auto"],
-    report: Reporter,
-    command: str | None,
-    record: bool,
-) -> RunResult:
-    loaded = load_recipe(recipe, overrides)
-    if record and loaded.method == "full":
-        raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
-    if command is None:
-        command = _command(recipe, output, overrides, record)
-    launched().meet()  # before rank 0 makes a folder
-    if resume == "auto" and launched().of_first(lambda: is_finished(output)):
-        report.line(f"{output}: the run is finished already")
-        return read_run(output)
-    continues = launched().of_first(lambda: has_begun(output)) if resume == "auto" else resume
-    return _train(loaded, output, continues, report, command, record)
+        report = ranks.heard(report)
+        loaded = load_recipe(recipe, overrides)
+        if record and loaded.method == "full":
+            raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
+        if command is None:
+            command = _command(recipe, output, overrides, record)
+        ranks.meet()  # before rank 0 makes a folder
+        if resume == "auto" and ranks.of_first(lambda: is_finished(output)):
+            report.line(f"{output}: the run is finished already")
+            return read_run(output)
+        continues = ranks.of_first(lambda: has_begun(output)) if resume == "auto" else resume
+        return _train(loaded, output, continues, report, command, record)
 
 
 def _command(
