@@ -14,8 +14,8 @@ from loraover.study.show import (
     figure_text,
     method_text,
     regret_text,
-    score_rows,
     score_title,
+    scores_table,
     seeds_text,
     unfinished,
 )
@@ -49,17 +49,10 @@ def to_page(report: StudyReport) -> Page:
         tasks=[(task, _methods_table(task), _costs_table(task)) for task in report.tasks],
         unfinished=None if report.is_whole else unfinished(report),
         end_note=END_NOTE,
-        scores=_scores_table(report),
+        scores=scores_table(report),
         score_title=score_title(report),
         names={name: method for task in report.tasks for method, name in task.names.items()},
     )
-
-
-def _scores_table(report: StudyReport) -> Table | None:
-    if (found := score_rows(report)) is None:
-        return None
-    heads, rows = found
-    return Table(heads, rows, heads[:1], heads[:1])
 
 
 def _methods_table(task: TaskResult) -> Table:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import fmean
 
 from rich.console import Console
 
+from loraover.reporting.html_page import Table
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover.study.plan import StudyPlan
@@ -25,9 +27,8 @@ END_NOTE = " (end): the best rate is at an end of the sweep."
 def show_study(report: StudyReport, request: StudyRequest, console: Console) -> None:
     """Print what the figures say, and which files hold them."""
     written = f"wrote {request.output / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
-    if (scores := score_rows(report)) is not None:
-        heads, rows = scores
-        console.print(terminal_table(heads, rows, names=heads[:1], title=score_title(report)))
+    if (scores := scores_table(report)) is not None:
+        console.print(terminal_table(scores.columns, scores.rows, names=scores.words, title=score_title(report)))
     for line in (*_verdict(report), *report.words, written):
         print_line(console, line)
 
@@ -49,8 +50,8 @@ def score_title(report: StudyReport) -> str:
     return f"{scores.benchmark or 'Held-out rows'}: {kind}, mean (sd) of {seeds_text(report)}{without}"
 
 
-def score_rows(report: StudyReport) -> tuple[list[str], list[list[str]]] | None:
-    """Return the columns and rows of the methods' scores, one column a task, as papers print them; None without any."""
+def scores_table(report: StudyReport) -> Table | None:
+    """Return the methods' scores, one column a task, as papers print them; None without any."""
     scores: dict[str, dict[str, str]] = {}
     means: dict[str, list[float]] = {}
     for task in report.tasks:
@@ -66,9 +67,9 @@ def score_rows(report: StudyReport) -> tuple[list[str], list[list[str]]] | None:
     tasks = [task.task for task in report.tasks]
     whole = {method: fmean(found) for method, found in means.items() if len(found) == len(tasks)}
     rows = [[method, *(cells.get(task, "-") for task in tasks)] for method, cells in scores.items()]
-    if len(tasks) == 1:
-        return ["method", *tasks], rows
-    return ["method", *tasks, "mean"], [[*row, figure_text(whole.get(row[0]), ".2f")] for row in rows]
+    if len(tasks) > 1:
+        tasks, rows = [*tasks, "mean"], [[*row, figure_text(whole.get(row[0]), ".2f")] for row in rows]
+    return Table(("method", *tasks), rows, ("method",), ("method",))
 
 
 POWER_NOTE = (
@@ -122,32 +123,32 @@ def to_markdown(report: StudyReport) -> str:
     lines = [f"- {line}" for line in (*_verdict(report), *report.words)]
     if not report.is_whole:
         lines.append(f"- {unfinished(report)}")
-    if (scores := score_rows(report)) is not None:
-        heads, rows = scores
+    if (scores := scores_table(report)) is not None:
         lines += ["", "### Scores", "", f"{score_title(report)}.", ""]
-        lines += [f"| {' | '.join(cells)} |" for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows)]
+        lines += _table(scores.columns, scores.rows)
         lines += ["", "Our choices, where the paper's abstract is silent:", ""] if report.scores.choices else []
         lines += [f"- {choice}" for choice in report.scores.choices]
     for task in report.tasks:
         lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {seeds_text(report)}.{END_NOTE}", ""]
-        lines += [
-            f"| {' | '.join(COLUMNS)} |",
-            f"| --- |{' ---: |' * (len(COLUMNS) - 1)}",
-        ]
-        lines += [_row(result, task) for result in task.methods]
+        lines += _table(COLUMNS, [_cells(result, task) for result in task.methods])
         lines += [f"- {line}" for line in task.failures]
     if names := {name: method for task in report.tasks for method, name in task.names.items()}:
         lines += ["", "| name | method |", "| --- | --- |", *(f"| {name} | `{names[name]}` |" for name in names)]
     return "\n".join(lines) + "\n"
 
 
-def _row(r: MethodResult, task: TaskResult) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table of numbers with names in front."""
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows)]
+
+
+def _cells(r: MethodResult, task: TaskResult) -> list[str]:
     compared = "baseline" if r.method == task.baseline else "-"
     if r.difference is not None:
         low, high = r.difference.interval
         compared = f"{r.difference.mean:+z.4f} [{low:+z.4f}, {high:+z.4f}], {r.difference.p:.2g}"
     at_least = ">= " if r.sensitivity.is_basin_cut else ""
-    cells = [
+    return [
         method_text(r.method, task),
         f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
         f"{r.test_loss:.4f} ({figure_text(r.deviation, '.4f')})",
@@ -156,7 +157,6 @@ def _row(r: MethodResult, task: TaskResult) -> str:
         f"{at_least}{r.sensitivity.basin_decades:.2f}",
         regret_text(r),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def seeds_text(report: StudyReport) -> str:
