@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
 
 from torch import Tensor
 
 from loraover.overparam.importance.base import GradientScore
 
 
-@final
 class Fisher(GradientScore):
     """Mean over elements and steps of the squared gradient.
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import final
 
-from torch import Tensor
-
-from loraover.overparam.importance.base import GradientScore, Probe
+from loraover.overparam.importance.base import Probe
+from loraover.overparam.importance.fisher import Fisher
 
 
 @final
-class Inverse(GradientScore):
+class Inverse(Fisher):
     """The score `fisher` with its order reversed: a useful score must do better than this one."""
-
-    def of(self, group: int, matrices: Callable[[], Tensor], gradients: Tensor, counts: Tensor) -> Tensor:
-        return gradients.square().mean((1, 2))
 
     def values(self, probe: Probe | None) -> dict[str, float]:
         return {name: -value for name, value in super().values(probe).items()}
