@@ -58,10 +58,8 @@ class Chain(Decomposition):
 
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         self.check(cores, m, n)
-        product, *rest = cores if m <= n else reversed(cores)
-        for core in rest:
-            product = product @ core if m <= n else core @ product
-        return product
+        left, right = self.frames(cores, m, n)
+        return left @ cores[-1] if m <= n else cores[0] @ right
 
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
         self.check(cores, m, n)
