@@ -93,3 +93,8 @@ class UnwrittenReportError(OutputError):
     def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report
+
+
+def own_kind(error: BaseException) -> type[BaseException]:
+    """Return the kind directly below LoraOverError that an error is of, by whose name another process raises it."""
+    return next((kind for kind in type(error).__mro__ if kind in LoraOverError.__subclasses__()), type(error))

@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, ParamSpec
 
-from loraover.common.errors import ConfigError, LoraOverError, ProcessError
+from loraover.common.errors import ConfigError, LoraOverError, ProcessError, own_kind
 from loraover.common.memory import is_out_of_memory
 from loraover.common.reporter import SILENT, Reporter
 
@@ -191,8 +191,7 @@ class Ranks:
             if not self._has(place):
                 error = self._lost(silent)
         if not self._has(place):
-            ours = next((kind for kind in type(error).__mro__ if kind in LoraOverError.__subclasses__()), type(error))
-            kind = MemoryError if is_out_of_memory(error) else ours
+            kind = MemoryError if is_out_of_memory(error) else own_kind(error)
             says = {"rank": self.rank, "kind": kind.__name__, "message": str(error)}
             self._store.compare_set(place, "", json.dumps(says))
         first = json.loads(self._store.get(place))

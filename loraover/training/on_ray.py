@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
 
-from loraover.common.errors import ConfigError, LoraOverError, ProcessError
+from loraover.common.errors import ConfigError, LoraOverError, ProcessError, own_kind
 from loraover.common.ranks import launched
 from loraover.common.ray_cluster import ray_cluster
 from loraover.common.reporter import Reporter
@@ -149,7 +149,7 @@ def _take_part(work: Mapping[str, Any]) -> None:
         except ProcessError:
             raise
         except LoraOverError as error:
-            says = json.dumps({"kind": type(error).__name__, "message": str(error)})
+            says = json.dumps({"kind": own_kind(error).__name__, "message": str(error)})
             launched().write((scratch / REFUSED).write_text, says)
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from loraover.client.connection import is_near
 from loraover.common.errors import EngineError
 from loraover_serve.vllm.server import VllmServer
 
@@ -109,6 +110,14 @@ def test_a_redirect_is_a_refusal() -> None:
     reply = b"HTTP/1.1 307 elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     with answering((0, reply)) as url, pytest.raises(EngineError, match="the server answered 307"):
         VllmServer(url, 0).models()
+
+
+@pytest.mark.parametrize(
+    ("host", "near"),
+    [("localhost", True), ("127.0.0.9", True), ("::1", True), ("127.example.org", False), ("10.0.0.1", False)],
+)
+def test_another_machine_is_not_taken_for_this_one(host: str, near: bool) -> None:
+    assert is_near(host) is near
 
 
 def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
