@@ -8,7 +8,7 @@ from loraover.evaluation.humaneval import HumanEval
 from loraover.evaluation.mt_bench import MtBench
 
 
-def _glue(name: str, *labels: str, split: str = "validation", **fields: tuple[str, ...]) -> HarnessTask:
+def _glue(name: str, labels: tuple[str, ...], split: str = "validation", **fields: tuple[str, ...]) -> HarnessTask:
     """A task of GLUE: the names of its labels, and those that each of its fields may have in a file."""
     return HarnessTask(name, f"glue/{name}", ("nyu-mll/glue", name, split), fields, labels)
 
@@ -21,19 +21,21 @@ TASKS: dict[str, Task] = {
         fields={"question": ("question",), "answer": ("answer",)},
     ),
     "qnli": _glue(
-        *("qnli", "entailment", "not_entailment"),
+        "qnli",
+        ("entailment", "not_entailment"),
         question=("question", "sentence1"),
         sentence=("sentence", "sentence2"),
     ),
     "mnli": _glue(
-        *("mnli", "entailment", "neutral", "contradiction"),
+        "mnli",
+        ("entailment", "neutral", "contradiction"),
         split="validation_matched",
         premise=("premise", "sentence1"),
         hypothesis=("hypothesis", "sentence2"),
     ),
-    "sst2": _glue("sst2", "negative", "positive", sentence=("sentence",)),
-    "cola": _glue("cola", "unacceptable", "acceptable", sentence=("sentence",)),
-    "mrpc": _glue("mrpc", "not_equivalent", "equivalent", sentence1=("sentence1",), sentence2=("sentence2",)),
+    "sst2": _glue("sst2", ("negative", "positive"), sentence=("sentence",)),
+    "cola": _glue("cola", ("unacceptable", "acceptable"), sentence=("sentence",)),
+    "mrpc": _glue("mrpc", ("not_equivalent", "equivalent"), sentence1=("sentence1",), sentence2=("sentence2",)),
     "humaneval": HumanEval(),
     "mtbench": MtBench(),
 }
