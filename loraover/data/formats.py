@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -23,7 +24,8 @@ ALPACA = (
 SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles that most chat templates know; others are taken as they are, unless one of these seems to be meant."""
 PAIRS = (frozenset({"prompt", "completion"}),)
 TURNS = frozenset({"messages"})
 PARTS = ("prompt", "completion", "chosen", "rejected")
@@ -90,6 +92,8 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     row = {name: value for name, value in row.items() if name not in MEDIA or value}
     others = row if form.keeps_all else {"images": row["images"]} if "images" in row else {}
     for example in FORMATS[name].read(row, where):
+        if name != PASSED and "completion" in example and form.chat and TURNS in form.columns and not form.turns:
+            example = _as_messages(example)  # as longer conversations of the same data are
         yield from _examples(others | example, row.get(SYSTEM), FORMATS[name].template, form, where)
 
 
@@ -99,8 +103,9 @@ def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> li
         return []
     row = {column: value for column, value in row.items() if value is not None}
     name = _recognised(row, form, where) if format == "auto" else format
-    read = {*FORMATS[name].reads} or _taken(_matched(row, form) or TURNS)
-    if FORMATS[name].reads or {"messages", "prompt"} & read & row.keys():
+    found = row if name == PASSED else {column: value for column, value in row.items() if column not in PARTS}
+    read = {*FORMATS[name].reads} or _taken(_matched(found, form) or TURNS.union(*form.columns) - {*PARTS})
+    if FORMATS[name].reads or {"messages", "prompt", "chosen"} & read & row.keys():
         read.add(SYSTEM)
     return [column for column in row if column not in read.union(MEDIA)]
 
@@ -131,23 +136,24 @@ def _examples(example: Row, system: Any, template: str, form: RowForm, where: st
     if columns is None:
         raise DataError(f"{where}: has fields {sorted(example)}; expected {_spelt(form.columns)}.")
     taken = {name: example[name] for name in example if form.keeps_all or name in _taken(columns)}
-    _check_texts({name: taken[name] for name in TEXTS & _taken(columns) & taken.keys()}, where)
+    texts = {name: taken[name] for name in TEXTS & _taken(columns) & taken.keys()}
+    _check_texts(texts, where)
     if columns >= {"completion", "label"}:
         taken["label"] = _yes_or_no(taken["label"], where)
-    if "tools" in taken and (tools := _tools(taken.pop("tools"), where)):
-        taken["tools"] = tools
-    if not isinstance(taken.get("chat_template_kwargs", {}), dict):
-        raise DataError(f"{where}: field 'chat_template_kwargs' is not an object.")
-    system = _text({SYSTEM: system}, SYSTEM, where) if system and {"messages", "prompt", "chosen"} & columns else None
-    if "prompt" in taken and isinstance(taken["prompt"], str):
-        taken = as_chat(taken) if form.chat else taken | {"prompt": template.format(taken["prompt"])}
-    taken = taken if system is None else _after(system, taken, where)
+    if not form.keeps_all:
+        _check_options(taken, where)
+    if isinstance(texts.get("prompt"), str):
+        taken |= as_chat(texts) if form.chat else {"prompt": template.format(texts["prompt"])}
+    if "tools" in taken and not form.keeps_all and all(isinstance(taken[name], str) for name in texts):
+        raise DataError(f"{where}: has tools, which only chat messages can have, and this run learns it as text.")
+    if system not in (None, "") and str(system).strip() and {"messages", *PARTS} & columns:
+        taken = _after(_text({SYSTEM: system}, SYSTEM, where), taken, where)
     yield placed(taken, where) if form.pictures else taken
 
 
 def _after(system: str, example: Row, where: str) -> Row:
     """Put a system prompt before the prompt or the messages of an example."""
-    part = next((name for name in ("messages", "prompt", "chosen") if name in example), "")
+    part = next(name for name in ("messages", "prompt", "chosen") if name in example)
     start = example[part]
     if isinstance(start, list) and start[0]["role"] == "system":
         if _texts_of(start[0]) == system.strip():
@@ -174,7 +180,7 @@ def _check_texts(taken: Row, where: str) -> None:
         _check_roles([] if isinstance(part, str) else part, where)
     if len({type(taken[name]) for name in PARTS if name in taken}) > 1:
         raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
-    for name in {"completion", "messages"} & taken.keys():
+    for name in taken.keys() - {"prompt"}:
         if isinstance(taken[name], list) and any(message.get("weight") == 0 for message in taken[name]):
             raise DataError(
                 f"{where}: a message of {name} has the weight 0, and all of them would be learned. Remove it, or learn "
@@ -183,8 +189,15 @@ def _check_texts(taken: Row, where: str) -> None:
 
 
 def _check_roles(messages: Sequence[Row], where: str) -> None:
-    if unknown := [message["role"] for message in messages if message["role"] not in ROLES]:
-        raise DataError(f"{where}: unknown role {reprlib.repr(unknown[0])}, expected one of {', '.join(ROLES)}.")
+    """Raise DataError for a role that seems to mean one that templates know, and would not be learned as it."""
+    for role in {message["role"] for message in messages}.difference(ROLES):
+        near = MEANT.get(role) or next(iter(difflib.get_close_matches(role, ROLES, n=1, cutoff=0.8)), None)
+        if near is not None:
+            raise DataError(f"{where}: unknown role {reprlib.repr(role)}; write {near!r} if that is meant.")
+
+
+MEANT = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
+"""Roles by the names that other forms of chats give them."""
 
 
 def _yes_or_no(label: Any, where: str) -> bool:
@@ -195,15 +208,20 @@ def _yes_or_no(label: Any, where: str) -> bool:
     return bool(label)
 
 
-def _tools(value: Any, where: str) -> list[Row]:
-    """Return the tools of a row, which may be written as JSON."""
-    try:
-        tools = json.loads(value or "[]") if isinstance(value, str) else value
-    except ValueError:
-        tools = value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: field 'tools' is {reprlib.repr(value)}, expected a list of objects.")
-    return tools
+def _check_options(taken: Row, where: str) -> None:
+    """Check what a row gives its chat template; tools that are written as JSON are read, and none are left out."""
+    if "tools" in taken:
+        value = taken.pop("tools")
+        try:
+            tools = json.loads(value or "[]") if isinstance(value, str) else value
+        except ValueError:
+            tools = value
+        if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or ()):
+            raise DataError(f"{where}: field 'tools' is {reprlib.repr(value)}, expected a list of objects.")
+        if tools:
+            taken["tools"] = tools
+    if not isinstance(taken.get("chat_template_kwargs", {}), dict):
+        raise DataError(f"{where}: field 'chat_template_kwargs' is not an object.")
 
 
 TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "text"})
@@ -224,10 +242,15 @@ def as_chat(example: Row) -> Row:
     """Write a prompt of text as a message of the user, and each answer to it as one of the assistant."""
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
     return example | {
-        name: [{"role": role, "content": example[name].strip()}]
-        for name, role in roles.items()
-        if isinstance(example.get(name), str)
+        name: [{"role": role, "content": example[name].strip()}] for name, role in roles.items() if name in example
     }
+
+
+def _as_messages(example: Row) -> Row:
+    """Write a prompt and its completion as one conversation."""
+    chat = as_chat(example)
+    rest = {name: value for name, value in example.items() if name not in PARTS}
+    return rest | {"messages": chat["prompt"] + chat["completion"]}
 
 
 def _recognised(row: Mapping[str, Any], form: RowForm, where: str) -> str:
@@ -244,6 +267,10 @@ def _recognised(row: Mapping[str, Any], form: RowForm, where: str) -> str:
 
 def _as_it_is(row: Mapping[str, Any], where: str) -> Iterator[Row]:
     yield dict(row)
+
+
+def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
+    yield {name: value for name, value in row.items() if name not in PARTS}
 
 
 def _turns(row: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -316,7 +343,7 @@ def _codefeedback(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 PASSED = "trl"
 FORMATS: dict[str, RowFormat] = {
     PASSED: RowFormat(_as_it_is),
-    "messages": RowFormat(_as_it_is, frozenset({"messages"})),
+    "messages": RowFormat(_messages, frozenset({"messages"})),
     "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"}), reads=("question", "answer")),
     "instruction": RowFormat(
         _instruction, frozenset({"instruction", "output"}), ALPACA, reads=("instruction", "input", "output", "history")

@@ -35,16 +35,16 @@ class Counted:
 
     Args:
         count: Their number.
-        first: Numbers of the first three, from 1.
+        first: Numbers of the first three, from 1; with the source, where there are several.
     """
 
     count: int = 0
-    first: list[int] = field(default_factory=list)
+    first: list[int | str] = field(default_factory=list)
 
-    def add(self, number: int) -> None:
-        """Count another row."""
+    def add(self, number: int | str) -> None:
+        """Count another one, which may be of a row that has some already."""
         self.count += 1
-        if len(self.first) < SHOWN:
+        if len(self.first) < SHOWN and number not in self.first:
             self.first.append(number)
 
     @property
@@ -53,10 +53,11 @@ class Counted:
         return f"rows {', '.join(map(str, self.first))}{', ...' if self.count > len(self.first) else ''}"
 
 
-def together(parts: Iterable[Counted]) -> Counted:
-    """Return the rows of one kind in several sources."""
-    found = [part for part in parts if part.count]
-    return Counted(sum(part.count for part in found), [number for part in found for number in part.first][:SHOWN])
+def together(parts: Iterable[tuple[str, Counted]]) -> Counted:
+    """Return the rows of one kind in several sources, which come with their origins."""
+    found = [*parts]
+    first: list[int | str] = [f"{number} of {origin}" for origin, part in found for number in part.first]
+    return Counted(sum(part.count for _, part in found), first[:SHOWN])
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Rows:
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
         numbers: Number of the source's row, from 1, that each example comes from; empty if they are generated.
+        owners: Source of each example, as its place among `origins`; empty if there is one.
+        origins: Descriptions of several sources.
         filtered: Rows that `keep` has left out.
         unread: Columns that are not learned, with the rows that have them.
     """
@@ -78,10 +81,13 @@ class Rows:
     numbers: Sequence[int] = ()
     filtered: Counted = field(default_factory=Counted)
     unread: Mapping[str, Counted] = field(default_factory=dict)
+    owners: Sequence[int] = ()
+    origins: Sequence[str] = ()
 
-    def number(self, example: int) -> int:
+    def number(self, example: int) -> int | str:
         """Return the number of the source's row that an example comes from, or the example's own."""
-        return self.numbers[example] if self.numbers else example + 1
+        number = self.numbers[example] if self.numbers else example + 1
+        return f"{number} of {self.origins[self.owners[example]]}" if self.owners else number
 
 
 def load_rows(

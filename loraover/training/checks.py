@@ -17,6 +17,7 @@ from loraover.data.sources import Rows
 from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
+from loraover.training.spelling import learned
 from loraover.training.trainers import TRAINERS, check_keys
 
 
@@ -84,7 +85,14 @@ def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) ->
 
 
 def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
-    is_text = [all(isinstance(row[column], str) for column in TEXTS & row.keys()) for row in part.rows]
+    part = learned(part, name)
+    columns = [TEXTS & row.keys() for row in part.rows]
+    if other := next((i for i, found in enumerate(columns) if found != columns[0]), 0):
+        raise DataError(
+            f"{part.origin}: row {part.number(other)} has {sorted(columns[other])}, and row {part.number(0)} "
+            f"{sorted(columns[0])}; write all rows in one form."
+        )
+    is_text = [all(isinstance(row[column], str) for column in columns[0]) for row in part.rows]
     if all(is_text):
         return
     where = f"{part.origin}: row {part.number(is_text.index(False))} holds chat messages"

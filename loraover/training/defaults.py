@@ -54,7 +54,7 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, repo
             f"and width {STUDIED_WIDTH}, times {STUDIED_WIDTH} / {text.hidden_size}, this model's width"
         )
     if training.warmup_steps is None:
-        values["warmup_steps"] = _warmup(recipe, tokens)
+        values["warmup_steps"] = 0.0 if training.lr_scheduler_type == "constant" else WARMUP
     if training.max_length is None:
         context = getattr(text, "max_position_embeddings", None) or 1024
         longest = max(one.total for one in tokens) if tokens else min(context, 1024)
@@ -62,20 +62,6 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, repo
         why = "the longest example" if tokens and longest <= context else "the model's context, or 1024 without data"
         report.line(f"training.max_length: {values['max_length']}, {why}")
     return recipe.model_copy(update={"training": training.model_copy(update=values)})
-
-
-def _warmup(recipe: Recipe, tokens: list[Tokens] | None) -> float:
-    """Return the share of the steps in which the rate rises from 0: none if that is not even one step."""
-    training = recipe.training
-    if training.lr_scheduler_type == "constant":
-        return 0.0
-    if tokens is None and training.max_steps is None:
-        return WARMUP
-    if training.per_device_train_batch_size == AUTO:
-        recipe = recipe.model_copy(
-            update={"training": training.model_copy(update={"per_device_train_batch_size": BATCH})}
-        )
-    return WARMUP if WARMUP * recipe.steps(len(tokens or ())) >= 1 else 0.0
 
 
 def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:

@@ -147,7 +147,12 @@ def _divided(rows: Rows, places: Sequence[Hashable], most: int) -> Examples:
     train = [i for i, place in enumerate(places) if place not in taken]
     test = sorted({*range(len(places))}.difference(train), key=lambda i: (order[places[i]], i))  # turns are neighbours
     parts = [
-        replace(rows, rows=[rows.rows[i] for i in part], numbers=[rows.numbers[i] for i in part])
+        replace(
+            rows,
+            rows=[rows.rows[i] for i in part],
+            numbers=[rows.numbers[i] for i in part],
+            owners=[rows.owners[i] for i in part] if rows.owners else (),
+        )
         for part in (train, test)
     ]
     return Examples(parts[0], parts[1] if held_out else None, divided=held_out)
@@ -184,11 +189,13 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
         [parts[k].rows[i] for k, i in taken],
         " + ".join(part.origin for part in parts),
         numbers=numbers,
-        filtered=together(part.filtered for part in parts),
+        filtered=together((part.origin, part.filtered) for part in parts),
         unread={
-            name: together(part.unread[name] for part in parts if name in part.unread)
+            name: together((part.origin, part.unread[name]) for part in parts if name in part.unread)
             for name in dict.fromkeys(name for part in parts for name in part.unread)
         },
+        owners=[k for k, _ in taken],
+        origins=[part.origin for part in parts],
     )
     return rows, [(k, number) for (k, _), number in zip(taken, numbers, strict=True)]
 

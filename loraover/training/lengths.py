@@ -9,9 +9,10 @@ from loraover.common.errors import DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.data.sources import Counted, Rows
+from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
-from loraover.training.spelling import is_chat, spelt, whole_texts
+from loraover.training.spelling import checked, is_chat, learned, whole_texts
 
 FEW = 0.01
 """Share of examples that may be cut without a warning."""
@@ -47,6 +48,7 @@ def count_tokens(
         DataError: A conversation has no turn of the assistant, where only these have labels; the chat template refuses
             a row, or leaves something out; or an image is damaged.
     """
+    rows = learned(rows, name)
     first = rows.rows[0]
     if name == "seq2seq":
         sides = [_sizes([row[side] for row in rows.rows], tokenizer, first) for side in ("prompt", "completion")]
@@ -61,7 +63,8 @@ def count_tokens(
         from trl.data_utils import extract_prompt
 
         asked = [row if "prompt" in row else extract_prompt(row) for row in asked]
-    prompts = [spelt(row, None, reads) if row.get("prompt") else "" for row in asked]
+    where = [f"{rows.origin}: row {rows.number(i)}" for i in range(len(asked))]
+    prompts = [checked(row, None, reads, at) if row.get("prompt") else "" for row, at in zip(asked, where, strict=True)]
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
     shown = [0] * len(totals) if processor is None else picture_tokens(rows, processor)
     return [Tokens(start + more, total + more) for start, total, more in zip(starts, totals, shown, strict=True)]
@@ -165,6 +168,40 @@ def check_pictures_fit(tokens: list[Tokens], rows: Rows, recipe: Recipe) -> None
             )
 
 
+def count_all(
+    recipe: Recipe, name: str, tokenizer: Any, processor: Any | None, examples: Examples
+) -> tuple[list[Tokens], list[Tokens]]:
+    """Count the tokens of training and of held-out rows, see `count_tokens`."""
+    options: dict[str, Any] = {"answers_only": recipe.training.assistant_only_loss, "processor": processor}
+    counted = count_tokens(examples.train, name, tokenizer, **options)
+    return counted, [] if examples.test is None else count_tokens(examples.test, name, tokenizer, **options)
+
+
+def check_fit(
+    recipe: Recipe, name: str, examples: Examples, counted: list[Tokens], seen: list[Tokens], report: Reporter
+) -> Lengths | None:
+    """Check that no example with images is cut, and report which others are.
+
+    Args:
+        recipe: The recipe, with its largest length.
+        name: Key of `TRAINERS`.
+        examples: The rows.
+        counted: Lengths of the training rows.
+        seen: Lengths of the held-out rows.
+        report: Receiver of the lines.
+
+    Returns:
+        None for a trainer that cuts none.
+
+    Raises:
+        DataError: An example with images is cut, or none keeps anything to learn from.
+    """
+    for part, tokens in ((examples.train, counted), (examples.test, seen)):
+        if part is not None:
+            check_pictures_fit(tokens, part, recipe)
+    return None if name == "grpo" else check_lengths(counted, examples.train, recipe, name, report)
+
+
 def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Lengths:
     """Summarise lengths of examples, and what a largest length cuts.
 
@@ -204,7 +241,7 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
     )
 
 
-SPLITS = ("wrapped", "bfd_split")
+SPLITS = ("wrapped", "bfd_split", "bfd-requeue")
 """Strategies of packing that put the rest of a longer example into the next row."""
 
 

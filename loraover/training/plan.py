@@ -16,8 +16,8 @@ from loraover.models.load import ModelSource, load_config, load_processor, load_
 from loraover.training.checks import check_names, check_rows, row_form
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.estimate import Memory, estimate_memory
-from loraover.training.examples import load_examples, report_rows, without_evaluation
-from loraover.training.lengths import count_tokens, summarise
+from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
+from loraover.training.lengths import SPLITS, Tokens, check_fit, count_all
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
@@ -97,23 +97,22 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     form = RowForm(TRAINERS[name].columns)
     if tokenizer is not None:
         form = row_form(recipe, name, tokenizer, takes_images=images)
-    is_local = not any(map(is_hub_name, recipe.data.sources))
-    tests = name != "grpo" and (recipe.data.test is None or not is_hub_name(recipe.data.test))
-    read = load_examples(recipe if tests else without_evaluation(recipe), form) if is_local else None
-    rows = None if read is None else read.train
-    tokens = None
+    tests = name != "grpo" and not is_hub_name(recipe.data.test or "")
+    read = None
+    if not any(map(is_hub_name, recipe.data.sources)):
+        read = load_examples(recipe if tests else without_evaluation(recipe), form)
+        report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
+    tokens, held_out = None, list[Tokens]()
     if read is not None and tokenizer is not None:
         check_rows(recipe, name, tokenizer, read)
-        report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
         processor = load_processor(source) if read.have_pictures else None
-        answers_only = recipe.training.assistant_only_loss
-        tokens = count_tokens(read.train, name, tokenizer, answers_only=answers_only, processor=processor)
-    recipe = with_batch(with_defaults(recipe, config, tokens, report), source, report)
-    training = recipe.training
-    examples = None if training.max_steps is not None else _count_examples(recipe) if rows is None else len(rows.rows)
-    if recipe.packs and examples is not None and tokens is not None:
-        most = training.tokens
-        examples = math.ceil(sum(min(one.total, most) for one in tokens) / most)  # about as many as TRL makes
+        tokens, held_out = count_all(recipe, name, tokenizer, processor, read)
+    lasting = tokens and tokens + (held_out if read is not None and read.have_pictures else [])
+    recipe = with_batch(with_defaults(recipe, config, lasting, report), source, report)
+    training, lengths = recipe.training, None
+    if read is not None and tokens is not None:
+        lengths = check_fit(recipe, name, read, tokens, held_out, report)
+    examples = None if training.max_steps is not None else _count_examples(recipe, read, tokens, lengths)
     steps = recipe.steps(examples or 0)
     in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
     seen = steps * in_a_step * recipe.clients
@@ -129,7 +128,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
         tokens=seen * training.tokens * (2 if is_seq2seq else 1),
         step_seconds=None if needs is None else needs.step_seconds,
         peak_bytes=None if needs is None else round(needs.peak_bytes),
-        lengths=None if rows is None or tokens is None else summarise(tokens, rows, recipe, name),
+        lengths=lengths,
     )
 
 
@@ -155,12 +154,17 @@ def _tokenizer(source: ModelSource) -> Any:
         return None
 
 
-def _count_examples(recipe: Recipe) -> int:
-    """Training examples of an epoch of the hub's data: the recipe's number, or else the number of rows."""
-    data = recipe.data
-    if data.train_examples:
+def _count_examples(recipe: Recipe, read: Examples | None, tokens: list[Tokens] | None, lengths: Lengths | None) -> int:
+    """Count the examples of an epoch: of local data those that are not left out, as few as packing makes of them."""
+    data, most = recipe.data, recipe.training.tokens
+    if read is None and data.train_examples:
         return data.train_examples * len(data.sources)
-    return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
+    if read is None:
+        return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
+    if recipe.packs and tokens is not None:
+        whole = (recipe.training.model_extra or {}).get("packing_strategy") in SPLITS
+        return math.ceil(sum(one.total if whole else min(one.total, most) for one in tokens) / most)
+    return len(read.train.rows) - (0 if lengths is None else lengths.unlabelled)
 
 
 def _time(steps: int, seconds: float) -> str:

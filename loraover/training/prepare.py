@@ -28,6 +28,7 @@ from loraover.models.load import (
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
+from loraover.sources.push import check_repository
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import (
     check_names,
@@ -42,7 +43,7 @@ from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
 from loraover.training.hf_trainer import find_reward, make_trainer
-from loraover.training.lengths import Tokens, check_lengths, check_pictures_fit, count_tokens
+from loraover.training.lengths import check_fit, count_all
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod, count_trained
 from loraover.training.progress import TrainingProgress
@@ -128,6 +129,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         recipe = pin_start(recipe, output, report)
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
+    if recipe.push_to_hub is not None:
+        ranks.write(check_repository, recipe.push_to_hub)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     asked = make_arguments(recipe, name, output)  # refused before anything large is loaded
     ranks.write(check_login, asked.report_to)
@@ -135,13 +138,13 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         find_reward(reward)
     tokenizer, processor, examples = _read(recipe, name, source)
     report_rows(examples, report, measures=bool(recipe.evaluation.examples) and name != "grpo")
-    counted, seen = _count(recipe, name, tokenizer, processor, examples)
+    counted, seen = count_all(recipe, name, tokenizer, processor, examples)
     lasting = counted + ([] if processor is None else seen)
     recipe = with_batch(with_defaults(recipe, load_config(source), lasting, report), source, report)
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     method.check_rows(examples.train.rows)
     note_slow_precision(recipe, report)
-    lengths = _check_fit(recipe, name, examples, counted, seen, report)
+    lengths = check_fit(recipe, name, examples, counted, seen, report)
     ranks.write(write_recipe, output, _pinned(recipe, source, examples))
     ranks.write(keep_digests, output, examples)
     ranks.meet()
@@ -163,6 +166,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     reads = tokenizer if processor is None else processor
     trainer = make_trainer(recipe, name, model, reads, examples, arguments, progress, over, method)
     end_preparation(recipe)
+    _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer))
     _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     made = source, tokenizer, processor, examples, model, untrained, trainer
@@ -181,23 +185,10 @@ def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | No
     return tokenizer, processor, examples
 
 
-def _count(
-    recipe: Recipe, name: str, tokenizer: Any, processor: Any | None, examples: Examples
-) -> tuple[list[Tokens], list[Tokens]]:
-    """Count the tokens of training and of held-out rows; rows with images cannot be cut there either."""
-    options: dict[str, Any] = {"answers_only": recipe.training.assistant_only_loss, "processor": processor}
-    counted = count_tokens(examples.train, name, tokenizer, **options)
-    return counted, [] if examples.test is None else count_tokens(examples.test, name, tokenizer, **options)
-
-
-def _check_fit(
-    recipe: Recipe, name: str, examples: Examples, counted: list[Tokens], seen: list[Tokens], report: Reporter
-) -> Lengths | None:
-    """Check that no example with images is cut, and report which others are; None for a trainer that cuts none."""
-    for part, tokens in ((examples.train, counted), (examples.test, seen)):
-        if part is not None:
-            check_pictures_fit(tokens, part, recipe)
-    return None if name == "grpo" else check_lengths(counted, examples.train, recipe, name, report)
+def _leave_out_short_warmup(arguments: Any, steps: int) -> None:
+    """Let the rate begin at its peak where its rise would be shorter than a step, which would then change nothing."""
+    if 0 < arguments.warmup_steps < 1 and arguments.warmup_steps * steps < 1:
+        arguments.warmup_steps = 0
 
 
 def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:

@@ -17,7 +17,6 @@ from loraover.checkpoint.source import CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, FoldError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, resolve_model
-from loraover.sources.push import check_repository
 from loraover.training.recipe import Recipe
 
 CARD = "README.md"
@@ -40,9 +39,9 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
         None where the adapter names the model that it was trained on.
 
     Raises:
-        ConfigError: No repository can have the name, or nobody is logged in; `push_checkpoint` without a repository,
-            without cores, or for cores of a stand-in; an adapter of a stand-in would be pushed and the recipe names no
-            model for it that can be read; or the recipe names one although no adapter of a stand-in is pushed.
+        ConfigError: `push_checkpoint` without a repository, without cores, or for cores of a stand-in; an adapter of
+            a stand-in would be pushed and the recipe names no model for it that can be read; or the recipe names one
+            although no adapter of a stand-in is pushed.
     """
     if recipe.push_checkpoint and (recipe.push_to_hub is None or recipe.method != "lora-over" or recipe.push_model):
         raise ConfigError(
@@ -50,8 +49,6 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
             f"{as_written('push_to_hub')}, and cannot be combined with {as_written('push_model')}, on which the cores "
             "were not trained. Leave it out."
         )
-    if recipe.push_to_hub is not None:
-        check_repository(recipe.push_to_hub)
     needs_base = recipe.push_to_hub is not None and recipe.method != "full" and trained.stand_in is not None
     if recipe.push_model is None:
         if not needs_base:

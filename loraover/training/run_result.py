@@ -61,8 +61,8 @@ class Lengths(StrictModel):
     unlabelled: int = Field(description="Number of examples whose prompt leaves no room, so that nothing is learned.")
     longest: int = Field(description="Tokens of the longest example.")
     keeps_99: int = Field(description="Smallest max_length that keeps 99 % of the examples whole.")
-    cut_rows: list[int] = Field(description="Numbers of the first three rows that are cut, from 1.")
-    unlabelled_rows: list[int] = Field(description="Numbers of the first three rows of which nothing is learned.")
+    cut_rows: list[int | str] = Field(description="The first three rows that are cut, by their numbers from 1.")
+    unlabelled_rows: list[int | str] = Field([], description="The first three rows of which nothing is learned.")
     histogram: dict[int, int] = Field(description="Number of examples with at most so many tokens and more than half.")
 
     @property

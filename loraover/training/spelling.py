@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jinja2
 
 from loraover.common.errors import DataError
-from loraover.data.formats import TEXTS, Row
+from loraover.data.formats import Row
 from loraover.data.sources import Rows
 
 
@@ -37,6 +38,23 @@ REFUSALS = (jinja2.TemplateError, TypeError, ValueError)
 """What a chat template raises for messages that it does not expect."""
 
 
+def learned(rows: Rows, name: str) -> Rows:
+    """Return rows without the columns that `grpo` keeps for its rewards; other trainers keep none."""
+    return rows if name != "grpo" else replace(rows, rows=[{"prompt": row["prompt"]} for row in rows.rows])
+
+
+def checked(row: Row, part: str | None, reads: Any, where: str) -> str:
+    """Return what `spelt` does.
+
+    Raises:
+        DataError: The chat template refuses the messages.
+    """
+    try:
+        return spelt(row, part, reads)
+    except REFUSALS as error:
+        raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
+
+
 def whole_texts(rows: Rows, reads: Any) -> list[list[str]]:
     """Return the texts of each example, one for each of its answers.
 
@@ -45,21 +63,17 @@ def whole_texts(rows: Rows, reads: Any) -> list[list[str]]:
         reads: The tokenizer, or what reads the rows' images besides.
 
     Raises:
-        DataError: The chat template refuses a row, or leaves out the tools, their calls or the system prompt of the
-            first row that has them.
+        DataError: The chat template refuses a row, or leaves out its tools, a call of one, or a message that is neither
+            the user's nor the assistant's.
     """
-    found, untried = [], dict(WITHOUT)
+    found = []
     for i, row in enumerate(rows.rows):
         where, parts = f"{rows.origin}: row {rows.number(i)}", answers(row)
-        try:
-            found.append([spelt(row, part, reads) for part in parts])
-        except REFUSALS as error:
-            raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
-        for kind, without in [*untried.items()] if is_chat(row) else ():
-            if (other := without(row)) != row:
-                del untried[kind]
-                if _text_or_none(other, parts[0], reads) == found[-1][0]:
-                    raise DataError(f"{where} has {kind}, which the model's chat template leaves out; remove them.")
+        found.append([checked(row, part, reads, where) for part in parts])
+        for part, text in zip(parts, found[-1], strict=True) if is_chat(row) else ():
+            for kind, other in _changed(row, part, text):
+                if _text_or_none(other, part, reads) == text:
+                    raise DataError(f"{where} has {kind}, which the model's chat template leaves out; remove it.")
     return found
 
 
@@ -70,25 +84,24 @@ def _text_or_none(row: Row, part: str | None, reads: Any) -> str | None:
         return None
 
 
-def _without_tools(row: Row) -> Row:
-    return {name: part for name, part in row.items() if name != "tools"}
+def _changed(row: Row, part: str | None, text: str) -> Iterator[tuple[str, Row]]:
+    """Yield what may be missing in the text of a row, with the row without it or with something else in its place."""
+    if row.get("tools"):
+        yield "a column 'tools'", row | {"tools": None}
+    for name in filter(row.get, ("prompt", *([part] if part else []))):
+        for k, message in enumerate(row[name]):
+            for kind, other in _otherwise(message, text):
+                yield kind, row | {name: [*row[name][:k], other, *row[name][k + 1 :]]}
 
 
-def _without_calls(row: Row) -> Row:
-    return _with_messages(row, lambda one: {name: part for name, part in one.items() if name != "tool_calls"})
-
-
-def _with_another_system(row: Row) -> Row:
-    return _with_messages(row, lambda one: one | {"content": "another"} if one["role"] == "system" else one)
-
-
-def _with_messages(row: Row, change: Callable[[Row], Row]) -> Row:
-    chats = {name: part for name, part in row.items() if name in TEXTS and isinstance(part, list)}
-    return row | {name: [change(message) for message in part] for name, part in chats.items()}
-
-
-WITHOUT = {"tools": _without_tools, "calls of tools": _without_calls, "system prompts": _with_another_system}
-"""What a chat template may leave out, with the function that changes it in a row."""
+def _otherwise(message: Row, text: str) -> Iterator[tuple[str, Row]]:
+    """Yield what a template may leave out of a message, with the message without it or with something else."""
+    if message.get("tool_calls"):
+        yield "a call of a tool", message | {"tool_calls": None}
+    role, content = message["role"], message.get("content")
+    is_there = isinstance(content, str) and content.strip() in text
+    if role not in ("user", "assistant") and content and not is_there:
+        yield f"a message of the role {role!r}", message | {"content": "another"}
 
 
 def _without_places(message: dict[str, Any]) -> dict[str, Any]:

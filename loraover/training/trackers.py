@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,13 @@ def check_login(trackers: Sequence[str]) -> None:
     Raises:
         ConfigError: wandb is to upload and has no key, or its server refuses it.
     """
-    if "wandb" not in trackers or os.environ.get("WANDB_MODE", "online") != "online":
+    if "wandb" not in trackers:
         return
     import wandb
 
+    asks = "prompt" not in inspect.signature(wandb.login).parameters  # wandb before 0.31
+    if asks or wandb.run is not None or wandb.setup().settings.mode != "online":
+        return
     try:
         may_upload = wandb.login(prompt=False)
     except wandb.Error as error:

@@ -84,9 +84,11 @@ TRAINERS = {
 
 RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
 RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
-RUN_SETS |= {"dataset_text_field", "dataset_kwargs", "chat_template_path"}
 RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
 """Settings of trainers that a run gives itself."""
+
+READS_ROWS = {"dataset_text_field", "dataset_kwargs", "chat_template_path"}
+"""Settings by which TRL would read rows otherwise than `loraover.data` does."""
 
 LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
 """Settings of LoraConfig that a run gives itself."""
@@ -223,6 +225,8 @@ def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[s
     for key, value in (part.model_extra or {}).items():
         if key in reserved:
             faults.append(f"{name}.{key}: a run sets this itself; leave it out")
+        elif name == "training" and key in READS_ROWS:
+            faults.append(f"{name}.{key}: rows are read by data.format and the model's own chat template; leave it out")
         elif key not in types:
             near = [MEANT[key]] if key in MEANT else difflib.get_close_matches(key, known - reserved, n=1)
             faults.append(f"{name}.{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))

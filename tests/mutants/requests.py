@@ -64,9 +64,15 @@ REQUESTS = (
     ),
     Mutant(
         "a chat template may leave out a system prompt",
-        'one | {"content": "another"} if one["role"] == "system" else one',
-        "one",
+        "and content and not is_there:",
+        "and False:",
         Selection("test_lengths.py", "chat_template_does_not_write"),
+    ),
+    Mutant(
+        "a run of one step takes it at rate 0",
+        "arguments.warmup_steps * steps < 1",
+        "steps < 1",
+        Selection("test_lengths.py", "one_step_trains"),
     ),
     Mutant(
         "messages beside the trainer's columns are learned",

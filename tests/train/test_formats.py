@@ -167,7 +167,7 @@ def test_a_system_prompt_is_learned_before_the_prompt(prompt: Any) -> None:
     assert [*read_row(pair, "auto", CHATS, "row 1")] == [learned]
     rewarded = RowForm(TRAINERS["grpo"].columns, chat=True, keeps_all=True)
     (row,) = read_row(pair, "auto", rewarded, "row 1")
-    assert row == learned | {"system": "Be kind."}
+    assert (row["prompt"], row["system"]) == (learned["prompt"], "Be kind.")
 
 
 def test_where_all_is_text_a_system_prompt_is_text_before_it() -> None:
@@ -222,6 +222,12 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
         ("sft", {"messages": [{"role": "asistant", "content": "a"}, *said("b", "c")]}, "unknown role 'asistant'"),
         ("sft", {"prompt": said("a"), "completion": [said("", "b")[1] | {"weight": 0}]}, "a message of completion has"),
         ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
+        ("sft", {"messages": [{"role": "model", "content": "a"}, *said("b", "c")]}, "write 'assistant' if that is"),
+        (
+            "dpo",
+            {"prompt": said("a"), "chosen": said("", "b")[1:], "rejected": [said("", "c")[1] | {"weight": 0}]},
+            "a mes",
+        ),
         ("sft", {"messages": said("a", "b"), "tools": "not json"}, "field 'tools' is 'not json'"),
         ("sft", {"messages": said("a", "b"), "tools": ["f"]}, "field 'tools' is"),
         ("sft", {"messages": said("a", "b"), "chat_template_kwargs": "{}"}, "'chat_template_kwargs' is not an object"),
@@ -250,11 +256,44 @@ def test_messages_beside_the_columns_of_a_trainer_are_not_learned(
     assert unread(both, "auto", form, "row 1") == ["messages"]
 
 
+def test_a_format_that_is_named_is_read() -> None:
+    row, form = {"prompt": "a", "completion": "b", "messages": said("c", "d")}, RowForm(TRAINERS["sft"].columns)
+    assert [*read_row(row, "messages", form, "row 1")] == [{"prompt": said("c"), "completion": said("", "d")[1:]}]
+    assert unread(row, "messages", form, "row 1") == ["prompt", "completion"]
+
+
+def test_roles_that_a_template_may_know_are_taken() -> None:
+    talk = [{"role": "context", "content": "a"}, *said("b", "c")]
+    assert [*read_row({"messages": talk}, "auto", CHATS, "row 1")] == [{"prompt": talk[:2], "completion": talk[2:]}]
+
+
+def test_no_tools_and_no_system_prompt_are_none() -> None:
+    for empty in ({"tools": "null"}, {"tools": "[]"}, {"system": " "}):
+        assert [*read_row({"prompt": "a", "completion": "b"} | empty, "auto", RowForm(), "row 1")] == [
+            {"prompt": "a", "completion": "b"}
+        ]
+    with pytest.raises(DataError, match="row 1: has tools, which only chat messages can have"):
+        list(read_row({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "auto", RowForm(), "row 1"))
+
+
+@pytest.mark.parametrize("row", [{"conversations": [*SAID, *SAID]}, {"conversations": SAID}, WIZARD])
+def test_where_conversations_are_learned_whole_each_is_one(row: dict[str, Any]) -> None:
+    form = RowForm(TRAINERS["sft"].columns, chat=True, turns=False)
+    ((name, messages),) = next(read_row(row, "auto", form, "row 1")).items()
+    assert (name, messages[:2]) == ("messages", said("Say hi.", "Hi!"))
+
+
+def test_a_label_beside_messages_is_learned() -> None:
+    form, row = RowForm(TRAINERS["kto"].columns), {"messages": said("a", "b"), "label": True, "id": 3}
+    assert next(read_row(row, "auto", form, "row 1"))["label"] is True
+    assert unread(row, "auto", form, "row 1") == ["id"]
+
+
 def test_a_reward_sees_the_other_columns_of_a_known_format() -> None:
     form = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
     (row,) = read_row({"question": "1+1?", "answer": "2", "level": 3}, "auto", form, "row 1")
     assert (row["prompt"], row["answer"], row["level"]) == ("Question: 1+1?\nAnswer:", "2", 3)
-    others = {"text": 5, "completion": 7, "messages": "none"}
+    others = {"text": 5, "completion": 7, "messages": "none", "tools": "hammer"}
     (row,) = read_row({"prompt": "a"} | others, "auto", form._replace(chat=True), "row 1")
     assert row == {"prompt": said("a")} | others
 

@@ -103,6 +103,7 @@ def test_preferences_that_trl_leaves_out_are_counted(
     assert len(prepared.trainer.train_dataset) == 4
 
 
+KIND = {"role": "system", "content": "Be kind."}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
 PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -111,16 +112,18 @@ PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content
 @pytest.mark.parametrize(
     ("template", "row", "message"),
     [
-        (PLAIN, {"tools": [TOOL]}, "row 2 has tools, which the model's chat template leaves out"),
-        (PLAIN, {"completion": [CALL]}, "row 2 has calls of tools, which the model's chat template leaves out"),
+        (PLAIN, {"tools": [TOOL]}, "row 2 has a column 'tools', which the model's chat template leaves out"),
+        (PLAIN, {"completion": [CALL]}, "row 2 has a call of a tool, which the model's chat template leaves out"),
         (
-            PLAIN.replace("messages %}", "messages if message['role'] != 'system' %}"),
-            {"prompt": [{"role": "system", "content": "Be kind."}, TURNS[0]]},
-            "row 2 has system prompts, which the model's chat template leaves out",
+            PLAIN.replace("{{ message['role'] }}", "{% if message['role'] != 'system' or loop.first %}").replace(
+                "{% endfor", "{% endif %}{% endfor"
+            ),
+            {"prompt": [KIND, TURNS[0], KIND | {"content": "Be brief."}, TURNS[0]]},
+            "row 2 has a message of the role 'system', which the model's chat template leaves out",
         ),
         (
             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN,
-            {"prompt": [{"role": "system", "content": "Be kind."}, TURNS[0]]},
+            {"prompt": [KIND, TURNS[0]]},
             "row 2: the model's chat template refuses it: no system",
         ),
     ],
@@ -130,10 +133,33 @@ def test_what_a_chat_template_does_not_write_is_refused(
 ) -> None:
     tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
     tokenizer.chat_template = template
-    asked = {"prompt": TURNS[:1], "completion": TURNS[1:2]}
+    asked = {"prompt": TURNS[:1], "completion": [TURNS[1] | {"tool_calls": None}]}
     with pytest.raises(DataError, match=message):
         count_tokens(Rows([asked, asked | row], "rows"), "sft", tokenizer)
     assert count_tokens(Rows([asked, asked], "rows"), "sft", tokenizer)
+
+
+def test_a_preference_may_call_a_tool_in_one_answer_only(bases: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
+    tokenizer.chat_template = PLAIN.replace("{% endfor", "{{ message['tool_calls'] }}{% endfor")
+    for chosen, rejected in ((TURNS[1], CALL), (CALL, TURNS[1])):
+        row = {"prompt": TURNS[:1], "chosen": [chosen], "rejected": [rejected]}
+        assert count_tokens(Rows([row], "rows"), "dpo", tokenizer)
+
+
+def test_what_a_reward_reads_is_not_counted(bases: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
+    row: dict[str, Any] = {"prompt": TURNS[:1]}
+    expected = count_tokens(Rows([row], "rows"), "grpo", tokenizer)
+    assert count_tokens(Rows([row | {"completion": 7, "text": ["8"]}], "rows"), "grpo", tokenizer) == expected
+
+
+def test_a_prompt_that_a_chat_template_refuses_is_named(bases: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
+    refuses = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no question') }}{% endif %}"
+    tokenizer.chat_template = refuses + PLAIN
+    with pytest.raises(DataError, match="rows: row 1: the model's chat template refuses it: no question"):
+        count_tokens(Rows([{"prompt": [KIND], "completion": TURNS[:2]}], "rows"), "sft", tokenizer)
 
 
 def test_cut_examples_are_said_with_their_lines_and_kept(
@@ -180,7 +206,7 @@ def test_data_and_a_model_are_enough(base: Path, tmp_path: Path, monkeypatch: py
     assert (found.steps, found.lengths.cut) == (5, 0)
     assert made.training.learning_rate == found.learning_rate == pytest.approx(LEARNING_RATES["lora-over"] * 576 / 32)
     assert (made.training.micro_batch, made.training.max_length) == (8, found.lengths.longest)
-    assert (made.training.warmup_steps, made.training.bf16) == (0, False)  # 3 % of five steps
+    assert (made.training.warmup_steps, made.training.bf16) == (0.03, False)
     assert found.before is not None
     assert (found.before.examples, found.before.exact_match) == (2, None)
 
@@ -201,10 +227,12 @@ def test_rows_and_columns_that_are_not_learned_are_kept(base: Path, tmp_path: Pa
     said = Lines()
     recipe = str(write_recipe(tmp_path / "r.yaml", base, method="lora", **changes))
     found = loraover.train(recipe, tmp_path / "out", report=said, overrides={"training.max_steps": 1})
-    assert (found.filtered.count, found.filtered.first) == (8, [4, 14, 24])
-    assert found.unread == {"level": Counted(70, [2, 3, 5])}
-    assert "8 rows are left out, since data.keep does not let them through (rows 4, 14, 24, ...)" in said.lines
-    assert "column 'level' is not learned; 70 rows have it (rows 2, 3, 5, ...)" in said.lines
+    named = [f"{number} of file 0.jsonl" for number in (4, 14, 24)]
+    assert (found.filtered.count, found.filtered.first) == (8, named)
+    assert found.unread == {"level": Counted(70, [f"{number} of file 0.jsonl" for number in (2, 3, 5)])}
+    shown = ", ".join(named)
+    assert f"8 rows are left out, since data.keep does not let them through (rows {shown}, ...)" in said.lines
+    assert "column 'level' is not learned; 70 rows have it (rows 2 of file 0.jsonl, " in "".join(said.lines)
 
 
 def test_a_plan_counts_the_rows_that_a_run_trains_on(base: Path, tmp_path: Path) -> None:
@@ -217,6 +245,20 @@ def test_a_plan_counts_the_rows_that_a_run_trains_on(base: Path, tmp_path: Path)
     assert made.lengths is not None
     assert made.lengths.examples == 38
     assert "column 'level' is not learned; 40 rows have it (rows 1, 2, 3, ...)" in said.lines
+
+
+def test_a_plan_of_data_that_a_run_refuses_is_refused(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "1" * (30 if n else 2), "completion": " 2"} for n in range(20)]
+    changes: dict[str, Any] = {"training": {"max_length": 16, "max_steps": None, "num_train_epochs": 1}}
+    changes |= {"evaluation": {"examples": 0}}
+    for some, refused in ((rows, False), (rows[1:], True)):
+        file = data_file(tmp_path / f"{refused}.jsonl", *some)
+        recipe = write_recipe(tmp_path / "r.yaml", base, data={"train": str(file), "train_examples": None}, **changes)
+        if refused:
+            with pytest.raises(DataError, match="no example fits"):
+                make_plan(load_recipe(str(recipe)))
+        else:
+            assert make_plan(load_recipe(str(recipe))).steps == 1
 
 
 def test_without_words_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,7 +271,7 @@ def test_what_images_do_not_allow_is_refused(
 def test_a_plan_counts_the_tokens_of_images(colours: Path) -> None:
     plan = make_plan(load_recipe(colours / "recipe.yaml"))
     assert plan.lengths is not None
-    assert plan.lengths.longest == plan.lengths.max_length > 20
+    assert 20 < plan.lengths.longest <= plan.lengths.max_length  # which held-out images have to fit, too
 
 
 @pytest.mark.process

@@ -178,7 +178,7 @@ def test_an_epoch_of_a_file_counts_its_rows(
 ) -> None:
     rows = [{"question": "a?", "sentence": "b", "label": 0}] * 70
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    local = ["--model", configs["t5"], "--data", tmp_path / "rows.jsonl"]
+    local = ["--model", configs["t5"], "--data", tmp_path / "rows.jsonl", "--set", "evaluation.examples=0"]
     found = plan("glue-qnli-t5-base", capsys, *local)
     assert (found.steps, found.examples, found.tokens) == (3, 70, 70 * 2 * 128)
     twice = plan("glue-qnli-t5-base", capsys, *local, "--set", "training.num_train_epochs=2")

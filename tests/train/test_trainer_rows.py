@@ -68,6 +68,13 @@ def test_chat_messages_after_a_row_of_text_are_found(trainer: str, template: str
     check_rows(recipe, trainer, tokenizer, Examples(Rows(SUMS, "rows"), None))
 
 
+def test_rows_of_several_forms_are_refused() -> None:
+    whole = Rows([{"messages": TURNS}, {"prompt": TURNS[:1], "completion": TURNS[1:2]}], "rows")
+    message = r"rows: row 2 has \['completion', 'prompt'\], and row 1 \['messages'\]; write all rows in one form"
+    with pytest.raises(DataError, match=message):
+        check_rows(load_recipe("demo"), "sft", SimpleNamespace(chat_template=""), Examples(whole, None))
+
+
 TOOL = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
 TALK = [{"role": "system", "content": "brief"}, *TURNS]
