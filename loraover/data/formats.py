@@ -40,6 +40,7 @@ class RowForm(NamedTuple):
         columns: Columns that a row has to have; one of these sets.
         chat: Whether to write text as chat messages, for a tokenizer with a chat template.
         turns: Whether each turn of the assistant in `messages` is one example, with all messages before it as prompt.
+        whole: Whether a question and its answer are one conversation too, of which only the answer is learned.
         keeps_all: Whether columns that no trainer knows stay, for rewards that read them.
         pictures: Whether rows may hold images, in the form of `loraover.data.pictures`.
     """
@@ -47,6 +48,7 @@ class RowForm(NamedTuple):
     columns: tuple[frozenset[str], ...] = PAIRS
     chat: bool = False
     turns: bool = True
+    whole: bool = False
     keeps_all: bool = False
     pictures: bool = False
 
@@ -90,9 +92,11 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
         )
     name = _recognised(row, form, where) if format == "auto" else format
     row = {name: value for name, value in row.items() if name not in MEDIA or value}
-    others = row if form.keeps_all else {"images": row["images"]} if "images" in row else {}
+    kept = {column for column in row if form.keeps_all and (name == PASSED or column != "prompt")} | {"images"}
+    others = {column: row[column] for column in row if column in kept}
     for example in FORMATS[name].read(row, where):
-        if name != PASSED and "completion" in example and form.chat and TURNS in form.columns and not form.turns:
+        is_whole = form.whole or (name == "conversations" and not form.turns)
+        if name != PASSED and is_whole and "completion" in example and form.chat and TURNS in form.columns:
             example = _as_messages(example)  # as longer conversations of the same data are
         yield from _examples(others | example, row.get(SYSTEM), FORMATS[name].template, form, where)
 
@@ -144,9 +148,11 @@ def _examples(example: Row, system: Any, template: str, form: RowForm, where: st
         _check_options(taken, where)
     if isinstance(texts.get("prompt"), str):
         taken |= as_chat(texts) if form.chat else {"prompt": template.format(texts["prompt"])}
-    if "tools" in taken and not form.keeps_all and all(isinstance(taken[name], str) for name in texts):
-        raise DataError(f"{where}: has tools, which only chat messages can have, and this run learns it as text.")
-    if system not in (None, "") and str(system).strip() and {"messages", *PARTS} & columns:
+    options = [name for name in ("tools", "chat_template_kwargs") if taken.get(name) and not form.keeps_all]
+    if options and all(isinstance(taken[name], str) for name in texts):
+        raise DataError(f"{where}: has {options[0]}, which chat messages alone can have; this run learns it as text.")
+    is_said = isinstance(system, str) or not form.keeps_all  # a column of a reward may be anything
+    if is_said and system not in (None, "") and str(system).strip() and {"messages", *PARTS} & columns:
         taken = _after(_text({SYSTEM: system}, SYSTEM, where), taken, where)
     yield placed(taken, where) if form.pictures else taken
 
@@ -191,9 +197,9 @@ def _check_texts(taken: Row, where: str) -> None:
 def _check_roles(messages: Sequence[Row], where: str) -> None:
     """Raise DataError for a role that seems to mean one that templates know, and would not be learned as it."""
     for role in {message["role"] for message in messages}.difference(ROLES):
-        near = MEANT.get(role) or next(iter(difflib.get_close_matches(role, ROLES, n=1, cutoff=0.8)), None)
-        if near is not None:
-            raise DataError(f"{where}: unknown role {reprlib.repr(role)}; write {near!r} if that is meant.")
+        near = difflib.get_close_matches(MEANT.get(role.lower(), role.lower()), ROLES, n=1, cutoff=0.8)
+        if near:
+            raise DataError(f"{where}: unknown role {reprlib.repr(role)}; write {near[0]!r} if that is meant.")
 
 
 MEANT = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
@@ -270,6 +276,8 @@ def _as_it_is(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
+    if "messages" not in row:
+        raise DataError(f"{where}: has fields {sorted(row)}; format messages reads the column 'messages'.")
     yield {name: value for name, value in row.items() if name not in PARTS}
 
 

@@ -50,7 +50,7 @@ class Counted:
     @property
     def rows(self) -> str:
         """The numbers, for messages."""
-        return f"rows {', '.join(map(str, self.first))}{', ...' if self.count > len(self.first) else ''}"
+        return f"rows {', '.join(map(str, self.first))}{', ...' if self.count > len(self.first) == SHOWN else ''}"
 
 
 def together(parts: Iterable[tuple[str, Counted]]) -> Counted:

@@ -124,7 +124,7 @@ def in_any_process(flags: list[bool], device: torch.device | None) -> list[bool]
 def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
     """Return rank 0's numbers in every process."""
     bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)  # not every GPU has float64
-    found: list[float] = of_first_process(bits, device).view(torch.float64).tolist()
+    found: list[float] = of_first_process(bits, device).cpu().view(torch.float64).tolist()
     return found
 
 

@@ -66,9 +66,10 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
         raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
     kind = TRAINERS[name]
     chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
-    turns = recipe.training.assistant_only_loss is None
+    answers_only = recipe.training.assistant_only_loss
     pictures = takes_images and name == "sft"
-    return RowForm(kind.columns, chat=chat, turns=turns, keeps_all=name == "grpo", pictures=pictures)
+    turns, whole = answers_only is None, answers_only is True
+    return RowForm(kind.columns, chat=chat, turns=turns, whole=whole, keeps_all=name == "grpo", pictures=pictures)
 
 
 def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) -> None:

@@ -62,7 +62,7 @@ def count_tokens(
     if name in FINDS_PROMPT:
         from trl.data_utils import extract_prompt
 
-        asked = [row if "prompt" in row else extract_prompt(row) for row in asked]
+        asked = [row if "prompt" in row else row | extract_prompt(row) for row in asked]
     where = [f"{rows.origin}: row {rows.number(i)}" for i in range(len(asked))]
     prompts = [checked(row, None, reads, at) if row.get("prompt") else "" for row, at in zip(asked, where, strict=True)]
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]

@@ -17,7 +17,9 @@ from loraover.training.checks import check_names, check_rows, row_form
 from loraover.training.defaults import with_batch, with_defaults
 from loraover.training.estimate import Memory, estimate_memory
 from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
+from loraover.training.hf_trainer import find_reward
 from loraover.training.lengths import SPLITS, Tokens, check_fit, count_all
+from loraover.training.methods import make_method
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
@@ -93,6 +95,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     is_seq2seq = bool(config.is_encoder_decoder)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, Path())
+    for reward in recipe.reward_funcs:
+        find_reward(reward)
     tokenizer, images = _tokenizer(source), takes_images(source)
     form = RowForm(TRAINERS[name].columns)
     if tokenizer is not None:
@@ -109,8 +113,10 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
         tokens, held_out = count_all(recipe, name, tokenizer, processor, read)
     lasting = tokens and tokens + (held_out if read is not None and read.have_pictures else [])
     recipe = with_batch(with_defaults(recipe, config, lasting, report), source, report)
+    method = make_method(recipe, is_seq2seq=is_seq2seq)
     training, lengths = recipe.training, None
     if read is not None and tokens is not None:
+        method.check_rows(read.train.rows)
         lengths = check_fit(recipe, name, read, tokens, held_out, report)
     examples = None if training.max_steps is not None else _count_examples(recipe, read, tokens, lengths)
     steps = recipe.steps(examples or 0)

@@ -166,7 +166,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     reads = tokenizer if processor is None else processor
     trainer = make_trainer(recipe, name, model, reads, examples, arguments, progress, over, method)
     end_preparation(recipe)
-    _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer))
+    _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer), report)
     _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     made = source, tokenizer, processor, examples, model, untrained, trainer
@@ -185,10 +185,12 @@ def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | No
     return tokenizer, processor, examples
 
 
-def _leave_out_short_warmup(arguments: Any, steps: int) -> None:
+def _leave_out_short_warmup(arguments: Any, steps: int, report: Reporter) -> None:
     """Let the rate begin at its peak where its rise would be shorter than a step, which would then change nothing."""
-    if 0 < arguments.warmup_steps < 1 and arguments.warmup_steps * steps < 1:
+    share = arguments.warmup_steps
+    if 0 < share < 1 and share * steps < 1:
         arguments.warmup_steps = 0
+        report.line(f"training.warmup_steps: none, since {share:g} of {steps} steps is less than one")
 
 
 def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:

@@ -88,20 +88,28 @@ def _changed(row: Row, part: str | None, text: str) -> Iterator[tuple[str, Row]]
     """Yield what may be missing in the text of a row, with the row without it or with something else in its place."""
     if row.get("tools"):
         yield "a column 'tools'", row | {"tools": None}
-    for name in filter(row.get, ("prompt", *([part] if part else []))):
-        for k, message in enumerate(row[name]):
-            for kind, other in _otherwise(message, text):
-                yield kind, row | {name: [*row[name][:k], other, *row[name][k + 1 :]]}
+    names = [name for name in ("prompt", part) if name is not None and name in row]
+    said = [(name, k, message) for name in names for k, message in enumerate(row[name])]
+    for name, k, message in said:
+        others = " ".join(str(one.get("content")) for _, _, one in said if one is not message)
+        for kind, other in _otherwise(message, text, others):
+            yield kind, row | {name: [*row[name][:k], other, *row[name][k + 1 :]]}
 
 
-def _otherwise(message: Row, text: str) -> Iterator[tuple[str, Row]]:
+def _otherwise(message: Row, text: str, others: str) -> Iterator[tuple[str, Row]]:
     """Yield what a template may leave out of a message, with the message without it or with something else."""
-    if message.get("tool_calls"):
-        yield "a call of a tool", message | {"tool_calls": None}
+    calls = message.get("tool_calls") or ()
+    for k in range(len(calls)):
+        yield "a call of a tool", message | {"tool_calls": [*calls[:k], *calls[k + 1 :]] or None}
     role, content = message["role"], message.get("content")
-    is_there = isinstance(content, str) and content.strip() in text
-    if role not in ("user", "assistant") and content and not is_there:
+    if role in ("user", "assistant") or not content:
+        return
+    if not (isinstance(content, str) and len(content) >= SURE and content.strip() in text and content not in others):
         yield f"a message of the role {role!r}", message | {"content": "another"}
+
+
+SURE = 16
+"""Characters of a message that, if they stand in a text, come from this message."""
 
 
 def _without_places(message: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def check_login(trackers: Sequence[str]) -> None:
     Raises:
         ConfigError: wandb is to upload and has no key, or its server refuses it.
     """
-    if "wandb" not in trackers:
+    if "wandb" not in trackers or os.environ.get("WANDB_MODE", "online") != "online":
         return
     import wandb
 

@@ -151,7 +151,7 @@ def test_a_row_that_does_not_fit_is_numbered(row: Any, said: str, write: Write) 
 
 @pytest.mark.parametrize("format", ["trl", "messages", "gsm8k"])
 def test_a_format_that_was_named_is_held_to(format: str, write: Write) -> None:
-    rows = {"trl": PAIR, "messages": MESSAGES, "gsm8k": GSM8K}
+    rows = {"trl": PAIR, "gsm8k": GSM8K, "messages": MESSAGES}
     assert "row 2" in fault(write("a.jsonl", rows.pop(format), *rows.values()), format=format)
 
 
@@ -206,13 +206,6 @@ def test_text_and_messages_in_one_row_are_refused(half: str, chat: bool, write: 
 @pytest.mark.parametrize("value", [["a"], [{"role": "user"}]])
 def test_a_list_that_is_not_messages_is_refused(value: list[Any], write: Write) -> None:
     assert "row 2" in fault(write("a.jsonl", PAIR, {"prompt": value, "completion": value}))
-
-
-def test_text_and_messages_in_one_file_need_chat(write: Write) -> None:
-    """Such rows do not fit one table, so training on them fails later and with no row named."""
-    path = write("a.jsonl", PAIR, MESSAGES)
-    assert len(load(path, chat=True).rows) == 3
-    assert "row 2" in fault(path, chat=False)
 
 
 @pytest.mark.parametrize("source", ["./nothing", "a/b/c", "data.gz"])

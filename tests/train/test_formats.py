@@ -223,6 +223,7 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
         ("sft", {"prompt": said("a"), "completion": [said("", "b")[1] | {"weight": 0}]}, "a message of completion has"),
         ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
         ("sft", {"messages": [{"role": "model", "content": "a"}, *said("b", "c")]}, "write 'assistant' if that is"),
+        ("sft", {"messages": [{"role": "USER", "content": "a"}, *said("b", "c")]}, "'USER'; write 'user' if that is"),
         (
             "dpo",
             {"prompt": said("a"), "chosen": said("", "b")[1:], "rejected": [said("", "c")[1] | {"weight": 0}]},
@@ -260,6 +261,10 @@ def test_a_format_that_is_named_is_read() -> None:
     row, form = {"prompt": "a", "completion": "b", "messages": said("c", "d")}, RowForm(TRAINERS["sft"].columns)
     assert [*read_row(row, "messages", form, "row 1")] == [{"prompt": said("c"), "completion": said("", "d")[1:]}]
     assert unread(row, "messages", form, "row 1") == ["prompt", "completion"]
+    rewarded = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
+    assert next(read_row(row, "messages", rewarded, "row 1"))["prompt"] == said("c")
+    with pytest.raises(DataError, match=r"row 1: has fields \['text'\]; format messages reads the column 'messages'"):
+        list(read_row({"text": "a"}, "messages", form, "row 1"))
 
 
 def test_roles_that_a_template_may_know_are_taken() -> None:
@@ -272,13 +277,14 @@ def test_no_tools_and_no_system_prompt_are_none() -> None:
         assert [*read_row({"prompt": "a", "completion": "b"} | empty, "auto", RowForm(), "row 1")] == [
             {"prompt": "a", "completion": "b"}
         ]
-    with pytest.raises(DataError, match="row 1: has tools, which only chat messages can have"):
-        list(read_row({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "auto", RowForm(), "row 1"))
+    for some in ({"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}):
+        with pytest.raises(DataError, match=f"row 1: has {next(iter(some))}, which chat messages alone can have"):
+            list(read_row({"prompt": "a", "completion": "b"} | some, "auto", RowForm(), "row 1"))
 
 
 @pytest.mark.parametrize("row", [{"conversations": [*SAID, *SAID]}, {"conversations": SAID}, WIZARD])
 def test_where_conversations_are_learned_whole_each_is_one(row: dict[str, Any]) -> None:
-    form = RowForm(TRAINERS["sft"].columns, chat=True, turns=False)
+    form = RowForm(TRAINERS["sft"].columns, chat=True, turns=False, whole=True)
     ((name, messages),) = next(read_row(row, "auto", form, "row 1")).items()
     assert (name, messages[:2]) == ("messages", said("Say hi.", "Hi!"))
 
@@ -293,7 +299,7 @@ def test_a_reward_sees_the_other_columns_of_a_known_format() -> None:
     form = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
     (row,) = read_row({"question": "1+1?", "answer": "2", "level": 3}, "auto", form, "row 1")
     assert (row["prompt"], row["answer"], row["level"]) == ("Question: 1+1?\nAnswer:", "2", 3)
-    others = {"text": 5, "completion": 7, "messages": "none", "tools": "hammer"}
+    others = {"text": 5, "completion": 7, "messages": "none", "tools": "hammer", "system": 5}
     (row,) = read_row({"prompt": "a"} | others, "auto", form._replace(chat=True), "row 1")
     assert row == {"prompt": said("a")} | others
 

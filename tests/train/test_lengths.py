@@ -105,7 +105,8 @@ def test_preferences_that_trl_leaves_out_are_counted(
 
 KIND = {"role": "system", "content": "Be kind."}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+CALLS = [{"type": "function", "function": {"name": "add"}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
 PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
@@ -113,6 +114,18 @@ PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content
     ("template", "row", "message"),
     [
         (PLAIN, {"tools": [TOOL]}, "row 2 has a column 'tools', which the model's chat template leaves out"),
+        (
+            PLAIN.replace("{% endfor", "{{ (message['tool_calls'] or [''])[0] }}{% endfor"),
+            {"completion": [CALL | {"tool_calls": CALLS * 2}]},
+            "row 2 has a call of a tool, which the model's chat template leaves out",
+        ),
+        (
+            PLAIN.replace("{{ message['role'] }}: ", "{% if message['role'] != 'tool' %}").replace(
+                "{% endfor", "{% endif %}{% endfor"
+            ),
+            {"prompt": [TURNS[0], {"role": "tool", "content": TURNS[1]["content"]}]},
+            "row 2 has a message of the role 'tool', which the model's chat template leaves out",
+        ),
         (PLAIN, {"completion": [CALL]}, "row 2 has a call of a tool, which the model's chat template leaves out"),
         (
             PLAIN.replace("{{ message['role'] }}", "{% if message['role'] != 'system' or loop.first %}").replace(
@@ -145,6 +158,15 @@ def test_a_preference_may_call_a_tool_in_one_answer_only(bases: dict[str, Path])
     for chosen, rejected in ((TURNS[1], CALL), (CALL, TURNS[1])):
         row = {"prompt": TURNS[:1], "chosen": [chosen], "rejected": [rejected]}
         assert count_tokens(Rows([row], "rows"), "dpo", tokenizer)
+
+
+def test_the_prompt_that_trl_finds_has_the_tools_of_its_row(bases: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
+    tokenizer.chat_template = "{{ tools }}" + PLAIN
+    pair: dict[str, Any] = {"chosen": TURNS[:2], "rejected": [TURNS[0], TURNS[1] | {"content": "no"}], "tools": [TOOL]}
+    written = {"prompt": TURNS[:1], "chosen": pair["chosen"][1:], "rejected": pair["rejected"][1:], "tools": [TOOL]}
+    found, expected = (count_tokens(Rows([row], "rows"), "dpo", tokenizer) for row in (pair, written))
+    assert found == expected
 
 
 def test_what_a_reward_reads_is_not_counted(bases: dict[str, Path]) -> None:
@@ -215,6 +237,8 @@ def test_one_step_trains(base: Path, tmp_path: Path) -> None:
     file = data_file(tmp_path / "rows.jsonl", *[{"prompt": f"{n}+1?", "completion": f" {n + 1}"} for n in range(8)])
     said, options = Lines(), {"data.train": str(file), "model": str(base)}
     assert loraover.train(None, tmp_path / "out", overrides=options).update_norm
+    assert loraover.train(None, tmp_path / "share", report=said, overrides=options | {"training.warmup_steps": 0.5})
+    assert "training.warmup_steps: none, since 0.5 of 1 steps is less than one" in said.lines
     still = loraover.train(None, tmp_path / "still", report=said, overrides=options | {"training.warmup_steps": 1})
     assert still.update_norm == 0
     assert "warning: 1 steps have changed nothing: the adapter does what it did before them" in said.lines

@@ -43,6 +43,7 @@ def copy(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """What the hub's API is given to upload."""
+    monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: None)
     monkeypatch.setattr(
         huggingface_hub.HfApi,

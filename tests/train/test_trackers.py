@@ -44,33 +44,40 @@ ENVIRONMENT = {
 
 
 TWO_RUNS = """
-import os, sys, loraover
+import sys, loraover
 from loraover.cli import main
-from loraover.common.errors import ConfigError
 plain = {"method": "lora", "training.max_steps": 2, "evaluation.examples": 0, "training.report_to": "wandb"}
-mode = os.environ.pop("WANDB_MODE")
-try:
-    loraover.train(sys.argv[2], "refused", overrides=plain)
-except ConfigError as error:
-    print(error)
-os.environ["WANDB_MODE"] = mode
 loraover.train(sys.argv[2], "first", overrides=plain | {"model_init.quantization": "torchao-int8"})
 main()
 """
-"""A run without a key to upload by, one on a quantised base that leaves nothing to attach, and the command."""
+"""A run that leaves nothing to attach, on a base that torchao has quantised, and the command in the same process."""
 
 
-def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tmp_path: Path) -> None:
+def around(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the Python that has trackers, and the variables for it."""
     python = os.environ.get("LORAOVER_TRACKERS", "")
     if not Path(python).is_file():
         pytest.skip("LORAOVER_TRACKERS names no Python that has wandb, mlflow and trackio; `make test` installs it")
+    return python, os.environ | {name: value.format(folder) for name, value in ENVIRONMENT.items()}
+
+
+@pytest.mark.parametrize(("mode", "code"), [("offline", 0), ("online", 1)])
+def test_wandb_is_asked_for_a_login_where_it_uploads(mode: str, code: int, tmp_path: Path) -> None:
+    python, variables = around(tmp_path)
+    call = [python, "-c", "from loraover.training.trackers import check_login; check_login(['wandb'])"]
+    environment = variables | {"WANDB_MODE": mode, "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    ran = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == code, ran.stderr
+    assert ("wandb has no key of yours. Log in with wandb's own command" in ran.stderr) is (code == 1)
+
+
+def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tmp_path: Path) -> None:
+    python, variables = around(tmp_path)
     changes = ("evaluation.examples=0", "training.report_to=[wandb, mlflow, trackio]")
     words = ["train", str(recipe), "-o", "out", "--record", *(word for one in changes for word in ("--set", one))]
     call = [python, "-c", TWO_RUNS, *words]
-    around = os.environ | {name: value.format(tmp_path) for name, value in ENVIRONMENT.items()}
-    ran = subprocess.run(call, cwd=tmp_path, env=around, capture_output=True, text=True, check=False)
+    ran = subprocess.run(call, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    assert "wandb has no key of yours. Log in with wandb's own command" in ran.stdout
     for name in ("wandb", "mlflow", "trackio"):
         assert f"attached to the run in {name}: {CERTIFICATE_FILE}, {REFERENCE_FILE}\n" in ran.stdout
     assert len(losses(tmp_path / "first")) == 2

@@ -57,11 +57,11 @@ def quantile_intervals(
     values, owner = pooled[order], np.repeat(np.arange(n), [len(block) for block in blocks])[order]
     found = []
     for rows in _chunks(max(n, len(values))):
-        times = draw.multinomial(n, np.full(n, 1 / n), size=rows).astype(np.int32)  # draws of each block
-        weights = np.cumsum(times[:, owner], axis=1, dtype=np.int32)
-        below = [np.count_nonzero(weights < q * weights[:, -1:], axis=1) for q in quantiles]
-        found.append(values[np.stack(below, axis=1)])
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975], axis=0, method="inverted_cdf")
+        drawn = draw.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)  # of each block in each resample
+        weights = np.cumsum(times.astype(np.int32)[:, owner], axis=1, dtype=np.int32)
+        found += [values[np.searchsorted(row, np.multiply(quantiles, row[-1]))] for row in weights]
+    low, high = np.quantile(np.array(found), [0.025, 0.975], axis=0, method="inverted_cdf")
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
