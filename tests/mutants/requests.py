@@ -64,13 +64,13 @@ REQUESTS = (
     ),
     Mutant(
         "a chat template may leave out a system prompt",
-        "and content and not is_there:",
-        "and False:",
+        'if role in ("user", "assistant") or not content:',
+        "if True:",
         Selection("test_lengths.py", "chat_template_does_not_write"),
     ),
     Mutant(
         "a run of one step takes it at rate 0",
-        "arguments.warmup_steps * steps < 1",
+        "share * steps < 1",
         "steps < 1",
         Selection("test_lengths.py", "one_step_trains"),
     ),
