@@ -254,10 +254,9 @@ def _faults(error: ValidationError) -> list[str]:
             faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing")
-        elif place:
-            faults.append(f"{place}: {fault['msg']} (found {_short.repr(fault['input'])})")
         else:
-            faults.append(fault["msg"].removeprefix("Value error, "))
+            said = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"{place}: {said} (found {_short.repr(fault['input'])})" if place else said)
     return faults
 
 
