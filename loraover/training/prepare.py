@@ -129,13 +129,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         recipe = pin_start(recipe, output, report)
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
-    if recipe.push_to_hub is not None:
-        ranks.write(check_repository, recipe.push_to_hub)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
-    asked = make_arguments(recipe, name, output)  # refused before anything large is loaded
-    ranks.write(check_login, asked.report_to)
-    for reward in recipe.reward_funcs:
-        find_reward(reward)
+    _check_settings(recipe, name, output)
     tokenizer, processor, examples = _read(recipe, name, source)
     report_rows(examples, report, measures=bool(recipe.evaluation.examples) and name != "grpo")
     counted, seen = count_all(recipe, name, tokenizer, processor, examples)
@@ -171,6 +166,16 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     made = source, tokenizer, processor, examples, model, untrained, trainer
     return Prepared(output, report, recipe, *made, progress, over, method, trained, named, start, name, lengths)
+
+
+def _check_settings(recipe: Recipe, name: str, output: Path) -> None:
+    """Check before anything large is loaded what the trainer, its rewards, its trackers and the hub would refuse."""
+    arguments = make_arguments(recipe, name, output)
+    for reward in recipe.reward_funcs:
+        find_reward(reward)
+    launched().write(check_login, arguments.report_to)
+    if recipe.push_to_hub is not None:
+        launched().write(check_repository, recipe.push_to_hub)
 
 
 def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | None, Examples]:

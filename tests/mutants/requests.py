@@ -78,13 +78,13 @@ REQUESTS = (
         "messages beside the trainer's columns are learned",
         "(columns is None or (columns == TURNS and form.turns))",
         "form.turns",
-        Selection("test_formats.py", "messages_beside_the_columns"),
+        Selection("test_learned_rows.py", "messages_beside_the_columns"),
     ),
     Mutant(
         "a system prompt of a column is put before another",
         'if isinstance(start, list) and start[0]["role"] == "system":',
         "if False:",
-        Selection("test_formats.py", "learned_once"),
+        Selection("test_learned_rows.py", "learned_once"),
     ),
     Mutant(
         "the token that ends a text is not counted",

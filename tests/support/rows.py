@@ -23,6 +23,15 @@ TURNS = [
     {"role": "assistant", "content": "4"},
 ]
 MESSAGES = {"messages": TURNS}
+METAMATH = {
+    "type": "GSM_Rephrased",
+    "query": "1+1?",
+    "original_question": "one and one?",
+    "response": "It is 1+1 = 2.\n#### 2\nThe answer is: 2",
+}
+WIZARD = {"instruction": "Say hi.", "output": "Hi!"}
+TALK = {"idx": "a", "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi!"}]}
+MNLI = {"premise": "It rained.", "hypothesis": "It was dry.", "label": 2, "idx": 0}
 
 Write = Callable[..., Path]
 

@@ -9,33 +9,24 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import ConfigError, DataError
-from loraover.data.formats import FORMATS, RowForm, read_row, unread
+from loraover.data.formats import FORMATS, RowForm
 from loraover.data.sources import load_rows
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.trainers import TRAINERS
 
 from support.real_data import real_data
+from support.rows import METAMATH, MNLI, TALK, WIZARD
 
 ASKED = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-MNLI = {"premise": "It rained.", "hypothesis": "It was dry.", "label": 2, "idx": 0}
 SST2 = {"sentence": "a fine film ", "label": 1, "idx": 0}
 COLA = {"sentence": "Him sleeps.", "label": 0, "idx": 0}
 QNLI = {"question": "Who rules?", "sentence": "It rained.", "label": 1, "idx": 0}
 MRPC = {"sentence1": "It rained.", "sentence2": "Rain fell.", "label": 1, "idx": 0}
-METAMATH = {
-    "type": "GSM_Rephrased",
-    "query": "1+1?",
-    "original_question": "one and one?",
-    "response": "It is 1+1 = 2.\n#### 2\nThe answer is: 2",
-}
 CODE = {
     "query": "Add.",
     "answer": "Here:\n```python\na + b\n```\nor\n```python\nsum(x)\n```",
     "resource": "evolinstruct",
     "lang": "python",
 }
-WIZARD = {"instruction": "Say hi.", "output": "Hi!"}
-TALK = {"idx": "a", "conversations": [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi!"}]}
 ROWS: dict[str, dict[str, Any]] = {
     "glue-mnli": MNLI,
     "glue-sst2": SST2,
@@ -133,214 +124,6 @@ def test_an_empty_sentence_of_glue_is_data(file: Path) -> None:
 def test_an_input_follows_its_instruction(file: Path) -> None:
     (row,) = load(file, WIZARD | {"input": "x = 1"}, format="instruction")
     assert row["prompt"].endswith("### Instruction:\nSay hi.\n\n### Input:\nx = 1\n\n### Response:\n")
-
-
-SAID = [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi!"}]
-
-
-def said(*texts: str) -> list[dict[str, str]]:
-    """Return chat messages of the user and the assistant in turn."""
-    return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
-
-
-KIND = {"role": "system", "content": "Be kind."}
-
-
-def test_the_system_and_the_tools_of_a_conversation_are_learned(file: Path) -> None:
-    tools = '[{"name": "f"}]'
-    (row,) = load(file, {"conversations": SAID, "system": "Be kind.", "tools": tools}, format="conversations")
-    asked, answer = said("Say hi.", "Hi!")
-    assert row == {"prompt": [KIND, asked], "completion": [answer], "tools": [{"name": "f"}]}
-    first = {"from": "system", "value": "Be kind."}
-    (row,) = load(file, {"conversations": [first, *SAID], "system": "Be kind.", "tools": "[]"}, format="conversations")
-    assert row == {"prompt": [KIND, asked], "completion": [answer]}
-
-
-CHATS = RowForm(chat=True)
-
-
-@pytest.mark.parametrize("prompt", ["Say hi.", said("Say hi."), [KIND, *said("Say hi.")]])
-def test_a_system_prompt_is_learned_before_the_prompt(prompt: Any) -> None:
-    answer = "Hi!" if isinstance(prompt, str) else [{"role": "assistant", "content": "Hi!"}]
-    pair = {"prompt": prompt, "completion": answer, "system": "Be kind."}
-    learned = {"prompt": [KIND, *said("Say hi.")], "completion": said("", "Hi!")[1:]}
-    assert [*read_row(pair, "auto", CHATS, "row 1")] == [learned]
-    rewarded = RowForm(TRAINERS["grpo"].columns, chat=True, keeps_all=True)
-    (row,) = read_row(pair, "auto", rewarded, "row 1")
-    assert (row["prompt"], row["system"]) == (learned["prompt"], "Be kind.")
-
-
-def test_where_all_is_text_a_system_prompt_is_text_before_it() -> None:
-    (row,) = read_row(WIZARD | {"system": "Be kind."}, "auto", RowForm(), "row 1")
-    assert row["prompt"] == f"Be kind.\n\n{ASKED}### Instruction:\nSay hi.\n\n### Response:\n"
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        {"role": "system", "content": "Be kind.", "name": None},
-        KIND | {"content": [{"type": "text", "text": "Be kind."}]},
-    ],
-)
-def test_a_system_prompt_that_the_messages_have_is_learned_once(first: dict[str, Any]) -> None:
-    talk = [first, *said("Say hi.", "Hi!")]
-    (row,) = read_row({"messages": talk, "system": "Be kind."}, "auto", CHATS, "row 1")
-    assert row["prompt"] == talk[:2]
-    pair = {"chosen": talk, "rejected": [*talk[:2], {"role": "assistant", "content": "No."}]}
-    form = RowForm(TRAINERS["reward"].columns, chat=True)
-    assert [*read_row(pair | {"system": "Be kind."}, "auto", form, "row 1")] == [pair]
-
-
-def test_the_exchanges_before_an_instruction_are_learned() -> None:
-    row = WIZARD | {"history": [["1+1?", "2"]], "system": "Be kind."}
-    assert [*read_row(row, "auto", CHATS, "row 1")] == [
-        {"prompt": [KIND, *said("1+1?")], "completion": said("", "2")[1:]},
-        {"prompt": [KIND, *said("1+1?", "2", "Say hi.")], "completion": said("", "Hi!")[1:]},
-    ]
-    without = [*read_row(WIZARD | {"history": [], "system": ""}, "auto", RowForm(), "row 1")]
-    assert without == [*read_row(WIZARD, "auto", RowForm(), "row 1")]
-
-
-@pytest.mark.parametrize(
-    ("trainer", "row", "message"),
-    [
-        (
-            "dpo",
-            {"system": "a", "question": "b", "chosen": "c", "rejected": "d"},
-            "a system prompt and no prompt; call the",
-        ),
-        (
-            "sft",
-            {"messages": [KIND, *said("a", "b")], "system": "Be brief."},
-            "two system prompts, 'system' and",
-        ),
-        ("sft", WIZARD | {"history": ["a", "b"]}, "field 'history' is not a list of pairs"),
-        ("sft", WIZARD | {"history": [["a", ""]]}, "field 'history' is '', expected text"),
-        ("sft", WIZARD | {"system": 7}, "field 'system' is 7, expected text"),
-        ("sft", {"prompt": "a", "completion": said("b"), "system": "c"}, "its texts must all be text"),
-        ("dpo", {"prompt": "a", "chosen": 5, "rejected": "b", "system": "c"}, "field 'chosen' is 5"),
-        ("sft", {"messages": [{"role": "asistant", "content": "a"}, *said("b", "c")]}, "unknown role 'asistant'"),
-        ("sft", {"prompt": said("a"), "completion": [said("", "b")[1] | {"weight": 0}]}, "a message of completion has"),
-        ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
-        ("sft", {"messages": [{"role": "model", "content": "a"}, *said("b", "c")]}, "write 'assistant' if that is"),
-        ("sft", {"messages": [{"role": "USER", "content": "a"}, *said("b", "c")]}, "'USER'; write 'user' if that is"),
-        (
-            "dpo",
-            {"prompt": said("a"), "chosen": said("", "b")[1:], "rejected": [said("", "c")[1] | {"weight": 0}]},
-            "a mes",
-        ),
-        ("sft", {"messages": said("a", "b"), "tools": "not json"}, "field 'tools' is 'not json'"),
-        ("sft", {"messages": said("a", "b"), "tools": ["f"]}, "field 'tools' is"),
-        ("sft", {"messages": said("a", "b"), "chat_template_kwargs": "{}"}, "'chat_template_kwargs' is not an object"),
-        ("kto", {"prompt": "a", "completion": "b", "label": "false"}, "the label is 'false', expected true"),
-        ("kto", {"prompt": "a", "completion": "b", "label": 0.3}, "the label is 0.3, expected true"),
-    ],
-)
-def test_what_cannot_be_learned_is_refused(trainer: str, row: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=f"row 1: .*{message}"):
-        list(read_row(row, "auto", RowForm(TRAINERS[trainer].columns, chat=True), "row 1"))
-
-
-@pytest.mark.parametrize(
-    ("trainer", "row", "learned"),
-    [
-        ("sft", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
-        ("kto", {"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "b", "label": True}),
-        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
-    ],
-)
-def test_messages_beside_the_columns_of_a_trainer_are_not_learned(
-    trainer: str, row: dict[str, Any], learned: dict[str, Any]
-) -> None:
-    form, both = RowForm(TRAINERS[trainer].columns), row | {"messages": said("d", "e", "f", "g")}
-    assert [*read_row(both, "auto", form, "row 1")] == [learned]
-    assert unread(both, "auto", form, "row 1") == ["messages"]
-
-
-def test_a_format_that_is_named_is_read() -> None:
-    row, form = {"prompt": "a", "completion": "b", "messages": said("c", "d")}, RowForm(TRAINERS["sft"].columns)
-    assert [*read_row(row, "messages", form, "row 1")] == [{"prompt": said("c"), "completion": said("", "d")[1:]}]
-    assert unread(row, "messages", form, "row 1") == ["prompt", "completion"]
-    rewarded = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
-    assert next(read_row(row, "messages", rewarded, "row 1"))["prompt"] == said("c")
-    with pytest.raises(DataError, match=r"row 1: has fields \['text'\]; format messages reads the column 'messages'"):
-        list(read_row({"text": "a"}, "messages", form, "row 1"))
-
-
-def test_roles_that_a_template_may_know_are_taken() -> None:
-    talk = [{"role": "context", "content": "a"}, *said("b", "c")]
-    assert [*read_row({"messages": talk}, "auto", CHATS, "row 1")] == [{"prompt": talk[:2], "completion": talk[2:]}]
-
-
-def test_no_tools_and_no_system_prompt_are_none() -> None:
-    for empty in ({"tools": "null"}, {"tools": "[]"}, {"system": " "}):
-        assert [*read_row({"prompt": "a", "completion": "b"} | empty, "auto", RowForm(), "row 1")] == [
-            {"prompt": "a", "completion": "b"}
-        ]
-    for some in ({"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}):
-        with pytest.raises(DataError, match=f"row 1: has {next(iter(some))}, which chat messages alone can have"):
-            list(read_row({"prompt": "a", "completion": "b"} | some, "auto", RowForm(), "row 1"))
-
-
-@pytest.mark.parametrize("row", [{"conversations": [*SAID, *SAID]}, {"conversations": SAID}, WIZARD])
-def test_where_conversations_are_learned_whole_each_is_one(row: dict[str, Any]) -> None:
-    form = RowForm(TRAINERS["sft"].columns, chat=True, turns=False, whole=True)
-    ((name, messages),) = next(read_row(row, "auto", form, "row 1")).items()
-    assert (name, messages[:2]) == ("messages", said("Say hi.", "Hi!"))
-
-
-def test_a_label_beside_messages_is_learned() -> None:
-    form, row = RowForm(TRAINERS["kto"].columns), {"messages": said("a", "b"), "label": True, "id": 3}
-    assert next(read_row(row, "auto", form, "row 1"))["label"] is True
-    assert unread(row, "auto", form, "row 1") == ["id"]
-
-
-def test_a_reward_sees_the_other_columns_of_a_known_format() -> None:
-    form = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
-    (row,) = read_row({"question": "1+1?", "answer": "2", "level": 3}, "auto", form, "row 1")
-    assert (row["prompt"], row["answer"], row["level"]) == ("Question: 1+1?\nAnswer:", "2", 3)
-    others = {"text": 5, "completion": 7, "messages": "none", "tools": "hammer", "system": 5}
-    (row,) = read_row({"prompt": "a"} | others, "auto", form._replace(chat=True), "row 1")
-    assert row == {"prompt": said("a")} | others
-
-
-def test_rows_with_an_instruction_are_learned_by_it_though_they_have_their_whole_text() -> None:
-    row = WIZARD | {"text": "Say hi. Hi!"}
-    assert [*read_row(row, "auto", RowForm(TRAINERS["sft"].columns), "row 1")] == [
-        *read_row(WIZARD, "auto", RowForm(), "")
-    ]
-    assert unread(row, "auto", RowForm(TRAINERS["sft"].columns), "row 1") == ["text"]
-
-
-def test_a_message_of_weight_0_is_not_learned(file: Path) -> None:
-    asked, said = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3", "weight": 0}
-    corrected = {"role": "assistant", "content": "2", "weight": None}  # as Arrow gives messages without one
-    row = {"messages": [asked, said, asked, corrected]}
-    assert load(file, row, format="auto") == [{"prompt": [asked, said, asked], "completion": [corrected]}]
-    form = RowForm((frozenset({"messages"}),), turns=False)
-    with pytest.raises(DataError, match="row 1: a message of messages has the weight 0"):
-        list(read_row(row, "auto", form, "row 1"))
-
-
-@pytest.mark.parametrize(
-    ("trainer", "row", "format", "columns"),
-    [
-        ("dpo", {"question": "b", "chosen": "c", "rejected": "d", "id": None}, "auto", ["question"]),
-        ("sft", WIZARD | {"history": [["a", "b"]], "system": "a", "id": 1}, "auto", ["id"]),
-        ("classification", {"text": "a", "label": 1, "system": "linux"}, "auto", ["system"]),
-        ("sft", {"text": "a", "system": "b", "prompt": "c"}, "messages", ["system", "prompt"]),
-        ("sft", METAMATH, "metamath", ["type", "original_question"]),
-        ("sft", MNLI, "glue-mnli", ["idx"]),
-        ("sft", TALK | {"system": "a"}, "auto", ["idx"]),
-        ("sft", {"messages": [], "images": ["a.png"], "source": "b"}, "auto", ["source"]),
-    ],
-)
-def test_columns_of_which_nothing_is_learned_are_counted(
-    trainer: str, row: dict[str, Any], format: str, columns: list[str]
-) -> None:
-    form = RowForm(TRAINERS[trainer].columns)
-    assert unread(row, format, form, "row 1") == columns
-    assert unread(row, format, form._replace(keeps_all=True), "row 1") == []
 
 
 def test_braces_in_a_prompt_are_left_alone(file: Path) -> None:
