@@ -11,9 +11,11 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from importlib.metadata import Distribution, distribution, packages_distributions
 from pathlib import Path
 
+import grimp
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -152,6 +154,11 @@ def test_workflows_call_targets_of_make_and_only_the_last_job_publishes() -> Non
         assert workflow["permissions"] == {"contents": "read"}
         trusted = [name for name, job in workflow["jobs"].items() if "id-token" in job.get("permissions", {})]
         assert trusted == (["publish"] if file.name == "release.yml" else [])
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = grimp.build_graph("loraover", "loraover_export", "loraover_serve", exclude_type_checking_imports=True)
+    TopologicalSorter({one: graph.find_modules_directly_imported_by(one) for one in graph.modules}).prepare()
 
 
 @pytest.mark.parametrize("module", ["loraover.cli", "loraover_export.cli", "loraover_serve.cli"])

@@ -15,7 +15,8 @@ from peft import (
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
 
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, read_adapter_dir
 from loraover.checkpoint.resume import stored_dtypes
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.atomic_output import publish_file

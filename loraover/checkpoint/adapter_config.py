@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from loraover.checkpoint.expert_stacks import targeted_parameter
-
-CONFIG_FILE = "adapter_config.json"
+from loraover.checkpoint.files import CONFIG_FILE
 
 T = TypeVar("T")
 

@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.checkpoint.files import CONFIG_FILE, REFERENCE_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError

@@ -21,20 +21,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import Exact, Factor
+from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.magnitude import lost_to_underflow, magnitude
 from loraover.checkpoint.metadata import Meta, SiteRecord, read_metadata
-from loraover.checkpoint.peft_adapter import (
-    TENSORS_FILE,
-    AdapterDir,
-    ExactAdapter,
-    read_adapter_dir,
-    site_key,
-    site_name,
-)
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, read_adapter_dir, site_key, site_name
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.paths import kind_of

@@ -1,36 +1,13 @@
-"""Names and shapes of a model's modules, from `config.json` alone; without PyTorch, from the weights' headers too.
-
-To find them takes PyTorch, transformers and seconds, so they are kept in a file, by a digest of the configuration and
-of the versions that read it. Who reads them again imports neither.
-"""
+"""What a model's configuration and the names and shapes of its modules say."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Container
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.common.atomic_output import publish_file
-from loraover.common.errors import OutputError
-from loraover.common.later import has_torch
-from loraover.common.paths import cache_folder
-from loraover.common.provenance import environment
-from loraover.models.load import load_config, load_skeleton
-
-if TYPE_CHECKING:
-    from loraover.models.load import ModelSource
+from loraover.checkpoint.expert_stacks import ExpertWeight
 
 CONFIG = "config.json"
-FORM = 2
-"""Number of the form of kept facts; another form gets other files."""
-KEPT_IN_MEMORY = 32
 
 
 @dataclass(frozen=True)
@@ -96,117 +73,3 @@ class ModelFacts:
             elif module.weight is not None and module.kind in ("linear", "embedding"):
                 found[path] = module.weight
         return found
-
-
-_FACTS = TypeAdapter(ModelFacts)
-
-
-def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
-    """Read a model's configuration, and build its modules without weights, or read what an earlier call found.
-
-    Args:
-        source: Where the model is read from.
-        wanted: Classes whose modules are looked at; None means all.
-
-    Raises:
-        ConfigError: No usable configuration, or a class that transformers cannot build.
-    """
-    config = _config_file(source)
-    if config is None:
-        return _found(source, wanted)
-    content = config.read_bytes()
-    versions = [environment().get(package) for package in ("torch", "transformers")] if has_torch() else None
-    key = hashlib.sha256(repr([FORM, versions, content]).encode()).hexdigest()
-    file = cache_folder() / "models" / f"{key}.json"
-    facts = _read(file) if file.is_file() else None
-    if facts is None:
-        facts = _found(source, wanted)
-        if facts.modules:
-            with suppress(OutputError):  # without a cache, it takes seconds each time
-                publish_file(file, lambda path: path.write_bytes(_FACTS.dump_json(facts)), parents=True)
-    return facts
-
-
-@lru_cache(KEPT_IN_MEMORY)
-def _read(file: Path) -> ModelFacts | None:
-    """Return kept facts; None if the file is not what was written."""
-    try:
-        return _FACTS.validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _config_file(source: ModelSource) -> Path | None:
-    """Return the file of a model's configuration; None if it has none."""
-    folder = Path(source.location)
-    if folder.is_dir():
-        return folder / CONFIG if (folder / CONFIG).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.location, CONFIG, revision=source.revision)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
-    if not has_torch():
-        from loraover.checkpoint.header_facts import facts_of_headers
-
-        return facts_of_headers(source, _config_file(source))
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = load_config(source)
-    text = config.get_text_config()
-    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
-    architecture = config.architectures[0]
-    modules, experts = {}, {}
-    if wanted is None or architecture in wanted:
-        model = load_skeleton(source)
-        experts = find_expert_weights(model)
-        modules = {name: _describe(module) for name, module in model.named_modules() if name}
-    quantization = getattr(config, "quantization_config", None)
-    return ModelFacts(
-        architecture=architecture,
-        model_type=config.model_type,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        vocabulary=_number(text, "vocab_size"),
-        layers=_number(text, "num_hidden_layers"),
-        heads=_number(text, "num_attention_heads"),
-        key_value_heads=_number(text, "num_key_value_heads"),
-        is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        is_encoder_decoder=bool(config.is_encoder_decoder),
-        is_tied=_is_tied(config, text),
-        quantization=None if quantization is None else _method(quantization),
-        modules=modules,
-        experts=experts,
-    )
-
-
-def _number(config: Any, name: str) -> int | None:
-    """Return a field that most configurations have; None of one that has another number for each layer."""
-    found = getattr(config, name, None)
-    return found if isinstance(found, int) else None
-
-
-def _is_tied(config: Any, text: Any) -> bool:
-    """Whether the head is the embedding, which some multimodal models say in the whole configuration only."""
-    found = getattr(text, "tie_word_embeddings", None)
-    return bool(getattr(config, "tie_word_embeddings", False) if found is None else found)
-
-
-def _method(quantization: Any) -> str:
-    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return str(fields.get("quant_method", "an unnamed method"))
-
-
-def _describe(module: Any) -> ModuleFacts:
-    from torch import Tensor, nn
-
-    name, weight = type(module).__name__, getattr(module, "weight", None)
-    matrix = (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
-    match module:
-        case nn.Linear():
-            return ModuleFacts("linear", name, (module.in_features, module.out_features), matrix)
-        case nn.Embedding():
-            return ModuleFacts("embedding", name, (module.num_embeddings, module.embedding_dim), matrix)
-        case _:
-            return ModuleFacts("other", name, None, matrix)

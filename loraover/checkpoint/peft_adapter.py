@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig, first_match
+from loraover.checkpoint.adapter_config import AdapterConfig, first_match
 from loraover.checkpoint.exact_tensors import Exact, Factor
 from loraover.checkpoint.expert_stacks import (
     PRESENT_LAYOUT,
@@ -21,6 +21,7 @@ from loraover.checkpoint.expert_stacks import (
     find_stacks,
     is_flipped,
 )
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
@@ -32,7 +33,6 @@ from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts
 if TYPE_CHECKING:
     from torch import Tensor
 
-TENSORS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 BASE_WEIGHT = ".base_layer.weight"
 """Ending of the key of an adapted module's frozen weight, which PEFT saves beside an adapted embedding."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraover.checkpoint.files import META_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.paths import kind_of
-
-META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
-"""Files that a LoRA-Over checkpoint has beside those of an adapter."""
 
 
 def read_source(path: Path) -> AdapterDir:

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.checkpoint import SCORE_PREFIX
+from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.metadata import Meta, SiteRecord
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, read_adapter_dir
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError

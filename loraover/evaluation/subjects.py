@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.client.at_once import at_once
 from loraover.common.errors import CheckpointError

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.checkpoint import SEAL_FILE, open_checkpoint, read_checkpoint
+from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.metadata import Meta
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir, site_name
-from loraover.checkpoint.source import META_FILE
+from loraover.checkpoint.peft_adapter import read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
@@ -24,7 +24,8 @@ from loraover.inspection.next_steps import next_steps
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, Kind, OnnxFacts, RunFacts, VllmFacts
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER, logged_losses, step_of
+from loraover.training.run_folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER
+from loraover.training.run_log import logged_losses, step_of
 from loraover.training.run_result import RUN_FILE, read_run
 
 FOLD_FILE, PREFLIGHT_FILE, VLLM_FILE = "fold_certificate.json", "preflight.json", "vllm_certificate.json"

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.source import META_FILE
+from loraover.checkpoint.files import META_FILE
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
@@ -28,7 +28,8 @@ from loraover.study.conversations import check_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.row_digests import read_digests
-from loraover.training.run_folder import HELD_OUT_FILE, METRICS_FILE, RECIPE_FILE
+from loraover.training.run_folder import HELD_OUT_FILE, RECIPE_FILE
+from loraover.training.run_log import METRICS_FILE
 from loraover.training.run_result import RUN_FILE, read_run
 
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"

@@ -50,7 +50,8 @@ from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
-from loraover.training.run_folder import METRICS_FILE, with_processes, write_recipe
+from loraover.training.run_folder import with_processes, write_recipe
+from loraover.training.run_log import METRICS_FILE
 from loraover.training.run_result import Lengths, StartedFrom
 from loraover.training.start import pin_start, start_from_adapter
 from loraover.training.trackers import check_login

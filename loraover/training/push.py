@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name as imported
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import move, naming
 from loraover.checkpoint.carried_reference import keep_reference
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, FoldError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, resolve_model

@@ -44,18 +44,15 @@ from loraover.training.push import CHECKPOINT_PLACE, moved_copy, plain_copy
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run_folder import (
     LOCK_FILE,
-    METRICS_FILE,
     RECIPE_FILE,
     TRAINER_FOLDER,
     claim,
     has_begun,
     is_finished,
-    logged_losses,
     product,
-    step_of,
-    trim_metrics,
     with_commits,
 )
+from loraover.training.run_log import METRICS_FILE, logged_losses, step_of, trim_metrics
 from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
 from loraover.training.trackers import attach
 from loraover.training.universal import convert_for_processes

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from loraover.callbacks.step_norm import Factors, factors
 from loraover.checkpoint.base_model import move
-from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError

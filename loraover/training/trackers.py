@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
 from loraover.training.push import CERTIFICATE_FILE, plain_copy

@@ -33,9 +33,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.atomic_output import sync

@@ -21,7 +21,7 @@ import click
 from rich.box import SIMPLE
 from rich.table import Table
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.files import TENSORS_FILE
 
 from benchmarks.folding import RANK, limit_here, write_synthetic_checkpoint
 from benchmarks.intervals import median_interval, median_ratio

@@ -30,10 +30,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from loraover import LoraOverConfig
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.metadata import Meta, SiteRecord
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.provenance import host_peak_bytes
 from loraover.overparam.decompositions import Decomposition, Eigen

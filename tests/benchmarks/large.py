@@ -22,8 +22,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.provenance import host_peak_bytes
 

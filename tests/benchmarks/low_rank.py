@@ -17,8 +17,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, site_key
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover_export import shrink_adapter
 from loraover_export.numerics.low_rank import dense_svd

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.training.run_result import read_run
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.source import read_source
 from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT

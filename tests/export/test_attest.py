@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.command_line import run
 from loraover_export.attest.run import STATEMENT_FILE
 from loraover_export.attest.sign import SIGNATURE_FILE

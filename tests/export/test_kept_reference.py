@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.carried_reference import KEPT_FILE, misfit
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.command_line import run
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli

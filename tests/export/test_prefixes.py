@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from loraover.checkpoint.model_facts import read_facts
+from loraover.checkpoint.read_facts import read_facts
 from loraover.models.load import resolve_model
 from loraover_export import prepare_adapter
 from loraover_export.convert.kind import read_method

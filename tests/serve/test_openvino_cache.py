@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.files import TENSORS_FILE
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.openvino import OpenVinoEngine
 from loraover_serve.engines.vllm import export_uniform

@@ -19,8 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loraover import LoraOverConfig
-from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.common.errors import OutputError
 from loraover_serve import UnwrittenReportError, measure_parity

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loraover.checkpoint.carried_reference import misfit
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
 from loraover_serve.cli import cli

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
+from loraover.checkpoint.files import TENSORS_FILE
 from loraover.common.errors import EngineError
 from loraover_export.gguf import run as gguf_run
 from loraover_export.mlx.run import export_mlx

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE
 
 from support.make_checkpoint import edit_tensors
 from support.vllm_damage import Q0, TENSORS, added, config, of_rank, renamed

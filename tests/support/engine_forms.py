@@ -18,7 +18,8 @@ import gguf
 import pytest
 from transformers import AutoModelForCausalLM
 
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import EngineError, ExportError
 from loraover_export import export_vllm

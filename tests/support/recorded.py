@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.carried_reference import adapter_digest
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.recorder import record_adapter
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraover import read_checkpoint, write_checkpoint
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.files import CORES_FILE, META_FILE
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, OutputError
 

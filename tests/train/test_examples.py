@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 import loraover
 import loraover_serve
 from loraover import read_checkpoint
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, read_adapter_dir
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.gguf.base import write_base

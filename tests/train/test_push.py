@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 import loraover
 from loraover.checkpoint.carried_reference import misfit
-from loraover.checkpoint.reference_file import REFERENCE_FILE
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.files import CORES_FILE, META_FILE, REFERENCE_FILE
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError

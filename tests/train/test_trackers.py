@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.training.push import CERTIFICATE_FILE
 from loraover.training.trackers import attach
 

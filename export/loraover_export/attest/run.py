@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.checkpoint.carried_reference import misfit, reference_digests
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import CheckpointError, ExportError, OutputError

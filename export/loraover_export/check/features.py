@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from loraover.checkpoint import target_modules
-from loraover.checkpoint.adapter_config import CONFIG_FILE, KEPT_BASE
+from loraover.checkpoint.adapter_config import KEPT_BASE
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS

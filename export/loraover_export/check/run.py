@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
+from loraover.checkpoint.source import read_source
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.paths import kind_of
+from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
+from loraover.models.load import resolve_model
+from loraover.sources.address import is_elsewhere
 from loraover_export.check.conversion import Conversion, converted_subject
 from loraover_export.check.engines import engine_of
 from loraover_export.check.report import CheckReport, EngineCheck, judge
 from loraover_export.check.request import CheckRequest
-from loraover_export.check.subject import Subject, read_subject
+from loraover_export.check.subject import Subject
+from loraover_export.uniform.served import ServedModel, read_served
+
+
+class _AnyConfig(BaseModel):
+    """Fields that every PEFT method has; other fields are kept unread."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    modules_to_save: list[str] | str | None = None
+    target_parameters: list[str] | str | None = None
+    trainable_token_indices: dict[str, list[int]] | list[int] | None = None
 
 
 @verb(CheckRequest)
@@ -25,7 +53,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
         ConfigError: An engine that is not known, or a base model that cannot be read.
         CheckpointError: No adapter, or files that cannot be trusted.
     """
-    subject = read_subject(request)
+    subject = _read(request)
     if subject.served.source.stand_in is not None:
         request.report.line(f"base model: {subject.served.source.origin}; only its names and shapes are compared")
     converted = converted_subject(subject)
@@ -40,6 +68,54 @@ def check_adapter(request: CheckRequest) -> CheckReport:
         ranks=tuple(subject.ranks),
         engines=tuple(checks),
     )
+
+
+def _read(request: CheckRequest) -> Subject:
+    """Read an adapter's configuration and tensor layout, and the configuration of its base model.
+
+    Raises:
+        CheckpointError: No adapter, or files that cannot be read.
+        ConfigError: No base model, or one that transformers cannot build.
+    """
+    path, model = request.adapter, request.model
+    if kind_of(path) != "folder":
+        raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
+    config = read_json(path / CONFIG_FILE, _AnyConfig)
+    with open_tensors(path / TENSORS_FILE) as file:
+        shapes = {key: file.shape(key) for key in file.keys}
+    named = model or config.base_model_name_or_path
+    if named is None:
+        raise ConfigError(f"{path}: names no base model; name the base model with {request.named('model')}.")
+    revision = config.revision if named == config.base_model_name_or_path else None
+    if model is None and is_elsewhere(named):
+        raise ConfigError(
+            f"{path}: names the base model {named}, an address that is read only if you name it yourself; use "
+            f"{request.named('model', named)} if you trust it."
+        )
+    source = resolve_model(named, revision, with_weights=False, say=request.report.line)
+    served = read_served(source)
+    lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists(), served)
+    return Subject(
+        path=path,
+        config=config.model_dump(),
+        fields=read_json(path / CONFIG_FILE, AdapterConfig) if config.peft_type == "LORA" else None,
+        shapes=shapes if lora is None or not lora.stacks else lora.shapes,
+        lora=lora,
+        unreadable=unreadable,
+        has_cores=has_cores,
+        served=served,
+        model=model,
+    )
+
+
+def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
+    """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
+    try:
+        return read_on_base(read_source(path), served.experts), None
+    except CheckpointError as error:
+        if has_cores:
+            raise
+        return None, str(error)
 
 
 def _check(name: str, subject: Subject, converted: Conversion | None) -> EngineCheck:

@@ -9,36 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from loraover.checkpoint.adapter_config import CONFIG_FILE, AdapterConfig
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE, AdapterDir, read_on_base
-from loraover.checkpoint.source import META_FILE, read_source
-from loraover.checkpoint.tensor_file import open_tensors
-from loraover.common.errors import CheckpointError, ConfigError
-from loraover.common.paths import kind_of
-from loraover.common.strict_json import read_json
-from loraover.models.load import resolve_model
-from loraover.sources.address import is_elsewhere
-from loraover_export.check.request import CheckRequest
-from loraover_export.uniform.served import ServedModel, read_served
+from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
+from loraover_export.uniform.served import ServedModel
 
 _MATRIX = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?:\.weight)?"
 )
-
-
-class _AnyConfig(BaseModel):
-    """Fields that every PEFT method has; other fields are kept unread."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    peft_type: str
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    modules_to_save: list[str] | str | None = None
-    target_parameters: list[str] | str | None = None
-    trainable_token_indices: dict[str, list[int]] | list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,51 +86,3 @@ class Subject:
         """Ranks of the A matrices, each once, in ascending order."""
         found = self.matrices.values()
         return sorted({matrix.shape[0] for matrix in found if matrix.side == "A" and len(matrix.shape) == 2})
-
-
-def read_subject(request: CheckRequest) -> Subject:
-    """Read an adapter's configuration and tensor layout, and the configuration of its base model.
-
-    Raises:
-        CheckpointError: No adapter, or files that cannot be read.
-        ConfigError: No base model, or one that transformers cannot build.
-    """
-    path, model = request.adapter, request.model
-    if kind_of(path) != "folder":
-        raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
-    config = read_json(path / CONFIG_FILE, _AnyConfig)
-    with open_tensors(path / TENSORS_FILE) as file:
-        shapes = {key: file.shape(key) for key in file.keys}
-    named = model or config.base_model_name_or_path
-    if named is None:
-        raise ConfigError(f"{path}: names no base model; name the base model with {request.named('model')}.")
-    revision = config.revision if named == config.base_model_name_or_path else None
-    if model is None and is_elsewhere(named):
-        raise ConfigError(
-            f"{path}: names the base model {named}, an address that is read only if you name it yourself; use "
-            f"{request.named('model', named)} if you trust it."
-        )
-    source = resolve_model(named, revision, with_weights=False, say=request.report.line)
-    served = read_served(source)
-    lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists(), served)
-    return Subject(
-        path=path,
-        config=config.model_dump(),
-        fields=read_json(path / CONFIG_FILE, AdapterConfig) if config.peft_type == "LORA" else None,
-        shapes=shapes if lora is None or not lora.stacks else lora.shapes,
-        lora=lora,
-        unreadable=unreadable,
-        has_cores=has_cores,
-        served=served,
-        model=model,
-    )
-
-
-def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
-    """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
-    try:
-        return read_on_base(read_source(path), served.experts), None
-    except CheckpointError as error:
-        if has_cores:
-            raise
-        return None, str(error)

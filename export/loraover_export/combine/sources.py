@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import described
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack, has_present_layout
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import open_tensors

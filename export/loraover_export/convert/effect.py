@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.errors import CheckpointError, ExportError
 from loraover_export.convert.methods import METHODS
 from loraover_export.convert.methods.base import AnyMethod, Refused

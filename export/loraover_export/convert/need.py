@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.source import META_FILE
+from loraover.checkpoint.files import CONFIG_FILE, META_FILE
 from loraover.common.strict_json import read_json
 from loraover_export.convert.methods.lora import Lora, LoraFields
 from loraover_export.convert.prefix import find_move

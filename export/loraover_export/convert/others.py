@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ExportError

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, Task
-from loraover.checkpoint.peft_adapter import KEY_PREFIX, TENSORS_FILE
+from loraover.checkpoint.adapter_config import Task
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover.checkpoint.target_modules import if_missing
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ExportError

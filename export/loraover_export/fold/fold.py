@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, write_config
+from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.numerics.rounded_adapter import write_rounded
 

@@ -6,10 +6,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE, write_config
+from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference, record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
 from loraover.common.verb import verb

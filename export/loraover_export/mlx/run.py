@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory

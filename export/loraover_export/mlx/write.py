@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
 from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover_export.numerics.matrix_certificate import MatrixCertificate

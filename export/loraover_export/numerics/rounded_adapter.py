@@ -10,7 +10,8 @@ from threading import Event
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir, ExactAdapter, pack_stacks, site_name
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, pack_stacks, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError

@@ -12,9 +12,9 @@ from pathlib import Path
 from time import perf_counter
 
 from loraover.checkpoint.carried_reference import misfit
-from loraover.checkpoint.model_facts import read_facts
-from loraover.checkpoint.reference_file import REFERENCE_FILE
-from loraover.checkpoint.source import META_FILE, read_source
+from loraover.checkpoint.files import META_FILE, REFERENCE_FILE
+from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError

@@ -7,9 +7,7 @@ from threading import Event
 
 from pydantic import Field
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import TENSORS_FILE
-from loraover.checkpoint.source import CORES_FILE, META_FILE
+from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import naming
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ExportError
 from loraover.common.later import has_torch
 from loraover.models.load import ModelSource

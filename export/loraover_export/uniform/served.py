@@ -6,7 +6,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraover.checkpoint.model_facts import ModelFacts, ModuleFacts, read_facts
+from loraover.checkpoint.model_facts import ModelFacts, ModuleFacts
+from loraover.checkpoint.read_facts import read_facts
 
 if TYPE_CHECKING:
     from loraover.checkpoint.expert_stacks import ExpertWeight

@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, pack_stacks, site_key
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import pack_stacks, site_key
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.errors import ExportError

@@ -252,7 +252,7 @@ class Federated(TrainingMethod):
         report: Reporter,
     ) -> list[float]:
         """Log the mean loss since the last line, if one is due after this round; returns the losses still to log."""
-        from loraover.training.run_folder import log_measures
+        from loraover.training.run_log import log_measures
 
         step, every = trainer.state.global_step, self.recipe.training.logging_steps
         if (step // every == begun // every and step < steps) or not losses:

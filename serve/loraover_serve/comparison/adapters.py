@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import TENSORS_FILE, AdapterDir
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, is_encoder_decoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.checkpoint.reference_file import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device, max_memory

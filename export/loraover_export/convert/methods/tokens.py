@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, final
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.errors import ExportError
 from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, LowRank, Place

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraover.checkpoint.adapter_config import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.target_modules import LOST, alike_module, lost_modules
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED

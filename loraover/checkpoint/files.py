@@ -1,0 +1,10 @@
+"""Names of the files in an adapter's folder."""
+
+from __future__ import annotations
+
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's two files, which every adapter has."""
+META_FILE, CORES_FILE = "loraover.json", "loraover.safetensors"
+"""Files that a LoRA-Over checkpoint has beside those of an adapter."""
+REFERENCE_FILE = "adapter_reference.json.gz"
+"""What PyTorch answered, as `loraover serve record` writes it."""
