@@ -10,6 +10,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from importlib.metadata import Distribution, distribution, packages_distributions
@@ -159,6 +160,12 @@ def test_workflows_call_targets_of_make_and_only_the_last_job_publishes() -> Non
 def test_no_module_imports_itself_through_others() -> None:
     graph = grimp.build_graph("loraover", "loraover_export", "loraover_serve", exclude_type_checking_imports=True)
     TopologicalSorter({one: graph.find_modules_directly_imported_by(one) for one in graph.modules}).prepare()
+
+
+def test_a_name_of_a_class_stands_for_one_thing() -> None:
+    files = [file for package in ("loraover", "export", "serve") for file in (ROOT / package).rglob("*.py")]
+    names = Counter(name for file in files for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE))
+    assert {name for name, count in names.items() if count > 1} == set()
 
 
 @pytest.mark.parametrize("module", ["loraover.cli", "loraover_export.cli", "loraover_serve.cli"])

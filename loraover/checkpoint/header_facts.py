@@ -40,8 +40,10 @@ class _Config(BaseModel):
     torch_dtype: str | None = None  # what transformers before 5 writes
 
 
-class _Index(BaseModel):
-    weight_map: dict[str, str]
+class ShardIndex(BaseModel):
+    """Contents of the index of several shards: the file of each tensor."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
 
 
 def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFacts:
@@ -99,7 +101,7 @@ def _needs_torch(source: ModelSource, why: str) -> ConfigError:
 def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight, from files that are here or from the first bytes of those on the hub."""
     index = folder / INDEX
-    names = set(read_json(index, _Index).weight_map.values()) if index.is_file() else {SINGLE}
+    names = set(read_json(index, ShardIndex).weight_map.values()) if index.is_file() else {SINGLE}
     found: dict[str, tuple[int, ...]] = {}
     if not Path(source.location).is_dir() and not all((folder / name).is_file() for name in names):
         return _shapes_on_hub(source)

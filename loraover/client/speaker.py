@@ -146,7 +146,7 @@ class Speaker:
         return self._find_texts()
 
 
-class Served(NamedTuple):
+class ServerNames(NamedTuple):
     """A server, and the names of models there.
 
     Args:
@@ -178,7 +178,7 @@ def find_models(
     model: str,
     base: str | None = None,
     named: Callable[[str], str],
-) -> Served:
+) -> ServerNames:
     """Speak to a server, and find the names of the models there.
 
     Args:
@@ -205,7 +205,7 @@ def find_models(
     speaker = speak(names[0])
     if absent and not speaker.has(adapter):
         raise unlisted
-    return Served(speaker, *names, listed)
+    return ServerNames(speaker, *names, listed)
 
 
 def _base_name(listed: Mapping[str, str | None], model: str, adapter: str) -> str:

@@ -24,7 +24,7 @@ from loraover.evaluation.base import Example, Questions
 from loraover.evaluation.digests import model_digest
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
-from loraover.evaluation.subjects import Answerer, Served, in_memory
+from loraover.evaluation.subjects import Answerer, EndpointAnswerer, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 
 BASE_MODEL = "base"
@@ -131,7 +131,7 @@ def _candidates(
     if server is not None:
 
         def ask(name: str) -> Callable[[], Answerer]:
-            return lambda: Served(server, name, tokenizer, source.location, size)
+            return lambda: EndpointAnswerer(server, name, tokenizer, source.location, size)
 
         return [_Candidate(name, None, ask(name)) for name in request.endpoint_models]
 

@@ -76,7 +76,7 @@ class InMemory(Answerer):
 
 
 @dataclass(frozen=True)
-class Served(Answerer):
+class EndpointAnswerer(Answerer):
     """A model or adapter behind an OpenAI-compatible endpoint.
 
     Args:

@@ -11,13 +11,13 @@ from loraover.reporting.svg import Axis, Figure, Shape
 from loraover.study.grid import is_plain
 from loraover.study.report import MethodResult, TaskResult, is_over
 from loraover.study.show import method_text
-from loraover.study.verdict import Change
+from loraover.study.verdict import PercentChange
 
 HIGHEST = 1.5  # times the lowest loss
 WIDEST = 1.6  # times the median interval; wider ones leave the axis
 
 
-def forest(changes: Sequence[Change], tasks: Sequence[TaskResult]) -> list[Figure]:
+def forest(changes: Sequence[PercentChange], tasks: Sequence[TaskResult]) -> list[Figure]:
     """Draw every method's difference on every task, in per cent of the baseline's loss; empty without differences.
 
     Args:
@@ -42,7 +42,7 @@ def forest(changes: Sequence[Change], tasks: Sequence[TaskResult]) -> list[Figur
     return [rows_figure("differences", title, rows, axis, keys=keys, reference=0)]
 
 
-def _row(change: Change, task: TaskResult, look: _Look) -> FigureRow:
+def _row(change: PercentChange, task: TaskResult, look: _Look) -> FigureRow:
     low, high = change.interval
     return FigureRow(
         f"{change.task}, {method_text(change.method, task)}",

@@ -13,7 +13,7 @@ NOTHING = "Not known yet whether LoRA-Over beats a tuned plain LoRA: a compariso
 
 
 @dataclass(frozen=True)
-class Change:
+class PercentChange:
     """A method's difference to the baseline, in per cent of the baseline's test loss.
 
     Args:
@@ -37,7 +37,7 @@ class Change:
         return f"On {self.task}: {self.mean:+z.1f} %, 95 % interval {low:+z.1f} to {high:+z.1f}"
 
 
-def changes(report: StudyReport) -> list[Change]:
+def changes(report: StudyReport) -> list[PercentChange]:
     """Return the difference of every method to its task's baseline, for those that were compared.
 
     Args:
@@ -51,12 +51,12 @@ def changes(report: StudyReport) -> list[Change]:
     ]
 
 
-def _change(task: TaskResult, method: str, found: Difference) -> Change | None:
+def _change(task: TaskResult, method: str, found: Difference) -> PercentChange | None:
     loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
     if loss <= 0:
         return None
     low, high = (100 * end / loss for end in found.interval)
-    return Change(task.task, method, found, 100 * found.mean / loss, (low, high), 100 * found.detectable / loss)
+    return PercentChange(task.task, method, found, 100 * found.mean / loss, (low, high), 100 * found.detectable / loss)
 
 
 @dataclass
@@ -70,9 +70,9 @@ class _Setting:
 
     name: str
     required: int
-    below: list[Change] = field(default_factory=list)
-    above: list[Change] = field(default_factory=list)
-    same: list[Change] = field(default_factory=list)
+    below: list[PercentChange] = field(default_factory=list)
+    above: list[PercentChange] = field(default_factory=list)
+    same: list[PercentChange] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -102,7 +102,7 @@ class _Setting:
         return " ".join(found)
 
 
-def _tasks(found: Iterable[Change]) -> str:
+def _tasks(found: Iterable[PercentChange]) -> str:
     return _list(change.task for change in found)
 
 

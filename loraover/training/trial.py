@@ -41,7 +41,7 @@ FAILS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, OSErr
 Clock = Callable[[], float]
 
 
-class Needs(NamedTuple):
+class RunNeeds(NamedTuple):
     """What a run needs on this machine.
 
     Args:
@@ -75,7 +75,9 @@ class StepClock(Reporter):
         return median(later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False))
 
 
-def try_steps(recipe: Recipe, source: ModelSource, report: Reporter, clock: Clock = time.perf_counter) -> Needs | None:
+def try_steps(
+    recipe: Recipe, source: ModelSource, report: Reporter, clock: Clock = time.perf_counter
+) -> RunNeeds | None:
     """Measure what a run needs in a few steps of it, with random weights and with as many layers as this machine bears.
 
     If these are n of L layers, needs(L) = needs(n) + (L - n) (needs(n) - needs(2)) / (n - 2). All else is the recipe's:
@@ -108,10 +110,10 @@ def try_steps(recipe: Recipe, source: ModelSource, report: Reporter, clock: Cloc
     return extrapolated(fewer[0] if fewer else more, more, tried, layers)
 
 
-def extrapolated(few: Needs, more: Needs, tried: int, layers: int) -> Needs:
+def extrapolated(few: RunNeeds, more: RunNeeds, tried: int, layers: int) -> RunNeeds:
     """Return the needs of all layers, of which `FEW` and `tried` were tried."""
     left_out = (layers - tried) / max(1, tried - FEW)
-    return Needs(*(high + left_out * max(0.0, high - low) for low, high in zip(few, more, strict=True)))
+    return RunNeeds(*(high + left_out * max(0.0, high - low) for low, high in zip(few, more, strict=True)))
 
 
 def _affordable_layers(recipe: Recipe, config: Any, layers: int) -> int:
@@ -144,7 +146,7 @@ def _cut(config: Any, layers: int) -> Any:
     return getattr(transformers, config.architectures[0])._from_config(cut, dtype=config.dtype)
 
 
-def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock: Clock) -> Needs:
+def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock: Clock) -> RunNeeds:
     """Train a few steps of a model with few layers in a folder that is removed."""
     with tempfile.TemporaryDirectory() as scratch:
         base, timed = Path(scratch) / "base", StepClock(clock)
@@ -153,7 +155,7 @@ def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock:
         load_tokenizer(source).save_pretrained(base)
         _give_memory_back()
         result = train(_short(recipe, base), Path(scratch) / "run", report=timed)
-    return Needs(timed.step_seconds * recipe.training.gradient_accumulation_steps, result.peak_bytes)
+    return RunNeeds(timed.step_seconds * recipe.training.gradient_accumulation_steps, result.peak_bytes)
 
 
 def _give_memory_back() -> None:

@@ -26,7 +26,7 @@ from loraover.common.reporter import SILENT
 from loraover.models.load import resolve_model
 from loraover.training.recipe import Recipe
 from loraover.training.run import train
-from loraover.training.trial import Needs, StepClock, try_steps
+from loraover.training.trial import RunNeeds, StepClock, try_steps
 
 
 class Shape(NamedTuple):
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = (Shape("lora", 2, 64, 8), Shape("lora", 4, 128, 16), Shape("lora-over", 2, 128, 4))
-WITHIN = Needs(0.25, 0.15)
+WITHIN = RunNeeds(0.25, 0.15)
 """Largest relative errors that the issue allows."""
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STEPS, ROWS = 5, 64
@@ -85,11 +85,11 @@ def recipe_of(shape: Shape, folder: Path, model: str = MODEL, **training: Any) -
     return Recipe.model_validate(content)
 
 
-def needs_of(what: str, shape: Shape) -> Needs:
+def needs_of(what: str, shape: Shape) -> RunNeeds:
     """Predict or measure in a fresh process, whose peak memory is that of this alone."""
     command = [sys.executable, "-m", "benchmarks.planning", what, *map(str, shape)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
-    return Needs(*json.loads(done.stdout.splitlines()[-1]))
+    return RunNeeds(*json.loads(done.stdout.splitlines()[-1]))
 
 
 def measure() -> Iterator[Table]:
@@ -132,7 +132,7 @@ def main(what: str, **numbers: Any) -> None:
         else:
             clock = StepClock(time.process_time)
             peak = train(recipe, Path(scratch) / "run", report=clock).peak_bytes
-            found = Needs(clock.step_seconds, peak)
+            found = RunNeeds(clock.step_seconds, peak)
     print(json.dumps(found))
 
 

@@ -38,7 +38,7 @@ from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import Reference, make_reference
+from loraover_serve.verify.reference import TorchReference, make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
@@ -92,7 +92,7 @@ def likeliest(rows: Rows) -> list[Row]:
 
 
 @contextmanager
-def in_vllm(source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+def in_vllm(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """The vLLM in $LORAOVER_VLLM, in bfloat16."""
     from loraover_serve.vllm.serve import serve_adapters
 
@@ -109,7 +109,7 @@ def in_vllm(source: ModelSource, reference: Reference, folder: Path) -> Iterator
 
 
 @contextmanager
-def in_torch(name: str, source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+def in_torch(name: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """PyTorch with the base model's weights in a coarser number format."""
 
     def load() -> Any:
@@ -123,7 +123,7 @@ def in_torch(name: str, source: ModelSource, reference: Reference, folder: Path)
 
 
 @contextmanager
-def in_llamacpp(kind: str, source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+def in_llamacpp(kind: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """llama.cpp with a base model whose matrices are quantised by gguf-py."""
     from loraover_export import export_gguf
     from loraover_export.gguf.base import write_base
@@ -171,7 +171,7 @@ def quantise(exact: Path, output: Path, kind: str) -> None:
 
 
 @contextmanager
-def in_onnx(precision: str, source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+def in_onnx(precision: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """ONNX Runtime with a swappable graph in fp32, or with matrices that are rounded to int4."""
     from loraover_export import export_onnx
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
@@ -185,7 +185,7 @@ def in_onnx(precision: str, source: ModelSource, reference: Reference, folder: P
 
 
 @contextmanager
-def in_mlx(source: ModelSource, reference: Reference, folder: Path) -> Iterator[Answer]:
+def in_mlx(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
     from loraover_export.merge.base_files import folder_of
     from loraover_export.mlx.run import export_mlx

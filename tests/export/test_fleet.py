@@ -20,7 +20,7 @@ from loraover_export import prepare_adapter
 from loraover_export.cli import cli
 from loraover_export.fleet.page import to_page
 from loraover_export.fleet.pool import each
-from loraover_export.fleet.row import FleetReport, Row
+from loraover_export.fleet.row import FleetReport, FleetRow
 from loraover_export.fleet.run import check_fleet, prepare_fleet
 
 from support.chromium import chromium
@@ -91,7 +91,7 @@ def test_the_check_of_several_prints_a_line_for_each(
     words = ["check", *map(str, (fleet["plain"], fleet["broken"])), "--engine", "vllm"]
     assert run(cli, [*words, "--json"]) == 1
     out, err = capsys.readouterr()
-    rows = [Row.model_validate_json(line) for line in out.splitlines()]
+    rows = [FleetRow.model_validate_json(line) for line in out.splitlines()]
     assert [(row.verdict, row.engines) for row in rows] == [("right", {"vllm": "right"}), ("refused", {})]
     assert "1 right, 1 refused, of 2 adapters" in err
     assert run(cli, [*words[:2], "--engine", "vllm", "--html", str(tmp_path / "check.html")]) == 0
@@ -112,8 +112,8 @@ def test_a_process_that_is_killed_takes_nothing_along() -> None:
     assert dict(each(square, range(6), 2, lost)) == {0: 0, 1: 1, 2: 4, 3: -3, 4: 16, 5: 25}
 
 
-def row(name: str, verdict: Any, kind: str, rank: int | None) -> Row:
-    return Row(source=name, address=name, verdict=verdict, kind=kind, rank=rank)
+def row(name: str, verdict: Any, kind: str, rank: int | None) -> FleetRow:
+    return FleetRow(source=name, address=name, verdict=verdict, kind=kind, rank=rank)
 
 
 @pytest.mark.engine

@@ -16,7 +16,7 @@ from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row
 from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, LAYERS, NOT_APPLIED, OTHER_BASE, SCALED, STALE
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.evidence import Answers, Greedy, RecordedEvidence
+from loraover_serve.record.adapter_check.evidence import Greedy, RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import UNIT, Model, Reference, read_reference
 from loraover_serve.record.recorder import KEPT, TOP
 from loraover_serve.verify.evidence import Answers as VerifyAnswers
@@ -32,7 +32,7 @@ def reference(recorded: Path) -> Reference:
     return read_reference(recorded)
 
 
-def as_recorded(answers: VerifyAnswers, asked: VerifyCase, reference: Reference) -> Answers:
+def as_recorded(answers: VerifyAnswers, asked: VerifyCase, reference: Reference) -> ServerAnswers:
     """The same answers as a server gives them: the likeliest tokens at the places of the reference."""
     questions = asked.judge.reference.questions
     places = {(q, questions[q].answered[step]): place for place, (q, step) in enumerate(reference.places)}
@@ -40,7 +40,7 @@ def as_recorded(answers: VerifyAnswers, asked: VerifyCase, reference: Reference)
         {places[at]: likeliest(row) for row in rows if (at := (row.question, row.position)) in places}
         for rows in (answers.base, answers.adapter)
     ]
-    return Answers(
+    return ServerAnswers(
         arms[0], arms[1], [Greedy(q, answer.tokens, answer.length, {}) for q, answer in enumerate(answers.greedy)]
     )
 
@@ -100,7 +100,7 @@ def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Pat
     """A recorded fault that is like 0.7 times the adapter, and that noise alone would not exclude."""
     reference, draw = read_reference(recorded), Random(0)
     right, base = (dict(enumerate(model.rows)) for model in (reference.adapter, reference.base))
-    scaled = RecordedEvidence(reference, Answers(base, right)).scaled(0.7)
+    scaled = RecordedEvidence(reference, ServerAnswers(base, right)).scaled(0.7)
     like = [
         {i: value + draw.uniform(0.7, 1.3) * (row[i] - value) for i, value in right[place].items()}
         for place, row in enumerate(scaled.rows)
@@ -110,7 +110,7 @@ def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Pat
         {place: {i: value + draw.gauss(0, 0.006) for i, value in row.items()} for place, row in enumerate(model.rows)}
         for model in (reference.base, scaled)
     )
-    found = judge(RecordedEvidence(reference, Answers(one, other)), "int4")
+    found = judge(RecordedEvidence(reference, ServerAnswers(one, other)), "int4")
     assert re.match(rf"{SCALED}: every delta_W is multiplied by 0\.(69|7)", found["reason"])
     assert "within noise it could also be: a layer is missing" in found["reason"]
 
@@ -125,12 +125,12 @@ def test_one_model_may_be_as_far_off_as_the_coarsest_format(
     """No answers of the base model say how large the noise is; what is left beside a fault may be as large."""
     reference, draw = read_reference(recorded), Random(0)
     noise = formats * max(float(each["distance"]) for each in reference.formats.values())
-    served = RecordedEvidence(reference, Answers({}, dict(enumerate(reference.adapter.rows)), is_one_model=True))
+    served = RecordedEvidence(reference, ServerAnswers({}, dict(enumerate(reference.adapter.rows)), is_one_model=True))
     rows = {
         place: {i: value + draw.gauss(0, noise) for i, value in row.items()}
         for place, row in enumerate(served.scaled(factor).rows)
     }
-    found = judge(RecordedEvidence(reference, Answers({}, rows, is_one_model=True)), "int4")
+    found = judge(RecordedEvidence(reference, ServerAnswers({}, rows, is_one_model=True)), "int4")
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
 
 

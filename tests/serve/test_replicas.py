@@ -22,7 +22,7 @@ from loraover_serve.judge.names import DISAGREE, INTERMITTENT
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
-from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence, Round
+from loraover_serve.record.adapter_check.evidence import AskedOnce, RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import Model, Reference, read_reference
 
 from support.openai_server import openai_server
@@ -97,15 +97,15 @@ def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     assert f"show one without the adapter that gives {found['visible_share']:.2g}" in found["reason"]
 
 
-def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
+def drawn(reference: Reference, draw: random.Random, noise: float) -> ServerAnswers:
     """Answers of servers with noise."""
 
     def rows(model: Model) -> dict[int, dict[int, float]]:
         return {p: {i: v + draw.gauss(0, noise) for i, v in row.items()} for p, row in enumerate(model.rows)}
 
     told: dict[int, dict[str, str]] = {place: {} for place in range(len(reference.places))}
-    rounds = [Round(rows(reference.adapter), told) for _ in range(REPEATS)]
-    return Answers(rows(reference.base), rounds[0].rows, rounds=rounds)
+    rounds = [AskedOnce(rows(reference.adapter), told) for _ in range(REPEATS)]
+    return ServerAnswers(rows(reference.base), rounds[0].rows, rounds=rounds)
 
 
 def moved(prompt: int, share: float) -> Change:

@@ -19,17 +19,24 @@ from loraover.reporting.schedule_figures import schedule_figures
 from loraover.study.html import to_page as study_page
 from loraover.study.report import StudyReport
 from loraover_export.fleet.page import to_page as fleet_page
-from loraover_export.fleet.row import FleetReport, Row
+from loraover_export.fleet.row import FleetReport, FleetRow
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
 from loraover_export.logits.deviation import Deviation
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_serve.parity.report.html import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
-from loraover_serve.verify.report import EngineResult, GreedyAgreement, Interval, LogprobDistance, Suspect, VerifyReport
+from loraover_serve.verify.report import (
+    EngineResult,
+    GreedyAgreement,
+    Interval,
+    LogprobDistance,
+    Suspect,
+    VerifyReport,
+)
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.watch.canary import Canary
-from loraover_serve.watch.config import AdapterSettings, ServerSettings, Target, WatchConfig, Watched
+from loraover_serve.watch.config import AdapterSettings, ServerSettings, WatchConfig, Watched, WatchTarget
 from loraover_serve.watch.history import Check, History
 from loraover_serve.watch.page import to_page as watch_page
 
@@ -180,13 +187,15 @@ def hostile(report: Report, keys: Collection[str]) -> Report:
 def fleet_report() -> FleetReport:
     """One adapter of each verdict, with the engines of a check, and texts as long as real ones."""
     engines = dict.fromkeys(("vllm", "onnx", "llamacpp", "mlx"), "right")
-    whole = Row(source="a", address="owner/a-plain-adapter@0123456789abcdef", verdict="right", kind="LORA", rank=16)
+    whole = FleetRow(
+        source="a", address="owner/a-plain-adapter@0123456789abcdef", verdict="right", kind="LORA", rank=16
+    )
     reason = "target_modules names layers that the base model lacks: model.layers.32.self_attn.q_proj and 15 others"
     rows = (
         whole.model_copy(update={"engines": engines, "seconds": 0.25}),
-        Row(source="b", address="adapters/loha", verdict="prepared", kind="LOHA", rank=64, error=1e-7),
-        Row(source="c", address="adapters/broken", verdict="refused", kind="IA3", reason=reason, engines=engines),
-        Row(source="d", address="bucket/gone", verdict="failed", reason="the server does not answer"),
+        FleetRow(source="b", address="adapters/loha", verdict="prepared", kind="LOHA", rank=64, error=1e-7),
+        FleetRow(source="c", address="adapters/broken", verdict="refused", kind="IA3", reason=reason, engines=engines),
+        FleetRow(source="d", address="bucket/gone", verdict="failed", reason="the server does not answer"),
     )
     return FleetReport(rows=rows, seconds=12.5)
 
@@ -197,7 +206,7 @@ def canary(now: float, text: str | None = None) -> Canary:
     settings = AdapterSettings(reference=Path("reference.json.gz"))
     server = ServerSettings(name=text or "production-europe-1", url="http://localhost:8000", adapters=[settings])
     request = VerifyRequest(references=(settings.reference,), endpoint=server.url)
-    targets = [Target(server, f"{text or 'shop'}-{k}", request, 900.0, 0) for k in range(len(verdicts))]
+    targets = [WatchTarget(server, f"{text or 'shop'}-{k}", request, 900.0, 0) for k in range(len(verdicts))]
     found = Canary(Watched(WatchConfig(servers=[server]), tuple(targets), Path()), History(Path(":memory:")), now)
     for target, verdict in zip(targets, verdicts, strict=True):
         for hour in range(24 if verdict else 0):

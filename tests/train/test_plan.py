@@ -23,7 +23,7 @@ from loraover.training.estimate import kept_bytes
 from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
-from loraover.training.trial import Needs, extrapolated
+from loraover.training.trial import RunNeeds, extrapolated
 
 from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
@@ -130,8 +130,8 @@ def test_activations_are_what_autograd_keeps(
 
 
 def test_layers_that_were_not_tried_need_what_the_others_do() -> None:
-    assert extrapolated(Needs(3.0, 50), Needs(5.0, 90), tried=6, layers=32) == (5 + 26 * 0.5, 90 + 26 * 10)
-    assert extrapolated(Needs(3.0, 50), Needs(3.0, 50), tried=2, layers=2) == (3, 50)
+    assert extrapolated(RunNeeds(3.0, 50), RunNeeds(5.0, 90), tried=6, layers=32) == (5 + 26 * 0.5, 90 + 26 * 10)
+    assert extrapolated(RunNeeds(3.0, 50), RunNeeds(3.0, 50), tried=2, layers=2) == (3, 50)
 
 
 def test_a_base_in_four_bits_is_planned_in_four_bits(

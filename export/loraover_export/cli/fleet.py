@@ -14,7 +14,7 @@ from loraover_export.check.request import CheckRequest
 from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
 
 if TYPE_CHECKING:
-    from loraover_export.fleet.row import FleetReport, Row
+    from loraover_export.fleet.row import FleetReport, FleetRow
 
 ONE = Reporting(
     "loraover_export.check.request:CheckRequest",
@@ -40,7 +40,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
     quiet_libraries()
     console = Console(stderr=as_json)
 
-    def receive(row: Row, progress: str) -> None:
+    def receive(row: FleetRow, progress: str) -> None:
         show_row(row, progress, console)
         if as_json:
             print(row.model_dump_json(), flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from loraover.common.atomic_output import publish_text
 from loraover.common.provenance import environment, today
 from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
-from loraover_export.fleet.row import FleetReport, Row
+from loraover_export.fleet.row import FleetReport, FleetRow
 
 TEMPLATE, SCRIPT = "fleet.html.j2", "fleet.js"
 WORDS = ("verdict", "adapter", "kind", "what was done, or why not")
@@ -57,7 +57,7 @@ def _table(report: FleetReport) -> Table:
     return Table(columns, rows, (*WORDS, *engines), (WORDS[1], WORDS[-1]))
 
 
-def _cells(row: Row, engines: list[str]) -> list[str]:
+def _cells(row: FleetRow, engines: list[str]) -> list[str]:
     numbers = ["" if row.rank is None else str(row.rank), "" if row.error is None else f"{row.error:.2g}"]
     verdicts = [row.engines.get(engine, "") for engine in engines]
     done = "; ".join(text for text in (row.done, row.reason, "from the cache" if row.cached else "") if text)

@@ -14,7 +14,7 @@ Verdict = Literal["right", "prepared", "refused", "failed"]
 GOOD: tuple[Verdict, ...] = ("right", "prepared")
 
 
-class Row(StrictModel):
+class FleetRow(StrictModel):
     """One adapter."""
 
     source: str = Field(description="The adapter, as it was named")
@@ -37,7 +37,7 @@ class FleetReport(StrictModel):
     """All adapters."""
 
     schema_version: Literal[1] = 1
-    rows: Sequence[Row] = Field(description="The adapters, in the order in which they were named")
+    rows: Sequence[FleetRow] = Field(description="The adapters, in the order in which they were named")
     seconds: float = Field(description="Time that all took")
 
     @property

@@ -20,7 +20,7 @@ from loraover_export.convert.source import read_peft_type
 from loraover_export.fleet.page import write_page
 from loraover_export.fleet.pool import each
 from loraover_export.fleet.request import FleetCheckRequest, PrepareRequest
-from loraover_export.fleet.row import FleetReport, Row
+from loraover_export.fleet.row import FleetReport, FleetRow
 
 PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
@@ -33,7 +33,7 @@ EXTRA_OF_ENGINE = {"llamacpp": "llamacpp", "mlx": "torch", "onnx": "export"}
 class Examine(Protocol):
     """Work on one adapter, which can be sent to other processes."""
 
-    def __call__(self, fetched: Fetched, source: str) -> Row:
+    def __call__(self, fetched: Fetched, source: str) -> FleetRow:
         """Return what became of it."""
 
 
@@ -47,8 +47,8 @@ class Guarded:
 
     examine: Examine
 
-    def __call__(self, source: str) -> Row:
-        started, row = perf_counter(), Row(source=source, address=source, verdict="failed")
+    def __call__(self, source: str) -> FleetRow:
+        started, row = perf_counter(), FleetRow(source=source, address=source, verdict="failed")
         try:
             fetched = fetch_adapter(source, lambda line: None)
             row = row.model_copy(update={"address": fetched.address})
@@ -64,10 +64,10 @@ class Guarded:
         return row.model_copy(update={"seconds": perf_counter() - started})
 
 
-def killed(source: str) -> Row:
+def killed(source: str) -> FleetRow:
     """Return the row of an adapter whose process was killed."""
     reason = "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
-    return Row(source=source, address=source, verdict="failed", reason=reason)
+    return FleetRow(source=source, address=source, verdict="failed", reason=reason)
 
 
 @verb(PrepareRequest)
@@ -111,7 +111,7 @@ def check_fleet(request: FleetCheckRequest) -> FleetReport:
     return _run(work, request, request.html)
 
 
-def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> Row:
+def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> FleetRow:
     """Prepare one adapter, and return its row.
 
     Raises:
@@ -127,7 +127,7 @@ def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None
         raise ConfigError(f"{source}: names the base model {named}; name one that you trust with --model.")
     prepared = prepare_adapter(fetched.folder, cache, model=named, **options)
     record = read_json(Path(cache) / prepared.digest / RECORD_FILE, Record)
-    return Row(
+    return FleetRow(
         source=source,
         address=fetched.address,
         verdict="prepared",
@@ -140,7 +140,7 @@ def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None
     )
 
 
-def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], model: str | None) -> Row:
+def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], model: str | None) -> FleetRow:
     """Check one adapter, and return its row.
 
     Raises:
@@ -156,7 +156,7 @@ def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], mode
         for finding in check.as_it_is.findings
         if finding.level != "note"
     }
-    return Row(
+    return FleetRow(
         source=source,
         address=fetched.address,
         verdict="right" if report.passed else "refused",
@@ -172,7 +172,7 @@ def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path 
     sources, started = tuple(dict.fromkeys(request.sources)), perf_counter()
     if page is not None:
         check_file_writable(page, parents=True)
-    rows: dict[str, Row] = {}
+    rows: dict[str, FleetRow] = {}
     with request.report.task("adapters", len(sources)) as progress:
         for source, row in each(Guarded(work), sources, request.jobs, killed):
             rows[source] = row

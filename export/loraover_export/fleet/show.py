@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 
 from loraover.reporting.reporter import print_line
-from loraover_export.fleet.row import FleetReport, Row
+from loraover_export.fleet.row import FleetReport, FleetRow
 
 STYLES = {"right": "green", "prepared": "green", "refused": "yellow", "failed": "red"}
 
 
-def show_row(row: Row, progress: str, console: Console) -> None:
+def show_row(row: FleetRow, progress: str, console: Console) -> None:
     """Print what became of one adapter, in one line.
 
     Args:

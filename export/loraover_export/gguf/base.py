@@ -19,7 +19,7 @@ from loraover.common.errors import ExportError
 from loraover_export.gguf.families import Family, find_family, interleave
 from loraover_export.gguf.request import GgufRequest
 from loraover_export.gguf.target import expert_tensors
-from loraover_export.gguf.write import Written
+from loraover_export.gguf.write import FileArray
 
 PLAIN_ROPE = (None, "default")
 
@@ -52,7 +52,7 @@ def write_base(model: Any, path: Path) -> Path:
         writer.add_rope_dimension_count(_rotated(config, rope, family.name))
         _add_family(writer, config, family.name)
         for key, weight in _tensors(model, config, family):
-            writer.add_tensor(key, weight.view(Written))
+            writer.add_tensor(key, weight.view(FileArray))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -95,7 +95,7 @@ def _write(
                 writer.add_float32(key, value)
         for tensor_name, matrix in tensors.items():
             kind = gguf.GGMLQuantizationType[GGUF_TYPES[dtype]]
-            writer.add_tensor(tensor_name, _bytes(matrix).view(Written), raw_dtype=kind)
+            writer.add_tensor(tensor_name, _bytes(matrix).view(FileArray), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -106,7 +106,7 @@ def _write(
     writer.close()
 
 
-class Written(np.ndarray[Any, np.dtype[np.uint8]]):
+class FileArray(np.ndarray[Any, np.dtype[np.uint8]]):
     """An array that is written through Python's file: numpy's own `tofile` reports no full disk."""
 
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
+from loraover.checkpoint.header_facts import INDEX, SINGLE, ShardIndex
+from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.common.strict_json import read_json
@@ -18,7 +20,6 @@ from loraover.models.load import ModelSource
 from loraover.sources.cache import MODEL_FILES
 from loraover.sources.hub import fetch_repository
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
 LEFT_BEHIND = (*WEIGHTS, "adapter_config.json", "_certificate.json")
 """Endings of files that a merged model does not need; with the second, transformers takes it for an adapter."""
@@ -34,12 +35,6 @@ class _BaseConfig(BaseModel):
 
     quantization_config: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
-
-
-class _Index(BaseModel):
-    """Contents of the index of several shards: the file of each tensor."""
-
-    weight_map: dict[str, str] = Field(min_length=1)
 
 
 Contents = TypeVar("Contents", bound=BaseModel)
@@ -118,7 +113,7 @@ def _shard_names(folder: Path, source: ModelSource) -> list[str]:
     """Return the names of the safetensors files of a base model, all of which are there."""
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if INDEX in present:
-        names = sorted(set(_read(folder / INDEX, _Index, source).weight_map.values()))
+        names = sorted(set(_read(folder / INDEX, ShardIndex, source).weight_map.values()))
         wrong = [name for name in names if name not in present or not name.endswith(".safetensors")]
         if wrong:
             raise ConfigError(

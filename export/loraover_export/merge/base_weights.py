@@ -9,12 +9,13 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import CONFIG, of_base
+from loraover_export.merge.base_files import of_base
 from loraover_export.merge.base_files import open_base as open_files
 
 if TYPE_CHECKING:

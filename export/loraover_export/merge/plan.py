@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import CONFIG, UNQUANTISED, BaseFiles
+from loraover_export.merge.base_files import UNQUANTISED, BaseFiles
 from loraover_export.merge.request import MergeRequest
 
 CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
@@ -22,7 +23,7 @@ CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "Au
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of the merged model.
 
     Args:
@@ -54,11 +55,11 @@ class MergePlan:
         untied: Names of weights that shared a tensor, and no longer do.
     """
 
-    shards: Mapping[str, list[Planned]]
+    shards: Mapping[str, list[PlannedTensor]]
     untied: list[str]
 
     @property
-    def changed(self) -> list[Planned]:
+    def changed(self) -> list[PlannedTensor]:
         """The tensors that differ from the base model's."""
         return [planned for shard in self.shards.values() for planned in shard if planned.changes]
 
@@ -82,13 +83,13 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
     names = _Names(skeleton, base, source)
     changes = _changes(skeleton, adapter)
     tied = _untied(names, changes, plain)
-    shards = {shard: {key: Planned(key, key) for key in file.keys} for shard, file in base.shards.items()}
+    shards = {shard: {key: PlannedTensor(key, key) for key in file.keys} for shard, file in base.shards.items()}
     for name, (replaced, module) in (dict.fromkeys(tied, (None, None)) | changes).items():
         shard, read = names.place(name)
         key = (names.own_key(name) or name) if name in tied else read
         layer = None if module is None else skeleton.get_submodule(module)
         _check(base.shards[shard], read, names.parameters[name], source)
-        shards[shard][key] = Planned(key, read, replaced, module, layer)
+        shards[shard][key] = PlannedTensor(key, read, replaced, module, layer)
     return MergePlan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
 
 

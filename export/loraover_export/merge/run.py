@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
+from loraover.checkpoint.header_facts import INDEX
+from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
@@ -21,7 +23,7 @@ from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover_export.merge.base_files import CONFIG, INDEX, BaseFiles, check_not_gguf, open_base
+from loraover_export.merge.base_files import BaseFiles, check_not_gguf, open_base
 from loraover_export.merge.plan import MergePlan, plan_merge
 from loraover_export.merge.report import CERTIFICATE_FILE, MergeReport
 from loraover_export.merge.request import MergeRequest

@@ -15,7 +15,7 @@ from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, header_o
 from loraover.common.errors import FoldError
 from loraover.common.threads import Workers
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
-from loraover_export.merge.plan import Planned
+from loraover_export.merge.plan import PlannedTensor
 from loraover_export.merge.report import MergedWeight
 from loraover_export.merge.rounding_loss import Lost, lost_by_four_bits, lost_by_rounding
 from loraover_export.numerics.delta import read_delta
@@ -29,7 +29,7 @@ Merged = tuple[MergedWeight, Lost, Lost]
 def write_shard(
     path: Path,
     source: TensorFile,
-    tensors: Sequence[Planned],
+    tensors: Sequence[PlannedTensor],
     adapter: ExactAdapter,
     threads: Workers,
     on_tensor: Callable[[], None],
@@ -71,7 +71,7 @@ def write_shard(
 
 
 def _changed(
-    planned: Planned, source: TensorFile, adapter: ExactAdapter, threads: Workers
+    planned: PlannedTensor, source: TensorFile, adapter: ExactAdapter, threads: Workers
 ) -> tuple[Tensor, Merged | None]:
     """Return a tensor that differs from the base model's."""
     name, dtype = source.dtype(planned.read), torch_dtype(source.dtype(planned.read))

@@ -19,7 +19,7 @@ from loraover.models.device import WITHOUT_FLOAT64
 from loraover.reference.reference_model import reference_model
 from loraover_export.logits.deviation import differences, largest
 from loraover_export.onnx.int4 import rounded_copy
-from loraover_export.onnx.kinds.base import Case, GraphKind, GraphRunner
+from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck
 
 GENERATED = 16  # tokens
@@ -63,7 +63,7 @@ def make_reference(
     kind: GraphKind,
     model: Any,
     adapter: AdapterDir | None,
-    cases: list[Case],
+    cases: list[ComparedTokens],
     precision: str,
     *,
     merged: bool = False,
@@ -112,7 +112,7 @@ def make_reference(
 
 def _run(
     kind: GraphKind,
-    cases: list[Case],
+    cases: list[ComparedTokens],
     model: Any,
     adapter: AdapterDir | None,
     compute: Compute,
@@ -168,7 +168,7 @@ def _finite_noise(in_float32: list[Tensor], in_float64: list[Tensor]) -> float:
     return float(finite.max()) if finite.numel() else math.nan
 
 
-def run_cases(kind: GraphKind, run: GraphRunner, cases: list[Case]) -> list[Tensor]:
+def run_cases(kind: GraphKind, run: GraphRunner, cases: list[ComparedTokens]) -> list[Tensor]:
     """Return the engine's logits of each case, without padding."""
     return [kind.compared(case, run(case)) for case in cases]
 
@@ -178,7 +178,7 @@ def check_graph(
     folder: Path,
     device: str,
     adapter: Path | None,
-    cases: list[Case],
+    cases: list[ComparedTokens],
     reference: OnnxReference,
     base: OnnxReference,
     found_base: list[Tensor] | None,
@@ -224,7 +224,7 @@ def check_graph(
     return [logits, change]
 
 
-def _errors(cases: list[Case], expected: list[Tensor], found: list[Tensor]) -> list[CaseError]:
+def _errors(cases: list[ComparedTokens], expected: list[Tensor], found: list[Tensor]) -> list[CaseError]:
     errors = [error.abs() for error in differences(expected, found)]
     return [
         CaseError(case=case.name, max_logit=float(error.max()), mean_logit=float(error.mean()))

@@ -26,7 +26,7 @@ from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
 from loraover_export.onnx.graph_file import check_file
 from loraover_export.onnx.inputs import Inputs
-from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan
+from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
 from loraover_export.onnx.kinds.stateless import Stateless
@@ -114,7 +114,7 @@ class Export:
         checks = self._check(cases, references, found_base) if self.request.check else []
         return self._result(matrices, checks)
 
-    def _references(self, cases: list[Case]) -> dict[str | None, OnnxReference]:
+    def _references(self, cases: list[ComparedTokens]) -> dict[str | None, OnnxReference]:
         """PyTorch's outputs with each adapter, and under None without one."""
         device, dtype = choose_compute(self.request.check_device, self.request.compute_dtype)
         where, needs = {"device": str(device), "compute_dtype": self.request.compute_dtype}, partial(self._needs, cases)
@@ -137,7 +137,7 @@ class Export:
                 done(count)
         return found
 
-    def _needs(self, cases: list[Case]) -> Needs:
+    def _needs(self, cases: list[ComparedTokens]) -> Needs:
         """Estimate what the check needs: the model, on the CPU twice, since it is written as well; the largest case."""
         found = self.inputs.adapters.values()
         adapters = sum(prod(shape) for adapter in found for shape in adapter.shapes.values())
@@ -158,7 +158,7 @@ class Export:
             ids += ids
         return torch.tensor(ids[: prod(ROWS)]).reshape(ROWS)
 
-    def _write(self, cases: list[Case]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
+    def _write(self, cases: list[ComparedTokens]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
         """Write graphs and adapters into the draft; also return a merged int4 graph's logits without the adapter."""
         request = self.request
         if request.graph is not None:
@@ -188,7 +188,7 @@ class Export:
         for graph in self.kind.graphs:
             check_file(out / graph)
 
-    def _quantised_base(self, cases: list[Case]) -> list[torch.Tensor]:
+    def _quantised_base(self, cases: list[ComparedTokens]) -> list[torch.Tensor]:
         folder = self.draft / ".base"
         folder.mkdir()
         self._export(self.plan, folder)
@@ -204,7 +204,10 @@ class Export:
         ]
 
     def _check(
-        self, cases: list[Case], references: dict[str | None, OnnxReference], found_base: list[torch.Tensor] | None
+        self,
+        cases: list[ComparedTokens],
+        references: dict[str | None, OnnxReference],
+        found_base: list[torch.Tensor] | None,
     ) -> list[GraphCheck]:
         folder = self.request.graph or self.draft
         if found_base is None and self.plan.precision == "int4":

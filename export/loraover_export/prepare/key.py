@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
+from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
 from loraover.common.provenance import environment
 from loraover.models.load import ModelSource
 from loraover_export.convert.kind import read_method
-from loraover_export.merge.base_files import CONFIG, open_base
+from loraover_export.merge.base_files import open_base
 from loraover_export.uniform.certificate import READ_FILES, record_source
 
 FORM = 1

@@ -40,7 +40,7 @@ LOCKS = "locks"
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankLimits:
     """Limits of the rank.
 
     Args:
@@ -127,7 +127,7 @@ def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path)
         raise
 
 
-def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> Ranks:
+def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
     faults = []
     if target.engine not in TARGETS:
         faults.append(f"engine is {target.engine!r}, expected one of {', '.join(TARGETS)}.")
@@ -141,7 +141,7 @@ def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | No
         faults.append(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
     if faults:
         raise ConfigError(" ".join(faults))
-    return Ranks(largest, approximate_to_rank)
+    return RankLimits(largest, approximate_to_rank)
 
 
 def _resolve(source: Path, target: Target) -> ModelSource:
@@ -178,7 +178,7 @@ def _publish(
     source: Path,
     base: ModelSource,
     target: Target,
-    ranks: Ranks,
+    ranks: RankLimits,
     digest: str,
     folder: Path,
     states: dict[str, tuple[int, ...]],
@@ -202,7 +202,7 @@ def _publish(
 
 
 def _as_lora(
-    source: Path, base: ModelSource, target: Target, ranks: Ranks, draft: Path
+    source: Path, base: ModelSource, target: Target, ranks: RankLimits, draft: Path
 ) -> tuple[Path, LoraCertificate | None]:
     """Return the folder of an adapter that the export takes, and the certificate of a conversion if there was one."""
     reason = why_convert(source, read_facts(base).shapes())
@@ -219,7 +219,7 @@ def _as_lora(
 
 
 def _converted(
-    source: Path, target: Target, ranks: Ranks, draft: Path, reason: str
+    source: Path, target: Target, ranks: RankLimits, draft: Path, reason: str
 ) -> tuple[Path, LoraCertificate | None]:
     from loraover_export.convert.approximate import FullRankError
     from loraover_export.convert.run import convert_adapter
@@ -248,7 +248,7 @@ def _converted(
     return output, _kept(report.certificate, output, draft)
 
 
-def _approximation(source: Path, rank: int, ranks: Ranks) -> int:
+def _approximation(source: Path, rank: int, ranks: RankLimits) -> int:
     """Return the rank to approximate an adapter of a larger one to.
 
     Raises:

@@ -17,7 +17,7 @@ from functools import cached_property
 from statistics import fmean, median
 
 from loraover_serve.judge.estimates import Estimate, log_ratio, strength, t_quantile
-from loraover_serve.judge.evidence import Change, Distance, Evidence, Generated, Model, Off, Repeat, by_prompt
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, Model, ModelDistance, Off, Repeat, by_prompt
 from loraover_serve.judge.greedy import Agreement, compare_greedy
 from loraover_serve.judge.limits import (
     ADAPTER,
@@ -65,8 +65,8 @@ class Case:
         self.evidence, self.served_format, self.option = evidence, served_format, option
         self.changes = evidence.changes(evidence.adapter, evidence.base)
         self.off = evidence.off(ADAPTER, evidence.adapter)
-        self.found = Distance.of(self.off)
-        self.noise = self.found if evidence.is_one_model else Distance.of(evidence.off(BASE, evidence.base))
+        self.found = ModelDistance.of(self.off)
+        self.noise = self.found if evidence.is_one_model else ModelDistance.of(evidence.off(BASE, evidence.base))
         self.effect = math.sqrt(fmean(each.size / each.tokens for each in self.changes))
         self._roundings: dict[str, float] = {}
 
@@ -168,7 +168,7 @@ class Case:
         return split_base(self.answers, CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR))
 
     @cached_property
-    def generated(self) -> list[Generated]:
+    def generated(self) -> list[ComparedAnswer]:
         """The adapter's greedy answers."""
         return list(self.evidence.generated())
 
@@ -179,9 +179,9 @@ class Case:
         return compare_greedy(self.generated, self.evidence.ends, allowed)
 
     @cached_property
-    def mixed(self) -> dict[str, Distance]:
+    def mixed(self) -> dict[str, ModelDistance]:
         """Distances between answers that were sent together and alone."""
-        return {name: Distance.of(off) for name, off in self.evidence.mixed().items() if off}
+        return {name: ModelDistance.of(off) for name, off in self.evidence.mixed().items() if off}
 
     def is_further(self, off: Sequence[Off] | None = None) -> bool:
         """Whether answers are off by more than the noise of the base model explains, or on one model any number format.
@@ -189,7 +189,7 @@ class Case:
         Args:
             off: What sets them apart; None for the right adapter.
         """
-        found = self.found if off is None else Distance.of(off)
+        found = self.found if off is None else ModelDistance.of(off)
         if self.evidence.is_one_model:
             return self.format_of(found.rms) is None
         if found.prompts < FEW_PROMPTS:
@@ -246,7 +246,7 @@ def allowed_strength(number_format: str | None, bias: float) -> tuple[float, flo
     return low - ROUNDED_STRENGTH, high + ROUNDED_STRENGTH
 
 
-def allowed_distance(noise: Distance, sensitivity: float) -> float:
+def allowed_distance(noise: ModelDistance, sensitivity: float) -> float:
     """Largest distance, in nats, that the noise explains; both sides are estimates over prompts."""
     relative = noise.error / noise.rms if noise.rms else 0.0
     return sensitivity * noise.rms * (1 + sure_errors(noise.prompts) * math.sqrt(2) * relative) + FLOOR

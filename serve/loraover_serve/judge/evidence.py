@@ -68,7 +68,7 @@ class Off(NamedTuple):
     largest: float
 
 
-class Generated(NamedTuple):
+class ComparedAnswer(NamedTuple):
     """A greedy answer beside PyTorch's.
 
     Args:
@@ -91,7 +91,7 @@ class Generated(NamedTuple):
         return first_parted(self.expected, self.tokens)
 
 
-class Candidate(NamedTuple):
+class FaultyModel(NamedTuple):
     """A model with a fault.
 
     Args:
@@ -105,7 +105,7 @@ class Candidate(NamedTuple):
     run: Callable[[int | None], Model]
 
 
-class Distance(NamedTuple):
+class ModelDistance(NamedTuple):
     """Distance of logprobs from a model's.
 
     Args:
@@ -123,7 +123,7 @@ class Distance(NamedTuple):
     prompts: int
 
     @classmethod
-    def of(cls, found: Sequence[Off]) -> Distance:
+    def of(cls, found: Sequence[Off]) -> ModelDistance:
         """Summarise differences at positions; none at all are the distance 0."""
         sums = defaultdict[int, float](float)
         for each in found:
@@ -189,7 +189,7 @@ class Evidence(ABC):
         """What greedy answers of the adapter change in the base model, from the second token on."""
 
     @abstractmethod
-    def generated(self) -> Iterable[Generated]:
+    def generated(self) -> Iterable[ComparedAnswer]:
         """The adapter's greedy answers."""
 
     @abstractmethod
@@ -209,11 +209,11 @@ class Evidence(ABC):
         """The adapted model with a factor on every delta_W."""
 
     @abstractmethod
-    def adapter_faults(self) -> Iterable[Candidate]:
+    def adapter_faults(self) -> Iterable[FaultyModel]:
         """Adapted models with faults."""
 
     @abstractmethod
-    def base_faults(self) -> Iterable[Candidate]:
+    def base_faults(self) -> Iterable[FaultyModel]:
         """Base models with faults."""
 
     @abstractmethod

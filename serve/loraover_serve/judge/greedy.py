@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
-from loraover_serve.judge.evidence import Generated
+from loraover_serve.judge.evidence import ComparedAnswer
 
 
 class Agreement(NamedTuple):
@@ -19,7 +19,7 @@ class Agreement(NamedTuple):
     as_base: int
 
 
-def compare_greedy(answers: Sequence[Generated], ends: AbstractSet[int], allowed: float) -> Agreement | None:
+def compare_greedy(answers: Sequence[ComparedAnswer], ends: AbstractSet[int], allowed: float) -> Agreement | None:
     """Greedy answers beside PyTorch's; None if the engine identifies the tokens of none.
 
     Args:
@@ -41,7 +41,7 @@ def compare_greedy(answers: Sequence[Generated], ends: AbstractSet[int], allowed
     )
 
 
-def _is_complete(answer: Generated, ends: AbstractSet[int]) -> bool:
+def _is_complete(answer: ComparedAnswer, ends: AbstractSet[int]) -> bool:
     """Whether the beginning of the expected answer is all of it, or all before the end of the text.
 
     Servers return the token of the end of the text or leave it out.

@@ -33,10 +33,10 @@ from loraover_serve.judge.limits import (
 )
 from loraover_serve.judge.names import OTHER_BASE, UNLIKE
 from loraover_serve.judge.request_faults import generated_fault, mixed_fault
-from loraover_serve.judge.search import Suspect, suspects
+from loraover_serve.judge.search import SuspectedFault, suspects
 
 
-class Finding(NamedTuple):
+class RuleFinding(NamedTuple):
     """What a rule found.
 
     Args:
@@ -51,7 +51,7 @@ class Finding(NamedTuple):
     verdict: Verdict
     reason: str
     fault: str | None = None
-    suspects: Sequence[Suspect] = ()
+    suspects: Sequence[SuspectedFault] = ()
     split: Split | None = None
     explains_base: bool = False
 
@@ -96,7 +96,7 @@ def judge(
     }
 
 
-def _told(found: Finding, evidence: Evidence) -> dict[str, Any]:
+def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     """What a rule found, as fields of an engine's result."""
     return {
         "verdict": found.verdict,
@@ -107,7 +107,7 @@ def _told(found: Finding, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def base_is_faulty(case: Case) -> Finding | None:
+def base_is_faulty(case: Case) -> RuleFinding | None:
     """What sets the base model apart points in the direction of a fault."""
     found = find_base_fault(case)
     if found is None:
@@ -116,10 +116,10 @@ def base_is_faulty(case: Case) -> Finding | None:
         f"{found.fault}: {found.detail}; that explains {found.share:.0%} of what sets the base model apart from "
         f"PyTorch's ({case.noise.rms:.2g} nats)"
     )
-    return Finding("differs", reason, found.fault, explains_base=True)
+    return RuleFinding("differs", reason, found.fault, explains_base=True)
 
 
-def base_is_another(case: Case) -> Finding | None:
+def base_is_another(case: Case) -> RuleFinding | None:
     """No number format is as far off as the base model; on an engine with one model, the adapter may be what is off."""
     if case.number_format is not None:
         return None
@@ -128,10 +128,10 @@ def base_is_another(case: Case) -> Finding | None:
     if case.evidence.is_one_model:
         return _nearest(case, f"{far}, {much}")
     reason = f"the base model is {far} without an adapter, {much}: the engine serves another base model"
-    return Finding("differs", reason, OTHER_BASE)
+    return RuleFinding("differs", reason, OTHER_BASE)
 
 
-def base_is_unlike(case: Case) -> Finding | None:
+def base_is_unlike(case: Case) -> RuleFinding | None:
     """The adapter's answers are nearer to PyTorch's than noise as large as the base model's allows."""
     if not case.is_nearer():
         return None
@@ -139,26 +139,26 @@ def base_is_unlike(case: Case) -> Finding | None:
         f"the adapter's answers are off by {case.found.rms:.2g} nats, those for the base model by "
         f"{case.noise.rms:.2g}; requests for the base model are answered by something else"
     )
-    return Finding("differs", reason, UNLIKE)
+    return RuleFinding("differs", reason, UNLIKE)
 
 
-def adapter_is_intermittent(case: Case) -> Finding | None:
+def adapter_is_intermittent(case: Case) -> RuleFinding | None:
     """Some of the adapter's answers are wrong, and others are not."""
     split = some_are_base(case) or some_disagree(case)
     return None if split is None else _split(split)
 
 
-def _split(split: Split) -> Finding:
-    return Finding("differs", split.reason, split.fault, split=split)
+def _split(split: Split) -> RuleFinding:
+    return RuleFinding("differs", split.reason, split.fault, split=split)
 
 
-def adapter_is_beyond(case: Case) -> Finding | None:
+def adapter_is_beyond(case: Case) -> RuleFinding | None:
     """The strength or the distance is not that of a right adapter."""
     found = beyond(case)
     return None if found is None else _nearest(case, found)
 
 
-def _nearest(case: Case, found: str) -> Finding:
+def _nearest(case: Case, found: str) -> RuleFinding:
     """The nearest fault, if one explains what was found."""
     compared = suspects(case)
     nearest = compared[0]
@@ -172,11 +172,11 @@ def _nearest(case: Case, found: str) -> Finding:
                 "; the server has one model under both names, which may be another base model, or several adapters at "
                 f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
             )
-        return Finding("differs", reason, None, compared)
+        return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
     reason = f"{nearest.fault}: {nearest.detail}; {found}; with this fault {nearest.rms:.2g} nats remain{also}"
-    return Finding("differs", reason, nearest.fault, compared)
+    return RuleFinding("differs", reason, nearest.fault, compared)
 
 
 def beyond(case: Case) -> str | None:
@@ -192,19 +192,19 @@ def beyond(case: Case) -> str | None:
     return None
 
 
-def generated_is_wrong(case: Case) -> Finding | None:
+def generated_is_wrong(case: Case) -> RuleFinding | None:
     """Generated answers are not what the logprobs say."""
     found = generated_fault(case)
-    return None if found is None else Finding("differs", *found)
+    return None if found is None else RuleFinding("differs", *found)
 
 
-def mixed_is_wrong(case: Case) -> Finding | None:
+def mixed_is_wrong(case: Case) -> RuleFinding | None:
     """Answers change beside requests for another model."""
     found = mixed_fault(case)
-    return None if found is None else Finding("differs", *found)
+    return None if found is None else RuleFinding("differs", *found)
 
 
-def strength_is_unclear(case: Case) -> Finding | None:
+def strength_is_unclear(case: Case) -> RuleFinding | None:
     """The interval of the strength is wide, or there is no effect to see."""
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
         return None
@@ -214,7 +214,7 @@ def strength_is_unclear(case: Case) -> Finding | None:
     )
     if case.prompts < ENOUGH_PROMPTS:
         reason += f"; {case.prompts} prompts are few: give {ENOUGH_PROMPTS} or more"
-    return Finding("inconclusive", reason)
+    return RuleFinding("inconclusive", reason)
 
 
 def is_narrow(found: Estimate, allowed: tuple[float, float]) -> bool:
@@ -222,7 +222,7 @@ def is_narrow(found: Estimate, allowed: tuple[float, float]) -> bool:
     return found.half + (allowed[1] - allowed[0]) / 2 < SEEN
 
 
-def format_is_undeclared(case: Case) -> Finding | None:
+def format_is_undeclared(case: Case) -> RuleFinding | None:
     """The base model is coarser than was declared, and so may be another one."""
     assert case.weights_format is not None
     if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.served_format):
@@ -232,10 +232,10 @@ def format_is_undeclared(case: Case) -> Finding | None:
         f"{case.number_format} would be, or another base model; if it is served "
         f"in {case.number_format}, say so with {case.option('served_format')}"
     )
-    return Finding("inconclusive", reason)
+    return RuleFinding("inconclusive", reason)
 
 
-def as_trained(case: Case) -> Finding:
+def as_trained(case: Case) -> RuleFinding:
     """No rule found anything."""
     coarse = "" if case.number_format == NUMBER_FORMATS[0] else f", as {case.number_format} arithmetic would be"
     if case.cache_share:
@@ -250,10 +250,10 @@ def as_trained(case: Case) -> Finding:
         f"logprobs by {case.effect:.2g} and the engine's base model is off by {case.noise.rms:.2g}{coarse}{hidden}"
         f"{coverage(case)}"
     )
-    return Finding("as trained", reason)
+    return RuleFinding("as trained", reason)
 
 
-RULES: tuple[Callable[[Case], Finding | None], ...] = (
+RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
     base_is_faulty,
     base_is_another,
     base_is_unlike,
@@ -268,7 +268,7 @@ RULES: tuple[Callable[[Case], Finding | None], ...] = (
 """The rules in their order; the last always finds something."""
 
 
-def quick(case: Case) -> Finding:
+def quick(case: Case) -> RuleFinding:
     """Whether the adapter is applied at all, by a few answers of the adapter alone."""
     if (split := few_are_base(case)) is not None:
         return _split(split)
@@ -276,5 +276,5 @@ def quick(case: Case) -> Finding:
     clear = len(as_base) + len(others)
     shown = f"{len(as_base)} of {clear} answers are the base model's"
     if clear < FEW_AS_BASE or case.effect <= FLOOR:
-        return Finding("inconclusive", f"{shown}: too few to tell")
-    return Finding("as trained", f"{shown}; a full check sees other faults")
+        return RuleFinding("inconclusive", f"{shown}: too few to tell")
+    return RuleFinding("as trained", f"{shown}; a full check sees other faults")

@@ -12,7 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from loraover_serve.judge.case import Case, strength_along
-from loraover_serve.judge.evidence import Candidate, Change, Model, apart
+from loraover_serve.judge.evidence import Change, FaultyModel, Model, apart
 from loraover_serve.judge.limits import ADAPTER, NUMBER_FORMATS
 from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, multiplied
 
@@ -23,7 +23,7 @@ FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are 
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
 
 
-class Suspect(NamedTuple):
+class SuspectedFault(NamedTuple):
     """A fault beside the engine's answers.
 
     Args:
@@ -39,14 +39,14 @@ class Suspect(NamedTuple):
     explains: bool
 
 
-def suspects(case: Case) -> list[Suspect]:
+def suspects(case: Case) -> list[SuspectedFault]:
     """The nearest faults on all prompts, and then the others on the first ones, where they are further.
 
     Args:
         case: The engine's evidence.
     """
     few = case.first(FEW)
-    candidates = [Candidate(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
+    candidates = [FaultyModel(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
     candidates += case.evidence.adapter_faults()
     screened = [_changes(case, candidate.run(few)) for candidate in candidates]
     shared = min(map(len, screened))
@@ -58,19 +58,19 @@ def suspects(case: Case) -> list[Suspect]:
         fitted = _suspect(case, _fitted(case, few))
         is_nearer = fitted.rms < NEARER * found[0].rms
         found.insert(0 if (fitted.explains or not found[0].explains) and is_nearer else 1, fitted)
-    return found + [Suspect(each.fault, each.detail, far, False) for far, each in pairs[NEAREST:]]
+    return found + [SuspectedFault(each.fault, each.detail, far, False) for far, each in pairs[NEAREST:]]
 
 
 def _changes(case: Case, model: Model) -> list[Change]:
     return case.evidence.changes(model, case.evidence.base)
 
 
-def _suspect(case: Case, candidate: Candidate) -> Suspect:
+def _suspect(case: Case, candidate: FaultyModel) -> SuspectedFault:
     model = candidate.run(None)
     changes = _changes(case, model)
     rms, right = apart(changes), apart(case.changes[: len(changes)])
     explains = rms <= EXPLAINED * right or (rms < right and _would_pass(case, model))
-    return Suspect(candidate.fault, candidate.detail, rms, explains)
+    return SuspectedFault(candidate.fault, candidate.detail, rms, explains)
 
 
 def _would_pass(case: Case, model: Model) -> bool:
@@ -80,7 +80,7 @@ def _would_pass(case: Case, model: Model) -> bool:
     return abs(way.value - 1) <= allowed and not case.is_further(case.evidence.off(ADAPTER, model))
 
 
-def _fitted(case: Case, few: int) -> Candidate:
+def _fitted(case: Case, few: int) -> FaultyModel:
     """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search.
 
     Args:
@@ -104,7 +104,7 @@ def _fitted(case: Case, few: int) -> Candidate:
             low, left = left[1], right
             right = far(math.exp(side := _inner(low, high)[1])), side
     factor = math.exp(min(left, right)[1])
-    return Candidate(SCALED, multiplied(factor), partial(case.evidence.scaled, factor))
+    return FaultyModel(SCALED, multiplied(factor), partial(case.evidence.scaled, factor))
 
 
 def _inner(low: float, high: float) -> tuple[float, float]:

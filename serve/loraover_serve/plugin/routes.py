@@ -19,7 +19,7 @@ from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
 from loraover_serve.plugin.front import logger
-from loraover_serve.plugin.service import Served, Service
+from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError
 from loraover_serve.plugin.vllm import DEFAULT_DTYPE, service
 
@@ -50,7 +50,7 @@ class Routes:
             return
         config = engine_client.model_config
         dtype = DTYPES.get(str(config.dtype), DEFAULT_DTYPE)
-        found.served = Served(config.model, dtype, args.max_lora_rank, __version__)
+        found.served = PluginServer(config.model, dtype, args.max_lora_rank, __version__)
         await found.front.start()
         state.loraover = asyncio.create_task(_prepare_first(found))  # held, or it may be collected
 

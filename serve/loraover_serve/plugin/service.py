@@ -35,7 +35,7 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Served:
+class PluginServer:
     """The server that adapters are prepared for.
 
     Args:
@@ -60,7 +60,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.served: Served | None = None
+        self.served: PluginServer | None = None
         self.front = Front(settings)
         self._statuses: dict[str, Status] = {}
 

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-from loraover_serve.plugin.service import Served, Service
+from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError, read_settings
 
 DEFAULT_DTYPE = "bf16"
@@ -39,7 +39,7 @@ class AnyAdapter(LoRAResolver):
         found = service()
         assert found is not None
         if found.served is None:  # the routes were not loaded, so the server's options are not known
-            found.served = Served(base_model_name, DEFAULT_DTYPE, None, __version__)
+            found.served = PluginServer(base_model_name, DEFAULT_DTYPE, None, __version__)
         try:
             prepared = await found.find(lora_name)
         except RefusedError as error:

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Place:
+class RecordedPlace:
     """A token of an answer, and the tokens of which logprobs are recorded there.
 
     Args:
@@ -38,7 +38,7 @@ class Place:
 
 def choose_places(
     questions: Sequence[Question], models: Sequence[Expected], faulty: Mapping[int, set[int]], kept: int
-) -> list[Place]:
+) -> list[RecordedPlace]:
     """The places of all questions, with the likeliest tokens of each model.
 
     Args:
@@ -47,12 +47,14 @@ def choose_places(
         faulty: Likeliest tokens of faulty models, by the index of the place.
         kept: Number of tokens of each model.
     """
-    found: list[Place] = []
+    found: list[RecordedPlace] = []
     for index, question in enumerate(questions):
         for position in question.answered:
             rows = [model.at(index, position) for model in models]
             ids = {i for row in rows for i in likeliest(row, kept)} | faulty.get(len(found), set())
-            found.append(Place(index, position, np.array(sorted(ids, key=lambda i: -rows[0][i]), dtype=np.int64)))
+            found.append(
+                RecordedPlace(index, position, np.array(sorted(ids, key=lambda i: -rows[0][i]), dtype=np.int64))
+            )
     return found
 
 
@@ -63,7 +65,7 @@ def likeliest(row: NDArray[np.float32], number: int) -> list[int]:
     return [int(i) for i in np.argpartition(-row, number)[:number]]
 
 
-def pack_places(places: Sequence[Place], base: Expected, adapter: Expected, kept: int) -> list[dict[str, Any]]:
+def pack_places(places: Sequence[RecordedPlace], base: Expected, adapter: Expected, kept: int) -> list[dict[str, Any]]:
     """The positions of a reference; see docs/formats.md."""
     return [
         {
@@ -80,13 +82,13 @@ def _units(logprobs: Floats) -> NDArray[np.int64]:
     return found
 
 
-def _floor(place: Place, model: Expected, kept: int) -> int:
+def _floor(place: RecordedPlace, model: Expected, kept: int) -> int:
     """Logprob that no other token exceeds, in units: that of the last of the likeliest tokens."""
     values = np.sort(_units(place.of(model)))
     return int(values[min(kept, len(values)) - 1])
 
 
-def pack_variant(places: Sequence[Place], model: Expected, start: Expected, questions: int) -> dict[str, Any]:
+def pack_variant(places: Sequence[RecordedPlace], model: Expected, start: Expected, questions: int) -> dict[str, Any]:
     """What a faulty model changes, as characters on a scale that is fine near zero.
 
     Args:

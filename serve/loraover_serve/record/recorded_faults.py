@@ -12,9 +12,9 @@ import numpy as np
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, Row, in_a_file
 from loraover_serve.judge.base_faults import FEW
 from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
-from loraover_serve.record.pack import Place, likeliest, pack_variant
+from loraover_serve.record.pack import RecordedPlace, likeliest, pack_variant
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, misplaced, rescaled
-from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.reference import TorchReference
 from loraover_serve.verify.variants import Variants
 
 KEPT_OF_FAULTS = 8
@@ -44,7 +44,7 @@ class RecordedFault:
     questions: int
     factor: float | None = None
 
-    def packed(self, places: Sequence[Place], reference: Reference) -> dict[str, Any]:
+    def packed(self, places: Sequence[RecordedPlace], reference: TorchReference) -> dict[str, Any]:
         """The fault as a reference has it."""
         start = reference.adapter if self.of == ADAPTER else reference.base
         number = min(self.questions, len(reference.questions))
@@ -52,7 +52,7 @@ class RecordedFault:
         return facts | pack_variant(places, self.model, start, number)
 
 
-def main_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
+def main_faults(reference: TorchReference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
     """Faults of the entire adapter, and the adapter with other factors.
 
     Args:
@@ -68,14 +68,14 @@ def main_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         yield RecordedFault(ADAPTER, each.fault, each.detail, _kept(model, reference), NAMED, factor)
 
 
-def _kept(model: Expected, reference: Reference) -> Expected:
+def _kept(model: Expected, reference: TorchReference) -> Expected:
     """The model's logprobs of the first questions, in a file."""
     places = list(_places(reference))
     held = in_a_file(np.stack([model.at(*place) for place in places]))
     return Expected([Row(*place, row) for row, place in zip(held, places, strict=True)])
 
 
-def many_faults(reference: Reference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
+def many_faults(reference: TorchReference, variants: Variants, subject: RightAdapter) -> Iterator[RecordedFault]:
     """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none.
 
     Args:
@@ -93,7 +93,7 @@ def many_faults(reference: Reference, variants: Variants, subject: RightAdapter)
         yield RecordedFault(BASE, base_fault.fault, base_fault.detail, model, NAMED_LAYERS)
 
 
-def faulty_tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
+def faulty_tops(reference: TorchReference, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
     """The likeliest tokens of faulty models, by the index of the place."""
     found: dict[int, set[int]] = {}
     for index, place in enumerate(_places(reference)):
@@ -102,5 +102,5 @@ def faulty_tops(reference: Reference, faults: Sequence[RecordedFault]) -> dict[i
     return found
 
 
-def _places(reference: Reference) -> Iterator[tuple[int, int]]:
+def _places(reference: TorchReference) -> Iterator[tuple[int, int]]:
     return ((q, position) for q, each in enumerate(reference.questions[:NAMED]) for position in each.answered)

@@ -35,7 +35,7 @@ from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.engines.texts import text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Estimate, t_quantile
-from loraover_serve.judge.evidence import Distance
+from loraover_serve.judge.evidence import ModelDistance
 from loraover_serve.judge.limits import COARSER, SEEN
 from loraover_serve.record.checker_file import write_checker
 from loraover_serve.record.pack import choose_places, likeliest, pack_places
@@ -44,7 +44,7 @@ from loraover_serve.record.request import RecordRequest
 from loraover_serve.record.sealed import SEALED
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.measures import between_arms, off
-from loraover_serve.verify.reference import Reference, fit_reference, make_reference
+from loraover_serve.verify.reference import TorchReference, fit_reference, make_reference
 from loraover_serve.verify.run import make_subject
 from loraover_serve.verify.variants import Variants
 
@@ -209,7 +209,7 @@ def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Pro
 
 
 def measure_rounding(
-    reference: Reference, variants: Variants, subject: RightAdapter, format_: NumberFormat
+    reference: TorchReference, variants: Variants, subject: RightAdapter, format_: NumberFormat
 ) -> Rounding:
     """Run both models in a number format, and compare what a server would answer.
 
@@ -233,10 +233,10 @@ def measure_rounding(
         for model in (base, adapter)
     ]
     shown = strength_along(between_arms(paired(*rows), reference.base, reference.adapter))
-    return Rounding(Distance.of(off(rows[0], reference.base)).rms, shown)
+    return Rounding(ModelDistance.of(off(rows[0], reference.base)).rms, shown)
 
 
-def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
+def choose_number(reference: TorchReference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
     """The number of questions that decides on a server in bfloat16, and what it shows.
 
     The error of the strength shrinks with the root of the number of questions. A server's noise counts as bfloat16's up
@@ -268,7 +268,7 @@ def choose_number(reference: Reference, bf16: Rounding, *, chosen: bool) -> dict
     }
 
 
-def _effect(reference: Reference) -> float:
+def _effect(reference: TorchReference) -> float:
     """RMS change of logprobs by the adapter, of the likeliest tokens of the adapted model."""
     squares = []
     for index, question in enumerate(reference.questions):
@@ -279,7 +279,7 @@ def _effect(reference: Reference) -> float:
     return math.sqrt(sum(squares) / len(squares))
 
 
-def _question(tokenizer: Any, reference: Reference, index: int, messages: Sequence[str]) -> dict[str, Any]:
+def _question(tokenizer: Any, reference: TorchReference, index: int, messages: Sequence[str]) -> dict[str, Any]:
     """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
     mine = reference.questions[index]
     texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]

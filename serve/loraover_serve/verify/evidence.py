@@ -12,7 +12,7 @@ import numpy as np
 from loraover_serve.comparison.rounding import as_served
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
 from loraover_serve.judge.case import strength_along
-from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, first_parted
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, first_parted
 from loraover_serve.judge.limits import OTHER
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.measures import (
@@ -25,7 +25,7 @@ from loraover_serve.verify.measures import (
     mixed_off,
     off,
 )
-from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.reference import TorchReference
 from loraover_serve.verify.variants import Variants
 
 FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
@@ -65,7 +65,7 @@ class EngineEvidence(Evidence):
 
     factors = FACTORS
 
-    def __init__(self, answers: Answers, reference: Reference, variants: Variants, subject: RightAdapter) -> None:
+    def __init__(self, answers: Answers, reference: TorchReference, variants: Variants, subject: RightAdapter) -> None:
         self._answers, self._reference, self._variants, self._subject = answers, reference, variants, subject
         self.base, self.adapter = reference.base, reference.adapter
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
@@ -108,12 +108,12 @@ class EngineEvidence(Evidence):
         later = [row for answer in self._answers.greedy for row in answer.rows[1:]]
         return between_arms([(like(row, self.base), row) for row in later], self.base, self.adapter)
 
-    def generated(self) -> Iterator[Generated]:
+    def generated(self) -> Iterator[ComparedAnswer]:
         pairs = zip(self._reference.questions, self._answers.greedy, strict=True)
         return (self._beside(index, *pair) for index, pair in enumerate(pairs))
 
-    def _beside(self, index: int, question: Question, answer: GreedyAnswer) -> Generated:
-        found = Generated(question.continuation, answer.tokens, answer.length)
+    def _beside(self, index: int, question: Question, answer: GreedyAnswer) -> ComparedAnswer:
+        found = ComparedAnswer(question.continuation, answer.tokens, answer.length)
         parted = first_parted(found.expected, found.tokens)
         if parted is None:
             return found
@@ -142,10 +142,10 @@ class EngineEvidence(Evidence):
     def scaled(self, factor: float, prompts: int | None = None) -> Expected:
         return self._variants.adapted(rescaled(self._subject, factor), prompts=prompts)
 
-    def adapter_faults(self) -> Iterator[Candidate]:
+    def adapter_faults(self) -> Iterator[FaultyModel]:
         for fault in FAULTS:
             for each in fault(self._subject):
-                yield Candidate(each.fault, each.detail, partial(self._run, each))
+                yield FaultyModel(each.fault, each.detail, partial(self._run, each))
 
     def _run(self, faulty: FaultyAdapter, prompts: int | None) -> Expected:
         return self._variants.adapted(
@@ -156,7 +156,7 @@ class EngineEvidence(Evidence):
             layer=faulty.layer,
         )
 
-    def base_faults(self) -> Iterator[Candidate]:
+    def base_faults(self) -> Iterator[FaultyModel]:
         return self._variants.base_faults()
 
     def with_coarse_caches(self) -> Iterator[Expected]:

@@ -13,7 +13,7 @@ from loraover_serve.judge.case import Case
 from loraover_serve.judge.rules import judge
 from loraover_serve.verify.evidence import Answers, EngineEvidence
 from loraover_serve.verify.faults import RightAdapter
-from loraover_serve.verify.reference import Reference
+from loraover_serve.verify.reference import TorchReference
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants
@@ -31,7 +31,7 @@ class EngineJudge:
         without_mixed: Whether no requests for both models are sent together.
     """
 
-    reference: Reference
+    reference: TorchReference
     variants: Variants
     subject: RightAdapter
     number_format: str = "bf16"

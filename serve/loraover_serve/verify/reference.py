@@ -27,7 +27,7 @@ HELD = 4
 
 
 @dataclass(frozen=True)
-class Reference:
+class TorchReference:
     """PyTorch's answers.
 
     Args:
@@ -88,7 +88,7 @@ def make_reference(
     device: str,
     report: Reporter,
     dtype: str = "fp32",
-) -> Reference:
+) -> TorchReference:
     """Run the adapted model and the base model in PyTorch.
 
     A checkpoint's unfolded model applies the cores and never forms A and B; any other adapter is applied by PEFT.
@@ -125,7 +125,7 @@ def make_reference(
     expected = {arm: Expected(plain[arm]) for arm in (BASE, ADAPTER)}
     pairs = paired(rounded[BASE], rounded[ADAPTER])
     bias = strength_along(between_arms(pairs, expected[BASE], expected[ADAPTER])).value
-    return Reference(name, questions, expected[BASE], expected[ADAPTER], sensitivity, bias or 1.0, ends)
+    return TorchReference(name, questions, expected[BASE], expected[ADAPTER], sensitivity, bias or 1.0, ends)
 
 
 def _first(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
 from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import Reference, fit_reference, make_reference
+from loraover_serve.verify.reference import TorchReference, fit_reference, make_reference
 from loraover_serve.verify.report import REPORT_FILE, EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import Variants, read_lora
@@ -137,7 +137,11 @@ def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longe
 
 
 def _report(
-    request: VerifyRequest, base: ModelSource, reference: Reference, prompt_source: str, results: list[EngineResult]
+    request: VerifyRequest,
+    base: ModelSource,
+    reference: TorchReference,
+    prompt_source: str,
+    results: list[EngineResult],
 ) -> VerifyReport:
     return VerifyReport(
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in results}),
@@ -256,7 +260,7 @@ def verify_engine(name: str, setting: Setting, judge: EngineJudge) -> EngineResu
     return judge.judge(name, version, answers, seconds)
 
 
-def ask(engine: Engine, reference: Reference, *, without_mixed: bool = False) -> Answers:
+def ask(engine: Engine, reference: TorchReference, *, without_mixed: bool = False) -> Answers:
     """Ask a running engine everything that the judge needs.
 
     Args:

@@ -18,7 +18,7 @@ from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, last_rows
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.judge.evidence import Candidate
+from loraover_serve.judge.evidence import FaultyModel
 from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, chain_of, coarse_cache
 from loraover_serve.verify.right_layers import RightLayers
 
@@ -134,10 +134,10 @@ class Variants:
             with coarse_cache(self.model, held):
                 yield way, self._run()
 
-    def base_faults(self) -> Iterator[Candidate]:
+    def base_faults(self) -> Iterator[FaultyModel]:
         """The base model with faults of its own."""
         for fault, detail, changed, layer in base_faults(self.model, self._longest):
-            yield Candidate(fault, detail, partial(self._changed, changed, layer))
+            yield FaultyModel(fault, detail, partial(self._changed, changed, layer))
 
     def _changed(self, changed: Change, layer: int, prompts: int | None) -> Expected:
         with self._right.before(layer, ("base", prompts)), changed() as before:

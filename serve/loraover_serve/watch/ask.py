@@ -10,12 +10,12 @@ from loraover.common.errors import LoraOverError
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.check import ask_server, name_crossed
 from loraover_serve.record.crossed import NEAREST, Named
-from loraover_serve.watch.config import Target
+from loraover_serve.watch.config import WatchTarget
 from loraover_serve.watch.history import Check
 
 
 def ask(
-    target: Target, clock: Callable[[], float] = time.time, reserve: Callable[[int], bool] = lambda requests: True
+    target: WatchTarget, clock: Callable[[], float] = time.time, reserve: Callable[[int], bool] = lambda requests: True
 ) -> Check:
     """Check an adapter; one that cannot be checked has the verdict "failed".
 

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from loraover_serve.watch.config import HOUR_S, Target, Watched
+from loraover_serve.watch.config import HOUR_S, Watched, WatchTarget
 from loraover_serve.watch.history import DAY_S, Check, History
 
 AT_ONCE = 4
@@ -16,7 +16,7 @@ AT_ONCE = 4
 
 
 @dataclass
-class Planned:
+class PlannedCheck:
     """When an adapter is checked next.
 
     Args:
@@ -26,7 +26,7 @@ class Planned:
         is_deferred: Whether the check waits for the budget.
     """
 
-    target: Target
+    target: WatchTarget
     due: float
     is_running: bool = False
     is_deferred: bool = False
@@ -53,7 +53,7 @@ class Canary:
     ) -> None:
         self.history, self._draw, self._on_change = history, draw or random.Random(), on_change
         self._lock = threading.RLock()
-        self._plan: dict[tuple[str, str], Planned] = {}
+        self._plan: dict[tuple[str, str], PlannedCheck] = {}
         self._spent = deque(history.requests_since(now - HOUR_S))
         self._used = sum(requests for _, requests in self._spent)
         """Requests of the last hour, and those that running checks may send."""
@@ -79,20 +79,20 @@ class Canary:
             for target in watched.targets:
                 mine = before.get(target.key)
                 due = self._first(target, now) if mine is None else min(mine.due, now + self._interval(target))
-                self._plan[target.key] = Planned(target, due, mine is not None and mine.is_running)
+                self._plan[target.key] = PlannedCheck(target, due, mine is not None and mine.is_running)
             for known in [key for key in self.checks if key[:2] not in self._plan]:
                 del self.checks[known]
 
-    def _first(self, target: Target, now: float) -> float:
+    def _first(self, target: WatchTarget, now: float) -> float:
         last = self.history.last(target.key)
         soon = now + self._draw.uniform(0, self.watched.config.jitter) * target.interval_s
         return soon if last is None else max(soon, last.at + self._interval(target))
 
-    def _interval(self, target: Target) -> float:
+    def _interval(self, target: WatchTarget) -> float:
         jitter = self.watched.config.jitter
         return target.interval_s * (1 + self._draw.uniform(-jitter, jitter))
 
-    def begin(self, now: float) -> Target | None:
+    def begin(self, now: float) -> WatchTarget | None:
         """Begin the check that is most overdue, if one is due, a server is free, and the budget has room.
 
         Args:
@@ -112,7 +112,7 @@ class Canary:
             self._used += chosen.target.most
             return chosen.target
 
-    def reserve(self, target: Target, requests: int, now: float) -> bool:
+    def reserve(self, target: WatchTarget, requests: int, now: float) -> bool:
         """Reserve more requests for a check that runs, and return whether the budget has room for them.
 
         Args:
@@ -134,7 +134,7 @@ class Canary:
                 self._used -= self._spent.popleft()[1]
             return self.watched.config.budget - self._used
 
-    def end(self, target: Target, check: Check) -> None:
+    def end(self, target: WatchTarget, check: Check) -> None:
         """Keep the result of a check, and plan the next one.
 
         Args:
@@ -164,7 +164,7 @@ class Canary:
             idle = [one.due for one in self._plan.values() if not one.is_running]
             return max(0.0, min(idle) - now) if idle else HOUR_S
 
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[WatchTarget]:
         """The adapters, in the order of the configuration."""
         with self._lock:
             return [one.target for one in self._plan.values()]

@@ -73,7 +73,7 @@ class WatchConfig(StrictModel):
 
 
 @dataclass(frozen=True)
-class Target:
+class WatchTarget:
     """One adapter on one server.
 
     Args:
@@ -114,7 +114,7 @@ class Watched:
     """
 
     config: WatchConfig
-    targets: tuple[Target, ...]
+    targets: tuple[WatchTarget, ...]
     history: Path
 
 
@@ -154,7 +154,7 @@ def read_config(path: Path) -> Watched:
     return Watched(config, tuple(_beside(target, targets) for target in targets), folder / config.history)
 
 
-def _beside(target: Target, targets: Sequence[Target]) -> Target:
+def _beside(target: WatchTarget, targets: Sequence[WatchTarget]) -> WatchTarget:
     """An adapter with the others of its server."""
     mine = [each for each in targets if each.server.name == target.server.name and each.adapter != target.adapter]
     return replace(target, others=tuple((each.adapter, each.request.references[0]) for each in mine))
@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSettings, folder: Path) -> Target:
+def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSettings, folder: Path) -> WatchTarget:
     file = folder / adapter.reference
     if file.is_dir():
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
@@ -200,4 +200,4 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
         )
     except ConfigError as error:
         raise ConfigError(f"{name} on {server.name}: {error}") from error
-    return Target(server, name, request, adapter.interval_s or config.interval_s, most)
+    return WatchTarget(server, name, request, adapter.interval_s or config.interval_s, most)

@@ -10,7 +10,7 @@ from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.svg import Axis, Drawing, Figure, short
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.canary import Canary
-from loraover_serve.watch.config import Target
+from loraover_serve.watch.config import WatchTarget
 from loraover_serve.watch.history import DAY_S, Check
 
 TEMPLATE = "watch.html.j2"
@@ -23,7 +23,7 @@ ORDER = tuple(EXIT_CODES)
 
 
 @dataclass(frozen=True)
-class Row:
+class PageRow:
     """A row of the page.
 
     Args:
@@ -33,7 +33,7 @@ class Row:
         plot: Distances over time.
     """
 
-    target: Target
+    target: WatchTarget
     last: Check | None
     change: Check | None
     plot: Figure
@@ -84,18 +84,18 @@ def moment(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _row(canary: Canary, target: Target, now: float) -> Row:
+def _row(canary: Canary, target: WatchTarget, now: float) -> PageRow:
     history = canary.history
     plot = draw(target, history.since(target.key, now - SHOWN_S, SHOWN), now)
-    return Row(target, history.last(target.key), history.last_change(target.key), plot)
+    return PageRow(target, history.last(target.key), history.last_change(target.key), plot)
 
 
-def _urgency(row: Row) -> tuple[int, str, str]:
+def _urgency(row: PageRow) -> tuple[int, str, str]:
     place = len(ORDER) if row.last is None else ORDER.index(row.last.verdict)
     return (place, *row.target.key)
 
 
-def _verdict(rows: list[Row]) -> Verdict:
+def _verdict(rows: list[PageRow]) -> Verdict:
     found = [row.last for row in rows if row.last is not None]
     bad = [check for check in found if check.verdict in ("differs", "failed")]
     waiting = len(rows) - len(found)
@@ -111,7 +111,7 @@ def _verdict(rows: list[Row]) -> Verdict:
     return Verdict("good", "as trained", f"All {len(rows)} adapters answer as they were trained.")
 
 
-def draw(target: Target, checks: list[Check], now: float) -> Figure:
+def draw(target: WatchTarget, checks: list[Check], now: float) -> Figure:
     """Draw distances over the last day: what noise explains as a line, and each check as a point of its verdict.
 
     Args:

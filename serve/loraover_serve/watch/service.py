@@ -14,7 +14,7 @@ from loraover.common.errors import LoraOverError, OutputError
 from loraover.common.reporter import Reporter
 from loraover_serve.watch.ask import ask
 from loraover_serve.watch.canary import Canary
-from loraover_serve.watch.config import Target, Watched, read_config
+from loraover_serve.watch.config import Watched, WatchTarget, read_config
 from loraover_serve.watch.history import Check, History
 from loraover_serve.watch.metrics import Metrics
 from loraover_serve.watch.page import moment, to_page
@@ -66,7 +66,7 @@ class Watch:
         self.stopping.set()
         self.history.close()
 
-    def _check(self, target: Target) -> None:
+    def _check(self, target: WatchTarget) -> None:
         try:
             check = ask(target, self._clock, lambda requests: self.canary.reserve(target, requests, self._clock()))
             if not self.stopping.is_set():

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-GraphRunner = Callable[["Case"], Tensor]
-"""Function from a case to its logits: (batch, tokens, vocabulary), or (batch, labels)."""
+GraphRunner = Callable[["ComparedTokens"], Tensor]
+"""Function from such tokens to their logits: (batch, tokens, vocabulary), or (batch, labels)."""
 
 
 @dataclass(frozen=True)
-class Case:
+class ComparedTokens:
     """Tokens to compare outputs on.
 
     Args:
@@ -101,12 +101,17 @@ class GraphKind(ABC):
             ExportError: The exporter does not support this model.
         """
 
-    def cases(self, rows: Tensor) -> list[Case]:
+    def cases(self, rows: Tensor) -> list[ComparedTokens]:
         """Return the cases to check, cut from three rows of twelve tokens; here, those without a cache."""
-        return [Case(rows[:1, :7]), Case(rows), Case(rows, padding="left"), Case(rows, padding="right")]
+        return [
+            ComparedTokens(rows[:1, :7]),
+            ComparedTokens(rows),
+            ComparedTokens(rows, padding="left"),
+            ComparedTokens(rows, padding="right"),
+        ]
 
     @abstractmethod
-    def reference(self, model: Any, case: Case) -> Tensor:
+    def reference(self, model: Any, case: ComparedTokens) -> Tensor:
         """Return PyTorch's logits of the case's last `sequence` positions, without a cache."""
 
     @abstractmethod
@@ -119,7 +124,7 @@ class GraphKind(ABC):
             adapter: Path of the adapter's files without their endings; see `swappable.adapter_file`.
         """
 
-    def compared(self, case: Case, logits: Tensor) -> Tensor:
+    def compared(self, case: ComparedTokens, logits: Tensor) -> Tensor:
         """Return the logits to compare, (positions, vocabulary), without those of padding."""
         if logits.ndim == 2:
             return logits

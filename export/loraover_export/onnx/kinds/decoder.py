@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraover.common.errors import ExportError
 from loraover_export.onnx import genai
-from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner, greedy
+from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner, greedy
 from loraover_export.onnx.padding import accept_left_padding
 from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.session import GraphSession, has_provider
@@ -54,17 +54,17 @@ class Decoder(GraphKind):
         build(out, precision=plan.precision, full_precision_nodes=excluded)
         _finish(out, plan.device)
 
-    def cases(self, rows: Tensor) -> list[Case]:
+    def cases(self, rows: Tensor) -> list[ComparedTokens]:
         """Batches of several rows and new tokens have no past, which GroupQueryAttention refuses there."""
         return [
             *super().cases(rows),
-            Case(rows[:1], past=7),
-            Case(rows[:, :9], past=8),
-            Case(rows[:, :9], past=8, padding="left"),
-            Case(rows[:, :9], past=8, padding="right"),
+            ComparedTokens(rows[:1], past=7),
+            ComparedTokens(rows[:, :9], past=8),
+            ComparedTokens(rows[:, :9], past=8, padding="left"),
+            ComparedTokens(rows[:, :9], past=8, padding="right"),
         ]
 
-    def reference(self, model: Any, case: Case) -> Tensor:
+    def reference(self, model: Any, case: ComparedTokens) -> Tensor:
         positions = (case.mask.cumsum(-1) - 1).clamp_min(0)
         output = model(input_ids=case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False)
         logits: Tensor = output.logits[:, case.past :]
@@ -75,7 +75,7 @@ class Decoder(GraphKind):
         session = GraphSession(folder / genai.GRAPH_FILE, device, adapter_file(adapter, self.graphs[0], self.graphs))
         head_size = config["model"]["decoder"]["head_size"]
 
-        def run(case: Case) -> Tensor:
+        def run(case: ComparedTokens) -> Tensor:
             cache = session.empty_cache(case.batch, head_size)
             outputs: dict[str, Tensor] = {}
             for start, end in ((0, case.past), (case.past, case.ids.shape[1])):
@@ -116,7 +116,7 @@ class Decoder(GraphKind):
         ends = torch.tensor(json.loads((folder / genai.CONFIG_FILE).read_text())["model"]["eos_token_id"])
         run, ids = self.runner(folder, device, adapter), prompt
         for _ in range(tokens):
-            token = run(Case(ids, past=ids.shape[1] - 1))[:, -1:].argmax(-1)
+            token = run(ComparedTokens(ids, past=ids.shape[1] - 1))[:, -1:].argmax(-1)
             if torch.isin(token, ends):
                 break
             ids = torch.cat([ids, token], dim=1)

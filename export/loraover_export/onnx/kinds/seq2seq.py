@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner, greedy
+from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner, greedy
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
 from loraover_export.onnx.torch_graph import add_branches, export_torch, set_precision
@@ -53,14 +53,14 @@ class Seq2Seq(GraphKind):
         outputs = ["logits", *_names("present", layers)]
         export_torch(_Decoder(model, layers), inputs, outputs, out / self.graphs[1])
 
-    def cases(self, rows: Tensor) -> list[Case]:
+    def cases(self, rows: Tensor) -> list[ComparedTokens]:
         """Encoder and decoder get the same tokens; the mask is for the encoder, and `past` for the decoder."""
-        return [*super().cases(rows), Case(rows, past=5), Case(rows[:, :9], past=8)]
+        return [*super().cases(rows), ComparedTokens(rows, past=5), ComparedTokens(rows[:, :9], past=8)]
 
-    def compared(self, case: Case, logits: Tensor) -> Tensor:
+    def compared(self, case: ComparedTokens, logits: Tensor) -> Tensor:
         return logits.reshape(-1, logits.shape[-1])  # the decoder's tokens are never padded
 
-    def reference(self, model: Any, case: Case) -> Tensor:
+    def reference(self, model: Any, case: ComparedTokens) -> Tensor:
         output = model(input_ids=case.ids, attention_mask=case.mask, decoder_input_ids=case.ids, use_cache=False)
         logits: Tensor = output.logits[:, case.past :]
         return logits
@@ -68,7 +68,7 @@ class Seq2Seq(GraphKind):
     def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
         encoder, decoder = self._sessions(folder, device, adapter)
 
-        def run(case: Case) -> Tensor:
+        def run(case: ComparedTokens) -> Tensor:
             cross = encoder.run({"input_ids": case.ids, "attention_mask": case.mask})
             cache = decoder.empty_cache(case.batch)
             outputs: dict[str, Tensor] = {}

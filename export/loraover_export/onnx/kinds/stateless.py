@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover_export.onnx.kinds.base import Case, GraphKind, GraphPlan, GraphRunner
+from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
 from loraover_export.onnx.torch_graph import add_branches, export_torch, set_precision
@@ -31,10 +31,10 @@ class Stateless(GraphKind):
         inputs = [("input_ids", ids, free), ("attention_mask", mask, free)]
         export_torch(_Scores(model), inputs, ["logits"], out / self.graphs[0])
 
-    def cases(self, rows: Tensor) -> list[Case]:
-        return [Case(rows[:1, :1]), *super().cases(rows)]
+    def cases(self, rows: Tensor) -> list[ComparedTokens]:
+        return [ComparedTokens(rows[:1, :1]), *super().cases(rows)]
 
-    def reference(self, model: Any, case: Case) -> Tensor:
+    def reference(self, model: Any, case: ComparedTokens) -> Tensor:
         logits: Tensor = model(input_ids=case.ids, attention_mask=case.mask).logits
         return logits
 

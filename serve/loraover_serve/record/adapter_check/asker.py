@@ -14,7 +14,7 @@ from loraover.client.speaker import Generated, Speaker, find_models
 from loraover.common.errors import EngineError
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
-from loraover_serve.record.adapter_check.evidence import Greedy, Round
+from loraover_serve.record.adapter_check.evidence import AskedOnce, Greedy
 from loraover_serve.record.adapter_check.reference import Reference, Row, Rows
 
 
@@ -59,7 +59,7 @@ class Asker:
         name, prompt = self.names[arm], _prompt(self.reference, place, self.dialect)
         return self.speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE)
 
-    def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[Round]:
+    def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[AskedOnce]:
         """An arm's logprobs at places, each asked for several times, all of it in random order.
 
         Those of chats are kept as long as the tokens are PyTorch's.
@@ -77,7 +77,7 @@ class Asker:
         for turn, rows, told in at_once(ask, random.sample(asked, len(asked))):
             found[turn][0].update(rows)
             found[turn][1].update(dict.fromkeys(rows, told))
-        return [Round(dict(sorted(rows.items())), told) for rows, told in found]
+        return [AskedOnce(dict(sorted(rows.items())), told) for rows, told in found]
 
     @staticmethod
     def rows(place: int, expected: Sequence[int], found: Generated) -> dict[int, Row]:

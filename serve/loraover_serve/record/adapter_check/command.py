@@ -18,7 +18,7 @@ from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMAT
 from loraover_serve.judge.request_faults import left_out
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.evidence import Answers, RecordedEvidence
+from loraover_serve.record.adapter_check.evidence import RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import read_reference
 
 QUICK = 8  # requests
@@ -56,7 +56,7 @@ def check(
     return found | {"seconds": time.monotonic() - start}
 
 
-def quick_answers(asker: Asker) -> Answers:
+def quick_answers(asker: Asker) -> ServerAnswers:
     """The adapter's answers at the places of different questions where it changes most."""
     reference = asker.reference
     changes = [
@@ -67,10 +67,10 @@ def quick_answers(asker: Asker) -> Answers:
     first = {reference.places[place][0]: place for place in reversed(places)}
     chosen = sorted(first.values(), key=lambda place: -changes[place])[:QUICK]
     rounds = asker.rounds(ADAPTER, chosen)
-    return Answers({}, rounds[0].rows, rounds=rounds)
+    return ServerAnswers({}, rounds[0].rows, rounds=rounds)
 
 
-def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> Answers:
+def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> ServerAnswers:
     """Everything that the judge needs.
 
     Args:
@@ -81,7 +81,9 @@ def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> Answe
     is_one = asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai"
     base = {} if is_one else asker.rounds(BASE, asker.places)[0].rows
     rounds = asker.rounds(ADAPTER, asker.places, repeats)
-    answers = Answers(base, rounds[0].rows, asker.greedy(), rounds=rounds, is_one_model=is_one, mixed_failure=unmixed)
+    answers = ServerAnswers(
+        base, rounds[0].rows, asker.greedy(), rounds=rounds, is_one_model=is_one, mixed_failure=unmixed
+    )
     if is_one or unmixed is not None:
         return answers
     try:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple, final
 
 from loraover.common.errors import EngineError
-from loraover_serve.judge.evidence import Candidate, Change, Evidence, Generated, Off, Repeat, first_parted
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, Repeat, first_parted
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import COARSE_CACHE
 from loraover_serve.record.adapter_check.reference import Model, Reference, Row, Rows
@@ -34,7 +34,7 @@ class Greedy(NamedTuple):
     rows: Rows
 
 
-class Round(NamedTuple):
+class AskedOnce(NamedTuple):
     """Answers of a model at places, each of which was asked for once.
 
     Args:
@@ -47,7 +47,7 @@ class Round(NamedTuple):
 
 
 @dataclass
-class Answers:
+class ServerAnswers:
     """What a server answered.
 
     Args:
@@ -64,7 +64,7 @@ class Answers:
     adapter: Rows
     greedy: Sequence[Greedy] = ()
     mixed: Mapping[str, Rows] = field(default_factory=dict)
-    rounds: Sequence[Round] = ()
+    rounds: Sequence[AskedOnce] = ()
     is_one_model: bool = False
     mixed_failure: str | None = None
 
@@ -83,7 +83,7 @@ class RecordedEvidence(Evidence):
 
     compared = "top tokens"
 
-    def __init__(self, reference: Reference, answers: Answers) -> None:
+    def __init__(self, reference: Reference, answers: ServerAnswers) -> None:
         self._reference, self._answers = reference, answers
         self.base, self.adapter = reference.base, reference.adapter
         self.sensitivity, self.ends = reference.sensitivity, frozenset(reference.content["ends"])
@@ -140,7 +140,7 @@ class RecordedEvidence(Evidence):
         }
         return self._along(self._beside_base(later), self.adapter, self.base)
 
-    def generated(self) -> Iterable[Generated]:
+    def generated(self) -> Iterable[ComparedAnswer]:
         return map(self._beside, self._answers.greedy)
 
     def mixed(self) -> Mapping[str, Sequence[Off]]:
@@ -170,10 +170,10 @@ class RecordedEvidence(Evidence):
         ]
         return Model(rows, [0.0] * len(rows))
 
-    def adapter_faults(self) -> Iterable[Candidate]:
+    def adapter_faults(self) -> Iterable[FaultyModel]:
         return (_candidate(model) for model in self._reference.variants[ADAPTER] if model.factor is None)
 
-    def base_faults(self) -> Iterable[Candidate]:
+    def base_faults(self) -> Iterable[FaultyModel]:
         return (_candidate(model) for model in self._reference.variants[BASE] if model.fault != COARSE_CACHE)
 
     def with_coarse_caches(self) -> Iterable[Model]:
@@ -217,8 +217,8 @@ class RecordedEvidence(Evidence):
         size, total, far = (math.fsum(value * value for value in each) for each in (direction, change, rest))
         return Change(self._prompt(place), len(change), along, size, total, far)
 
-    def _beside(self, answer: Greedy) -> Generated:
-        found = Generated(self._reference.questions[answer.question]["answer"], answer.tokens, answer.length)
+    def _beside(self, answer: Greedy) -> ComparedAnswer:
+        found = ComparedAnswer(self._reference.questions[answer.question]["answer"], answer.tokens, answer.length)
         parted = first_parted(found.expected, found.tokens)
         if parted is None:
             return found
@@ -232,8 +232,8 @@ Pair = tuple[int, list[int], list[float]]
 """A place, tokens that both sides have, and what sets their logprobs apart."""
 
 
-def _candidate(model: Model) -> Candidate:
-    return Candidate(model.fault, model.detail, lambda prompts: model)
+def _candidate(model: Model) -> FaultyModel:
+    return FaultyModel(model.fault, model.detail, lambda prompts: model)
 
 
 def _difference(row: Row, other: Row) -> list[float]:
