@@ -1,4 +1,4 @@
-"""Over-parameterization inside the Hugging Face Trainer and its descendants."""
+"""Over-parameterisation inside the Hugging Face Trainer and its descendants."""
 
 from __future__ import annotations
 

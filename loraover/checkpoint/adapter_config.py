@@ -17,7 +17,7 @@ from loraover.checkpoint.files import CONFIG_FILE
 T = TypeVar("T")
 
 KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Initializations of A and B, as PEFT names them, that leave the base weights unchanged."""
+"""Initialisations of A and B, as PEFT names them, that leave the base weights unchanged."""
 
 
 def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:
@@ -67,7 +67,7 @@ class AdapterConfig(BaseModel):
 
     @property
     def keeps_base(self) -> bool:
-        """Whether A and B fit the unchanged base weights; some initializations of A and B change these weights."""
+        """Whether A and B fit the unchanged base weights; some initialisations of A and B change these weights."""
         start = (self.model_extra or {}).get("init_lora_weights")
         return not isinstance(start, str) or start.lower() in KEPT_BASE
 

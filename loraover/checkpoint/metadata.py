@@ -62,7 +62,7 @@ class Meta(StrictModel):
     schema_version: int = SCHEMA_VERSION
     base_model: str | None = Field(description="Hub name or folder of the base model; null if it has none.")
     step: int = Field(ge=0, description="Number of steps taken, as the training loop or trainer counts them.")
-    config: LoraOverConfig = Field(description="Configuration of the over-parameterization.")
+    config: LoraOverConfig = Field(description="Configuration of the over-parameterisation.")
     core_dtype: Literal["float32", "float64"] = Field(description="Data type of the cores.")
     sites: list[SiteRecord] = Field(description="Matrices that have cores.")
     rounds: list[Round] = Field(description="Decisions that the schedule has made so far.")

@@ -28,7 +28,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     `autocast_adapter_dtype=False` it keeps the file's dtype, in which the run repeats the same steps.
 
     Args:
-        over: Over-parameterization without cores (`inject=False`) of a model that holds the checkpoint's adapter.
+        over: Over-parameterisation without cores (`inject=False`) of a model that holds the checkpoint's adapter.
         checkpoint: The checkpoint to continue from.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Configuration of over-parameterization, with the same names in Python and in recipes."""
+"""Configuration of over-parameterisation, with the same names in Python and in recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Over-parameterization by hooks on `optimizer.step`.
+"""Over-parameterisation by hooks on `optimizer.step`.
 
 The model and its `state_dict` only ever hold ordinary LoRA matrices M. The hook before a step turns dL/dM into the
 gradients of the cores and shows the cores to the optimizer, which steps them in M's place. The hook after the step

@@ -34,7 +34,7 @@ def to_page(report: StudyReport) -> Page:
     return make_page(
         files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title="Study",
-        heading="Does over-parameterization beat a tuned LoRA?",
+        heading="Does over-parameterisation beat a tuned LoRA?",
         verdict=verdict_of(report),
         facts={
             "rule": str(report.rule),

@@ -1,4 +1,4 @@
-"""Bounds of how far two machines' float32 factorizations are apart, on matrices whose factors are known."""
+"""Bounds of how far two machines' float32 factorisations are apart, on matrices whose factors are known."""
 
 from __future__ import annotations
 

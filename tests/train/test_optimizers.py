@@ -72,7 +72,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 
 def scheduled_rates(name: str, over_from: str | None) -> list[list[float]]:
-    """The rates and momenta after each step, with over-parameterization attached "before" or "after"."""
+    """The rates and momenta after each step, with over-parameterisation attached "before" or "after"."""
     model = tiny_net()
     a, b = trainable(model)[::2], trainable(model)[1::2]
     optimizer = AdamW([{"params": a, "lr": 1e-2}, {"params": b, "lr": 3e-2}])

@@ -1,13 +1,13 @@
 """Algebra of delta_W = B @ A on its factors, in float64: no matrix of (out_features, in_features) is ever formed.
 
-    B = Q_b R_b, A^T = Q_a R_a          two thin QR factorizations
+    B = Q_b R_b, A^T = Q_a R_a          two thin QR factorisations
     R_b R_a^T = U diag(s) V^T           the SVD of a small square matrix, the core
     B A = (Q_b U) diag(s) (Q_a V)^T     the SVD of delta_W
 
 The first R singular values give the best approximation of rank R, in the Frobenius and the spectral norm, and the root
 of the sum of the squares of the others is its error (Eckart and Young 1936, doi:10.1007/BF02288367).
 
-Bounds are measured, so they hold whatever LAPACK computed: from the residuals of the three factorizations, and from how
+Bounds are measured, so they hold whatever LAPACK computed: from the residuals of the three factorisations, and from how
 far Q^T Q is from the identity. `dense_svd` is for deltas that are not given by factors.
 """
 

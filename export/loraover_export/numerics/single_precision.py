@@ -1,4 +1,4 @@
-"""How far two machines' factorizations of one matrix W in float32 may be apart.
+"""How far two machines' factorisations of one matrix W in float32 may be apart.
 
 Some adapters start from a part of the base weight, which PEFT computes in float32 whenever it loads them. Libraries
 round differently, and each computes the exact factors of some W + E. `docs/research/base-weight-bounds.md` derives
@@ -28,7 +28,7 @@ CLOSE = 10
 """Elements of E within which singular values move together, by as many elements as there are of them."""
 
 QR_ROUNDINGS = 4
-"""The same for the first r columns of a QR factorization, in units of sqrt(r) u32 times the Frobenius norm."""
+"""The same for the first r columns of a QR factorisation, in units of sqrt(r) u32 times the Frobenius norm."""
 
 
 def part_error(s: Tensor, shape: tuple[int, int], cut: int, *, tail: bool = False) -> float:

@@ -75,11 +75,11 @@ def judge(
         return _told(quick(case), evidence)
     found = next(finding for rule in RULES if (finding := rule(case)) is not None)
     failure = evidence.mixed_failure
-    unmixed = "" if failure is None else f"; mixed batches were not compared: {failure}"
+    note = "" if failure is None else f"; mixed batches were not compared: {failure}"
     value = case.strength
     interval = {"value": value.value, "low": value.low, "high": value.high} if math.isfinite(value.half) else None
     mixed = {name: distance._asdict() for name, distance in case.mixed.items()}
-    return _told(found._replace(reason=found.reason + unmixed), evidence) | {
+    return _told(found._replace(reason=found.reason + note), evidence) | {
         "strength": interval if case.effect > 0 else None,
         "allowed_strength": case.allowed,
         "base": case.noise._asdict(),

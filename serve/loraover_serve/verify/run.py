@@ -275,8 +275,8 @@ def ask(engine: Engine, reference: TorchReference, *, without_mixed: bool = Fals
     base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
     if is_one_model or without_mixed:
-        unmixed = None if is_one_model else left_out(VerifyRequest.named)
-        return Answers(base, adapter, greedy, mixed_failure=unmixed, is_one_model=is_one_model)
+        mixed_failure = None if is_one_model else left_out(VerifyRequest.named)
+        return Answers(base, adapter, greedy, mixed_failure=mixed_failure, is_one_model=is_one_model)
     try:
         mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
     except EngineError as error:  # what was answered before is judged all the same

@@ -46,7 +46,7 @@ class LoraFields(MethodConfig, AdapterConfig):
 
     @property
     def subtracted_initialisation(self) -> str | None:
-        """Initialization whose A and B PEFT takes out of the base weight; None if the base weight stays as it is."""
+        """Initialisation whose A and B PEFT takes out of the base weight; None if the base weight stays as it is."""
         start = self.init_lora_weights
         return start if isinstance(start, str) and start.lower() not in KEPT_BASE else None
 

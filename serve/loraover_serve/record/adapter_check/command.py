@@ -50,8 +50,8 @@ def check(
         EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
-    unmixed = left_out(option) if without_mixed else None
-    answers = quick_answers(asker) if is_quick else all_answers(asker, repeats, unmixed)
+    mixed_failure = left_out(option) if without_mixed else None
+    answers = quick_answers(asker) if is_quick else all_answers(asker, repeats, mixed_failure)
     found = judge(RecordedEvidence(asker.reference, answers), served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
 
@@ -70,21 +70,21 @@ def quick_answers(asker: Asker) -> ServerAnswers:
     return ServerAnswers({}, rounds[0].rows, rounds=rounds)
 
 
-def all_answers(asker: Asker, repeats: int, unmixed: str | None = None) -> ServerAnswers:
+def all_answers(asker: Asker, repeats: int, mixed_failure: str | None = None) -> ServerAnswers:
     """Everything that the judge needs.
 
     Args:
         asker: The server, with the reference.
         repeats: See `check`.
-        unmixed: Reason why no requests for both models are sent together; None if they are.
+        mixed_failure: Reason why no requests for both models are sent together; None if they are.
     """
     is_one = asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai"
     base = {} if is_one else asker.rounds(BASE, asker.places)[0].rows
     rounds = asker.rounds(ADAPTER, asker.places, repeats)
     answers = ServerAnswers(
-        base, rounds[0].rows, asker.greedy(), rounds=rounds, is_one_model=is_one, mixed_failure=unmixed
+        base, rounds[0].rows, asker.greedy(), rounds=rounds, is_one_model=is_one, mixed_failure=mixed_failure
     )
-    if is_one or unmixed is not None:
+    if is_one or mixed_failure is not None:
         return answers
     try:
         answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
