@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers.training_args import OptimizerNames
 
@@ -25,16 +27,23 @@ def check_names(recipe: Recipe) -> None:
     """Check before anything is loaded what the recipe's types do not.
 
     Raises:
-        ConfigError: An unknown key or optimizer, or float16 on a machine that does not have it.
+        ConfigError: An unknown key, optimizer or start of A and B, or float16 on a machine that does not have it.
     """
     check_keys(recipe)
-    known = [SOAP, *(str(name.value) for name in OptimizerNames)]
-    if recipe.training.optim not in known:
-        near = difflib.get_close_matches(recipe.training.optim, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
-        raise ConfigError(f"training.optim is {recipe.training.optim!r}{hint}")
+    _check_known("training.optim", recipe.training.optim, [SOAP, *(str(name.value) for name in OptimizerNames)])
+    start = recipe.lora.init_lora_weights
+    if isinstance(start, str) and not start.lower().startswith("pissa_niter_"):
+        forms = get_args(get_type_hints(LoraConfig)["init_lora_weights"])
+        _check_known("lora.init_lora_weights", start.lower(), [name for form in forms for name in get_args(form)])
     if recipe.training.fp16 and not torch.accelerator.is_available():
         raise ConfigError("training.fp16 needs an accelerator; use bf16, or neither, on a CPU.")
+
+
+def _check_known(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
+        raise ConfigError(f"{key} is {value!r}{hint}")
 
 
 def note_slow_precision(recipe: Recipe, report: Reporter) -> None:

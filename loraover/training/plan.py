@@ -106,6 +106,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     if not any(map(is_hub_name, recipe.data.sources)):
         read = load_examples(recipe if tests else without_evaluation(recipe), form)
         report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
+    else:
+        report.line(f"{', '.join(recipe.data.sources)}: not read, since a plan downloads no data; the run checks rows")
     tokens, held_out = None, list[Tokens]()
     if read is not None and tokenizer is not None:
         check_rows(recipe, name, tokenizer, read)

@@ -25,6 +25,7 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 from loraover.training.trial import RunNeeds, extrapolated
 
+from support.lines import Lines
 from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
 from support.versions import needs_meta_models
@@ -206,6 +207,12 @@ def test_an_epoch_of_the_hub_counts_what_the_hub_says(
     hub["train"] = SimpleNamespace(num_examples=104_743)
     found = plan("glue-qnli-t5-base", capsys, "--model", configs["t5"])
     assert (found.steps, found.examples) == (3274, 104_743)
+
+
+def test_a_plan_says_that_it_reads_no_rows_of_the_hub(hub: dict[str, Any], configs: dict[str, Path]) -> None:
+    hub["train"], report = SimpleNamespace(num_examples=8), Lines()
+    make_plan(load_recipe("glue-qnli-t5-base", {"model": str(configs["t5"])}), report)
+    assert report.lines[0].endswith(": not read, since a plan downloads no data; the run checks rows")
 
 
 def test_a_size_that_the_hub_does_not_say_is_asked_for(hub: dict[str, Any], configs: dict[str, Path]) -> None:

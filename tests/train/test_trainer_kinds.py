@@ -132,6 +132,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a misspelt field of TRL": ({"training.packin": True}, "did you mean 'packing'"),
     "a misspelt field of PEFT": ({"lora.use_rslor": True}, "lora.use_rslor: unknown key; did you mean 'use_rslora'"),
+    "a misspelt start": (
+        {"method": "lora", "lora.init_lora_weights": "gausian"},
+        "is 'gausian'; did you mean 'gaussian'",
+    ),
     "what the run sets": ({"training.output_dir": "x"}, "training.output_dir: a run sets this itself"),
     "what the run sets of PEFT": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type: a run sets this itself"),
     "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
