@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -82,15 +83,16 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
 
 
 def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) -> None:
-    """Check that a recipe's trainer can learn the chat messages and the images among its rows.
+    """Check that a recipe's trainer can learn the chat messages, margins and images among its rows.
 
     Raises:
         ConfigError: Answers are to be generated, which needs texts alone.
-        DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; or rows
-            with images and tools, which TRL leaves out.
+        DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; a margin
+            that is no number, or that only some rows have; or rows with images and tools, which TRL leaves out.
     """
     for part in filter(None, (examples.train, examples.test)):
         _check_chat(recipe, name, tokenizer, part)
+        _check_margins(part)
     _check_pictures(recipe, examples)
 
 
@@ -115,6 +117,20 @@ def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
             f"{where}, and row {part.number(is_text.index(True))} text; set data.chat to true, so that all "
             "become chat messages."
         )
+
+
+def _check_margins(part: Rows) -> None:
+    margins = [row.get("margin") for row in part.rows]
+    fault = next((i for i, margin in enumerate(margins) if not _is_finite(margin)), None)
+    if fault is not None and any(margin is not None for margin in margins):
+        raise DataError(
+            f"{part.origin}: row {part.number(fault)}: the margin is {margins[fault]!r}, expected a number in every "
+            "row, or in none."
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_pictures(recipe: Recipe, examples: Examples) -> None:

@@ -74,7 +74,7 @@ TRAINERS = {
     "kto": _trl("KTO", "prompt completion label"),
     "orpo": _trl("ORPO", "chosen rejected"),
     "grpo": _trl("GRPO", "prompt"),
-    "reward": _trl("Reward", "chosen rejected", task="SEQ_CLS"),
+    "reward": _trl("Reward", "chosen rejected margin", "chosen rejected", task="SEQ_CLS"),
     "seq2seq": TrainerKind(
         "transformers", "Seq2SeqTrainer", "Seq2SeqTrainingArguments", "SEQ_2_SEQ_LM", _columns("prompt completion")
     ),

@@ -117,6 +117,22 @@ def test_epochs_of_grpo_are_counted_as_trl_does(bases: dict[str, Path], tmp_path
     assert result.steps == 8 * 2 * 2 // (2 * 2)
 
 
+def test_a_margin_is_learned(bases: dict[str, Path], tmp_path: Path) -> None:
+    """At the first step both rewards are nearly the same, so the loss is that of the margin alone."""
+    recipe = recipe_of("reward", tmp_path, bases)
+    rows_file(tmp_path / "rows.jsonl", [row | {"margin": 5} for row in ROWS["reward"]])
+    assert loraover.train(str(recipe), tmp_path / "out").unread == {}
+    assert losses(tmp_path / "out")[1] == pytest.approx(math.log1p(math.exp(5)), rel=0.05)
+
+
+@pytest.mark.parametrize("margin", [None, "5", True, math.nan])
+def test_a_margin_in_some_rows_is_refused(margin: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of("reward", tmp_path, bases)
+    rows_file(tmp_path / "rows.jsonl", [row | {"margin": 5 if n else margin} for n, row in enumerate(ROWS["reward"])])
+    with pytest.raises(DataError, match=r"row 1: the margin is .*, expected a number in every row, or in none"):
+        loraover.train(str(recipe), tmp_path / "out")
+
+
 def test_a_trainer_without_a_stable_module_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
     rows = rows_file(tmp_path / "rows.jsonl", PAIRS)
     recipe = write_recipe(tmp_path / "r.yaml", bases["llama"], trainer="orpo", data={"train": rows})
