@@ -77,18 +77,25 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
 
 
 def _scored(run: Prepared, on_batch: Callable[[int], None]) -> list[Scored]:
-    """Return the loss of each held-out row, in order; each process takes every so-many-th batch.
+    """Return the loss of each held-out row, in order.
 
-    Accelerate fills the last round of batches up with the first rows, so that all processes have equally many.
+    Each process takes every so-many-th batch, the longest rows first, so that a batch has rows of about one length and
+    the largest shows at once whether it fits. Accelerate fills the last round of batches up with the first rows, so
+    that all processes have equally many.
     """
+    data = run.trainer.eval_dataset
+    order = list(range(len(data)))
+    if "input_ids" in data.column_names:  # rows with images become tokens as they are asked for
+        order.sort(key=[-len(ids) for ids in data["input_ids"]].__getitem__)
     if run.recipe.distributed.engine == "zero2" and run.recipe.model_init.quantization not in ("nf4", "int8"):
         run.model.to(run.trainer.args.device)  # which DeepSpeed does when the first step begins
     size = run.trainer.args.per_device_eval_batch_size
     with _one_row_an_example(run.trainer):
-        mine = example_losses(run.model, run.trainer.get_eval_dataloader(), on_batch=on_batch)
+        mine = example_losses(run.model, run.trainer.get_eval_dataloader(data.select(order)), on_batch=on_batch)
     parts = [[Scored(*pair) for pair in part] for part in launched().gathered(mine)]
     rounds = zip(*([part[i : i + size] for i in range(0, len(mine), size)] for part in parts), strict=True)
-    return [row for batches in rounds for batch in batches for row in batch][: len(run.trainer.eval_dataset)]
+    found = zip(order, (row for batches in rounds for batch in batches for row in batch), strict=False)
+    return [row for _, row in sorted(found)]
 
 
 @contextmanager
