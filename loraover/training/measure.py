@@ -90,7 +90,7 @@ def _scored(run: Prepared, on_batch: Callable[[int], None]) -> list[Scored]:
     if run.recipe.distributed.engine == "zero2" and run.recipe.model_init.quantization not in ("nf4", "int8"):
         run.model.to(run.trainer.args.device)  # which DeepSpeed does when the first step begins
     size = run.trainer.args.per_device_eval_batch_size
-    with _one_row_an_example(run.trainer):
+    with _own_batches(run.trainer):
         mine = example_losses(run.model, run.trainer.get_eval_dataloader(data.select(order)), on_batch=on_batch)
     parts = [[Scored(*pair) for pair in part] for part in launched().gathered(mine)]
     rounds = zip(*([part[i : i + size] for i in range(0, len(mine), size)] for part in parts), strict=True)
@@ -99,15 +99,19 @@ def _scored(run: Prepared, on_batch: Callable[[int], None]) -> list[Scored]:
 
 
 @contextmanager
-def _one_row_an_example(trainer: Any) -> Iterator[None]:
-    """Fill batches of held-out rows up, where TRL would join them to one row, as it joins those that it packs."""
-    given = trainer.data_collator
-    if getattr(given, "padding_free", False):  # only the collator of TRL's sft has it
-        trainer.data_collator = replace(given, padding_free=False)
+def _own_batches(trainer: Any) -> Iterator[None]:
+    """Make batches of held-out rows anew, since workers that persist keep the rows that they were first given.
+
+    They are filled up, where TRL would join them to one row, as it joins those that it packs.
+    """
+    collator, keeps_workers = trainer.data_collator, trainer.args.dataloader_persistent_workers
+    trainer.args.dataloader_persistent_workers = False
+    if getattr(collator, "padding_free", False):  # only the collator of TRL's sft has it
+        trainer.data_collator = replace(collator, padding_free=False)
     try:
         yield
     finally:
-        trainer.data_collator = given
+        trainer.data_collator, trainer.args.dataloader_persistent_workers = collator, keeps_workers
 
 
 def _trainer_loss(run: Prepared, advance: Any) -> float:

@@ -117,11 +117,18 @@ def test_epochs_of_grpo_are_counted_as_trl_does(bases: dict[str, Path], tmp_path
     assert result.steps == 8 * 2 * 2 // (2 * 2)
 
 
-def test_losses_of_held_out_rows_stand_in_their_order(bases: dict[str, Path], tmp_path: Path) -> None:
-    recipe = recipe_of("sft", tmp_path, bases, training={"max_steps": 1, "per_device_eval_batch_size": 2})
+KEPT_WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "steps"}
+
+
+@pytest.mark.parametrize("training", [{}, KEPT_WORKERS | {"eval_steps": 1}], ids=["new", "kept workers"])
+def test_losses_of_held_out_rows_stand_in_their_order(
+    training: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of("sft", tmp_path, bases, training=training | {"max_steps": 1, "per_device_eval_batch_size": 2})
     counts = (2, 7, 3, 5, 1)
     rows_file(tmp_path / "test.jsonl", [{"prompt": "1 =", "completion": " 1" * count} for count in counts])
-    loraover.train(str(recipe), tmp_path / "out", overrides={"evaluation.examples": len(counts)})
+    asked = {"evaluation.examples": len(counts), "evaluation.before": False}
+    loraover.train(str(recipe), tmp_path / "out", overrides=asked)
     tokens = [count for _, count in json.loads((tmp_path / "out" / "held_out.json").read_text())]
     assert sorted(range(5), key=tokens.__getitem__) == sorted(range(5), key=counts.__getitem__)
 
