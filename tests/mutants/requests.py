@@ -1,4 +1,4 @@
-"""Faults of `loraover`: experts, requests, recipes, data and trackers."""
+"""Faults of `loraover`: experts, requests, recipes, data, trackers and held-out losses."""
 
 from __future__ import annotations
 
@@ -146,5 +146,30 @@ REQUESTS = (
         "files = proofs(plain)",
         "files = proofs(adapter)",
         Selection("test_trackers.py", "keep_losses"),
+    ),
+    # Held-out losses
+    Mutant(
+        "held-out losses stand in the order in which they were computed",
+        "return [row for _, row in sorted(found)]",
+        "return [row for _, row in found]",
+        Selection("test_trainer_kinds.py", "in_their_order"),
+    ),
+    Mutant(
+        "the loader of the trainer's own evaluation is taken for the held-out rows",
+        "    trainer.args.dataloader_persistent_workers = False\n",
+        "",
+        Selection("test_trainer_kinds.py", "in_their_order"),
+    ),
+    Mutant(
+        "a causal model is scored on the token that it has just read",
+        'labels = batch["labels"][:, is_causal:]',
+        'labels = batch["labels"][:, : -is_causal or None]',
+        Selection("test_held_out_losses.py", "labelled_tokens"),
+    ),
+    Mutant(
+        "a margin may be in some rows only",
+        "if fault is not None and any(margin is not None for margin in margins):",
+        "if fault is not None and margins[fault] is not None:",
+        Selection("test_trainer_kinds.py", "margin"),
     ),
 )
