@@ -104,5 +104,5 @@ def token_loss(scored: Sequence[Scored]) -> float:
 
 
 def _content(completion: Any) -> str:
-    content = completion if isinstance(completion, str) else completion[-1]["content"]
+    content = completion if isinstance(completion, str) else completion[-1].get("content") or ""
     return str(content) if not isinstance(content, list) else "".join(part.get("text", "") for part in content)

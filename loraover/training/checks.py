@@ -86,13 +86,15 @@ def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) ->
     """Check that a recipe's trainer can learn the chat messages, margins and images among its rows.
 
     Raises:
-        ConfigError: Answers are to be generated, which needs texts alone.
+        ConfigError: Answers are to be generated, and rows hold images, tools or no prompt and completion.
         DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; a margin
             that is no number, or that only some rows have; or rows with images and tools, which TRL leaves out.
     """
     for part in filter(None, (examples.train, examples.test)):
         _check_chat(recipe, name, tokenizer, part)
         _check_margins(part)
+    if examples.test is not None and recipe.evaluation.exact_match:
+        _check_answers(examples.test)
     _check_pictures(recipe, examples)
 
 
@@ -119,6 +121,17 @@ def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
         )
 
 
+def _check_answers(part: Rows) -> None:
+    for i, row in enumerate(part.rows):
+        others = sorted({"images", "tools", "chat_template_kwargs"} & row.keys())
+        if others or not (row.keys() >= {"prompt", "completion"} or "messages" in row):
+            found = f"has {others[0]}" if others else f"has {sorted(row)} and no prompt with a completion"
+            raise ConfigError(
+                f"evaluation.exact_match generates answers to prompts, and {part.origin}: row {part.number(i)} {found}."
+                " Set it to false."
+            )
+
+
 def _check_margins(part: Rows) -> None:
     margins = [row.get("margin") for row in part.rows]
     fault = next((i for i, margin in enumerate(margins) if not _is_finite(margin)), None)
@@ -136,8 +149,6 @@ def _is_finite(value: Any) -> bool:
 def _check_pictures(recipe: Recipe, examples: Examples) -> None:
     if not examples.have_pictures:
         return
-    if examples.test is not None and recipe.evaluation.exact_match:
-        raise ConfigError("evaluation.exact_match generates answers to texts, and rows hold images; set it to false.")
     for part in filter(None, (examples.train, examples.test)):
         for i, row in enumerate(part.rows):
             if found := sorted({"tools", "chat_template_kwargs"} & row.keys()):

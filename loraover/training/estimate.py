@@ -22,6 +22,7 @@ from loraover.training.adapter import with_adapter
 from loraover.training.checks import weights_dtype
 from loraover.training.methods import make_method
 from loraover.training.recipe import Recipe
+from loraover.training.trainers import TRAINERS
 
 CORE_BYTES = 4  # float32
 
@@ -101,7 +102,8 @@ def _activations(model: Any, recipe: Recipe) -> int | None:
     With gradient checkpointing, autograd keeps the layers' inputs and the activations of one layer.
     """
     training = recipe.training
-    ids = torch.zeros((training.micro_batch, training.tokens), dtype=torch.long, device="meta")
+    rows = training.micro_batch * TRAINERS[recipe.trainer or "sft"].texts
+    ids = torch.zeros((rows, training.tokens), dtype=torch.long, device="meta")
     mode = _Accelerated(None if training.is_fp32 else torch.bfloat16 if training.bf16 else torch.float16)
     try:
         all_kept = kept_bytes(model.train(), ids, mode)

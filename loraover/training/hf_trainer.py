@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loraover.callbacks.diagnostics import DiagnosticsCallback
 from loraover.callbacks.loraover_callback import LoraOverCallback
@@ -21,7 +21,7 @@ from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
-from loraover.training.methods.base import TrainingMethod
+from loraover.training.methods.base import TrainingMethod, adam_options
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe, parse_override
 from loraover.training.recipe_parts import SOAP
@@ -193,7 +193,7 @@ def _project_labelled_positions_only() -> None:
 
 def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
     """Let a trainer make the recipe's optimizer: its `optimizers` are ignored under DeepSpeed, refused under FSDP."""
-    made = _optimizer(recipe)
+    made = _optimizer(recipe, trainer.args)
     if made is None:
         return
 
@@ -204,7 +204,7 @@ def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
     trainer.optimizer_cls_and_kwargs = (factory, {})
 
 
-def _optimizer(recipe: Recipe) -> Callable[[Any], Any] | None:
+def _optimizer(recipe: Recipe, asked: TrainingArguments) -> Callable[[Any], Any] | None:
     """Return what makes an optimizer from the model where the Trainer does not know it; None: the Trainer makes one."""
     training = recipe.training
     if training.optim == SOAP:
@@ -221,8 +221,9 @@ def _optimizer(recipe: Recipe) -> Callable[[Any], Any] | None:
         return None
     if recipe.method == "full" or training.optim not in ("adamw_torch", "adamw_torch_fused"):
         raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch, adamw_torch_fused or soap.")
-    fused = {"fused": training.optim == "adamw_torch_fused"}
-    return lambda model: _with_rates(recipe, model, torch.optim.AdamW, fused)
+    if training.optim_args is not None:
+        raise ConfigError("training.optim_args: with loraplus_lr_ratio, only optim soap takes them; leave them out.")
+    return lambda model: _with_rates(recipe, model, torch.optim.AdamW, adam_options(asked))
 
 
 def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any]) -> Any:
@@ -258,6 +259,8 @@ def _soap(recipe: Recipe) -> Any:
         import pytorch_optimizer
     except ImportError as error:
         raise ConfigError(f"training.optim {SOAP} needs pytorch-optimizer: pip install 'loraover[{SOAP}]'.") from error
+    if unread := [key for key in recipe.training.model_extra or {} if key.startswith("adam_")]:
+        raise ConfigError(f"training.{unread[0]}: optim {SOAP} takes its options from optim_args alone; leave it out.")
     known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})
     if unknown := sorted({*_optimizer_options(recipe)} - {*known}):
         raise ConfigError(f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}.")

@@ -73,7 +73,10 @@ def count_tokens(
 FINDS_PROMPT = ("dpo", "orpo")
 """Trainers whose prompt may be what the chosen and the rejected text begin with."""
 
-ENDED = ("sft", "dpo", "kto")
+AT_ONCE = 1000
+"""Texts whose tokens are in memory at once, at 150 bytes a token."""
+
+ENDED = ("sft", "dpo", "kto", "reward")
 """Trainers that add the token which ends a text to text without chat messages."""
 
 
@@ -92,7 +95,9 @@ def _until_answer(row: Row, rows: Rows, i: int) -> Row:
 
 def _sizes(texts: list[str], tokenizer: Any, first: Row) -> list[int]:
     """Count the tokens of texts; a chat template writes the special tokens itself."""
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=not is_chat(first))["input_ids"]]
+    adds = not is_chat(first)
+    parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
+    return [len(ids) for part in parts for ids in tokenizer(part, add_special_tokens=adds)["input_ids"]]
 
 
 ROOM = 4
@@ -180,7 +185,7 @@ def count_all(
 def check_fit(
     recipe: Recipe, name: str, examples: Examples, counted: list[Tokens], seen: list[Tokens], report: Reporter
 ) -> Lengths | None:
-    """Check that no example with images is cut, and report which others are.
+    """Check that no example with images is cut, and report which others are, held-out ones too.
 
     Args:
         recipe: The recipe, with its largest length.
@@ -199,7 +204,14 @@ def check_fit(
     for part, tokens in ((examples.train, counted), (examples.test, seen)):
         if part is not None:
             check_pictures_fit(tokens, part, recipe)
-    return None if name == "grpo" else check_lengths(counted, examples.train, recipe, name, report)
+    if name == "grpo":
+        return None
+    found = check_lengths(counted, examples.train, recipe, name, report)
+    if examples.test is not None:
+        held_out = summarise(seen, examples.test, recipe, name)
+        if held_out.cut:
+            report.line(_cut_line(held_out, "held-out examples", recipe, name) + ", and count so in the loss")
+    return found
 
 
 def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Lengths:
@@ -268,16 +280,21 @@ def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str, r
         )
     if found.cut:
         warning = "warning: " if found.cut_share > FEW else ""
-        fate = "they are left out" if name == "reward" else "their ends are cut"
-        if (recipe.training.model_extra or {}).get("truncation_mode") == "keep_end":
-            fate = "their beginnings are cut"
-        rows_cut = Counted(found.cut, found.cut_rows).rows
-        report.line(
-            f"{warning}{found.cut} of {found.examples} examples are longer than {limit}, so {fate} ({rows_cut}); {kept}"
-        )
+        report.line(f"{warning}{_cut_line(found, 'examples', recipe, name)}; {kept}")
     if found.unlabelled and name != "reward":
         report.line(
             f"{found.unlabelled} of {found.examples} examples have no room for their completion within {limit} and are "
             f"left out ({Counted(found.unlabelled, found.unlabelled_rows).rows})"
         )
     return found
+
+
+def _cut_line(found: Lengths, what: str, recipe: Recipe, name: str) -> str:
+    """Say which examples are cut, and at which end."""
+    fate = "they are left out" if name == "reward" else "their ends are cut"
+    if (recipe.training.model_extra or {}).get("truncation_mode") == "keep_end":
+        fate = "their beginnings are cut"
+    return (
+        f"{found.cut} of {found.examples} {what} are longer than training.max_length = {found.max_length}, so {fate} "
+        f"({Counted(found.cut, found.cut_rows).rows})"
+    )

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +67,9 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
             if when == AFTER:
                 ranks.write(publish_text, run.output / HELD_OUT_FILE, json.dumps(scored) + "\n")
         else:
-            loss, fitting = _trainer_loss(run, advance), len(rows)
+            fitting = len(run.trainer.eval_dataset)  # trainers of preferences leave out rows without room
+            _check_fitting(run, fitting, rows)
+            loss = _trainer_loss(run, advance)
     lower = LOWER.format(recipe.training.peak_rate)
     check_finite(loss, f"the held-out loss {when}", lower if when == AFTER else f"Check the weights of {recipe.model}")
     accuracy = _accuracy(run, rows, when) if recipe.evaluation.exact_match else None
@@ -94,24 +97,34 @@ def _scored(run: Prepared, on_batch: Callable[[int], None]) -> list[Scored]:
         mine = example_losses(run.model, run.trainer.get_eval_dataloader(data.select(order)), on_batch=on_batch)
     parts = [[Scored(*pair) for pair in part] for part in launched().gathered(mine)]
     rounds = zip(*([part[i : i + size] for i in range(0, len(mine), size)] for part in parts), strict=True)
-    found = zip(order, (row for batches in rounds for batch in batches for row in batch), strict=False)
-    return [row for _, row in sorted(found)]
+    found = [row for batches in rounds for batch in batches for row in batch]
+    return [row for _, row in sorted(zip(order, found[: len(order)], strict=True))]
 
 
 @contextmanager
 def _own_batches(trainer: Any) -> Iterator[None]:
-    """Make batches of held-out rows anew, since workers that persist keep the rows that they were first given.
+    """Make batches of held-out rows anew, all of them and in order, whatever is asked for the training rows.
 
     They are filled up, where TRL would join them to one row, as it joins those that it packs.
     """
-    collator, keeps_workers = trainer.data_collator, trainer.args.dataloader_persistent_workers
-    trainer.args.dataloader_persistent_workers = False
+    asked, collator = trainer.args, trainer.data_collator
+    trainer.args = copy(asked)
+    for name, value in IN_ORDER.items():
+        setattr(trainer.args, name, value)
     if getattr(collator, "padding_free", False):  # only the collator of TRL's sft has it
         trainer.data_collator = replace(collator, padding_free=False)
     try:
         yield
     finally:
-        trainer.data_collator, trainer.args.dataloader_persistent_workers = collator, keeps_workers
+        trainer.args, trainer.data_collator = asked, collator
+
+
+IN_ORDER = {
+    "dataloader_persistent_workers": False,  # they keep the rows that they were first given
+    "dataloader_drop_last": False,
+    "train_sampling_strategy": "random",  # any but by length, which holds for held-out rows too
+    "group_by_length": False,  # the same under transformers 4
+}
 
 
 def _trainer_loss(run: Prepared, advance: Any) -> float:

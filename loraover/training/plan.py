@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
         **dict(estimate_memory(recipe, source, steps)),
         steps=steps,
         examples=seen,
-        tokens=seen * training.tokens * (2 if is_seq2seq else 1),
+        tokens=seen * training.tokens * (2 if is_seq2seq else TRAINERS[name].texts),
         step_seconds=None if needs is None else needs.step_seconds,
         peak_bytes=None if needs is None else round(needs.peak_bytes),
         lengths=lengths,

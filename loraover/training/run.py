@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, remove_incomplete
 from loraover.callbacks.step_norm import factors, step_norm
@@ -323,6 +324,9 @@ def _take_steps(run: Prepared, checkpoint: Path | None) -> TimedSteps:
         with run.report.task("training steps", steps) as run.progress.advance:
             run.method.train(run.trainer, checkpoint, steps, run.progress)
         return TimedSteps(run.trainer.state.global_step - step, time.perf_counter() - started)
+    if run.trainer.args.load_best_model_at_end:
+        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        checkpoint = checkpoint if best is None else checkpoint.with_name(Path(best).name)
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
     else:

@@ -41,6 +41,11 @@ class TrainerKind(NamedTuple):
     columns: tuple[frozenset[str], ...]
     options: Mapping[str, Any] = {}
 
+    @property
+    def texts(self) -> int:
+        """Texts of an example that pass the model at once."""
+        return 2 if any("chosen" in columns for columns in self.columns) else 1
+
     def load(self) -> tuple[Any, Any]:
         """Import the classes of the trainer and of its settings.
 
@@ -85,6 +90,7 @@ TRAINERS = {
 RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
 RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
 RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
+RUN_SETS |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "eval_packing", "shuffle_dataset"}
 """Settings of trainers that a run gives itself."""
 
 READS_ROWS = {"dataset_text_field", "dataset_kwargs", "chat_template_path"}

@@ -181,4 +181,5 @@ def _short(recipe: Recipe, base: Path) -> Recipe:
         "lora": {"init_lora_weights": True, "start_from": None},  # the base's weights are random anyway
     }
     parts = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
-    return recipe.model_copy(update={**parts, "model": str(base), "model_revision": None, "push_to_hub": None})
+    pushes: dict[str, Any] = {"push_to_hub": None, "push_checkpoint": False, "push_model": None}
+    return recipe.model_copy(update={**parts, **pushes, "model": str(base), "model_revision": None})

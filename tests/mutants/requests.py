@@ -150,13 +150,13 @@ REQUESTS = (
     # Held-out losses
     Mutant(
         "held-out losses stand in the order in which they were computed",
-        "return [row for _, row in sorted(found)]",
-        "return [row for _, row in found]",
+        "return [row for _, row in sorted(zip(order, found[: len(order)], strict=True))]",
+        "return found[: len(order)]",
         Selection("test_trainer_kinds.py", "in_their_order"),
     ),
     Mutant(
         "the loader of the trainer's own evaluation is taken for the held-out rows",
-        "    trainer.args.dataloader_persistent_workers = False\n",
+        '    "dataloader_persistent_workers": False,',
         "",
         Selection("test_trainer_kinds.py", "in_their_order"),
     ),

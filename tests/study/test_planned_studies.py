@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from transformers import TrainingArguments
 
 from loraover.study.outcome import digest
 from loraover.training.hf_trainer import _optimizer
@@ -66,7 +67,7 @@ def test_every_method_has_an_optimizer_that_takes_its_settings(target: str) -> N
     for recipe in {run.method: run.recipe for run in planned(target)[0]}.values():
         if recipe.training.optim == "soap":
             pytest.importorskip("pytorch_optimizer", reason="pip install 'loraover[soap]'")
-        if (make := _optimizer(recipe)) is not None:
+        if (make := _optimizer(recipe, TrainingArguments())) is not None:
             make(with_lora(tiny_llama()))
 
 

@@ -103,6 +103,29 @@ def test_preferences_that_trl_leaves_out_are_counted(
     assert len(prepared.trainer.train_dataset) == 4
 
 
+@pytest.mark.parametrize("trainer", ["reward", "dpo"])
+def test_the_end_of_a_text_has_room(trainer: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    file = data_file(tmp_path / "rows.jsonl", *[{"chosen": "1 2 3", "rejected": "1 2"} for _ in range(4)])
+    changes: dict[str, Any] = {"data": {"train": str(file), "train_examples": None}, "trainer": trainer}
+    changes |= {"evaluation": {"examples": 0}, "training": {"max_length": None, "max_steps": 1}}
+    recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml", bases["llama"], method="lora", **changes)))
+    (tmp_path / "out").mkdir()
+    assert len(prepare(recipe, tmp_path / "out", SILENT).trainer.train_dataset) == 4
+
+
+def test_held_out_rows_that_are_cut_are_said(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "1 =", "completion": " 1" * (30 if n == 2 else 2)} for n in range(4)]
+    files = {
+        "train": str(data_file(tmp_path / "a.jsonl", rows[0])),
+        "test": str(data_file(tmp_path / "b.jsonl", *rows)),
+    }
+    recipe = write_recipe(tmp_path / "r.yaml", bases["llama"], method="lora", data=files)
+    asked = {"evaluation.examples": 4, "evaluation.exact_match": False, "training.max_length": 16}
+    make_plan(load_recipe(str(recipe), asked), report := Lines())
+    line = "1 of 4 held-out examples are longer than training.max_length = 16, so their ends are cut (rows 3)"
+    assert f"{line}, and count so in the loss" in report.lines
+
+
 KIND = {"role": "system", "content": "Be kind."}
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 CALLS = [{"type": "function", "function": {"name": "add"}}]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 import loraover
 from loraover.common.errors import ConfigError
@@ -23,7 +26,7 @@ def test_b_has_a_multiple_of_the_rate_and_embeddings_have_the_rate(optim: str, r
     rates = {"training.learning_rate": RATE, "training.loraplus_lr_ratio": RATIO}
     asked = load_recipe(recipe, {**rates, "training.optim": optim, "method": "lora"})
     model = with_lora(tiny_llama(), target_modules=["embed_tokens", "q_proj"])
-    make = _optimizer(asked)
+    make = _optimizer(asked, TrainingArguments())
     assert make is not None
     optimizer = make(model)
     of_parameters = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -33,6 +36,25 @@ def test_b_has_a_multiple_of_the_rate_and_embeddings_have_the_rate(optim: str, r
     kinds = ("lora_embedding_A", "lora_embedding_B", "lora_A", "lora_B")
     by_kind = {kind: {rate for name, rate in found.items() if f".{kind}." in name} for kind in kinds}
     assert by_kind == {kind: {RATE} for kind in kinds} | {"lora_B": {RATE * RATIO}}
+
+
+@pytest.mark.parametrize("method", ["lora", "tensorguide"])
+def test_an_optimizer_that_a_run_makes_has_the_betas_of_its_recipe(
+    method: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"adam_beta1": 0.7, "adam_beta2": "0.8", "adam_epsilon": 1e-3, "max_steps": 1, "optim": "adamw_torch"}
+    changes = {"method": method} | {f"training.{key}": value for key, value in options.items()}
+    changes |= {"training.loraplus_lr_ratio": RATIO} if method == "lora" else {"tensorguide.tt_rank": 2}
+    made: list[dict[str, Any]] = []
+
+    def kept(self: Any, parameters: Any, **given: Any) -> None:
+        made.append(given)
+        begin(self, parameters, **given)
+
+    begin = torch.optim.AdamW.__init__
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", kept)
+    loraover.train(recipe, tmp_path / "out", overrides=changes)
+    assert {(one["betas"], one["eps"]) for one in made} == {((0.7, 0.8), 1e-3)}
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_xla", "adamw_torch_8bit", "sgd"])

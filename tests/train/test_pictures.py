@@ -254,7 +254,7 @@ def test_two_processes_learn_from_images_as_one_does(colours: Path, tmp_path: Pa
     ("changes", "kind", "message"),
     [
         ({"training.max_length": 20}, DataError, r"row 1 holds images and may need \d+ tokens"),
-        ({"evaluation.exact_match": True}, ConfigError, "rows hold images"),
+        ({"evaluation.exact_match": True}, ConfigError, "row 1 has images. Set it to false"),
         ({"training.packing": True}, ConfigError, "Packing is not supported"),
         ({"data.chat": False}, DataError, "needs chat messages"),
     ],

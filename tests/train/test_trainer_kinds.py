@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,20 @@ def test_epochs_of_grpo_are_counted_as_trl_does(bases: dict[str, Path], tmp_path
     assert result.steps == 8 * 2 * 2 // (2 * 2)
 
 
-KEPT_WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "steps"}
+LOADERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kept workers": {
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    },
+    "by length": {"train_sampling_strategy": "group_by_length"},
+    "whole batches": {"dataloader_drop_last": True},
+}
 
 
-@pytest.mark.parametrize("training", [{}, KEPT_WORKERS | {"eval_steps": 1}], ids=["new", "kept workers"])
+@pytest.mark.parametrize("training", LOADERS.values(), ids=LOADERS.keys())
 def test_losses_of_held_out_rows_stand_in_their_order(
     training: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -131,6 +142,31 @@ def test_losses_of_held_out_rows_stand_in_their_order(
     loraover.train(str(recipe), tmp_path / "out", overrides=asked)
     tokens = [count for _, count in json.loads((tmp_path / "out" / "held_out.json").read_text())]
     assert sorted(range(5), key=tokens.__getitem__) == sorted(range(5), key=counts.__getitem__)
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "reward", "classification"])
+def test_answers_to_rows_without_a_prompt_and_a_completion_are_refused(
+    trainer: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(trainer, tmp_path, bases)
+    with pytest.raises(ConfigError, match=r"row 1 has .* and no prompt with a completion\. Set it to false"):
+        loraover.train(str(recipe), tmp_path / "out", overrides={"evaluation.exact_match": True})
+
+
+def test_a_run_that_ended_before_it_was_measured_publishes_its_best_step(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    recipe = recipe_of("sft", tmp_path, bases, training=best | {"max_steps": 3, "learning_rate": 0.5})
+    loraover.train(str(recipe), tmp_path / "out")
+    known = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    (state,) = (json.loads(p.read_text()) for p in (tmp_path / "out/trainer").glob("checkpoint-3/trainer_state.json"))
+    assert not state["best_model_checkpoint"].endswith("-3")
+    (tmp_path / "out" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    loraover.train(str(recipe), tmp_path / "out", resume=True)
+    found = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {name for name in known if not torch.equal(known[name], found[name])} == set()
 
 
 def test_a_margin_is_learned(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -169,6 +205,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "is 'gausian'; did you mean 'gaussian'",
     ),
     "what the run sets": ({"training.output_dir": "x"}, "training.output_dir: a run sets this itself"),
+    "trained weights in 16 bits": ({"training.bf16_full_eval": True}, "bf16_full_eval: a run sets this itself"),
+    "a checkpoint without its optimizer": ({"training.save_only_model": True}, "save_only_model: a run sets"),
+    "optim_args that nobody reads": (
+        {"training.optim_args": "betas=1", "training.loraplus_lr_ratio": 4},
+        "with loraplus_lr_ratio, only optim soap takes them",
+    ),
     "what the run sets of PEFT": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type: a run sets this itself"),
     "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from loraover.common.errors import ConfigError
 from loraover.data.formats import Row
 from loraover.overparam.sites import lora_layers
-from loraover.training.recipe_parts import BaseRecipe, Training
+from loraover.training.recipe_parts import BaseRecipe
 from loraover.training.run_result import Privacy
 
 if TYPE_CHECKING:  # recipes are read without PEFT and transformers, which take seconds to import
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from loraover.training.progress import TrainingProgress
 
@@ -300,12 +300,18 @@ def check_optimizer(recipe: BaseRecipe) -> None:
         raise ValueError(f"method {recipe.method} takes training.optim {', '.join(PLAIN_OPTIMIZERS)}, without LoRA+")
 
 
-def make_optimizer(training: Training, parameters: list[nn.Parameter]) -> Optimizer:
-    """Return the optimizer of a recipe, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
-    options: Any = {"lr": training.peak_rate, "weight_decay": training.weight_decay}
-    if training.optim == "sgd":
+def make_optimizer(asked: TrainingArguments, parameters: list[nn.Parameter]) -> Optimizer:
+    """Return the optimizer that a trainer is to have, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
+    options: Any = {"lr": asked.learning_rate, "weight_decay": asked.weight_decay}
+    if asked.optim == "sgd":
         return torch.optim.SGD(parameters, **options)
-    return torch.optim.AdamW(parameters, fused=training.optim == "adamw_torch_fused", **options)
+    return torch.optim.AdamW(parameters, **options, **adam_options(asked))
+
+
+def adam_options(asked: TrainingArguments) -> dict[str, Any]:
+    """Options of AdamW but for rate and decay, as the Trainer would give them."""
+    betas = asked.adam_beta1, asked.adam_beta2
+    return {"betas": betas, "eps": asked.adam_epsilon, "fused": asked.optim == "adamw_torch_fused"}
 
 
 def count_trained(model: Any, method: TrainingMethod) -> int:

@@ -58,7 +58,7 @@ from loraover.training.run_result import Privacy
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
     from loraover.training.progress import TrainingProgress
 
@@ -170,7 +170,7 @@ class Federated(TrainingMethod):
         seeds = np.random.SeedSequence(self.settings.noise_seed).generate_state(2, np.uint64).tolist()
         drawing = torch.Generator().manual_seed(seeds[0])
         noise = torch.Generator(trained[0].device).manual_seed(seeds[1])
-        clients = self._make_clients(trained, len(loader.dataset), noise)
+        clients = self._make_clients(trainer.args, trained, len(loader.dataset), noise)
         rates = _learning_rates(trainer, steps)
         losses: list[float] = []
         with warnings.catch_warnings():
@@ -195,7 +195,9 @@ class Federated(TrainingMethod):
     def _rate(self, rows: int) -> float:
         return min(1.0, self.batch / rows)
 
-    def _make_clients(self, trained: list[torch.nn.Parameter], examples: int, noise: torch.Generator) -> list[Client]:
+    def _make_clients(
+        self, asked: TrainingArguments, trained: list[torch.nn.Parameter], examples: int, noise: torch.Generator
+    ) -> list[Client]:
         """Divide the rows at random, in numbers that differ by one at most."""
         from opacus.optimizers import DPOptimizer
 
@@ -205,7 +207,7 @@ class Federated(TrainingMethod):
             rows = order[k :: self.settings.clients]
             rate = self._rate(len(rows))
             optimizer = DPOptimizer(
-                make_optimizer(self.recipe.training, trained),
+                make_optimizer(asked, trained),
                 noise_multiplier=self.settings.noise_multiplier,
                 max_grad_norm=self.settings.clip,
                 expected_batch_size=rate * len(rows),

@@ -251,7 +251,7 @@ class TensorGuide(TrainingMethod):
     def train(self, trainer: Trainer, checkpoint: Path | None, steps: int, progress: TrainingProgress) -> None:
         for trains in self.trains:
             trains.to(trains.factors("A")[0].device)
-        trainer.optimizer = self.attach(make_optimizer(self.recipe.training, self.trained()))
+        trainer.optimizer = self.attach(make_optimizer(trainer.args, self.trained()))
         super().train(trainer, checkpoint, steps, progress)
 
     def trained(self) -> list[nn.Parameter]:
