@@ -366,7 +366,7 @@ TRAINING = (
     ),
     Mutant(
         "packed-rows-are-measured-in-batches",
-        "trainer.data_collator = replace(given, padding_free=False)",
+        "trainer.data_collator = replace(collator, padding_free=False)",
         "pass",
         Selection("test_trainer_kinds.py", "measured_one_by_one"),
     ),
