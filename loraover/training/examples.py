@@ -17,6 +17,7 @@ from loraover.data.pictures import digested
 from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows, together
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
+from loraover.training.trainers import TRAINERS
 
 HELD_OUT = 20  # one row of so many is held out of data without another split
 WORD_PROBLEMS = 2000  # training examples where a recipe gives no number
@@ -75,11 +76,12 @@ def without_evaluation(recipe: Recipe) -> Recipe:
 
 
 def load_held_out(recipe: Recipe) -> Rows | None:
-    """Load the held-out rows alone, as prompt and completion; None if the recipe measures nothing."""
+    """Load the held-out rows alone, each turn apart where it is one example; None if the recipe measures nothing."""
     if not _is_divided(recipe):
         data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
         recipe = recipe.model_copy(update={"data": data})
-    return load_examples(recipe, RowForm(chat=True, pictures=True)).test
+    turns, columns = recipe.training.assistant_only_loss is None, TRAINERS[recipe.trainer or "sft"].columns
+    return load_examples(recipe, RowForm(columns, chat=True, turns=turns, pictures=True)).test
 
 
 def _is_divided(recipe: Recipe) -> bool:

@@ -21,7 +21,8 @@ from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text, unwritable
-from loraover.common.errors import ConfigError, DivergedError, FoldError
+from loraover.common.errors import ConfigError, DivergedError, FoldError, LoraOverError
+from loraover.common.memory import is_out_of_memory
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.ranks import launched
@@ -209,11 +210,23 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         has_stepped = run is not None and run.trainer.state.global_step > 0
         agreed = ranks.agreed(unwritable(error, output))
         ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=resume)
-        if agreed is error:
+        shown = _explained(agreed)
+        if shown is error:
             raise
-        raise agreed from error
+        raise shown from error
     base = run.pushed_base
     return Done(result, run.trainer.args, base, "" if base is None else _card(recipe, result, base, command))
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Say what to change where memory could not be allocated, unless the error does."""
+    if isinstance(error, LoraOverError) or not is_out_of_memory(error):
+        return error
+    found = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ConfigError(
+        f"training ran out of memory ({found}). Lower training.per_device_train_batch_size or set it to auto, set "
+        "training.gradient_checkpointing to true, or lower training.max_length; --plan estimates what a run needs."
+    )
 
 
 def _result(

@@ -130,6 +130,16 @@ def test_turns_of_one_conversation_are_held_out_together(sources: int, write: Wr
     held_out = load_held_out(asked)
     assert held_out is not None
     assert later_turn(held_out.rows) == 1
+    whole = asked.training.model_copy(update={"assistant_only_loss": True})
+    held_out = load_held_out(asked.model_copy(update={"training": whole}))
+    assert held_out is not None
+    assert later_turn(held_out.rows) is None
+
+
+def test_held_out_rows_of_plain_text_are_read(write: Write) -> None:
+    held_out = load_held_out(recipe(str(write("a.jsonl", *({"text": str(i)} for i in range(80)))), examples=5))
+    assert held_out is not None
+    assert [*held_out.rows[0]] == ["text"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
