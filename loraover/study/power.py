@@ -40,7 +40,9 @@ class TaskPower(StrictModel):
     row_deviation: float = Field(description="Standard deviation of one example's difference, in % of the baseline.")
     rows: int = Field(description="Number of examples in the test half of the study.")
     seeds: int = Field(description="Number of seeds of the study.")
-    smallest: float = Field(description="Smallest true difference that four of five such studies would show, in %.")
+    smallest: float = Field(
+        description="Smallest true difference, in %, that four of five studies of this task would show."
+    )
     rows_to_halve: int | None = Field(description="Number of test rows that halve it; None: no number does.")
     seeds_to_halve: int | None = Field(description="Number of seeds that halve it; None: no number does.")
     factor_to_halve: float = Field(description="Factor of rows and of seeds that halves it if both grow.")

@@ -73,8 +73,9 @@ def scores_table(report: StudyReport) -> Table | None:
 
 
 POWER_NOTE = (
-    "Smallest difference: the true difference that four of five such studies would show, in % of the baseline's loss. "
-    "So many test rows, or so many seeds, or both times the factor halve it."
+    "Smallest difference: the true difference that four of five such studies would show, in % of the baseline's loss, "
+    "for one task; the correction for five tasks makes it a fifth larger. So many test rows, or so many seeds, or both "
+    "times the factor halve it."
 )
 
 
