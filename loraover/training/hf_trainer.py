@@ -18,7 +18,7 @@ from loraover.callbacks.diagnostics import DiagnosticsCallback
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.callbacks.trainer_loss import trainer_loss
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
 from loraover.training.methods.base import TrainingMethod, adam_options
@@ -126,8 +126,12 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     Args:
         rows: The rows.
         pictures: Whether each row has the column `images`, by whose presence TRL chooses how rows become tokens.
+
+    Raises:
+        DataError: A column has numbers in some rows and text in others.
     """
     from datasets import Dataset, Features, Image, Json, List
+    from pyarrow import ArrowException
 
     kinds: dict[str, Any] = {"images": List(Image())} if pictures else {}
     empty: dict[str, Any] = {"chat_template_kwargs": {}}  # the value that TRL takes as none; None of other columns
@@ -140,8 +144,11 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
     }
     nested |= kinds
-    plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
-    return Dataset.from_list(rows, features=Features(plain.features | nested))
+    try:
+        plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
+        return Dataset.from_list(rows, features=Features(plain.features | nested))
+    except ArrowException as error:
+        raise DataError(f"the rows have a column with values of several types; write them alike ({error})") from error
 
 
 def find_reward(name: str) -> Any:

@@ -169,6 +169,13 @@ def test_a_run_that_ended_before_it_was_measured_publishes_its_best_step(
     assert {name for name in known if not torch.equal(known[name], found[name])} == set()
 
 
+def test_a_column_of_a_reward_has_values_of_one_type(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of("grpo", tmp_path, bases)
+    rows_file(tmp_path / "rows.jsonl", [row | {"solution": n or "0"} for n, row in enumerate(ROWS["grpo"])])
+    with pytest.raises(DataError, match="a column with values of several types; write them alike"):
+        loraover.train(str(recipe), tmp_path / "out")
+
+
 def test_a_margin_is_learned(bases: dict[str, Path], tmp_path: Path) -> None:
     """At the first step both rewards are nearly the same, so the loss is that of the margin alone."""
     recipe = recipe_of("reward", tmp_path, bases)
