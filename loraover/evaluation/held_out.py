@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from loraover.evaluation.final_number import final_number
@@ -83,12 +85,19 @@ def example_losses(
     was_training = model.training
     model.eval()
     is_causal = not model.config.is_encoder_decoder
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    may_keep = is_causal and "logits_to_keep" in signature(inner.forward).parameters
     found = []
     for batch in batches:
         labels = batch["labels"][:, is_causal:]  # a causal model does not predict its first label
         # Given labels, a causal model under TRL 1.9 returns no logits; an encoder-decoder makes its input of them.
         inputs = {name: value for name, value in batch.items() if name != "labels"} if is_causal else batch
-        logits, counts = model(**inputs).logits[:, : labels.shape[1]], labels != -100
+        counts = labels != -100
+        if may_keep and counts.any():  # else the logits of prompts, which nothing reads, take most of the memory
+            first = int(counts.any(0).nonzero()[0])
+            labels, counts = labels[:, first:], counts[:, first:]
+            inputs["logits_to_keep"] = counts.shape[1] + 1
+        logits = model(**inputs).logits[:, : labels.shape[1]]
         # A softmax over a dimension that is not the last, as for all positions at once, is off by 1e-4 nats a token.
         nats = cross_entropy(logits[counts].float(), labels[counts], reduction="none").cpu().double()
         found += [Scored(float(part.sum()), len(part)) for part in torch.split(nats, counts.sum(1).tolist())]
