@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from loraover_serve.plugin.front import Front
+from loraover.common.errors import ExportError
+from loraover_serve.plugin.front import LINE_BYTES, Front
 from loraover_serve.plugin.settings import RefusedError, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
 
@@ -72,6 +73,36 @@ def test_the_worker_may_live_in_another_environment(tmp_path: Path) -> None:
 
     asyncio.run(ask())
     assert mark.exists()
+
+
+@pytest.mark.process
+def test_a_worker_that_cannot_be_read_is_ended(tmp_path: Path) -> None:
+    """Else it would count as one that runs, and every later request would wait for it for ever."""
+    python = tmp_path / "python"
+    line = f"print({LINE_BYTES + 1} * 'x', flush=True)"
+    python.write_text(f"#!{sys.executable}\nimport sys, time\nsys.stdin.readline()\n{line}\ntime.sleep(60)\n")
+    python.chmod(0o755)
+    settings = read_settings({"LORAOVER_ADAPTERS": str(tmp_path), "LORAOVER_PYTHON": str(python)})
+    assert settings is not None
+
+    async def ask() -> None:
+        front = Front(settings)
+        with pytest.raises(RefusedError, match="ended while it worked on this one"):
+            await asyncio.wait_for(front.prepare(source="shop"), 20)
+        assert front.pid is None
+
+    asyncio.run(ask())
+
+
+def test_an_answer_of_the_worker_fits_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ExportError(f"the key {LINE_BYTES * 'x'}")
+
+    monkeypatch.setattr("loraover_export.prepare_adapter", refuse)
+    reason = answer_to({"source": "shop"})["refused"]
+    assert reason.startswith("the key xxx")
+    assert reason.endswith("characters are left out)")
+    assert len(reason) < LINE_BYTES / 100
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../out", "/etc", "", "a//b", ".", "a\0b", "link", "file", "a" * 300])

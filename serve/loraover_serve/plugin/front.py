@@ -9,6 +9,7 @@ import logging
 import os
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +109,25 @@ class Front:
 
 
 async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str, Any]]]) -> None:
-    """Give each answer to the request that waits for it, until the worker ends."""
+    """Give each answer to the request that waits for it, until the worker ends, or is ended since it cannot be read."""
     assert process.stdout is not None
-    async for line in process.stdout:
-        if not line.endswith(b"\n"):
-            break  # the worker was killed while it wrote
-        answer = json.loads(line)
-        waiting = expected.get(answer.pop("id"))
-        if waiting is not None and not waiting.done():
-            waiting.set_result(answer)
-    await process.wait()
-    for waiting in expected.values():
-        if not waiting.done():
-            waiting.set_exception(WorkerEndedError())
+    try:
+        async for line in process.stdout:
+            if not line.endswith(b"\n"):
+                break  # the worker was killed while it wrote
+            answer = json.loads(line)
+            waiting = expected.get(answer.pop("id"))
+            if waiting is not None and not waiting.done():
+                waiting.set_result(answer)
+    except ValueError as error:
+        logger.warning("an answer of the process that prepares adapters cannot be read: %s", error)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        for waiting in expected.values():
+            if not waiting.done():
+                waiting.set_exception(WorkerEndedError())
 
 
 def _environment() -> dict[str, str]:

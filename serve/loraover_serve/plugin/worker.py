@@ -18,6 +18,9 @@ from typing import Any, BinaryIO
 NICENESS = 10
 """Lower priority than the server's, whose requests come first."""
 
+CHARACTERS = 2000
+"""Longest reason or note, whose keys and values come from an adapter's files: an answer has to fit in a line."""
+
 
 def main() -> None:
     """Answer requests until the pipe is closed."""
@@ -65,12 +68,17 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         source = request.pop("source") if name is None else _downloaded(name)
         found = prepare_adapter(source, **request)
     except LoraOverError as error:
-        return {"refused": str(error)}
+        return {"refused": _shortened(str(error))}
     except Exception as error:  # a fault of ours: the answer has its kind, the log the rest
         traceback.print_exc()
         return {"refused": f"preparing it failed with {type(error).__name__}; the server's log has more."}
     texts = {"path": str(found.path), "certificate": str(found.certificate)}
-    return {"prepared": vars(found) | texts}
+    return {"prepared": vars(found) | texts | {"notes": [_shortened(note) for note in found.notes]}}
+
+
+def _shortened(text: str) -> str:
+    left = len(text) - CHARACTERS
+    return text if left <= 0 else f"{text[:CHARACTERS]} ... ({left} characters are left out)"
 
 
 def _downloaded(name: str) -> Path:
