@@ -193,6 +193,30 @@ def test_a_full_disk_and_a_lost_base_are_not_remembered(
     assert prepare_adapter(folder / "pissa", tmp_path / "cache", model=base).done == "converted"
 
 
+def test_a_file_that_could_not_be_read_is_not_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale handle of NFS, or too many open files, says nothing about the adapter."""
+
+    def fail_once(*arguments: Any) -> Any:
+        def stale(path: Path, *words: Any, **more: Any) -> Any:
+            if path.parent != folder / "plain":
+                return readable(path, *words, **more)
+            reading.undo()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+        with monkeypatch.context() as reading:
+            reading.setattr(Path, "open", stale)
+            return as_lora(*arguments)
+
+    readable, as_lora = Path.open, run._as_lora
+    monkeypatch.setattr(run, "_as_lora", fail_once)
+    with pytest.raises(CheckpointError, match=r"plain.*cannot be read: Stale"):
+        prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base")
+    monkeypatch.setattr(run, "_as_lora", as_lora)
+    assert prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base").done == "rewritten"
+
+
 def test_files_that_change_meanwhile_leave_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def refusal_of(error: LoraOverError, source: Path, scratch: Path) -> LoraOverErr
 
 
 def remember(error: LoraOverError, source: Path, place: Path) -> None:
-    """Write down a refusal, unless the error may not come again, such as one of the base model's files.
+    """Write down a refusal, unless the error may not come again, such as a file that the system could not read.
 
     Args:
         error: The error.
@@ -51,7 +51,7 @@ def remember(error: LoraOverError, source: Path, place: Path) -> None:
         place: File of the refusal.
     """
     name = next((name for name, kind in REMEMBERED.items() if isinstance(error, kind)), None)
-    if name is None or isinstance(error, ConfigError):
+    if name is None or isinstance(error, ConfigError) or isinstance(error.__cause__, OSError):
         return
     refusal = Refusal(error=name, message=str(error).replace(str(source), PLACE))
     publish_file(place, lambda path: path.write_text(refusal.model_dump_json(indent=1) + "\n"))

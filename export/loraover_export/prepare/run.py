@@ -190,7 +190,7 @@ def _publish(
             written = TARGETS[target.engine](plain, draft, target)
             check_matrices(plain, written.matrices)
         except LoraOverError as error:
-            raise refusal_of(error, source, draft) from error
+            raise refusal_of(error, source, draft) from error.__cause__
         record = _record(source, digest, target, written, conversion, perf_counter() - started)
         for left in ("folded", "converted"):
             shutil.rmtree(draft / left, ignore_errors=True)
