@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ PACKAGES = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
+FOREIGN = {"botocore.exceptions": "BotoCoreError", "ftplib": "Error"}
+"""Errors that derive from no built-in one, by their modules."""
 VOLATILE = ("expires", "atime", "accessed")
 
 
@@ -39,10 +41,10 @@ class RemoteStore(Store):
     def __init__(self, address: Address) -> None:
         self._address = address
         try:
-            import fsspec
+            from fsspec.core import url_to_fs
 
             with self._errors():
-                self._system: Any = fsspec.filesystem(address.scheme)
+                self._system, self._root = self._opened(url_to_fs)
         except ImportError as error:
             package = PACKAGES.get(address.scheme, "fsspec")
             raise SourceError(
@@ -53,7 +55,7 @@ class RemoteStore(Store):
     def entries(self, wanted: tuple[str, ...]) -> Mapping[str, Entry]:
         with self._errors():
             self._system.invalidate_cache()
-            root = self._system._strip_protocol(str(self._address)).rstrip("/") + "/"
+            root = f"{self._root}/"
             found = self._system.ls(root, detail=True)
         entries = {
             info["name"].removeprefix(root): Entry(int(info["size"] or 0), _mark(info))
@@ -64,13 +66,23 @@ class RemoteStore(Store):
 
     def read(self, name: str, target: Path) -> None:
         with self._errors():
-            self._system.get_file(f"{self._system._strip_protocol(str(self._address)).rstrip('/')}/{name}", str(target))
+            self._system.get_file(f"{self._root}/{name}", str(target))
+
+    def _opened(self, url_to_fs: Callable[[str], tuple[Any, str]]) -> tuple[Any, str]:
+        """Return the system, at the host and the port that the address names, and the folder's path there."""
+        try:
+            system, root = url_to_fs(str(self._address))
+        except TypeError as error:
+            raise SourceError(
+                f"{self._address}: lacks a part that {self._address.scheme}:// needs: {error}; write the address as "
+                "fsspec takes it."
+            ) from error
+        return system, root.rstrip("/")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn the errors of fsspec and of its packages into ours; those of botocore derive from no built-in one."""
-        botocore: Any = sys.modules.get("botocore.exceptions")
-        others: tuple[type[Exception], ...] = () if botocore is None else (botocore.BotoCoreError,)
+        """Turn the errors of fsspec and of its packages into ours."""
+        others = tuple(vars(sys.modules[name])[kind] for name, kind in FOREIGN.items() if name in sys.modules)
         try:
             yield
         except FileNotFoundError as error:

@@ -213,12 +213,35 @@ def test_a_file_that_changes_in_between_is_refused(s3: Any, cache: Path, monkeyp
         ("s3://nowhere/x", "no such folder there"),
         ("nonsense://x", "cannot be read: Protocol not known"),
         ("gs://b/x", "this needs gcsfs"),
+        ("github://x", "lacks a part that github:// needs: .* 'org'"),
         ("http://example.org/x", "without encryption"),
     ],
 )
 def test_what_cannot_be_fetched_is_refused(s3: Any, address: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         fetch_adapter(address, quiet)
+
+
+class Cluster(http.server.BaseHTTPRequestHandler):
+    """What HDFS answers over http for a folder with one file."""
+
+    def log_message(self, *words: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        assert self.path.startswith("/webhdfs/v1/shop")
+        found = {"pathSuffix": CONFIG, "type": "FILE", "length": 2, "modificationTime": 1}
+        body = json.dumps({"FileStatuses": {"FileStatus": [found]}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_an_address_names_the_host_and_its_port() -> None:
+    pytest.importorskip("requests", reason="fsspec asks HDFS by requests")
+    with serving(Cluster) as url:
+        store = RemoteStore(Address("webhdfs", f"{url.removeprefix('http://')}/shop"))
+        assert store.entries((CONFIG,))[CONFIG].size == 2
 
 
 def test_a_cache_that_cannot_be_written_is_said(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
