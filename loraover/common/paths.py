@@ -13,6 +13,23 @@ from loraover.common.errors import ConfigError
 SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>[^/].*)", re.DOTALL)
 """An address such as "s3://bucket/folder", also where it has lost a slash, as it does in a `Path`."""
 
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+)([^/?#\s]*)@")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+[^?\s]*\?)(\S*)")
+_VALUE = re.compile(r"(?<==)[^&]*|^[^=]+$")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose addresses are shown to others: with *** for their users, passwords and values of queries.
+
+    The container of "abfss://container@account/folder", a user without a password, stays as it is.
+    """
+
+    def without_user(found: re.Match[str]) -> str:
+        is_container = ":" not in found[2] and not found[1].lower().startswith("http")
+        return found[0] if is_container else f"{found[1]}***@"
+
+    return _QUERY.sub(lambda found: found[1] + _VALUE.sub("***", found[2]), _USER.sub(without_user, text))
+
 
 class AddressPath(PosixPath):
     """A path that may be an address, such as "s3://bucket/folder", whose text it keeps."""

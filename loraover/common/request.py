@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from loraover.common.errors import ConfigError
-from loraover.common.paths import AddressPath
+from loraover.common.paths import AddressPath, without_secrets
 from loraover.common.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Request:
 
     def shown(self, name: str) -> str:
         """Return the value of a field as reports show it: of an adapter that was fetched, its address."""
-        return str(self.addresses.get(name, getattr(self, name)))
+        return without_secrets(str(self.addresses.get(name, getattr(self, name))))
 
     @property
     def loads_models(self) -> bool:
@@ -190,7 +190,10 @@ class Request:
         return True
 
     def command(self) -> str:
-        """Return the command line that repeats this request, without options at their defaults."""
+        """Return the command line that repeats this request, without options at their defaults.
+
+        Secrets in addresses are left out; see `without_secrets`.
+        """
         places: list[str] = []
         words: list[str] = []
         rest: list[str] = []
@@ -204,7 +207,7 @@ class Request:
                 rest += ["--", *value]
             else:
                 words += declared.words(value)
-        return shlex.join([*self.verb.split(), *places, *words, *rest])
+        return shlex.join(map(without_secrets, [*self.verb.split(), *places, *words, *rest]))
 
 
 @dataclass(frozen=True)

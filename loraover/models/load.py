@@ -94,6 +94,10 @@ def resolve_model(
             stand-in is at hand.
         CheckpointError: The record of a stand-in cannot be read.
     """
+    found = read_address(name)
+    if isinstance(found, Address):
+        folder = fetch_address(found, MODEL_FILES if with_weights else CONFIG_FILES, say)
+        return ModelSource(str(found), str(folder), None, f"address {found}")
     stand_in = find_stand_in(name)
     if kind_of(name) == "folder":
         origin = f"folder {name}" if stand_in is None else str(stand_in)
@@ -104,10 +108,6 @@ def resolve_model(
             f"`python -m loraover.models.stand_in {stand_in.stands_for}`; if this prints another folder, name that one "
             "as the base model."
         )
-    found = read_address(name)
-    if isinstance(found, Address):
-        folder = fetch_address(found, MODEL_FILES if with_weights else CONFIG_FILES, say)
-        return ModelSource(name, str(folder), None, f"address {found}")
     if not isinstance(found, HubName):
         raise ConfigError(f"model: {name!r} is neither a folder, an address nor a hub name such as 'owner/model'.")
     name = found.name

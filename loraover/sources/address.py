@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.common.errors import ConfigError
-from loraover.common.paths import SCHEME, kind_of
+from loraover.common.paths import SCHEME, kind_of, without_secrets
 
 HUB_HOST = "huggingface.co"
 _NAME = r"[\w-][\w.-]*/[\w.-]*[\w-]"
@@ -45,6 +45,12 @@ class Address:
     rest: str
 
     def __str__(self) -> str:
+        """Return the address as it is shown; see `without_secrets`."""
+        return without_secrets(self.text)
+
+    @property
+    def text(self) -> str:
+        """The address with its secrets, for requests."""
         return f"{self.scheme}://{self.rest}"
 
 
@@ -77,7 +83,7 @@ def name_of(text: str | Path) -> str:
         case HubName():
             return found.name.rpartition("/")[2]
         case Address():
-            return found.rest.rpartition("/")[2]
+            return found.rest.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 def is_elsewhere(text: str | Path) -> bool:

@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loraover.common.atomic_output import publish_directory
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.paths import cache_folder
+
+if TYPE_CHECKING:
+    from loraover.sources.address import Address
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -74,7 +78,7 @@ class Store(ABC):
         """
 
 
-def keep(address: str, store: Store, wanted: tuple[str, ...], say: Callable[[str], None]) -> Path:
+def keep(address: Address, store: Store, wanted: tuple[str, ...], say: Callable[[str], None]) -> Path:
     """Return a folder of this machine with the present files of a folder elsewhere.
 
     Files that were fetched before, and have not changed since, are not fetched again. Several processes that want the
@@ -95,8 +99,8 @@ def keep(address: str, store: Store, wanted: tuple[str, ...], say: Callable[[str
     if not found:
         raise SourceError(f"{address}: holds none of {', '.join(wanted[:2])}; expected the address of their folder.")
     for name in found:
-        check_name(address, name)
-    described = json.dumps([address, {name: [entry.size, entry.mark] for name, entry in found.items()}])
+        check_name(str(address), name)
+    described = json.dumps([address.text, {name: [entry.size, entry.mark] for name, entry in found.items()}])
     key = hashlib.sha256(described.encode()).hexdigest()
     folder = cache_folder() / "sources" / key
     try:
@@ -144,5 +148,5 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and os.sep not in name and "\0" not in name
 
 
-def _changed(address: str, name: str) -> str:
+def _changed(address: Address, name: str) -> str:
     return f"{address}: {name} changed while it was read, so that the files may not belong together; run this again."

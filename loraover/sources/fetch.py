@@ -17,7 +17,8 @@ class Fetched:
 
     Args:
         folder: The folder.
-        address: Text that names the same files again: a path, an address, or a hub name with its commit.
+        address: Text that names the same files again: a path, an address with its secrets, or a hub name with its
+            commit.
     """
 
     folder: Path
@@ -48,12 +49,12 @@ def fetch_adapter(source: str | Path, say: Callable[[str], None]) -> Fetched:
             say(f"adapter: hub {pinned}")
             return Fetched(folder, str(pinned))
         case Address():
-            return Fetched(fetch_address(found, ADAPTER_FILES, say), str(found))
+            return Fetched(fetch_address(found, ADAPTER_FILES, say), found.text)
 
 
 def fetch_address(address: Address, wanted: tuple[str, ...], say: Callable[[str], None]) -> Path:
     """Return a folder of this machine with the wanted files of a folder elsewhere; see `keep`."""
-    return keep(str(address), _store(address), wanted, say)
+    return keep(address, _store(address), wanted, say)
 
 
 def _store(address: Address) -> Store:

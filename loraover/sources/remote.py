@@ -71,7 +71,7 @@ class RemoteStore(Store):
     def _opened(self, url_to_fs: Callable[[str], tuple[Any, str]]) -> tuple[Any, str]:
         """Return the system, at the host and the port that the address names, and the folder's path there."""
         try:
-            system, root = url_to_fs(str(self._address))
+            system, root = url_to_fs(self._address.text)
         except TypeError as error:
             raise SourceError(
                 f"{self._address}: lacks a part that {self._address.scheme}:// needs: {error}; write the address as "

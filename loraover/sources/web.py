@@ -38,7 +38,7 @@ class WebStore(Store):
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._parts = urlsplit(str(address))
+        self._parts = urlsplit(address.text)
         if address.scheme != "https" and not _is_here(self._parts.hostname):
             raise SourceError(
                 f"{address}: is read without encryption, so anybody on the way could change it; use https."

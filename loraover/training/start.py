@@ -34,6 +34,7 @@ from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError
+from loraover.common.paths import without_secrets
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
 from loraover.common.strict_json import read_json
@@ -156,7 +157,9 @@ def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, rep
         raise ConfigError(f"{KEY}: the update of {', '.join(weights)} is zero in every module; train it first.")
     pairs = zip(fetched, weights.values(), records, strict=True)
     origin = StartedFrom(
-        sources=[StartSource(path=one.address, weight=w, sha256=record.sha256) for one, w, record in pairs],
+        sources=[
+            StartSource(path=without_secrets(one.address), weight=w, sha256=record.sha256) for one, w, record in pairs
+        ],
         relative_error=left_out / norm,
         modules=len(modules),
         fresh_modules=len(drawn) - len(modules),

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,13 +19,14 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import ConfigError, OutputError
-from loraover.common.paths import AddressPath, cache_folder
+from loraover.common.paths import AddressPath, cache_folder, without_secrets
 from loraover.models.load import load_config, resolve_model
 from loraover.sources.address import Address, HubName, is_elsewhere, name_of, read_address
 from loraover.sources.cache import SourceError
 from loraover.sources.fetch import fetch_adapter
 from loraover.sources.remote import RemoteStore
-from loraover_export import check_adapter
+from loraover_export import check_adapter, check_fleet
+from loraover_export.check.request import CheckRequest
 
 from support.plain_adapter import make_adapter
 
@@ -275,6 +277,55 @@ def test_a_model_of_the_web_has_the_shards_that_its_index_names(site: tuple[Path
     (folder.parent.parent / "x").write_bytes(b"1")
     with pytest.raises(SourceError, match="outside of the cache"):
         resolve_model(address)
+
+
+def test_secrets_of_an_address_are_sent_and_shown_to_nobody(
+    site: tuple[Path, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address = site
+    shutil.copytree(adapter, folder / "shop")
+    heard = []
+    send_head = Site.send_head
+
+    def listen(self: Site) -> Any:
+        heard.append((self.path, self.headers))
+        return send_head(self)
+
+    monkeypatch.setattr(Site, "send_head", listen)
+    secret = address.replace("http://", "http://me:hunter2@") + "/shop?sv=1&sig=hunter2"
+    shown = address.replace("http://", "http://***@") + "/shop?sv=***&sig=***"
+    request = CheckRequest(secret, engines="vllm")
+    assert request.command() == f"loraover export check '{shown}' --engine vllm"
+    report = check_adapter(secret, engines="vllm")
+    assert report.adapter == shown
+    assert all(path.endswith("?sv=1&sig=hunter2") and headers["Authorization"] for path, headers in heard)
+    (row,) = check_fleet([secret], engines="vllm", html=tmp_path / "fleet.html").rows
+    assert (row.source, row.address, row.verdict) == (shown, shown, "right")
+    assert "hunter2" not in (tmp_path / "fleet.html").read_text()
+    (folder / "shop" / TENSORS).unlink()
+    (row,) = check_fleet([secret], engines="vllm").rows
+    assert (row.verdict, "hunter2" in row.reason) == ("refused", False)
+    shutil.rmtree(folder / "shop")
+    lines: list[str] = []
+    with pytest.raises(SourceError) as caught:
+        fetch_adapter(secret, lines.append)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://token@host/x", "https://***@host/x"),
+        ("ftp:/me:p@ss@host/x", "ftp:/***@host/x"),
+        ("abfss://box@account.dfs.core.windows.net/x", "abfss://box@account.dfs.core.windows.net/x"),
+        ("https://host/x?token", "https://host/x?***"),
+        ("see https://host/x?a=1&b=2 there", "see https://host/x?a=***&b=*** there"),
+        ("org/name@main", "org/name@main"),
+        ("--header=a?b=c", "--header=a?b=c"),
+    ],
+)
+def test_an_address_is_shown_without_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
 
 
 def test_a_redirect_to_another_host_is_refused(site: tuple[Path, str], cache: Path) -> None:

@@ -17,7 +17,7 @@ GOOD: tuple[Verdict, ...] = ("right", "prepared")
 class FleetRow(StrictModel):
     """One adapter."""
 
-    source: str = Field(description="The adapter, as it was named")
+    source: str = Field(description="The adapter, as it was named, without secrets")
     address: str = Field(description="Text that names the same files again, such as a hub name with its commit")
     verdict: Verdict = Field(
         description="Refused: it lies in the adapter; failed: it could not be examined, and may be another time"

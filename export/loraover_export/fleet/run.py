@@ -12,6 +12,7 @@ from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
 from loraover.common.extras import missing_package
 from loraover.common.later import has_torch
+from loraover.common.paths import without_secrets
 from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.sources.address import is_elsewhere
@@ -42,24 +43,28 @@ class Guarded:
     """Work on an adapter by its address, which gives a row whatever happens.
 
     Args:
-        examine: The work, given the adapter's folder and the text by which it was named.
+        examine: The work, given the adapter's folder and the text by which it was named, without secrets.
     """
 
     examine: Examine
 
     def __call__(self, source: str) -> FleetRow:
-        started, row = perf_counter(), FleetRow(source=source, address=source, verdict="failed")
+        started, shown = perf_counter(), without_secrets(source)
+        row = FleetRow(source=shown, address=shown, verdict="failed")
         try:
             fetched = fetch_adapter(source, lambda line: None)
+            fetched = Fetched(fetched.folder, without_secrets(fetched.address))
             row = row.model_copy(update={"address": fetched.address})
             row = row.model_copy(update={"kind": read_peft_type(fetched.folder)})
-            row = self.examine(fetched, source)
+            row = self.examine(fetched, shown)
         except LoraOverError as error:
             is_its_own = isinstance(error, IN_THE_ADAPTER) and not isinstance(error, ConfigError | OutputError)
-            reason = str(error) if row.address == source else str(error).replace(str(fetched.folder), fetched.address)
+            reason = str(error) if row.address == shown else str(error).replace(str(fetched.folder), fetched.address)
             row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
         except Exception as error:  # one adapter must not end the others, whatever a library makes of it
-            reason = missing_package(error) or f"{type(error).__name__}: {error}. Please report this."
+            reason = (
+                missing_package(error) or f"{type(error).__name__}: {without_secrets(str(error))}. Please report this."
+            )
             row = row.model_copy(update={"reason": reason})
         return row.model_copy(update={"seconds": perf_counter() - started})
 
@@ -67,7 +72,8 @@ class Guarded:
 def killed(source: str) -> FleetRow:
     """Return the row of an adapter whose process was killed."""
     reason = "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
-    return FleetRow(source=source, address=source, verdict="failed", reason=reason)
+    shown = without_secrets(source)
+    return FleetRow(source=shown, address=shown, verdict="failed", reason=reason)
 
 
 @verb(PrepareRequest)
