@@ -70,8 +70,8 @@ class Endpoint:
         ends: Time on `time.monotonic`'s clock at which all requests end.
 
     Raises:
-        ConfigError: Not an HTTP address, no such variable, a key that no header can carry, no certificates, or a proxy
-            that cannot be used.
+        ConfigError: Not an HTTP address, no such variable, a key that no header can carry, a header's name that none
+            can have, no certificates, or a proxy or a time that cannot be used.
     """
 
     GREEDY: ClassVar[Mapping[str, Any]] = GREEDY
@@ -94,7 +94,8 @@ class Endpoint:
         self._key = "" if key_variable is None else _secret(host, key_variable)
         if self._key:  # servers read one of the two
             self.headers |= {"Authorization": f"Bearer {self._key}", "X-Api-Key": self._key}
-        others = {name: _secret(host, variable) for name, _, variable in (each.partition("=") for each in more)}
+        pairs = (each.partition("=") for each in more)
+        others = {_header(host, name): _secret(host, variable) for name, _, variable in pairs}
         self.headers |= others
         self._secrets = [secret for secret in (self._key, *others.values()) if secret]
         try:
@@ -103,6 +104,10 @@ class Endpoint:
             raise ConfigError(f"{ca_file}: cannot be read as certificates: {error}.") from error
         except ValueError as error:
             raise ConfigError(f"{host}: the environment's proxy cannot be used: {error}") from error
+        if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigError(
+                f"{host}: the time-out is {timeout_s:g} s, expected more than 0 and at most {threading.TIMEOUT_MAX:g}."
+            )
         self._timeout_s, self._repeats, self._ends = timeout_s, repeats, ends
         self._closed, self._turn = threading.Event(), threading.RLock()
         self.sent, self._counting = 0, threading.Lock()
@@ -310,6 +315,15 @@ def is_same_model(one: str, other: str) -> bool:
     short, long = sorted((one, other), key=len)
     tail = long.removeprefix(short)
     return short == long or long.endswith((f"/{short}", f":{short}")) or bool(re.fullmatch(_DATE, tail))
+
+
+def _header(host: str, name: str) -> str:
+    """Name of a header, which is not shown where it is none: it may hold the value."""
+    if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        raise ConfigError(
+            f"a header for {host}: has a name that no header can have; give NAME=VARIABLE, such as X-Team=TEAM_KEY."
+        )
+    return name
 
 
 def _secret(host: str, variable: str) -> str:

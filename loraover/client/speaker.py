@@ -6,7 +6,6 @@ This module and those that it imports need the standard library alone, and are p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -20,7 +19,8 @@ from loraover.common.errors import ConfigError, EngineError, UnscoredError
 OF_SERVER = ("id", "system_fingerprint")
 """Fields of an answer that say who gave it."""
 
-ID_BITS = 64
+ID_BITS, LARGEST_NATS = 64, 1e6
+"""Sizes of an id and of a logprob above which an answer is taken for a damaged one."""
 
 
 class Generated(NamedTuple):
@@ -137,8 +137,8 @@ class Speaker:
 
     def _logprobs(self, pairs: list[tuple[Any, Any]]) -> dict[int, float]:
         found = {id_: float(value) for entry, value in pairs if (id_ := token_id(entry, self._by_text)) is not None}
-        if not all(math.isfinite(value) and id_.bit_length() < ID_BITS for id_, value in found.items()):
-            raise ValueError("not a token and a finite logprob")
+        if not all(abs(value) < LARGEST_NATS and id_.bit_length() < ID_BITS for id_, value in found.items()):
+            raise ValueError("not a token and a logprob")
         return found
 
     @cached_property

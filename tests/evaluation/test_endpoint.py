@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import shutil
 import socket
 import subprocess
@@ -298,6 +299,22 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("MY_KEY", raising=False)
     with pytest.raises(ConfigError, match="no environment variable of the name"):
         Endpoint("http://localhost", "MY_KEY")
+
+
+@pytest.mark.parametrize("header", ["X:Y=MY_KEY", "=MY_KEY", "Authorization: Bearer sk-sesame=MY_KEY", "X\n=MY_KEY"])
+def test_a_header_whose_name_none_can_have_is_refused_and_not_shown(
+    header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with pytest.raises(ConfigError, match="name that no header can have; give NAME=VARIABLE") as caught:
+        Endpoint("http://localhost", more=[header])
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seconds", [math.inf, math.nan, 1e10, 0.0, -1.0])
+def test_a_time_that_no_request_can_take_is_refused(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"time-out is .* s, expected more than 0 and at most"):
+        Endpoint("http://localhost", timeout_s=seconds)
 
 
 def test_a_key_of_a_file_with_other_line_ends_is_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,7 @@ def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:
         ({"choice": {"logprobs": None}}, "the server gives no logprobs; start it so that"),
         ({"choice": {"logprobs": {"top_logprobs": [{"unknown word": -1.0}]}}}, "are not those of the base model's"),
         ({"choice": {"logprobs": {"top_logprobs": [{"token_id:5": float("-inf")}]}}}, "answer cannot be read"),
+        ({"choice": {"logprobs": {"top_logprobs": [{"token_id:5": -1e80}]}}}, "answer cannot be read"),
         ({"choice": {"logprobs": {"top_logprobs": [{"token_id:500": -1.0}]}}}, "501 tokens or more, and the base"),
         ({"choice": {"logprobs": {"content": [{"id": -5, "logprob": -1.0}]}}}, "a token of a negative id, -5"),
         ({"choice": {"logprobs": {"content": [{"id": 5, "logprob": None}]}}}, "the server's answer cannot be read"),

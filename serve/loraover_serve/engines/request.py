@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import TIMEOUT_MAX
 
 from loraover.common.request import AnyPath, declarations, option
 from loraover_serve.engines import ENGINES
@@ -25,6 +26,7 @@ class EngineRequest(ServerRequest, ABC):
         default=120.0,
         flag="--timeout",
         least=1,
+        most=TIMEOUT_MAX,
     )
 
     @property
