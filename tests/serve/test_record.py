@@ -137,6 +137,16 @@ def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("variants.0.unit", float("inf"), "does not fit the positions"),
         ("variants.0.questions", "all", "TypeError"),
         ("texts", {"one": "a"}, "ValueError"),
+        ("adapter", None, "the adapter and its base model need names"),
+        ("base_model", 5, "the adapter and its base model need names"),
+        ("ends", None, "TypeError"),
+        ("ends", ["end"], "ValueError"),
+        ("made", [], "AttributeError"),
+        ("formats.bf16.strength", None, "TypeError"),
+        ("formats.int8", {"distance": 1.0}, "KeyError: 'strength'"),
+        ("questions.0.message", 5, "do not fit together"),
+        ("variants.0.factor", "half", "ValueError"),
+        ("variants", [], "no factor between"),
     ],
 )
 def test_a_file_that_is_no_reference_is_refused(

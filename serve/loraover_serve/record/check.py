@@ -112,15 +112,14 @@ def ask_server(request: VerifyRequest) -> tuple[list[dict[str, Any]], list[dict[
 
 def _facts(reference: Reference) -> dict[str, Any]:
     """The fields of a report that say what a reference holds; they are small, unlike the reference."""
-    content = reference.content
     return {
-        "adapter": str(content["adapter"]),
-        "base_model": str(content["base_model"]),
+        "adapter": reference.adapter_name,
+        "base_model": reference.base_name,
         "sensitivity": reference.sensitivity,
-        "bias": float(reference.formats["bf16"]["strength"]),
+        "bias": reference.formats["bf16"]["strength"],
         "prompts": len(reference.questions),
         "new_tokens": max(len(question["answer"]) for question in reference.questions),
-        "device": str(content.get("made", {}).get("device", "unknown")),
+        "device": reference.device,
     }
 
 

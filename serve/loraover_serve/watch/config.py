@@ -182,7 +182,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
     reference = read_reference(file)
     most = QUICK if adapter.quick else (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places) + QUICK
-    name = adapter.name or str(reference.content["adapter"])
+    name = adapter.name or reference.adapter_name
     try:
         request = VerifyRequest(
             references=(file,),

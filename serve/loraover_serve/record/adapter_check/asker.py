@@ -42,12 +42,12 @@ class Asker:
         protocol: str | None = None,
         option: Callable[[str], str] = flag,
     ) -> None:
-        self.reference, self.endpoint, content = reference, endpoint, reference.content
+        self.reference, self.endpoint = reference, endpoint
         self._found = find_models(
             endpoint,
             lambda name: Speaker(endpoint, name, partial(_probe, reference), lambda: reference.by_text, protocol),
-            adapter=adapter or str(content["adapter"]),
-            model=str(content["base_model"]),
+            adapter=adapter or reference.adapter_name,
+            model=reference.base_name,
             base=base,
             named=option,
         )

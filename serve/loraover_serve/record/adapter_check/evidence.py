@@ -86,7 +86,7 @@ class RecordedEvidence(Evidence):
     def __init__(self, reference: Reference, answers: ServerAnswers) -> None:
         self._reference, self._answers = reference, answers
         self.base, self.adapter = reference.base, reference.adapter
-        self.sensitivity, self.ends = reference.sensitivity, frozenset(reference.content["ends"])
+        self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
         self._scaled = sorted(
             [(0.0, self.base), (1.0, self.adapter)]
@@ -152,10 +152,10 @@ class RecordedEvidence(Evidence):
         return found
 
     def rounding(self, number_format: str) -> float:
-        return float(self._reference.formats[number_format]["distance"])
+        return self._reference.formats[number_format]["distance"]
 
     def bias(self, number_format: str) -> float:
-        return float(self._reference.formats[number_format]["strength"])
+        return self._reference.formats[number_format]["strength"]
 
     def scaled(self, factor: float, prompts: int | None = None) -> Model:
         """The parabola through the three recorded factors that are nearest, at this one or the outermost one."""

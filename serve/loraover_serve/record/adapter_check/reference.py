@@ -58,12 +58,16 @@ class Reference:
     def __init__(self, content: Mapping[str, Any]) -> None:
         if content["schema_version"] != 1:
             raise ValueError(f"schema_version is {content['schema_version']!r}, expected 1")
-        self.content, self.questions, self.formats = content, content["questions"], content["formats"]
+        self.adapter_name, self.base_name, self.questions = (content[k] for k in ("adapter", "base_model", "questions"))
+        if not isinstance(self.adapter_name, str) or not isinstance(self.base_name, str):
+            raise ValueError("the adapter and its base model need names")
+        self.ends = frozenset(map(int, content["ends"]))
+        self.device = str(content.get("made", {}).get("device", "unknown"))
         self.sensitivity, size = float(content["sensitivity"]), int(content["vocabulary"])
         self.places = [(q, step) for q, each in enumerate(self.questions) for step in range(len(each["answer"]))]
         positions = content["positions"]
         if not 0 < len(self.places) == len(positions) or any(
-            len(q["texts"]) != len(q["answer"]) for q in self.questions
+            len(q["texts"]) != len(q["answer"]) or not isinstance(q["message"], str | None) for q in self.questions
         ):
             raise ValueError("questions and positions do not fit together")
         lists = [*(p["ids"] for p in positions), *(q[part] for q in self.questions for part in ("prompt", "answer"))]
@@ -75,10 +79,14 @@ class Reference:
         for index, text in content["texts"].items():
             found[text].add(int(index))
         self.by_text = {text: ids.pop() for text, ids in found.items() if len(ids) == 1}
-        if not all(
-            0 < float(each["distance"]) < math.inf for each in (self.formats[name] for name in NUMBER_FORMATS[1:])
-        ):
+        self.formats = {
+            name: {part: float(content["formats"][name][part]) for part in ("distance", "strength")}
+            for name in NUMBER_FORMATS[1:]
+        }
+        if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
             raise ValueError("a number format has no distance")
+        if not any(each.factor for each in self.variants[ADAPTER]):
+            raise ValueError("no factor between none and all of the adapter")
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:
@@ -92,9 +100,10 @@ class Reference:
         exact = [row for row, (q, _) in zip(start.rows, self.places, strict=True) if q < found["questions"]]
         if not 0 < sum(map(len, exact)) == len(found["levels"]) or not 0 <= unit < math.inf:
             raise ValueError(f"the fault {found['detail']!r:.60} does not fit the positions")
+        factor = None if found.get("factor") is None else float(found["factor"])
         levels = iter(found["levels"])
         rows = [{i: value + unit * unpacked(next(levels)) for i, value in row.items()} for row in exact]
-        return Model(rows, [0.0] * len(rows), found["fault"], found["detail"], found.get("factor"))
+        return Model(rows, [0.0] * len(rows), str(found["fault"]), str(found["detail"]), factor)
 
     def first(self, question: int) -> int:
         """The first place of a question."""
