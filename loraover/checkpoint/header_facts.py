@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource
+from loraover.sources.hub import http_errors
 
 FAMILIES = (
     *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
@@ -115,11 +115,9 @@ def _shapes_on_hub(source: ModelSource) -> dict[str, tuple[int, ...]]:
     import huggingface_hub
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    # Versions 1 and 2 of huggingface-hub ask by these, and the errors of what version 0 asks by are OSErrors.
-    unreachable = [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
     try:
         found = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
-    except (OSError, *unreachable, NotASafetensorsRepoError, SafetensorsParsingError) as error:
+    except (OSError, *http_errors(), NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(str(error)) from error
     files = found.files_metadata.values()
     return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}

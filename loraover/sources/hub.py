@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loraover.sources.cache import SourceError
 
@@ -52,8 +53,16 @@ def fetch_repository(name: str, revision: str | None, kind: Kind, wanted: Sequen
         raise _unreachable(kind, name) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise SourceError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it: {error}") from error
-    except OSError as error:
+    except (OSError, *http_errors()) as error:
         raise _unreachable(kind, name) from error
+
+
+def http_errors() -> list[Any]:
+    """Return the errors of the library by which the hub is asked, some of which its client lets through.
+
+    Versions 1 and 2 of huggingface-hub ask by these, and the errors of what version 0 asks by are OSErrors.
+    """
+    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
 
 
 def _unreachable(kind: str, name: str) -> HubUnreachableError:

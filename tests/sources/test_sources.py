@@ -24,6 +24,7 @@ from loraover.models.load import load_config, resolve_model
 from loraover.sources.address import Address, HubName, is_elsewhere, name_of, read_address
 from loraover.sources.cache import SourceError
 from loraover.sources.fetch import fetch_adapter
+from loraover.sources.hub import HubUnreachableError, fetch_repository
 from loraover.sources.remote import RemoteStore
 from loraover_export import check_adapter, check_fleet
 from loraover_export.check.request import CheckRequest
@@ -399,3 +400,16 @@ def test_a_hub_name_is_pinned_and_found_again_without_the_hub(adapter: Path, tmp
         "no such folder here, and model 'org/none': the hub cannot be reached"
         in (fetch("org/none", HF_HUB_OFFLINE="1")[-1])
     )
+
+
+@pytest.mark.parametrize("kind", ["ProxyError", "ConnectError", "ReadTimeout"])
+def test_a_hub_that_cannot_be_reached_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of the hub's HTTP library are not all OSErrors, and its client lets some of them through."""
+    errors = pytest.importorskip("httpx2")
+
+    def fail(*words: Any, **more: Any) -> None:
+        raise getattr(errors, kind)("403 Forbidden")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(HubUnreachableError, match="cannot be reached and its cache holds no copy"):
+        fetch_repository("org/shop", None, "model", ("config.json",))
