@@ -130,7 +130,8 @@ def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     request = {"cache": str(tmp_path / "cache"), "model": str(base), "dtype": "fp32"}
     answer = answer_to({"hub": "org/shop", **request})
-    assert json.loads(json.dumps(answer))["prepared"]["done"] == "rewritten"
+    prepared = json.loads(json.dumps(answer))["prepared"]
+    assert prepared["done"] == json.loads(Path(prepared["record"]).read_text())["done"] == "rewritten"
     assert "its rank is 6" in answer_to({"source": str(adapter), **request, "max_rank": 1})["refused"]
     assert "cannot be reached" in answer_to({"hub": "org/other", **request})["refused"]
 

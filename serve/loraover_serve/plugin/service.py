@@ -10,9 +10,6 @@ from typing import Any, Literal
 from loraover_serve.plugin.front import Front
 from loraover_serve.plugin.settings import APPROXIMATE, RefusedError, Settings, folder_of
 
-RECORD_FILE = "prepared.json"
-"""File beside each prepared adapter; a part of the format of the cache."""
-
 
 @dataclass(frozen=True)
 class Status:
@@ -125,10 +122,10 @@ class Service:
         found = self._statuses.get(name)
         if found is None or found.status != "ready":
             return None
-        certificate = Path(found.prepared["certificate"])
-        record = Path(self.settings.cache) / found.prepared["digest"] / RECORD_FILE
-        texts = (self._without_paths(path.read_text(), name, None) for path in (record, certificate))
-        return dict(zip(("prepared", "certificate"), map(json.loads, texts), strict=True))
+        files = {"prepared": found.prepared["record"], "certificate": found.prepared["certificate"]}
+        return {
+            kind: json.loads(self._without_paths(Path(file).read_text(), name, None)) for kind, file in files.items()
+        }
 
     def _without_paths(self, text: str, name: str, source: str | None) -> str:
         """Return a text with names in place of the server's paths, and of our function's argument."""

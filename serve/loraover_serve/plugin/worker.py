@@ -58,10 +58,11 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         request: `source`, or `hub` with a name of the hub; and the other arguments of `prepare_adapter`.
 
     Returns:
-        `prepared`, a mapping with the fields of `PreparedAdapter`; or `refused`, the reason.
+        `prepared`, a mapping with the fields of `PreparedAdapter` and the file `record`; or `refused`, the reason.
     """
     from loraover.common.errors import LoraOverError
     from loraover_export import prepare_adapter
+    from loraover_export.prepare.prepared import RECORD_FILE
 
     try:
         name = request.pop("hub", None)
@@ -72,7 +73,8 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a fault of ours: the answer has its kind, the log the rest
         traceback.print_exc()
         return {"refused": f"preparing it failed with {type(error).__name__}; the server's log has more."}
-    texts = {"path": str(found.path), "certificate": str(found.certificate)}
+    record = Path(request["cache"]) / found.digest / RECORD_FILE
+    texts = {"path": str(found.path), "certificate": str(found.certificate), "record": str(record)}
     return {"prepared": vars(found) | texts | {"notes": [_shortened(note) for note in found.notes]}}
 
 
