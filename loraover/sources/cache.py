@@ -69,8 +69,13 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read(self, name: str, target: Path) -> None:
+    def read(self, name: str, target: Path, size: int) -> None:
         """Copy a file to a new one on this machine.
+
+        Args:
+            name: Name of the file.
+            target: The new file.
+            size: Number of bytes that the file has; of a file that has more, the rest need not be read.
 
         Raises:
             SourceError: The file cannot be read.
@@ -115,7 +120,7 @@ def keep(address: Address, store: Store, wanted: tuple[str, ...], say: Callable[
         say(f"fetching {address} ({sum(entry.size for entry in found.values()) / 2**20:.1f} MiB)")
         with publish_directory(folder) as draft:
             for name, entry in found.items():
-                store.read(name, draft / name)
+                store.read(name, draft / name, entry.size)
                 if (draft / name).stat().st_size != entry.size:
                     raise SourceError(_changed(address, name))
             now = store.entries(wanted)

@@ -64,7 +64,7 @@ class RemoteStore(Store):
         }
         return are_wanted(entries, wanted)
 
-    def read(self, name: str, target: Path) -> None:
+    def read(self, name: str, target: Path, size: int) -> None:
         with self._errors():
             self._system.get_file(f"{self._root}/{name}", str(target))
 

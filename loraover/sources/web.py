@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
+from loraover.client.connection import is_near
+from loraover.common.strict_json import MAX_JSON_BYTES
 from loraover.sources.cache import Entry, SourceError, Store, check_name
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class WebStore(Store):
     def __init__(self, address: Address) -> None:
         self._address = address
         self._parts = urlsplit(address.text)
-        if address.scheme != "https" and not _is_here(self._parts.hostname):
+        if address.scheme != "https" and not is_near(self._parts.hostname or ""):
             raise SourceError(
                 f"{address}: is read without encryption, so anybody on the way could change it; use https."
             )
@@ -52,19 +53,26 @@ class WebStore(Store):
             found = {name: self._entry(client, name) for name in names}
         return {name: entry for name, entry in found.items() if entry is not None}
 
-    def read(self, name: str, target: Path) -> None:
+    def read(self, name: str, target: Path, size: int) -> None:
         with self._client() as client, self._answer(client, "GET", name) as answer, target.open("wb") as file:
             for piece in answer.iter_bytes():
                 file.write(piece)
+                if file.tell() > size:
+                    return
 
     def _shards(self, client: httpx2.Client) -> list[str]:
         """Return the files of weights that the index names."""
         with self._answer(client, "GET", INDEX_FILE) as answer:
             if answer.status_code in ABSENT:
                 return []
+            content = bytearray()
+            for piece in answer.iter_bytes():
+                content += piece
+                if len(content) > MAX_JSON_BYTES:
+                    raise SourceError(f"{self._address}/{INDEX_FILE}: more than {MAX_JSON_BYTES} bytes of JSON.")
             try:
-                names = sorted(set(map(str, json.loads(answer.read())["weight_map"].values())))
-            except (ValueError, LookupError, AttributeError, TypeError) as error:
+                names = sorted(set(map(str, json.loads(content)["weight_map"].values())))
+            except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
                 raise SourceError(f"{self._address}/{INDEX_FILE}: is not an index of weights: {error!r}.") from error
         for name in names:
             check_name(str(self._address), name)
@@ -87,7 +95,7 @@ class WebStore(Store):
     def _client(self) -> Iterator[httpx2.Client]:
         import httpx2
 
-        here = _is_here(self._parts.hostname)
+        here = is_near(self._parts.hostname or "")
         headers = {"Accept-Encoding": "identity"}  # the sizes are those of the files
         with httpx2.Client(headers=headers, timeout=TIMEOUT_S, trust_env=not here) as client:
             try:
@@ -115,10 +123,3 @@ class WebStore(Store):
                     "address there if you trust it."
                 )
         raise SourceError(f"{self._address}/{name}: the server redirects more than {REDIRECTS} times.")
-
-
-def _is_here(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ip_address(host or "").is_loopback
-    except ValueError:
-        return False

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +199,8 @@ def test_a_file_that_changes_in_between_is_refused(s3: Any, cache: Path, monkeyp
     address = put(s3, "moving", adapter_config__json=b"{}", adapter_model__safetensors=b"1")
     read = RemoteStore.read
 
-    def read_then_change(self: RemoteStore, name: str, target: Path) -> None:
-        read(self, name, target)
+    def read_then_change(self: RemoteStore, name: str, target: Path, size: int) -> None:
+        read(self, name, target, size)
         put(s3, "moving", adapter_config__json=b"[]")
 
     monkeypatch.setattr(RemoteStore, "read", read_then_change)
@@ -277,6 +277,34 @@ def test_a_model_of_the_web_has_the_shards_that_its_index_names(site: tuple[Path
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../../x"}}))
     (folder.parent.parent / "x").write_bytes(b"1")
     with pytest.raises(SourceError, match="outside of the cache"):
+        resolve_model(address)
+
+
+def test_a_server_that_sends_without_end_fills_no_disk(site: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, address = site
+    (folder / CONFIG).write_text("{}")
+    sent: list[int] = []
+
+    def endless(self: Site) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(1000):
+                sent.append(self.wfile.write(bytes(2**20)))
+
+    monkeypatch.setattr(Site, "do_GET", endless)
+    with pytest.raises(SourceError, match=f"{CONFIG} changed while it was read"):
+        fetch_adapter(address, quiet)
+    assert len(sent) < 100
+    with pytest.raises(SourceError, match=r"index\.json: more than 67108864 bytes"):
+        resolve_model(address)
+    assert len(sent) < 200
+
+
+def test_an_index_of_deep_lists_is_refused(site: tuple[Path, str]) -> None:
+    folder, address = site
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(SourceError, match="is not an index of weights: RecursionError"):
         resolve_model(address)
 
 
