@@ -17,7 +17,8 @@ from scipy import stats
 
 from loraover.reporting.figures import Band, FigureRow, Point, rows_figure
 from loraover.reporting.svg import Axis
-from loraover_serve.judge.limits import BY_CHANCE, NUMBER_FORMATS
+from loraover_serve.judge.limits import BY_CHANCE, FEW_AS_BASE, NUMBER_FORMATS
+from loraover_serve.record.request import RecordRequest
 
 from oracles.prompt_estimates import log_ratios
 from support.recorded_noise import Recorded
@@ -27,6 +28,7 @@ START, END = "<!-- calibration -->", "<!-- end of calibration -->"
 SERVED = {"right": "adapter", "0.8 times": "weak", "1.2 times": "strong", "base": "again"}
 PROMPTS, RUNS, WRONG_RUNS = 32, 40_000, 500
 BATCH = 500
+TOP = 20  # logprobs that most servers give
 STEP = 0.01
 """Multiple to which a limit is rounded up."""
 
@@ -46,6 +48,21 @@ def least_deviation(engines: list[Recorded]) -> float:
     return predicted(beyond)
 
 
+def least_certain(engines: list[Recorded]) -> float:
+    """Multiple of the noise that FEW_AS_BASE of PROMPTS prompts of one engine in 10,000 like these exceed.
+
+    A prompt has as few positions as a reference by default, since more of them are closer to one another. For an engine
+    it is the multiple that so many prompts exceed once in 10,000 checks, if the logarithms are normal.
+    """
+    share = float(stats.beta.ppf(BY_CHANCE, FEW_AS_BASE, PROMPTS - FEW_AS_BASE + 1))
+    found = []
+    for each in engines:
+        asked = each.cut(RecordRequest.new_tokens, TOP)
+        logs = np.log(asked.multiples("adapter", np.arange(len(asked.effect))))
+        found.append(float(np.mean(logs) + stats.norm.isf(share) * np.std(logs, ddof=1)))
+    return math.exp(predicted(found))
+
+
 def predicted(values: list[float]) -> float:
     """The upper limit of one more value of a normal population, which chance exceeds once in 10,000 cases."""
     number, spread = len(values), float(np.std(values, ddof=1))
@@ -63,6 +80,7 @@ def main() -> None:
     engines = sorted(Recorded.all(), key=lambda each: NUMBER_FORMATS.index(each.number_format))
     excess, deviation = least_excess(engines), least_deviation(engines)
     click.echo(f"EXCESS: {excess:.3f}, rounded up {rounded_up(excess)}")
+    click.echo(f"CERTAIN: {least_certain(engines):.3f}, rounded up to a whole number")
     click.echo(f"ROUNDED_STRENGTH: {deviation:.3f}, rounded up {rounded_up(deviation)}")
     heads = ["engine", "allowed", *SERVED, "passes"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]

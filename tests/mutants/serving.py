@@ -141,6 +141,18 @@ SERVING = (
         Selection("test_verify_strength.py", "show_a_share"),
     ),
     Mutant(
+        "verify-far-prompts-pass",
+        "    some_are_far,\n",
+        "",
+        Selection("test_judge_prompts.py", "on_some_prompts"),
+    ),
+    Mutant(
+        "verify-one-odd-position-makes-a-prompt-far",
+        "math.sqrt(median_low(mine))",
+        "math.sqrt(max(mine))",
+        Selection("test_judge_prompts.py", "odd_positions"),
+    ),
+    Mutant(
         "verify-a-cache-in-float8-is-another-base-model",
         "self.format_of(self.noise.rms * math.sqrt(1 - self.cache_share))",
         "self.number_format",

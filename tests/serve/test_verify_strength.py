@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ from scipy import stats
 
 from loraover_serve.judge.case import allowed_strength
 from loraover_serve.judge.estimates import Estimate, answers_that_show, share_found
-from loraover_serve.judge.limits import EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
+from loraover_serve.judge.limits import CERTAIN, EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
 from loraover_serve.judge.rules import is_narrow
 from loraover_serve.record.request import RecordRequest
 
 from benchmarks.page import PAGE
 from benchmarks.reference_check import ENGINES, FAULT, RATIO, TOPS, engines, row
-from benchmarks.verify_calibration import least_deviation, least_excess, rounded_up
+from benchmarks.verify_calibration import least_certain, least_deviation, least_excess, rounded_up
 from oracles.prompt_estimates import Estimate as Estimates
 from oracles.prompt_estimates import Projections, strength
 from support.recorded_noise import NOISE, Recorded
@@ -95,6 +96,14 @@ def test_the_limits_are_derived_from_recorded_noise() -> None:
     engines = Recorded.all()
     assert rounded_up(least_excess(engines)) == EXCESS
     assert rounded_up(least_deviation(engines)) == ROUNDED_STRENGTH
+    assert math.ceil(least_certain(engines)) == CERTAIN
+
+
+@pytest.mark.parametrize("engine", ["onnx-fp32", "vllm-bf16", "llamacpp-q8"])
+def test_a_negated_adapter_on_a_fifth_of_the_prompts_is_found(engine: str) -> None:
+    """Of 48 prompts 10 are wrong; a drawn set of 32 has fewer than three of them in 2 % of the cases."""
+    served, draw = Recorded(NOISE / f"{engine}.npz").partly(10, -1.0), np.random.default_rng(4)
+    assert np.mean(served.judged("adapter", draw, 500, 32).differs) >= 0.95
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01])

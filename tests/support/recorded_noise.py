@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraover_serve.judge.case import allowed_strength
-from loraover_serve.judge.limits import AS_BASE, CLEAR, EXCESS, FEW_AS_BASE, FLOOR, SEEN
+from loraover_serve.judge.limits import AS_BASE, CERTAIN, CLEAR, EXCESS, FEW_AS_BASE, FLOOR, SEEN
 
 from oracles.prompt_estimates import Estimate, Projections, log_ratios, strength
 
@@ -78,6 +78,17 @@ class Recorded:
         adapter = self._kept["adapter"] + (factor - 1) * effect
         return self._with(kept | {"effect": effect, "adapter": adapter}, 1 + (self.bias - 1) / scale)
 
+    def partly(self, prompts: int, factor: float) -> Recorded:
+        """The engine with a fault of its scaling on the first prompts alone.
+
+        Args:
+            prompts: Number of those prompts.
+            factor: Factor on what the engine's adapter changes there.
+        """
+        wrong = np.arange(len(self.effect))[:, None, None] < prompts
+        adapter = self._kept["adapter"] + wrong * (factor - 1) * self.effect
+        return self._with(self._kept | {"adapter": adapter}, self.bias)
+
     def _with(self, kept: dict[str, Floats], bias: float) -> Recorded:
         found = copy(self)
         found._kept, found.bias = kept, bias
@@ -122,6 +133,19 @@ class Recorded:
         ratios: Floats = np.log(_rms(self._off(arm)) + FLOOR) - np.log(there)
         return ratios
 
+    def multiples(self, arm: str, chosen: NDArray[np.int64]) -> Floats:
+        """What most positions of each prompt are off by at least, as a multiple of the noise there or of all prompts.
+
+        Args:
+            arm: What is served.
+            chosen: Indices of the prompts in each set.
+        """
+        off = np.sort(np.sqrt(np.square(self._off(arm)).mean(-1)), axis=-1)
+        middle, base = off[:, (off.shape[1] - 1) // 2][chosen], _rms(self._kept["base"])[chosen]
+        usual = np.sqrt(np.square(base).mean(-1, keepdims=True))
+        found: Floats = (middle + FLOOR) / (self.sensitivity * np.maximum(base, usual) + FLOOR)
+        return found
+
     def judged(self, arm: str, draw: np.random.Generator, runs: int, prompts: int, *, repeats: bool = True) -> Verdicts:
         """Judge drawn sets of prompts.
 
@@ -160,6 +184,7 @@ class Recorded:
             | (excess.low > math.log(EXCESS))
             | (excess.high < -math.log(EXCESS * self.sensitivity))
             | ((as_base >= FEW_AS_BASE) & (as_base <= clear - FEW_AS_BASE))
+            | ((self.multiples(arm, chosen) > CERTAIN).sum(-1) >= FEW_AS_BASE)
             | of_base
         )
         return Verdicts(differs, found.half + (high - low) / 2 < SEEN)

@@ -6,7 +6,8 @@ that is CERTAIN times what the base model shows, all of it along the adapter, mo
     CERTAIN * sqrt(2) * (noise + FLOOR) / effect.
 
 What strength cannot see is off at right angles to the adapter. It shows as *excess*: how much further the adapter's
-answers are from PyTorch's than the base model's, by prompt, so that each prompt has its own size of noise.
+answers are from PyTorch's than the base model's, by prompt, so that each prompt has its own size of noise. The mean
+logarithm hardly sees a few prompts that are far off, so these are counted: see `far`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from functools import cached_property
 from statistics import fmean, median
 
 from loraover_serve.judge.estimates import Estimate, log_ratio, strength, t_quantile
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, Model, ModelDistance, Off, Repeat, by_prompt
+from loraover_serve.judge.evidence import (
+    Change,
+    ComparedAnswer,
+    Evidence,
+    Model,
+    ModelDistance,
+    Off,
+    Repeat,
+    by_prompt,
+    middle_by_prompt,
+)
 from loraover_serve.judge.greedy import Agreement, compare_greedy
 from loraover_serve.judge.limits import (
     ADAPTER,
@@ -125,10 +136,31 @@ class Case:
         return self._excess_of(self.off)
 
     def _excess_of(self, off: Sequence[Off]) -> Estimate:
-        there = by_prompt(() if self.evidence.is_one_model else self.evidence.off(BASE, self.evidence.base))
+        there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
         noise = [self.evidence.sensitivity * base + FLOOR for _, base in pairs]
         return log_ratio([mine + FLOOR for mine, _ in pairs], noise)
+
+    @cached_property
+    def _noise_by_prompt(self) -> dict[int, float]:
+        return by_prompt(() if self.evidence.is_one_model else self.evidence.off(BASE, self.evidence.base))
+
+    def far(self, off: Sequence[Off]) -> list[int]:
+        """Prompts whose answers are CERTAIN times as far off as noise explains, at more than half of their positions.
+
+        The noise of a prompt is the base model's there or over all prompts, whichever is larger: a position whose
+        tokens went to another expert may be as far off as such positions of the base model.
+
+        Args:
+            off: What sets the answers apart.
+        """
+        usual = self.noise.rms
+        limits = {
+            prompt: CERTAIN * (self.evidence.sensitivity * max(mine, usual) + FLOOR) - FLOOR
+            for prompt, mine in self._noise_by_prompt.items()
+        }
+        found = middle_by_prompt(off).items()
+        return sorted(prompt for prompt, mine in found if mine > limits.get(prompt, math.inf))
 
     @cached_property
     def cache_share(self) -> float:

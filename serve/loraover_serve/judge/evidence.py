@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, median_low
 from typing import Any, NamedTuple
 
 from loraover_serve.judge.estimates import root_mean
@@ -234,7 +234,16 @@ def apart(changes: Sequence[Change]) -> float:
 
 def by_prompt(found: Sequence[Off]) -> dict[int, float]:
     """RMS difference of each prompt, in nats."""
+    return {prompt: math.sqrt(fmean(mine)) for prompt, mine in _squares(found).items()}
+
+
+def middle_by_prompt(found: Sequence[Off]) -> dict[int, float]:
+    """Difference, in nats, that more than half of each prompt's positions reach: a few odd ones do not move it."""
+    return {prompt: math.sqrt(median_low(mine)) for prompt, mine in _squares(found).items()}
+
+
+def _squares(found: Sequence[Off]) -> Mapping[int, list[float]]:
     squares = defaultdict[int, list[float]](list)
     for each in found:
         squares[each.prompt].append(each.square)
-    return {prompt: math.sqrt(fmean(mine)) for prompt, mine in squares.items()}
+    return squares

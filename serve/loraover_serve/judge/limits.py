@@ -30,7 +30,9 @@ EXACT = 10 * FLOOR
 """Noise below which the engine computes in float32."""
 
 CERTAIN = 5.0
-"""Multiple of the base model's noise that the adapter's never reaches."""
+"""Multiple of the base model's noise that the adapter's never reaches, over all prompts or on FEW_AS_BASE of them.
+
+`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 EXCESS = 1.35
 """Ratio of the adapter's noise to the base model's times the sensitivity, that still is noise.
@@ -67,7 +69,7 @@ AS_BASE = 4.0
 """Ratio by which an answer of the base model is nearer to the base model's than to the adapter's."""
 
 FEW_AS_BASE = 3
-"""Answers of the base model, or answers that end early, that chance alone does not make."""
+"""Answers of the base model, answers that end early, or prompts with answers far off, that chance does not make."""
 
 CONFIDENCE = 0.99
 """Probability with which a share of answers without the adapter is found."""

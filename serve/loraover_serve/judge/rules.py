@@ -4,8 +4,9 @@
 2. The base model is further off than any number format explains: another base model.
 3. Some answers are the base model's, or answers to one question disagree.
 4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
-5. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
-6. *As trained*, if the interval of the strength is narrow and the number format is one that was asked for;
+5. The answers to a few prompts are far off.
+6. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
+7. *As trained*, if the interval of the strength is narrow and the number format is one that was asked for;
    *inconclusive* otherwise.
 """
 
@@ -23,6 +24,7 @@ from loraover_serve.judge.fleet import Split, coverage, few_are_base, some_are_b
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
+    CERTAIN,
     ENOUGH_PROMPTS,
     EXCESS,
     FEW_AS_BASE,
@@ -192,6 +194,19 @@ def beyond(case: Case) -> str | None:
     return None
 
 
+def some_are_far(case: Case) -> RuleFinding | None:
+    """The answers to some prompts are far off; a fault of the adapter would be in all, so that none is searched for."""
+    far = case.far(case.off)
+    if len(far) < FEW_AS_BASE:
+        return None
+    reason = (
+        f"the answers to {len(far)} of {case.prompts} prompts are more than {CERTAIN:g} times as far off as the noise "
+        f"of the base model ({case.noise.rms:.2g} nats) explains, and the others are not: some requests do not get "
+        "the adapter as it was trained"
+    )
+    return RuleFinding("differs", reason)
+
+
 def generated_is_wrong(case: Case) -> RuleFinding | None:
     """Generated answers are not what the logprobs say."""
     found = generated_fault(case)
@@ -259,6 +274,7 @@ RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
     base_is_unlike,
     adapter_is_intermittent,
     adapter_is_beyond,
+    some_are_far,
     generated_is_wrong,
     mixed_is_wrong,
     strength_is_unclear,

@@ -1,0 +1,56 @@
+"""What is wrong with some prompts is found, and what is odd at single positions is not."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from loraover_serve.judge.limits import FEW_AS_BASE
+from loraover_serve.judge.names import INTERMITTENT
+from loraover_serve.record.adapter_check.reference import Reference
+
+from support.drawn_reference import POSITIONS, PROMPTS, DrawnServer, Fault, drawn_reference
+
+FIFTH = PROMPTS // 5
+FAULTS: dict[str, Fault] = {
+    "absent": lambda draw, base, right: base,
+    "halved": lambda draw, base, right: (base + right) / 2,
+    "doubled": lambda draw, base, right: 2 * right - base,
+    "negated": lambda draw, base, right: 2 * base - right,
+    "garbage": lambda draw, base, right: right + draw.gauss(0, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return drawn_reference(random.Random(1))
+
+
+@pytest.mark.parametrize("share", [FIFTH, 2 * FIFTH])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_on_some_prompts_is_found(name: str, share: int, reference: Reference) -> None:
+    draw = random.Random(2)
+    wrong = set(draw.sample(range(PROMPTS), share))
+    found = DrawnServer(reference, draw, wrong, FAULTS[name]).judged()
+    assert found["verdict"] == "differs", found["reason"]
+    if name == "absent":
+        assert found["fault"] == INTERMITTENT
+    elif share == FIFTH:
+        assert re.match(
+            f"the answers to {FIFTH} of {PROMPTS} prompts are more than 5 times as far off as", found["reason"]
+        )
+
+
+@pytest.mark.parametrize("odd", [0, 1, FEW_AS_BASE])
+def test_odd_positions_are_no_fault(odd: int, reference: Reference) -> None:
+    """Positions whose tokens went to another expert, each in another prompt."""
+    found = DrawnServer(reference, random.Random(3)).judged(places=[POSITIONS * prompt + 1 for prompt in range(odd)])
+    assert found["verdict"] == "as trained", found["reason"]
+
+
+def test_chance_alone_makes_no_fault(reference: Reference) -> None:
+    """Wrong answers to fewer prompts may be odd ones."""
+    found = DrawnServer(reference, random.Random(4), range(FEW_AS_BASE - 1), FAULTS["negated"]).judged()
+    assert found["verdict"] == "as trained", found["reason"]
