@@ -117,6 +117,24 @@ SERVING = (
         Selection("test_verify_endpoint.py", "mixed_batch"),
     ),
     Mutant(
+        "verify-one-odd-position-in-a-mixed-batch-is-a-fault",
+        "if self.evidence.is_one_model or found.prompts < FEW_PROMPTS:\n            return found.rms > self.limit",
+        "if found.rms > self.limit:\n            return True",
+        Selection("test_judge_prompts.py", "odd_positions"),
+    ),
+    Mutant(
+        "verify-answers-alike-hide-a-leak",
+        "self._excess_of(halved, least=1.0)",
+        "self._excess_of(halved)",
+        Selection("test_judge_prompts.py", "leak_in"),
+    ),
+    Mutant(
+        "verify-a-leak-into-three-prompts-passes",
+        "return len(self.far(halved)) >= FEW_AS_BASE or",
+        "return",
+        Selection("test_judge_prompts.py", "leak_in"),
+    ),
+    Mutant(
         "verify-a-chat-is-compared-beyond-its-first-other-token",
         "return self.tops[: len(list(same)) + 1]",
         "return self.tops",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 
 import pytest
 
 from loraover_serve.judge.limits import FEW_AS_BASE
-from loraover_serve.judge.names import INTERMITTENT
+from loraover_serve.judge.names import CHANGED, INTERMITTENT, LEAKS
 from loraover_serve.record.adapter_check.reference import Reference
 
-from support.drawn_reference import POSITIONS, PROMPTS, DrawnServer, Fault, drawn_reference
+from support.drawn_reference import NOISE, POSITIONS, PROMPTS, DrawnServer, Fault, drawn_reference
 
 FIFTH = PROMPTS // 5
 FAULTS: dict[str, Fault] = {
@@ -54,3 +55,33 @@ def test_chance_alone_makes_no_fault(reference: Reference) -> None:
     """Wrong answers to fewer prompts may be odd ones."""
     found = DrawnServer(reference, random.Random(4), range(FEW_AS_BASE - 1), FAULTS["negated"]).judged()
     assert found["verdict"] == "as trained", found["reason"]
+
+
+@pytest.mark.parametrize("odd", [0, 1, FEW_AS_BASE])
+def test_odd_positions_in_a_mixed_batch_are_no_fault(odd: int, reference: Reference) -> None:
+    places = [POSITIONS * prompt + 1 for prompt in range(odd)]
+    server = DrawnServer(reference, random.Random(5))
+    found = server.judged(adapter=lambda rows: server.odd(rows, places))
+    assert found["verdict"] == "as trained", found["reason"]
+
+
+LEAKS_INTO = {
+    "all answers": range(POSITIONS * PROMPTS),
+    "three prompts": range(FEW_AS_BASE * POSITIONS),
+    "single answers": range(0, POSITIONS * PROMPTS, 2 * POSITIONS),
+}
+
+
+@pytest.mark.parametrize("places", LEAKS_INTO.values(), ids=LEAKS_INTO)
+def test_a_leak_in_a_mixed_batch_is_found(places: range, reference: Reference) -> None:
+    """Some answers for the base model are the adapter's; the others are exactly those that it gives alone."""
+    server = DrawnServer(reference, random.Random(6))
+    found = server.judged(base=lambda rows: rows | {place: reference.adapter.rows[place] for place in places})
+    assert (found["verdict"], found["fault"]) == ("differs", LEAKS), found["reason"]
+
+
+def test_a_small_change_in_a_mixed_batch_is_found(reference: Reference) -> None:
+    """The adapter's answers move by four times the noise of two computations, in every prompt."""
+    server = DrawnServer(reference, random.Random(7))
+    found = server.judged(adapter=lambda rows: server.odd(rows, range(len(rows)), 4 * math.sqrt(2) * NOISE))
+    assert (found["verdict"], found["fault"]) == ("differs", CHANGED), found["reason"]

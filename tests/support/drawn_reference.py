@@ -20,6 +20,8 @@ FORMATS = {"fp16": 4e-3, "bf16": 2e-2, "int8": 5e-2, "fp8": 0.1, "int4": 0.5}
 
 Fault = Callable[[random.Random, float, float], float]
 """A wrong logprob, of the base model's and the right adapter's."""
+Change = Callable[[dict[int, Row]], dict[int, Row]]
+"""Rows of other answers to the same questions."""
 
 
 def drawn_reference(draw: random.Random) -> Reference:
@@ -84,22 +86,29 @@ class DrawnServer:
     def _noisy(self, rows: list[Row]) -> dict[int, Row]:
         return {p: {i: v + self._draw.gauss(0, NOISE) for i, v in row.items()} for p, row in enumerate(rows)}
 
-    def odd(self, rows: dict[int, Row], places: Collection[int], nats: float = 0.4) -> dict[int, Row]:
+    @staticmethod
+    def odd(rows: dict[int, Row], places: Collection[int], nats: float = 0.4) -> dict[int, Row]:
         """The rows with some places at which every logprob is that far off, as if tokens went to another expert."""
         moved = {p: {i: v + (nats if i % 2 else -nats) for i, v in rows[p].items()} for p in places}
         return rows | moved
 
-    def judged(self, *, places: Collection[int] = (), mixed: dict[str, dict[int, Row]] | None = None) -> dict[str, Any]:
+    def judged(
+        self, *, places: Collection[int] = (), base: Change | None = None, adapter: Change | None = None
+    ) -> dict[str, Any]:
         """What the judge says of the answers; greedy ones are the right tokens.
 
         Args:
             places: Places at which the adapter's answers are odd.
-            mixed: Answers in mixed batches.
+            base: What a mixed batch makes of the base model's answers; None for nothing.
+            adapter: What it makes of the adapter's.
         """
         rounds = [self.odd(self.adapter(), places) for _ in range(REPEATS)]
         answers = [question["answer"] for question in self._reference.questions]
         greedy = [Greedy(q, answer, len(answer), {}) for q, answer in enumerate(answers)]
         told: dict[int, dict[str, str]] = {place: {} for place in rounds[0]}
         asked = [AskedOnce(rows, told) for rows in rounds]
-        found = ServerAnswers(self.base(), rounds[0], greedy, mixed or {}, rounds=asked)
+        alone = {"base": self.base(), "adapter": rounds[0]}
+        changes = {"base": base, "adapter": adapter}
+        mixed = {name: rows if (change := changes[name]) is None else change(rows) for name, rows in alone.items()}
+        found = ServerAnswers(alone["base"], alone["adapter"], greedy, mixed, rounds=asked)
         return judge(RecordedEvidence(self._reference, found))

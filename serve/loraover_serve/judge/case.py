@@ -42,6 +42,7 @@ from loraover_serve.judge.limits import (
     EXACT_STRENGTH,
     EXCESS,
     EXPLAINED,
+    FEW_AS_BASE,
     FEW_PROMPTS,
     FLOOR,
     NUMBER_FORMATS,
@@ -135,11 +136,12 @@ class Case:
         """Logarithm of the adapter's distance over the base model's times the sensitivity."""
         return self._excess_of(self.off)
 
-    def _excess_of(self, off: Sequence[Off]) -> Estimate:
+    def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Estimate:
+        """Excess of answers, of which each prompt's ratio counts as this at least."""
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
         noise = [self.evidence.sensitivity * base + FLOOR for _, base in pairs]
-        return log_ratio([mine + FLOOR for mine, _ in pairs], noise)
+        return log_ratio([max(mine + FLOOR, least * one) for (mine, _), one in zip(pairs, noise, strict=True)], noise)
 
     @cached_property
     def _noise_by_prompt(self) -> dict[int, float]:
@@ -227,6 +229,21 @@ class Case:
         if found.prompts < FEW_PROMPTS:
             return found.rms > CERTAIN * (self.evidence.sensitivity * self.noise.rms + FLOOR)
         return (self.excess if off is None else self._excess_of(off)).low > math.log(EXCESS)
+
+    def is_apart(self, off: Sequence[Off]) -> bool:
+        """Whether answers that were sent together are further from those sent alone than noise explains.
+
+        Each of the two has the engine's noise, and so half of the square. A prompt counts as much as noise at least:
+        answers that are exactly alike do not hide the others.
+
+        Args:
+            off: What sets them apart.
+        """
+        halved = [each._replace(square=each.square / 2) for each in off]
+        found = ModelDistance.of(halved)
+        if self.evidence.is_one_model or found.prompts < FEW_PROMPTS:
+            return found.rms > self.limit
+        return len(self.far(halved)) >= FEW_AS_BASE or self._excess_of(halved, least=1.0).low > math.log(EXCESS)
 
     def is_nearer(self) -> bool:
         """Whether the base model is off by more than the noise of the adapter explains."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 from loraover_serve.judge.case import Case, split_base
-from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, OTHER
+from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, FLOOR, OTHER
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, DECODED, ENDS_EARLY, LEAKS
 
 Fault = tuple[str, str | None]
@@ -49,20 +49,19 @@ def generated_fault(case: Case) -> Fault | None:
 def mixed_fault(case: Case) -> Fault | None:
     """What is wrong with answers in mixed batches; None if nothing is.
 
-    Both have the engine's noise, so they may be sqrt(2) times as far apart as one of them may be from PyTorch's.
-
     Args:
         case: The engine's evidence.
     """
-    limit = math.sqrt(2) * case.limit
+    limit = math.sqrt(2) * (case.evidence.sensitivity * case.noise.rms + FLOOR)  # both have the engine's noise
     subjects = {
         BASE: (LEAKS, "requests for the base model, sent together with requests for the adapter, are"),
         ADAPTER: (CHANGED, "sent together with requests for the base model, they are"),
         OTHER: (CHANGED_BY_OTHER, "sent together with requests for the other adapter, they are"),
     }
+    differences = case.evidence.mixed()
     for name, (fault, subject) in subjects.items():
-        found = case.mixed.get(name)
-        if found is not None and found.rms > limit:
+        if name in case.mixed and case.is_apart(differences[name]):
+            found = case.mixed[name]
             words = f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone"
             reason = (
                 f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
