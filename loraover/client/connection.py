@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
+
+from loraover.common.hosts import is_near
 
 EXPLANATION_BYTES = 1000
 SHORTEST_PAUSE_S = 0.1  # a server that rounds down asks for 0 seconds
@@ -117,14 +118,6 @@ class Connections:
         """Cut off all connections; requests of other threads fail."""
         for cut in [*self._open]:
             cut()
-
-
-def is_near(host: str) -> bool:
-    """Whether a host is this machine, so that a proxy for other machines must not be used."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
 
 
 def _tls(ca_file: str | None) -> ssl.SSLContext:

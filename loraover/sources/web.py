@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from loraover.client.connection import is_near
+from loraover.common.hosts import is_near
 from loraover.common.strict_json import MAX_JSON_BYTES
 from loraover.sources.cache import Entry, SourceError, Store, check_name
 

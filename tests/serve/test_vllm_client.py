@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from loraover.client.connection import is_near
 from loraover.common.errors import EngineError
+from loraover.common.hosts import is_near
 from loraover_serve.vllm.server import VllmServer
 
 from support.openai_server import openai_server

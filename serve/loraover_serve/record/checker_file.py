@@ -12,7 +12,7 @@ import loraover
 SERVE = Path(__file__).parents[1]
 ROOMS = ("judge", "record/adapter_check")
 MODULES = ("at_once", "connection", "dialects", "endpoint", "speaker")
-CLIENT = (*(f"client/{name}.py" for name in MODULES), "common/errors.py")
+CLIENT = (*(f"client/{name}.py" for name in MODULES), "common/errors.py", "common/hosts.py")
 """Files of `loraover` that the checker needs."""
 
 
