@@ -16,6 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from loraover.common.errors import printable
 from loraover.common.hosts import is_near
 
 EXPLANATION_BYTES = 1000
@@ -153,7 +154,7 @@ def explanation(refusal: http.client.HTTPResponse) -> str:
             raise http.client.IncompleteRead(text, refusal.length)
     except NO_ANSWER as error:
         return f"its explanation broke off: {error}"
-    return text.decode(errors="replace")
+    return printable(text.decode(errors="replace"))
 
 
 def asked_pause(refusal: http.client.HTTPResponse) -> float | None:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from loraover.client.connection import NO_ANSWER, Connections, asked_pause, explanation
 from loraover.client.dialects import GREEDY
-from loraover.common.errors import ConfigError, EngineError
+from loraover.common.errors import ConfigError, EngineError, printable
 
 REQUEST_TIMEOUT_S = 300.0
 UNFIT, ABSENT, LIMITED = {400, 413, 422}, {404, 405, 501}, {429}
@@ -254,7 +254,7 @@ class Endpoint:
             with self._open(path, body, left, deadline) as response:
                 content = response.read(LARGEST_ANSWER + 1)
                 headers = ((name.lower(), self.hidden(value)) for name, value in response.headers.items())
-                told = {name: value[:HEADER_CHARACTERS] for name, value in headers if name != "set-cookie"}
+                told = {name: printable(value[:HEADER_CHARACTERS]) for name, value in headers if name != "set-cookie"}
         except UnansweredError:
             if time.monotonic() < deadline:
                 raise

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
 from loraover.client.endpoint import AbsentError, Endpoint, UnfitRequestError, is_same_model
-from loraover.common.errors import ConfigError, EngineError, UnscoredError
+from loraover.common.errors import ConfigError, EngineError, UnscoredError, printable
 
 OF_SERVER = ("id", "system_fingerprint")
 """Fields of an answer that say who gave it."""
@@ -132,7 +132,7 @@ class Speaker:
     ) -> tuple[Read, dict[str, str]]:
         answer, told = self.endpoint.exchange(*dialect.request(model, prompt, tokens, is_base=is_base))
         with self.endpoint.readable(model, answer, is_named=dialect.protocol == "openai"):
-            told |= {name: str(answer[name]) for name in OF_SERVER if answer.get(name)}
+            told |= {name: printable(str(answer[name])) for name in OF_SERVER if answer.get(name)}
             return dialect.read(answer), told
 
     def _logprobs(self, pairs: list[tuple[Any, Any]]) -> dict[int, float]:
@@ -196,7 +196,7 @@ def find_models(
     listed = endpoint.models()
     names = (base or _base_name(listed, model, adapter), adapter)
     absent = [name for name in names if listed and name not in listed]
-    served = endpoint.hidden(f"{endpoint.api} serves {', '.join(listed)}, and not {', '.join(absent)}")
+    served = endpoint.hidden(f"{endpoint.api} serves {printable(', '.join(listed))}, and not {', '.join(absent)}")
     unlisted = ConfigError(
         f"{served}; name the adapter with {named('served_name')} and its base model with {named('base_name')}."
     )

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import click
 
-from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.errors import EngineError, LoraOverError, printable
 from loraover.common.extras import missing_package
 from loraover.common.quiet import ignore_idle_warnings
 
@@ -146,11 +146,6 @@ def _explain(error: BaseException) -> int:
     else:
         raise error
     return 2
-
-
-def printable(text: str) -> str:
-    """Escape characters by which a text could move the cursor or colour the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def entry_point(command: click.Command) -> Callable[[], Any]:

@@ -95,6 +95,11 @@ class UnwrittenReportError(OutputError):
         self.report = report
 
 
+def printable(text: str) -> str:
+    """Escape characters by which a text could move the cursor or colour the terminal, or that XML cannot hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def own_kind(error: BaseException) -> type[BaseException]:
     """Return the kind directly below LoraOverError that an error is of, by whose name another process raises it."""
     return next((kind for kind in type(error).__mro__ if kind in LoraOverError.__subclasses__()), type(error))

@@ -10,7 +10,7 @@ from functools import cached_property
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from loraover.common.command_line import printable
+from loraover.common.errors import printable
 from loraover.common.reporter import Reporter
 
 if TYPE_CHECKING:

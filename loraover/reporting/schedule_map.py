@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loraover.checkpoint.metadata import Meta
-from loraover.common.command_line import printable
+from loraover.common.errors import printable
 from loraover.overparam.schedule import Round
 from loraover.overparam.sites import layer_of
 from loraover.reporting.terminal_table import terminal_table

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from loraover.common.command_line import printable
+from loraover.common.errors import printable
 
 
 def terminal_table(

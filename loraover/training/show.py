@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
-from loraover.common.command_line import printable
+from loraover.common.errors import printable
 from loraover.reporting.reporter import print_line, print_rows
 from loraover.reporting.terminal_table import terminal_table
 from loraover.training.run_result import RunResult

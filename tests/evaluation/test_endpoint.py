@@ -18,6 +18,7 @@ import pytest
 
 from loraover.client import endpoint as module
 from loraover.client.endpoint import Endpoint, UnansweredError
+from loraover.client.speaker import find_models
 from loraover.common.errors import ConfigError, EngineError
 
 from support.openai_server import Answer, Refusal, openai_server
@@ -54,6 +55,29 @@ def test_a_refusal_that_is_cut_off_is_a_refusal() -> None:
         with pytest.raises(EngineError, match="answered 401"):
             Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}").chat("m", HELLO, max_tokens=4)
         thread.join()
+
+
+def test_what_a_server_says_moves_no_cursor() -> None:
+    """A terminal would obey it, and JUnit's XML has no character for it."""
+
+    def refuse(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 401 no\r\nContent-Length: 9\r\n\r\n\x1b[2J\x00\xff\nno")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=refuse, args=(server,))
+        thread.start()
+        with pytest.raises(EngineError, match=r"answered 401: \\x1b\[2J\\x00.\\nno$"):
+            Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}").chat("m", HELLO, max_tokens=4)
+        thread.join()
+    with openai_server(lambda body: 404, {"\x1b[2J": None, "b": None}) as named:
+        endpoint = Endpoint(named.url)
+        with pytest.raises(ConfigError, match=r"serves \\x1b\[2J, b, and not"):
+            find_models(endpoint, lambda name: pytest.fail(name), adapter="shop", model="base", named=str)
+    with openai_server(lambda body: Answer(b"{}", {"X-Pod": "a\x1bb"})) as pods:
+        assert Endpoint(pods.url).exchange("/v1/completions", {})[1]["x-pod"] == r"a\x1bb"
 
 
 def test_half_a_character_of_an_answer_can_be_written() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
-from loraover.common.command_line import printable
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, printable
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource
 from loraover_export.uniform.served import read_served
