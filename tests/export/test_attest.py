@@ -98,6 +98,18 @@ def test_what_cannot_be_attested_is_refused(adapter: Path, capsys: pytest.Captur
     assert "nothing to attest" in capsys.readouterr().err
 
 
+def test_every_certificate_beside_an_adapter_counts(adapter: Path) -> None:
+    """That of a conversion before an export for vLLM, and that of a merge, have the names of their own files."""
+    certificate = (adapter / "fold_certificate.json").read_text()
+    for name in ("conversion.json", "merge_certificate.json"):
+        (adapter / name).write_text(certificate)
+    assert run(cli, ["attest", str(adapter), "--force"]) == 0
+    predicate = json.loads((adapter / STATEMENT_FILE).read_text())["predicate"]
+    assert predicate["passedTests"] == ["conversion", "fold", "merge"]
+    edit_json(adapter / "conversion.json", lambda content: content.update(verdict="failed"))
+    assert run(cli, ["attest", str(adapter), "--force"]) == 1
+
+
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A private key, its public key, and another public key."""

@@ -22,9 +22,11 @@ from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
 from loraover_export.fold.certificate import CERTIFICATE_FILE as FOLD
+from loraover_export.merge.request import CERTIFICATE_FILE as MERGE
 from loraover_export.mlx.report import CERTIFICATE_FILE as MLX
 from loraover_export.onnx.report import REPORT_FILE as ONNX
 from loraover_export.uniform.certificate import CERTIFICATE_FILE as LORA
+from loraover_export.uniform.certificate import CONVERSION_FILE as CONVERSION
 from loraover_export.vllm.certificate import CERTIFICATE_FILE as VLLM
 from loraover_export.vllm.preflight import PREFLIGHT_FILE
 
@@ -32,6 +34,8 @@ STATEMENT_FILE = "attestation.json"
 CERTIFICATES = {
     FOLD: "fold",
     LORA: "conversion",
+    CONVERSION: "conversion",
+    MERGE: "merge",
     VLLM: "vllm",
     PREFLIGHT_FILE: "vllm pre-flight",
     MLX: "mlx",

@@ -12,8 +12,6 @@ from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.certificate import SourceRecord
 
-CERTIFICATE_FILE = "merge_certificate.json"
-
 
 class MergedWeight(StrictModel):
     """One weight to which a delta was added."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover_export.uniform.request_fields import base_model, plain_adapter, replaces
 
+CERTIFICATE_FILE = "merge_certificate.json"
+
 
 @dataclass(frozen=True)
 class MergeRequest(Request):

@@ -25,8 +25,8 @@ from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover_export.merge.base_files import BaseFiles, check_not_gguf, open_base
 from loraover_export.merge.plan import MergePlan, plan_merge
-from loraover_export.merge.report import CERTIFICATE_FILE, MergeReport
-from loraover_export.merge.request import MergeRequest
+from loraover_export.merge.report import MergeReport
+from loraover_export.merge.request import CERTIFICATE_FILE, MergeRequest
 from loraover_export.merge.rounding_loss import Lost
 from loraover_export.merge.stream import Merged, write_shard
 from loraover_export.numerics.delta import check_no_bias
