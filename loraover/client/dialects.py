@@ -122,6 +122,18 @@ def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
     return by_text.get(text, by_text.get("".join(MARKS.get(character, character) for character in text)))
 
 
+def alone_with_text(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Ids of the tokens that alone have a text, by these texts.
+
+    Args:
+        pairs: A text of a token and its id; a token may have several texts.
+    """
+    found: dict[str, set[int]] = {}
+    for text, index in pairs:
+        found.setdefault(text, set()).add(index)
+    return {text: ids.pop() for text, ids in found.items() if len(ids) == 1}
+
+
 def up_to_unknown(ids: Iterable[int | None]) -> tuple[int, ...]:
     """The ids before the first token that nobody identifies."""
     known = []

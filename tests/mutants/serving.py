@@ -61,6 +61,12 @@ SERVING = (
         Selection("test_verify.py", "run_together"),
     ),
     Mutant(
+        "record-a-text-of-several-tokens-is-one",
+        "for i, text in decoded.items() if known.get(text) == i}",
+        "for i, text in decoded.items()}",
+        Selection("test_record.py", "texts"),
+    ),
+    Mutant(
         "record-logits-before-the-answers",
         "question.answered if answers_only else question.window",
         "question.window",

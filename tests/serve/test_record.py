@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
@@ -26,7 +28,7 @@ from loraover_serve.judge.estimates import Estimate
 from loraover_serve.judge.search import EXPLAINED
 from loraover_serve.record import recorder
 from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Model, read_reference
-from loraover_serve.record.recorder import KEPT, Rounding, choose_number
+from loraover_serve.record.recorder import KEPT, Rounding, choose_number, texts_of
 from loraover_serve.verify import run as verify_run
 
 from support.recorded import ANSWER, LINES, QUESTIONS, record
@@ -91,6 +93,21 @@ def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, as
 def test_an_unrecorded_token_is_at_least_as_far_as_the_floor() -> None:
     model = Model([{1: -1.0, 2: -4.0}], [-5.0])
     assert model.off(0, {2: -3.5, 7: -3.0, 8: -6.0}) == [0.5, 2.0, 0.0]
+
+
+def test_texts_that_several_tokens_have_are_not_recorded() -> None:
+    """Halves of characters in a byte-level vocabulary, and a decoder that strips the space before a word, as Llama's.
+
+    Of either two tokens, only one is among the recorded ones.
+    """
+    halves = Tokenizer(models.BPE({piece: i for i, piece in enumerate(["ã", "Ģ", "a"])}, []))
+    halves.decoder = decoders.ByteLevel()
+    assert halves.decode([0]) == halves.decode([1]) == "\ufffd"
+    words = Tokenizer(models.BPE({piece: i for i, piece in enumerate(["▁the", "the", "of"])}, []))
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert words.decode([0]) == words.decode([1]) == "the"
+    for tokenizer, text in ((halves, "a"), (words, "of")):
+        assert texts_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 2]) == {"2": text}
 
 
 def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from loraover.client.dialects import alone_with_text
 
 
 def ids_by_text(tokenizer: Any) -> dict[str, int]:
@@ -12,12 +14,14 @@ def ids_by_text(tokenizer: Any) -> dict[str, int]:
     Args:
         tokenizer: Tokenizer of the base model.
     """
-    texts: dict[str, set[int]] = {}
+    return alone_with_text(_spelled(tokenizer))
+
+
+def _spelled(tokenizer: Any) -> Iterator[tuple[str, int]]:
     for index in range(len(tokenizer)):
         piece = str(tokenizer.convert_ids_to_tokens(index))
         for text in {tokenizer.decode([index]), piece, piece.replace("▁", " ")}:  # as sentencepiece has it
-            texts.setdefault(text, set()).add(index)
-    return {text: next(iter(ids)) for text, ids in texts.items() if len(ids) == 1}
+            yield text, index
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:

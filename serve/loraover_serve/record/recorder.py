@@ -32,7 +32,7 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
 from loraover_serve.engines.answers import Row, paired
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.engines.texts import text_of
+from loraover_serve.engines.texts import ids_by_text, text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Estimate, t_quantile
 from loraover_serve.judge.evidence import ModelDistance
@@ -190,7 +190,7 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
         "power": power,
         "questions": [_question(tokenizer, reference, index, messages) for index in range(len(reference.questions))],
         "positions": pack_places(places, reference.base, reference.adapter, KEPT),
-        "texts": {str(i): str(tokenizer.decode([i])) for place in places for i in place.ids.tolist()},
+        "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
         "variants": changes,
         "made": made(request, found, device),
     }
@@ -277,6 +277,20 @@ def _effect(reference: TorchReference) -> float:
             ids = likeliest(two, TOP)
             squares.append(float(np.mean(np.square(two[ids] - one[ids]))))
     return math.sqrt(sum(squares) / len(squares))
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
+    """The texts by which a server may name these tokens, by their ids: those that no other token of all has.
+
+    Halves of characters all decode to U+FFFD, and many decoders strip the space before a word.
+
+    Args:
+        tokenizer: Tokenizer of the base model.
+        ids: The ids.
+    """
+    known = ids_by_text(tokenizer)
+    decoded = {i: str(tokenizer.decode([i])) for i in ids}
+    return {str(i): text for i, text in decoded.items() if known.get(text) == i}
 
 
 def _question(tokenizer: Any, reference: TorchReference, index: int, messages: Sequence[str]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import json
 import math
 import string
 import zlib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loraover.client.dialects import alone_with_text
 from loraover.common.errors import CheckpointError
 from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
 
@@ -75,10 +75,7 @@ class Reference:
             raise ValueError(f"a token is not one of {size}")
         self.base, self.adapter = (self._model(positions, arm) for arm in (BASE, ADAPTER))
         self.variants = {of: [self._variant(v) for v in content["variants"] if v["of"] == of] for of in (BASE, ADAPTER)}
-        found: dict[str, set[int]] = defaultdict(set)
-        for index, text in content["texts"].items():
-            found[text].add(int(index))
-        self.by_text = {text: ids.pop() for text, ids in found.items() if len(ids) == 1}
+        self.by_text = alone_with_text((text, int(index)) for index, text in content["texts"].items())
         self.formats = {
             name: {part: float(content["formats"][name][part]) for part in ("distance", "strength")}
             for name in NUMBER_FORMATS[1:]
