@@ -213,6 +213,12 @@ SERVING = (
         Selection("test_endpoint.py", "pause"),
     ),
     Mutant(
+        "client-the-lowest-number-is-a-logprob",
+        "abs(value) < LARGEST_NATS",
+        "abs(value) < float('inf')",
+        Selection("test_verify_endpoint.py", "cannot_be_used"),
+    ),
+    Mutant(
         "client-a-trickle-has-no-deadline",
         "timer.start()",
         "timer.cancel()",
