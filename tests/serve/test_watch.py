@@ -17,6 +17,7 @@ import tracemalloc
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,27 @@ def test_the_budget_holds_in_every_hour_and_outlives_a_restart(recorded: Path, t
     assert max(sum(n for at, n in sent if begin < at <= begin + HOUR_S) for begin, _ in sent) <= 40
     assert len(sent) >= 4 * (40 // 16)
     assert canary.deferred > 0
+
+
+def test_a_large_check_that_waits_for_the_budget_is_overtaken_for_an_hour(short: Path, tmp_path: Path) -> None:
+    """Small checks of another server take its place, and neither side waits for ever."""
+    watched = read_config(write(tmp_path, short, budget=40, interval_s=300, jitter=0))
+    large, small = watched.targets[:2]
+    large = replace(large, most=40, interval_s=4 * HOUR_S)
+    small = replace(small, server=small.server.model_copy(update={"name": "other"}))
+    canary = Canary(replace(watched, targets=(large, small)), History(tmp_path / "h.sqlite"), NOW, random.Random(1))
+    begun: dict[str, list[float]] = {"steady": [], "lost": []}
+    for minute in range(12 * 60):
+        now = NOW + 60.0 * minute
+        while (target := canary.begin(now)) is not None:
+            begun[target.adapter].append(now)
+            check = result(watched, target.adapter, now, requests=target.most)
+            canary.end(target, replace(check, server=target.server.name))
+    assert len(begun["steady"]) > 1
+    for before, at in pairwise(begun["steady"]):
+        due = before + large.interval_s
+        assert any(due < small_at < at for small_at in begun["lost"])
+        assert at - due <= 2 * HOUR_S
 
 
 def test_another_verdict_or_fault_is_a_change(recorded: Path, tmp_path: Path) -> None:

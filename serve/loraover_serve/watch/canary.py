@@ -93,24 +93,29 @@ class Canary:
         return target.interval_s * (1 + self._draw.uniform(-jitter, jitter))
 
     def begin(self, now: float) -> WatchTarget | None:
-        """Begin the check that is most overdue, if one is due, a server is free, and the budget has room.
+        """Begin the most overdue check for which the budget has room, if one is due and its server is free.
+
+        A check that waits for the budget is overtaken by smaller ones, until it is an hour overdue. By then, an hour
+        without other checks leaves the budget to it.
 
         Args:
             now: The time.
         """
         with self._lock:
             running = {one.target.server.name for one in self._plan.values() if one.is_running}
+            if len(running) >= AT_ONCE:
+                return None
             free = (one for one in self._plan.values() if one.due <= now and one.target.server.name not in running)
-            chosen = min(free, key=lambda one: one.due, default=None)
-            if chosen is None or len(running) >= AT_ONCE:
-                return None
-            if self.left(now) < chosen.target.most:
-                self.deferred += not chosen.is_deferred
-                chosen.is_deferred = True
-                return None
-            chosen.is_running, chosen.is_deferred = True, False
-            self._used += chosen.target.most
-            return chosen.target
+            for one in sorted(free, key=lambda one: one.due):
+                if self.left(now) >= one.target.most:
+                    one.is_running, one.is_deferred = True, False
+                    self._used += one.target.most
+                    return one.target
+                self.deferred += not one.is_deferred
+                one.is_deferred = True
+                if now - one.due >= HOUR_S:
+                    return None
+            return None
 
     def reserve(self, target: WatchTarget, requests: int, now: float) -> bool:
         """Reserve more requests for a check that runs, and return whether the budget has room for them.
