@@ -7,7 +7,7 @@ from mutants.mutant import Mutant, Selection
 WATCHING = (
     Mutant(
         "watch-a-running-check-takes-no-budget",
-        "self._used += chosen.target.most",
+        "self._used += one.target.most",
         "self._used += 0",
         Selection("test_watch.py", "budget_holds"),
     ),
