@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -65,15 +66,15 @@ def test_odd_positions_in_a_mixed_batch_are_no_fault(odd: int, reference: Refere
     assert found["verdict"] == "as trained", found["reason"]
 
 
-LEAKS_INTO = {
+LEAKS_INTO: dict[str, Sequence[int]] = {
     "all answers": range(POSITIONS * PROMPTS),
     "three prompts": range(FEW_AS_BASE * POSITIONS),
-    "single answers": range(0, POSITIONS * PROMPTS, 2 * POSITIONS),
+    "single answers": [POSITIONS * prompt for prompt in range(PROMPTS) if prompt % 4],
 }
 
 
 @pytest.mark.parametrize("places", LEAKS_INTO.values(), ids=LEAKS_INTO)
-def test_a_leak_in_a_mixed_batch_is_found(places: range, reference: Reference) -> None:
+def test_a_leak_in_a_mixed_batch_is_found(places: Sequence[int], reference: Reference) -> None:
     """Some answers for the base model are the adapter's; the others are exactly those that it gives alone."""
     server = DrawnServer(reference, random.Random(6))
     found = server.judged(base=lambda rows: rows | {place: reference.adapter.rows[place] for place in places})

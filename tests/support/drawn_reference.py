@@ -41,6 +41,8 @@ def drawn_reference(draw: random.Random) -> Reference:
     levels = "0" * KEPT * POSITIONS * PROMPTS
     content: dict[str, Any] = {
         "schema_version": 1,
+        "adapter": "shop",
+        "base_model": "base",
         "questions": questions,
         "positions": positions,
         "formats": {name: {"distance": distance, "strength": 1.0} for name, distance in FORMATS.items()},
