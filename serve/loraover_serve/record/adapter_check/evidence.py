@@ -161,7 +161,7 @@ class RecordedEvidence(Evidence):
         """The parabola through the three recorded factors that are nearest, at this one or the outermost one."""
         factor = min(max(factor, self._scaled[0][0]), self._scaled[-1][0])
         inner = range(1, len(self._scaled) - 1)
-        middle = min(inner, key=lambda index: abs(self._scaled[index][0] - factor))
+        middle = min(inner, key=lambda index: abs(self._scaled[index][0] - factor), default=1)  # of two, a line
         near = self._scaled[middle - 1 : middle + 2]
         weights = [math.prod((factor - other) / (one - other) for other, _ in near if other != one) for one, _ in near]
         rows = [

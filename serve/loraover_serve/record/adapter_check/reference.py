@@ -82,8 +82,6 @@ class Reference:
         }
         if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
             raise ValueError("a number format has no distance")
-        if not any(each.factor for each in self.variants[ADAPTER]):
-            raise ValueError("no factor between none and all of the adapter")
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:
