@@ -203,7 +203,7 @@ $(VLLM_GPU_VENV)/.installed:
 # Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
 # and have it cleared for the next one, which takes a fifth of a step.
 STUDIES := study study-gauge study-gauge-arms study-gauge-options study-gauge-steps study-gauge-long study-gauge-rates study-papers \
-	study-replication
+	study-replication study-ranks
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 100000000000
 $(STUDIES): study-data
@@ -217,6 +217,12 @@ study:
 	$(BIN)/loraover study docs/study/gsm8k.yaml docs/study/qnli.yaml docs/study/subj.yaml --methods lora,lora-over \
 		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --lr-sweep subj=1e-3,3e-3,1e-2 \
 		--seeds 5 --jobs 2 -o docs/study/smollm2
+
+# Plain LoRA at other ranks than the 8 of the other studies, for the default rate.
+study-ranks:
+	$(BIN)/loraover study docs/study/qnli.yaml docs/study/gsm8k.yaml --methods lora:r=2,lora:r=32 \
+		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --set training.bf16=false \
+		--seeds 1 --tuning-seeds 1 --jobs 2 -o docs/study/ranks
 
 # The studies of docs/study/gauge.md and docs/research/eigen.md, which have their protocols and hours.
 PLUS := training.loraplus_lr_ratio=4

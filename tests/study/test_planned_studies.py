@@ -17,6 +17,7 @@ STUDIES = [
     "study",
     "study-gauge",
     "study-papers",
+    "study-ranks",
     *(f"study-gauge-{kind}" for kind in ("arms", "options", "steps", "long", "rates")),
 ]
 
