@@ -163,7 +163,6 @@ def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("formats.int8", {"distance": 1.0}, "KeyError: 'strength'"),
         ("questions.0.message", 5, "do not fit together"),
         ("variants.0.factor", "half", "ValueError"),
-        ("variants", [], "no factor between"),
     ],
 )
 def test_a_file_that_is_no_reference_is_refused(
