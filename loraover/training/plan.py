@@ -97,17 +97,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     make_arguments(recipe, name, Path())
     for reward in recipe.reward_funcs:
         find_reward(reward)
-    tokenizer, images = _tokenizer(source), takes_images(source)
-    form = RowForm(TRAINERS[name].columns)
-    if tokenizer is not None:
-        form = row_form(recipe, name, tokenizer, takes_images=images)
-    tests = name != "grpo" and not is_hub_name(recipe.data.test or "")
-    read = None
-    if not any(map(is_hub_name, recipe.data.sources)):
-        read = load_examples(recipe if tests else without_evaluation(recipe), form)
-        report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
-    else:
-        report.line(f"{', '.join(recipe.data.sources)}: not read, since a plan downloads no data; the run checks rows")
+    tokenizer = _tokenizer(source)
+    read = _read(recipe, name, source, tokenizer, report)
     tokens, held_out = None, list[Tokens]()
     if read is not None and tokenizer is not None:
         check_rows(recipe, name, tokenizer, read)
@@ -160,6 +151,20 @@ def _tokenizer(source: ModelSource) -> Any:
         return load_tokenizer(source)
     except ConfigError:
         return None
+
+
+def _read(recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter) -> Examples | None:
+    """Read the rows that are here; None, with a line that says so, if training rows are on the hub."""
+    if any(map(is_hub_name, recipe.data.sources)):
+        report.line(f"{', '.join(recipe.data.sources)}: not read, since a plan downloads no data; the run checks rows")
+        return None
+    form = RowForm(TRAINERS[name].columns)
+    if tokenizer is not None:
+        form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
+    tests = name != "grpo" and not is_hub_name(recipe.data.test or "")
+    read = load_examples(recipe if tests else without_evaluation(recipe), form)
+    report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
+    return read
 
 
 def _count_examples(recipe: Recipe, read: Examples | None, tokens: list[Tokens] | None, lengths: Lengths | None) -> int:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -42,36 +42,38 @@ def test_it_completes_and_chats() -> None:
     assert second == {"path": "/v1/chat/completions", "messages": HELLO, "max_tokens": 4, **asked}
 
 
-def test_a_refusal_that_is_cut_off_is_a_refusal() -> None:
-    def refuse(server: socket.socket) -> None:
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of a server that gives one request these bytes."""
+
+    def answer_one(server: socket.socket) -> None:
         connection, _ = server.accept()
         with connection:
             connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 401 no\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab")
+            connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=refuse, args=(server,))
+        thread = threading.Thread(target=answer_one, args=(server,))
         thread.start()
-        with pytest.raises(EngineError, match="answered 401"):
-            Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}").chat("m", HELLO, max_tokens=4)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
         thread.join()
+
+
+def test_a_refusal_that_is_cut_off_is_a_refusal() -> None:
+    with (
+        answering(b"HTTP/1.1 401 no\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab") as address,
+        pytest.raises(EngineError, match="answered 401"),
+    ):
+        Endpoint(address).chat("m", HELLO, max_tokens=4)
 
 
 def test_what_a_server_says_moves_no_cursor() -> None:
     """A terminal would obey it, and JUnit's XML has no character for it."""
-
-    def refuse(server: socket.socket) -> None:
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 401 no\r\nContent-Length: 9\r\n\r\n\x1b[2J\x00\xff\nno")
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=refuse, args=(server,))
-        thread.start()
-        with pytest.raises(EngineError, match=r"answered 401: \\x1b\[2J\\x00.\\nno$"):
-            Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}").chat("m", HELLO, max_tokens=4)
-        thread.join()
+    with (
+        answering(b"HTTP/1.1 401 no\r\nContent-Length: 9\r\n\r\n\x1b[2J\x00\xff\nno") as address,
+        pytest.raises(EngineError, match=r"answered 401: \\x1b\[2J\\x00.\\nno$"),
+    ):
+        Endpoint(address).chat("m", HELLO, max_tokens=4)
     with openai_server(lambda body: 404, {"\x1b[2J": None, "b": None}) as named:
         endpoint = Endpoint(named.url)
         with pytest.raises(ConfigError, match=r"serves \\x1b\[2J, b, and not"):
