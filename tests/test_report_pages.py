@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
 
 from loraover.reporting.html_page import Page, in_sentences
-from loraover.reporting.palette import GROUNDS, INKS, PALETTE
+from loraover.reporting.palette import BAD, GOOD, GROUNDS, INKS, PALETTE, tone_of
+from loraover_export.check import report as check
+from loraover_export.fleet import row as fleet
+from loraover_export.logits.judge import CheckVerdict
+from loraover_serve.judge import limits
+from loraover_serve.parity.report.parity_report import EngineVerdict
 
 from support.chromium import chromium, looked_at
 from support.reports import REPORTS
@@ -159,3 +164,11 @@ def test_clauses_outside_of_brackets_become_sentences() -> None:
 
 def test_every_colour_that_a_page_names_is_in_the_palette(page: Page) -> None:
     assert set(re.findall(r"var\(--(\w+)\)", page.html)) <= set(PALETTE)
+
+
+def test_every_verdict_of_a_command_has_one_tone() -> None:
+    commands = (limits.Verdict, EngineVerdict, CheckVerdict, fleet.Verdict, check.Verdict)
+    verdicts = {verdict for each in commands for verdict in get_args(each)}
+    assert not set(GOOD) & set(BAD)
+    assert {verdict for verdict in verdicts if tone_of(verdict) == "open"} == {"inconclusive", "refused"}
+    assert verdicts | {"error"} >= {*GOOD, *BAD}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from loraover.inspection.report import CoreFacts, FolderReport, RunFacts
-from loraover.reporting.html_page import Tone, Verdict
+from loraover.reporting.html_page import Verdict
+from loraover.reporting.palette import Tone
 
 BAD = ("failed",)
 OPEN = ("inconclusive", "unfinished")
@@ -31,7 +34,7 @@ def verdict_of(report: FolderReport) -> Verdict:
     return Verdict(_tone(states), report.kind, " ".join(sentences))
 
 
-def _tone(states: list[str]) -> Tone:
+def _tone(states: list[str]) -> Tone | Literal["plain"]:
     if any(state in BAD for state in states):
         return "bad"
     if any(state in OPEN for state in states):

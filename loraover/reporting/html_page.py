@@ -15,13 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from loraover.reporting.palette import css_variables
+from loraover.reporting.palette import Tone, css_variables
 from loraover.reporting.svg import Figure
 
 SHARED = ("page.html.j2", "parts.html.j2")
 FIGURES = "figures"
 """Folder of a report's figures."""
-Tone = Literal["good", "bad", "open", "plain"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Verdict:
         sentence: The verdict in plain sentences with their figures; the page keeps its line breaks.
     """
 
-    tone: Tone
+    tone: Tone | Literal["plain"]
     word: str
     sentence: str
 

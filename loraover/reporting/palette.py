@@ -8,6 +8,9 @@ shape or by name, for readers who do not see a difference of colour.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Tone = Literal["good", "bad", "open"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,21 @@ INKS = {
     "open": Color("#7a5500", "#e8b64c", "no verdict: too short, or too noisy"),
 }
 PALETTE = GROUNDS | RULES | INKS
+
+GOOD = ("as trained", "equivalent", "passed", "right", "prepared")
+BAD = ("differs", "different", "failed", "wrong silently", "error")
+TERMINAL_COLORS = {"good": "green", "bad": "red", "open": "yellow"}
+"""Colours of a terminal by the tones of a verdict."""
+
+
+def tone_of(verdict: str) -> Tone:
+    """Return whether a verdict of any command is good or bad; one that is neither decides nothing."""
+    return "good" if verdict in GOOD else "bad" if verdict in BAD else "open"
+
+
+def terminal_color(verdict: str) -> str:
+    """Return the colour of a verdict on a terminal."""
+    return TERMINAL_COLORS[tone_of(verdict)]
 
 
 def css_variables() -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from loraover.reporting.html_page import Tone, Verdict
+from loraover.reporting.html_page import Verdict
+from loraover.reporting.palette import Tone
 from loraover.study.analysis import Difference
 from loraover.study.report import StudyReport, TaskResult, is_better, is_over, is_worse
 

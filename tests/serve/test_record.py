@@ -25,7 +25,7 @@ from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.estimates import Estimate
-from loraover_serve.judge.search import EXPLAINED
+from loraover_serve.judge.search import LEFT
 from loraover_serve.record import recorder
 from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Model, read_reference
 from loraover_serve.record.recorder import KEPT, Rounding, choose_number, texts_of
@@ -56,7 +56,7 @@ def test_recorded_logprobs_are_pytorchs(recorded: Path, asked: Case) -> None:
     ]
     assert min(map(len, found.base.rows)) >= KEPT
     rounding, relative = UNIT / 2 + 1e-5, math.expm1(0.5 / STEPS_PER_E)
-    assert relative < EXPLAINED, "the record of a fault explains the fault"
+    assert relative < LEFT, "the record of a fault explains the fault"
     assert largest_gap(found.base, right.base, found.places, asked) <= rounding
     assert largest_gap(found.adapter, right.adapter, found.places, asked) <= rounding
     for model in found.variants[ADAPTER]:

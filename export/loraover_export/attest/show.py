@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.run import AttestReport
-
-COLORS = {"PASSED": "green", "WARNED": "yellow", "FAILED": "red"}
 
 
 def show_report(report: AttestReport, request: AttestRequest, console: Console) -> None:
@@ -16,7 +15,7 @@ def show_report(report: AttestReport, request: AttestRequest, console: Console) 
     found = report.statement.predicate
     kinds = {"passed": found.passed_tests, "undecided": found.warned_tests, "failed": found.failed_tests}
     tests = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-    print_line(console, f"{len(report.statement.subject)} files; {tests}", COLORS[found.result])
+    print_line(console, f"{len(report.statement.subject)} files; {tests}", terminal_color(found.result.lower()))
     if not report.is_checked:
         print_line(console, f"wrote {report.path}{', and signed the folder' if report.is_signed else ''}")
         return

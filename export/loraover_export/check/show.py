@@ -7,13 +7,13 @@ from textwrap import wrap
 
 from rich.console import Console
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_export.check.report import CheckReport, EngineCheck, Finding
 from loraover_export.check.request import CheckRequest
 
 WIDTH = 80
 COLUMNS = "{:<10}{:<16}{:<16}{}"
-STYLES = {"right": "green", "refused": "yellow", "wrong silently": "red"}
 
 
 def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:
@@ -26,7 +26,7 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
     print_line(console, COLUMNS.format("engine", "exported by us", "as it is", "reader"), "bold")
     for check in report.engines:
         row = COLUMNS.format(check.engine, check.by_us.verdict, check.as_it_is.verdict, check.reader)
-        print_line(console, row, STYLES["right" if check.is_served else check.by_us.verdict])
+        print_line(console, row, terminal_color("right" if check.is_served else check.by_us.verdict))
     for check in report.engines:
         lines = list(_explained(check))
         if lines:

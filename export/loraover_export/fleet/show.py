@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_export.fleet.row import FleetReport, FleetRow
-
-STYLES = {"right": "green", "prepared": "green", "refused": "yellow", "failed": "red"}
 
 
 def show_row(row: FleetRow, progress: str, console: Console) -> None:
@@ -21,7 +20,9 @@ def show_row(row: FleetRow, progress: str, console: Console) -> None:
     facts = [row.kind, None if row.rank is None else f"rank {row.rank}", row.done, row.reason]
     facts += [None if row.error is None else f"error {row.error:.2g}", "from the cache" if row.cached else None]
     told = ", ".join(fact for fact in facts if fact)
-    print_line(console, f"{row.verdict:<9} {row.source}: {told} ({row.seconds:.1f} s; {progress})", STYLES[row.verdict])
+    print_line(
+        console, f"{row.verdict:<9} {row.source}: {told} ({row.seconds:.1f} s; {progress})", terminal_color(row.verdict)
+    )
 
 
 def show_summary(report: FleetReport, console: Console) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from loraover.reporting.html_page import Tone, Verdict
+from loraover.reporting.html_page import Verdict
+from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import short
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.logits.judge import POWER, CheckVerdict
-
-TONES: dict[CheckVerdict, Tone] = {"passed": "good", "inconclusive": "open"}
-"""Tone of each verdict that a written fold can have; one that failed leaves no page."""
 
 
 def verdict_of(certificate: FoldCertificate) -> Verdict:
@@ -27,7 +25,7 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
         "passed": "The folded adapter computes what was trained.",
         "inconclusive": "The fold is right as far as this check can see.",
     }[certificate.verdict]
-    return Verdict(TONES[certificate.verdict], certificate.verdict, " ".join([start, *sentences]))
+    return Verdict(tone_of(certificate.verdict), certificate.verdict, " ".join([start, *sentences]))
 
 
 def _outputs(outputs: OutputCertificate, verdict: CheckVerdict) -> str:

@@ -7,17 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_export.logits.judge import POWER, Proof
 
-COLORS = {"passed": "green", "failed": "red"}
-"""Colours of verdicts; what is neither is yellow."""
 OTHER_TEXTS = "Try --prompts with texts that it was trained for, or --dtype fp32."
 
 
 def show_verdict(proof: Proof, text: str, console: Console) -> None:
     """Print a text in the colour of a verdict."""
-    print_line(console, text, COLORS.get(proof.verdict, "yellow"))
+    print_line(console, text, terminal_color(proof.verdict))
 
 
 def show_place(proof: Proof, output: Path, console: Console, *, reason: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_export.logits.show import in_one_line, show_verdict
 from loraover_export.uniform.certificate import module_facts
@@ -11,8 +12,6 @@ from loraover_export.uniform.show import show_matrices
 from loraover_export.vllm.preflight import Preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest
-
-STYLES = {"error": "red", "warning": "yellow"}
 
 
 def show_report(report: VllmReport, request: VllmRequest, console: Console) -> None:
@@ -38,7 +37,7 @@ def _show_preflight(report: Preflight, console: Console) -> None:
         console, f"pre-flight: {report.modules} modules of {report.architecture}, rules of vLLM {report.vllm_version}"
     )
     for finding in report.findings:
-        print_line(console, f"{finding.level}: {finding.rule}: {finding.found}", STYLES[finding.level])
+        print_line(console, f"{finding.level}: {finding.rule}: {finding.found}", terminal_color(finding.level))
         print_line(console, f"  remedy: {finding.remedy}")
     summary = f"pre-flight {report.verdict}: {counts[0]} errors, {counts[1]} warnings, {len(report.rules)} rules"
     show_verdict(report, summary, console)

@@ -16,7 +16,7 @@ from loraover_serve.judge.evidence import Change, FaultyModel, Model, apart
 from loraover_serve.judge.limits import ADAPTER, NUMBER_FORMATS
 from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, multiplied
 
-EXPLAINED = 0.1  # share of the adapter's distance that may remain if a fault explains it
+LEFT = 0.1  # share of the adapter's distance that may remain if a fault explains it
 EXACT_WAY, ROUNDED_WAY = 0.1, 0.25  # deviation from 1 of the way to a fault, on exact and on other engines
 NEARER = 0.95  # ratio by which the fitted factor, which was chosen, is nearer than a fault that has a name
 FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
@@ -54,7 +54,7 @@ def suspects(case: Case) -> list[SuspectedFault]:
     pairs.sort(key=lambda pair: pair[0])
     found = [_suspect(case, candidate) for _, candidate in pairs[:NEAREST]]
     found.sort(key=lambda each: (not each.explains, each.rms))
-    if not found[0].explains or found[0].rms > EXPLAINED * apart(case.changes):
+    if not found[0].explains or found[0].rms > LEFT * apart(case.changes):
         fitted = _suspect(case, _fitted(case, few))
         is_nearer = fitted.rms < NEARER * found[0].rms
         found.insert(0 if (fitted.explains or not found[0].explains) and is_nearer else 1, fitted)
@@ -69,7 +69,7 @@ def _suspect(case: Case, candidate: FaultyModel) -> SuspectedFault:
     model = candidate.run(None)
     changes = _changes(case, model)
     rms, right = apart(changes), apart(case.changes[: len(changes)])
-    explains = rms <= EXPLAINED * right or (rms < right and _would_pass(case, model))
+    explains = rms <= LEFT * right or (rms < right and _would_pass(case, model))
     return SuspectedFault(candidate.fault, candidate.detail, rms, explains)
 
 

@@ -6,20 +6,14 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, Tone, Verdict, in_sentences, make_page
+from loraover.reporting.html_page import Origin, Page, Table, Verdict, in_sentences, make_page
+from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import Axis, Figure, Shape, short
-from loraover_serve.judge import limits
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.verify.report import EngineResult, VerifyReport
 
 HTML_FILE = "verify.html"
 TEMPLATE = "verify.html.j2"
-TONES: dict[limits.Verdict, Tone] = {
-    "as trained": "good",
-    "differs": "bad",
-    "inconclusive": "open",
-    "failed": "bad",
-}
 SHOWN = 6  # suspects in a figure; the table has all
 LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
 
@@ -70,7 +64,7 @@ def verdict_of(report: VerifyReport) -> Verdict:
         for r in passed
         if r.mixed_failure
     ]
-    return Verdict(TONES[report.verdict], report.verdict, "\n".join(sentences))
+    return Verdict(tone_of(report.verdict), report.verdict, "\n".join(sentences))
 
 
 def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import short
 from loraover.reporting.terminal_table import terminal_table
 from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
-
-COLORS = {"as trained": "green", "differs": "red", "failed": "red", "inconclusive": "yellow"}
 
 
 def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
@@ -24,12 +23,13 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
     """
     heads = ("verdict", "engine", "strength", "noise", "adapter", "effect", "same\ntext")
     rows: list[list[str | Text]] = [
-        [Text(result.verdict, COLORS[result.verdict]), result.engine, *_figures(result)] for result in report.engines
+        [Text(result.verdict, terminal_color(result.verdict)), result.engine, *_figures(result)]
+        for result in report.engines
     ]
     title = f"RMS distance of logprobs from {report.reference}, in nats"
     console.print(terminal_table(heads, rows, words=heads[:1], names=heads[1:2], title=title))
     for result in report.engines:
-        print_line(console, f"{result.engine}: {result.verdict}: {result.reason}", COLORS[result.verdict])
+        print_line(console, f"{result.engine}: {result.verdict}: {result.reason}", terminal_color(result.verdict))
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 
 from loraover.reporting.html_page import Origin, Page, Verdict, make_page
+from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import Axis, Drawing, Figure, short
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.canary import Canary
@@ -17,7 +18,6 @@ TEMPLATE = "watch.html.j2"
 WIDTH, HEIGHT, PAD = 220.0, 44.0, 4.0
 SHOWN_S, SHOWN = DAY_S, 300
 """Time and number of checks of a plot."""
-COLORS = {"as trained": "good", "differs": "bad", "failed": "bad", "inconclusive": "open"}
 ORDER = tuple(EXIT_CODES)
 """Verdicts, the worst first."""
 
@@ -49,7 +49,7 @@ class PageRow:
     @property
     def color(self) -> str:
         """Colour of the verdict."""
-        return "faint" if self.last is None else COLORS[self.last.verdict]
+        return "faint" if self.last is None else tone_of(self.last.verdict)
 
 
 def to_page(canary: Canary, now: float, command: str, config_fault: str | None) -> Page:
@@ -131,6 +131,6 @@ def draw(target: WatchTarget, checks: list[Check], now: float) -> Figure:
     if len(allowed) > 1:
         drawing.line(allowed, "noise", dash="3 3")
     for check in checks:
-        drawing.mark(*place(check, check.distance), COLORS[check.verdict], "circle" if check.distance else "bar", 2)
+        drawing.mark(*place(check, check.distance), tone_of(check.verdict), "circle" if check.distance else "bar", 2)
     server, adapter = target.key
     return drawing.figure(f"{server}-{adapter}", f"Distance of {adapter} on {server} over a day, and what is allowed")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result, Throughput
@@ -21,7 +22,6 @@ from loraover_serve.parity.request import ParityRequest
 SHORT = {"time to first token": "first token", "time per output token": "per token", "end-to-end latency": "end to end"}
 GIB = 2**30
 WORDS = ("verdict", "arm", "time")
-COLORS = {"equivalent": "green", "different": "red", "failed": "red", "inconclusive": "yellow"}
 
 
 def show_report(report: ParityReport, request: ParityRequest, console: Console) -> None:
@@ -36,7 +36,7 @@ def show_report(report: ParityReport, request: ParityRequest, console: Console) 
         console.print(table)
     for note in report.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
-    console.print(f"{report.verdict}: {escape(report.reason)}", style=COLORS[report.verdict], soft_wrap=True)
+    console.print(f"{report.verdict}: {escape(report.reason)}", style=terminal_color(report.verdict), soft_wrap=True)
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from loraover.reporting.html_page import Tone, Verdict
+from loraover.reporting.html_page import Verdict
+from loraover.reporting.palette import tone_of
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result, requests_needed
 from loraover_serve.parity.judge.outputs import Distance
-from loraover_serve.parity.report.parity_report import EngineVerdict, ParityReport
+from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.tables import UNBOUNDED
 from loraover_serve.parity.samples import CONTROL, FOLDED
 
 PER = {"time per output token": "per token", "end-to-end latency": "per answer"}
 """Short names of the measures."""
-TONES: dict[EngineVerdict, Tone] = {"equivalent": "good", "different": "bad", "inconclusive": "open", "failed": "bad"}
 
 
 def verdict_of(report: ParityReport) -> Verdict:
@@ -31,7 +31,7 @@ def verdict_of(report: ParityReport) -> Verdict:
         are_sound = not any(outputs.unapplied or outputs.misapplied for outputs in report.outputs)
         before = ("Before that:", *parts) if are_sound and speed else ()
         parts = (f"The measurement failed: {_stop(report.reason)}", *before)
-    return Verdict(TONES[report.verdict], report.verdict, " ".join(filter(None, parts)))
+    return Verdict(tone_of(report.verdict), report.verdict, " ".join(filter(None, parts)))
 
 
 def deciding(results: Sequence[Result], arm: str) -> Result | None:
