@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraover.common.errors import ExportError
+from loraover_export import check_adapter
 from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
 
@@ -92,6 +93,20 @@ def test_a_module_without_a_tensor_is_named(source: Path, refused: Refused) -> N
 
 def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
     return {key.replace(old, new): tensors.pop(key) for key in list(tensors) if old in key}
+
+
+def test_experts_with_a_pair_each_are_refused(tmp_path: Path, refused: Refused) -> None:
+    """Their tensors would share one name, and llama.cpp ends the process on the file that is left."""
+    model = saved(tiny_base("Qwen3Moe", num_hidden_layers=1), tmp_path / "base")
+    adapted(model, tmp_path / "adapter", target_modules=["q_proj"], lora_alpha=12, r=4, rank_pattern={})
+    paths = [f"model.layers.0.mlp.experts.{expert}.down_proj" for expert in range(4)]
+    shapes = {"A": (4, 48), "B": (64, 4)}
+    pairs = {f"base_model.model.{path}.lora_{x}.weight": torch.ones(shapes[x]) for path in paths for x in shapes}
+    added(**pairs)(tmp_path / "adapter")
+    config(target_modules=["q_proj", "down_proj"])(tmp_path / "adapter")
+    refused("gguf", tmp_path / "adapter", named=(f"adapts {paths[0]} alone", "blk.0.ffn_down_exps.weight"))
+    report = check_adapter(tmp_path / "adapter", engines="llamacpp")
+    assert report.engines[0].exported.verdict == "refused"
 
 
 @pytest.mark.parametrize("targets", ["embed_tokens", "lm_head"])

@@ -262,6 +262,12 @@ EXPORT = (
         Selection("test_gguf_families.py", "logits"),
     ),
     Mutant(
+        "one expert's matrix stands for all in a GGUF file",
+        'if names[path].kind == "expert" and path not in adapter.experts:',
+        "if False:",
+        Selection("test_gguf_refused.py", "experts_with"),
+    ),
+    Mutant(
         "llama.cpp is trusted to leave out any layer's rotation",
         "([int(k % 4 != 0) for k in layers],)",
         "(config.no_rope_layers,)",

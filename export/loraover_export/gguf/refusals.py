@@ -47,6 +47,11 @@ def _check_module(adapter: AdapterDir, path: str, target: GgufTarget) -> None:
     module = target.modules.get(path)
     if module is None:
         raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
+    if names[path].kind == "expert" and path not in adapter.experts:
+        raise ExportError(
+            f"{where}: adapts {path} alone, and llama.cpp's {module.tensor} holds all experts, whose pairs PEFT stacks "
+            f"if target_parameters names them; {MERGE}."
+        )
     check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
     is_head = path == "lm_head"
     if target.served.is_tied and (module.is_embedding or is_head):

@@ -58,11 +58,9 @@ def write_adapter(
         prepare=lambda key, exact: target.lay_out(*adapter.matrices[key], form(key, exact)),
         on_tensor=on_tensor,
     )
-    tensors = {
-        target.tensor_name(*adapter.matrices[key]): matrix
-        for key, matrix in rounded.items()
-        if key not in adapter.parts
-    }
+    names = {target.tensor_name(*adapter.matrices[key]): key for key in rounded if key not in adapter.parts}
+    assert len(names) == len(rounded.keys() - adapter.parts.keys()), "an expert by itself is refused"
+    tensors = {name: rounded[key] for name, key in names.items()}
     for stack in adapter.stacks:
         tensors |= target.pack_experts(stack, rounded)
     fields: dict[str, str | int | float] = {
