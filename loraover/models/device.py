@@ -9,6 +9,7 @@ from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.later import torch
 from loraover.common.request import as_written
+from loraover.models.memory_limits import memory_limits
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Names of devices; "auto" is the first that is there of cuda, mps and cpu."""
@@ -77,20 +78,29 @@ def _in_words(found: dict[str, int]) -> str:
 
 
 def total_memory(device: str) -> int | None:
-    """Return the memory of a device in bytes: "cpu", "cuda" (the first GPU), "cuda:1" or "mps"; None if unknown."""
+    """Return the memory of a device in bytes, or what a container or a job may use of it; None if unknown.
+
+    Args:
+        device: "cpu", "cuda" (the first GPU), "cuda:1" or "mps".
+    """
     kind, _, index = device.partition(":")
     if kind == "cuda":
         return torch.cuda.get_device_properties(int(index or 0)).total_memory
     if kind == "mps":
         return torch.mps.recommended_max_memory()
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min([machine, *(limit.total for limit in memory_limits())])
     except (ValueError, OSError):
         return None
 
 
 def free_memory(device: str) -> int | None:
-    """Return the memory of a device that nobody uses, in bytes; None if unknown. Devices are named as above."""
+    """Return the memory of a device that this process can still take, in bytes; None if unknown.
+
+    Args:
+        device: As in `total_memory`.
+    """
     kind, _, index = device.partition(":")
     if kind == "cuda":
         return torch.cuda.mem_get_info(int(index or 0))[0]
@@ -98,6 +108,6 @@ def free_memory(device: str) -> int | None:
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
+        return min([1024 * int(lines["MemAvailable"].split()[0]), *(limit.free for limit in memory_limits())])
     except (OSError, LookupError, ValueError):
         return None
