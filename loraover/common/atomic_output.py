@@ -190,17 +190,20 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object], *, parents: bool = False) -> None:
-    """Replace one file, completely or not at all.
+def publish_file(
+    path: str | os.PathLike[str], fill: Callable[[Path], object], *, parents: bool = False, replace: bool = True
+) -> None:
+    """Write one file, completely or not at all.
 
     Args:
         path: The file.
         fill: Function that writes the new content to the temporary path that it is given. If it raises
             `AbandonedError`, the file stays as it was.
         parents: Whether to make missing parents, which are removed if the file is not written.
+        replace: Whether to replace a file that is there, also one that was written while `fill` ran.
 
     Raises:
-        OutputError: The file cannot be written.
+        OutputError: The file cannot be written, or it is there and may not be replaced.
     """
     target = Path(path).absolute()
     try:
@@ -208,7 +211,7 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object], *
             draft = folder / target.name
             fill(draft)
             sync(draft)
-            draft.replace(target)
+            _name_file(draft, target, replace)
             sync(target.parent)
     except AbandonedError:
         return
@@ -216,6 +219,18 @@ def publish_file(path: str | os.PathLike[str], fill: Callable[[Path], object], *
         if isinstance(error, OutputError):
             raise
         raise _output_error(target, error) from error
+
+
+def _name_file(draft: Path, target: Path, replace: bool) -> None:
+    if replace:
+        draft.replace(target)
+        return
+    check_free(target)
+    try:
+        target.hardlink_to(draft)  # replaces nothing, as a rename would
+    except OSError:  # another command was faster, or the file system has no hard links
+        check_free(target)
+        draft.rename(target)
 
 
 def publish_text(path: str | os.PathLike[str], text: str) -> None:

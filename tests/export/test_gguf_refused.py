@@ -206,6 +206,21 @@ def test_force_replaces_an_adapter(source: Path, tmp_path: Path, capsys: pytest.
     assert f"run it: llama-server -m BASE.gguf --lora '{output}'" in capsys.readouterr().out
 
 
+def test_what_another_command_wrote_meanwhile_stays(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.gguf"
+
+    def judge_late(matrices: object, check: object) -> str:
+        output.write_text("theirs")
+        return "not checked"
+
+    monkeypatch.setattr(run, "judge_export", judge_late)
+    assert export(source, output) == 2
+    assert "exists already and is a file" in only_error(capsys.readouterr().err)
+    assert output.read_text() == "theirs"
+
+
 # GGUF files of the base model
 
 

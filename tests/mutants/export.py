@@ -268,6 +268,12 @@ EXPORT = (
         Selection("test_gguf_refused.py", "experts_with"),
     ),
     Mutant(
+        "a GGUF file replaces what came meanwhile",
+        "publish_file(request.output, fill, parents=True, replace=request.force)",
+        "publish_file(request.output, fill, parents=True)",
+        Selection("test_gguf_refused.py", "meanwhile"),
+    ),
+    Mutant(
         "llama.cpp is trusted to leave out any layer's rotation",
         "([int(k % 4 != 0) for k in layers],)",
         "(config.no_rope_layers,)",

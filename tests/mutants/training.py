@@ -242,8 +242,8 @@ TRAINING = (
     # Output and JSON
     Mutant(
         "output-name-before-content",
-        "sync(draft)\n            draft.replace(target)",
-        "draft.replace(target)\n            sync(target)",
+        "sync(draft)\n            _name_file(draft, target, replace)",
+        "_name_file(draft, target, replace)\n            sync(target)",
         Selection("test_output.py"),
     ),
     Mutant(

@@ -206,6 +206,21 @@ def test_a_reference_that_exists_is_kept(recorded: Path, adapter: Path, capsys: 
     assert recorded.read_bytes() == before
 
 
+def test_a_reference_that_another_command_wrote_meanwhile_is_kept(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "reference.json.gz"
+
+    def record_late(*_: object) -> dict[str, Any]:
+        output.write_text("theirs")
+        return {}
+
+    monkeypatch.setattr(recorder, "record", record_late)
+    assert run(cli, ["record", str(adapter), "-o", str(output)]) == 2
+    assert "exists already and is a file" in capsys.readouterr().err
+    assert output.read_text() == "theirs"
+
+
 def test_memory_is_told_before_a_model_is_loaded(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

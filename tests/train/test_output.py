@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -201,6 +202,45 @@ def test_a_file_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
     publish_file(target, write)
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def no_links(*args: Any, **kwargs: Any) -> None:
+    """Stand in for `os.link` on a file system without hard links."""
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("moment", ["while it is filled", "as it is named"])
+def test_a_file_that_another_command_wrote_meanwhile_stays(
+    moment: str, has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, link = tmp_path / "file", os.link
+
+    def late_link(*args: Any, **kwargs: Any) -> None:
+        if moment == "as it is named":
+            target.write_text("theirs")
+        return link(*args, **kwargs) if has_links else no_links()
+
+    def write(draft: Path) -> None:
+        draft.write_text("ours")
+        if moment == "while it is filled":
+            target.write_text("theirs")
+
+    monkeypatch.setattr(os, "link", late_link)
+    with pytest.raises(OutputError, match="exists already and is a file"):
+        publish_file(target, write, replace=False)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {target: "theirs"}
+    publish_file(target, write)
+    assert target.read_text() == "ours"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_takes_a_free_place(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    publish_file(tmp_path / "file", lambda draft: draft.write_text("new"), replace=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "new"}
+    assert (tmp_path / "file").stat().st_nlink == 1
 
 
 def test_a_files_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left
         if made[0].verdict == "failed":
             raise AbandonedError
 
-    publish_file(request.output, fill, parents=True)
+    publish_file(request.output, fill, parents=True, replace=request.force)
     if made[0].verdict != "failed":
         name, stem = request.output.name, request.output.stem
         keep_reference(request.source, request.output.parent, request.report.line, (name,), stem=stem)

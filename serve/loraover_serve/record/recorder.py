@@ -114,9 +114,9 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     if request.sealed is not None:
         sealed = sealed_reference(request, adapter, base)
         content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
-        publish_file(request.sealed, lambda draft: draft.write_bytes(sealed))
+        publish_file(request.sealed, lambda draft: draft.write_bytes(sealed), replace=request.force)
     raw = packed(content)
-    publish_file(request.destination, lambda draft: draft.write_bytes(raw))
+    publish_file(request.destination, lambda draft: draft.write_bytes(raw), replace=request.force)
     if request.checker is not None:
         publish_file(request.checker, write_checker)
     return RecordReport(
