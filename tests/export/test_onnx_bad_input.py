@@ -19,13 +19,14 @@ from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
 from support.refusals import Refused
 from support.tiny_experts import tiny_moe
-from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_t5
+from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from support.vllm_damage import config
 
 pytestmark = pytest.mark.engine
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MODULE = "model.layers.0.self_attn.q_proj"
+BERT_MODULE = "bert.encoder.layer.0.attention.self.query"
 Q_B = f"base_model.model.{MODULE}.lora_B.weight"
 MODES = ("merged", "swappable")
 SWAPPABLE = ("--mode", "swappable")
@@ -89,14 +90,32 @@ def test_sources_of_other_models_or_tasks_are_refused(onnx_made: OnnxMade, sourc
     refused("onnx", source, *MERGED, named=("'QUESTION_ANS'", "CAUSAL_LM"))
 
 
+def classifier(folder: Path, model: Any, module: str) -> Path:
+    """An adapter of one module of a classifier, and its base model in `folder/base`."""
+    model.save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    fields = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(folder / "base")}
+    return write_adapter(folder / "adapter", {module: (torch.ones(2, 32), torch.ones(32, 2))}, **fields)
+
+
 def test_a_classifier_takes_no_int4(tmp_path: Path, refused: Refused) -> None:
-    tiny_bert(num_labels=3).save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
-    matrices = {"bert.encoder.layer.0.attention.self.query": (torch.ones(2, 32), torch.ones(32, 2))}
-    fields = {"task_type": "SEQ_CLS", "base_model_name_or_path": str(tmp_path / "base")}
-    adapter = write_adapter(tmp_path / "adapter", matrices, **fields)
+    adapter = classifier(tmp_path, tiny_bert(num_labels=3), BERT_MODULE)
     named = ("BertForSequenceClassification", "fp32 or fp16")
     refused("onnx", adapter, *MERGED, "--precision", "int4", named=named)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-check",)])
+def test_a_classifier_without_its_padding_token_is_refused(
+    options: tuple[str, ...], tmp_path: Path, refused: Refused
+) -> None:
+    adapter = classifier(tmp_path, tiny_llama(pad_token_id=None), MODULE)
+    refused("onnx", adapter, *MERGED, *options, named=("has no pad_token_id, and LlamaForSequence", "--model"))
+
+
+def test_a_classifier_that_scores_the_first_token_needs_no_padding_token(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.config.pad_token_id = None
+    assert export(classifier(tmp_path, model, BERT_MODULE), tmp_path / "out", *MERGED) in (0, 3)
 
 
 ENCODER_DECODERS: dict[str, tuple[Callable[[], Any], tuple[str, ...], tuple[str, ...]]] = {

@@ -29,7 +29,7 @@ from loraover_export.onnx.inputs import Inputs
 from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan
 from loraover_export.onnx.kinds.decoder import Decoder
 from loraover_export.onnx.kinds.seq2seq import Seq2Seq
-from loraover_export.onnx.kinds.stateless import Stateless
+from loraover_export.onnx.kinds.stateless import Stateless, check_takes_rows
 from loraover_export.onnx.layout import SwappableLayout, read_layout
 from loraover_export.onnx.report import REPORT_FILE, GraphCheck, OnnxReport, judge_export
 from loraover_export.onnx.request import OnnxRequest
@@ -85,6 +85,7 @@ class Export:
 
         Raises:
             CheckpointError: An adapter of another model.
+            ConfigError: A base model that cannot be loaded, or a classifier that lacks its padding token.
         """
         self.report.line(f"loading the base model from {self.inputs.base.origin}")
         self.tokenizer = load_tokenizer(self.inputs.base)
@@ -95,6 +96,8 @@ class Export:
             choose("eager")  # the others have no float64, in which the check runs
         for adapter in self.inputs.adapters.values():
             check_fits(self.model, adapter)
+        if self.task == "SEQ_CLS":
+            check_takes_rows(self.model, self.inputs.base)
 
     def run(self) -> OnnxReport:
         """Write graphs and adapters, check them, and return the report.

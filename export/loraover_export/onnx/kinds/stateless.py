@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.common.errors import ConfigError
+from loraover.common.request import as_written
+from loraover.models.load import ModelSource
 from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner
 from loraover_export.onnx.session import GraphSession
 from loraover_export.onnx.swappable import adapter_file
@@ -42,6 +45,32 @@ class Stateless(GraphKind):
         (graph,) = self.graphs
         session = GraphSession(folder / graph, device, adapter_file(adapter, graph, self.graphs))
         return lambda case: session.run({"input_ids": case.ids, "attention_mask": case.mask})["logits"]
+
+
+@torch.no_grad()
+def check_takes_rows(model: Any, base: ModelSource) -> None:
+    """Check that a classifier takes several rows of tokens at once, as its graph does.
+
+    Many decoders score the last token of each row, which they find by the padding token. Those that score the first
+    one, such as BERT, need no padding token.
+
+    Args:
+        model: The classifier.
+        base: Where it was read from.
+
+    Raises:
+        ConfigError: It needs a padding token, and its configuration has none.
+    """
+    if model.config.get_text_config().pad_token_id is not None:
+        return
+    try:
+        model(input_ids=torch.zeros((2, 2), dtype=torch.int64))
+    except ValueError as error:
+        raise ConfigError(
+            f"{base.origin}: its config.json has no pad_token_id, and {type(model).__name__} finds the last token of "
+            "each row by it. Set pad_token_id in a copy of the model's folder to the token that you pad texts with, "
+            f"and name the copy with {as_written('model')}."
+        ) from error
 
 
 class _Scores(nn.Module):
