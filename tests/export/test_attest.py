@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from loraover_export.attest.run import STATEMENT_FILE
 from loraover_export.attest.sign import SIGNATURE_FILE
 from loraover_export.cli import cli
 
-from support.make_checkpoint import edit_json, make_checkpoint
+from support.make_checkpoint import edit_json, make_checkpoint, tree
 from support.recorded import write_reference
 
 
@@ -76,7 +77,9 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_named(name: str, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, ["attest", str(adapter), "--check"]) == 0
-    (adapter / "README.md").write_text("a hub writes this")
+    for written in ("README.md", ".git/HEAD", ".cache/huggingface/download/adapter_config.json.metadata"):
+        (adapter / written).parent.mkdir(parents=True, exist_ok=True)
+        (adapter / written).write_text("a hub, git or a download writes this")
     assert run(cli, ["attest", str(adapter), "--check"]) == 0
     change, words = CHANGES[name]
     change(adapter)
@@ -87,6 +90,12 @@ def test_a_change_is_named(name: str, adapter: Path, capsys: pytest.CaptureFixtu
 def test_what_cannot_be_attested_is_refused(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, ["attest", str(adapter)]) == 2
     assert "exists; compare the files with it by --check" in capsys.readouterr().err
+    statement = (adapter / STATEMENT_FILE).rename(adapter.parent / STATEMENT_FILE)
+    (adapter / SIGNATURE_FILE).write_text("of somebody else")
+    assert run(cli, ["attest", str(adapter)]) == 2
+    assert "a new file in the folder would end its validity" in " ".join(capsys.readouterr().err.split())
+    assert (adapter / SIGNATURE_FILE).read_text() == "of somebody else"
+    statement.rename(adapter / STATEMENT_FILE)
     write_reference(adapter, "0" * 64)
     assert run(cli, ["attest", str(adapter), "--force"]) == 2
     assert "was recorded of an adapter with the digest" in capsys.readouterr().err
@@ -96,6 +105,14 @@ def test_what_cannot_be_attested_is_refused(adapter: Path, capsys: pytest.Captur
     (adapter / "fold_certificate.json").unlink()
     assert run(cli, ["attest", str(adapter), "--force"]) == 2
     assert "nothing to attest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("power", [None, [], 5, {"decides": "yes"}])
+def test_a_reference_of_unknown_power_is_undecided(power: object, adapter: Path) -> None:
+    content = json.loads(gzip.decompress((adapter / REFERENCE_FILE).read_bytes()))
+    (adapter / REFERENCE_FILE).write_bytes(gzip.compress(json.dumps(content | {"power": power}).encode()))
+    assert run(cli, ["attest", str(adapter), "--force"]) == 0
+    assert json.loads((adapter / STATEMENT_FILE).read_text())["predicate"]["warnedTests"] == ["reference"]
 
 
 def test_every_certificate_beside_an_adapter_counts(adapter: Path) -> None:
@@ -114,19 +131,78 @@ def test_every_certificate_beside_an_adapter_counts(adapter: Path) -> None:
 def keys(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A private key, its public key, and another public key."""
     pytest.importorskip("model_signing", reason="model-signing is missing: pip install 'loraover[sign]'")
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     mine, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    paths = tmp_path / "signing.pem", tmp_path / "signing.pub", tmp_path / "other.pub"
-    secret = serialization.BestAvailableEncryption(b"a password")
-    form = serialization.PrivateFormat.PKCS8
-    paths[0].write_bytes(mine.private_bytes(serialization.Encoding.PEM, form, secret))
-    for key, path in ((mine, paths[1]), (other, paths[2])):
-        public = key.public_key()
-        kind = serialization.PublicFormat.SubjectPublicKeyInfo
-        path.write_bytes(public.public_bytes(serialization.Encoding.PEM, kind))
-    return paths
+    return (*write_keys(tmp_path / "signing", mine, b"a password"), write_keys(tmp_path / "other", other)[1])
+
+
+def write_keys(path: Path, key: Any, password: bytes | None = None) -> tuple[Path, Path]:
+    """Write a private key and its public key beside each other."""
+    from cryptography.hazmat.primitives import serialization as form
+
+    secret = form.NoEncryption() if password is None else form.BestAvailableEncryption(password)
+    private, public = path.with_suffix(".pem"), path.with_suffix(".pub")
+    private.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, secret))
+    public.write_bytes(key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@pytest.mark.parametrize("kind", ["RSA", "Ed25519"])
+def test_a_key_of_another_kind_is_named(
+    kind: str, adapter: Path, keys: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+
+    key = rsa.generate_private_key(65537, 2048) if kind == "RSA" else ed25519.Ed25519PrivateKey.generate()
+    private, public = write_keys(adapter.parent / kind, key)
+    before = tree(adapter)
+    assert run(cli, ["attest", str(adapter), "--force", "--private-key", str(private)]) == 2
+    assert tree(adapter) == before
+    (adapter / SIGNATURE_FILE).write_text("{}")
+    assert run(cli, ["attest", str(adapter), "--check", "--public-key", str(public)]) == 2
+    assert capsys.readouterr().err.count("expected an elliptic-curve key") == 2
+
+
+MATERIAL = '{"verificationMaterial": {"publicKey": {}}, "dsseEnvelope": {"payload": "", "signatures": []}}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "5", "{}", '{"verificationMaterial": 5}', MATERIAL])
+def test_a_file_that_is_no_signature_does_not_hold(
+    content: str, adapter: Path, keys: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (adapter / SIGNATURE_FILE).write_text(content)
+    assert run(cli, ["attest", str(adapter), "--check", "--public-key", str(keys[1])]) == 1
+    assert f"{SIGNATURE_FILE}: " in capsys.readouterr().out
+
+
+def test_a_snapshot_of_the_hub_is_signed(
+    adapter: Path, keys: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files are links into another folder; and what cannot be signed keeps its statement and its signature."""
+    from model_signing import signing
+
+    blobs = adapter.rename(adapter.with_name("blobs"))
+    adapter.mkdir()
+    for path in blobs.iterdir():
+        (adapter / path.name).symlink_to(path)
+    monkeypatch.setenv("SIGNING_PASSWORD", "a password")
+    private, public, _ = map(str, keys)
+    sign = ["attest", str(adapter), "--force", "--private-key", private, "--password-variable", "SIGNING_PASSWORD"]
+    assert run(cli, sign) == 0
+    (adapter / ".cache").mkdir()
+    (adapter / ".cache" / "metadata").write_text("of a download")
+    assert run(cli, ["attest", str(adapter), "--check", "--public-key", public]) == 0
+    before = tree(adapter)
+
+    def fail(*_: object) -> None:
+        raise ValueError("this cannot be hashed")
+
+    monkeypatch.setattr(signing.Config, "sign", fail)
+    (adapter / "adapter_config.json").write_text((blobs / "adapter_config.json").read_text())
+    assert run(cli, sign) == 2
+    assert "cannot be signed: this cannot be hashed" in capsys.readouterr().err
+    assert tree(adapter) == before
 
 
 def test_a_signature_holds_until_a_file_or_the_statement_changes(

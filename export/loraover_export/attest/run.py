@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.checkpoint.carried_reference import misfit, reference_digests
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
-from loraover.common.atomic_output import publish_text
+from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ExportError, OutputError
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.common.verb import verb
+from loraover_export.attest.files import visible_files
 from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
@@ -42,8 +43,8 @@ CERTIFICATES = {
     ONNX: "onnx",
 }
 """Name of the test that each certificate is the result of, by the certificate's file."""
-OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md", ".gitattributes")
-"""Files that are neither the adapter nor a result; a hub changes the last two."""
+OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md")
+"""Files that are neither the adapter nor a result; a hub changes the last one."""
 
 
 class Certificate(BaseModel):
@@ -94,20 +95,36 @@ def attest_adapter(request: AttestRequest) -> AttestReport:
             faults += [] if fault is None else [fault]
         is_signed = request.public_key is not None
         return AttestReport(path=path, statement=attested, is_checked=True, is_signed=is_signed, faults=faults)
-    if path.exists() and not request.force:
-        raise OutputError(
-            f"{path} exists; compare the files with it by {request.named('check')}, or replace it with "
-            f"{request.named('force')}."
-        )
-    signer, variable = None, request.password_variable
+    _check_replaceable(request)
+    signer, variable, signature = None, request.password_variable, None
     if request.private_key is not None:
         signer = read_signer(request.private_key, None if variable is None else os.environ[variable])
     made = make_statement(request.adapter)
-    (request.adapter / SIGNATURE_FILE).unlink(missing_ok=True)  # an earlier one does not hold any more
-    publish_text(path, json.dumps(made.model_dump(by_alias=True), indent=1) + "\n")
+    text = json.dumps(made.model_dump(by_alias=True), indent=1) + "\n"
     if signer is not None:
-        sign(request.adapter, signer)
+        signature = sign(request.adapter, signer, {STATEMENT_FILE: text})
+    publish_file(path, lambda draft: draft.write_text(text, encoding="utf-8"), replace=request.force)
+    if signature is None:
+        (request.adapter / SIGNATURE_FILE).unlink(missing_ok=True)  # an earlier one does not hold any more
+    else:
+        signed = signature
+        publish_file(request.adapter / SIGNATURE_FILE, lambda draft: draft.write_bytes(signed), replace=request.force)
     return AttestReport(path=path, statement=made, is_checked=False, is_signed=signer is not None, faults=[])
+
+
+def _check_replaceable(request: AttestRequest) -> None:
+    """Raise OutputError if there is an attestation, or a signature that a statement would end, without `force`."""
+    statement, signature = request.adapter / STATEMENT_FILE, request.adapter / SIGNATURE_FILE
+    if statement.exists() and not request.force:
+        raise OutputError(
+            f"{statement} exists; compare the files with it by {request.named('check')}, or replace it with "
+            f"{request.named('force')}."
+        )
+    if signature.exists() and not request.force:
+        raise OutputError(
+            f"{signature} exists, and a new file in the folder would end its validity; attest a copy of the folder, or "
+            f"replace the signature with {request.named('force')}."
+        )
 
 
 def make_statement(adapter: Path) -> Statement:
@@ -122,8 +139,7 @@ def make_statement(adapter: Path) -> Statement:
     """
     subjects, results = [], []
     tests: dict[str, list[str]] = {"passed": [], "failed": [], "inconclusive": []}
-    for path in _files(adapter):
-        name = path.relative_to(adapter).as_posix()
+    for name, path in _files(adapter).items():
         if name in CERTIFICATES:
             found = read_json(path, Certificate)
             tests.get(found.verdict, tests["inconclusive"]).append(CERTIFICATES[name])
@@ -160,7 +176,7 @@ def differences(attested: Statement, adapter: Path) -> Iterator[str]:
         adapter: The folder.
     """
     named = {one.name: one.digest.sha256 for one in (*attested.subject, *attested.predicate.configuration)}
-    found = {path.relative_to(adapter).as_posix(): path for path in _files(adapter)}
+    found = _files(adapter)
     for name, digest in named.items():
         if name not in found:
             yield f"{name} is missing"
@@ -169,12 +185,8 @@ def differences(attested: Statement, adapter: Path) -> Iterator[str]:
     yield from (f"{name} is not attested" for name in found if name not in named)
 
 
-def _files(adapter: Path) -> Iterator[Path]:
-    if not adapter.is_dir():
-        raise CheckpointError(f"{adapter}: not a folder; name that of an adapter.")
-    for path in sorted(adapter.rglob("*")):
-        if path.is_file() and path.relative_to(adapter).as_posix() not in OTHERS and not path.name.startswith("."):
-            yield path
+def _files(adapter: Path) -> dict[str, Path]:
+    return {name: path for name, path in visible_files(adapter).items() if name not in OTHERS}
 
 
 def _resource(path: Path, name: str, annotations: dict[str, Any] | None = None) -> Resource:
@@ -196,6 +208,6 @@ def _reference(path: Path, name: str, tests: dict[str, list[str]]) -> Resource:
     reason = misfit(path)
     if reason is not None:
         raise CheckpointError(f"{reason}; record it again with `loraover serve record`, or remove it.")
-    power = json.loads(gzip.decompress(path.read_bytes())).get("power", {})
-    tests["passed" if power.get("decides") is True else "inconclusive"].append("reference")
+    power = json.loads(gzip.decompress(path.read_bytes())).get("power")
+    tests["passed" if isinstance(power, dict) and power.get("decides") is True else "inconclusive"].append("reference")
     return _resource(path, name, reference_digests(path))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from loraover.common.atomic_output import publish_file
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, ExportError
+from loraover_export.attest.files import visible_files
 
 SIGNATURE_FILE = "model.sig"
 """The package's own name for it."""
+
+KEYS = "expected an elliptic-curve key (P-256, P-384 or P-521)"
 
 
 def read_signer(private_key: Path, password: str | None) -> Any:
@@ -23,28 +28,35 @@ def read_signer(private_key: Path, password: str | None) -> Any:
         ConfigError: A key that cannot be used.
         ModuleNotFoundError: model-signing is not installed.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from model_signing import signing
 
     raw: Any = None if password is None else password.encode()  # 1.1.1 gives it to a function that takes bytes
     try:
         return signing.Config().use_elliptic_key_signer(private_key=private_key, password=raw)
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{private_key}: not a private key that can sign: {error}.") from error
+    except (AttributeError, OSError, TypeError, UnsupportedAlgorithm, ValueError) as error:  # 1.1.1 asks RSA for curves
+        raise ConfigError(f"{private_key}: not a private key that can sign, {KEYS}: {error}.") from error
 
 
-def sign(adapter: Path, signer: Any) -> None:
-    """Sign all files of a folder, and write the signature there.
+def sign(adapter: Path, signer: Any, new: Mapping[str, str]) -> bytes:
+    """Sign all files of a folder as they will be, and return the contents of the signature's file.
 
     Args:
         adapter: The folder.
         signer: What `read_signer` returned.
+        new: Contents of the files that are to be written before the signature, by their names.
 
     Raises:
-        OutputError: The signature cannot be written.
+        ExportError: The files cannot be signed.
     """
-    folder = adapter.resolve()  # of a relative path, the package would not leave out the signature
-    signer.set_hashing_config(_hashing(folder))
-    publish_file(folder / SIGNATURE_FILE, lambda draft: signer.sign(folder, draft))
+    signer.set_hashing_config(_hashing())
+    try:
+        with _signed_files(adapter, new) as folder:
+            signature = folder.parent / SIGNATURE_FILE
+            signer.sign(folder, signature)
+            return signature.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{adapter}: cannot be signed: {error}. Nothing was changed there.") from error
 
 
 def signature_fault(adapter: Path, public_key: Path) -> str | None:
@@ -58,26 +70,41 @@ def signature_fault(adapter: Path, public_key: Path) -> str | None:
         ConfigError: A key that cannot be used.
         ModuleNotFoundError: model-signing is not installed.
     """
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from model_signing import verifying
 
-    folder = adapter.resolve()
-    signature = folder / SIGNATURE_FILE
+    signature = adapter / SIGNATURE_FILE
     if not signature.is_file():
         return f"{SIGNATURE_FILE} is missing"
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{public_key}: not a public key that can verify: {error}.") from error
-    config.set_hashing_config(_hashing(folder))
+    except (AttributeError, OSError, TypeError, UnsupportedAlgorithm, ValueError) as error:  # as in `read_signer`
+        raise ConfigError(f"{public_key}: not a public key that can verify, {KEYS}: {error}.") from error
+    config.set_hashing_config(_hashing())
     try:
-        config.verify(folder, signature)
-    except (InvalidSignature, KeyError, ValueError) as error:
+        with _signed_files(adapter) as folder:
+            config.verify(folder, signature)
+    except (AttributeError, InvalidSignature, LookupError, TypeError, ValueError) as error:  # of any JSON in the file
         return f"{SIGNATURE_FILE}: {error or 'made with another key, or changed'}"
     return None
 
 
-def _hashing(adapter: Path) -> Any:
+@contextmanager
+def _signed_files(adapter: Path, new: Mapping[str, str] = {}) -> Iterator[Path]:
+    """A folder with the adapter's name and links to the files that a signature covers."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / adapter.resolve().name
+        for name, path in visible_files(adapter).items():
+            if name not in (SIGNATURE_FILE, *new):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(path.resolve())
+        for name, text in new.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        yield folder
+
+
+def _hashing() -> Any:
     from model_signing import hashing
 
-    return hashing.Config().set_ignored_paths(paths=[adapter / SIGNATURE_FILE])
+    ignored = [SIGNATURE_FILE, ".cache"]  # the signature has their names, by which the package's own command knows them
+    return hashing.Config().set_ignored_paths(paths=ignored).set_allow_symlinks(True)
