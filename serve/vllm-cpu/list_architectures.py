@@ -10,19 +10,30 @@ import sys
 from unittest.mock import MagicMock
 
 import vllm
+from vllm.config.model import try_match_architecture_defaults
 from vllm.model_executor.models.interfaces import supports_lora, supports_multimodal
+from vllm.model_executor.models.interfaces_base import is_pooling_model, is_text_generation_model
 from vllm.model_executor.models.registry import _SPECULATIVE_DECODING_MODELS, ModelRegistry
 
 
-def describe(cls: type) -> dict[str, object]:
-    """What decides which adapters a class takes; see vllm/lora/model_manager.py."""
+def describe(name: str, cls: type) -> dict[str, object]:
+    """What decides which adapters a class takes, and their type; see vllm/lora/model_manager.py."""
     return {
         "embeddings": sorted(cls.embedding_modules),
         "packed": {name: list(parts) for name, parts in cls.packed_modules_mapping.items()},
         "language_model": language_model(cls),
         "stacked_experts": bool(cls.is_3d_moe_weight),
+        "pooling": is_pooled(name, cls),
         "renames": renames(cls),
     }
+
+
+def is_pooled(name: str, cls: type) -> bool:
+    """Whether `vllm serve` runs a class to pool, and not to generate; see ModelConfig._get_default_runner_type."""
+    if is_pooling_model(cls) or is_text_generation_model(cls):
+        return bool(is_pooling_model(cls))
+    found = try_match_architecture_defaults(name)
+    return found is not None and found[1][0] == "pooling"
 
 
 def language_model(cls: type) -> str | None:
@@ -67,7 +78,7 @@ def main() -> None:
             unknown.append(name)
             continue
         if supports_lora(cls):
-            lora[name] = describe(cls)
+            lora[name] = describe(name, cls)
         else:
             without_lora.append(name)
     version = vllm.__version__.partition("+")[0]

@@ -209,6 +209,31 @@ def test_a_second_rounding_is_a_warning(
     assert ("rounded twice" in findings(report, "warning").get("storage type", "")) == warns
 
 
+@pytest.mark.parametrize(
+    ("pooling", "dtype", "model_type", "served_in"),
+    [
+        (False, "float32", "llama", "bf16"),
+        (True, "float32", "llama", "fp16"),
+        (True, "bfloat16", "llama", "bf16"),
+        (True, "float32", "gemma2", "bf16"),
+        (False, "float16", "gemma2", "bf16"),
+        (False, None, "llama", "fp32"),
+    ],
+)
+def test_the_type_that_vllm_serves_a_model_in(
+    pooling: bool, dtype: str | None, model_type: str, served_in: str, adapter: Path
+) -> None:
+    """As `_resolve_auto_dtype` of vLLM chooses it; without a known type, nothing is said."""
+    right = candidate(adapter)
+    table = right.architectures
+    classes = table.lora | {"LlamaForCausalLM": table.lora["LlamaForCausalLM"].model_copy(update={"pooling": pooling})}
+    served = replace(right.served, dtype=dtype, model_type=model_type)
+    asked = replace(right, served=served, architectures=table.model_copy(update={"lora": classes}), dtype="fp32")
+    warned = findings(preflight(asked), "warning").get("storage type", "")
+    assert f"is served in {served_in}" in warned if dtype else not warned
+    assert "storage type" not in findings(preflight(replace(asked, dtype=served_in)), "warning")
+
+
 def candidate(adapter: Path) -> Candidate:
     base = str(adapter.parent / "base")
     known = known_architectures()

@@ -54,7 +54,7 @@ def main() -> None:
     classes = {}
     for name in request["architectures"]:
         cls = ModelRegistry.models[name].load_model_cls() if name in ModelRegistry.models else None
-        classes[name] = describe(cls) if cls is not None and supports_lora(cls) else None
+        classes[name] = describe(name, cls) if cls is not None and supports_lora(cls) else None
     names = {name: [mapped(name, path) for path in paths] for name, paths in request["names"].items()}
     print(json.dumps({"read": found, "classes": classes, "names": names}))
 

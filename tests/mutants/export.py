@@ -98,6 +98,12 @@ EXPORT = (
         Selection("test_vllm_preflight.py", "vocabulary_beyond"),
     ),
     Mutant(
+        "vllm-pools-in-bfloat16",
+        'or (served.dtype == "float32" and is_pooling):',
+        'or (served.dtype == "float32" and False):',
+        Selection("test_vllm_preflight.py", "serves_a_model_in"),
+    ),
+    Mutant(
         "onnx-padding-rolls-on",
         'add("Sub", [order, count], "order-count")',
         'add("Add", [order, count], "order-count")',

@@ -22,6 +22,7 @@ class Architecture(StrictModel):
         language_model: Prefix, in vLLM's names, of the modules that a multimodal class adapts by default; None for a
             text-only class.
         stacked_experts: Whether vLLM reads LoRA of experts as PEFT stacks it, and not each expert's by itself.
+        pooling: Whether vLLM runs it to embed, classify or rank, and not to generate.
         renames: Rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
     """
 
@@ -29,6 +30,7 @@ class Architecture(StrictModel):
     packed: dict[str, tuple[str, ...]]
     language_model: str | None
     stacked_experts: bool = False
+    pooling: bool = False
     renames: tuple[tuple[Literal["regex", "substr", "prefix", "suffix"], str, str], ...]
 
     def rename(self, path: str) -> str:
@@ -68,7 +70,13 @@ class Architectures(StrictModel):
 LATER = {
     "BertForTokenClassification": (
         Versions(since="0.33.0"),
-        Architecture(embeddings=(), packed={"qkv_proj": ("query", "key", "value")}, language_model=None, renames=()),
+        Architecture(
+            embeddings=(),
+            packed={"qkv_proj": ("query", "key", "value")},
+            language_model=None,
+            pooling=True,
+            renames=(),
+        ),
     )
 }
 """Classes that take adapters since a release after the one of `architectures.json`, read from vLLM's sources."""

@@ -26,8 +26,8 @@ from loraover_export.vllm.rules.model import (
 from loraover_export.vllm.rules.tensors import tensors
 from loraover_export.vllm.versions import READ
 
-CAST_TO = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
-"""Type that vLLM computes in, and casts adapters to, by the model's type; float32 only if --dtype asks for it."""
+WITHOUT_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+"""Types of models that vLLM does not compute in float16: `_FLOAT16_NOT_SUPPORTED_MODELS` in vllm/config/model.py."""
 
 
 def name(candidate: Candidate) -> Iterator[Problem]:
@@ -52,14 +52,28 @@ def storage_type(candidate: Candidate) -> Iterator[Problem]:
     """A storage type that vLLM would round again."""
     if candidate.dtype is None:
         return
-    dtype = candidate.served.dtype
-    cast = CAST_TO.get(dtype or "", candidate.dtype)
-    if cast != candidate.dtype:
+    dtype, cast = candidate.served.dtype, _served_type(candidate)
+    if cast not in (None, candidate.dtype):
         yield Problem(
             f"stored as {candidate.dtype}, but a model of type {dtype} is served in {cast}: A and B are rounded twice",
             f"use {as_written('dtype', cast)}, or give the server another --dtype",
             is_warning=True,
         )
+
+
+def _served_type(candidate: Candidate) -> str | None:
+    """Return the type that vLLM computes in and casts adapters to, unless --dtype asks for another; None if unknown.
+
+    A model in float32 is cast to float16 where it pools, to bfloat16 where it generates. A model that pools only for
+    its file modules.json of sentence-transformers counts as one that generates.
+
+    Source: `_resolve_auto_dtype` in vllm/config/model.py of vLLM 0.32, for devices that compute in both types.
+    """
+    served, described = candidate.served, candidate.architecture
+    is_pooling = described is not None and described.pooling
+    if served.dtype == "float16" or (served.dtype == "float32" and is_pooling):
+        return "bf16" if served.model_type in WITHOUT_FLOAT16 else "fp16"
+    return "bf16" if served.dtype in ("bfloat16", "float32") else None
 
 
 def replacement(candidate: Candidate) -> Iterator[Problem]:
