@@ -134,7 +134,7 @@ def _adapter_facts(folder: Path) -> AdapterFacts:
     shapes = read_adapter_dir(folder).shapes if has_experts else stored
     matrices = {name: shapes[key] for key in shapes if (name := site_name(key)) is not None}
     modules = {name.rpartition(".")[0] for name in matrices}
-    ranks = {min(shape) for name, shape in matrices.items() if name.endswith("A") and len(shape) == 2}
+    ranks = {shape[0] for name, shape in matrices.items() if name.endswith("A") and len(shape) == 2}
     variants = [name for name, is_used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if is_used]
     return AdapterFacts(
         kind=config.peft_type,

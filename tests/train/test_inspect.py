@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from rich.console import Console
 from torch.optim import AdamW
 
@@ -27,6 +28,7 @@ from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
 
 from support.make_checkpoint import edit_json
+from support.plain_adapter import write_adapter
 from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
@@ -217,6 +219,13 @@ def test_what_was_trained_is_described(folders: dict[str, Path], capsys: pytest.
     assert "LORA, rank 4, alpha 8" in shown
     assert "schedule all: 28 over-parameterised matrices" in shown
     assert read_schedule(folders["run"]).step == found.cores.step
+
+
+def test_a_rank_above_the_inputs_of_a_module_is_shown(tmp_path: Path) -> None:
+    pairs = {"narrow": (torch.ones(8, 3), torch.ones(5, 8)), "wide": (torch.ones(4, 16), torch.ones(2, 4))}
+    facts = inspect_folder(write_adapter(tmp_path / "adapter", pairs, rank_pattern={"wide": 4})).adapter
+    assert facts is not None
+    assert facts.ranks == [4, 8]
 
 
 @needs_expert_stacks
