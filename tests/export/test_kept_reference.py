@@ -77,6 +77,15 @@ def test_a_file_that_is_replaced_loses_the_reference_of_its_predecessor(first: P
     assert sorted(path.name for path in tmp_path.glob("shop.*")) == ["shop.gguf"]
 
 
+def test_files_whose_names_begin_alike_each_keep_their_own(first: Path, tmp_path: Path) -> None:
+    names = ("support.fp32", "support.fp16", "support.v2.gguf")
+    for name in names:
+        assert run(cli, ["gguf", str(first), "-o", str(tmp_path / name)]) == 0
+    for name in names:
+        kept = tmp_path / f"{name.removesuffix('.gguf')}.{KEPT_FILE}"
+        assert list(json.loads(kept.read_text())["files"]) == [name]
+
+
 def test_a_prepared_adapter_has_the_reference(first: Path, tmp_path: Path) -> None:
     source, base = shutil.copytree(first, tmp_path / "source"), first.parent / "base"
     (source / REFERENCE_FILE).unlink()
@@ -103,15 +112,17 @@ def test_fold_records_beside_what_it_writes(first: Path, tmp_path: Path) -> None
 
 @pytest.mark.engine
 def test_a_graphs_adapters_each_keep_their_own(first: Path, tmp_path: Path) -> None:
-    folders = [tmp_path / name for name in ("one", "two")]
+    folders = [tmp_path / name for name in ("one", "one.1", "two")]
     for folder in folders:
         assert run(cli, ["fold", str(first), "-o", str(folder)]) == 0
     (tmp_path / "two" / REFERENCE_FILE).unlink()
     words = ["--mode", "swappable", "--no-check"]
     assert run(cli, ["onnx", *map(str, folders), "-o", str(tmp_path / "graph"), *words]) == 0
-    assert [path.name for path in (tmp_path / "graph").glob(f"*{REFERENCE_FILE}")] == [f"one.{REFERENCE_FILE}"]
-    assert misfit(tmp_path / "graph" / f"one.{REFERENCE_FILE}") is None
-    assert list(json.loads((tmp_path / "graph" / f"one.{KEPT_FILE}").read_text())["files"]) == ["one.onnx_adapter"]
+    graph, kept = tmp_path / "graph", ("one", "one.1")
+    assert {path.name for path in graph.glob(f"*{REFERENCE_FILE}")} == {f"{name}.{REFERENCE_FILE}" for name in kept}
+    for name in kept:
+        assert misfit(graph / f"{name}.{REFERENCE_FILE}") is None
+        assert list(json.loads((graph / f"{name}.{KEPT_FILE}").read_text())["files"]) == [f"{name}.onnx_adapter"]
 
 
 def test_an_exact_conversion_keeps_the_reference(tmp_path: Path) -> None:

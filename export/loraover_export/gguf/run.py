@@ -66,7 +66,8 @@ def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left
 
     publish_file(request.output, fill, parents=True, replace=request.force)
     if made[0].verdict != "failed":
-        name, stem = request.output.name, request.output.stem
+        name = request.output.name
+        stem = name.removesuffix(".gguf")
         keep_reference(request.source, request.output.parent, request.report.line, (name,), stem=stem)
     return made[0]
 

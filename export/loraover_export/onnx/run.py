@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from loraover.checkpoint.carried_reference import keep_reference
@@ -14,8 +15,7 @@ from loraover_export.onnx.export import Export
 from loraover_export.onnx.inputs import Inputs, read_inputs
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport
 from loraover_export.onnx.request import OnnxRequest
-from loraover_export.onnx.swappable import ADAPTER_SUFFIX
-from loraover_export.onnx.web import WEB_SUFFIX
+from loraover_export.onnx.swappable import adapter_files
 
 
 @verb(OnnxRequest)
@@ -50,16 +50,16 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
         (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(export.request, inputs, result), encoding="utf-8")
         for name, adapter in inputs.adapters.items():
-            files = [path.name for path in draft.iterdir() if _is_of(path, name, result.mode)]
+            files = [path.name for path in draft.iterdir() if _is_of(path, name, result.mode, export.kind.graphs)]
             keep_reference(adapter.path, draft, request.report.line, files, stem=name)
     return result
 
 
-def _is_of(path: Path, adapter: str, mode: str) -> bool:
+def _is_of(path: Path, adapter: str, mode: str, graphs: Sequence[str]) -> bool:
     """Whether a file of an export holds numbers of an adapter: of a merged one, every file with numbers does."""
     if mode == "merged":
         return path.is_file() and path.suffix not in (".json", ".md")
-    return path.suffix in (ADAPTER_SUFFIX, WEB_SUFFIX) and path.name.startswith(f"{adapter}.")
+    return path.name in {file.name for graph in graphs for file in adapter_files(Path(adapter), graph, graphs)}
 
 
 def _card(request: OnnxRequest, inputs: Inputs, result: OnnxReport) -> str:

@@ -169,8 +169,19 @@ def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Pat
     """
     if adapter is None:
         return None
-    files = [_file_of(adapter, graph, graphs, suffix) for suffix in (ADAPTER_SUFFIX, WEB_SUFFIX)]
+    files = adapter_files(adapter, graph, graphs)
     return next((file for file in files if file.is_file()), None if len(graphs) > 1 else files[0])
+
+
+def adapter_files(adapter: Path, graph: str, graphs: Sequence[str]) -> list[Path]:
+    """Return the two files of which an export has one if the adapter changes a graph.
+
+    Args:
+        adapter: Path of the adapter's files without their endings.
+        graph: File name of the graph.
+        graphs: File names of all graphs of the export.
+    """
+    return [_file_of(adapter, graph, graphs, suffix) for suffix in (ADAPTER_SUFFIX, WEB_SUFFIX)]
 
 
 def _file_of(adapter: Path, graph: str, graphs: Sequence[str], suffix: str) -> Path:
