@@ -100,8 +100,9 @@ def _needs_torch(source: ModelSource, why: str) -> ConfigError:
 
 def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of each weight, from files that are here or from the first bytes of those on the hub."""
-    index = folder / INDEX
-    names = set(read_json(index, ShardIndex).weight_map.values()) if index.is_file() else {SINGLE}
+    single, index = folder / SINGLE, folder / INDEX  # transformers takes the first where both are there
+    has_shards = index.is_file() and not single.is_file()
+    names = set(read_json(index, ShardIndex).weight_map.values()) if has_shards else {SINGLE}
     found: dict[str, tuple[int, ...]] = {}
     if not Path(source.location).is_dir() and not all((folder / name).is_file() for name in names):
         return _shapes_on_hub(source)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,9 +24,10 @@ from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal
-from support.adapters_on_disk import save_shards
+from support.adapters_on_disk import save_base, save_lora, save_shards
 from support.make_checkpoint import edit_json, edit_tensors, tree
 from support.merge_cases import deltas, long, outputs, save, shards
+from support.tiny_models import tiny_llama
 from tolerances import UNIT
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,6 +57,26 @@ def test_shards_and_other_files_come_along(pair: tuple[Path, Path], tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert torch.equal(model.model.embed_tokens.weight, AutoModelForCausalLM.from_pretrained(base).lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "model.safetensors"])
+def test_transformers_loads_the_merge_of_a_single_file(name: str, tmp_path: Path) -> None:
+    """A shard that an index alone finds, and a file that transformers takes before the index and shards beside it."""
+    base = save_base(tmp_path / "base")
+    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    tiny_llama(seed=5).save_pretrained(tmp_path / "older", max_shard_size="8KB")
+    for file in (tmp_path / "older").glob("model*"):
+        shutil.copyfile(file, base / file.name)
+    if name != "model.safetensors":
+        for file in base.glob("model-*"):
+            file.unlink()
+        (base / "model.safetensors").rename(base / name)
+        places = dict.fromkeys(load_file(base / name), name)
+        edit_json(base / "model.safetensors.index.json", lambda index: index.update(weight_map=places))
+    merge_adapter(adapter, tmp_path / "merged")
+    expected = outputs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
+    found = outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert float((found - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
 
 
 def test_a_file_without_the_prefix_of_the_headless_model(tmp_path: Path) -> None:

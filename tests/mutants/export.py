@@ -49,6 +49,12 @@ EXPORT = (
         Selection("test_merge_refused.py", "base_that_cannot"),
     ),
     Mutant(
+        "merge-reads-the-index-first",
+        "if SINGLE in present:  #",
+        "if SINGLE in present and INDEX not in present:  #",
+        Selection("test_merge_files.py", "merge_of_a_single_file"),
+    ),
+    Mutant(
         "low-rank-bound-of-the-factorizations-alone",
         "bound = self.noise(rank) + OF_NORMS * (1 + self.departure) * product",
         "bound = self.noise(rank) / 100",

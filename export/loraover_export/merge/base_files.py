@@ -112,6 +112,8 @@ def open_base(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool =
 def _shard_names(folder: Path, source: ModelSource) -> list[str]:
     """Return the names of the safetensors files of a base model, all of which are there."""
     present = {path.name for path in folder.iterdir() if path.is_file()}
+    if SINGLE in present:  # as transformers does, which takes it before an index beside it
+        return [SINGLE]
     if INDEX in present:
         names = sorted(set(_read(folder / INDEX, ShardIndex, source).weight_map.values()))
         wrong = [name for name in names if name not in present or not name.endswith(".safetensors")]
@@ -121,8 +123,6 @@ def _shard_names(folder: Path, source: ModelSource) -> list[str]:
                 "folder; fetch the model again, or save it with save_pretrained."
             )
         return names
-    if SINGLE in present:
-        return [SINGLE]
     found = sorted(name for name in present if name.endswith(WEIGHTS))
     raise ConfigError(
         f"model: {source.origin} has no {SINGLE} and no {INDEX}; it has {', '.join(found[:3]) or 'no weights'}. "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.header_facts import INDEX
+from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
@@ -87,7 +87,7 @@ def _publish(
         for path in files.along():
             shutil.copyfile(path, draft / path.name)
         _write_json(draft / CONFIG, _config(files.config, plan))
-        if len(plan.shards) > 1:
+        if [*plan.shards] != [SINGLE]:
             _write_json(draft / INDEX, _index(files, plan))
         (draft / CERTIFICATE_FILE).write_text(result.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, base, exact.adapter, result), encoding="utf-8")
