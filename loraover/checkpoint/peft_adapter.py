@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -155,13 +155,14 @@ class AdapterDir:
         """File that holds the tensors."""
         return self.path / TENSORS_FILE
 
-    def check_complete(self, modules: Iterable[str]) -> None:
-        """Raise CheckpointError if the configuration names modules of the base model that the file lacks.
+    def check_complete(self, modules: Iterable[str], experts: Collection[str] = ()) -> None:
+        """Raise CheckpointError if the file lacks what the configuration names; see `target_modules.check_complete`.
 
         Args:
             modules: Paths of all modules of the base model.
+            experts: Paths of its parameters that hold all experts.
         """
-        check_complete(self.path / CONFIG_FILE, self.modules.keys(), modules)
+        check_complete(self.path / CONFIG_FILE, self.modules.keys(), modules, experts)
 
     def check_keeps_base(self) -> None:
         """Raise CheckpointError unless A and B fit the unchanged base weights."""
@@ -299,8 +300,7 @@ def read_adapter_dir(path: Path) -> AdapterDir:
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
         dtypes = {key: file.dtype(key) for key in file.keys}
-    names = [name for key in shapes if (name := site_name(key)) is not None]
-    check_named(path / CONFIG_FILE, list(dict.fromkeys(name.rpartition(".")[0] for name in names)))
+    check_named(path / CONFIG_FILE, list(dict.fromkeys(name.rpartition(".")[0] for name in _sites(shapes))))
     for key in shapes:
         if site_name(key) is not None and dtypes[key] not in FLOATS:
             raise CheckpointError(

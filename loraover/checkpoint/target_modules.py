@@ -46,6 +46,16 @@ class Targets(BaseModel):
         found = self.target_modules
         return not self.target_parameters if found is None else isinstance(found, str) and found.lower() == ALL_LINEAR
 
+    @property
+    def saved(self) -> list[str]:
+        """Endings of the paths of modules that were trained in full."""
+        return [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save or []
+
+    def names_experts(self, parameter: str) -> bool:
+        """Return whether `target_parameters` names a parameter that holds all experts."""
+        owner, _, name = parameter.rpartition(".")
+        return any(targeted_parameter(target, owner) == name for target in self.target_parameters or ())
+
     def names(self, module: str) -> bool:
         """Return whether PEFT adapts a module of this path, or may adapt it where the model decides.
 
@@ -58,8 +68,7 @@ class Targets(BaseModel):
         return not self._is_excluded(module) and self._is_targeted(module)
 
     def _is_excluded(self, module: str) -> bool:
-        saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save or ()
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
             return True
         return bool(self.exclude_modules) and _matches(self.exclude_modules or (), module)
 
@@ -125,28 +134,36 @@ def unnamed_modules(config: Path, adapted: Collection[str]) -> str | None:
     )
 
 
-def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str]) -> str | None:
-    """Return which modules the configuration names and a file lacks, in words; None if it lacks none.
+def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str], experts: Iterable[str]) -> str | None:
+    """Return which modules or experts the configuration names and a file lacks, in words; None if it lacks none.
 
     Args:
         config: Path of `adapter_config.json`.
-        adapted: Paths of the modules that the adapter's file has matrices for.
+        adapted: Paths of the modules that the adapter's file has matrices for, and of each expert.
         modules: Paths of all modules of the base model.
+        experts: Paths of its parameters that hold all experts.
 
     Raises:
         CheckpointError: A regular expression that Python cannot read.
     """
-    targets = read_json(config, Targets).model_copy(update={"target_parameters": None})
-    if targets.is_open:
-        return None
-    lost = _chosen(config, targets, [path for path in modules if path and path not in adapted], is_named=True)
+    targets = read_json(config, Targets)
+    alone = targets.model_copy(update={"target_parameters": None})
+    others = [] if alone.is_open else [path for path in modules if path and path not in adapted]
+    lost = _chosen(config, alone, others, is_named=True)
+    lost += [path for path in experts if _first_expert(path) not in adapted and targets.names_experts(path)]
     if not lost:
         return None
     return f"{_described(targets)} names {_listed(lost)}, and the file of tensors holds only {_listed(list(adapted))}"
 
 
-def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str]) -> None:
-    """Refuse a file that lacks matrices of modules that the configuration names; see `lost_modules`.
+def _first_expert(parameter: str) -> str:
+    """Return the path by which the first expert of a parameter is named among the adapted modules."""
+    owner, _, name = parameter.rpartition(".")
+    return f"{owner}.0.{name}"
+
+
+def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str], experts: Collection[str]) -> None:
+    """Refuse a file that lacks matrices of modules or experts that the configuration names; see `lost_modules`.
 
     An adapter none of whose modules is in the model belongs to another one, which its readers say.
 
@@ -154,9 +171,31 @@ def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str
         CheckpointError: PEFT would start these modules again, as if they had not been trained.
     """
     found = {*modules}
-    lost = lost_modules(config, adapted, found) if found & {*adapted} else None
+    is_of_model = not {*adapted}.isdisjoint(found.union(map(_first_expert, experts)))
+    lost = lost_modules(config, adapted, found, experts) if is_of_model else None
     if lost is not None:
         raise CheckpointError(f"{config}: {lost}: {LOST}.")
+
+
+def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str]) -> None:
+    """Refuse a file that lacks parameters of modules that `modules_to_save` names; PEFT loads none that does.
+
+    The field may name modules that the base model does not have, as PEFT's default for classifiers does.
+
+    Args:
+        config: Path of `adapter_config.json`.
+        saved: Names of the parameters that the file holds in full.
+        parameters: Names of all parameters of the base model.
+
+    Raises:
+        CheckpointError: The trained values of such a parameter are lost.
+    """
+    found = read_json(config, Targets).saved
+    lost = [name for name in parameters if name not in saved and any(f"{ending}." in name for ending in found)]
+    if lost:
+        raise CheckpointError(
+            f"{config}: modules_to_save {found!r:.200} names {_listed(lost)}, which the file of tensors lacks: {LOST}."
+        )
 
 
 def _chosen(config: Path, targets: Targets, paths: Iterable[str], *, is_named: bool) -> list[str]:

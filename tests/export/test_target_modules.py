@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from transformers import AutoModelForCausalLM
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.target_modules import Targets
@@ -78,6 +79,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("targets") / "base")
 
 
+def lose(folder: Path, part: str) -> None:
+    """Remove the tensors of an adapter that have a text in their keys."""
+    edit_tensors(folder / TENSORS, lambda found: [found.pop(key) for key in list(found) if part in key])
+
+
 FEWER: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"]},
     {"target_modules": r".*\.q_proj"},
@@ -123,6 +129,50 @@ def test_a_file_that_lacks_named_modules_is_refused(fields: dict[str, Any], base
         with pytest.raises((CheckpointError, ExportError), match=message):
             export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+BESIDE: dict[str, tuple[dict[str, Any], str, str]] = {
+    "head": ({"modules_to_save": ["lm_head", "score"]}, "lm_head", r"names lm_head\.weight, which the file .* lacks"),
+    "one of two": ({"modules_to_save": ["mlp", "norm"]}, "model.norm", r"names model\.norm\.weight, which the file"),
+    "tokens": ({"trainable_token_indices": [3, 5]}, "token_adapter", "lacks .*trainable_tokens_delta"),
+    "tokens of one of two": (
+        {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [5]}},
+        "lm_head.token_adapter",
+        "lacks .*trainable_tokens_delta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_was_trained_beside_the_matrices_may_not_be_lost(case: str, base: Path, tmp_path: Path) -> None:
+    fields, part, message = BESIDE[case]
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj"], **fields)
+    lose(source, part)
+    with pytest.raises(KeyError, match=part):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(source))
+    for export in (convert_adapter, merge_adapter)[: 2 if "modules_to_save" in fields else 1]:
+        with pytest.raises(CheckpointError, match=message):
+            export(source, tmp_path / "out")
+
+
+@needs_expert_stacks
+@pytest.mark.parametrize("part", ["layers.1.mlp", "layers.1.mlp.experts.lora", "mlp"])
+def test_lost_experts_are_refused(part: str, tmp_path: Path) -> None:
+    """Those of a layer, one parameter's of them, and all."""
+    model, source = tiny_moe(), tmp_path / "source"
+    model.save_pretrained(tmp_path / "base")
+    expert_lora(model, source)
+    edit_json(source / CONFIG, lambda config: config.update(base_model_name_or_path=str(tmp_path / "base")))
+    assert convert_adapter(source, tmp_path / "converted").passed
+    assert export_vllm(source, tmp_path / "exported").passed
+    lose(source, part)
+    message = r"names model\.layers\.[01]\.mlp\.experts\.\w+_proj.*, and the file|expected one pair for each"
+    for export in (convert_adapter, export_gguf):
+        with pytest.raises(CheckpointError, match=message):
+            export(source, tmp_path / "out")
+    if part != "layers.1.mlp.experts.lora":
+        findings = export_vllm(source, tmp_path / "out").preflight.findings
+        assert any(found.rule == "modules" and found.level == "error" for found in findings)
 
 
 def test_the_preflight_finds_a_lost_layer(base: Path, tmp_path: Path) -> None:

@@ -189,6 +189,12 @@ EXPORT = (
         Selection("test_target_modules.py", "named_as_in_peft"),
     ),
     Mutant(
+        "lost-heads-pass",
+        'any(f"{ending}." in name for ending in found)',
+        "name in found",
+        Selection("test_target_modules.py", "beside_the_matrices"),
+    ),
+    Mutant(
         "any-layer-named",
         'int(found["idx"]) in layers',
         'int(found["idx"]) >= 0',

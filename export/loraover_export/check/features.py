@@ -177,7 +177,8 @@ def lost_modules(subject: Subject) -> str | None:
     """Modules of the base model that the configuration names, and the file has no matrices for."""
     if subject.lora is None or missing_modules(subject) is not None:
         return None
-    return target_modules.lost_modules(subject.path / CONFIG_FILE, subject.modules, subject.served.modules)
+    served = subject.served
+    return target_modules.lost_modules(subject.path / CONFIG_FILE, subject.modules, served.modules, served.experts)
 
 
 def other_shapes(subject: Subject) -> str | None:

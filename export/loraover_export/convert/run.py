@@ -10,9 +10,10 @@ from typing import Any
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
-from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, expert_paths, find_expert_weights
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.target_modules import check_complete, check_named, unnamed_modules
+from loraover.checkpoint.peft_adapter import KEY_PREFIX
+from loraover.checkpoint.target_modules import check_complete, check_named, check_saved, unnamed_modules
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ExportError
 from loraover.common.request import as_written
@@ -64,7 +65,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         layout, mended = mend_prefix(layout, weights)
         adapter = files.enter_context(open_adapter(layout, weights))
         _check_named(method, adapter)
-        check_complete(request.source / CONFIG_FILE, layout.modules, part_below(layout.below, weights.modules))
+        _check_complete(adapter)
         start_dtype = _start_dtype(method, adapter)
         compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
 
@@ -95,6 +96,18 @@ def _check_named(method: AnyMethod, adapter: Adapter[Any]) -> None:
     config, named = adapter.layout.path / CONFIG_FILE, method.named(adapter)
     stored = [adapter.layout.stored.get(path, path) for path in named]
     check_named(config, stored if unnamed_modules(config, stored) is None else named)
+
+
+def _check_complete(adapter: Adapter[Any]) -> None:
+    """Refuse a file that lacks what the configuration names of the part of the base model that was trained."""
+    layout, model = adapter.layout, adapter.base.model
+    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    modules, experts, names = (
+        part_below(layout.below, found) for found in (adapter.base.modules, find_expert_weights(model), parameters)
+    )
+    adapted = dict.fromkeys([*layout.modules, *sorted(expert_paths(stacks_of(adapter)))])
+    check_complete(layout.path / CONFIG_FILE, adapted, modules, experts)
+    check_saved(layout.path / CONFIG_FILE, {key.removeprefix(KEY_PREFIX) for key in layout.others}, names)
 
 
 def _comparison(

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
+from loraover.checkpoint.target_modules import check_saved
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
@@ -74,13 +76,14 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
         plain: The adapter's open file.
 
     Raises:
-        CheckpointError: An adapter of another base model, or one that lacks modules that its configuration names.
+        CheckpointError: An adapter of another base model, or one that lacks what its configuration names.
         ConfigError: A tensor of another shape than `config.json` gives it.
         ExportError: A tensor that is quantised, or that the base model's files hold under another name.
     """
     skeleton = load_skeleton(source)
     adapter.check_complete(path for path, _ in skeleton.named_modules())
     names = _Names(skeleton, base, source)
+    check_saved(adapter.path / CONFIG_FILE, adapter.others.values(), names.parameters)
     changes = _changes(skeleton, adapter)
     tied = _untied(names, changes, plain)
     shards = {shard: {key: PlannedTensor(key, key) for key in file.keys} for shard, file in base.shards.items()}

@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from loraover.checkpoint.adapter_config import KEPT_BASE, AdapterConfig
 from loraover.checkpoint.error_bounds import U32
+from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.target_modules import LOST
+from loraover.common.errors import CheckpointError
 from loraover.common.later import torch
 from loraover_export.convert.methods.base import ConversionMethod, Dense, LowRank, Place
 from loraover_export.convert.methods.determined import MERGE_THERE, determined
@@ -74,6 +77,7 @@ class Lora(ConversionMethod[LoraFields]):
         return [path for path, tensors in adapter.layout.modules.items() if tensors != {TOKENS}]
 
     def places(self, adapter: Adapter[LoraFields]) -> Iterator[Place]:
+        _check_tokens(adapter)
         yield from expert_places(adapter)
         wrappers = {stack.wrapper for stack in stacks_of(adapter)}
         for path, tensors in adapter.layout.modules.items():
@@ -118,6 +122,22 @@ class Lora(ConversionMethod[LoraFields]):
         first = _start(module, start, r, s)
         found = LowRank(torch.cat([b, -first.b], dim=1), torch.cat([a, first.a]), first.rounded + first.apart)
         return determined(module, found, first.apart, product_norm(first.b, first.a), first.reason)
+
+
+def _check_tokens(adapter: Adapter[LoraFields]) -> None:
+    """Refuse a file without the trained tokens that its configuration names, which PEFT does not load either."""
+    found, layout = adapter.config.trainable_token_indices or [], adapter.layout
+    held = {path for path, tensors in layout.modules.items() if TOKENS in tensors}
+    held |= {layout.stored.get(path, path) for path in held}
+    if not held.isdisjoint(adapter.base.tied):  # the file holds the tokens of tied modules once
+        held |= {*adapter.base.tied}
+    any_path = [""] * bool(found)  # of a list, which is for the input embedding, whatever its path
+    endings = [name for name, tokens in found.items() if tokens] if isinstance(found, dict) else any_path
+    if not all(any(path.endswith(ending) for path in held) for ending in endings):
+        raise CheckpointError(
+            f"{layout.path / CONFIG_FILE}: trainable_token_indices is {found!r:.80}, and the file of tensors lacks "
+            f"{TOKENS} of a module that it names: {LOST}."
+        )
 
 
 def _indices(module: Module[LoraFields]) -> list[int]:

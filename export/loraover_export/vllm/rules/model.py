@@ -57,7 +57,8 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
     if candidate.architecture is None:
         return
     if all(candidate.present.get(path) == path for path in candidate.modules):  # else another class was trained
-        lost = lost_modules(candidate.adapter.path / CONFIG_FILE, candidate.modules, candidate.served.modules)
+        served = candidate.served
+        lost = lost_modules(candidate.adapter.path / CONFIG_FILE, candidate.modules, served.modules, served.experts)
         if lost is not None:
             yield Problem(lost, LOST, is_silent=True)
     missing = [path for path in candidate.modules if path not in candidate.present]
