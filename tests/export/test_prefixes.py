@@ -103,6 +103,16 @@ def test_an_adapter_under_another_prefix_is_found_again(family: str, tmp_path: P
             assert move.paths == {rename(rest): f"{prefix}.{rest}" for rest in pairs}, name
 
 
+@pytest.mark.parametrize("layers", [(0, 1), (1,)], ids=["with a layer that is there", "alone"])
+def test_a_layer_that_the_base_lacks_is_not_another_parts(layers: tuple[int, ...], tmp_path: Path) -> None:
+    """The base model has an encoder of one layer, and a decoder of two: it is another model, not other names."""
+    name = "model.{}.layers.{}.self_attn.q_proj"
+    shapes = {name.format(*place): (16, 16) for place in (("encoder", 0), ("decoder", 0), ("decoder", 1))}
+    pairs = {name.format("encoder", layer): (torch.ones(1, 16), torch.ones(16, 1)) for layer in layers}
+    _, layout = read_method(write_adapter(tmp_path / "adapter", pairs, target_modules=list(pairs)))
+    assert find_move(layout, shapes) is None
+
+
 @pytest.mark.parametrize(
     "family", ["LlamaForCausalLM", "LlavaForConditionalGeneration", "SmolVLMForConditionalGeneration"]
 )

@@ -329,6 +329,12 @@ EXPORT = (
         Selection("test_prepare.py", "change_meanwhile"),
     ),
     Mutant(
+        "prefix-of-another-part",
+        "if any(name.startswith(lists) for name in shapes):",
+        "if any(name in layout.modules for name in shapes):",
+        Selection("test_prefixes.py", "another_parts"),
+    ),
+    Mutant(
         "prefix-of-another-shape",
         "or (b[0], a[1]) == shapes[name]",
         "or True",

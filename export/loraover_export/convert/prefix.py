@@ -19,6 +19,9 @@ from loraover.common.errors import ExportError
 from loraover_export.convert.source import AdapterLayout
 from loraover_export.merge.base_weights import BaseWeights
 
+_LAYERS = re.compile(r".+?\.(?=\d+\.)")
+"""What stands before the first number in a path, such as "model.encoder.layers."."""
+
 
 class Move(NamedTuple):
     """Two prefixes of the same modules.
@@ -75,6 +78,9 @@ def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]])
     missing = [path for path in layout.modules if path not in shapes]
     if not missing or layout.config.task_type == "FEATURE_EXTRACTION":
         return None  # of a model without its head, which PEFT finds again by this task
+    lists = tuple({match[0] for path in missing if (match := _LAYERS.match(path))})
+    if any(name.startswith(lists) for name in shapes):
+        return None  # the base model has these layers, and fewer of them: others' names are not theirs
     fits = _fitting(layout, shapes)
     common = _common_parts(missing)
     for count in range(len(common) + 1):
