@@ -131,19 +131,21 @@ def test_a_damaged_adapter_is_refused(name: str, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", sorted({source.kind for source in SOURCES.values()}))
-def test_a_tensor_of_another_shape_never_passes(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
-    """Whatever tensor of a kind is cut, in whatever dimension: our own error, and nothing else."""
+def test_a_tensor_of_another_form_never_passes(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whatever tensor of a kind is cut, in whatever dimension, or has a type without fractions: our own error."""
     name = next(name for name, source in SOURCES.items() if source.kind == kind)
     adapter = make_source(bases(SOURCES[name].base), tmp_path / "whole", SOURCES[name])
     tensors = load_file(adapter / "adapter_model.safetensors")
     kept = {"randlora_A", "randlora_B", "zeros"}  # copies that nobody reads
     keys = {key.split(".", 5)[-1]: key for key in tensors if key.split(".")[-1] not in kept}
     for number, (label, key) in enumerate(keys.items()):
-        for dimension in range(tensors[key].ndim):
-            cut = tensors[key].narrow(dimension, 0, tensors[key].shape[dimension] - 1).contiguous()
-            source = changed(adapter, tmp_path / f"{number}-{dimension}", replacing(key, cut))
+        whole = tensors[key]
+        wrong = [whole.narrow(dim, 0, size - 1).contiguous() for dim, size in enumerate(whole.shape)]
+        wrong += [] if "indices" in label else [(whole > 0).to(dtype) for dtype in (torch.bool, torch.int8)]
+        for change, tensor in enumerate(wrong):
+            source = changed(adapter, tmp_path / f"{number}-{change}", replacing(key, tensor))
             with pytest.raises((CheckpointError, ExportError)):
-                print(label, dimension, our_deltas(source).keys())
+                print(label, change, our_deltas(source).keys())
 
 
 def replacing(key: str, tensor: Tensor) -> Change:

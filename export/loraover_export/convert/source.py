@@ -164,7 +164,11 @@ class Adapter(Generic[Config]):
         return Module(self, path)
 
     def shared(self, name: str) -> Tensor | None:
-        """Return a tensor that belongs to all modules, in float64; None if the file does not hold it."""
+        """Return a tensor that belongs to all modules, in float64; None if the file does not hold it.
+
+        Raises:
+            CheckpointError: It holds integers, NaN or infinity.
+        """
         return _wide(self.file, f"base_model.{name}") if name in self.layout.shared else None
 
     @cached_property
@@ -211,14 +215,15 @@ class Module(Generic[Config]):
         return name in self.adapter.layout.modules[self.path]
 
     def tensor(self, name: str, *shape: int | None) -> Tensor:
-        """Return a tensor of this module, in float64; a tensor of integers keeps its type.
+        """Return a tensor of this module, in float64; a tensor of indices keeps its type.
 
         Args:
             name: Name of the tensor.
             shape: Expected shape, where None stands for any size; without it, any shape is accepted.
 
         Raises:
-            CheckpointError: The file does not hold it, or it has another shape, or NaN or infinity.
+            CheckpointError: The file does not hold it, or it has another shape, or NaN, infinity or numbers of a type
+                that is not floating-point.
         """
         where = f"{self.adapter.layout.tensors_path}: {self.path}.{name}"
         if not self.has(name):
@@ -262,5 +267,9 @@ def open_adapter(layout: AdapterLayout[Config], base: BaseWeights) -> Iterator[A
 
 
 def _wide(file: TensorFile, key: str) -> Tensor:
-    tensor = file.read(key)
-    return tensor.double() if file.dtype(key) in FLOATS else tensor
+    dtype = file.dtype(key)
+    if dtype in FLOATS:
+        return file.read(key).double()
+    if "indices" not in key.rpartition(".")[2]:
+        raise CheckpointError(f"{file.path}: {key} is {dtype}, expected one of {', '.join(FLOATS)}; save it again.")
+    return file.read(key)
