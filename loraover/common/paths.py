@@ -6,13 +6,14 @@ import os
 import re
 import stat
 from pathlib import Path, PosixPath
-from typing import Literal
+from typing import Literal, Self
 
 from loraover.common.errors import ConfigError
 
-SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>[^/].*)", re.DOTALL)
-"""An address such as "s3://bucket/folder", also where it has lost a slash, as it does in a `Path`."""
+ROOTED = ("file", "local", "hdfs")
+"""Schemes of addresses that need not name a host, such as "file:///folder"."""
 
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/+)(?P<rest>[^/].*)", re.DOTALL)
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+)([^/?#\s]*)@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+[^?\s]*\?)(\S*)")
 _VALUE = re.compile(r"(?<==)[^&]*|^[^=]+$")
@@ -31,13 +32,35 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(lambda found: found[1] + _VALUE.sub("***", found[2]), _USER.sub(without_user, text))
 
 
+def split_address(text: str) -> tuple[str, str] | None:
+    """Return what stands before and behind "://" in an address; None if a text is another path.
+
+    An address may have lost slashes, as it does in a `Path`. Without a host, what stands behind begins with a slash.
+    """
+    found = _SCHEME.fullmatch(text)
+    if found is None:
+        return None
+    is_rooted = found["scheme"].lower() in ROOTED and len(found["slashes"]) != 2
+    return found["scheme"], "/" * is_rooted + found["rest"]
+
+
 class AddressPath(PosixPath):
     """A path that may be an address, such as "s3://bucket/folder", whose text it keeps."""
 
+    _text: str | None = None
+
+    def __new__(cls, *parts: str | Path) -> Self:
+        found = super().__new__(cls, *parts)
+        found._text = str(parts[0]) if len(parts) == 1 else None
+        return found
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (str(self),)
+
     def __str__(self) -> str:
-        text = super().__str__()
-        found = SCHEME.fullmatch(text)
-        return text if found is None else f"{found['scheme']}://{found['rest']}"
+        path = super().__str__()
+        found = split_address(self._text or path)
+        return path if found is None else f"{found[0]}://{found[1]}"
 
 
 def kind_of(path: str | Path) -> Literal["file", "folder"] | None:

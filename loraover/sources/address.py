@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraover.common.errors import ConfigError
-from loraover.common.paths import SCHEME, kind_of, without_secrets
+from loraover.common.paths import kind_of, split_address, without_secrets
 
 HUB_HOST = "huggingface.co"
 _NAME = r"[\w-][\w.-]*/[\w.-]*[\w-]"
@@ -38,7 +38,7 @@ class Address:
 
     Args:
         scheme: What stands before "://", such as "s3".
-        rest: What stands behind it, without a slash at the end.
+        rest: What stands behind it, without a slash at the end; without a host, it begins with one.
     """
 
     scheme: str
@@ -65,9 +65,9 @@ def read_address(text: str | Path) -> Path | HubName | Address:
         ConfigError: The address is one of the hub's, but names no repository of models or adapters.
     """
     text = str(text)
-    with_scheme = SCHEME.fullmatch(text)
+    with_scheme = split_address(text)
     if with_scheme is not None:
-        return _with_scheme(text, with_scheme["scheme"].lower(), with_scheme["rest"].rstrip("/"))
+        return _with_scheme(text, with_scheme[0].lower(), with_scheme[1].rstrip("/"))
     named = _HUB.fullmatch(text)
     if named is None or text.startswith(".") or kind_of(text) is not None:
         return Path(text)
@@ -88,7 +88,7 @@ def name_of(text: str | Path) -> str:
 
 def is_elsewhere(text: str | Path) -> bool:
     """Whether a text is an address with a scheme, such as "s3://bucket/folder"."""
-    return SCHEME.fullmatch(str(text)) is not None
+    return split_address(str(text)) is not None
 
 
 def _with_scheme(text: str, scheme: str, rest: str) -> HubName | Address:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import http.server
 import json
@@ -103,6 +104,9 @@ def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         ("https://huggingface.co/org/name/tree/main", HubName("org/name", "main")),
         ("s3://b/x/", Address("s3", "b/x")),
         (AddressPath("s3://b/x"), Address("s3", "b/x")),
+        (AddressPath("file:///a/x"), Address("file", "/a/x")),
+        (AddressPath(AddressPath("hdfs:///a/x/")), Address("hdfs", "/a/x")),
+        (AddressPath("hdfs://host/x"), Address("hdfs", "host/x")),
         ("https://host/x?version=1", Address("https", "host/x?version=1")),
         ("name", Path("name")),
         ("./org/name", Path("org/name")),
@@ -124,7 +128,10 @@ def test_a_folder_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_address_keeps_its_text_in_a_path() -> None:
-    assert str(AddressPath("s3://b/x")) == "s3://b/x"
+    for text in ("s3://b/x", "file:///a/x", "file://x", "hdfs:///a/x", "hdfs://host/x"):
+        path = AddressPath(text)
+        assert str(path) == str(AddressPath(path)) == str(copy.deepcopy(path)) == text
+    assert [str(AddressPath(Path(text))) for text in ("s3://b/x", "file:///x")] == ["s3://b/x", "file:///x"]
     assert str(AddressPath("/s3://b")) == "/s3:/b"
 
 
