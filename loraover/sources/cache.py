@@ -26,6 +26,8 @@ ADAPTER_FILES = (
     "loraover.json",
     "loraover.safetensors",
     "README.md",
+    "adapter_reference.json.gz",
+    "adapter_reference.kept.json",
 )
 CONFIG_FILES = ("config.json",)
 MODEL_FILES = (
