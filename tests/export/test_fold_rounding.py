@@ -14,7 +14,7 @@ from torch import Tensor
 from loraover import LoraOverConfig
 
 from support.fold_cases import DTYPES, HALF, Q_A, certificate, tensors
-from support.make_checkpoint import edit_tensors, make_checkpoint, nearest, numpy64, oracle_matrices, reseal
+from support.make_checkpoint import EMBEDDING, edit_tensors, make_checkpoint, nearest, numpy64, oracle_matrices, reseal
 from support.refusals import Refused, fold
 
 pytestmark = pytest.mark.process
@@ -24,26 +24,37 @@ MODES = {"modes": {4: (4, 1, 1), 32: (2, 4, 4), 16: (1, 1, 16)}}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "decomposition", "options", "training"),
+    ("dtype", "decomposition", "options", "training", "lora"),
     [
-        ("fp32", "mpo", {}, torch.float64),
-        ("bf16", "mpo", MODES, torch.float32),
-        ("fp16", "mpo", {}, torch.float32),
-        ("fp32", "svd", {}, torch.float32),
-        ("bf16", "chain", {}, torch.float32),
+        ("fp32", "mpo", {}, torch.float64, {}),
+        ("bf16", "mpo", MODES, torch.float32, {}),
+        ("fp16", "mpo", {}, torch.float32, {}),
+        ("fp32", "svd", {}, torch.float32, {}),
+        ("bf16", "chain", {}, torch.float32, {}),
+        ("bf16", "svd", {}, torch.float32, {"target_modules": EMBEDDING}),
     ],
     ids=str,
 )
 def test_every_element_is_correctly_rounded(
-    dtype: str, decomposition: str, options: dict[str, Any], training: torch.dtype, tmp_path: Path
+    dtype: str,
+    decomposition: str,
+    options: dict[str, Any],
+    training: torch.dtype,
+    lora: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
+    """But the copy of a frozen embedding is the base model's, which PEFT loads it over."""
     config = LoraOverConfig(decomposition=decomposition, options=options, seed=5)
-    made = make_checkpoint(tmp_path, config=config, dtype=training)
+    made = make_checkpoint(tmp_path, config=config, dtype=training, **lora)
     assert fold(made.path, tmp_path / "out", "--dtype", dtype) == 0
-    written = tensors(tmp_path / "out")
-    for key, matrix in oracle_matrices(made.path).items():
+    exact, written, stored = oracle_matrices(made.path), tensors(tmp_path / "out"), tensors(made.path)
+    for key, matrix in exact.items():
         assert written[key].dtype == DTYPES[dtype]
         np.testing.assert_array_equal(numpy64(written[key]), nearest(matrix, dtype), err_msg=key)
+    assert len(written.keys() - exact.keys()) == len(lora)
+    for key in written.keys() - exact.keys():
+        assert torch.equal(written[key], stored[key])
+        assert written[key].dtype == training
 
 
 def with_matrix(folder: Path, values: list[float]) -> Path:

@@ -24,9 +24,10 @@ def write_folded(
     """Write the folded adapter, an ordinary PEFT folder, and certify each matrix.
 
     Each over-parameterised matrix is the float64 contraction of its cores, rounded once to `dtype`; every
-    other floating-point tensor is rounded from its stored value. The bound is derived element by element:
-    gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a subnormal below
-    the type's normal numbers. The file is read back, and must equal the certified tensors bit for bit.
+    other floating-point tensor is rounded from its stored value, but that of a frozen base weight, which PEFT saves
+    beside an adapted embedding and loads over the base model's, is written as it is stored. The bound is derived
+    element by element: gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a
+    subnormal below the type's normal numbers. The file is read back, and must equal the certified tensors bit for bit.
 
     Args:
         checkpoint: The checkpoint, read site by site; only the folded tensors are held in memory.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import TENSORS_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, pack_stacks, site_name
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, ExactAdapter, pack_stacks, site_name
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
@@ -33,6 +33,8 @@ def write_rounded(
     beside: Sequence[Callable[[Event], None]] = (),
 ) -> list[MatrixCertificate]:
     """Write tensors of an adapter, each rounded once from its exact value, and certify the A and B matrices.
+
+    Copies of the base model's frozen weights keep their type.
 
     Args:
         adapter: The adapter that holds the exact values.
@@ -104,6 +106,8 @@ def _round_and_certify(
     opened: ExactAdapter, key: str, dtype: str, prepare: Callable[[str, Exact], Exact]
 ) -> tuple[Tensor, MatrixCertificate | None]:
     exact = prepare(key, opened.tensor(key, widen=False))
+    if key.endswith(BASE_WEIGHT):  # PEFT loads it over the base model's own
+        return exact.value, None
     rounded = round_tensor(key, exact.value, dtype)
     name = site_name(key)
     return rounded, None if name is None else certify(name, rounded, exact)
