@@ -85,8 +85,9 @@ class Targets(BaseModel):
         layers = [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
         if not layers:
             return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns or ()] or [r".*?\.[^.]*"]
+        given = self.layers_pattern or []
+        patterns = [given] if isinstance(given, str) else given
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
         found = next((match for start in starts if (match := re.match(rf"{start}\.(?P<idx>\d+)\.", module))), None)
         return found is not None and int(found["idx"]) in layers
 

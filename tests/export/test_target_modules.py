@@ -40,6 +40,7 @@ FIELDS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "block"},
     {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["h", r"lay\w+"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ""},
     {"target_modules": r".*layers\.[01]\..*_proj"},
     {"target_modules": r"layers\.0"},
     {"target_modules": ["q_proj", "gate_proj"], "exclude_modules": ["self_attn.q_proj"]},
