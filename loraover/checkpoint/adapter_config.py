@@ -19,13 +19,16 @@ T = TypeVar("T")
 KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations of A and B, as PEFT names them, that leave the base weights unchanged."""
 
+PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
+"""What Python raises for a text that is not a regular expression: also for a huge repetition, or too many brackets."""
+
 
 def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:
     for pattern in patterns:
         try:
             path_pattern(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        except PATTERN_ERRORS as error:
+            raise ValueError(f"{pattern!r:.200} is not a regular expression: {error}") from error
     return patterns
 
 
@@ -102,7 +105,7 @@ def path_pattern(key: str) -> re.Pattern[str]:
     """Return a pattern of PEFT's configuration as PEFT compiles it, for the end of a module's path.
 
     Raises:
-        re.error: It is not a regular expression there, such as one with flags of its own, like `(?i)`.
+        PATTERN_ERRORS: It is not a regular expression there, such as one with flags of its own, like `(?i)`.
     """
     return re.compile(rf"(.*\.)?({key})$")
 

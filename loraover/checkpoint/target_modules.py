@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.checkpoint.expert_stacks import targeted_parameter
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
@@ -202,10 +203,9 @@ def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str])
 def _chosen(config: Path, targets: Targets, paths: Iterable[str], *, is_named: bool) -> list[str]:
     try:
         return [path for path in paths if targets.names(path) == is_named]
-    except re.error as error:
+    except PATTERN_ERRORS as error:
         raise CheckpointError(
-            f"{config}: {_described(targets)} holds {error.pattern!r}, which is not a regular expression: {error}; "
-            "correct it."
+            f"{config}: {_described(targets)} holds a text that is not a regular expression: {error}; correct it."
         ) from error
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 from loraover.training.methods.base import TrainingMethod
@@ -34,7 +33,7 @@ def with_adapter(
     config = build(LoraConfig, "lora", {"task_type": task, "revision": source.revision, **options})
     try:
         model = get_peft_model(base, config)
-    except re.error as error:
+    except PATTERN_ERRORS as error:
         raise ConfigError(f"lora: a pattern is not a regular expression, which PEFT expects: {error}") from error
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"lora: PEFT refuses it: {error}") from error

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
-import re
 import typing
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.training.engines import accumulation, check_processes, engine_options
@@ -219,7 +219,7 @@ def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:
     """
     try:
         return kind(**options)
-    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:
+    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, *PATTERN_ERRORS) as error:
         raise ConfigError(f"{part}: {kind.__name__} refuses it: {error}") from error
 
 

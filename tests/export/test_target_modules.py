@@ -193,9 +193,12 @@ def test_names_that_no_module_has_are_right(targets: list[str] | str, base: Path
     assert convert_adapter(source, tmp_path / "out").passed
 
 
-def test_a_name_that_is_no_expression_is_refused(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["(q_proj", "q{99999999999}", "(" * 3000 + ")" * 3000], ids=["open", "huge", "deep"])
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern"])
+def test_a_name_that_is_no_expression_is_refused(field: str, text: str, base: Path, tmp_path: Path) -> None:
     source = save_lora(base, tmp_path / "source", target_modules=["q_proj"])
-    edit_json(source / CONFIG, lambda config: config.update(target_modules="(q_proj"))
+    value = text if field == "target_modules" else {text: 2}
+    edit_json(source / CONFIG, lambda config: config.update({field: value}))
     with pytest.raises(CheckpointError, match="is not a regular expression"):
         read_adapter_dir(source)
 

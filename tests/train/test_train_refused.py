@@ -118,6 +118,10 @@ REFUSED: dict[str, tuple[Refused, str]] = {
         "no example fits training.max_length = 8",
     ),
     "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "not a regular expression"),
+    "a huge pattern for PEFT": (
+        lambda t, b: {"lora": {"target_modules": "q_proj{99999999999}"}},
+        "not a regular expression",
+    ),
     "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "not a regular expression"),
     "a start that changes the base": (lambda t, b: {"lora": {"init_lora_weights": "pissa"}}, "no fold would be"),
     "half a character": (
