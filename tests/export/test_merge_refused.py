@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,26 @@ def test_a_base_that_cannot_be_used(case: str, tmp_path: Path, refused: Refused)
     adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"])
     change(base)
     refused("merge", adapter, named=(message,))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the adapter, one that nobody may read from its start; of the base model, a text that is not for everybody."""
+    base = save_base(tmp_path / "base")
+    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj"])
+    (adapter / "loraover.safetensors").symlink_to("/proc/self/mem")
+    for verb in ("merge", "convert"):
+        refused(verb, adapter, named=(f"{adapter}: cannot be read: Input/output error",))
+    (adapter / "loraover.safetensors").unlink()
+    (base / "notes.txt").write_text("private")
+    copy = shutil.copyfile
+
+    def refuse(path: Path, target: Path) -> None:
+        if path.name == "notes.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        copy(path, target)
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    refused("merge", adapter, named=("notes.txt: cannot be read: Permission denied",))
 
 
 INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -67,10 +68,23 @@ class BaseFiles:
     config: dict[str, Any]
     shards: Mapping[str, TensorFile]
 
-    def along(self) -> list[Path]:
-        """Return the files that a merged model needs too, such as those of the tokenizer."""
+    def copy_along(self, folder: Path) -> None:
+        """Copy the files that a merged model needs too, such as those of the tokenizer.
+
+        Raises:
+            ConfigError: A file that cannot be read.
+            OSError: A file that cannot be written.
+        """
         found = (path for path in sorted(self.folder.iterdir()) if path.is_file())
-        return [path for path in found if not path.name.endswith(LEFT_BEHIND) and path.name not in REPLACED]
+        for path in (path for path in found if not path.name.endswith(LEFT_BEHIND) and path.name not in REPLACED):
+            try:
+                shutil.copyfile(path, folder / path.name)
+            except OSError as error:
+                if error.filename != str(path):
+                    raise
+                raise ConfigError(
+                    f"model: {path}: cannot be read: {error.strerror}; make it readable, or move it elsewhere."
+                ) from error
 
 
 def check_not_gguf(model: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import count
@@ -80,12 +79,11 @@ def _publish(
 ) -> MergeReport:
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
+        files.copy_along(draft)
         merged = _write(files, plan, exact, draft, request.report)
         result = _report(request, base, plan, merged)
         if not result.passed:
             raise AbandonedError
-        for path in files.along():
-            shutil.copyfile(path, draft / path.name)
         _write_json(draft / CONFIG, _config(files.config, plan))
         if [*plan.shards] != [SINGLE]:
             _write_json(draft / INDEX, _index(files, plan))

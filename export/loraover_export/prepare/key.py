@@ -13,7 +13,7 @@ from pathlib import Path
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT
 from loraover.checkpoint.tensor_file import sha256_of
-from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
+from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment
 from loraover.models.load import ModelSource
 from loraover_export.convert.kind import read_method
@@ -46,27 +46,13 @@ def digest_of(source: Path, base: ModelSource, options: Mapping[str, object], ot
     versions = environment()
     facts = {
         "form": FORM,
-        "adapter": adapter_digests(source),
+        "adapter": record_source(source).sha256,
         "base": {"name": base.name, "revision": base.revision, "files": _base_digests(source, base)},
         "options": dict(options),
         "others": [sha256_of(path) for path in others if path.is_file()],
         "versions": {name: versions.get(name) for name in VERSIONS},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def adapter_digests(source: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of an adapter.
-
-    Raises:
-        CheckpointError: A file that cannot be read.
-    """
-    try:
-        return record_source(source).sha256
-    except OSError as error:
-        raise CheckpointError(
-            f"{source}: cannot be read: {error.strerror or error}; check its files and their permissions."
-        ) from error
 
 
 def file_states(source: Path) -> dict[str, tuple[int, ...]]:

@@ -24,11 +24,11 @@ from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.convert.need import named_base, why_convert
-from loraover_export.prepare.key import adapter_digests, digest_of, file_states
+from loraover_export.prepare.key import digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
 from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written, check_matrices
-from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
+from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate, record_source
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 
 if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
@@ -121,7 +121,7 @@ def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path)
     try:
         yield
     except LoraOverError as error:
-        if file_states(source) == states and adapter_digests(source).keys() == states.keys():
+        if file_states(source) == states and record_source(source).sha256.keys() == states.keys():
             with suppress(OutputError):  # a full disk must not hide what is wrong with the adapter
                 remember(error, source, refused)
         raise

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
+from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation
 from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, Proof, judge
@@ -33,9 +34,17 @@ def record_source(folder: Path, ending: Event | None = None) -> SourceRecord:
     Args:
         folder: Its folder.
         ending: Event that makes it stop early; the record is worthless then.
+
+    Raises:
+        CheckpointError: A file that cannot be read.
     """
-    files = [folder / name for name in READ_FILES if (folder / name).is_file()]
-    return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
+    try:
+        files = [folder / name for name in READ_FILES if (folder / name).is_file()]
+        return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: cannot be read: {error.strerror or error}; check the permissions."
+        ) from error
 
 
 class ModuleCertificate(StrictModel):
