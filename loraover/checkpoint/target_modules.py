@@ -150,12 +150,20 @@ def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str],
     """
     targets = read_json(config, Targets)
     alone = targets.model_copy(update={"target_parameters": None})
-    others = [] if alone.is_open else [path for path in modules if path and path not in adapted]
-    lost = _chosen(config, alone, others, is_named=True)
+    pairs = () if targets.target_parameters else adapted  # of stacked experts, that field alone names any
+    stacked = {*experts} - {*map(_parameter, pairs)}
+    others = [path for path in modules if path and path not in adapted and _parameter(path) not in stacked]
+    lost = [] if alone.is_open else _chosen(config, alone, others, is_named=True)
     lost += [path for path in experts if _first_expert(path) not in adapted and targets.names_experts(path)]
     if not lost:
         return None
     return f"{_described(targets)} names {_listed(lost)}, and the file of tensors holds only {_listed(list(adapted))}"
+
+
+def _parameter(path: str) -> str:
+    """Return the parameter that holds all experts, where a path is that of one expert's part of it."""
+    owner, _, name = path.rpartition(".")
+    return f"{owner.rpartition('.')[0]}.{name}"
 
 
 def _first_expert(parameter: str) -> str:

@@ -21,7 +21,8 @@ from support.adapters_on_disk import save_base, save_lora
 from support.check_cases import lose_layer_1
 from support.conversions import SOURCES, Source, make_base, make_source
 from support.make_checkpoint import edit_json, edit_tensors
-from support.tiny_experts import expert_lora, tiny_moe
+from support.plain_adapter import tiny_decoder
+from support.tiny_experts import EXPERT_SIZES, expert_lora, tiny_moe
 from support.versions import needs_expert_stacks
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -201,6 +202,19 @@ def test_a_name_that_is_no_expression_is_refused(field: str, text: str, base: Pa
     edit_json(source / CONFIG, lambda config: config.update({field: value}))
     with pytest.raises(CheckpointError, match="is not a regular expression"):
         read_adapter_dir(source)
+
+
+@needs_expert_stacks
+def test_stacked_experts_are_no_modules(tmp_path: Path) -> None:
+    """PEFT adapts the shared expert by this name, and not the others, which are one parameter."""
+    sizes = {"shared_expert_intermediate_size": 40, **EXPERT_SIZES}
+    model = tiny_decoder("Qwen2Moe", **{name: size for name, size in sizes.items() if name != "norm_topk_prob"})
+    model.save_pretrained(tmp_path / "base")
+    source = tmp_path / "source"
+    expert_lora(model, source, target_modules=["down_proj"], target_parameters=None, rank_pattern={})
+    edit_json(source / CONFIG, lambda config: config.update(base_model_name_or_path=str(tmp_path / "base")))
+    assert any("shared_expert" in path for path in read_adapter_dir(source).modules)
+    assert export_vllm(source, tmp_path / "out").passed
 
 
 @needs_expert_stacks
