@@ -19,9 +19,21 @@ WATCHING = (
     ),
     Mutant(
         "watch-a-restart-forgets-what-was-sent",
-        "deque(history.requests_since(now - HOUR_S))",
-        "deque(history.requests_since(now))",
+        "history.requests_since(now - HOUR_S)",
+        "history.requests_since(now)",
         Selection("test_watch.py", "budget_holds"),
+    ),
+    Mutant(
+        "watch-a-clock-that-is-set-back-silences-it",
+        "one.due = min(one.due, now + one.target.interval_s * (1 + self.watched.config.jitter))",
+        "one.due = max(one.due, now)",
+        Selection("test_watch.py", "set_back"),
+    ),
+    Mutant(
+        "watch-the-check-with-the-latest-time-is-the-last",
+        "adapter = ? ORDER BY rowid DESC LIMIT 1",
+        "adapter = ? ORDER BY at DESC LIMIT 1",
+        Selection("test_watch.py", "set_back"),
     ),
     Mutant(
         "watch-a-search-keeps-its-budget",

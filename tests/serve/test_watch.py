@@ -40,6 +40,7 @@ from support.openai_server import openai_server
 from support.reference_server import AS_BASE, REFUSED, RIGHT, VERDICT, FromReference
 
 NOW = 1_700_000_000.0
+CHECK = Check("prod", "shop", NOW, "failed", None, "a reason", 0.1, 0.2, 1.0, 0.1, 8)
 NAMES = {"base": None, "steady": "base", "lost": "base", "locked": "base"}
 
 
@@ -111,6 +112,30 @@ def test_a_history_of_another_program_is_refused(tmp_path: Path) -> None:
         History(tmp_path / "later")
 
 
+def test_a_history_that_another_program_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraover_serve.watch.history.WAIT_S", 0.1)
+    history = History(tmp_path / "h.sqlite")
+    with sqlite3.connect(tmp_path / "h.sqlite") as other:
+        other.execute("BEGIN EXCLUSIVE")
+        message = r"h\.sqlite: cannot be used as a history: database is locked; see whether"
+        with pytest.raises(OutputError, match=message):
+            history.add(CHECK)
+        with pytest.raises(OutputError, match=message):
+            history.forget_before(NOW)
+    history.add(CHECK)
+    assert history.last(CHECK.key) == CHECK
+
+
+def test_the_last_change_is_kept_however_old_it_is(tmp_path: Path) -> None:
+    history = History(tmp_path / "h.sqlite")
+    changes = [replace(CHECK, at=NOW + day * DAY_S, changed=day in (0, 2)) for day in range(9)]
+    for each in changes:
+        history.add(each)
+    history.forget_before(NOW + 7 * DAY_S)
+    assert history.last_change(CHECK.key) == changes[2]
+    assert history.since(CHECK.key, 0, 99) == [changes[2], *changes[7:]]
+
+
 def test_the_budget_holds_in_every_hour_and_outlives_a_restart(recorded: Path, tmp_path: Path) -> None:
     watched = read_config(write(tmp_path, recorded, budget=40, interval_s=60))
     history, draw, now, sent = History(tmp_path / "h.sqlite"), random.Random(1), NOW, list[tuple[float, int]]()
@@ -128,6 +153,32 @@ def test_the_budget_holds_in_every_hour_and_outlives_a_restart(recorded: Path, t
     assert max(sum(n for at, n in sent if begin < at <= begin + HOUR_S) for begin, _ in sent) <= 40
     assert len(sent) >= 4 * (40 // 16)
     assert canary.deferred > 0
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_clock_that_is_set_back_hides_no_check_and_delays_none(
+    restarts: bool, recorded: Path, tmp_path: Path
+) -> None:
+    """Checks from the time when it was a day ahead stay in the history."""
+    watched = read_config(write(tmp_path, recorded, budget=80, jitter=0))
+    history, ahead = History(tmp_path / "h.sqlite"), NOW + DAY_S
+    canary = Canary(watched, history, ahead, random.Random(1))
+    while (target := canary.begin(ahead)) is not None:
+        canary.end(target, result(watched, target.adapter, ahead))
+    canary = Canary(watched, history, NOW, random.Random(1)) if restarts else canary
+    left = 80 if restarts else 50
+    assert canary.left(NOW) == left
+    assert canary.begin(NOW) is None
+    while (target := canary.begin(NOW + 300)) is not None:
+        canary.end(target, result(watched, target.adapter, NOW + 300, "differs"))
+    assert canary.left(NOW + 300) == left - 30
+    for target in watched.targets:
+        last, change = history.last(target.key), history.last_change(target.key)
+        assert last is not None
+        assert (last.at, last.verdict) == (NOW + 300, "differs")
+        assert change == last
+        assert [check.at for check in history.since(target.key, NOW, 9)] == [ahead, NOW + 300]
+    assert canary.left(NOW + HOUR_S + 300) == 80
 
 
 def test_a_large_check_that_waits_for_the_budget_is_overtaken_for_an_hour(short: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ class PlannedCheck:
 class Canary:
     """Plans checks, and keeps their results. Its time is in seconds since 1970, and comes from the caller.
 
+    The time may be set back: no check waits for longer than its interval, and what was sent counts as sent just now.
+
     Args:
         watched: The configuration.
         history: The history.
@@ -54,7 +56,7 @@ class Canary:
         self.history, self._draw, self._on_change = history, draw or random.Random(), on_change
         self._lock = threading.RLock()
         self._plan: dict[tuple[str, str], PlannedCheck] = {}
-        self._spent = deque(history.requests_since(now - HOUR_S))
+        self._spent = deque(each for each in history.requests_since(now - HOUR_S) if each[0] <= now)
         self._used = sum(requests for _, requests in self._spent)
         """Requests of the last hour, and those that running checks may send."""
         self._reserved: Counter[tuple[str, str]] = Counter()
@@ -86,7 +88,10 @@ class Canary:
     def _first(self, target: WatchTarget, now: float) -> float:
         last = self.history.last(target.key)
         soon = now + self._draw.uniform(0, self.watched.config.jitter) * target.interval_s
-        return soon if last is None else max(soon, last.at + self._interval(target))
+        if last is None:
+            return soon
+        interval = self._interval(target)
+        return min(max(soon, last.at + interval), now + interval)
 
     def _interval(self, target: WatchTarget) -> float:
         jitter = self.watched.config.jitter
@@ -105,6 +110,8 @@ class Canary:
             running = {one.target.server.name for one in self._plan.values() if one.is_running}
             if len(running) >= AT_ONCE:
                 return None
+            for one in self._plan.values():  # the clock may have been set back
+                one.due = min(one.due, now + one.target.interval_s * (1 + self.watched.config.jitter))
             free = (one for one in self._plan.values() if one.due <= now and one.target.server.name not in running)
             for one in sorted(free, key=lambda one: one.due):
                 if self.left(now) >= one.target.most:
@@ -135,6 +142,8 @@ class Canary:
     def left(self, now: float) -> int:
         """Number of requests that the budget of this hour has left."""
         with self._lock:
+            if self._spent and self._spent[-1][0] > now:  # the clock was set back
+                self._spent = deque((min(at, now), requests) for at, requests in self._spent)
             while self._spent and self._spent[0][0] <= now - HOUR_S:
                 self._used -= self._spent.popleft()[1]
             return self.watched.config.budget - self._used

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from loraover.common.errors import OutputError
 
 SCHEMA_VERSION = 1
 DAY_S = 86_400.0
+WAIT_S = 60.0
+"""Longest wait for another program that writes the file, such as a backup."""
 
 
 @dataclass(frozen=True)
@@ -66,45 +69,63 @@ COLUMNS = ", ".join(NAMES)
 
 
 class History:
-    """Checks in a file, which several threads may use.
+    """Checks in a file, which several threads may use; their order is that in which they were added.
+
+    The order of their times is another one where the clock was set back.
 
     Args:
         path: The file, which is made if it is missing.
 
     Raises:
-        OutputError: A file that cannot be written, or that is none of a history.
+        OutputError: A file that cannot be written, or that is none of a history; each method raises it, too.
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        try:
-            self._connection = sqlite3.connect(path, check_same_thread=False)
+        self._lock, self._path = threading.Lock(), path
+        with self._named():
+            self._connection = sqlite3.connect(path, WAIT_S, check_same_thread=False)
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA_VERSION):
                 raise OutputError(f"{path}: a history of version {version}, not {SCHEMA_VERSION}; name another file.")
             self._connection.execute("PRAGMA journal_mode = WAL")  # whole after a kill at any moment
-            with self._connection:
-                columns = ", ".join(f"{name} {TYPES.get(name, 'TEXT')}" for name in NAMES)
-                self._connection.execute(f"CREATE TABLE IF NOT EXISTS checks ({columns})")
-                self._connection.execute("CREATE INDEX IF NOT EXISTS of_adapter ON checks (server, adapter, at)")
-                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        with self._used() as connection:
+            columns = ", ".join(f"{name} {TYPES.get(name, 'TEXT')}" for name in NAMES)
+            connection.execute(f"CREATE TABLE IF NOT EXISTS checks ({columns})")
+            connection.execute("CREATE INDEX IF NOT EXISTS of_adapter ON checks (server, adapter, at)")
+            connection.execute("CREATE INDEX IF NOT EXISTS in_order ON checks (server, adapter)")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn the errors of SQLite into those that name the file."""
+        try:
+            yield
         except sqlite3.Error as error:
-            raise OutputError(f"{path}: cannot be used as a history: {error}.") from error
+            raise OutputError(
+                f"{self._path}: cannot be used as a history: {error}; see whether the disk has room and whether "
+                "another program holds the file, or name another file."
+            ) from error
+
+    @contextmanager
+    def _used(self) -> Iterator[sqlite3.Connection]:
+        """The connection for this thread alone, and one transaction for what the block writes."""
+        with self._named(), self._lock, self._connection:
+            yield self._connection
 
     def add(self, check: Check) -> None:
         """Keep a check."""
         marks = ", ".join("?" * len(NAMES))
-        with self._lock, self._connection:
-            self._connection.execute(f"INSERT INTO checks ({COLUMNS}) VALUES ({marks})", astuple(check))
+        with self._used() as connection:
+            connection.execute(f"INSERT INTO checks ({COLUMNS}) VALUES ({marks})", astuple(check))
 
     def last(self, key: tuple[str, str]) -> Check | None:
         """The last check of an adapter on a server; None if there is none."""
-        found = self._read("WHERE server = ? AND adapter = ? ORDER BY at DESC LIMIT 1", key)
+        found = self._read("WHERE server = ? AND adapter = ? ORDER BY rowid DESC LIMIT 1", key)
         return found[0] if found else None
 
     def last_change(self, key: tuple[str, str]) -> Check | None:
         """The last check whose verdict or fault was another one than before."""
-        found = self._read("WHERE server = ? AND adapter = ? AND changed ORDER BY at DESC LIMIT 1", key)
+        found = self._read("WHERE server = ? AND adapter = ? AND changed ORDER BY rowid DESC LIMIT 1", key)
         return found[0] if found else None
 
     def since(self, key: tuple[str, str], at: float, most: int) -> list[Check]:
@@ -115,19 +136,20 @@ class History:
             at: The time.
             most: Largest number of checks.
         """
-        found = self._read("WHERE server = ? AND adapter = ? AND at >= ? ORDER BY at DESC LIMIT ?", (*key, at, most))
+        found = self._read("WHERE server = ? AND adapter = ? AND at >= ? ORDER BY rowid DESC LIMIT ?", (*key, at, most))
         return found[::-1]
 
     def requests_since(self, at: float) -> list[tuple[float, int]]:
         """Time and number of requests of each check since a time, the first one first."""
         asked = "SELECT at, requests FROM checks WHERE at > ? ORDER BY at"
-        with self._lock:
-            return self._connection.execute(asked, (at,)).fetchall()
+        with self._used() as connection:
+            return connection.execute(asked, (at,)).fetchall()
 
     def forget_before(self, at: float) -> None:
-        """Remove the checks before a time."""
-        with self._lock, self._connection:
-            self._connection.execute("DELETE FROM checks WHERE at < ?", (at,))
+        """Remove the checks before a time, but for the last change of each adapter."""
+        changes = "SELECT max(rowid) FROM checks WHERE changed GROUP BY server, adapter"
+        with self._used() as connection:
+            connection.execute(f"DELETE FROM checks WHERE at < ? AND rowid NOT IN ({changes})", (at,))
 
     def close(self) -> None:
         """Close the file, after a write that another thread has begun."""
@@ -135,6 +157,6 @@ class History:
             self._connection.close()
 
     def _read(self, where: str, values: Sequence[object]) -> list[Check]:
-        with self._lock:
-            rows = self._connection.execute(f"SELECT {COLUMNS} FROM checks {where}", values).fetchall()
+        with self._used() as connection:
+            rows = connection.execute(f"SELECT {COLUMNS} FROM checks {where}", values).fetchall()
         return [Check(**(dict(zip(NAMES, row, strict=True)) | {"changed": bool(row[-1])})) for row in rows]
