@@ -56,7 +56,7 @@ class Connections:
         self._path = quote(parts.path, safe=IN_PATHS)
         self._context = _tls(ca_file) if parts.scheme == "https" else None
         self._port = parts.port or (80 if self._context is None else 443)
-        self._proxy = None if is_near(self._host) else _proxy(parts.scheme, self._host)
+        self._proxy = None if is_near(self._host) else _proxy(parts.scheme, f"{self._host}:{self._port}")
         self._open = set[Callable[[], None]]()
 
     @contextmanager
@@ -130,31 +130,41 @@ def _tls(ca_file: str | None) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=ca_file)
 
 
-def _proxy(scheme: str, host: str) -> Proxy | None:
-    """The proxy that the environment names for a host, if any."""
+def _proxy(scheme: str, place: str) -> Proxy | None:
+    """The proxy that the environment names for a host and port, if any."""
     from urllib.request import getproxies, proxy_bypass  # which a server on this machine does not need
 
     known = getproxies()
     address = known.get(scheme) or known.get("all")
-    if not address or proxy_bypass(host):
+    if not address or proxy_bypass(place):
         return None
-    parts = urlsplit(address if "//" in address else f"http://{address}")
-    if parts.scheme != "http" or not parts.hostname:
-        raise ValueError(f"its address begins with {parts.scheme}://, expected http:// and a host")
-    user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
-    basic = base64.b64encode(user.encode()).decode()
-    return Proxy(parts.hostname, parts.port or 80, {"Proxy-Authorization": f"Basic {basic}"} if user != ":" else {})
+    with suppress(ValueError):  # whose text may have a part of the password
+        parts = urlsplit(address if "//" in address else f"http://{address}")
+        user = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+        basic = base64.b64encode(user.encode()).decode()
+        more = {"Proxy-Authorization": f"Basic {basic}"} if user != ":" else {}
+        if parts.scheme == "http" and parts.hostname and parts.netloc.count("@") == address.count("@"):
+            return Proxy(parts.hostname, parts.port or 80, more)
+    raise ValueError(
+        "expected http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with %2F for a / in the password; proxies of "
+        "other kinds, such as socks5://, are not supported."
+    )
 
 
-def explanation(refusal: http.client.HTTPResponse) -> str:
-    """Return the beginning of the text of a refusal whose body has not been read."""
+def explanation(refusal: http.client.HTTPResponse, hidden: Callable[[str, bool], str]) -> str:
+    """Return the beginning of the text of a refusal whose body has not been read.
+
+    Args:
+        refusal: The refusal.
+        hidden: Function that hides secrets in a text, given whether the text was cut off.
+    """
     try:
         text = refusal.read(EXPLANATION_BYTES)
         if refusal.length and len(text) < EXPLANATION_BYTES:  # `read` of a number of bytes ends without an error there
             raise http.client.IncompleteRead(text, refusal.length)
     except NO_ANSWER as error:
         return f"its explanation broke off: {error}"
-    return printable(text.decode(errors="replace"))
+    return hidden(printable(text.decode(errors="replace")), len(text) == EXPLANATION_BYTES)
 
 
 def asked_pause(refusal: http.client.HTTPResponse) -> float | None:

@@ -27,6 +27,7 @@ UNFIT, ABSENT, LIMITED = {400, 413, 422}, {404, 405, 501}, {429}
 TRANSIENT = LIMITED | {408, 409, 425, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
 LARGEST_ANSWER, HEADER_CHARACTERS = 2**26, 200  # bytes of an answer, and characters of a header that are kept
+SHOWN_CHARACTERS = 500  # of an answer that cannot be read
 SECRET_CHARACTERS = 8  # a shorter key, such as "token", can be a part of any text
 _DATE = r"[-@:](\d{4}|\d{6}|\d{8}|\d{4}-\d{2}-\d{2})"
 
@@ -206,14 +207,25 @@ class Endpoint:
                 raise EngineError(self.hidden(found))
             yield
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            message = f"{model}: the server's answer cannot be read: {answer!r:.500}"
+            message = f"{model}: the server's answer cannot be read: {self.beginning(answer)}"
             raise EngineError(self.hidden(message)) from error
 
-    def hidden(self, text: str) -> str:
-        """A message with the key and other secret headers replaced, since servers may repeat them."""
-        for secret in self._secrets:
+    def hidden(self, text: str, is_cut: bool = False) -> str:
+        """A message with the key and other secret headers replaced, since servers may repeat them.
+
+        Args:
+            text: The message.
+            is_cut: Whether it was cut off, so that it may end within a secret.
+        """
+        for secret in sorted(self._secrets, key=len, reverse=True):  # one may be a part of another
             text = text.replace(secret, "***")
-        return text
+        parts = (secret[:length] for secret in self._secrets for length in range(len(secret) - 1, 0, -1))
+        part = next(filter(text.endswith, parts), "") if is_cut else ""
+        return f"{text.removesuffix(part)}***" if part else text
+
+    def beginning(self, answer: Any) -> str:
+        """The beginning of an answer for a message; secrets are hidden first, since a cut one is not recognised."""
+        return self.hidden(repr(answer))[:SHOWN_CHARACTERS]
 
     def exchange(
         self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None, text: Sequence[str] = ()
@@ -225,7 +237,7 @@ class Endpoint:
         A request that the server's limit refuses holds back the others until it is answered, and the time for which it
         was held back itself does not count.
         """
-        longest = self._timeout_s if timeout_s is None else timeout_s
+        longest = min(self._timeout_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
         with self._turn:
             pass
         deadline, pauses = min(time.monotonic() + longest, self._ends), iter(PAUSES_S if self._repeats else ())
@@ -289,7 +301,8 @@ class Endpoint:
     def _refusal(self, path: str, response: HTTPResponse) -> EngineError:
         status, pause = response.status, asked_pause(response)
         asks = "" if pause is None else f" (it asks for a pause of {pause:g} s)"
-        message = self.hidden(f"{self.url}{path}: the server answered {status}{asks}: {explanation(response)}")
+        found = explanation(response, self.hidden)
+        message = self.hidden(f"{self.url}{path}: the server answered {status}{asks}: {found}")
         if status in TRANSIENT:
             return UnansweredError(message, pause, is_limit=pause is not None or status in LIMITED)
         kind = UnfitRequestError if status in UNFIT else AbsentError if status in ABSENT else EngineError
@@ -305,7 +318,7 @@ class Endpoint:
             for key in keys:
                 found = found[key]
         except (LookupError, TypeError) as error:
-            raise UnansweredError(self.hidden(f"the server's answer holds no text: {answer!r:.300}")) from error
+            raise UnansweredError(f"the server's answer holds no text: {self.beginning(answer)}") from error
         text = found.encode(errors="replace").decode() if isinstance(found, str) else ""  # null: an empty answer
         return text if len(self._key) < SECRET_CHARACTERS else self.hidden(text)
 

@@ -105,9 +105,10 @@ class TokenEndpoint(Endpoint):
             for line in _lines(response):
                 if not line.startswith(b"data: {"):
                     continue
-                now, piece = time.perf_counter(), _parsed(model, line[6:])
+                now, piece = time.perf_counter(), self._parsed(model, line[6:])
                 if "choices" not in piece:
-                    raise EngineError(f"{model}: the server failed in the middle of an answer: {piece!r:.500}")
+                    found = self.beginning(piece)
+                    raise EngineError(f"{model}: the server failed in the middle of an answer: {found}")
                 with self.readable(model, piece):
                     for choice in piece["choices"]:
                         if choice.get("prompt_token_ids") not in (None, list(prompt)):
@@ -126,6 +127,14 @@ class TokenEndpoint(Endpoint):
         asked = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **self.GREEDY}
         return asked | {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
 
+    def _parsed(self, model: str, text: bytes) -> dict[str, Any]:
+        try:
+            piece: dict[str, Any] = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            found = self.beginning(self.hidden(text.decode(errors="replace"), is_cut=True))
+            raise EngineError(f"{model}: the answer broke off at {found}.") from error
+        return piece
+
 
 def _lines(response: HTTPResponse) -> Iterator[bytes]:
     """The lines of an answer as they arrive; the last one may be incomplete."""
@@ -139,11 +148,3 @@ def _lines(response: HTTPResponse) -> Iterator[bytes]:
             raise
     if rest:
         yield rest
-
-
-def _parsed(model: str, text: bytes) -> dict[str, Any]:
-    try:
-        piece: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise EngineError(f"{model}: the answer broke off at {text!r:.500}.") from error
-    return piece

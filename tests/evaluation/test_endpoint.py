@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from loraover.client import endpoint as module
+from loraover.client.connection import EXPLANATION_BYTES
 from loraover.client.endpoint import Endpoint, UnansweredError
 from loraover.client.speaker import find_models
 from loraover.common.errors import ConfigError, EngineError
@@ -156,13 +157,31 @@ def test_a_proxy_is_asked_for_the_outside_world_alone(monkeypatch: pytest.Monkey
         assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "straight"
         assert Endpoint("http://judge.test").chat("m", HELLO, max_tokens=4) == "through the proxy"
         assert [body["path"] for body in proxy.bodies] == ["http://judge.test/v1/chat/completions"]
+        monkeypatch.setattr("loraover.client.connection.is_near", lambda host: False)
+        for port, answer in [("1", "through the proxy"), (server.url.rpartition(":")[2], "straight")]:
+            monkeypatch.setenv("NO_PROXY", f"127.0.0.1:{port}")
+            monkeypatch.setenv("no_proxy", f"127.0.0.1:{port}")
+            assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == answer
 
 
-def test_a_proxy_that_cannot_be_used_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "socks4://user:sesame@host:1")
-    with pytest.raises(ConfigError, match=r"judge\.test: the environment's proxy cannot be used: .*socks4") as caught:
+@pytest.mark.parametrize(
+    "address",
+    [
+        "socks4://alice:sesame@host:1",
+        "http://alice:ses/ame@host:1",
+        "alice:ses/ame@host:1",
+        "http://alice:12/ses/ame@host:1",
+        "alice:ses//ame@host:1",
+        "http://alice:s[sesame@host:1",
+        "http://alice:sesame\u2100@host:1",
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_told_without_its_user(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, address)
+    with pytest.raises(ConfigError, match=r"judge\.test: the environment's proxy cannot be used: expected") as told:
         Endpoint("http://judge.test")
-    assert "sesame" not in str(caught.value)
+    assert not any(part in str(told.value) for part in ("alice", "ses", "ame@", "12"))
     Endpoint("http://localhost")
 
 
@@ -202,6 +221,20 @@ def test_a_key_that_an_answer_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MY_KEY", "sk-sesame")
     with openai_server(lambda body: "you sent sk-sesame") as server:
         assert Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4) == "you sent ***"
+
+
+@pytest.mark.parametrize(("status", "form"), [(b"401 no", b"%s"), (b"200 OK", b'{"detail": "%s"}')])
+def test_no_part_of_a_key_stays_where_an_answer_is_cut(
+    status: bytes, form: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    limit = EXPLANATION_BYTES if status == b"401 no" else module.SHOWN_CHARACTERS
+    for short in range(25):
+        body = form % ((limit - short) * b"x" + b"sk-sesame" + 99 * b"y")
+        reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+        with answering(reply) as address, pytest.raises(EngineError, match="xxx") as caught:
+            Endpoint(address, "MY_KEY", repeats=False).ask("m", "one", max_tokens=3)
+        assert "xs" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["123", "text", "choices"])

@@ -231,6 +231,18 @@ SERVING = (
         Selection("test_endpoint.py", "headers"),
     ),
     Mutant(
+        "client-an-answer-is-cut-before-its-key-is-hidden",
+        "return self.hidden(repr(answer))[:SHOWN_CHARACTERS]",
+        "return self.hidden(repr(answer)[:SHOWN_CHARACTERS])",
+        Selection("test_endpoint.py", "where_an_answer_is_cut"),
+    ),
+    Mutant(
+        "client-a-key-that-is-cut-is-shown",
+        'part = next(filter(text.endswith, parts), "") if is_cut else ""',
+        'part = ""',
+        Selection("test_endpoint.py", "where_an_answer_is_cut"),
+    ),
+    Mutant(
         "client-any-certificate-is-taken",
         "return ssl.create_default_context(cafile=ca_file)",
         "return ssl._create_unverified_context(cafile=ca_file)",

@@ -105,6 +105,18 @@ def test_silence_within_an_answer_ends_it() -> None:
         VllmServer(url, 0).stream("m", [1], max_tokens=4, timeout_s=0.2)
 
 
+@pytest.mark.parametrize("end", [b'sk-sesame"}\n\n', b"sk-sesame", b"sk-ses", b'%ssk-sesame"}\n\n' % (470 * b"x")])
+def test_a_key_in_a_piece_of_an_answer_is_hidden(end: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server fails in the middle of an answer, or it hangs up, perhaps within the key."""
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with (
+        answering((0, HEAD + chunk(b'data: {"error": "no: ' + end) + END)) as url,
+        pytest.raises(EngineError, match=r"m: the (server failed in|answer broke off).*no: .*\*\*") as caught,
+    ):
+        VllmServer(url, 0, "MY_KEY").stream("m", [1], max_tokens=4, timeout_s=5)
+    assert "sk-" not in str(caught.value)
+
+
 def test_a_redirect_is_a_refusal() -> None:
     """The key is for one server."""
     reply = b"HTTP/1.1 307 elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"

@@ -138,7 +138,7 @@ class VllmServer(TokenEndpoint):
         try:
             return str(answer["version"])
         except (LookupError, TypeError) as error:
-            raise EngineError(f"{self.url}/version: the answer has no version: {answer!r:.300}") from error
+            raise EngineError(f"{self.url}/version: the answer has no version: {self.beginning(answer)}") from error
 
     def is_alive(self) -> bool:
         """Whether the process, a child of this one, runs without reporting a failure; a busy server need not answer."""
