@@ -81,6 +81,16 @@ def test_arguments_of_serving_are_checked_before_the_block() -> None:
         serve_adapters(["shop"], cache="cache")
     with pytest.raises(ConfigError, match="--port cannot be given to vLLM here: name it with port, not in options"):
         serve_adapters(["shop"], options=["--port=1"])
+    with pytest.raises(ConfigError, match=r"start_timeout_s is inf, expected 1e\+06 at most"):
+        serve_adapters(["shop"], start_timeout_s=float("inf"))
+    with pytest.raises(ConfigError, match="approximate is 64, more than max_lora_rank, which is 16; lower one"):
+        serve_adapters(folder=".", model="base", max_lora_rank=16, approximate=64)
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=f"seed is {seed}, expected"):
+        measure_parity("folded", seed=seed)
 
 
 def test_parity_is_measured_without_output(folded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

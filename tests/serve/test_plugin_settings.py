@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from loraover.common.errors import ExportError
 from loraover_serve.plugin.front import LINE_BYTES, Front
+from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import RefusedError, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
 
@@ -134,6 +136,28 @@ def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
     assert prepared["done"] == json.loads(Path(prepared["record"]).read_text())["done"] == "rewritten"
     assert "its rank is 6" in answer_to({"source": str(adapter), **request, "max_rank": 1})["refused"]
     assert "cannot be reached" in answer_to({"hub": "org/other", **request})["refused"]
+    (repository / "snapshots" / COMMIT).unlink()
+    torn = shutil.copytree(adapter, repository / "snapshots" / COMMIT) / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    reason = answer_to({"hub": "org/shop", **request})["refused"]
+    assert reason.startswith("org/shop/adapter_model.safetensors: not a complete safetensors file")
+
+
+def test_a_service_fits_its_server_and_names_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapters" / "shop").mkdir(parents=True)
+    settings = read_settings({"LORAOVER_ADAPTERS": str(tmp_path / "adapters"), "LORAOVER_APPROXIMATE": "32"})
+    assert settings is not None
+    service = Service(settings)
+    with pytest.raises(ValueError, match="LORAOVER_APPROXIMATE is 32, more than --max-lora-rank, which is 16; lower"):
+        service.serve(PluginServer("base", "fp32", 16, "0.33.0"))
+    service.serve(PluginServer(str(tmp_path / "models" / "base"), "fp32", 32, "0.33.0"))
+
+    async def refuse(**request: str) -> None:
+        raise RefusedError(f"{request['source']} does not fit {request['model']} below {request['cache']}")
+
+    monkeypatch.setattr(service.front, "prepare", refuse)
+    with pytest.raises(RefusedError, match=r"^shop does not fit base below the cache$"):
+        asyncio.run(service.find("shop"))
 
 
 @pytest.mark.process

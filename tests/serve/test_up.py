@@ -146,7 +146,9 @@ def test_the_revision_of_the_adapters_is_served(shop: Path, tmp_path: Path, monk
     assert asked == [("owner/model", "v2")] * 2 + [("owner/other", None)]
 
 
-@pytest.mark.parametrize("option", ["--port", "--served-model-name=x", "--api_key", "--host", "--lora-modules"])
+@pytest.mark.parametrize(
+    "option", ["--port", "--served-model-name=x", "--api_key", "--host", "--lora-modules", "--ssl-certfile=x"]
+)
 def test_options_that_it_sets_itself_are_refused(
     option: str, shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

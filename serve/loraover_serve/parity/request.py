@@ -111,7 +111,9 @@ class ParityRequest(EngineRequest):
         "Device that PyTorch runs on: the engine torch, and the models that answers are compared with."
     )
     compute_dtype: str = compute_dtype("Data type in which PyTorch computes.")
-    seed: int = option("Seed of random weights, of lengths and of the order of arms.", default=0)
+    seed: int = option(
+        "Seed of random weights, of lengths and of the order of arms.", default=0, least=0, most=2**63 - 1
+    )
     allow_unequal: bool = option("Compare adapters of different ranks or targets.", default=False)
 
     def __post_init__(self) -> None:

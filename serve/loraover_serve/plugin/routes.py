@@ -44,13 +44,17 @@ class Routes:
             app.post("/v1/load_lora_adapter", dependencies=[Depends(validate_json_request)])(load_adapter)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Learn what the server was started with, start the worker, and have adapters prepared that are asked for."""
+        """Learn what the server was started with, start the worker, and have adapters prepared that are asked for.
+
+        Raises:
+            ValueError: Settings that do not fit the server, which ends.
+        """
         found = service()
         if found is None or engine_client is None:
             return
         config = engine_client.model_config
         dtype = DTYPES.get(str(config.dtype), DEFAULT_DTYPE)
-        found.served = PluginServer(config.model, dtype, args.max_lora_rank, __version__)
+        found.serve(PluginServer(config.model, dtype, args.max_lora_rank, __version__))
         await found.front.start()
         state.loraover = asyncio.create_task(_prepare_first(found))  # held, or it may be collected
 

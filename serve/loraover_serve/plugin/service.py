@@ -61,6 +61,19 @@ class Service:
         self.front = Front(settings)
         self._statuses: dict[str, Status] = {}
 
+    def serve(self, served: PluginServer) -> None:
+        """Prepare adapters for a server.
+
+        Raises:
+            ValueError: The settings ask for a larger rank than the server takes.
+        """
+        rank, most = self.settings.approximate, served.max_rank
+        if rank is not None and most is not None and rank > most:
+            raise ValueError(
+                f"{APPROXIMATE} is {rank}, more than --max-lora-rank, which is {most}; lower one or raise the other."
+            )
+        self.served = served
+
     async def find(self, name: str) -> dict[str, Any] | None:
         """Prepare the adapter of a name; None if there is none.
 
@@ -133,4 +146,6 @@ class Service:
         for place in places:
             text = text.replace(place, name)
         text = text.replace(f"{self.settings.adapters}/", "").replace(str(self.settings.cache), "the cache")
+        if self.served is not None and Path(self.served.model).is_absolute():
+            text = text.replace(self.served.model, Path(self.served.model).name)
         return text.replace("approximate_to_rank", APPROXIMATE)

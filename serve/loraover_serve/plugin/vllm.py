@@ -39,7 +39,7 @@ class AnyAdapter(LoRAResolver):
         found = service()
         assert found is not None
         if found.served is None:  # the routes were not loaded, so the server's options are not known
-            found.served = PluginServer(base_model_name, DEFAULT_DTYPE, None, __version__)
+            found.serve(PluginServer(base_model_name, DEFAULT_DTYPE, None, __version__))
         try:
             prepared = await found.find(lora_name)
         except RefusedError as error:

@@ -58,18 +58,20 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         request: `source`, or `hub` with a name of the hub; and the other arguments of `prepare_adapter`.
 
     Returns:
-        `prepared`, a mapping with the fields of `PreparedAdapter` and the file `record`; or `refused`, the reason.
+        `prepared`, a mapping with the fields of `PreparedAdapter` and the file `record`; or `refused`, the reason,
+        which has the name of an adapter of the hub in place of its folder.
     """
     from loraover.common.errors import LoraOverError
     from loraover_export import prepare_adapter
     from loraover_export.prepare.prepared import RECORD_FILE
 
+    name, source = request.pop("hub", None), request.pop("source", None)
     try:
-        name = request.pop("hub", None)
-        source = request.pop("source") if name is None else _downloaded(name)
+        source = source if name is None else str(_downloaded(name))
         found = prepare_adapter(source, **request)
     except LoraOverError as error:
-        return {"refused": _shortened(str(error))}
+        reason = str(error) if None in (name, source) else str(error).replace(source, name)
+        return {"refused": _shortened(reason)}
     except Exception as error:  # a fault of ours: the answer has its kind, the log the rest
         traceback.print_exc()
         return {"refused": f"preparing it failed with {type(error).__name__}; the server's log has more."}

@@ -18,6 +18,8 @@ COMMAND_VARIABLE = "LORAOVER_VLLM"
 LAST_PORT = 65535
 LOOPBACK = "127.0.0.1"
 STARTUP_S = 600.0
+MOST_STARTUP_S = 1_000_000.0
+"""Twelve days; Python waits for a process for 25 days at most."""
 KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that vLLM reads the server's key from; on a command line, every user would see it."""
 
@@ -27,6 +29,10 @@ SET_BY_SERVE = {
     "--host": "name it with {host}, not in {options}",
     "--port": "name it with {port}, not in {options}",
     "--uds": "the server listens on a port; name it with {port}, not in {options}",
+    **dict.fromkeys(
+        ("--ssl-certfile", "--ssl-keyfile"),
+        "the server is asked over plain HTTP; put a proxy that speaks TLS before it, such as nginx",
+    ),
     "--api-key": f"set {KEY_VARIABLE} in the environment, where other users of the machine do not see it",
     "--hf-token": "set HF_TOKEN in the environment, where other users of the machine do not see it",
     "--served-model-name": "requests address the base model by its name; rename an adapter's folder to rename it",
@@ -59,7 +65,11 @@ class ServerRequest(Request):
         converts=vllm_command,
     )
     start_timeout_s: float = option(
-        "Seconds that an engine may take until its first answers.", default=STARTUP_S, flag="--start-timeout", least=1
+        "Seconds that an engine may take until its first answers.",
+        default=STARTUP_S,
+        flag="--start-timeout",
+        least=1,
+        most=MOST_STARTUP_S,
     )
     options: AnyNames = option("Further words for `vllm serve`.", default=(), is_rest=True, metavar="VLLM OPTIONS")
 
@@ -146,3 +156,8 @@ class ServeRequest(ServerRequest):
         if self.max_lora_rank not in MAX_LORA_RANKS:
             allowed = ", ".join(map(str, MAX_LORA_RANKS))
             yield f"{self.named('max_lora_rank')} is {self.max_lora_rank}, expected one of {allowed}."
+        if self.approximate is not None and self.approximate > self.max_lora_rank:
+            yield (
+                f"{self.named('approximate')} is {self.approximate}, more than {self.named('max_lora_rank')}, which is "
+                f"{self.max_lora_rank}; lower one or raise the other."
+            )
