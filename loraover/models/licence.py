@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from loraover.common.strict_yaml import parse_yaml
 from loraover.models.stand_in import STAND_INS, find_stand_in
 
 MAX_CARD_BYTES = 2**20
@@ -42,16 +43,12 @@ def _card(name: str, revision: str | None) -> Path | None:
 
 
 def _stated(card: Path) -> str | None:
-    import yaml
-
-    # A value that its tag or form does not fit, such as the date 2024-02-30, is no YAMLError.
-    faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
     try:
         with card.open("rb") as file:
             text = file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
         front = _FRONT_MATTER.match(text)
-        values = None if front is None else yaml.safe_load(front[1])
-    except (*faults, yaml.YAMLError):
+        values = None if front is None else parse_yaml(front[1])
+    except (OSError, ValueError):
         return None
     licence = values.get("license") if isinstance(values, dict) else None
     return licence if isinstance(licence, str) and licence else None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from loraover.common.errors import ConfigError
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argument, declarations, option
+from loraover.common.strict_yaml import parse_yaml
 from loraover.evaluation import TASKS
 from loraover.evaluation.request import EvaluationRequest
 from loraover.training.request_fields import ray_address, values_by_key
@@ -64,10 +65,8 @@ def _is_meant_for_table(name: str) -> bool:
 
 
 def _tables() -> dict[str, Any]:
-    import yaml
-
     content = files("loraover.study").joinpath("paper.yaml").read_text(encoding="utf-8")
-    tables: dict[str, Any] = yaml.safe_load(content)
+    tables: dict[str, Any] = parse_yaml(content)
     return tables
 
 

@@ -16,10 +16,9 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
+from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover.training.methods import METHODS, MethodKeys
 from loraover.training.recipe_parts import AUTO, BATCH, SOAP
-
-MAX_YAML_BYTES = 2**20
 
 LEARNS_TOKENS = (None, "sft", "seq2seq")
 """Values of the key `trainer` whose loss is that of completion tokens."""
@@ -195,8 +194,6 @@ def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any]
 
 
 def _read(name: str) -> dict[str, Any]:
-    import yaml
-
     if name in recipe_names():
         content = recipe_text(name).encode()
     elif kind_of(name) == "file" and Path(name).stat().st_size <= MAX_YAML_BYTES:
@@ -204,8 +201,8 @@ def _read(name: str) -> dict[str, Any]:
     else:
         raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){_near(name)}")
     try:
-        values = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        values = parse_yaml(content)
+    except ValueError as error:
         raise ConfigError(f"recipe {name!r}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training.")
@@ -224,14 +221,12 @@ def parse_override(text: str) -> tuple[str, Any]:
     Raises:
         ConfigError: No key, or a value that is not YAML.
     """
-    import yaml
-
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise ConfigError(f"{text!r}: expected key=value, e.g. training.seed=1.")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
+        return key.strip(), parse_yaml(value)
+    except ValueError as error:
         raise ConfigError(f"{text!r}: the value is not YAML.") from error
 
 

@@ -27,6 +27,7 @@ from loraover.common.atomic_output import check_free, publish_text
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock, is_locked
 from loraover.common.request import as_written
+from loraover.common.strict_yaml import parse_yaml
 from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, LoraSettings, Training
@@ -271,11 +272,9 @@ def write_recipe(output: Path, recipe: Recipe) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError) as error:
+        values = parse_yaml(path.read_bytes())
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML, so the run cannot be resumed. Start a new run.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no recipe, so the run cannot be resumed. Start a new run.")

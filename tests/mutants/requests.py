@@ -51,6 +51,12 @@ REQUESTS = (
     ),
     # Recipes and data
     Mutant(
+        "a key of a YAML file may occur twice",
+        "if (key.tag, key.value) in seen:",
+        "if False:",
+        Selection("test_recipe.py", "occurs_twice"),
+    ),
+    Mutant(
         "an example counts as cut by its prompt alone",
         "if one.total > most:",
         "if one.prompt > most:",

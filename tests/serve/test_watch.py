@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from loraover.common.command_line import run
-from loraover.common.errors import ConfigError, OutputError
+from loraover.common.errors import ConfigError
 from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
@@ -40,7 +40,6 @@ from support.openai_server import openai_server
 from support.reference_server import AS_BASE, REFUSED, RIGHT, VERDICT, FromReference
 
 NOW = 1_700_000_000.0
-CHECK = Check("prod", "shop", NOW, "failed", None, "a reason", 0.1, 0.2, 1.0, 0.1, 8)
 NAMES = {"base": None, "steady": "base", "lost": "base", "locked": "base"}
 
 
@@ -93,47 +92,13 @@ def test_a_configuration_is_refused_with_its_fault(name: str, recorded: Path, tm
         read_config(path)
 
 
-@pytest.mark.parametrize("text", ["", "- a", "a: [", "\x00", "servers: &a [*a]"])
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "\x00", "servers: &a [*a]", "port: 1\nport: 2"])
 def test_a_file_that_is_no_configuration_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "watch.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"watch\.yaml"):
         read_config(tmp_path / "watch.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_config(tmp_path / "absent.yaml")
-
-
-def test_a_history_of_another_program_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("a text, and no database" * 100)
-    with pytest.raises(OutputError, match="cannot be used as a history"):
-        History(tmp_path / "text")
-    with sqlite3.connect(tmp_path / "later") as later:
-        later.execute("PRAGMA user_version = 7")
-    with pytest.raises(OutputError, match="a history of version 7"):
-        History(tmp_path / "later")
-
-
-def test_a_history_that_another_program_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraover_serve.watch.history.WAIT_S", 0.1)
-    history = History(tmp_path / "h.sqlite")
-    with sqlite3.connect(tmp_path / "h.sqlite") as other:
-        other.execute("BEGIN EXCLUSIVE")
-        message = r"h\.sqlite: cannot be used as a history: database is locked; see whether"
-        with pytest.raises(OutputError, match=message):
-            history.add(CHECK)
-        with pytest.raises(OutputError, match=message):
-            history.forget_before(NOW)
-    history.add(CHECK)
-    assert history.last(CHECK.key) == CHECK
-
-
-def test_the_last_change_is_kept_however_old_it_is(tmp_path: Path) -> None:
-    history = History(tmp_path / "h.sqlite")
-    changes = [replace(CHECK, at=NOW + day * DAY_S, changed=day in (0, 2)) for day in range(9)]
-    for each in changes:
-        history.add(each)
-    history.forget_before(NOW + 7 * DAY_S)
-    assert history.last_change(CHECK.key) == changes[2]
-    assert history.since(CHECK.key, 0, 99) == [changes[2], *changes[7:]]
 
 
 def test_the_budget_holds_in_every_hour_and_outlives_a_restart(recorded: Path, tmp_path: Path) -> None:

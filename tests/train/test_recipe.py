@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
-from loraover.training.recipe import MAX_YAML_BYTES, Recipe, load_recipe, parse_override, recipe_names
+from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
+from loraover.training.recipe import Recipe, load_recipe, parse_override, recipe_names
 
 from support.tiny_models import tiny_net
 
@@ -207,6 +208,19 @@ def test_yaml_that_would_run_code_is_refused_and_runs_none(
 )
 def test_what_is_not_yaml_is_refused(content: str | bytes, write: Write) -> None:
     assert "not YAML" in fault(write(content))
+
+
+@pytest.mark.parametrize("twice", ["model: a\nmodel: b", "lora: {r: 4, 'r': 8}", "a: &a {<<: {r: 1}, r: 2, r: 3}"])
+def test_a_key_that_occurs_twice_is_refused(twice: str, write: Write) -> None:
+    key = "model" if twice.startswith("model") else "r"
+    assert f"the key '{key}' occurs twice in one mapping" in fault(write(twice))
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse_override("lora={r: 4, r: 8}")
+
+
+def test_a_merged_mapping_may_repeat_keys() -> None:
+    text = "a: &a {<<: &b {r: 1, s: 1}, r: 2}\nc: {<<: [*a, *b], s: 3}\nd: {r: 4, <<: *b}"
+    assert parse_yaml(text) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("content", ["", "- model\n- data"])

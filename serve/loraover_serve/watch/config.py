@@ -12,12 +12,12 @@ from pydantic import Field, ValidationError
 
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel, describe
+from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.crossed import NEAREST, SCREENED
 from loraover_serve.verify.request import VerifyRequest
 
-MAX_YAML_BYTES = 2**20
 HOUR_S = 3600.0
 REQUESTS_PER_PLACE = 7
 """Largest number of requests of a check for each token of the reference, beside those for the adapter alone: one for
@@ -161,16 +161,15 @@ def _beside(target: WatchTarget, targets: Sequence[WatchTarget]) -> WatchTarget:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise ConfigError(f"{path}: more than {MAX_YAML_BYTES} bytes.")
-        values = yaml.safe_load(path.read_bytes())
+        is_large = path.stat().st_size > MAX_YAML_BYTES
+        values = None if is_large else parse_yaml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
+    if is_large:
+        raise ConfigError(f"{path}: more than {MAX_YAML_BYTES} bytes.")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys such as servers and interval_s.")
     return values
