@@ -7,6 +7,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors by which a file system says that it has no locks."""
@@ -31,12 +32,25 @@ def hold_lock(path: Path, *, wait: bool) -> Iterator[int]:
         OSError: The file cannot be made.
     """
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+        lock(file, wait=wait)
         yield file.fileno()
+
+
+def lock(file: IO[Any], *, wait: bool) -> None:
+    """Take the lock of an open file, as `hold_lock` does; it is held until no process has the file open.
+
+    Args:
+        file: The file.
+        wait: Whether to wait for another process that holds the lock.
+
+    Raises:
+        BlockingIOError: Without `wait`, another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def is_locked(path: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover.common.errors import EngineError
+from loraover.common.errors import EngineError, OutputError
 from loraover_serve.vllm import server as vllm_server
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
@@ -37,6 +37,25 @@ def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> No
     assert words[words.index("--host") + 1] == "127.0.0.1"
     at = words.index("--lora-modules")
     assert words[at + 1 : at + 3] == [f"a={tmp_path / 'one two'}", f"b={tmp_path / 'b'}"]
+
+
+def test_a_log_has_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraover_serve.vllm.log.LOCK_S", 0.0)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one, two, log = stand_in(tmp_path / "one", "answers"), stand_in(tmp_path / "two", "answers"), tmp_path / "log"
+    log.write_text("of an earlier server")
+    with serve_vllm(config(tmp_path), log, executable=one):
+        before = log.read_text()
+        with (
+            pytest.raises(OutputError, match="another running server writes it; name another with"),
+            serve_vllm(config(tmp_path), log, executable=two),
+        ):
+            pytest.fail("the block ran")
+        assert log.read_text().startswith(before)
+        with serve_vllm(config(tmp_path), Path(os.devnull), executable=two):
+            pass
+    assert before.startswith("words: ")
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, ValueError])

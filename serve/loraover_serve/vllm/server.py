@@ -17,25 +17,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 from loraover.client.connection import NO_ANSWER
 from loraover.client.tokens import TokenEndpoint
-from loraover.common.errors import ConfigError, EngineError, OutputError
+from loraover.common.errors import ConfigError, EngineError
 from loraover.common.request import as_written
 from loraover_export.vllm.launch import lora_module
+from loraover_serve.vllm.log import end_of, open_log
 from loraover_serve.vllm.request import KEY_VARIABLE, LAST_PORT, LOOPBACK, STARTUP_S
 
 REQUEST_TIMEOUT_S, HEALTH_TIMEOUT_S = 600.0, 10.0
 POLL_S, HEALTH_S = 0.5, 2.0  # between two questions to a server that starts, and to one that runs
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
-LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
 VERSION_S = 120.0  # for `vllm --version`, which imports torch
 CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
 _VERSION = re.compile(r"\d+\.\d+\S*")
 _SCRIPT = re.compile(rb"#!(/\S*python\S*)\n.*^from vllm\.", re.DOTALL | re.MULTILINE)
 _INSTALLED = "from importlib.metadata import version; print(version('vllm'))"
-_ERROR = re.compile(r"\w(Error|Exception): \S")
 
 
 @dataclass(frozen=True)
@@ -182,11 +181,11 @@ def serve_vllm(
         ConfigError: A key that cannot be sent in an HTTP header.
         EngineError: A port in use, a command that does not exist, or a server that ends, refuses an adapter or stays
             silent; the message has the end of the log.
-        OutputError: A log that cannot be written.
+        OutputError: A log that cannot be written, or that another server writes.
     """
     key = None if config.api_key() is None else KEY_VARIABLE
     port = free_port(config.host) if port is None else _named_port(config.host, port)
-    with signals_as_interrupts(), _opened(log) as output:
+    with signals_as_interrupts(), open_log(log) as output:
         try:
             process = subprocess.Popen(
                 config.command(executable, port),
@@ -229,34 +228,25 @@ def signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _opened(log: Path) -> BinaryIO:
-    try:
-        return log.open("wb")
-    except OSError as error:
-        raise OutputError(
-            f"{log}: the log cannot be written: {error.strerror}; name another with {as_written('log')}."
-        ) from error
-
-
 def _await_answers(
     client: VllmServer, names: Sequence[str], process: subprocess.Popen[bytes], log: Path, deadline: float
 ) -> None:
     _check_runs(process, log)  # first, since another server on the port would answer in its place
     while not client.is_healthy():
         if time.monotonic() > deadline:
-            raise EngineError(f"vllm serve did not come up in time; {_end_of(log)}")
+            raise EngineError(f"vllm serve did not come up in time; {end_of(log)}")
         time.sleep(POLL_S)
         _check_runs(process, log)
     for name in names:
         try:
             client.complete(name, [1], max_tokens=1, timeout_s=max(deadline - time.monotonic(), POLL_S))
         except EngineError as error:
-            raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {_end_of(log)}") from error
+            raise EngineError(f"vllm serve is up, but {name!r} does not answer: {error} {end_of(log)}") from error
 
 
 def _check_runs(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.poll() is not None:
-        raise EngineError(f"vllm serve ended with code {process.returncode}; {_end_of(log)}")
+        raise EngineError(f"vllm serve ended with code {process.returncode}; {end_of(log)}")
 
 
 def _not_started(executable: str, error: OSError) -> EngineError:
@@ -380,12 +370,3 @@ def _await_end(group: int) -> None:
     while time.monotonic() < deadline:
         os.killpg(group, 0)
         time.sleep(0.05)
-
-
-def _end_of(log: Path) -> str:
-    """The last lines of the log, after its first error: the lines that vLLM prints last seldom name the cause."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    first = next((line for line in lines if _ERROR.search(line) and "WARNING" not in line), None)
-    end = [line for line in lines[-LOG_LINES:] if line.strip()]
-    shown = end if first is None or first in end else [first, "...", *end]
-    return "\n".join([f"the end of {log}:", *(line[-LINE_SHOWN:] for line in shown)])
