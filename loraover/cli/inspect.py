@@ -19,11 +19,12 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
 
     path, plot, html = request.path, request.plot, request.html
     report = inspect_folder(path)
+    if html is not None:
+        check_new(html, ".html")  # before anything is written
     if plot is not None:
         plot_schedule(read_schedule(path), plot)
     if html is not None:
         figures = [] if report.cores is None else schedule_figures(read_schedule(path))
-        check_new(html, ".html")
         publish_text(html, to_page(report, figures, request.command()).html)
     if as_json:
         print(report.model_dump_json(indent=1))

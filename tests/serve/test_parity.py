@@ -23,6 +23,7 @@ from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.common.errors import OutputError
+from loraover_export.logits.prompts import prompt_lines
 from loraover_serve import UnwrittenReportError, measure_parity
 from loraover_serve.cli import cli
 from loraover_serve.engines import torch as torch_engines
@@ -126,6 +127,12 @@ def test_files_without_prompts_are_refused(
     error = " ".join(capsys.readouterr().err.split())
     assert message in error
     assert str(file) in error
+
+
+def test_a_prompt_is_a_line_of_its_file(tmp_path: Path) -> None:
+    """Of a file from Windows as well; other characters at which Python splits lines are a part of the prompt."""
+    (tmp_path / "prompts").write_bytes("\ufefffirst\r\nform\x0cfeed\n \nline\u2028separator".encode())
+    assert prompt_lines(tmp_path / "prompts") == ["first", "form\x0cfeed", "line\u2028separator"]
 
 
 def test_answers_unlike_the_unfolded_models_are_different(made: Made, tmp_path: Path) -> None:

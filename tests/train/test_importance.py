@@ -117,6 +117,10 @@ def test_a_step_without_a_gradient_does_not_count(name: str) -> None:
     score.observe({})
     score.observe({key: torch.zeros(site.shape) for key, site in score.sites.items()})
     assert_same(score.state(), before)
+    idle, again = type(score)(score.sites, 0), type(score)(score.sites, 0)
+    idle.observe({key: torch.zeros(site.shape) for key, site in score.sites.items()})
+    again.load(idle.state())
+    assert again.values(None) == idle.values(None)
 
 
 @pytest.mark.parametrize("name", ORACLES)

@@ -100,8 +100,10 @@ def test_a_picture_or_page_is_written_once(
 def test_a_file_of_another_type_is_refused(
     option: str, ending: str, dynamic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(cli, ["inspect", str(dynamic), option, str(tmp_path / "map.docx")]) == 2
+    words = ["inspect", str(dynamic), "--plot", str(tmp_path / "map.svg"), option, str(tmp_path / "map.docx")]
+    assert run(cli, words) == 2
     assert f"ends in {ending}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_without_a_schedule_is_all_of_round_one(

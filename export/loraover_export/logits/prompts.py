@@ -73,10 +73,7 @@ def read_prompts(
     """
     lines, name = list(BUILT_IN_PROMPTS), "the built-in prompts"
     if file is not None:
-        try:
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
+        lines = prompt_lines(file)
         name = f"the prompts of {file.name}"
     try:
         tokenizer = load_tokenizer(source)
@@ -97,6 +94,18 @@ def read_prompts(
     ids = torch.randint(vocabulary, (8, SEQUENCE), generator=torch.Generator().manual_seed(0))[:, :longest]
     name = "8 random token sequences (the base model has no tokenizer)"
     return _prompts(list(torch.split(ids, 1)), name, 0, tokens, min(SEQUENCE, longest), at_once)
+
+
+def prompt_lines(file: Path) -> list[str]:
+    """Return the lines of a text file that are not blank; nothing but a line break ends a line.
+
+    Raises:
+        DataError: A file that cannot be read as UTF-8 text, with or without a byte order mark.
+    """
+    try:
+        return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
 
 
 def _prompts(

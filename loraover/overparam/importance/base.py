@@ -183,7 +183,7 @@ class GradientScore(Score):
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from the tensors that `state` returned."""
-        if not state:
+        if "steps" not in state:  # no step counted
             return
         self._steps = state["steps"]
         devices = [self.sites[names[0]].parameter.device for names in self._groups]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.common.errors import DataError
+from loraover_export.logits.prompts import prompt_lines
 from loraover_serve.engines.sample import TokenRequest
 
 TEXT = (
@@ -64,11 +65,7 @@ def _stream(tokenizer: Any, length: int) -> Sequence[int]:
 
 
 def _read_prompts(file: Path, tokenizer: Any) -> list[tuple[int, ...]]:
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}.") from error
-    prompts = [tuple(tokenizer(line).input_ids) for line in lines]
+    prompts = [tuple(tokenizer(line).input_ids) for line in prompt_lines(file)]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise DataError(f"{file}: the file has no prompt; expected one in each line.")
