@@ -203,6 +203,8 @@ def test_nobody_there_is_told() -> None:
         pass
     with pytest.raises(UnansweredError, match="refused"):
         Endpoint(server.url).chat("m", HELLO, max_tokens=4)
+    with pytest.raises(UnansweredError, match="refused"):
+        Endpoint(server.url).request("/health", timeout_s=math.inf)
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
