@@ -20,7 +20,10 @@ from loraover.training.recipe_parts import AUTO, BATCH
 
 LEARNING_RATES = {"lora": 3e-3, "lora-over": 3e-3, "lora+": 1.5e-3, "full": 1e-4}
 LEARNING_RATES |= {name: method.learning_rate for name, method in METHODS.items()}
-"""Rates by method that the kept studies (docs/study) chose at rank 8 on most tasks; that of full was not studied."""
+"""Rates by method that the kept studies (docs/study) chose on most tasks; that of full was not studied."""
+
+STUDIED_RANKS = {"lora": "ranks 2, 8 and 32"}
+"""Ranks at which a method's rate was studied, if it was not rank 8 alone: the same rate was best at each."""
 
 STUDIED_WIDTH = 576
 """Hidden size of SmolLM2-135M, which the studies trained; wider models need less (Yang et al., arXiv:2203.03466)."""
@@ -49,9 +52,11 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, repo
         key = "lora+" if training.loraplus_lr_ratio is not None else recipe.method
         studied = LEARNING_RATES[key]
         values["learning_rate"] = float(f"{studied * STUDIED_WIDTH / text.hidden_size:.2g}")
+        ranks = STUDIED_RANKS.get(key, "rank 8")
+        best = "is usual for full at" if key == "full" else f"was best for {key} at {ranks} and"
         report.line(
-            f"training.learning_rate: {values['learning_rate']:g}, the {studied:g} that was best for {key} at rank 8 "
-            f"and width {STUDIED_WIDTH}, times {STUDIED_WIDTH} / {text.hidden_size}, this model's width"
+            f"training.learning_rate: {values['learning_rate']:g}, the {studied:g} that {best} width "
+            f"{STUDIED_WIDTH}, times {STUDIED_WIDTH} / {text.hidden_size}, this model's width"
         )
     if training.warmup_steps is None:
         values["warmup_steps"] = 0.0 if training.lr_scheduler_type == "constant" else WARMUP

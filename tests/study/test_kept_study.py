@@ -146,6 +146,24 @@ def test_the_docs_quote_the_losses_after_300_steps() -> None:
         assert f"| {' | '.join(cells)} |" in quoted
 
 
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_one_rate_is_best_at_each_rank() -> None:
+    """The default rate of plain LoRA names no rank; the docs quote the losses."""
+    losses: dict[tuple[int, str], dict[float, float]] = {}
+    for target, folder in (("study", "smollm2"), ("study-ranks", "ranks")):
+        for run, found in runs_of(target, folder)[1].items():
+            if run.recipe.method == "lora" and run.seed == 0 and run.task != "subj":
+                losses.setdefault((run.recipe.lora.r, run.task), {})[run.rate] = loss_of(found, "validation")
+    assert {(rank, len(rates)) for (rank, _), rates in losses.items()} == {(2, 3), (8, 3), (32, 3)}
+    best = {(task, min(rates, key=rates.__getitem__)) for (_, task), rates in losses.items()}
+    assert best == {("gsm8k", LEARNING_RATES["lora"]), ("qnli", 3e-4)}
+    quoted = (DOCS / "README.md").read_text()
+    for rank in (2, 8, 32):
+        cells = [f"{loss:.4f}" for task in ("gsm8k", "qnli") for _, loss in sorted(losses[rank, task].items())]
+        assert f"| {rank} | {' | '.join(cells)} |" in quoted
+
+
 def loss_of(outcome: RunOutcome, half: Half) -> float:
     rows: slice = getattr(Halves(len(outcome.tokens)), half)
     return sum(outcome.nats[rows]) / sum(outcome.tokens[rows])
