@@ -184,9 +184,14 @@ def unfolded(
 
 
 def check_fits(base: nn.Module, adapter: AdapterDir) -> None:
-    """Raise CheckpointError unless a base model has every layer that an adapter changes, in its dimensions."""
-    for module in adapter.modules.keys() - adapter.experts - _weights(base, adapter, find_expert_weights(base)):
+    """Raise CheckpointError unless a base model has every layer that an adapter changes, in its dimensions.
+
+    The adapter has to have each layer that its configuration names, too: PEFT would start the others again.
+    """
+    experts = find_expert_weights(base)
+    for module in adapter.modules.keys() - adapter.experts - _weights(base, adapter, experts):
         target_module(base, adapter, module)
+    adapter.check_complete((path for path, _ in base.named_modules()), experts)
 
 
 def _weights(base: nn.Module, adapter: AdapterDir, experts: Mapping[str, ExpertWeight]) -> set[str]:

@@ -13,6 +13,7 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError
 from loraover.reference.reference_model import reference_model
 
+from support.check_cases import lose_layer_1
 from support.make_checkpoint import edit_json, edit_tensors
 from support.merge_cases import CASES, Saved, outputs, save
 from support.tiny_models import tiny_llama, token_ids
@@ -62,5 +63,16 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(CheckpointError, match=r"with model\."),
         reference_model(tiny_llama(num_hidden_layers=1), read_adapter_dir(saved.adapter)),
+    ):
+        pass
+
+
+def test_a_layer_that_the_file_lost_is_refused(tmp_path: Path) -> None:
+    """PEFT would start it again, and the reference would be that of what is left."""
+    saved = save("linear", tmp_path)
+    edit_tensors(saved.adapter / "adapter_model.safetensors", lose_layer_1)
+    with (
+        pytest.raises(CheckpointError, match=r"names .*layers\.1\..*, and the file of tensors holds only"),
+        reference_model(saved.base(), read_adapter_dir(saved.adapter)),
     ):
         pass
