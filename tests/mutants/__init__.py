@@ -15,6 +15,7 @@ from __future__ import annotations
 from mutants.export import EXPORT
 from mutants.methods import METHODS
 from mutants.mutant import ROOT, Mutant
+from mutants.preparing import PREPARING
 from mutants.requests import REQUESTS
 from mutants.run import file_of, judge, place_of, product_files
 from mutants.serving import SERVING
@@ -23,4 +24,4 @@ from mutants.watching import WATCHING
 
 __all__ = ["MUTANTS", "ROOT", "Mutant", "file_of", "judge", "place_of", "product_files"]
 
-MUTANTS = (*TRAINING, *REQUESTS, *METHODS, *EXPORT, *SERVING, *WATCHING)
+MUTANTS = (*TRAINING, *REQUESTS, *METHODS, *EXPORT, *PREPARING, *SERVING, *WATCHING)
