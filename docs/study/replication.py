@@ -139,6 +139,21 @@ def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> 
     }
 
 
+def verdict(plan: Registration, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Apply the registered rule to what is known of each task: `is_better`, which an unfinished one has not."""
+    known: dict[str, list[bool | None]] = {}
+    for task in plan["tasks"]:
+        known.setdefault(task["counts_as"], []).append(tasks[task["name"]].get("is_better"))
+    better = [name for name, each in known.items() if all(each)]
+    undecided = [name for name, each in known.items() if None in each and False not in each]
+    rule, sentence = plan["rule"], "Not decided: runs are missing."
+    if len(better) >= rule["required"]:
+        sentence = rule["then"]
+    elif len(better) + len(undecided) < rule["required"]:
+        sentence = rule["otherwise"]
+    return {"better": better, "undecided": undecided, "required": rule["required"], "sentence": sentence}
+
+
 def _loss(outcome: RunOutcome) -> float | None:
     return None if outcome.failure is not None else mean_loss(np.array([outcome.nats]), np.array(outcome.tokens))
 
@@ -159,7 +174,7 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
         if failed := failures(pilot | outcomes, name):
             tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}
         elif is_piloted and widths[name] >= plan["required_width_percent"]:
-            tasks[name]["stopped"] = "after the pilot: the interval would be too wide"
+            tasks[name] |= {"stopped": "after the pilot: the interval would be too wide", "is_better": False}
         elif len(outcomes) == len(asked):
             tasks[name] |= judge(plan, outcomes, name)
         full = {run.rate: _loss(outcome) for run, outcome in ruler.items() if run.task == name}
@@ -167,6 +182,7 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
         tasks[name]["started_losses"] = {run.method: _loss(o) for run, o in started.items() if run.task == name}
     return {
         "registration_sha256": hashlib.sha256(registration).hexdigest(),
+        "verdict": verdict(plan, tasks),
         "tasks": tasks,
         "versions": environment("scipy", "transformers"),
         "date": today(),
@@ -200,7 +216,7 @@ def main() -> None:
         run_grid(secondary_of(plan, asked.folder / start.folder / "adapter"), study)
     found = report(plan, asked.folder, registration)
     publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["tasks"], indent=1))
+    print(json.dumps({key: found[key] for key in ("tasks", "verdict")}, indent=1))
 
 
 if __name__ == "__main__":
