@@ -13,30 +13,22 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover import OverParameterization, write_checkpoint
 from loraover.common.errors import ConfigError
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
+from support.hooked_run import make, train
+from support.hooked_run import ordinary_step as step
+from support.tiny_models import lora_matrices, trainable
 
 WRITTEN = "second.lora_B"
 
 
 def run(steps: int = 2, optimizer: Any = AdamW, **config: Any) -> tuple[Any, OverParameterization, Any]:
     """A model, its cores and its optimizer after some steps."""
-    model = tiny_net()
-    over = OverParameterization(model, LoraOverConfig(**config))
-    chosen = optimizer(trainable(model), lr=1e-2)
-    over.attach(chosen)
-    for number in range(steps):
-        step(model, chosen, number)
+    model, over, chosen = make(lambda p: optimizer(p, lr=1e-2), **config)
+    train(model, chosen, range(steps))
     return model, over, chosen
-
-
-def step(model: Any, optimizer: Any, number: int) -> None:
-    optimizer.zero_grad()
-    net_loss(model, number).backward()
-    optimizer.step()
 
 
 def cores(over: OverParameterization, name: str) -> list[Tensor]:
