@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from loraover.checkpoint.files import CORES_FILE, META_FILE
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, OutputError
 
-from support.make_checkpoint import digest, edit_json, make_checkpoint, reseal, train
+from support.make_checkpoint import digest, edit_json, make_checkpoint, train
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -49,18 +48,6 @@ def test_a_newer_adapter_beside_older_cores_is_refused(tmp_path: Path) -> None:
         read_checkpoint(made.path)
     write_checkpoint(made.path, made.over, step=3)
     assert read_checkpoint(made.path).meta.step == 3
-
-
-def test_resealing_nothing_changes_nothing(tmp_path: Path) -> None:
-    """The tests' own seal is the format's: an untouched checkpoint passes with it, an edited one does not."""
-    made = make_checkpoint(tmp_path, steps=0)
-    meta = json.loads((made.path / META_FILE).read_text())
-    reseal(made.path)
-    assert json.loads((made.path / META_FILE).read_text()) == meta
-    read_checkpoint(made.path)
-    edit_json(made.path / META_FILE, lambda content: content.update(step=7))
-    with pytest.raises(CheckpointError, match="digest"):
-        read_checkpoint(made.path)
 
 
 @pytest.mark.parametrize("lacking", ["digest", "checksum"])
