@@ -1,22 +1,16 @@
-"""The memory that a container or a job leaves to this process, and that models are streamed where it is too small."""
+"""The memory that a container or a job leaves to this process."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from loraover.common.reporter import SILENT
 from loraover.models import device
 from loraover.models.device import free_memory, total_memory
-from loraover.models.load import resolve_model
-from loraover.models.memory import Needs, fit_base
 from loraover.models.memory_limits import Allowance, memory_limits
-
-from support.tiny_models import tiny_llama
 
 V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -80,23 +74,7 @@ def test_where_no_group_has_a_limit_the_machine_has(tmp_path: Path, monkeypatch:
     assert total_memory("cpu") == of_the_machine
 
 
-def test_the_groups_of_this_process_are_read() -> None:
-    found = list(memory_limits())
-    if not found:
-        pytest.skip("no control group of this process has a limit of memory")
-    total, free = total_memory("cpu"), free_memory("cpu")
-    assert total is not None
-    assert free is not None
-    assert 0 < free < total <= min(limit.total for limit in found)
-
-
-def test_a_model_that_a_job_has_no_room_for_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
-    root = make_root(tmp_path / "root", SLURM, V1, {"slurm/job_1": (2**26, 2**20, 0)})
-    needs = Needs(weights=2**24, adapters=0, tokens=1, per_token=1)  # 64 MiB in float32
-    asked: dict[str, Any] = {"device": "cpu", "compute_dtype": "fp32", "needs": needs, "say": SILENT.line}
-    base = resolve_model(str(tmp_path / "base"))
-    assert not fit_base("The check", base, **asked).is_streamed
+def test_the_memory_of_a_job_is_what_it_is_limited_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_root(tmp_path, SLURM, V1, {"slurm/job_1": (2**26, 2**20, 0)})
     monkeypatch.setattr(device, "memory_limits", partial(memory_limits, root))
-    assert fit_base("The check", base, **asked).is_streamed
     assert (total_memory("cpu"), free_memory("cpu")) == (2**26, 2**26 - 2**20)

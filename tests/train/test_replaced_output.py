@@ -58,20 +58,6 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("what", ["file", "link", "dangling link"])
-def test_only_a_folder_is_replaced(what: str, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    if what == "file":
-        target.write_text("mine")
-    else:
-        (tmp_path / "elsewhere").mkdir()
-        target.symlink_to(tmp_path / ("elsewhere" if what == "link" else "nowhere"))
-    before = tree(tmp_path)
-    with pytest.raises(OutputError, match=f"{target} exists already"), publish_directory(target, replace=True):
-        pytest.fail("the block ran")
-    assert tree(tmp_path) == before
-
-
 def test_what_holds_the_input_is_not_replaced(tmp_path: Path) -> None:
     source = tmp_path / "out" / "deep" / "input"
     source.mkdir(parents=True)
