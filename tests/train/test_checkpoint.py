@@ -251,6 +251,14 @@ def test_an_adapter_without_cores_is_refused(tmp_path: Path) -> None:
         write_checkpoint(made.path, made.over, step=0, adapter="other")
 
 
+def test_an_optimizer_that_keeps_lists_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path)
+    group = made.over.groups[0]
+    group.state[group.parameters(group.centre)[0]]["history"] = [1.0]
+    with pytest.raises(CheckpointError, match="the optimizer's state 'history' is a list"):
+        write_checkpoint(made.path, made.over, step=2)
+
+
 @pytest.mark.parametrize("matrix", ["A", "B"])
 def test_resuming_a_model_whose_matrices_contradict_the_cores_is_refused(matrix: str, tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, steps=0)
