@@ -140,11 +140,12 @@ def test_a_destination_inside_the_input_is_refused(inside: str, tmp_path: Path) 
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("write", [publish, publish_half])
-@pytest.mark.parametrize("name", ["file/out", "file/deep/out", "folder", "n" * 300], ids=lambda name: name[:13])
+@pytest.mark.parametrize("write", [partial(publish, outside=Path("/input")), publish_half], ids=["folder", "file"])
+@pytest.mark.parametrize("name", ["file/out", "file/deep/out", "folder", "loop/out", "n" * 300], ids=lambda n: n[:13])
 def test_an_unusable_destination_is_an_output_error(name: str, write: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = tree(tmp_path)
     with pytest.raises(OutputError):
         write(tmp_path / name, lambda draft: None)
