@@ -146,8 +146,8 @@ def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """Return the folders `checkpoint-N`, complete or not, the newest first."""
-    folders = [p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+    named = (p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal())
+    return sorted(filter(Path.is_dir, named), key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 
 
 def remove_incomplete(directory: str | os.PathLike[str], step: int) -> None:
