@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from loraover.common.dtypes import COMPUTE_DTYPES
@@ -41,9 +42,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def is_one_gpu(name: str) -> bool:
-    """Whether a name is that of one GPU of several, such as "cuda:1"."""
-    kind, _, index = name.partition(":")
-    return kind == "cuda" and index.isascii() and index.isdecimal()
+    """Whether a name is that of one GPU of several, such as "cuda:1", as PyTorch reads it."""
+    return re.fullmatch(r"cuda:(0|[1-9][0-9]{0,2})", name) is not None
 
 
 def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -65,7 +65,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
         choose_device(name)
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:one", "cuda:²", "cpu:0", "mps:0", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:-1", "cuda:²", "cuda:01", "cpu:0", "mps:0", "meta"])
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="expected one of auto, cpu, cuda, mps, or one GPU such as cuda:1"):
         choose_device(name)
