@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraover.models import device
-from loraover.models.device import free_memory, total_memory
-from loraover.models.memory_limits import Allowance, memory_limits
+from loraover.models.device import Allowance, free_memory, memory_limits, total_memory
 
 V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
