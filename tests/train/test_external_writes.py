@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
@@ -39,10 +39,6 @@ def cores(over: OverParameterization, name: str) -> list[Tensor]:
 # Ways to write
 
 
-def _data(model: Any, parameter: Tensor, folder: Path) -> None:
-    parameter.data.copy_(torch.ones_like(parameter))
-
-
 @torch.no_grad()
 def _one_bit(model: Any, parameter: Tensor, folder: Path) -> None:
     parameter[1, 1] = torch.nextafter(parameter[1, 1], torch.tensor(math.inf))
@@ -50,12 +46,6 @@ def _one_bit(model: Any, parameter: Tensor, folder: Path) -> None:
 
 def _nan(model: Any, parameter: Tensor, folder: Path) -> None:
     parameter.data[0, 0] = math.nan
-
-
-def _peft_state_dict(model: Any, parameter: Tensor, folder: Path) -> None:
-    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
-    state[next(key for key in state if WRITTEN in key)] *= 2
-    set_peft_model_state_dict(model, state)
 
 
 def _load_adapter(model: Any, parameter: Tensor, folder: Path) -> None:
@@ -67,10 +57,8 @@ def _load_adapter(model: Any, parameter: Tensor, folder: Path) -> None:
 
 
 WRITES: dict[str, Callable[[Any, Tensor, Path], None]] = {
-    "data": _data,
     "one bit": _one_bit,
     "nan": _nan,
-    "peft state dict": _peft_state_dict,
     "load_adapter": _load_adapter,
 }
 

@@ -267,11 +267,6 @@ def test_patterns_choose_sites_in_the_models_order() -> None:
     assert len(over.sites) == 6
 
 
-def test_a_pattern_without_a_match_names_the_nearest_sites() -> None:
-    with pytest.raises(ConfigError, match=r"'second\.loraA' matches none of 6 sites\. Nearest: second\.lora_A"):
-        OverParameterization(tiny_net(), LoraOverConfig(sites=["*lora_B", "second.loraA"]))
-
-
 @pytest.mark.parametrize(
     ("pattern", "near"),
     [
