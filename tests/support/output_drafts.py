@@ -26,8 +26,8 @@ def fill(draft: Path) -> None:
     (draft / "b").write_text("two")
 
 
-def publish(target: Path, then: Callable[[Path], object], **options: Any) -> None:
-    """Fills a draft and does something more before its block ends."""
+def publish(target: Path, then: Callable[[Path], object] = lambda draft: None, **options: Any) -> None:
+    """Fills a draft and may do something more before its block ends."""
     with publish_directory(target, **options) as draft:
         fill(draft)
         then(draft)

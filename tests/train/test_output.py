@@ -55,6 +55,10 @@ def test_the_umask_is_obeyed_without_being_changed(tmp_path: Path, umask: int, m
     assert set(tree(tmp_path / "out")) == {"inner", "inner/a", "b"}
 
 
+def make_file(target: Path) -> None:
+    publish_file(target, lambda draft: draft.write_text("new"))
+
+
 def publish_half(target: Path, then: Callable[[Path], object]) -> None:
     publish_file(target, lambda draft: [draft.write_text("half"), then(draft)], parents=True)
 
@@ -154,25 +158,37 @@ def test_an_unusable_destination_is_an_output_error(name: str, write: Callable[.
     assert tree(tmp_path) == before
 
 
-def test_contents_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+@pytest.mark.parametrize(
+    ("write", "parts"),
+    [(make_file, [""]), (publish, ["", "b", "inner", "inner/a"])],
+    ids=["file", "folder"],
+)
+def test_contents_are_on_disk_before_the_name_is(
+    write: Callable[[Path], None], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is named first can be empty after a power cut."""
+    events: list[tuple[str, Path]] = []
+    fsync = os.fsync
 
     def recorded_fsync(descriptor: int) -> None:
-        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        events.append(("on disk", Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
-    def recorded_rename(self: Path, target: Path) -> Path:
-        events.append(f"-> {target.name}")
-        return rename(self, target)
+    def recorded(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(draft: Path, target: Path) -> Path:
+            events.append(("named", draft))
+            return move(draft, target)
+
+        return moved
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "rename", recorded_rename)
-    with publish_directory(tmp_path / "out") as draft:
-        fill(draft)
-    named = events.index("-> out")
-    assert {"a", "b", "inner", draft.name} <= set(events[:named])
-    assert events[named + 1 :] == [tmp_path.name]
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, recorded(getattr(Path, name)))
+    write(tmp_path / "out")
+    (draft,) = (path for event, path in events if event == "named")
+    assert draft != tmp_path / "out"
+    assert sorted(events[:-2]) == sorted(("on disk", draft / part) for part in parts)
+    assert events[-2:] == [("named", draft), ("on disk", tmp_path)]
 
 
 @pytest.mark.parametrize("old", [None, "old"])
@@ -230,28 +246,6 @@ def test_a_file_takes_a_free_place(has_links: bool, tmp_path: Path, monkeypatch:
     assert (tmp_path / "file").stat().st_nlink == 1
 
 
-def test_a_files_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is named first can be empty after a power cut."""
-    target = tmp_path / "file"
-    events: list[tuple[str, Path]] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def recorded_fsync(descriptor: int) -> None:
-        events.append(("on disk", Path(f"/proc/self/fd/{descriptor}").readlink()))
-        fsync(descriptor)
-
-    def recorded_replace(self: Path, new: Path) -> Path:
-        events.append(("named", self))
-        return replace(self, new)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "replace", recorded_replace)
-    publish_file(target, lambda draft: draft.write_text("new"))
-    draft = events[0][1]
-    assert draft != target
-    assert events == [("on disk", draft), ("named", draft), ("on disk", tmp_path)]
-
-
 def test_missing_parents_of_a_file_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "file"
     with pytest.raises(OutputError):
@@ -300,21 +294,11 @@ def interrupted_at(moment: int, publish: Callable[[Path], object], target: Path)
     return False
 
 
-def make_file(target: Path) -> None:
-    publish_file(target, lambda draft: draft.write_text("new"))
-
-
-def make_folder(target: Path) -> None:
-    with publish_directory(target) as draft:
-        fill(draft)
-
-
-def replace_folder(target: Path) -> None:
-    with publish_directory(target, replace=True) as draft:
-        fill(draft)
-
-
-@pytest.mark.parametrize(("publish", "has_old"), [(make_file, False), (make_folder, False), (replace_folder, True)])
+@pytest.mark.parametrize(
+    ("publish", "has_old"),
+    [(make_file, False), (publish, False), (partial(publish, replace=True), True)],
+    ids=["file", "folder", "replaced folder"],
+)
 def test_an_interrupt_leaves_all_or_nothing(publish: Callable[[Path], object], has_old: bool, tmp_path: Path) -> None:
     def begun(name: str) -> Path:
         (tmp_path / name).mkdir()
