@@ -101,24 +101,17 @@ class DiagnosticsCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Copy A and B before a step that may be logged."""
-        self._before = factors(model) if _may_log(args, state, state.global_step + 1) else None
+        self._before = factors(kwargs["model"]) if _may_log(args, state, state.global_step + 1) else None
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the measurements to what the Trainer logs."""
-        if self._before is None or logs is None or "loss" not in logs:
+        logs: dict[str, Any] = kwargs["logs"]
+        if self._before is None or "loss" not in logs:
             return
-        numbers = {"step_norm": step_norm(self._before, factors(model))}
+        numbers = {"step_norm": step_norm(self._before, factors(kwargs["model"]))}
         if self._over is not None and self._over.over is not None:
             numbers |= core_numbers(self._over.over)
         named = {PREFIX + name: value for name, value in numbers.items()}

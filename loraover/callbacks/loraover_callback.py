@@ -80,17 +80,10 @@ class LoraOverCallback(TrainerCallback):
         self._saved_into: Path | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model's matrices cores, or restore those of the checkpoint, and attach the optimizer."""
-        assert model is not None
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         only_adapter(find_sites(model).values())
         self._saved_into = None
         if self.over is not None:
@@ -98,7 +91,9 @@ class LoraOverCallback(TrainerCallback):
         config = _seeded(with_measured_bases(self.config, ordinary_optimizer(optimizer)), args.seed)
         probe = None
         if runs_model(config):
-            batches = calibration_batches(train_dataloader, config.calibration_batches, args.seed, args.device)
+            batches = calibration_batches(
+                kwargs["train_dataloader"], config.calibration_batches, args.seed, args.device
+            )
             probe = Probe(model, batches, self.loss)
         if state.global_step > 0:
             checkpoint = self._checkpoint(args, state)
@@ -124,19 +119,11 @@ class LoraOverCallback(TrainerCallback):
             )
         self._logged_rounds = len(self.over.schedule.rounds)
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the cores to the checkpoint that the Trainer has saved, and the adapter if it has saved other files."""
         if self.over is None:
             return
-        assert model is not None
-        folder = checkpoint_folder(args, state)
+        model, folder = kwargs["model"], checkpoint_folder(args, state)
         self._saved_into = folder.parent
         if self._is_sharded or not isinstance(model, PeftModel):
             self._save_all(args, model, folder, state.global_step)
@@ -144,18 +131,12 @@ class LoraOverCallback(TrainerCallback):
             self.save(folder, step=state.global_step)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """End the training of cores, and write the adapter and its cores to the output folder."""
         if self.over is None:
             return
-        assert model is not None
-        step = state.global_step
+        model, step = kwargs["model"], state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.over.detach()  # the model now holds the best checkpoint's matrices, whose cores are in that checkpoint
             checkpoint = state.best_model_checkpoint

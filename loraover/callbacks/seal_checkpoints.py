@@ -59,33 +59,23 @@ class SealCheckpoints(TrainerCallback):
         self._saw_cores = False
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the Trainer's `save_total_limit`."""
         if self._limit is None:  # an interrupted run has left it set
             self._limit = args.save_total_limit
         args.save_total_limit = None
-        self._saw_cores = has_cores(optimizer)
+        self._saw_cores = has_cores(kwargs.get("optimizer"))
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that this callback comes after the one that trains through cores.
 
         Raises:
             ConfigError: It comes before.
         """
-        if has_cores(optimizer) and not self._saw_cores:
+        if has_cores(kwargs.get("optimizer")) and not self._saw_cores:
             raise ConfigError(
                 "SealCheckpoints comes before LoraOverCallback, so it would seal checkpoints that lack their cores; "
                 "put it behind: callbacks=[LoraOverCallback(...), SealCheckpoints()]."
@@ -146,8 +136,8 @@ def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """Return the folders `checkpoint-N`, complete or not, the newest first."""
-    folders = [p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+    named = (p for p in Path(directory).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal())
+    return sorted(filter(Path.is_dir, named), key=lambda p: -int(p.name.removeprefix("checkpoint-")))
 
 
 def remove_incomplete(directory: str | os.PathLike[str], step: int) -> None:

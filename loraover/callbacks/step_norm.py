@@ -39,19 +39,18 @@ class Factors:
 
 
 @torch.no_grad()
-def factors(model: nn.Module, adapter: str | None = None) -> dict[str, Factors]:
-    """Copy A and B of every module that has an adapter.
+def factors(model: nn.Module) -> dict[str, Factors]:
+    """Copy A and B of the active adapter of every module; of several, the first one's.
 
     Args:
         model: PEFT model, or a wrapper of it.
-        adapter: PEFT's name of the adapter; None means the first active one.
 
     Returns:
         The copies by the module's path; experts of one parameter have a path each.
     """
     found = {}
     for module, layer in lora_layers(model).items():
-        name = layer.active_adapters[0] if adapter is None else adapter
+        name = layer.active_adapters[0]
         if name in layer.lora_A:
             a, b = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
         elif name in layer.lora_embedding_A:

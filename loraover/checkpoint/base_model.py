@@ -81,11 +81,12 @@ def resolve_base(
         )
     source = resolve_model(name, *revisions, say=say)
     names = {str(trained_on) for trained_on, _ in trained}
-    is_substituted = source.stand_in is not None and source.name != name
-    if is_substituted and name in names:
+    stand_in = source.stand_in
+    if stand_in is not None and source.name != name and stand_in.stands_for in names:
         raise ConfigError(
-            f"{_listed(adapters)}: trained on {name} of the hub, which cannot be reached. The stand-in for "
-            f"this model, {source.name}, has other weights; name it with {option} if you want to use it nevertheless."
+            f"{_listed(adapters)}: trained on {stand_in.stands_for} of the hub, which cannot be reached. The "
+            f"stand-in for this model, {source.name}, has other weights; name it with {option} if you want to use it "
+            "nevertheless."
         )
     return move(names, source, say)
 

@@ -95,6 +95,8 @@ def misfit(reference: Path) -> str | None:
         found = adapter_digest(reference.parent)
     except CheckpointError as error:
         return str(error)
+    except OSError as error:  # of a file that an export has named
+        return f"{_kept_beside(reference)} names a file that cannot be read: {error.strerror}"
     if found == recorded:
         return None
     return f"{reference} was recorded of an adapter with the digest {recorded:.12}, and this one has {found:.12}"

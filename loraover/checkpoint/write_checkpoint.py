@@ -37,7 +37,8 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: The folder holds no adapter in safetensors; or no matrix of the adapter has cores, and no
-            dynamic schedule can give it some later; or A and B are trained in several dtypes.
+            dynamic schedule can give it some later; or A and B are trained in several dtypes, or by an optimizer
+            that keeps neither tensors nor numbers.
         ConfigError: A matrix was changed outside the optimizer step.
         OutputError: The files cannot be written.
 
@@ -122,7 +123,12 @@ def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tenso
                 for name, value in state.items():
                     if isinstance(value, Tensor):
                         tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
-                    else:
+                    elif isinstance(value, int | float | str | None):
                         plain[f"{key}.{name}"] = value
+                    else:
+                        raise CheckpointError(
+                            f"{key}: the optimizer's state {name!r} is a {type(value).__name__}, which a checkpoint "
+                            "cannot hold; use an optimizer that keeps tensors and numbers, such as AdamW."
+                        )
             records.append(record.model_copy(update={"state": plain}))
     return tensors, records, dtypes

@@ -258,9 +258,12 @@ def check_free(target: Path, *, outside: Path | None = None, replace: bool = Fal
     if occupied and not replaceable:
         kind = "a link" if target.is_symlink() else "a folder" if target.is_dir() else "a file"
         raise OutputError(f"{target} exists already and is {kind}; choose another output or remove it first.")
-    if outside is not None and target.resolve().is_relative_to(outside.resolve()):
+    if outside is None:
+        return
+    place, source = (Path(os.path.realpath(path)) for path in (target, outside))  # `resolve` fails in a circle of links
+    if place.is_relative_to(source):
         raise OutputError(f"{target} lies inside the input {outside}; choose an output outside of it.")
-    if outside is not None and occupied and outside.resolve().is_relative_to(target.resolve()):
+    if occupied and source.is_relative_to(place):
         raise OutputError(f"{target} holds the input {outside}; replacing it would remove the input.")
 
 

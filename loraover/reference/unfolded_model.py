@@ -56,18 +56,17 @@ class _Widened:
     """The latest input in the type to compute in, which layers with a common input (q, k and v) ask for in turn."""
 
     def __init__(self) -> None:
-        self._given: tuple[Tensor, int] | None = None
-        self._wide: Tensor | None = None
+        self._latest: tuple[Tensor, int, Tensor] | None = None
 
     def __call__(self, x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        wide, version = self._wide, None if x.is_inference() else x._version
-        if wide is not None and self._given is not None and version is not None:
-            given, seen = self._given
+        version = None if x.is_inference() else x._version
+        if self._latest is not None and version is not None:
+            given, seen, wide = self._latest
             if given is x and seen == version and (wide.device, wide.dtype) == (device, dtype):
                 return wide
-        self._wide = x.to(device).to(dtype)
-        self._given = None if version is None else (x, version)
-        return self._wide
+        wide = x.to(device).to(dtype)
+        self._latest = None if version is None else (x, version, wide)
+        return wide
 
 
 @dataclass

@@ -76,6 +76,12 @@ def test_the_reference_of_another_adapter_is_left_out(
     assert not {REFERENCE_FILE, KEPT_FILE} & {path.name for path in (tmp_path / "served").iterdir()}
 
 
+def test_a_kept_reference_that_names_what_cannot_be_read_is_none(first: Path, tmp_path: Path) -> None:
+    assert run(cli, ["fold", str(first), "-o", str(tmp_path / "folded")]) == 0
+    edit_json(tmp_path / "folded" / KEPT_FILE, lambda kept: kept.update(files={"x" * 300: "00"}))
+    assert "names a file that cannot be read: File name too long" in str(misfit(tmp_path / "folded" / REFERENCE_FILE))
+
+
 def test_a_file_that_is_replaced_loses_the_reference_of_its_predecessor(first: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(first, tmp_path / "bare")
     (bare / REFERENCE_FILE).unlink()

@@ -189,13 +189,13 @@ TRAINING = (
         "checkpoint-without-a-digest-passes",
         "if meta.digest != digest_of(",
         "if meta.digest and meta.digest != digest_of(",
-        Selection("test_checkpoint_seal.py", "lacks_a_seal"),
+        Selection("test_checkpoint_refused.py", "lacks_a_seal"),
     ),
     Mutant(
         "checkpoint-file-without-a-checksum-passes",
         "found != self.meta.sha256.get(name) and",
         "found != self.meta.sha256.get(name, found) and",
-        Selection("test_checkpoint_seal.py", "lacks_a_seal"),
+        Selection("test_checkpoint_refused.py", "lacks_a_seal"),
     ),
     Mutant(
         "checkpoint-contradiction-of-less-than-one-passes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from loraover.common.atomic_output import publish_directory
 
@@ -25,9 +26,9 @@ def fill(draft: Path) -> None:
     (draft / "b").write_text("two")
 
 
-def publish(target: Path, then: Callable[[Path], object], *, replace: bool = False) -> None:
-    """Fills a draft and does something more before its block ends."""
-    with publish_directory(target, replace=replace) as draft:
+def publish(target: Path, then: Callable[[Path], object] = lambda draft: None, **options: Any) -> None:
+    """Fills a draft and may do something more before its block ends."""
+    with publish_directory(target, **options) as draft:
         fill(draft)
         then(draft)
 

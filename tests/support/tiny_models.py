@@ -182,9 +182,9 @@ def lora_matrices(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def update_norm(model: nn.Module, adapter: str | None = None) -> float:
+def update_norm(model: nn.Module) -> float:
     """Frobenius norm of scaling * B A over all adapted modules; 0 for a fresh LoRA."""
-    return math.sqrt(sum(found.square() for found in factors(model, adapter).values()))
+    return math.sqrt(sum(found.square() for found in factors(model).values()))
 
 
 def token_ids(seed: int = 0, batch: int = 4, length: int = 8) -> Tensor:

@@ -150,17 +150,6 @@ def test_a_step_skipped_for_infinity_changes_nothing(fused: bool, unscale: bool,
     assert not same(resumed, before[0])
 
 
-def test_a_zero_rate_for_auxiliaries_freezes_them() -> None:
-    model, over, optimizer = make(lambda p: AdamW(p, lr=1e-2, weight_decay=0.1), aux_lr_scale=0)
-    before = cores(over)
-    train(model, optimizer, range(3))
-    k = 0
-    for group in over.groups:
-        for index, stack in enumerate(group.stacks):
-            assert torch.equal(stack, before[k]) is (index != group.centre)
-            k += 1
-
-
 @pytest.mark.parametrize("decay_auxiliary", [False, True])
 def test_weight_decay_shrinks_the_centre_alone_unless_asked(decay_auxiliary: bool) -> None:
     model, over, optimizer = make(lambda p: AdamW(p, lr=0.1, weight_decay=0.5), decay_auxiliary=decay_auxiliary)
@@ -172,6 +161,3 @@ def test_weight_decay_shrinks_the_centre_alone_unless_asked(decay_auxiliary: boo
         shrunk = 0.95 ** (len(group.stacks) if decay_auxiliary else 1)
         bound = 2 * gamma(over.decomposition.contraction_terms(*group.shape), 2**-24)
         torch.testing.assert_close(over.sites[name].parameter, before[name] * shrunk, rtol=0, atol=bound)
-
-
-# Precision

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.callbacks.diagnostics import core_numbers
-from loraover.overparam.block_bases import RIDGE, Blocks, Side, eigenvectors, next_eigenvectors, turn
+from loraover.overparam.block_bases import RIDGE, Blocks, eigenvectors, next_eigenvectors
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.eigenbases import BasisFollower
@@ -34,34 +34,11 @@ from support.tiny_models import lora_matrices, tiny_net
 from tolerances import UNDERFLOW, UNIT, gamma, isometry_error
 
 LENGTHS, LARGEST = st.integers(1, 150), st.sampled_from([1, 2, 3, 5, 7, 16, 64])
-SIDES: list[Side] = ["rows", "columns"]
 DTYPES = [torch.float64, torch.float32]
 some = examples(40)
 
 
 # Division
-
-
-@given(length=LENGTHS, largest=LARGEST)
-@some
-def test_blocks_are_as_few_and_as_equal_as_can_be(length: int, largest: int) -> None:
-    blocks = Blocks.of(length, largest)
-    parts = [len(part) for part in np.array_split(np.arange(length), ceil(length / largest))]
-    assert [blocks.size] * blocks.full + [blocks.size - 1] * (blocks.number - blocks.full) == parts
-    assert blocks.length == length
-    assert blocks.size <= largest
-
-
-@given(length=LENGTHS, largest=LARGEST, seed=SEEDS)
-@some
-def test_join_undoes_split_and_a_shorter_block_ends_with_zero(length: int, largest: int, seed: int) -> None:
-    blocks, x = Blocks.of(length, largest), normal(seed, 2, 3, length)
-    split = blocks.split(x)
-    assert split.shape == (2, 3, blocks.number, blocks.size)
-    assert torch.equal(blocks.join(split), x)
-    assert not split[..., blocks.full :, -1].any()
-    parts = torch.tensor_split(x, blocks.number, -1)
-    assert all(torch.equal(split[..., k, : part.shape[-1]], part) for k, part in enumerate(parts))
 
 
 @given(length=LENGTHS, largest=LARGEST, seed=SEEDS)
@@ -76,26 +53,6 @@ def test_the_diagonal_is_that_of_the_matrix(length: int, largest: int, seed: int
 
 
 # Turning
-
-
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("side", SIDES)
-@given(length=LENGTHS, largest=LARGEST, other=sizes(), sharing=st.integers(1, 3), seed=SEEDS)
-@some
-def test_a_turn_is_the_product_with_the_dense_basis(
-    side: Side, inverse: bool, length: int, largest: int, other: int, sharing: int, seed: int
-) -> None:
-    """Whatever lies in the padding, and with neighbours that share a basis."""
-    blocks, owners = Blocks.of(length, largest), 2
-    basis = normal(seed, owners, blocks.number, blocks.size, blocks.size)
-    x = normal(seed + 1, owners * sharing, *((length, other) if side == "rows" else (other, length)))
-    found = turn(x, basis, blocks, side, inverse=inverse)
-    for i, matrix in enumerate(x):
-        v = torch.from_numpy(block_diagonal(basis[i // sharing].numpy(), length))
-        v = v.mT if inverse else v
-        product = [v.mT @ matrix, v.mT.abs() @ matrix.abs()] if side == "rows" else [matrix @ v, matrix.abs() @ v.abs()]
-        bound = 2 * gamma(length, UNIT[torch.float64]) * product[1] + UNDERFLOW[torch.float64]
-        assert ((found[i] - product[0]).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("shape", [(8, 4096), (4096, 8)], ids=str)
@@ -222,13 +179,6 @@ def test_eigenvectors_stay_where_they_are(length: int, largest: int, seed: int) 
     found, order = next_eigenvectors(moment, vectors, blocks)
     assert torch.equal(order, torch.eye(blocks.size, dtype=order.dtype).expand_as(order))
     assert (found - vectors).abs().max() < 1e-10 * blocks.size
-
-
-def test_columns_are_sorted_by_their_eigenvalues_first() -> None:
-    moment = torch.diag(torch.tensor([1.0, 3.0, 2.0])).reshape(1, 1, 3, 3)
-    found, order = next_eigenvectors(moment, torch.eye(3).reshape(1, 1, 3, 3), Blocks.of(3, 3))
-    assert order.tolist() == [[[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]]
-    assert torch.equal(found, order)
 
 
 # Groups

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from loraover import Budget, LoraOverCallback, LoraOverConfig, OverParameterization, Probe
+from loraover import Budget, LoraOverConfig, OverParameterization, Probe
 from loraover.callbacks.calibration import calibration_batches
 from loraover.common.errors import ConfigError
 
@@ -80,12 +78,6 @@ def test_batches_are_drawn_by_the_seed_without_repetition() -> None:
     assert rows_of(calibration_batches(loader, 3, seed=2, device="cpu")) != rows
 
 
-def test_what_is_no_tensor_stays_in_its_batch() -> None:
-    rows = [row | {"text": "a"} for row in ROWS]
-    loader = loader_of(rows, batch_size=2, collate_fn=lambda rows: {"text": [row["text"] for row in rows]})
-    assert calibration_batches(loader, 1, seed=1, device="cpu") == [{"text": ["a", "a"]}]
-
-
 def test_a_small_dataset_is_taken_whole() -> None:
     loader = loader_of(ROWS, batch_size=10)
     batches = calibration_batches(loader, 9, seed=1, device="cpu")
@@ -121,35 +113,6 @@ def test_neither_the_random_state_nor_the_loaders_order_changes() -> None:
         assert order(look=True) == order(look=False)
 
 
-@pytest.mark.parametrize("score", ["fisher", "loss_impact"])
-def test_a_static_run_of_the_trainer_sees_the_data_that_a_plain_one_sees(score: str, tmp_path: Path) -> None:
-    def seen(callbacks: list[Any]) -> list[Any]:
-        model = with_lora(tiny_llama(), task_type="CAUSAL_LM", lora_dropout=0.1)
-        batches: list[Any] = []
-
-        def watch(module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
-            batches.append(kwargs["labels"].tolist())
-
-        class Watch(TrainerCallback):
-            """From the first step on, when the schedule has chosen."""
-
-            def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-                model.register_forward_pre_hook(watch, with_kwargs=True)
-
-        args = TrainingArguments(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True
-        )
-        Trainer(model, args, train_dataset=ROWS, callbacks=[*callbacks, Watch()]).train()
-        return batches
-
-    callback = LoraOverCallback(LoraOverConfig(schedule="static", score=score, budget=Budget(fraction=0.25)))
-    plain = seen([])
-    assert len(plain) == 3
-    assert seen([callback]) == plain
-    assert callback.over is not None
-    assert len(callback.over.injected) == 7
-
-
 BATCHES = [{"input_ids": batch, "labels": batch} for batch in (token_ids(seed) for seed in range(3))]
 
 
@@ -176,16 +139,6 @@ def test_calibration_checkpoints_as_training_does(draw_b: bool, backwards: int, 
     chosen(model)
     assert len(forwards) == 2 * backwards * len(layers)
     assert {module.training for module in model.modules()} == {mode == "train"}
-
-
-def test_loss_impact_warms_up_with_checkpointing_and_compares_losses_without_dropout() -> None:
-    model = with_lora(tiny_llama(), task_type="CAUSAL_LM", draw_b=False, lora_dropout=0.5).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    modes = []
-    model.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
-    chosen(model, score="loss_impact")
-    assert modes[:2] == [(True, True)] * 2
-    assert set(modes[2:]) == {(False, False)}
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,11 @@ from transformers import Trainer, TrainerCallback
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, read_checkpoint
 from loraover.checkpoint.tensor_file import open_tensors
-from loraover.common.command_line import run as run_command
 from loraover.common.errors import ConfigError
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.training.progress import TrainingProgress
-from loraover_export.cli import cli as export_cli
 
-from support.hf_trainer import DATA, adapter_tensors, arguments, assert_contracted, assert_holds, llama, trainer_of
+from support.hf_trainer import DATA, arguments, assert_contracted, assert_holds, llama, trainer_of
 
 pytestmark = pytest.mark.process
 
@@ -56,26 +54,14 @@ def test_options_of_one_run_are_not_those_of_the_next(tmp_path: Path) -> None:
         assert read_checkpoint(tmp_path / optim).meta.config.options == {"block": 8, **sources}
 
 
-def test_fold_takes_what_training_leaves_and_says_what_a_plain_lora_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = trainer_of(tmp_path / "run", model := llama())
+def test_training_leaves_the_adapter_with_its_cores(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, model := llama())
     trainer.train()
-    model.save_pretrained(tmp_path / "adapter")
-    assert_holds(model, tmp_path / "run")
-    assert_contracted(tmp_path / "run", sites=28)
-    assert read_checkpoint(tmp_path / "run").meta.step == 4
-
-    assert run_command(export_cli, ["fold", str(tmp_path / "adapter"), "-o", str(tmp_path / "folded")]) == 2
-    said = capsys.readouterr().err
-    assert "holds a plain LoRA without the cores of its training, which can be served as it is" in said
-    assert "output_dir and its checkpoint-N folders hold cores" in said
-    trainer.save_model()  # into the same folder, which stays a checkpoint
-    assert run_command(export_cli, ["fold", str(tmp_path / "run"), "-o", str(tmp_path / "folded")]) == 0
-    folded = adapter_tensors(tmp_path / "folded")
-    for key, matrix in adapter_tensors(tmp_path / "run").items():
-        torch.testing.assert_close(folded[key], matrix)
-    assert (tmp_path / "folded" / "fold_certificate.json").is_file()
+    assert read_checkpoint(tmp_path).meta.step == 4
+    for _ in range(2):
+        assert_holds(model, tmp_path)
+        assert_contracted(tmp_path, sites=28)
+        trainer.save_model()  # into the same folder, which stays a checkpoint
 
 
 def test_what_training_leaves_is_of_the_adapter_that_was_trained(tmp_path: Path) -> None:
@@ -107,15 +93,6 @@ def test_a_seed_of_its_own_is_kept(tmp_path: Path) -> None:
     trainer_of(tmp_path, callback=callback, save_strategy="steps", save_steps=4, seed=11).train()
     assert read_checkpoint(tmp_path / "checkpoint-4").meta.config.seed == 5
     assert_contracted(tmp_path / "checkpoint-4", sites=4)
-
-
-def test_the_first_loss_and_gradient_norm_are_plain_loras(tmp_path: Path) -> None:
-    def first(callbacks: list[Any]) -> tuple[float, float]:
-        trainer = Trainer(llama(), arguments(tmp_path, max_steps=1), train_dataset=DATA, callbacks=callbacks)
-        trainer.train()
-        return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
-
-    assert first([LoraOverCallback()]) == pytest.approx(first([]), rel=1e-4)
 
 
 def test_an_interrupted_training_can_be_begun_again(tmp_path: Path) -> None:
@@ -161,25 +138,3 @@ def test_every_decision_is_in_the_log_once(tmp_path: Path, schedule: dict[str, A
     for row, found in zip(told, callback.over.schedule.rounds, strict=bool(schedule)):
         assert row["loraover_scores"] == {name: found.scores[name] for name in found.chosen}
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()] == trainer.state.log_history
-
-
-# Writes from outside
-
-
-class WriteBetween(TrainerCallback):
-    """Writes B after the second step, as a callback with averaged weights would."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2:
-            kwargs["model"].base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.data.mul_(2)
-
-
-def test_a_write_during_training_stops_it_by_name(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=2)
-    trainer.add_callback(WriteBetween())
-    with pytest.raises(ConfigError, match=r"first model\.layers\.0\.mlp\.up_proj\.lora_B, were changed"):
-        trainer.train()
-    assert not (tmp_path / "checkpoint-2" / "loraover.json").exists()
-
-
-# Other trainers

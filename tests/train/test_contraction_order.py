@@ -57,15 +57,6 @@ def test_no_order_is_cheaper(shape: tuple[int, int], num_cores: int, tokens: int
     assert found.cost == min(everything) == cost(chain, found.steps, tokens)
 
 
-@pytest.mark.parametrize("num_cores", range(2, 7))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_step_takes_all_cores(shape: tuple[int, int], num_cores: int) -> None:
-    for tokens in (1, 2**20):
-        steps = cheapest_order(Mpo(num_cores).layout(*shape), tokens).steps
-        assert sorted(k for step in steps for k in range(step.first, step.last)) == list(range(num_cores))
-        assert max(step.last - step.first for step in steps) < num_cores
-
-
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_the_count_is_that_of_the_products_that_run(shape: tuple[int, int], name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.overparam.optimizers import ELEMENTWISE
@@ -18,7 +17,7 @@ from loraover.overparam.optimizers import ELEMENTWISE
 from strategies import normal
 from support.hooked_run import core_states, make, same, train
 from support.optimizers import adagrad, adamw_8bit, muon
-from support.tiny_models import lora_matrices, net_loss, tiny_net
+from support.tiny_models import lora_matrices, net_loss
 
 STEPS = 6
 
@@ -67,15 +66,6 @@ def test_a_gradient_lies_in_memory_as_its_core_does(decomposition: str, monkeypa
     train(model, optimizer, range(3))
     assert seen
     assert all(gradient == core for gradient, core in seen)
-
-
-def test_a_fused_step_in_turned_axes_is_that_of_a_loop() -> None:
-    found = []
-    for name in ("AdamW-fused", "AdamW"):
-        model, over, optimizer = make(ALL[name], **DECOMPOSED["eigen"])
-        train(model, optimizer, range(STEPS))
-        found.append(torch.cat([group.contract().flatten() for group in over.groups]))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)  # a step is 1e-2; its axes amplify roundings
 
 
 @by_decomposition
@@ -166,53 +156,6 @@ def test_a_split_group_trains_as_if_it_had_never_been_whole(
     whole = trained()
     monkeypatch.setattr("loraover.overparam.optimizer_view.ELEMENTWISE", ())
     assert same(whole, trained())
-
-
-@by_decomposition
-def test_two_rates_divide_a_group_and_each_is_used(decomposition: str) -> None:
-    """LoRA+ steps B faster; here the matrices of two layers, which share a shape, differ."""
-
-    def run(rates: Mapping[str, float]) -> tuple[dict[str, Tensor], OverParameterization]:
-        model = tiny_net()
-        over = OverParameterization(model, LoraOverConfig(**DECOMPOSED[decomposition]))
-        named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-        groups = [{"params": [p for key, p in named if layer in key], "lr": rate} for layer, rate in rates.items()]
-        over.attach(optimizer := AdamW(groups))
-        return train(model, optimizer, range(3)), over
-
-    slow, _ = run({"first": 1e-3, "second": 1e-3, "third": 1e-3})
-    mixed, over = run({"first": 1e-3, "second": 1e-2, "third": 1e-3})
-    alone, _ = run({"first": 1e-3, "second": 1e-2, "third": 1e-2})
-    assert [[site.name for site in group.sites] for group in over.groups if len(group.sites) > 1] == []
-    assert all(group.is_joined for group in over.groups)
-    assert set(over.injected) == set(over.sites)
-    if decomposition == "eigen":
-        assert set(over.followers) == set(over.groups)
-    steps = {}
-    for key, matrix in mixed.items():
-        start = lora_matrices(tiny_net())[key]
-        steps[key] = float((matrix - start).norm() / (slow[key] - start).norm())
-    assert all(5 < ratio < 15 if "second" in key else 0.5 < ratio < 2 for key, ratio in steps.items())
-    assert not same(mixed, alone)
-
-
-def test_moments_and_their_steps_follow_a_group_that_is_divided() -> None:
-    """A second optimizer of the same class may group the matrices in another way."""
-    model, over, optimizer = make(decomposition="eigen")
-    train(model, optimizer, range(4))
-    states = {name: core_state(over, name) for name in over.sites}
-    follower = {name: over.followers[group].site_state(i) for name, (group, i) in over.injected.items()}
-    over.detach()
-    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    over.attach(AdamW([{"params": [p for key, p in named if ("second" in key) is second]} for second in (True, False)]))
-    assert max(len(group.sites) for group in over.groups) == 1
-    assert same({name: core_state(over, name) for name in over.sites}, states)
-    assert same({n: over.followers[group].site_state(i) for n, (group, i) in over.injected.items()}, follower)
-
-
-def core_state(over: OverParameterization, name: str) -> dict[str, Any]:
-    group, i = over.injected[name]
-    return {key: torch.as_tensor(value).clone() for key, value in group.core_state(group.centre, i).items()}
 
 
 # Cores that are renewed

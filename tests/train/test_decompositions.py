@@ -1,19 +1,17 @@
-"""Every decomposition's contraction and application against NumPy oracles."""
+"""Every decomposition's contraction and application against NumPy oracles, and what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
-from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover.common.errors import ConfigError, ShapeError
+from loraover.overparam.decompositions import DECOMPOSITIONS, make_decomposition
 
-from oracles.contraction import Array
 from strategies import (
     OPTIONS,
     SEEDS,
@@ -24,7 +22,6 @@ from strategies import (
 )
 from support.decomposition_cases import (
     DTYPES,
-    ISOMETRIC,
     ORACLES,
     apply,
     centre,
@@ -98,18 +95,6 @@ def test_application_equals_the_product_with_the_oracle(
 
 
 @every_decomposition
-@pytest.mark.parametrize("shape", [(24, 36), (36, 24), (8, 576), (576, 8)], ids=str)
-def test_application_does_not_form_the_matrix(name: str, shape: tuple[int, int]) -> None:
-    case = Case(name, {}, *shape)
-    cores = random_cores(case, 1, seed=0)
-    with FlopCounterMode(display=False) as forming:
-        contract(case, cores)
-    with FlopCounterMode(display=False) as applying:
-        apply(case, cores, normal(1, 1, 1, case.n))
-    assert 0 < applying.get_total_flops() < forming.get_total_flops()
-
-
-@every_decomposition
 def test_application_to_no_token_gives_none(name: str) -> None:
     case = Case(name, {}, 4, 6)
     assert apply(case, random_cores(case, 2, seed=0), torch.zeros(2, 0, 6, dtype=torch.float64)).shape == (2, 0, 4)
@@ -129,71 +114,6 @@ def test_a_power_of_two_in_the_centre_scales_the_product_exactly(
     assert torch.equal(apply(case, scaled, x), apply(case, cores, x) * 2.0**power)
 
 
-@every_decomposition
-@given(data=st.data(), seed=SEEDS)
-@cheap
-def test_one_zero_core_gives_zero(name: str, data: st.DataObject, seed: int) -> None:
-    case = data.draw(cases(name))
-    cores = random_cores(case, 2, seed)
-    for k, core in enumerate(cores):
-        zeroed = replaced(cores, k, torch.zeros_like(core))
-        assert not contract(case, zeroed).any()
-        assert not apply(case, zeroed, normal(seed, 2, 3, case.n)).any()
-
-
-def gauge(bond: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """A random change of basis and its inverse, both exact: shears, a permutation and powers of two."""
-    shear = np.eye(bond) + np.diag(rng.integers(-1, 2, size=bond - 1), k=-1)
-    inverse = np.eye(bond)
-    for i in range(1, bond):
-        inverse[i] -= shear[i, i - 1] * inverse[i - 1]
-    order, powers = rng.permutation(bond), 2.0 ** rng.integers(-2, 3, size=bond)
-    change, back = shear[:, order] * powers, inverse[order] / powers[:, None]
-    assert np.array_equal(change @ back, np.eye(bond))
-    return change, back
-
-
-def moved(cores: Sequence[Array], k: int, change: Array, back: Array) -> list[Array]:
-    """Cores with a gauge change on the bond between k and k + 1."""
-    left, right = cores[k] @ change, np.tensordot(back, cores[k + 1], axes=1)
-    return [*cores[:k], left, right, *cores[k + 2 :]]
-
-
-@pytest.mark.parametrize("name", ISOMETRIC)
-@given(data=st.data(), seed=SEEDS)
-@cheap
-def test_a_gauge_change_on_any_bond_keeps_the_product(name: str, data: st.DataObject, seed: int) -> None:
-    case = data.draw(cases(name))
-    shapes = case.decomposition.core_shapes(case.m, case.n)
-    cores = random_cores(case, 1, seed)
-    (natural,) = natural_cores(case, cores)
-    before = contract(case, cores)
-    for k in range(len(cores) - 1):
-        bond = natural[k].shape[-1]
-        change, back = gauge(bond, np.random.default_rng(seed))
-        after = moved(natural, k, change, back)
-        unfolded = [torch.from_numpy(core.reshape(1, *shape)) for core, shape in zip(after, shapes, strict=True)]
-        # |C_k| |T| |T^-1| |C_{k+1}| bounds both contractions and the two products with the gauge.
-        largest = moved([np.abs(core) for core in natural], k, np.abs(change), np.abs(back))
-        relative = 2 * gamma(chain_terms(shapes) + 2 * bond, UNIT[torch.float64])
-        bound = torch.from_numpy(1.01 * relative * ORACLES[name](largest))
-        assert within(contract(case, unfolded), before, bound)
-
-
-@given(data=st.data(), seed=SEEDS)
-@cheap
-def test_a_diagonal_gauge_change_keeps_the_svd_product(data: st.DataObject, seed: int) -> None:
-    """The bond of an SVD may be permuted and scaled; its centre has no room for more."""
-    case = data.draw(cases("svd"))
-    cores = random_cores(case, 1, seed)
-    u, s, v = cores
-    rng = np.random.default_rng(seed)
-    order = torch.from_numpy(rng.permutation(s.shape[-1]))
-    signs = torch.from_numpy(rng.choice([-1.0, 1.0], size=s.shape[-1]) * 2.0 ** rng.integers(-2, 3, size=s.shape[-1]))
-    changed = [(u * signs)[:, :, order], (s / signs)[:, :, order], v[:, order]]
-    assert within(contract(case, changed), contract(case, cores), contraction_bound(case, cores))
-
-
 @given(data=st.data(), seed=SEEDS)
 @cheap
 def test_the_mpo_contraction_equals_tensorly(data: st.DataObject, seed: int) -> None:
@@ -203,3 +123,98 @@ def test_the_mpo_contraction_equals_tensorly(data: st.DataObject, seed: int) -> 
     (natural,) = natural_cores(case, cores)
     foreign = torch.from_numpy(tensorly.tt_matrix_to_tensor(natural).reshape(1, case.m, case.n))
     assert within(contract(case, cores), foreign, contraction_bound(case, cores))
+
+
+# Refused
+
+
+@every_decomposition
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 5)], ids=str)
+def test_cores_of_a_wrong_shape_are_refused(name: str, shape: tuple[int, int]) -> None:
+    case = Case(name, {}, *shape)
+    cores = random_cores(case, 2, seed=0)
+    x = normal(0, 2, 3, case.n)
+    expected = str(list(case.decomposition.core_shapes(*shape)))
+    wrong = [cores[:-1], [*cores, cores[-1]], [core[0] for core in cores]]
+    for k, core in enumerate(cores):
+        wrong.append(replaced(cores, k, torch.cat([core, core[:, :, :1]], dim=2)))
+        wrong.append(replaced(cores, k, torch.cat([core, core[:, :1]], dim=1)))
+        if core.shape[1] != core.shape[2]:
+            wrong.append(replaced(cores, k, core.mT))
+    for each in wrong:
+        with pytest.raises(ShapeError, match=f"cores of a {case.m} x {case.n} matrix") as error:
+            contract(case, each)
+        assert expected in str(error.value)
+        with pytest.raises(ShapeError, match=f"cores of a {case.m} x {case.n} matrix"):
+            apply(case, each, x)
+
+
+def test_an_unknown_decomposition_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"'tucker'.*mpo, svd, chain"):
+        make_decomposition("tucker")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("mpo", {}, "Mpo(num_cores=3, modes={}, bonds=None, expansion=None, gauge='identity')"),
+        (
+            "mpo",
+            {"num_cores": 2, "modes": {"4": [2, 2], 3: (1, 3)}, "bonds": [5], "gauge": "random"},
+            "Mpo(num_cores=2, modes={4: (2, 2), 3: (1, 3)}, bonds=(5,), expansion=None, gauge='random')",
+        ),
+        ("svd", {}, "Svd()"),
+        ("chain", {"depth": 3, "expansion": 2}, "Chain(depth=3, expansion=2)"),
+    ],
+    ids=str,
+)
+def test_the_text_by_which_studies_know_a_decomposition_stays(
+    name: str, options: dict[str, Any], expected: str
+) -> None:
+    assert repr(make_decomposition(name, options)) == expected
+
+
+def test_a_thousand_faults_are_one_short_message() -> None:
+    with pytest.raises(ConfigError, match="and 992 more") as error:
+        make_decomposition("mpo", {"bonds": ["x"] * 1000})
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "faults"),
+    [
+        (
+            "mpo",
+            {"num_cores": 3, "modes": {8: (3, 3, 1), 6: (2, 3)}, "bonds": (2,), "expansion": 0.5},
+            ["modes[8] is (3, 3, 1)", "modes[6] is (2, 3)", "bonds is (2,)", "expansion is 0.5"],
+        ),
+        ("mpo", {"bonds": (16, 16), "expansion": 2}, ["bonds and expansion exclude each other"]),
+        ("mpo", {"gauge": "qr"}, ["gauge is 'qr', but should be 'identity' or 'random'"]),
+        ("mpo", {"num_cores": 1, "expansion": 2.0}, ["expansion needs num_cores of at least 2"]),
+        ("mpo", {"num_cores": 2.5}, ["num_cores is 2.5"]),
+        ("mpo", {"modes": {8: (2.0, 2.0, 2.0)}}, ["modes[8][0] is 2.0", "modes[8][2] is 2.0"]),
+        ("mpo", {"bonds": (16.5, 16)}, ["bonds[0] is 16.5"]),
+        ("mpo", {"expansion": True}, ["expansion is True"]),
+        ("mpo", {"width": 2}, ["'width' is not an option; the options are num_cores, modes,"]),
+        ("svd", {"width": 2}, ["'width' is not an option; there are none"]),
+        ("svd", {"name": "svd"}, ["'name' is not an option"]),
+        ("chain", {"depth": 1, "expansion": 0.5}, ["depth is 1", "expansion is 0.5"]),
+        ("chain", {"depth": 2.5}, ["depth is 2.5"]),
+        (
+            "eigen",
+            {"refresh": 0, "block": 5000},
+            ["refresh is 0, but should be", "block is 5000, but should be"],
+        ),
+        ("eigen", {"growth": 0.5, "decay": 1.0}, ["growth is 0.5, but should be", "decay is 1.0, but should be less"]),
+        ("eigen", {"short": "both"}, ["short is 'both', but should be 'gradient', 'calibration' or 'none'"]),
+        ("eigen", {"second_moments": "squared"}, ["second_moments is 'squared', but should be 'kept' or 'carried'"]),
+        ("eigen", {"train_auxiliary": True}, ["train_auxiliary needs bases that do not follow gradients"]),
+    ],
+    ids=str,
+)
+def test_every_fault_of_the_options_is_listed(name: str, options: dict[str, Any], faults: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_decomposition(name, options)
+    message = str(error.value)
+    assert message.startswith(f"{name}: ")
+    assert [fault for fault in faults if fault not in message] == []

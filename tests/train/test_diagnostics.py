@@ -55,8 +55,9 @@ def test_the_step_norm_is_the_dense_one() -> None:
     assert step_norm(before, before) == 0
 
 
-def test_every_logged_step_has_its_numbers(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, LoraOverCallback())
+@pytest.mark.parametrize("adapter", ["default", "math"])
+def test_every_logged_step_has_its_numbers(adapter: str, tmp_path: Path) -> None:
+    trainer = trained(tmp_path, LoraOverCallback(), adapter)
     norms = logged(trainer, "step_norm")
     assert list(norms) == [2, 4]
     assert all(norm > 0 for norm in norms.values())
@@ -65,12 +66,6 @@ def test_every_logged_step_has_its_numbers(tmp_path: Path) -> None:
     assert 0 < logged(trainer, "added_share")[2] < 1
     conditions = logged(trainer, "gauge_condition")
     assert 1 < conditions[2] < conditions[4]
-
-
-def test_plain_lora_has_step_norms_only(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, None)
-    assert list(logged(trainer, "step_norm")) == [2, 4]
-    assert logged(trainer, "centre_norm") == {}
 
 
 @pytest.mark.parametrize(
@@ -88,12 +83,7 @@ def test_numbers_are_of_the_step_that_is_logged(tmp_path: Path, changes: dict[st
     expected = logged(each, "step_norm")
     assert logged(trainer, "step_norm") == {step: expected[step] for step in steps}
     assert len(set(expected.values())) == len(expected) >= 3
-
-
-def test_an_adapter_of_another_name_is_measured(tmp_path: Path) -> None:
-    norms = logged(trained(tmp_path, LoraOverCallback(), adapter="math"), "step_norm")
-    assert list(norms) == [2, 4]
-    assert all(norm > 0 for norm in norms.values())
+    assert logged(trainer, "centre_norm") == {}
 
 
 def test_they_reach_every_tracker_and_the_trainers_own_record(tmp_path: Path) -> None:

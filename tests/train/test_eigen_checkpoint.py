@@ -1,57 +1,49 @@
-"""Checkpoints of eigen: resumed bit for bit, folded, and left behind at the end of a run."""
+"""Checkpoints of eigen are resumed bit for bit, and refused where their bases cannot be those of a run."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 from torch.optim import AdamW
 
-from loraover import OverParameterization
+from loraover import LoraOverConfig, read_checkpoint
+from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.command_line import run
+from loraover.common.errors import CheckpointError
 from loraover.overparam.eigenbases import BasisFollower
+from loraover_export import fold_checkpoint
 from loraover_export.cli import cli
-from loraover_export.fold.certificate import FoldCertificate
 
-from support.eigen_checkpoint import OPTIONS, V, made_of
+from strategies import normal
+from support.eigen_checkpoint import CORE, OPTIONS, OUT, B, V, made_of
 from support.hooked_run import same
 from support.make_checkpoint import (
     Made,
     adamw,
-    cores_of,
-    nearest,
-    numpy64,
+    edit_json,
+    edit_tensors,
+    make_checkpoint,
     oracle_matrices,
     reopened,
+    reseal,
     save,
     train,
 )
+from support.parallel_run import cores
 from support.tiny_models import lora_matrices
 
 
-def follower_states(over: OverParameterization) -> dict[str, Any]:
-    return {name: over.followers[group].site_state(i) for name, (group, i) in over.injected.items()}
-
-
-def states(over: OverParameterization) -> dict[str, Any]:
-    return {
-        f"{name}.{k}": dict(group.core_state(k, group.owner(k, i)))
-        for name, (group, i) in over.injected.items()
-        for k in group.trained
-    }
-
-
 def assert_alike(one: Made, other: Made) -> None:
-    assert same(cores_of(one.over), cores_of(other.over))
-    assert same(states(one.over), states(other.over))
-    assert same(follower_states(one.over), follower_states(other.over))
+    assert same(cores(one.over), cores(other.over))
     assert same(lora_matrices(one.model), lora_matrices(other.model))
-
-
-# Resumed
 
 
 RESUMED = [*((kind, torch.float32) for kind in OPTIONS), ("both", torch.float64), ("both", torch.bfloat16)]
@@ -122,54 +114,170 @@ def test_groups_of_two_rates_that_follow_other_steps_are_resumed(tmp_path: Path)
     resumed.over.detach()
     again = AdamW(rates(resumed.model))
     resumed.over.attach(again)
-    assert same(follower_states(resumed.over), follower_states(made.over))
+    assert same(cores(resumed.over), cores(made.over))
     for model, stepped in ((made.model, optimizer), (resumed.model, again)):
         train(model, stepped, range(4, 10))
     assert_alike(resumed, made)
 
 
-# Folded
+# Embeddings
 
 
-@pytest.mark.parametrize("kind", ["both", "trained"])
-def test_a_fold_is_the_oracles_contraction_with_its_certificate(kind: str, tmp_path: Path) -> None:
-    made = made_of(tmp_path, kind, steps=5)
-    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "folded")]) == 0
-    folded = load_file(tmp_path / "folded" / "adapter_model.safetensors")
-    expected = oracle_matrices(made.path)
-    assert folded.keys() == expected.keys()
-    for key, matrix in folded.items():
-        difference = abs(numpy64(matrix) - nearest(expected[key], "fp32"))
-        assert (difference <= 2.0**-23 * abs(expected[key])).all(), key  # a float64 sum that lies at a tie
-        assert (difference == 0).mean() > 0.99
-    certificate = FoldCertificate.model_validate_json((tmp_path / "folded" / "fold_certificate.json").read_bytes())
-    assert {matrix.name for matrix in certificate.matrices} == set(made.over.injected)
-    assert all(matrix.passed for matrix in certificate.matrices)
+EMBEDDED: dict[str, dict[str, Any]] = {
+    "gradient": {"block": 12},
+    "calibration": {"short": "calibration", "long": "calibration", "block": 12},
+    "trained": {"short": "calibration", "long": "calibration", "block": 12, "train_auxiliary": True},
+}
 
 
-# The end of a run
+@pytest.mark.parametrize("source", EMBEDDED)
+def test_the_axis_of_tokens_has_no_basis(source: str, tmp_path: Path) -> None:
+    config = LoraOverConfig(decomposition="eigen", options=EMBEDDED[source], seed=5)
+    made = make_checkpoint(tmp_path, config=config, steps=4, target_modules=["embed_tokens", "q_proj"])
+    name = next(name for name in made.over.sites if name.endswith("lora_embedding_A"))
+    group, i = made.over.injected[name]
+    r, _ = group.shape
+    assert [tuple(group.core(k, i).shape) for k in range(len(group.stacks))] == [(r, r), group.shape]
+    assert made.over.schedule.most_parameters[0] == made.over.num_parameters()[0]
+    assert list(made.over.followers[group].blocks) == (["rows"] if source == "gradient" else [])
 
+    found = read_checkpoint(made.path)
+    with open_tensors(found.cores_path) as file:
+        assert len(found.read_cores(file, found.sites[name])) == 2
+    assert fold_checkpoint(made.path, tmp_path / "folded", check_error=True).verdict != "failed"
 
-def test_a_finished_run_leaves_plain_lora_and_readable_cores(tmp_path: Path) -> None:
-    made = made_of(tmp_path, "both")
-    before = lora_matrices(made.model)
-    made.over.finish()
-    assert [len(group["params"]) for group in made.optimizer.param_groups] == [16]
-    train(made.model, made.optimizer, range(3, 4))
-    assert not same(lora_matrices(made.model), before)
-    for group in made.over.groups:
-        for i, site in enumerate(group.sites):
-            key = next(key for key in before if site.module in key and f"lora_{site.matrix}" in key)
-            torch.testing.assert_close(group.contract()[i], before[key], rtol=0, atol=1e-6)
-
-
-def test_adopted_matrices_survive_a_checkpoint(tmp_path: Path) -> None:
-    made = made_of(tmp_path, "both")
-    made.over.sites[V].parameter.data.fill_(0.25)
-    assert made.over.adopt_matrices() == [V]
-    save(made.path, made.model, made.over, step=3)
-    resumed = reopened(made, adamw)
-    assert_alike(resumed, made)
+    resumed = reopened(made, adamw, config)
     for each in (made, resumed):
-        train(each.model, each.optimizer, range(3, 8))
-    assert_alike(resumed, made)
+        train(each.model, each.optimizer, range(4, 6))
+    assert torch.equal(resumed.logits(), made.logits())
+
+
+# Damaged
+
+
+Copy = Callable[[str], Made]
+Change = Callable[[dict[str, Tensor]], object]
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    return cache(lambda kind: made_of(tmp_path_factory.mktemp(kind), kind))
+
+
+@pytest.fixture
+def copy_of(made_once: Copy, tmp_path: Path) -> Copy:
+    """Copies the checkpoint of a kind, which is made once; the model is the one that wrote it."""
+
+    def copied(kind: str) -> Made:
+        made = made_once(kind)
+        return replace(made, path=shutil.copytree(made.path, tmp_path / "checkpoint"))
+
+    return copied
+
+
+def damaged(made: Made, change: Change) -> None:
+    """Edit the cores, and put what they contract to into the adapter, so that only the bases are wrong."""
+    edit_tensors(made.path / "loraover.safetensors", change)
+    matrices = {key: torch.from_numpy(matrix).float() for key, matrix in oracle_matrices(made.path).items()}
+    edit_tensors(made.path / "adapter_model.safetensors", lambda tensors: tensors.update(matrices))
+    reseal(made.path)
+
+
+def _scaled(cores: dict[str, Tensor]) -> None:
+    cores[f"{CORE}.core.2"] *= 2
+
+
+def _one_bit(cores: dict[str, Tensor]) -> None:
+    cores[f"{CORE}.core.2"][5, 3] += 2.0**-10
+
+
+def _zero(cores: dict[str, Tensor]) -> None:
+    cores[f"{CORE}.core.0"].zero_()
+
+
+def _padding_mixed_in(cores: dict[str, Tensor]) -> None:
+    """Orthogonal, but a turn would lose what it moves into the padding: 32 = 11 + 11 + 10."""
+    basis = cores[f"{CORE}.core.2"].view(3, 11, 11)
+    basis[2] = torch.linalg.qr(normal(0, 11, 11).float())[0]
+
+
+@pytest.mark.parametrize("change", [_one_bit, _zero, _padding_mixed_in], ids=lambda change: change.__name__)
+def test_bases_that_are_not_orthogonal_are_refused(change: Change, copy_of: Copy, tmp_path: Path) -> None:
+    made = copy_of("gradient")
+    damaged(made, change)
+    with pytest.raises(CheckpointError, match=rf"the bases of {CORE} are not orthogonal: V\^T V is \S+ away"):
+        reopened(made, adamw)
+    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "folded")]) == 0  # a contraction needs no more
+
+
+def test_trained_bases_need_not_be_orthogonal(copy_of: Copy) -> None:
+    made = copy_of("trained")
+    damaged(made, _scaled)
+    reopened(made, adamw)
+
+
+def shares(name: str, value: dict[str, str]) -> Callable[[dict[str, Any]], None]:
+    def change(meta: dict[str, Any]) -> None:
+        next(site for site in meta["sites"] if site["name"] == name)["shares"] = value
+
+    return change
+
+
+HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "the centre": (shares(V, {"1": CORE}), f"{V}: shares: core 1 cannot be shared"),
+    "a negative core": (shares(V, {"-1": CORE}), f"{V}: shares: core -1 cannot be shared"),
+    "no such site": (shares(V, {"2": "nothing"}), f"{V}: shares: there is no site 'nothing'"),
+    "another shape": (shares(V, {"2": B}), f"{V}: shares: {B} has another shape or step"),
+    "one that holds none": (shares(V, {"2": OUT}), f"{V}: shares: {OUT} does not hold it itself"),
+    "a circle": (shares(CORE, {"2": V}), "does not hold it itself"),
+    "absent": (lambda meta: meta["sites"][0].pop("shares"), r"sites\.0\.shares"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_shares_that_no_run_writes_are_refused(case: str, copy_of: Copy) -> None:
+    made = copy_of("both")
+    change, message = HOSTILE[case]
+    edit_json(made.path / "loraover.json", change)
+    reseal(made.path)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(made.path)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "trained"])
+def test_what_follows_gradients_or_is_trained_is_not_shared(kind: str, copy_of: Copy) -> None:
+    made = copy_of(kind)
+    edit_json(made.path / "loraover.json", shares(V, {"2": CORE}))
+    edit_json(made.path / "loraover.json", shares(CORE, {"2": CORE}))
+    reseal(made.path)
+    with pytest.raises(CheckpointError, match="shares: core 2 cannot be shared"):
+        read_checkpoint(made.path)
+
+
+GAUGE: dict[str, tuple[Change, str]] = {
+    "no counts": (lambda t: t.pop(f"{CORE}.gauge.counts"), "no tensor"),
+    "another shape": (
+        lambda t: t.update({f"{CORE}.gauge.moment.rows": torch.ones(3, 3)}),
+        r"gauge\.moment\.rows is torch\.float32 \(3, 3\), expected torch\.float32 \(1, 4, 4\)",
+    ),
+    "another type": (lambda t: t.update({f"{CORE}.gauge.started.rows": torch.ones(())}), r"expected torch\.bool"),
+    "short counts": (
+        lambda t: t.update({f"{CORE}.gauge.counts": torch.tensor([1, 1])}),
+        r"expected \S+ \(3,\)",
+    ),
+    "not finite": (lambda t: t[f"{CORE}.gauge.moment.rows"].fill_(torch.nan), "holds NaN"),
+    "state of a basis": (
+        lambda t: t.update({f"{CORE}.core.0.exp_avg": torch.ones(4, 4)}),
+        r"core\.0 has optimizer state \(exp_avg\), but is not trained",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GAUGE)
+def test_moments_that_bases_cannot_follow_are_refused(case: str, copy_of: Copy) -> None:
+    made = copy_of("gradient")
+    change, message = GAUGE[case]
+    edit_tensors(made.path / "loraover.safetensors", change)
+    reseal(made.path)
+    with pytest.raises(CheckpointError, match=message):
+        reopened(made, adamw)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.common.errors import ConfigError
 from loraover.overparam import eigenbases
-from loraover.overparam.decompositions import Eigen, make_decomposition
+from loraover.overparam.decompositions import Eigen
 from loraover.overparam.optimizers import BLIND
 
 from support.hooked_run import make, ordinary_step, same, train
@@ -23,38 +22,6 @@ from support.precision import restore_default_precision
 from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable, with_lora
 
 BASES: Any = eigenbases  # its imports are replaced here
-
-
-# Options
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"refresh": 0}, r"eigen: refresh is 0, but should be greater than or equal to 1"),
-        ({"block": 5000}, r"block is 5000, but should be less than or equal to 4096"),
-        ({"growth": 0.5}, r"eigen: growth is 0\.5, but should be greater than or equal to 1"),
-        ({"decay": 1.0}, r"decay is 1\.0, but should be less than 1"),
-        ({"short": "both"}, r"short is 'both', but should be 'gradient', 'calibration' or 'none'"),
-        ({"second_moments": "squared"}, r"second_moments is 'squared', but should be 'kept' or 'carried'"),
-        ({"train_auxiliary": True}, r"train_auxiliary needs bases that do not follow gradients"),
-        ({"blocks": 64}, r"'blocks' is not an option"),
-        ({"refresh": 0, "block": 0, "growth": 0}, r"block is 0.*refresh is 0.*growth is 0"),
-    ],
-    ids=str,
-)
-def test_an_option_out_of_range_is_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_decomposition("eigen", options)
-    with pytest.raises(ValueError, match=message):
-        LoraOverConfig(decomposition="eigen", options=options)
-
-
-def test_a_budget_of_parameters_is_refused_as_it_adds_none() -> None:
-    config = LoraOverConfig(decomposition="eigen", schedule="static", budget=Budget(parameters=100))
-    message = r"budget\.parameters counts trained numbers, of which eigen adds none; give budget\.sites or"
-    with pytest.raises(ConfigError, match=message):
-        OverParameterization(tiny_net(), config, probe=Probe(tiny_net(), [0], net_loss))
 
 
 def test_trained_bases_count_in_a_budget_of_parameters() -> None:

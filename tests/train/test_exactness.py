@@ -19,6 +19,7 @@ from loraover.overparam.decompositions import DECOMPOSITIONS, make_decomposition
 
 from support.devices import DEVICE
 from support.optimizers import adagrad
+from support.parallel_run import deviation
 from support.tiny_models import net_batch, net_loss, tiny_net, trainable
 
 STEPS, MICRO_BATCHES, WEIGHT_DECAY = 20, 4, 0.1
@@ -129,12 +130,6 @@ def through(case: Case) -> dict[str, Tensor]:
         for name in cores:
             history[name].append(contract(name).detach())
     return {name: torch.stack(matrices) for name, matrices in history.items()}
-
-
-def deviation(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest difference of any element at any step; the elements are below one."""
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -9,34 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover import OverParameterization, write_checkpoint
 from loraover.common.errors import ConfigError
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
-from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
+from support.hooked_run import make, train
+from support.hooked_run import ordinary_step as step
+from support.tiny_models import lora_matrices, trainable
 
 WRITTEN = "second.lora_B"
 
 
 def run(steps: int = 2, optimizer: Any = AdamW, **config: Any) -> tuple[Any, OverParameterization, Any]:
     """A model, its cores and its optimizer after some steps."""
-    model = tiny_net()
-    over = OverParameterization(model, LoraOverConfig(**config))
-    chosen = optimizer(trainable(model), lr=1e-2)
-    over.attach(chosen)
-    for number in range(steps):
-        step(model, chosen, number)
+    model, over, chosen = make(lambda p: optimizer(p, lr=1e-2), **config)
+    train(model, chosen, range(steps))
     return model, over, chosen
-
-
-def step(model: Any, optimizer: Any, number: int) -> None:
-    optimizer.zero_grad()
-    net_loss(model, number).backward()
-    optimizer.step()
 
 
 def cores(over: OverParameterization, name: str) -> list[Tensor]:
@@ -45,10 +37,6 @@ def cores(over: OverParameterization, name: str) -> list[Tensor]:
 
 
 # Ways to write
-
-
-def _data(model: Any, parameter: Tensor, folder: Path) -> None:
-    parameter.data.copy_(torch.ones_like(parameter))
 
 
 @torch.no_grad()
@@ -60,12 +48,6 @@ def _nan(model: Any, parameter: Tensor, folder: Path) -> None:
     parameter.data[0, 0] = math.nan
 
 
-def _peft_state_dict(model: Any, parameter: Tensor, folder: Path) -> None:
-    state = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
-    state[next(key for key in state if WRITTEN in key)] *= 2
-    set_peft_model_state_dict(model, state)
-
-
 def _load_adapter(model: Any, parameter: Tensor, folder: Path) -> None:
     kept = parameter.detach().clone()
     parameter.data.mul_(2)
@@ -75,10 +57,8 @@ def _load_adapter(model: Any, parameter: Tensor, folder: Path) -> None:
 
 
 WRITES: dict[str, Callable[[Any, Tensor, Path], None]] = {
-    "data": _data,
     "one bit": _one_bit,
     "nan": _nan,
-    "peft state dict": _peft_state_dict,
     "load_adapter": _load_adapter,
 }
 

@@ -6,9 +6,7 @@ import io
 import json
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -20,9 +18,9 @@ from loraover import Budget, LoraOverConfig, OverParameterization, inspect_folde
 from loraover.checkpoint.metadata import Meta
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.common.errors import CheckpointError, LoraOverError
+from loraover.common.errors import LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
-from loraover.inspection.verdict import verdict_of
+from loraover.inspection.html import verdict_of
 from loraover.reporting.schedule_figures import plot_schedule
 from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.onnx.report import OnnxReport
@@ -31,7 +29,7 @@ from support.make_checkpoint import edit_json
 from support.plain_adapter import write_adapter
 from support.tiny_experts import EXPERTS, expert_lora, tiny_moe
 from support.tiny_hub import save_llama, write_recipe
-from support.tiny_models import tiny_gpt2, tiny_llama, tiny_t5, token_ids, trainable, with_lora
+from support.tiny_models import tiny_llama, tiny_t5, token_ids, trainable, with_lora
 from support.versions import needs_expert_stacks
 
 pytestmark = pytest.mark.process
@@ -119,19 +117,6 @@ def test_encoder_and_decoder_have_rows_of_their_own(tmp_path: Path) -> None:
     folder = trained(tmp_path / "t5", LoraOverConfig(), is_t5=True)
     layers = list(dict.fromkeys(place.layer for place in placed(read_checkpoint(folder).meta)))
     assert layers == ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
-
-
-@pytest.mark.parametrize("base", [tiny_llama, tiny_t5, tiny_gpt2])
-def test_every_matrix_has_a_place_of_its_own(base: Callable[[], Any], tmp_path: Path) -> None:
-    over = OverParameterization(model := with_lora(base()))
-    model.save_pretrained(tmp_path)
-    write_checkpoint(tmp_path, over, step=0)
-    assert len(placed(read_checkpoint(tmp_path).meta)) == len(over.sites)
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["inspect", str(tmp_path / "nothing")]) == 2
-    assert "no such folder" in capsys.readouterr().err
 
 
 ONNX_REPORT = OnnxReport(
@@ -263,11 +248,6 @@ def test_the_head_of_a_page_says_what_a_folder_is_and_how_it_stands(folders: dic
     assert (verdict_of(refused).tone, verdict_of(refused).sentence[-23:]) == ("bad", "preflight.json: failed.")
 
 
-def test_json_is_what_the_function_returns(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["inspect", str(folders["run"]), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == inspect_folder(folders["run"]).model_dump(mode="json")
-
-
 def test_a_plot_needs_cores(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(cli, ["inspect", str(folders["adapter"]), "--plot", str(tmp_path / "map.svg")]) == 2
     assert "without the cores" in capsys.readouterr().err
@@ -275,21 +255,17 @@ def test_a_plot_needs_cores(folders: dict[str, Path], tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("name", [names[0] for names in SIGNS.values()])
-@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"a": 1, "a": 2}'])
-def test_hostile_files_are_refused(
-    name: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"[" * 100_000)
     with pytest.raises(LoraOverError, match=name.replace(".", r"\.")):
         inspect_folder(tmp_path)
-    assert run(cli, ["inspect", str(tmp_path)]) == 2
-    assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_folder_without_a_known_file_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_known_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("adapter_config.json")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json \(adapter\)"):
-        inspect_folder(tmp_path)
+    for folder, said in ((tmp_path, "adapter_config.json (adapter)"), (tmp_path / "nothing", "no such folder")):
+        assert run(cli, ["inspect", str(folder)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_names_in_files_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover.common.errors import ShapeError
-from loraover.overparam.decompositions import Chain, Decomposition, Mpo, Svd, make_decomposition
+from loraover.overparam.decompositions import Chain, Decomposition, Mpo, make_decomposition
 from loraover.overparam.decompositions.mpo import balanced_factors
 
 from strategies import (
@@ -55,15 +55,6 @@ def test_balanced_factors_multiply_to_the_size_with_the_largest_in_the_middle(si
     assert prod(factors) == size
     distance = sorted(range(count), key=lambda k: abs(2 * k + 1 - count))
     assert all(factors[a] >= factors[b] for a, b in pairwise(distance))
-
-
-@pytest.mark.parametrize(
-    ("size", "factors"),
-    [(8, (2, 2, 2)), (576, (8, 12, 6)), (1536, (12, 16, 8)), (49152, (32, 48, 32)), (7, (1, 7, 1)), (1, (1, 1, 1))],
-)
-def test_dimensions_of_real_models_split_evenly(size: int, factors: tuple[int, ...]) -> None:
-    found = balanced_factors(size, 3)
-    assert found == factors or (prod(found) == size and max(found) / min(found) <= max(factors) / min(factors))
 
 
 @pytest.mark.parametrize("m", [8, 12])
@@ -123,14 +114,6 @@ def test_mpo_expansion_is_not_overshot(shape: tuple[int, int], expansion: float)
 @pytest.mark.parametrize("shape", LORA_SHAPES, ids=str)
 def test_full_bonds_cost_between_two_and_fifty_percent_more(shape: tuple[int, int]) -> None:
     assert 1 < Mpo().num_parameters(*shape) / prod(shape) <= 1.5
-
-
-@given(m=sizes(), n=sizes())
-@cheap
-def test_svd_cores_have_the_rank_of_the_shorter_side(m: int, n: int) -> None:
-    k = min(m, n)
-    assert Svd().core_shapes(m, n) == ((m, k), (1, k), (k, n))
-    assert Svd().centre(m, n) == 1
 
 
 @given(m=sizes(), n=sizes(), depth=st.integers(2, 5), expansion=expansions())

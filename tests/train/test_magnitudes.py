@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo
 
 from strategies import SEEDS, Case, cases, random_cores
 from support.decomposition_cases import cheap, every_decomposition, oracle
-from support.precision import BACKENDS, restore_default_precision
+from support.precision import restore_default_precision
 from tolerances import UNIT, chain_terms, gamma
 
 LOSS = 2.0**-104
@@ -120,17 +120,6 @@ def test_usual_cores_take_the_way_of_float32(name: str, monkeypatch: pytest.Monk
     assert dtypes == {torch.float32, torch.float64}
 
 
-def old_setting() -> None:
-    torch.set_float32_matmul_precision("medium")
-
-
-def new_setting() -> None:
-    if not BACKENDS:
-        pytest.skip("torch before 2.9 has the older function only")
-    BACKENDS["cuda"].fp32_precision = "tf32"  # after which the older function raises
-    BACKENDS["mkldnn"].fp32_precision = "bf16"
-
-
 @pytest.fixture
 def default_afterwards() -> Iterator[None]:
     yield
@@ -138,17 +127,11 @@ def default_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("default_afterwards")
-@pytest.mark.parametrize("choose", [old_setting, new_setting])
-def test_products_of_reduced_precision_are_not_trusted(choose: Callable[[], None]) -> None:
-    """A setting of PyTorch lets float32 products round to bfloat16 on some processors."""
-    cores = [core.float() for core in random_cores(MPO, 1, seed=0)]
-    expected = found(MPO, [core.double() for core in cores])
-    choose()
-    assert torch.equal(found(MPO, cores), expected)
-
-
-def test_products_under_autocast_are_not_trusted() -> None:
+def test_products_of_reduced_precision_are_not_trusted() -> None:
+    """Autocast, or a setting of PyTorch, lets float32 products round to bfloat16 on some processors."""
     cores = [core.float() for core in random_cores(MPO, 1, seed=0)]
     expected = found(MPO, [core.double() for core in cores])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(found(MPO, cores), expected)
+    torch.set_float32_matmul_precision("medium")
+    assert torch.equal(found(MPO, cores), expected)

@@ -19,14 +19,12 @@ from loraover.common.errors import ConfigError
 from support.hooked_run import (
     OPTIMIZERS,
     assert_contracted,
-    core_states,
     cores,
     make,
     ordinary_step,
     same,
     train,
 )
-from support.optimizers import adamw_8bit
 from support.tiny_models import (
     lora_matrices,
     net_loss,
@@ -50,14 +48,6 @@ def test_every_ordinary_optimizer_trains_the_cores(name: str) -> None:
     assert not any(torch.equal(before[key], after[key]) for key in before)
     assert_contracted(over)
     assert [len(group["params"]) for group in optimizer.param_groups] == [len(before)]
-
-
-def test_eight_bit_states_belong_to_the_cores() -> None:
-    model, over, optimizer = make(adamw_8bit, decomposition="chain")
-    train(model, optimizer, range(2))
-    states = core_states(over)
-    assert states
-    assert all(state["state1"].dtype is torch.uint8 for state in states if state["state1"].numel() >= 16)
 
 
 # Schedulers

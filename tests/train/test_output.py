@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -53,6 +55,10 @@ def test_the_umask_is_obeyed_without_being_changed(tmp_path: Path, umask: int, m
     assert set(tree(tmp_path / "out")) == {"inner", "inner/a", "b"}
 
 
+def make_file(target: Path) -> None:
+    publish_file(target, lambda draft: draft.write_text("new"))
+
+
 def publish_half(target: Path, then: Callable[[Path], object]) -> None:
     publish_file(target, lambda draft: [draft.write_text("half"), then(draft)], parents=True)
 
@@ -92,16 +98,6 @@ def test_a_failed_read_is_no_output_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_sync_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fsync(descriptor: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OutputError, match="Input/output error"), publish_directory(tmp_path / "out") as draft:
-        fill(draft)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.fixture(params=["folder", "empty folder", "file", "link", "dangling link"])
 def taken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     target = tmp_path / "out"
@@ -121,9 +117,11 @@ def taken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_an_existing_destination_is_refused_untouched(taken: Path, tmp_path: Path) -> None:
+    """Only a folder is replaced, and only where that is asked for."""
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match=f"{taken} exists already"), publish_directory(taken):
-        pytest.fail("the block ran")
+    for replace in [False] if taken.is_dir() and not taken.is_symlink() else [False, True]:
+        with pytest.raises(OutputError, match=f"{taken} exists already"), publish_directory(taken, replace=replace):
+            pytest.fail("the block ran")
     assert tree(tmp_path) == before
 
 
@@ -148,44 +146,49 @@ def test_a_destination_inside_the_input_is_refused(inside: str, tmp_path: Path) 
     assert tree(tmp_path) == before
 
 
-def test_a_destination_beside_the_input_is_fine(tmp_path: Path) -> None:
-    (tmp_path / "input").mkdir()
-    with publish_directory(tmp_path / "input-folded", outside=tmp_path / "input") as draft:
-        fill(draft)
-    assert (tmp_path / "input-folded" / "b").is_file()
-
-
-UNUSABLE = ["file/out", "file/deep/out", "n" * 300]
-
-
-@pytest.mark.parametrize("name", UNUSABLE, ids=lambda name: f"{name[:9]} {len(name)}")
-def test_an_unusable_destination_is_an_output_error(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [partial(publish, outside=Path("/input")), publish_half], ids=["folder", "file"])
+@pytest.mark.parametrize("name", ["file/out", "file/deep/out", "folder", "loop/out", "n" * 300], ids=lambda n: n[:13])
+def test_an_unusable_destination_is_an_output_error(name: str, write: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = tree(tmp_path)
-    with pytest.raises(OutputError), publish_directory(tmp_path / name):
-        pytest.fail("the block ran")
+    with pytest.raises(OutputError):
+        write(tmp_path / name, lambda draft: None)
     assert tree(tmp_path) == before
 
 
-def test_contents_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+@pytest.mark.parametrize(
+    ("write", "parts"),
+    [(make_file, [""]), (publish, ["", "b", "inner", "inner/a"])],
+    ids=["file", "folder"],
+)
+def test_contents_are_on_disk_before_the_name_is(
+    write: Callable[[Path], None], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is named first can be empty after a power cut."""
+    events: list[tuple[str, Path]] = []
+    fsync = os.fsync
 
     def recorded_fsync(descriptor: int) -> None:
-        events.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        events.append(("on disk", Path(f"/proc/self/fd/{descriptor}").readlink()))
         fsync(descriptor)
 
-    def recorded_rename(self: Path, target: Path) -> Path:
-        events.append(f"-> {target.name}")
-        return rename(self, target)
+    def recorded(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(draft: Path, target: Path) -> Path:
+            events.append(("named", draft))
+            return move(draft, target)
+
+        return moved
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "rename", recorded_rename)
-    with publish_directory(tmp_path / "out") as draft:
-        fill(draft)
-    named = events.index("-> out")
-    assert {"a", "b", "inner", draft.name} <= set(events[:named])
-    assert events[named + 1 :] == [tmp_path.name]
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, recorded(getattr(Path, name)))
+    write(tmp_path / "out")
+    (draft,) = (path for event, path in events if event == "named")
+    assert draft != tmp_path / "out"
+    assert sorted(events[:-2]) == sorted(("on disk", draft / part) for part in parts)
+    assert events[-2:] == [("named", draft), ("on disk", tmp_path)]
 
 
 @pytest.mark.parametrize("old", [None, "old"])
@@ -243,40 +246,10 @@ def test_a_file_takes_a_free_place(has_links: bool, tmp_path: Path, monkeypatch:
     assert (tmp_path / "file").stat().st_nlink == 1
 
 
-def test_a_files_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is named first can be empty after a power cut."""
-    target = tmp_path / "file"
-    events: list[tuple[str, Path]] = []
-    fsync, replace = os.fsync, Path.replace
-
-    def recorded_fsync(descriptor: int) -> None:
-        events.append(("on disk", Path(f"/proc/self/fd/{descriptor}").readlink()))
-        fsync(descriptor)
-
-    def recorded_replace(self: Path, new: Path) -> Path:
-        events.append(("named", self))
-        return replace(self, new)
-
-    monkeypatch.setattr(os, "fsync", recorded_fsync)
-    monkeypatch.setattr(Path, "replace", recorded_replace)
-    publish_file(target, lambda draft: draft.write_text("new"))
-    draft = events[0][1]
-    assert draft != target
-    assert events == [("on disk", draft), ("named", draft), ("on disk", tmp_path)]
-
-
-@pytest.mark.parametrize("name", ["file/inner", "absent/inner", "folder", "n" * 300], ids=lambda name: name[:12])
-def test_a_file_that_cannot_be_there_is_an_output_error(name: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    (tmp_path / "folder").mkdir()
-    before = tree(tmp_path)
-    with pytest.raises(OutputError):
-        publish_file(tmp_path / name, lambda draft: draft.write_text("new"))
-    assert tree(tmp_path) == before
-
-
 def test_missing_parents_of_a_file_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "file"
+    with pytest.raises(OutputError):
+        publish_file(target, lambda draft: draft.write_text("new"))
     check_file_writable(target, parents=True)
     assert tree(tmp_path) == {}
     publish_file(target, lambda draft: draft.write_text("new"), parents=True)
@@ -292,3 +265,53 @@ def test_one_message_about_one_failure(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         publish_file(tmp_path / "file", write)
     assert str(caught.value).count("cannot write") == 1
+
+
+# Ctrl-C at every moment
+
+
+def interrupted_at(moment: int, publish: Callable[[Path], object], target: Path) -> bool:
+    """Interrupt a publication at one of the moments at which Python handles signals; False if it ended before that.
+
+    These moments are the starts of functions written in Python and the ends of those written in C.
+    """
+    passed = 0
+
+    def notice(frame: FrameType, event: str, function: object) -> None:
+        nonlocal passed
+        if event in ("call", "c_return") and frame.f_code.co_filename != __file__:
+            passed += 1
+            if passed == moment:
+                raise KeyboardInterrupt
+
+    sys.setprofile(notice)
+    try:
+        publish(target)
+    except BaseException:  # its own, or the error of a file that a library closed once more
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("publish", "has_old"),
+    [(make_file, False), (publish, False), (partial(publish, replace=True), True)],
+    ids=["file", "folder", "replaced folder"],
+)
+def test_an_interrupt_leaves_all_or_nothing(publish: Callable[[Path], object], has_old: bool, tmp_path: Path) -> None:
+    def begun(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        if has_old:
+            fill_old(tmp_path / name / "out")
+        return tmp_path / name
+
+    old = tree(begun("old"))
+    publish(begun("new") / "out")  # the expressions for hidden names are compiled here, not at the moments below
+    new = tree(tmp_path / "new")
+    moment = 1
+    while interrupted_at(moment, publish, begun(str(moment)) / "out"):
+        assert tree(tmp_path / str(moment)) in (old, new), moment
+        moment += 1
+    assert tree(tmp_path / str(moment)) == new
+    assert moment > 200

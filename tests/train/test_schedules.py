@@ -25,7 +25,8 @@ from loraover.overparam.schedule import Round, Schedule
 from loraover.overparam.sites import find_sites
 
 from oracles import scores as oracle
-from support.make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, save, train
+from support.hooked_run import train as hooked
+from support.make_checkpoint import adamw, cores_of, make_checkpoint, numpy64, reopened, train
 from support.tiny_models import batch_loss, lora_matrices, net_batch, net_loss, tiny_net, trainable
 from tolerances import UNIT, gamma
 
@@ -44,13 +45,6 @@ def dynamic(
 ) -> OverParameterization:
     options = {"schedule": "dynamic", "budget": Budget(sites=4), "rounds": 2, "start": 0.2} | config
     return OverParameterization(model, LoraOverConfig(**options), steps=steps, probe=probe).attach(optimizer)
-
-
-def steps_of(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        net_loss(model, step).backward()
-        optimizer.step()
 
 
 # Static
@@ -113,7 +107,7 @@ def test_a_static_schedule_trains_what_it_chose() -> None:
     assert found.added == cores - matrices > 0
     before = lora_matrices(model)
     over.attach(optimizer := AdamW(trainable(model), lr=1e-2))
-    steps_of(model, optimizer, range(3))
+    hooked(model, optimizer, range(3))
     assert not any(torch.equal(before[key], matrix) for key, matrix in lora_matrices(model).items())
     assert over.schedule.rounds == [found]
 
@@ -137,7 +131,7 @@ def test_rounds_are_held_after_their_steps(score: str) -> None:
     over = dynamic(model, optimizer, score=score, probe=probe)
     counts = []
     for step in range(10):
-        steps_of(model, optimizer, range(step, step + 1))
+        hooked(model, optimizer, range(step, step + 1))
         counts.append(len(over.injected))
     assert counts == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4]
     first, second = over.schedule.rounds
@@ -171,10 +165,10 @@ def test_nothing_is_watched_once_the_rounds_are_over() -> None:
     optimizer = SGD(trainable(model), lr=0.1)
     over = dynamic(model, optimizer)
     assert over.schedule.observed is over.schedule.score
-    steps_of(model, optimizer, range(5))
+    hooked(model, optimizer, range(5))
     assert isinstance(over.schedule.score, GradientScore)
     kept = over.schedule.score.state()
-    steps_of(model, optimizer, range(5, 7))
+    hooked(model, optimizer, range(5, 7))
     assert over.schedule.observed is None
     assert over.schedule.score.state()["steps"] == kept["steps"] == 5
 
@@ -187,7 +181,7 @@ def test_a_round_waits_while_every_score_is_zero(score: str, caplog: pytest.LogC
     over = dynamic(model, optimizer, score=score, steps=20, probe=Probe(model, BATCHES, batch_loss))
     with caplog.at_level(logging.INFO, "loraover"):
         for step in range(20):
-            steps_of(model, optimizer, range(step, step + 1))
+            hooked(model, optimizer, range(step, step + 1))
             scheduler.step()
     # The seventh step is the first that moves B, the eighth the first whose gradient sees it.
     first = {"taylor": 8, "loss_impact": 7}[score]
@@ -213,7 +207,7 @@ def test_a_round_waits_for_the_first_gradient_of_a_where_b_has_one_already(
     over = dynamic(model, optimizer, score=score, steps=10)
     with caplog.at_level(logging.INFO, "loraover"):
         for step in range(5):
-            steps_of(model, optimizer, range(step, step + 1))
+            hooked(model, optimizer, range(step, step + 1))
             scheduler.step()
     # The second step is the first that moves B, the third the first that sees it.
     first, second = over.schedule.rounds
@@ -306,13 +300,3 @@ def test_every_decision_survives_a_checkpoint(settings: dict[str, Any], saved_at
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     assert torch.equal(resumed.logits(), made.logits())
-
-
-def test_a_folded_run_saves_its_decisions(tmp_path: Path) -> None:
-    config = LoraOverConfig(schedule="dynamic", budget=Budget(sites=5), rounds=2, start=0.2, seed=5)
-    made = make_checkpoint(tmp_path, config=config, steps=8, total=10)
-    made.over.finish()
-    save(tmp_path / "folded", made.model, made.over, step=8)
-    meta = read_checkpoint(tmp_path / "folded").meta
-    assert meta.rounds == made.over.schedule.rounds
-    assert (meta.optimizer, meta.optimizer_steps) == ("AdamW", 8)

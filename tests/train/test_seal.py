@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, seal
+from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, remove_incomplete, seal
 from loraover.checkpoint.checkpoint import SEAL_FILE
 
 
@@ -77,9 +77,11 @@ def test_rotation_counts_what_is_sealed_and_takes_nothing_else(
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     assert last_whole_checkpoint(tmp_path / "nothing") is None
     assert last_whole_checkpoint(tmp_path) is None
-    for name in ("checkpoint-", "checkpoint-last", "checkpoint-5-old", "tmp-checkpoint-7"):
+    for name in ("checkpoint-", "checkpoint-last", "checkpoint-5-old", "checkpoint-²", "tmp-checkpoint-7"):
         shutil.copytree(checkpoint(tmp_path / "made", 1), tmp_path / name)
         seal(tmp_path / name)
         shutil.rmtree(tmp_path / "made")
     (tmp_path / "checkpoint-9").write_text("a file")
+    remove_incomplete(tmp_path, 0)
+    assert (tmp_path / "checkpoint-9").is_file()
     assert last_whole_checkpoint(tmp_path) is None

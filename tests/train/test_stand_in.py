@@ -166,7 +166,7 @@ def test_no_one_base_model_is_refused(
 def test_a_stand_in_never_takes_the_place_of_the_hubs_model_in_silence(copy: Path, tmp_path: Path) -> None:
     """The adapter was trained on the real weights, elsewhere."""
     trained = adapter(tmp_path / "adapter", NAME, "v1")
-    for given in (None, NAME):
+    for given in (None, NAME, f"{NAME}@v1", f"https://huggingface.co/{NAME}"):
         with pytest.raises(ConfigError, match=f"{NAME} of the hub, which cannot be reached.*{copy}.*--base"):
             resolve_base([trained], given, option="--base", say=print)
     assert resolve_base([trained], str(copy), option="--base", say=print).location == str(copy)

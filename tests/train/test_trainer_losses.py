@@ -82,11 +82,6 @@ def test_the_loss_of_dpo_leaves_no_trace_in_its_logs(
     assert [log["num_tokens"] for log in logs] == [log["num_tokens"] for log in expected]
 
 
-def test_dpo_without_its_loss_says_what_is_missing(bases: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no loss from a batch of input_ids.*trainer_loss"):
-        dpo(bases["llama"], tmp_path, [LoraOverCallback(CONFIGS["fisher"])]).train()
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "has_loss"),
     [("GRPO", "fisher", False), ("RLOO", "calibration", True)],

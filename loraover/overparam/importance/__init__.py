@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from loraover.overparam.importance.base import GradientScore, Probe, Score, joint_norm
+from loraover.overparam.importance.controls import Inverse, Random
 from loraover.overparam.importance.fisher import Fisher
-from loraover.overparam.importance.inverse import Inverse
 from loraover.overparam.importance.loss_impact import LossImpact
-from loraover.overparam.importance.random import Random
 from loraover.overparam.importance.sensitivity import Sensitivity
 from loraover.overparam.importance.taylor import Taylor
 

@@ -1,4 +1,4 @@
-"""Control: random scores."""
+"""Controls, which a useful score must do better than: the worst sites first, and random ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import hashlib
 from typing import final
 
 from loraover.overparam.importance.base import Probe, Score
+from loraover.overparam.importance.fisher import Fisher
+
+
+@final
+class Inverse(Fisher):
+    """The score `fisher` with its order reversed."""
+
+    def values(self, probe: Probe | None) -> dict[str, float]:
+        return {name: -value for name, value in super().values(probe).items()}
 
 
 @final
