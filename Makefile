@@ -291,9 +291,18 @@ study-papers:
 study-replication:
 	$(BIN)/python docs/study/replication.py docs/study/replication.yaml docs/study/replication --jobs 2
 
-# The figures of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
+# The losses of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
+COMMA := ,
+GSM8K := $${LORAOVER_DATA:-../shared/data}/gsm8k
+FOURTH := budget={fraction: 0.25}
+BY_SCORE := $(foreach schedule,static dynamic,$(foreach score,fisher taylor sensitivity loss_impact random inverse,$(strip \
+	)$(COMMA)lora-over:schedule=$(schedule):score=$(score):$(FOURTH)))
 schedules: $(VENV)/.installed
-	cd tests && ../$(BIN)/python -m benchmarks.schedules --jobs 2 --out $(CURDIR)/runs/schedules
+	$(BIN)/loraover study gsm8k-smollm2 --lr-sweep 1e-3 --seeds 2 --jobs 2 --set training.max_steps=24 --set data.train_examples=200 \
+		--methods "lora,lora-over$(subst } ,},$(BY_SCORE)),lora-over:schedule=dynamic:$(FOURTH):carry_moments=false" \
+		--set "data.train=$(GSM8K)/train.jsonl.gz" --set "data.test=$(GSM8K)/test.jsonl" --set training.save_steps=1000 \
+		--set training.max_length=96 --set training.per_device_train_batch_size=2 --set evaluation.examples=24 \
+		--set over.calibration_batches=1 -o runs/schedules
 
 # Two methods, rates and seeds on a tiny model: killed in the middle, finished, and the same report as without.
 study-smoke: $(VENV)/.installed

@@ -166,12 +166,3 @@ def test_a_name_of_a_class_stands_for_one_thing() -> None:
     files = [file for package in ("loraover", "export", "serve") for file in (ROOT / package).rglob("*.py")]
     names = Counter(name for file in files for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE))
     assert {name for name, count in names.items() if count > 1} == set()
-
-
-@pytest.mark.parametrize("module", ["loraover.cli", "loraover_export.cli", "loraover_serve.cli"])
-def test_help_imports_no_heavy_package(module: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert "click" in imported
-    assert not imported & {"torch", "transformers", "peft", "numpy", "pydantic", "httpx2", "onnxruntime", "vllm"}

@@ -63,7 +63,7 @@ COLUMNS = 80
 Report = TypeVar("Report", bound=BaseModel)
 
 
-def partly(model: type[Report], **values: Any) -> Report:
+def partly(model: type[Report], /, **values: Any) -> Report:
     """A report with only those of its fields that are shown."""
     return model.model_construct(**values)
 
@@ -93,10 +93,11 @@ def parity_with(engine: str, concurrency: int | None) -> ParityReport:
     return report.model_copy(update={"together": [together], "notes": [], "reason": ""})
 
 
-def run_result() -> RunResult:
+def run_result(method: str) -> RunResult:
     measures = Measures(examples=32, loss=1.2345, exact_match=0.125)
-    return RunResult(
-        method="lora-over",
+    return partly(
+        RunResult,
+        method=method,
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         model_origin="HuggingFaceTB/SmolLM2-135M-Instruct, commit 0123456789abcdef0123456789abcdef01234567",
         data_origin="word problems that are made here, 512 rows with seed 0",
@@ -105,20 +106,18 @@ def run_result() -> RunResult:
         steps=60,
         train_seconds=100.0,
         timed_steps=60,
-        peak_bytes=1,
         trained_parameters=1,
-        hardware="",
         lora_parameters=2_442_240,
         added_parameters=195_360,
         update_norm=39.35,
         before=measures,
         after=measures,
-        versions={},
     )
 
 
 def onnx_check(adapter: str | None) -> GraphCheck:
-    return GraphCheck(
+    return partly(
+        GraphCheck,
         adapter=adapter,
         compared="change" if adapter else "logits",
         cases=[CaseError(case="1 x 8", max_logit=1.2e-5, mean_logit=1e-6)],
@@ -130,20 +129,9 @@ def onnx_check(adapter: str | None) -> GraphCheck:
 
 
 def onnx_report() -> OnnxReport:
-    return OnnxReport(
-        verdict="passed",
-        mode="swappable",
-        precision="int4",
-        device="cpu",
-        cache=True,
-        checked_on="cpu",
-        base_model="owner/model",
-        adapters={"lora-over": "runs/a/adapter"},
-        checks=[onnx_check(None), onnx_check("lora-over")],
-        matrices=[],
-        versions={},
-        hardware="",
-    )
+    checks = [onnx_check(None), onnx_check("lora-over")]
+    shown = {"verdict": "passed", "mode": "swappable", "precision": "int4", "device": "cpu", "checked_on": "cpu"}
+    return partly(OnnxReport, checks=checks, matrices=[], **shown)
 
 
 def lora_certificate() -> LoraCertificate:
@@ -323,8 +311,7 @@ def test_rows_of_names_and_values_are_broken_between_words() -> None:
 
 def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:
     console = Tables()
-    runs = {method: run_result().model_copy(update={"method": method}) for method in ("lora", "lora-over")}
-    show_runs({f"runs/demo/{method}": run for method, run in runs.items()}, console)
+    show_runs({f"runs/demo/{method}": run_result(method) for method in ("lora", "lora-over")}, console)
     shown = shown_on(console)
     assert max(map(len, shown.splitlines())) <= COLUMNS
     assert shown.count("base model") == 1, "what all runs have in common"
@@ -333,7 +320,7 @@ def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:
 
 def test_a_run_whose_start_was_not_measured_shows_its_end() -> None:
     console, end = Tables(), Measures(examples=32, loss=0.5, exact_match=0.75)
-    runs = {"one": run_result(), "other": run_result().model_copy(update={"before": None, "after": end})}
+    runs = {"one": run_result("lora"), "other": run_result("lora").model_copy(update={"before": None, "after": end})}
     show_runs(runs, console)
     rows = {line.split()[0]: line for line in shown_on(console).splitlines() if line.split()}
     assert rows["before"].count("loss") == 1

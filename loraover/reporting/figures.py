@@ -173,12 +173,12 @@ def _bottom_axis(drawing: Drawing, plot: _Plot, bottom: float) -> None:
     )
 
 
-def _placed(keys: Sequence[Key], width: float = WIDTH) -> list[tuple[float, int]]:
+def _placed(keys: Sequence[Key]) -> list[tuple[float, int]]:
     """Place of each entry of a legend: its left edge and its line."""
     places, x, line = [], EDGE, 0
     for text, _, _ in keys:
         needed = 18 + text_width(text, SMALL) + 10
-        if x > EDGE and x + needed > width:
+        if x > EDGE and x + needed > WIDTH:
             x, line = EDGE, line + 1
         places.append((x, line))
         x += needed

@@ -21,10 +21,12 @@ from pydantic import Field, model_validator
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.files import META_FILE
 from loraover.common.atomic_output import publish_text
-from loraover.common.errors import ConfigError, LoraOverError, OutputError
+from loraover.common.errors import ConfigError, DataError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import StrictModel
-from loraover.study.conversations import check_held_out
+from loraover.data.sources import BUILT_IN
+from loraover.data.turns import later_turn
+from loraover.training.examples import load_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.row_digests import read_digests
@@ -102,9 +104,27 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
         if _has_ended(folder):
             last = ""
         else:
-            check_held_out(recipe)
+            _check_held_out(recipe)
             last = _train(recipe, folder, threads, lock)
         return _outcome(recipe, folder, last)
+
+
+def _check_held_out(recipe: Recipe) -> None:
+    """Raise DataError if a held-out example continues the one before it.
+
+    A study chooses rates on one half of the examples and judges on the other half, and its intervals take examples to
+    be independent. Turns of one conversation would lie in both halves.
+    """
+    if recipe.data.train == BUILT_IN and recipe.data.test is None:
+        return
+    held_out = load_held_out(recipe)
+    later = None if held_out is None else later_turn(held_out.rows)
+    if later is not None:
+        raise DataError(
+            f"{recipe.data.test or recipe.data.name}: held-out example {later + 1} is a later turn of the "
+            f"conversation of example {later}. A study chooses rates on one half of the examples and judges on "
+            "the other, so its held-out conversations may have only one turn of the assistant."
+        )
 
 
 @contextmanager

@@ -16,12 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from peft import PeftModel
 from peft.tuners.lora.conversion import convert_to_lora
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -34,6 +31,7 @@ from loraover_export.merge.base_weights import open_base
 from loraover_export.uniform.write_lora import Approximation
 
 from benchmarks.intervals import median_interval
+from benchmarks.shown import table_of
 from support.conversions import SOURCES, Source, make_source, our_deltas, peft_deltas
 
 OUT, IN, RANK, CUT = 1024, 4096, 16, 64
@@ -148,24 +146,10 @@ def peft_time(base: Path, adapter: Path, rank: int, rounds: int) -> str:
 
 def measure(rounds: int = 1) -> Iterable[Table]:
     """Yield the table of conversions."""
-    table = Table(box=SIMPLE, title=f"One layer of {OUT} x {IN}, rank {RANK} where the kind has one, one thread")
-    table.add_column("adapter")
-    for column in ("exact rank", "written", "left out", "error", "s", "PEFT, s"):
-        table.add_column(column, justify="right")
+    title = f"One layer of {OUT} x {IN}, rank {RANK} where the kind has one, one thread"
+    table = table_of(title, "adapter", "exact rank", "written", "left out", "error", "s", "PEFT, s")
     with tempfile.TemporaryDirectory() as scratch:
         base = make_layer(Path(scratch) / "base")
         for index, name in enumerate(CHOSEN):
             table.add_row(*row(name, base, Path(scratch) / str(index), rounds))
     yield table
-
-
-@click.command()
-@click.option("--rounds", default=1, show_default=True, help="Number of runs of each conversion.")
-def main(rounds: int) -> None:
-    """Convert every kind of adapter on one layer, and time it beside PEFT."""
-    for table in measure(rounds):
-        Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()

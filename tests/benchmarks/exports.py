@@ -10,7 +10,6 @@ known. Each process therefore loads the graphs in another order, and every order
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -19,32 +18,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import permutations
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
-from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.atomic_output import sync
-from loraover.common.command_line import quiet_libraries
 from loraover.common.threads import one_thread
 
-from benchmarks.folding import LAYERS, LINEARS
+from benchmarks import processes
 from benchmarks.intervals import median_ratio
 from benchmarks.shapes import MODELS
+from benchmarks.shown import table_of
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT, TOKENS, RANK, LARGE_RANK = 32, 16, 8, 16
@@ -53,12 +45,8 @@ HEAVY += ["transformers.models.llama.modeling_llama", "loraover_export.onnx.run"
 GRAPHS = ("base", "merged", "swappable")
 
 
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function in a fresh process that has everything imported."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
-    with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
-        return pool.submit(function, *arguments).result()
+in_child = partial(processes.in_child, preloaded=HEAVY)
+"""Run a function in a new process that has everything imported."""
 
 
 def make_small(folder: Path) -> None:
@@ -89,18 +77,12 @@ def make_small(folder: Path) -> None:
 
 def make_large(folder: Path) -> None:
     """Write a random adapter of 160 MiB in the shapes of Llama-3.1-8B, and the configuration of such a model."""
-    MODELS["Llama-3.1-8B"].config().save_pretrained(folder / "large-model")
-    draw, tensors = torch.Generator().manual_seed(0), {}
-    for layer in range(LAYERS):
-        for linear, (m, n) in LINEARS.items():
-            for matrix, size in (("lora_A", (LARGE_RANK, n)), ("lora_B", (m, LARGE_RANK))):
-                key = site_key(f"model.layers.{layer}.{linear}.{matrix}")
-                tensors[key] = 0.02 * torch.randn(size, generator=draw)
-    (folder / "large").mkdir()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": LARGE_RANK, "lora_alpha": 2 * LARGE_RANK}
-    config |= {"base_model_name_or_path": str(folder / "large-model"), "target_modules": "all-linear"}
-    (folder / "large" / CONFIG_FILE).write_text(json.dumps(config))
-    save_tensors(tensors, folder / "large" / TENSORS_FILE)
+    from support.plain_adapter import write_adapter
+
+    shapes, base = MODELS["Llama-3.1-8B"], folder / "large-model"
+    shapes.config().save_pretrained(base)
+    pairs = shapes.pairs(LARGE_RANK, torch.Generator().manual_seed(0), torch.float32)
+    write_adapter(folder / "large", pairs, base_model_name_or_path=str(base), target_modules="all-linear")
 
 
 def time_graph(source: Path, output: Path, options: dict[str, Any]) -> float:
@@ -222,14 +204,6 @@ def in_turn(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list
     return seconds
 
 
-def table_of(title: str, *columns: str) -> Table:
-    """An empty table with names in the first column and numbers in the others."""
-    table = Table(box=SIMPLE, title=title)
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left")
-    return table
-
-
 def shown(numerator: Sequence[float], denominator: Sequence[float]) -> str:
     return median_ratio(numerator, denominator).shown()
 
@@ -247,6 +221,7 @@ def graph_table(folder: Path, rounds: int) -> Table:
     builder, _, _, copy = seconds.values()
     table = table_of(
         f"Graphs of SmolLM2-135M, 420 matrices, without checks, {rounds} rounds",
+        "",
         "median",
         "to the builder [95 %]",
         "to the copy [95 %]",
@@ -258,7 +233,7 @@ def graph_table(folder: Path, rounds: int) -> Table:
 
 def adapter_table(folder: Path, rounds: int) -> Table:
     """Exports of adapters beside reading, converting and writing their bytes."""
-    table = table_of(f"Adapters, {rounds} rounds", "export", "read, convert, write", "ratio [95 %]")
+    table = table_of(f"Adapters, {rounds} rounds", "", "export", "read, convert, write", "ratio [95 %]")
     to_vllm, added = (time_vllm, folder / "vllm"), (time_graph, folder / "added")
     options = {"mode": "swappable", "graph": folder / "swappable"}
     rows: dict[str, tuple[str, tuple[Callable[..., float], Path], tuple[Any, ...]]] = {
@@ -283,6 +258,7 @@ def decoding_tables(folder: Path, rounds: int) -> Iterator[Table]:
     runs = [in_child(time_decoding, folder, order, rounds) for order in orders]
     table = table_of(
         f"Decoding SmolLM2-135M, batch 1, {len(runs)} processes",
+        "",
         "median per token",
         "ratio to base [95 %]",
         "to reading the weights [95 %]",
@@ -292,7 +268,7 @@ def decoding_tables(folder: Path, rounds: int) -> Iterator[Table]:
         ratios = [shown(taken, [run[other] for run in runs]) for other in ("base", "weights")]
         table.add_row(arm, f"{np.median(taken) * 1000:.1f} ms", *ratios)
     yield table
-    table = table_of("The same, by the order of loading", "ratio to the session loaded last [95 %]")
+    table = table_of("The same, by the order of loading", "", "ratio to the session loaded last [95 %]")
     last = [run[order[-1]] for run, order in zip(runs, orders, strict=True)]
     for place, name in enumerate(("loaded first", "loaded second")):
         table.add_row(name, shown([run[order[place]] for run, order in zip(runs, orders, strict=True)], last))
@@ -308,15 +284,3 @@ def measure(rounds: int = 3) -> Iterable[Table]:
         yield graph_table(folder, rounds)
         yield adapter_table(folder, 2 * rounds)
         yield from decoding_tables(folder, rounds)
-
-
-@click.command()
-@click.option("--rounds", default=3, show_default=True)
-def main(rounds: int) -> None:
-    """Time exports and decoding."""
-    for table in measure(rounds):
-        Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    main()

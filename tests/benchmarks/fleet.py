@@ -24,6 +24,7 @@ from loraover.common.atomic_output import sync
 from loraover_export import check_adapter, convert_adapter, prepare_adapter
 
 from benchmarks.shapes import MODELS, Llama
+from benchmarks.shown import table_of
 from support.plain_adapter import write_adapter
 
 RANK, REPEATS = 32, 3
@@ -32,16 +33,7 @@ SHAPES = MODELS["Llama-3.1-8B"]
 
 def make_plain(folder: Path, base: Path, seed: int, rank: int = RANK, shapes: Llama = SHAPES) -> Path:
     """Write a LoRA in bfloat16 on all linear layers of a Llama, with a scaling of 2."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
-
-    pairs = {
-        f"model.layers.{layer}.{path}": (drawn(rank, n), drawn(m, rank))
-        for layer in range(shapes.layers)
-        for path, (m, n) in shapes.linears.items()
-    }
+    pairs = shapes.pairs(rank, torch.Generator().manual_seed(seed), torch.bfloat16)
     targets = sorted(path.rpartition(".")[2] for path in shapes.linears)
     return write_adapter(folder, pairs, base_model_name_or_path=str(base), target_modules=targets)
 
@@ -107,9 +99,7 @@ def measure() -> list[Table]:
             "prepare, later": least(lambda: prepare_adapter(adapters[0], folder / "warm", model=base)),
             "convert": least(lambda: convert_adapter(adapters[0], folder / f"converted-{next(converted)}")),
         }
-    table = Table(title="CPU seconds an adapter (160 MiB)")
-    for column in ("work", "CPU s", "times the plain handling"):
-        table.add_column(column)
+    table = table_of("CPU seconds an adapter (160 MiB)", "work", "CPU s", "times the plain handling")
     for name, seconds in rows.items():
         table.add_row(name, f"{seconds:.2f}", f"{seconds / plain:.2f}")
     return [table]

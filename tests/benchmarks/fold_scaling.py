@@ -6,9 +6,6 @@ waiting until the disk has them. One process for each model alternates folds and
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,16 +14,15 @@ from shutil import rmtree
 from statistics import median
 from typing import NamedTuple
 
-import click
-from rich.box import SIMPLE
 from rich.table import Table
 
 from loraover.checkpoint.files import TENSORS_FILE
 
 from benchmarks.folding import RANK, limit_here, write_synthetic_checkpoint
 from benchmarks.intervals import median_interval, median_ratio
+from benchmarks.processes import in_child
 from benchmarks.shapes import MODELS
-from benchmarks.shown import Plot, Point, Shown, draw_curves
+from benchmarks.shown import Plot, Point, Shown, draw_curves, table_of
 
 LARGE_BYTES, FEW = 2**29, 2
 """From this size of the adapter on, a model is folded only that many times."""
@@ -64,7 +60,7 @@ def time_model(checkpoint: Path, repeats: int) -> Times:
         fold_checkpoint(checkpoint, output)
         fold = time.perf_counter() - started
         rmtree(output)
-        limit = limit_here(checkpoint, output)["seconds"]
+        limit = limit_here(checkpoint, output)
         output.unlink()
         if number >= 0:
             folds.append(fold)
@@ -77,26 +73,21 @@ def measure(repeats: int = 5) -> Iterator[Shown]:
     found = {}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as scratch:
-            _in_child(model, scratch, 0)  # another process than that of the folds: they shall not start with its memory
-            found[model] = Times(*json.loads(_in_child(model, scratch, repeats)))
-    yield table_of(found)
+            checkpoint, shapes = Path(scratch) / "checkpoint", MODELS[model]
+            # Another process than that of the folds: they shall not start with its memory.
+            in_child(write_synthetic_checkpoint, checkpoint, "mpo", shapes.layers, shapes.linears)
+            found[model] = in_child(time_model, checkpoint, repeats)
+    yield time_table(found)
     yield plot_of(found)
 
 
-def _in_child(model: str, folder: str, repeats: int) -> str:
-    command = [sys.executable, "-m", "benchmarks.fold_scaling", model, folder, str(repeats)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-def table_of(found: dict[str, Times]) -> Table:
+def time_table(found: dict[str, Times]) -> Table:
     """Show seconds and ratios for every model."""
-    table = Table(
-        box=SIMPLE,
-        title=f"Fold of adapters by size: cores of mpo, r = {RANK}, all linear layers",
+    table = table_of(
+        f"Fold of adapters by size: cores of mpo, r = {RANK}, all linear layers",
+        *("shapes of", "matrices", "parameters", "folds", "fold", "limit", "fold / limit [95 %]"),
         caption="Limit: reading, hashing, writing and syncing the same bytes.",
     )
-    for column in ("shapes of", "matrices", "parameters", "folds", "fold", "limit", "fold / limit [95 %]"):
-        table.add_column(column, justify="left" if column == "shapes of" else "right")
     for model, times in found.items():
         table.add_row(
             model,
@@ -130,20 +121,3 @@ def plot_of(found: dict[str, Times]) -> Plot:
         f"from {models[0]} to {models[-1]}. The numbers are in the table above.",
         svg,
     )
-
-
-@click.command()
-@click.argument("model", type=click.Choice(tuple(MODELS)))
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("repeats", type=int)
-def main(model: str, folder: Path, repeats: int) -> None:
-    """Make a model's checkpoint in a folder, if repeats is 0; else fold it."""
-    if repeats == 0:
-        shapes = MODELS[model]
-        write_synthetic_checkpoint(folder / "checkpoint", "mpo", shapes.layers, shapes.linears)
-    else:
-        print(json.dumps(time_model(folder / "checkpoint", repeats)))
-
-
-if __name__ == "__main__":
-    main()

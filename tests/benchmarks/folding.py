@@ -14,18 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import click
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -38,7 +33,9 @@ from loraover.common.provenance import host_peak_bytes
 from loraover.overparam.decompositions import Decomposition, Eigen
 
 from benchmarks.intervals import median_interval, median_ratio
+from benchmarks.processes import in_child
 from benchmarks.shapes import MODELS, Shapes
+from benchmarks.shown import table_of
 
 RANK, LAYERS, LINEARS = 16, MODELS["Llama-3.1-8B"].layers, MODELS["Llama-3.1-8B"].linears
 DECOMPOSITIONS = ("mpo", "eigen")
@@ -105,8 +102,15 @@ def _rotations(rows: int, size: int, draw: torch.Generator, drawn: int = 4) -> T
     return rotations
 
 
-def fold_here(checkpoint: Path, output: Path) -> dict[str, Any]:
-    """Seconds of a fold after imports, the peak bytes that it adds, and whether it imported Transformers."""
+class Fold(NamedTuple):
+    """Seconds of a fold after imports, and the peak bytes that it adds."""
+
+    seconds: float
+    bytes: int
+
+
+def fold_here(checkpoint: Path, output: Path) -> Fold:
+    """Fold in this process."""
     import psutil
 
     from loraover_export import fold_checkpoint
@@ -119,10 +123,10 @@ def fold_here(checkpoint: Path, output: Path) -> dict[str, Any]:
     peak = host_peak_bytes()
     if not certificate.passed or not any(matrix.relative_error for matrix in certificate.matrices):
         raise RuntimeError("the fold did not pass, or nothing was rounded in it")
-    return {"seconds": seconds, "bytes": peak - before, "imported": "transformers" in sys.modules}
+    return Fold(seconds, peak - before)
 
 
-def limit_here(checkpoint: Path, output: Path) -> dict[str, Any]:
+def limit_here(checkpoint: Path, output: Path) -> float:
     """Seconds of reading and hashing a checkpoint's tensors, and writing and syncing the adapter's bytes."""
     started = time.perf_counter()
     block = bytearray(2**20)
@@ -135,7 +139,7 @@ def limit_here(checkpoint: Path, output: Path) -> dict[str, Any]:
                     if name == TENSORS_FILE:
                         written.write(memoryview(block)[:count])
         os.fsync(written.fileno())
-    return {"seconds": time.perf_counter() - started}
+    return time.perf_counter() - started
 
 
 def convert_with_peft() -> float:
@@ -149,27 +153,20 @@ def convert_with_peft() -> float:
     return time.perf_counter() - started
 
 
-def in_child(*arguments: str) -> Any:
-    """Run this module in a fresh process, and return what it reports."""
-    command = [sys.executable, "-m", "benchmarks.folding", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_one(name: str, repeats: int, peft_seconds: float) -> dict[str, str]:
     """Return what a decomposition's fold costs, in words."""
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint, output = f"{scratch}/checkpoint", Path(scratch) / "out"
-        in_child("--make", name, checkpoint)
-        adapter_bytes = (Path(checkpoint) / TENSORS_FILE).stat().st_size
-        read_bytes = adapter_bytes + (Path(checkpoint) / CORES_FILE).stat().st_size
-        folds, limits = [], []
+        folder = Path(scratch)
+        checkpoint = folder / "checkpoint"
+        in_child(write_synthetic_checkpoint, checkpoint, name)
+        adapter_bytes = (checkpoint / TENSORS_FILE).stat().st_size
+        read_bytes = adapter_bytes + (checkpoint / CORES_FILE).stat().st_size
+        folds, limit_seconds = [], []
         for i in range(repeats):
-            folds.append(in_child("--fold", checkpoint, f"{output}{i}"))
-            limits.append(in_child("--limit", checkpoint, f"{output}.bin"))
-    fold_seconds = [fold["seconds"] for fold in folds]
-    extra = [fold["bytes"] / adapter_bytes for fold in folds]
-    limit_seconds = [limit["seconds"] for limit in limits]
+            folds.append(in_child(fold_here, checkpoint, folder / str(i)))
+            limit_seconds.append(in_child(limit_here, checkpoint, folder / "limit"))
+    fold_seconds = [fold.seconds for fold in folds]
+    extra = [fold.bytes / adapter_bytes for fold in folds]
     return {
         "adapter": f"{adapter_bytes / 2**20:.0f} MiB",
         "adapter and cores": f"{read_bytes / 2**20:.0f} MiB",
@@ -177,7 +174,6 @@ def measure_one(name: str, repeats: int, peft_seconds: float) -> dict[str, str]:
         "read, hash, write and sync": median_interval(limit_seconds).shown(unit=" s"),
         "fold / read, hash, write and sync": median_ratio(fold_seconds, limit_seconds).shown(unit=" x"),
         "extra memory / adapter": median_interval(extra).shown(unit=" x"),
-        "imported Transformers": "yes" if any(fold["imported"] for fold in folds) else "no",
         "PEFT convert_to_lora, one 4096 x 1024 layer": f"{peft_seconds:.2f} s",
         f"the same for {LAYERS * len(LINEARS)} layers / fold": median_ratio(
             [peft_seconds * LAYERS * len(LINEARS)] * repeats, fold_seconds
@@ -189,42 +185,9 @@ def measure(repeats: int = 6) -> Iterable[Table]:
     """Time the fold of an 8B model's adapter beside the physical limit, and PEFT's conversion."""
     peft_seconds = convert_with_peft()
     found = {name: measure_one(name, repeats, peft_seconds) for name in DECOMPOSITIONS}
-    table = Table(
-        box=SIMPLE,
-        title=f"Fold of {LAYERS * len(LINEARS) * 2} matrices in Llama-3.1-8B's shapes, r = {RANK}, "
-        f"median of {repeats} [95 %]",
-    )
-    table.add_column("")
-    for name in found:
-        table.add_column(name, justify="right")
+    matrices = LAYERS * len(LINEARS) * 2
+    title = f"Fold of {matrices} matrices in Llama-3.1-8B's shapes, r = {RANK}, median of {repeats} [95 %]"
+    table = table_of(title, "", *found)
     for row in found[DECOMPOSITIONS[0]]:
         table.add_row(row, *(figures[row] for figures in found.values()))
     yield table
-
-
-PATHS: dict[str, Any] = {"nargs": 2, "type": click.Path(path_type=Path), "hidden": True}
-
-
-@click.command()
-@click.option("--repeats", default=6, show_default=True)
-@click.option("--make", nargs=2, hidden=True)
-@click.option("--fold", **PATHS)
-@click.option("--limit", **PATHS)
-def main(
-    repeats: int, make: tuple[str, str] | None, fold: tuple[Path, Path] | None, limit: tuple[Path, Path] | None
-) -> None:
-    """Time the fold of an 8B model's adapter beside the physical limit, and PEFT's conversion."""
-    if make is not None:
-        write_synthetic_checkpoint(Path(make[1]), make[0])
-        print(json.dumps(None))
-    elif fold is not None:
-        print(json.dumps(fold_here(*fold)))
-    elif limit is not None:
-        print(json.dumps(limit_here(*limit)))
-    else:
-        for table in measure(repeats):
-            Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,8 +27,9 @@ from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.provenance import host_peak_bytes
 
-from benchmarks.exports import in_child, table_of
+from benchmarks.exports import in_child
 from benchmarks.shapes import MODELS
+from benchmarks.shown import table_of
 
 SHAPES = MODELS["Llama-3.1-70B"]
 RANK, SMALLER, LOHA_RANK = 16, 8, 4
@@ -133,6 +134,7 @@ def measure() -> Iterator[Table]:
     """Yield the table of work in the shapes of the model."""
     table = table_of(
         f"Llama-3.1-70B in bf16, rank {RANK}, at most {LIMIT >> 30} GiB of memory, one thread",
+        "",
         "measured",
         "s",
         "GiB",

@@ -8,44 +8,32 @@ the dense matrix.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.table import Table
-from torch import Tensor
 
-from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
-from loraover.checkpoint.peft_adapter import site_key
-from loraover.checkpoint.tensor_file import save_tensors
 from loraover_export import shrink_adapter
 from loraover_export.numerics.low_rank import dense_svd
 
-from benchmarks.folding import LAYERS, LINEARS
 from benchmarks.intervals import median_interval
-from benchmarks.shown import Shown
+from benchmarks.shapes import MODELS
+from benchmarks.shown import Shown, table_of
+from support.plain_adapter import write_adapter
 
+SHAPES = MODELS["Llama-3.1-8B"]
+LINEARS = SHAPES.linears
 RANK, KEPT, ROUNDS, DENSE_ROUNDS = 64, 16, 6, 1
 DENSE = "self_attn.k_proj"
 
 
-def write_adapter(folder: Path, layers: int) -> Path:
+def make_adapter(folder: Path, layers: int) -> Path:
     """Write a random adapter in bfloat16, whose singular values fall by half over some ten ranks."""
-    draw = torch.Generator().manual_seed(0)
-    decay = 2.0 ** (-torch.arange(RANK) / 10)
-    tensors: dict[str, Tensor] = {}
-    for layer in range(layers):
-        for linear, (m, n) in LINEARS.items():
-            name = f"model.layers.{layer}.{linear}"
-            a, b = torch.randn(RANK, n, generator=draw), torch.randn(m, RANK, generator=draw) * decay
-            tensors |= {site_key(f"{name}.lora_A"): a.bfloat16(), site_key(f"{name}.lora_B"): b.bfloat16()}
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": None}
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-    save_tensors(tensors, folder / TENSORS_FILE)
-    return folder
+    pairs = replace(SHAPES, layers=layers).pairs(RANK, torch.Generator().manual_seed(0), torch.bfloat16)
+    decay = (2.0 ** (-torch.arange(RANK) / 10)).bfloat16()
+    return write_adapter(folder, {path: (a, b * decay) for path, (a, b) in pairs.items()}, base_model_name_or_path=None)
 
 
 def ratio_by_count() -> float:
@@ -76,15 +64,13 @@ def measure() -> list[Shown]:
     """Return the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shrink_s(write_adapter(folder / "one layer", 1), folder / "out")
-        source = write_adapter(folder / "adapter", LAYERS)
+        shrink_s(make_adapter(folder / "one layer", 1), folder / "out")
+        source = make_adapter(folder / "adapter", SHAPES.layers)
         seconds = [shrink_s(source, folder / "out") for _ in range(ROUNDS)]
-    modules = LAYERS * len(LINEARS)
+    modules = SHAPES.layers * len(LINEARS)
     dense = [dense_s() for _ in range(DENSE_ROUNDS)]
     m, n = LINEARS[DENSE]
-    table = Table(title=f"Shrink of {modules} modules in Llama-3.1-8B's shapes, r = {RANK} to {KEPT}")
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = table_of(f"Shrink of {modules} modules in Llama-3.1-8B's shapes, r = {RANK} to {KEPT}", "", "")
     table.add_row("shrink, certify, write and sync", median_interval(seconds).shown(unit=" s"))
     table.add_row(f"dense SVD of one {m} x {n} layer", median_interval(dense).shown(unit=" s"))
     table.add_row("multiplications: dense SVDs of all layers / factors", f"{ratio_by_count():.0f} x")

@@ -14,7 +14,7 @@ from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.training.run_result import read_run
 
-from benchmarks.exports import table_of
+from benchmarks.shown import table_of
 from support.parallel_command import called
 from support.processes import TESTS, TORCHRUN, launched
 from support.tiny_hub import save_llama, write_recipe
@@ -37,7 +37,7 @@ def measure() -> Iterator[Table]:
     """Yield the table of engines."""
     table = table_of(
         "LoRA-Over beside LoRA in two processes, under each engine",
-        *("loss off", "step / LoRA's", "keys, LoRA", "keys", "goes on in one: loss off"),
+        *("", "loss off", "step / LoRA's", "keys, LoRA", "keys", "goes on in one: loss off"),
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

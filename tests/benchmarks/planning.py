@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
-from rich.box import SIMPLE
 from rich.table import Table
 
-from loraover.common.command_line import quiet_libraries
 from loraover.common.reporter import SILENT
 from loraover.models.load import resolve_model
 from loraover.training.recipe import Recipe
 from loraover.training.run import train
 from loraover.training.trial import RunNeeds, StepClock, try_steps
+
+from benchmarks.processes import in_child
+from benchmarks.shown import table_of
 
 
 class Shape(NamedTuple):
@@ -85,56 +83,42 @@ def recipe_of(shape: Shape, folder: Path, model: str = MODEL, **training: Any) -
     return Recipe.model_validate(content)
 
 
-def needs_of(what: str, shape: Shape) -> RunNeeds:
-    """Predict or measure in a fresh process, whose peak memory is that of this alone."""
-    command = [sys.executable, "-m", "benchmarks.planning", what, *map(str, shape)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
-    return RunNeeds(*json.loads(done.stdout.splitlines()[-1]))
+def predicted(shape: Shape) -> RunNeeds:
+    """Try a few steps as a plan does."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = recipe_of(shape, Path(scratch))
+        found = try_steps(recipe, resolve_model(recipe.model), SILENT, time.process_time)
+    assert found is not None, "this machine bears a trial"
+    return found
+
+
+def measured(shape: Shape) -> RunNeeds:
+    """Train."""
+    torch.set_num_threads(1)
+    clock = StepClock(time.process_time)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        peak = train(recipe_of(shape, folder), folder / "run", report=clock).peak_bytes
+    return RunNeeds(clock.step_seconds, peak)
 
 
 def measure() -> Iterator[Table]:
     """Compare what a plan predicts with what the run needs, for plain LoRA and LoRA-Over."""
-    table = Table(
-        box=SIMPLE,
-        title="SmolLM2-135M in float32, all linear layers: predicted by --plan, and measured",
+    table = table_of(
+        "SmolLM2-135M in float32, all linear layers: predicted by --plan, and measured",
+        *("run", "peak predicted", "measured", "off by", "step predicted", "measured", "off by"),
         caption=f"Wanted: memory within {WITHIN.peak_bytes:.0%}, time within {WITHIN.step_seconds:.0%}. "
         "Processor time of one thread.",
     )
-    for column in ("run", "peak predicted", "measured", "off by", "step predicted", "measured", "off by"):
-        table.add_column(column, justify="left" if column == "run" else "right")
     for shape in SHAPES:
-        predicted, measured = (needs_of(what, shape) for what in ("predicted", "measured"))
-        step, peak = (mine / real - 1 for mine, real in zip(predicted, measured, strict=True))
+        both = [in_child(work, shape) for work in (predicted, measured)]
+        step, peak = (mine / real - 1 for mine, real in zip(*both, strict=True))
         table.add_row(
             f"{shape.method}, {shape.batch} x {shape.tokens} tokens, r = {shape.rank}",
-            *(f"{needs.peak_bytes / 1e6:,.0f} MB" for needs in (predicted, measured)),
+            *(f"{needs.peak_bytes / 1e6:,.0f} MB" for needs in both),
             f"{peak:+.0%}",
-            *(f"{needs.step_seconds:.2f} s" for needs in (predicted, measured)),
+            *(f"{needs.step_seconds:.2f} s" for needs in both),
             f"{step:+.0%}",
         )
     yield table
-
-
-@click.command()
-@click.argument("what", type=click.Choice(("predicted", "measured")))
-@click.argument("method")
-@click.argument("batch", type=int)
-@click.argument("tokens", type=int)
-@click.argument("rank", type=int)
-def main(what: str, **numbers: Any) -> None:
-    """Try a few steps as a plan does, or train; print the seconds of a step and the peak memory in bytes."""
-    quiet_libraries()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        recipe = recipe_of(Shape(**numbers), Path(scratch))
-        if what == "predicted":
-            found = try_steps(recipe, resolve_model(recipe.model), SILENT, time.process_time)
-        else:
-            clock = StepClock(time.process_time)
-            peak = train(recipe, Path(scratch) / "run", report=clock).peak_bytes
-            found = RunNeeds(clock.step_seconds, peak)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

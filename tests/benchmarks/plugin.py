@@ -31,6 +31,7 @@ from loraover.models.load import resolve_model
 from benchmarks.fleet import make_plain
 from benchmarks.intervals import median_ratio
 from benchmarks.shapes import MODELS
+from benchmarks.shown import table_of
 from support.plugin import Plugged, plugged
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -157,15 +158,14 @@ def to_table(found: Mapping[str, Sequence[Sample]], setting: str) -> Table:
         found: Samples of each kind of stream, in the order of the rounds.
         setting: Model, tokens and size of the adapter.
     """
-    table = Table(
-        title=f"{setting}, {ROUNDS} rounds, medians",
+    table = table_of(
+        f"{setting}, {ROUNDS} rounds, medians",
+        *("beside the stream", "longest gap", "to alone [95 %]", "stream", "answered after"),
+        *("of it preparing", "load and rest"),
         caption="vLLM loads an adapter between two steps of its engine, which computes no token of any stream "
         "meanwhile, with the plug-in or without. The last row has this load, a look-up in the cache and the step of "
         "the request's prompt, and no preparing.",
     )
-    table.add_column("beside the stream")
-    for column in ("longest gap", "to alone [95 %]", "stream", "answered after", "of it preparing", "load and rest"):
-        table.add_column(column, justify="right")
     alone = found[ALONE]
     for name in ORDERS[0]:
         samples = found[name]

@@ -17,6 +17,7 @@ from rich.table import Table
 from loraover_serve.record.recorder import NUMBERS
 from loraover_serve.record.request import RecordRequest
 
+from benchmarks.shown import table_of
 from support.recorded_noise import NOISE, Recorded
 
 TOPS = (5, 20)
@@ -29,9 +30,8 @@ QUESTIONS, POSITIONS = NUMBERS[0], RecordRequest.new_tokens
 
 def measure() -> Iterator[Table]:
     """Yield the table."""
-    table = Table(title=f"Checks by {QUESTIONS} questions with {POSITIONS} positions each")
-    for head in ("engine", "logprobs", "right: differs", "right: passes", f"{FAULT} % off: missed", "smallest fault"):
-        table.add_column(head, justify="left" if head == "engine" else "right")
+    heads = ("engine", "logprobs", "right: differs", "right: passes", f"{FAULT} % off: missed", "smallest fault")
+    table = table_of(f"Checks by {QUESTIONS} questions with {POSITIONS} positions each", *heads)
     for engine in engines():
         for top in TOPS:
             table.add_row(*row(engine, top))

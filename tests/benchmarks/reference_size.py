@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraover_serve.record.recorder import record_adapter
 
+from benchmarks.shown import table_of
 from support.plain_adapter import tiny_decoder
 from support.vllm_command import vllm_command
 
@@ -33,9 +34,8 @@ SPREAD, STRENGTH = 3.0, 0.008
 
 def measure() -> Iterator[Table]:
     """Yield the table."""
-    table = Table(title=f"adapter_reference.json.gz of models with {LAYERS} layers")
-    for head in ("vocabulary", "questions", "positions", "faults", "effect, nats", "kB"):
-        table.add_column(head, justify="right")
+    heads = ("vocabulary", "questions", "positions", "faults", "effect, nats", "kB")
+    table = table_of(f"adapter_reference.json.gz of models with {LAYERS} layers", *heads, words=0)
     with tempfile.TemporaryDirectory(prefix="loraover-size-") as scratch:
         folder = Path(scratch)
         texts = token_texts()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -48,6 +49,14 @@ class Llama:
             "mlp.down_proj": (self.hidden, self.intermediate),
         }
 
+    def pairs(self, rank: int, draw: torch.Generator, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+        """Draw A and B for every linear layer of every layer, by the path of its module."""
+        return {
+            f"model.layers.{layer}.{path}": (_drawn(draw, dtype, rank, n), _drawn(draw, dtype, m, rank))
+            for layer in range(self.layers)
+            for path, (m, n) in self.linears.items()
+        }
+
     def config(self) -> LlamaConfig:
         """Return transformers' configuration of such a model."""
         return LlamaConfig(
@@ -67,6 +76,10 @@ class Llama:
         torch.manual_seed(0)
         with device:
             return LlamaForCausalLM._from_config(self.config(), dtype=torch.bfloat16)
+
+
+def _drawn(draw: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw).mul_(0.02).to(dtype)
 
 
 MODELS = {

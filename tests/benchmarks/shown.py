@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -72,6 +73,21 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], *, x: str, y: str, ticks:
 def console() -> Console:
     """Return the console on which benchmarks print."""
     return Console(width=WIDTH)
+
+
+def table_of(title: str, *columns: str, words: int = 1, caption: str | None = None) -> Table:
+    """Make an empty table.
+
+    Args:
+        title: Text above it.
+        columns: Names of its columns.
+        words: Number of columns of words, which come first and begin at the left; numbers end at the right.
+        caption: Text below it.
+    """
+    table = Table(box=SIMPLE, title=title, caption=caption)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < words else "right")
+    return table
 
 
 def to_markdown(table: Table) -> str:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.box import SIMPLE
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,7 +23,7 @@ from loraover import LoraOverConfig, OverParameterization
 
 from benchmarks.clock import Seconds, find_device, timed
 from benchmarks.intervals import median_interval, median_ratio
-from benchmarks.shown import Plot, Point, Shown, draw_curves
+from benchmarks.shown import Plot, Point, Shown, draw_curves, table_of
 
 VIEWS = (
     "alias",
@@ -147,7 +146,7 @@ def measure(rounds: int = 60, curve_layers: Sequence[int] = CURVE_LAYERS, curve_
     try:
         steps = {arm: make_step(config, LAYERS, device) for arm, config in ARMS.items()}
         seconds = alternate(steps, rounds)
-        yield table_of(seconds, {arm: step.counted() for arm, step in steps.items()}, rounds, device)
+        yield step_table(seconds, {arm: step.counted() for arm, step in steps.items()}, rounds, device)
         del steps
         curves = {}
         for layers in curve_layers:
@@ -161,20 +160,15 @@ def measure(rounds: int = 60, curve_layers: Sequence[int] = CURVE_LAYERS, curve_
         torch.set_num_threads(threads)
 
 
-def table_of(
+def step_table(
     seconds: Mapping[str, Sequence[Seconds]], counts: Mapping[str, _Counting], rounds: int, device: torch.device
 ) -> Table:
     """Show times, their ratios to plain AdamW, and operations."""
     kinds = ["host"] if device.type == "cpu" else ["host", "whole"]
     title = f"Optimizer step with {LAYERS * SITES_A_LAYER} sites, one thread, {rounds} paired steps"
-    table = Table(box=SIMPLE, title=title)
-    table.add_column("")
-    for kind in kinds:
-        ending = "" if kind == "host" else ", finished"
-        table.add_column(f"median{ending}", justify="right")
-        table.add_column(f"ratio [95 %]{ending}", justify="right")
-    for column in ("operations", "values read"):
-        table.add_column(column, justify="right")
+    endings = ["" if kind == "host" else ", finished" for kind in kinds]
+    columns = [column for ending in endings for column in (f"median{ending}", f"ratio [95 %]{ending}")]
+    table = table_of(title, "", *columns, "operations", "values read")
     for arm, found in seconds.items():
         cells = []
         for kind in kinds:
@@ -190,13 +184,12 @@ Curves = Mapping[int, Mapping[str, Sequence[Seconds]]]
 
 def curve_table(curves: Curves, rounds: int) -> Table:
     """Show the host time of a step at every number of sites."""
-    table = Table(
-        box=SIMPLE,
-        title=f"Host time of an optimizer step, {rounds} paired steps at each number of sites",
+    table = table_of(
+        f"Host time of an optimizer step, {rounds} paired steps at each number of sites",
+        *("sites", "AdamW", "mpo", "mpo / AdamW [95 %]", "eigen", "eigen / AdamW [95 %]"),
+        words=0,
         caption=f"AdamW: {PLAIN}. eigen: {EIGEN.removeprefix('eigen, ')}.",
     )
-    for column in ("sites", "AdamW", "mpo", "mpo / AdamW [95 %]", "eigen", "eigen / AdamW [95 %]"):
-        table.add_column(column, justify="right")
     for sites, seconds in curves.items():
         plain, mpo, eigen = ([s.host for s in seconds[arm]] for arm in CURVE)
         cells = [_milliseconds(plain)]

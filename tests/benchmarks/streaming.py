@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.exports import MODEL, in_child, table_of
+from benchmarks.exports import MODEL, in_child
+from benchmarks.shown import table_of
 
 RANK = 2
 MAX_MEMORY_GIB = 0.1
@@ -142,6 +143,7 @@ def measure() -> Iterator[Table]:
     """Yield the table of checks with and without a limit."""
     table = table_of(
         "SmolLM2 in float32 from files in bf16, one thread",
+        "",
         "in memory, s",
         "added MiB",
         "from files, s",

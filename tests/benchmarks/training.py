@@ -8,21 +8,14 @@ matrix product of the same round; that of memory is what plain LoRA has to hold 
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import click
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -38,9 +31,10 @@ from loraover.overparam.sites import find_sites
 
 from benchmarks.clock import find_device, timed
 from benchmarks.intervals import median_ratio
+from benchmarks.processes import in_child
 from benchmarks.settings import EIGEN, NAIVE, PLAIN, SMOL, Setting
 from benchmarks.shapes import SIZES
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 
 CONFIGS = {"mpo": LoraOverConfig()} | {
     arm: LoraOverConfig(decomposition="eigen", options={**options, "refresh": 10**6}) for arm, options in EIGEN.items()
@@ -180,11 +174,13 @@ def load(setting: Setting = SMOL) -> tuple[Any, Tensor]:
     return base, torch.randint(base.config.vocab_size, shape, generator=draw).to(device)
 
 
-def peak_memory_bytes(arm: str, setting: Setting = SMOL) -> int:
-    """Return the peak memory of a process that trains one arm."""
-    command = [sys.executable, "-m", "benchmarks.training", arm, json.dumps(asdict(setting))]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def peak_memory_bytes(arm: str, setting: Setting) -> int:
+    """Train one arm for a few steps, and return the peak memory of this process."""
+    base, ids = load(setting)
+    step = make_step(arm, base, ids, setting)
+    for _ in range(MEMORY_STEPS):
+        step()
+    return peak_bytes()
 
 
 def held_bytes(base: nn.Module, rank: int) -> int:
@@ -196,7 +192,7 @@ def held_bytes(base: nn.Module, rank: int) -> int:
 
 def measure(setting: Setting = SMOL) -> Iterator[Table | Numbers]:
     """Compare plain LoRA, LoRA-Over and naive autograd through the cores."""
-    memory = {arm: peak_memory_bytes(arm, setting) for arm in setting.turns}
+    memory = {arm: in_child(peak_memory_bytes, arm, setting) for arm in setting.turns}
     base, ids = load(setting)
     memory[LIMIT] = held_bytes(base, setting.rank)
     seconds = time_steps(base, ids, setting)
@@ -209,14 +205,12 @@ def measure(setting: Setting = SMOL) -> Iterator[Table | Numbers]:
 def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, int], setting: Setting) -> Table:
     """Show the time of a step beside plain LoRA's and the limit, and the peak memory."""
     steps = ", ".join(f"{len(seconds[arm])} of {arm}" for arm in setting.turns)
-    table = Table(
-        box=SIMPLE,
-        title=f"{setting.model.rpartition('/')[2]}, {setting.batch} x {setting.length} tokens, r = {setting.rank}, "
+    table = table_of(
+        f"{setting.model.rpartition('/')[2]}, {setting.batch} x {setting.length} tokens, r = {setting.rank}, "
         "all linear layers",
+        *("", "median", *(f"step / {peer} [95 %]" for peer in PEERS), "peak memory", "/ LoRA"),
         caption=f"Paired steps: {steps}. Limits: {LIMIT}; of memory, the weights, A, B, their gradients and moments.",
     )
-    for column in ("", "median", *(f"step / {peer} [95 %]" for peer in PEERS), "peak memory", "/ LoRA"):
-        table.add_column(column, justify="right" if column else "left")
     for arm, found in seconds.items():
         ratios = [
             median_ratio(list(found.values()), [seconds[peer][number] for number in found]).shown(3) for peer in PEERS
@@ -229,27 +223,8 @@ def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, 
 def basis_table(seconds: Mapping[str, Mapping[str, float]], plain: float) -> Table:
     """Show what the bases of eigen cost beside whole runs of plain LoRA."""
     caption = f"Each part timed once. In brackets, its share of {WHOLE_RUN} steps of LoRA."
-    table = Table("", box=SIMPLE, title="Bases of eigen", caption=caption)
-    for arm in seconds:
-        table.add_column(arm, justify="right")
+    table = table_of("Bases of eigen", "", *seconds, caption=caption)
     for name in seconds["eigen"]:
         parts = (found[name] for found in seconds.values())
         table.add_row(name, *(f"{taken:.2f} s ({taken / (WHOLE_RUN * plain):.2%})" for taken in parts))
     return table
-
-
-@click.command()
-@click.argument("arm")
-@click.argument("setting")
-def main(arm: str, setting: str) -> None:
-    """Train one arm for a few steps in a setting, which is given as JSON, and print the peak memory in bytes."""
-    chosen = Setting(**json.loads(setting))
-    base, ids = load(chosen)
-    step = make_step(arm, base, ids, chosen)
-    for _ in range(MEMORY_STEPS):
-        step()
-    print(peak_bytes())
-
-
-if __name__ == "__main__":
-    main()

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import click
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from loraover.common.threads import one_thread
@@ -20,6 +17,7 @@ from loraover.overparam.decompositions import Decomposition, make_decomposition
 
 from benchmarks.clock import timed
 from benchmarks.intervals import median_ratio
+from benchmarks.shown import table_of
 
 LAYERS = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "gate_proj": (14336, 4096), "down_proj": (4096, 14336)}
 RANK, TOKENS = 16, 256
@@ -55,23 +53,9 @@ def row(name: str, rounds: int) -> tuple[str, ...]:
 
 def measure(rounds: int = 15) -> Iterable[Table]:
     """Yield the table of ratios with their 95 % intervals."""
-    table = Table(box=SIMPLE, title=f"Unfolded forward of rank {RANK}, {TOKENS} tokens, one thread, as a multiple")
-    table.add_column("layer")
-    for column in ("of A and B, by count", "of A and B, time", "of the layer in fp32, time"):
-        table.add_column(column, justify="right")
+    title = f"Unfolded forward of rank {RANK}, {TOKENS} tokens, one thread, as a multiple"
+    table = table_of(title, "layer", "of A and B, by count", "of A and B, time", "of the layer in fp32, time")
     with one_thread():
         for name in LAYERS:
             table.add_row(*row(name, rounds))
     yield table
-
-
-@click.command()
-@click.option("--rounds", default=15, show_default=True, help="Number of paired rounds.")
-def main(rounds: int) -> None:
-    """Time the unfolded forward on the layers of an 8B model."""
-    for table in measure(rounds):
-        Console(width=100).print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -159,12 +159,6 @@ def test_exact_match_leaves_the_model_as_it_was() -> None:
         assert model.training is training
 
 
-def test_digits_of_the_prompt_are_no_answer() -> None:
-    tokenizer = tiny_tokenizer()
-    rows = [{"prompt": "what is 7?", "completion": "7"}]
-    assert exact_match(Parrot(tokenizer, ["none"]), tokenizer, rows, max_new_tokens=7, batch_size=1) == 0
-
-
 def test_a_chat_prompt_starts_with_one_bos() -> None:
     """Llama's template writes the BOS that its tokenizer adds to plain text too."""
     tokenizer = tiny_tokenizer(chat=True, adds=f"{BOS} $A")

@@ -44,37 +44,41 @@ def test_it_completes_and_chats() -> None:
 
 
 @contextmanager
-def answering(answer: bytes) -> Iterator[str]:
-    """The address of a server that gives one request these bytes."""
+def answering(*pieces: bytes, pause_s: float = 0.0, asked: list[bytes] | None = None) -> Iterator[str]:
+    """The host and port of a server that gives one request these bytes, and notes what it was asked."""
 
     def answer_one(server: socket.socket) -> None:
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(65536)
-            connection.sendall(answer)
+        with suppress(OSError), server.accept()[0] as connection:
+            request = connection.recv(65536)
+            if asked is not None:
+                asked.append(request)
+            for piece in pieces:
+                time.sleep(pause_s)
+                connection.sendall(piece)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=answer_one, args=(server,))
+        server.settimeout(20)
+        thread = threading.Thread(target=answer_one, args=(server,), daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-        thread.join()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+    thread.join()
 
 
 def test_a_refusal_that_is_cut_off_is_a_refusal() -> None:
     with (
-        answering(b"HTTP/1.1 401 no\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab") as address,
+        answering(b"HTTP/1.1 401 no\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab") as place,
         pytest.raises(EngineError, match="answered 401"),
     ):
-        Endpoint(address).chat("m", HELLO, max_tokens=4)
+        Endpoint(f"http://{place}").chat("m", HELLO, max_tokens=4)
 
 
 def test_what_a_server_says_moves_no_cursor() -> None:
     """A terminal would obey it, and JUnit's XML has no character for it."""
     with (
-        answering(b"HTTP/1.1 401 no\r\nContent-Length: 9\r\n\r\n\x1b[2J\x00\xff\nno") as address,
+        answering(b"HTTP/1.1 401 no\r\nContent-Length: 9\r\n\r\n\x1b[2J\x00\xff\nno") as place,
         pytest.raises(EngineError, match=r"answered 401: \\x1b\[2J\\x00.\\nno$"),
     ):
-        Endpoint(address).chat("m", HELLO, max_tokens=4)
+        Endpoint(f"http://{place}").chat("m", HELLO, max_tokens=4)
     with openai_server(lambda body: 404, {"\x1b[2J": None, "b": None}) as named:
         endpoint = Endpoint(named.url)
         with pytest.raises(ConfigError, match=r"serves \\x1b\[2J, b, and not"):
@@ -118,19 +122,10 @@ def test_a_server_that_hangs_is_given_up() -> None:
     [(0.6, 60, r"timed out after 0\.6 s"), (60, 0.6, "the time for all requests is over after 1 of them; allow")],
 )
 def test_a_request_is_given_up_in_time_though_its_answer_trickles(seconds: float, lasting: float, told: str) -> None:
-    def dawdle(server: socket.socket) -> None:
-        connection, _ = server.accept()
-        with connection, suppress(OSError):
-            connection.recv(65536)
-            for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + 9000 * b" ":
-                time.sleep(0.01)
-                connection.sendall(bytes([byte]))
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=dawdle, args=(server,), daemon=True).start()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n"
+    with answering(*(bytes([byte]) for byte in head + 9000 * b" "), pause_s=0.01) as place:
         before = time.monotonic()
-        url, ends = f"http://127.0.0.1:{server.getsockname()[1]}", before + lasting
-        endpoint = Endpoint(url, timeout_s=seconds, ends=ends)
+        endpoint = Endpoint(f"http://{place}", timeout_s=seconds, ends=before + lasting)
         with pytest.raises(UnansweredError, match=told):
             endpoint.ask("m", "one", max_tokens=3)
         assert time.monotonic() - before < 5
@@ -234,8 +229,8 @@ def test_no_part_of_a_key_stays_where_an_answer_is_cut(
     for short in range(25):
         body = form % ((limit - short) * b"x" + b"sk-sesame" + 99 * b"y")
         reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
-        with answering(reply) as address, pytest.raises(EngineError, match="xxx") as caught:
-            Endpoint(address, "MY_KEY", repeats=False).ask("m", "one", max_tokens=3)
+        with answering(reply) as place, pytest.raises(EngineError, match="xxx") as caught:
+            Endpoint(f"http://{place}", "MY_KEY", repeats=False).ask("m", "one", max_tokens=3)
         assert "xs" not in str(caught.value)
 
 
@@ -313,23 +308,13 @@ def test_certificates_are_checked(certificate: Path, tmp_path: Path) -> None:
 
 def test_a_tunnel_through_the_proxy_carries_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bytes] = []
-
-    def refuse(server: socket.socket) -> None:
-        with suppress(TimeoutError), server.accept()[0] as connection:
-            asked.append(connection.recv(65536))
-            connection.sendall(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n")
-
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(20)
-        thread = threading.Thread(target=refuse, args=(server,), daemon=True)
-        thread.start()
+    with answering(b"HTTP/1.1 403 no\r\nContent-Length: 0\r\n\r\n", asked=asked) as place:
         for name in ("HTTPS_PROXY", "https_proxy"):
-            monkeypatch.setenv(name, f"http://user:ses%40me@127.0.0.1:{server.getsockname()[1]}")
+            monkeypatch.setenv(name, f"http://user:ses%40me@{place}")
         with pytest.raises(UnansweredError, match="Tunnel connection failed: 403"):
             Endpoint("https://judge.test", repeats=False).chat("m", HELLO, max_tokens=4)
-        thread.join()
     assert asked[0].startswith(b"CONNECT judge.test:443 HTTP/1.")
     assert b"\r\nProxy-Authorization: Basic " + base64.b64encode(b"user:ses@me") + b"\r\n" in asked[0]
 

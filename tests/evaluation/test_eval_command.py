@@ -96,7 +96,8 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
         (["--task", "qnli"], "--max-new-tokens: qnli compares the likelihoods"),
         (["--task", "humaneval", "--apply-chat-template"], "prompts of humaneval are always plain text"),
         (["--task", "humaneval"], "--allow-code-execution"),
-        (["--task", "mtbench"], "needs --data FOLDER"),
+        (["--task", "mtbench"], "needs --data FOLDER with question.jsonl, judge_prompts.jsonl"),
+        (["--task", "mtbench"], "github.com/lm-sys/FastChat"),
     ):
         assert run(cli, words(folder, out, *more)) == 2, more
         assert message in capsys.readouterr().err
@@ -214,7 +215,7 @@ def test_results_of_another_base_model_in_the_same_folder_are_not_mixed_in(
 
 @pytest.mark.parametrize(
     ("task", "name"),
-    [("gsm8k", "openai/gsm8k"), ("qnli", "nyu-mll/glue"), ("humaneval", "openai/openai_humaneval"), ("mtbench", "")],
+    [("gsm8k", "openai/gsm8k"), ("qnli", "nyu-mll/glue"), ("humaneval", "openai/openai_humaneval")],
 )
 def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
     task: str,
@@ -228,15 +229,10 @@ def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("loraover.evaluation.humaneval.check_sandbox", lambda: None)
-    judge = ["--judge-url", "http://localhost:1", "--judge-model", "m"] if task == "mtbench" else []
-    assert run(cli, ["eval", str(folder / "base"), "--task", task, "--allow-code-execution", *judge]) == 2
+    assert run(cli, ["eval", str(folder / "base"), "--task", task, "--allow-code-execution"]) == 2
     said = capsys.readouterr().err
-    if task == "mtbench":
-        assert "needs --data FOLDER with question.jsonl, judge_prompts.jsonl" in said
-        assert "github.com/lm-sys/FastChat" in said
-    else:
-        assert f"hf download {name} --repo-type dataset" in said
-        assert "one JSON object a line, with --data" in said
+    assert f"hf download {name} --repo-type dataset" in said
+    assert "one JSON object a line, with --data" in said
 
 
 @pytest.mark.parametrize(

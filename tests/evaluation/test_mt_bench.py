@@ -50,10 +50,13 @@ def evaluated(
         return evaluated_by(judge, model, folder, *more)
 
 
+def words(judge: Recorded, model: Path, folder: Path) -> list[str]:
+    asked = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--max-new-tokens", "6"]
+    return [*asked, "--judge-url", judge.url, "--judge-model", "tester", "-o", str(folder / "out.json")]
+
+
 def evaluated_by(judge: Recorded, model: Path, folder: Path, *more: str) -> tuple[dict[str, Any], Recorded, int]:
-    out = folder / "out.json"
-    words = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--max-new-tokens", "6"]
-    code = run(cli, [*words, "--judge-url", judge.url, "--judge-model", "tester", "-o", str(out), *more])
+    code, out = run(cli, [*words(judge, model, folder), *more]), folder / "out.json"
     return (json.loads(out.read_text()) if out.exists() else {}), judge, code
 
 
@@ -84,19 +87,22 @@ def test_the_judge_sees_questions_answers_and_references(model: Path, tmp_path: 
     assert found["results"][0]["measures"] == {"rating": 7.0, "turn 1": 7.0, "turn 2": 7.0}
 
 
-def test_nonsense_is_asked_again_and_then_counted_as_missing(model: Path, tmp_path: Path) -> None:
-    def reply(body: dict[str, Any]) -> str:
+@pytest.mark.parametrize(("second", "asked"), [("I would rather not say", 3), (500, 3), (400, 1)])
+def test_a_question_without_a_rating_is_missing_and_no_other(
+    second: str | int, asked: int, model: Path, tmp_path: Path
+) -> None:
+    """It is asked again where that may help only; a number that is no rating is."""
+
+    def reply(body: dict[str, Any]) -> str | int:
         if "multi-turn" in body["messages"][0]["content"]:
-            return "I would rather not say"
+            return second
         return "[[4]]" if body["temperature"] else "[[11]]"
 
     found, judge, code = evaluated(model, tmp_path, reply)
     (result,) = found["results"]
-    assert code == 0
-    assert result["measures"] == {"rating": 4.0, "turn 1": 4.0}
-    assert result["missing"] == 2
+    assert (code, result["missing"], result["measures"]) == (0, 2, {"rating": 4.0, "turn 1": 4.0})
     assert [e["score"] for e in result["examples"]] == [4.0, None, 4.0, None]
-    assert len(judge.bodies) == 2 * 2 + 2 * 3
+    assert len(judge.bodies) == 2 * 2 + 2 * asked
 
 
 def test_the_same_command_asks_only_for_ratings_that_are_missing(model: Path, tmp_path: Path) -> None:
@@ -130,19 +136,25 @@ def assert_unrated(found: dict[str, Any]) -> None:
     assert all(example["answer"] for example in result["examples"])
 
 
-def test_answers_that_nobody_would_rate_are_kept_and_rated_later(
+def test_answers_are_kept_where_a_judge_refuses_the_key_and_rated_later(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the judge of another address, too, since nothing has been rated yet."""
-    unrated, _, code = evaluated(model, tmp_path, lambda body: 401)
+    """By the judge of another address, too, since nothing has been rated yet. The key stays secret."""
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with_key = ("--judge-key-variable", "MY_KEY")
+    unrated, judge, code = evaluated(model, tmp_path, lambda body: 401, *with_key)
     assert code == 2
+    assert judge.headers[0]["Authorization"] == "Bearer sk-sesame"
     assert_unrated(unrated)
-    assert f"answers are kept in {tmp_path / 'out.json'}; the same command rates them" in capsys.readouterr().err
+    refused = capsys.readouterr()
+    assert f"answers are kept in {tmp_path / 'out.json'}; the same command rates them" in refused.err
 
     monkeypatch.setattr(MtBench, "measure", None)
-    rated, judge, code = evaluated(model, tmp_path, lambda body: "[[5]]")
+    rated, judge, code = evaluated(model, tmp_path, lambda body: "[[5]]", *with_key)
     assert code == 0
-    assert "base: answered already" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "base: answered already" in shown.out
+    assert "sesame" not in "".join([*refused, *shown, (tmp_path / "out.json").read_text()])
     assert len(judge.bodies) == 4
     (before,), (after,) = unrated["results"], rated["results"]
     assert after["measures"] == {"rating": 5.0, "turn 1": 5.0, "turn 2": 5.0}
@@ -152,7 +164,7 @@ def test_answers_that_nobody_would_rate_are_kept_and_rated_later(
 
 
 def test_ctrl_c_does_not_wait_for_a_judge_and_keeps_the_answers(model: Path, tmp_path: Path) -> None:
-    asked, done, out = threading.Event(), threading.Event(), tmp_path / "out.json"
+    asked, done = threading.Event(), threading.Event()
 
     def hang(body: dict[str, Any]) -> str:
         asked.set()
@@ -160,15 +172,14 @@ def test_ctrl_c_does_not_wait_for_a_judge_and_keeps_the_answers(model: Path, tmp
         return "[[5]]"
 
     with openai_server(hang) as judge:
-        words = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(tmp_path)), "--max-new-tokens", "6"]
-        words += ["--judge-url", judge.url, "--judge-model", "tester", "-o", str(out)]
-        process = subprocess.Popen([sys.executable, "-m", "loraover.cli", *words], stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "loraover.cli", *words(judge, model, tmp_path)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert asked.wait(120)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)
         done.set()
     assert process.returncode == 130, error
-    assert_unrated(json.loads(out.read_text()))
+    assert_unrated(json.loads((tmp_path / "out.json").read_text()))
 
 
 def test_answers_to_other_questions_are_not_rated(
@@ -182,20 +193,6 @@ def test_answers_to_other_questions_are_not_rated(
     assert "belong to other questions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("status", [400, 500])
-def test_a_question_that_the_judge_cannot_take_is_missing_and_no_other(
-    status: int, model: Path, tmp_path: Path
-) -> None:
-    def reply(body: dict[str, Any]) -> str | int:
-        return status if "multi-turn" in body["messages"][0]["content"] else "[[6]]"
-
-    found, judge, code = evaluated(model, tmp_path, reply)
-    (result,) = found["results"]
-    assert (code, result["missing"]) == (0, 2)
-    assert result["measures"] == {"rating": 6.0, "turn 1": 6.0}
-    assert len(judge.bodies) == (8 if status == 500 else 4)  # asked again where that may help only
-
-
 def test_a_question_beyond_the_models_context_is_named(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,21 +201,6 @@ def test_a_question_beyond_the_models_context_is_named(
     found, judge, code = evaluated(model, tmp_path, lambda body: "[[6]]")
     assert (found, judge.bodies, code) == ({}, [], 2)
     assert "question 2: its 317 tokens leave no room in the model's context of 256" in capsys.readouterr().err
-
-
-def test_a_judge_that_refuses_the_key_ends_it_and_the_key_stays_secret(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MY_KEY", "sk-sesame")
-    refused, judge, code = evaluated(model, tmp_path, lambda body: 401, "--judge-key-variable", "MY_KEY")
-    assert code == 2
-    assert_unrated(refused)
-    assert judge.headers[0]["Authorization"] == "Bearer sk-sesame"
-    _, _, code = evaluated(model, tmp_path, lambda body: "[[3]]", "--judge-key-variable", "MY_KEY")
-    assert code == 0
-    assert "sesame" not in (tmp_path / "out.json").read_text()
-    shown = capsys.readouterr()
-    assert "sesame" not in shown.out + shown.err
 
 
 def test_a_model_without_a_chat_template_is_asked_in_alpacas_prompt(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ import functools
 import http.server
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from loraover.sources.fetch import fetch_adapter
 from loraover.sources.remote import RemoteStore
 from loraover_export import check_adapter, check_fleet
 from loraover_export.check.request import CheckRequest
+
+from support.http_server import Handler, serving
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -59,12 +60,10 @@ def put(s3: Any, folder: str, **files: bytes) -> str:
     return f"s3://bucket/{folder}"
 
 
-class Site(http.server.SimpleHTTPRequestHandler):
+class Site(Handler, http.server.SimpleHTTPRequestHandler):
     """A folder's files, and redirects; `moved` has the targets by path."""
 
     moved: dict[str, str] = {}  # noqa: RUF012  a test sets it
-
-    def log_message(self, *words: Any) -> None: ...
 
     def send_head(self) -> Any:
         if self.path in self.moved:
@@ -73,17 +72,6 @@ class Site(http.server.SimpleHTTPRequestHandler):
             self.end_headers()
             return None
         return super().send_head()
-
-
-@contextmanager
-def serving(handler: Any) -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -213,19 +201,13 @@ def test_what_cannot_be_fetched_is_refused(s3: Any, address: str, message: str) 
         fetch_adapter(address, quiet)
 
 
-class Cluster(http.server.BaseHTTPRequestHandler):
+class Cluster(Handler):
     """What HDFS answers over http for a folder with one file."""
-
-    def log_message(self, *words: Any) -> None: ...
 
     def do_GET(self) -> None:
         assert self.path.startswith("/webhdfs/v1/shop")
         found = {"pathSuffix": CONFIG, "type": "FILE", "length": 2, "modificationTime": 1}
-        body = json.dumps({"FileStatuses": {"FileStatus": [found]}}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.answer(200, json.dumps({"FileStatuses": {"FileStatus": [found]}}).encode())
 
 
 def test_an_address_names_the_host_and_its_port() -> None:

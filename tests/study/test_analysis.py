@@ -135,27 +135,21 @@ def test_no_example_both_chooses_and_judges(count: int) -> None:
     assert abs(len(validation) - len(test)) <= 1
 
 
-def test_a_bracketed_basin_is_interpolated() -> None:
-    found = sensitivity({1e-4: 2.0, 1e-3: 1.0, 1e-2: 1.02}, {})
-    assert (found.best_rate, found.is_bracketed, found.is_basin_cut) == (1e-3, True, False)
-    assert found.basin_decades == pytest.approx(0.01 + 0.5)
-    assert found.regret == pytest.approx((1.0 + 0.0 + 0.02) / 3)
-
-
-def test_a_basin_that_goes_on_beyond_the_sweep_says_so() -> None:
-    found = sensitivity({1e-3: 1.0, 1e-2: 1.005}, {})
-    assert (found.is_bracketed, found.is_basin_cut) == (False, True)
-    assert found.basin_decades == pytest.approx(1.0)
-
-
-def test_a_rate_that_diverged_is_worse_than_any_other() -> None:
-    found = sensitivity({1e-3: 1.0, 1e-2: math.inf}, {})
-    assert found.best_rate == 1e-3
-    assert found.losses == {"0.001": 1.0}
-    assert found.basin_decades == 0.0
-    assert (found.regret, found.diverged) == (None, 1)
-
-
-def test_a_loss_of_zero_is_no_divisor() -> None:
-    found = sensitivity({1e-4: 0.1, 1e-3: 0.0, 1e-2: 0.2}, {})
-    assert (found.best_rate, found.regret, found.diverged) == (1e-3, None, 0)
+@pytest.mark.parametrize(
+    ("losses", "is_bracketed", "is_cut", "decades", "regret", "diverged"),
+    [
+        ({1e-4: 2.0, 1e-3: 1.0, 1e-2: 1.02}, True, False, 0.01 + 0.5, (1.0 + 0.0 + 0.02) / 3, 0),
+        ({1e-3: 1.0, 1e-2: 1.005}, False, True, 1.0, 0.005 / 2, 0),
+        ({1e-3: 1.0, 1e-2: math.inf}, False, True, 0.0, None, 1),
+        ({1e-4: 0.1, 1e-3: 0.0, 1e-2: 0.2}, True, False, 0.0, None, 0),
+    ],
+    ids=["interpolated", "beyond the sweep", "worse than any other", "no divisor"],
+)
+def test_a_basin_is_measured_around_the_best_rate(
+    losses: dict[float, float], is_bracketed: bool, is_cut: bool, decades: float, regret: float | None, diverged: int
+) -> None:
+    found = sensitivity(losses, {})
+    assert (found.best_rate, found.is_bracketed, found.is_basin_cut) == (1e-3, is_bracketed, is_cut)
+    assert found.basin_decades == pytest.approx(decades)
+    assert (found.regret, found.diverged) == (regret if regret is None else pytest.approx(regret), diverged)
+    assert found.losses == {f"{rate:g}": loss for rate, loss in losses.items() if math.isfinite(loss)}

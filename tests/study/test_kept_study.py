@@ -1,30 +1,82 @@
-"""The studies that `docs/study/` and `docs/research/` report are what their kept runs say."""
+"""The studies that the Makefile plans: what they compare, and what the docs report of their kept runs."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import mode
-from typing import Literal
+from types import SimpleNamespace
+from typing import Literal, TypeVar
+from unittest.mock import Mock
 
 import pytest
+from transformers import TrainingArguments
 
+from loraover.cli import cli
+from loraover.common import command_line
 from loraover.study.analysis import Difference, Halves
-from loraover.study.grid import Run
+from loraover.study.grid import Run, grid_of
 from loraover.study.kept_runs import finished
-from loraover.study.outcome import RunOutcome
+from loraover.study.outcome import RunOutcome, digest
 from loraover.study.report import StudyReport, TaskResult
+from loraover.study.request import StudyRequest
 from loraover.study.runner import make_report
 from loraover.training.defaults import LEARNING_RATES
+from loraover.training.hf_trainer import _optimizer
 
-from support.planned import planned
+from support.tiny_models import tiny_llama, with_lora
 
-DOCS = Path(__file__).parents[2] / "docs" / "study"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "study"
 RESEARCH = DOCS.parent / "research"
 FOLDERS = {"study": "smollm2", "study-gauge": "gauge", "study-papers": "papers"}
 Half = Literal["validation", "test"]
 HALVES: tuple[Half, ...] = ("validation", "test")
+STUDIES = [
+    "study",
+    "study-gauge",
+    "study-papers",
+    "study-ranks",
+    *(f"study-gauge-{kind}" for kind in ("arms", "options", "steps", "long", "rates")),
+]
 ROUNDED = 1e-6  # nats are kept to six decimals, and the reports were made before they were rounded
+
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def by_make(test: Test) -> Test:
+    """Mark a test that asks the Makefile for a study."""
+    marks = pytest.mark.process, pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+    for mark in marks:
+        test = mark(test)
+    return test
+
+
+@cache
+def planned(target: str) -> tuple[list[Run], int, list[Path]]:
+    """All runs that a target of the Makefile asks for, its tuning seeds (0 for all), and the studies that it reuses."""
+    dry = ["make", "--dry-run", "--no-print-directory", target]
+    printed = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    (line,) = [line for line in printed.replace("\\\n", " ").splitlines() if "loraover study" in line]
+    asked: list[StudyRequest] = []
+
+    def keep(request: StudyRequest) -> SimpleNamespace:
+        asked.append(request)
+        return SimpleNamespace(exit_code=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loraover.study.runner.run_study", SimpleNamespace(__wrapped__=keep))
+        patch.setattr("loraover.study.show.show_study", Mock())
+        patch.chdir(ROOT)
+        assert command_line.run(cli, shlex.split(line)[1:]) == 0
+        request = asked[0].whole()
+        runs = grid_of(request)
+    return runs, request.tuning_seeds or 0, [ROOT / study for study in request.reuse]
 
 
 def kept(folder: str) -> StudyReport:
@@ -48,8 +100,7 @@ def _rounded(value: float) -> str:
     return f"{value:+.1f}" if abs(value) < 10 else f"{value:+.0f}"
 
 
-@pytest.mark.process
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@by_make
 @pytest.mark.parametrize("target", FOLDERS)
 def test_the_kept_report_is_that_of_the_kept_runs(target: str) -> None:
     grid, outcomes = runs_of(target, FOLDERS[target])
@@ -87,8 +138,7 @@ def test_the_docs_and_the_readme_quote_the_study_of_eigen() -> None:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted.replace("**", "")
 
 
-@pytest.mark.process
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@by_make
 def test_the_docs_quote_the_options_of_eigen() -> None:
     quoted = (RESEARCH / "eigen.md").read_text()
     grid, found = runs_of("study-gauge-options", "gauge-options")
@@ -101,8 +151,7 @@ def test_the_docs_quote_the_options_of_eigen() -> None:
     assert "".join(f"| {loss:.4f} | " for loss in ours).rstrip() in quoted
 
 
-@pytest.mark.process
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@by_make
 def test_the_docs_quote_the_losses_by_rate() -> None:
     quoted = (RESEARCH / "eigen.md").read_text()
     losses: dict[str, dict[float, float]] = {}
@@ -116,8 +165,7 @@ def test_the_docs_quote_the_losses_by_rate() -> None:
         assert f"| {' | '.join(cells).replace(' (+0.0 %)', '')} |" in quoted
 
 
-@pytest.mark.process
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@by_make
 def test_the_docs_quote_the_arms_of_eigen() -> None:
     quoted = (RESEARCH / "eigen.md").read_text()
     grid, outcomes = runs_of("study-gauge-arms", "gauge-arms")
@@ -133,8 +181,7 @@ def test_the_docs_quote_the_arms_of_eigen() -> None:
         assert f"{row}|" in quoted
 
 
-@pytest.mark.process
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@by_make
 def test_the_docs_quote_the_losses_after_300_steps() -> None:
     quoted = (RESEARCH / "eigen.md").read_text()
     arms, long = (runs_of(f"study-gauge-{kind}", f"gauge-{kind}")[1] for kind in ("arms", "long"))
@@ -146,8 +193,7 @@ def test_the_docs_quote_the_losses_after_300_steps() -> None:
         assert f"| {' | '.join(cells)} |" in quoted
 
 
-@pytest.mark.process
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@by_make
 def test_one_rate_is_best_at_each_rank() -> None:
     """The default rate of plain LoRA names no rank; the docs quote the losses."""
     losses: dict[tuple[int, str], dict[float, float]] = {}
@@ -200,3 +246,66 @@ def test_default_rates_are_those_that_the_studies_chose_on_most_tasks() -> None:
     assert {name: mode(rates) for name, rates in chosen.items()} | {"full": LEARNING_RATES["full"]} == LEARNING_RATES
     quoted = (DOCS.parent / "recipes.md").read_text()
     assert all(f"| `{name}` | {rate:g} |" in quoted for name, rate in LEARNING_RATES.items())
+
+
+@by_make
+def test_the_study_of_other_methods_takes_the_runs_of_the_gauges_as_they_are() -> None:
+    (gauge, tuning, _), (papers, same, _) = (planned(name) for name in ("study-gauge", "study-papers"))
+    assert (tuning, same) == (1, 1)  # or the further seeds would be trained at other rates
+    known = {one.folder: digest(one.recipe) for one in gauge}
+    shared = [one for one in papers if one.folder in known]
+    assert all(digest(one.recipe) == known[one.folder] for one in shared)
+    methods = {one.method: one.recipe.method for one in papers}
+    taken = {one.method for one in shared}
+    assert [methods[method] for method in methods if method in taken] == ["lora", "lora", "lora-over"]
+    others = [methods[method] for method in methods if method not in taken]
+    assert others == ["lora-over", "tensorguide", "soma", "lorasc", "federated"]
+    rates = {method: len({one.rate for one in papers if one.method == method}) for method in methods}
+    federated = next(name for name in methods if methods[name] == "federated")
+    grown = [rates.pop(name) for name in ("lora-over", "tensorguide", "soma", federated)]
+    assert grown == [4, 4, 4, 5]  # the largest of 3 was best, and federated's largest of 4 too
+    assert set(rates.values()) == {3}
+    assert len(shared) == 3 * 3 * 3
+
+
+@by_make
+@pytest.mark.parametrize(
+    ("target", "shared", "new"),
+    [
+        ("study-gauge-arms", 3 * 3 + 4, 7 * 3 + 1),
+        ("study-gauge-options", 2, 8),
+        ("study-gauge-steps", 4 * 2 * 3 + 8, 4 * 3 + 1),
+        ("study-gauge-long", 0, 3),
+        ("study-gauge-rates", 3 * 3, 3 * 2),
+    ],
+)
+def test_a_further_study_of_the_gauge_takes_the_runs_that_are_the_same(target: str, shared: int, new: int) -> None:
+    (gauge, tuning, _), (papers, *_), (further, same, _) = (
+        planned(name) for name in ("study-gauge", "study-papers", target)
+    )
+    known = {(one.folder, digest(one.recipe)) for one in (*gauge, *papers)}
+    sweep = [(one.folder, digest(one.recipe)) in known for one in further if one.seed == 0]
+    assert (tuning, same) == (1, 1)
+    assert (sum(sweep), len(sweep)) == (shared, shared + new)
+
+
+@by_make
+@pytest.mark.parametrize("target", STUDIES)
+def test_every_method_has_an_optimizer_that_takes_its_settings(target: str) -> None:
+    for recipe in {run.method: run.recipe for run in planned(target)[0]}.values():
+        if recipe.training.optim == "soap":
+            pytest.importorskip("pytorch_optimizer", reason="pip install 'loraover[soap]'")
+        if (make := _optimizer(recipe, TrainingArguments())) is not None:
+            make(with_lora(tiny_llama()))
+
+
+@by_make
+def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others() -> None:
+    federated = pytest.importorskip("loraover.training.methods.federated", reason="pip install 'loraover[private]'")
+    pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+    runs, *_ = planned("study-papers")
+    one = next(one.recipe for one in runs if one.recipe.method == "federated")
+    batch, plain = one.training.per_device_train_batch_size, runs[0].recipe.training
+    assert batch * one.federated.clients == plain.per_device_train_batch_size
+    federated.Federated(one).check(plain.max_steps, 1979)
+    assert one.federated.epsilon == 8.0

@@ -95,10 +95,18 @@ def asked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Asked]:
             (tmp_path / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
             more = [f"data={tmp_path / 'problems.jsonl'}", "allow_code_execution=true"]
         else:
-            (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
-            more = [f"data={tmp_path / 'sums.jsonl'}"]
-        options = [word for option in (*more, "max_new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
-        yield Asked(request.param, options)
+            more = [sums(tmp_path)]
+        yield Asked(request.param, asking(*more))
+
+
+def sums(folder: Path) -> str:
+    """Write a question of GSM8K; returns the option that names it."""
+    (folder / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
+    return f"data={folder / 'sums.jsonl'}"
+
+
+def asking(*options: str) -> list[str]:
+    return [word for option in (*options, "max_new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
 
 
 def report_of(folder: Path) -> StudyReport:
@@ -168,7 +176,6 @@ def test_a_benchmark_that_fails_leaves_no_score(
     bases: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
-    (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
 
     def failing(function: Any, request: Any) -> None:
         found = evaluate.__wrapped__(request)  # type: ignore[attr-defined]
@@ -177,15 +184,15 @@ def test_a_benchmark_that_fails_leaves_no_score(
         request.output.write_text(failed.model_dump_json())
 
     monkeypatch.setattr(benchmark, "perform", failing)
-    asked = ["--ask", f"data={tmp_path / 'sums.jsonl'}", "--ask", "max_new_tokens=2", "--methods", "lora,lora+"]
-    shorter = words("paper-gsm8k", tmp_path, {"llama": bases["llama"][:1]})
-    assert run(cli, [*shorter, *asked, "--ask", "dtype=fp32"]) == 0
+    more = [*asking(sums(tmp_path)), "--methods", "lora,lora+"]
+    command = words("paper-gsm8k", tmp_path, {"llama": bases["llama"][:1]}, *more)
+    assert run(cli, command) == 0
     (task,) = report_of(tmp_path).tasks
     assert [one.score is None for one in task.methods] == [False, True]
 
     # The same command asks the adapter that failed again.
     monkeypatch.undo()
-    assert run(cli, [*shorter, *asked, "--ask", "dtype=fp32"]) == 0
+    assert run(cli, command) == 0
     (task,) = report_of(tmp_path).tasks
     assert [one.score is None for one in task.methods] == [False, False]
 
@@ -193,12 +200,10 @@ def test_a_benchmark_that_fails_leaves_no_score(
 def test_adapters_at_the_chosen_rate_alone_are_scored(bases: dict[str, list[Path]], tmp_path: Path) -> None:
     """Also those of seeds that are added to a study that is finished, and after other questions."""
     pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
-    (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "2 + 2?", "answer": "#### 4"}) + "\n")
-    asked = ["--ask", f"data={tmp_path / 'sums.jsonl'}", "--ask", "max_new_tokens=2", "--ask", "dtype=fp32"]
-    one = {"llama": bases["llama"][:1]}
-    more: dict[str, Any] = {"sweep": "1e-4,1e-2"}
+    one, more = {"llama": bases["llama"][:1]}, [*asking(sums(tmp_path)), "--methods", "lora"]
     for seeds in (1, 2):
-        assert run(cli, words("paper-gsm8k", tmp_path, one, *asked, "--methods", "lora", seeds=seeds, **more)) == 0
+        command = words("paper-gsm8k", tmp_path, one, *more, seeds=seeds, sweep="1e-4,1e-2")
+        assert run(cli, command) == 0
     found = report_of(tmp_path)
     (best,) = {one.rate for one in found.tasks[0].methods}
     (file,) = (tmp_path / "out" / benchmark.FOLDER).iterdir()
@@ -208,7 +213,6 @@ def test_adapters_at_the_chosen_rate_alone_are_scored(bases: dict[str, list[Path
     kept = [one.score for one in read_kept(tmp_path / "out")]
     assert kept == [None] * 3  # whatever the benchmark is
 
-    command = words("paper-gsm8k", tmp_path, one, *asked, "--methods", "lora", seeds=2, **more)
     assert run(cli, [*command, "--report-only"]) == 0
     assert report_of(tmp_path).tasks == found.tasks
     assert run(cli, [*command, "--report-only", "--ask", "limit=1"]) == 0

@@ -158,14 +158,6 @@ def p_of(task: TaskResult, method: str) -> float:
     return found.p
 
 
-def test_a_gain_here_and_a_loss_there_is_no_win(tmp_path: Path) -> None:
-    runs = grid_of(tmp_path, ["lora", "lora-over"], tasks=2)
-    tasks = judged(
-        runs, {"lora": MIDDLE, "lora-over": (1.2, 0.8, 1.2)}, {"task1": {"lora": MIDDLE, "lora-over": (1.3, 1.2, 1.3)}}
-    )
-    assert verdict_of(report_of(tasks)).word == "better on some tasks, worse on others"
-
-
 def failed(runs: list[Run], failures: Mapping[tuple[str, float], str], losses: Losses) -> dict[Run, RunOutcome]:
     return {
         run: RunOutcome(recipe="", failure=failures[run.method, run.rate])

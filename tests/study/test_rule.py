@@ -15,7 +15,6 @@ from loraover.study.rule import RULE_FILE, Rule, fixed_rule
 from loraover.study.runner import _estimate, make_report
 from loraover.study.show import to_markdown
 
-from support.study_grid import make_grid
 from support.tiny_hub import write_recipe
 
 TASKS = ("gsm8k.yaml", "qnli.yaml", "svamp.yaml")
@@ -36,22 +35,6 @@ def test_a_study_that_only_reports_fixes_no_rule(tmp_path: Path) -> None:
     rule = fixed_rule(StudyRequest(TASKS, tmp_path, report_only=True), 7)
     assert rule == Rule(required=3, tasks=3, finished_before=7)
     assert not (tmp_path / RULE_FILE).exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"required": 4}, "expected 1 to 3, the number of recipes"),
-        ({"names": {"wide": "lora:r=64"}}, "names 'lora:r=64', which is none of methods and rulers"),
-        ({"names": ["wide"]}, "expected NAME=METHOD"),
-        ({"names": {"a b": "lora"}}, "names 'a b', expected letters"),
-        ({"names": ["a=lora", "b=lora"]}, "two names to one method"),
-    ],
-    ids=["required", "unused", "no-method", "marks", "twice"],
-)
-def test_a_rule_or_name_that_cannot_be_is_refused(more: dict[str, object], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        StudyRequest(TASKS, tmp_path, **more)  # type: ignore[arg-type]
 
 
 def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
@@ -75,12 +58,6 @@ def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
     assert words(report.tasks)[0].startswith("task: lora-over and wide cannot be told apart")
     assert "| wide | 0.001 (end) |" in to_markdown(report)
     assert "| wide | `lora:r=64` |" in to_markdown(report)
-
-
-def test_a_name_of_a_method_is_taken(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "task.yaml", "none")
-    with pytest.raises(ConfigError, match="'dora' is a method"):
-        make_grid([str(recipe)], {"lora:r=64": [1e-3]}, 1, {}, names={"dora": "lora:r=64"})
 
 
 def test_less_than_an_hour_is_told_in_minutes() -> None:

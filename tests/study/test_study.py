@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -127,16 +126,7 @@ def test_another_recipe_is_not_mixed_in(killed: Path, recipe: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--methods", "lora,galore"], "'galore' is none of"),
-        (["--methods", "lora,lora-over:decomposition"], "expected key=value"),
-        (["--methods", "lora,lora-over:decompositoin=svd"], "did you mean 'decomposition'"),
-        (["--methods", "lora-over,dora"], "compares with plain LoRA"),
-        (["--set", "evaluation.examples=1"], "4 held-out examples or more, found 1"),
-        (["--set", "data.test_examples=2"], "4 held-out examples or more, found 2"),
-        (["--lr-sweep", "1e-3,1e-3"], "different positive numbers"),
-        (["--lr-sweep", "fast"], "different positive numbers"),
         (["--lr-sweep", "dora=1e-3"], "'dora', which is none of --methods"),
-        (["--lr-sweep", "1e-3", "--lr-sweep", "1e-2"], "two sweeps to one name, or two without a name"),
         (["--report-only"], "nothing to compare"),
     ],
 )
@@ -154,15 +144,6 @@ def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Pat
     (task,) = report_of(tmp_path / "out").tasks
     assert [method.rate for method in task.methods] == [1e-3, 1e-3]
     assert [failure.endswith("training diverged") for failure in task.failures] == [True, True]
-
-
-def test_recipes_of_one_name_would_share_folders(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / recipe.name
-    shutil.copy(recipe, other)
-    assert run(cli, [*words(recipe, tmp_path / "out"), str(other)]) == 2
-    assert "give recipes different names" in capsys.readouterr().err
 
 
 def test_a_study_with_tuning_seeds_and_a_ruler_trains(recipe: Path, tmp_path: Path) -> None:

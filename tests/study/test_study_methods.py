@@ -9,12 +9,9 @@ import yaml
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.study.grid import is_plain
 from loraover.study.outcome import execute
 from loraover.study.report import StudyReport
 from loraover.training.recipe import load_recipe
-
-from support.study_grid import make_grid
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
@@ -27,17 +24,6 @@ METHODS = [
     "federated:r=2",
     "tensorguide:tensorguide.tt_rank=2",
 ]
-
-
-def test_settings_of_a_method_reach_its_recipe(recipe: Path) -> None:
-    rates: dict[str, list[float]] = {method: [1e-3] for method in METHODS}
-    runs = {one.method: one.recipe for one in make_grid([str(recipe)], rates, 1, {})}
-    assert [one.method for one in runs.values()] == ["lora", "soma", "lorasc", "federated", "tensorguide"]
-    assert runs[METHODS[1]].soma.frozen_blocks == 1
-    assert (runs[METHODS[2]].lorasc.stages, runs[METHODS[2]].lorasc.noise) == (3, 0.1)
-    assert runs[METHODS[3]].lora.r == 2
-    assert runs[METHODS[4]].tensorguide.tt_rank == 2
-    assert [is_plain(method) for method in METHODS] == [True, False, False, False, False]
 
 
 def test_the_report_has_the_rank_and_bytes_that_each_method_serves(recipe: Path, tmp_path: Path) -> None:

@@ -27,30 +27,9 @@ def method(name: str, gap: tuple[float, float] | None = None, *, is_bracketed: b
         mean, half = (2 * share for share in gap)
         p = 0.001 if abs(mean) > half else 0.5
         found = Difference(mean=mean, interval=(mean - half, mean + half), p=p, detectable=1.5 * half)
-    return MethodResult(
-        method=name,
-        rate=1e-3,
-        test_loss=2.0,
-        deviation=0.1,
-        difference=found,
-        sensitivity=RateSensitivity(
-            losses={"0.001": 2.0},
-            seed_losses={},
-            best_rate=1e-3,
-            is_bracketed=is_bracketed,
-            basin_decades=0.1,
-            is_basin_cut=False,
-            regret=0.0,
-            diverged=0,
-        ),
-        trained_parameters=1,
-        served_parameters=1,
-        step_seconds=None,
-        peak_bytes=None,
-        update_norm=None,
-        step_norm=None,
-        fold_error=None,
-    )
+    swept: Any = {"best_rate": 1e-3, "is_bracketed": is_bracketed}
+    shown: Any = {"rate": 1e-3, "test_loss": 2.0, "sensitivity": RateSensitivity.model_construct(**swept)}
+    return MethodResult.model_construct(method=name, difference=found, **shown)
 
 
 def task(name: str, *gaps: tuple[float, float], failed: bool = False, **baseline: Any) -> TaskResult:

@@ -8,23 +8,18 @@ The adapter and the base model of `tests/golden/base_installation` are those of 
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "base_installation"
 ABSENT = ("torch", "transformers", "peft", "onnxruntime")
-MODEL, COMMIT = "owner/base", "0" * 40
+MODEL = "owner/base"
 NAMES = ("loraover", "loraover-export", "loraover-serve")
 
 
@@ -43,49 +38,6 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     yield f"loraover export prepare {adapter} --model {base} -o other --engine mlx", 2, "pip install 'loraover[torch]'"
     yield f"loraover export fold {adapter} -o folded", 2, "pip install 'loraover[torch]'"
     yield "loraover train demo -o run", 2, "pip install 'loraover[train]'"
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """A hub with the model `owner/base`, which sends the first bytes of its weights and never all of them."""
-
-    def do_GET(self) -> None:
-        name, wanted = self.path.partition("?")[0].rpartition("/")[2], self.headers.get("Range")
-        if self.path.startswith("/api/"):
-            files = [(path.name, path.stat().st_size) for path in (GOLDEN / "base").iterdir()]
-            model = {"id": MODEL, "sha": COMMIT, "siblings": [{"rfilename": name} for name, _ in files]}
-            tree = [{"type": "file", "path": name, "size": size, "oid": COMMIT} for name, size in files]
-            self._send(200, json.dumps(tree if "/tree/" in self.path else model).encode())
-        elif not (GOLDEN / "base" / name).is_file():
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        elif self.command == "GET" and wanted is None and name.endswith(".safetensors"):
-            self._send(403, b"")
-        else:
-            end = None if wanted is None else int(wanted.rpartition("-")[2]) + 1
-            self._send(200 if end is None else 206, (GOLDEN / "base" / name).read_bytes()[:end])
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        more = {"X-Repo-Commit": COMMIT, "ETag": '"0"', "Content-Length": str(len(content))} | (headers or {})
-        for name, value in more.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@contextmanager
-def _hub() -> Iterator[str]:
-    """Run the hub during a block; yields its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def show_every_help() -> int:
@@ -121,6 +73,7 @@ def main() -> int:
     sys.path.insert(0, str(TESTS))
     from loraover_serve.record.adapter_check.reference import read_reference
 
+    from support.hub_server import model_hub
     from support.openai_server import openai_server
     from support.reference_server import AS_BASE, RIGHT, FromReference
 
@@ -130,7 +83,9 @@ def main() -> int:
     reference = read_reference(GOLDEN / "adapter" / "adapter_reference.json.gz")
     answers = FromReference(reference, lambda name: RIGHT if name == "right" else AS_BASE)
     served = {"base": None, "right": "base", "wrong": "base"}
-    with tempfile.TemporaryDirectory() as folder, openai_server(answers, served) as server, _hub() as hub:
+    files = {path.name: path.read_bytes() for path in (GOLDEN / "base").iterdir()}
+    hubs = model_hub(MODEL, files, gives_weights=False)
+    with tempfile.TemporaryDirectory() as folder, openai_server(answers, served) as server, hubs as hub:
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
         variables |= {"XDG_CACHE_HOME": folder, "HF_HOME": folder, "HF_ENDPOINT": hub}
         done = [is_right(*command, folder, variables) for command in commands(server.url)]

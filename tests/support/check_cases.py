@@ -12,7 +12,7 @@ from torch import Tensor
 from loraover.checkpoint.files import CONFIG_FILE
 
 from support.make_checkpoint import edit_tensors
-from support.vllm_damage import Q0, TENSORS, added, config, of_rank, renamed
+from support.vllm_damage import Q0, TENSORS, added, config, narrower, of_rank, renamed
 
 Change = Callable[[Path], object]
 MODEL = "base_model.model.model"
@@ -40,13 +40,6 @@ def both(*changes: Change) -> Change:
             one(folder)
 
     return change
-
-
-def narrower(folder: Path) -> None:
-    def cut(found: dict[str, Tensor]) -> None:
-        found[f"{Q0}.lora_A.weight"] = found[f"{Q0}.lora_A.weight"][:, :32]
-
-    edit_tensors(folder / TENSORS, cut)
 
 
 def loha(folder: Path) -> None:
@@ -97,7 +90,7 @@ CASES: dict[str, Change] = {
     "another rank in the configuration": config(r=2, lora_alpha=2),
     "no prefix": renamed("base_model.model.", ""),
     "another prefix": renamed("model.model.model.", "model.model."),
-    "another shape": narrower,
+    "another shape": lambda folder: edit_tensors(folder / TENSORS, narrower),
     "unnamed modules": config(target_modules=["q_proj"]),
     "lost modules": lambda folder: edit_tensors(folder / TENSORS, lose_layer_1),
 }

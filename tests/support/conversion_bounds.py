@@ -11,15 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraover.checkpoint.base_model import resolve_base
 from loraover_export import convert_adapter
-from loraover_export.convert.kind import read_method
 from loraover_export.convert.methods.base import Dense, LowRank
-from loraover_export.convert.source import open_adapter
-from loraover_export.merge.base_weights import open_base
 from loraover_export.uniform.certificate import ModuleCertificate
 
-from support.conversions import Source, make_base, make_source
+from support.conversions import Source, make_base, make_source, places_of
 from support.make_checkpoint import edit_tensors
 
 PATH = "model.layers.1.self_attn.q_proj"
@@ -36,12 +32,8 @@ def made(folder: Path, source: Source, weight: Tensor, dtype: torch.dtype = torc
 
 
 def delta_of(adapter: Path) -> LowRank | Dense:
-    method, layout = read_method(adapter)
-    with (
-        open_base(resolve_base([layout], None, option="--model", say=print)) as base,
-        open_adapter(layout, base) as opened,
-    ):
-        return next(place for place in method.places(opened) if place.path == PATH).delta()
+    with places_of(adapter) as places:
+        return next(place for place in places if place.path == PATH).delta()
 
 
 def low_rank_of(adapter: Path) -> LowRank:

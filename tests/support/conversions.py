@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover_export.convert.kind import read_method
-from loraover_export.convert.methods.base import Dense
+from loraover_export.convert.methods.base import Dense, Place
 from loraover_export.convert.source import open_adapter
 from loraover_export.merge.base_weights import open_base
 
@@ -215,15 +216,22 @@ def peft_deltas(base: Path, folder: Path) -> dict[str, Tensor]:
     return {path: delta for path, delta in deltas.items() if delta.any()}
 
 
-def our_deltas(folder: Path, ranks: dict[str, int] | None = None) -> dict[str, Tensor]:
-    """delta_W in float64 by module, as the conversion computes it before it is stored."""
+@contextmanager
+def places_of(folder: Path) -> Iterator[Iterator[Place]]:
+    """The modules that an adapter changes, as the conversion reads them."""
     method, layout = read_method(folder)
-    found = {}
     with (
         open_base(resolve_base([layout], None, option="--model", say=print)) as base,
         open_adapter(layout, base) as opened,
     ):
-        for place in method.places(opened):
+        yield method.places(opened)
+
+
+def our_deltas(folder: Path, ranks: dict[str, int] | None = None) -> dict[str, Tensor]:
+    """delta_W in float64 by module, as the conversion computes it before it is stored."""
+    found = {}
+    with places_of(folder) as places:
+        for place in places:
             delta = place.delta()
             found[place.path] = delta.value if isinstance(delta, Dense) else delta.b @ delta.a
             if ranks is not None:

@@ -8,11 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPResponse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import SimpleQueue
 from urllib.request import ProxyHandler, Request, build_opener
 
-from support.openai_server import POLL_S
+from support.http_server import Handler, serving
 
 
 @contextmanager
@@ -27,46 +26,26 @@ def delaying(url: str, model: str, share: float) -> Iterator[str]:
     Yields:
         The address of the proxy.
     """
-    proxy = Proxy(url, model, share)
-    thread = threading.Thread(target=proxy.serve_forever, args=(POLL_S,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{proxy.server_port}"
-    finally:
-        proxy.shutdown()
-        thread.join()
-        proxy.server_close()
+    opener = build_opener(ProxyHandler({}))
 
+    class Proxy(Handler):
+        def do_POST(self) -> None:
+            start = time.perf_counter()
+            body = self.body()
+            stretch = 1 + share * (json.loads(body)["model"] == model)
+            request = Request(url + self.path, body, {"Content-Type": "application/json"})
+            lines: SimpleQueue[tuple[float, bytes] | None] = SimpleQueue()
+            with opener.open(request) as answer:
+                threading.Thread(target=collect, args=(answer, lines)).start()
+                self.send_response(answer.status)
+                self.end_headers()
+                while (arrived := lines.get()) is not None:
+                    at, line = arrived
+                    time.sleep(max(0.0, start + stretch * (at - start) - time.perf_counter()))
+                    self.wfile.write(line)
 
-class Proxy(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, url: str, model: str, share: float) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.model, self.share = url, model, share
-        self.opener = build_opener(ProxyHandler({}))
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Proxy
-
-    def do_POST(self) -> None:
-        start = time.perf_counter()
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        stretch = 1 + self.server.share * (json.loads(body)["model"] == self.server.model)
-        request = Request(self.server.url + self.path, body, {"Content-Type": "application/json"})
-        lines: SimpleQueue[tuple[float, bytes] | None] = SimpleQueue()
-        with self.server.opener.open(request) as answer:
-            threading.Thread(target=collect, args=(answer, lines)).start()
-            self.send_response(answer.status)
-            self.end_headers()
-            while (arrived := lines.get()) is not None:
-                at, line = arrived
-                time.sleep(max(0.0, start + stretch * (at - start) - time.perf_counter()))
-                self.wfile.write(line)
-
-    def log_message(self, *args: object) -> None:
-        pass
+    with serving(Proxy) as address:
+        yield address
 
 
 def collect(answer: HTTPResponse, lines: SimpleQueue[tuple[float, bytes] | None]) -> None:

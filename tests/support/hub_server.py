@@ -1,19 +1,17 @@
-"""A server with as much of the hub's API as an upload needs, which `huggingface_hub` talks to through HF_ENDPOINT."""
+"""Servers with as much of the hub's API as uploads and downloads need, for `huggingface_hub` through HF_ENDPOINT."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from support.openai_server import POLL_S
+from support.http_server import Handler, serving
 
 TOKEN = "hf_stand_in"
 LARGE = (".safetensors", ".gz", ".json")
@@ -50,71 +48,62 @@ class HubServer:
 @contextmanager
 def hub_server() -> Iterator[HubServer]:
     """Run a stand-in for the block. It refuses requests without its token, and repositories of others than "me"."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    hub = HubServer(f"http://127.0.0.1:{server.server_port}")
-    _Handler.hub, _Handler.objects = hub, {}
-    thread = threading.Thread(target=server.serve_forever, args=(POLL_S,), daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(_Uploads) as url:
+        _Uploads.hub, _Uploads.objects = HubServer(url), {}
+        yield _Uploads.hub
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Uploads(Handler):
     hub: HubServer
     objects: dict[str, bytes]
     """Contents that came by LFS, by SHA-256."""
 
     def do_POST(self) -> None:
-        body = self._body()
+        body = self.body()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._answer(401, {"error": "Invalid username or password."})
+            return self._say(401, {"error": "Invalid username or password."})
         path = self.path.partition("?")[0]
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return self._answer(200, {"errors": [], "warnings": []})
+            return self._say(200, {"errors": [], "warnings": []})
         if path.endswith(".git/info/lfs/objects/batch"):
             return self._batch(json.loads(body))
         owner, name, action, _ = path.removeprefix("/api/models/").split("/")
         files = self.hub.repositories.get(f"{owner}/{name}")
         if files is None:
-            return self._answer(404, {"error": "Repository not found"})
+            return self._say(404, {"error": "Repository not found"})
         if action == "preupload":
             asked = [one["path"] for one in json.loads(body)["files"]]
             modes = [
                 {"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False}
                 for path in asked
             ]
-            return self._answer(200, {"files": modes})
+            return self._say(200, {"files": modes})
         return self._commit(f"{owner}/{name}", files, body)
 
     def do_PUT(self) -> None:
-        content, oid = self._body(), self.path.rpartition("/")[2]
+        content, oid = self.body(), self.path.rpartition("/")[2]
         if hashlib.sha256(content).hexdigest() != oid:
-            return self._answer(400, {"error": "the digest does not fit"})
+            return self._say(400, {"error": "the digest does not fit"})
         self.objects[oid] = content
-        return self._answer(200, {})
+        return self._say(200, {})
 
     def _create(self, asked: dict[str, Any]) -> None:
         if asked["organization"] != "me":
-            return self._answer(403, {"error": "You don't have the rights to create a model under this namespace"})
+            return self._say(403, {"error": "You don't have the rights to create a model under this namespace"})
         repository = f"me/{asked['name']}"
         if repository in self.hub.repositories:
             there = {"error": "You already created this model repo", "url": f"{self.hub.url}/{repository}"}
-            return self._answer(409, there)
+            return self._say(409, there)
         self.hub.repositories[repository] = {}
-        return self._answer(200, {"url": f"{self.hub.url}/{repository}"})
+        return self._say(200, {"url": f"{self.hub.url}/{repository}"})
 
     def _batch(self, asked: dict[str, Any]) -> None:
         upload = [
             one | {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}} for one in asked["objects"]
         ]
-        self._answer(200, {"transfer": "basic", "objects": upload})
+        self._say(200, {"transfer": "basic", "objects": upload})
 
     def _commit(self, repository: str, files: dict[str, bytes], body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
@@ -124,11 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.commits.append(sorted(added))
         oid = hashlib.sha1(body).hexdigest()
         url = f"{self.hub.url}/{repository}/commit/{oid}"
-        self._answer(200, {"commitOid": oid, "commitUrl": url, "pullRequestUrl": None})
+        self._say(200, {"commitOid": oid, "commitUrl": url, "pullRequestUrl": None})
 
-    def _body(self) -> bytes:
+    def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return super().body()
         parts = []
         while size := int(self.rfile.readline(), 16):
             parts.append(self.rfile.read(size))
@@ -136,13 +125,43 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
-        sent = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(sent)))
-        self.end_headers()
-        self.wfile.write(sent)
+    def _say(self, status: int, content: dict[str, Any]) -> None:
+        self.answer(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextmanager
+def model_hub(repository: str, files: Mapping[str, bytes], *, gives_weights: bool = True) -> Iterator[str]:
+    """Run a hub with one model during a block; yields its address.
+
+    Args:
+        repository: Name of the model.
+        files: Contents of its files at `COMMIT`.
+        gives_weights: Whether files of weights are sent whole, or only as many of their first bytes as are asked for.
+    """
+    known = [(name, len(content), hashlib.sha1(content).hexdigest()) for name, content in files.items()]
+    tree = [{"type": "file", "path": name, "size": size, "oid": oid} for name, size, oid in known]
+    model = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+
+    class Downloads(Handler):
+        def do_GET(self) -> None:
+            path, wanted = self.path.partition("?")[0], self.headers.get("Range")
+            name, is_file = path.rpartition("/")[2], path.startswith(f"/{repository}/resolve/")
+            if path.startswith(f"/api/models/{repository}"):
+                self.answer(200, json.dumps(tree if "/tree/" in path else model).encode())
+            elif not is_file or name not in files:
+                self.answer(404, b"", {"X-Error-Code": "EntryNotFound" if is_file else "RepoNotFound"})
+            elif self.command == "GET" and wanted is None and name.endswith(".safetensors") and not gives_weights:
+                self.answer(403, b"")
+            else:
+                end = None if wanted is None else int(wanted.rpartition("-")[2]) + 1
+                tag = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"'}
+                self.answer(200 if end is None else 206, files[name][:end], tag)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+    with serving(Downloads) as url:
+        yield url

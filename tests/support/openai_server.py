@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import ssl
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-POLL_S = 0.02
-"""How often a server of tests looks whether it shall end; the library's own half a second adds up over a suite."""
+from support.http_server import Handler, serving
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,6 @@ class Recorded:
     url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-
-
-class Server(ThreadingHTTPServer):
-    """Takes many connections at once, where the library's own resets all but five that wait."""
-
-    request_queue_size = 512
 
 
 def response(said: Any, body: Mapping[str, Any], key: str | None) -> tuple[int, bytes, Mapping[str, str]]:
@@ -81,13 +72,13 @@ def openai_server(
     """
     parents = models if isinstance(models, Mapping) else dict.fromkeys(models)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Speaker(Handler):
         def do_GET(self) -> None:
             listed = {"data": [{"id": name, "parent": parent} for name, parent in parents.items()]}
             self._send(self._refused() or (200 if parents else 404), json.dumps(listed).encode())
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.body())
             recorded.bodies.append({"path": self.path, **body})
             recorded.headers.append(dict(self.headers))
             self._send(*response(self._refused() or reply(body), body, self.headers.get("Authorization")))
@@ -96,31 +87,13 @@ def openai_server(
             return 0 if key is None or self.headers.get(key[0]) == key[1] else 401
 
         def _send(self, status: int, content: bytes, headers: Mapping[str, str] = {}) -> None:
-            self.send_response(status)
-            for header, value in headers.items():
-                self.send_header(header, value)
-            if 300 <= status < 400:
-                self.send_header("Location", f"{recorded.url}/elsewhere")
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            moved = {"Location": f"{recorded.url}/elsewhere"} if 300 <= status < 400 else {}
+            self.answer(status, content, {**headers, **moved, "Content-Type": "application/json"})
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    context = None
     if certificate is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    recorded = Recorded(f"http{'' if certificate is None else 's'}://127.0.0.1:{server.server_port}")
-    thread = threading.Thread(target=server.serve_forever, args=(POLL_S,), daemon=True)
-    thread.start()
-    try:
+    with serving(Speaker, context) as url:
+        recorded = Recorded(url)
         yield recorded
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

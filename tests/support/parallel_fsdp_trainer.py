@@ -7,7 +7,6 @@ Each process leaves what it saw in FOLDER/<rank>.pt.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
 
-from support.parallel_trainer import STEPS, run
+from support.parallel_trainer import run_twice
 
 STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
@@ -38,14 +37,8 @@ def main(folder: Path) -> None:
     allow_fsdp_on_cpus()
     found = {}
     for kind in STATE_DICTS:
-        options: dict[str, Any] = {"rows": 2, "dropout": 0.0}
-        options["fsdp_config"] = {"state_dict_type": kind, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        whole = run(folder / kind, **options)
-        distributed.barrier()
-        if distributed.get_rank() == 0:
-            shutil.rmtree(folder / kind / f"checkpoint-{STEPS}")
-        distributed.barrier()
-        found[kind] = {"whole": whole, "resumed": run(folder / kind, folder / kind / "checkpoint-3", **options)}
+        sharded = {"state_dict_type": kind, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        found[kind] = run_twice(folder / kind, dropout=0.0, fsdp_config=sharded)
     torch.save(found, folder / f"{distributed.get_rank()}.pt")
     distributed.destroy_process_group()
 

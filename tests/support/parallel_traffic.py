@@ -144,12 +144,17 @@ def count_all(folder: Path) -> None:
     torch.save({str(case): count(case) for case in CASES}, folder / f"traffic-{distributed.get_rank()}.pt")
 
 
-def main(folder: Path) -> None:
+def start_deepspeed() -> None:
+    """Initialise this process's group as DeepSpeed's, on CPUs."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its first use would compile C++
     deepspeed.init_distributed("gloo")
+
+
+def main(folder: Path) -> None:
+    start_deepspeed()
     count_all(folder)
     distributed.destroy_process_group()
 

@@ -91,17 +91,22 @@ def run(folder: Path, resume: Path | None = None, **options: Any) -> dict[str, A
     }
 
 
+def run_twice(folder: Path, **options: Any) -> dict[str, dict[str, Any]]:
+    """What each process saw of the whole run, and of the one that goes on from its middle."""
+    whole = run(folder, rows=2, **options)
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    distributed.barrier()
+    return {"whole": whole, "resumed": run(folder, last_whole_checkpoint(folder), rows=2, **options)}
+
+
 def main(folder: Path) -> None:
-    whole = run(folder / "run", rows=2)
+    found = run_twice(folder / "run")
     rank = distributed.get_rank()
-    distributed.barrier()
-    if rank == 0:
-        shutil.rmtree(folder / "run" / f"checkpoint-{STEPS}")
-    distributed.barrier()
-    resumed = run(folder / "run", last_whole_checkpoint(folder / "run"), rows=2)
-    apart = run(folder / f"apart-{rank}", rows=2, dropout=0.0)
-    static = run(folder / "static", rows=2, config=STATIC)
-    torch.save({"whole": whole, "resumed": resumed, "apart": apart, "static": static}, folder / f"{rank}.pt")
+    found["apart"] = run(folder / f"apart-{rank}", rows=2, dropout=0.0)
+    found["static"] = run(folder / "static", rows=2, config=STATIC)
+    torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

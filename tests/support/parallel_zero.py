@@ -7,8 +7,6 @@ Each process leaves what it saw in FOLDER/<rank>.pt.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ from loraover.common.errors import ConfigError
 from loraover.overparam.sharding import whole
 
 from support.parallel_run import cores
-from support.parallel_traffic import count_all
-from support.parallel_trainer import DYNAMIC, STEPS
-from support.parallel_trainer import run as train
+from support.parallel_traffic import count_all, start_deepspeed
+from support.parallel_trainer import DYNAMIC, STEPS, run_twice
 from support.tiny_experts import EXPERT_LORA, tiny_moe
 from support.tiny_models import tiny_llama, token_ids, trainable, with_lora
 
@@ -151,23 +148,13 @@ def seen(model: Any, over: OverParameterization, losses: list[float]) -> dict[st
 
 
 def main(folder: Path) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its first use would compile C++
-    deepspeed.init_distributed("gloo")
+    start_deepspeed()
     found: dict[str, Any] = {name: in_engine(name) for name in RUNS}
     found["refused"] = refusals()
     for stage in (2, 3):
         place, options = folder / f"trainer-{stage}", {"stage3_gather_16bit_weights_on_model_save": True}
-        kept: dict[str, Any] = {"rows": 2, "dropout": 0.0, "deepspeed": settings(stage, options if stage == 3 else {})}
-        kept["deepspeed"]["gradient_clipping"] = "auto"  # the Trainer's
-        undisturbed = train(place, **kept)
-        distributed.barrier()
-        if distributed.get_rank() == 0:
-            shutil.rmtree(place / f"checkpoint-{STEPS}")
-        distributed.barrier()
-        found[place.name] = {"whole": undisturbed, "resumed": train(place, place / "checkpoint-3", **kept)}
+        asked = settings(stage, options if stage == 3 else {}) | {"gradient_clipping": "auto"}  # the Trainer's
+        found[place.name] = run_twice(place, dropout=0.0, deepspeed=asked)
     torch.save(found, folder / f"{distributed.get_rank()}.pt")
     count_all(folder)
     distributed.destroy_process_group()

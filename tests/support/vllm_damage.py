@@ -83,10 +83,6 @@ def of_rank(r: int) -> Callable[[Path], object]:
     return change
 
 
-def matrix(*shape: int) -> Tensor:
-    return torch.ones(*shape)
-
-
 DAMAGES = {
     "lora_bias": Damage(config(lora_bias=True), "variant", ("lora_bias", "B has a bias"), True),
     "aLoRA": Damage(config(alora_invocation_tokens=[1, 2]), "variant", ("aLoRA",), True),
@@ -105,16 +101,16 @@ DAMAGES = {
     "trained biases": Damage(config(bias="all"), "bias", ("'all'",), True),
     "modules_to_save": Damage(config(modules_to_save=["lm_head"]), "other parameters", ("lm_head",), True),
     "trained tokens": Damage(config(trainable_token_indices=[7]), "other parameters", ("token", "7"), False),
-    "a bias of B": Damage(added(**{f"{Q0}.lora_B.bias": matrix(64)}), "tensors", ("a bias of B",), True),
+    "a bias of B": Damage(added(**{f"{Q0}.lora_B.bias": torch.ones(64)}), "tensors", ("a bias of B",), True),
     "a token's delta": Damage(
-        added(base_model__model__model__embed_tokens__trainable_tokens_delta=matrix(1, 64)),
+        added(base_model__model__model__embed_tokens__trainable_tokens_delta=torch.ones(1, 64)),
         "tensors",
         ("single trained tokens",),
         True,
     ),
-    "an unknown tensor": Damage(added(base_model__model__extra=matrix(2, 2)), "tensors", ("unknown tensor",), True),
+    "an unknown tensor": Damage(added(base_model__model__extra=torch.ones(2, 2)), "tensors", ("unknown tensor",), True),
     "a whole module": Damage(
-        added(base_model__model__lm_head__weight=matrix(64, 64)), "tensors", ("lm_head.weight",), True
+        added(base_model__model__lm_head__weight=torch.ones(64, 64)), "tensors", ("lm_head.weight",), True
     ),
     "a prefix too short": Damage(renamed("model.model.model.", "model.model."), "modules", ("14 of 14",), False),
     "a prefix too long": Damage(renamed("model.model.model.", "model.model.x.model."), "modules", ("prefix",), False),

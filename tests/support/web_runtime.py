@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from queue import Empty, Queue
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from support.chromium import FLAGS
+from support.http_server import serving
 from support.onnx_graph import Feed
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "web"
@@ -155,10 +155,8 @@ def _server(root: Path) -> Iterator[tuple[str, Queue[bytes]]]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", results
-        server.shutdown()
+    with serving(partial(Handler, directory=str(root))) as address:
+        yield address, results
 
 
 ENGINES: dict[str, Callable[[Path, WebRun], list[list[Tensor]]]] = {"node": in_node, "Chromium": in_chromium}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE
 from rich.table import Table
 
 from loraover.common.command_line import quiet_libraries
@@ -25,7 +24,7 @@ from loraover_serve.vllm.server import free_port
 from benchmarks.clock import find_device
 from benchmarks.gpu.checkpoints import make_base
 from benchmarks.planning import STEPS, Shape, recipe_of
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
 from support.trained_run import losses
 
@@ -57,13 +56,11 @@ def measure(size: str, length: int, rate: float, engines: Sequence[str]) -> Iter
     """
     quiet_libraries()
     device = find_device()
-    table = Table(
-        box=SIMPLE,
-        title=f"`loraover train`, {size}, 1 x {length} tokens, r = 16, bf16, one process, on {device.type}",
+    table = table_of(
+        f"`loraover train`, {size}, 1 x {length} tokens, r = 16, bf16, one process, on {device.type}",
+        *("engine", "LoRA", "LoRA-Over", "LoRA-Over / LoRA", "loss of LoRA", "loss of LoRA-Over"),
         caption=f"Seconds: median of {STEPS} steps without the first. Losses: of the first and the last step.",
     )
-    for column in ("engine", "LoRA", "LoRA-Over", "LoRA-Over / LoRA", "loss of LoRA", "loss of LoRA-Over"):
-        table.add_column(column, justify="left" if column == "engine" else "right")
     found: dict[str, dict[str, Steps]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"

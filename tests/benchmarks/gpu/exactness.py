@@ -10,11 +10,10 @@ import xml.etree.ElementTree as Xml
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from benchmarks.clock import find_device
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 
 TESTS = Path(__file__).parents[2]
 FILES = {
@@ -37,9 +36,7 @@ def measure(files: Sequence[str], chosen: str = "") -> Iterator[Table | Numbers]
         RuntimeError: A test failed, or none was there.
     """
     device = find_device()
-    table = Table(box=SIMPLE, title=f"Tests on {device.type}")
-    for column in ("tests", "passed", "skipped", "seconds"):
-        table.add_column(column, justify="left" if column == "tests" else "right")
+    table = table_of(f"Tests on {device.type}", "tests", "passed", "skipped", "seconds")
     numbers, is_wrong = {}, False
     for file in files:
         found = run_tests(file, chosen, device.type)

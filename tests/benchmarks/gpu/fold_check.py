@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.table import Table
 
 from loraover.common.command_line import quiet_libraries
@@ -19,7 +18,7 @@ from loraover_export import fold_checkpoint
 
 from benchmarks.clock import find_device
 from benchmarks.gpu.checkpoints import RANK, make_checkpoint
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 
 
 def measure(size: str, dtypes: Sequence[str]) -> Iterator[Table | Numbers]:
@@ -31,10 +30,8 @@ def measure(size: str, dtypes: Sequence[str]) -> Iterator[Table | Numbers]:
     """
     quiet_libraries()
     device = find_device()
-    table = Table(box=SIMPLE, title=f"`fold --check-error`, {size}, r = {RANK}, on {device.type}")
     columns = ("computed in", "verdict", "seconds", "peak memory", "largest logit error", "allowed", "adapter moves")
-    for column in columns:
-        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    table = table_of(f"`fold --check-error`, {size}, r = {RANK}, on {device.type}", *columns, words=2)
     numbers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = make_checkpoint(size, Path(scratch))

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from loraover.common.command_line import quiet_libraries
@@ -15,7 +14,7 @@ from loraover_serve import measure_parity
 
 from benchmarks.clock import find_device
 from benchmarks.gpu.checkpoints import RANK, make_checkpoint
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 from support.vllm_command import vllm_command
 
 
@@ -48,13 +47,12 @@ def measure(size: str, prompts: int, options: Sequence[str]) -> Iterator[Table |
             options=options,
         )
     version = report.versions.get("vllm", "")
-    table = Table(
-        box=SIMPLE,
-        title=f"`loraover serve parity`, vLLM {version} on {device}, {size}, r = {RANK}, {prompts} prompts",
+    table = table_of(
+        f"`loraover serve parity`, vLLM {version} on {device}, {size}, r = {RANK}, {prompts} prompts",
+        *("measure", "arm", "arm / plain LoRA [95 %]", "blocks"),
+        words=3,
         caption=f"{report.verdict}: {report.reason}",
     )
-    for column in ("measure", "arm", "arm / plain LoRA [95 %]", "blocks"):
-        table.add_column(column, justify="right" if column == "blocks" else "left")
     for result in report.results:
         low, high = result.interval
         table.add_row(result.measure, result.arm, f"{result.ratio:.3f} [{low:.3f}, {high:.3f}]", str(result.blocks))

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from loraover.common.command_line import quiet_libraries
@@ -15,7 +14,7 @@ from loraover_serve import verify_adapter
 
 from benchmarks.clock import find_device
 from benchmarks.gpu.checkpoints import make_base
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 from support.conversions import make_source
 from support.plugin import SOURCES, make_checkpoint_on, plugged
 
@@ -34,9 +33,8 @@ def measure(size: str, options: Sequence[str]) -> Iterator[Table | Numbers]:
         RuntimeError: An adapter does not answer as it was trained.
     """
     quiet_libraries()
-    table = Table(box=SIMPLE, title=f"Adapters of the plug-in, {size}, on {find_device().type}")
-    for column in ("adapter", "verdict", "RMS distance from PyTorch, nats", "allowed", "effect of the adapter"):
-        table.add_column(column, justify="left" if column in ("adapter", "verdict") else "right")
+    columns = ("adapter", "verdict", "RMS distance from PyTorch, nats", "allowed", "effect of the adapter")
+    table = table_of(f"Adapters of the plug-in, {size}, on {find_device().type}", *columns, words=2)
     numbers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

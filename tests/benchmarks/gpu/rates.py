@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
-from rich.box import SIMPLE
 from rich.table import Table
 
 from loraover.common.provenance import hardware
 
 from benchmarks.clock import find_device, timed
-from benchmarks.shown import Numbers
+from benchmarks.shown import Numbers, table_of
 
 REPEATS = 7
 
@@ -39,9 +38,7 @@ def measure(square: int, mib: int) -> Iterator[Table | Numbers]:
         matrix = torch.randn(square, square, device=device).to(dtype)
         taken = seconds(lambda matrix=matrix: matrix @ matrix)  # type: ignore[misc]
         rates[f"product of {square:,} x {square:,} matrices, {name}"] = (2 * square**3 / taken / 1e12, "TFLOP/s")
-    table = Table(box=SIMPLE, title=hardware(), caption=f"Medians of {REPEATS}.")
-    table.add_column("")
-    table.add_column("rate", justify="right")
+    table = table_of(hardware(), "", "rate", caption=f"Medians of {REPEATS}.")
     for name, (rate, unit) in rates.items():
         table.add_row(name, f"{rate:,.3g} {unit}")
     yield table

@@ -1,0 +1,27 @@
+"""Work in a new process, whose time and memory are those of this work alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TypeVar
+
+from loraover.common.command_line import quiet_libraries
+
+Found = TypeVar("Found")
+
+
+def in_child(function: Callable[..., Found], *arguments: object, preloaded: Sequence[str] = ()) -> Found:
+    """Return what a function returns in a new process.
+
+    Args:
+        function: The function.
+        arguments: Its arguments.
+        preloaded: Modules that the process has imported before it begins.
+    """
+    context = get_context("forkserver" if preloaded else "spawn")
+    if preloaded:
+        context.set_forkserver_preload(list(preloaded))
+    with ProcessPoolExecutor(1, mp_context=context, initializer=quiet_libraries) as pool:
+        return pool.submit(function, *arguments).result()
