@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError
 from loraover_export import combine_adapters, shrink_adapter
@@ -307,15 +306,6 @@ def test_a_wrong_matrix_is_not_published(
     monkeypatch.setattr(write_module, "round_tensor", wrong)
     assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 1
     assert "nothing was written" in capsys.readouterr().out
-    assert tree(tmp_path) == {}
-
-
-def test_a_file_that_lost_bytes_is_noticed(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(tensors: dict[str, Tensor], path: Path) -> None:
-        save_tensors({key: tensor * (1 - 0.5 * ("v_proj" in key)) for key, tensor in tensors.items()}, path)
-
-    monkeypatch.setattr(write_module, "save_tensors", damaged)
-    assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 2
     assert tree(tmp_path) == {}
 
 

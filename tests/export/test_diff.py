@@ -24,7 +24,7 @@ from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export import diff_adapters, shrink_adapter
 from loraover_export.cli import cli
-from loraover_export.combine import diff_logits
+from loraover_export.combine import diff
 from loraover_export.combine.diff import compare_deltas
 from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import Delta
@@ -189,7 +189,7 @@ def test_bad_input(
     case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a model is loaded."""
-    monkeypatch.setattr(diff_logits, "load_model", None)
+    monkeypatch.setattr(diff, "load_model", None)
     change, options, message = REFUSED[case]
     other = shutil.copytree(made / "other", tmp_path / "other")
     change(other)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from loraover_export.fold.certificate import FoldCertificate
-from loraover_export.fold.verdict import verdict_of
+from loraover_export.fold.html import verdict_of
 
 from support.reports import fold_certificate
 

@@ -27,9 +27,9 @@ from loraover_export.cli import cli
 from loraover_export.numerics import rounded_adapter
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
-from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.launch import lora_module
 from loraover_export.vllm.preflight import Preflight
+from loraover_export.vllm.report import VllmCertificate
 
 from support.conversions import SOURCES, make_base, make_source
 from support.make_checkpoint import make_checkpoint, tree
