@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from loraover.common.command_line import run
-from loraover_export.cli import cli
 from loraover_export.fold import check_outputs
 
 from support.checkpoint_damage import CORES, META, Q_A, TENSORS, WRONG_TENSORS, meta, replaced, site
@@ -51,20 +49,6 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(source: Path, re
     site(name="\x1b[31mred\r\n")(source)
     reseal(source)
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", refused("fold", source)) is None
-
-
-def test_unusable_arguments_exit_with_2(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["-o", str(tmp_path / "out"), "--dtype", "int8"]):
-        assert run(cli, ["fold", str(source), *arguments]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("Error: ")) == ("", 1)
-        assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_cannot_be_is_named(source: Path, tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "out").mkdir()
-    refused("fold", source, named=(str(tmp_path / "out"), "exists already"))
-    refused("fold", source, output=source / "out", named=("inside the input", str(source)))
 
 
 # Base models and prompts that do not fit

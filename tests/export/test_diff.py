@@ -175,7 +175,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         ["--logits", "--device", "cpu"],
         "different tasks (CAUSAL_LM, SEQ_CLS)",
     ),
-    "no logits": (lambda f: None, ["--prompts", "x.txt"], "--prompts: for --logits only"),
     "no prompts": (
         lambda f: None,
         ["--logits", "--device", "cpu", "--prompts", "missing.txt"],

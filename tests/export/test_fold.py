@@ -147,13 +147,6 @@ def test_zero_folds_to_zero(made: Made, tmp_path: Path) -> None:
     assert (matrix.relative_error, matrix.flushed_to_zero) == (0, 0)
 
 
-def test_a_fold_repeats_bit_for_bit(made: Made, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        assert fold(made.path, tmp_path / name) == 0
-    one, two = (tree(tmp_path / name) for name in ("one", "two"))
-    assert {name for name in one if one[name] != two[name]} == {"README.md", "fold.html"}, "which name the output"
-
-
 def test_a_trainer_checkpoint_folds(made: Made, tmp_path: Path) -> None:
     model = lora_model(made.base, target_modules=LINEAR)
     ids = token_ids(batch=8)

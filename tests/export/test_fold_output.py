@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from support.fold_cases import FILES, certificate
 from support.make_checkpoint import Made, make_checkpoint
-from support.refusals import Refused, fold
+from support.refusals import fold
 
 pytestmark = pytest.mark.process
 
 
-def test_force_replaces_a_folded_adapter_whole(made: Made, tmp_path: Path) -> None:
-    assert fold(made.path, tmp_path / "out", "--dtype", "bf16") == 0
-    (tmp_path / "out" / "stray").write_text("of the older adapter")
-    assert fold(made.path, tmp_path / "out") == 2
-    assert certificate(tmp_path / "out").dtype == "bf16"
-    assert fold(made.path, tmp_path / "out", "--force") == 0
-    assert certificate(tmp_path / "out").dtype == "fp32"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_force_replaces_folded_adapters_only(made: Made, tmp_path: Path, refused: Refused) -> None:
-    target = shutil.copytree(made.path, tmp_path / "out")
-    refused("fold", made.path, "--force", output=target, named=(str(target),))
-
-
-@pytest.mark.parametrize("options", [(), ("--check-error",)], ids=str)
-def test_json_is_one_object_on_standard_output(
-    options: tuple[str, ...], made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert fold(made.path, tmp_path / "out", "--json", *options) == 0
+def test_json_is_one_object_on_standard_output(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fold(made.path, tmp_path / "out", "--json", "--check-error") == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == json.loads((tmp_path / "out" / "fold_certificate.json").read_text())
     assert f"wrote {tmp_path / 'out'}" in err

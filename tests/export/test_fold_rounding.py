@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraover import LoraOverConfig
 
-from support.fold_cases import DTYPES, HALF, Q_A, certificate, tensors
+from support.fold_cases import DTYPES, Q_A, certificate, tensors
 from support.make_checkpoint import EMBEDDING, edit_tensors, make_checkpoint, nearest, numpy64, oracle_matrices, reseal
 from support.refusals import Refused, fold
 
@@ -75,36 +75,6 @@ def overwrite(key: str, numbers: Tensor, found: dict[str, Tensor]) -> None:
     found[key].view(-1)[: len(numbers)] = numbers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_ties_near_ties_and_subnormals_round_once(dtype: str, tmp_path: Path) -> None:
-    """Rounding through float32 on the way to bf16 or fp16 gets the near ties wrong."""
-    half, tiny = HALF[dtype], {"fp32": 2.0**-149, "bf16": 2.0**-133, "fp16": 2.0**-24}[dtype]
-    cases = {
-        1 + half: 1.0,
-        1 + 3 * half: 1 + 4 * half,
-        1 + half + 2.0**-45: 1 + 2 * half,
-        1 + half - 2.0**-45: 1.0,
-        1 + 3 * half - 2.0**-45: 1 + 2 * half,
-        -1 - half - 2.0**-45: -1 - 2 * half,
-        tiny: tiny,
-        tiny / 2: 0.0,
-        tiny / 2 * (1 + 2.0**-40): tiny,
-        -1.5 * tiny: -2 * tiny,
-        2.5 * tiny * (1 - 2.0**-40): 2 * tiny,
-        0.49 * tiny: 0.0,
-        1e-300: 0.0,
-        0.0: 0.0,
-    }
-    source = with_matrix(tmp_path, list(cases))
-    assert fold(source, tmp_path / "out", "--dtype", dtype) == 0
-    found = tensors(tmp_path / "out")[Q_A].view(-1)[: len(cases)].double().tolist()
-    assert dict(zip(cases, found, strict=True)) == cases
-    matrix = certificate(tmp_path / "out").matrices[0]
-    assert matrix.name in Q_A
-    assert matrix.flushed_to_zero == 3
-    assert matrix.subnormal == 4
-
-
 def test_fp16_reports_what_its_range_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = with_matrix(tmp_path, [2.0**-24, 3.3e-6, -1e-5, 6.1e-5, 6.2e-5, 2.0**-26, -1e-12])
     assert fold(source, tmp_path / "out", "--dtype", "fp16") == 0
@@ -116,15 +86,10 @@ def test_fp16_reports_what_its_range_costs(tmp_path: Path, capsys: pytest.Captur
     assert f"fp16 range: 2 elements became zero, {total} are subnormal" in capsys.readouterr().out
 
 
-LARGEST = {"fp32": 2.0**128 - 2.0**104, "bf16": 2.0**128 - 2.0**120, "fp16": 65504.0}
 FIRST_INFINITE = {"fp32": 2.0**128 - 2.0**103, "bf16": 2.0**128 - 2.0**119, "fp16": 65520.0}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_number_is_kept_and_overflow_refused(dtype: str, tmp_path: Path, refused: Refused) -> None:
-    below = float(np.nextafter(FIRST_INFINITE[dtype], 0.0))
-    source = with_matrix(tmp_path / "kept", [LARGEST[dtype], -below])
-    assert fold(source, tmp_path / "folded", "--dtype", dtype) == 0
-    assert tensors(tmp_path / "folded")[Q_A][0, :2].double().tolist() == [LARGEST[dtype], -LARGEST[dtype]]
-    source = with_matrix(tmp_path / "beyond", [1.0, -FIRST_INFINITE[dtype]])
+def test_overflow_is_refused(dtype: str, tmp_path: Path, refused: Refused) -> None:
+    source = with_matrix(tmp_path, [1.0, -FIRST_INFINITE[dtype]])
     assert refused("fold", source, "--dtype", dtype).startswith(f"error: {Q_A}: an element of")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
 from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.fold.html import verdict_of
@@ -30,12 +29,6 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5."
             "that.",
         ),
         (
-            fold_certificate("inconclusive", effect=4e-5),
-            "open",
-            f"The fold is right as far as this check can see. {WITHIN} {LOGITS} But the adapter moves no logit by more "
-            "than 4e-5, less than 2 times that. An adapter that does nothing would pass as well.",
-        ),
-        (
             fold_certificate("inconclusive", effect=0.0),
             "open",
             f"The fold is right as far as this check can see. {WITHIN} {LOGITS} But the adapter moves no logit at all. "
@@ -46,8 +39,3 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5."
 def test_each_verdict_has_its_figures(certificate: FoldCertificate, tone: str, expected: str) -> None:
     verdict = verdict_of(certificate)
     assert (verdict.tone, verdict.word, verdict.sentence) == (tone, certificate.verdict, expected)
-
-
-def test_an_unknown_field_is_no_certificate() -> None:
-    with pytest.raises(ValidationError):
-        FoldCertificate.model_validate({**fold_certificate().model_dump(), "extra": 1})

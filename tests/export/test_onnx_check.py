@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -33,8 +32,6 @@ from support.onnx_export import OnnxMade, export, read_report, tiny_lora
 pytestmark = pytest.mark.engine
 
 MODES = ("merged", "swappable")
-DOWN = "model.layers.0.mlp.down_proj"
-
 Mutant = Callable[[pytest.MonkeyPatch], object]
 Rejected = Callable[..., OnnxReport]
 
@@ -76,30 +73,14 @@ def changed(change: Callable[[Delta], Delta]) -> Mutant:
     return patch
 
 
-def scaled(factor: float, module: str = "") -> Callable[[Delta], Delta]:
-    def change(delta: Delta) -> Delta:
-        if module not in delta.module:
-            return delta
-        return replace(delta, b=Exact(delta.b.value * factor, delta.b.bound, delta.b.site))
-
-    return change
+def scaled(factor: float) -> Callable[[Delta], Delta]:
+    return lambda delta: replace(delta, b=Exact(delta.b.value * factor, delta.b.bound, delta.b.site))
 
 
-def permuted(delta: Delta) -> Delta:
-    return replace(delta, a=Exact(delta.a.value.flip(0), delta.a.bound, delta.a.site))
-
-
-DELTAS: dict[str, Callable[[Delta], Delta]] = {
-    "scaling 1.0001": scaled(1.0001),
-    "one module left out": scaled(0.0, DOWN),
-    "ranks permuted in A": permuted,
-}
-
-
-@pytest.mark.parametrize(("mode", "mutant"), [*zip(("merged", "swappable", "swappable"), DELTAS, strict=True)])
-def test_another_delta_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_another_delta_is_rejected(mode: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
     """The certificates pass, since they cover the rounding alone."""
-    changed(DELTAS[mutant])(monkeypatch)
+    changed(scaled(1.0001))(monkeypatch)
     found = rejected(mode)
     assert all(matrix.passed for matrix in found.matrices)
     assert not next(check for check in found.checks if check.adapter == "first").passed
@@ -110,21 +91,6 @@ def test_a_configuration_that_we_misread_is_rejected(monkeypatch: pytest.MonkeyP
     right = AdapterConfig.scaling
     monkeypatch.setattr(AdapterConfig, "scaling", lambda config, module: 1.01 * right(config, module))
     rejected("merged")
-
-
-def test_matrices_of_two_modules_swapped_are_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    """Each A has the size of the other's place."""
-    right = swappable._place
-
-    def place(layout: Any, name: str, features: int) -> Any:
-        other = {"layers.0.self_attn.q_proj.lora_A": "1", "layers.1.self_attn.q_proj.lora_A": "0"}
-        ending = name.removeprefix("model.")
-        if ending in other:
-            name = f"model.layers.{other[ending]}.self_attn.q_proj.lora_A"
-        return right(layout, name, features)
-
-    monkeypatch.setattr(swappable, "_place", place)
-    rejected("swappable")
 
 
 def test_two_adapters_under_one_anothers_names_are_rejected(
@@ -197,52 +163,6 @@ def test_an_adapter_too_weak_for_the_check_is_inconclusive(
     report = read_report(tmp_path / "out")
     assert report.verdict == "inconclusive"
     assert {check.adapter for check in report.checks if check.passed} <= {None}
-
-
-def edited(change: Callable[[Any], object]) -> Mutant:
-    """The written graph, changed before it is checked."""
-
-    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        right = Decoder.export
-
-        def build(self: Decoder, model: Any, tokenizer: Any, plan: Any, work: Path, out: Path) -> None:
-            right(self, model, tokenizer, plan, work, out)
-            graph = onnx.load(out / "model.onnx")
-            change(graph.graph)
-            onnx.save(graph, out / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-
-        monkeypatch.setattr(Decoder, "export", build)
-
-    return patch
-
-
-def edit_weight(ending: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any], object]:
-    def edit(graph: Any) -> None:
-        (held,) = (tensor for tensor in graph.initializer if tensor.name.endswith(ending))
-        array = torch.from_numpy(onnx.numpy_helper.to_array(held).copy())
-        held.CopyFrom(onnx.numpy_helper.from_array(change(array).numpy(), held.name))
-
-    return edit
-
-
-def no_rotation(graph: Any) -> None:
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "do_rotary":
-                attribute.i = 0
-
-
-GRAPHS: dict[str, Callable[[Any], object]] = {
-    "one weight": edit_weight("layers.1.mlp.down_proj.MatMul.weight", lambda w: w.index_fill(0, torch.tensor(3), 0.0)),
-    "a norm": edit_weight("layers.0.input_layernorm.weight", lambda w: w * (1 + 1e-4)),
-    "no positions": no_rotation,
-}
-
-
-@pytest.mark.parametrize(("mode", "mutant"), [*zip(("merged", "swappable", "merged"), GRAPHS, strict=True)])
-def test_another_graph_is_rejected(mode: str, mutant: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    edited(GRAPHS[mutant])(monkeypatch)
-    assert not any(check.passed for check in rejected(mode).checks)
 
 
 def test_a_graph_that_takes_no_left_padding_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:

@@ -7,7 +7,7 @@ import pytest
 from loraover_export.onnx.report import OnnxReport
 
 from support.onnx_export import ADAPTERS, LINEAR, Adapter, Exports, assert_model, make_exports, read_report
-from support.onnx_graph import FEEDS, Graph, torch_tokens, worst_error
+from support.onnx_graph import FEEDS, Graph, worst_error
 from support.versions import TOKENIZER_FILES
 
 pytestmark = pytest.mark.engine
@@ -33,14 +33,6 @@ def test_the_comparison_tells_adapters_apart(exports: Exports) -> None:
             with exports.model(other) as model:
                 errors = worst_error(graph, model, ["batch", "cached, padded on the left"])
                 assert min(errors.values()) > 1000, (name, other)
-
-
-def test_the_prompt_tells_adapters_apart(exports: Exports) -> None:
-    with exports.model(None) as base:
-        expected = torch_tokens(base, PROMPT, TOKENS)
-    found = torch_tokens(exports.models["first"], PROMPT, TOKENS)
-    # Gemma's embeddings are tied and scaled, so that a random one repeats the last token whatever its adapter
-    assert found != expected or (exports.models["first"].config.model_type == "gemma" and len(set(found)) == 1)
 
 
 def test_the_merged_report(exports: Exports) -> None:

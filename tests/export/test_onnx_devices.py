@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover.models.load import load_model, resolve_model
 from loraover_export.logits.deviation import largest
 from loraover_export.onnx import export as export_module
 from loraover_export.onnx.check import Compute, OnnxReference, make_reference
 from loraover_export.onnx.kinds.stateless import Stateless
-from loraover_export.onnx.request import OnnxRequest
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import Made, make_checkpoint
@@ -89,8 +87,3 @@ def test_out_of_memory_says_what_was_needed_and_what_would_fit(
     fits = "What would fit: --check-device cpu --compute-dtype bf16"
     named = ("the check in PyTorch ran out of memory on cpu", fits)
     refused("onnx", source, "--mode", "swappable", "--check-device", "cpu", named=named)
-
-
-def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="there is no cuda:9 here"):
-        OnnxRequest((Path("a"),), Path("out"), "merged", check_device="cuda:9")

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from loraover_export.onnx.report import ENGINE_FACTOR
 
 from support.make_checkpoint import edit_json, save_tokenizer
-from support.onnx_export import LINEAR, OTHER, export, exported, read_report, tiny_base, tiny_lora
+from support.onnx_export import LINEAR, OTHER, export, exported, tiny_base, tiny_lora
 from support.onnx_graph import FEEDS, torch_logits
 from support.plain_adapter import write_adapter
 from support.refusals import Refused
@@ -110,15 +110,6 @@ def test_the_file_holds_pefts_matrices_with_the_scaling_in_b(web: Web) -> None:
     assert all(tensor.numel() == 0 for tensor in found.values())
     with safe_open(web.graph / "second.safetensors", framework="pt") as file:
         assert file.metadata()["base_model"] == str(web.root / "base")
-
-
-def test_a_later_export_holds_the_adapter_alone(web: Web) -> None:
-    files = {"late.safetensors", "onnx_report.json", "README.md"}
-    assert {path.name for path in (web.root / "more").iterdir()} == files
-    report = read_report(web.root / "more")
-    assert (report.web, report.mode, [check.adapter for check in report.checks]) == (True, "swappable", [None, "late"])
-    assert all(check.greedy is not None and check.greedy.tokens for check in report.checks)
-    assert "--web" in (web.root / "more" / "README.md").read_text()
 
 
 def test_an_adapter_joins_a_web_graph_without_the_option(web: Web, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def export_mlx(request: MlxRequest) -> MlxReport:
         OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
-        request.output, "adapter for mlx-lm", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
+        request.output, "mlx-lm adapter", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
     adapter = read_source(request.source)
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)

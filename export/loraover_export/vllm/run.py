@@ -46,9 +46,7 @@ def export_vllm(request: VllmRequest) -> VllmReport:
         OutputError: An output that cannot be written, or that exists and may not be replaced; or the hub refuses what
             was written.
     """
-    check_replaceable(
-        request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
-    )
+    check_replaceable(request.output, "vLLM adapter", CERTIFICATE_FILE, inputs=[request.source], replace=request.force)
     with ExitStack() as converted:
         plain = PlainLora(request.source, None)
         if request.convert:
