@@ -63,10 +63,6 @@ def rank_zero(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "DoRA": (config(use_dora=True), (CONFIG, "DoRA")),
     "PiSSA": (config(init_lora_weights="pissa"), (CONFIG, "changes the base weights")),
-    "biases": (config(bias="all"), (CONFIG, "bias is 'all'", "trained in full")),
-    "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices", "trained in full")),
-    "aLoRA": (config(alora_invocation_tokens=[1, 2]), ("alora_invocation_tokens", "aLoRA")),
-    "single parameters": (config(target_parameters=["experts.up"]), ("target_parameters", "fused experts")),
     "an unknown field": (config(use_novelty=3), ("use_novelty is 3", "does not know")),
     "a bias of B": (added(**{f"{Q}.lora_B.bias": torch.ones(64)}), (f"{Q}.lora_B.bias is a bias of B",)),
     "a norm": (added(**{NORM: torch.ones(64)}), (NORM, "loads the norms of an adapter but never applies them")),
