@@ -31,9 +31,10 @@ from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_
 from strategies import matrices, normal, sizes
 from support.adapters_on_disk import deltas, save_base, save_lora
 from support.make_checkpoint import edit_json, edit_tensors
+from support.merge_cases import outputs
 from support.refusals import Refused
 from support.speed import examples
-from support.tiny_models import fill_b, token_ids
+from support.tiny_models import fill_b
 from support.vllm_damage import config
 from tolerances import UNIT
 
@@ -86,12 +87,6 @@ def test_a_sum_of_many_kinds(dtype: str, made: Path, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == certificate.base_model == str(made / "base")
     assert [record.path for record in certificate.sources] == list(map(str, folders))
     assert all(set(record.sha256) == {CONFIG, TENSORS} for record in certificate.sources)
-
-
-@torch.no_grad()
-def outputs(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=token_ids(seed=100, batch=3, length=7)).logits
-    return found
 
 
 def test_peft_adds_the_adapters_alike(made: Path, tmp_path: Path) -> None:

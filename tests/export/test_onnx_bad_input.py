@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from loraover_export.onnx.export import ROWS, Export
 
-from support.make_checkpoint import edit_json, edit_tensors, save_tokenizer
+from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
 from support.refusals import Refused
 from support.tiny_experts import tiny_moe
 from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from support.vllm_damage import config
+from support.vllm_damage import added, config
 
 pytestmark = pytest.mark.engine
 
@@ -131,10 +130,6 @@ def test_a_tokenizer_that_knows_no_text_is_no_endless_loop() -> None:
 
 
 # Adapters
-
-
-def added(**tensors: Tensor) -> Callable[[Path], object]:
-    return lambda folder: edit_tensors(folder / TENSORS, lambda found: found.update(tensors))
 
 
 WRONG_ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
