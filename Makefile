@@ -176,7 +176,7 @@ release: .venv-release/.installed
 	$(@D)/bin/python -m pip install --quiet --progress-bar off --no-compile "build>=1.2" "cyclonedx-bom>=7" "py-rattler-build>=0.70" "twine>=6"
 	touch $@
 
-# Random adapters against PEFT's own forward, for FUZZ_SECONDS; failing cases are kept in tests/fuzz/regressions.
+# Random adapters against PEFT's own forward, for FUZZ_SECONDS; failing cases are kept in tests/fuzz/regressions.jsonl.
 fuzz: $(VENV)/.installed
 	cd tests && ../$(BIN)/python -m fuzz
 

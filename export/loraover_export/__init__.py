@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.prepare.prepared import PreparedAdapter as PreparedAdapter
     from loraover_export.prepare.run import prepare_adapter as prepare_adapter
     from loraover_export.uniform.certificate import LoraCertificate as LoraCertificate
-    from loraover_export.vllm.certificate import VllmCertificate as VllmCertificate
     from loraover_export.vllm.preflight import Preflight as Preflight
+    from loraover_export.vllm.report import VllmCertificate as VllmCertificate
     from loraover_export.vllm.report import VllmReport as VllmReport
     from loraover_export.vllm.run import export_vllm as export_vllm
 
@@ -52,7 +52,7 @@ _HOMES = {
     "OnnxReport": "onnx.report",
     "Preflight": "vllm.preflight",
     "PreparedAdapter": "prepare.prepared",
-    "VllmCertificate": "vllm.certificate",
+    "VllmCertificate": "vllm.report",
     "VllmReport": "vllm.report",
     "attest_adapter": "attest.run",
     "check_adapter": "check.run",

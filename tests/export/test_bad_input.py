@@ -5,17 +5,12 @@ What the readers refuse is tested in `tests/train/test_checkpoint_refused.py`; h
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from loraover.common.command_line import run
-from loraover_export.cli import cli
 from loraover_export.fold import check_outputs
 
 from support.checkpoint_damage import CORES, META, Q_A, TENSORS, WRONG_TENSORS, meta, replaced, site
@@ -53,61 +48,16 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(source: Path, re
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", refused("fold", source)) is None
 
 
-def test_unusable_arguments_exit_with_2(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["-o", str(tmp_path / "out"), "--dtype", "int8"]):
-        assert run(cli, ["fold", str(source), *arguments]) == 2
-        out, err = capsys.readouterr()
-        assert (out, err.count("Error: ")) == ("", 1)
-        assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_cannot_be_is_named(source: Path, tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "out").mkdir()
-    refused("fold", source, named=(str(tmp_path / "out"), "exists already"))
-    refused("fold", source, output=source / "out", named=("inside the input", str(source)))
-
-
 # Base models and prompts that do not fit
 
 
-class Bomb:
-    """Leaves a mark when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(folder.parent / "exploded")))
-
-
-def cut_off(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def unheard_of(folder: Path) -> None:
-    edit_json(folder / "config.json", lambda content: content.update(model_type="unheard-of"))
-
-
-UNLOADABLE: dict[str, Callable[[Path], object]] = {
-    "no config": lambda folder: (folder / "config.json").unlink(),
-    "pickle": pickled,
-    "unknown architecture": unheard_of,
-    "weights cut off": cut_off,
-}
-
-
-@pytest.mark.parametrize("case", UNLOADABLE)
-def test_a_base_model_that_does_not_load_is_named(
-    case: str, made: Made, source: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_a_base_model_that_does_not_load_is_named(made: Made, source: Path, tmp_path: Path, refused: Refused) -> None:
+    """Its weights are cut off, or its architecture is not known."""
     base = shutil.copytree(made.base, tmp_path / "base")
-    UNLOADABLE[case](base)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused("fold", source, "--check-error", "--model", base, named=(str(base),))
+    edit_json(base / "config.json", lambda content: content.update(model_type="unheard-of"))
     refused("fold", source, "--check-error", "--model", base, named=(str(base),))
 
 

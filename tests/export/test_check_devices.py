@@ -111,23 +111,11 @@ def test_large_cores_are_applied_at_some_tokens_of_every_layer(
 # What cannot be
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--device", "cuda:9"), "there is no cuda:9 here"),
-        (("--device", "tpu"), "'tpu' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
-        (("--compute-dtype", "int4"), "'int4' is not one of 'fp32', 'bf16', 'fp16', 'fp64'"),
-    ],
-    ids=str,
-)
-def test_what_is_not_there_is_refused_before_any_work(
-    options: tuple[str, ...], message: str, made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_device_that_is_not_there_is_refused_before_any_work(
+    made: Made, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(cli, ["fold", str(made.path), "-o", str(tmp_path / "out"), "--check-error", *options]) == 2
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert "folding" not in shown.out
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(run_fold, "write_folded", None)
+    refused("fold", made.path, "--check-error", "--device", "cuda:9", named=("there is no cuda:9 here",))
 
 
 MEMORY = (
@@ -147,15 +135,6 @@ def test_out_of_memory_says_what_was_needed_and_what_would_fit(
 ) -> None:
     monkeypatch.setattr(check_outputs_module, place, failing(name))
     refused("fold", made.path, "--check-error", "--device", "cpu", named=MEMORY)
-
-
-def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
-    made: Made, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing("the CPU"))
-    refused("fold", made.path, "--check-error", "--device", "cpu", named=("ran out of memory on cpu",))
 
 
 def test_another_error_stays_what_it_is(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

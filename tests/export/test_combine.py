@@ -19,25 +19,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraover import LoraOverConfig
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError
 from loraover_export import combine_adapters, shrink_adapter
 from loraover_export.cli import cli
 from loraover_export.combine.combine import add_deltas
 from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.rounding import round_tensor
-from loraover_export.uniform import write_lora as write_module
 from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_lora
 
 from strategies import matrices, normal, sizes
 from support.adapters_on_disk import deltas, save_base, save_lora
-from support.make_checkpoint import LINEAR, edit_json, edit_tensors, make_checkpoint, oracle_matrices, tree
+from support.make_checkpoint import edit_json, edit_tensors
+from support.merge_cases import outputs
 from support.refusals import Refused
 from support.speed import examples
-from support.tiny_models import fill_b, token_ids
+from support.tiny_models import fill_b
 from support.vllm_damage import config
 from tolerances import UNIT
 
@@ -90,12 +87,6 @@ def test_a_sum_of_many_kinds(dtype: str, made: Path, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == certificate.base_model == str(made / "base")
     assert [record.path for record in certificate.sources] == list(map(str, folders))
     assert all(set(record.sha256) == {CONFIG, TENSORS} for record in certificate.sources)
-
-
-@torch.no_grad()
-def outputs(model: Any) -> Tensor:
-    found: Tensor = model(input_ids=token_ids(seed=100, batch=3, length=7)).logits
-    return found
 
 
 def test_peft_adds_the_adapters_alike(made: Path, tmp_path: Path) -> None:
@@ -178,26 +169,6 @@ def test_different_rows_of_one_embedding_are_refused(made: Path, tmp_path: Path)
     with pytest.raises(ExportError, match=r"hold different weights as .*embed_tokens\.base_layer"):
         combine_adapters([made / "embedding", other], tmp_path / "out")
     assert combine_adapters([made / "embedding", made / "embedding"], tmp_path / "out").passed
-
-
-def test_an_untrained_adapter_is_called_so(made: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(made / "one", tmp_path / "one")
-    edit_tensors(source / TENSORS, lambda found: found.update({k: 0 * v for k, v in found.items() if "lora_B" in k}))
-    with pytest.raises(ExportError, match="the adapters are untrained, or their weights cancel; train the adapters"):
-        combine_adapters([source], tmp_path / "out")
-
-
-def test_a_checkpoint_is_read_from_its_cores(tmp_path: Path) -> None:
-    config = LoraOverConfig(decomposition="chain", seed=5)
-    made = make_checkpoint(tmp_path, config=config, target_modules=LINEAR)
-    certificate = combine_adapters([made.path, made.path], tmp_path / "out", weights=[0.25, 0.5])
-    exact = oracle_matrices(made.path)
-    found = deltas(tmp_path / "out")
-    assert certificate.rank == 4
-    for module in certificate.modules:
-        a, b = (exact[f"base_model.model.{module.module}.lora_{matrix}.weight"] for matrix in "AB")
-        assert np.linalg.norm(found[module.module] - 0.75 * 2 * (b @ a)) <= module.error_bound + 1e-14 * module.norm
-    assert set(certificate.sources[0].sha256) == {CONFIG, TENSORS, "loraover.json", "loraover.safetensors"}
 
 
 def test_equal_subspaces_are_merged(made: Path, tmp_path: Path) -> None:
@@ -288,35 +259,6 @@ def test_a_revision_that_is_not_named_is_main(made: Path, tmp_path: Path) -> Non
     other = shutil.copytree(made / "one", tmp_path / "other")
     edit_json(other / CONFIG, lambda config: config.update(revision="main"))
     assert combine_adapters([made / "one", other], tmp_path / "out").passed
-
-
-def test_only_a_certified_adapter_is_replaced(made: Path, tmp_path: Path, refused: Refused) -> None:
-    combine_adapters([made / "one"], tmp_path / "out")
-    refused("combine", made / "one", named=("exists already and is a folder",))
-    combine_adapters([made / "one"], tmp_path / "out", force=True)
-    copied = shutil.copytree(made / "bf16", tmp_path / "plain")
-    refused("combine", made / "one", "--force", output=copied, named=("holds no certified adapter",))
-
-
-def test_a_wrong_matrix_is_not_published(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def wrong(name: str, exact: Tensor, dtype: str) -> Tensor:
-        return round_tensor(name, exact, dtype) * (1 + 2.0**-20 * ("q_proj" in name))
-
-    monkeypatch.setattr(write_module, "round_tensor", wrong)
-    assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 1
-    assert "nothing was written" in capsys.readouterr().out
-    assert tree(tmp_path) == {}
-
-
-def test_a_file_that_lost_bytes_is_noticed(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(tensors: dict[str, Tensor], path: Path) -> None:
-        save_tensors({key: tensor * (1 - 0.5 * ("v_proj" in key)) for key, tensor in tensors.items()}, path)
-
-    monkeypatch.setattr(write_module, "save_tensors", damaged)
-    assert run(cli, ["combine", str(made / "one"), "-o", str(tmp_path / "out")]) == 2
-    assert tree(tmp_path) == {}
 
 
 @st.composite

@@ -161,23 +161,6 @@ def test_a_check_runs_on_the_trained_tokens(tmp_path: Path, monkeypatch: pytest.
     assert not convert_adapter(adapter, tmp_path / "wrong", check_error=True, device="cpu").passed
 
 
-@pytest.mark.parametrize("name", ["loha", "pissa"])
-def test_a_smaller_rank_is_the_best_approximation(name: str, made: Make, tmp_path: Path) -> None:
-    adapter = made(name)
-    report = convert_adapter(adapter.folder, tmp_path / "lora", rank=2)
-    assert report.truncated
-    assert report.certificate.rank == 2
-    for module in report.certificate.modules:
-        values = np.linalg.svd(adapter.deltas[module.module].numpy(), compute_uv=False)
-        assert module.truncation_error == pytest.approx(np.linalg.norm(values[2:]), rel=1e-5)
-
-
-def test_a_rank_that_is_not_smaller_loses_nothing(made: Make, tmp_path: Path) -> None:
-    report = convert_adapter(made("loha").folder, tmp_path / "lora", rank=9)
-    assert not report.truncated
-    assert report.certificate.rank == 9
-
-
 def test_a_full_rank_adapter_is_exact_at_full_rank(made: Make, tmp_path: Path) -> None:
     adapter = made("ia3")
     report = convert_adapter(adapter.folder, tmp_path / "lora", rank=34)

@@ -187,14 +187,6 @@ def test_a_module_that_training_did_not_move_is_converted(tmp_path: Path) -> Non
     assert module.norm < module.arithmetic_bound < 1e-3
 
 
-def test_dependent_columns_of_deft_are_refused(tmp_path: Path) -> None:
-    adapter = made(tmp_path, SOURCES["deft of orthonormal columns"], normal(1, 34, 34).float())
-    p = load_file(adapter / TENSORS)[f"{KEY}.deft_P"]
-    edit_tensors(adapter / TENSORS, lambda found: found.update({f"{KEY}.deft_P": repeated(p)}))
-    with pytest.raises(ExportError, match="columns of deft_P are linearly dependent"):
-        convert_adapter(adapter, tmp_path / "out")
-
-
 def nearly_pairs(gap: float) -> Tensor:
     """Columns (34, 4) of which each second differs from the one before by about `gap` times its norm."""
     found = normal(6, 34, 4).float()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from loraover.common.command_line import run
-from loraover.common.errors import CheckpointError, ConfigError, DataError, ExportError
+from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover_export import LoraCertificate, convert_adapter
 from loraover_export.cli import cli
 from loraover_export.convert.methods import METHODS
@@ -214,15 +214,6 @@ def test_projections_of_another_model_are_refused(folder: Path, tmp_path: Path) 
         convert_adapter(folder / "vera", tmp_path / "out", model=folder / "even")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [({"rank": 0}, "1 or more"), ({"prompts": "x"}, "check_error only"), ({"model": "./nowhere"}, "neither a folder")],
-)
-def test_arguments_are_checked(arguments: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=words):
-        convert_adapter(folder / "loha", tmp_path / "out", **arguments)
-
-
 def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
     def load() -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -248,17 +239,6 @@ def test_a_classifier_is_taken_over(folder: Path, tmp_path: Path) -> None:
         plain = load().eval()(input_ids=ids).logits
     assert float((found - expected).abs().max()) <= 1e-5
     assert float((plain - expected).abs().max()) >= 1e-2
-
-
-def test_unreadable_prompts_end_it_before_the_work(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_bytes(b"\xff")
-    monkeypatch.setattr(METHODS["LOHA"], "delta", None)
-    with pytest.raises(DataError, match=r"prompts\.txt: cannot be read as UTF-8"):
-        convert_adapter(folder / "loha", tmp_path / "out", check_error=True, prompts=prompts)
-    assert not (tmp_path / "out").exists()
 
 
 @torch.no_grad()

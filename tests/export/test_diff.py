@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
-from loraover_export import diff_adapters, shrink_adapter
+from loraover_export import diff_adapters
 from loraover_export.cli import cli
-from loraover_export.combine import diff_logits
+from loraover_export.combine import diff
 from loraover_export.combine.diff import compare_deltas
 from loraover_export.logits.prompts import read_prompts
 from loraover_export.numerics.delta import Delta
@@ -98,14 +98,6 @@ def test_a_change_of_basis_is_no_difference(data: Any) -> None:
     assert all(angle < 1e-4 for angle in (*found.column_angles, *found.row_angles))
 
 
-def test_a_shrunken_adapter_lies_within_the_spaces_of_the_original(made: Path, tmp_path: Path) -> None:
-    shrink_adapter(made / "one", tmp_path / "small", rank=2)
-    for module in diff_adapters(made / "one", tmp_path / "small").modules:
-        assert module.ranks == (4, 2)
-        assert max(*module.column_angles, *module.row_angles) < 1e-4
-        assert 0 < module.relative_difference < 0.99
-
-
 @torch.no_grad()
 def test_logits_are_pefts(made: Path) -> None:
     report = diff_adapters(made / "one", made / "other", logits=True, device="cpu")
@@ -175,7 +167,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         ["--logits", "--device", "cpu"],
         "different tasks (CAUSAL_LM, SEQ_CLS)",
     ),
-    "no logits": (lambda f: None, ["--prompts", "x.txt"], "--prompts: for --logits only"),
     "no prompts": (
         lambda f: None,
         ["--logits", "--device", "cpu", "--prompts", "missing.txt"],
@@ -189,7 +180,7 @@ def test_bad_input(
     case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a model is loaded."""
-    monkeypatch.setattr(diff_logits, "load_model", None)
+    monkeypatch.setattr(diff, "load_model", None)
     change, options, message = REFUSED[case]
     other = shutil.copytree(made / "other", tmp_path / "other")
     change(other)

@@ -176,9 +176,8 @@ def test_sums_and_differences(tmp_path: Path) -> None:
         diff_adapters(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("experts", [(4, 2), (2, 4)])
-def test_sums_over_different_numbers_of_experts_are_refused(tmp_path: Path, experts: tuple[int, int]) -> None:
-    for folder, count in zip(("one", "two"), experts, strict=True):
+def test_sums_over_different_numbers_of_experts_are_refused(tmp_path: Path) -> None:
+    for folder, count in (("one", 4), ("two", 2)):
         expert_lora(tiny_moe(num_experts=count), tmp_path / folder)
     with pytest.raises(ExportError, match=r"one and .*two adapt .*different numbers of experts"):
         combine_adapters([tmp_path / "one", tmp_path / "two"], tmp_path / "sum", weights=[1.0, 1.0])

@@ -1,8 +1,7 @@
-"""Requests check themselves when they are made, and each command shows examples that it accepts."""
+"""Requests check themselves when they are made, and take names of data types."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner
 
 import loraover_export
 from loraover.common.command_line import Command
 from loraover.common.errors import ConfigError
 from loraover.common.request import Request
-from loraover_export.cli import COMMANDS, cli
+from loraover_export.cli import cli
 from loraover_export.combine.requests import DiffRequest
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.fold.request import FoldRequest
@@ -88,21 +86,6 @@ def test_a_name_that_is_no_file_name_is_refused(name: str) -> None:
 
 def test_a_merged_graph_has_no_adapter_to_name() -> None:
     assert OnnxRequest((Path("my first adapter"),), OUT, "merged").adapter_names == ("my first adapter",)
-
-
-# Help
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_shows_examples_that_parse(name: str) -> None:
-    shown = CliRunner().invoke(cli, [name, "--help"]).output
-    assert command(name).examples
-    for example in command(name).examples:
-        assert example in shown
-        program, stage, verb, *words = shlex.split(example)
-        assert (program, stage, verb) == ("loraover", "export", name)
-        context = command(name).make_context(name, words)
-        assert context.params.get("output", "a command that writes nothing")
 
 
 @pytest.mark.parametrize(("name", "key", "long"), [("fold", "dtype", "bfloat16"), ("vllm", "dtype", "float16")])

@@ -25,6 +25,7 @@ from loraover_export.fleet.run import check_fleet, prepare_fleet
 
 from support.chromium import chromium
 from support.killed_work import lost, square
+from support.make_checkpoint import edit_json
 from support.plain_adapter import make_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -56,6 +57,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"plain": plain, "broken": broken, "missing": folder / "missing"}
 
 
+def test_an_adapter_that_names_no_base_is_said_so_in_a_new_cache(fleet: dict[str, Path], tmp_path: Path) -> None:
+    nameless = shutil.copytree(fleet["plain"], tmp_path / "nameless")
+    edit_json(nameless / "adapter_config.json", lambda config: config.update(base_model_name_or_path=None))
+    (row,) = prepare_fleet(nameless, cache=tmp_path / "new" / "cache").rows
+    assert row.reason == f"{nameless}: names no base model; name one that you trust with --model."
+    assert (tmp_path / "new" / "cache" / "prepare.html").is_file()
+
+
 def test_one_bad_adapter_ends_nothing(fleet: dict[str, Path], tmp_path: Path) -> None:
     sources = [*map(str, fleet.values()), "nonsense://x", str(fleet["plain"])]
     lines: list[str] = []
@@ -71,9 +80,9 @@ def test_one_bad_adapter_ends_nothing(fleet: dict[str, Path], tmp_path: Path) ->
     assert (report.exit_code, report.counts()) == (1, "1 prepared, 2 refused, 1 failed")
     assert lines[-1] == "4 of 4, 0 s left"
     assert "2 refused" in (tmp_path / "cache" / "prepare.html").read_text()
-    again = prepare_fleet(sources[0], cache=tmp_path / "cache", html=tmp_path / "again.html")
+    again = prepare_fleet(sources[0], cache=tmp_path / "cache", html=tmp_path / "new" / "again.html")
     assert (again.rows[0].cached, again.rows[0].path, again.exit_code) == (True, plain.path, 0)
-    assert (tmp_path / "again.html").is_file()
+    assert (tmp_path / "new" / "again.html").is_file()
 
 
 def test_a_fault_of_this_program_is_a_row(fleet: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,18 @@
-"""What a fold writes and certifies, read back: against the oracles, and against PEFT."""
+"""What a fold writes and certifies, read back: against the oracles and PEFT, each element rounded once."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 from torch.optim import AdamW
 from transformers import Trainer, TrainingArguments
 
@@ -20,8 +22,9 @@ from loraover.checkpoint.peft_adapter import site_key
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from oracles.contraction import Array
-from support.fold_cases import ADAPTER, FILES, HALF, LORA, Q_B, certificate, load_base, tensors
+from support.fold_cases import ADAPTER, DTYPES, FILES, HALF, LORA, Q_A, certificate, load_base, tensors
 from support.make_checkpoint import (
+    EMBEDDING,
     LINEAR,
     Made,
     edit_tensors,
@@ -36,7 +39,7 @@ from support.make_checkpoint import (
     train,
     tree,
 )
-from support.refusals import fold
+from support.refusals import Refused, fold
 from support.tiny_models import fill_b, token_ids
 
 pytestmark = pytest.mark.process
@@ -135,25 +138,6 @@ def test_the_certificate_states_the_true_error_below_a_true_bound(
         assert matrix.relative_bound < 1.001 * np.linalg.norm(u * abs(reference) + tiny) / np.linalg.norm(reference)
 
 
-def test_zero_folds_to_zero(made: Made, tmp_path: Path) -> None:
-    source = shutil.copytree(made.path, tmp_path / "in")
-    site = Q_B.removeprefix("base_model.model.").removesuffix(".weight")
-    edit_tensors(source / "loraover.safetensors", lambda found: found[f"{site}.core.1"].zero_())
-    edit_tensors(source / "adapter_model.safetensors", lambda found: found[Q_B].zero_())
-    reseal(source)
-    assert fold(source, tmp_path / "out") == 0
-    assert not tensors(tmp_path / "out")[Q_B].any()
-    matrix = next(m for m in certificate(tmp_path / "out").matrices if m.name == site)
-    assert (matrix.relative_error, matrix.flushed_to_zero) == (0, 0)
-
-
-def test_a_fold_repeats_bit_for_bit(made: Made, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        assert fold(made.path, tmp_path / name) == 0
-    one, two = (tree(tmp_path / name) for name in ("one", "two"))
-    assert {name for name in one if one[name] != two[name]} == {"README.md", "fold.html"}, "which name the output"
-
-
 def test_a_trainer_checkpoint_folds(made: Made, tmp_path: Path) -> None:
     model = lora_model(made.base, target_modules=LINEAR)
     ids = token_ids(batch=8)
@@ -201,3 +185,81 @@ def test_each_of_several_adapters_folds_to_itself(made: Made, tmp_path: Path) ->
         assert float((logits(folded) - logits(model)).abs().max()) < 1e-6
     model.base_model.set_adapter("default")
     assert float((logits(folded) - logits(model)).abs().max()) > 1e-3
+
+
+# Rounding
+
+
+MODES = {"modes": {4: (4, 1, 1), 32: (2, 4, 4), 16: (1, 1, 16)}}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decomposition", "options", "training", "lora"),
+    [
+        ("fp32", "mpo", {}, torch.float64, {}),
+        ("bf16", "mpo", MODES, torch.float32, {}),
+        ("fp16", "mpo", {}, torch.float32, {}),
+        ("fp32", "svd", {}, torch.float32, {}),
+        ("bf16", "chain", {}, torch.float32, {}),
+        ("bf16", "svd", {}, torch.float32, {"target_modules": EMBEDDING}),
+    ],
+    ids=str,
+)
+def test_every_element_is_correctly_rounded(
+    dtype: str,
+    decomposition: str,
+    options: dict[str, Any],
+    training: torch.dtype,
+    lora: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """But the copy of a frozen embedding is the base model's, which PEFT loads it over."""
+    config = LoraOverConfig(decomposition=decomposition, options=options, seed=5)
+    made = make_checkpoint(tmp_path, config=config, dtype=training, **lora)
+    assert fold(made.path, tmp_path / "out", "--dtype", dtype) == 0
+    exact, written, stored = oracle_matrices(made.path), tensors(tmp_path / "out"), tensors(made.path)
+    for key, matrix in exact.items():
+        assert written[key].dtype == DTYPES[dtype]
+        np.testing.assert_array_equal(numpy64(written[key]), nearest(matrix, dtype), err_msg=key)
+    assert len(written.keys() - exact.keys()) == len(lora)
+    for key in written.keys() - exact.keys():
+        assert torch.equal(written[key], stored[key])
+        assert written[key].dtype == training
+
+
+def with_matrix(folder: Path, values: list[float]) -> Path:
+    """A float64 checkpoint whose first q_proj A starts with these numbers: its only core is the matrix itself."""
+    made = make_checkpoint(
+        folder, config=LoraOverConfig(options={"num_cores": 1}, seed=5), dtype=torch.float64, steps=0
+    )
+    name = Q_A.removeprefix("base_model.model.").removesuffix(".weight")
+
+    numbers = torch.tensor(values, dtype=torch.float64)
+    for file, key in (("loraover.safetensors", f"{name}.core.0"), ("adapter_model.safetensors", Q_A)):
+        edit_tensors(made.path / file, partial(overwrite, key, numbers))
+    reseal(made.path)
+    return made.path
+
+
+def overwrite(key: str, numbers: Tensor, found: dict[str, Tensor]) -> None:
+    found[key].view(-1)[: len(numbers)] = numbers
+
+
+def test_fp16_reports_what_its_range_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = with_matrix(tmp_path, [2.0**-24, 3.3e-6, -1e-5, 6.1e-5, 6.2e-5, 2.0**-26, -1e-12])
+    assert fold(source, tmp_path / "out", "--dtype", "fp16") == 0
+    matrix = next(m for m in certificate(tmp_path / "out").matrices if m.name in Q_A)
+    assert (matrix.flushed_to_zero, matrix.subnormal) == (2, 4)
+    written = tensors(tmp_path / "out").items()
+    total = sum(m.subnormal for m in certificate(tmp_path / "out").matrices)
+    assert total == sum(int(((t != 0) & (t.double().abs() < 2.0**-14)).sum()) for _, t in written)
+    assert f"fp16 range: 2 elements became zero, {total} are subnormal" in capsys.readouterr().out
+
+
+FIRST_INFINITE = {"fp32": 2.0**128 - 2.0**103, "bf16": 2.0**128 - 2.0**119, "fp16": 65520.0}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overflow_is_refused(dtype: str, tmp_path: Path, refused: Refused) -> None:
+    source = with_matrix(tmp_path, [1.0, -FIRST_INFINITE[dtype]])
+    assert refused("fold", source, "--dtype", dtype).startswith(f"error: {Q_A}: an element of")

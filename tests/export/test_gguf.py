@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover.checkpoint.exact_tensors import Exact
-from loraover.common.command_line import quiet_libraries
 from loraover_export import GgufReport, export_gguf
 from loraover_export.gguf import target as target_module
 from loraover_export.gguf import write as write_module
@@ -29,7 +28,6 @@ from loraover_export.uniform import matrices as matrices_module
 from strategies import SEEDS, normal
 from support.gguf_export import (
     GgufMade,
-    adapted,
     apart,
     engine_logits,
     export,
@@ -126,23 +124,6 @@ def test_every_element_is_rounded_once(dtype: str, made: GgufMade, tmp_path: Pat
         assert not found[f"{name}.lora_b"][:, 1:].any()
 
 
-def test_the_metadata_is_what_llama_cpp_reads(made: GgufMade, tmp_path: Path) -> None:
-    export_gguf(made.adapter, tmp_path / "two words.gguf", dtype="float16")
-    reader = gguf.GGUFReader(tmp_path / "two words.gguf")
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert fields == {
-        "general.architecture": "llama",
-        "general.type": "adapter",
-        "general.file_type": gguf.LlamaFileType.MOSTLY_F16,
-        "general.name": "two words",
-        "general.base_model.count": 1,
-        "general.base_model.0.name": str(made.base),
-        "adapter.type": "lora",
-        "adapter.lora.alpha": 6.0,
-    }
-    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F16"}
-
-
 def test_the_bytes_are_those_of_the_specification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A query of one head with rank 2 and scaling 2, put together here without the gguf package."""
     monkeypatch.chdir(tmp_path)
@@ -185,22 +166,6 @@ def test_a_checkpoint_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(matrix.over_parameterised for matrix in report.matrices)
     assert "--base-gguf FILE compares its logits" in err
     assert f"--lora {tmp_path / 'out.gguf'}" in err
-
-
-def test_the_function_is_silent_and_writes_what_its_command_writes(
-    made: GgufMade, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Progress bars of transformers are the caller's to silence, as the command does."""
-    quiet_libraries()
-    source, out, base = map(str, (made.adapter, tmp_path / "out.gguf", made.base_gguf))
-    report = export_gguf(source, out, dtype="float16", base_gguf=base, threads=1)
-    assert capfd.readouterr() == ("", "")
-    written = (tmp_path / "out.gguf").read_bytes()
-    options = ("--dtype", "fp16", "--base-gguf", base, "--threads", "1", "--force", "--json")
-    assert export(made.adapter, tmp_path / "out.gguf", *options) == 0
-    assert GgufReport.model_validate_json(capfd.readouterr().out) == report
-    assert (tmp_path / "out.gguf").read_bytes() == written
-    assert report.passed
 
 
 # The check by llama.cpp
@@ -313,17 +278,3 @@ def test_another_models_weights_prove_nothing(
     assert "export inconclusive" in out
     assert "it holds another model's weights" in out
     assert (tmp_path / "out.gguf").exists()
-
-
-@pytest.mark.engine
-def test_an_adapter_that_does_nothing_is_inconclusive(tmp_path: Path) -> None:
-    made = make_gguf(tmp_path, "Llama")
-    zero = adapted(tiny_base("Llama"), tmp_path / "zero")
-    for name, parameter in zero.named_parameters():
-        if "lora_B" in name:
-            parameter.data.zero_()
-    zero.save_pretrained(tmp_path / "zero")
-    report = export_gguf(tmp_path / "zero", tmp_path / "o.gguf", model=made.base, base_gguf=made.base_gguf, threads=1)
-    assert report.verdict == "inconclusive"
-    assert report.check is not None
-    assert report.check.adapter_effect == 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from loraover.common.errors import ExportError
 from loraover_export import check_adapter
@@ -18,11 +17,11 @@ from loraover_export.gguf.base import write_base
 
 from support.children import Child, limit_file_size
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base
-from support.make_checkpoint import edit_json, edit_tensors, tree
+from support.make_checkpoint import edit_tensors, tree
 from support.plain_adapter import tiny_decoder
 from support.refusals import Refused, only_error
 from support.tiny_models import saved, tiny_gpt2
-from support.vllm_damage import config
+from support.vllm_damage import added, config, renamed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -40,14 +39,6 @@ def source(made: GgufMade, tmp_path: Path) -> Path:
     return shutil.copytree(made.adapter, tmp_path / "in")
 
 
-def added(**tensors: torch.Tensor) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        found = load_file(folder / TENSORS)
-        save_file(found | tensors, folder / TENSORS, metadata={"format": "pt"})
-
-    return change
-
-
 def nan(folder: Path) -> None:
     edit_tensors(folder / TENSORS, lambda tensors: tensors[f"{Q}.lora_B.weight"].__setitem__((0, 0), torch.nan))
 
@@ -63,10 +54,6 @@ def rank_zero(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "DoRA": (config(use_dora=True), (CONFIG, "DoRA")),
     "PiSSA": (config(init_lora_weights="pissa"), (CONFIG, "changes the base weights")),
-    "biases": (config(bias="all"), (CONFIG, "bias is 'all'", "trained in full")),
-    "trained tokens": (config(trainable_token_indices=[1]), ("trainable_token_indices", "trained in full")),
-    "aLoRA": (config(alora_invocation_tokens=[1, 2]), ("alora_invocation_tokens", "aLoRA")),
-    "single parameters": (config(target_parameters=["experts.up"]), ("target_parameters", "fused experts")),
     "an unknown field": (config(use_novelty=3), ("use_novelty is 3", "does not know")),
     "a bias of B": (added(**{f"{Q}.lora_B.bias": torch.ones(64)}), (f"{Q}.lora_B.bias is a bias of B",)),
     "a norm": (added(**{NORM: torch.ones(64)}), (NORM, "loads the norms of an adapter but never applies them")),
@@ -84,15 +71,8 @@ def test_what_llama_cpp_cannot_hold_is_named(damage: str, source: Path, refused:
 
 
 def test_a_module_without_a_tensor_is_named(source: Path, refused: Refused) -> None:
-    edit_tensors(source / TENSORS, lambda tensors: tensors.update(renamed(tensors, "self_attn.q_proj", "self_attn.w")))
-    edit_json(
-        source / CONFIG, lambda config: config.update(target_modules=r".*\.(w|[kvo]_proj|gate_proj|up_proj|down_proj)")
-    )
+    renamed("self_attn.q_proj", "self_attn.w")(source)
     refused("gguf", source, named=("layers.0.self_attn.w, which", "does not have", "--model"))
-
-
-def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
-    return {key.replace(old, new): tensors.pop(key) for key in list(tensors) if old in key}
 
 
 def test_experts_with_a_pair_each_are_refused(tmp_path: Path, refused: Refused) -> None:

@@ -49,13 +49,6 @@ def test_an_export_keeps_the_reference(name: str, first: Path, tmp_path: Path) -
     assert misfit(kept) is not None
 
 
-def test_a_reference_travels_through_several_exports(first: Path, tmp_path: Path) -> None:
-    assert run(cli, ["fold", str(first), "-o", str(tmp_path / "folded"), "--dtype", "bf16"]) == 0
-    assert run(cli, ["vllm", str(tmp_path / "folded"), "-o", str(tmp_path / "served")]) == 0
-    assert misfit(tmp_path / "served" / REFERENCE_FILE) is None
-    assert (tmp_path / "served" / REFERENCE_FILE).read_bytes() == (first / REFERENCE_FILE).read_bytes()
-
-
 def test_a_reference_comes_along_from_an_address(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fold's is a kept one, of which both files are fetched; the working directory is not where it lies."""
     pytest.importorskip("fsspec", reason="fsspec is in the extra remote")

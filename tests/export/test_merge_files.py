@@ -179,16 +179,6 @@ def test_a_wrong_weight_is_not_published(
     assert tree(tmp_path) == before
 
 
-def test_only_a_merged_model_is_replaced(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, adapter = pair
-    words = ["merge", str(adapter), "-o", str(tmp_path / "out")]
-    assert run(cli, words) == 0
-    assert run(cli, words) == 2
-    assert run(cli, [*words, "--force"]) == 0
-    assert run(cli, ["merge", str(adapter), "-o", str(base), "--force"]) == 2
-    assert (base / "config.json").is_file()
-
-
 def test_one_tensor_is_in_memory(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed weight has been written before the next one is read, the untied head among them."""
     events: list[str] = []

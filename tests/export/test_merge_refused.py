@@ -42,10 +42,6 @@ def renamed(folder: Path) -> None:
     )
 
 
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def truncated(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -60,7 +56,6 @@ def with_fields(**fields: Any) -> Callable[[Path], object]:
     return lambda folder: edit_json(folder / "config.json", lambda config: config.update(fields))
 
 
-QUANTISED = with_fields(quantization_config={"quant_method": "bitsandbytes"})
 BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for a number": (with_fields(hidden_size="32"), "has no usable config.json"),
     "a number for a class": (with_fields(architectures=[3]), "names no architectures (found [3])"),

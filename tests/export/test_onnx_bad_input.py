@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from loraover_export.onnx.export import ROWS, Export
 
-from support.make_checkpoint import edit_tensors, save_tokenizer
-from support.onnx_export import OnnxMade, export, tiny_base, tiny_lora
+from support.make_checkpoint import edit_json, save_tokenizer
+from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
 from support.refusals import Refused
 from support.tiny_experts import tiny_moe
 from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from support.vllm_damage import config
+from support.vllm_damage import added, config
 
 pytestmark = pytest.mark.engine
 
@@ -28,24 +27,19 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MODULE = "model.layers.0.self_attn.q_proj"
 BERT_MODULE = "bert.encoder.layer.0.attention.self.query"
 Q_B = f"base_model.model.{MODULE}.lora_B.weight"
-MODES = ("merged", "swappable")
-SWAPPABLE = ("--mode", "swappable")
-MERGED = ("--mode", "merged")
+MERGED, SWAPPABLE = ("--mode", "merged"), ("--mode", "swappable")
 
 
 # Base models
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_another_base_model_is_named(
-    mode: str, onnx_made: OnnxMade, source: Path, tmp_path: Path, refused: Refused
-) -> None:
+def test_another_base_model_is_named(onnx_made: OnnxMade, source: Path, tmp_path: Path, refused: Refused) -> None:
     tiny_base(tmp_path / "narrower", "Llama", hidden_size=96)
     tiny_gpt2().save_pretrained(tmp_path / "gpt2")
     save_tokenizer(tmp_path / "gpt2")
     for base in (tmp_path / "narrower", tmp_path / "gpt2"):
         named = (str(source), "layers.", str(onnx_made.base), "--model")
-        refused("onnx", source, "--mode", mode, "--model", base, named=named)
+        refused("onnx", source, *MERGED, "--model", base, named=named)
 
 
 def test_a_base_model_that_is_lacking_is_named(
@@ -58,26 +52,12 @@ def test_a_base_model_that_is_lacking_is_named(
     refused("onnx", source, *MERGED, named=(str(source), "--model"))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_width_like_the_vocabularys_is_refused(mode: str, tmp_path: Path, refused: Refused) -> None:
+def test_a_width_like_the_vocabularys_is_refused(tmp_path: Path, refused: Refused) -> None:
     """onnxruntime-genai's builder would mistake such a layer for the head, without a message."""
     base = tiny_base(tmp_path / "base", "Llama", vocab_size=96)
     tiny_lora(base, tmp_path / "adapter")
     named = ("mlp.gate_proj", "96", "--no-cache")
-    refused("onnx", tmp_path / "adapter", "--mode", mode, "--no-check", named=named)
-
-
-# Options and names
-
-
-def test_names_and_numbers_of_sources(onnx_made: OnnxMade, source: Path, tmp_path: Path, refused: Refused) -> None:
-    second = onnx_made.folder / "second"
-    refused("onnx", source, second, *MERGED, named=("--mode merged takes one adapter, found 2",))
-    refused("onnx", source, onnx_made.folder / "first", *SWAPPABLE, named=("'first'", "--name"))
-    folder = source.rename(tmp_path / "my first adapter")
-    refused("onnx", folder, *SWAPPABLE, named=("'my first adapter'", "--name"))
-    assert export(folder, tmp_path / "out", *SWAPPABLE, "--no-check", "--name", "mine") == 0
-    assert (tmp_path / "out" / "mine.onnx_adapter").is_file()
+    refused("onnx", tmp_path / "adapter", *MERGED, "--no-check", named=named)
 
 
 def test_sources_of_other_models_or_tasks_are_refused(onnx_made: OnnxMade, source: Path, refused: Refused) -> None:
@@ -152,34 +132,19 @@ def test_a_tokenizer_that_knows_no_text_is_no_endless_loop() -> None:
 # Adapters
 
 
-def added(**tensors: Tensor) -> Callable[[Path], object]:
-    return lambda folder: edit_tensors(folder / TENSORS, lambda found: found.update(tensors))
-
-
-TWICE = {
-    f"base_model.model.{MODULE}.lora_embedding_A": torch.ones(4, 64),
-    f"base_model.model.{MODULE}.lora_embedding_B": torch.ones(64, 4),
-}
 WRONG_ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), (TENSORS, "no such file")),
     "a bias of a LoRA": (added(**{Q_B.replace("weight", "bias"): torch.ones(64)}), (TENSORS, "lora_B.bias")),
-    "a tensor of nothing": (
-        added(**{"base_model.model.nothing.weight": torch.ones(2)}),
-        (TENSORS, "nothing.weight"),
-    ),
-    "a module listed twice": (added(**TWICE), (TENSORS, MODULE, "listed twice")),
     "DoRA": (config(use_dora=True), ("use_dora",)),
     "an unknown field": (config(use_future_lora=True), ("use_future_lora", "does not know")),
     "trained tokens": (config(trainable_token_indices=[3]), ("trainable_token_indices", "in full")),
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_wrong_adapter_is_named(mode: str, source: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_wrong_adapter_is_named(source: Path, tmp_path: Path, refused: Refused) -> None:
     for case, (damage, named) in WRONG_ADAPTERS.items():
         damaged = shutil.copytree(source, tmp_path / case.replace(" ", "-"))
         damage(damaged)
-        refused("onnx", damaged, "--mode", mode, named=(str(damaged), *named))
+        refused("onnx", damaged, *MERGED, named=(str(damaged), *named))
 
 
 def test_swappable_takes_linear_layers_only(onnx_made: OnnxMade, tmp_path: Path, refused: Refused) -> None:
@@ -187,3 +152,103 @@ def test_swappable_takes_linear_layers_only(onnx_made: OnnxMade, tmp_path: Path,
     refused("onnx", tmp_path / "a", *SWAPPABLE, named=("embed_tokens", "--mode merged"))
     tiny_lora(onnx_made.base, tmp_path / "b", modules_to_save=["norm"])
     refused("onnx", tmp_path / "b", *SWAPPABLE, named=("norm.weight", "--mode merged"))
+
+
+# Graphs exported earlier
+
+
+def test_a_graph_of_other_targets_or_another_base_is_named(
+    onnx_made: OnnxMade, source: Path, graph: Path, tmp_path: Path, refused: Refused
+) -> None:
+    options = (*SWAPPABLE, "--graph", graph)
+    refused("onnx", source, *options, named=("no input for", "other target modules"))
+    base = tiny_base(tmp_path / "other", "Llama", hidden_size=96)
+    tiny_lora(base, tmp_path / "a", **OTHER)
+    refused("onnx", tmp_path / "a", *options, named=(str(graph), str(onnx_made.base), str(base), "--model"))
+
+
+def test_a_graph_of_other_settings_is_named(onnx_made: OnnxMade, graph: Path, refused: Refused) -> None:
+    """Settings that are usual without a graph are compared too, where they are asked for."""
+    request = ("onnx", onnx_made.folder / "second", *SWAPPABLE, "--graph", graph)
+    for options in (("--precision", "fp16"), ("--device", "cuda"), ("--no-cache",)):
+        refused(*request, *options, named=(str(graph), " ".join(options)))
+    edit_json(graph / "onnx_report.json", lambda content: content.update(precision="int4", device="cuda"))
+    for field, found, asked in (("precision", "int4", "fp32"), ("device", "cuda", "cpu")):
+        named = (f"exported with --{field} {found}; leave --{field} {asked} out",)
+        refused(*request, f"--{field}", asked, named=named)
+
+
+def test_the_recorded_command_names_what_the_graph_has(onnx_made: OnnxMade, graph: Path, tmp_path: Path) -> None:
+    edit_json(graph / "onnx_report.json", lambda content: content.update(precision="int4"))
+    assert export(onnx_made.folder / "second", tmp_path / "out", *SWAPPABLE, "--graph", str(graph), "--no-check") == 0
+    assert "--precision int4 --device cpu" in (tmp_path / "out" / "README.md").read_text()
+    report = read_report(tmp_path / "out")
+    assert report.precision == "int4"
+    assert (report.check_device, report.compute_dtype, report.checked_on) == (None, None, None)
+
+
+def test_an_adapter_of_another_width_is_named(
+    onnx_made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """Even if nothing is checked, and it claims the graph's base model."""
+    matrices = {MODULE: (torch.ones(2, 96), torch.ones(64, 2))}
+    adapter = write_adapter(tmp_path / "a", matrices, base_model_name_or_path=str(onnx_made.base))
+    named = ("96 features", "has 64", str(onnx_made.base))
+    refused("onnx", adapter, *SWAPPABLE, "--graph", graph, "--no-check", named=named)
+
+
+WRONG_VALUES: dict[str, tuple[str, dict[str, Any]]] = {
+    "no places": ("swappable.json", {"places": {}}),
+    "another graph": ("swappable.json", {"places": {"a.lora_A": {"graph": "other.onnx", "input": "a", "features": 1}}}),
+    "another schema of the report": ("onnx_report.json", {"schema_version": 2}),
+    "a merged graph": ("onnx_report.json", {"mode": "merged"}),
+}
+
+
+def test_files_of_a_graph_that_cannot_be_used_are_named(onnx_made: OnnxMade, graph: Path, refused: Refused) -> None:
+    request = ("onnx", onnx_made.folder / "second", *SWAPPABLE, "--graph", graph)
+    for file, values in WRONG_VALUES.values():
+        right = (graph / file).read_bytes()
+        edit_json(graph / file, lambda content, values=values: content.update(values))  # type: ignore[misc]
+        refused(*request, named=(str(graph),))
+        (graph / file).write_bytes(right)
+    model = graph / "model.onnx"
+    model.write_bytes(model.read_bytes()[:1000])
+    refused(*request, named=(str(model),))
+
+
+def test_an_export_without_a_graph_is_named(onnx_made: OnnxMade, graph: Path, tmp_path: Path, refused: Refused) -> None:
+    """Such a folder is left by an export that only added adapters to an earlier graph."""
+    first = (*SWAPPABLE, "--graph", str(graph), "--no-check", "--name", "again")
+    assert export(onnx_made.folder / "second", tmp_path / "later", *first) == 0
+    named = (str(tmp_path / "later" / "swappable.json"), "no such file")
+    refused("onnx", onnx_made.folder / "second", *SWAPPABLE, "--graph", tmp_path / "later", named=named)
+
+
+# Outputs that exist
+
+
+def test_force_replaces_an_export_whole_and_nothing_else(
+    onnx_made: OnnxMade, graph: Path, source: Path, tmp_path: Path, refused: Refused
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.onnx").write_text("mine")
+    refused("onnx", source, *MERGED, output=graph, named=(str(graph), "exists already"))
+    refused("onnx", source, *MERGED, "--force", output=tmp_path / "mine", named=(str(tmp_path / "mine"),))
+    (graph / "stray").write_text("of the older export")
+    assert export(source, graph, *MERGED, "--no-check", "--force") == 0
+    assert not {"stray", "second.onnx_adapter", "swappable.json"} & {path.name for path in graph.iterdir()}
+    assert read_report(graph).mode == "merged"
+    assert {path.name for path in tmp_path.iterdir()} == {"graph", "first", "mine"}
+
+
+def test_an_output_inside_an_input_or_around_it_is_refused(
+    onnx_made: OnnxMade, source: Path, graph: Path, refused: Refused
+) -> None:
+    second = onnx_made.folder / "second"
+    refused("onnx", second, source, *SWAPPABLE, output=source / "out", named=("inside the input", str(source)))
+    options = (*SWAPPABLE, "--graph", graph)
+    refused("onnx", second, *options, output=graph / "out", named=("inside the input", str(graph)))
+    refused("onnx", second, *options, "--force", output=graph, named=(str(graph),))
+    inner = source.rename(graph / "first")
+    refused("onnx", inner, *MERGED, "--force", output=graph, named=("holds the input", str(inner)))

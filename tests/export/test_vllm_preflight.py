@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
@@ -25,9 +24,8 @@ from loraover_export.vllm.rules import RULES
 
 from support.make_checkpoint import edit_json, tree
 from support.plain_adapter import make_adapter, tiny_decoder
-from support.refusals import Refused
 from support.tiny_models import fill_b, saved, tiny_bert, tiny_gpt2, tiny_t5
-from support.vllm_damage import DAMAGES, Q0, added, config
+from support.vllm_damage import DAMAGES, config
 
 Check = Callable[..., tuple[int, Preflight, str]]
 
@@ -89,12 +87,6 @@ def test_an_initialisation_that_keeps_the_base_is_fine(adapter: Path, tmp_path: 
     for value in (True, False, "gaussian", "eva", "orthogonal"):
         source = damaged(adapter, tmp_path / str(value), config(init_lora_weights=value))
         assert preflight(replace(candidate(adapter), adapter=read_adapter_dir(source))).passed
-
-
-def test_what_is_no_plain_lora_is_not_even_read(adapter: Path, tmp_path: Path, refused: Refused) -> None:
-    twice = {f"{Q0}.lora_embedding_A": torch.ones(6, 64), f"{Q0}.lora_embedding_B": torch.ones(64, 6)}
-    refused("vllm", damaged(adapter, tmp_path / "dora", config(use_dora=True)), named=("DoRA",))
-    refused("vllm", damaged(adapter, tmp_path / "twice", added(**twice)), named=("listed twice",))
 
 
 def on_base(model: Any, folder: Path, **lora: Any) -> Path:

@@ -40,7 +40,7 @@ def run_for(seconds: float, first: int, bases: Path, without: str = "") -> Itera
 @click.command()
 @click.option("--seconds", envvar="FUZZ_SECONDS", default=3600.0, show_default=True, help="Seconds to run.")
 @click.option("--first", default=None, type=int, help="Seed of the first case; the clock gives it otherwise.")
-@click.option("--keep/--no-keep", "is_kept", default=True, help="Write regression files.")
+@click.option("--keep/--no-keep", "is_kept", default=True, help="Add the cases that fail to the regressions.")
 def main(seconds: float, first: int | None, is_kept: bool) -> None:
     """Exit with 1 if a case failed."""
     torch.set_num_threads(1)
@@ -59,7 +59,9 @@ def main(seconds: float, first: int | None, is_kept: bool) -> None:
                 fewer = simplest(case, result.cause, Path(bases))
                 causes[signature(fewer, result)] += 1
                 if causes[signature(fewer, result)] == 1:
-                    click.echo(f"seed {case.seed}: {result.found}\n  {keep(fewer) if is_kept else fewer}")
+                    click.echo(f"seed {case.seed}: {result.found}\n  {fewer}")
+                    if is_kept:
+                        keep(fewer)
     for part in ("kind", "base", "verb", "option"):
         names = [f"{name} {n}" for (of, name), n in sorted(covered.items()) if of == part]
         click.echo(f"{part}s compared: {', '.join(names)}")

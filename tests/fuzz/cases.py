@@ -160,7 +160,7 @@ VERBS: Values = {
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter and what is done with it; the contents of a regression file.
+    """One adapter and what is done with it; and a line of the regressions.
 
     Args:
         seed: seed of the draws of its tensors.

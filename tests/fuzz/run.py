@@ -28,7 +28,8 @@ from fuzz.oracle import Effects, effects, load_adapted, load_plain, logits, sing
 CASE_S = 60.0
 """Seconds of the processor after which a case is called endless."""
 Outcome = Literal["agrees", "refused", "not made", "fault"]
-REGRESSIONS = Path(__file__).parent / "regressions"
+REGRESSIONS = Path(__file__).parent / "regressions.jsonl"
+"""The cases that once failed, one a line, which may leave out what is as `Case` has it."""
 
 
 @dataclass(frozen=True)
@@ -368,12 +369,10 @@ def simplest(case: Case, cause: str, bases: Path) -> Case:
     return case
 
 
-def keep(case: Case) -> Path:
-    """Write a failing case as a regression file; returns it."""
-    REGRESSIONS.mkdir(exist_ok=True)
-    file = REGRESSIONS / f"{'-'.join([case.verb, case.kind.lower(), *case.edits, str(case.seed)])}.json"
-    file.write_text(json.dumps(asdict(case), indent=1) + "\n", encoding="utf-8")
-    return file
+def keep(case: Case) -> None:
+    """Add a failing case to the regressions."""
+    with REGRESSIONS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(case)) + "\n")
 
 
 def signature(case: Case, result: Result) -> tuple[str, ...]:
@@ -381,6 +380,6 @@ def signature(case: Case, result: Result) -> tuple[str, ...]:
     return (case.verb, *(sorted(case.edits) or [case.kind]), *["rows"] * case.rows, result.cause)
 
 
-def read(file: Path) -> Case:
-    """Return the case of a regression file."""
-    return Case(**json.loads(file.read_text(encoding="utf-8")))
+def kept() -> list[Case]:
+    """Return the regressions."""
+    return [Case(**json.loads(line)) for line in REGRESSIONS.read_text(encoding="utf-8").splitlines()]

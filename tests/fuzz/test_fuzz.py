@@ -14,7 +14,7 @@ from loraover_export.convert.methods import METHODS
 from fuzz import run as fuzz_run
 from fuzz.__main__ import run_for
 from fuzz.cases import BASES, VERBS, Case, draw
-from fuzz.run import REGRESSIONS, keep, read, run
+from fuzz.run import keep, kept, run
 
 PLAIN = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 2}
 
@@ -33,8 +33,10 @@ def test_every_kind_base_and_verb_is_drawn() -> None:
 
 
 def test_a_kept_case_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_run, "REGRESSIONS", tmp_path)
-    assert read(keep(draw(3))) == draw(3)
+    monkeypatch.setattr(fuzz_run, "REGRESSIONS", tmp_path / "cases")
+    keep(draw(3))
+    keep(draw(4))
+    assert kept() == [draw(3), draw(4)]
 
 
 @pytest.mark.parametrize("verb", ["convert", "combine", "shrink", "merge", "vllm", "gguf", "mlx"])
@@ -56,9 +58,9 @@ def test_an_exception_that_is_not_ours_is_a_fault(bases: Path, monkeypatch: pyte
     assert (found.outcome, "lost" in found.found) == ("fault", True)
 
 
-@pytest.mark.parametrize("file", sorted(REGRESSIONS.glob("*.json")), ids=lambda file: str(file.stem))
-def test_a_kept_case_does_not_fail_again(file: Path, bases: Path) -> None:
-    found = run(read(file), bases)
+@pytest.mark.parametrize("case", kept(), ids=lambda case: "-".join([case.verb, case.kind, *case.edits]))
+def test_a_kept_case_does_not_fail_again(case: Case, bases: Path) -> None:
+    found = run(case, bases)
     assert found.outcome != "fault", found.found
 
 

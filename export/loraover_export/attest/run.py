@@ -18,18 +18,18 @@ from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ExportError, OutputError
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.common.verb import verb
-from loraover_export.attest.files import visible_files
 from loraover_export.attest.request import AttestRequest
-from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
+from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault, visible_files
 from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
 from loraover_export.fold.certificate import CERTIFICATE_FILE as FOLD
+from loraover_export.logits.judge import ExportVerdict
 from loraover_export.merge.request import CERTIFICATE_FILE as MERGE
 from loraover_export.mlx.report import CERTIFICATE_FILE as MLX
 from loraover_export.onnx.report import REPORT_FILE as ONNX
 from loraover_export.uniform.certificate import CERTIFICATE_FILE as LORA
 from loraover_export.uniform.certificate import CONVERSION_FILE as CONVERSION
-from loraover_export.vllm.certificate import CERTIFICATE_FILE as VLLM
 from loraover_export.vllm.preflight import PREFLIGHT_FILE
+from loraover_export.vllm.report import CERTIFICATE_FILE as VLLM
 
 STATEMENT_FILE = "attestation.json"
 CERTIFICATES = {
@@ -52,7 +52,7 @@ class Certificate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    verdict: Literal["passed", "failed", "inconclusive", "not checked"]
+    verdict: ExportVerdict
 
 
 class AttestReport(StrictModel):

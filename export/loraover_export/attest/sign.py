@@ -1,4 +1,4 @@
-"""Signatures of an adapter's folder, by the package model-signing of OpenSSF (`pip install 'loraover[sign]'`)."""
+"""Files of an adapter's folder, and their signatures by model-signing of OpenSSF (`pip install 'loraover[sign]'`)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loraover.common.errors import ConfigError, ExportError
-from loraover_export.attest.files import visible_files
+from loraover.common.errors import CheckpointError, ConfigError, ExportError
 
 SIGNATURE_FILE = "model.sig"
 """The package's own name for it."""
 
 KEYS = "expected an elliptic-curve key (P-256, P-384 or P-521)"
+
+
+def visible_files(adapter: Path) -> dict[str, Path]:
+    """Return the files of a folder by their paths in it, without those that are hidden or in a hidden folder.
+
+    A clone has git's files in such a folder, and a download by `hf download --local-dir` those of the hub's client. In
+    the hub's cache, files are links.
+
+    Args:
+        adapter: The folder.
+
+    Raises:
+        CheckpointError: No such folder.
+    """
+    if not adapter.is_dir():
+        raise CheckpointError(f"{adapter}: not a folder; name that of an adapter.")
+    found = {path.relative_to(adapter): path for path in sorted(adapter.rglob("*"))}
+    return {
+        name.as_posix(): path
+        for name, path in found.items()
+        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def read_signer(private_key: Path, password: str | None) -> Any:

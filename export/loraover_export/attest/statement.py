@@ -11,11 +11,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
-STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE: Literal["https://in-toto.io/attestation/test-result/v0.1"] = (
-    "https://in-toto.io/attestation/test-result/v0.1"
-)
-
 
 class Digest(BaseModel):
     """Digests of a file."""
@@ -55,7 +50,9 @@ class Statement(BaseModel):
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, alias_generator=to_camel)
 
-    type: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT_TYPE, alias="_type")
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(default="https://in-toto.io/Statement/v1", alias="_type")
     subject: list[Resource] = Field(description="The adapter's files", min_length=1)
-    predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = PREDICATE_TYPE
+    predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = Field(
+        default="https://in-toto.io/attestation/test-result/v0.1"
+    )
     predicate: TestResult = Field(description="Results of the checks")

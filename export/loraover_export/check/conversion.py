@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
+from loraover_export.check.engines.base import command
 from loraover_export.check.features import FEATURES
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.export_command import export_command
 from loraover_export.uniform.served import ServedModel
 
 if TYPE_CHECKING:
@@ -94,10 +94,9 @@ def converted_subject(subject: Subject) -> Conversion | None:
         unreadable=None,
         has_cores=False,
     )
-    model = [] if subject.model is None else ["--model", subject.model]
-    command = export_command(subject.path, "convert", *model, ending=ENDING)
     text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
-    return Conversion(plain, command, Finding(feature="conversion", level="note", found=text))
+    note = Finding(feature="conversion", level="note", found=text)
+    return Conversion(plain, command(subject, "convert", ending=ENDING), note)
 
 
 def _part_of(served: ServedModel, move: Move | None) -> ServedModel:

@@ -121,15 +121,13 @@ def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[Adapte
 def _check(name: str, subject: Subject, converted: Conversion | None) -> EngineCheck:
     engine = engine_of(name)
     as_it_is, exported = judge(engine.as_it_is(subject)), judge(engine.exported(subject))
-    after = None
-    if converted is not None and exported.verdict != "right":
-        after = judge([converted.note, *engine.exported(converted.subject)])
+    after = None if exported.verdict == "right" else converted
     return EngineCheck(
         engine=name,
         reader=engine.reader,
         as_it_is=as_it_is,
         exported=exported,
-        converted=after,
-        conversion=None if after is None or converted is None else converted.command,
-        export=engine.export(subject if after is None or converted is None else converted.subject),
+        converted=None if after is None else judge([after.note, *engine.exported(after.subject)]),
+        conversion=None if after is None else after.command,
+        export=engine.export(subject if after is None else after.subject),
     )

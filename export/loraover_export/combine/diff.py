@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.peft_adapter import ExactAdapter
+from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.threads import workers
 from loraover.common.verb import verb
-from loraover_export.combine.diff_logits import compare_logits
+from loraover.models.device import choose_compute
+from loraover.models.load import ModelSource, load_model
+from loraover.reference.reference_model import reference_model
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover_export.combine.requests import DiffRequest
 from loraover_export.combine.sources import Sources, deltas_of, read_sources
-from loraover_export.logits.prompts import read_prompts
+from loraover_export.logits.deviation import RunningDeviation
+from loraover_export.logits.pieces import logits_of, walked
+from loraover_export.logits.prompts import Prompts, read_prompts
 from loraover_export.numerics.delta import Delta, check_no_bias
 from loraover_export.numerics.low_rank import (
     SingularValues,
@@ -92,6 +97,48 @@ def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDif
         )
     base = resolve_base(sources.adapters, request.model, option=request.named("model"), say=request.report.line)
     return partial(compare_logits, request, sources, base, read_prompts(base, request.prompts))
+
+
+def compare_logits(request: DiffRequest, sources: Sources, base: ModelSource, prompts: Prompts) -> LogitDiff:
+    """Run the base model, then each of two adapters on it, on the same prompts one at a time.
+
+    Cores are applied as they are, and PEFT runs plain adapters.
+
+    Args:
+        request: The arguments of the comparison.
+        sources: The two adapters.
+        base: The base model.
+        prompts: Token ids to run.
+
+    Raises:
+        CheckpointError: The base model is not the one that an adapter was trained on.
+        ConfigError: A base model that cannot be loaded, or a device that is not there.
+    """
+    place, dtype = str(choose_compute(request.device, request.compute_dtype)[0]), request.compute_dtype
+    request.report.line(f"loading the base model from {base.origin} to {place}, {dtype}")
+    labels = next(filter(None, (saved_labels(adapter.shapes) for adapter in sources.adapters)), None)
+    plain = load_model(base, dtype=dtype, task_type=sources.task_type, num_labels=labels, device=place)
+    difference, effects = RunningDeviation(), (RunningDeviation(), RunningDeviation())
+    with (
+        ExitStack() as stack,
+        walked(prompts, plain, "the base model and both adapters", request.report) as steps,
+    ):
+        models = [stack.enter_context(reference_model(plain, adapter)) for adapter in sources.adapters]
+        for ids, positions in steps:
+            expected = logits_of(plain, ids, positions)
+            found = [logits_of(model, ids, positions) for model in models]
+            for effect, logits in zip(effects, found, strict=True):
+                effect.add(logits, expected)
+            difference.add(found[0], found[1])
+    return LogitDiff(
+        base=base.origin,
+        device=place,
+        compute_dtype=dtype,
+        tokens=prompts.tokens,
+        prompt_source=prompts.source,
+        difference=difference.result(),
+        effects=(effects[0].result(), effects[1].result()),
+    )
 
 
 def _compared(opened: Sequence[ExactAdapter], module: str) -> ModuleDiff:

@@ -70,11 +70,12 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
-            if request.rank is None or max(ranks.values()) <= request.rank:  # an approximation is another adapter
+            is_exact = request.rank is None or max(ranks.values()) <= request.rank
+            if is_exact:  # an approximation is another adapter
                 keep_reference(request.source, draft, request.report.line)
             if compare is None:
                 return certificate
-            outputs = compare(draft, is_exact=request.rank is None or max(ranks.values()) <= request.rank)
+            outputs = compare(draft, is_exact=is_exact)
             found = {"outputs": outputs, "output_bound": outputs.bound}
             return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from loraover.common.atomic_output import publish_text
+from loraover.common.atomic_output import publish_file
 from loraover.common.provenance import environment, today
 from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
 from loraover_export.fleet.row import FleetReport, FleetRow
@@ -16,7 +16,7 @@ PACKAGES = ("loraover", "torch", "transformers")
 
 
 def write_page(report: FleetReport, path: Path, command: str) -> None:
-    """Write the page, in place of an earlier one.
+    """Write the page, in place of an earlier one, with the folders that it lies in.
 
     Args:
         report: What became of the adapters.
@@ -26,7 +26,8 @@ def write_page(report: FleetReport, path: Path, command: str) -> None:
     Raises:
         OutputError: The page cannot be written.
     """
-    publish_text(path, to_page(report, command).html)
+    html = to_page(report, command).html
+    publish_file(path, lambda draft: draft.write_text(html, encoding="utf-8"), parents=True)
 
 
 def to_page(report: FleetReport, command: str) -> Page:

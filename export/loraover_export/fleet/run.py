@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
@@ -31,47 +31,38 @@ EXTRA_OF_ENGINE = {"llamacpp": "llamacpp", "mlx": "torch", "onnx": "export"}
 """Extras that writing adapters for an engine needs; plain LoRAs are written for others by a base installation."""
 
 
-class Examine(Protocol):
-    """Work on one adapter, which can be sent to other processes."""
-
-    def __call__(self, fetched: Fetched, source: str) -> FleetRow:
-        """Return what became of it."""
+Examine = Callable[[Fetched, str], FleetRow]
+"""Work on one adapter, given its folder and the text by which it was named, without secrets."""
 
 
-@dataclass(frozen=True)
-class Guarded:
-    """Work on an adapter by its address, which gives a row whatever happens.
-
-    Args:
-        examine: The work, given the adapter's folder and the text by which it was named, without secrets.
-    """
-
-    examine: Examine
-
-    def __call__(self, source: str) -> FleetRow:
-        started, shown = perf_counter(), without_secrets(source)
-        row = FleetRow(source=shown, address=shown, verdict="failed")
-        try:
-            fetched = fetch_adapter(source, lambda line: None)
-            fetched = Fetched(fetched.folder, without_secrets(fetched.address))
-            row = row.model_copy(update={"address": fetched.address})
-            row = row.model_copy(update={"kind": read_peft_type(fetched.folder)})
-            row = self.examine(fetched, shown)
-        except LoraOverError as error:
-            is_its_own = isinstance(error, IN_THE_ADAPTER) and not isinstance(error, ConfigError | OutputError)
-            reason = str(error) if row.address == shown else str(error).replace(str(fetched.folder), fetched.address)
-            row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
-        except Exception as error:  # one adapter must not end the others, whatever a library makes of it
-            reason = (
-                missing_package(error) or f"{type(error).__name__}: {without_secrets(str(error))}. Please report this."
-            )
-            row = row.model_copy(update={"reason": reason})
-        return row.model_copy(update={"seconds": perf_counter() - started})
+def guarded(examine: Examine, source: str) -> FleetRow:
+    """Return the row of an adapter, named by its address, whatever happens in the work on it."""
+    started, row = perf_counter(), _failed(source)
+    try:
+        fetched = fetch_adapter(source, lambda line: None)
+        fetched = Fetched(fetched.folder, without_secrets(fetched.address))
+        row = row.model_copy(update={"address": fetched.address})
+        row = row.model_copy(update={"kind": read_peft_type(fetched.folder)})
+        row = examine(fetched, row.source)
+    except LoraOverError as error:
+        is_its_own = isinstance(error, IN_THE_ADAPTER) and not isinstance(error, ConfigError | OutputError)
+        is_there = row.address == row.source
+        reason = str(error) if is_there else str(error).replace(str(fetched.folder), fetched.address)
+        row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
+    except Exception as error:  # one adapter must not end the others, whatever a library makes of it
+        reason = missing_package(error) or f"{type(error).__name__}: {without_secrets(str(error))}. Please report this."
+        row = row.model_copy(update={"reason": reason})
+    return row.model_copy(update={"seconds": perf_counter() - started})
 
 
 def killed(source: str) -> FleetRow:
     """Return the row of an adapter whose process was killed."""
-    reason = "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
+    return _failed(
+        source, "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
+    )
+
+
+def _failed(source: str, reason: str = "") -> FleetRow:
     shown = without_secrets(source)
     return FleetRow(source=shown, address=shown, verdict="failed", reason=reason)
 
@@ -130,7 +121,8 @@ def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None
     config = named_base(fetched.folder)
     named = model or config.base_model_name_or_path
     if named is None or (model is None and is_elsewhere(named)):
-        raise ConfigError(f"{source}: names the base model {named}; name one that you trust with --model.")
+        found = "no base model" if named is None else f"the base model {named}"
+        raise ConfigError(f"{source}: names {found}; name one that you trust with --model.")
     prepared = prepare_adapter(fetched.folder, cache, model=named, **options)
     record = read_json(Path(cache) / prepared.digest / RECORD_FILE, Record)
     return FleetRow(
@@ -180,7 +172,7 @@ def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path 
         check_file_writable(page, parents=True)
     rows: dict[str, FleetRow] = {}
     with request.report.task("adapters", len(sources)) as progress:
-        for source, row in each(Guarded(work), sources, request.jobs, killed):
+        for source, row in each(partial(guarded, work), sources, request.jobs, killed):
             rows[source] = row
             progress(len(rows))
             left = (perf_counter() - started) / len(rows) * (len(sources) - len(rows))

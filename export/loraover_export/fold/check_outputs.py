@@ -20,12 +20,11 @@ from loraover.reference.reference_model import sharing_weights
 from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
 from loraover_export.fold.certificate import OutputCertificate
 from loraover_export.fold.request import FoldRequest
-from loraover_export.fold.twins import FOLDED, FoldedAndTwins
+from loraover_export.fold.twins import FOLDED, TWINS, FoldedAndTwins
 from loraover_export.logits.deviation import RunningDeviation, largest_of
 from loraover_export.logits.pieces import logits_of, tokens_at_once, walked
 from loraover_export.logits.prompts import read_prompts
 
-TWINS = 3
 CORES_AT_MOST = 8.0
 """Cores may take so many times the base model's multiplications; where they take more, tokens are sampled."""
 
@@ -81,7 +80,7 @@ def _check_outputs(
     with unfolded(sharing_weights(base), checkpoint, sampled=sampled) as reference:
         report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
         others = checkpoint.others.values()
-        adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, request.dtype, TWINS, report)
+        adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, request.dtype, report)
         compared = _Compared()
         with walked(prompts, base, "the unfolded model, the folded adapter and the roundings", report) as steps:
             for ids, positions in steps:

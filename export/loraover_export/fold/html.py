@@ -1,4 +1,4 @@
-"""The certificate of a fold as one HTML page that needs no network."""
+"""The certificate of a fold, its verdict in plain sentences first, as one HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, make_page
+from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
+from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.fold.verdict import verdict_of
+from loraover_export.logits.judge import POWER, CheckVerdict
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 HTML_FILE = "fold.html"
@@ -47,6 +48,34 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
         matrices_table=_matrices_table(certificate.matrices),
         count=len(certificate.matrices),
     )
+
+
+def verdict_of(certificate: FoldCertificate) -> Verdict:
+    """Return whether the folded adapter computes what was trained, with the figures that decide.
+
+    Args:
+        certificate: The certificate of a fold that did not fail.
+    """
+    count = len(certificate.matrices)
+    sentences = [f"All {count} matrices are rounded to nearest, within the bound by construction."]
+    if certificate.outputs is None:
+        sentences.append("Outputs were not compared; --check-error does that.")
+    else:
+        sentences.append(_compared(certificate.outputs, certificate.verdict))
+    start = {
+        "passed": "The folded adapter computes what was trained.",
+        "inconclusive": "The fold is right as far as this check can see.",
+    }[certificate.verdict]
+    return Verdict(tone_of(certificate.verdict), certificate.verdict, " ".join([start, *sentences]))
+
+
+def _compared(outputs: OutputCertificate, verdict: CheckVerdict) -> str:
+    effect = outputs.adapter_effect
+    text = f"Logits differ by at most {short(outputs.error.max_logit)}, where rounding explains {short(outputs.bound)}"
+    if verdict == "inconclusive":
+        moved = f"by more than {short(effect)}, less than {POWER:g} times that" if effect else "at all"
+        return f"{text}. But the adapter moves no logit {moved}. An adapter that does nothing would pass as well."
+    return f"{text}. The adapter itself moves them by up to {short(effect)}."
 
 
 def _logits(outputs: OutputCertificate) -> Figure:

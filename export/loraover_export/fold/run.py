@@ -11,7 +11,7 @@ from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference, record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
 from loraover.common.verb import verb
 from loraover.models.licence import known_licence
@@ -57,14 +57,11 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         base = resolve_base([source], request.model, option=request.named("model"), say=request.report.line)
     with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
         certificate = _fold(request, source, base, draft)
-        is_whole = certificate.verdict != "failed"
-        if not is_whole:
-            raise AbandonedError
-        (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+        certificate.keep(draft / CERTIFICATE_FILE)
         (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
         to_page(certificate, request.command()).write(draft / HTML_FILE)
         keep_reference(request.checkpoint, draft, request.report.line)
-    if request.record and is_whole:
+    if request.record and certificate.verdict != "failed":
         names = ("model", "device", "compute_dtype", "max_memory_gib", "report")
         record_beside(request.output, **{name: getattr(request, name) for name in names})
     if request.push_to_hub is not None:

@@ -11,7 +11,7 @@ from loraover.reference.reference_model import reference_model
 from loraover_export.fold.certificate import TrainedBase
 from loraover_export.fold.request import FoldRequest
 from loraover_export.logits.deviation import RunningDeviation
-from loraover_export.logits.pieces import logits_of, pieces, tokens_at_once
+from loraover_export.logits.pieces import logits_of, tokens_at_once, walked
 from loraover_export.logits.prompts import read_prompts
 
 
@@ -38,13 +38,11 @@ def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quant
     small = load_model(source, dtype=compute_dtype, device=device, quantization=quantization)
     small = PeftModel.from_pretrained(small, str(folded)).eval()
     difference, bases = RunningDeviation(), RunningDeviation()
-    with reference_model(full, adapter) as over_full:
-        for ids in prompts.batches:
-            given = ids.to(full.device)
-            for positions in pieces(full, ids):
-                difference.add(logits_of(over_full, given, positions), logits_of(small, given, positions))
-                with small.disable_adapter():
-                    bases.add(logits_of(full, given, positions), logits_of(small, given, positions))
+    with reference_model(full, adapter) as over_full, walked(prompts, full, "both bases", request.report) as steps:
+        for ids, positions in steps:
+            difference.add(logits_of(over_full, ids, positions), logits_of(small, ids, positions))
+            with small.disable_adapter():
+                bases.add(logits_of(full, ids, positions), logits_of(small, ids, positions))
     return TrainedBase(
         quantization=quantization, served=source.origin, difference=difference.result(), bases=bases.result()
     )

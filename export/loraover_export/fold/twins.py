@@ -16,6 +16,7 @@ from loraover.overparam.sites import Site, find_sites, lora_layers
 from loraover_export.numerics.rounding import STORAGE_DTYPES, round_randomly
 
 FOLDED = "folded"
+TWINS = 3
 
 
 class FoldedAndTwins:
@@ -30,7 +31,6 @@ class FoldedAndTwins:
         checkpoint: The checkpoint, which holds the exact matrices.
         folded: Folder of the written adapter.
         dtype: Data type that it is stored in.
-        twins: Number of twins.
         report: Receiver of progress.
 
     Raises:
@@ -43,7 +43,6 @@ class FoldedAndTwins:
         checkpoint: Checkpoint,
         folded: Path,
         dtype: str,
-        twins: int,
         report: Reporter = SILENT,
     ) -> None:
         from peft import PeftModel
@@ -58,7 +57,7 @@ class FoldedAndTwins:
             parameter.requires_grad_(True)
         self._sites = list(find_sites(self._model).values())
         self._model.requires_grad_(False).eval()
-        self.twins = [f"twin{i}" for i in range(twins)]
+        self.twins = [f"twin{i}" for i in range(TWINS)]
         self._matrices = {FOLDED: [site.values.clone() for site in self._sites]}
         self._matrices |= _round_twins(self._sites, self.twins, checkpoint, coarser, report)
 

@@ -21,6 +21,7 @@ from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
 from loraover_export.logits.deviation import largest
+from loraover_export.logits.pieces import logits_of
 from loraover_export.logits.prompts import Prompts, read_prompts
 from loraover_export.numerics.rounded_adapter import write_rounded
 
@@ -59,7 +60,7 @@ def make_reference(
     """
     model = load_model(base)
     prompts = read_prompts(base)
-    plain = [_logits(model, ids) for ids in prompts.batches]
+    plain = [logits_of(model, ids, None) for ids in prompts.batches]
     adapted = _adapted_logits(model, adapter, prompts)
     with TemporaryDirectory() as folder:
         rounded = _adapted_logits(model, _rounded(adapter, Path(folder), dtype), prompts)
@@ -111,13 +112,7 @@ def _rounded(adapter: AdapterDir, folder: Path, dtype: str) -> AdapterDir:
 
 def _adapted_logits(model: Any, adapter: AdapterDir, prompts: Prompts) -> list[Tensor]:
     with reference_model(model, adapter) as adapted:
-        return [_logits(adapted, ids) for ids in prompts.batches]
-
-
-@torch.no_grad()
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids).logits[0].float()
-    return logits
+        return [logits_of(adapted, ids, None) for ids in prompts.batches]
 
 
 def _engine_logits(base: Path, adapter: Path | None, prompts: Prompts, threads: int | None) -> list[Tensor]:

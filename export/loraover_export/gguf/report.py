@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import CheckVerdict, Proof, judge
+from loraover_export.logits.judge import CheckVerdict, ExportVerdict, Proof, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 NOISE_FACTOR = 6.0
@@ -58,7 +56,7 @@ class GgufCheck(StrictModel):
 class GgufReport(Proof):
     """Result of an export for llama.cpp."""
 
-    verdict: Literal["passed", "failed", "inconclusive", "not checked"] = Field(
+    verdict: ExportVerdict = Field(
         description='"not checked": every matrix is within its bound, and llama.cpp was not run'
     )
     base_model: str = Field(description="Folder or hub name of the base model")
@@ -75,9 +73,7 @@ class GgufReport(Proof):
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
 
-def judge_export(
-    matrices: list[MatrixCertificate], check: GgufCheck | None
-) -> Literal["passed", "failed", "inconclusive", "not checked"]:
+def judge_export(matrices: list[MatrixCertificate], check: GgufCheck | None) -> ExportVerdict:
     """Return the verdict on an export."""
     if not all(matrix.passed for matrix in matrices):
         return "failed"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+from loraover.common.atomic_output import AbandonedError
 from loraover.common.strict_json import StrictModel
 
 NOISE_FACTOR = 3.0
@@ -11,6 +13,7 @@ POWER = 2.0
 """Multiple of the allowed error by which an adapter must change some logit, so that its loss would be noticed."""
 
 CheckVerdict = Literal["passed", "failed", "inconclusive"]
+ExportVerdict = Literal["passed", "failed", "inconclusive", "not checked"]
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
 """Exit code of the command of each verdict."""
 
@@ -30,6 +33,12 @@ class Proof(StrictModel):
     def exit_code(self) -> int:
         """Exit code of the command."""
         return EXIT_CODES[self.verdict]
+
+    def keep(self, file: Path) -> None:
+        """Write the proof beside the output, or raise AbandonedError if the verdict is "failed"."""
+        if self.verdict == "failed":
+            raise AbandonedError
+        file.write_text(self.model_dump_json(indent=1) + "\n")
 
 
 def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:

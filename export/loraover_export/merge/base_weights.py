@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ class BaseWeights:
     """Modules of a base model, with their shapes and, on demand, their weights.
 
     The modules come from the model's configuration. No file of weights is opened before the first weight is read.
+    `modules` has those without weights, on PyTorch's meta device, by path.
 
     Args:
         source: Place of the model.
@@ -39,12 +40,7 @@ class BaseWeights:
         self._may_be_quantised = may_be_quantised
         self._lock = Lock()
         self.model: Any = load_skeleton(source)
-        self._modules: dict[str, Any] = dict(self.model.named_modules())
-
-    @property
-    def modules(self) -> Mapping[str, Any]:
-        """Modules without weights, on PyTorch's meta device, by path."""
-        return self._modules
+        self.modules: dict[str, Any] = dict(self.model.named_modules())
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:

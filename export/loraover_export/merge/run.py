@@ -14,7 +14,7 @@ from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
-from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
 from loraover.common.threads import workers
@@ -82,12 +82,10 @@ def _publish(
         files.copy_along(draft)
         merged = _write(files, plan, exact, draft, request.report)
         result = _report(request, base, plan, merged)
-        if not result.passed:
-            raise AbandonedError
+        result.keep(draft / CERTIFICATE_FILE)
         _write_json(draft / CONFIG, _config(files.config, plan))
         if [*plan.shards] != [SINGLE]:
             _write_json(draft / INDEX, _index(files, plan))
-        (draft / CERTIFICATE_FILE).write_text(result.model_dump_json(indent=1) + "\n")
         (draft / "README.md").write_text(_card(request, base, exact.adapter, result), encoding="utf-8")
     return result
 

@@ -9,7 +9,7 @@ from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
-from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.verb import verb
 from loraover.models.licence import known_licence
@@ -37,21 +37,18 @@ def export_mlx(request: MlxRequest) -> MlxReport:
         OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
     check_replaceable(
-        request.output, "adapter for mlx-lm", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
+        request.output, "mlx-lm adapter", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
     )
     adapter = read_source(request.source)
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     target = read_target(base)
     left_out = refuse_or_leave_out(adapter, target)
-    made: list[MlxReport] = []
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
-        made.append(_write(request, adapter, target, draft, left_out))
-        if not made[0].passed:
-            raise AbandonedError
-        (draft / CERTIFICATE_FILE).write_text(made[0].model_dump_json(indent=1) + "\n")
-        (draft / "README.md").write_text(_card(request, target, made[0]), encoding="utf-8")
+        report = _write(request, adapter, target, draft, left_out)
+        report.keep(draft / CERTIFICATE_FILE)
+        (draft / "README.md").write_text(_card(request, target, report), encoding="utf-8")
         keep_reference(request.source, draft, request.report.line, (CONFIG_FILE, TENSORS_FILE))
-    return made[0]
+    return report
 
 
 def _write(

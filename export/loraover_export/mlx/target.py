@@ -49,18 +49,14 @@ def read_target(source: ModelSource) -> ServedModel:
         ExportError: A model class whose paths were not compared with mlx-lm's.
     """
     target = read_served(source, SAME_NAMES)
-    _check_names(target.architecture, source.name)
-    return target
-
-
-def _check_names(architecture: str, model: str) -> None:
-    if architecture not in SAME_NAMES:
+    if target.architecture not in SAME_NAMES:
         known = ", ".join(name.removesuffix("ForCausalLM") for name in SAME_NAMES)
         raise ExportError(
-            f"{model} is a {architecture}. Whether mlx-lm gives its modules the same names is not known here, and it "
-            "refuses other names, or before 0.32.2 ignores them silently; known are "
-            f"{known}. {MERGE[0].upper()}{MERGE[1:]}."
+            f"{source.name} is a {target.architecture}. Whether mlx-lm gives its modules the same names is not "
+            f"known here, and it refuses other names, or before 0.32.2 ignores them silently; known are {known}. "
+            f"{MERGE[0].upper()}{MERGE[1:]}."
         )
+    return target
 
 
 def refuse_or_leave_out(adapter: AdapterDir, target: ServedModel) -> list[str]:

@@ -14,9 +14,8 @@ from typing import Any
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounded_adapter import not_kept, round_exact
+from loraover_export.numerics.rounded_adapter import round_exact, save_and_compare
 from loraover_export.uniform.matrices import to_uniform
 from loraover_export.uniform.served import ServedModel
 
@@ -53,10 +52,7 @@ def write_adapter(
     rounded, certificates = round_exact(adapter, adapter.matrices, dtype, prepare=transposed, on_tensor=on_tensor)
     places = adapter.matrices.items()
     tensors = {f"{module.path}.lora_{side.lower()}": rounded[key] for key, (module, side) in places}
-    save_tensors(tensors, directory / TENSORS_FILE)
-    lost = first_difference(directory / TENSORS_FILE, tensors)
-    if lost is not None:
-        raise not_kept(lost)
+    save_and_compare(tensors, directory / TENSORS_FILE)
     (directory / CONFIG_FILE).write_text(json.dumps(adapter_config(adapter, target), indent=2) + "\n")
     return certificates
 

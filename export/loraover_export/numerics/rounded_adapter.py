@@ -51,16 +51,23 @@ def write_rounded(
     Returns and raises as `write_folded` does.
     """
     rounded, certificates = round_exact(adapter, keys, dtype, prepare=prepare, on_tensor=on_tensor, beside=beside)
-    file = directory / TENSORS_FILE
-    rounded = pack_stacks(adapter.stacks, rounded) if pack is None else pack(rounded)
-    save_tensors(rounded, file)
+    save_and_compare(pack_stacks(adapter.stacks, rounded) if pack is None else pack(rounded), directory / TENSORS_FILE)
+    return certificates
+
+
+def save_and_compare(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file, and read it back.
+
+    Raises:
+        FoldError: The file does not hold the tensors bit for bit.
+    """
+    save_tensors(tensors, file)
     with workers() as threads:
         flushed = threads.start(sync, file)  # the disk works while the file is read back
-        lost = first_difference(file, rounded)
+        lost = first_difference(file, tensors)
         flushed.result()
     if lost is not None:
         raise not_kept(lost)
-    return certificates
 
 
 def round_exact(

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import CheckVerdict, Proof, judge
+from loraover_export.logits.judge import CheckVerdict, ExportVerdict, Proof, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"
@@ -93,7 +93,7 @@ class OnnxReport(Proof):
     """Result of an ONNX export, and the contents of `onnx_report.json`."""
 
     schema_version: Literal[1] = 1
-    verdict: Literal["passed", "failed", "inconclusive", "not checked"]
+    verdict: ExportVerdict
     mode: Literal["merged", "swappable"] = Field(description="Whether A and B are in the weights, or inputs")
     precision: Literal["fp32", "fp16", "int4"] = Field(description="Number format of the graph's weights")
     device: Literal["cpu", "cuda"] = Field(description="Device that the graph was built for")
@@ -112,9 +112,7 @@ class OnnxReport(Proof):
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
 
-def judge_export(
-    checks: Sequence[GraphCheck], matrices: Sequence[MatrixCertificate]
-) -> Literal["passed", "failed", "inconclusive", "not checked"]:
+def judge_export(checks: Sequence[GraphCheck], matrices: Sequence[MatrixCertificate]) -> ExportVerdict:
     """Return "failed" if anything failed, and "inconclusive" if no check would have noticed an adapter's loss."""
     if not all(matrix.passed for matrix in matrices) or any(check.verdict == "failed" for check in checks):
         return "failed"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraover.checkpoint.carried_reference import keep_reference
-from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
@@ -45,9 +45,7 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
     with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
         export = Export(request, inputs, draft)
         result = export.run()
-        if result.verdict == "failed":
-            raise AbandonedError
-        (draft / REPORT_FILE).write_text(result.model_dump_json(indent=1) + "\n")
+        result.keep(draft / REPORT_FILE)
         (draft / "README.md").write_text(_card(export.request, inputs, result), encoding="utf-8")
         for name, adapter in inputs.adapters.items():
             files = [path.name for path in draft.iterdir() if _is_of(path, name, result.mode, export.kind.graphs)]

@@ -80,7 +80,7 @@ def write_for_vllm(source: Path, folder: Path, target: Target) -> Written:
     Raises:
         ExportError: An adapter that vLLM would refuse, or serve wrongly without a message.
     """
-    from loraover_export.vllm.certificate import CERTIFICATE_FILE
+    from loraover_export.vllm.report import CERTIFICATE_FILE
     from loraover_export.vllm.run import export_vllm
 
     report = export_vllm(

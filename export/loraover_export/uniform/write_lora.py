@@ -16,7 +16,6 @@ from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.peft_adapter import pack_stacks, site_key
-from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.errors import ExportError
 from loraover.common.provenance import environment, hardware
@@ -28,7 +27,7 @@ from loraover_export.numerics.certify import certify
 from loraover_export.numerics.delta import Delta
 from loraover_export.numerics.low_rank import factor_noise, product_norm, sum_norm
 from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
-from loraover_export.numerics.rounded_adapter import not_kept
+from loraover_export.numerics.rounded_adapter import save_and_compare
 from loraover_export.numerics.rounding import round_tensor
 from loraover_export.uniform.certificate import (
     CERTIFICATE_FILE,
@@ -227,11 +226,7 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
         prefix = f"{matrix.module.module}.lora_{'embedding_' * matrix.module.embedding}"
         tensors[site_key(f"{prefix}A")] = pad(matrix.a, (0, 0, 0, missing)).contiguous()
         tensors[site_key(f"{prefix}B")] = pad(matrix.b, (0, missing)).contiguous()
-    tensors = pack_stacks(target.stacks, tensors)
-    save_tensors(tensors, draft / TENSORS_FILE)
-    lost = first_difference(draft / TENSORS_FILE, tensors)
-    if lost is not None:
-        raise not_kept(lost)
+    save_and_compare(pack_stacks(target.stacks, tensors), draft / TENSORS_FILE)
     experts = expert_paths(target.stacks)
     config = plain_config(
         certificate.rank,

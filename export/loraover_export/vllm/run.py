@@ -9,7 +9,7 @@ from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
-from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
+from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.verb import verb
 from loraover.models.licence import known_licence
@@ -24,10 +24,9 @@ from loraover_export.uniform.folder import name_modules, uniform_config, write_u
 from loraover_export.uniform.served import ServedModel, read_served
 from loraover_export.vllm.architectures import Architectures, architectures_of, projections_of
 from loraover_export.vllm.candidate import Candidate
-from loraover_export.vllm.certificate import CERTIFICATE_FILE, VllmCertificate
 from loraover_export.vllm.launch import launch_commands
 from loraover_export.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
-from loraover_export.vllm.report import VllmReport
+from loraover_export.vllm.report import CERTIFICATE_FILE, VllmCertificate, VllmReport
 from loraover_export.vllm.request import VllmRequest
 
 
@@ -47,9 +46,7 @@ def export_vllm(request: VllmRequest) -> VllmReport:
         OutputError: An output that cannot be written, or that exists and may not be replaced; or the hub refuses what
             was written.
     """
-    check_replaceable(
-        request.output, "adapter for vLLM", CERTIFICATE_FILE, inputs=[request.source], replace=request.force
-    )
+    check_replaceable(request.output, "vLLM adapter", CERTIFICATE_FILE, inputs=[request.source], replace=request.force)
     with ExitStack() as converted:
         plain = PlainLora(request.source, None)
         if request.convert:
@@ -94,12 +91,10 @@ def _publish(
     """Write the adapter with its report, certificates and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         certificate = _write(request, candidate, draft)
-        if not certificate.passed:
-            raise AbandonedError
-        (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+        certificate.keep(draft / CERTIFICATE_FILE)
         if conversion is not None:
-            (draft / CONVERSION_FILE).write_text(conversion.model_dump_json(indent=1) + "\n")
-        (draft / PREFLIGHT_FILE).write_text(found.model_dump_json(indent=1) + "\n")
+            conversion.keep(draft / CONVERSION_FILE)
+        found.keep(draft / PREFLIGHT_FILE)
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
         keep_reference(request.source, draft, request.report.line)
     if request.push_to_hub is not None:
