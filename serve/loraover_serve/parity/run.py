@@ -13,10 +13,9 @@ from loraover.common.reporter import Reporter
 from loraover.common.verb import verb
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
-from loraover_serve.comparison.report import machine
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.base import Setting
-from loraover_serve.engines.installed import check_installed, versions
+from loraover_serve.engines.installed import check_installed, machine, versions
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
 from loraover_serve.parity.measure.arms import Arms, prepare_arms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError, EngineError
+from loraover.common.hosts import is_near
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.verb import verb
 from loraover.models.load import ModelSource, resolve_model
@@ -113,11 +113,7 @@ def _check_plugin(server: VllmServer, executable: str) -> None:
 
 def _warn_if_open(config: VllmServerConfig, report: Reporter) -> None:
     """Warn of a server that other machines reach and that asks for no key."""
-    try:
-        is_loopback = ipaddress.ip_address(config.host).is_loopback
-    except ValueError:
-        is_loopback = config.host == "localhost"
-    if not is_loopback and config.api_key() is None:
+    if not is_near(config.host) and config.api_key() is None:
         report.line(
             f"warning: anyone who reaches {config.host} can use this server; set {KEY_VARIABLE} in the environment to "
             "make it ask for a key"
