@@ -29,7 +29,7 @@ from loraover_serve.parity.request import MIN_BLOCKS
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
 FEWEST_NEEDED = 8  # with fewer blocks the bootstrap interval is wider than Student's, which `blocks_needed` uses
-MAX_BLOCKS = 100_000
+MAX_BLOCKS, POWER = 100_000, 0.9
 LARGEST = 700.0  # a logarithm whose exponential is still finite
 
 
@@ -134,14 +134,13 @@ def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> flo
     return float(min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
 
 
-def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: float = 0.9) -> int | None:
-    """Smallest number of blocks that shows equivalence with a given probability if the true ratio is 1.
+def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05) -> int | None:
+    """Smallest number of blocks that shows equivalence with a probability of POWER if the true ratio is 1.
 
     Args:
         spread: Standard deviation of d.
         margin: Largest difference of times that still counts as equal (0.05 is 5 %).
         alpha: Level of significance.
-        power: Probability of showing equivalence.
 
     Returns:
         The number; None if 100 000 blocks would not be enough.
@@ -151,7 +150,7 @@ def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: f
     n = np.unique(np.concatenate([np.arange(FEWEST_NEEDED, 100), coarse]))  # then in steps of 5 %
     error = max(spread, 1e-12) / np.sqrt(n)
     reach = math.log1p(margin) / error - stats.t.ppf(1 - alpha, n - 1)
-    enough = n[2 * stats.t.cdf(reach, n - 1) - 1 >= power]
+    enough = n[2 * stats.t.cdf(reach, n - 1) - 1 >= POWER]
     return int(enough[0]) if len(enough) else None
 
 
