@@ -29,14 +29,10 @@ FAULTS = {
     "dies": "no answer:",
     "hangs": "timed out",
     "answers 500": "the server answered 500",
-    "breaks off the error": "the server answered 500: its explanation broke off",
-    "answers 404": "the server answered 404",
     "answers as another": "was asked, and 'another' answered",
-    "breaks off": "broke off at",
     "stops early": "1 of 4 tokens arrived",
     "leaves out": "the server's answer cannot be read",
     "hides logprobs": "3 logprobs arrived with 4 tokens",
-    "errs within": "failed in the middle of an answer",
     "comes in one piece": "more new tokens",
 }
 
