@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.test_verify_dialects import Leaking
 from serve.test_verify_endpoint import Mixing
 
 from loraover.client.endpoint import Endpoint
@@ -30,11 +29,6 @@ from support.verified import FAULTS, Served, make_case, plant, save_adapter
 from support.verified import Case as VerifyCase
 
 NAMES = ("base", "shop")
-
-
-@pytest.fixture(scope="module")
-def reference(recorded: Path) -> Reference:
-    return read_reference(recorded)
 
 
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
@@ -69,11 +63,11 @@ def test_each_fault_of_a_server_has_verifys_verdict(
     assert (found["verdict"], found["fault"]) == (fault.verdict, fault.name), found["reason"]
 
 
-@pytest.mark.parametrize(("victim", "fault"), [("base", LEAKS), ("shop", CHANGED)])
+@pytest.mark.parametrize(("victim", "company", "fault"), [(*NAMES, LEAKS), (*NAMES[::-1], CHANGED)])
 def test_answers_that_change_in_a_mixed_batch_are_named(
-    victim: str, fault: str, asked: VerifyCase, reference: Reference
+    victim: str, company: str, fault: str, asked: VerifyCase, reference: Reference
 ) -> None:
-    server = Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim)
+    server = Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim, company)
     found = checked(server, reference)
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
     assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
@@ -86,7 +80,7 @@ def test_an_adapter_that_leaks_into_anothers_answers_is_named(
     asked: VerifyCase, reference: Reference, tmp_path: Path
 ) -> None:
     other = plant(FAULTS["scaling dropped"], asked.adapter, tmp_path / "other")
-    served = Leaking(Served(asked.base, {"base": None, "shop": asked.adapter, "other": other}))
+    served = Mixing(Served(asked.base, {"base": None, "shop": asked.adapter, "other": other}), "shop", "other")
     found = checked(served, reference, {"base": None, "shop": "base", "other": "base"})
     assert (found["verdict"], found["fault"]) == ("differs", CHANGED_BY_OTHER), found["reason"]
 

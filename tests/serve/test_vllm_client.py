@@ -117,23 +117,9 @@ def test_a_key_in_a_piece_of_an_answer_is_hidden(end: bytes, monkeypatch: pytest
     assert "sk-" not in str(caught.value)
 
 
-def test_a_redirect_is_a_refusal() -> None:
-    """The key is for one server."""
-    reply = b"HTTP/1.1 307 elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
-    with answering((0, reply)) as url, pytest.raises(EngineError, match="the server answered 307"):
-        VllmServer(url, 0).models()
-
-
 @pytest.mark.parametrize(
     ("host", "near"),
     [("localhost", True), ("127.0.0.9", True), ("::1", True), ("127.example.org", False), ("10.0.0.1", False)],
 )
 def test_another_machine_is_not_taken_for_this_one(host: str, near: bool) -> None:
     assert is_near(host) is near
-
-
-def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")
-    with answering((0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")) as url:
-        assert VllmServer(url, 0).is_healthy()
