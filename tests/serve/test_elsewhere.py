@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.elsewhere import ElsewhereEngine, Runner, tail
+from loraover_serve.engines.elsewhere import ElsewhereEngine, Runner
 from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.engines.openvino import OpenVinoEngine
 from loraover_serve.verify.request import VerifyRequest
@@ -75,9 +75,3 @@ def test_a_python_that_is_gone_cannot_be_started(
     monkeypatch.setenv("LORAOVER_HERE", str(tmp_path / "python"))
     with pytest.raises(EngineError, match="cannot be started"), here.run(ARGUMENTS, tmp_path / "log", 1):
         pass
-
-
-def test_the_end_of_a_log_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("x" * 5000 + "\n one\n two\n")
-    assert tail(tmp_path / "log").endswith("x one two")
-    assert len(tail(tmp_path / "log")) < 1600

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from loraover.common.command_line import run
@@ -20,7 +14,6 @@ from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.judge.analysis import overall, results
 from loraover_serve.parity.measure.blocks import measure
-from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 from loraover_serve.vllm.server import VllmServer
@@ -28,69 +21,13 @@ from loraover_serve.vllm.server import VllmServer
 from support.delaying_proxy import delaying
 from support.make_checkpoint import Made
 from support.serving import Served
-from support.vllm_command import leaks_in_mixed_batches, vllm_command
+from support.vllm_command import vllm_command
 
 pytestmark = pytest.mark.engine
 
 NEW_TOKENS = 2
 REQUESTS, PROMPTS = 48, 8
 COPIES = {VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}
-SHARED_BATCH = pytest.mark.xfail(
-    reason="vllm-project/vllm#48421: on a CPU, requests for the base model get the weights of an adapter in their batch"
-)
-Logprobs = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Answers to the same prompts of three models, together and one model after the other.
-
-    Args:
-        mixed: model, prompt and logprobs of each answer.
-        alone: logprobs of the answers to every prompt, by model.
-    """
-
-    mixed: Sequence[tuple[str, int, Logprobs]]
-    alone: Mapping[str, Sequence[Logprobs]]
-
-    def distance(self, model: str, other: str) -> float:
-        """RMS difference of logprobs, in nats, between a model's mixed answers and another's answers alone."""
-        pairs = [(logprobs, self.alone[other][prompt]) for of, prompt, logprobs in self.mixed if of == model]
-        return math.sqrt(float(np.mean([np.subtract(*pair) ** 2 for pair in pairs])))
-
-
-@pytest.fixture(scope="module")
-def load(served: Served) -> Load:
-    """Requests at random, 16 at once."""
-    models = {BASE: served.source.location, VANILLA: "vanilla", FOLDED: "folded"}
-    draw = random.Random(0)
-    prompts = served.prompts[:PROMPTS]
-    asked = [(draw.choice(list(models)), draw.randrange(PROMPTS)) for _ in range(REQUESTS)]
-
-    def answer(request: tuple[str, int]) -> tuple[str, int, Logprobs]:
-        model, prompt = request
-        done = served.client.stream(models[model], prompts[prompt], max_tokens=NEW_TOKENS, timeout_s=120)
-        return model, prompt, done.logprobs
-
-    with ThreadPoolExecutor(16) as pool:
-        mixed = list(pool.map(answer, asked))
-    alone = {
-        name: [done.logprobs for done in served.client.complete_batch(model, prompts, max_tokens=NEW_TOKENS)]
-        for name, model in models.items()
-    }
-    return Load(mixed, alone)
-
-
-@pytest.mark.parametrize("model", [BASE, VANILLA, FOLDED])
-def test_under_mixed_load_every_model_says_what_it_says_alone(
-    model: str, load: Load, request: pytest.FixtureRequest
-) -> None:
-    if model == BASE and leaks_in_mixed_batches():
-        request.applymarker(SHARED_BATCH)
-    assert len(load.mixed) == REQUESTS
-    own, *others = (load.distance(model, other) for other in (model, *load.alone.keys() - {model}))
-    print(f"{model}: {own:.4f} nats from its own answers, {others} from the others'")
-    assert own < min(others) / 3
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +107,3 @@ def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list
     for figures in ({c.measure: c.ours for c in checks}, {c.measure: c.bench_serve for c in checks}):
         assert 0 < figures["time per output token"] <= figures["end-to-end latency"]
         assert 0 < figures["time to first token"] <= figures["end-to-end latency"]
-
-
-def test_the_servers_memory_is_that_of_all_its_processes(served: Served) -> None:
-    with peak_of(served.client.pid) as peak:
-        served.client.complete("folded", served.prompts[0], max_tokens=1)
-    assert peak.bytes > 200e6
