@@ -17,14 +17,14 @@ from loraover.common.errors import ParityError
 from loraover.common.multiple_testing import holm
 from loraover_serve.parity.judge import bootstrap
 from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of, studentised
-from loraover_serve.parity.judge.equivalence import Comparison, blocks_needed, compare, decide, holm_levels
+from loraover_serve.parity.judge.equivalence import ALPHA, Comparison, blocks_needed, compare, decide, holm_levels
 from loraover_serve.parity.request import MIN_BLOCKS
 
 from support.speed import simulations
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
-MARGIN, ALPHA = 0.05, 0.05
+MARGIN = 0.05
 LIMIT = math.log(1.05)
 EXPERIMENTS, BLOCKS = simulations(500), 12
 SPREAD = 0.06  # of d: some of 12 blocks' experiments are decided, some are not
@@ -86,7 +86,7 @@ def test_verdicts_are_those_of_the_adjusted_intervals(means: list[float], seed: 
 
 
 def test_holms_levels_rise_until_one_is_not_rejected() -> None:
-    assert holm_levels([0.01, 0.04, 0.9, 0.001], 0.05) == [0.05 / 3, 0.05 / 2, 0.05 / 2, 0.05 / 4]
+    assert holm_levels([0.01, 0.04, 0.9, 0.001]) == [0.05 / 3, 0.05 / 2, 0.05 / 2, 0.05 / 4]
 
 
 @given(st.integers(0, 2**32), st.floats(-0.2, 0.2))

@@ -232,7 +232,7 @@ def leaves(content: Any) -> Iterator[Any]:
 
 def test_the_kept_report_says_what_its_samples_say() -> None:
     report = ParityReport.model_validate_json((KEPT / "smollm2-vllm.json").read_text())
-    found = results(report.runs, report.margin, report.alpha)
+    found = results(report.runs, report.margin)
     assert overall(found) == (report.verdict, report.reason) == ("equivalent", report.reason)
     assert is_near(found, report.results)
     assert is_near(latencies(report.runs), report.latencies)

@@ -18,14 +18,13 @@ from loraover_serve.engines.base import Setting
 from loraover_serve.engines.installed import check_installed, machine, versions
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
+from loraover_serve.parity.judge.equivalence import ALPHA
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.workload import make_requests
 from loraover_serve.parity.report.html import HTML_FILE, to_page
 from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
-
-ALPHA = 0.05
 
 
 @verb(ParityRequest)
@@ -161,7 +160,7 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, st
 
 
 def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityReport:
-    found = results(measured.testable, request.margin, ALPHA) if measured.testable else []
+    found = results(measured.testable, request.margin) if measured.testable else []
     verdict, reason = _verdict(measured, found)
     return ParityReport(
         verdict=verdict,
