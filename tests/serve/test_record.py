@@ -188,11 +188,17 @@ def test_bytes_that_are_no_reference_are_refused(raw: bytes, tmp_path: Path) -> 
         read_reference(tmp_path / "absent")
 
 
-def test_a_reference_that_exists_is_kept(recorded: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = recorded.read_bytes()
-    assert run(cli, ["record", str(adapter), "-o", str(recorded)]) == 2
-    assert "exists; choose another --output, or give --force" in capsys.readouterr().err
-    assert recorded.read_bytes() == before
+@pytest.mark.parametrize("option", ["output", "checker"])
+def test_a_file_that_exists_is_kept(
+    option: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, output = tmp_path / "theirs", tmp_path / "reference.json.gz"
+    theirs.write_text("theirs")
+    assert run(cli, ["record", str(adapter), "-o", str(output), f"--{option}", str(theirs)]) == 2
+    assert f"exists; choose another --{option}, or give --force" in capsys.readouterr().err
+    assert run(cli, ["record", str(adapter), "-o", str(output), "--checker", str(output)]) == 2
+    assert "--output and --checker name one file" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_a_reference_that_another_command_wrote_meanwhile_is_kept(

@@ -218,3 +218,5 @@ def test_an_output_that_exists_is_refused_before_anything_runs(adapter: Path, tm
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         verify_adapter(adapter, engines=["torch"], output=tmp_path)
+    with pytest.raises(OutputError):
+        verify_adapter(references=[tmp_path / "absent"], endpoint="http://localhost:9", output=tmp_path)
