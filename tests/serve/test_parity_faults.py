@@ -127,15 +127,6 @@ def test_options_for_vllm_reach_every_server_and_the_recorded_command(
     assert not report.notes
 
 
-def test_a_fault_among_requests_at_once_keeps_the_whole_blocks(made: Made, tmp_path: Path) -> None:
-    vllm = stand_in(tmp_path, "answers 500", after=STARTED + 4 * 6 * BLOCK + 5)
-    assert parity(made, vllm, tmp_path / "out", "--num-prompts", "64", "--max-concurrency", "4") == 2
-    assert_stopped(tmp_path)
-    (found,) = read(tmp_path / "out").runs
-    assert (found.concurrency, found.blocks, len(found.samples)) == (4, 5, 5 * 4 * BLOCK)
-    assert all(sample.request // 4 == sample.block for sample in found.samples)
-
-
 def interrupted(made: Made, folder: Path, after: int) -> Ended:
     """Press Ctrl-C while the server hangs, long before the limit of silence."""
     vllm = stand_in(folder, "hangs", after=after)

@@ -84,22 +84,6 @@ def stock(server: Plugged, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield Plugged(client, server.base, server.adapters, server.cache, log)
 
 
-@pytest.mark.matrix
-def test_two_servers_share_a_cache(server: Plugged, tmp_path: Path) -> None:
-    """Each has a worker, and each adapter is made once. vLLM 0.32 has no run-time adapters in several API processes."""
-    names = [f"shared-{k}" for k in range(5)]
-    for k, name in enumerate(names, 1):
-        folder = shutil.copytree(server.adapters / "loha", server.adapters / name)
-        edit_tensors(folder / "adapter_model.safetensors", partial(scale, 2 + k / 10))
-    made = server.base, server.adapters
-    with plugged(tmp_path / "other", made, server.cache) as other:
-        before = {path.name for path in server.cache.iterdir()}
-        with ThreadPoolExecutor(20) as pool:
-            answers = [pool.submit(each.complete, name) for name in names * 4 for each in (server, other)]
-            assert {answer.result().status_code for answer in answers} == {200}
-    assert len({path.name for path in server.cache.iterdir()} - before) == len(names)
-
-
 def test_names_of_the_settings_are_prepared_when_the_server_starts(server: Plugged) -> None:
     """No request asks for them."""
     deadline = time.monotonic() + 60
