@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from loraover.checkpoint import base_model
+from loraover.checkpoint.base_model import resolve_base
 from loraover.client.tokens import TokenEndpoint
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, EngineError
@@ -24,7 +25,7 @@ from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
 from loraover_serve.vllm import serve as serving
 from loraover_serve.vllm import server as vllm_server
-from loraover_serve.vllm.serve import read_named, served_model, server_config
+from loraover_serve.vllm.serve import read_named, server_config
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
 from support.children import Child
@@ -85,8 +86,8 @@ def test_adapters_of_one_name_or_of_two_models_are_refused(shop: Path, tmp_path:
     assert run(export_cli, ["vllm", str(other.path), "-o", str(tmp_path / "second")]) == 0
     both = read_named([shop, tmp_path / "second"])
     with pytest.raises(ConfigError, match=r"\bmodel\b"):
-        served_model(both, None)
-    config = server_config(both, served_model(both, str(other.base)))
+        resolve_base([*both.values()], None, option="model", say=print)
+    config = server_config(both, resolve_base([*both.values()], str(other.base), option="model", say=print))
     assert (config.model, list(config.adapters)) == (str(other.base), ["shop", "second"])
 
 
@@ -104,9 +105,12 @@ def test_the_revision_of_the_adapters_is_served(shop: Path, tmp_path: Path, monk
     (pinned / "adapter_config.json").write_text(json.dumps(content))
     named = read_named([pinned])
     for model in (None, "owner/model"):
-        words = server_config(named, served_model(named, model)).command("vllm", 1)
+        words = server_config(named, resolve_base([*named.values()], model, option="model", say=print)).command(
+            "vllm", 1
+        )
         assert words[words.index("--revision") + 1] == "c0ffee"
-    assert "--revision" not in server_config(named, served_model(named, "owner/other")).command("vllm", 1)
+    other = resolve_base([*named.values()], "owner/other", option="model", say=print)
+    assert "--revision" not in server_config(named, other).command("vllm", 1)
     assert asked == [("owner/model", "v2")] * 2 + [("owner/other", None)]
 
 

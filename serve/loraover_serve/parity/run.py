@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
@@ -116,17 +117,11 @@ def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> Non
             for log in kept.iterdir():
                 shutil.copyfile(log, draft / log.name)
     except OutputError as error:
-        place = kept if _is_kept(text, kept) else None
+        place = None
+        with suppress(OutputError):  # it may be impossible to write there as well
+            publish_text(kept / REPORT_FILE, text)
+            place = kept
         raise UnwrittenReportError(str(error), report.model_copy(update={"kept": place})) from error
-
-
-def _is_kept(text: str, folder: Path) -> bool:
-    """Write the report to a temporary folder; False if it cannot be written there either."""
-    try:
-        publish_text(folder / REPORT_FILE, text)
-    except OutputError:
-        return False
-    return True
 
 
 def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, str]:

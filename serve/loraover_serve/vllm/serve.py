@@ -13,7 +13,7 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError, EngineError
 from loraover.common.hosts import is_near
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.reporter import Reporter
 from loraover.common.verb import verb
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
@@ -60,7 +60,8 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
     if request.folder is None:
         adapters = read_named(request.adapters, request.addresses.get("adapters", ()))
-        source = served_model(adapters, request.model, request.report)
+        option, say = request.named("model"), request.report.line
+        source = resolve_base([*adapters.values()], request.model, option=option, say=say)
         config = replace(server_config(adapters, source, request.options), host=request.host)
         check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
         what = ", ".join(config.adapters)
@@ -174,11 +175,6 @@ def server_config(
         revision=model.revision,
         options=tuple(options),
     )
-
-
-def served_model(adapters: Mapping[str, AdapterDir], model: str | None, report: Reporter = SILENT) -> ModelSource:
-    """The base model to serve: the requested one, else the one that the adapters were trained on, at its revision."""
-    return resolve_base([*adapters.values()], model, option=ServeRequest.named("model"), say=report.line)
 
 
 def example_request(server: VllmServer) -> str:
