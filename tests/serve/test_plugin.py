@@ -120,13 +120,6 @@ def test_a_damaged_adapter_is_refused_with_the_reason(name: str, server: Plugged
     assert (found[name]["status"], found[name]["reason"]) == ("refused", reason(answer).partition(" (param")[0])
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "link", "plain/../../elsewhere"])
-def test_a_name_that_leads_out_is_refused(name: str, server: Plugged) -> None:
-    answer = server.complete(name)
-    assert answer.status_code == 400
-    assert "leads out of" in reason(answer) or "would lead out of" in reason(answer)
-
-
 def test_a_name_of_nothing_is_not_found(server: Plugged) -> None:
     assert server.complete("nothing").status_code == 404
     assert server.post("/v1/adapters/nothing/prefetch").status_code == 404
