@@ -241,17 +241,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(
     assert "loading PyTorch" not in shown.err
 
 
-def test_an_adapter_that_peft_refuses_is_an_engine_error(
-    made: Made, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(*arguments: object, **options: object) -> None:
-        raise ValueError("Target modules not found")
-
-    monkeypatch.setattr("peft.PeftModel.from_pretrained", refuse)
-    assert run(cli, words(made)) == 2
-    assert "torch: ValueError: Target modules not found" in capsys.readouterr().err
-
-
 def test_a_vanilla_adapter_holds_what_the_folded_one_holds_besides_a_and_b(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, lora_bias=True, modules_to_save=["lm_head"])
     like = read_adapter_dir(made.path)
