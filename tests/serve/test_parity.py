@@ -120,9 +120,17 @@ def scaled(adapter: Path, copy: Path, factor: float) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("factor", [0.6, 1.0, 4.0])
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [
+        (0.02, "torch does not apply vanilla, control, folded"),
+        (0.6, "torch applies adapters wrongly"),
+        (1.0, ""),
+        (4.0, "torch applies adapters wrongly"),
+    ],
+)
 def test_an_engine_that_scales_all_adapters_fails_the_run(
-    factor: float, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factor: float, reason: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scaling(load: Any, adapters: Mapping[str, Path], checkpoint: Path | None) -> Timed:
         wrong = {arm: scaled(path, tmp_path / f"scaled-{arm}", factor) for arm, path in adapters.items()}
@@ -133,8 +141,9 @@ def test_an_engine_that_scales_all_adapters_fails_the_run(
     (found,) = report.outputs
     assert found.misapplied == (factor != 1)
     assert found.agree == (factor == 1)
+    assert found.unapplied == ([VANILLA, CONTROL, FOLDED] if factor < 0.1 else [])
     assert (report.verdict == "failed") == (factor != 1)
-    assert ("torch applies adapters wrongly" in report.reason) == (factor != 1)
+    assert reason in report.reason
 
 
 @pytest.mark.parametrize("lora", [{"r": 2}, {"target_modules": ["q_proj", "k_proj"]}])
