@@ -1,4 +1,4 @@
-"""Verification of a server that already runs, played by one that answers as models in this process."""
+"""Verification of a server that already runs, played by models in this process; some take and answer less than vLLM."""
 
 from __future__ import annotations
 
