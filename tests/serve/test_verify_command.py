@@ -218,5 +218,7 @@ def test_an_output_that_exists_is_refused_before_anything_runs(adapter: Path, tm
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         verify_adapter(adapter, engines=["torch"], output=tmp_path)
-    with pytest.raises(OutputError):
-        verify_adapter(references=[tmp_path / "absent"], endpoint="http://localhost:9", output=tmp_path)
+    asked: dict[str, Any] = {"references": [tmp_path / "absent"], "endpoint": "http://localhost:9"}
+    for name, path in (("output", tmp_path), ("junit", tmp_path / "absent" / "checked.xml")):
+        with pytest.raises(OutputError):
+            verify_adapter(**(asked | {name: path}))
