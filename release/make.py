@@ -1,10 +1,12 @@
 """Build a release into `dist`, and try it: `make release` runs this in an environment with the tools of a release.
 
     .venv-release/bin/python release/make.py [--tag v0.1.0] [--every-python]
+    .venv-release/bin/python release/make.py --sizes torch serve export train     # of what has been built
 
 `dist/packages` gets the wheel and the sdist; `dist` gets the bill of materials of a base installation (CycloneDX), the
 notes of the version and the recipe for conda-forge. The wheel is installed into a new environment of each Python that
-is here, where a base installation has to do without PyTorch what it promises.
+is here, where a base installation has to do without PyTorch what it promises. With --sizes, the sizes of installations
+are printed instead, as docs/how-to/install.md has them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build a release into dist, and try it.")
     parser.add_argument("--tag", help="Tag of the release, which has to name the version that is built.")
     parser.add_argument("--every-python", action="store_true", help="Fail where a Python is not installed.")
+    parser.add_argument("--sizes", nargs="*", metavar="EXTRA", help="Print the sizes of these installations instead.")
     asked = parser.parse_args()
+    if asked.sizes is not None:
+        return print_sizes(asked.sizes)
     version = read_version()
     text = notes(version, asked.tag)
     shutil.rmtree(DIST, ignore_errors=True)
@@ -136,6 +141,18 @@ def install(interpreter: Path, requirement: Path | str, folder: Path) -> Path:
     seconds = perf_counter() - started
     print(f"{interpreter.resolve().name}: {number} packages, {size:.0f} MiB, installed in {seconds:.0f} s", flush=True)
     return environment
+
+
+def print_sizes(extras: list[str]) -> int:
+    """Install the wheel alone, and with each extra, into new environments."""
+    wheel, interpreter = next((DIST / "packages").glob("*.whl")), find_python(pythons()[0])
+    if interpreter is None:
+        sys.exit(f"Python {pythons()[0]} is not installed here.")
+    for extra in ("", *extras):
+        print(f"{extra or 'base'}: ", end="", flush=True)
+        with tempfile.TemporaryDirectory(prefix="loraover-sizes-") as folder:
+            install(interpreter, f"{wheel}[{extra}]" if extra else wheel, Path(folder))
+    return 0
 
 
 def write_bill(environment: Path, version: str) -> None:

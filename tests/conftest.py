@@ -47,7 +47,6 @@ SLOW_FIRST = ("matrix", "engine", "statistical", "process")
 TOGETHER = {
     **dict.fromkeys(
         (
-            "test_converted.py",
             "test_engine_forms.py",
             "test_methods_served.py",
             "test_parity_several.py",
@@ -57,7 +56,7 @@ TOGETHER = {
         ),
         "vLLM",
     ),
-    **dict.fromkeys(("test_api.py", "test_up.py", "test_up_address.py", "test_up_preflight.py"), "port 8000"),
+    **dict.fromkeys(("test_api.py", "test_up.py", "test_up_preflight.py"), "port 8000"),
     **dict.fromkeys(("test_compare.py", "test_learnt.py", "test_train.py"), "trained runs"),
     **dict.fromkeys(("test_traffic.py", "test_zero.py"), "ZeRO"),
     **dict.fromkeys(("test_resume.py", "test_resume_refused.py"), "halted runs"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 NUMBERED = re.compile(r"token_id:(\d+)")
@@ -98,10 +99,10 @@ class Dialect(NamedTuple):
             content = given["content"]
             tops = [[(each, each.get("logprob")) for each in e.get("top_logprobs") or [e]] for e in content]
             if self.more == MLX:
-                content = [max(place, key=_value)[0] for place in tops]
+                content = [max(place, key=itemgetter(1))[0] for place in tops]
             return Read(ids or content, tops)
         tops = [list((place or {}).items()) for place in given.get("top_logprobs") or []]
-        likeliest = [max(place, key=_value)[0] if place else None for place in tops]
+        likeliest = [max(place, key=itemgetter(1))[0] if place else None for place in tops]
         return Read(ids or given.get("tokens") or likeliest, tops)
 
 
@@ -142,10 +143,6 @@ def up_to_unknown(ids: Iterable[int | None]) -> tuple[int, ...]:
             break
         known.append(index)
     return tuple(known)
-
-
-def _value(pair: tuple[Any, Any]) -> Any:
-    return pair[1]
 
 
 GREEDY = {"temperature": 0}

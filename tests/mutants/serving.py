@@ -144,7 +144,7 @@ SERVING = (
         "verify-a-chat-is-compared-beyond-its-first-other-token",
         "return self.tops[: len(list(same)) + 1]",
         "return self.tops",
-        Selection("test_verify_dialects.py", "wrong_one_differs and chats"),
+        Selection("test_verify_endpoint.py", "wrong_one_differs and chats"),
     ),
     Mutant(
         "verify-positions-are-independent",
@@ -258,7 +258,7 @@ SERVING = (
         "client-an-adapter-has-to-be-listed",
         "if absent and not speaker.has(adapter):",
         "if absent:",
-        Selection("test_verify_dialects.py", "listed_by_another_name"),
+        Selection("test_verify_endpoint.py", "listed_by_another_name"),
     ),
     # Several servers behind one address
     Mutant(

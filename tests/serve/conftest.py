@@ -13,6 +13,7 @@ from loraover_export.cli import cli
 from loraover_export.onnx import genai
 from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.parity.judge import bootstrap
+from loraover_serve.record.adapter_check.reference import Reference, read_reference
 
 from support.engine_forms import Running
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
@@ -76,6 +77,12 @@ def sharp(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def recorded(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference of this adapter."""
     return record(base, adapter, tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.fixture(scope="session")
+def reference(recorded: Path) -> Reference:
+    """What it holds, which tests leave as it is."""
+    return read_reference(recorded)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.test_verify_dialects import Leaking
 from serve.test_verify_endpoint import Mixing
 
 from loraover.client.endpoint import Endpoint
@@ -30,11 +29,6 @@ from support.verified import FAULTS, Served, make_case, plant, save_adapter
 from support.verified import Case as VerifyCase
 
 NAMES = ("base", "shop")
-
-
-@pytest.fixture(scope="module")
-def reference(recorded: Path) -> Reference:
-    return read_reference(recorded)
 
 
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
@@ -69,26 +63,22 @@ def test_each_fault_of_a_server_has_verifys_verdict(
     assert (found["verdict"], found["fault"]) == (fault.verdict, fault.name), found["reason"]
 
 
-@pytest.mark.parametrize(("victim", "fault"), [("base", LEAKS), ("shop", CHANGED)])
+@pytest.mark.parametrize(
+    ("victim", "company", "fault"),
+    [("base", "shop", LEAKS), ("shop", "base", CHANGED), ("shop", "other", CHANGED_BY_OTHER)],
+)
 def test_answers_that_change_in_a_mixed_batch_are_named(
-    victim: str, fault: str, asked: VerifyCase, reference: Reference
-) -> None:
-    server = Mixing(Served(asked.base, {"base": None, "shop": asked.adapter}), victim)
-    found = checked(server, reference)
-    assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
-    assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
-    alone = checked(server, reference, without_mixed=True)
-    asked_for = "none was asked for, as --without-mixed says"
-    assert (alone["verdict"], alone["mixed_failure"]) == ("as trained", asked_for), alone["reason"]
-
-
-def test_an_adapter_that_leaks_into_anothers_answers_is_named(
-    asked: VerifyCase, reference: Reference, tmp_path: Path
+    victim: str, company: str, fault: str, asked: VerifyCase, reference: Reference, tmp_path: Path
 ) -> None:
     other = plant(FAULTS["scaling dropped"], asked.adapter, tmp_path / "other")
-    served = Leaking(Served(asked.base, {"base": None, "shop": asked.adapter, "other": other}))
-    found = checked(served, reference, {"base": None, "shop": "base", "other": "base"})
-    assert (found["verdict"], found["fault"]) == ("differs", CHANGED_BY_OTHER), found["reason"]
+    served = Served(asked.base, {"base": None, "shop": asked.adapter, "other": other})
+    server, listed = Mixing(served, victim, company), {"base": None, "shop": "base", "other": "base"}
+    found = checked(server, reference, listed)
+    assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
+    assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
+    alone = checked(server, reference, listed, without_mixed=True)
+    asked_for = "none was asked for, as --without-mixed says"
+    assert (alone["verdict"], alone["mixed_failure"]) == ("as trained", asked_for), alone["reason"]
 
 
 def translated(protocol: str, served: Served) -> Callable[[dict[str, Any]], int | bytes]:

@@ -13,7 +13,7 @@ from weakref import WeakSet
 import pytest
 import yaml
 
-from loraover.common.errors import CheckpointError
+from loraover.common.errors import CheckpointError, ConfigError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.names import ANOTHER
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
@@ -89,7 +89,8 @@ def held(server: Recorded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: dict[str, Path], held: list[int]) -> None:
-    report = verify_adapter(references=[files["a0"].parents[1]], endpoint=server.url)
+    folder = files["a0"].parents[1]
+    report = verify_adapter(references=[folder], endpoint=server.url, served_name=sorted(ADAPTERS))
     assert len(held) >= 2 * NUMBER
     assert max(held) <= 3, "the one before, and one that a thread has not let go"
     found = {result.engine: result for result in report.engines}
@@ -117,6 +118,8 @@ def test_a_server_that_answers_as_no_other_adapter_names_none(
     assert {one.verdict for one in others} == {"as trained"}
     with pytest.raises(CheckpointError, match=r"broken\.json\.gz: not a reference"):
         verify_adapter(references=[broken], endpoint=server.url)
+    with pytest.raises(ConfigError, match=f"served_name: 2, and there are {NUMBER} references; name all of them"):
+        verify_adapter(references=[files["a0"].parents[1]], endpoint=server.url, served_name=["a0", "a1"])
 
 
 def watched(folder: Path, files: Mapping[str, Path], url: str, **more: Any) -> Watched:

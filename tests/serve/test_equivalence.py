@@ -17,14 +17,14 @@ from loraover.common.errors import ParityError
 from loraover.common.multiple_testing import holm
 from loraover_serve.parity.judge import bootstrap
 from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of, studentised
-from loraover_serve.parity.judge.equivalence import Comparison, blocks_needed, compare, decide, holm_levels
+from loraover_serve.parity.judge.equivalence import ALPHA, Comparison, blocks_needed, compare, decide, holm_levels
 from loraover_serve.parity.request import MIN_BLOCKS
 
 from support.speed import simulations
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
-MARGIN, ALPHA = 0.05, 0.05
+MARGIN = 0.05
 LIMIT = math.log(1.05)
 EXPERIMENTS, BLOCKS = simulations(500), 12
 SPREAD = 0.06  # of d: some of 12 blocks' experiments are decided, some are not
@@ -76,13 +76,6 @@ def test_the_p_value_of_equivalence_is_that_of_scipy_or_of_the_bootstrap(
     assert found.equivalence_p == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
-@given(st.integers(0, 2**32), st.integers(MIN_BLOCKS, 40), st.floats(-0.2, 0.2), st.sampled_from([0.01, 0.05, 0.2]))
-def test_a_difference_is_an_interval_beyond_the_margin(seed: int, blocks: int, mean: float, alpha: float) -> None:
-    found = compare(list(np.random.default_rng(seed).normal(mean, 0.05, blocks)), margin=MARGIN)
-    low, high = np.log(found.interval(1 - alpha))
-    assert (found.difference_p <= alpha) == (low > LIMIT or high < -LIMIT)
-
-
 @given(st.lists(st.floats(-0.1, 0.25), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_verdicts_are_those_of_the_adjusted_intervals(means: list[float], seed: int) -> None:
     draw = np.random.default_rng(seed)
@@ -93,7 +86,7 @@ def test_verdicts_are_those_of_the_adjusted_intervals(means: list[float], seed: 
 
 
 def test_holms_levels_rise_until_one_is_not_rejected() -> None:
-    assert holm_levels([0.01, 0.04, 0.9, 0.001], 0.05) == [0.05 / 3, 0.05 / 2, 0.05 / 2, 0.05 / 4]
+    assert holm_levels([0.01, 0.04, 0.9, 0.001]) == [0.05 / 3, 0.05 / 2, 0.05 / 2, 0.05 / 4]
 
 
 @given(st.integers(0, 2**32), st.floats(-0.2, 0.2))
@@ -122,20 +115,10 @@ def most(rate: float) -> float:
 
 
 @pytest.mark.statistical
-def test_equal_arms_are_seldom_called_different() -> None:
-    assert np.mean([c.verdict == "different" for c in experiments(0.0, seed=1)]) <= most(ALPHA)
-
-
-@pytest.mark.statistical
 @pytest.mark.parametrize("sign", [1, -1])
-def test_arms_just_beyond_the_margin_are_seldom_called_equivalent(sign: int) -> None:
-    assert np.mean([c.verdict == "equivalent" for c in experiments(sign * LIMIT * 1.001, seed=2)]) <= most(ALPHA)
-
-
-@pytest.mark.statistical
-@pytest.mark.parametrize("sign", [1, -1])
-def test_arms_just_within_the_margin_are_seldom_called_different(sign: int) -> None:
-    assert np.mean([c.verdict == "different" for c in experiments(sign * LIMIT * 0.999, seed=3)]) <= most(ALPHA)
+@pytest.mark.parametrize(("size", "seldom", "seed"), [(1.001, "equivalent", 2), (0.999, "different", 3)])
+def test_arms_at_the_margin_are_seldom_called_what_they_are_not(size: float, seldom: str, seed: int, sign: int) -> None:
+    assert np.mean([c.verdict == seldom for c in experiments(sign * LIMIT * size, seed)]) <= most(ALPHA)
 
 
 @pytest.mark.statistical
@@ -145,18 +128,6 @@ def test_intervals_cover_at_their_rate(mean: float) -> None:
     covered = np.mean([low <= math.exp(mean) <= high for low, high in intervals])
     assert 1 - covered <= most(0.05)
     assert covered <= most(0.95)
-
-
-@pytest.mark.statistical
-def test_a_large_difference_is_found() -> None:
-    assert np.mean([c.verdict == "different" for c in experiments(math.log(1.20), seed=5)]) > 0.95
-
-
-@pytest.mark.statistical
-def test_a_test_that_ignores_the_spread_is_caught() -> None:
-    """The mutant that compares means with the margin: it calls arms just beyond it equivalent half of the time."""
-    draws = np.random.default_rng(2).normal(LIMIT * 1.001, SPREAD, (EXPERIMENTS, BLOCKS))
-    assert np.mean(np.abs(draws.mean(axis=1)) < LIMIT) > most(ALPHA)
 
 
 @pytest.mark.statistical

@@ -14,7 +14,7 @@ import pytest
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row
-from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, LAYERS, NOT_APPLIED, OTHER_BASE, SCALED, STALE
+from loraover_serve.judge.names import ENDS_EARLY, IN_BASE, LAYERS, NOT_APPLIED, OTHER_BASE, SCALED
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.evidence import Greedy, RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import UNIT, Model, Reference, read_reference
@@ -23,13 +23,8 @@ from loraover_serve.verify.evidence import Answers as VerifyAnswers
 from loraover_serve.verify.run import ask
 
 from support.recorded import asked_alike, record
-from support.verified import FAULTS, WRONG_PREFIX, Planted, plant, save_adapter, save_base
+from support.verified import FAULTS, WRONG_PREFIX, Planted, plant, save_base
 from support.verified import Case as VerifyCase
-
-
-@pytest.fixture(scope="module")
-def reference(recorded: Path) -> Reference:
-    return read_reference(recorded)
 
 
 def as_recorded(answers: VerifyAnswers, asked: VerifyCase, reference: Reference) -> ServerAnswers:
@@ -198,15 +193,6 @@ def test_a_weak_adapter_in_int4_has_one_verdict(
     mine = asked_alike(asked.base, weak, recorded)
     answers = answers_of(mine, tmp_path, base=coarse)
     assert both_ways(answers, mine, read_reference(recorded), served) == [(verdict, None)] * 2
-
-
-def test_an_earlier_step_has_one_name(base: Path, tmp_path: Path) -> None:
-    right = save_adapter(tmp_path / "adapter", base)
-    stale = save_adapter(tmp_path / "trainer" / "checkpoint-20", base, seed=5)
-    recorded = record(base, right, tmp_path)
-    mine = asked_alike(base, right, recorded)
-    answers = answers_of(mine, tmp_path, adapter=stale)
-    assert both_ways(answers, mine, read_reference(recorded)) == [("differs", STALE)] * 2
 
 
 def row_of(place: tuple[int, int], row: dict[int, float], kept: set[int]) -> Row:

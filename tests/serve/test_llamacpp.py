@@ -68,12 +68,6 @@ def test_tokens_outside_of_the_vocabulary(tokens: list[int], found: str, made: G
         engine.logits(tokens)
 
 
-def test_it_closes_once(made: GgufMade) -> None:
-    engine = LlamaCppModel(made.base_gguf, adapter(made))
-    engine.close()
-    engine.close()
-
-
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], object]
 Q_A, Q_B = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
 
@@ -141,11 +135,6 @@ def test_libllamas_reason_is_in_the_error(fault: str, made: GgufMade, tmp_path: 
         LlamaCppModel(wrong)
 
 
-def test_an_adapter_instead_of_a_model(made: GgufMade) -> None:
-    with pytest.raises(EngineError, match="holds an adapter, expected a GGUF model"):
-        LlamaCppModel(adapter(made))
-
-
 # Headers
 
 
@@ -169,10 +158,3 @@ def test_a_damaged_header_is_an_error_or_a_header(made: GgufMade, data: st.DataO
     damaged.write_bytes(content)
     with suppress(EngineError):
         read_header(damaged)
-
-
-def test_a_header_of_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"absent.gguf: cannot be read: No such file"):
-        read_header(tmp_path / "absent.gguf")
-    with pytest.raises(EngineError, match="cannot be read"):
-        read_header(tmp_path)

@@ -23,21 +23,10 @@ BLOCKS = 10
 
 
 def result(arm: str, ratio: float, verdict: Any = "equivalent", *, concurrency: int = 1, needed: int = 40) -> Result:
-    interval = (ratio - 0.01, ratio + 0.02)
-    return Result(
-        engine="vllm",
-        concurrency=concurrency,
-        arm=arm,
-        measure="time per output token",
-        ratio=ratio,
-        interval=interval,
-        adjusted_interval=interval,
-        blocks=BLOCKS,
-        equivalence_p=0.01,
-        difference_p=1.0,
-        needed_blocks=needed,
-        verdict=verdict,
-    )
+    ends = (ratio - 0.01, ratio + 0.02)
+    place = {"engine": "vllm", "concurrency": concurrency, "arm": arm, "measure": "time per output token"}
+    sizes = {"ratio": ratio, "interval": ends, "adjusted_interval": ends, "blocks": BLOCKS, "needed_blocks": needed}
+    return Result.model_validate(place | sizes | {"equivalence_p": 0.01, "difference_p": 1.0, "verdict": verdict})
 
 
 @pytest.fixture(scope="module")
@@ -129,27 +118,14 @@ def test_what_adapters_cost_is_a_range_of_several_engines(whole: ParityReport) -
 def test_wrong_answers_come_before_the_speed(whole: ParityReport) -> None:
     outputs = whole.outputs[0]
     far = outputs.folded.model_copy(update={"logprob_rms": 0.5})
-    said = sentence(
-        whole,
-        "different",
-        SAME,
-        result(FOLDED, 1.0),
-        outputs=[outputs.model_copy(update={"folded": far, "agree": False})],
-    )
+    wrong = outputs.model_copy(update={"folded": far, "agree": False})
+    said = sentence(whole, "different", SAME, result(FOLDED, 1.0), outputs=[wrong])
     assert said.startswith(
         "7 of 8 answers match PyTorch exactly. With the folded adapter, vllm is off by 0.5 nats, with plain LoRA by "
         "0.002. Same speed as plain LoRA"
     )
-    parted = Together(
-        engine="vllm",
-        concurrency=4,
-        arm="mixed",
-        adapter="adapter2",
-        prompts=8,
-        alone_equal=0.5,
-        distance=outputs.folded,
-        agree=False,
-    )
+    place: dict[str, Any] = {"engine": "vllm", "concurrency": 4, "arm": "mixed", "adapter": "adapter2"}
+    parted = Together(**place, prompts=8, alone_equal=0.5, distance=outputs.folded, agree=False)
     said = sentence(whole, "different", SAME, result(FOLDED, 1.0), outputs=[outputs], together=[parted])
     assert said.startswith(
         "7 of 8 answers match PyTorch exactly. Beside other adapters (mixed), vllm answers wrongly for adapter2. Same"

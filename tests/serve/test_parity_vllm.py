@@ -1,140 +1,22 @@
-"""The parity benchmark on the real vLLM: mixed load, a planted delay, its own benchmark beside ours, and its memory."""
+"""The parity benchmark on the real vLLM, with its own benchmark beside ours."""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from loraover.common.command_line import run
 from loraover_export.vllm.architectures import known_architectures
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.sample import TokenRequest
-from loraover_serve.engines.vllm import VllmEngine
-from loraover_serve.parity.judge.analysis import overall, results
-from loraover_serve.parity.measure.blocks import measure
-from loraover_serve.parity.measure.memory import peak_of
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
-from loraover_serve.vllm.server import VllmServer
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
-from support.delaying_proxy import delaying
 from support.make_checkpoint import Made
-from support.serving import Served
-from support.vllm_command import leaks_in_mixed_batches, vllm_command
+from support.vllm_command import vllm_command
 
-pytestmark = pytest.mark.engine
-
-NEW_TOKENS = 2
-REQUESTS, PROMPTS = 48, 8
-COPIES = {VANILLA: "vanilla", CONTROL: "vanilla", FOLDED: "folded"}
-SHARED_BATCH = pytest.mark.xfail(
-    reason="vllm-project/vllm#48421: on a CPU, requests for the base model get the weights of an adapter in their batch"
-)
-Logprobs = tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Load:
-    """Answers to the same prompts of three models, together and one model after the other.
-
-    Args:
-        mixed: model, prompt and logprobs of each answer.
-        alone: logprobs of the answers to every prompt, by model.
-    """
-
-    mixed: Sequence[tuple[str, int, Logprobs]]
-    alone: Mapping[str, Sequence[Logprobs]]
-
-    def distance(self, model: str, other: str) -> float:
-        """RMS difference of logprobs, in nats, between a model's mixed answers and another's answers alone."""
-        pairs = [(logprobs, self.alone[other][prompt]) for of, prompt, logprobs in self.mixed if of == model]
-        return math.sqrt(float(np.mean([np.subtract(*pair) ** 2 for pair in pairs])))
-
-
-@pytest.fixture(scope="module")
-def load(served: Served) -> Load:
-    """Requests at random, 16 at once."""
-    models = {BASE: served.source.location, VANILLA: "vanilla", FOLDED: "folded"}
-    draw = random.Random(0)
-    prompts = served.prompts[:PROMPTS]
-    asked = [(draw.choice(list(models)), draw.randrange(PROMPTS)) for _ in range(REQUESTS)]
-
-    def answer(request: tuple[str, int]) -> tuple[str, int, Logprobs]:
-        model, prompt = request
-        done = served.client.stream(models[model], prompts[prompt], max_tokens=NEW_TOKENS, timeout_s=120)
-        return model, prompt, done.logprobs
-
-    with ThreadPoolExecutor(16) as pool:
-        mixed = list(pool.map(answer, asked))
-    alone = {
-        name: [done.logprobs for done in served.client.complete_batch(model, prompts, max_tokens=NEW_TOKENS)]
-        for name, model in models.items()
-    }
-    return Load(mixed, alone)
-
-
-@pytest.mark.parametrize("model", [BASE, VANILLA, FOLDED])
-def test_under_mixed_load_every_model_says_what_it_says_alone(
-    model: str, load: Load, request: pytest.FixtureRequest
-) -> None:
-    if model == BASE and leaks_in_mixed_batches():
-        request.applymarker(SHARED_BATCH)
-    assert len(load.mixed) == REQUESTS
-    own, *others = (load.distance(model, other) for other in (model, *load.alone.keys() - {model}))
-    print(f"{model}: {own:.4f} nats from its own answers, {others} from the others'")
-    assert own < min(others) / 3
-
-
-@pytest.fixture(scope="module")
-def delayed(served: Served) -> Measurement:
-    """A measurement in which the folded adapter takes twice its time."""
-    with delaying(served.client.url, "folded", 1.0) as url:
-        engine = VllmEngine(VllmServer(url, served.client.pid), COPIES, timeout_s=60)
-        return measure(engine, few_requests(served), concurrency=1, blocks=8, seed=0)
-
-
-def few_requests(served: Served) -> list[TokenRequest]:
-    return [TokenRequest(tuple(prompt), NEW_TOKENS) for prompt in served.prompts[:5]]
-
-
-def test_a_planted_delay_is_found(delayed: Measurement) -> None:
-    """The machine may be busy with other tests: then the copies fail the control, and the verdict must be that."""
-    found = results([delayed], margin=0.25)
-    folded, control = ([result for result in found if result.arm == arm] for arm in (FOLDED, CONTROL))
-    if all(result.verdict == "equivalent" for result in control):
-        assert all(result.verdict != "equivalent" for result in folded), folded
-        assert any(result.verdict == "different" and 1.5 < result.ratio < 2.6 for result in folded), folded
-        assert overall(found)[0] == "different"
-    else:
-        assert overall(found)[0] == "inconclusive"
-
-
-@pytest.fixture(scope="module")
-def tiny_run(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[ParityReport, list[list[str]]]:
-    """A run of the command on a tiny model, and the words of each call of vLLM."""
-    folder = tmp_path_factory.mktemp("tiny run")
-    vllm = recording(folder)
-    words = [
-        "parity",
-        "--adapter",
-        str(made.path.parent / "folded"),
-        "--checkpoint",
-        str(made.path),
-        "--engine",
-        "vllm",
-    ]
-    words += ["--vllm", str(vllm), "--num-prompts", "10", "--prompt-tokens", "5", "--new-tokens", "8", "--memory", "0"]
-    assert run(cli, [*words, "--cross-check", "--output", str(folder / "out")]) in (0, 1, 3)
-    report = ParityReport.model_validate_json((folder / "out" / "parity.json").read_text())
-    return report, [line.split("\t") for line in (folder / "words").read_text().splitlines()]
+pytestmark = pytest.mark.matrix
 
 
 def recording(folder: Path) -> Path:
@@ -146,33 +28,24 @@ def recording(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.matrix
-def test_the_command_measures_on_a_server_without_a_memory(
-    tiny_run: tuple[ParityReport, list[list[str]]],
+def test_the_command_measures_on_a_server_without_a_memory_and_beside_vllms_own_benchmark(
+    made: Made, tmp_path: Path
 ) -> None:
-    report, (serve, *benches) = tiny_run
+    folded, sizes = made.path.parent / "folded", ("--num-prompts", "10", "--prompt-tokens", "5", "--new-tokens", "8")
+    words = ["parity", "--adapter", str(folded), "--checkpoint", str(made.path), "--engine", "vllm", *sizes]
+    words += ["--vllm", str(recording(tmp_path)), "--memory", "0", "--cross-check", "--output", str(tmp_path / "out")]
+    assert run(cli, words) in (0, 1, 3)
+    report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
+    serve, *benches = [line.split("\t") for line in (tmp_path / "words").read_text().splitlines()]
     assert serve[0] == "serve"
     assert "--no-enable-prefix-caching" in serve
     assert serve[serve.index("--max-lora-rank") + 1] == "8"
     assert [bench[:2] for bench in benches] == [["bench", "serve"]] * 4
     assert report.versions["vllm"].startswith(known_architectures().version)
     (found,) = report.outputs
-    assert found.unapplied == []
-    assert found.agree
-
-
-@pytest.mark.matrix
-def test_vllms_own_benchmark_runs_beside_ours(tiny_run: tuple[ParityReport, list[list[str]]]) -> None:
-    report, _ = tiny_run
-    assert report.notes == []
+    assert (found.unapplied, found.agree, report.notes) == ([], True, [])
     assert {check.arm for check in report.cross_checks} == {BASE, VANILLA, CONTROL, FOLDED}
     checks = [check for check in report.cross_checks if check.arm == FOLDED]
     for figures in ({c.measure: c.ours for c in checks}, {c.measure: c.bench_serve for c in checks}):
         assert 0 < figures["time per output token"] <= figures["end-to-end latency"]
         assert 0 < figures["time to first token"] <= figures["end-to-end latency"]
-
-
-def test_the_servers_memory_is_that_of_all_its_processes(served: Served) -> None:
-    with peak_of(served.client.pid) as peak:
-        served.client.complete("folded", served.prompts[0], max_tokens=1)
-    assert peak.bytes > 200e6

@@ -16,7 +16,7 @@ import pytest
 from loraover.common.errors import ExportError
 from loraover_serve.plugin.front import LINE_BYTES, Front
 from loraover_serve.plugin.service import PluginServer, Service
-from loraover_serve.plugin.settings import RefusedError, folder_of, read_settings
+from loraover_serve.plugin.settings import RefusedError, Settings, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
 
 from support.vllm_command import vllm_command
@@ -25,17 +25,16 @@ COMMIT = 40 * "7"
 ROOT = Path(__file__).parents[2]
 
 
-def test_it_does_nothing_without_a_folder() -> None:
-    assert read_settings({}) is None
-    assert read_settings({"LORAOVER_CACHE": "/cache"}) is None
+def settings_of(adapters: Path, **more: str) -> Settings:
+    found = read_settings({"LORAOVER_ADAPTERS": str(adapters)} | {f"LORAOVER_{k}": v for k, v in more.items()})
+    assert found is not None
+    return found
 
 
 def test_settings_of_the_environment(tmp_path: Path) -> None:
-    found = read_settings({
-        "LORAOVER_ADAPTERS": str(tmp_path), "LORAOVER_CACHE": "/cache", "LORAOVER_APPROXIMATE": "16",
-        "LORAOVER_PREPARE": "shop, support", "LORAOVER_HUB_ALLOW": "org/*", "LORAOVER_THREADS": "3",
-    })  # fmt: skip
-    assert found is not None
+    assert read_settings({"LORAOVER_CACHE": "/cache"}) is None, "it does nothing without a folder"
+    numbers = {"APPROXIMATE": "16", "THREADS": "3"}
+    found = settings_of(tmp_path, CACHE="/cache", PREPARE="shop, support", HUB_ALLOW="org/*", **numbers)
     assert (found.adapters, found.cache, found.approximate, found.threads) == (tmp_path, Path("/cache"), 16, 3)
     assert found.prepare == ("shop", "support")
     allowed = ["org/a", "org/a@main", "other/a", "org", "org/a/b", "../org/a"]
@@ -43,29 +42,27 @@ def test_settings_of_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("LORAOVER_ADAPTERS", "/nowhere"),
-        ("LORAOVER_THREADS", "0"),
-        ("LORAOVER_APPROXIMATE", "few"),
-        ("LORAOVER_PYTHON", "/no"),
-    ],
+    ("name", "value"), [("ADAPTERS", "/nowhere"), ("THREADS", "0"), ("APPROXIMATE", "few"), ("PYTHON", "/no")]
 )
 def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{name} is '{value}'"):
-        read_settings({"LORAOVER_ADAPTERS": str(tmp_path)} | {name: value})
+    with pytest.raises(ValueError, match=f"LORAOVER_{name} is '{value}'"):
+        settings_of(tmp_path, **{name: value})
+
+
+def front_of(folder: Path, program: str) -> Front:
+    """The server's side of a worker whose Python is this program."""
+    python = folder / "python"
+    python.write_text(program)
+    python.chmod(0o755)
+    return Front(settings_of(folder, PYTHON=str(python)))
 
 
 @pytest.mark.process
 def test_the_worker_may_live_in_another_environment(tmp_path: Path) -> None:
-    python, mark = tmp_path / "python", tmp_path / "mark"
-    python.write_text(f'#!/bin/sh\ntouch {mark}\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    settings = read_settings({"LORAOVER_ADAPTERS": str(tmp_path), "LORAOVER_PYTHON": str(python)})
-    assert settings is not None
+    mark = tmp_path / "mark"
 
     async def ask() -> None:
-        front = Front(settings)
+        front = front_of(tmp_path, f'#!/bin/sh\ntouch {mark}\nexec {sys.executable} "$@"\n')
         with pytest.raises(RefusedError, match="expected a folder that holds it"):
             await front.prepare(source=str(tmp_path), cache=str(tmp_path / "cache"), model="base")
         assert front.pid is not None
@@ -80,15 +77,11 @@ def test_the_worker_may_live_in_another_environment(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_a_worker_that_cannot_be_read_is_ended(tmp_path: Path) -> None:
     """Else it would count as one that runs, and every later request would wait for it for ever."""
-    python = tmp_path / "python"
     line = f"print({LINE_BYTES + 1} * 'x', flush=True)"
-    python.write_text(f"#!{sys.executable}\nimport sys, time\nsys.stdin.readline()\n{line}\ntime.sleep(60)\n")
-    python.chmod(0o755)
-    settings = read_settings({"LORAOVER_ADAPTERS": str(tmp_path), "LORAOVER_PYTHON": str(python)})
-    assert settings is not None
 
     async def ask() -> None:
-        front = Front(settings)
+        program = f"#!{sys.executable}\nimport sys, time\nsys.stdin.readline()\n{line}\ntime.sleep(60)\n"
+        front = front_of(tmp_path, program)
         with pytest.raises(RefusedError, match="ended while it worked on this one"):
             await asyncio.wait_for(front.prepare(source="shop"), 20)
         assert front.pid is None
@@ -145,9 +138,7 @@ def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
 
 def test_a_service_fits_its_server_and_names_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapters" / "shop").mkdir(parents=True)
-    settings = read_settings({"LORAOVER_ADAPTERS": str(tmp_path / "adapters"), "LORAOVER_APPROXIMATE": "32"})
-    assert settings is not None
-    service = Service(settings)
+    service = Service(settings_of(tmp_path / "adapters", APPROXIMATE="32"))
     with pytest.raises(ValueError, match="LORAOVER_APPROXIMATE is 32, more than --max-lora-rank, which is 16; lower"):
         service.serve(PluginServer("base", "fp32", 16, "0.33.0"))
     service.serve(PluginServer(str(tmp_path / "models" / "base"), "fp32", 32, "0.33.0"))

@@ -23,7 +23,7 @@ from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.evidence import AskedOnce, RecordedEvidence, ServerAnswers
-from loraover_serve.record.adapter_check.reference import Model, Reference, read_reference
+from loraover_serve.record.adapter_check.reference import Model, Reference
 
 from support.openai_server import openai_server
 from support.recorded_noise import Recorded
@@ -31,11 +31,6 @@ from support.reference_server import AS_BASE, RIGHT, Fleet, FromReference
 
 NAMES = {"base": None, "shop": "base"}
 BAD = 3
-
-
-@pytest.fixture(scope="module")
-def reference(recorded: Path) -> Reference:
-    return read_reference(recorded)
 
 
 def bf16(reference: Reference) -> float:

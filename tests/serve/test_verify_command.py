@@ -49,45 +49,18 @@ def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, caps
     assert command.make_context("verify", words[3:]).params["output"] == tmp_path / "out"
 
 
-def test_the_report_can_be_printed_as_json(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify(adapter, "--engine", "torch", "--json") == 0
-    shown = capsys.readouterr()
-    assert json.loads(shown.out)["engines"][0]["engine"] == "torch"
-    assert "as trained" in shown.err
-
-
 def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
     wrong = plant(FAULTS["not loaded"], adapter, tmp_path / "wrong")
     served = Served(base, {str(base): None, "shop": wrong})
     with openai_server(served) as server:
-        words: list[str | Path] = [
-            "--engine",
-            "torch",
-            "--endpoint",
-            server.url,
-            "--served-name",
-            "shop",
-            "-o",
-            tmp_path / "out",
-        ]
-        assert verify(adapter, *words) == 1
+        words = ("--engine", "torch", "--endpoint", server.url, "--served-name", "shop")
+        assert verify(adapter, *words, "-o", tmp_path / "out") == 1
     shown = capsys.readouterr().out
     assert "torch: as trained" in shown
     assert "endpoint: differs: served as base" in shown
     report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
     assert [(r.verdict, r.fault) for r in report.engines] == [("as trained", None), ("differs", "served as base")]
     assert "Suspected faults: endpoint" in (tmp_path / "out" / "verify.html").read_text()
-
-
-def test_an_odd_answer_leaves_the_results_of_the_others(adapter: Path) -> None:
-    def odd(body: dict[str, Any]) -> bytes:
-        choice = {"logprobs": {"top_logprobs": [{f"token_id:{10**25}": -1.0}]}}
-        return json.dumps({"model": body["model"], "choices": [choice]}).encode()
-
-    with openai_server(odd) as server:
-        report = verify_adapter(adapter, engines=["torch"], endpoint=server.url, served_name="shop", **BRIEF)
-    assert [result.verdict for result in report.engines] == ["as trained", "failed"]
-    assert "the server's answer cannot be read" in report.engines[1].reason
 
 
 def test_prompts_that_are_cut_are_counted(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,14 +120,6 @@ def test_an_adapter_without_effect_is_inconclusive(base: Path, adapter: Path, tm
     assert verify(idle, "--engine", "torch") == 3
 
 
-def test_the_function_prints_nothing(adapter: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The train leaves at nine.\n\nA farmer has 17 sheep.\n")
-    report = verify_adapter(adapter, engines="torch", prompts=prompts, **BRIEF)
-    assert (report.prompts, report.prompt_source) == (2, "2 of the prompts of prompts.txt")
-    assert capfd.readouterr().out == ""
-
-
 @pytest.mark.parametrize(
     ("lora", "kind"),
     [
@@ -163,9 +128,12 @@ def test_the_function_prints_nothing(adapter: Path, capfd: pytest.CaptureFixture
         ({"target_modules": ["q_proj"], "use_rslora": False}, "one kind of module"),
     ],
 )
-def test_every_kind_of_lora_is_verified(lora: dict[str, Any], kind: str, base: Path, tmp_path: Path) -> None:
+def test_every_kind_of_lora_is_verified_and_nothing_printed(
+    lora: dict[str, Any], kind: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, **lora)
     assert verify_adapter(adapter, engines=["torch"], **BRIEF).verdict == "as trained", kind
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -186,17 +154,12 @@ def test_a_missing_vllm_is_found(adapter: Path) -> None:
     ("arguments", "message"),
     [
         ({"engines": ["tgi"]}, "engines is 'tgi', expected one of vllm, onnx, llamacpp"),
-        ({"engines": ["onnx", "onnx"]}, "engines names one twice"),
         ({"endpoint": "http://localhost:1"}, "endpoint needs served_name, which is missing"),
         ({"served_name": "shop"}, "served_name needs endpoint, which is missing"),
-        ({"base_name": "b", "endpoint_key_variable": "K"}, r"base_name needs .*endpoint_key_variable needs endpoint"),
-        (
-            {"engines": ["torch"], "options": ["--dtype"]},
-            "options: for vLLM only; add engines='vllm'",
-        ),
+        ({"endpoint": "http://localhost:1", "served_name": ["a", "b"]}, "served_name: 2, expected one for the adapter"),
+        ({"engines": ["torch"], "options": ["--dtype"]}, "options: for vLLM only; add engines='vllm'"),
         ({"engines": ["onnx"], "base_gguf": "base.gguf"}, "base_gguf: for llama.cpp only; add engines='llamacpp'"),
         ({"engines": ["vllm"], "options": ["--port=1"]}, "--port cannot be given to vLLM here: verify sets it"),
-        ({"new_tokens": 0, "timeout_s": 0}, r"new_tokens is 0.*timeout_s is 0"),
         ({"device": "gpu"}, "device is 'gpu', expected one of auto, cpu"),
     ],
 )
@@ -255,3 +218,7 @@ def test_an_output_that_exists_is_refused_before_anything_runs(adapter: Path, tm
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         verify_adapter(adapter, engines=["torch"], output=tmp_path)
+    asked: dict[str, Any] = {"references": [tmp_path / "absent"], "endpoint": "http://localhost:9"}
+    for name, path in (("output", tmp_path), ("junit", tmp_path / "absent" / "checked.xml")):
+        with pytest.raises(OutputError):
+            verify_adapter(**(asked | {name: path}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 
 from loraover.common.errors import EngineError, ExportError
@@ -14,8 +13,9 @@ from loraover_export.gguf.base import write_base
 from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.verify.run import verify_engine
 
+from support.gguf_export import rewrite
 from support.plain_adapter import tiny_decoder
-from support.verified import Case, save_base
+from support.verified import Case
 
 pytestmark = pytest.mark.engine
 
@@ -36,15 +36,10 @@ def test_a_users_file_is_run(case: Case, tmp_path: Path) -> None:
 
 
 def test_a_users_quantised_file_is_noise_that_has_a_name(case: Case, tmp_path: Path) -> None:
-    file = quantised(gguf_of(case.base, tmp_path / "plain.gguf"), tmp_path / "q8.gguf")
+    plain, kind = gguf_of(case.base, tmp_path / "plain.gguf"), gguf.GGMLQuantizationType.Q8_0
+    file = rewrite(plain, tmp_path / "q8.gguf", lambda *_: None, matrices_as=kind)
     (found,) = verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=file, new_tokens=3).engines
     assert (found.verdict, found.number_format) == ("as trained", "int8"), found.reason
-
-
-def test_a_file_of_another_base_model_is_named(case: Case, tmp_path: Path) -> None:
-    file = gguf_of(save_base(tmp_path / "other", seed=7), tmp_path / "other.gguf")
-    (found,) = verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=file, new_tokens=3).engines
-    assert (found.verdict, found.fault) == ("differs", "another base model")
 
 
 def test_a_file_that_is_no_model_is_refused_before_anything_runs(
@@ -61,20 +56,3 @@ def test_a_base_model_that_is_not_written_asks_for_a_file(tmp_path: Path) -> Non
     with pytest.raises(ExportError, match=r"of the type 'linear', which are not written here.*with base_gguf"):
         write_base(tiny_decoder("Llama", rope_parameters=rope), tmp_path / "base.gguf")
     assert not list(tmp_path.iterdir())
-
-
-def quantised(source: Path, output: Path) -> Path:
-    """A copy of a GGUF model in F32 whose matrices are Q8_0; returns `output`."""
-    reader = gguf.GGUFReader(source)
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    writer = gguf.GGUFWriter(output, fields.pop("general.architecture").contents())
-    for name, field in fields.items():
-        writer.add_key_value(name, field.contents(), field.types[0])
-    for tensor in reader.tensors:
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(tensor.shape) > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, gguf.quants.quantize(np.array(tensor.data), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return output

@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any
 
 import pytest
 
+from loraover.client.at_once import at_once
+from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
 from loraover.common.hosts import is_near
 from loraover_serve.vllm.server import VllmServer
 
-from support.openai_server import openai_server
+from support.openai_server import Refusal, openai_server
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -117,13 +121,6 @@ def test_a_key_in_a_piece_of_an_answer_is_hidden(end: bytes, monkeypatch: pytest
     assert "sk-" not in str(caught.value)
 
 
-def test_a_redirect_is_a_refusal() -> None:
-    """The key is for one server."""
-    reply = b"HTTP/1.1 307 elsewhere\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
-    with answering((0, reply)) as url, pytest.raises(EngineError, match="the server answered 307"):
-        VllmServer(url, 0).models()
-
-
 @pytest.mark.parametrize(
     ("host", "near"),
     [("localhost", True), ("127.0.0.9", True), ("::1", True), ("127.example.org", False), ("10.0.0.1", False)],
@@ -132,8 +129,28 @@ def test_another_machine_is_not_taken_for_this_one(host: str, near: bool) -> Non
     assert is_near(host) is near
 
 
-def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")
-    with answering((0, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")) as url:
-        assert VllmServer(url, 0).is_healthy()
+def test_requests_at_once_keep_a_servers_limit() -> None:
+    """Two answers a second; the others are told when to come again, in one of the two forms that HTTP has."""
+    lock, times, refused = threading.Lock(), [0.0, 0.0], count()
+
+    def limited(body: dict[str, Any]) -> str | Refusal:
+        with lock:
+            if (now := time.monotonic()) - times[-2] >= 1:
+                times.append(now)
+                return "so"
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
+        return Refusal(429, {"Retry-After": date if next(refused) % 4 == 3 else "1"})
+
+    with openai_server(limited) as server:
+        client = Endpoint(server.url, timeout_s=30)
+        assert at_once(lambda index: client.ask("m", str(index)), range(9)) == 9 * ["so"]
+    assert next(refused) > 4
+
+
+@pytest.mark.parametrize("header", [("x-api-key", "sk-sesame"), ("Authorization", "Bearer sk-sesame")])
+def test_a_key_is_sent_in_the_header_that_a_server_reads(
+    header: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-sesame")
+    with openai_server(lambda body: "so", ("m",), header) as server:
+        assert Endpoint(server.url, "MY_KEY").ask("m", "one") == "so"

@@ -11,13 +11,11 @@ import pytest
 from peft import PeftModel
 
 from loraover.client.tokens import Completion
-from loraover.common.errors import EngineError
 from loraover_export.vllm.architectures import known_architectures
 
 from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record
 from support.serving import Served
-from support.vllm_loading import load_adapter, unload_adapter
 
 pytestmark = pytest.mark.engine
 
@@ -84,20 +82,3 @@ def test_an_embedding_and_a_tied_head_are_adapted(served: Served, noise: Agreeme
     print(f"\nembeddings: {found}\neffect: {effect}")
     assert_no_further_apart(found, noise)
     assert effect.rms > 2 * allowed(len(found.differences), noise)
-
-
-def test_adapters_come_and_go_while_the_server_runs(served: Served, tmp_path: Path) -> None:
-    client, folder = served.client, served.adapters["vanilla"]
-    load_adapter(client, "guest", folder)
-    assert "guest" in client.models()
-    assert client.complete("guest", served.prompts[0], max_tokens=4).token_ids
-    with pytest.raises(EngineError, match="already been loaded"):
-        load_adapter(client, "guest", folder)
-    unload_adapter(client, "guest")
-    assert "guest" not in client.models()
-    with pytest.raises(EngineError, match="404"):
-        client.complete("guest", served.prompts[0], max_tokens=4)
-    with pytest.raises(EngineError, match="404"):
-        unload_adapter(client, "guest")
-    with pytest.raises(EngineError, match="404"):
-        load_adapter(client, "guest", tmp_path / "nothing")

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,13 @@ def config(folder: Path) -> VllmServerConfig:
     return VllmServerConfig("base", adapters={"a": folder / "one two", "b": folder / "b"}, max_lora_rank=8, max_loras=2)
 
 
+def served(folder: Path, mode: str, **more: Any) -> AbstractContextManager[VllmServer]:
+    """A stand-in of this kind, with the adapters a and b."""
+    return serve_vllm(config(folder), folder / "log", executable=stand_in(folder, mode), **more)
+
+
 def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> None:
-    with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as client:
+    with served(tmp_path, "answers") as client:
         assert list(client.models()) == ["base"]
         completion = client.complete("a", [1, 2], max_tokens=1)
         assert (completion.text, completion.token_ids, completion.logprobs) == ("x", (7,), (-0.5,))
@@ -60,10 +66,7 @@ def test_a_log_has_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, ValueError])
 def test_a_block_that_raises_stops_the_server(ending: type[BaseException], tmp_path: Path) -> None:
-    with (
-        pytest.raises(ending),
-        serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")),
-    ):
+    with pytest.raises(ending), served(tmp_path, "answers"):
         raise ending
     assert_stopped(tmp_path)
 
@@ -71,7 +74,7 @@ def test_a_block_that_raises_stops_the_server(ending: type[BaseException], tmp_p
 def test_a_stubborn_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_server, "STOP_S", 0.5)
     before = time.monotonic()
-    with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stubborn")):
+    with served(tmp_path, "stubborn"):
         pass
     assert time.monotonic() - before < 25
     assert_stopped(tmp_path)
@@ -82,10 +85,7 @@ def test_ctrl_c_while_a_stubborn_server_is_asked_to_stop_kills_it(
 ) -> None:
     monkeypatch.setattr(vllm_server, "STOP_S", 60)
     again = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stubborn")),
-    ):
+    with pytest.raises(KeyboardInterrupt), served(tmp_path, "stubborn"):
         again.start()
     assert_stopped(tmp_path)
 
@@ -94,7 +94,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path, monkeypatch: pytest.Mon
     """A signal that nohup makes a process ignore."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "answers")) as client:
+        with served(tmp_path, "answers") as client:
             os.kill(os.getpid(), signal.SIGHUP)
             assert client.version() == "0.0 of a stand-in"
     finally:
@@ -108,15 +108,11 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path, monkeypatch: pytest.Mon
         ("fails late", ["'base' does not answer", "500", "head_dim 8"]),
         ("fails on b", ["'b' does not answer"]),
         ("hangs", ["'base' does not answer", "timed out"]),
+        ("silent", ["did not come up in time; the end of"]),
     ],
 )
 def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path: Path) -> None:
-    server = serve_vllm(
-        config(tmp_path),
-        tmp_path / "log",
-        executable=stand_in(tmp_path, mode),
-        startup_timeout_s=4 if mode == "hangs" else 60,
-    )
+    server = served(tmp_path, mode, startup_timeout_s=4 if mode in ("hangs", "silent") else 60)
     with pytest.raises(EngineError) as caught, server:
         pytest.fail("the block ran")
     assert all(word in str(caught.value) for word in words)
@@ -132,18 +128,18 @@ def test_another_server_on_the_port_does_not_answer_for_one_that_ended(
         return nullcontext()
 
     monkeypatch.setattr(VllmServer, "is_healthy", lambda client: True)
-    server = serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "ends"), watch=ended)
+    server = served(tmp_path, "ends", watch=ended)
     with pytest.raises(EngineError, match="ended with code 1"), server:
         pytest.fail("the block ran")
 
 
 def test_what_is_no_http_at_first_is_waited_for(tmp_path: Path) -> None:
-    with serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "stammers")) as client:
+    with served(tmp_path, "stammers") as client:
         assert client.is_healthy()
 
 
 def test_a_connection_that_breaks_is_an_engine_error(tmp_path: Path) -> None:
-    server = serve_vllm(config(tmp_path), tmp_path / "log", executable=stand_in(tmp_path, "hangs up"))
+    server = served(tmp_path, "hangs up")
     with server as client, pytest.raises(EngineError, match="no answer"):
         client.version()
     with pytest.raises(EngineError, match="no answer"):

@@ -28,7 +28,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
-from loraover_serve.record.adapter_check.reference import Reference, read_reference
+from loraover_serve.record.adapter_check.reference import Reference
 from loraover_serve.watch.ask import ask
 from loraover_serve.watch.canary import Canary
 from loraover_serve.watch.config import HOUR_S, Watched, read_config
@@ -41,11 +41,6 @@ from support.reference_server import AS_BASE, REFUSED, RIGHT, VERDICT, FromRefer
 
 NOW = 1_700_000_000.0
 NAMES = {"base": None, "steady": "base", "lost": "base", "locked": "base"}
-
-
-@pytest.fixture(scope="module")
-def reference(recorded: Path) -> Reference:
-    return read_reference(recorded)
 
 
 @pytest.fixture(scope="module")

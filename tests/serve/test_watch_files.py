@@ -8,15 +8,13 @@ import random
 import re
 import shutil
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from serve.test_watch import until
 
 from loraover.common.reporter import SILENT
 from loraover_serve.record.adapter_check.reference import read_reference
@@ -118,14 +116,6 @@ def firing(prometheus: str) -> list[tuple[str, ...]]:
         alerts = json.load(answer)["data"]["alerts"]
     names = ("alertname", "adapter", "server")
     return [tuple(alert["labels"][name] for name in names) for alert in alerts if alert["state"] == "firing"]
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
 
 
 def test_rules_dashboard_and_page_name_figures_of_the_watch(canary: Canary) -> None:

@@ -13,15 +13,16 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 
 from loraover.models.load import load_model, resolve_model
 from loraover_export import export_gguf, export_mlx
 from loraover_export.gguf.base import write_base
 
+from support.gguf_export import rewrite
 from support.tiny_hub import CHARACTERS, SPECIAL
 from support.verified import BASE_OPTIONS
 
@@ -77,9 +78,8 @@ def running(words: Sequence[str], port: int, path: str, log: Path, more: Mapping
 def llama_server(base: Path, adapter: Path | None, folder: Path, *others: Path) -> Iterator[str]:
     """llama.cpp's server with a tiny model, folder/base.gguf, and with an adapter and others if they are given."""
     python, port = python_of("LORAOVER_LLAMA_SERVER", "llama-server"), free_port()
-    exact, model = folder / "exact.gguf", folder / "base.gguf"
-    write_base(load_model(resolve_model(str(base))), exact)
-    _with_vocabulary(exact, model)
+    exact = write_base(load_model(resolve_model(str(base))), folder / "exact.gguf")
+    model = rewrite(exact, folder / "base.gguf", _with_vocabulary)
     words = [str(python), str(Path(__file__).with_name("llama_server.py")), str(model), str(port)]
     for index, each in enumerate(filter(None, (adapter, *others))):
         export_gguf(each, folder / f"{index}.gguf", model=str(base))
@@ -88,25 +88,15 @@ def llama_server(base: Path, adapter: Path | None, folder: Path, *others: Path) 
         yield url
 
 
-def _with_vocabulary(exact: Path, output: Path) -> None:
-    """Copy a GGUF file, with the texts of tokens, without which the server ends at its first answer."""
-    reader = gguf.GGUFReader(exact)
-    writer = gguf.GGUFWriter(output, str(reader.fields["general.architecture"].contents()))
-    for field in reader.fields.values():
-        if not field.name.startswith(("GGUF.", "tokenizer.")) and field.name != "general.architecture":
-            writer.add_key_value(field.name, field.contents(), field.types[0])
+def _with_vocabulary(fields: dict[str, Any], _: object) -> None:
+    """Add the texts of tokens, without which the server ends at its first answer."""
     texts = [*SPECIAL, *CHARACTERS]
     texts += [f"<{index}>" for index in range(len(texts), BASE_OPTIONS["vocab_size"])]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(texts)
-    writer.add_token_scores([0.0] * len(texts))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(texts))
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for name in [name for name in fields if name.startswith("tokenizer.")]:
+        del fields[name]
+    numbers = {"scores": [0.0] * len(texts), "token_type": [int(gguf.TokenType.NORMAL)] * len(texts)}
+    vocabulary: dict[str, Any] = {"model": "llama", "tokens": texts, **numbers}
+    fields |= {f"tokenizer.ggml.{name}": value for name, value in vocabulary.items()}
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What the comparisons of engines share: adapters that they take, number formats, and parts of their reports."""
+"""What the comparisons of engines share: adapters that they take, and number formats."""

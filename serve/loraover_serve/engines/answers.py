@@ -62,6 +62,11 @@ class Row:
     logprobs: NDArray[np.float32]
     ids: NDArray[np.int64] | None = None
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Question and position."""
+        return self.question, self.position
+
 
 Rows = Sequence[Row]
 
@@ -113,20 +118,17 @@ def paired(one: Rows, other: Rows) -> list[tuple[Row, Row]]:
         one: Rows of one arm.
         other: Rows of the other arm.
     """
-    places = {(row.question, row.position): row for row in other}
-    found = []
-    for row in one:
-        twin = places.get((row.question, row.position))
-        if twin is None:
-            continue
-        if row.ids is None or twin.ids is None:
-            found.append((row, twin))
-            continue
-        ids, here, there = np.intersect1d(row.ids, twin.ids, return_indices=True)
-        if len(ids):
-            place = (row.question, row.position)
-            found.append((Row(*place, row.logprobs[here], ids), Row(*place, twin.logprobs[there], ids)))
-    return found
+    places = {row.place: row for row in other}
+    pairs = (shared(row, places[row.place]) for row in one if row.place in places)
+    return [pair for pair in pairs if len(pair[0].logprobs)]
+
+
+def shared(one: Row, other: Row) -> tuple[Row, Row]:
+    """Two rows of one place with the tokens that both have."""
+    if one.ids is None or other.ids is None:
+        return one, other
+    ids, here, there = np.intersect1d(one.ids, other.ids, return_indices=True)
+    return Row(*one.place, one.logprobs[here], ids), Row(*one.place, other.logprobs[there], ids)
 
 
 class Expected:
@@ -137,11 +139,11 @@ class Expected:
     """
 
     def __init__(self, rows: Rows) -> None:
-        self._rows = {(row.question, row.position): row.logprobs for row in rows}
+        self._rows = {row.place: row.logprobs for row in rows}
 
     def __contains__(self, row: Row) -> bool:
         """Whether the model was run at the place of a row."""
-        return (row.question, row.position) in self._rows
+        return row.place in self._rows
 
     @property
     def vocabulary(self) -> int:
@@ -150,7 +152,7 @@ class Expected:
 
     def like(self, row: Row) -> NDArray[np.float64]:
         """Logprobs at the position of another row, of the tokens that it has."""
-        mine = self._rows[row.question, row.position]
+        mine = self._rows[row.place]
         return (mine if row.ids is None else mine[row.ids]).astype(np.float64)
 
     def at(self, question: int, position: int) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from loraover.common.errors import EngineError
-from loraover.common.provenance import environment
+from loraover.common.provenance import environment, hardware, processor
 from loraover_serve.engines import ENGINES, engine_class
 from loraover_serve.engines.request import EngineRequest
 
@@ -66,6 +66,14 @@ def versions(engines: Iterable[str]) -> dict[str, str]:
     reported = [package for name in engines for package in engine_class(name).reported.items()]
     found = {name: installed_version(names) for name, names in reported}
     return environment("numpy", "scipy") | {name: version for name, version in found.items() if version}
+
+
+def machine() -> str:
+    """Processor, memory, system and threads, in one line."""
+    import psutil
+
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{processor()}, {memory:.0f} GiB of memory, {hardware()}"
 
 
 def installed_version(names: Sequence[str], folders: Sequence[Path] | None = None) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import final
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.client.at_once import at_once
 from loraover.client.endpoint import Endpoint
 from loraover.client.speaker import Speaker
 from loraover.common.errors import EngineError, ExportError
@@ -118,22 +118,17 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
     def run_each(
         self, models: Sequence[str], arm: str, block: int, first: int, requests: Sequence[TokenRequest]
     ) -> list[Sample]:
-        def answer(model: str, index: int, request: TokenRequest) -> Sample:
-            done = self.server.stream(
-                self.names[model], request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s
-            )
+        def answer(index: int) -> Sample:
+            model, request = self.names[models[index]], requests[index]
+            done = self.server.stream(model, request.prompt, max_tokens=request.new_tokens, timeout_s=self._timeout_s)
             if len(done.piece_s) == 1:
                 raise EngineError(
                     f"{arm}: an answer of {request.new_tokens} tokens arrived in one piece, so the time per token is "
                     "unknown; ask for more new tokens."
                 )
-            return Sample(arm, block, index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
+            return Sample(arm, block, first + index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 
-        pool = ThreadPoolExecutor(len(requests))
-        try:
-            return list(pool.map(answer, models, range(first, first + len(requests)), requests))
-        finally:  # after a failure or Ctrl-C the other requests may hang until the server ends
-            pool.shutdown(wait=False, cancel_futures=True)
+        return at_once(answer, range(len(requests)), len(requests))
 
 
 def _opposite(adapter: Path) -> dict[str, Path]:

@@ -19,6 +19,7 @@ from statistics import fmean, median
 
 from loraover_serve.judge.estimates import Estimate, log_ratio, strength, t_quantile
 from loraover_serve.judge.evidence import (
+    Agreement,
     Change,
     ComparedAnswer,
     Evidence,
@@ -29,7 +30,6 @@ from loraover_serve.judge.evidence import (
     by_prompt,
     middle_by_prompt,
 )
-from loraover_serve.judge.greedy import Agreement, compare_greedy
 from loraover_serve.judge.limits import (
     ADAPTER,
     AS_BASE,
@@ -208,9 +208,20 @@ class Case:
 
     @cached_property
     def greedy(self) -> Agreement | None:
-        """Greedy answers beside PyTorch's."""
+        """Greedy answers beside PyTorch's; None if the engine identifies the tokens of none."""
         allowed = 2 * self.evidence.sensitivity * self.noise.largest + FLOOR
-        return compare_greedy(self.generated, self.evidence.ends, allowed)
+        known = [each for each in self.generated if each.tokens]
+        if not known:
+            return None
+        alike = [each for each in known if each.parted is None]
+        equal = sum(each.is_complete(self.evidence.ends) for each in alike)
+        return Agreement(
+            equal=equal / len(known),
+            early=(len(alike) - equal) / len(known),
+            gap=max(each.gap for each in known),
+            allowed=allowed,
+            as_base=sum(each.is_base and each.gap > allowed for each in known),
+        )
 
     @cached_property
     def mixed(self) -> dict[str, ModelDistance]:

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from statistics import fmean, median_low
 from typing import Any, NamedTuple
 
@@ -88,7 +89,29 @@ class ComparedAnswer(NamedTuple):
     @property
     def parted(self) -> int | None:
         """Index of the first token that is not PyTorch's; None if there is none."""
-        return first_parted(self.expected, self.tokens)
+        pairs = enumerate(zip(self.expected, self.tokens, strict=False))
+        return next((index for index, (one, other) in pairs if one != other), None)
+
+    def is_complete(self, ends: AbstractSet[int]) -> bool:
+        """Whether the beginning of the expected answer is all of it, or all before the end of the text.
+
+        Servers return the token of the end of the text or leave it out.
+
+        Args:
+            ends: Ids of the tokens that end a text.
+        """
+        tokens, expected = self.tokens, self.expected
+        return self.length >= len(expected) or tokens[-1] in ends or expected[len(tokens)] in ends
+
+
+class Agreement(NamedTuple):
+    """Greedy answers beside PyTorch's; see `GreedyAgreement` of verify.json."""
+
+    equal: float
+    early: float
+    gap: float
+    allowed: float
+    as_base: int
 
 
 class FaultyModel(NamedTuple):
@@ -219,12 +242,6 @@ class Evidence(ABC):
     @abstractmethod
     def with_coarse_caches(self) -> Iterable[Model]:
         """The base model with keys and values in float8, for each way in which engines round them."""
-
-
-def first_parted(expected: Sequence[int], tokens: Sequence[int]) -> int | None:
-    """Index of the first token that is not the expected one; None if there is none."""
-    pairs = enumerate(zip(expected, tokens, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), None)
 
 
 def apart(changes: Sequence[Change]) -> float:

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from loraover_serve.judge.case import Case, split_base
+from loraover_serve.judge.case import Case
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
-from loraover_serve.judge.names import DISAGREE, INTERMITTENT, NOT_APPLIED
+from loraover_serve.judge.names import DISAGREE, INTERMITTENT
 
 SHOWN = 16  # requests that are named
 REQUEST_IDS = ("x-request-id", "request-id", "id")
@@ -89,12 +89,6 @@ def is_chance(case: Case, bad: Sequence[Change]) -> bool:
     Answers to one question share what is odd about it: where it is asked several times, questions are counted.
     """
     return len({each.prompt for each in bad} if case.repeats else bad) < FEW_AS_BASE
-
-
-def few_are_base(case: Case) -> Split | None:
-    """As many of few answers are the base model's as no chance makes."""
-    as_base, others = split_base(case.answers)
-    return Split(NOT_APPLIED, "are the base model's", as_base, others) if len(as_base) >= FEW_AS_BASE else None
 
 
 def some_disagree(case: Case) -> Split | None:

@@ -20,7 +20,7 @@ from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Estimate, share_found
 from loraover_serve.judge.evidence import Evidence
-from loraover_serve.judge.fleet import Split, coverage, few_are_base, some_are_base, some_disagree
+from loraover_serve.judge.fleet import Split, coverage, some_are_base, some_disagree
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -30,11 +30,20 @@ from loraover_serve.judge.limits import (
     FEW_AS_BASE,
     FLOOR,
     NUMBER_FORMATS,
+    OTHER,
     SEEN,
     Verdict,
 )
-from loraover_serve.judge.names import OTHER_BASE, UNLIKE
-from loraover_serve.judge.request_faults import generated_fault, mixed_fault
+from loraover_serve.judge.names import (
+    CHANGED,
+    CHANGED_BY_OTHER,
+    DECODED,
+    ENDS_EARLY,
+    LEAKS,
+    NOT_APPLIED,
+    OTHER_BASE,
+    UNLIKE,
+)
 from loraover_serve.judge.search import SuspectedFault, suspects
 
 
@@ -147,17 +156,21 @@ def base_is_unlike(case: Case) -> RuleFinding | None:
 def adapter_is_intermittent(case: Case) -> RuleFinding | None:
     """Some of the adapter's answers are wrong, and others are not."""
     split = some_are_base(case) or some_disagree(case)
-    return None if split is None else _split(split)
-
-
-def _split(split: Split) -> RuleFinding:
-    return RuleFinding("differs", split.reason, split.fault, split=split)
+    return None if split is None else RuleFinding("differs", split.reason, split.fault, split=split)
 
 
 def adapter_is_beyond(case: Case) -> RuleFinding | None:
     """The strength or the distance is not that of a right adapter."""
-    found = beyond(case)
-    return None if found is None else _nearest(case, found)
+    found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.sensitivity
+    if case.effect > 0 and (found.low > high or found.high < low):
+        return _nearest(case, f"the adapter has the strength {found}, and {low:.3g} to {high:.3g} is right")
+    if case.is_further():
+        reason = (
+            f"off by {case.found.rms:.2g} nats, where the base model is off by {case.noise.rms:.2g}; "
+            f"noise explains {EXCESS * sensitivity:.2g} times as much"
+        )
+        return _nearest(case, reason)
+    return None
 
 
 def _nearest(case: Case, found: str) -> RuleFinding:
@@ -181,19 +194,6 @@ def _nearest(case: Case, found: str) -> RuleFinding:
     return RuleFinding("differs", reason, nearest.fault, compared)
 
 
-def beyond(case: Case) -> str | None:
-    """Reason why the evidence is not that of a right adapter, in words; None if it may be."""
-    found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.sensitivity
-    if case.effect > 0 and (found.low > high or found.high < low):
-        return f"the adapter has the strength {found}, and {low:.3g} to {high:.3g} is right"
-    if case.is_further():
-        return (
-            f"off by {case.found.rms:.2g} nats, where the base model is off by {case.noise.rms:.2g}; "
-            f"noise explains {EXCESS * sensitivity:.2g} times as much"
-        )
-    return None
-
-
 def some_are_far(case: Case) -> RuleFinding | None:
     """The answers to some prompts are far off; a fault of the adapter would be in all, so that none is searched for."""
     far = case.far(case.off)
@@ -208,15 +208,62 @@ def some_are_far(case: Case) -> RuleFinding | None:
 
 
 def generated_is_wrong(case: Case) -> RuleFinding | None:
-    """Generated answers are not what the logprobs say."""
-    found = generated_fault(case)
-    return None if found is None else RuleFinding("differs", *found)
+    """Greedy answers, which go through an engine's cache, are not what the logprobs say."""
+    greedy = case.greedy
+    if greedy is None:
+        return None
+    as_base, others = split_base(case.evidence.decoded())
+    if len(as_base) >= FEW_AS_BASE:
+        clear = len(as_base) + len(others)
+        reason = f"logprobs agree, but {len(as_base)} of {clear} generated tokens have the base model's logprobs"
+        return RuleFinding("differs", reason, DECODED)
+    if greedy.gap > greedy.allowed:
+        reason = (
+            f"logprobs agree, but a greedy answer leaves PyTorch's where the two tokens are {greedy.gap:.2g} nats "
+            f"apart, and noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
+        )
+        if greedy.as_base >= FEW_AS_BASE:
+            return RuleFinding("differs", f"{reason}, in {greedy.as_base} answers the base model's", DECODED)
+        return RuleFinding("differs", reason)
+    answers = len(case.generated)
+    if greedy.early * answers >= min(FEW_AS_BASE, answers):
+        reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, at no end of the text"
+        return RuleFinding("differs", reason, ENDS_EARLY)
+    return None
 
 
 def mixed_is_wrong(case: Case) -> RuleFinding | None:
-    """Answers change beside requests for another model."""
-    found = mixed_fault(case)
-    return None if found is None else RuleFinding("differs", *found)
+    """Answers change beside requests for another model, which a server computes in one batch.
+
+    vLLM 0.32 on a CPU computes a batch's rows for the base model with the weights of an adapter, if another row asks
+    for one, and reports nothing. Batches of two adapters are looked at as well, where the server has a second one.
+    """
+    limit = math.sqrt(2) * (case.evidence.sensitivity * case.noise.rms + FLOOR)  # both have the engine's noise
+    subjects = {
+        BASE: (LEAKS, "requests for the base model, sent together with requests for the adapter, are"),
+        ADAPTER: (CHANGED, "sent together with requests for the base model, they are"),
+        OTHER: (CHANGED_BY_OTHER, "sent together with requests for the other adapter, they are"),
+    }
+    differences = case.evidence.mixed()
+    for name, (fault, subject) in subjects.items():
+        if name in case.mixed and case.is_apart(differences[name]):
+            found = case.mixed[name]
+            words = f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone"
+            reason = (
+                f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
+                f"time are answered right: send them so, and judge them alone with {case.option('without_mixed')}"
+            )
+            return RuleFinding("differs", reason, fault)
+    return None
+
+
+def left_out(option: Callable[[str], str]) -> str:
+    """Reason why no requests were sent together: nobody wanted any.
+
+    Args:
+        option: Name of an option as its user writes it.
+    """
+    return f"none was asked for, as {option('without_mixed')} says"
 
 
 def strength_is_unclear(case: Case) -> RuleFinding | None:
@@ -286,9 +333,10 @@ RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
 
 def quick(case: Case) -> RuleFinding:
     """Whether the adapter is applied at all, by a few answers of the adapter alone."""
-    if (split := few_are_base(case)) is not None:
-        return _split(split)
     as_base, others = split_base(case.answers)
+    if len(as_base) >= FEW_AS_BASE:
+        split = Split(NOT_APPLIED, "are the base model's", as_base, others)
+        return RuleFinding("differs", split.reason, split.fault, split=split)
     clear = len(as_base) + len(others)
     shown = f"{len(as_base)} of {clear} answers are the base model's"
     if clear < FEW_AS_BASE or case.effect <= FLOOR:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
@@ -13,20 +14,18 @@ from loraover.common.reporter import Reporter
 from loraover.common.verb import verb
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
-from loraover_serve.comparison.report import machine
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.base import Setting
-from loraover_serve.engines.installed import check_installed, versions
+from loraover_serve.engines.installed import check_installed, machine, versions
 from loraover_serve.parity.collect import Collector, Measured
 from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
+from loraover_serve.parity.judge.equivalence import ALPHA
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.workload import make_requests
 from loraover_serve.parity.report.html import HTML_FILE, to_page
 from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
-
-ALPHA = 0.05
 
 
 @verb(ParityRequest)
@@ -118,17 +117,11 @@ def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> Non
             for log in kept.iterdir():
                 shutil.copyfile(log, draft / log.name)
     except OutputError as error:
-        place = kept if _is_kept(text, kept) else None
+        place = None
+        with suppress(OutputError):  # it may be impossible to write there as well
+            publish_text(kept / REPORT_FILE, text)
+            place = kept
         raise UnwrittenReportError(str(error), report.model_copy(update={"kept": place})) from error
-
-
-def _is_kept(text: str, folder: Path) -> bool:
-    """Write the report to a temporary folder; False if it cannot be written there either."""
-    try:
-        publish_text(folder / REPORT_FILE, text)
-    except OutputError:
-        return False
-    return True
 
 
 def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, str]:
@@ -162,7 +155,7 @@ def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, st
 
 
 def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityReport:
-    found = results(measured.testable, request.margin, ALPHA) if measured.testable else []
+    found = results(measured.testable, request.margin) if measured.testable else []
     verdict, reason = _verdict(measured, found)
     return ParityReport(
         verdict=verdict,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
+from loraover.common.atomic_output import check_file_writable, check_writable
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
 from loraover.common.verb import verb
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
@@ -66,7 +67,12 @@ def check_server(request: VerifyRequest) -> VerifyReport:
         ConfigError: Arguments that cannot be used, or names that the server does not have.
         CheckpointError: No file is a reference.
         EngineError: A server that failed for every adapter.
+        OutputError: An output that exists or cannot be written.
     """
+    if request.output is not None:
+        check_writable(request.output)
+    if request.junit is not None:
+        check_file_writable(request.junit)
     known, found = ask_server(request)
     from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
 

@@ -104,7 +104,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         ExportError: An adapter that serving cannot apply as it is.
         OutputError: A file that cannot be written.
     """
-    for file in filter(None, (request.destination, request.sealed)):
+    for file in request.files.values():
         check_file_writable(file)
     adapter = read_source(request.adapter)
     check_plain(adapter, "a reference")
@@ -118,7 +118,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     raw = packed(content)
     publish_file(request.destination, lambda draft: draft.write_bytes(raw), replace=request.force)
     if request.checker is not None:
-        publish_file(request.checker, write_checker)
+        publish_file(request.checker, write_checker, replace=request.force)
     return RecordReport(
         path=request.destination,
         size_bytes=len(raw),

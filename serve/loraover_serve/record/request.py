@@ -76,16 +76,23 @@ class RecordRequest(Request):
         choose_compute(self.device, self.compute_dtype)
 
     def faults(self) -> Iterator[str]:
-        files = {"output": self.destination} | ({} if self.sealed is None else {"sealed": self.sealed})
-        for name, path in files.items():
+        for name, path in self.files.items():
             if path.exists() and not self.force:
                 yield f"{path} exists; choose another {self.named(name)}, or give {self.named('force')}."
+        if len({path.resolve() for path in self.files.values()}) < len(self.files):
+            yield f"{' and '.join(map(self.named, self.files))} name one file; choose one for each."
         if self.sealed is not None:
             folders = self.adapter.resolve(), self.destination.resolve().parent
             if self.sealed_prompts == self.prompts:
                 yield f"{self.named('sealed_prompts')} has the published questions; a sealed reference needs others."
             if any(self.sealed.resolve().is_relative_to(folder) for folder in folders):
                 yield f"{self.named('sealed', self.sealed)} would be published with the adapter; choose another folder."
+
+    @property
+    def files(self) -> dict[str, AnyPath]:
+        """The files to write, by the options that name them."""
+        found = {"output": self.destination, "sealed": self.sealed, "checker": self.checker}
+        return {name: path for name, path in found.items() if path is not None}
 
     @property
     def destination(self) -> AnyPath:

@@ -12,7 +12,7 @@ import numpy as np
 from loraover_serve.comparison.rounding import as_served
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
 from loraover_serve.judge.case import strength_along
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, first_parted
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off
 from loraover_serve.judge.limits import OTHER
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.measures import (
@@ -114,8 +114,7 @@ class EngineEvidence(Evidence):
 
     def _beside(self, index: int, question: Question, answer: GreedyAnswer) -> ComparedAnswer:
         found = ComparedAnswer(question.continuation, answer.tokens, answer.length)
-        parted = first_parted(found.expected, found.tokens)
-        if parted is None:
+        if (parted := found.parted) is None:
             return found
         position, token = question.answered[parted], found.tokens[parted]
         logprobs = self.adapter.at(index, position)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraover_serve.engines.answers import Expected, Row, Rows
+from loraover_serve.engines.answers import Expected, Row, Rows, shared
 from loraover_serve.judge.evidence import Change, Off
 
 Floats = NDArray[np.float64]
@@ -63,12 +63,12 @@ def summed(row: Row, difference: Floats) -> Off:
 
 def like(row: Row, expected: Expected) -> Row:
     """PyTorch's answer at the place of a row."""
-    return Row(row.question, row.position, expected.like(row).astype(np.float32), row.ids)
+    return Row(*row.place, expected.like(row).astype(np.float32), row.ids)
 
 
 def in_order(rows: Rows) -> list[Row]:
     """Rows by question and position."""
-    return sorted(rows, key=lambda row: (row.question, row.position))
+    return sorted(rows, key=lambda row: row.place)
 
 
 def centred(values: Floats) -> Floats:
@@ -82,15 +82,11 @@ def shared_difference(one: Row, other: Row) -> Floats:
 
     If they share none, the likeliest token of one has at most the other's smallest logprob.
     """
-    here, there = one.logprobs.astype(np.float64), other.logprobs.astype(np.float64)
-    if one.ids is None or other.ids is None:
-        return here - there
-    _, mine, theirs = np.intersect1d(one.ids, other.ids, return_indices=True)
-    return here[mine] - there[theirs] if len(mine) else np.array([here.max() - there.min()])
+    here, there = (row.logprobs.astype(np.float64) for row in shared(one, other))
+    return here - there if len(here) else np.array([float(one.logprobs.max()) - float(other.logprobs.min())])
 
 
-def mixed_off(together: Rows, alone: Sequence[Row]) -> list[Off]:
+def mixed_off(together: Rows, alone: Rows) -> list[Off]:
     """What sets answers that were sent together apart from those that were sent alone, at the places of both."""
-    by_place = {(row.question, row.position): row for row in alone}
-    pairs = ((row, by_place.get((row.question, row.position))) for row in together)
-    return [summed(row, shared_difference(row, other)) for row, other in pairs if other is not None]
+    by_place = {row.place: row for row in alone}
+    return [summed(row, shared_difference(row, by_place[row.place])) for row in together if row.place in by_place]

@@ -170,8 +170,8 @@ class VerifyRequest(EngineRequest):
             yield f"give {adapter} or {references}, and not both."
         if self.endpoint is not None and not self.served_name and not self.references:
             yield f"{endpoint} needs {self.named('served_name')}, which is missing."
-        if self.served_name and len(self.served_name) != max(1, len(self.references)):
-            yield f"{self.named('served_name')}: {len(self.served_name)}, expected one for each adapter."
+        if len(self.served_name) > 1 and not self.references:
+            yield f"{self.named('served_name')}: {len(self.served_name)}, expected one for the adapter."
         if self.published is not None and (len(self.references) != 1 or self.references[0].is_dir()):
             yield f"{self.named('published')} seals one file; give one {references}."
         if self.references and self.engines:

@@ -34,14 +34,13 @@ from loraover_export.convert.need import why_convert
 from loraover_export.convert.run import convert_adapter
 from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.comparison.report import machine
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Engine, RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
-from loraover_serve.engines.installed import check_installed, versions
+from loraover_serve.engines.installed import check_installed, machine, versions
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
-from loraover_serve.judge.request_faults import left_out
+from loraover_serve.judge.rules import left_out
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page

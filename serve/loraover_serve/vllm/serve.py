@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError, EngineError
-from loraover.common.reporter import SILENT, Reporter
+from loraover.common.hosts import is_near
+from loraover.common.reporter import Reporter
 from loraover.common.verb import verb
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
@@ -60,7 +60,8 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
     if request.folder is None:
         adapters = read_named(request.adapters, request.addresses.get("adapters", ()))
-        source = served_model(adapters, request.model, request.report)
+        option, say = request.named("model"), request.report.line
+        source = resolve_base([*adapters.values()], request.model, option=option, say=say)
         config = replace(server_config(adapters, source, request.options), host=request.host)
         check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
         what = ", ".join(config.adapters)
@@ -113,11 +114,7 @@ def _check_plugin(server: VllmServer, executable: str) -> None:
 
 def _warn_if_open(config: VllmServerConfig, report: Reporter) -> None:
     """Warn of a server that other machines reach and that asks for no key."""
-    try:
-        is_loopback = ipaddress.ip_address(config.host).is_loopback
-    except ValueError:
-        is_loopback = config.host == "localhost"
-    if not is_loopback and config.api_key() is None:
+    if not is_near(config.host) and config.api_key() is None:
         report.line(
             f"warning: anyone who reaches {config.host} can use this server; set {KEY_VARIABLE} in the environment to "
             "make it ask for a key"
@@ -178,11 +175,6 @@ def server_config(
         revision=model.revision,
         options=tuple(options),
     )
-
-
-def served_model(adapters: Mapping[str, AdapterDir], model: str | None, report: Reporter = SILENT) -> ModelSource:
-    """The base model to serve: the requested one, else the one that the adapters were trained on, at its revision."""
-    return resolve_base([*adapters.values()], model, option=ServeRequest.named("model"), say=report.line)
 
 
 def example_request(server: VllmServer) -> str:

@@ -100,7 +100,7 @@ def log_ratios(run: Measurement, arm: str, measure: Measure) -> list[float]:
     return [fmean(logs[block, arm]) - fmean(logs[block, VANILLA]) for block in blocks]
 
 
-def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> list[Result]:
+def results(runs: Sequence[Measurement], margin: float) -> list[Result]:
     """Compare every arm with the vanilla adapter.
 
     Comparisons of the folded arm, which the verdict depends on, are corrected for their number (Holm).
@@ -108,7 +108,6 @@ def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> 
     Args:
         runs: Samples of every engine at every concurrency.
         margin: Largest difference of times that still counts as equal (0.05 is 5 %).
-        alpha: Level of significance.
     """
     found: dict[tuple[str, int, str, str], Comparison] = {}
     for run in runs:
@@ -116,14 +115,11 @@ def results(runs: Sequence[Measurement], margin: float, alpha: float = 0.05) -> 
             if arm != VANILLA:
                 for name, measure in PRIMARY.items():
                     differences = log_ratios(run, arm, measure)
-                    found[run.engine, run.concurrency, arm, name] = compare(differences, margin=margin, alpha=alpha)
-    counted = {" ".join(map(str, key)): key for key in found if key[2] == FOLDED}
-    decided = decide({name: found[key] for name, key in counted.items()}, alpha=alpha)
-    for name, key in counted.items():
-        found[key] = decided[name]
+                    found[run.engine, run.concurrency, arm, name] = compare(differences, margin=margin)
+    found |= decide({key: comparison for key, comparison in found.items() if key[2] == FOLDED})
     for key, comparison in found.items():
         if key[2] != FOLDED:
-            found[key] = decide({"": comparison}, alpha=alpha)[""]
+            found |= decide({key: comparison})
     waves = {(run.engine, run.concurrency): run.waves for run in runs}
     return [_result(key, comparison, waves[key[:2]]) for key, comparison in found.items()]
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 4999
+RESAMPLES, SEED = 4999, 0
 CHUNK = 2**18  # numbers that are drawn at once
 
 
-def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+def studentised(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Studentised means of RESAMPLES resamples, in ascending order.
 
     Each is t = (resampled mean - mean) / resampled standard error. A resample without spread has an infinite t, with
@@ -19,10 +19,9 @@ def studentised(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float6
 
     Args:
         values: One value for each block; not all equal.
-        seed: Seed of the resamples.
     Source: Efron 1981, doi:10.2307/3314608; Davison and Hinkley 1997, Bootstrap Methods and their Application, 5.2.
     """
-    draw, n = np.random.default_rng(seed), len(values)
+    draw, n = np.random.default_rng(SEED), len(values)
     centred = (values - values.mean()) / values.std()
     found = []
     for rows in _chunks(n):
@@ -40,9 +39,7 @@ def _chunks(n: int) -> list[int]:
     return [min(rows, RESAMPLES - first) for first in range(0, RESAMPLES, rows)]
 
 
-def quantile_intervals(
-    blocks: Sequence[Sequence[float]], quantiles: Sequence[float], seed: int = 0
-) -> list[tuple[float, float]]:
+def quantile_intervals(blocks: Sequence[Sequence[float]], quantiles: Sequence[float]) -> list[tuple[float, float]]:
     """95 % percentile intervals of quantiles of the blocks' values.
 
     Blocks are resampled as units. Memory grows with the number of values, but not with RESAMPLES.
@@ -50,9 +47,8 @@ def quantile_intervals(
     Args:
         blocks: Values of each block; not all empty.
         quantiles: Quantiles to estimate, from 0 to 1.
-        seed: Seed of the resamples.
     """
-    n, draw = len(blocks), np.random.default_rng(seed)
+    n, draw = len(blocks), np.random.default_rng(SEED)
     order = np.argsort(pooled := np.concatenate(blocks), kind="stable")
     values, owner = pooled[order], np.repeat(np.arange(n), [len(block) for block in blocks])[order]
     found = []

@@ -14,9 +14,9 @@ of d is the log of a ratio of geometric means. With a margin m, the arms are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,11 @@ from loraover_serve.parity.judge.bootstrap import RESAMPLES, studentised
 from loraover_serve.parity.request import MIN_BLOCKS
 
 Verdict = Literal["equivalent", "different", "inconclusive"]
+Key = TypeVar("Key", bound=Hashable)
+ALPHA = 0.05
+"""Level of significance."""
 FEWEST_NEEDED = 8  # with fewer blocks the bootstrap interval is wider than Student's, which `blocks_needed` uses
-MAX_BLOCKS = 100_000
+MAX_BLOCKS, POWER = 100_000, 0.9
 LARGEST = 700.0  # a logarithm whose exponential is still finite
 
 
@@ -77,13 +80,12 @@ class Comparison:
         return math.exp(max(low, -LARGEST)), math.exp(min(high, LARGEST))
 
 
-def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05) -> Comparison:
+def compare(differences: Sequence[float], *, margin: float) -> Comparison:
     """Test paired log-ratios against a margin; `decide` then gives the verdict.
 
     Args:
         differences: Values of d, one for each block; independent.
         margin: Largest difference of times that still counts as equal (0.05 is 5 %).
-        alpha: Level of significance.
 
     Raises:
         ParityError: Fewer than 5 blocks, or a value that is not a finite number.
@@ -105,8 +107,8 @@ def compare(differences: Sequence[float], *, margin: float, alpha: float = 0.05)
         blocks=len(d),
         equivalence_p=_equivalence_p(draws, upper, lower, freedom),
         difference_p=_difference_p(draws, upper, lower),
-        needed_blocks=blocks_needed(spread, margin=margin, alpha=alpha),
-        confidence=1 - alpha,
+        needed_blocks=blocks_needed(spread, margin=margin),
+        confidence=1 - ALPHA,
     )
 
 
@@ -134,14 +136,12 @@ def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> flo
     return float(min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
 
 
-def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: float = 0.9) -> int | None:
-    """Smallest number of blocks that shows equivalence with a given probability if the true ratio is 1.
+def blocks_needed(spread: float, *, margin: float) -> int | None:
+    """Smallest number of blocks that shows equivalence with a probability of POWER if the true ratio is 1.
 
     Args:
         spread: Standard deviation of d.
         margin: Largest difference of times that still counts as equal (0.05 is 5 %).
-        alpha: Level of significance.
-        power: Probability of showing equivalence.
 
     Returns:
         The number; None if 100 000 blocks would not be enough.
@@ -150,44 +150,40 @@ def blocks_needed(spread: float, *, margin: float, alpha: float = 0.05, power: f
     coarse = np.geomspace(100, MAX_BLOCKS, 150).astype(np.int64)
     n = np.unique(np.concatenate([np.arange(FEWEST_NEEDED, 100), coarse]))  # then in steps of 5 %
     error = max(spread, 1e-12) / np.sqrt(n)
-    reach = math.log1p(margin) / error - stats.t.ppf(1 - alpha, n - 1)
-    enough = n[2 * stats.t.cdf(reach, n - 1) - 1 >= power]
+    reach = math.log1p(margin) / error - stats.t.ppf(1 - ALPHA, n - 1)
+    enough = n[2 * stats.t.cdf(reach, n - 1) - 1 >= POWER]
     return int(enough[0]) if len(enough) else None
 
 
-def decide(comparisons: Mapping[str, Comparison], *, alpha: float = 0.05) -> dict[str, Comparison]:
+def decide(comparisons: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
     """Give every comparison its verdict, with Holm's correction of p value and confidence.
 
     Args:
-        comparisons: Comparisons by name; the correction counts all of them.
-        alpha: Level of significance.
+        comparisons: Comparisons by any key; the correction counts all of them.
     """
     p_values = [comparison.difference_p for comparison in comparisons.values()]
     return {
-        name: replace(comparison, difference_p=p, confidence=1 - level, verdict=_verdict(comparison, p, alpha))
-        for (name, comparison), p, level in zip(
-            comparisons.items(), holm(p_values), holm_levels(p_values, alpha), strict=True
-        )
+        key: replace(comparison, difference_p=p, confidence=1 - level, verdict=_verdict(comparison, p))
+        for (key, comparison), p, level in zip(comparisons.items(), holm(p_values), holm_levels(p_values), strict=True)
     }
 
 
-def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
+def holm_levels(p_values: Sequence[float]) -> list[float]:
     """Level at which Holm's method tests each p value; it rises from step to step until one is not rejected.
 
     Args:
         p_values: p values, in any order.
-        alpha: Level of significance of all tests together.
     """
     levels, level = [0.0] * len(p_values), 0.0
     is_open = True
     for position, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        level = alpha / (len(p_values) - position) if is_open else level
+        level = ALPHA / (len(p_values) - position) if is_open else level
         levels[i] = level
         is_open = is_open and p_values[i] <= level
     return levels
 
 
-def _verdict(comparison: Comparison, difference_p: float, alpha: float) -> Verdict:
-    if difference_p <= alpha:
+def _verdict(comparison: Comparison, difference_p: float) -> Verdict:
+    if difference_p <= ALPHA:
         return "different"
-    return "equivalent" if comparison.equivalence_p <= alpha else "inconclusive"
+    return "equivalent" if comparison.equivalence_p <= ALPHA else "inconclusive"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from loraover_serve.engines.vllm import VllmEngine
 
 TIMEOUT_S = 3600
-FIGURES = {
+FIGURES: dict[str, tuple[str, Callable[[Sample], float]]] = {
     "time to first token": ("median_ttft_ms", lambda sample: sample.first_token_s),
     "time per output token": ("median_tpot_ms", lambda sample: sample.per_token_s),
     "end-to-end latency": ("median_e2el_ms", lambda sample: sample.end_to_end_s),
@@ -88,7 +88,7 @@ def cross_check(
             concurrency=run.concurrency,
             arm=arm,
             measure=name,
-            ours=_median(samples, measure),
+            ours=float(np.median([measure(sample) for sample in samples])),
             bench_serve=found[key] / 1000,
         )
         for name, (key, measure) in FIGURES.items()
@@ -109,7 +109,3 @@ def _run(command: Sequence[str], result: Path) -> dict[str, Any]:
         raise EngineError(f"vllm bench serve ended with code {done.returncode}: {last}")
     content: dict[str, Any] = json.loads(result.read_text())
     return content
-
-
-def _median(samples: Sequence[Sample], measure: Any) -> float:
-    return float(np.median([measure(sample) for sample in samples]))

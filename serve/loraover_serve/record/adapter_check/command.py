@@ -15,8 +15,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError, LoraOverError, UnscoredError
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS, REPEATS
-from loraover_serve.judge.request_faults import left_out
-from loraover_serve.judge.rules import judge
+from loraover_serve.judge.rules import judge, left_out
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.evidence import RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import read_reference

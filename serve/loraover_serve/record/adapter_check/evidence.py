@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple, final
 
 from loraover.common.errors import EngineError
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, Repeat, first_parted
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, Repeat
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import COARSE_CACHE
 from loraover_serve.record.adapter_check.reference import Model, Reference, Row, Rows
@@ -219,8 +219,7 @@ class RecordedEvidence(Evidence):
 
     def _beside(self, answer: Greedy) -> ComparedAnswer:
         found = ComparedAnswer(self._reference.questions[answer.question]["answer"], answer.tokens, answer.length)
-        parted = first_parted(found.expected, found.tokens)
-        if parted is None:
+        if (parted := found.parted) is None:
             return found
         place, token = self._reference.first(answer.question) + parted, found.tokens[parted]
         row, floor, base = self.adapter.rows[place], self.adapter.floors[place], self.base.rows[place]
