@@ -33,12 +33,6 @@ def generate(served: Served, model: str, prompts: int | None = None) -> list[Com
     return served.client.complete_batch(model, served.prompts[:prompts], max_tokens=NEW_TOKENS)
 
 
-def as_guest(served: Served, name: str) -> list[Completion]:
-    """Answers of an adapter that is loaded for a few prompts."""
-    with served.loaded(name, served.guests[name]):
-        return generate(served, name, FEW)
-
-
 def peft(served: Served, folder: Path) -> Any:
     """The adapter as PEFT reads it, in the dtype that vLLM casts it to."""
     return PeftModel.from_pretrained(served.base(), folder, autocast_adapter_dtype=False).eval()
@@ -76,8 +70,9 @@ def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: A
 
 
 def test_an_embedding_and_a_tied_head_are_adapted(served: Served, noise: Agreement) -> None:
-    completions = as_guest(served, "embeddings")
-    found = compare(peft(served, served.guests["embeddings"]), served, completions)
+    with served.loaded("embeddings", served.guest):
+        completions = generate(served, "embeddings", FEW)
+    found = compare(peft(served, served.guest), served, completions)
     effect = compare(served.base(), served, completions)
     print(f"\nembeddings: {found}\neffect: {effect}")
     assert_no_further_apart(found, noise)

@@ -1,9 +1,7 @@
-"""A vLLM server on a real model, with right and wrong adapters."""
+"""A vLLM server on a real model, with several adapters."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.common.command_line import run
@@ -38,7 +34,7 @@ class Served:
         source: the base model.
         adapters: folders of the adapters that it was started with, by name.
         sources: folders that these adapters were made from.
-        guests: folders of more adapters, to load while the server runs.
+        guest: folder of one more adapter, to load while the server runs.
         prompts: token ids of the prompts.
     """
 
@@ -46,7 +42,7 @@ class Served:
     source: ModelSource
     adapters: Mapping[str, Path]
     sources: Mapping[str, Path]
-    guests: Mapping[str, Path]
+    guest: Path
     prompts: list[list[int]]
 
     def base(self) -> Any:
@@ -69,11 +65,7 @@ def serving(folder: Path) -> Iterator[Served]:
     source = resolve_model(MODEL)
     adapters = {"vanilla": vanilla(source, folder / "vanilla"), "folded": folded(source, folder / "folded")}
     sources = adapters | {"folded": folder / "checkpoint"}
-    guests = {
-        "embeddings": embeddings(source, folder / "embeddings"),
-        "misplaced": changed(adapters["vanilla"], folder / "misplaced", rename=without_model_prefix),
-        "doubled": changed(adapters["vanilla"], folder / "doubled", lora_alpha=32),
-    }
+    guest = embeddings(source, folder / "embeddings")
     tokenizer = load_tokenizer(source)
     config = VllmServerConfig(
         model=source.location,
@@ -83,7 +75,7 @@ def serving(folder: Path) -> Iterator[Served]:
         options=("--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager", *FEW_BLOCKS),
     )
     with serving_loader(config, folder / "vllm.log") as client:
-        yield Served(client, source, adapters, sources, guests, [tokenizer(text).input_ids for text in PROMPTS])
+        yield Served(client, source, adapters, sources, guest, [tokenizer(text).input_ids for text in PROMPTS])
 
 
 def vanilla(source: ModelSource, folder: Path) -> Path:
@@ -136,18 +128,3 @@ def draw_b(model: Any, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_embedding" in name:
             parameter.copy_(B_SCALE * torch.randn(parameter.shape, generator=generator))
-
-
-def changed(adapter: Path, folder: Path, *, rename: Any = lambda key: key, **config: Any) -> Path:
-    """A copy with other tensor keys or other values in its configuration."""
-    shutil.copytree(adapter, folder)
-    tensors: dict[str, Tensor] = load_file(adapter / "adapter_model.safetensors")
-    renamed = {rename(key): tensor for key, tensor in tensors.items()}
-    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    found = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(found | config))
-    return folder
-
-
-def without_model_prefix(key: str) -> str:
-    return key.replace("base_model.model.model.", "base_model.model.")

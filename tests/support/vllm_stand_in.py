@@ -144,10 +144,6 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(1)
         elif mode == "answers 500":
             self.reply(500, {"error": {"message": "EngineCore encountered an issue.", "code": 500}})
-        elif mode == "answers 404":
-            self.reply(404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}})
-        elif mode == "breaks off the error":
-            self.reply(500, {}, promised=1000)
         elif body.get("stream"):
             self.stream(body, mode)
         elif mode == "hangs":
@@ -174,13 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         self.piece(body, mode, first)
         if mode == "hangs":
             time.sleep(HANG_S)
-        if mode == "breaks off":
-            self.chunk(b'data: {"object": "text_comp')
-            self.close_connection = True
-            return
-        if mode == "errs within":
-            self.event(json.dumps({"error": {"message": "EngineCore encountered an issue.", "code": 500}}))
-        elif mode != "stops early":
+        if mode != "stops early":
             for _ in range(size, tokens):
                 self.piece(body, mode, choice(1, logprob(body, mode)))
         self.event("[DONE]")
@@ -191,19 +181,15 @@ class Handler(BaseHTTPRequestHandler):
         self.event(json.dumps({"object": "text_completion", "model": model, "choices": [found], "usage": None}))
 
     def event(self, text: str) -> None:
-        self.chunk(f"data: {text}\n\n".encode())
-
-    def chunk(self, data: bytes) -> None:
+        data = f"data: {text}\n\n".encode()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
-    def reply(self, code: int, content: dict[str, Any], promised: int = 0) -> None:
-        """Answer with JSON, and hang up if more bytes are promised."""
+    def reply(self, code: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(max(promised, len(data))))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-        self.close_connection = promised > len(data)
 
     def log_message(self, *args: object) -> None:
         pass
