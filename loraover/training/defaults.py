@@ -32,13 +32,13 @@ WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
 
 
-def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, report: Reporter) -> Recipe:
+def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Reporter) -> Recipe:
     """Give the values that a recipe leaves open, but for its batch size.
 
     Args:
         recipe: The recipe.
         config: Configuration of its base model.
-        tokens: Lengths of its training examples; None if they are not known.
+        tokens: Lengths of its training examples; empty if they are not known.
         report: Receiver of the values with their reasons.
     """
     training, values = recipe.training, dict[str, Any]()

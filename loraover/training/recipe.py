@@ -6,7 +6,7 @@ import copy
 import difflib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,13 @@ def _read(name: str) -> dict[str, Any]:
 
 def _near(name: str) -> str:
     """The end of a message about an unknown recipe: the one that was meant, or all."""
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(recipe_names())}."
+    return hint(name, recipe_names()) or f", nor one of {', '.join(recipe_names())}."
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown word: the known one that was meant; empty if none is like it."""
+    near = difflib.get_close_matches(word, [*known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -245,8 +250,7 @@ def _faults(error: ValidationError) -> list[str]:
     for fault in error.errors(include_url=False):
         place = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1)
-            faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+            faults.append(f"{place}: unknown key{hint(str(fault['loc'][-1]), _known_keys(fault['loc'][:-1]))}")
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing")
         else:
