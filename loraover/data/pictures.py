@@ -21,7 +21,8 @@ MEDIA = (*PICTURES, "video", "videos", "audio", "audios")
 PLACE = "<image>"
 """What stands for an image in the text of a message, as in LLaVA's data (Liu et al. 2023, arXiv:2304.08485)."""
 
-CHATS = ("messages", "prompt", "completion", "chosen", "rejected")
+PARTS = ("prompt", "completion", "chosen", "rejected")
+CHATS = ("messages", *PARTS)
 """Columns that may hold chat messages."""
 
 ASKERS = ("user", "system")

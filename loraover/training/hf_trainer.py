@@ -115,7 +115,7 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
         pictures: Whether each row has the column `images`, by whose presence TRL chooses how rows become tokens.
 
     Raises:
-        DataError: A column has numbers in some rows and text in others.
+        DataError: A column has numbers in some rows and text in others, or numbers beyond 64 bits.
     """
     from datasets import Dataset, Features, Image, Json, List
     from pyarrow import ArrowException
@@ -134,8 +134,10 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     try:
         plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
         return Dataset.from_list(rows, features=Features(plain.features | nested))
-    except ArrowException as error:
-        raise DataError(f"the rows have a column with values of several types; write them alike ({error})") from error
+    except (ArrowException, OverflowError) as error:
+        raise DataError(
+            f"the rows have a column with values of several types, or beyond 64 bits; write them alike ({error})"
+        ) from error
 
 
 class MethodCallback(TrainerCallback):

@@ -127,8 +127,11 @@ def find_reward(name: str) -> Any:
 
     module, _, function = name.rpartition(".")
     try:
-        return getattr(importlib.import_module(module) if module else trl.rewards, function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module) if module else trl.rewards, function)
+        if not callable(found):
+            raise TypeError(f"it is {found!r:.80}")
+        return found
+    except (ImportError, AttributeError, TypeError) as error:
         known = ", ".join(one for one in trl.rewards.__all__ if one.endswith("reward"))
         raise ConfigError(
             f"reward_funcs: {name!r} is neither of trl.rewards ({known}) nor a function: {error}"

@@ -17,6 +17,7 @@ from support.real_data import real_data
 from support.rows import GSM8K, MESSAGES, PAIR, TURNS, Write, fault, lines, load
 
 AS_CHAT = {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant", "content": "2"}]}
+PART = {"type": "text", "text": "\ud83d"}
 OTHER = {"prompt": "ü €?", "completion": " é"}
 
 
@@ -105,6 +106,8 @@ def test_a_limit_counts_examples(write: Write) -> None:
         ({"prompt": "\ud83d", "completion": "b"}, "half a character"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "the completion is empty"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": [PART | {"text": " "}]}]}, "the completion is empty"),
+        ({"messages": [TURNS[1] | {"content": [PART]}, TURNS[2]]}, "half a character"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
         (PAIR | {"images": ["a.png"]}, "holds images"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, TURNS[1]]}, "holds images"),
