@@ -74,16 +74,10 @@ def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     return replace(found, shared=shared)
 
 
-def without_evaluation(recipe: Recipe) -> Recipe:
-    """Return a recipe that measures nothing."""
-    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"examples": 0})})
-
-
 def load_held_out(recipe: Recipe) -> Rows | None:
     """Load the held-out rows alone, each turn apart where it is one example; None if the recipe measures nothing."""
     if not _is_divided(recipe):
-        data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
-        recipe = recipe.model_copy(update={"data": data})
+        recipe = recipe.changed("data", train_examples=1)  # the training rows are not looked at
     turns, columns = recipe.training.assistant_only_loss is None, TRAINERS[recipe.trainer or "sft"].columns
     return load_examples(recipe, RowForm(columns, chat=True, turns=turns, pictures=True)).test
 

@@ -30,7 +30,7 @@ from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
-from loraover.training.run_folder import with_processes, write_recipe
+from loraover.training.run_folder import write_recipe
 from loraover.training.run_log import METRICS_FILE
 from loraover.training.run_result import StartedFrom
 from loraover.training.settle import Settled, read_examples, settle
@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     ranks = launched()
     check_names(recipe)
     if recipe.distributed.processes is None and ranks.size > 1:
-        recipe = with_processes(recipe, ranks.size)
+        recipe = recipe.changed("distributed", processes=ranks.size)
     with ranks.first_then_others():  # which finds what rank 0 has downloaded
         source = resolve_model(recipe.model, recipe.model_revision)
         is_seq2seq = is_encoder_decoder(source)
@@ -173,10 +173,10 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:
 def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
     """The recipe with the commits of model and data that the run uses, and the number of its processes if several."""
     held_out = None if examples.test is None else examples.test.revision
-    data = recipe.data.model_copy(update={"revision": examples.train.revision or held_out})
-    processes = recipe.distributed.processes
-    recipe = with_processes(recipe, None if processes == 1 else processes)  # so that other recipes stay as they are
-    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
+    if recipe.distributed.processes == 1:
+        recipe = recipe.changed("distributed", processes=None)  # so that other recipes stay as they are
+    recipe = recipe.changed("data", revision=examples.train.revision or held_out)
+    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision})
 
 
 def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Examples) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from loraover.training.methods import METHODS, MethodKeys
 from loraover.training.recipe_parts import AUTO, BATCH, SOAP
 
 LEARNS_TOKENS = (None, "sft", "seq2seq")
-"""Values of the key `trainer` whose loss is that of completion tokens."""
+"""Values of the key `trainer` whose loss is that of completion tokens; that of the others is a mean over batches."""
 
 HAS_REFERENCE = ("dpo", "kto", "grpo")
 """Values of the key `trainer` whose loss compares the model with the one before training."""
@@ -106,6 +106,10 @@ class Recipe(MethodKeys):
                     f"the key {method} is only for method {method}, and this recipe's method is {self.method}"
                 )
         return self
+
+    def changed(self, part: str, **values: Any) -> Recipe:
+        """Return the recipe with other values in one of its parts, which are taken as they are."""
+        return self.model_copy(update={part: getattr(self, part).model_copy(update=values)})
 
     @property
     def can_resume(self) -> bool:

@@ -201,18 +201,16 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     begun = _read_yaml(output / RECIPE_FILE)
     recipe = recipe.model_copy(update={"training": _with_chosen(recipe.training, begun.get("training"))})
     if recipe.distributed.processes is None:
-        recipe = with_processes(recipe, (begun.get("distributed") or {}).get("processes") or 1)
+        distributed = begun.get("distributed")
+        processes = distributed.get("processes") if isinstance(distributed, dict) else None
+        recipe = recipe.changed("distributed", processes=processes if isinstance(processes, int) else 1)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
         recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
     if recipe.lora.start_from is not None:
         recipe = recipe.model_copy(update={"lora": _with_pins(recipe.lora, begun.get("lora"))})
-    data, kept = recipe.data, begun.get("data")
-    if (
-        data.revision is None
-        and isinstance(kept, dict)
-        and (kept.get("train"), kept.get("test")) == (data.train, data.test)
-    ):
-        recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
+    data, kept = recipe.data.model_dump(mode="json"), begun.get("data")
+    if isinstance(kept, dict) and data["revision"] is None and all(kept.get(k) == data[k] for k in ("train", "test")):
+        recipe = recipe.changed("data", revision=kept.get("revision"))
     return recipe
 
 
@@ -239,12 +237,6 @@ def _with_pins(lora: LoraSettings, kept: Any) -> LoraSettings:
         return lora
     pairs = zip(asked, names, strict=True)
     return lora.with_start({one: pinned if pinned.startswith(f"{one}@") else one for one, pinned in pairs})
-
-
-def with_processes(recipe: Recipe, processes: int | None) -> Recipe:
-    """Return a recipe whose step has the micro-batches of so many processes."""
-    distributed = recipe.distributed.model_copy(update={"processes": processes})
-    return recipe.model_copy(update={"distributed": distributed})
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:

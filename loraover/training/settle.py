@@ -11,7 +11,7 @@ from loraover.data.formats import RowForm
 from loraover.models.load import ModelSource, load_config, load_processor, takes_images
 from loraover.training.checks import check_rows, row_form
 from loraover.training.defaults import with_batch, with_defaults
-from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
+from loraover.training.examples import Examples, load_examples, report_rows
 from loraover.training.lengths import Tokens, check_fit, count_tokens
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod
@@ -71,7 +71,7 @@ def read_examples(
         form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
     measures = measures and name != "grpo"  # whose loss says nothing; its log has rewards
     with launched().first_then_others():
-        examples = load_examples(recipe if measures else without_evaluation(recipe), form)
+        examples = load_examples(recipe if measures else recipe.changed("evaluation", examples=0), form)
     report_rows(examples, report, measures=measures and bool(recipe.evaluation.examples))
     return examples
 
