@@ -29,7 +29,6 @@ class Trained:
     Args:
         trainer: as it was left.
         start: A and B when training began.
-        printed: standard output of `train --json`.
     """
 
     kind: str
@@ -38,7 +37,6 @@ class Trained:
     folder: Path
     trainer: Any
     start: dict[str, Tensor]
-    printed: str
 
     @property
     def adapter(self) -> Path:
