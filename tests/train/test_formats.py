@@ -69,8 +69,8 @@ def test_a_row_becomes_prompt_and_completion(
     row = {"prompt": prompt, "completion": completion}
     assert load(write("a.jsonl", ROWS[format] | change), format=format).rows == [row]
     if ASKED.format("Say hi.") == prompt:  # a chat needs no template of ours
-        (row,) = load(write("a.jsonl", ROWS[format]), format=format, chat=True).rows
-        assert row["prompt"] == [{"role": "user", "content": "Say hi."}]
+        (talk,) = load(write("a.jsonl", ROWS[format]), format=format, chat=True).rows
+        assert talk["prompt"] == [{"role": "user", "content": "Say hi."}]
 
 
 @pytest.mark.parametrize("format", [name for name in ROWS if FORMATS[name].fields is None])
