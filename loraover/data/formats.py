@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
 from loraover.data.glue import GLUE_TASKS, glue_reader
-from loraover.data.pictures import MEDIA, PICTURES, has_media, has_others, placed, places
+from loraover.data.pictures import CHATS, MEDIA, PARTS, PICTURES, has_media, has_others, placed, places
 
 Row = dict[str, Any]
 
@@ -28,7 +28,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that most chat templates know; others are taken as they are, unless one of these seems to be meant."""
 PAIRS = (frozenset({"prompt", "completion"}),)
 TURNS = frozenset({"messages"})
-PARTS = ("prompt", "completion", "chosen", "rejected")
+TEXTS = frozenset({*CHATS, "text"})
+"""Columns whose texts are learned."""
 SYSTEM = "system"
 """Column whose text is learned before the prompt or the messages of a row."""
 
@@ -122,7 +123,7 @@ def _matched(row: Mapping[str, Any], form: RowForm) -> frozenset[str] | None:
 def _taken(columns: Set[str]) -> set[str]:
     """Return the columns that a trainer takes of a row which has those that it needs."""
     taken = {*columns, "images"}
-    if columns & {"messages", *PARTS}:
+    if columns & {*CHATS}:
         taken |= {"tools", "chat_template_kwargs"}
     return taken | {"prompt"} if "chosen" in columns else taken
 
@@ -152,7 +153,7 @@ def _examples(example: Row, system: Any, template: str, form: RowForm, where: st
     if options and all(isinstance(taken[name], str) for name in texts):
         raise DataError(f"{where}: has {options[0]}, which chat messages alone can have; this run learns it as text.")
     is_said = isinstance(system, str) or not form.keeps_all  # a column of a reward may be anything
-    if is_said and system not in (None, "") and str(system).strip() and {"messages", *PARTS} & columns:
+    if is_said and system not in (None, "") and str(system).strip() and {*CHATS} & columns:
         taken = _after(_text({SYSTEM: system}, SYSTEM, where), taken, where)
     yield placed(taken, where) if form.pictures else taken
 
@@ -230,18 +231,15 @@ def _check_options(taken: Row, where: str) -> None:
         raise DataError(f"{where}: field 'chat_template_kwargs' is not an object.")
 
 
-TEXTS = frozenset({"prompt", "completion", "chosen", "rejected", "messages", "text"})
-
-
 def _spelt(columns: Iterable[frozenset[str]]) -> str:
     return " or ".join(str(sorted(names)) for names in columns)
 
 
 def _texts(part: Any) -> list[str]:
-    """Return the texts of a prompt or completion; a call of a tool counts as one."""
+    """Return the texts of a prompt or completion; a call of a tool counts as one, and so does an image."""
     if isinstance(part, str):
         return [part]
-    return [str(message.get("content") or message.get("tool_calls") or "") for message in part]
+    return [_texts_of(message) or str(message.get("tool_calls") or places([message]) or "") for message in part]
 
 
 def as_chat(example: Row) -> Row:
@@ -376,7 +374,7 @@ def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
         raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
     if isinstance(value, list) and not all(map(_is_message, value)):
         raise DataError(f"{where}: field {name!r} is not a list of objects with role and content, both text.")
-    check_encodes(value if isinstance(value, str) else "".join(_texts(value)), name, where)
+    check_encodes(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), name, where)
     return value
 
 

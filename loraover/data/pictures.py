@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ MEDIA = (*PICTURES, "video", "videos", "audio", "audios")
 PLACE = "<image>"
 """What stands for an image in the text of a message, as in LLaVA's data (Liu et al. 2023, arXiv:2304.08485)."""
 
-CHATS = ("messages", "prompt", "completion", "chosen", "rejected")
+PARTS = ("prompt", "completion", "chosen", "rejected")
+CHATS = ("messages", *PARTS)
 """Columns that may hold chat messages."""
 
 ASKERS = ("user", "system")
@@ -63,12 +65,12 @@ def _picture(given: Any, folder: Path | None, where: str) -> dict[str, Any]:
     )
 
 
-def digested(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a row with the SHA-256 of each image in place of the image."""
-    if PICTURES[0] not in row:
-        return row
-    files = (one["bytes"] or Path(one["path"]).read_bytes() for one in row[PICTURES[0]])
-    return {**row, PICTURES[0]: [hashlib.sha256(file).hexdigest() for file in files]}
+def as_json(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON, with the SHA-256 of each image in place of the image."""
+    if PICTURES[0] in row:
+        files = (one["bytes"] or Path(one["path"]).read_bytes() for one in row[PICTURES[0]])
+        row = {**row, PICTURES[0]: [hashlib.sha256(file).hexdigest() for file in files]}
+    return json.dumps(row, sort_keys=True, default=str)
 
 
 def has_media(row: Mapping[str, Any]) -> bool:

@@ -68,9 +68,8 @@ class Rows:
         rows: Examples in the form that the trainer takes, such as `prompt` and `completion`.
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
-        numbers: Number of the source's row, from 1, that each example comes from; empty if they are generated.
-        owners: Source of each example, as its place among `origins`; empty if there is one.
-        origins: Descriptions of several sources.
+        numbers: Number of the source's row, from 1, that each example comes from, with the source where there are
+            several; empty if they are generated.
         filtered: Rows that `keep` has left out.
         unread: Columns that are not learned, with the rows that have them.
     """
@@ -78,16 +77,17 @@ class Rows:
     rows: list[Row]
     origin: str
     revision: str | None = None
-    numbers: Sequence[int] = ()
+    numbers: Sequence[int | str] = ()
     filtered: Counted = field(default_factory=Counted)
     unread: Mapping[str, Counted] = field(default_factory=dict)
-    owners: Sequence[int] = ()
-    origins: Sequence[str] = ()
 
     def number(self, example: int) -> int | str:
         """Return the number of the source's row that an example comes from, or the example's own."""
-        number = self.numbers[example] if self.numbers else example + 1
-        return f"{number} of {self.origins[self.owners[example]]}" if self.owners else number
+        return self.numbers[example] if self.numbers else example + 1
+
+    def place(self, example: int) -> str:
+        """Return the source and the row of an example, for messages."""
+        return f"{self.origin}: row {self.number(example)}"
 
 
 def load_rows(
@@ -189,8 +189,7 @@ def read_raw(
         return RawRows(_read_file(path), f"file {path.name}", folder=path.parent)
     if kind == "folder":
         return _read_folder(path, split)
-    is_name = source.count("/") <= 1 and not source.startswith((".", "/", "~"))
-    if not is_name or path.suffix in LOCAL_SUFFIXES:
+    if not is_hub_name(source):
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
     return RawRows(*_read_hub(source, split, subset, revision, streaming))
 

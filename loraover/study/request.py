@@ -14,7 +14,7 @@ from loraover.common.request import AnyNames, AnyPath, AnyPaths, Request, argume
 from loraover.common.strict_yaml import parse_yaml
 from loraover.evaluation import TASKS
 from loraover.evaluation.request import EvaluationRequest
-from loraover.training.request_fields import ray_address, values_by_key
+from loraover.training.request import ray_address, values_by_key
 
 Sweeps = Mapping[str, tuple[float, ...]]
 """Learning rates by name: of a method on a task ("TASK/METHOD"), of a task, of a method, or "" for all others."""

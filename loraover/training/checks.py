@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
@@ -18,7 +17,7 @@ from loraover.common.reporter import Reporter
 from loraover.data.formats import TEXTS, RowForm
 from loraover.data.sources import Rows
 from loraover.training.examples import Examples
-from loraover.training.recipe import Recipe
+from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import SOAP
 from loraover.training.spelling import learned
 from loraover.training.trainers import TRAINERS, check_keys
@@ -42,9 +41,8 @@ def check_names(recipe: Recipe) -> None:
 
 def _check_known(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}."
-        raise ConfigError(f"{key} is {value!r}{hint}")
+        meant = hint(value, known) or f", expected one of {', '.join(known)}."
+        raise ConfigError(f"{key} is {value!r}{meant}")
 
 
 def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
@@ -90,7 +88,7 @@ def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) ->
         DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; a margin
             that is no number, or that only some rows have; or rows with images and tools, which TRL leaves out.
     """
-    for part in filter(None, (examples.train, examples.test)):
+    for part in examples.parts:
         _check_chat(recipe, name, tokenizer, part)
         _check_margins(part)
     if examples.test is not None and recipe.evaluation.exact_match:
@@ -103,13 +101,13 @@ def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
     columns = [TEXTS & row.keys() for row in part.rows]
     if other := next((i for i, found in enumerate(columns) if found != columns[0]), 0):
         raise DataError(
-            f"{part.origin}: row {part.number(other)} has {sorted(columns[other])}, and row {part.number(0)} "
+            f"{part.place(other)} has {sorted(columns[other])}, and row {part.number(0)} "
             f"{sorted(columns[0])}; write all rows in one form."
         )
     is_text = [all(isinstance(row[column], str) for column in columns[0]) for row in part.rows]
     if all(is_text):
         return
-    where = f"{part.origin}: row {part.number(is_text.index(False))} holds chat messages"
+    where = f"{part.place(is_text.index(False))} holds chat messages"
     if TRAINERS[name].library == "transformers":
         raise DataError(f"{where}, which cannot train {recipe.model} with {name}; use text.")
     if tokenizer.chat_template is None:
@@ -127,8 +125,7 @@ def _check_answers(part: Rows) -> None:
         if others or not (row.keys() >= {"prompt", "completion"} or "messages" in row):
             found = f"has {others[0]}" if others else f"has {sorted(row)} and no prompt with a completion"
             raise ConfigError(
-                f"evaluation.exact_match generates answers to prompts, and {part.origin}: row {part.number(i)} {found}."
-                " Set it to false."
+                f"evaluation.exact_match generates answers to prompts, and {part.place(i)} {found}. Set it to false."
             )
 
 
@@ -137,8 +134,7 @@ def _check_margins(part: Rows) -> None:
     fault = next((i for i, margin in enumerate(margins) if not _is_finite(margin)), None)
     if fault is not None and any(margin is not None for margin in margins):
         raise DataError(
-            f"{part.origin}: row {part.number(fault)}: the margin is {margins[fault]!r}, expected a number in every "
-            "row, or in none."
+            f"{part.place(fault)}: the margin is {margins[fault]!r}, expected a number in every row, or in none."
         )
 
 
@@ -149,12 +145,12 @@ def _is_finite(value: Any) -> bool:
 def _check_pictures(recipe: Recipe, examples: Examples) -> None:
     if not examples.have_pictures:
         return
-    for part in filter(None, (examples.train, examples.test)):
+    for part in examples.parts:
         for i, row in enumerate(part.rows):
             if found := sorted({"tools", "chat_template_kwargs"} & row.keys()):
                 raise DataError(
-                    f"{part.origin}: row {part.number(i)} has {found[0]}, and TRL leaves this column out where rows "
-                    "hold images; train such rows apart."
+                    f"{part.place(i)} has {found[0]}, and TRL leaves this column out where rows hold images; train "
+                    "such rows apart."
                 )
 
 
@@ -165,13 +161,12 @@ def count_classes(examples: Examples) -> int:
         DataError: A label is no such number.
     """
     most = 1
-    for rows in (part for part in (examples.train, examples.test) if part is not None):
+    for rows in examples.parts:
         for i, row in enumerate(rows.rows):
             label = row.get("label")
             if type(label) is not int or label < 0:
                 raise DataError(
-                    f"{rows.origin}, row {rows.number(i)}: the label is {label!r}, expected a number from 0 on; number "
-                    "the classes."
+                    f"{rows.place(i)}: the label is {label!r}, expected a number from 0 on; number the classes."
                 )
             most = max(most, label)
     return 1 + most

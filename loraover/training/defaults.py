@@ -32,13 +32,13 @@ WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
 
 
-def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, report: Reporter) -> Recipe:
+def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Reporter) -> Recipe:
     """Give the values that a recipe leaves open, but for its batch size.
 
     Args:
         recipe: The recipe.
         config: Configuration of its base model.
-        tokens: Lengths of its training examples; None if they are not known.
+        tokens: Lengths of its training examples; empty if they are not known.
         report: Receiver of the values with their reasons.
     """
     training, values = recipe.training, dict[str, Any]()
@@ -66,7 +66,7 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens] | None, repo
         values["max_length"] = max(8, min(longest, context))
         why = "the longest example" if tokens and longest <= context else "the model's context, or 1024 without data"
         report.line(f"training.max_length: {values['max_length']}, {why}")
-    return recipe.model_copy(update={"training": training.model_copy(update=values)})
+    return recipe.changed("training", **values)
 
 
 def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
@@ -91,7 +91,7 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
                 "gradient_accumulation_steps": max(1, in_a_step // (batch * processes)),
                 "gradient_checkpointing": checkpointing,
             }
-            tried = recipe.model_copy(update={"training": training.model_copy(update=values)})
+            tried = recipe.changed("training", **values)
             needed = estimate_memory(tried, source, tried.training.max_steps or 1)
             in_all = needed.held + (needed.activations or 0)
             if memory is None or in_all <= ROOM * memory:

@@ -19,8 +19,6 @@ PREPARATION_S = 86400
 TIMEOUT_S = 600
 """Seconds in training after which a process that does not answer counts as lost; the Trainer's own default is 1800."""
 
-AUTO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
-
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "zero2": {"zero_optimization": {"stage": 2}},
@@ -29,7 +27,10 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 """Our settings of each engine, beside those that DeepSpeed always gets."""
 
-DEEPSPEED = AUTO | {
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
     "bf16": {"enabled": "auto"},
     "fp16": {"enabled": "auto"},
     "zero_allow_untested_optimizer": True,

@@ -70,10 +70,10 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int) -> Memory:
     model: Any = base
     method = make_method(recipe, is_seq2seq=is_seq2seq)
     if recipe.method != "full":
-        lora = recipe.lora.model_copy(update={"init_lora_weights": True})  # others decompose weights, which are absent
+        plain = recipe.changed("lora", init_lora_weights=True)  # others decompose weights, which are absent
         task = "SEQ_2_SEQ_LM" if is_seq2seq else "CAUSAL_LM"  # the skeleton is a language model for every trainer
         with torch.device("meta"):
-            model = with_adapter(base, recipe.model_copy(update={"lora": lora}), task, source, method)
+            model = with_adapter(base, plain, task, source, method)
     adapter = _bytes(p for p in model.parameters() if p.requires_grad)
     method.freeze(model)
     trained = _bytes(p for p in model.parameters() if p.requires_grad)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from loraover.common.errors import DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import PASSED, Row, RowForm, read_row
-from loraover.data.pictures import digested
+from loraover.data.pictures import as_json
 from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows, together
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
@@ -40,9 +39,14 @@ class Examples:
     divided: int = 0
 
     @property
+    def parts(self) -> list[Rows]:
+        """The training rows, and the held-out rows if there are any."""
+        return [self.train] if self.test is None else [self.train, self.test]
+
+    @property
     def have_pictures(self) -> bool:
         """Whether any row holds images."""
-        return any("images" in row for part in (self.train, self.test) if part is not None for row in part.rows)
+        return any("images" in row for part in self.parts for row in part.rows)
 
 
 def load_examples(recipe: Recipe, form: RowForm) -> Examples:
@@ -58,8 +62,8 @@ def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     found = _load(recipe, form)
     if found.test is None:
         return found
-    held_out = [_content(row) for row in found.test.rows]
-    trained = set(held_out).intersection(map(_content, found.train.rows))
+    held_out = [as_json(row) for row in found.test.rows]
+    trained = set(held_out).intersection(map(as_json, found.train.rows))
     shared = sum(content in trained for content in held_out)
     if shared == len(held_out):
         raise DataError(
@@ -70,16 +74,10 @@ def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     return replace(found, shared=shared)
 
 
-def without_evaluation(recipe: Recipe) -> Recipe:
-    """Return a recipe that measures nothing."""
-    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"examples": 0})})
-
-
 def load_held_out(recipe: Recipe) -> Rows | None:
     """Load the held-out rows alone, each turn apart where it is one example; None if the recipe measures nothing."""
     if not _is_divided(recipe):
-        data = recipe.data.model_copy(update={"train_examples": 1})  # the training rows are not looked at
-        recipe = recipe.model_copy(update={"data": data})
+        recipe = recipe.changed("data", train_examples=1)  # the training rows are not looked at
     turns, columns = recipe.training.assistant_only_loss is None, TRAINERS[recipe.trainer or "sft"].columns
     return load_examples(recipe, RowForm(columns, chat=True, turns=turns, pictures=True)).test
 
@@ -89,10 +87,6 @@ def _is_divided(recipe: Recipe) -> bool:
     data = recipe.data
     is_built_in = data.train == BUILT_IN
     return data.test is None and not is_built_in and (len(data.sources) > 1 or Path(data.sources[0]).is_file())
-
-
-def _content(row: Row) -> str:
-    return json.dumps(digested(row), sort_keys=True, default=str)
 
 
 def _load(recipe: Recipe, form: RowForm) -> Examples:
@@ -149,12 +143,7 @@ def _divided(rows: Rows, places: Sequence[Hashable], most: int) -> Examples:
     train = [i for i, place in enumerate(places) if place not in taken]
     test = sorted({*range(len(places))}.difference(train), key=lambda i: (order[places[i]], i))  # turns are neighbours
     parts = [
-        replace(
-            rows,
-            rows=[rows.rows[i] for i in part],
-            numbers=[rows.numbers[i] for i in part],
-            owners=[rows.owners[i] for i in part] if rows.owners else (),
-        )
+        replace(rows, rows=[rows.rows[i] for i in part], numbers=[rows.numbers[i] for i in part])
         for part in (train, test)
     ]
     return Examples(parts[0], parts[1] if held_out else None, divided=held_out)
@@ -186,20 +175,17 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
     shares = [weight / sum(weights) for weight in weights]
     mixed = interleave_datasets(places, shares, seed=recipe.training.seed, stopping_strategy=strategy)
     taken = [*zip(mixed["part"], mixed["row"], strict=True)]
-    numbers = [parts[k].numbers[i] for k, i in taken]
     rows = Rows(
         [parts[k].rows[i] for k, i in taken],
         " + ".join(part.origin for part in parts),
-        numbers=numbers,
+        numbers=[f"{parts[k].numbers[i]} of {parts[k].origin}" for k, i in taken],
         filtered=together((part.origin, part.filtered) for part in parts),
         unread={
             name: together((part.origin, part.unread[name]) for part in parts if name in part.unread)
             for name in dict.fromkeys(name for part in parts for name in part.unread)
         },
-        owners=[k for k, _ in taken],
-        origins=[part.origin for part in parts],
     )
-    return rows, [(k, number) for (k, _), number in zip(taken, numbers, strict=True)]
+    return rows, [(k, parts[k].numbers[i]) for k, i in taken]
 
 
 def report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -21,44 +19,39 @@ from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
-from loraover.training.methods.base import TrainingMethod, adam_options
+from loraover.training.methods.base import TrainingMethod
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe, parse_override
 from loraover.training.recipe_parts import SOAP
-from loraover.training.trainers import TRAINERS, build
+from loraover.training.settle import Settled
+from loraover.training.trainers import TRAINERS, build, find_reward
 
 
 def make_trainer(
-    recipe: Recipe,
-    name: str,
+    settled: Settled,
     model: PreTrainedModel | PeftModel,
-    reads: Any,
     examples: Examples,
     arguments: Any,
     progress: TrainingProgress,
     over: LoraOverCallback | None,
-    method: TrainingMethod,
 ) -> Trainer:
     """Make a recipe's trainer.
 
     Args:
-        recipe: The recipe.
-        name: Key of `TRAINERS`.
+        settled: The recipe and what it trains on.
         model: The model to train, with its adapter unless all weights are trained.
-        reads: The model's tokenizer, or its processor for rows with images.
         examples: Training and held-out rows.
         arguments: The trainer's settings.
         progress: Writer of the run's log.
         over: Owner of the cores; None for other methods.
-        method: The recipe's method.
 
     Raises:
         ConfigError: A value that the trainer refuses.
     """
+    recipe, name = settled.recipe, settled.trainer_name
     kind, _ = TRAINERS[name].load()
     callbacks: list[TrainerCallback] = [] if over is None else [over]
-    callbacks += [MethodCallback(method)]
-    callbacks += [progress, SealCheckpoints()]
+    callbacks += [MethodCallback(settled.method), progress, SealCheckpoints()]
     options: dict[str, Any] = {}
     if name == "grpo":
         options["reward_funcs"] = [find_reward(reward) for reward in recipe.reward_funcs]
@@ -71,8 +64,8 @@ def make_trainer(
             {
                 "model": model,
                 "args": arguments,
-                **_data(name, recipe, model, reads, examples),
-                "processing_class": reads,
+                **_data(settled, model, examples),
+                "processing_class": settled.reads,
                 "callbacks": callbacks,
                 **options,
             },
@@ -101,20 +94,14 @@ def _unrounded(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Iterator[N
         parameter.data = values.to(parameter.device)
 
 
-def _data(
-    name: str, recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: Any, examples: Examples
-) -> dict[str, Any]:
+def _data(settled: Settled, model: PreTrainedModel | PeftModel, examples: Examples) -> dict[str, Any]:
     """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
-    rows = {"train_dataset": examples.train, "eval_dataset": examples.test}
-    pictures = examples.have_pictures
-    sets = {part: None if found is None else to_dataset(found.rows, pictures) for part, found in rows.items()}
-    if TRAINERS[name].library == "trl":
+    parts = zip(("train_dataset", "eval_dataset"), examples.parts, strict=False)
+    sets = {name: to_dataset(part.rows, examples.have_pictures) for name, part in parts}
+    if TRAINERS[settled.trainer_name].library == "trl":
         return sets
-    encode, collator = _encoding(name, recipe, model, tokenizer)
-    encoded = {
-        part: None if found is None else found.map(encode, remove_columns=found.column_names)
-        for part, found in sets.items()
-    }
+    encode, collator = _encoding(settled, model)
+    encoded = {name: found.map(encode, remove_columns=found.column_names) for name, found in sets.items()}
     return {**encoded, "data_collator": collator}
 
 
@@ -128,7 +115,7 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
         pictures: Whether each row has the column `images`, by whose presence TRL chooses how rows become tokens.
 
     Raises:
-        DataError: A column has numbers in some rows and text in others.
+        DataError: A column has numbers in some rows and text in others, or numbers beyond 64 bits.
     """
     from datasets import Dataset, Features, Image, Json, List
     from pyarrow import ArrowException
@@ -147,25 +134,9 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     try:
         plain = Dataset.from_list([{name: value for name, value in row.items() if name not in nested} for row in rows])
         return Dataset.from_list(rows, features=Features(plain.features | nested))
-    except ArrowException as error:
-        raise DataError(f"the rows have a column with values of several types; write them alike ({error})") from error
-
-
-def find_reward(name: str) -> Any:
-    """Return a reward of `trl.rewards`, or the function that a dotted name such as "module.function" imports.
-
-    Raises:
-        ConfigError: There is no such function.
-    """
-    import trl.rewards
-
-    module, _, function = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module) if module else trl.rewards, function)
-    except (ImportError, AttributeError) as error:
-        known = ", ".join(one for one in trl.rewards.__all__ if one.endswith("reward"))
-        raise ConfigError(
-            f"reward_funcs: {name!r} is neither of trl.rewards ({known}) nor a function: {error}"
+    except (ArrowException, OverflowError) as error:
+        raise DataError(
+            f"the rows have a column with values of several types, or beyond 64 bits; write them alike ({error})"
         ) from error
 
 
@@ -230,7 +201,7 @@ def _optimizer(recipe: Recipe, asked: TrainingArguments) -> Callable[[Any], Any]
         raise ConfigError("training.loraplus_lr_ratio needs a LoRA and optim adamw_torch, adamw_torch_fused or soap.")
     if training.optim_args is not None:
         raise ConfigError("training.optim_args: with loraplus_lr_ratio, only optim soap takes them; leave them out.")
-    return lambda model: _with_rates(recipe, model, torch.optim.AdamW, adam_options(asked))
+    return lambda model: _with_rates(recipe, model, *Trainer.get_optimizer_cls_and_kwargs(asked))
 
 
 def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any]) -> Any:
@@ -240,6 +211,7 @@ def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any
     """
     training = recipe.training
     rate, decay = training.peak_rate, training.weight_decay
+    options = {name: value for name, value in options.items() if name != "lr"}
     if training.loraplus_lr_ratio is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return kind(trained, lr=rate, weight_decay=decay, **options)
@@ -274,11 +246,12 @@ def _soap(recipe: Recipe) -> Any:
     return pytorch_optimizer.SOAP
 
 
-def _encoding(name: str, recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: Any) -> tuple[Any, Any]:
+def _encoding(settled: Settled, model: PreTrainedModel | PeftModel) -> tuple[Any, Any]:
     """Return the function that turns a row into tokens for a trainer of transformers, and the collator of its rows."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    limit: dict[str, Any] = {"truncation": True, "max_length": recipe.training.tokens}
+    tokenizer = settled.tokenizer
+    limit: dict[str, Any] = {"truncation": True, "max_length": settled.recipe.training.tokens}
 
     def classified(row: dict[str, Any]) -> dict[str, Any]:
         return dict(tokenizer(row["text"], **limit)) | {"labels": row["label"]}
@@ -287,6 +260,6 @@ def _encoding(name: str, recipe: Recipe, model: PreTrainedModel | PeftModel, tok
         labels = tokenizer(text_target=row["completion"], **limit)["input_ids"]
         return dict(tokenizer(row["prompt"], **limit)) | {"labels": labels}
 
-    if name == "classification":
+    if settled.trainer_name == "classification":
         return classified, DataCollatorWithPadding(tokenizer)
     return translated, DataCollatorForSeq2Seq(tokenizer, model)

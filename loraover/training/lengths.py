@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
@@ -63,8 +65,7 @@ def count_tokens(
         from trl.data_utils import extract_prompt
 
         asked = [row if "prompt" in row else row | extract_prompt(row) for row in asked]
-    where = [f"{rows.origin}: row {rows.number(i)}" for i in range(len(asked))]
-    prompts = [checked(row, None, reads, at) if row.get("prompt") else "" for row, at in zip(asked, where, strict=True)]
+    prompts = [checked(row, None, reads, rows.place(i)) if row.get("prompt") else "" for i, row in enumerate(asked)]
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
     shown = [0] * len(totals) if processor is None else picture_tokens(rows, processor)
     return [Tokens(start + more, total + more) for start, total, more in zip(starts, totals, shown, strict=True)]
@@ -87,8 +88,7 @@ def _until_answer(row: Row, rows: Rows, i: int) -> Row:
     turn = next((n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"), None)
     if turn is None:
         raise DataError(
-            f"{rows.origin}: row {rows.number(i)}: messages holds no assistant turn, and training.assistant_only_loss "
-            "learns no other."
+            f"{rows.place(i)}: messages holds no assistant turn, and training.assistant_only_loss learns no other."
         )
     return row | {"prompt": row["messages"][:turn]}
 
@@ -123,8 +123,8 @@ def picture_tokens(rows: Rows, processor: Any) -> list[int]:
 
     found = []
     for i, row in enumerate(rows.rows):
-        pictures, where = row.get("images", ()), f"{rows.origin}: row {rows.number(i)}"
-        found.append(sum(count(picture, len(pictures), where) for picture in pictures))
+        pictures = row.get("images", ())
+        found.append(sum(count(picture, len(pictures), rows.place(i)) for picture in pictures))
     return found
 
 
@@ -157,33 +157,8 @@ def _picture_size(picture: dict[str, Any], where: str) -> tuple[int, int]:
         raise DataError(f"{where}: an image cannot be read: {error}.") from error
 
 
-def check_pictures_fit(tokens: list[Tokens], rows: Rows, recipe: Recipe) -> None:
-    """Check that no example with images is cut.
-
-    Raises:
-        DataError: One is, by its row.
-    """
-    limit = recipe.training.tokens
-    for i, one in enumerate(tokens):
-        if rows.rows[i].get("images") and one.total > limit:
-            raise DataError(
-                f"{rows.origin}: row {rows.number(i)} holds images and may need {one.total} tokens, more than "
-                f"training.max_length = {limit}, and the tokens of an image cannot be cut. Leave training.max_length "
-                "out, or remove such rows."
-            )
-
-
-def count_all(
-    recipe: Recipe, name: str, tokenizer: Any, processor: Any | None, examples: Examples
-) -> tuple[list[Tokens], list[Tokens]]:
-    """Count the tokens of training and of held-out rows, see `count_tokens`."""
-    options: dict[str, Any] = {"answers_only": recipe.training.assistant_only_loss, "processor": processor}
-    counted = count_tokens(examples.train, name, tokenizer, **options)
-    return counted, [] if examples.test is None else count_tokens(examples.test, name, tokenizer, **options)
-
-
 def check_fit(
-    recipe: Recipe, name: str, examples: Examples, counted: list[Tokens], seen: list[Tokens], report: Reporter
+    recipe: Recipe, name: str, examples: Examples, counted: Sequence[list[Tokens]], report: Reporter
 ) -> Lengths | None:
     """Check that no example with images is cut, and report which others are, held-out ones too.
 
@@ -191,8 +166,7 @@ def check_fit(
         recipe: The recipe, with its largest length.
         name: Key of `TRAINERS`.
         examples: The rows.
-        counted: Lengths of the training rows.
-        seen: Lengths of the held-out rows.
+        counted: Lengths of each of their parts.
         report: Receiver of the lines.
 
     Returns:
@@ -201,16 +175,22 @@ def check_fit(
     Raises:
         DataError: An example with images is cut, or none keeps anything to learn from.
     """
-    for part, tokens in ((examples.train, counted), (examples.test, seen)):
-        if part is not None:
-            check_pictures_fit(tokens, part, recipe)
+    limit = recipe.training.tokens
+    for rows, tokens in zip(examples.parts, counted, strict=True):
+        for i, one in enumerate(tokens):
+            if rows.rows[i].get("images") and one.total > limit:
+                raise DataError(
+                    f"{rows.place(i)} holds images and may need {one.total} tokens, more than training.max_length = "
+                    f"{limit}, and the tokens of an image cannot be cut. Leave training.max_length out, or remove such "
+                    "rows."
+                )
     if name == "grpo":
         return None
-    found = check_lengths(counted, examples.train, recipe, name, report)
-    if examples.test is not None:
-        held_out = summarise(seen, examples.test, recipe, name)
-        if held_out.cut:
-            report.line(_cut_line(held_out, "held-out examples", recipe, name) + ", and count so in the loss")
+    found, *held_out = (summarise(*part, recipe, name) for part in zip(counted, examples.parts, strict=True))
+    _report_lengths(found, recipe, name, report)
+    for summary in held_out:
+        if summary.cut:
+            report.line(_cut_line(summary, "held-out examples", recipe, name) + ", and count so in the loss")
     return found
 
 
@@ -227,19 +207,12 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
     extra, most = training.model_extra or {}, training.tokens
     cut, unlabelled = Counted(), Counted()
     if not (recipe.packs and extra.get("packing_strategy") in SPLITS):
-        keeps_end, learns_prompts = (
-            extra.get("truncation_mode") == "keep_end",
-            extra.get("completion_only_loss") is False,
-        )
+        keeps_labels = extra.get("truncation_mode") == "keep_end" or extra.get("completion_only_loss") is False
         for i, one in enumerate(tokens):
             if one.total > most:
                 cut.add(rows.number(i))
-                if name == "reward" or (one.prompt >= most and not (keeps_end or learns_prompts)):
+                if name == "reward" or (one.prompt >= most and not keeps_labels):
                     unlabelled.add(rows.number(i))
-    histogram: dict[int, int] = {}
-    for total in totals:
-        edge = 1 << max(0, total - 1).bit_length()
-        histogram[edge] = histogram.get(edge, 0) + 1
     return Lengths(
         examples=len(totals),
         max_length=most,
@@ -249,7 +222,7 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
         unlabelled_rows=unlabelled.first,
         longest=totals[-1],
         keeps_99=totals[-int(len(totals) * (1 - KEPT)) - 1],
-        histogram=histogram,
+        histogram=Counter(1 << max(0, total - 1).bit_length() for total in totals),
     )
 
 
@@ -257,20 +230,8 @@ SPLITS = ("wrapped", "bfd_split", "bfd-requeue")
 """Strategies of packing that put the rest of a longer example into the next row."""
 
 
-def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str, report: Reporter) -> Lengths:
-    """Report which training examples are cut or have nothing to learn, before the first step.
-
-    Args:
-        tokens: Lengths of the examples.
-        rows: The examples.
-        recipe: The recipe, with its largest length.
-        name: Key of `TRAINERS`.
-        report: Receiver of the lines.
-
-    Raises:
-        DataError: No example keeps anything to learn from.
-    """
-    found = summarise(tokens, rows, recipe, name)
+def _report_lengths(found: Lengths, recipe: Recipe, name: str, report: Reporter) -> None:
+    """Report which training examples are cut or have nothing to learn; raise DataError if none has anything."""
     limit, kept = f"training.max_length = {found.max_length}", f"{found.keeps_99} keep 99 % of them whole"
     if found.unlabelled == found.examples:
         why = "trainer reward leaves out what is longer" if name == "reward" else "every prompt fills it"
@@ -286,7 +247,6 @@ def check_lengths(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str, r
             f"{found.unlabelled} of {found.examples} examples have no room for their completion within {limit} and are "
             f"left out ({Counted(found.unlabelled, found.unlabelled_rows).rows})"
         )
-    return found
 
 
 def _cut_line(found: Lengths, what: str, recipe: Recipe, name: str) -> str:

@@ -18,14 +18,13 @@ from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import Scored, any_number, exact_match, example_losses, token_loss
 from loraover.training.engines import CUTS_WEIGHTS
 from loraover.training.prepare import Prepared
+from loraover.training.recipe import LEARNS_TOKENS
 from loraover.training.run_folder import HELD_OUT_FILE
 from loraover.training.run_log import log_measures
 from loraover.training.run_result import Measures
 
 BEFORE, AFTER = "before training", "after training"
 LOWER = "Lower the learning rate of {:g}"
-BY_TOKEN = ("sft", "seq2seq")
-"""Trainers whose loss is that of completion tokens; the loss of the others is a mean over batches."""
 
 
 def check_room(run: Prepared) -> None:
@@ -54,13 +53,13 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
     engine = recipe.distributed.engine
-    by_engine = engine in CUTS_WEIGHTS or (engine == "zero2" and run.trainer_name not in BY_TOKEN)
+    by_engine = engine in CUTS_WEIGHTS or (engine == "zero2" and run.trainer_name not in LEARNS_TOKENS)
     if by_engine and not has_begun:
         report.line(f"not measured {when}: {engine} places the weights when this process takes its first step")
         return None
     rows, ranks = run.examples.test.rows, launched()
     with report.task(f"held-out loss {when}", len(rows)) as advance:
-        if run.trainer_name in BY_TOKEN:
+        if run.trainer_name in LEARNS_TOKENS:
             scored = _scored(run, lambda done: advance(min(ranks.size * done, len(rows))))
             loss, fitting = token_loss(scored), sum(example.tokens > 0 for example in scored)
             _check_fitting(run, fitting, rows)

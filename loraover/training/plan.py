@@ -10,18 +10,15 @@ from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
-from loraover.data.formats import RowForm
 from loraover.data.sources import count_hub_rows, is_hub_name
-from loraover.models.load import ModelSource, load_config, load_processor, load_tokenizer, resolve_model, takes_images
-from loraover.training.checks import check_names, check_rows, row_form
-from loraover.training.defaults import with_batch, with_defaults
+from loraover.models.load import ModelSource, is_encoder_decoder, load_tokenizer, resolve_model
+from loraover.training.checks import check_names
 from loraover.training.estimate import Memory, estimate_memory
-from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
-from loraover.training.hf_trainer import find_reward
-from loraover.training.lengths import SPLITS, Tokens, check_fit, count_all
-from loraover.training.methods import make_method
+from loraover.training.examples import Examples
+from loraover.training.lengths import SPLITS
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
+from loraover.training.settle import Settled, read_examples, settle
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 from loraover.training.trial import try_steps
 
@@ -91,33 +88,20 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     """
     check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
-    config = load_config(source)
-    is_seq2seq = bool(config.is_encoder_decoder)
+    is_seq2seq = is_encoder_decoder(source)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, Path())
-    for reward in recipe.reward_funcs:
-        find_reward(reward)
     tokenizer = _tokenizer(source)
     read = _read(recipe, name, source, tokenizer, report)
-    tokens, held_out = None, list[Tokens]()
-    if read is not None and tokenizer is not None:
-        check_rows(recipe, name, tokenizer, read)
-        processor = load_processor(source) if read.have_pictures else None
-        tokens, held_out = count_all(recipe, name, tokenizer, processor, read)
-    lasting = tokens and tokens + (held_out if read is not None and read.have_pictures else [])
-    recipe = with_batch(with_defaults(recipe, config, lasting, report), source, report)
-    method = make_method(recipe, is_seq2seq=is_seq2seq)
-    training, lengths = recipe.training, None
-    if read is not None and tokens is not None:
-        method.check_rows(read.train.rows)
-        lengths = check_fit(recipe, name, read, tokens, held_out, report)
-    examples = None if training.max_steps is not None else _count_examples(recipe, read, tokens, lengths)
+    settled = settle(recipe, name, source, tokenizer, read, report)
+    recipe, training = settled.recipe, settled.recipe.training
+    examples = None if training.max_steps is not None else _count_examples(settled, read)
     steps = recipe.steps(examples or 0)
     in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
     seen = steps * in_a_step * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
-    needs = try_steps(recipe, source, report) if tries and tokens is not None else None
+    needs = try_steps(recipe, source, report) if tries and settled.tokens else None
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,
@@ -127,7 +111,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
         tokens=seen * training.tokens * (2 if is_seq2seq else TRAINERS[name].texts),
         step_seconds=None if needs is None else needs.step_seconds,
         peak_bytes=None if needs is None else round(needs.peak_bytes),
-        lengths=lengths,
+        lengths=settled.lengths,
     )
 
 
@@ -158,25 +142,20 @@ def _read(recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report
     if any(map(is_hub_name, recipe.data.sources)):
         report.line(f"{', '.join(recipe.data.sources)}: not read, since a plan downloads no data; the run checks rows")
         return None
-    form = RowForm(TRAINERS[name].columns)
-    if tokenizer is not None:
-        form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
-    tests = name != "grpo" and not is_hub_name(recipe.data.test or "")
-    read = load_examples(recipe if tests else without_evaluation(recipe), form)
-    report_rows(read, report, measures=tests and bool(recipe.evaluation.examples))
-    return read
+    return read_examples(recipe, name, source, tokenizer, report, measures=not is_hub_name(recipe.data.test or ""))
 
 
-def _count_examples(recipe: Recipe, read: Examples | None, tokens: list[Tokens] | None, lengths: Lengths | None) -> int:
+def _count_examples(settled: Settled, read: Examples | None) -> int:
     """Count the examples of an epoch: of local data those that are not left out, as few as packing makes of them."""
+    recipe, lengths = settled.recipe, settled.lengths
     data, most = recipe.data, recipe.training.tokens
     if read is None and data.train_examples:
         return data.train_examples * len(data.sources)
     if read is None:
         return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
-    if recipe.packs and tokens is not None:
+    if recipe.packs and settled.tokens:
         whole = (recipe.training.model_extra or {}).get("packing_strategy") in SPLITS
-        return math.ceil(sum(one.total if whole else min(one.total, most) for one in tokens) / most)
+        return math.ceil(sum(one.total if whole else min(one.total, most) for one in settled.tokens) / most)
     return len(read.train.rows) - (0 if lengths is None else lengths.unlabelled)
 
 

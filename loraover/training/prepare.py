@@ -15,92 +15,59 @@ from loraover.callbacks.step_norm import Factors, factors
 from loraover.common.errors import ConfigError
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
-from loraover.models.load import (
-    ModelSource,
-    is_encoder_decoder,
-    load_config,
-    load_model,
-    load_processor,
-    load_tokenizer,
-    resolve_model,
-    takes_images,
-)
+from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.sources.push import check_repository
 from loraover.training.adapter import with_adapter
-from loraover.training.checks import (
-    check_names,
-    check_rows,
-    check_trained,
-    count_classes,
-    note_slow_precision,
-    row_form,
-    weights_dtype,
-)
-from loraover.training.defaults import with_batch, with_defaults
+from loraover.training.checks import check_names, check_trained, count_classes, note_slow_precision, weights_dtype
 from loraover.training.engines import end_preparation
-from loraover.training.examples import Examples, load_examples, report_rows, without_evaluation
-from loraover.training.hf_trainer import find_reward, make_trainer
-from loraover.training.lengths import check_fit, count_all
-from loraover.training.methods import make_method
-from loraover.training.methods.base import TrainingMethod, count_trained
+from loraover.training.examples import Examples
+from loraover.training.hf_trainer import make_trainer
+from loraover.training.methods.base import count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
-from loraover.training.run_folder import with_processes, write_recipe
+from loraover.training.run_folder import write_recipe
 from loraover.training.run_log import METRICS_FILE
-from loraover.training.run_result import Lengths, StartedFrom
+from loraover.training.run_result import StartedFrom
+from loraover.training.settle import Settled, read_examples, settle
 from loraover.training.start import pin_start, start_from_adapter
 from loraover.training.trackers import check_login
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Settled):
     """Everything that a run needs before its first step.
 
     Args:
         output: The run's folder.
         report: Receiver of progress.
-        recipe: The recipe, with values in place of those that it left to this machine and its data.
-        source: The base model.
-        tokenizer: Its tokenizer.
-        processor: What reads the images of its rows; None for rows without any.
         examples: Training and held-out rows.
         model: What the trainer trains.
         untrained: A and B of every module before training; None where more than their product is trained.
         trainer: Trainer of transformers or TRL.
         progress: Writer of its log, and of its steps.
         callback: Owner of the cores while training; None unless the method is LoRA-Over.
-        method: The recipe's method.
         trained: Numbers in the parameters that the optimizer has before any cores.
         pushed_base: Model that a pushed adapter names in place of the stand-in that it was trained on.
         started_from: Adapters that A and B start from; None: PEFT draws them.
-        trainer_name: Key of `TRAINERS`.
-        lengths: Lengths of the training rows; None for trainers that cut none.
     """
 
     output: Path
     report: Reporter
-    recipe: Recipe
-    source: ModelSource
-    tokenizer: Any
-    processor: Any | None
     examples: Examples
     model: PreTrainedModel | PeftModel
     untrained: dict[str, Factors] | None
     trainer: Trainer
     progress: TrainingProgress
     callback: LoraOverCallback | None
-    method: TrainingMethod
     trained: int
     pushed_base: ModelSource | None
     started_from: StartedFrom | None
-    trainer_name: str
-    lengths: Lengths | None
 
     @property
     def over(self) -> OverParameterization | None:
@@ -123,7 +90,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     ranks = launched()
     check_names(recipe)
     if recipe.distributed.processes is None and ranks.size > 1:
-        recipe = with_processes(recipe, ranks.size)
+        recipe = recipe.changed("distributed", processes=ranks.size)
     with ranks.first_then_others():  # which finds what rank 0 has downloaded
         source = resolve_model(recipe.model, recipe.model_revision)
         is_seq2seq = is_encoder_decoder(source)
@@ -131,16 +98,14 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
-    _check_settings(recipe, name, output)
-    tokenizer, processor, examples = _read(recipe, name, source)
-    report_rows(examples, report, measures=bool(recipe.evaluation.examples) and name != "grpo")
-    counted, seen = count_all(recipe, name, tokenizer, processor, examples)
-    lasting = counted + ([] if processor is None else seen)
-    recipe = with_batch(with_defaults(recipe, load_config(source), lasting, report), source, report)
-    method = make_method(recipe, is_seq2seq=is_seq2seq)
-    method.check_rows(examples.train.rows)
+    ranks.write(check_login, make_arguments(recipe, name, output).report_to)  # before anything large is loaded
+    if recipe.push_to_hub is not None:
+        ranks.write(check_repository, recipe.push_to_hub)
+    tokenizer = load_tokenizer(source)
+    examples = read_examples(recipe, name, source, tokenizer, report)
+    settled = settle(recipe, name, source, tokenizer, examples, report)
+    recipe, method = settled.recipe, settled.method
     note_slow_precision(recipe, report)
-    lengths = check_fit(recipe, name, examples, counted, seen, report)
     ranks.write(write_recipe, output, _pinned(recipe, source, examples))
     ranks.write(keep_digests, output, examples)
     ranks.meet()
@@ -159,36 +124,25 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
-    reads = tokenizer if processor is None else processor
-    trainer = make_trainer(recipe, name, model, reads, examples, arguments, progress, over, method)
+    trainer = make_trainer(settled, model, examples, arguments, progress, over)
     end_preparation(recipe)
     _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer), report)
     _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
-    made = source, tokenizer, processor, examples, model, untrained, trainer
-    return Prepared(output, report, recipe, *made, progress, over, method, trained, named, start, name, lengths)
-
-
-def _check_settings(recipe: Recipe, name: str, output: Path) -> None:
-    """Check before anything large is loaded what the trainer, its rewards, its trackers and the hub would refuse."""
-    arguments = make_arguments(recipe, name, output)
-    for reward in recipe.reward_funcs:
-        find_reward(reward)
-    launched().write(check_login, arguments.report_to)
-    if recipe.push_to_hub is not None:
-        launched().write(check_repository, recipe.push_to_hub)
-
-
-def _read(recipe: Recipe, name: str, source: ModelSource) -> tuple[Any, Any | None, Examples]:
-    """Load the tokenizer, the processor if any row holds images, and the rows, and check that they fit together."""
-    tokenizer, images = load_tokenizer(source), takes_images(source)
-    measured = without_evaluation(recipe) if name == "grpo" else recipe  # its loss says nothing; its log has rewards
-    with launched().first_then_others():
-        examples = load_examples(measured, row_form(recipe, name, tokenizer, takes_images=images))
-    processor = load_processor(source) if examples.have_pictures else None
-    tokenizer = tokenizer if processor is None else processor.tokenizer
-    check_rows(recipe, name, tokenizer, examples)
-    return tokenizer, processor, examples
+    return Prepared(
+        **vars(settled),
+        output=output,
+        report=report,
+        examples=examples,
+        model=model,
+        untrained=untrained,
+        trainer=trainer,
+        progress=progress,
+        callback=over,
+        trained=trained,
+        pushed_base=named,
+        started_from=start,
+    )
 
 
 def _leave_out_short_warmup(arguments: Any, steps: int, report: Reporter) -> None:
@@ -219,10 +173,10 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:
 def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
     """The recipe with the commits of model and data that the run uses, and the number of its processes if several."""
     held_out = None if examples.test is None else examples.test.revision
-    data = recipe.data.model_copy(update={"revision": examples.train.revision or held_out})
-    processes = recipe.distributed.processes
-    recipe = with_processes(recipe, None if processes == 1 else processes)  # so that other recipes stay as they are
-    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision, "data": data})
+    if recipe.distributed.processes == 1:
+        recipe = recipe.changed("distributed", processes=None)  # so that other recipes stay as they are
+    recipe = recipe.changed("data", revision=examples.train.revision or held_out)
+    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision})
 
 
 def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Examples) -> PreTrainedModel:

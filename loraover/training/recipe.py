@@ -6,7 +6,7 @@ import copy
 import difflib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from loraover.training.methods import METHODS, MethodKeys
 from loraover.training.recipe_parts import AUTO, BATCH, SOAP
 
 LEARNS_TOKENS = (None, "sft", "seq2seq")
-"""Values of the key `trainer` whose loss is that of completion tokens."""
+"""Values of the key `trainer` whose loss is that of completion tokens; that of the others is a mean over batches."""
 
 HAS_REFERENCE = ("dpo", "kto", "grpo")
 """Values of the key `trainer` whose loss compares the model with the one before training."""
@@ -106,6 +106,10 @@ class Recipe(MethodKeys):
                     f"the key {method} is only for method {method}, and this recipe's method is {self.method}"
                 )
         return self
+
+    def changed(self, part: str, **values: Any) -> Recipe:
+        """Return the recipe with other values in one of its parts, which are taken as they are."""
+        return self.model_copy(update={part: getattr(self, part).model_copy(update=values)})
 
     @property
     def can_resume(self) -> bool:
@@ -211,8 +215,13 @@ def _read(name: str) -> dict[str, Any]:
 
 def _near(name: str) -> str:
     """The end of a message about an unknown recipe: the one that was meant, or all."""
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f", nor one of {', '.join(recipe_names())}."
+    return hint(name, recipe_names()) or f", nor one of {', '.join(recipe_names())}."
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown word: the known one that was meant; empty if none is like it."""
+    near = difflib.get_close_matches(word, [*known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -245,8 +254,7 @@ def _faults(error: ValidationError) -> list[str]:
     for fault in error.errors(include_url=False):
         place = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(fault["loc"][:-1]), n=1)
-            faults.append(f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+            faults.append(f"{place}: unknown key{hint(str(fault['loc'][-1]), _known_keys(fault['loc'][:-1]))}")
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing")
         else:

@@ -39,8 +39,9 @@ class Data(StrictModel):
     """Where examples come from."""
 
     train: str | list[str | Source] = Field(
+        min_length=1,
         description="Training data: 'word-problems' (built in), a JSONL or parquet file, a folder or a hub name; or a "
-        "list of such sources, which are mixed."
+        "list of such sources, which are mixed.",
     )
     test: str | None = Field(
         None,

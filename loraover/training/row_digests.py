@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.data.formats import Row
-from loraover.data.pictures import digested
+from loraover.data.pictures import as_json
 from loraover.training.examples import Examples
 
 DATA_FILE = "data.json"
@@ -30,7 +29,7 @@ def digest_rows(rows: Sequence[Row]) -> str:
     """Return the SHA-256 of rows, one line of JSON each, in which the SHA-256 of an image stands for it."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps(digested(row), sort_keys=True, default=str).encode() + b"\n")
+        total.update(as_json(row).encode() + b"\n")
     return total.hexdigest()
 
 

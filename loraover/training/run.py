@@ -148,7 +148,7 @@ def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command
             ranks.write(record_beside, adapter, model=asked.model, report=report)
         ranks.write(attach, done.arguments, adapter, report)
         if asked.push_to_hub is not None:
-            ranks.write(_push, asked, done, adapter, report)
+            ranks.write(_push, asked, done, adapter, command, report)
         return done.result
 
 
@@ -169,13 +169,11 @@ class Done(NamedTuple):
         result: The contents of `run.json`.
         arguments: Settings of its trainer.
         base: Model that a pushed adapter names in place of a stand-in; None where it names what it has.
-        card: Model card that names this model.
     """
 
     result: RunResult
     arguments: TrainingArguments
     base: ModelSource | None
-    card: str
 
 
 def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> Done:
@@ -214,8 +212,7 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         if shown is error:
             raise
         raise shown from error
-    base = run.pushed_base
-    return Done(result, run.trainer.args, base, "" if base is None else _card(recipe, result, base, command))
+    return Done(result, run.trainer.args, run.pushed_base)
 
 
 def _explained(error: BaseException) -> BaseException:
@@ -295,7 +292,7 @@ def _publish(
     card = _card(run.recipe, result, run.source, command)
     with publish_directory(product(run.recipe, run.output), replace=resume) as draft:
         run.model.save_pretrained(draft, state_dict=weights)
-        (run.tokenizer if run.processor is None else run.processor).save_pretrained(draft)
+        run.reads.save_pretrained(draft)
         if run.over is not None:
             write_checkpoint(draft, run.over, step=result.steps)
         (draft / "README.md").write_text(card, encoding="utf-8")
@@ -311,13 +308,14 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
     return model_card(title, base.name, facts, command, licence=licence, kind=kind, library=library)
 
 
-def _push(recipe: Recipe, done: Done, folder: Path, report: Reporter) -> None:
+def _push(recipe: Recipe, done: Done, folder: Path, command: str, report: Reporter) -> None:
     repository = recipe.push_to_hub
     assert repository is not None
     with ExitStack() as copies:
         plain = copies.enter_context(plain_copy(folder))
         if done.base is not None:
-            plain = copies.enter_context(moved_copy(plain, done.base, done.card, report.line))
+            card = _card(recipe, done.result, done.base, command)
+            plain = copies.enter_context(moved_copy(plain, done.base, card, report.line))
         push(repository, plain, folder)
     if recipe.push_checkpoint:
         push(repository, folder, folder, CHECKPOINT_PLACE)

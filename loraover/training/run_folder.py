@@ -64,29 +64,28 @@ def run_folder(recipe: str, *, resume: bool | Literal["auto"]) -> Path:
         ConfigError: There is no run to continue.
         OutputError: The folder cannot be made.
     """
-    if not resume or (resume == "auto" and not _unfinished(recipe, RUNS)):
+    if not resume or (resume == "auto" and not _unfinished(recipe)):
         return new_run_folder(recipe)
     return newest_unfinished(recipe)
 
 
-def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
-    """Make the first free folder `ROOT/RECIPE-N`; two runs that begin at the same time get two folders.
+def new_run_folder(recipe: str) -> Path:
+    """Make the first free folder `runs/RECIPE-N`; two runs that begin at the same time get two folders.
 
     Args:
         recipe: Name or path of the recipe.
-        root: Folder of all runs.
 
     Raises:
         OutputError: The folder cannot be made.
     """
     for number in count(1):
-        folder = root / f"{Path(recipe).stem}-{number}"
+        folder = RUNS / f"{Path(recipe).stem}-{number}"
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            RUNS.mkdir(exist_ok=True)
             folder.mkdir()
         except FileExistsError as error:
-            if not root.is_dir():
-                raise OutputError(f"cannot write {root}: it is a file. Name another folder with -o.") from error
+            if not RUNS.is_dir():
+                raise OutputError(f"cannot write {RUNS}: it is a file. Name another folder with -o.") from error
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror}. Name another folder with -o.") from error
         else:
@@ -94,32 +93,31 @@ def new_run_folder(recipe: str, root: Path = RUNS) -> Path:
     raise AssertionError("the numbers have ended")
 
 
-def newest_unfinished(recipe: str, root: Path = RUNS) -> Path:
+def newest_unfinished(recipe: str) -> Path:
     """Find the run of a recipe with the highest number that has begun, has not finished, and is not being trained.
 
     Args:
         recipe: Name or path of the recipe.
-        root: Folder of all runs.
 
     Raises:
         ConfigError: There is none.
     """
-    begun = _unfinished(recipe, root)
+    begun = _unfinished(recipe)
     waiting = [pair for pair in begun if not is_locked(pair[1] / LOCK_FILE)]
     if not waiting:
         why = "; the one there is being trained by another process" if begun else "; name the run's folder with -o"
         raise ConfigError(
-            f"{as_written('resume')}: {root}/ holds no unfinished run of {Path(recipe).stem} to continue{why}."
+            f"{as_written('resume')}: {RUNS}/ holds no unfinished run of {Path(recipe).stem} to continue{why}."
         )
     return max(waiting)[1]
 
 
-def _unfinished(recipe: str, root: Path) -> list[tuple[int, Path]]:
+def _unfinished(recipe: str) -> list[tuple[int, Path]]:
     """Return number and folder of a recipe's runs that have begun and have not finished."""
     stem = f"{Path(recipe).stem}-"
     numbered = [
         (int(number), folder)
-        for folder in (root.iterdir() if root.is_dir() else ())
+        for folder in (RUNS.iterdir() if RUNS.is_dir() else ())
         if folder.name.startswith(stem) and (number := folder.name.removeprefix(stem)).isdecimal()
     ]
     return [pair for pair in numbered if (pair[1] / RECIPE_FILE).is_file() and not is_finished(pair[1])]
@@ -203,18 +201,16 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     begun = _read_yaml(output / RECIPE_FILE)
     recipe = recipe.model_copy(update={"training": _with_chosen(recipe.training, begun.get("training"))})
     if recipe.distributed.processes is None:
-        recipe = with_processes(recipe, (begun.get("distributed") or {}).get("processes") or 1)
+        distributed = begun.get("distributed")
+        processes = distributed.get("processes") if isinstance(distributed, dict) else None
+        recipe = recipe.changed("distributed", processes=processes if isinstance(processes, int) else 1)
     if recipe.model_revision is None and begun.get("model") == recipe.model:
         recipe = recipe.model_copy(update={"model_revision": begun.get("model_revision")})
     if recipe.lora.start_from is not None:
         recipe = recipe.model_copy(update={"lora": _with_pins(recipe.lora, begun.get("lora"))})
-    data, kept = recipe.data, begun.get("data")
-    if (
-        data.revision is None
-        and isinstance(kept, dict)
-        and (kept.get("train"), kept.get("test")) == (data.train, data.test)
-    ):
-        recipe = recipe.model_copy(update={"data": data.model_copy(update={"revision": kept.get("revision")})})
+    data, kept = recipe.data.model_dump(mode="json"), begun.get("data")
+    if isinstance(kept, dict) and data["revision"] is None and all(kept.get(k) == data[k] for k in ("train", "test")):
+        recipe = recipe.changed("data", revision=kept.get("revision"))
     return recipe
 
 
@@ -241,12 +237,6 @@ def _with_pins(lora: LoraSettings, kept: Any) -> LoraSettings:
         return lora
     pairs = zip(asked, names, strict=True)
     return lora.with_start({one: pinned if pinned.startswith(f"{one}@") else one for one, pinned in pairs})
-
-
-def with_processes(recipe: Recipe, processes: int | None) -> Recipe:
-    """Return a recipe whose step has the micro-batches of so many processes."""
-    distributed = recipe.distributed.model_copy(update={"processes": processes})
-    return recipe.model_copy(update={"distributed": distributed})
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:

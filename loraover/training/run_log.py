@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 from loraover.common.atomic_output import publish_text
@@ -34,16 +33,14 @@ def trim_metrics(output: Path, checkpoint: Path | None) -> None:
     if not path.is_file():
         return
     step = step_of(checkpoint)
-    kept = [line for line in path.read_text().splitlines() if _stays(line, step)]
+    kept = [line for line in _lines(path) if _stays(line, step)]
     publish_text(path, "".join(line + "\n" for line in kept))
 
 
 def _stays(line: str, step: int) -> bool:
     """Whether a line of the log is complete, not of a later step, and not of the measures after training."""
-    try:
-        row = json.loads(line)
-        logged = int(row["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    row = _parsed(line)
+    if not isinstance(logged := row.get("step"), int):
         return False
     is_measured_after = logged > 0 and "eval_loss" in row and "eval_runtime" not in row  # the Trainer's own have that
     return 0 <= logged <= step and not is_measured_after
@@ -51,18 +48,18 @@ def _stays(line: str, step: int) -> bool:
 
 def logged_losses(output: Path) -> list[float]:
     """Return the finite training losses of a run's log, by step; lines that cannot be read are skipped."""
-    rows = _rows(output / METRICS_FILE)
-    return [loss for row in rows if isinstance(loss := row.get("loss"), float) and math.isfinite(loss)]
+    found = (_parsed(line).get("loss") for line in _lines(output / METRICS_FILE))
+    return [loss for loss in found if isinstance(loss, float) and math.isfinite(loss)]
 
 
-def _rows(metrics: Path) -> Iterator[dict[str, object]]:
-    if not metrics.is_file():
-        return
-    with metrics.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
+def _lines(metrics: Path) -> list[str]:
+    return metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
+
+
+def _parsed(line: str) -> dict[str, object]:
+    """Return what a line of the log holds; nothing if it was cut off."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}

@@ -68,7 +68,7 @@ def whole_texts(rows: Rows, reads: Any) -> list[list[str]]:
     """
     found = []
     for i, row in enumerate(rows.rows):
-        where, parts = f"{rows.origin}: row {rows.number(i)}", answers(row)
+        where, parts = rows.place(i), answers(row)
         found.append([checked(row, part, reads, where) for part in parts])
         for part, text in zip(parts, found[-1], strict=True) if is_chat(row) else ():
             for kind, other in _changed(row, part, text):

@@ -120,18 +120,6 @@ class _Module(NamedTuple):
     left_out: float
 
 
-class _Plain(NamedTuple):
-    """Adapters as one plain LoRA.
-
-    Args:
-        adapter: The LoRA.
-        certificates: Those of its modules whose factors were computed and rounded, by their paths.
-    """
-
-    adapter: AdapterDir
-    certificates: dict[str, list[Any]]
-
-
 def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, report: Reporter) -> None:
     """Compute A and B, and write them and their origin into the run's folder."""
     weights = recipe.lora.start_weights
@@ -146,9 +134,9 @@ def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, rep
     try:
         with tempfile.TemporaryDirectory() as scratch:
             most = max(len(one.a) for one in drawn.values())
-            plain = _as_plain(folders, list(weights.values()), base, most, Path(scratch), report)
-            _check_fits(plain.adapter, drawn, ", ".join(weights), base)
-            modules = _started(plain, drawn, report)
+            plain, certificates = _as_plain(folders, list(weights.values()), base, most, Path(scratch), report)
+            _check_fits(plain, drawn, ", ".join(weights), base)
+            modules = _started(plain, certificates, drawn, report)
         records = [record_source(folder) for folder in folders]
     except (CheckpointError, ExportError, FoldError) as error:
         raise ConfigError(f"{KEY}: {error}") from error
@@ -175,8 +163,11 @@ def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, rep
 
 def _as_plain(
     folders: list[Path], weights: list[float], base: ModelSource, rank: int, scratch: Path, report: Reporter
-) -> _Plain:
-    """Return adapters as one plain LoRA: as it is, or their sum, or converted with at most that rank."""
+) -> tuple[AdapterDir, dict[str, list[Any]]]:
+    """Return adapters as one plain LoRA: as it is, or their sum, or converted with at most that rank.
+
+    With it come the certificates of its modules whose factors were computed and rounded, by their paths.
+    """
     folder, certificates = folders[0], []
     if weights != [1.0]:
         plain_lora = imported("loraover_export.convert.plain:plain_lora")
@@ -200,7 +191,7 @@ def _as_plain(
     found: dict[str, list[Any]] = {}
     for module in (module for certificate in certificates for module in certificate.modules):
         found.setdefault(module.module, []).append(module)
-    return _Plain(adapter, found)
+    return adapter, found
 
 
 def _passed(certificate: Any) -> Any:
@@ -238,14 +229,16 @@ def _check_fits(adapter: AdapterDir, drawn: Mapping[str, Factors], names: str, b
             )
 
 
-def _started(plain: _Plain, drawn: Mapping[str, Factors], report: Reporter) -> dict[str, _Module]:
+def _started(
+    plain: AdapterDir, certified: Mapping[str, list[Any]], drawn: Mapping[str, Factors], report: Reporter
+) -> dict[str, _Module]:
     """Return the start of each module of an adapter, by its path."""
     read_delta = imported("loraover_export.numerics.delta:read_delta")
     product_norm = imported("loraover_export.numerics.low_rank:product_norm")
     found: dict[str, _Module] = {}
-    with plain.adapter.open() as exact, report.task("setting A and B", len(plain.adapter.modules)) as done:
-        for path, module in plain.adapter.modules.items():
-            delta, target, certificates = read_delta(exact, path), drawn[path], plain.certificates.get(path, [])
+    with plain.open() as exact, report.task("setting A and B", len(plain.modules)) as done:
+        for path, module in plain.modules.items():
+            delta, target, certificates = read_delta(exact, path), drawn[path], certified.get(path, [])
             if not certificates and (module.rank, module.scaling) == (len(target.a), target.scaling):
                 a, b = map(exact.stored, module.keys)
                 norm = product_norm(delta.b.value.double(), delta.a.value.double())

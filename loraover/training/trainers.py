@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import typing
@@ -17,7 +16,7 @@ from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.training.engines import accumulation, check_processes, engine_options
-from loraover.training.recipe import Recipe
+from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
 from loraover.training.run_folder import TRAINER_FOLDER
 
@@ -118,6 +117,27 @@ def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
     return name
 
 
+def find_reward(name: str) -> Any:
+    """Return a reward of `trl.rewards`, or the function that a dotted name such as "module.function" imports.
+
+    Raises:
+        ConfigError: There is no such function.
+    """
+    import trl.rewards
+
+    module, _, function = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module) if module else trl.rewards, function)
+        if not callable(found):
+            raise TypeError(f"it is {found!r:.80}")
+        return found
+    except (ImportError, AttributeError, TypeError) as error:
+        known = ", ".join(one for one in trl.rewards.__all__ if one.endswith("reward"))
+        raise ConfigError(
+            f"reward_funcs: {name!r} is neither of trl.rewards ({known}) nor a function: {error}"
+        ) from error
+
+
 def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = SILENT) -> Any:
     """Make the settings of a recipe's trainer, as its class checks them.
 
@@ -128,13 +148,16 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
         report: Receiver of a line where GPUs stay idle.
 
     Raises:
-        ConfigError: The processes of a launcher cannot train the recipe, the class does not have a key or refuses a
-            value, or a tracker is unknown or not installed; every fault that it can name alone is named.
+        ConfigError: The processes of a launcher cannot train the recipe, a reward is unknown, the class does not have a
+            key or refuses a value, or a tracker is unknown or not installed; every fault that it can name alone is
+            named.
     """
     import torch
     from transformers.integrations import get_reporting_integration_callbacks
 
     check_processes(recipe)
+    for reward in recipe.reward_funcs:
+        find_reward(reward)
     _, config = TRAINERS[name].load()
     known = {field.name for field in dataclasses.fields(config)}
     given = _checked(recipe.training, config, "training", RUN_SETS)
@@ -234,8 +257,7 @@ def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[s
         elif name == "training" and key in READS_ROWS:
             faults.append(f"{name}.{key}: rows are read by data.format and the model's own chat template; leave it out")
         elif key not in types:
-            near = [MEANT[key]] if key in MEANT else difflib.get_close_matches(key, known - reserved, n=1)
-            faults.append(f"{name}.{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else ""))
+            faults.append(f"{name}.{key}: unknown key{hint(MEANT.get(key, key), known - reserved)}")
         elif value is not None:
             try:
                 values[key] = _as_type(types[key], value)

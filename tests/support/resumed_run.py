@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import loraover
 from loraover.training.failure import FAILURE_FILE
 from loraover.training.progress import TrainingProgress
 from loraover.training.run_result import read_run
@@ -77,6 +79,16 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         read_run(f).model_dump(exclude={"train_seconds", "timed_steps", "peak_bytes"}) for f in (folder, reference)
     )
     assert left == right
+
+
+def assert_resumes(whole: Path, folder: Path, *lost: int, recipe: Any = None) -> None:
+    """A copy of a finished run that has lost its result and these checkpoints takes their steps again, bit for bit."""
+    names = [f"checkpoint-{step}" for step in lost]
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "run.json", *names))
+    kept = max(int(path.name.partition("-")[2]) for path in (folder / "trainer").glob("checkpoint-*"))
+    resumed = loraover.train(recipe or folder / "recipe.yaml", folder, resume=True)
+    assert resumed.timed_steps == resumed.steps - kept
+    assert_same_run(folder, whole)
 
 
 def stopped(recipe: Path, out: Path, step: int = STOP) -> Path:

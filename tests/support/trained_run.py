@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
-from loraover.training.run_result import RunResult, read_run
+from loraover.training.run_result import Measures, RunResult, read_run
 
 from support.tiny_models import lora_matrices
 
@@ -28,7 +29,6 @@ class Trained:
     Args:
         trainer: as it was left.
         start: A and B when training began.
-        printed: standard output of `train --json`.
     """
 
     kind: str
@@ -37,7 +37,6 @@ class Trained:
     folder: Path
     trainer: Any
     start: dict[str, Tensor]
-    printed: str
 
     @property
     def adapter(self) -> Path:
@@ -74,3 +73,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
+
+
+def loss(measures: Measures | None) -> float:
+    """The held-out loss of a run that has measured it."""
+    assert measures is not None
+    return measures.loss
+
+
+def matrices(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a run's adapter."""
+    return load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import io
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +86,11 @@ def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         folder = tmp_path_factory.mktemp(kind)
         recipe = write_recipe(folder / "recipe.yaml", bases[kind])
         for method in METHODS:
-            with without_network() as addresses, watched() as seen, redirect_stdout(io.StringIO()) as printed:
-                assert train(recipe, folder / method, "--method", method, "--json") == 0
+            with without_network() as addresses, watched() as seen:
+                assert train(recipe, folder / method, "--method", method) == 0
             assert addresses == []
             trainer, start = seen[0]
-            runs[kind, method] = Trained(kind, method, bases[kind], folder / method, trainer, start, printed.getvalue())
+            runs[kind, method] = Trained(kind, method, bases[kind], folder / method, trainer, start)
     return runs
 
 

@@ -1,4 +1,4 @@
-"""Training data from files: every format, and faults that name the row."""
+"""Training data from files: every form of a file, and faults that name the row."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from support.real_data import real_data
 from support.rows import GSM8K, MESSAGES, PAIR, TURNS, Write, fault, lines, load
 
 AS_CHAT = {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant", "content": "2"}]}
+PART = {"type": "text", "text": "\ud83d"}
+OTHER = {"prompt": "ü €?", "completion": " é"}
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
-def test_a_file_has_one_row_a_line(name: str, write: Write) -> None:
-    other = {"prompt": "ü €?", "completion": " é"}
-    rows = load(write(name, PAIR, other))
-    assert rows.rows == [PAIR, other]
-    assert rows.origin == f"file {name}"
-    assert rows.revision is None
-
-
-def test_a_json_file_is_a_list(write: Write) -> None:
-    assert load(write("a.json", raw=json.dumps([PAIR, PAIR], indent=2).encode())).rows == [PAIR, PAIR]
-
-
-def test_blank_lines_are_passed_over(write: Write) -> None:
-    assert load(write("a.jsonl", raw=b"\n" + lines(PAIR) + b"  \n\r\n" + lines(PAIR).rstrip())).rows == [PAIR, PAIR]
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("a.jsonl", lines(PAIR, OTHER)),
+        ("a.jsonl.gz", lines(PAIR, OTHER)),
+        ("a.txt", b"\n" + lines(PAIR) + b"  \n\r\n" + lines(OTHER).rstrip()),
+        ("a.json", json.dumps([PAIR, OTHER], indent=2).encode()),
+    ],
+)
+def test_the_rows_of_a_file_are_read(name: str, raw: bytes, write: Write) -> None:
+    rows = load(write(name, raw=raw))
+    assert (rows.rows, rows.origin, rows.revision) == ([PAIR, OTHER], f"file {name}", None)
 
 
 @pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz"])
@@ -43,16 +42,6 @@ def test_a_folder_holds_its_splits(end: str, write: Write) -> None:
     assert load(folder).rows == [PAIR, PAIR]
     assert load(folder, split="test").rows[0]["prompt"] == "Question: 1+1?\nAnswer:"
     assert "holds no dev.jsonl" in fault(folder, split="dev")
-
-
-def test_other_fields_are_left_out(write: Write) -> None:
-    assert load(write("a.jsonl", PAIR | {"id": 7, "answer": "x"})).rows == [PAIR]
-
-
-@pytest.mark.parametrize("format", ["auto", "gsm8k"])
-def test_gsm8k_becomes_prompt_and_completion(format: str, write: Write) -> None:
-    rows = load(write("a.jsonl", GSM8K), format=format).rows
-    assert rows == [{"prompt": "Question: 1+1?\nAnswer:", "completion": " 1+1=<<1+1=2>>2\n#### 2"}]
 
 
 @pytest.mark.parametrize("format", ["auto", "messages"])
@@ -74,7 +63,6 @@ def test_a_slice_is_the_hubs(write: Write) -> None:
         found = load(folder, split=split)
         assert found.rows == everything.select(range(expected.from_, expected.to)).to_list(), split
         assert found.origin == f"file train.jsonl, {split}"
-    assert [row["prompt"] for row in load(folder, split="train[95%:]").rows] == ["11"]
     for split in ("train[", "train[:200%]", "train[:x]", "train[:2]+train[4:]"):
         assert "is not a slice of its 12 rows" in fault(folder, split=split), split
     assert "is one file, of which the slice 'train[:95%]' is not taken" in fault(
@@ -87,34 +75,12 @@ def test_rows_are_counted_as_lines(write: Write) -> None:
     path = write("train.jsonl", raw=lines(PAIR) + b"\n\n" + lines(PAIR, {"prompt": "x"}))
     assert "row 5: has fields" in fault(path)
     assert "row 5: has fields" in fault(path.parent, split="train[2:]")
-    assert "row 5: not JSON" in fault(write("b.jsonl", raw=lines(PAIR) + b"\n\n" + lines(PAIR) + b"{"))
 
 
-@pytest.mark.parametrize(
-    ("row", "part"),
-    [
-        ({"prompt": " ", "completion": "2"}, "prompt"),
-        ({"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": " "}]}, "completion"),
-        ({"question": "1+1?", "answer": "  "}, "answer"),
-        ({"query": "1+1?", "response": "\nThe answer is: 2"}, "completion"),
-    ],
-)
-def test_an_empty_example_is_refused(row: dict[str, Any], part: str, write: Write) -> None:
-    format = "metamath" if "query" in row else "auto"
-    good = PAIR if format == "auto" else {"query": "1+1?", "response": "2"}
-    said = fault(write("a.jsonl", good, row), format=format, chat=True)
-    assert "row 2" in said
-    assert part in said
-
-
-@pytest.mark.parametrize("row", [PAIR, {"prompt": " 1+1?\n", "completion": "2 "}])
-def test_chat_wraps_text_in_messages(row: dict[str, str], write: Write) -> None:
+@pytest.mark.parametrize("row", [PAIR, {"prompt": " 1+1?\n", "completion": "2 "}, AS_CHAT])
+def test_chat_wraps_text_in_messages(row: dict[str, Any], write: Write) -> None:
     assert load(write("a.jsonl", row), chat=True).rows == [AS_CHAT]
-    assert load(write("a.jsonl", row), chat=False).rows == [row]
-
-
-def test_chat_keeps_messages(write: Write) -> None:
-    assert load(write("a.jsonl", AS_CHAT), chat=True).rows == [AS_CHAT]
+    assert load(write("a.jsonl", row | {"id": 7}), chat=False).rows == [row]
 
 
 def test_rows_are_recognised_one_by_one(write: Write) -> None:
@@ -134,8 +100,14 @@ def test_a_limit_counts_examples(write: Write) -> None:
     [
         ({"prompt": "a"}, "['prompt']"),
         ({"prompt": "a", "completion": ""}, "'completion' is ''"),
+        ({"prompt": " ", "completion": "2"}, "'prompt' is ' '"),
         ({"prompt": 5, "completion": "b"}, "'prompt' is 5"),
+        ({"prompt": ["a"], "completion": ["a"]}, "role and content"),
+        ({"prompt": "\ud83d", "completion": "b"}, "half a character"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "the completion is empty"),
+        ({"messages": [TURNS[1], {"role": "assistant", "content": [PART | {"text": " "}]}]}, "the completion is empty"),
+        ({"messages": [TURNS[1] | {"content": [PART]}, TURNS[2]]}, "half a character"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
         (PAIR | {"images": ["a.png"]}, "holds images"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, TURNS[1]]}, "holds images"),
@@ -162,22 +134,16 @@ def test_a_line_that_is_not_json_is_numbered(bad: bytes, write: Write) -> None:
     assert len(message) < 1000
 
 
-@pytest.mark.parametrize("bad", [b"", b"[" * 100_000])
-def test_a_json_file_that_is_not_json_is_refused(bad: bytes, write: Write) -> None:
-    assert "not JSON" in fault(write("a.json", raw=bad))
-
-
-@pytest.mark.parametrize("content", [b"null", b'{"prompt": "a", "completion": "b"}'])
-def test_a_json_file_that_is_no_list_is_refused(content: bytes, write: Write) -> None:
-    assert "a.json" in fault(write("a.json", raw=content))
+@pytest.mark.parametrize("bad", [b"", b"[" * 100_000, b"null"])
+def test_a_json_file_that_is_no_list_is_refused(bad: bytes, write: Write) -> None:
+    assert ("holds NoneType" if bad == b"null" else "not JSON") in fault(write("a.json", raw=bad))
 
 
 @pytest.mark.parametrize("keep", [5, -9])
 def test_a_truncated_gzip_is_refused(keep: int, write: Write) -> None:
     path = write("a.jsonl.gz", *[PAIR | {"n": n} for n in range(500)])
-    assert len(load(path).rows) == 500
     path.write_bytes(path.read_bytes()[:keep])
-    assert "a.jsonl.gz" in fault(path)
+    assert "a.jsonl.gz: cannot be read" in fault(path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -189,26 +155,12 @@ def test_a_giant_line_is_refused_before_it_is_read(name: str, write: Write) -> N
     assert f"row 2: longer than {MAX_LINE_BYTES} bytes" in message
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "folder/train.jsonl"])
 @pytest.mark.parametrize("raw", [b"", b"\n \n"])
-def test_a_file_without_rows_is_refused(name: str, raw: bytes, write: Write) -> None:
-    path = write(name, raw=raw)
-    assert "holds no examples" in fault(path.parent if "/" in name else path)
+def test_a_file_without_rows_is_refused(raw: bytes, write: Write) -> None:
+    assert "holds no examples" in fault(write("a.jsonl", raw=raw))
 
 
-@pytest.mark.parametrize("half", ["prompt", "completion"])
-@pytest.mark.parametrize("chat", [True, False])
-def test_text_and_messages_in_one_row_are_refused(half: str, chat: bool, write: Write) -> None:
-    """Neither the chat template nor the tokenizer could join the two."""
-    assert "row 2" in fault(write("a.jsonl", PAIR, PAIR | {half: AS_CHAT[half]}), chat=chat)
-
-
-@pytest.mark.parametrize("value", [["a"], [{"role": "user"}]])
-def test_a_list_that_is_not_messages_is_refused(value: list[Any], write: Write) -> None:
-    assert "row 2" in fault(write("a.jsonl", PAIR, {"prompt": value, "completion": value}))
-
-
-@pytest.mark.parametrize("source", ["./nothing", "a/b/c", "data.gz"])
+@pytest.mark.parametrize("source", ["./nothing", "a/b/c", "data.gz", "word-problems"])
 def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +175,4 @@ def test_the_real_gsm8k_is_read_whole(name: str, count: int) -> None:
     assert load(real_data(name), format="gsm8k").rows == rows
     for row in rows:
         answer = row["completion"]
-        number = final_number(answer)
-        assert number is not None
-        assert number == int(answer.rpartition("####")[2].replace(",", ""))
+        assert final_number(answer) == int(answer.rpartition("####")[2].replace(",", ""))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.tensor_file import NonFiniteError
 from loraover.common.errors import CheckpointError, ConfigError, DivergedError, OutputError
 from loraover.training.failure import FAILURE_FILE, failure_of, has_no_work, read_failure
-from loraover.training.run_result import RUN_FILE, Measures
+from loraover.training.run_result import RUN_FILE
 
 from support.make_checkpoint import tree
 from support.train_command import STEPS, train
@@ -35,12 +36,20 @@ def kind_in(folder: Path) -> str | None:
     return None if found is None else found.kind
 
 
+def divergence_in(folder: Path) -> str:
+    found = read_failure(folder)
+    assert found is not None
+    assert found.kind == "diverged"
+    return found.message
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def on_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -> None:
-    """Let something happen within a step, which are counted from 1."""
+@contextmanager
+def on_step(step: int, do: Callable[[], object]) -> Iterator[None]:
+    """Let something happen within a step of the block's runs, which are counted from 1."""
     training_step = Trainer.training_step
 
     def changed(self: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +57,9 @@ def on_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], object]) -> N
             do()
         return training_step(self, *args, **kwargs)
 
-    patch.setattr(Trainer, "training_step", changed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", changed)
+        yield
 
 
 def raising(error: BaseException) -> Callable[[], object]:
@@ -73,46 +84,27 @@ def end_of(recipe: Path, out: Path) -> int | Exception:
 def test_a_rate_that_is_far_too_large_diverges(method: str, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert train(recipe, out, "--method", method, "--learning-rate", "1e30") == 2
-    found = read_failure(out)
-    assert found is not None
-    assert found.kind == "diverged"
-    assert "learning rate 1e+30" in found.message
+    assert "learning rate 1e+30" in divergence_in(out)
     assert not (out / RUN_FILE).exists()
     assert not (out / "adapter").exists()
 
 
 @pytest.mark.parametrize(
-    ("figure", "message"),
+    ("figure", "before", "message"),
     [
-        ("token_loss", "the held-out loss after training is inf, expected a finite number. Lower the learning rate"),
-        ("step_norm", "the norm of delta(B A) is inf, expected a finite number. Lower the learning rate"),
+        ("measure.token_loss", False, "the held-out loss after training is inf, expected a finite number. Lower the"),
+        ("measure.token_loss", True, "the held-out loss before training is inf, expected a finite number. Check"),
+        ("run.step_norm", False, "the norm of delta(B A) is inf, expected a finite number. Lower the learning rate"),
     ],
 )
 def test_a_figure_that_is_not_finite_is_not_written(
-    figure: str, message: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    figure: str, before: bool, message: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    place = "measure" if figure == "token_loss" else "run"
-    monkeypatch.setattr(f"loraover.training.{place}.{figure}", lambda *_: math.inf)
-    assert train(recipe, out, "--set", "evaluation.before=false") == 2
-    found = read_failure(out)
-    assert found is not None
-    assert found.kind == "diverged"
-    assert message in found.message
+    monkeypatch.setattr(f"loraover.training.{figure}", lambda *_: math.inf)
+    assert train(recipe, out, "--set", f"evaluation.before={before}") == 2
+    assert message in divergence_in(out)
     assert not (out / RUN_FILE).exists()
-
-
-def test_a_base_model_whose_loss_is_not_a_number_is_refused(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loraover.training.measure.token_loss", lambda scored: math.nan)
-    assert train(recipe, tmp_path / "out") == 2
-    assert "the held-out loss before training is nan, expected a finite number. Check" in capsys.readouterr().err
-
-
-def test_a_result_holds_finite_numbers_only() -> None:
-    with pytest.raises(ValueError, match="finite number"):
-        Measures(examples=1, loss=math.nan)
 
 
 def test_cores_that_are_not_finite_cannot_be_resumed_from(recipe: Path, tmp_path: Path) -> None:
@@ -123,10 +115,7 @@ def test_cores_that_are_not_finite_cannot_be_resumed_from(recipe: Path, tmp_path
             shutil.rmtree(folder)
     (out / FAILURE_FILE).unlink()
     assert train(recipe, out, *options, "training.save_steps=1", "--resume") == 2
-    found = read_failure(out)
-    assert found is not None
-    assert found.kind == "diverged"
-    assert "checkpoint-" in found.message
+    assert "checkpoint-" in divergence_in(out)
 
 
 def test_a_model_that_does_not_fit_leaves_nothing_but_its_failure(recipe: Path, tmp_path: Path) -> None:
@@ -141,8 +130,7 @@ def test_a_model_that_does_not_fit_leaves_nothing_but_its_failure(recipe: Path, 
 
 def test_a_first_step_that_does_not_fit_leaves_nothing_but_its_failure(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 1, no_memory)
+    with on_step(1, no_memory):
         for _ in range(2):  # the folder is not in the way
             assert train(recipe, out) == 2
             assert (names_in(out), kind_in(out)) == ([FAILURE_FILE], "out_of_memory")
@@ -161,14 +149,14 @@ ENDINGS: dict[str, tuple[Callable[[], object], str | None]] = {
 def test_a_later_failure_lies_beside_what_the_run_resumes_from(name: str, recipe: Path, tmp_path: Path) -> None:
     """And is gone once the run has been resumed."""
     out, (do, kind) = tmp_path / "out", ENDINGS[name]
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 4, do)
+    with on_step(4, do):
         end = end_of(recipe, out)
     assert end == {"refused": 2, None: 130}.get(kind, end)
     assert kind_in(out) == kind
     assert last_whole_checkpoint(out / "trainer") == out / "trainer" / "checkpoint-2"
     before = tree(out)
     assert train(recipe, out) == 2  # the folder is in the way
+    assert train(recipe, out, "--learning-rate", "1e-3", "--resume") == 2
     assert tree(out) == before
     assert train(recipe, out, "--resume") == 0
     assert kind_in(out) is None
@@ -177,8 +165,7 @@ def test_a_later_failure_lies_beside_what_the_run_resumes_from(name: str, recipe
 
 @pytest.mark.parametrize("name", ENDINGS)
 def test_what_ends_a_run_in_its_first_step_leaves_no_folder(name: str, recipe: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 1, ENDINGS[name][0])
+    with on_step(1, ENDINGS[name][0]):
         end = end_of(recipe, tmp_path / "out")
     assert end in (2, 130) or str(end) == "training diverged"
     assert not (tmp_path / "out").exists()
@@ -188,31 +175,17 @@ def test_a_resumed_run_that_is_interrupted_keeps_no_older_failure(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 4, raising(MemoryError()))
+    with on_step(4, raising(MemoryError())):
         assert train(recipe, out) == 2
     assert "training ran out of memory (MemoryError). Lower training.per_device" in capsys.readouterr().err
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 4, raising(KeyboardInterrupt()))
+    with on_step(4, raising(KeyboardInterrupt())):
         assert train(recipe, out, "--resume") == 130
     assert kind_in(out) is None
 
 
-def test_a_request_to_resume_that_is_refused_changes_no_failure(recipe: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 4, raising(RuntimeError("a fault")))
-        with pytest.raises(RuntimeError):
-            train(recipe, out)
-    before = tree(out)
-    assert train(recipe, out, "--learning-rate", "1e-3", "--resume") == 2
-    assert tree(out) == before
-
-
 def test_an_adapter_that_cannot_be_written_is_a_refusal(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, STEPS, lambda: (out / "adapter").write_text("in the way"))
+    with on_step(STEPS, lambda: (out / "adapter").write_text("in the way")):
         assert train(recipe, out) == 2
     assert kind_in(out) == "refused"
 
@@ -254,10 +227,8 @@ def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
 
 
 def test_the_file_is_literal_json(recipe: Path, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 3, raising(ValueError("two\nlines \udcff")))
-        with pytest.raises(ValueError, match="two"):
-            train(recipe, tmp_path / "out")
+    with on_step(3, raising(ValueError("two\nlines \udcff"))), pytest.raises(ValueError, match="two"):
+        train(recipe, tmp_path / "out")
     assert json.loads((tmp_path / "out" / FAILURE_FILE).read_text()) == {
         "schema_version": 1,
         "kind": "failed",
@@ -273,10 +244,8 @@ def test_a_failure_that_cannot_be_written_is_still_raised(recipe: Path, tmp_path
         out.write_text("no folder")
         raise RuntimeError("a fault")
 
-    with pytest.MonkeyPatch.context() as patch:
-        on_step(patch, 3, remove)
-        with pytest.raises(RuntimeError, match="a fault") as raised:
-            train(recipe, out)
+    with on_step(3, remove), pytest.raises(RuntimeError, match="a fault") as raised:
+        train(recipe, out)
     assert "cannot write" in raised.value.__notes__[0]
     assert out.read_text() == "no folder"
 

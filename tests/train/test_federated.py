@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Trainer
 
@@ -25,6 +24,7 @@ from loraover.training.run_result import Privacy, RunResult
 from oracles.methods import clipped_mean, gaussian_epsilon
 from support.tiny_hub import save_llama, tiny_tokenizer, write_recipe
 from support.tiny_models import VOCABULARY, lora_matrices, tiny_llama, with_lora
+from support.trained_run import matrices, metrics
 
 pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
 
@@ -54,9 +54,8 @@ def guarantee(result: RunResult) -> Privacy:
     return result.privacy
 
 
-def matrices(output: Path, name: str) -> dict[str, Tensor]:
-    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
-    return {key: value for key, value in tensors.items() if f"lora_{name}" in key}
+def b_of(output: Path) -> dict[str, Tensor]:
+    return {key: value for key, value in matrices(output).items() if "lora_B" in key}
 
 
 @pytest.mark.parametrize("local_steps", [1, 2])
@@ -76,9 +75,9 @@ def test_two_clients_without_noise_are_clipped_steps_and_averages(local_steps: i
     loader = trainer.get_train_dataloader()
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
     model = by_hand(base, tmp_path / "out")
-    names = list(matrices(tmp_path / "out", "B"))
+    names = list(b_of(tmp_path / "out"))
     norms: list[float] = []
-    average = [np.zeros(tuple(b.shape)) for b in matrices(tmp_path / "out", "B").values()]
+    average = [np.zeros(tuple(b.shape)) for b in b_of(tmp_path / "out").values()]
     for _ in range(steps // local_steps):
         shared, average = average, [np.zeros_like(total) for total in average]
         for client in (order[::2], order[1::2]):
@@ -89,7 +88,7 @@ def test_two_clients_without_noise_are_clipped_steps_and_averages(local_steps: i
                 values = [v - rate * g for v, g in zip(values, clipped_mean(gradients, clip), strict=True)]
             average = [total + v * len(client) / rows for total, v in zip(average, values, strict=True)]
     assert min(norms) < clip < max(norms)
-    for found, expected in zip(matrices(tmp_path / "out", "B").values(), average, strict=True):
+    for found, expected in zip(b_of(tmp_path / "out").values(), average, strict=True):
         np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=2e-6)
     assert max(np.abs(total).max() for total in average) > 1e-3
     assert guarantee(result).epsilon is None
@@ -144,7 +143,7 @@ def test_every_step_draws_some_rows_and_adds_noise_of_the_stated_size(
     assert min(drawn) == 0
     assert max(drawn) > 2
     assert sum(drawn) == pytest.approx(18, abs=3 * math.sqrt(9 * 20 * 0.1 * 0.9))
-    noise = torch.cat([b.flatten() for b in matrices(tmp_path / "out", "B").values()])
+    noise = torch.cat([b.flatten() for b in b_of(tmp_path / "out").values()])
     assert float(noise.std()) == pytest.approx(10 / 2 * 3, rel=0.05)  # sigma C / batch, nine times
     assert abs(float(noise.mean())) < 1
 
@@ -161,23 +160,19 @@ def test_clients_train_and_the_run_says_what_it_has_spent(base: Path, tmp_path: 
     assert found.epsilon == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
     assert (found.clients, found.delta, result.served_rank, result.steps) == (3, 1e-5, 4, 5)
     assert f"epsilon {found.epsilon:.4g} at delta 1e-05" in (tmp_path / "out" / "adapter" / "README.md").read_text()
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in metrics(tmp_path / "out") if "loss" in line]
     assert [line["step"] for line in steps] == [2, 4, 5]
     assert steps[-1]["epsilon"] == found.epsilon
-    assert result.after is not None
-    assert math.isfinite(result.after.loss)
-    assert any(b.any() for b in matrices(tmp_path / "out", "B").values())
 
 
 def test_noise_comes_from_the_system_unless_a_seed_is_given(base: Path, tmp_path: Path) -> None:
     recipe = make(tmp_path / "r.yaml", base, clients=2)
     seeds = {"one": 3, "two": 3, "secret": None, "again": None}
     ran = {
-        name: train(recipe, tmp_path / name, training__max_steps=2, federated__noise_seed=seed)[0]
+        name: train(recipe, tmp_path / name, training__max_steps=1, federated__noise_seed=seed)[0]
         for name, seed in seeds.items()
     }
-    first = {name: next(iter(matrices(tmp_path / name, "B").values())) for name in ran}
+    first = {name: next(iter(b_of(tmp_path / name).values())) for name in ran}
     assert torch.equal(first["one"], first["two"])
     assert not any(torch.equal(first["one"], first[name]) for name in ("secret", "again"))
     assert not torch.equal(first["secret"], first["again"])
@@ -185,9 +180,7 @@ def test_noise_comes_from_the_system_unless_a_seed_is_given(base: Path, tmp_path
     assert "secret" not in ran["secret"].facts()["differential privacy"]
 
 
-@pytest.mark.parametrize(
-    ("noise", "rate", "steps"), [(2.0, 1.0, 1), (2.0, 1.0, 20), (1.0, 0.4, 20), (0.45, 2 / 494, 100)]
-)
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(2.0, 1.0, 20), (0.45, 2 / 494, 100)])
 def test_epsilon_is_that_of_the_sampled_gaussian_mechanism(noise: float, rate: float, steps: int) -> None:
     from opacus.accountants import RDPAccountant
 
@@ -251,8 +244,8 @@ def test_a_plan_counts_the_rows_and_moments_of_all_clients(base: Path, tmp_path:
     plans = [make_plan(load_recipe(make(tmp_path / "r.yaml", base, clients=clients))) for clients in (1, 3)]
     assert [plan.examples for plan in plans] == [16, 48]
     assert plans[1].optimizer_states == 3 * plans[0].optimizer_states
-    matrices = lora_matrices(with_lora(tiny_llama(), r=4, target_modules="all-linear"))
-    trained = 4 * sum(matrix.numel() for name, matrix in matrices.items() if "lora_B" in name)
+    drawn = lora_matrices(with_lora(tiny_llama(), r=4, target_modules="all-linear"))
+    trained = 4 * sum(matrix.numel() for name, matrix in drawn.items() if "lora_B" in name)
     assert plans[0].optimizer_states == 2 * trained
     assert plans[0].gradients == 5 * trained  # of a sum and of each of 4 rows
 

@@ -12,9 +12,12 @@ from loraover.training.trainers import TRAINERS
 
 from support.rows import METAMATH, MNLI, TALK, WIZARD
 
+TEXTS, CHATS = RowForm(), RowForm(chat=True)
+REWARDED = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
 
-def read(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*read_row(row, "auto", RowForm(), "row 1")]
+
+def read(row: dict[str, Any], form: RowForm = TEXTS, format: str = "auto") -> list[dict[str, Any]]:
+    return [*read_row(row, format, form, "row 1")]
 
 
 SAID = [{"from": "human", "value": "Say hi."}, {"from": "gpt", "value": "Hi!"}]
@@ -38,22 +41,18 @@ def test_the_system_and_the_tools_of_a_conversation_are_learned() -> None:
     assert row == {"prompt": [KIND, asked], "completion": [answer]}
 
 
-CHATS = RowForm(chat=True)
-
-
 @pytest.mark.parametrize("prompt", ["Say hi.", said("Say hi."), [KIND, *said("Say hi.")]])
 def test_a_system_prompt_is_learned_before_the_prompt(prompt: Any) -> None:
     answer = "Hi!" if isinstance(prompt, str) else [{"role": "assistant", "content": "Hi!"}]
     pair = {"prompt": prompt, "completion": answer, "system": "Be kind."}
     learned = {"prompt": [KIND, *said("Say hi.")], "completion": said("", "Hi!")[1:]}
-    assert [*read_row(pair, "auto", CHATS, "row 1")] == [learned]
-    rewarded = RowForm(TRAINERS["grpo"].columns, chat=True, keeps_all=True)
-    (row,) = read_row(pair, "auto", rewarded, "row 1")
+    assert read(pair, CHATS) == [learned]
+    (row,) = read(pair, REWARDED._replace(chat=True))
     assert (row["prompt"], row["system"]) == (learned["prompt"], "Be kind.")
 
 
 def test_where_all_is_text_a_system_prompt_is_text_before_it() -> None:
-    (row,) = read_row(WIZARD | {"system": "Be kind."}, "auto", RowForm(), "row 1")
+    (row,) = read(WIZARD | {"system": "Be kind."})
     assert row["prompt"] == "Be kind.\n\n" + ALPACA.format("Say hi.")
 
 
@@ -66,36 +65,26 @@ def test_where_all_is_text_a_system_prompt_is_text_before_it() -> None:
 )
 def test_a_system_prompt_that_the_messages_have_is_learned_once(first: dict[str, Any]) -> None:
     talk = [first, *said("Say hi.", "Hi!")]
-    (row,) = read_row({"messages": talk, "system": "Be kind."}, "auto", CHATS, "row 1")
+    (row,) = read({"messages": talk, "system": "Be kind."}, CHATS)
     assert row["prompt"] == talk[:2]
     pair = {"chosen": talk, "rejected": [*talk[:2], {"role": "assistant", "content": "No."}]}
-    form = RowForm(TRAINERS["reward"].columns, chat=True)
-    assert [*read_row(pair | {"system": "Be kind."}, "auto", form, "row 1")] == [pair]
+    assert read(pair | {"system": "Be kind."}, RowForm(TRAINERS["reward"].columns, chat=True)) == [pair]
 
 
 def test_the_exchanges_before_an_instruction_are_learned() -> None:
     row = WIZARD | {"history": [["1+1?", "2"]], "system": "Be kind."}
-    assert [*read_row(row, "auto", CHATS, "row 1")] == [
+    assert read(row, CHATS) == [
         {"prompt": [KIND, *said("1+1?")], "completion": said("", "2")[1:]},
         {"prompt": [KIND, *said("1+1?", "2", "Say hi.")], "completion": said("", "Hi!")[1:]},
     ]
-    without = [*read_row(WIZARD | {"history": [], "system": ""}, "auto", RowForm(), "row 1")]
-    assert without == [*read_row(WIZARD, "auto", RowForm(), "row 1")]
+    assert read(WIZARD | {"history": [], "system": ""}) == read(WIZARD)
 
 
 @pytest.mark.parametrize(
     ("trainer", "row", "message"),
     [
-        (
-            "dpo",
-            {"system": "a", "question": "b", "chosen": "c", "rejected": "d"},
-            "a system prompt and no prompt; call the",
-        ),
-        (
-            "sft",
-            {"messages": [KIND, *said("a", "b")], "system": "Be brief."},
-            "two system prompts, 'system' and",
-        ),
+        ("dpo", {"system": "a", "question": "b", "chosen": "c", "rejected": "d"}, "a system prompt and no prompt"),
+        ("sft", {"messages": [KIND, *said("a", "b")], "system": "Be brief."}, "two system prompts, 'system' and"),
         ("sft", WIZARD | {"history": ["a", "b"]}, "field 'history' is not a list of pairs"),
         ("sft", WIZARD | {"history": [["a", ""]]}, "field 'history' is '', expected text"),
         ("sft", WIZARD | {"system": 7}, "field 'system' is 7, expected text"),
@@ -106,11 +95,6 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
         ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
         ("sft", {"messages": [{"role": "model", "content": "a"}, *said("b", "c")]}, "write 'assistant' if that is"),
         ("sft", {"messages": [{"role": "USER", "content": "a"}, *said("b", "c")]}, "'USER'; write 'user' if that is"),
-        (
-            "dpo",
-            {"prompt": said("a"), "chosen": said("", "b")[1:], "rejected": [said("", "c")[1] | {"weight": 0}]},
-            "a mes",
-        ),
         ("sft", {"messages": said("a", "b"), "tools": "not json"}, "field 'tools' is 'not json'"),
         ("sft", {"messages": said("a", "b"), "tools": ["f"]}, "field 'tools' is"),
         ("sft", {"messages": said("a", "b"), "chat_template_kwargs": "{}"}, "'chat_template_kwargs' is not an object"),
@@ -120,7 +104,7 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
 )
 def test_what_cannot_be_learned_is_refused(trainer: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=f"row 1: .*{message}"):
-        list(read_row(row, "auto", RowForm(TRAINERS[trainer].columns, chat=True), "row 1"))
+        read(row, RowForm(TRAINERS[trainer].columns, chat=True))
 
 
 @pytest.mark.parametrize(
@@ -128,80 +112,74 @@ def test_what_cannot_be_learned_is_refused(trainer: str, row: dict[str, Any], me
     [
         ("sft", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b"}),
         ("kto", {"prompt": "a", "completion": "b", "label": 1}, {"prompt": "a", "completion": "b", "label": True}),
-        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
     ],
 )
 def test_messages_beside_the_columns_of_a_trainer_are_not_learned(
     trainer: str, row: dict[str, Any], learned: dict[str, Any]
 ) -> None:
     form, both = RowForm(TRAINERS[trainer].columns), row | {"messages": said("d", "e", "f", "g")}
-    assert [*read_row(both, "auto", form, "row 1")] == [learned]
+    assert read(both, form) == [learned]
     assert unread(both, "auto", form, "row 1") == ["messages"]
 
 
 def test_a_format_that_is_named_is_read() -> None:
     row, form = {"prompt": "a", "completion": "b", "messages": said("c", "d")}, RowForm(TRAINERS["sft"].columns)
-    assert [*read_row(row, "messages", form, "row 1")] == [{"prompt": said("c"), "completion": said("", "d")[1:]}]
+    assert read(row, form, "messages") == [{"prompt": said("c"), "completion": said("", "d")[1:]}]
     assert unread(row, "messages", form, "row 1") == ["prompt", "completion"]
-    rewarded = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
-    assert next(read_row(row, "messages", rewarded, "row 1"))["prompt"] == said("c")
+    assert read(row, REWARDED, "messages")[0]["prompt"] == said("c")
     with pytest.raises(DataError, match=r"row 1: has fields \['text'\]; format messages reads the column 'messages'"):
-        list(read_row({"text": "a"}, "messages", form, "row 1"))
+        read({"text": "a"}, form, "messages")
 
 
 def test_roles_that_a_template_may_know_are_taken() -> None:
     talk = [{"role": "context", "content": "a"}, *said("b", "c")]
-    assert [*read_row({"messages": talk}, "auto", CHATS, "row 1")] == [{"prompt": talk[:2], "completion": talk[2:]}]
+    assert read({"messages": talk}, CHATS) == [{"prompt": talk[:2], "completion": talk[2:]}]
 
 
 def test_no_tools_and_no_system_prompt_are_none() -> None:
+    pair = {"prompt": "a", "completion": "b"}
     for empty in ({"tools": "null"}, {"tools": "[]"}, {"system": " "}):
-        assert [*read_row({"prompt": "a", "completion": "b"} | empty, "auto", RowForm(), "row 1")] == [
-            {"prompt": "a", "completion": "b"}
-        ]
+        assert read(pair | empty) == [pair]
     for some in ({"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}):
         with pytest.raises(DataError, match=f"row 1: has {next(iter(some))}, which chat messages alone can have"):
-            list(read_row({"prompt": "a", "completion": "b"} | some, "auto", RowForm(), "row 1"))
+            read(pair | some)
 
 
 @pytest.mark.parametrize("row", [{"conversations": [*SAID, *SAID]}, {"conversations": SAID}, WIZARD])
 def test_where_conversations_are_learned_whole_each_is_one(row: dict[str, Any]) -> None:
     form = RowForm(TRAINERS["sft"].columns, chat=True, turns=False, whole=True)
-    ((name, messages),) = next(read_row(row, "auto", form, "row 1")).items()
+    ((name, messages),) = read(row, form)[0].items()
     assert (name, messages[:2]) == ("messages", said("Say hi.", "Hi!"))
 
 
 def test_a_label_beside_messages_is_learned() -> None:
     form, row = RowForm(TRAINERS["kto"].columns), {"messages": said("a", "b"), "label": True, "id": 3}
-    assert next(read_row(row, "auto", form, "row 1"))["label"] is True
+    assert read(row, form)[0]["label"] is True
     assert unread(row, "auto", form, "row 1") == ["id"]
 
 
 def test_a_reward_sees_the_other_columns_of_a_known_format() -> None:
-    form = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
-    (row,) = read_row({"question": "1+1?", "answer": "2", "level": 3}, "auto", form, "row 1")
+    (row,) = read({"question": "1+1?", "answer": "2", "level": 3}, REWARDED)
     assert (row["prompt"], row["answer"], row["level"]) == ("Question: 1+1?\nAnswer:", "2", 3)
     others = {"text": 5, "completion": 7, "messages": "none", "tools": "hammer", "system": 5}
-    (row,) = read_row({"prompt": "a"} | others, "auto", form._replace(chat=True), "row 1")
+    (row,) = read({"prompt": "a"} | others, REWARDED._replace(chat=True))
     assert row == {"prompt": said("a")} | others
 
 
 def test_rows_with_an_instruction_are_learned_by_it_though_they_have_their_whole_text() -> None:
-    row = WIZARD | {"text": "Say hi. Hi!"}
-    assert [*read_row(row, "auto", RowForm(TRAINERS["sft"].columns), "row 1")] == [
-        *read_row(WIZARD, "auto", RowForm(), "")
-    ]
-    assert unread(row, "auto", RowForm(TRAINERS["sft"].columns), "row 1") == ["text"]
+    row, form = WIZARD | {"text": "Say hi. Hi!"}, RowForm(TRAINERS["sft"].columns)
+    assert read(row, form) == read(WIZARD)
+    assert unread(row, "auto", form, "row 1") == ["text"]
 
 
 def test_a_message_of_weight_0_is_not_learned() -> None:
-    asked, said = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "3", "weight": 0}
+    asked, wrong = said("1+1?", "3")
     corrected = {"role": "assistant", "content": "2", "weight": None}  # as Arrow gives messages without one
-    row = {"messages": [asked, said, asked, corrected]}
-    assert read(row) == [{"prompt": [asked, said, asked], "completion": [corrected]}]
+    row = {"messages": [asked, wrong | {"weight": 0}, asked, corrected]}
+    assert read(row) == [{"prompt": row["messages"][:3], "completion": [corrected]}]
     form = RowForm((frozenset({"messages"}),), turns=False)
     with pytest.raises(DataError, match="row 1: a message of messages has the weight 0"):
-        list(read_row(row, "auto", form, "row 1"))
+        read(row, form)
 
 
 @pytest.mark.parametrize(

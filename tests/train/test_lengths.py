@@ -84,33 +84,39 @@ def test_what_is_cut_depends_on_the_trainer(found: Lengths, cut: int, unlabelled
     assert (found.cut, found.unlabelled) == (cut, unlabelled)
 
 
+ASKED = [{"role": "user", "content": "1" * (60 if n in (1, 4) else 2)} for n in range(6)]
+
+
 @pytest.mark.parametrize("trainer", ["reward", "dpo"])
+@pytest.mark.parametrize(
+    ("rows", "max_length", "left_out"),
+    [
+        ([{"chosen": [a, TURNS[1]], "rejected": [a, TURNS[3]]} for a in ASKED], 40, [2, 5]),
+        ([{"chosen": "1 2 3", "rejected": "1 2"}] * 4, None, []),  # the end of a text has room
+    ],
+)
 def test_preferences_that_trl_leaves_out_are_counted(
-    trainer: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: str,
+    rows: list[dict[str, Any]],
+    max_length: int | None,
+    left_out: list[int],
+    bases: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     """TRL finds the prompt of a preference in what both conversations begin with."""
-    asked = [{"role": "user", "content": "1" * (60 if n in (1, 4) else 2)} for n in range(6)]
-    answers = [{"role": "assistant", "content": text} for text in "23"]
-    rows = [{"chosen": [one, answers[0]], "rejected": [one, answers[1]]} for one in asked]
-    file = data_file(tmp_path / "rows.jsonl", *[dict(row) for row in rows])
-    changes: dict[str, Any] = {"data": {"train": str(file), "train_examples": None}, "trainer": trainer}
-    changes |= {"evaluation": {"examples": 0}, "training": {"max_length": 40, "num_train_epochs": 1, "max_steps": None}}
-    recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml", bases["chat"], method="lora", **changes)))
+    data = {"train": str(data_file(tmp_path / "rows.jsonl", *rows)), "train_examples": None}
+    changes: dict[str, Any] = {
+        "trainer": trainer,
+        "evaluation": {"examples": 0},
+        "training": {"max_length": max_length},
+    }
+    base = bases["chat" if left_out else "llama"]
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", base, method="lora", data=data, **changes))
     (tmp_path / "out").mkdir()
     prepared = prepare(recipe, tmp_path / "out", SILENT)
     assert prepared.lengths is not None
-    assert prepared.lengths.unlabelled_rows == [2, 5]
+    assert prepared.lengths.unlabelled_rows == left_out
     assert len(prepared.trainer.train_dataset) == 4
-
-
-@pytest.mark.parametrize("trainer", ["reward", "dpo"])
-def test_the_end_of_a_text_has_room(trainer: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    file = data_file(tmp_path / "rows.jsonl", *[{"chosen": "1 2 3", "rejected": "1 2"} for _ in range(4)])
-    changes: dict[str, Any] = {"data": {"train": str(file), "train_examples": None}, "trainer": trainer}
-    changes |= {"evaluation": {"examples": 0}, "training": {"max_length": None, "max_steps": 1}}
-    recipe = load_recipe(str(write_recipe(tmp_path / "r.yaml", bases["llama"], method="lora", **changes)))
-    (tmp_path / "out").mkdir()
-    assert len(prepare(recipe, tmp_path / "out", SILENT).trainer.train_dataset) == 4
 
 
 def test_held_out_rows_that_are_cut_are_said(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -162,6 +168,11 @@ PLAIN = "{% for message in messages %}{{ message['role'] }}: {{ message['content
             {"prompt": [KIND, TURNS[0]]},
             "row 2: the model's chat template refuses it: no system",
         ),
+        (
+            "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no question') }}{% endif %}" + PLAIN,
+            {"prompt": [KIND], "completion": TURNS[:2]},
+            "row 2: the model's chat template refuses it: no question",
+        ),
     ],
 )
 def test_what_a_chat_template_does_not_write_is_refused(
@@ -199,14 +210,6 @@ def test_what_a_reward_reads_is_not_counted(bases: dict[str, Path]) -> None:
     assert count_tokens(Rows([row | {"completion": 7, "text": ["8"]}], "rows"), "grpo", tokenizer) == expected
 
 
-def test_a_prompt_that_a_chat_template_refuses_is_named(bases: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(resolve_model(str(bases["chat"])))
-    refuses = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no question') }}{% endif %}"
-    tokenizer.chat_template = refuses + PLAIN
-    with pytest.raises(DataError, match="rows: row 1: the model's chat template refuses it: no question"):
-        count_tokens(Rows([{"prompt": [KIND], "completion": TURNS[:2]}], "rows"), "sft", tokenizer)
-
-
 def test_cut_examples_are_said_with_their_lines_and_kept(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,14 +233,6 @@ def test_cut_examples_are_said_with_their_lines_and_kept(
     shown = " ".join(capsys.readouterr().out.split())
     assert "up to 8 tokens ######################## 37" in shown
     assert "3 of 40 (7.5%) at max_length 16; 1 of them have nothing to learn" in shown
-
-
-def test_data_whose_labels_are_all_cut_are_refused(base: Path, tmp_path: Path) -> None:
-    file = data_file(tmp_path / "rows.jsonl", *[{"prompt": "1" * 30, "completion": " 2"}] * 4)
-    changes = {"data": {"train": str(file), "train_examples": None}, **CUT}
-    recipe = write_recipe(tmp_path / "r.yaml", base, **changes)
-    with pytest.raises(DataError, match=r"no example fits training.max_length = 16.*33 tokens"):
-        loraover.train(str(recipe), tmp_path / "out")
 
 
 def test_data_and_a_model_are_enough(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,39 +278,24 @@ def test_rows_and_columns_that_are_not_learned_are_kept(base: Path, tmp_path: Pa
 
 
 def test_a_plan_counts_the_rows_that_a_run_trains_on(base: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{n}+1?", "completion": f" {n + 1}", "level": 1} for n in range(40)]
-    changes: dict[str, Any] = {
-        "data": {"train": str(data_file(tmp_path / "rows.jsonl", *rows)), "train_examples": None}
-    }
-    said = Lines()
-    made = make_plan(load_recipe(str(write_recipe(tmp_path / "r.yaml", base, **changes))), said)
+    rows = [{"prompt": "1" * (2 if n == 7 else 30), "completion": f" {n}"} for n in range(40)]
+    data = {"train": str(data_file(tmp_path / "rows.jsonl", *rows)), "train_examples": None}
+    training = {"max_length": 16, "max_steps": None, "num_train_epochs": 1}
+    recipe = write_recipe(tmp_path / "r.yaml", base, data=data, training=training)
+    made = make_plan(load_recipe(recipe))
     assert made.lengths is not None
-    assert made.lengths.examples == 38
-    assert "column 'level' is not learned; 40 rows have it (rows 1, 2, 3, ...)" in said.lines
+    assert (made.steps, made.lengths.examples, made.lengths.unlabelled) == (1, 38, 37)
+    data_file(tmp_path / "rows.jsonl", *rows[8:])
+    with pytest.raises(DataError, match=r"no example fits training.max_length = 16.*34 tokens"):
+        make_plan(load_recipe(recipe))
 
 
-def test_a_plan_of_data_that_a_run_refuses_is_refused(base: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "1" * (30 if n else 2), "completion": " 2"} for n in range(20)]
-    changes: dict[str, Any] = {"training": {"max_length": 16, "max_steps": None, "num_train_epochs": 1}}
-    changes |= {"evaluation": {"examples": 0}}
-    for some, refused in ((rows, False), (rows[1:], True)):
-        file = data_file(tmp_path / f"{refused}.jsonl", *some)
-        recipe = write_recipe(tmp_path / "r.yaml", base, data={"train": str(file), "train_examples": None}, **changes)
-        if refused:
-            with pytest.raises(DataError, match="no example fits"):
-                make_plan(load_recipe(str(recipe)))
-        else:
-            assert make_plan(load_recipe(str(recipe))).steps == 1
-
-
-def test_without_words_the_command_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["train"]) == 2
-    assert "required" in capsys.readouterr().err
-
-
-def test_without_a_recipe_model_and_data_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["train", "--data", "rows.jsonl"]) == 2
-    assert "model: required and missing" in capsys.readouterr().err
+@pytest.mark.parametrize(("words", "said"), [([], "required"), (["--data", "a.jsonl"], "model: required and missing")])
+def test_without_a_recipe_model_and_data_are_asked_for(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["train", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("gigabytes", "batch", "checkpointing"), [(1, 8, False), (0.002, 2, False), (0.0007, 1, True)])

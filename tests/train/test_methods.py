@@ -71,17 +71,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "soma": {
-        "all blocks": ({"soma.frozen_blocks": 2}, "has 2 blocks; freeze at most 1"),
-        "more blocks than there are": ({"soma.frozen_blocks": 3}, "frozen_blocks is 3, and .* has 2 blocks"),
+        "all blocks": ({"soma.frozen_blocks": 2}, "frozen_blocks is 2, and .* has 2 blocks; freeze at most 1"),
         "a rank beyond the weights": ({"lora.r": 33}, "has 16 singular values|has 32 singular values"),
         "an embedding": ({"lora.target_modules": ["embed_tokens"], "soma.frozen_blocks": 0}, "has type Embedding"),
         "two weight decays": ({"training.weight_decay": 0.1}, "soma.weight_decay in place of"),
-        "a misspelt key": ({"soma.frozen_block": 1}, "did you mean 'frozen_blocks'"),
     },
     "lorasc": {
         "more stages than steps": ({"lorasc.stages": 6}, "stages is 6, and the run has 5 optimizer steps"),
         "a rank beyond that of the sum": ({"lorasc.rank": 12}, "the sum of the stages has rank 12; leave it out"),
-        "no stage": ({"lorasc.stages": 0}, "greater than or equal to 1"),
     },
     "tensorguide": {
         "a rank that has too few factors": (
@@ -92,7 +89,6 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
             {"tensorguide.tt_rank": 4},
             r"q_proj are 4 x \(32 \+ 32\) = 256 .* have 320, .* change tensorguide.cores or lora.r, or leave",
         ),
-        "one core": ({"tensorguide.cores": 1}, "greater than or equal to 2"),
         "an embedding": ({"lora.target_modules": ["embed_tokens"]}, "embed_tokens has type Embedding"),
         "a decay": ({"training.weight_decay": 0.1}, "training.weight_decay"),
         "fp16": ({"training.fp16": True}, "takes neither training.fp16"),
@@ -117,7 +113,6 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
             {"training.optim": "adafactor"},
             "takes training.optim adamw_torch_fused, adamw_torch, sgd",
         ),
-        "LoRA+": ({"training.loraplus_lr_ratio": 4}, "without LoRA+"),
         "clipping of the mean": ({"training.max_grad_norm": 0.5}, "does not use training.max_grad_norm; leave it out"),
         "checkpoints": ({"training.save_total_limit": 1}, "does not use training.save_total_limit; leave it out"),
         "TensorBoard": ({"training.report_to": "tensorboard"}, "does not use training.report_to; leave it out"),

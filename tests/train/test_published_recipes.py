@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from safetensors.torch import load_file
 
 from loraover import read_checkpoint
 from loraover.cli import cli
-from loraover.common.atomic_output import publish_directory, publish_text
 from loraover.common.command_line import run
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
 from support.published import LLAMA_2, LLAMA_3_1, SLICES, TEXT
 from support.tiny_hub import save_llama, save_t5
+from support.train_command import data_file
+from support.trained_run import matrices, metrics
 
 pytestmark = pytest.mark.process
 
@@ -48,7 +47,7 @@ def train(recipe: str, bases: dict[str, Path], folder: Path, *options: object, b
     held_out = {key: f"{value} today" if value == TEXT else value for key, value in SLICES[recipe].items()}
     for name, count, row in (("train", EXAMPLES, SLICES[recipe]), ("test", 4, held_out)):
         rows = [row | {"idx": i} for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data_file(folder / f"{name}.jsonl", *rows)
     local = [
         "--model",
         bases[base or kind(recipe)],
@@ -72,25 +71,12 @@ def test_a_published_recipe_runs_from_end_to_end(
     assert train(recipe, bases, tmp_path, base=base) == 0
     result = read_run(tmp_path / "run")
     assert (result.steps, result.method) == (STEPS, "lora-over")
-    assert result.before is not None
     assert result.after is not None
     assert (result.after.exact_match is not None) is (kind(recipe) == "t5")
-    linear = list(linear_layers(bases[base], kind(recipe)))
-    matrices = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    assert len(matrices) == len(read_checkpoint(tmp_path / "run" / "adapter").meta.sites) == 2 * len(linear)
-    assert all(matrix.any() for matrix in matrices.values())
-
-
-def test_a_folder_stands_in_for_the_hub(bases: dict[str, Path], tmp_path: Path) -> None:
-    """The recipe trains on 95 % of the hub's one split and holds out the rest; so it does of a folder."""
-    rows = [SLICES["metamath-gsm8k"] | {"query": f"{TEXT} on day {i}"} for i in range(EXAMPLES)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model", str(bases["llama"]), "--data", str(tmp_path), "-o", str(tmp_path / "run")]
-    assert run(cli, ["train", "metamath-gsm8k", *words]) == 0
-    result = read_run(tmp_path / "run")
-    assert result.data_origin == "file train.jsonl, train[:95%]"
-    assert result.after is not None
-    assert result.after.examples == 2
+    found = matrices(tmp_path / "run")
+    sites = read_checkpoint(tmp_path / "run" / "adapter").meta.sites
+    assert len(found) == len(sites) == 2 * len(list(linear_layers(bases[base], kind(recipe))))
+    assert all(matrix.any() for matrix in found.values())
 
 
 def linear_layers(base: Path, kind: str) -> Iterator[str]:
@@ -115,6 +101,8 @@ def test_a_published_recipe_is_the_protocol(recipe: str) -> None:
     found = (training.bf16, training.learning_rate, training.max_length)
     assert found == ((False, 1e-4, 128) if kind(recipe) == "t5" else (True, 2e-5, 1024))
     assert "arXiv:2407.05000" in loaded.description
+    examples = loaded.data.train_examples or SIZES[str(loaded.data.subset)]
+    assert training.save_steps < training.steps(examples)
 
 
 def test_recipes_of_glue_differ_in_their_data_alone() -> None:
@@ -129,20 +117,12 @@ def test_recipes_of_glue_differ_in_their_data_alone() -> None:
         assert (data.subset, data.format) == (task, f"glue-{task}")
 
 
-@pytest.mark.parametrize("recipe", SLICES)
-def test_a_published_recipe_saves_before_its_end(recipe: str) -> None:
-    loaded = load_recipe(recipe)
-    examples = loaded.data.train_examples or SIZES[str(loaded.data.subset)]
-    assert loaded.training.save_steps < loaded.training.steps(examples)
-
-
 def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = "glue-cola-t5-base"
     small = ["--set", "training.per_device_train_batch_size=1", "--set", "training.gradient_accumulation_steps=1"]
     shown = ["--set", "training.logging_steps=1", "--set", "training.warmup_steps=0.1"]
     assert train(recipe, bases, tmp_path, *small, *shown, "--method", "lora", "--set", "evaluation.examples=0") == 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    rates = [row["learning_rate"] for row in map(json.loads, lines) if "loss" in row]
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "run") if "loss" in row]
     peak = load_recipe(recipe).training.peak_rate
     assert len(rates) == EXAMPLES
     assert rates[:5] == pytest.approx([0, peak / 4, peak / 2, peak * 3 / 4, peak])
@@ -150,35 +130,17 @@ def test_the_rate_rises_for_a_share_of_the_steps_and_falls_to_zero(bases: dict[s
     assert rates[-1] < peak / 100
 
 
-def test_a_dynamic_schedule_takes_its_rounds_from_the_epoch(bases: dict[str, Path], tmp_path: Path) -> None:
-    dynamic = ["over.schedule=dynamic", "over.budget={fraction: 0.5}", "over.rounds=2", "over.start=0.3"]
-    options = [part for key in [*dynamic, "training.per_device_train_batch_size=4"] for part in ("--set", key)]
-    assert train("glue-qnli-t5-base", bases, tmp_path, *options) == 0
-    rounds = read_checkpoint(tmp_path / "run" / "adapter").meta.rounds
-    assert [found.step for found in rounds] == [3, 5]
-
-
-EIGEN = ["--set", "over.decomposition=eigen", "--set", "over.options={}"]
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("run.json", []), ("adapter", [*EIGEN, "--set", "training.optim=adafactor"])],
-    ids=["run.json", "adapter-eigen-adafactor"],
-)
 def test_a_run_that_was_stopped_after_its_last_step_is_finished(
-    name: str, options: list[str], bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was stopped before one of the two things that it leaves, of which the second makes it finished."""
-    publish: Any = {"adapter": publish_directory, "run.json": publish_text}[name]
+    eigen = ["over.decomposition=eigen", "over.options={}", "training.optim=adafactor"]
+    options = [part for key in eigen for part in ("--set", key)]
 
-    def interrupt(path: Path, *args: Any, **options: Any) -> Any:
-        if path.name == name:
-            raise KeyboardInterrupt
-        return publish(path, *args, **options)
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"loraover.training.run.{publish.__name__}", interrupt)
+        patch.setattr("loraover.training.run.publish_directory", interrupt)
         assert train("glue-qnli-t5-base", bases, tmp_path, *options) == 130
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("took another step"))
@@ -192,7 +154,7 @@ def test_an_example_without_room_for_its_completion_takes_no_part_in_the_epoch(
 ) -> None:
     long = ["--set", "training.max_length=120", "--set", "training.per_device_train_batch_size=1"]
     rows = [SLICES["metamath-gsm8k"]] * 33 + [SLICES["metamath-gsm8k"] | {"query": "x" * 200}] * 40
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data_file(tmp_path / "long.jsonl", *rows)
     options = [*long, "--set", f"data.train={tmp_path / 'long.jsonl'}", "--set", "training.save_steps=1"]
     assert train("metamath-gsm8k", bases, tmp_path, *options) == 0
     assert read_run(tmp_path / "run").steps == 5

@@ -48,10 +48,6 @@ def fault(recipe: str, **overrides: Any) -> str:
     return str(caught.value)
 
 
-def test_recipes_ship() -> None:
-    assert {"demo", "gsm8k-smollm2", "glue-qnli-t5-base", "metamath-gsm8k"} <= set(recipe_names())
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_that_ships_is_valid(name: str) -> None:
     recipe = load_recipe(name)
@@ -109,18 +105,15 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "misspelt", "meant"), [(None, "metod", "method"), ("evaluation", "exampels", "examples")]
+    ("parts", "said"),
+    [
+        ({"metod": "x"}, "metod: unknown key; did you mean 'method'?"),
+        ({"evaluation": {"exampels": "x"}}, "evaluation.exampels: unknown key; did you mean 'examples'?"),
+        ({"zzzz": 1}, "zzzz: unknown key"),
+    ],
 )
-def test_a_misspelt_key_names_the_nearest(part: str | None, misspelt: str, meant: str, write: Write) -> None:
-    inner = {misspelt: "x"}
-    values = changed(**inner) if part is None else changed(**{part: {**SMALL.get(part, {}), **inner}})
-    place = misspelt if part is None else f"{part}.{misspelt}"
-    assert f"{place}: unknown key; did you mean {meant!r}?" in fault(write(values))
-
-
-def test_a_key_like_no_other_names_none(write: Write) -> None:
-    assert "zzzz: unknown key" in (message := fault(write(changed(zzzz=1))))
-    assert "did you mean" not in message
+def test_a_misspelt_key_names_the_nearest(parts: dict[str, Any], said: str, write: Write) -> None:
+    assert fault(write(changed(**parts))).endswith(said)
 
 
 STEPS = {"max_steps": 3}
@@ -140,6 +133,13 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"trainer": "grpo"}, "trainer grpo needs reward_funcs"),
     ({"trainer": "dpo", "method": "soma"}, "method soma trains with sft or seq2seq"),
     ({"trainer": "ppo"}, "trainer: Input should be 'sft'"),
+    ({"data": {"train": []}}, "at least 1 item"),
+    ({"lora": {"init_lora_weights": "pissa"}}, "no fold would be a plain LoRA"),
+    ({"lora": {"use_dora": True}}, "lora.use_dora: DoRA is more than a product B A"),
+    (
+        {"data": {"train": "a", "streaming": True}, "training": {"num_train_epochs": 1}},
+        "data.streaming needs training.max_steps",
+    ),
     ({"trainer": "dpo", "method": "lora", "lora": {"init_lora_weights": "pissa"}}, "the reference of trainer dpo"),
     ({"method": "full", "model_init": {"quantization": "nf4"}}, "method full cannot train quantised weights"),
 ]
@@ -223,14 +223,12 @@ def test_a_merged_mapping_may_repeat_keys() -> None:
     assert parse_yaml(text) == yaml.safe_load(text)
 
 
-@pytest.mark.parametrize("content", ["", "- model\n- data"])
-def test_what_holds_no_keys_is_refused(content: str, write: Write) -> None:
-    assert "expected keys" in fault(write(content))
-
-
-@pytest.mark.parametrize("content", ["1: 2\n"])
-def test_keys_that_are_not_text_are_refused(content: str, write: Write) -> None:
-    assert "model: required and missing" in fault(write(content))
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", "expected keys"), ("- model\n- data", "expected keys"), ("1: 2\n", "model: required and missing")],
+)
+def test_what_holds_no_keys_is_refused(content: str, said: str, write: Write) -> None:
+    assert said in fault(write(content))
 
 
 def test_aliases_that_unfold_to_a_giant_are_refused_cheaply(write: Write) -> None:
@@ -269,7 +267,6 @@ def test_overrides_reach_every_depth(write: Write) -> None:
 
 def test_an_override_is_checked_like_the_file(write: Write) -> None:
     path = write(SMALL)
-    assert "did you mean 'method'" in fault(path, **{"metod": 1})
     assert "training.seed" in fault(path, **{"training.seed": -1})
     assert "model holds a value" in fault(path, **{"model.name": "x"})
 
@@ -293,23 +290,8 @@ def test_an_override_that_is_none_is_refused(text: str) -> None:
         parse_override(text)
 
 
-def test_an_override_nested_without_end_is_refused() -> None:
-    with pytest.raises(ConfigError, match="is not YAML"):
-        parse_override("a=" + "[" * 20_000)
-
-
-@pytest.mark.parametrize(("name", "near"), [("gsm8k-smolm2", "gsm8k-smollm2")])
-def test_an_unknown_recipe_suggests_the_nearest(name: str, near: str) -> None:
-    assert f"did you mean {near!r}?" in fault(name)
-
-
-def test_an_unknown_recipe_like_no_other_lists_them_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_recipe_suggests_the_nearest_or_lists_all(tmp_path: Path) -> None:
+    assert "did you mean 'gsm8k-smollm2'?" in fault("gsm8k-smolm2")
     message = fault("zzzzzz")
     assert all(name in message for name in recipe_names())
-    assert run(cli, ["train", "zzzzzz", "-o", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     assert "no such YAML file" in fault(str(tmp_path))

@@ -18,7 +18,7 @@ from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.common.errors import ConfigError
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import with_commits, with_processes, write_recipe
+from loraover.training.run_folder import with_commits, write_recipe
 
 from support.resumed_run import KINDS, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
@@ -93,8 +93,8 @@ def test_metrics_that_were_cut_off_are_mended_and_tell_each_thing_once(
 ) -> None:
     kind = "llama"
     out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(lines[:-1]) + '{"step": 5, "lo')
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join(lines[:-1]) + b'{"step": 5, "lo\xff')
     assert train(recipe, out, "--resume") == 0
     told = [[(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(f)] for f in (out, whole[kind])]
     assert told[0] == told[1]
@@ -103,46 +103,23 @@ def test_metrics_that_were_cut_off_are_mended_and_tell_each_thing_once(
 # Half-written checkpoints
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def unlink(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).unlink()
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "no seal": lambda folder: (folder / SEAL_FILE).unlink(),
-    "no seal, and half the files": lambda folder: unlink(folder, SEAL_FILE, "optimizer.pt", "trainer_state.json"),
-    "an empty seal": lambda folder: (folder / SEAL_FILE).write_text(""),
-    "a truncated seal": lambda folder: truncate(folder / SEAL_FILE),
-    "a seal of something else": lambda folder: (folder / SEAL_FILE).write_text('{"files": {"gone": "00"}}'),
-    "a truncated adapter": lambda folder: truncate(folder / "adapter_model.safetensors"),
-    "truncated cores": lambda folder: truncate(folder / "loraover.safetensors"),
-    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
-    "a flipped bit in the optimizer": lambda folder: flip(folder / "optimizer.pt"),
-    "an empty state": lambda folder: (folder / "trainer_state.json").write_text(""),
-    "no random state": lambda folder: (folder / "rng_state.pth").unlink(),
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "an empty seal": (SEAL_FILE, lambda _: b""),
+    "a truncated seal": (SEAL_FILE, lambda content: content[:-1]),
+    "a seal of something else": (SEAL_FILE, lambda _: b'{"files": {"gone": "00"}}'),
+    "an optimizer of other bits": ("optimizer.pt", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+@pytest.mark.parametrize(("name", "damage"), DAMAGE.values(), ids=list(DAMAGE))
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    damage: Callable[[Path], object], halted: dict[str, Path], tmp_path: Path
+    name: str, damage: Callable[[bytes], bytes], halted: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(halted["llama"] / "trainer", tmp_path / "trainer"))
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-4"
-    damage(folder / "checkpoint-4")
-    assert last_whole_checkpoint(folder) == folder / "checkpoint-2"
-    damage(folder / "checkpoint-2")
-    assert last_whole_checkpoint(folder) is None
+    for step, before in ((4, folder / "checkpoint-2"), (2, None)):
+        path = folder / f"checkpoint-{step}" / name
+        path.write_bytes(damage(path.read_bytes()))
+        assert last_whole_checkpoint(folder) == before
 
 
 def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(
@@ -164,14 +141,16 @@ def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]["revision"] == "old"
 
 
-def test_commits_are_those_of_the_same_model_and_data(tmp_path: Path) -> None:
-    begun = load_recipe("demo", {"model_revision": "m", "data.revision": "d", "distributed.processes": 2})
+@pytest.mark.parametrize("train", ["owner/data", ["a.jsonl", {"path": "b.jsonl", "weight": 2}]])
+def test_commits_are_those_of_the_same_model_and_data(train: Any, tmp_path: Path) -> None:
+    asked = load_recipe("demo", {"data.train": train, "data.test": "owner/held-out"})
+    begun = load_recipe(asked, {"model_revision": "m", "data.revision": "d", "distributed.processes": 2})
     write_recipe(tmp_path, begun)
-    assert with_commits(load_recipe("demo"), tmp_path) == begun
-    named = load_recipe("demo", {"model_revision": "other", "data.revision": "other"})
-    assert with_commits(named, tmp_path) == with_processes(named, 2)
-    others = load_recipe("demo", {"model": "owner/other", "data.test": "owner/other"})
-    assert with_commits(others, tmp_path) == with_processes(others, 2)
+    assert with_commits(asked, tmp_path) == begun
+    named = load_recipe(asked, {"model_revision": "other", "data.revision": "other"})
+    assert with_commits(named, tmp_path) == named.changed("distributed", processes=2)
+    others = load_recipe(asked, {"model": "owner/other", "data.test": "owner/other"})
+    assert with_commits(others, tmp_path) == others.changed("distributed", processes=2)
 
 
 def test_a_run_goes_on_with_what_another_machine_has_chosen(tmp_path: Path) -> None:
@@ -181,7 +160,7 @@ def test_a_run_goes_on_with_what_another_machine_has_chosen(tmp_path: Path) -> N
     begun = load_recipe("demo", chosen | of_batch)
     write_recipe(tmp_path, begun)
     asked = load_recipe("demo", dict.fromkeys(chosen) | {batch: "auto"})
-    assert with_commits(asked, tmp_path) == with_processes(begun, 1)
+    assert with_commits(asked, tmp_path) == begun.changed("distributed", processes=1)
     named = load_recipe("demo", chosen | of_batch | {"training.learning_rate": 1e-3})
     assert with_commits(named, tmp_path).training.learning_rate == 1e-3
     other = load_recipe("demo", dict.fromkeys(chosen) | {"training.fp16": True})

@@ -24,29 +24,13 @@ def recipe(recipes: dict[str, Path]) -> Path:
     return recipes["llama"]
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--seed", "3"], "training"),
-        (["--method", "lora"], "method"),
-        (["--set", "over.decomposition=svd"], "over"),
-    ],
-    ids=str,
-)
 def test_another_recipe_does_not_resume_the_run(
-    options: list[str],
-    named: str,
-    recipe: Path,
-    halted: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    recipe: Path, halted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = Path(shutil.copytree(halted["llama"], tmp_path / "out"))
     before = tree(out)
-    assert train(recipe, out, "--resume", *options) == 2
-    error = capsys.readouterr().err
-    assert "another recipe" in error
-    assert f"({named} differ)" in error
+    assert train(recipe, out, "--resume", "--seed", 3, "--set", "over.decomposition=svd") == 2
+    assert "another recipe (over, training differ)" in capsys.readouterr().err
     assert tree(out) == before
 
 
@@ -103,27 +87,20 @@ def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path, monke
     assert held == [True]
 
 
-@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a file", "other files"])
+@pytest.mark.parametrize("file", [None, "out", "out/mine"])
 def test_what_is_no_run_is_not_resumed(
-    there: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str | None, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    match there:
-        case "an empty folder":
-            out.mkdir()
-        case "a file":
-            out.write_text("mine")
-        case "other files":
-            out.mkdir()
-            (out / "mine").write_text("mine")
+    if file is not None:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("mine")
     before = tree(tmp_path)
-    assert train(recipe, out, "--resume") == 2
+    assert train(recipe, tmp_path / "out", "--resume") == 2
     assert "holds no run to resume" in capsys.readouterr().err
     assert tree(tmp_path) == before
-    assert out.exists() == (there != "nothing")
 
 
-@pytest.mark.parametrize("content", ["", "a: ["])
+@pytest.mark.parametrize("content", ["", "a: [", "distributed: 2", "distributed: {processes: two}"])
 def test_a_run_whose_recipe_is_damaged_is_not_resumed(
     content: str, recipe: Path, halted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

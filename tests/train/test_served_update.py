@@ -1,4 +1,4 @@
-"""SoMA and LoRASC: the served LoRA gives the function that was trained, but for the error in `run.json`."""
+"""The LoRA that a method serves gives the function that was trained, but for the error in `run.json`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 SETTINGS: dict[str, dict[str, Any]] = {
     "soma": {"frozen_blocks": 0},
     "lorasc": {"stages": 2, "pace": 1.0, "noise": 0.0},
+    "tensorguide": {"tt_rank": 2},
 }
 """Of LoRASC, what is served is what the last stage trains if nothing is averaged and there is no noise."""
 
@@ -71,17 +72,22 @@ def test_a_run_serves_what_it_trained(
 
     monkeypatch.setattr(METHODS[name], "finish", watching)
     parts: dict[str, Any] = {"method": name, name: SETTINGS[name], "evaluation": {"exact_match": False}}
-    parts |= {"lora": PATTERNS[tiny_llama], "training": {"bf16": precision == "bf16"}}
+    parts |= {"lora": {} if name == "tensorguide" else PATTERNS[tiny_llama], "training": {"bf16": precision == "bf16"}}
     loraover.train(write_recipe(tmp_path / "r.yaml", base, **parts), tmp_path / "out")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     served = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype), str(tmp_path / "out" / "adapter")
     )
     assert {get_weight(layer).dtype for layer in lora_layers(served).values()} == {dtype}
-    error = read_run(tmp_path / "out").served_error
-    assert error == pytest.approx(distance(trained[0], function_of(served)), rel=1e-6)
+    error, found = read_run(tmp_path / "out").served_error, distance(trained[0], function_of(served))
+    change = distance(function_of(served), base_weights(served))
+    assert change > 0.1
+    if name == "tensorguide":  # whose A and B are those of the last step, but for the roundings of its contraction
+        assert error is None
+        assert found < 1e-5 * change
+        return
+    assert error == pytest.approx(found, rel=1e-6)
     assert (error or 0) > (1e-3 if precision == "bf16" else 1e-8)
-    assert distance(function_of(served), base_weights(served)) > 0.1
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -95,12 +95,6 @@ def test_a_cached_hub_model_is_pinned(processes: dict[str, Ended]) -> None:
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/tiny", COMMIT)
 
 
-def test_the_card_shows_the_command(processes: dict[str, Ended]) -> None:
-    folder = processes["local"].folder
-    card = (folder / "out" / "adapter" / "README.md").read_text()
-    assert f"\nloraover train {folder / 'recipe.yaml'} -o {folder / 'out'}\n" in card
-
-
 @pytest.mark.parametrize("name", ["local", "cached"])
 def test_a_run_on_local_files_reaches_for_nothing(name: str, processes: dict[str, Ended]) -> None:
     """Telemetry of libraries included: the name of a model is nobody else's business."""

@@ -13,7 +13,7 @@ import torch
 
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_llama
-from support.train_command import TURNS, data_file, train
+from support.train_command import data_file, train
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -81,62 +81,41 @@ def lacks(folder: Path, *names: str) -> Path:
     return folder
 
 
-PAIR = {"prompt": "why? ", "completion": "42"}
-LONG = [PAIR | {"prompt": "why? " * 40}] * 8
-Refused = Callable[[Path, dict[str, Path]], dict[str, Any]]
-CHAT_ROWS = [{"messages": TURNS}] * 4
-
-
-def with_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> dict[str, Any]:
-    file = str(data_file(folder / "rows.jsonl", *rows))
-    return {"data": {"train": file, "test": "word-problems"} | options}
-
-
-REFUSED: dict[str, tuple[Refused, str]] = {
-    "no such model": (lambda t, b: {"model": str(t / "nothing")}, "nothing"),
-    "no weights": (lambda t, b: {"model": str(lacks(save_llama(t / "m"), "model.safetensors"))}, "cannot be loaded"),
+REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "no such model": (lambda t: {"model": str(t / "nothing")}, "nothing"),
+    "no weights": (lambda t: {"model": str(lacks(save_llama(t / "m"), "model.safetensors"))}, "cannot be loaded"),
     "no tokenizer": (
-        lambda t, b: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
+        lambda t: {"model": str(lacks(save_llama(t / "m"), "tokenizer.json", "tokenizer_config.json"))},
         "tokenizer",
     ),
-    "chat without a template": (lambda t, b: {"data": {"chat": True}}, "chat template"),
-    "messages for an encoder-decoder": (lambda t, b: {"model": str(b["t5"])} | with_rows(t, *CHAT_ROWS), "T5|t5"),
-    "prompts that fill the length": (lambda t, b: with_rows(t, *LONG), "max_length"),
+    "chat without a template": (lambda t: {"data": {"chat": True}}, "chat template"),
     "a held-out prompt that fills the context": (
-        lambda t, b: {
-            "data": {"train": "word-problems", "test": str(data_file(t / "rows.jsonl", PAIR | {"prompt": "a" * 600}))},
+        lambda t: {
+            "data": {"test": str(data_file(t / "rows.jsonl", {"prompt": "a" * 600, "completion": "42"}))},
             "evaluation": {"exact_match": True, "before": False},
         },
         "question 1: its 600 tokens leave no room",
     ),
     "a schedule that needs more": (
-        lambda t, b: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
+        lambda t: {"training": {"lr_scheduler_type": "cosine_with_min_lr"}},
         "cosine_with_min_lr|min_lr",
     ),
-    "no row that fits": (
-        lambda t, b: {"training": {"max_length": 8}, "evaluation": {"examples": 0}},
-        "no example fits training.max_length = 8",
-    ),
-    "a shell's pattern for PEFT": (lambda t, b: {"lora": {"target_modules": "*.q_proj"}}, "not a regular expression"),
-    "a huge pattern for PEFT": (
-        lambda t, b: {"lora": {"target_modules": "q_proj{99999999999}"}},
-        "not a regular expression",
-    ),
-    "a wrong pattern of ranks": (lambda t, b: {"lora": {"rank_pattern": {"(": 4}}}, "not a regular expression"),
-    "a start that changes the base": (lambda t, b: {"lora": {"init_lora_weights": "pissa"}}, "no fold would be"),
-    "half a character": (
-        lambda t, b: with_rows(t, {"prompt": "a", "completion": "b"}, {"prompt": "\ud83d", "completion": "b"}),
-        "row 2: field 'prompt' holds .*half a character",
-    ),
-    "unknown target modules": (lambda t, b: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
+    "a shell's pattern for PEFT": (lambda t: {"lora": {"target_modules": "*.q_proj"}}, "not a regular expression"),
+    "a huge pattern": (lambda t: {"lora": {"target_modules": "q_proj{99999999999}"}}, "not a regular expression"),
+    "a wrong pattern of ranks": (lambda t: {"lora": {"rank_pattern": {"(": 4}}}, "not a regular expression"),
+    "unknown target modules": (lambda t: {"lora": {"target_modules": ["nothing"]}}, "nothing"),
 }
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=list(REFUSED))
 def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
-    change: Refused, said: str, bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: Callable[[Path], dict[str, Any]],
+    said: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    values = {"model": str(bases["llama"])} | change(tmp_path, bases)
+    values = {"model": str(base)} | change(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml", values.pop("model"), **values)
     assert train(recipe, tmp_path / "out") == 2
     error = capsys.readouterr().err
@@ -151,11 +130,3 @@ def test_float16_on_a_cpu_is_refused_rather_than_ignored(
 ) -> None:
     assert train(recipe, tmp_path / "out", "--set", "training.fp16=true") == 2
     assert "needs an accelerator" in capsys.readouterr().err
-
-
-def test_a_run_of_several_processes_is_refused_in_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would train on its own half of the rows, and write a folder of its own."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    recipe = write_recipe(tmp_path / "recipe.yaml", save_llama(tmp_path / "base"), training={"max_steps": 1})
-    assert train(recipe, tmp_path / "out") == 2
-    assert not (tmp_path / "out").exists()

@@ -17,15 +17,14 @@ import loraover
 import loraover.data.sources
 from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
-from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.recipe_parts import BATCH
 from loraover.training.run_result import read_run
 
 from support.resumed_run import assert_same_run, killed, stopped
 from support.tiny_hub import save_llama, write_recipe
-from support.train_command import train
-from support.trained_run import losses, metrics, watched
+from support.train_command import data_file, train
+from support.trained_run import losses, matrices, metrics, watched
 
 pytestmark = pytest.mark.process
 
@@ -50,17 +49,11 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def recipe_of(name: str, folder: Path, bases: dict[str, Path], **parts: Any) -> Path:
     base = bases[{"seq2seq": "t5", "grpo": "chat"}.get(name, "llama")]
-    data = {
-        "train": rows_file(folder / "rows.jsonl", ROWS[name]),
-        "test": rows_file(folder / "test.jsonl", TESTS[name]),
-    }
+    files = {"train": data_file(folder / "rows.jsonl", *ROWS[name])}
+    files["test"] = data_file(folder / "test.jsonl", *({**row, next(iter(row)): "9 + 9 ="} for row in ROWS[name][:2]))
+    data = {split: str(file) for split, file in files.items()}
     own = PARTS.get(name, {})
     training = {"max_steps": 2, "per_device_train_batch_size": 2} | own.get("training", {}) | parts.pop("training", {})
     changes = {key: value for key, value in own.items() if key != "training"} | parts
@@ -73,9 +66,6 @@ def recipe_of(name: str, folder: Path, bases: dict[str, Path], **parts: Any) -> 
         evaluation={"examples": 2, "exact_match": False},
         **changes,
     )
-
-
-TESTS = {name: [{**row, next(iter(row)): "9 + 9 ="} for row in rows[:2]] for name, rows in ROWS.items()}
 
 
 @pytest.mark.parametrize("method", ["lora", "lora-over"])
@@ -137,20 +127,17 @@ def test_losses_of_held_out_rows_stand_in_their_order(
 ) -> None:
     recipe = recipe_of("sft", tmp_path, bases, training=training | {"max_steps": 1, "per_device_eval_batch_size": 2})
     counts = (2, 7, 3, 5, 1)
-    rows_file(tmp_path / "test.jsonl", [{"prompt": "1 =", "completion": " 1" * count} for count in counts])
+    data_file(tmp_path / "test.jsonl", *({"prompt": "1 =", "completion": " 1" * count} for count in counts))
     asked = {"evaluation.examples": len(counts), "evaluation.before": False}
     loraover.train(str(recipe), tmp_path / "out", overrides=asked)
     tokens = [count for _, count in json.loads((tmp_path / "out" / "held_out.json").read_text())]
     assert sorted(range(5), key=tokens.__getitem__) == sorted(range(5), key=counts.__getitem__)
 
 
-@pytest.mark.parametrize("trainer", ["dpo", "reward", "classification"])
-def test_answers_to_rows_without_a_prompt_and_a_completion_are_refused(
-    trainer: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    recipe = recipe_of(trainer, tmp_path, bases)
+def test_answers_to_rows_without_a_prompt_and_a_completion_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of("dpo", tmp_path, bases)
     with pytest.raises(ConfigError, match=r"row 1 has .* and no prompt with a completion\. Set it to false"):
-        loraover.train(str(recipe), tmp_path / "out", overrides={"evaluation.exact_match": True})
+        loraover.train(recipe, tmp_path / "out", overrides={"evaluation.exact_match": True})
 
 
 def test_a_run_that_ended_before_it_was_measured_publishes_its_best_step(
@@ -159,27 +146,27 @@ def test_a_run_that_ended_before_it_was_measured_publishes_its_best_step(
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
     recipe = recipe_of("sft", tmp_path, bases, training=best | {"max_steps": 3, "learning_rate": 0.5})
     loraover.train(str(recipe), tmp_path / "out")
-    known = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    known = matrices(tmp_path / "out")
     (state,) = (json.loads(p.read_text()) for p in (tmp_path / "out/trainer").glob("checkpoint-3/trainer_state.json"))
     assert not state["best_model_checkpoint"].endswith("-3")
     (tmp_path / "out" / "run.json").unlink()
     shutil.rmtree(tmp_path / "out" / "adapter")
     loraover.train(str(recipe), tmp_path / "out", resume=True)
-    found = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    found = matrices(tmp_path / "out")
     assert {name for name in known if not torch.equal(known[name], found[name])} == set()
 
 
 def test_a_column_of_a_reward_has_values_of_one_type(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of("grpo", tmp_path, bases)
-    rows_file(tmp_path / "rows.jsonl", [row | {"solution": n or "0"} for n, row in enumerate(ROWS["grpo"])])
-    with pytest.raises(DataError, match="a column with values of several types; write them alike"):
+    data_file(tmp_path / "rows.jsonl", *(row | {"solution": n or "0"} for n, row in enumerate(ROWS["grpo"])))
+    with pytest.raises(DataError, match=r"a column with values of several types, .*write them alike"):
         loraover.train(str(recipe), tmp_path / "out")
 
 
 def test_a_margin_is_learned(bases: dict[str, Path], tmp_path: Path) -> None:
     """At the first step both rewards are nearly the same, so the loss is that of the margin alone."""
     recipe = recipe_of("reward", tmp_path, bases)
-    rows_file(tmp_path / "rows.jsonl", [row | {"margin": 5} for row in ROWS["reward"]])
+    data_file(tmp_path / "rows.jsonl", *(row | {"margin": 5} for row in ROWS["reward"]))
     assert loraover.train(str(recipe), tmp_path / "out").unread == {}
     assert losses(tmp_path / "out")[1] == pytest.approx(math.log1p(math.exp(5)), rel=0.05)
 
@@ -187,25 +174,21 @@ def test_a_margin_is_learned(bases: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("margin", [None, "5", True, math.nan])
 def test_a_margin_in_some_rows_is_refused(margin: Any, bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of("reward", tmp_path, bases)
-    rows_file(tmp_path / "rows.jsonl", [row | {"margin": 5 if n else margin} for n, row in enumerate(ROWS["reward"])])
+    data_file(tmp_path / "rows.jsonl", *(row | {"margin": 5 if n else margin} for n, row in enumerate(ROWS["reward"])))
     with pytest.raises(DataError, match=r"row 1: the margin is .*, expected a number in every row, or in none"):
         loraover.train(str(recipe), tmp_path / "out")
 
 
 def test_a_trainer_without_a_stable_module_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
-    rows = rows_file(tmp_path / "rows.jsonl", PAIRS)
-    recipe = write_recipe(tmp_path / "r.yaml", bases["llama"], trainer="orpo", data={"train": rows})
+    rows = data_file(tmp_path / "rows.jsonl", *PAIRS)
+    recipe = write_recipe(tmp_path / "r.yaml", bases["llama"], trainer="orpo", data={"train": str(rows)})
     with pytest.raises(ConfigError, match=r"trainer orpo: trl .* has it only in trl\.experimental\.orpo"):
         loraover.train(str(recipe), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a misspelt key": (
-        {"training.learning_rat": 1},
-        "training.learning_rat: unknown key; did you mean 'learning_rate'",
-    ),
-    "a misspelt field of TRL": ({"training.packin": True}, "did you mean 'packing'"),
+    "a misspelt field of TRL": ({"training.packin": True}, "training.packin: unknown key; did you mean 'packing'"),
     "a misspelt field of PEFT": ({"lora.use_rslor": True}, "lora.use_rslor: unknown key; did you mean 'use_rslora'"),
     "a misspelt start": (
         {"method": "lora", "lora.init_lora_weights": "gausian"},
@@ -218,11 +201,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"training.optim_args": "betas=1", "training.loraplus_lr_ratio": 4},
         "with loraplus_lr_ratio, only optim soap takes them",
     ),
+    "LoRA+ of another optimizer": (
+        {"training.loraplus_lr_ratio": 4, "training.optim": "adamw_torch_8bit"},
+        "needs a LoRA and optim adamw_torch, adamw_torch_fused or soap",
+    ),
     "what the run sets of PEFT": ({"lora.task_type": "CAUSAL_LM"}, "lora.task_type: a run sets this itself"),
     "another type": ({"training.packing": "perhaps"}, "training.packing: Input should be a valid boolean"),
     "what the class refuses": ({"training.eval_strategy": "sometimes"}, "SFTConfig refuses it"),
     "an unknown tracker": ({"training.report_to": "notebook"}, "training.report_to: notebook is not supported"),
-    "DoRA with cores": ({"lora.use_dora": True}, "lora.use_dora: DoRA is more than a product B A"),
     "a head trained in float16": (
         {"lora.modules_to_save": ["lm_head"], "model_init.dtype": "float16"},
         "lm_head.* would be trained in float16",
@@ -232,16 +218,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "embed_tokens.* would be trained in float16",
     ),
     "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
-    "a stream without an end": (
-        {"data.streaming": True, "training.max_steps": None, "training.num_train_epochs": 1},
-        "data.streaming needs training.max_steps",
-    ),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
-    "an unknown reward": (
-        {"trainer": "grpo", "reward_funcs": ["a_reward"], "training.num_generations": 2},
-        "'a_reward' is neither of trl.rewards",
-    ),
 }
 
 
@@ -253,14 +231,9 @@ def test_a_key_that_a_class_does_not_take_is_refused(case: str, recipe: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_all_unknown_keys_are_named_at_once(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.a: unknown key.*training\.b: unknown key"):
-        make_plan(load_recipe(str(recipe), {"training.a": 1, "training.b": 2}))
-
-
 def test_rows_that_lack_a_trainers_columns_are_refused_with_their_line(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of("dpo", tmp_path, bases)
-    rows_file(tmp_path / "rows.jsonl", [*PAIRS, {"prompt": "a", "chosen": "b"}])
+    data_file(tmp_path / "rows.jsonl", *PAIRS, {"prompt": "a", "chosen": "b"})
     with pytest.raises(DataError, match=r"row 9: has fields \['chosen', 'prompt'\]; expected \['chosen', 'rejected'\]"):
         loraover.train(str(recipe), tmp_path / "out")
 
@@ -274,6 +247,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "model_init.attn_implementation": "eager",
         "lora.modules_to_save": ["lm_head"],
     },
+    "recomputed activations": {"training.gradient_checkpointing": True, "training.optim": "sgd"},
     "weights in bfloat16": {"model_init.dtype": "bfloat16", "training.bf16": True},
     "nf4": {"model_init.quantization": "nf4"},
     "int8": {"model_init.quantization": "int8"},
@@ -293,8 +267,9 @@ def test_settings_of_other_libraries_reach_them(case: str, recipe: Path, tmp_pat
     assert ("eval_loss" in logged[2]) is (case == "evaluation while training")
     sites = read_checkpoint(tmp_path / "out" / "adapter").meta.sites
     assert any("q_proj" in site.name for site in sites) is (case != "fields of LoraConfig")
-    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    saved = matrices(tmp_path / "out")
     assert ("base_model.model.lm_head.weight" in saved) is ("head" in case)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_an_evaluation_leaves_the_gradients_of_a_base_of_4_bits(recipe: Path, tmp_path: Path) -> None:
@@ -321,8 +296,7 @@ def test_a_run_on_a_base_of_4_bits_is_resumed_bit_for_bit(bases: dict[str, Path]
     halted = stopped(recipe, tmp_path / "halted", 3)
     assert train(recipe, halted, "--resume") == 0
     assert_same_run(halted, tmp_path / "whole")
-    saved = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in matrices(tmp_path / "whole").values()} == {torch.float32}
 
 
 def test_packed_rows_are_measured_one_by_one(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -362,7 +336,7 @@ def test_half_weights_other_ranks_and_a_chosen_batch(recipe: Path, tmp_path: Pat
 def test_dora_and_a_trained_head_are_saved(recipe: Path, base: Path, tmp_path: Path) -> None:
     changes = {"method": "lora", "lora.use_dora": True, "lora.modules_to_save": ["lm_head"], "training.max_steps": 2}
     assert loraover.train(str(recipe), tmp_path / "out", overrides=changes).update_norm is None
-    saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    saved = matrices(tmp_path / "out")
     assert any("lora_magnitude_vector" in name for name in saved)
     head, start = saved["base_model.model.lm_head.weight"], load_file(base / "model.safetensors")["lm_head.weight"]
     assert 0 < (head - start).abs().max() < 1

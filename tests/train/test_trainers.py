@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import TrainingArguments
 from trl.trainer import utils
 
-from loraover.reporting.reporter import ConsoleReporter
+from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT
 from loraover.training.prepare import prepare
 from loraover.training.recipe import load_recipe
-from loraover.training.trainers import use_one_device
+from loraover.training.trainers import find_reward, use_one_device
 
 from support.lines import Lines
 from support.tiny_hub import save_llama, write_recipe
@@ -29,7 +28,7 @@ def test_only_labelled_positions_are_projected_and_no_gradient_changes(
 ) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path / "recipe.yaml", save_llama(tmp_path / "base"), method="lora")))
     (tmp_path / "run").mkdir()
-    trainer: Any = prepare(recipe, tmp_path / "run", ConsoleReporter(Console(file=io.StringIO()))).trainer
+    trainer: Any = prepare(recipe, tmp_path / "run", SILENT).trainer
     batch = next(iter(trainer.get_train_dataloader()))
     labelled = int((batch["labels"][:, 1:] != -100).sum())
     assert 0 < labelled < batch["labels"][:, 1:].numel()
@@ -56,6 +55,12 @@ def test_only_labelled_positions_are_projected_and_no_gradient_changes(
     assert projected == [labelled]
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["a_reward", "math.pi", "..length"])
+def test_a_reward_that_is_no_function_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is neither of trl.rewards .* nor a function"):
+        find_reward(name)
 
 
 @pytest.mark.parametrize(("count", "told"), [(1, 0), (3, 1)])

@@ -9,9 +9,10 @@ import pytest
 
 import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
+from loraover.data.formats import RowForm
 from loraover.data.turns import later_turn
 from loraover.sources.hub import HubUnreachableError
-from loraover.training.examples import load_held_out
+from loraover.training.examples import load_examples, load_held_out
 from loraover.training.recipe import Recipe
 
 from support.rows import GSM8K, PAIR, TURNS, Write, fault, load
@@ -52,33 +53,33 @@ def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch
     assert rows.rows[0]["completion"].endswith("#### 2")
 
 
-def test_without_a_hub_a_local_file_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object) -> str:
-        raise HubUnreachableError("the hub cannot be reached.")
-
-    monkeypatch.setattr(loraover.data.sources, "pinned_commit", unreachable)
-    message = fault("owner/data")
-    assert "owner/data" in message
-    assert "with data" in message
-
-
 @pytest.mark.parametrize(
-    "error", [ValueError("Unknown split"), FileNotFoundError("no file"), datasets.exceptions.DatasetGenerationError()]
+    ("place", "error"),
+    [
+        ("loraover.data.sources.pinned_commit", HubUnreachableError("the hub cannot be reached.")),
+        ("datasets.load_dataset", ValueError("Unknown split")),
+        ("datasets.load_dataset", FileNotFoundError("no file")),
+        ("datasets.load_dataset", datasets.exceptions.DatasetGenerationError()),
+    ],
 )
-def test_a_hub_set_that_cannot_be_loaded_is_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_hub_set_cannot_be_loaded_a_local_file_is_proposed(
+    place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> Any:
         raise error
 
     Hub(monkeypatch, owner__data=[GSM8K])
-    monkeypatch.setattr(datasets, "load_dataset", broken)
-    assert "owner/data" in fault("owner/data")
+    monkeypatch.setattr(place, broken)
+    message = fault("owner/data")
+    assert message.startswith("owner/data: ")
+    assert "with data" in message
 
 
 def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "model": "owner/model",
-            "data": {"train": str(train), **data},
+            "data": {"train": train if isinstance(train, list) else str(train), **data},
             "training": {"max_steps": 1, "seed": 5},
             "evaluation": {"examples": examples},
         }
@@ -86,9 +87,6 @@ def recipe(train: object, *, examples: int = 2, **data: Any) -> Recipe:
 
 
 def examples_of(made: Recipe, *, chat: bool = False) -> Any:
-    from loraover.data.formats import RowForm
-    from loraover.training.examples import load_examples
-
     return load_examples(made, RowForm(chat=chat))
 
 
@@ -121,25 +119,25 @@ def test_rows_of_one_file_are_held_out_if_it_has_enough(write: Write) -> None:
 def test_turns_of_one_conversation_are_held_out_together(sources: int, write: Write) -> None:
     talks = [{"messages": [{**one, "content": f"{i}: {one['content']}"} for one in TURNS]} for i in range(80)]
     files = [str(write(f"{i}.jsonl", *talks[i::sources])) for i in range(sources)]
-    given = recipe(files[0], examples=5).model_dump()
-    asked = Recipe.model_validate(given | {"data": {"train": files if sources > 1 else files[0]}})
+    asked = recipe(files if sources > 1 else files[0], examples=5)
     found = examples_of(asked)
     first = {part: {row["prompt"][0]["content"] for row in getattr(found, part).rows} for part in ("train", "test")}
     assert first["train"].isdisjoint(first["test"])
     assert len(found.test.rows) == 2 * len(first["test"]) == 4  # of two turns each, at most five
-    held_out = load_held_out(asked)
-    assert held_out is not None
-    assert later_turn(held_out.rows) == 1
+    assert later_turn(held_out_of(asked)) == 1
     whole = asked.training.model_copy(update={"assistant_only_loss": True})
-    held_out = load_held_out(asked.model_copy(update={"training": whole}))
-    assert held_out is not None
-    assert later_turn(held_out.rows) is None
+    assert later_turn(held_out_of(asked.model_copy(update={"training": whole}))) is None
+
+
+def held_out_of(made: Recipe) -> list[Any]:
+    found = load_held_out(made)
+    assert found is not None
+    return found.rows
 
 
 def test_held_out_rows_of_plain_text_are_read(write: Write) -> None:
-    held_out = load_held_out(recipe(str(write("a.jsonl", *({"text": str(i)} for i in range(80)))), examples=5))
-    assert held_out is not None
-    assert [*held_out.rows[0]] == ["text"]
+    file = write("a.jsonl", *({"text": str(i)} for i in range(80)))
+    assert [*held_out_of(recipe(file, examples=5))[0]] == ["text"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -164,29 +162,19 @@ def test_another_hub_set_is_not_asked_for_the_commit_of_the_first(monkeypatch: p
     assert examples.test.revision == hub.commit("owner/other")
 
 
-def test_word_problems_follow_the_run_seed() -> None:
-    made = recipe("word-problems", train_examples=4)
+def test_word_problems_follow_the_run_seed_and_the_limits() -> None:
+    made = recipe("word-problems", train_examples=4, test_examples=1, examples=3)
     examples = examples_of(made)
-    assert (len(examples.train.rows), len(examples.test.rows)) == (4, 2)
+    assert (len(examples.train.rows), len(examples.test.rows)) == (4, 1)
     assert examples == examples_of(made)
     assert "seed 5" in examples.train.origin
-
-
-def test_word_problems_obey_the_limit_on_held_out_rows() -> None:
-    examples = examples_of(recipe("word-problems", train_examples=4, test_examples=1, examples=3))
-    assert len(examples.test.rows) == 1
-
-
-def test_word_problems_become_chat_messages_where_chat_is_asked_for() -> None:
-    rows = examples_of(recipe("word-problems", train_examples=4), chat=True).train.rows
-    assert all(row["prompt"][0]["role"] == "user" for row in rows)
-    assert all(row["completion"][0]["role"] == "assistant" for row in rows)
+    row = examples_of(made, chat=True).train.rows[0]
+    assert (row["prompt"][0]["role"], row["completion"][0]["role"]) == ("user", "assistant")
 
 
 def test_held_out_data_beside_word_problems_are_used(write: Write) -> None:
     other = write("other.jsonl", PAIR)
-    examples = examples_of(recipe("word-problems", test=str(other), train_examples=4))
-    assert examples.test.rows == [PAIR]
+    assert examples_of(recipe("word-problems", test=str(other), train_examples=4)).test.rows == [PAIR]
 
 
 def test_word_problems_are_held_out_beside_a_file(write: Write) -> None:

@@ -302,16 +302,11 @@ def check_optimizer(recipe: BaseRecipe) -> None:
 
 def make_optimizer(asked: TrainingArguments, parameters: list[nn.Parameter]) -> Optimizer:
     """Return the optimizer that a trainer is to have, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
-    options: Any = {"lr": asked.learning_rate, "weight_decay": asked.weight_decay}
-    if asked.optim == "sgd":
-        return torch.optim.SGD(parameters, **options)
-    return torch.optim.AdamW(parameters, **options, **adam_options(asked))
+    from transformers import Trainer
 
-
-def adam_options(asked: TrainingArguments) -> dict[str, Any]:
-    """Options of AdamW but for rate and decay, as the Trainer would give them."""
-    betas = asked.adam_beta1, asked.adam_beta2
-    return {"betas": betas, "eps": asked.adam_epsilon, "fused": asked.optim == "adamw_torch_fused"}
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(asked)
+    made: Optimizer = kind(parameters, weight_decay=asked.weight_decay, **options)
+    return made
 
 
 def count_trained(model: Any, method: TrainingMethod) -> int:

@@ -54,6 +54,7 @@ from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
 from loraover.training.methods.base import ADAPTER, TrainingMethod, check_optimizer, make_optimizer
 from loraover.training.recipe_parts import BaseRecipe
+from loraover.training.run_log import log_measures
 from loraover.training.run_result import Privacy
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class Federated(TrainingMethod):
                         total += b.detach().cpu().double() * (len(client.rows) / len(loader.dataset))
                 _copy(average, trained)
                 trainer.state.global_step = begun + len(mine)
-                losses = self._log(trainer, begun, steps, mine[-1], losses, clients, progress.report)
+                losses = self._log(trainer, begun, rates, losses, clients, progress.report)
                 progress.advance(trainer.state.global_step)
         wrapped.to_standard_module()
         self.privacy = self._guarantee(clients, steps)
@@ -247,27 +248,19 @@ class Federated(TrainingMethod):
         self,
         trainer: Trainer,
         begun: int,
-        steps: int,
-        learning_rate: float,
+        rates: list[float],
         losses: list[float],
         clients: list[Client],
         report: Reporter,
     ) -> list[float]:
         """Log the mean loss since the last line, if one is due after this round; returns the losses still to log."""
-        from loraover.training.run_log import log_measures
-
-        step, every = trainer.state.global_step, self.recipe.training.logging_steps
+        step, steps, every = trainer.state.global_step, len(rates), self.recipe.training.logging_steps
         if (step // every == begun // every and step < steps) or not losses:
             return losses
         loss = sum(losses) / len(losses)
+        epsilon = self._guarantee(clients, step).epsilon
         output = Path(trainer.args.output_dir).parent
-        log_measures(
-            output,
-            step,
-            loss=loss,
-            learning_rate=learning_rate,
-            epsilon=self._guarantee(clients, step).epsilon,
-        )
+        log_measures(output, step, loss=loss, learning_rate=rates[step - 1], epsilon=epsilon)
         report.line(f"step {step:>5}/{steps}  loss {loss:.4f}")
         return []
 
@@ -341,17 +334,8 @@ def _copy(values: list[Tensor], parameters: list[torch.nn.Parameter]) -> None:
 
 def _learning_rates(trainer: Trainer, steps: int) -> list[float]:
     """Return the learning rate of every step, by the Trainer's schedule."""
-    from transformers import get_scheduler
-
-    args = trainer.args
-    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
-    schedule = get_scheduler(
-        args.lr_scheduler_type,
-        stand_in,
-        num_warmup_steps=args.get_warmup_steps(steps),
-        num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=trainer.args.learning_rate)
+    schedule = trainer.create_scheduler(steps, stand_in)
     rates = []
     for _ in range(steps):
         rates.append(float(schedule.get_last_lr()[0]))

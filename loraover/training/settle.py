@@ -1,0 +1,114 @@
+"""What a recipe asks for once its model and its rows are known; a run and its plan settle it alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loraover.common.ranks import launched
+from loraover.common.reporter import Reporter
+from loraover.data.formats import RowForm
+from loraover.models.load import ModelSource, load_config, load_processor, takes_images
+from loraover.training.checks import check_rows, row_form
+from loraover.training.defaults import with_batch, with_defaults
+from loraover.training.examples import Examples, load_examples, report_rows
+from loraover.training.lengths import Tokens, check_fit, count_tokens
+from loraover.training.methods import make_method
+from loraover.training.methods.base import TrainingMethod
+from loraover.training.recipe import Recipe
+from loraover.training.run_result import Lengths
+from loraover.training.trainers import TRAINERS
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe without open values, and what it trains on.
+
+    Args:
+        recipe: The recipe, with values in place of those that it left to this machine and its data.
+        trainer_name: Key of `TRAINERS`.
+        source: The base model.
+        tokenizer: Its tokenizer; None if a plan finds none.
+        processor: What reads the images of its rows; None for rows without any.
+        tokens: Lengths of the training rows; empty if a plan cannot count them.
+        lengths: What is cut of them; None if none can be cut, or they are not counted.
+        method: The recipe's method.
+    """
+
+    recipe: Recipe
+    trainer_name: str
+    source: ModelSource
+    tokenizer: Any
+    processor: Any | None
+    tokens: list[Tokens]
+    lengths: Lengths | None
+    method: TrainingMethod
+
+    @property
+    def reads(self) -> Any:
+        """What turns rows into tokens: the processor if any row holds images, else the tokenizer."""
+        return self.tokenizer if self.processor is None else self.processor
+
+
+def read_examples(
+    recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter, *, measures: bool = True
+) -> Examples:
+    """Load the rows that a recipe trains and measures on, and report what is not learned of them.
+
+    Args:
+        recipe: The recipe.
+        name: Key of `TRAINERS`.
+        source: The base model.
+        tokenizer: Its tokenizer; None if there is none, so that no chat messages are written.
+        report: Receiver of the lines.
+        measures: Whether held-out rows are read.
+
+    Raises:
+        DataError: See `load_examples`.
+    """
+    form = RowForm(TRAINERS[name].columns)
+    if tokenizer is not None:
+        form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
+    measures = measures and name != "grpo"  # whose loss says nothing; its log has rewards
+    with launched().first_then_others():
+        examples = load_examples(recipe if measures else recipe.changed("evaluation", examples=0), form)
+    report_rows(examples, report, measures=measures and bool(recipe.evaluation.examples))
+    return examples
+
+
+def settle(
+    recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, examples: Examples | None, report: Reporter
+) -> Settled:
+    """Check the rows of a recipe, and give the values that it leaves to them, to its method and to this machine.
+
+    Args:
+        recipe: The recipe.
+        name: Key of `TRAINERS`.
+        source: The base model.
+        tokenizer: Its tokenizer; None if a plan finds none.
+        examples: Its rows; None if a plan does not read them.
+        report: Receiver of the values with their reasons, and of what is cut.
+
+    Raises:
+        ConfigError: The recipe does not fit its model or this machine.
+        DataError: Rows that cannot be learned, or none that keeps anything to learn from.
+    """
+    processor, counted = None, list[list[Tokens]]()
+    if examples is not None and tokenizer is not None:
+        processor = load_processor(source) if examples.have_pictures else None
+        tokenizer = tokenizer if processor is None else processor.tokenizer
+        check_rows(recipe, name, tokenizer, examples)
+        answers_only = recipe.training.assistant_only_loss
+        counted = [
+            count_tokens(part, name, tokenizer, answers_only=answers_only, processor=processor)
+            for part in examples.parts
+        ]
+    lasting = [one for part in (counted[:1] if processor is None else counted) for one in part]
+    config = load_config(source)
+    recipe = with_batch(with_defaults(recipe, config, lasting, report), source, report)
+    method, lengths = make_method(recipe, is_seq2seq=bool(config.is_encoder_decoder)), None
+    if examples is not None and counted:
+        method.check_rows(examples.train.rows)
+        lengths = check_fit(recipe, name, examples, counted, report)
+    tokens = counted[0] if counted else []
+    return Settled(recipe, name, source, tokenizer, processor, tokens, lengths, method)
