@@ -255,20 +255,23 @@ def load_skeleton(source: ModelSource) -> Any:
     Raises:
         ConfigError: The configuration is missing or names no architecture, or transformers cannot build it.
     """
+    with _ONE_THREAD:
+        return _skeleton(source)
+
+
+def _skeleton(source: ModelSource) -> Any:
     import torch
     import transformers
 
     config = load_config(source)
     architecture = config.architectures[0]
-    with _ONE_THREAD:
-        kind: Any = getattr(transformers, architecture, None)
-        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    if not is_model:
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ConfigError(
             f"model: {source.origin} is a {architecture}, which transformers {transformers.__version__} does not have."
         )
     try:
-        with _ONE_THREAD, torch.device("meta"):
+        with torch.device("meta"):
             return kind(config).eval()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"model: {source.origin} cannot be built as {architecture}: {error}") from error
@@ -281,14 +284,17 @@ def load_config(source: ModelSource) -> Any:
         ConfigError: The configuration is missing, unknown to transformers, has fields that transformers cannot use, or
             names no architecture.
     """
+    with _ONE_THREAD:
+        return _config(source)
+
+
+def _config(source: ModelSource) -> Any:
     from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
 
     faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
     try:
-        with _ONE_THREAD:
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (*faults, StrictDataclassError) as error:
         raise ConfigError(f"model: {source.origin} has no usable config.json: {error}") from error
     names = config.architectures
