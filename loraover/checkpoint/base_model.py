@@ -12,7 +12,7 @@ from loraover.common.errors import ConfigError
 from loraover.data.word_problems import HELD_OUT_SEED, word_problems
 from loraover.models.load import ModelSource, Moved, load_model, load_tokenizer, resolve_model
 from loraover.models.stand_in import find_stand_in
-from loraover.sources.address import is_elsewhere
+from loraover.sources.address import HubName, is_elsewhere, read_address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,13 +73,15 @@ def resolve_base(
             f"{_listed(adapters)}: names the base model {name}, an address that is read only if you name it yourself; "
             f"use {option} {name} if you trust it."
         )
-    revisions = {revision for trained_on, revision in trained if trained_on == name}
-    if len(revisions) > 1:
+    found = read_address(name)
+    named, pinned = (found.name, found.revision) if isinstance(found, HubName) else (name, None)
+    revisions = {revision for trained_on, revision in trained if trained_on == named}
+    if len(revisions) > 1 and pinned is None:
         raise ConfigError(
             f"{_listed(adapters)}: {described(trained)}. No revision fits all of them; use them one at a "
             f"time, or name the folder of the weights to use with {option}."
         )
-    source = resolve_model(name, *revisions, say=say)
+    source = resolve_model(name, next(iter(revisions), None), say=say)
     names = {str(trained_on) for trained_on, _ in trained}
     stand_in = source.stand_in
     if stand_in is not None and source.name != name and stand_in.stands_for in names:

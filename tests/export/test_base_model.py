@@ -9,12 +9,15 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from loraover.checkpoint.base_model import resolve_base
 from loraover.common.command_line import quiet_libraries, run
+from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
 from loraover.models.stand_in import STAND_INS
 from loraover.reporting.reporter import ConsoleReporter
@@ -123,6 +126,28 @@ def test_an_export_reads_the_revision_that_the_adapter_pins(tmp_path: Path, monk
         assert export(command, made.path, tmp_path / command) == 0
     read_inputs(OnnxRequest((made.path,), tmp_path / "out", "merged"))
     assert asked == [(str(made.base), "v2")] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [
+        ("owner/model", "owner/model@v4"),
+        ("hf://owner/model", "hf://owner/model@v4"),
+        ("https://huggingface.co/owner/model", "https://huggingface.co/owner/model/tree/v4"),
+    ],
+)
+def test_the_pinned_revision_holds_however_the_base_is_named(
+    name: str, revision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraover.models.load.pinned_commit", lambda name, revision, kind: f"commit of {revision}")
+    adapters: list[Any] = [
+        SimpleNamespace(path=Path(pinned), config=SimpleNamespace(base_model_name_or_path=base, revision=pinned))
+        for base, pinned in (("owner/model", "v2"), ("owner/model", "v3"), ("owner/other", "v1"))
+    ]
+    found = [resolve_base(adapters[:1], given, option="--model", say=print) for given in (name, revision)]
+    assert [each.revision for each in found] == ["commit of v2", "commit of v4"]
+    with pytest.raises(ConfigError, match="No revision fits all"):
+        resolve_base(adapters, name, option="--model", say=print)
 
 
 # Commands that are recorded
