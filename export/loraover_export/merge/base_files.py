@@ -22,8 +22,9 @@ from loraover.sources.cache import MODEL_FILES
 from loraover.sources.hub import fetch_repository
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")
-LEFT_BEHIND = (*WEIGHTS, "adapter_config.json", "_certificate.json")
-"""Endings of files that a merged model does not need; with the second, transformers takes it for an adapter."""
+LEFT_BEHIND = (*WEIGHTS, "adapter_config.json", "_certificate.json", "attestation.json", ".sig")
+"""Endings of files that a merged model does not need; with `adapter_config.json`, transformers takes it for an adapter.
+Statements and signatures are of the base model's own files."""
 REPLACED = (CONFIG, "README.md", ".gitattributes")
 
 UNQUANTISED = "merge into the unquantised model that it was made from, and quantise the result"
