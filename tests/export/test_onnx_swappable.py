@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from loraover_export.onnx.swappable import open_inputs
 
 from oracles.contraction import Array
 from support.make_checkpoint import Made, nearest, oracle_matrices, tree
@@ -78,6 +82,14 @@ def test_the_file_holds_the_oracles_matrices_with_the_scaling_in_b(swappable: Ex
     for name, matrix in expected.items():
         assert found[name].dtype == np.float32
         np.testing.assert_array_equal(found[name].astype(np.float64), nearest(matrix, "fp32"), err_msg=name)
+
+
+def test_matrices_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    drawn = {"first.lora_A": torch.tensor([[1.5, 1.25]]), "second.lora_A": torch.tensor([[1.5, 1.75]])}
+    held = [numpy_helper.from_array(marker.mT.numpy(), name) for name, marker in reversed(drawn.items())]
+    model = helper.make_model(helper.make_graph([], "graph", [], [], held))
+    places = open_inputs(model, tmp_path / "model.onnx", drawn)
+    assert {name: place.input for name, place in places.items()} == {name: name for name in drawn}
 
 
 def test_every_adapter_gives_pefts_outputs(swappable: Exported) -> None:
