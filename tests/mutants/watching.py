@@ -111,7 +111,7 @@ WATCHING = (
         "attest-a-reference-that-may-not-decide-passes",
         'power.get("decides") is True',
         'power.get("decides") is not False',
-        Selection("test_attest.py", "form_of_in_toto"),
+        Selection("test_attest.py", "unknown_power"),
     ),
     Mutant(
         "attest-takes-the-reference-of-another-adapter",
