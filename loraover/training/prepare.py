@@ -106,17 +106,9 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     settled = settle(recipe, name, source, tokenizer, examples, report)
     recipe, method = settled.recipe, settled.method
     note_slow_precision(recipe, report)
-    ranks.write(write_recipe, output, _pinned(recipe, source, examples))
-    ranks.write(keep_digests, output, examples)
-    ranks.meet()
-
+    _keep(recipe, source, examples, output)
     arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
-    set_seed(recipe.training.seed)
-    model: Any = _load_base(recipe, name, source, examples)
-    start = None
-    if recipe.method != "full":
-        model = with_adapter(model, recipe, TRAINERS[name].task, source, method)
-        start = start_from_adapter(model, recipe, source, output, report)
+    model, start = _load_model(settled, examples, output, report)
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)
     method.start(model)
@@ -143,6 +135,25 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
         pushed_base=named,
         started_from=start,
     )
+
+
+def _keep(recipe: Recipe, source: ModelSource, examples: Examples, output: Path) -> None:
+    """Keep the recipe and the digests of its rows in the run's folder, before any process goes on."""
+    ranks = launched()
+    ranks.write(write_recipe, output, _pinned(recipe, source, examples))
+    ranks.write(keep_digests, output, examples)
+    ranks.meet()
+
+
+def _load_model(settled: Settled, examples: Examples, output: Path, report: Reporter) -> tuple[Any, StartedFrom | None]:
+    """Seed the run, load the base model with its adapter, and return what the adapter starts from."""
+    recipe, name, source = settled.recipe, settled.trainer_name, settled.source
+    set_seed(recipe.training.seed)
+    model = _load_base(recipe, name, source, examples)
+    if recipe.method == "full":
+        return model, None
+    model = with_adapter(model, recipe, TRAINERS[name].task, source, settled.method)
+    return model, start_from_adapter(model, recipe, source, output, report)
 
 
 def _leave_out_short_warmup(arguments: Any, steps: int, report: Reporter) -> None:
