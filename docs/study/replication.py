@@ -135,7 +135,6 @@ def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> 
         "method_loss": mean_loss(new, tokens),
         "percent": 100 * found.mean / loss,
         "interval_percent": [low, high],
-        "is_better": high < 0,
     }
 
 
@@ -175,8 +174,10 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
             tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}
         elif is_piloted and widths[name] >= plan["required_width_percent"]:
             tasks[name] |= {"stopped": "after the pilot: the interval would be too wide", "is_better": False}
+            tasks[name]["pilot"] = judge(plan, pilot, name)
         elif len(outcomes) == len(asked):
-            tasks[name] |= judge(plan, outcomes, name)
+            tasks[name] |= (judged := judge(plan, outcomes, name))
+            tasks[name]["is_better"] = judged["interval_percent"][1] < 0
         full = {run.rate: _loss(outcome) for run, outcome in ruler.items() if run.task == name}
         tasks[name]["full_fine_tuning_losses"] = {f"{rate:g}": loss for rate, loss in sorted(full.items())}
         tasks[name]["started_losses"] = {run.method: _loss(o) for run, o in started.items() if run.task == name}

@@ -77,6 +77,8 @@ def test_the_rule_is_applied(
 def test_a_pilot_decides_what_it_can(replication: ModuleType, tmp_path: Path) -> None:
     wide = judged(replication, tmp_path / "wide", BETTER, dict.fromkeys(TASKS, 0.5), PLAN["pilot_seeds"])
     assert wide["verdict"]["sentence"] == OTHERWISE
+    low, high = wide["tasks"]["mbpp"]["pilot"]["interval_percent"]
+    assert low < wide["tasks"]["mbpp"]["pilot"]["percent"] < high
     narrow = judged(replication, tmp_path / "narrow", BETTER, {}, PLAN["pilot_seeds"])
     assert narrow["verdict"]["undecided"] == ["gsm8k", "mbpp", "mnli"]
     assert narrow["verdict"]["sentence"].startswith("Not decided")
