@@ -52,7 +52,7 @@ def test_cells_become_a_matrix_with_reasons(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(VARIABLE, str(rows))
     record_cell(Cell("mlx", None, "PEFT's", "plain", "refused", "/folder/of/x.npz: found\n a | b"))
     record_cell(Cell("mlx", "1.2", "ours", "rsLoRA", "as trained", "off by nothing"))
-    record_cell(Cell("mlx", None, "PEFT's", "rsLoRA", "refused", "/another/x.npz: found\n a | b"))
+    record_cell(Cell("mlx", None, "PEFT's", "rsLoRA", "refused", "/another/x.npz: found\n a | b; 2 nats"))
     lines = page(read_entries(rows)).splitlines()
     assert "| `mlx`, mlx-lm 1.2 | PEFT's | refused | refused | - | - | - | - | - |" in lines
     assert "| `mlx`, mlx-lm 1.2 | ours | - | as trained | - | - | - | - | - |" in lines

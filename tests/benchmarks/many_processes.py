@@ -37,7 +37,7 @@ def measure() -> Iterator[Table]:
     """Yield the table of engines."""
     table = table_of(
         "LoRA-Over beside LoRA in two processes, under each engine",
-        *("", "loss off", "step / LoRA's", "keys, LoRA", "keys", "goes on in one: loss off"),
+        *("", "loss off", "step / LoRA's", "keys, LoRA", "keys", "continued in one: loss off"),
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -45,10 +45,10 @@ class Origin:
         Args:
             gpu: Name of the GPU that was used; None: none was.
         """
-        state = "clean working tree" if self.is_clean else "working tree with uncommitted changes"
-        device = "not measured on a GPU" if gpu is None else f"GPU: {gpu}"
+        state = "" if self.is_clean else " with uncommitted changes"
+        device = "" if gpu is None else f"GPU: {gpu}; "
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"*Measured at commit {self.commit} ({state}), {self.day}: {self.machine}; {device}; {versions}.*"
+        return f"*Measured at commit {self.commit}{state}, {self.day}: {self.machine}; {device}{versions}.*"
 
 
 def find_origin(root: Path = ROOT, page: Path = PAGE) -> Origin:

@@ -27,9 +27,9 @@ PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime
 
 INTRODUCTION = """# Compatibility
 
-Which adapters each engine serves as they were trained, and which models were exported and run. `make test-engines`
-writes this page from what the tests ran, on a CPU; nothing here was run on a GPU. Engines that cannot run here are
-[below](#read-not-run). `loraover export check` says what each engine would do with your adapter.
+Look up here which adapters each engine serves as they were trained, and which models were exported and run.
+`make test-engines` writes this page from what the tests ran, on a CPU; nothing here was run on a GPU. Engines that
+cannot run here are [below](#read-not-run). `loraover export check` says what each engine would do with your adapter.
 
 Versions: {versions}.
 
@@ -270,8 +270,8 @@ def _reasons(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _shown(reason: str) -> str:
-    """A reason without the folders of the test, and not longer than a few lines."""
-    text = " ".join(_PATH.sub("", reason).split()).replace("|", "\\|")
+    """A reason without its measurements and the folders of the test, and not longer than a few lines."""
+    text = " ".join(_PATH.sub("", reason.partition("; ")[0]).split()).replace("|", "\\|")
     return text if len(text) <= REASON_SHOWN else f"{text[:REASON_SHOWN].rpartition(' ')[0]} ..."
 
 
