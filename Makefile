@@ -224,7 +224,7 @@ study-ranks:
 		--lr-sweep gsm8k=1e-3,3e-3,1e-2 --lr-sweep qnli=3e-4,1e-3,3e-3 --set training.bf16=false \
 		--seeds 1 --tuning-seeds 1 --jobs 2 -o docs/study/ranks
 
-# The studies of docs/study/gauge.md and docs/research/eigen.md, which have their protocols and hours.
+# The studies of docs/research/eigen.md, which has their protocols and hours.
 PLUS := training.loraplus_lr_ratio=4
 AXES := lora-over:decomposition=eigen:options
 EIGEN := $(AXES)={long: calibration}:$(PLUS)
@@ -287,7 +287,7 @@ study-papers:
 		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "federated-8=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
 		--reuse docs/study/gauge -o docs/study/papers
 
-# The comparison that docs/study/replication.yaml registers, which takes eight hours of two cores.
+# What docs/study/replication.yaml registers. The kept pilot stopped the comparison; the rest takes four hours of two cores.
 study-replication:
 	$(BIN)/python docs/study/replication.py docs/study/replication.yaml docs/study/replication --jobs 2
 

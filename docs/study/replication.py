@@ -174,7 +174,8 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
             tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}
         elif is_piloted and widths[name] >= plan["required_width_percent"]:
             tasks[name] |= {"stopped": "after the pilot: the interval would be too wide", "is_better": False}
-            tasks[name]["pilot"] = judge(plan, pilot, name)
+            alone = predicted_widths({**plan, "tasks": [t for t in plan["tasks"] if t["name"] == name]}, pilot)[name]
+            tasks[name] |= {"pilot": judge(plan, pilot, name), "width_by_its_own_seeds_percent": alone}
         elif len(outcomes) == len(asked):
             tasks[name] |= (judged := judge(plan, outcomes, name))
             tasks[name]["is_better"] = judged["interval_percent"][1] < 0

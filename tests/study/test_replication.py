@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,6 +93,28 @@ def test_the_width_is_that_of_the_interval_to_come(replication: ModuleType, tmp_
         low, high = task["interval_percent"]
         assert low < BETTER[name] < high, name
         assert task["predicted_width_percent"] == pytest.approx(high - low, rel=0.5), name
+
+
+def test_the_docs_quote_what_the_kept_runs_show(replication: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(STUDY.parents[1])
+    found = replication.report(PLAN, Path("docs/study/replication"), REGISTRATION)
+    kept = json.loads((STUDY / "replication" / "replication.json").read_text())
+    assert found["verdict"] == kept["verdict"]
+    assert found["registration_sha256"] == kept["registration_sha256"]
+    readme, page, concept = ((STUDY / name).read_text() for name in ("../../README.md", "README.md", "../gauge.md"))
+    for text in (readme, page, concept):
+        assert kept["verdict"]["sentence"] in " ".join(text.replace("`", "").replace("*", "").split())
+    for name, task in found["tasks"].items():
+        pilot = task["pilot"]
+        assert pilot["interval_percent"] == pytest.approx(kept["tasks"][name]["pilot"]["interval_percent"]), name
+        low, high = (f"{end:+.0f}" if abs(end) >= 10 else f"{end:+.1f}" for end in pilot["interval_percent"])
+        shown = f"{pilot['percent']:+.1f} %", f"{low} to {high} %"
+        losses = f"{pilot['baseline_loss']:.4f} | {pilot['method_loss']:.4f}"
+        widths = [task[key] for key in ("predicted_width_percent", "width_by_its_own_seeds_percent")]
+        row = " | ".join((losses, *shown, *(f"{width:.{0 if width >= 10 else 1}f} %" for width in widths)))
+        assert f"| {row} |" in page, name
+        assert shown[0] in readme, name
+        assert shown[1] in readme, name
 
 
 def test_a_failed_run_is_never_better(replication: ModuleType, tmp_path: Path) -> None:
