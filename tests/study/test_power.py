@@ -9,7 +9,7 @@ import pytest
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
 from loraover.study.analysis import Losses, difference, mean_loss
 from loraover.study.grid import slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun
@@ -98,6 +98,9 @@ def test_a_spread_that_is_not_there_is_refused(pilot: Path, tmp_path: Path) -> N
     methods = ["lora", "pissa"]
     with pytest.raises(ConfigError, match=r"expected a runs\.jsonl with two seeds of a plain LoRA and of another"):
         predict_power(["demo"], tmp_path / "out", methods=methods, power=pilot)
+    (tmp_path / KEPT_FILE).write_text('{"run": "demo/lora", "recipe": ""}\n')
+    with pytest.raises(CheckpointError, match=r"line 1.* run"):
+        predict_power(["demo"], tmp_path / "out", methods=methods, power=tmp_path)
     with pytest.raises(ConfigError, match="power needs two seeds or more, found seeds=1"):
         predict_power(["demo"], tmp_path / "out", methods=methods, seeds=1, power=pilot)
     fewer = [one.model_copy(update={"nats": one.nats[1:], "tokens": one.tokens[1:]}) for one in kept(NEW, OVER)]
