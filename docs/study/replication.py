@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import yaml
 from rich.console import Console
-from scipy import stats
 
 from loraover.common.atomic_output import publish_text
 from loraover.common.provenance import environment, today
 from loraover.reporting.reporter import ConsoleReporter
-from loraover.study.analysis import LEVEL, Losses, difference, mean_loss, unit_variances
+from loraover.study.analysis import LEVEL, Losses, Spread, difference, mean_loss, percent_variances
 from loraover.study.grid import DEFAULTS, Run
 from loraover.study.kept_runs import finished
 from loraover.study.outcome import RunOutcome, execute
 from loraover.study.request import StudyRequest
 from loraover.study.runner import run_grid
+from loraover.study.tuning import losses_of, tokens_of
 from loraover.training.recipe import load_recipe
 
 Registration = Mapping[str, Any]
@@ -48,12 +48,13 @@ def runs_of(plan: Registration, seeds: list[int], tasks: list[str]) -> list[Run]
     ]
 
 
-def ruler_of(plan: Registration) -> list[Run]:
-    """Full fine-tuning at each of its rates."""
+def ruler_of(plan: Registration, tasks: list[str]) -> list[Run]:
+    """Full fine-tuning on some tasks at each of its rates."""
     ruler = plan["ruler"]
     return [
         _run(plan, task, ruler, float(rate), ruler["seed"])
         for task in plan["tasks"]
+        if task["name"] in tasks
         for rate in ruler["learning_rates"]
     ]
 
@@ -64,8 +65,8 @@ def start_of(plan: Registration) -> Run:
     return _run(plan, task, plan["primary"]["baseline"], float(plan["learning_rate"]), plan["ruler"]["seed"])
 
 
-def secondary_of(plan: Registration, adapter: Path) -> list[Run]:
-    """Both methods on every task, started from an adapter, with the first seed."""
+def secondary_of(plan: Registration, adapter: Path, tasks: list[str]) -> list[Run]:
+    """Both methods on some tasks, started from an adapter, with the first seed."""
     named = {method["name"]: method for method in plan["primary"].values()}
     return [
         _run(
@@ -76,6 +77,7 @@ def secondary_of(plan: Registration, adapter: Path) -> list[Run]:
             plan["seeds"][0],
         )
         for task in plan["tasks"]
+        if task["name"] in tasks
         for name in plan["secondary"]["methods"]
     ]
 
@@ -93,49 +95,55 @@ def failures(outcomes: Mapping[Run, RunOutcome], task: str) -> list[str]:
     return [*dict.fromkeys(failed)]
 
 
-def losses(outcomes: Mapping[Run, RunOutcome], task: str, method: str) -> tuple[Losses, Losses]:
-    """Nats of a method on a task, shape (seeds, rows) in the order of the seeds, and tokens, shape (rows,)."""
-    found = sorted((r for r in outcomes if (r.task, r.method) == (task, method)), key=lambda run: run.seed)
-    nats = np.array([outcomes[run].nats for run in found])
-    return nats, np.array(outcomes[found[0]].tokens, dtype=np.float64)
-
-
-def variances(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> tuple[float, float]:
-    """Variance of one seed's difference, and that of the mean over rows, in squared per cent of the baseline's loss."""
-    (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
-    of_seed, of_row = unit_variances(new - old, tokens)
-    scale = (100 / mean_loss(old, tokens)) ** 2
-    return scale * of_seed, scale * of_row / len(tokens)
+def losses(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> tuple[Losses, Losses, Losses]:
+    """Nats of the method and of the baseline, shape (seeds, rows) by seed, and tokens, shape (rows,)."""
+    found = sorted((run for run in outcomes if run.task == task), key=lambda run: run.seed)
+    new, old = (
+        losses_of([outcomes[run] for run in found if run.method == plan["primary"][arm]["name"]], slice(None))
+        for arm in ("method", "baseline")
+    )
+    return new, old, tokens_of(found, outcomes)
 
 
 def predicted_widths(plan: Registration, outcomes: Mapping[Run, RunOutcome]) -> dict[str, float]:
     """Width of each task's interval with all seeds, in per cent, from the pilot; infinite where a run failed."""
-    names = [task["name"] for task in plan["tasks"]]
-    found = {name: variances(plan, outcomes, name) for name in names if not failures(outcomes, name)}
-    if not found:
-        return dict.fromkeys(names, math.inf)
-    seeds = len(plan["seeds"])
-    of_seeds = sum(seed for seed, _ in found.values()) / len(found) / seeds
-    quantile = stats.t.isf(LEVEL / 2, seeds - 1)
-    rows = {task["name"]: stats.t.isf(LEVEL / 2, task["test_rows"] - 1) for task in plan["tasks"]}
-    widths = {
-        name: 2 * math.hypot(quantile * math.sqrt(of_seeds), rows[name] * math.sqrt(of_rows))
-        for name, (_, of_rows) in found.items()
+    rows, seeds = {task["name"]: task["test_rows"] for task in plan["tasks"]}, len(plan["seeds"])
+    found = {name: percent_variances(*losses(plan, outcomes, name)) for name in rows if not failures(outcomes, name)}
+    of_seeds = sum(seed for seed, _ in found.values()) / max(1, len(found))
+    spreads = {
+        name: Spread((of_seeds / seeds, of_row / rows[name]), (seeds - 1, rows[name] - 1))
+        for name, (_, of_row) in found.items()
     }
-    return {name: widths.get(name, math.inf) for name in names}
+    return {name: 2 * spreads[name].half(LEVEL) if name in spreads else math.inf for name in rows}
 
 
 def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> dict[str, Any]:
     """Difference of the method to the baseline on one task, with its interval, in per cent of the baseline's loss."""
-    (new, tokens), (old, _) = (losses(outcomes, task, plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
+    new, old, tokens = losses(plan, outcomes, task)
     found, loss = difference(new, old, tokens), mean_loss(old, tokens)
     low, high = (100 * end / loss for end in found.interval)
     return {
+        "judged_seeds": len(new),
         "baseline_loss": loss,
         "method_loss": mean_loss(new, tokens),
         "percent": 100 * found.mean / loss,
         "interval_percent": [low, high],
+        "is_better": high < 0,
     }
+
+
+def closed(plan: Registration, task: Mapping[str, Any]) -> float | None:
+    """Per cent of the gap from the baseline to full fine-tuning at its best rate that the method closes.
+
+    Returns:
+        None: the task is not judged yet, a rate is not finished, or full fine-tuning is not better than the baseline.
+    """
+    full = task["full_fine_tuning_losses"]
+    known = [loss for loss in full.values() if loss is not None]
+    if "baseline_loss" not in task or len(full) < len(plan["ruler"]["learning_rates"]) or not known:
+        return None
+    gap = task["baseline_loss"] - min(known)
+    return 100 * (task["baseline_loss"] - task["method_loss"]) / gap if gap > 0 else None
 
 
 def verdict(plan: Registration, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -158,13 +166,17 @@ def _loss(outcome: RunOutcome) -> float | None:
 
 
 def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, Any]:
-    """State what the finished runs show by the registered rule; a task with unfinished seeds has no interval yet."""
+    """State what the finished runs show by the registered rule.
+
+    A task that stops after the pilot has the pilot's interval, which decides nothing. One with unfinished seeds has
+    none.
+    """
     names = [task["name"] for task in plan["tasks"]]
     pilot = finished(runs_of(plan, plan["pilot_seeds"], names), folder)
     is_piloted = len(pilot) == len(runs_of(plan, plan["pilot_seeds"], names))
     widths = predicted_widths(plan, pilot) if is_piloted else {}
-    ruler = finished(ruler_of(plan), folder)
-    started = finished(secondary_of(plan, folder / start_of(plan).folder / "adapter"), folder)
+    ruler = finished(ruler_of(plan, names), folder)
+    started = finished(secondary_of(plan, folder / start_of(plan).folder / "adapter", names), folder)
     tasks: dict[str, Any] = {}
     for name in names:
         asked = runs_of(plan, plan["seeds"], [name])
@@ -173,14 +185,15 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
         if failed := failures(pilot | outcomes, name):
             tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}
         elif is_piloted and widths[name] >= plan["required_width_percent"]:
-            tasks[name] |= {"stopped": "after the pilot: the interval would be too wide", "is_better": False}
-            alone = predicted_widths({**plan, "tasks": [t for t in plan["tasks"] if t["name"] == name]}, pilot)[name]
-            tasks[name] |= {"pilot": judge(plan, pilot, name), "width_by_its_own_seeds_percent": alone}
+            tasks[name] |= judge(plan, pilot, name) | {"is_better": False}
+            tasks[name]["stopped"] = "after the pilot: the interval would be too wide"
+            alone = {**plan, "tasks": [task for task in plan["tasks"] if task["name"] == name]}
+            tasks[name]["width_by_its_own_seeds_percent"] = predicted_widths(alone, pilot)[name]
         elif len(outcomes) == len(asked):
-            tasks[name] |= (judged := judge(plan, outcomes, name))
-            tasks[name]["is_better"] = judged["interval_percent"][1] < 0
+            tasks[name] |= judge(plan, outcomes, name)
         full = {run.rate: _loss(outcome) for run, outcome in ruler.items() if run.task == name}
         tasks[name]["full_fine_tuning_losses"] = {f"{rate:g}": loss for rate, loss in sorted(full.items())}
+        tasks[name]["gap_closed_percent"] = closed(plan, tasks[name])
         tasks[name]["started_losses"] = {run.method: _loss(o) for run, o in started.items() if run.task == name}
     return {
         "registration_sha256": hashlib.sha256(registration).hexdigest(),
@@ -211,11 +224,12 @@ def main() -> None:
         widths = predicted_widths(plan, pilot)
         kept = [name for name in names if widths[name] < plan["required_width_percent"]]
         print(f"predicted widths in per cent: {widths}; continued: {kept}")
-        run_grid(runs_of(plan, plan["seeds"], kept), study)
-        run_grid(ruler_of(plan), study)
-        start = start_of(plan)
-        execute(start.recipe, asked.folder / start.folder, threads=1)
-        run_grid(secondary_of(plan, asked.folder / start.folder / "adapter"), study)
+        if kept:
+            run_grid(runs_of(plan, plan["seeds"], kept), study)
+            run_grid(ruler_of(plan, kept), study)
+            start = start_of(plan)
+            execute(start.recipe, asked.folder / start.folder, threads=1)
+            run_grid(secondary_of(plan, asked.folder / start.folder / "adapter", kept), study)
     found = report(plan, asked.folder, registration)
     publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: found[key] for key in ("tasks", "verdict")}, indent=1))

@@ -8,15 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from loraover.study.analysis import Halves
 from loraover.study.kept_runs import read_kept
+from loraover.study.tuning import validation_loss
 
 
 def main(folder: Path) -> None:
     for found in read_kept(folder):
-        half = Halves(len(found.tokens)).validation
-        loss = found.failure or f"{sum(found.nats[half]) / sum(found.tokens[half]):.4f}"
-        print(loss, found.run)
+        print(found.failure or f"{validation_loss([found]):.4f}", found.run)
 
 
 if __name__ == "__main__":

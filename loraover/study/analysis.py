@@ -125,7 +125,7 @@ class Spread:
             return 0.0
         low, high = sorted(self.freedom)
         limit = min(self.half(LEVEL) / error, float(stats.t.isf(LEVEL / 2, low)))
-        freedom = optimize.brentq(lambda f: stats.t.isf(LEVEL / 2, f) - limit, low, high + 1)
+        freedom = optimize.brentq(lambda f: stats.t.isf(LEVEL / 2, f) - limit, low, 2 * high)
         return error * float(optimize.brentq(lambda m: stats.nct.sf(limit, freedom, m) - POWER, 0.0, 10 * limit))
 
 
@@ -163,6 +163,19 @@ def unit_variances(gaps: Losses, tokens: Losses) -> tuple[float, float]:
     of_seeds = gaps.sum(1) / tokens.sum()
     of_examples = (gaps.mean(0) - mean_loss(gaps, tokens) * tokens) / tokens.mean()
     return float(of_seeds.var(ddof=1)), float(of_examples.var(ddof=1))
+
+
+def percent_variances(method: Losses, baseline: Losses, tokens: Losses) -> tuple[float, float]:
+    """Return the variances of `unit_variances` in squared per cent of the baseline's loss.
+
+    Args:
+        method: Nats of the method, shape (seeds, examples); at least 2 of each.
+        baseline: Nats of the baseline, of the same shape.
+        tokens: Tokens of each completion, shape (examples,).
+    """
+    scale = (100 / mean_loss(baseline, tokens)) ** 2
+    of_seed, of_example = unit_variances(method - baseline, tokens)
+    return scale * of_seed, scale * of_example
 
 
 def sensitivity(by_rate: Mapping[float, float], seed_losses: Mapping[float, Sequence[float]]) -> RateSensitivity:

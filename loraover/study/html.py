@@ -51,7 +51,6 @@ def to_page(report: StudyReport) -> Page:
         end_note=END_NOTE,
         scores=scores_table(report),
         score_title=score_title(report),
-        names={name: method for task in report.tasks for method, name in task.names.items()},
     )
 
 

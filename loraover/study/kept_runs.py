@@ -21,7 +21,10 @@ KEPT_FILE = "runs.jsonl"
 class KeptRun(RunOutcome):
     """An outcome with the name of its run."""
 
-    run: str = Field(description="TASK/METHOD/lr-RATE/seed-N, the run's folder in the study's folder `runs`.")
+    run: str = Field(
+        pattern="^[^/]+/[^/]+/lr-[^/]+/seed-[0-9]+$",
+        description="TASK/METHOD/lr-RATE/seed-N, the run's folder in the study's folder `runs`.",
+    )
 
 
 def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> dict[Run, RunOutcome]:

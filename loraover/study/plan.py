@@ -55,8 +55,8 @@ class StudyPlan(StudyAnswer):
 def plan_study(request: StudyRequest) -> StudyPlan:
     """Tell how many runs a study needs, with their memory and time, without reading weights.
 
-    Each method on each task is planned as `loraover train --plan` does it, with a trial of a few steps where the data
-    are local and this machine bears one.
+    Each method on each task is planned as `loraover train --plan` does it, with a trial of a few steps where this
+    machine bears one.
 
     Raises:
         ConfigError: The request is not a study, or a run of it would be refused.

@@ -8,18 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
 from loraover.common.verb import verb
-from loraover.study.analysis import Halves, Losses, Spread, mean_loss, unit_variances
+from loraover.study.analysis import Halves, Spread, percent_variances
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept
 from loraover.study.report import StudyAnswer
 from loraover.study.request import StudyRequest, StudyTask, study_tasks
+from loraover.study.tuning import losses_of, tokens_of_all, validation_loss
 from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
 
@@ -131,9 +131,9 @@ def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> lis
 
     Args:
         kept: Finished runs of a study; failed ones do not count.
-        methods: Names of the methods to compare, by the methods in full.
+        methods: Names of the methods to compare, by the methods in full; runs may have either in their names.
     """
-    named = {slug(method): method for method in methods}
+    named = {slug(spelled): method for method, name in methods.items() for spelled in (name, method)}
     runs: dict[str, dict[str, dict[str, dict[str, KeptRun]]]] = {}
     for one in kept:
         task, name, rate, seed = one.run.split("/")
@@ -145,39 +145,30 @@ def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> lis
 def _spreads(
     task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]], names: Mapping[str, str]
 ) -> list[MeasuredSpread]:
+    every = (one for rates in found.values() for seeds in rates.values() for one in seeds.values())
+    tokens = tokens_of_all({one.run: one for one in every})
     best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
     plain = [method for method in best if is_plain(method)]
     if not plain:
         return []
-    baseline = min(plain, key=lambda method: _validation_loss(best[method]))
+    baseline = min(plain, key=lambda method: validation_loss([*best[method].values()]))
     spreads = []
     for method, seeds in best.items():
         common = sorted(seeds.keys() & best[baseline].keys())
         if method != baseline and len(common) > 1:
-            new, old = (_nats([runs[seed] for seed in common]) for runs in (seeds, best[baseline]))
-            tokens = np.array(next(iter(seeds.values())).tokens, dtype=np.float64)
-            scale = (100 / mean_loss(old, tokens)) ** 2
-            of_seed, of_row = (scale * variance for variance in unit_variances(new - old, tokens))
-            pair = names[method], names[baseline]
-            spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), of_seed, of_row))
+            every_row = slice(None)
+            new, old = (losses_of([runs[seed] for seed in common], every_row) for runs in (seeds, best[baseline]))
+            pair, variances = (names[method], names[baseline]), percent_variances(new, old, tokens)
+            spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), *variances))
     return spreads
 
 
 def _best(rates: Mapping[str, Mapping[str, KeptRun]]) -> Mapping[str, KeptRun] | None:
     """The runs by seed at the rate with the lowest validation loss, among those with the most seeds, at least two."""
     most = max(map(len, rates.values()))
-    return min((seeds for seeds in rates.values() if len(seeds) == most), key=_validation_loss) if most > 1 else None
-
-
-def _validation_loss(seeds: Mapping[str, KeptRun]) -> float:
-    nats = _nats(list(seeds.values()))
-    half = Halves(nats.shape[1]).validation
-    tokens = np.array(next(iter(seeds.values())).tokens, dtype=np.float64)
-    return mean_loss(nats[:, half], tokens[half])
-
-
-def _nats(runs: Sequence[KeptRun]) -> Losses:
-    return np.array([run.nats for run in runs])
+    if most < 2:
+        return None
+    return min((s for s in rates.values() if len(s) == most), key=lambda seeds: validation_loss([*seeds.values()]))
 
 
 def _power(task: str, spread: MeasuredSpread, rows: int, seeds: int) -> TaskPower:

@@ -101,6 +101,11 @@ class StudyReport(StudyAnswer):
     scores: Scores = Field(default_factory=Scores, description="What the methods' scores are of.")
     hardware: str = Field(description="Machines that trained.")
 
+    @property
+    def names(self) -> dict[str, str]:
+        """Methods by the short names that they have on any task."""
+        return {name: method for task in self.tasks for method, name in task.names.items()}
+
 
 def task_results(
     runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int | None = None

@@ -16,7 +16,6 @@ from loraover.common.provenance import environment, today
 from loraover.common.ray_cluster import ray_cluster
 from loraover.common.verb import verb
 from loraover.reporting.html_page import FIGURES
-from loraover.study.analysis import Halves
 from loraover.study.benchmark import check_benchmark, score_runs
 from loraover.study.grid import Run, grid_of
 from loraover.study.html import to_page
@@ -26,7 +25,7 @@ from loraover.study.report import Scores, StudyReport, task_results, words
 from loraover.study.request import StudyRequest, table_choices
 from loraover.study.rule import Rule, fixed_rule
 from loraover.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, hours_text, to_markdown
-from loraover.study.tuning import RunPlan, hours_left, plan_runs
+from loraover.study.tuning import RunPlan, hours_left, plan_runs, validation_loss
 from loraover.training.recipe import Recipe
 
 
@@ -111,8 +110,7 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome
 
 def _ending(run: Run, outcome: RunOutcome) -> str:
     """Say how a run ended; of its losses only that of the validation half, since nobody shall see the other one yet."""
-    half = Halves(len(outcome.tokens)).validation
-    ending = outcome.failure or f"validation loss {sum(outcome.nats[half]) / sum(outcome.tokens[half]):.4f}"
+    ending = outcome.failure or f"validation loss {validation_loss([outcome]):.4f}"
     return f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
 
 

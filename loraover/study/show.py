@@ -108,9 +108,10 @@ def show_study_plan(plan: StudyPlan, request: StudyRequest, console: Console) ->
         for one in plan.methods
     ]
     console.print(terminal_table(heads, rows, names=heads[:2]))
-    time = "time is predicted only if the data are local and this machine can run a trial."
+    time = "time is predicted only if this machine can run a trial."
     if plan.hours is not None:
         time = f"{hours_text(plan.hours)} of training, one run after another. Evaluation comes on top."
+        time += " Where the data are on the hub, that is an upper bound: all examples at full length."
     print_line(console, f"{plan.runs} runs; {time} {ASSUMPTION}")
 
 
@@ -133,8 +134,9 @@ def to_markdown(report: StudyReport) -> str:
         lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {seeds_text(report)}.{END_NOTE}", ""]
         lines += _table(COLUMNS, [_cells(result, task) for result in task.methods])
         lines += [f"- {line}" for line in task.failures]
-    if names := {name: method for task in report.tasks for method, name in task.names.items()}:
-        lines += ["", "| name | method |", "| --- | --- |", *(f"| {name} | `{names[name]}` |" for name in names)]
+    if report.names:
+        lines += ["", "| name | method |", "| --- | --- |"]
+        lines += [f"| {name} | `{method}` |" for name, method in report.names.items()]
     return "\n".join(lines) + "\n"
 
 

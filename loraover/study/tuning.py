@@ -158,6 +158,13 @@ def losses_of(outcomes: Sequence[RunOutcome], half: slice) -> Losses:
     return np.array([outcome.nats[half] for outcome in outcomes])
 
 
+def validation_loss(outcomes: Sequence[RunOutcome]) -> float:
+    """Nats per token on the validation half, mean over runs that were judged on the same examples."""
+    tokens = np.array(outcomes[0].tokens, dtype=np.float64)
+    half = Halves(len(tokens)).validation
+    return mean_loss(losses_of(outcomes, half), tokens[half])
+
+
 def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome]) -> Losses:
     """Tokens of each completion, shape (examples,); empty where all runs of the task failed.
 
@@ -168,17 +175,28 @@ def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome]) -> Losses
     Raises:
         LoraOverError: The runs were not judged on the same examples, or on too few.
     """
-    scored = [run for run in runs if outcomes[run].failure is None]
-    if not scored:
-        return np.zeros(0)
-    tokens = outcomes[scored[0]].tokens
+    scored = {str(run.folder): outcomes[run] for run in runs if outcomes[run].failure is None}
+    return tokens_of_all(scored) if scored else np.zeros(0)
+
+
+def tokens_of_all(scored: Mapping[str, RunOutcome]) -> Losses:
+    """Tokens of each completion, shape (examples,).
+
+    Args:
+        scored: Outcomes of one task's runs by name, one or more; none failed.
+
+    Raises:
+        LoraOverError: The runs were not judged on the same examples, or on too few.
+    """
+    first, *others = scored
+    tokens = scored[first].tokens
     if len(tokens) < FEWEST_EXAMPLES:
-        raise LoraOverError(f"{scored[0].folder}: has {len(tokens)} held-out examples, expected {FEWEST_EXAMPLES}.")
-    for run in scored:
-        if outcomes[run].tokens != tokens:
+        raise LoraOverError(f"{first}: has {len(tokens)} held-out examples, expected {FEWEST_EXAMPLES}.")
+    for other in others:
+        if scored[other].tokens != tokens:
             raise LoraOverError(
-                f"{run.folder} and {scored[0].folder} were judged on different held-out examples, so they cannot be "
-                "compared; were the data changed? Start a new study."
+                f"{other} and {first} were judged on different held-out examples, so they cannot be compared; were the "
+                "data changed? Start a new study."
             )
     return np.array(tokens, dtype=np.float64)
 

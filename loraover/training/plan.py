@@ -10,6 +10,7 @@ from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
+from loraover.data.formats import PAIRS
 from loraover.data.sources import count_hub_rows, is_hub_name
 from loraover.models.load import ModelSource, is_encoder_decoder, load_tokenizer, resolve_model
 from loraover.training.checks import check_names
@@ -78,8 +79,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     Args:
         recipe: The recipe.
         report: Receiver of the values that the recipe leaves open.
-        tries: Whether to measure time and memory in a few steps with random weights, see `try_steps`; they need local
-            data and the model's tokenizer.
+        tries: Whether to measure time and memory in a few steps with random weights, see `try_steps`; they need the
+            model's tokenizer, and a trainer of prompts and completions where the data are on the hub.
 
     Raises:
         ConfigError: A recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
@@ -101,7 +102,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     seen = steps * in_a_step * recipe.clients
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
-    needs = try_steps(recipe, source, report) if tries and settled.tokens else None
+    can_try = settled.tokens or (read is None and tokenizer is not None and PAIRS[0] in TRAINERS[name].columns)
+    needs = try_steps(recipe, source, report) if tries and can_try else None
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,

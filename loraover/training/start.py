@@ -60,11 +60,14 @@ def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:
         The recipe, in which the adapters of the hub are named with their commits.
 
     Raises:
-        ConfigError: An adapter cannot be fetched.
+        ConfigError: An adapter cannot be fetched, or is named twice in different words.
     """
     if recipe.lora.start_from is None or (output / START_FILE).is_file():
         return recipe
     names = {name: fetch_adapter(name, report.line).address for name in recipe.lora.start_weights}
+    same = {address: [name for name in names if names[name] == address] for address in names.values()}
+    if twice := next((found for found in same.values() if len(found) > 1), None):
+        raise ConfigError(f"{KEY}: {' and '.join(twice)} are one adapter; name it once, with the sum of their weights.")
     return recipe.model_copy(update={"lora": recipe.lora.with_start(names)})
 
 

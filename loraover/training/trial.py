@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from safetensors import SafetensorError
 
 from loraover.common.errors import LoraOverError
 from loraover.common.reporter import Reporter
+from loraover.data.sources import is_hub_name
 from loraover.models.device import choose_device, free_memory
-from loraover.models.load import ModelSource, load_config, load_tokenizer
+from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_tokenizer
 from loraover.training.recipe import Recipe
+from loraover.training.recipe_parts import Data
 from loraover.training.run import train
 
 FEW = 2
@@ -82,6 +85,7 @@ def try_steps(
 
     If these are n of L layers, needs(L) = needs(n) + (L - n) (needs(n) - needs(2)) / (n - 2). All else is the recipe's:
     rows, trainer, method, batch and length. All matrices of LoRA-Over have cores, the most that its schedules can cost.
+    Rows of full length stand for those on the hub, which are not downloaded, so that the needs are upper bounds.
 
     Args:
         recipe: The recipe, with its batch size and length.
@@ -101,7 +105,8 @@ def try_steps(
         if tried <= min(FEW, layers - 1):
             report.line("time and peak memory are not predicted: this machine is too small or too slow for a trial")
             return None
-        report.line(f"trying {STEPS} steps with random weights and {tried} of {layers} layers")
+        rows = ", and with rows of full length, since the data are on the hub" if _is_on_hub(recipe) else ""
+        report.line(f"trying {STEPS} steps with random weights and {tried} of {layers} layers{rows}")
         # The smaller model comes first, since a process knows only its largest memory so far.
         *fewer, more = [_tried(recipe, source, config, n, clock) for n in (FEW, tried)[tried == layers :]]
     except (*FAILS, LoraOverError) as error:
@@ -154,8 +159,24 @@ def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock:
             _cut(config, layers).save_pretrained(base, max_shard_size="64MB")  # each is copied when it is written
         load_tokenizer(source).save_pretrained(base)
         _give_memory_back()
-        result = train(_short(recipe, base), Path(scratch) / "run", report=timed)
+        short = _short(recipe, base)
+        if _is_on_hub(recipe):
+            rows = _long_rows(short, Path(scratch) / "rows.jsonl", is_seq2seq=is_encoder_decoder(source))
+            short = short.model_copy(update={"data": rows})
+        result = train(short, Path(scratch) / "run", report=timed)
     return RunNeeds(timed.step_seconds * recipe.training.gradient_accumulation_steps, result.peak_bytes)
+
+
+def _is_on_hub(recipe: Recipe) -> bool:
+    return any(map(is_hub_name, recipe.data.sources))
+
+
+def _long_rows(short: Recipe, file: Path, *, is_seq2seq: bool) -> Data:
+    """Write as many rows of full length as a recipe trains on, in place of its own."""
+    text = " a" * short.training.tokens
+    row = {"prompt": text if is_seq2seq else "Say:", "completion": text}
+    file.write_text((json.dumps(row) + "\n") * (short.data.train_examples or 1))
+    return Data(train=str(file), chat=False)
 
 
 def _give_memory_back() -> None:

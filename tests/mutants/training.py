@@ -371,6 +371,12 @@ TRAINING = (
         Selection("test_trainer_kinds.py", "measured_one_by_one"),
     ),
     Mutant(
+        "start-takes-an-adapter-with-two-names-once",
+        "for found in same.values() if len(found) > 1)",
+        "for found in same.values() if not found)",
+        Selection("test_start_refused.py", "two_names"),
+    ),
+    Mutant(
         "start-forgets-the-recipes-scaling",
         "(delta.b.value.double() / target.scaling, delta.a.value.double())",
         "(delta.b.value.double(), delta.a.value.double())",

@@ -78,6 +78,13 @@ def test_a_difference_that_a_study_could_see_is_found_in_four_of_five(variances:
     assert (means > halves).mean() == pytest.approx(0.8, abs=0.03)
 
 
+def test_so_many_answers_that_the_normal_distribution_is_theirs() -> None:
+    """With two degrees of freedom that no float64 quantile tells from one more."""
+    found = Spread((0.0, 1.2547730424937133e-05), (9_999_999, 437_142_856)).detectable()
+    quantiles = stats.norm.isf(0.025) - stats.norm.isf(0.8)
+    assert found == pytest.approx(quantiles * math.sqrt(1.2547730424937133e-05), rel=1e-5)
+
+
 def test_variances_are_those_of_seeds_and_of_a_ratio_over_examples() -> None:
     """The jackknife over examples, and Student's interval where all examples differ alike."""
     method, baseline, tokens = made_up(np.random.default_rng(7), 0.01, seeds=4, examples=40, of_seeds=0.0)

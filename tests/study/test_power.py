@@ -9,7 +9,7 @@ import pytest
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.common.errors import ConfigError
+from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
 from loraover.study.analysis import Losses, difference, mean_loss
 from loraover.study.grid import slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun
@@ -85,6 +85,8 @@ def test_methods_with_short_names_are_found(pilot: Path, tmp_path: Path) -> None
     names = {"plain": "lora", "over": NEW}
     (task,) = predict_power(["demo"], tmp_path, methods=["plain", "over"], names=names, power=pilot).tasks
     assert (task.method, task.baseline) == ("over", "plain")
+    named = [one.model_copy(update={"run": one.run.replace(slug(NEW), "over")}) for one in RUNS]
+    assert len(measured_spreads(named, {"lora": "plain", NEW: "over"})) == 1
 
 
 def around(count: int | None) -> tuple[int, int]:
@@ -96,7 +98,13 @@ def test_a_spread_that_is_not_there_is_refused(pilot: Path, tmp_path: Path) -> N
     methods = ["lora", "pissa"]
     with pytest.raises(ConfigError, match=r"expected a runs\.jsonl with two seeds of a plain LoRA and of another"):
         predict_power(["demo"], tmp_path / "out", methods=methods, power=pilot)
+    (tmp_path / KEPT_FILE).write_text('{"run": "demo/lora", "recipe": ""}\n')
+    with pytest.raises(CheckpointError, match=r"line 1.* run"):
+        predict_power(["demo"], tmp_path / "out", methods=methods, power=tmp_path)
     with pytest.raises(ConfigError, match="power needs two seeds or more, found seeds=1"):
         predict_power(["demo"], tmp_path / "out", methods=methods, seeds=1, power=pilot)
+    fewer = [one.model_copy(update={"nats": one.nats[1:], "tokens": one.tokens[1:]}) for one in kept(NEW, OVER)]
+    with pytest.raises(LoraOverError, match="judged on different held-out examples"):
+        measured_spreads([*kept("lora", OLD), *fewer], {"lora": "lora", NEW: NEW})
     with pytest.raises(ConfigError, match="power is missing"):
         predict_power(["demo"], tmp_path / "out", methods=methods)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from loraover.study.kept_runs import keep
+from loraover.study.grid import Run
+from loraover.study.kept_runs import keep, read_kept
 from loraover.study.outcome import RunOutcome, digest
 
 STUDY = Path(__file__).parents[2] / "docs" / "study"
@@ -35,18 +38,23 @@ def replication() -> ModuleType:
     return module
 
 
-def judged(
-    replication: ModuleType, folder: Path, effects: dict[str, float], noise: dict[str, float], seeds: list[int]
-) -> dict[str, Any]:
-    """The report on runs whose methods differ by an effect on each task, in per cent, with noise of seeds and rows."""
+def drawn(runs: Sequence[Run], effects: dict[str, float], noise: dict[str, float]) -> dict[Run, RunOutcome]:
+    """Outcomes of runs whose methods differ by an effect on each task, in per cent, with noise of seeds and rows."""
     outcomes = {}
-    for run in replication.runs_of(PLAN, seeds, TASKS):
+    for run in runs:
         of = TASKS.index(run.task), len(run.method)
         effect = effects[run.task] / 100 if run.method == "eigen" else 0.0
         effect += np.random.default_rng([run.seed, *of]).normal(0, 0.0004)
         nats = TOKENS * (1 + effect + np.random.default_rng(of).normal(0, noise.get(run.task, 0.015), ROWS))
         outcomes[run] = RunOutcome(recipe=digest(run.recipe), nats=nats.tolist(), tokens=TOKENS.tolist())
-    keep(folder, outcomes)
+    return outcomes
+
+
+def judged(
+    replication: ModuleType, folder: Path, effects: dict[str, float], noise: dict[str, float], seeds: list[int]
+) -> dict[str, Any]:
+    """The report on drawn runs of both methods."""
+    keep(folder, drawn(replication.runs_of(PLAN, seeds, TASKS), effects, noise))
     found: dict[str, Any] = replication.report(PLAN, folder, REGISTRATION)
     return found
 
@@ -78,13 +86,99 @@ def test_the_rule_is_applied(
 def test_a_pilot_decides_what_it_can(replication: ModuleType, tmp_path: Path) -> None:
     wide = judged(replication, tmp_path / "wide", BETTER, dict.fromkeys(TASKS, 0.5), PLAN["pilot_seeds"])
     assert wide["verdict"]["sentence"] == OTHERWISE
-    low, high = wide["tasks"]["mbpp"]["pilot"]["interval_percent"]
-    assert low < wide["tasks"]["mbpp"]["pilot"]["percent"] < high
     narrow = judged(replication, tmp_path / "narrow", BETTER, {}, PLAN["pilot_seeds"])
     assert narrow["verdict"]["undecided"] == ["gsm8k", "mbpp", "mnli"]
     assert narrow["verdict"]["sentence"].startswith("Not decided")
     assert narrow["tasks"]["mbpp"]["finished_runs"] == 4
     assert "interval_percent" not in narrow["tasks"]["mbpp"]
+
+
+def test_a_task_that_stops_shows_its_pilot(replication: ModuleType, tmp_path: Path) -> None:
+    pilot, whole = (
+        judged(replication, tmp_path / str(len(seeds)), BETTER, {"mnli": 0.5}, seeds)["tasks"]["mnli"]
+        for seeds in (PLAN["pilot_seeds"], PLAN["seeds"])
+    )
+    low, high = pilot["interval_percent"]
+    assert low < pilot["percent"] < high
+    assert (pilot["judged_seeds"], pilot["is_better"]) == (2, False)
+    assert whole == pilot | {"finished_runs": 8}
+
+
+def test_a_task_that_stops_trains_no_more(
+    replication: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def run_grid(runs: Sequence[Run], request: Any) -> dict[Run, RunOutcome]:
+        asked.extend(run.name for run in runs)
+        return drawn(runs, BETTER, dict.fromkeys(noisy, 0.5))
+
+    monkeypatch.setattr(replication, "run_grid", run_grid)
+    monkeypatch.setattr(replication, "execute", lambda *_, **__: asked.append("start"))
+    monkeypatch.setattr("sys.argv", ["replication.py", str(STUDY / "replication.yaml"), str(tmp_path)])
+    pilot = [run.name for run in replication.runs_of(PLAN, PLAN["pilot_seeds"], TASKS)]
+    for noisy in (["mnli", "mbpp"], TASKS):
+        asked.clear()
+        replication.main()
+        further = {name.partition("/")[0] for name in asked[len(pilot) :]}
+        assert further == ({*TASKS} - {*noisy} | {"start"} if noisy != TASKS else set())
+
+
+@pytest.mark.parametrize(
+    ("losses", "closed"),
+    [((0.99, 0.97, 0.98), 100 / 3), ((0.97, 0.99), None), ((1.1, 1.2, 1.3), None), ((None, 0.97, None), 100 / 3)],
+    ids=["best of three rates", "a rate is missing", "full fine-tuning is worse", "two rates fail"],
+)
+def test_the_share_of_the_gap_to_full_fine_tuning_is_told(
+    replication: ModuleType, losses: tuple[float | None, ...], closed: float | None, tmp_path: Path
+) -> None:
+    runs = replication.ruler_of(PLAN, ["mbpp"])
+    baseline = judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])["tasks"]["mbpp"]["baseline_loss"]
+    for run, loss in zip(runs, losses, strict=False):
+        failed = RunOutcome(recipe=digest(run.recipe), failure="training diverged")
+        scored = {"nats": (TOKENS * baseline * (loss or 0)).tolist(), "tokens": TOKENS.tolist()}
+        keep(tmp_path, {run: failed if loss is None else RunOutcome(recipe=digest(run.recipe), **scored)})
+    task = replication.report(PLAN, tmp_path, REGISTRATION)["tasks"]["mbpp"]
+    assert task["gap_closed_percent"] == (closed if closed is None else pytest.approx(closed, rel=0.05))
+
+
+def test_the_kept_report_is_that_of_the_kept_runs(replication: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(STUDY.parents[1])  # recipes of the secondary comparison name the adapter from there
+    folder = (STUDY / "replication").relative_to(STUDY.parents[1])
+    kept, found = json.loads((folder / "replication.json").read_text()), replication.report(PLAN, folder, REGISTRATION)
+    assert {key: kept[key] for key in ("registration_sha256", "verdict")} == {
+        "registration_sha256": hashlib.sha256(REGISTRATION).hexdigest(),
+        "verdict": found["verdict"],
+    }
+    assert kept["tasks"].keys() == found["tasks"].keys()
+    for name, task in kept["tasks"].items():
+        for key, value in found["tasks"][name].items():
+            assert task[key] == (pytest.approx(value) if isinstance(value, float | list | dict) else value), name
+
+
+def test_the_docs_quote_the_replication() -> None:
+    kept = json.loads((STUDY / "replication" / "replication.json").read_text())
+    readme, page, concept = ((STUDY / name).read_text() for name in ("../../README.md", "README.md", "../gauge.md"))
+    for text in (readme, page, concept):
+        assert kept["verdict"]["sentence"] in " ".join(text.replace("`", "").replace("*", "").split())
+    for name, task in kept["tasks"].items():
+        low, high = (f"{end:+.0f}" if abs(end) >= 10 else f"{end:+.1f}" for end in task["interval_percent"])
+        shown = f"{task['percent']:+.1f} %", f"{low} to {high} %"
+        losses = f"{task['baseline_loss']:.4f} | {task['method_loss']:.4f}"
+        widths = [task[key] for key in ("predicted_width_percent", "width_by_its_own_seeds_percent")]
+        row = " | ".join((losses, *shown, *(f"{width:.{0 if width >= 10 else 1}f} %" for width in widths)))
+        assert f"| {row} |" in page, name
+        assert shown[0] in readme, name
+        assert shown[1] in readme, name
+
+
+def test_the_runs_are_those_that_are_registered(replication: ModuleType) -> None:
+    for task in PLAN["tasks"]:
+        runs = replication.runs_of(PLAN, PLAN["seeds"], [task["name"]])
+        assert {run.recipe.model for run in runs} == {PLAN["model"]}
+    for one in read_kept(STUDY / "replication"):
+        (task,) = [task for task in PLAN["tasks"] if task["name"] == one.run.partition("/")[0]]
+        assert one.failure is not None or len(one.tokens) == task["test_rows"]
 
 
 def test_the_width_is_that_of_the_interval_to_come(replication: ModuleType, tmp_path: Path) -> None:
@@ -93,28 +187,6 @@ def test_the_width_is_that_of_the_interval_to_come(replication: ModuleType, tmp_
         low, high = task["interval_percent"]
         assert low < BETTER[name] < high, name
         assert task["predicted_width_percent"] == pytest.approx(high - low, rel=0.5), name
-
-
-def test_the_docs_quote_what_the_kept_runs_show(replication: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(STUDY.parents[1])
-    found = replication.report(PLAN, Path("docs/study/replication"), REGISTRATION)
-    kept = json.loads((STUDY / "replication" / "replication.json").read_text())
-    assert found["verdict"] == kept["verdict"]
-    assert found["registration_sha256"] == kept["registration_sha256"]
-    readme, page, concept = ((STUDY / name).read_text() for name in ("../../README.md", "README.md", "../gauge.md"))
-    for text in (readme, page, concept):
-        assert kept["verdict"]["sentence"] in " ".join(text.replace("`", "").replace("*", "").split())
-    for name, task in found["tasks"].items():
-        pilot = task["pilot"]
-        assert pilot["interval_percent"] == pytest.approx(kept["tasks"][name]["pilot"]["interval_percent"]), name
-        low, high = (f"{end:+.0f}" if abs(end) >= 10 else f"{end:+.1f}" for end in pilot["interval_percent"])
-        shown = f"{pilot['percent']:+.1f} %", f"{low} to {high} %"
-        losses = f"{pilot['baseline_loss']:.4f} | {pilot['method_loss']:.4f}"
-        widths = [task[key] for key in ("predicted_width_percent", "width_by_its_own_seeds_percent")]
-        row = " | ".join((losses, *shown, *(f"{width:.{0 if width >= 10 else 1}f} %" for width in widths)))
-        assert f"| {row} |" in page, name
-        assert shown[0] in readme, name
-        assert shown[1] in readme, name
 
 
 def test_a_failed_run_is_never_better(replication: ModuleType, tmp_path: Path) -> None:

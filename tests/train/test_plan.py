@@ -17,10 +17,10 @@ import loraover.data.sources
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
-from loraover.models.load import load_model, resolve_model
+from loraover.models.load import load_model, load_tokenizer, resolve_model
 from loraover.training.estimate import kept_bytes
 from loraover.training.plan import TrainingPlan, make_plan
-from loraover.training.recipe import load_recipe
+from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.trial import RunNeeds, extrapolated
 
 from support.lines import Lines
@@ -179,6 +179,28 @@ def test_an_epoch_of_the_hub_counts_what_the_hub_says(
     found = make_plan(recipe, report)
     assert (found.steps, found.examples) == (3274, 104_743)
     assert report.lines[0].endswith(": not read, since a plan downloads no data; the run checks rows")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("kind", "name"), [("llama", "metamath-gsm8k"), ("t5", "glue-qnli-t5-base")])
+def test_a_trial_has_rows_of_full_length_where_the_data_are_on_the_hub(
+    kind: str, name: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: dict[str, set[int]] = {"prompt": set(), "completion": set()}
+
+    def noted(asked: Recipe, output: Path, **options: Any) -> Any:
+        tokenizer = load_tokenizer(resolve_model(asked.model))
+        for row in map(json.loads, Path(asked.data.sources[0]).read_text().splitlines()):
+            for part, found in lengths.items():
+                found.add(min(64, len(tokenizer(row[part]).input_ids)))
+        return loraover.train(asked, output, **options)
+
+    monkeypatch.setattr("loraover.training.trial.train", noted)
+    steps = {"training.max_steps": 9, "training.num_train_epochs": None, "training.max_length": 64}
+    found = plan(name, {"model": str(bases[kind]), "training.bf16": False} | steps, tries=True)
+    assert found.step_seconds is not None
+    assert lengths["completion"] == {64}
+    assert (lengths["prompt"] == {64}) == (kind == "t5")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loraover.common.errors import ConfigError
+from loraover.common.reporter import SILENT
 from loraover.training.recipe import load_recipe
+from loraover.training.start import pin_start
 
 from support.conversions import load_base
 from support.lines import Lines
@@ -65,6 +67,15 @@ def test_a_recipe_that_does_not_fit_the_adapter_is_refused(
     base: Path, tmp_path: Path, lora: dict[str, Any], message: str
 ) -> None:
     assert message in refused(base, tmp_path, adapter(base, tmp_path / "source"), **lora)
+
+
+@pytest.mark.parametrize("weights", [None, [1, -2]])
+def test_an_adapter_with_two_names_is_refused(base: Path, tmp_path: Path, weights: list[float] | None) -> None:
+    names = [str(tmp_path / "source"), f"{tmp_path}/./source/"]
+    start = names if weights is None else dict(zip(names, weights, strict=True))
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", base, lora={"start_from": start}))
+    with pytest.raises(ConfigError, match="are one adapter; name it once"):
+        pin_start(recipe, tmp_path, SILENT)
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> None:
