@@ -29,7 +29,7 @@ from loraover.study.kept_runs import finished
 from loraover.study.outcome import RunOutcome, execute
 from loraover.study.request import StudyRequest
 from loraover.study.runner import run_grid
-from loraover.study.tuning import losses_of, tokens_of
+from loraover.study.tuning import check_inputs, losses_of, tokens_of
 from loraover.training.recipe import load_recipe
 
 Registration = Mapping[str, Any]
@@ -181,6 +181,7 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
     for name in names:
         asked = runs_of(plan, plan["seeds"], [name])
         outcomes = finished(asked, folder)
+        check_inputs(outcomes)
         tasks[name] = {"finished_runs": len(outcomes), "predicted_width_percent": widths.get(name)}
         if failed := failures(pilot | outcomes, name):
             tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}

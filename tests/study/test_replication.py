@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from loraover.common.errors import LoraOverError
 from loraover.study.grid import Run
 from loraover.study.kept_runs import keep, read_kept
 from loraover.study.outcome import RunOutcome, digest
@@ -187,6 +188,14 @@ def test_the_width_is_that_of_the_interval_to_come(replication: ModuleType, tmp_
         low, high = task["interval_percent"]
         assert low < BETTER[name] < high, name
         assert task["predicted_width_percent"] == pytest.approx(high - low, rel=0.5), name
+
+
+def test_runs_of_other_rows_are_not_compared(replication: ModuleType, tmp_path: Path) -> None:
+    first, other = replication.runs_of(PLAN, PLAN["pilot_seeds"], ["mbpp"])[:2]
+    for run, outcome in drawn([first, other], BETTER, {}).items():
+        keep(tmp_path, {run: outcome.model_copy(update={"train_rows": run.name})})
+    with pytest.raises(LoraOverError, match="had different training rows"):
+        replication.report(PLAN, tmp_path, REGISTRATION)
 
 
 def test_a_failed_run_is_never_better(replication: ModuleType, tmp_path: Path) -> None:
