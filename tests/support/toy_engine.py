@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from loraover_export.check.engines.base import EngineRules, command, note, react
+from loraover_export.check.engines.base import EngineRules, Target, Written, command, note, react
+from loraover_export.check.engines.vllm import write_uniform
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine
@@ -57,3 +59,6 @@ class ToyRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "fold", ending="-toy")
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        return write_uniform(source, folder, target)

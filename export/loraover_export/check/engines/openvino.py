@@ -8,6 +8,7 @@ never applies an adapter to a base model that it reads from GGUF, which the adap
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import final
 
 from loraover_export.check.engines.base import (
@@ -15,13 +16,15 @@ from loraover_export.check.engines.base import (
     LOST,
     OTHER_BASE,
     EngineRules,
+    Target,
+    Written,
     command,
     note,
     react,
     refused,
     silent,
 )
-from loraover_export.check.engines.vllm import uniform_form
+from loraover_export.check.engines.vllm import uniform_form, write_uniform
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
@@ -73,6 +76,9 @@ class OpenVinoRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-uniform")
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        return write_uniform(source, folder, target)
 
 
 def _found(subject: Subject) -> bool:
