@@ -24,7 +24,7 @@ from loraover.common.errors import CheckpointError, ConfigError, ExportError, Lo
 from loraover_export import check_adapter, prepare_adapter
 from loraover_export.check.engines import ENGINES
 from loraover_export.check.engines.base import Target, Written
-from loraover_export.check.engines.vllm import VllmRules, write_uniform
+from loraover_export.check.engines.vllm import UniformRules, VllmRules
 from loraover_export.prepare import run
 from loraover_export.prepare.prepared import Record
 from loraover_export.uniform.certificate import CONVERSION_FILE
@@ -219,7 +219,7 @@ def test_files_that_change_meanwhile_leave_nothing(
         edit_tensors(
             source / "adapter_model.safetensors", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()]
         )
-        return write_uniform(plain, draft, target)
+        return UniformRules.write(rules, plain, draft, target)
 
     monkeypatch.setattr(VllmRules, "write", write)
     with pytest.raises(CheckpointError, match="changed while they were read"):
@@ -235,7 +235,7 @@ def test_many_callers_make_each_adapter_once(folder: Path, tmp_path: Path, monke
     def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
         made.append(draft.name)
         both_at_work.wait(timeout=60)  # passes only if one adapter does not wait for the other
-        return write_uniform(plain, draft, target)
+        return UniformRules.write(rules, plain, draft, target)
 
     monkeypatch.setattr(VllmRules, "write", write)
     found: list[bool] = []

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from loraover_export.check.engines.base import EngineRules, Target, Written, command, note, react
-from loraover_export.check.engines.vllm import write_uniform
+from loraover_export.check.engines.base import command, note, react
+from loraover_export.check.engines.vllm import UniformRules
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine
@@ -48,7 +47,7 @@ class ToyEngine(LogitEngine, TimedEngine):
         return self._running.run(arm, block, first, requests)
 
 
-class ToyRules(EngineRules):
+class ToyRules(UniformRules):
     reader = "Toy 1.0"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
@@ -59,6 +58,3 @@ class ToyRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "fold", ending="-toy")
-
-    def write(self, source: Path, folder: Path, target: Target) -> Written:
-        return write_uniform(source, folder, target)

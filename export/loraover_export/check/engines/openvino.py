@@ -8,23 +8,19 @@ never applies an adapter to a base model that it reads from GGUF, which the adap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import final
 
 from loraover_export.check.engines.base import (
     CORES,
     LOST,
     OTHER_BASE,
-    EngineRules,
-    Target,
-    Written,
     command,
     note,
     react,
     refused,
     silent,
 )
-from loraover_export.check.engines.vllm import uniform_form, write_uniform
+from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
@@ -61,7 +57,7 @@ UNIFORM_FORM = {name: PEFT_FORM[name] for name in ("task", "embedding", "quantis
 
 
 @final
-class OpenVinoRules(EngineRules):
+class OpenVinoRules(UniformRules):
     """OpenVINO GenAI."""
 
     reader = "OpenVINO GenAI 2026.4"
@@ -76,9 +72,6 @@ class OpenVinoRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-uniform")
-
-    def write(self, source: Path, folder: Path, target: Target) -> Written:
-        return write_uniform(source, folder, target)
 
 
 def _found(subject: Subject) -> bool:

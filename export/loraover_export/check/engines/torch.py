@@ -6,21 +6,10 @@ Reactions were measured on a tiny Llama with PEFT 0.21.2.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import final
 
-from loraover_export.check.engines.base import (
-    CORES,
-    EngineRules,
-    Target,
-    Written,
-    command,
-    note,
-    react,
-    refused,
-    silent,
-)
-from loraover_export.check.engines.vllm import uniform_form, write_uniform
+from loraover_export.check.engines.base import CORES, command, note, react, refused, silent
+from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.features import initialisation, quantised_base
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -51,7 +40,7 @@ def _swapped(subject: Subject) -> Iterator[Finding]:
 
 
 @final
-class TorchRules(EngineRules):
+class TorchRules(UniformRules):
     """PEFT, as a script with transformers uses it."""
 
     reader = "PEFT 0.21.2"
@@ -72,6 +61,3 @@ class TorchRules(EngineRules):
         if subject.has_cores:
             return command(subject, "fold", ending="-folded")
         return command(subject, "vllm", ending="-uniform")
-
-    def write(self, source: Path, folder: Path, target: Target) -> Written:
-        return write_uniform(source, folder, target)

@@ -48,8 +48,34 @@ DTYPE = "bf16"
 """Storage type that `loraover export vllm` writes by default."""
 
 
+class UniformRules(EngineRules):
+    """An engine for which the uniform form is written, as `loraover export vllm` does it."""
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        """Write the uniform form after the pre-flight of vLLM's rules."""
+        from loraover_export.vllm.report import CERTIFICATE_FILE
+        from loraover_export.vllm.run import export_vllm
+
+        report = export_vllm(
+            source,
+            folder / ADAPTER,
+            model=target.model,
+            convert=False,
+            dtype=target.dtype,
+            vllm_version=target.engine_version,
+        )
+        errors = [found for found in report.preflight.findings if found.level == "error"]
+        if errors:
+            found = " ".join(f"{error.rule}: {error.found}; {error.remedy}." for error in errors)
+            raise ExportError(f"{source}: {found}")
+        certificate = report.certificate
+        assert certificate is not None
+        taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
+        return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", certificate.rank, certificate.matrices, taken)
+
+
 @final
-class VllmRules(EngineRules):
+class VllmRules(UniformRules):
     """vLLM, which reads PEFT's form itself."""
 
     largest_rank = MAX_LORA_RANKS[-1]
@@ -74,9 +100,6 @@ class VllmRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-vllm")
-
-    def write(self, source: Path, folder: Path, target: Target) -> Written:
-        return write_uniform(source, folder, target)
 
 
 def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
@@ -106,33 +129,6 @@ def uniform_form(subject: Subject) -> Iterator[Finding]:
     if not found and (is_split or missing_modules(subject) is not None):
         text = "the export writes a pair for each projection of each expert, which only vLLM and SGLang read"
         yield Finding(feature="experts", level="wrong silently", found=text)
-
-
-def write_uniform(source: Path, folder: Path, target: Target) -> Written:
-    """Write the uniform form, which other engines read as well, after the pre-flight of vLLM's rules.
-
-    Raises:
-        ExportError: An adapter that vLLM would refuse, or serve wrongly without a message.
-    """
-    from loraover_export.vllm.report import CERTIFICATE_FILE
-    from loraover_export.vllm.run import export_vllm
-
-    report = export_vllm(
-        source,
-        folder / ADAPTER,
-        model=target.model,
-        convert=False,
-        dtype=target.dtype,
-        vllm_version=target.engine_version,
-    )
-    errors = [found for found in report.preflight.findings if found.level == "error"]
-    if errors:
-        found = " ".join(f"{error.rule}: {error.found}; {error.remedy}." for error in errors)
-        raise ExportError(f"{source}: {found}")
-    certificate = report.certificate
-    assert certificate is not None
-    taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
-    return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", certificate.rank, certificate.matrices, taken)
 
 
 def _is_taken(source: Path, dtype: str) -> bool:
