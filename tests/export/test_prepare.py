@@ -147,6 +147,9 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[LoraOverError], str]] = {
     ),
     "no tensors": (drop, {}, CheckpointError, "no such file"),
     "the server's rank": (lambda folder: None, {"max_rank": 2}, ExportError, "rank is 4.*--max-lora-rank 8"),
+    "another engine's rank": (
+        lambda folder: None, {"max_rank": 2, "engine": "mlx"}, ExportError, "takes 2 at most; allow an approx"
+    ),
     "another width": (
         lambda folder: edit_tensors(folder / "adapter_model.safetensors", narrow), {}, ExportError, "other shapes"
     ),

@@ -235,7 +235,7 @@ def _as_lora(
     from loraover_export.combine.shrink import shrink_adapter
 
     shrunk = draft / "converted"
-    certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, ranks), dtype=target.dtype)
+    certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, target, ranks), dtype=target.dtype)
     return shrunk, _kept(certificate, shrunk, draft)
 
 
@@ -266,20 +266,20 @@ def _converted(
         report = convert(rank=ranks.approximate)
     rank = report.certificate.rank
     if ranks.largest is not None and rank > ranks.largest:
-        allowed = _approximation(source, rank, ranks)
+        allowed = _approximation(source, rank, target, ranks)
         report = convert(rank=allowed, force=True)
     return output, _kept(report.certificate, output, draft)
 
 
-def _approximation(source: Path, rank: int, ranks: RankLimits) -> int:
+def _approximation(source: Path, rank: int, target: Target, ranks: RankLimits) -> int:
     """Return the rank to approximate an adapter of a larger one to.
 
     Raises:
         ExportError: No approximation is allowed.
     """
     if ranks.approximate is None:
-        fitting = max_lora_rank(rank)
-        larger = "" if fitting is None else f"start vLLM with --max-lora-rank {fitting}, or "
+        fitting, option = max_lora_rank(rank), engine_of(target.engine).rank_option
+        larger = "" if fitting is None or option is None else f"start it with {option} {fitting}, or "
         raise ExportError(
             f"{source}: its rank is {rank}, and the engine takes {ranks.largest} at most; {larger}allow an "
             f"approximation with {as_written('approximate_to_rank')}."

@@ -100,12 +100,14 @@ class EngineRules(ABC):
         reader: Program that reads the adapter, with the release whose sources or runs the reactions come from.
         extra: Extra of this package that writing an adapter needs; None: a base installation writes plain LoRAs.
         largest_rank: Largest rank that the engine can be started for; None if it names none.
+        rank_option: Option with which the engine is started for a rank; None if it has none.
         model_is: What a target's `model` is instead of a base model, and then has to be named; None: a base model.
     """
 
     reader: str
     extra: str | None = None
     largest_rank: int | None = None
+    rank_option: str | None = None
     model_is: str | None = None
 
     @abstractmethod

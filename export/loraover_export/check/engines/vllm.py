@@ -79,6 +79,7 @@ class VllmRules(UniformRules):
     """vLLM, which reads PEFT's form itself."""
 
     largest_rank = MAX_LORA_RANKS[-1]
+    rank_option = "--max-lora-rank"
 
     def __init__(self) -> None:
         self.reader = f"vLLM {known_architectures().version}"
