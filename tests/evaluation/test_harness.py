@@ -146,12 +146,12 @@ def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
 
 
 def test_labels_behind_an_endpoint_are_judged_by_their_own_tokens(models: tuple[Path, Path], tmp_path: Path) -> None:
-    """Each token's logprob is minus its id; the first one has none, and one token more is generated."""
+    """Each token's logprob is minus its id; the first has none, and that of the generated one says the opposite."""
     data = written(tmp_path / "rows.jsonl", PAIRS)
     tokenizer = AutoTokenizer.from_pretrained(models[0])
 
     def reply(body: dict[str, Any]) -> bytes:
-        told = [None, *(-float(token) for token in body["prompt"][0][1:]), -1e6]
+        told = [None, *(-float(token) for token in body["prompt"][0][1:]), 2.0 * sum(body["prompt"][0])]
         top = [None, *({"": one} for one in told[1:])]
         return json.dumps({"choices": [{"logprobs": {"token_logprobs": told, "top_logprobs": top}}]}).encode()
 
