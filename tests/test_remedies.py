@@ -44,10 +44,10 @@ class Case:
     """What causes a message, and how its command is completed.
 
     Args:
-        cause: the command that shows the message, or a function that does.
-        rest: words that complete the command of the message.
-        again: the command that succeeds afterwards; None if nothing of ours follows.
-        codes: exit codes of the completed command that show that it did what the message promised.
+        cause: The command that shows the message, or a function that does.
+        rest: Words that complete the command of the message.
+        again: The command that succeeds afterwards; None if nothing of ours follows.
+        codes: Exit codes of the completed command that show that it did what the message promised.
     """
 
     cause: list[str] | Callable[[], object]

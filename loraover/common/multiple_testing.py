@@ -1,4 +1,4 @@
-"""Corrections of p values for several comparisons."""
+"""Corrections of p-values for several comparisons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p values: the k-th smallest of n is multiplied by n - k + 1; then they are made monotone and at most 1.
+    """Adjust p-values: the k-th smallest of n is multiplied by n - k + 1; then they are made monotone and at most 1.
 
     Source:
         Holm 1979, Scandinavian Journal of Statistics 6.

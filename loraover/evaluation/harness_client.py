@@ -1,64 +1,79 @@
-"""The harness's client for an endpoint, with errors that do not show the key."""
+"""A model behind an endpoint, as lm-evaluation-harness takes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from aiohttp import ClientError
-from lm_eval.models.openai_completions import LocalCompletionsAPI
-from requests import RequestException
+from lm_eval.api.model import TemplateLM
 
+from loraover.client.at_once import at_once
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import EngineError, LoraOverError
 
-FAULTS = (
-    ClientError,
-    RequestException,
-    TimeoutError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-)  # the last five: an answer that is not JSON, or that lacks what was asked for, such as logprobs
+PATH = "/v1/completions"
 
 
-class HarnessClient(LocalCompletionsAPI):
-    """Client for one server.
-
-    aiohttp's errors show the headers that were sent, and asyncio logs errors of requests that were given up, so each
-    error is replaced inside the request.
+class HarnessClient(TemplateLM):
+    """Model that is asked through our client, in token ids, which no server can cut or complete.
 
     Args:
         endpoint: The server.
-        options: Options of `LocalCompletionsAPI`.
+        name: The model's name there.
+        tokenizer: Tokenizer of the base model.
+        batch_size: Requests at the same time.
     """
 
-    def __init__(self, endpoint: Endpoint, **options: Any) -> None:
-        headers = endpoint.headers  # else the harness sends any OpenAI key that it finds
-        super().__init__(base_url=f"{endpoint.api}/completions", header=headers, **options)
-        self._endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, name: str, tokenizer: Any, batch_size: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self._endpoint, self._name, self._batch_size = endpoint, name, batch_size
 
-    async def amodel_call(self, *arguments: Any, **named: Any) -> Any:
-        with self._faults_without_key():
-            return await super().amodel_call(*arguments, **named)
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path)
 
-    def generate_until(self, *arguments: Any, **named: Any) -> Any:
-        with self._faults_without_key():
-            return super().generate_until(*arguments, **named)
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
 
-    def loglikelihood(self, *arguments: Any, **named: Any) -> Any:
-        with self._faults_without_key():
-            return super().loglikelihood(*arguments, **named)
+    @property
+    def prefix_token_id(self) -> int:
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
 
-    @contextmanager
-    def _faults_without_key(self) -> Iterator[None]:
-        try:
-            yield
-        except LoraOverError:
-            raise
-        except FAULTS as error:
-            fault = self._endpoint.hidden(f"{type(error).__name__}: {error}")
-            raise EngineError(f"{self.base_url}: the endpoint gave no usable answer: {fault}") from None
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ends))
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **named: Any) -> list[int]:
+        found: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens)).input_ids
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        def ask(request: Any) -> str:
+            prompt, options = request.args
+            stop = [*dict.fromkeys([*options["until"], self.tokenizer.eos_token])]
+            body = self._body(self.tok_encode(prompt), max_tokens=options["max_gen_toks"], stop=stop)
+            return str(self._endpoint.exchange(PATH, body, text=("text",))[0])
+
+        return at_once(ask, requests, self._batch_size)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError  # no task of ours needs it
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **named: Any) -> list[tuple[float, bool]]:
+        def ask(request: tuple[Any, list[int], list[int]]) -> tuple[float, bool]:
+            _, context, continuation = request
+            body = self._body(context + continuation, max_tokens=1, logprobs=1, echo=True)
+            answer = self._endpoint.request(PATH, body)
+            with self._endpoint.readable(self._name, answer, is_named=False):
+                found = answer["choices"][0]["logprobs"]
+                ours = slice(len(context), -1)  # the last one was generated, since some servers refuse to generate none
+                told, likeliest = found["token_logprobs"][ours], found["top_logprobs"][ours]
+                pairs = list(zip(told, likeliest, continuation, strict=True))
+                return sum(told), all(one == max(best.values()) for one, best, _ in pairs)
+
+        return at_once(ask, requests, self._batch_size)
+
+    def _body(self, tokens: list[int], **more: Any) -> dict[str, Any]:
+        return {"model": self._name, "prompt": [tokens], **self._endpoint.GREEDY, **more}

@@ -131,7 +131,7 @@ def _candidates(
     if server is not None:
 
         def ask(name: str) -> Callable[[], Answerer]:
-            return lambda: EndpointAnswerer(server, name, tokenizer, source.location, size)
+            return lambda: EndpointAnswerer(server, name, tokenizer, size)
 
         return [_Candidate(name, None, ask(name)) for name in request.endpoint_models]
 

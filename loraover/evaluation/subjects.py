@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,14 +82,12 @@ class EndpointAnswerer(Answerer):
         endpoint: The server.
         name: The model's name there.
         tokenizer: Tokenizer of the base model.
-        tokenizer_location: Folder or hub name of the base model, for the harness.
         batch_size: Requests at the same time.
     """
 
     endpoint: Endpoint
     name: str
     tokenizer: Any
-    tokenizer_location: str
     batch_size: int
 
     def answers(
@@ -107,14 +104,7 @@ class EndpointAnswerer(Answerer):
     def harness_model(self) -> Any:
         from loraover.evaluation.harness_client import HarnessClient
 
-        return HarnessClient(
-            self.endpoint,
-            model=self.name,
-            tokenizer_backend="huggingface",
-            tokenizer=self.tokenizer_location,
-            num_concurrent=self.batch_size,
-            max_length=sys.maxsize,  # else the harness cuts questions to 2048 tokens; the server knows its context
-        )
+        return HarnessClient(self.endpoint, self.name, self.tokenizer, self.batch_size)
 
 
 def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtype: str, batch_size: int) -> InMemory:

@@ -33,7 +33,7 @@ class Difference(StrictModel):
 
     mean: float = Field(description="Mean difference; below 0: better than the baseline.")
     interval: tuple[float, float] = Field(description="95 % interval, over seeds and examples together.")
-    p: float = Field(description="Two-sided p value, Holm-adjusted over tasks.")
+    p: float = Field(description="Two-sided p-value, Holm-adjusted over tasks.")
     detectable: float = Field(
         description="Smallest true difference that four of five studies of this task alone would show."
     )

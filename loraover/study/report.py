@@ -207,7 +207,7 @@ def _known(values: Iterable[Number | None]) -> list[Number]:
 
 
 def _adjusted(tasks: Sequence[TaskResult]) -> list[TaskResult]:
-    """Apply Holm's correction over tasks to each method's p values; a task on which the method failed counts too."""
+    """Apply Holm's correction over tasks to each method's p-values; a task on which the method failed counts too."""
     compared = [(t.task, r.method, r.difference.p) for t in tasks for r in t.methods if r.difference is not None]
     p_values: dict[tuple[str, str], float] = {}
     for method in {method for _, method, _ in compared}:

@@ -17,7 +17,7 @@ from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
-from loraover.training.methods import METHODS, MethodKeys
+from loraover.training.methods import BUILT_IN, METHODS, MethodKeys
 from loraover.training.recipe_parts import AUTO, BATCH, SOAP
 
 LEARNS_TOKENS = (None, "sft", "seq2seq")
@@ -26,7 +26,7 @@ LEARNS_TOKENS = (None, "sft", "seq2seq")
 HAS_REFERENCE = ("dpo", "kto", "grpo")
 """Values of the key `trainer` whose loss compares the model with the one before training."""
 
-METHOD_NAMES = ("lora", "lora-over", "full", *METHODS)
+METHOD_NAMES = ("lora", *BUILT_IN, *METHODS)
 """Values of the key `method`."""
 
 _short = reprlib.Repr()
@@ -42,21 +42,6 @@ class Recipe(MethodKeys):
         if method not in METHOD_NAMES:
             raise ValueError(f"expected one of {', '.join(METHOD_NAMES)}")
         return method
-
-    @model_validator(mode="after")
-    def _can_be_folded(self) -> Recipe:
-        start = self.lora.init_lora_weights
-        if self.method == "lora-over" and isinstance(start, str) and start.lower() not in KEPT_BASE:
-            raise ValueError(
-                f"lora.init_lora_weights {start!r} is no start that keeps the base weights, as true, gaussian and "
-                "orthogonal do, so no fold would be a plain LoRA; train it with method lora"
-            )
-        if self.method == "lora-over" and self.lora.use_dora:
-            raise ValueError(
-                "lora.use_dora: DoRA is more than a product B A, so no fold would be a plain LoRA; "
-                "train it with method lora"
-            )
-        return self
 
     @model_validator(mode="after")
     def _has_rewards(self) -> Recipe:
@@ -79,10 +64,6 @@ class Recipe(MethodKeys):
                     "lora.start_from; merge that adapter into the base model, and train on the "
                     f"result{', or set training.beta to 0, which compares with nothing' if is_grpo else ''}"
                 )
-        if self.method == "full" and self.lora.start_from is not None:
-            raise ValueError("method full trains no adapter, so nothing can start from one; leave out lora.start_from")
-        if self.method == "full" and self.model_init.quantization is not None:
-            raise ValueError("method full cannot train quantised weights; leave out model_init.quantization")
         return self
 
     @model_validator(mode="after")
@@ -97,6 +78,8 @@ class Recipe(MethodKeys):
 
     @model_validator(mode="after")
     def _suits_its_method(self) -> Recipe:
+        if self.method in BUILT_IN:
+            BUILT_IN[self.method].check_recipe(self)
         for method, kind in METHODS.items():
             part = getattr(self, method)
             if method == self.method:

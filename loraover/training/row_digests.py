@@ -59,7 +59,7 @@ def keep_digests(output: Path, examples: Examples) -> None:
 
 
 def read_digests(folder: Path) -> RowDigests | None:
-    """Read the digests of a run's rows; None in the folder of an older run.
+    """Read the digests of a run's rows; None if they were not kept.
 
     Args:
         folder: The run's folder.

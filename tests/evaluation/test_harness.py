@@ -122,14 +122,18 @@ def test_a_right_answer_behind_an_endpoint_counts(
 
 
 @pytest.mark.parametrize(
-    ("content", "task", "batch_size"),
-    [(b"<html>", "gsm8k", "1"), (b"[]", "qnli", "2"), (" yes", "qnli", "8")],
+    ("content", "task", "message"),
+    [
+        (b"<html>", "gsm8k", "the answer is not JSON"),
+        (b"[]", "qnli", "the server's answer cannot be read"),
+        (" yes", "qnli", "the server's answer cannot be read"),
+    ],
     ids=["no JSON", "no object", "no logprobs"],
 )
 def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
     content: str | bytes,
     task: str,
-    batch_size: str,
+    message: str,
     models: tuple[Path, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -137,8 +141,26 @@ def test_an_answer_that_cannot_be_read_is_the_endpoints_fault(
     data = written(tmp_path / "rows.jsonl", {"qnli": PAIRS, "gsm8k": SUMS}[task])
     with openai_server(lambda body: content) as server:
         words = [str(models[0]), "--task", task, "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
-        assert run(cli, ["eval", *words, "--batch-size", batch_size]) == 2
-    assert "the endpoint gave no usable answer" in capsys.readouterr().err
+        assert run(cli, ["eval", *words, "--batch-size", "2"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_labels_behind_an_endpoint_are_judged_by_their_own_tokens(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each token's logprob is minus its id; the first has none, and that of the generated one says the opposite."""
+    data = written(tmp_path / "rows.jsonl", PAIRS)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+
+    def reply(body: dict[str, Any]) -> bytes:
+        told = [None, *(-float(token) for token in body["prompt"][0][1:]), 2.0 * sum(body["prompt"][0])]
+        top = [None, *({"": one} for one in told[1:])]
+        return json.dumps({"choices": [{"logprobs": {"token_logprobs": told, "top_logprobs": top}}]}).encode()
+
+    with openai_server(reply) as server:
+        words = [str(models[0]), "--task", "qnli", "--data", data, "--endpoint", server.url, "--endpoint-model", "one"]
+        (found,) = results(words, tmp_path / "out.json")
+    yes, no = (sum(tokenizer(f" {word}", add_special_tokens=False).input_ids) for word in ("yes", "no"))
+    assert {example["answer"] for example in found["examples"]} == {"entailment" if yes < no else "not_entailment"}
+    assert {body["max_tokens"] for body in server.bodies} == {1}
 
 
 def test_a_key_that_is_refused_is_shown_nowhere(models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError
 from loraover_export import check_adapter, prepare_adapter
-from loraover_export.prepare import run, targets
+from loraover_export.check.engines import ENGINES
+from loraover_export.check.engines.base import Target, Written
+from loraover_export.check.engines.vllm import UniformRules, VllmRules
+from loraover_export.prepare import run
 from loraover_export.prepare.prepared import Record
-from loraover_export.prepare.targets import TARGETS, Target, Written
 from loraover_export.uniform.certificate import CONVERSION_FILE
 
 from support.conversions import SINGLE, Source, make_source
@@ -88,7 +90,7 @@ def test_each_kind_answers_as_peft_does(name: str, folder: Path, tmp_path: Path)
 def test_every_engine_gets_its_form(folder: Path, tmp_path: Path) -> None:
     """The graph of ONNX Runtime is in `test_an_adapter_for_an_existing_graph`."""
     pytest.importorskip("gguf", reason="pip install 'loraover[llamacpp]'")
-    for engine in TARGETS.keys() - {"onnx"}:
+    for engine in ENGINES.keys() - {"onnx"}:
         found = prepare_adapter(folder / "loha", tmp_path, model=folder / "base", engine=engine)
         assert found.rank == 4
         assert found.path.exists()
@@ -145,6 +147,9 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[LoraOverError], str]] = {
     ),
     "no tensors": (drop, {}, CheckpointError, "no such file"),
     "the server's rank": (lambda folder: None, {"max_rank": 2}, ExportError, "rank is 4.*--max-lora-rank 8"),
+    "another engine's rank": (
+        lambda folder: None, {"max_rank": 2, "engine": "mlx"}, ExportError, "takes 2 at most; allow an approx"
+    ),
     "another width": (
         lambda folder: edit_tensors(folder / "adapter_model.safetensors", narrow), {}, ExportError, "other shapes"
     ),
@@ -213,13 +218,13 @@ def test_files_that_change_meanwhile_leave_nothing(
 ) -> None:
     source = shutil.copytree(folder / "plain", tmp_path / "in")
 
-    def write(plain: Path, draft: Path, target: Target) -> Written:
+    def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
         edit_tensors(
             source / "adapter_model.safetensors", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()]
         )
-        return targets.write_for_vllm(plain, draft, target)
+        return UniformRules.write(rules, plain, draft, target)
 
-    monkeypatch.setitem(TARGETS, "vllm", write)
+    monkeypatch.setattr(VllmRules, "write", write)
     with pytest.raises(CheckpointError, match="changed while they were read"):
         prepare_adapter(source, tmp_path / "cache", model=folder / "base")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [run.LOCKS]
@@ -230,12 +235,12 @@ def test_many_callers_make_each_adapter_once(folder: Path, tmp_path: Path, monke
     made: list[str] = []
     both_at_work = threading.Barrier(2)
 
-    def write(plain: Path, draft: Path, target: Target) -> Written:
+    def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
         made.append(draft.name)
         both_at_work.wait(timeout=60)  # passes only if one adapter does not wait for the other
-        return targets.write_for_vllm(plain, draft, target)
+        return UniformRules.write(rules, plain, draft, target)
 
-    monkeypatch.setitem(TARGETS, "vllm", write)
+    monkeypatch.setattr(VllmRules, "write", write)
     found: list[bool] = []
     threads = [
         threading.Thread(target=lambda name=name: found.append(

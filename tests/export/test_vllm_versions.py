@@ -60,8 +60,8 @@ def candidate(folder: Path, architecture: str, *paths: str, shape: str | None = 
     """An adapter of rank 4 of these modules.
 
     Args:
-        shape: the module of the served model whose shape the matrices have; None means the module's own.
-        version: release of vLLM; "" means that of the table.
+        shape: The module of the served model whose shape the matrices have; None means the module's own.
+        version: Release of vLLM; "" means that of the table.
     """
     content = MODELS[architecture] | {"architectures": [architecture]}
     AutoConfig.for_model(**content).save_pretrained(folder / "base")

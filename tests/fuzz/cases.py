@@ -37,10 +37,10 @@ class Base:
     """A base model to draw.
 
     Args:
-        make: function that builds it.
-        linear: names of its linear layers.
-        embedding: name of its embedding.
-        head: name of its output head.
+        make: Function that builds it.
+        linear: Names of its linear layers.
+        embedding: Name of its embedding.
+        head: Name of its output head.
         task: PEFT's name of its task.
     """
 
@@ -163,17 +163,17 @@ class Case:
     """One adapter and what is done with it; and a line of the regressions.
 
     Args:
-        seed: seed of the draws of its tensors.
+        seed: Seed of the draws of its tensors.
         kind: PEFT's name of the kind.
-        base: name of the base model, of `BASES`.
-        base_dtype: data type that the base model is stored in.
-        options: fields of PEFT's configuration.
-        verb: what is done with it, of `VERBS`.
-        arguments: arguments of that.
-        fill: how trained parameters are filled, of `FILLS`.
-        stored: data type that the adapter is stored in.
-        edits: fields of `adapter_config.json` that are changed after PEFT has saved the adapter.
-        rows: whether the file also holds the embedding with changed rows.
+        base: Name of the base model, of `BASES`.
+        base_dtype: Data type that the base model is stored in.
+        options: Fields of PEFT's configuration.
+        verb: What is done with it, of `VERBS`.
+        arguments: Arguments of that.
+        fill: How trained parameters are filled, of `FILLS`.
+        stored: Data type that the adapter is stored in.
+        edits: Fields of `adapter_config.json` that are changed after PEFT has saved the adapter.
+        rows: Whether the file also holds the embedding with changed rows.
     """
 
     seed: int

@@ -55,7 +55,7 @@ def effects(model: Any, plain: Any) -> Effects:
 
     Args:
         model: PEFT's model, or a merged one, in float64.
-        plain: the base model in float64.
+        plain: The base model in float64.
     """
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {}

@@ -38,7 +38,7 @@ class Result:
 
     Args:
         outcome: "agrees" with PEFT, "refused" by us, "not made" where PEFT itself refuses it, or a "fault".
-        found: what was found, in words.
+        found: What was found, in words.
     """
 
     outcome: Outcome
@@ -62,12 +62,12 @@ class Written:
     """What an export left behind, and how far it may be from its source.
 
     Args:
-        model: the written model as PEFT or transformers loads it, in float64; None if only the norm is known.
-        norm: norm of all written deltas together, if there is no model.
-        bounds: bounds of the error of each delta, by path; the largest holds for experts.
-        relative: further error, relative to the delta.
-        zeros: paths of modules of whose A or B every written element is zero.
-        is_whole: whether nothing was left out on purpose, so that logits have to be kept.
+        model: The written model as PEFT or transformers loads it, in float64; None if only the norm is known.
+        norm: Norm of all written deltas together, if there is no model.
+        bounds: Bounds of the error of each delta, by path; the largest holds for experts.
+        relative: Further error, relative to the delta.
+        zeros: Paths of modules of whose A or B every written element is zero.
+        is_whole: Whether nothing was left out on purpose, so that logits have to be kept.
     """
 
     model: Any = None
@@ -96,8 +96,8 @@ def run(case: Case, bases: Path) -> Result:
     """Return what becomes of a case.
 
     Args:
-        case: the case.
-        bases: folder of base models, which later cases use again.
+        case: The case.
+        bases: Folder of base models, which later cases use again.
     """
     with TemporaryDirectory() as scratch:
         place = Place(case, bases, Path(scratch, "adapter"), Path(scratch, "out"))
@@ -170,11 +170,11 @@ def _compare_effects(expected: Effects, found: Effects, written: Written, own: f
     """Return the largest allowed error of a delta, relative to it.
 
     Args:
-        expected: effects of the source.
-        found: effects of what was written.
-        written: what is known of it.
-        own: error of PEFT's arithmetic, relative to the delta, and to a twentieth of the base weight.
-        sizes: norms of the base weights.
+        expected: Effects of the source.
+        found: Effects of what was written.
+        written: What is known of it.
+        own: Error of PEFT's arithmetic, relative to the delta, and to a twentieth of the base weight.
+        sizes: Norms of the base weights.
 
     Raises:
         Fault: an error above its bound.

@@ -48,8 +48,8 @@ class Recipe:
     """A checkpoint after two of `total` steps.
 
     Args:
-        total: steps of the whole run, where the schedule wants to know.
-        lora: options of LoraConfig.
+        total: Steps of the whole run, where the schedule wants to know.
+        lora: Options of LoraConfig.
     """
 
     config: LoraOverConfig

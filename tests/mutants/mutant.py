@@ -23,10 +23,10 @@ class Mutant:
     """One fault.
 
     Args:
-        name: what is wrong with it.
-        old: source that occurs exactly once in the product, so that no path has to be named.
-        new: what stands there instead.
-        tests: tests that should fail.
+        name: What is wrong with it.
+        old: Source that occurs exactly once in the product, so that no path has to be named.
+        new: What stands there instead.
+        tests: Tests that should fail.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Verdict:
     """What became of a mutant.
 
     Args:
-        seconds: duration of its tests.
-        note: the first test that failed, or why the mutant shows nothing.
+        seconds: Duration of its tests.
+        note: The first test that failed, or why the mutant shows nothing.
     """
 
     name: str

@@ -133,10 +133,10 @@ def try_mutants(root: Path, mutants: Sequence[Mutant], jobs: int, failing: Mappi
     """Try each mutant and show what became of it.
 
     Args:
-        root: the tree to plant them in copies of.
-        mutants: those to try.
-        jobs: number of them at a time.
-        failing: tests that fail without a mutant, with the reason.
+        root: The tree to plant them in copies of.
+        mutants: Those to try.
+        jobs: Number of them at a time.
+        failing: Tests that fail without a mutant, with the reason.
     """
 
     def verdict_on(mutant: Mutant) -> Verdict:

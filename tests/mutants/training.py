@@ -286,6 +286,12 @@ TRAINING = (
         Selection("test_answers.py", "final_number"),
     ),
     Mutant(
+        "a label's score has the generated token in place of its first one",
+        "slice(len(context), -1)",
+        "slice(len(context) + 1, None)",
+        Selection("test_harness.py", "labels_behind"),
+    ),
+    Mutant(
         "code-runs-without-consent",
         "if not request.allow_code_execution:",
         "if request.allow_code_execution is None:",

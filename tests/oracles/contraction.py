@@ -14,7 +14,7 @@ def mpo_matrix(cores: Sequence[Array]) -> Array:
     """M[i_1..i_K, j_1..j_K] = C_1[i_1, j_1] ... C_K[i_K, j_K], from the right end to the left.
 
     Args:
-        cores: core k has shape (R_k, m_k, n_k, R_{k+1}); R_1 = R_{K+1} = 1.
+        cores: Core k has shape (R_k, m_k, n_k, R_{k+1}); R_1 = R_{K+1} = 1.
 
     Returns:
         Shape (prod m_k, prod n_k).
@@ -83,8 +83,8 @@ def block_diagonal(blocks: Array, length: int) -> Array:
     """A dense matrix from its diagonal blocks (count, size, size), of which the last ones may lack a row and column.
 
     Args:
-        blocks: as they are kept, each with `size` rows.
-        length: rows of the dense matrix.
+        blocks: As they are kept, each with `size` rows.
+        length: Rows of the dense matrix.
     """
     dense, at = np.zeros((length, length), blocks.dtype), 0
     for here, block in zip(block_lengths(blocks, length), blocks, strict=True):

@@ -29,14 +29,14 @@ class Rule:
     """How bases follow gradients, and AdamW's constants.
 
     Args:
-        short: whether the shorter side (the rows of a square matrix) has a basis.
-        long: whether the longer side has one.
-        block: largest block of the longer side, and of a shorter one above `whole`.
-        whole: largest shorter side that is one block.
-        refresh: steps until the first refresh.
-        growth: factor from one refresh to the next; 1: every `refresh` steps; None: each basis once.
-        decay: share of the running moments that stays.
-        carried: whether later refreshes carry second moments by squares, rather than keep them with their directions.
+        short: Whether the shorter side (the rows of a square matrix) has a basis.
+        long: Whether the longer side has one.
+        block: Largest block of the longer side, and of a shorter one above `whole`.
+        whole: Largest shorter side that is one block.
+        refresh: Steps until the first refresh.
+        growth: Factor from one refresh to the next; 1: every `refresh` steps; None: each basis once.
+        decay: Share of the running moments that stays.
+        carried: Whether later refreshes carry second moments by squares, rather than keep them with their directions.
         ratio: B's rate as a multiple of A's.
     """
 
@@ -104,7 +104,7 @@ class EigenAdamW:
     """The whole update of several matrices, which share one norm of their gradients.
 
     Attributes:
-        smallest_gap: least distance of two neighbouring eigenvalues that ordered or separated directions, relative to
+        smallest_gap: Least distance of two neighbouring eigenvalues that ordered or separated directions, relative to
             the largest: what rounding errors of a moment are multiplied by the inverse of.
     """
 
@@ -206,9 +206,9 @@ class SteppedFactors:
     """A matrix U Z V^T of which AdamW steps all three factors, the bases at a rate of their own and without decay.
 
     Args:
-        value: the matrix M, (m, n).
-        rows: blocks of U.
-        columns: blocks of V.
+        value: The matrix M, (m, n).
+        rows: Blocks of U.
+        columns: Blocks of V.
     """
 
     def __init__(self, value: Array, rows: list[Array], columns: list[Array]) -> None:

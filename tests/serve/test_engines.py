@@ -84,9 +84,10 @@ def test_a_command_without_a_recorded_version_is_named(vllm: Path) -> None:
 
 
 @pytest.mark.process
-def test_an_engine_is_added_by_a_file_and_a_line(adapter: Path) -> None:
+def test_an_engine_is_added_by_a_file_and_a_line(adapter: Path, tmp_path: Path) -> None:
     lines = [
         f"export check {adapter} --engine toy",
+        f"export prepare {adapter} --engine toy -o {tmp_path / 'cache'}",
         f"serve verify {adapter} --engine toy --new-tokens 3",
         f"serve parity --adapter {adapter} --engine toy --num-prompts 10 --new-tokens 3 --margin 1",
         "doctor --offline",
@@ -95,8 +96,8 @@ def test_an_engine_is_added_by_a_file_and_a_line(adapter: Path) -> None:
     environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, "-c", ADDED]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=environment)
-    assert re.search(r"^exit codes 0 0 [013] 0$", done.stdout, re.MULTILINE), done.stderr
-    for shown in ("Toy computes it", "toy: as trained", " toy     folded ", "Toy "):
+    assert re.search(r"^exit codes 0 0 0 [013] 0$", done.stdout, re.MULTILINE), done.stderr
+    for shown in ("Toy computes it", "prepared", "toy: as trained", " toy     folded ", "Toy "):
         assert shown in done.stdout
 
 

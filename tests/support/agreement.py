@@ -43,9 +43,9 @@ class Agreement:
 
     Args:
         differences: (tokens,) logprob of each generated token, served minus PyTorch's, in nats.
-        gaps: logit of PyTorch's best token minus that of the served one, where the two texts first differ, one number
+        gaps: Logit of PyTorch's best token minus that of the served one, where the two texts first differ, one number
             for each continuation that PyTorch would not have chosen.
-        continuations: number of continuations.
+        continuations: Number of continuations.
     """
 
     differences: Tensor

@@ -107,6 +107,7 @@ def _whole_report() -> ParityReport:
         command="loraover serve parity --adapter " + "a-rather-long-folder-name/" * 9 + "folded --engine vllm",
         versions={"python": "3.12.3", "torch": "2.13.0", "vllm": "0.32.0"},
         hardware="a processor of some name with several cores",
+        date="2026-11-25",
     )
 
 

@@ -95,12 +95,12 @@ class Cell:
     """One engine with one kind of adapter in one form.
 
     Args:
-        engine: name of the engine, as verify takes it.
-        version: its version; None if it reports none, or refused before it did.
-        form: form in which the adapter was given to the engine.
-        feature: the kind of adapter.
+        engine: Name of the engine, as verify takes it.
+        version: Its version; None if it reports none, or refused before it did.
+        form: Form in which the adapter was given to the engine.
+        feature: The kind of adapter.
         verdict: "as trained", "refused", "wrong silently" or "inconclusive".
-        reason: the verdict's reason, or the message of the refusal.
+        reason: The verdict's reason, or the message of the refusal.
     """
 
     engine: str
@@ -116,13 +116,13 @@ class Row:
     """One combination that was tried.
 
     Args:
-        family: name of the model family.
-        engine: name of the engine, with its version if it has a separate environment.
-        mode: how the adapter was given to the engine.
-        precision: data type of the weights.
-        verdict: result of the check.
-        error: largest deviation of a logit or logprob from PyTorch; None if there was nothing to compare.
-        bound: largest deviation that the check allows.
+        family: Name of the model family.
+        engine: Name of the engine, with its version if it has a separate environment.
+        mode: How the adapter was given to the engine.
+        precision: Data type of the weights.
+        verdict: Result of the check.
+        error: Largest deviation of a logit or logprob from PyTorch; None if there was nothing to compare.
+        bound: Largest deviation that the check allows.
     """
 
     family: str
@@ -143,11 +143,11 @@ class PluginRow:
     """One adapter on a vLLM server, with our plug-in or without.
 
     Args:
-        adapter: name of the adapter in `support.plugin`.
+        adapter: Name of the adapter in `support.plugin`.
         server: "stock" or "plug-in".
         status: HTTP status of the stock server's load route, or of a request for the adapter's name.
         verdict: "as trained", "refused" or "wrong silently".
-        nats: distance of the answers from PyTorch's; None if there are none to compare.
+        nats: Distance of the answers from PyTorch's; None if there are none to compare.
     """
 
     adapter: str

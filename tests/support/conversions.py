@@ -34,11 +34,11 @@ class Source:
 
     Args:
         kind: PEFT's name of its kind.
-        options: fields of its configuration.
-        full: whether its delta has full rank.
-        error: largest error of the conversion against PEFT, relative to the norm of delta_W.
-        base: name of the base model, of `BASES`.
-        pruned: whether ranks of an AdaLoRA are cut out of its file.
+        options: Fields of its configuration.
+        full: Whether its delta has full rank.
+        error: Largest error of the conversion against PEFT, relative to the norm of delta_W.
+        base: Name of the base model, of `BASES`.
+        pruned: Whether ranks of an AdaLoRA are cut out of its file.
     """
 
     kind: str

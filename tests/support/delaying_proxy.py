@@ -19,9 +19,9 @@ def delaying(url: str, model: str, share: float) -> Iterator[str]:
     """Forward completions; a piece that arrives t seconds after a request for `model` is sent on after (1 + share) t.
 
     Args:
-        url: address of the server.
-        model: name of the model to delay.
-        share: delay as a share of the time that the server takes.
+        url: Address of the server.
+        model: Name of the model to delay.
+        share: Delay as a share of the time that the server takes.
 
     Yields:
         The address of the proxy.

@@ -50,10 +50,10 @@ class Running:
     """Servers that run until the last cell is judged, one for each base model.
 
     Args:
-        folder: folder for their logs, and for converted base models.
-        until: stack that stops them.
-        servers: servers by the location of their base model.
-        converted: base models that optimum-intel has exported, by their location.
+        folder: Folder for their logs, and for converted base models.
+        until: Stack that stops them.
+        servers: Servers by the location of their base model.
+        converted: Base models that optimum-intel has exported, by their location.
         graphs: ONNX graphs of base models, by their location.
     """
 

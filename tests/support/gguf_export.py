@@ -82,8 +82,8 @@ def make_gguf(folder: Path, family: str, *, changes: Mapping[str, Any] | None = 
     """A base model whose positions and norms matter, as a folder and as a GGUF file, and an adapter.
 
     Args:
-        changes: fields of the model's configuration.
-        lora: options of LoraConfig; those of UNEVEN otherwise.
+        changes: Fields of the model's configuration.
+        lora: Options of LoraConfig; those of UNEVEN otherwise.
     """
     model = large_weights(tiny_base(family, **(changes or {})))
     model.save_pretrained(folder / "base")
@@ -155,7 +155,7 @@ def rewrite(
     """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`.
 
     Args:
-        matrices_as: type that the matrices of layers are stored in.
+        matrices_as: Type that the matrices of layers are stored in.
     """
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}

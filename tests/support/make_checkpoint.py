@@ -52,9 +52,9 @@ class Made:
     """A checkpoint on disk and the model that wrote it.
 
     Args:
-        base: folder of the base model.
-        path: folder of the checkpoint.
-        model: the PEFT model, in eval mode, as it was saved.
+        base: Folder of the base model.
+        path: Folder of the checkpoint.
+        model: The PEFT model, in eval mode, as it was saved.
     """
 
     base: Path
@@ -89,12 +89,12 @@ def make_checkpoint(
     B starts from non-zero draws, and training moves A and B through their cores.
 
     Args:
-        dtype: data type of the base model and the adapter.
-        steps: optimizer steps.
-        total: steps of the run that these steps begin, for a dynamic schedule.
-        tokenizer: save a word-level tokenizer beside the base model.
-        base_options: fields of LlamaConfig.
-        lora: options of LoraConfig; rank 4 on q_proj and v_proj otherwise.
+        dtype: Data type of the base model and the adapter.
+        steps: Optimizer steps.
+        total: Steps of the run that these steps begin, for a dynamic schedule.
+        tokenizer: Save a word-level tokenizer beside the base model.
+        base_options: Fields of LlamaConfig.
+        lora: Options of LoraConfig; rank 4 on q_proj and v_proj otherwise.
     """
     base = folder / "base"
     tiny_llama(**(base_options or {})).to(dtype).save_pretrained(base)

@@ -32,11 +32,11 @@ def started(
     """The model with an adapter of rank `RANK` and scaling `SCALING`, and the method that has prepared it.
 
     Args:
-        name: the method, as in a recipe.
-        base: the base model.
-        task: its task, as PEFT names it.
-        options: other keys of the recipe.
-        settings: settings of the method.
+        name: The method, as in a recipe.
+        base: The base model.
+        task: Its task, as PEFT names it.
+        options: Other keys of the recipe.
+        settings: Settings of the method.
     """
     lora = {"lora.r": RANK, "lora.lora_alpha": RANK * SCALING}
     recipe = load_recipe("demo", {"method": name, name: settings} | lora | dict(options or {}))

@@ -93,7 +93,7 @@ def export(sources: Sources, output: Path, *options: str, quick: bool = True) ->
     """Run the command and return its exit code.
 
     Args:
-        quick: the builder runs in a fork, which spares it 6 s of imports; else as the product starts it.
+        quick: The builder runs in a fork, which spares it 6 s of imports; else as the product starts it.
     """
     paths = [sources] if isinstance(sources, Path) else sources
     arguments = ["onnx", *map(str, paths), "-o", str(output), *options]
@@ -174,9 +174,9 @@ def make_exports(family: str, folder: Path, *options: str, lora: Mapping[str, An
     """Export two adapters of a tiny decoder.
 
     Args:
-        options: options of the command.
-        lora: options of the adapter `second`; those of `first` are UNEVEN.
-        changes: fields of the model's configuration.
+        options: Options of the command.
+        lora: Options of the adapter `second`; those of `first` are UNEVEN.
+        changes: Fields of the model's configuration.
     """
     base = tiny_base(folder / "base", family, **changes)
     models = {"first": tiny_lora(base, folder / "first"), "second": tiny_lora(base, folder / "second", **lora)}

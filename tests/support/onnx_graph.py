@@ -31,8 +31,8 @@ class Feed:
     """A batch, and how it goes through the graph.
 
     Args:
-        steps: tokens of each call; they sum to LENGTH.
-        padding: in row k so many tokens of the first call as `pads[k]` says.
+        steps: Tokens of each call; they sum to LENGTH.
+        padding: In row k so many tokens of the first call as `pads[k]` says.
     """
 
     rows: int

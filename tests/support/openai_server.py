@@ -65,9 +65,9 @@ def openai_server(
     """Answers `/v1/completions`, `/v1/chat/completions` and, with models to list, `/v1/models` during a block.
 
     Args:
-        reply: the answer to a request.
-        models: names to list, or the name of each one's base model by its own.
-        key: header that every request must have, and its value.
+        reply: The answer to a request.
+        models: Names to list, or the name of each one's base model by its own.
+        key: Header that every request must have, and its value.
         certificate: PEM file of a certificate and its key, with which the server speaks TLS.
     """
     parents = models if isinstance(models, Mapping) else dict.fromkeys(models)

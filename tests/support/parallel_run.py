@@ -76,11 +76,11 @@ def train(
     """A run of `STEPS` steps: its losses, messages, decisions, and what it leaves.
 
     Args:
-        net: wrapped or not.
+        net: Wrapped or not.
         config: None for plain LoRA.
-        accumulate: context of a micro-batch, given whether it is the step's last.
-        probed: the model that a schedule runs, if it is not `net`.
-        adamw: options of the optimizer.
+        accumulate: Context of a micro-batch, given whether it is the step's last.
+        probed: The model that a schedule runs, if it is not `net`.
+        adamw: Options of the optimizer.
     """
     over = None
     with Traffic() as before:

@@ -34,10 +34,10 @@ class Case(NamedTuple):
     """One run.
 
     Args:
-        mechanism: ddp, fsdp2, or zero1 to zero3.
-        is_over: whether matrices have cores.
-        checkpointing: whether activations are computed again.
-        is_short: whether DeepSpeed's engine computes in bfloat16.
+        mechanism: Ddp, fsdp2, or zero1 to zero3.
+        is_over: Whether matrices have cores.
+        checkpointing: Whether activations are computed again.
+        is_short: Whether DeepSpeed's engine computes in bfloat16.
     """
 
     mechanism: str

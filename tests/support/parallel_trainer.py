@@ -50,9 +50,9 @@ def trainer_of(
     """Two micro-batches a step.
 
     Args:
-        rows: number of rows in a process's micro-batch.
-        fsdp_config: settings of FSDP2; None: not sharded by it.
-        deepspeed: settings of its engine; None: trained without it.
+        rows: Number of rows in a process's micro-batch.
+        fsdp_config: Settings of FSDP2; None: not sharded by it.
+        deepspeed: Settings of its engine; None: trained without it.
     """
     args = TrainingArguments(
         output_dir=str(folder),

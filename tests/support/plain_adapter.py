@@ -24,9 +24,9 @@ def write_adapter(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], *
     """An adapter of these (A, B) by module path; returns `folder`.
 
     Args:
-        folder: folder to write to.
+        folder: Folder to write to.
         matrices: A and B by module path.
-        config: further fields of `adapter_config.json`; r is that of the first A, and lora_alpha is 2 r.
+        config: Further fields of `adapter_config.json`; r is that of the first A, and lora_alpha is 2 r.
     """
     folder.mkdir(parents=True)
     tensors = {}

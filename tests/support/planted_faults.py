@@ -83,10 +83,10 @@ def save_sharp_base(
     """A tiny Llama whose attention depends on positions more than that of random weights, with a tokenizer.
 
     Args:
-        folder: folder to write to.
-        change: change of the model.
-        family: family with Llama's weights, as which it is saved.
-        options: fields of its configuration.
+        folder: Folder to write to.
+        change: Change of the model.
+        family: Family with Llama's weights, as which it is saved.
+        options: Fields of its configuration.
     """
     model = tiny_decoder("Llama", **BASE_OPTIONS)
     with torch.no_grad():
@@ -198,8 +198,8 @@ class AskedModel:
     """A model that `TorchEngine` runs, whose logits are those that a server computes with.
 
     Args:
-        name: name of the model on the server.
-        ask: the server.
+        name: Name of the model on the server.
+        ask: The server.
     """
 
     device = torch.device("cpu")

@@ -179,11 +179,11 @@ def plugged(
     """Serve adapters by the plug-in.
 
     Args:
-        folder: a new folder for the server's files.
-        made: the base model and the folder of adapters, from `make_adapters`.
-        cache: folder of prepared adapters.
-        options: further options of `vllm serve`, of which vLLM takes the last.
-        max_rank: largest rank that the server takes.
+        folder: A new folder for the server's files.
+        made: The base model and the folder of adapters, from `make_adapters`.
+        cache: Folder of prepared adapters.
+        options: Further options of `vllm serve`, of which vLLM takes the last.
+        max_rank: Largest rank that the server takes.
     """
     base, adapters = made
     (folder / "installed").mkdir(parents=True)

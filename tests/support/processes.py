@@ -27,9 +27,9 @@ def in_two_processes(work: Callable[[int], Any], folder: Path, count: int = 2) -
     """What `work(rank)` returns in each of two forks, which have everything imported already.
 
     Args:
-        work: returns tensors, plain data and containers of them.
-        folder: empty folder for the results.
-        count: number of forks, if there are not two.
+        work: Returns tensors, plain data and containers of them.
+        folder: Empty folder for the results.
+        count: Number of forks, if there are not two.
     """
     folder.mkdir(exist_ok=True)
     start_processes(_take_part, (work, folder, count), nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
@@ -78,8 +78,8 @@ def launched(
     """A script in two processes that a launcher starts, with the tests' own modules to import; fails where it fails.
 
     Args:
-        fails: the script ends one of its processes by force.
-        limit_s: seconds after which the launcher is ended.
+        fails: The script ends one of its processes by force.
+        limit_s: Seconds after which the launcher is ended.
     """
     path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -48,11 +48,11 @@ def running(words: Sequence[str], port: int, path: str, log: Path, more: Mapping
     """A server during a block; yields its address once it answers requests for this path.
 
     Args:
-        words: its command line.
-        port: its port.
-        path: path that is asked for.
-        log: file for what it prints.
-        more: further variables of its environment.
+        words: Its command line.
+        port: Its port.
+        path: Path that is asked for.
+        log: File for what it prints.
+        more: Further variables of its environment.
     """
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     with log.open("wb") as output:

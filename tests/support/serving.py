@@ -30,12 +30,12 @@ class Served:
     """A running server and its adapters.
 
     Args:
-        client: client of the server.
-        source: the base model.
-        adapters: folders of the adapters that it was started with, by name.
-        sources: folders that these adapters were made from.
-        guest: folder of one more adapter, to load while the server runs.
-        prompts: token ids of the prompts.
+        client: Client of the server.
+        source: The base model.
+        adapters: Folders of the adapters that it was started with, by name.
+        sources: Folders that these adapters were made from.
+        guest: Folder of one more adapter, to load while the server runs.
+        prompts: Token ids of the prompts.
     """
 
     client: VllmServer

@@ -15,8 +15,8 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
     """Mount a file system in memory for a block; skips where that is not permitted.
 
     Args:
-        folder: a new folder for it.
-        kib: its size in KiB.
+        folder: A new folder for it.
+        kib: Its size in KiB.
     """
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]

@@ -60,8 +60,8 @@ def flip(folder: Path, version: str | None) -> None:
     """Rewrite an adapter of experts as PEFT before 0.19 would have saved the same function.
 
     Args:
-        folder: folder of the adapter.
-        version: version of PEFT to record; None removes it.
+        folder: Folder of the adapter.
+        version: Version of PEFT to record; None removes it.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
     config.pop("peft_version", None)

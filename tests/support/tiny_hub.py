@@ -27,8 +27,8 @@ def tiny_tokenizer(*, chat: bool = False, adds: str = "$A") -> Any:
     """One token per character, in lower case; at most `VOCABULARY` of them.
 
     Args:
-        chat: give it `CHAT_TEMPLATE`.
-        adds: special tokens around a text, e.g. "$A </s>" as T5's or "<s> $A" as Llama's tokenizer has it.
+        chat: Give it `CHAT_TEMPLATE`.
+        adds: Special tokens around a text, e.g. "$A </s>" as T5's or "<s> $A" as Llama's tokenizer has it.
     """
     tokens = [*SPECIAL, *CHARACTERS]
     assert len(set(tokens)) == len(tokens) <= VOCABULARY

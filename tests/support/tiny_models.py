@@ -151,9 +151,9 @@ def with_lora(
     """The model with a LoRA adapter of rank 4 on all of its linear layers.
 
     Args:
-        draw_b: fill B, and A of an embedding, with non-zero draws, so that the adapter changes the model's function.
+        draw_b: Fill B, and A of an embedding, with non-zero draws, so that the adapter changes the model's function.
         adapter: PEFT's name of it.
-        options: other fields of LoraConfig.
+        options: Other fields of LoraConfig.
     """
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
     with torch.random.fork_rng(devices=[]):

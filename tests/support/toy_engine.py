@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from loraover_export.check.engines.base import EngineRules, command, note, react
+from loraover_export.check.engines.base import command, note, react
+from loraover_export.check.engines.vllm import UniformRules
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine
@@ -46,7 +47,7 @@ class ToyEngine(LogitEngine, TimedEngine):
         return self._running.run(arm, block, first, requests)
 
 
-class ToyRules(EngineRules):
+class ToyRules(UniformRules):
     reader = "Toy 1.0"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:

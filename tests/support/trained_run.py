@@ -27,7 +27,7 @@ class Trained:
     """A finished run.
 
     Args:
-        trainer: as it was left.
+        trainer: As it was left.
         start: A and B when training began.
     """
 

@@ -81,9 +81,9 @@ class Case:
     """An adapter, its base model, and the judge of engines that serve it.
 
     Args:
-        base: folder of the base model.
-        adapter: folder of the adapter or checkpoint.
-        judge: the judge.
+        base: Folder of the base model.
+        adapter: Folder of the adapter or checkpoint.
+        judge: The judge.
     """
 
     base: Path
@@ -119,10 +119,10 @@ class Planted:
     """A fault in the files of an adapter.
 
     Args:
-        fault: name under which it must be found.
-        words: beginning of its description.
-        config: changed values of `adapter_config.json`.
-        change: change of the tensors.
+        fault: Name under which it must be found.
+        words: Beginning of its description.
+        config: Changed values of `adapter_config.json`.
+        change: Change of the tensors.
     """
 
     fault: str
@@ -214,10 +214,10 @@ class Served:
     """What a fake OpenAI server answers, from models in this process.
 
     Args:
-        base: folder of the base model.
-        adapters: folder of an adapter, or None for the base model, by the name that requests use.
-        form: how logprobs name tokens: "ids" as vLLM does, "content" as llama.cpp does, or "texts".
-        cache: what holds keys and values.
+        base: Folder of the base model.
+        adapters: Folder of an adapter, or None for the base model, by the name that requests use.
+        form: How logprobs name tokens: "ids" as vLLM does, "content" as llama.cpp does, or "texts".
+        cache: What holds keys and values.
     """
 
     def __init__(

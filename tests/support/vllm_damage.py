@@ -23,9 +23,9 @@ class Damage:
     """One mistake in an adapter of a tiny Llama.
 
     Args:
-        rule: rule of the pre-flight that finds it.
-        named: words that the message must hold.
-        vllm_refuses: whether vLLM's loader fails; otherwise vLLM serves something else without a message.
+        rule: Rule of the pre-flight that finds it.
+        named: Words that the message must hold.
+        vllm_refuses: Whether vLLM's loader fails; otherwise vLLM serves something else without a message.
     """
 
     change: Callable[[Path], object]

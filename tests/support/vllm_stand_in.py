@@ -28,9 +28,9 @@ def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
     """The path of a command that can be started in place of `vllm`.
 
     Args:
-        folder: folder for the command and its files: `pids`, and `failing` once it fails.
+        folder: Folder for the command and its files: `pids`, and `failing` once it fails.
         mode: "answers", or the name of a fault.
-        after: number of completions that succeed before the fault.
+        after: Number of completions that succeed before the fault.
     """
     path = folder / "vllm"
     tests = str(Path(__file__).parents[1])

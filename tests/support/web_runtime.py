@@ -58,9 +58,9 @@ class WebRun:
     """Batches of tokens through one graph in one session, with one adapter after another.
 
     Args:
-        folder: folder of the export, relative to the root.
-        adapters: adapters' files, relative to the root; None runs the base model.
-        head_size: size of the heads in the cache; None for a graph without a cache.
+        folder: Folder of the export, relative to the root.
+        adapters: Adapters' files, relative to the root; None runs the base model.
+        head_size: Size of the heads in the cache; None for a graph without a cache.
     """
 
     folder: str

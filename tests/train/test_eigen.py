@@ -178,7 +178,7 @@ def directions(*, steep: bool) -> list[Array]:
     """Gradients of an 8 x 8 matrix of norm 1, with a mean that does not vanish.
 
     Args:
-        steep: whether the same directions are the largest in all gradients, each by far.
+        steep: Whether the same directions are the largest in all gradients, each by far.
     """
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.standard_normal((8, 8)))[0] for _ in range(2))

@@ -78,11 +78,11 @@ class Example:
     """What a script leaves in its output folder.
 
     Args:
-        adapter: folder of the plain LoRA.
-        checkpoint: folder of the checkpoint with its cores.
-        needs: a package of the `dev` extra.
-        options: beside --model and --output.
-        backwards: in one optimizer step.
+        adapter: Folder of the plain LoRA.
+        checkpoint: Folder of the checkpoint with its cores.
+        needs: A package of the `dev` extra.
+        options: Beside --model and --output.
+        backwards: In one optimizer step.
     """
 
     adapter: str = "."

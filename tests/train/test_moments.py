@@ -43,7 +43,7 @@ def jacobian(case: Case, cores: Sequence[Tensor]) -> Tensor:
     """d vec(M) / d vec(centre) of one matrix, (m n, p q), by autograd through the contraction.
 
     Args:
-        cores: cores of the matrix; core k has shape (1, p_k, q_k).
+        cores: Cores of the matrix; core k has shape (1, p_k, q_k).
     """
     decomposition, k = case.decomposition, case.decomposition.centre(case.m, case.n)
 

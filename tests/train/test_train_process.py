@@ -41,7 +41,7 @@ class Ended:
     """`train --json` in a process of its own, as a user runs it; libraries print what they print.
 
     Args:
-        folder: holds `recipe.yaml`, the run in `out`, and what the process tried to reach in `reached.txt`.
+        folder: Holds `recipe.yaml`, the run in `out`, and what the process tried to reach in `reached.txt`.
     """
 
     folder: Path

@@ -25,7 +25,7 @@ def dense_norm(model: nn.Module, scalings: dict[str, float], adapter: str = "def
     """||concatenation of scaling * B A||, each product formed, from the parameters' names alone.
 
     Args:
-        scalings: by the end of a module's name; "" is for all others.
+        scalings: By the end of a module's name; "" is for all others.
     """
     parameters = dict(model.named_parameters())
     total = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from loraover_export.uniform.served import ServedModel
 
 if TYPE_CHECKING:
     from loraover_export.convert.prefix import Move
+    from loraover_export.convert.source import MethodConfig
 
 CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix")
 """Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
@@ -67,36 +69,48 @@ def converted_subject(subject: Subject) -> Conversion | None:
     saved = [saved_module(key.removeprefix(KEY_PREFIX), layout.config) for key in others]
     if not all(module is not None and is_served_head(module) for module in saved):
         return None
-    embedded = {path for path in names.values() if subject.served.modules[path].kind == "embedding"}
-    keys: dict[str, tuple[int, ...]] = {key: subject.shapes[key] for key in others if key in subject.shapes}
-    for path in names.values():
-        m, n = shapes[path][::-1] if path in embedded else shapes[path]
-        prefix = f"{path}.lora_{'embedding_' * (path in embedded)}"
-        keys |= {site_key(f"{prefix}A"): (1, n), site_key(f"{prefix}B"): (m, 1)}
-    config = AdapterConfig(
-        peft_type="LORA",
-        task_type=layout.config.task_type,
-        base_model_name_or_path=layout.config.base_model_name_or_path,
-        revision=layout.config.revision,
-        r=1,
-        lora_alpha=1,
-    )
-    folder = Path(f"{subject.path.resolve()}{ENDING}")
-    lora = AdapterDir(subject.path, config, keys)
-    plain = replace(
-        subject,
-        served=_part_of(subject.served, move),
-        written=folder,
-        config=config.model_dump(),
-        fields=config,
-        shapes=keys,
-        lora=lora,
-        unreadable=None,
-        has_cores=False,
-    )
+    kept = {key: subject.shapes[key] for key in others if key in subject.shapes}
+    plain = replace(_plain_lora(subject, layout.config, names.values(), kept), served=_part_of(subject.served, move))
     text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
     note = Finding(feature="conversion", level="note", found=text)
     return Conversion(plain, command(subject, "convert", ending=ENDING), note)
+
+
+def _plain_lora(
+    subject: Subject, trained: MethodConfig, paths: Iterable[str], kept: Mapping[str, tuple[int, ...]]
+) -> Subject:
+    """Return a subject that is a plain LoRA of rank 1 on some modules.
+
+    Args:
+        subject: The adapter that is converted.
+        trained: Its configuration.
+        paths: Adapted modules of the served model.
+        kept: Shapes of the tensors beside A and B, by key.
+    """
+    keys, shapes = dict(kept), subject.served.shapes()
+    for path in paths:
+        (m, n), kind = shapes[path], ""
+        if subject.served.modules[path].kind == "embedding":
+            m, n, kind = n, m, "embedding_"
+        keys |= {site_key(f"{path}.lora_{kind}A"): (1, n), site_key(f"{path}.lora_{kind}B"): (m, 1)}
+    config = AdapterConfig(
+        peft_type="LORA",
+        task_type=trained.task_type,
+        base_model_name_or_path=trained.base_model_name_or_path,
+        revision=trained.revision,
+        r=1,
+        lora_alpha=1,
+    )
+    return replace(
+        subject,
+        written=Path(f"{subject.path.resolve()}{ENDING}"),
+        config=config.model_dump(),
+        fields=config,
+        shapes=keys,
+        lora=AdapterDir(subject.path, config, keys),
+        unreadable=None,
+        has_cores=False,
+    )
 
 
 def _part_of(served: ServedModel, move: Move | None) -> ServedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,6 @@ from loraover_export.check.engines import ENGINES
 from loraover_export.check.request import CheckRequest
 from loraover_export.uniform.request_fields import base_model, given_adapter
 
-PREPARED_FOR = ("vllm", "llamacpp", "onnx", "openvino", "mlx")
-"""Engines that adapters can be prepared for."""
 LINES = "Print a JSON object for each adapter, one a line, as soon as it is done."
 
 
@@ -94,7 +92,7 @@ class PrepareRequest(FleetRequest):
         "LoRA-Over checkpoints, or PEFT adapters of any kind", is_source=False, metavar="SOURCE..."
     )
     cache: AnyPath = option("Folder of the cache, which is made if it is missing.", short="-o")
-    engine: str = option("Engine to prepare for.", default="vllm", choices=PREPARED_FOR)
+    engine: str = option("Engine to prepare for.", default="vllm", choices=tuple(ENGINES))
     model: AnyName | None = option(
         "Base model as the engine serves it: folder, hub name or address; for ONNX Runtime, the folder of a swappable "
         "export.",
@@ -113,7 +111,3 @@ class PrepareRequest(FleetRequest):
     )
     jobs: int = number_of_jobs()
     html: AnyPath | None = table_page("prepare.html in the cache")
-
-    def faults(self) -> Iterator[str]:
-        if self.engine == "onnx" and self.model is None:
-            yield f"{self.named('engine', 'onnx')} needs {self.named('model')}: the folder of a swappable export."

@@ -17,6 +17,7 @@ from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.sources.address import is_elsewhere
 from loraover.sources.fetch import Fetched, fetch_adapter
+from loraover_export.check.engines import engine_of
 from loraover_export.convert.source import read_peft_type
 from loraover_export.fleet.page import write_page
 from loraover_export.fleet.pool import each
@@ -27,8 +28,6 @@ PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
 """Errors that say what is wrong with an adapter; others may not come again."""
 MINUTE_S = 60
-EXTRA_OF_ENGINE = {"llamacpp": "llamacpp", "mlx": "torch", "onnx": "export"}
-"""Extras that writing adapters for an engine needs; plain LoRAs are written for others by a base installation."""
 
 
 Examine = Callable[[Fetched, str], FleetRow]
@@ -78,9 +77,11 @@ def prepare_fleet(request: PrepareRequest) -> FleetReport:
         ConfigError: An argument that cannot be used, or an engine whose extra is not installed.
         OutputError: A cache or a page that cannot be written.
     """
-    extra = EXTRA_OF_ENGINE.get(request.engine)
-    if extra is not None and not has_torch():
-        raise ConfigError(f"{request.named('engine', request.engine)} needs PyTorch: pip install 'loraover[{extra}]'")
+    named, rules = request.named("engine", request.engine), engine_of(request.engine)
+    if rules.extra is not None and not has_torch():
+        raise ConfigError(f"{named} needs PyTorch: pip install 'loraover[{rules.extra}]'")
+    if rules.model_is is not None and request.model is None:
+        raise ConfigError(f"{named} needs {request.named('model')}: {rules.model_is}.")
     cache = request.cache.absolute()
     options = {
         "engine": request.engine,

@@ -58,7 +58,7 @@ class OutputCertificate(StrictModel):
 class TrainedBase(StrictModel):
     """The folded adapter on the base model as it was quantised in training, and on the full one."""
 
-    quantization: str = Field(description="nf4 or int8: how bitsandbytes quantised the base model in training")
+    quantization: str = Field(description="How bitsandbytes quantised the base model in training: nf4 or int8")
     served: str = Field(description="Base model that the adapter names and engines load, in full precision, in words")
     difference: Deviation = Field(description="Distance of the adapter on the quantised base from it on the full one")
     bases: Deviation = Field(description="Distance of the quantised base from the full one, both without an adapter")
@@ -89,4 +89,4 @@ class FoldCertificate(Proof):
     output_bound: float | None = Field(description="Largest allowed logit error; None without a check of the outputs")
     versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
-    date: str | None = Field(default=None, description="Day of the fold, in UTC; None in older files")
+    date: str = Field(description="Day of the fold, in UTC")

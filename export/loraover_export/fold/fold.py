@@ -32,7 +32,7 @@ def write_folded(
     Args:
         checkpoint: The checkpoint, read site by site; only the folded tensors are held in memory.
         directory: An empty folder.
-        dtype: fp32, bf16 or fp16.
+        dtype: Data type to store: fp32, bf16 or fp16.
         on_tensor: Called with the number of tensors so far.
         beside: Functions to run at the same time, as in `write_rounded`.
 

@@ -41,7 +41,7 @@ def write_adapter(
         adapter: Adapter whose cores or stored values are the exact ones.
         target: The base model.
         path: The new file.
-        dtype: fp32, fp16 or bf16.
+        dtype: Data type to store: fp32, fp16 or bf16.
         name: Name of the adapter in the file's metadata.
         on_tensor: Called after each tensor with the number of tensors so far.
 

@@ -35,7 +35,7 @@ def write_adapter(
         adapter: Adapter whose cores or stored values are the exact ones.
         target: The base model.
         directory: An empty folder.
-        dtype: fp32, bf16 or fp16.
+        dtype: Data type to store: fp32, bf16 or fp16.
         on_tensor: Called after each tensor with the number of tensors so far.
 
     Raises:

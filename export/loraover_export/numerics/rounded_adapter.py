@@ -40,7 +40,7 @@ def write_rounded(
         adapter: The adapter that holds the exact values.
         keys: Keys of the tensors, in the order of the certificates.
         directory: An empty folder.
-        dtype: fp32, bf16 or fp16.
+        dtype: Data type to store: fp32, bf16 or fp16.
         prepare: Change of an exact tensor before the rounding; returns it with the bound of its new error. Several
             threads call it.
         pack: Change of the rounded tensors to those of the file; None means PEFT's stacks of experts.

@@ -76,7 +76,7 @@ def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
     Args:
         key: Name of the tensor, for the message.
         exact: The tensor, in float64 or float32 unless it holds integers.
-        dtype: fp32, bf16 or fp16.
+        dtype: Data type to store: fp32, bf16 or fp16.
 
     Raises:
         FoldError: An element beyond the range of `dtype`.

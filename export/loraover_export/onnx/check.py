@@ -80,7 +80,7 @@ def make_reference(
         model: The base model in float32, on the CPU; it is left as it was.
         adapter: The adapter.
         cases: Tokens to run.
-        precision: fp32, fp16 or int4.
+        precision: Precision of the weights: fp32, fp16 or int4.
         merged: Whether the graph's weights, which int4 rounds, include the adapter.
         compute: Where and in which type to compute.
     """

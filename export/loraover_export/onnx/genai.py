@@ -77,7 +77,7 @@ def build_decoder(
     Args:
         model: Folder of a transformers model with its tokenizer.
         out: An empty folder.
-        precision: fp32, fp16 or int4.
+        precision: Precision of the weights: fp32, fp16 or int4.
         device: Cpu or cuda; decides which fused operators the graph uses.
         adapter: PEFT adapter whose matrices become separate initializers.
         full_precision_nodes: Names of nodes that int4 does not round.

@@ -30,7 +30,7 @@ class SwappableLayout(StrictModel):
     dtype: Literal["fp32", "fp16"] = Field(description="Data type of the LoRA inputs")
     web: bool = Field(default=False, description="Whether the LoRA inputs are required, as onnxruntime-web needs them")
     places: dict[str, AdapterInput] = Field(
-        min_length=1, description='input of each A and B, by its name, such as "model.layers.0.mlp.up_proj.lora_A"'
+        min_length=1, description='Input of each A and B, by its name, such as "model.layers.0.mlp.up_proj.lora_A"'
     )
 
 

@@ -42,7 +42,7 @@ class GraphCheck(StrictModel):
     adapter: str | None = Field(description="Name of the adapter; None for the base model")
     compared: Literal["logits", "change"] = Field(
         default="logits",
-        description='quantity compared; "change" is the difference that the adapter makes to the base model\'s logits',
+        description='Quantity compared; "change" is the difference that the adapter makes to the base model\'s logits',
     )
     cases: list[CaseError] = Field(description="Errors at each shape")
     noise: float = Field(description="Largest logit error that the precision alone causes in PyTorch")

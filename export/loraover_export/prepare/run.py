@@ -17,22 +17,31 @@ from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
-from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError, OutputError
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.later import has_torch
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
+from loraover_export.check.engines import ENGINES, engine_of
+from loraover_export.check.engines.base import ADAPTER, Target, Written
 from loraover_export.convert.need import named_base, why_convert
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.prepare.key import digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import recall, refusal_of, remember
-from loraover_export.prepare.targets import ADAPTER, TARGETS, Target, Written, check_matrices
 from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate, record_source
-from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+from loraover_export.uniform.rank_limits import max_lora_rank
 
 if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
-    for _place in ("combine.shrink", "convert.run", "fold.run", "numerics.rounded_adapter", "vllm.run"):
+    for _place in (
+        "check.engines.vllm",
+        "combine.shrink",
+        "convert.run",
+        "fold.run",
+        "numerics.rounded_adapter",
+        "vllm.run",
+    ):
         import_module(f"loraover_export.{_place}")
 
 LOCKS = "locks"
@@ -79,7 +88,7 @@ def prepare_adapter(
         cache: Folder of the cache, which is made if it is missing.
         model: Folder or hub name of the base model as the engine serves it; for ONNX Runtime, the folder of an earlier
             swappable export, which holds the graph.
-        engine: Engine to prepare for: vllm, llamacpp, onnx, openvino or mlx.
+        engine: Engine to prepare for: vllm, llamacpp, onnx, openvino, mlx or torch.
         dtype: Data type to store A and B in: fp32, bf16 or fp16. Adapters for ONNX Runtime take that of the graph.
         max_rank: Largest rank that the engine was started for, such as vLLM's `--max-lora-rank`; None means the largest
             that the engine can be started for.
@@ -103,7 +112,9 @@ def prepare_adapter(
     ranks = _checked(target, max_rank, approximate_to_rank)
     base = _resolve(source, target)
     states = file_states(source)
-    digest = digest_of(source, base, asdict(target) | asdict(ranks), [*target.files(), source / REFERENCE_FILE])
+    digest = digest_of(
+        source, base, asdict(target) | asdict(ranks), [*engine_of(engine).files(target.model), source / REFERENCE_FILE]
+    )
     folder, refused = cache / digest, cache / f"{digest}.refused.json"
     found = _look_up(folder, refused, source)
     if found is not None:
@@ -129,24 +140,24 @@ def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path)
 
 def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
     faults = []
-    if target.engine not in TARGETS:
-        faults.append(f"engine is {target.engine!r}, expected one of {', '.join(TARGETS)}.")
+    if target.engine not in ENGINES:
+        faults.append(f"engine is {target.engine!r}, expected one of {', '.join(ENGINES)}.")
     if target.dtype not in DTYPES:
         faults.append(f"dtype is {target.dtype!r}, expected one of {', '.join(DTYPES)}.")
     for name, rank in (("max_rank", max_rank), ("approximate_to_rank", approximate_to_rank)):
         if rank is not None and rank < 1:
             faults.append(f"{name} is {rank}, expected 1 or more.")
-    largest = MAX_LORA_RANKS[-1] if target.engine == "vllm" and max_rank is None else max_rank
-    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
-        faults.append(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
     if faults:
         raise ConfigError(" ".join(faults))
+    largest = engine_of(target.engine).largest_rank if max_rank is None else max_rank
+    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
+        raise ConfigError(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
     return RankLimits(largest, approximate_to_rank)
 
 
 def _resolve(source: Path, target: Target) -> ModelSource:
     """Return the base model, at the revision that the adapter names if it names this model."""
-    trained, name = named_base(source), target.base()
+    trained, name = named_base(source), engine_of(target.engine).base(target.model)
     revision = trained.revision if trained.base_model_name_or_path == name else None
     return resolve_model(name, *([] if revision is None else [revision]))
 
@@ -187,8 +198,8 @@ def _publish(
     with publish_directory(folder, outside=source) as draft:
         try:
             plain, conversion = _as_lora(source, base, target, ranks, draft)
-            written = TARGETS[target.engine](plain, draft, target)
-            check_matrices(plain, written.matrices)
+            written = engine_of(target.engine).write(plain, draft, target)
+            _check_matrices(plain, written.matrices)
         except LoraOverError as error:
             raise refusal_of(error, source, draft) from error.__cause__
         record = _record(source, digest, target, written, conversion, perf_counter() - started)
@@ -199,6 +210,16 @@ def _publish(
         if file_states(source) != states:
             raise CheckpointError(f"{source}: its files changed while they were read; prepare it again.")
     return record
+
+
+def _check_matrices(source: Path, matrices: list[MatrixCertificate]) -> None:
+    """Refuse what was written of an adapter where a matrix is outside its bound."""
+    wrong = [matrix.name for matrix in matrices if not matrix.passed]
+    if wrong:
+        raise FoldError(
+            f"{source}: {len(wrong)} of {len(matrices)} written matrices are outside their bounds, the first of them "
+            f"{wrong[0]}; choose a wider data type, such as fp32."
+        )
 
 
 def _as_lora(
@@ -214,7 +235,7 @@ def _as_lora(
     from loraover_export.combine.shrink import shrink_adapter
 
     shrunk = draft / "converted"
-    certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, ranks), dtype=target.dtype)
+    certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, target, ranks), dtype=target.dtype)
     return shrunk, _kept(certificate, shrunk, draft)
 
 
@@ -230,7 +251,9 @@ def _converted(
 
         plain = draft / "folded"
         fold_checkpoint(source, plain)
-    convert = partial(convert_adapter, plain, output, model=target.base(), dtype=target.dtype)
+    convert = partial(
+        convert_adapter, plain, output, model=engine_of(target.engine).base(target.model), dtype=target.dtype
+    )
     try:
         report = convert()
     except FullRankError as error:
@@ -243,20 +266,20 @@ def _converted(
         report = convert(rank=ranks.approximate)
     rank = report.certificate.rank
     if ranks.largest is not None and rank > ranks.largest:
-        allowed = _approximation(source, rank, ranks)
+        allowed = _approximation(source, rank, target, ranks)
         report = convert(rank=allowed, force=True)
     return output, _kept(report.certificate, output, draft)
 
 
-def _approximation(source: Path, rank: int, ranks: RankLimits) -> int:
+def _approximation(source: Path, rank: int, target: Target, ranks: RankLimits) -> int:
     """Return the rank to approximate an adapter of a larger one to.
 
     Raises:
         ExportError: No approximation is allowed.
     """
     if ranks.approximate is None:
-        fitting = max_lora_rank(rank)
-        larger = "" if fitting is None else f"start vLLM with --max-lora-rank {fitting}, or "
+        fitting, option = max_lora_rank(rank), engine_of(target.engine).rank_option
+        larger = "" if fitting is None or option is None else f"start it with {option} {fitting}, or "
         raise ExportError(
             f"{source}: its rank is {rank}, and the engine takes {ranks.largest} at most; {larger}allow an "
             f"approximation with {as_written('approximate_to_rank')}."

@@ -34,7 +34,7 @@ def write_uniform(
     Args:
         adapter: Adapter whose cores or stored values are the exact ones.
         directory: An empty folder.
-        dtype: fp32, bf16 or fp16.
+        dtype: Data type to store: fp32, bf16 or fp16.
         config: Contents of `adapter_config.json`, from `uniform_config`.
         on_tensor: Called after each tensor with the number of tensors so far.
         pack: Change of the rounded tensors to those of the file; None means PEFT's stacks of experts.

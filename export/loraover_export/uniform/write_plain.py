@@ -55,7 +55,7 @@ def write_plain(
     Args:
         adapter: A LoRA without cores.
         file: The safetensors file to write.
-        dtype: fp32, bf16 or fp16.
+        dtype: Data type to store: fp32, bf16 or fp16.
         on_tensor: Called after each tensor with the number of tensors so far.
 
     Raises:

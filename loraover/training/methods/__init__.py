@@ -1,4 +1,4 @@
-"""Methods beside plain LoRA and LoRA-Over, which end as plain LoRAs on the original base model.
+"""Methods of training, which but for full fine-tuning end as plain LoRAs on the original base model.
 
 A new method is one file, whose settings name the class that trains it, and one line here.
 """
@@ -10,6 +10,8 @@ from pydantic import Field
 from loraover.common.errors import ConfigError
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.methods.federated import FederatedSettings
+from loraover.training.methods.full import Full
+from loraover.training.methods.lora_over import LoraOver
 from loraover.training.methods.lorasc import LoraScSettings
 from loraover.training.methods.soma import SomaSettings
 from loraover.training.methods.tensorguide import TensorGuideSettings
@@ -28,7 +30,10 @@ class MethodKeys(BaseRecipe):
 METHODS: dict[str, type[TrainingMethod]] = {
     name: field.default.method for name, field in MethodKeys.model_fields.items() if name not in BaseRecipe.model_fields
 }
-"""Classes of the methods, by the recipe's `method`."""
+"""Classes of the methods of other papers, by the recipe's `method`."""
+
+BUILT_IN: dict[str, type[TrainingMethod]] = {"lora-over": LoraOver, "full": Full}
+"""Classes of the methods without settings; plain LoRA needs none."""
 
 
 def make_method(recipe: BaseRecipe, *, is_seq2seq: bool) -> TrainingMethod:

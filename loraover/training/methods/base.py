@@ -74,7 +74,7 @@ class TrainingMethod:
 
     @classmethod
     def check_recipe(cls, recipe: BaseRecipe) -> None:
-        """Check the rest of a recipe that asks for one of `METHODS`, when it is read.
+        """Check the rest of a recipe that asks for the method, when it is read; as it stands, for one of `METHODS`.
 
         Raises:
             ValueError: Keys that the method does not take.

@@ -168,7 +168,7 @@ class VerifyReport(StrictModel):
     command: str = Field(description="Command line that makes the same comparison")
     versions: dict[str, str] = Field(description="Versions of packages")
     hardware: str = Field(description="Processor, memory and system")
-    date: str | None = Field(default=None, description="Day of the verification, in UTC; None in older files")
+    date: str = Field(description="Day of the verification, in UTC")
     kept: Path | None = Field(
         default=None,
         exclude=True,

@@ -1,10 +1,11 @@
-"""What every engine of the check supplies: a reading of both forms, and the command that writes the second."""
+"""What every engine supplies: a reading of both forms, the command that writes the second, and the writing itself."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
@@ -12,6 +13,7 @@ from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
+from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.export_command import export_command
 
 
@@ -51,14 +53,62 @@ UNREADABLE = ("method", "DoRA", "rank", "key prefix", "unnamed modules")
 """Features of adapters that the exports cannot read, but some engines can."""
 
 
+ADAPTER = "adapter"
+"""Name of what the engine loads, in the folder of a prepared adapter."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an adapter is prepared for.
+
+    Args:
+        engine: Name of the engine.
+        model: Folder or hub name of the base model; for ONNX Runtime, folder of the swappable export with the graph.
+        dtype: Data type to store A and B in: fp32, bf16 or fp16.
+        engine_version: Release of the engine; None means the one whose sources the rules were read from.
+    """
+
+    engine: str
+    model: str
+    dtype: str
+    engine_version: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote.
+
+    Args:
+        name: Name of what the engine loads, in the folder.
+        certificate: Path of the certificate, below the folder.
+        rank: Rank of every module.
+        matrices: Errors of the matrices.
+        taken: Whether A and B are those of the source, bit for bit.
+    """
+
+    name: str
+    certificate: str
+    rank: int
+    matrices: list[MatrixCertificate]
+    taken: bool = False
+
+
 class EngineRules(ABC):
-    """What one engine does with adapters.
+    """What one engine does with adapters, and how adapters are written for it.
 
     Args:
         reader: Program that reads the adapter, with the release whose sources or runs the reactions come from.
+        extra: Extra of this package that writing an adapter needs; None: a base installation writes plain LoRAs.
+        largest_rank: Largest rank that the engine can be started for; None if it names none.
+        rank_option: Option with which the engine is started for a rank; None if it has none.
+        model_is: What a target's `model` is instead of a base model, and then has to be named; None: a base model.
     """
 
     reader: str
+    extra: str | None = None
+    largest_rank: int | None = None
+    rank_option: str | None = None
+    model_is: str | None = None
 
     @abstractmethod
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
@@ -71,6 +121,22 @@ class EngineRules(ABC):
     @abstractmethod
     def export(self, subject: Subject) -> str:
         """Return the command that writes the exported form."""
+
+    @abstractmethod
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        """Write the exported form of an adapter that the export takes into an empty folder.
+
+        Raises:
+            ExportError: An adapter that the engine would refuse, or serve wrongly without a message.
+        """
+
+    def base(self, model: str) -> str:
+        """Return the folder or hub name of the base model, given a target's `model`."""
+        return model
+
+    def files(self, model: str) -> list[Path]:
+        """Return the files beside those of the base model on which what is written depends."""
+        return []
 
 
 def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Finding]:

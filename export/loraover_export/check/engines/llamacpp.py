@@ -7,15 +7,19 @@ and the norms were measured on build b11739 (`llama-cpp-py-sync` 0.11739).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import final
 
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.models.load import ModelSource
 from loraover_export.check.engines.base import (
+    ADAPTER,
     CORES,
     LOST,
     OTHER_BASE,
     EngineRules,
+    Target,
+    Written,
     command,
     note,
     react,
@@ -72,6 +76,7 @@ class LlamaCppRules(EngineRules):
     """llama.cpp, which reads GGUF only."""
 
     reader = "llama.cpp, its converter"
+    extra = "llamacpp"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)
@@ -86,3 +91,10 @@ class LlamaCppRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "gguf", ending=".gguf")
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        from loraover_export.gguf.run import export_gguf
+
+        report = export_gguf(source, folder / f"{ADAPTER}.gguf", model=target.model, dtype=target.dtype)
+        (folder / "gguf_report.json").write_text(report.model_dump_json(indent=1) + "\n")
+        return Written(f"{ADAPTER}.gguf", "gguf_report.json", report.rank, report.matrices)

@@ -6,9 +6,19 @@ Source: mlx_lm/tuner/utils.py and mlx_lm/tuner/lora.py of ml-explore/mlx-lm at d
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import final
 
-from loraover_export.check.engines.base import OTHER_BASE, EngineRules, command, react, refused_by
+from loraover_export.check.engines.base import (
+    ADAPTER,
+    OTHER_BASE,
+    EngineRules,
+    Target,
+    Written,
+    command,
+    react,
+    refused_by,
+)
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.mlx.target import read_target, refuse_or_leave_out
@@ -21,6 +31,7 @@ class MlxRules(EngineRules):
     """mlx-lm."""
 
     reader = "mlx-lm 0.32.2"
+    extra = "torch"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield Finding(
@@ -37,3 +48,10 @@ class MlxRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "mlx", ending="-mlx")
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        from loraover_export.mlx.report import CERTIFICATE_FILE
+        from loraover_export.mlx.run import export_mlx
+
+        report = export_mlx(source, folder / ADAPTER, model=target.model, dtype=target.dtype)
+        return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", report.rank, report.matrices)

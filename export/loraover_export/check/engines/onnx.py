@@ -8,14 +8,20 @@ noted where it differs. Source: olive/cli/convert_adapters.py of microsoft/Olive
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import final
 
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import ExportError
+from loraover.common.strict_json import read_json
 from loraover_export.check.engines.base import (
+    ADAPTER,
     CORES,
     LOST,
     OTHER_BASE,
     EngineRules,
+    Target,
+    Written,
     command,
     more_than_ab,
     note,
@@ -69,6 +75,8 @@ class OnnxRules(EngineRules):
     """ONNX Runtime and onnxruntime-genai."""
 
     reader = "onnxruntime-genai 0.18"
+    extra = "export"
+    model_is = "the folder of a swappable export"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         yield from react(subject, PEFT_FORM)
@@ -80,6 +88,33 @@ class OnnxRules(EngineRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "onnx", "--mode", _mode(subject), ending="-onnx")
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        """Write an adapter for the graph of an earlier swappable export, whose number format it takes."""
+        from loraover_export.onnx.report import REPORT_FILE
+        from loraover_export.onnx.run import export_onnx
+
+        report = export_onnx(
+            [source],
+            folder / ADAPTER,
+            mode="swappable",
+            graph=target.model,
+            model=self.base(target.model),
+            names=[ADAPTER],
+            check=False,
+        )
+        return Written(ADAPTER, f"{ADAPTER}/{REPORT_FILE}", read_source(source).rank, report.matrices)
+
+    def base(self, model: str) -> str:
+        from loraover_export.onnx.report import REPORT_FILE, OnnxReport
+
+        return read_json(Path(model) / REPORT_FILE, OnnxReport).base_model
+
+    def files(self, model: str) -> list[Path]:
+        from loraover_export.onnx.layout import LAYOUT_FILE
+        from loraover_export.onnx.report import REPORT_FILE
+
+        return [Path(model) / REPORT_FILE, Path(model) / LAYOUT_FILE]
 
 
 def _mode(subject: Subject) -> str:

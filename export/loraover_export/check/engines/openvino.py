@@ -14,14 +14,13 @@ from loraover_export.check.engines.base import (
     CORES,
     LOST,
     OTHER_BASE,
-    EngineRules,
     command,
     note,
     react,
     refused,
     silent,
 )
-from loraover_export.check.engines.vllm import uniform_form
+from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
@@ -58,7 +57,7 @@ UNIFORM_FORM = {name: PEFT_FORM[name] for name in ("task", "embedding", "quantis
 
 
 @final
-class OpenVinoRules(EngineRules):
+class OpenVinoRules(UniformRules):
     """OpenVINO GenAI."""
 
     reader = "OpenVINO GenAI 2026.4"

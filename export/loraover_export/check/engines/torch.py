@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, EngineRules, command, note, react, refused, silent
-from loraover_export.check.engines.vllm import uniform_form
+from loraover_export.check.engines.base import CORES, command, note, react, refused, silent
+from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.features import initialisation, quantised_base
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
@@ -40,7 +40,7 @@ def _swapped(subject: Subject) -> Iterator[Finding]:
 
 
 @final
-class TorchRules(EngineRules):
+class TorchRules(UniformRules):
     """PEFT, as a script with transformers uses it."""
 
     reader = "PEFT 0.21.2"

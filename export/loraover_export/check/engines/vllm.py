@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import final
 
-from loraover_export.check.engines.base import CORES, EngineRules, command, more_than_ab, note, react, refused, silent
+from loraover.checkpoint.source import read_source
+from loraover.checkpoint.tensor_file import FLOATS, open_tensors
+from loraover.common.dtypes import DTYPES
+from loraover.common.errors import ExportError
+from loraover_export.check.engines.base import (
+    ADAPTER,
+    CORES,
+    EngineRules,
+    Target,
+    Written,
+    command,
+    more_than_ab,
+    note,
+    react,
+    refused,
+    silent,
+)
 from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, max_lora_rank
+from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.rules import RULES
@@ -31,9 +48,38 @@ DTYPE = "bf16"
 """Storage type that `loraover export vllm` writes by default."""
 
 
+class UniformRules(EngineRules):
+    """An engine for which the uniform form is written, as `loraover export vllm` does it."""
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        """Write the uniform form after the pre-flight of vLLM's rules."""
+        from loraover_export.vllm.report import CERTIFICATE_FILE
+        from loraover_export.vllm.run import export_vllm
+
+        report = export_vllm(
+            source,
+            folder / ADAPTER,
+            model=target.model,
+            convert=False,
+            dtype=target.dtype,
+            vllm_version=target.engine_version,
+        )
+        errors = [found for found in report.preflight.findings if found.level == "error"]
+        if errors:
+            found = " ".join(f"{error.rule}: {error.found}; {error.remedy}." for error in errors)
+            raise ExportError(f"{source}: {found}")
+        certificate = report.certificate
+        assert certificate is not None
+        taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
+        return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", certificate.rank, certificate.matrices, taken)
+
+
 @final
-class VllmRules(EngineRules):
+class VllmRules(UniformRules):
     """vLLM, which reads PEFT's form itself."""
+
+    largest_rank = MAX_LORA_RANKS[-1]
+    rank_option = "--max-lora-rank"
 
     def __init__(self) -> None:
         self.reader = f"vLLM {known_architectures().version}"
@@ -84,6 +130,19 @@ def uniform_form(subject: Subject) -> Iterator[Finding]:
     if not found and (is_split or missing_modules(subject) is not None):
         text = "the export writes a pair for each projection of each expert, which only vLLM and SGLang read"
         yield Finding(feature="experts", level="wrong silently", found=text)
+
+
+def _is_taken(source: Path, dtype: str) -> bool:
+    """Whether the uniform form of an adapter of scaling 1 holds, in a data type, the numbers that its file holds."""
+    adapter = read_source(source)
+    with open_tensors(adapter.tensors_path) as file:
+        types = {FLOATS.get(file.dtype(key)) for key in file.keys}
+    return (
+        adapter.is_run_by_peft
+        and not adapter.others
+        and types == {DTYPES[dtype]}
+        and all(module.rank == adapter.rank for module in adapter.modules.values())
+    )
 
 
 def _rank(subject: Subject) -> Iterator[Finding]:

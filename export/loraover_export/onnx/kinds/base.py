@@ -64,7 +64,7 @@ class GraphPlan:
     """Settings of a graph.
 
     Args:
-        precision: fp32, fp16 or int4.
+        precision: Precision of the weights: fp32, fp16 or int4.
         device: Cpu or cuda.
         markers: Random matrices that stand for A and B in a swappable graph, by name; None for a merged graph.
         rank: Rank of the markers.

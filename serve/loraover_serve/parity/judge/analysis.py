@@ -47,9 +47,9 @@ class Result(StrictModel):
     )
     blocks: int = Field(description="Number of blocks")
     waves: int = Field(default=1, description="Number of waves of requests that an arm answers in a row")
-    equivalence_p: float = Field(description="p value of the hypothesis that the times differ by more than the margin")
+    equivalence_p: float = Field(description="P-value of the hypothesis that the times differ by more than the margin")
     difference_p: float = Field(
-        description="p value of the hypothesis that the times differ by less than the margin, Holm-adjusted over every "
+        description="P-value of the hypothesis that the times differ by less than the margin, Holm-adjusted over every "
         "comparison of folded with vanilla"
     )
     needed_blocks: int | None = Field(

@@ -45,8 +45,8 @@ class Comparison:
         error: Standard error of the mean.
         draws: Studentised means of the bootstrap resamples, in ascending order.
         blocks: Number of blocks, each with one value of d.
-        equivalence_p: Largest p value of four one-sided tests, two of Student and two of the bootstrap.
-        difference_p: p value of the hypothesis that the ratio lies within the margin; `decide` adjusts it (Holm).
+        equivalence_p: Largest p-value of four one-sided tests, two of Student and two of the bootstrap.
+        difference_p: P-value of the hypothesis that the ratio lies within the margin; `decide` adjusts it (Holm).
         needed_blocks: Number of blocks that would show equivalence of equal arms with a probability of 90 %; None if
             no number would.
         confidence: Confidence of the interval that the verdict "different" depends on; `decide` adjusts it (Holm).
@@ -113,7 +113,7 @@ def compare(differences: Sequence[float], *, margin: float) -> Comparison:
 
 
 def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freedom: int) -> float:
-    """p value of inequivalence: at most alpha where both intervals of confidence 1 - 2 alpha lie inside the margin.
+    """P-value of inequivalence: at most alpha where both intervals of confidence 1 - 2 alpha lie inside the margin.
 
     Args:
         draws: Studentised means of the resamples.
@@ -126,7 +126,7 @@ def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freed
 
 
 def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> float:
-    """p value of no difference: at most alpha where the interval of confidence 1 - alpha lies beyond the margin.
+    """P-value of no difference: at most alpha where the interval of confidence 1 - alpha lies beyond the margin.
 
     Args:
         draws: Studentised means of the resamples.
@@ -156,7 +156,7 @@ def blocks_needed(spread: float, *, margin: float) -> int | None:
 
 
 def decide(comparisons: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
-    """Give every comparison its verdict, with Holm's correction of p value and confidence.
+    """Give every comparison its verdict, with Holm's correction of p-value and confidence.
 
     Args:
         comparisons: Comparisons by any key; the correction counts all of them.
@@ -169,10 +169,10 @@ def decide(comparisons: Mapping[Key, Comparison]) -> dict[Key, Comparison]:
 
 
 def holm_levels(p_values: Sequence[float]) -> list[float]:
-    """Level at which Holm's method tests each p value; it rises from step to step until one is not rejected.
+    """Level at which Holm's method tests each p-value; it rises from step to step until one is not rejected.
 
     Args:
-        p_values: p values, in any order.
+        p_values: P-values, in any order.
     """
     levels, level = [0.0] * len(p_values), 0.0
     is_open = True

@@ -99,7 +99,7 @@ class Outputs(StrictModel):
     base: Distance | None = Field(
         default=None,
         description="Distance of the base model's answers from PyTorch's, which has to explain the noise floor; None "
-        "in older files",
+        "if it was not compared",
     )
     sensitivity: float = Field(
         default=1.0,

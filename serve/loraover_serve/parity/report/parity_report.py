@@ -48,7 +48,7 @@ class ParityReport(StrictModel):
     command: str = Field(description="Command line that makes the same measurement")
     versions: dict[str, str] = Field(description="Versions of packages and engines")
     hardware: str = Field(description="Processor, memory and system")
-    date: str | None = Field(default=None, description="Day of the measurement, in UTC; None in older files")
+    date: str = Field(description="Day of the measurement, in UTC")
     kept: Path | None = Field(
         default=None, exclude=True, description="Folder of vLLM's logs, after a failure without an output; not in files"
     )
