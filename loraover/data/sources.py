@@ -19,6 +19,7 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
+from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row, RowForm, read_row, unread
 from loraover.data.pictures import with_pictures
 from loraover.sources.hub import pinned_commit
@@ -259,6 +260,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
+    keep_numbers()
     try:
         yield from enumerate(_undecoded(Dataset.from_parquet(str(path), keep_in_memory=True)), 1)
     except (DatasetGenerationError, OSError, ValueError) as error:
@@ -303,6 +305,7 @@ def _read_hub(
 ) -> tuple[Iterator[tuple[int, Any]], str, str]:
     from datasets import load_dataset
 
+    keep_numbers()
     name, _, own = name.partition("@")
     with _hub_errors(name):
         commit = pinned_commit(name, own or revision, "dataset")
