@@ -194,6 +194,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "lora", "lora.init_lora_weights": "gausian"},
         "is 'gausian'; did you mean 'gaussian'",
     ),
+    "a key of another part": ({"training.load_in_4bit": True}, "did you mean 'model_init.quantization: nf4'"),
     "what the run sets": ({"training.output_dir": "x"}, "training.output_dir: a run sets this itself"),
     "trained weights in 16 bits": ({"training.bf16_full_eval": True}, "bf16_full_eval: a run sets this itself"),
     "a checkpoint without its optimizer": ({"training.save_only_model": True}, "save_only_model: a run sets"),
