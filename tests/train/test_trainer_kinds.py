@@ -219,6 +219,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "embed_tokens.* would be trained in float16",
     ),
     "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
+    "a schedule without its options": (
+        {"training.lr_scheduler_type": "warmup_stable_decay"},
+        "lr_scheduler_type 'warmup_stable_decay' cannot be used here: .*num_decay_steps",
+    ),
+    "a kernel that is not installed": ({"training.use_liger_kernel": True}, "use_liger_kernel.*pip install liger"),
+    "kept workers where there are none": ({"training.dataloader_persistent_workers": True}, "no workers to keep"),
+    "an evaluation of no rows": (
+        {"training.eval_on_start": True, "evaluation.examples": 0},
+        "an evaluation during training, and nothing is held out. Leave them out",
+    ),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
 }
