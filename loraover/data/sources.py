@@ -271,7 +271,9 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, row {number}: not JSON: {error}.") from error
+        raise DataError(
+            f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .parquet file."
+        ) from error
 
 
 def is_hub_name(source: str) -> bool:
