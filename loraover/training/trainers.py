@@ -220,16 +220,20 @@ def check_keys(recipe: Recipe) -> None:
         ConfigError: A key, or the type of a value, that no class takes.
     """
     faults = []
-    for name in (recipe.trainer,) if recipe.trainer else ("sft", "seq2seq"):
+    for name in (recipe.trainer,) if recipe.trainer else ("seq2seq", "sft"):
         try:
             _checked(recipe.training, TRAINERS[name].load()[1], "training", RUN_SETS)
         except ConfigError as error:
-            faults.append(error)
+            faults = [error]
         else:
+            faults = []
             break
-    else:
-        raise faults[0]
-    lora_options(recipe)
+    try:
+        lora_options(recipe)
+    except ConfigError as error:
+        faults.append(error)
+    if faults:
+        raise ConfigError("; ".join(map(str, faults))) from faults[0]
 
 
 def lora_options(recipe: Recipe) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_an_epoch_of_the_hub_counts_what_the_hub_says(
     [
         ({"over.schedule": "static", "over.budget": {"sites": 9999}}, "budget.sites is 9999"),
         ({"training.optim": "adamw_torc"}, "did you mean 'adamw_torch'?"),
-        ({"training.a": 1, "training.b": 2}, r"training\.a: unknown key.*training\.b: unknown key"),
+        ({"training.a": 1, "lora.b": 2, "lora.c": 3}, r"training\.a: unknown.*lora\.b: unknown.*lora\.c: unknown key"),
     ],
 )
 def test_what_a_run_would_refuse_has_no_plan(changes: dict[str, Any], message: str, recipe: Path) -> None:
