@@ -20,7 +20,9 @@ SHAPES = {
 }
 """Sizes of Llama 3.1's configurations."""
 CARDS = {"8B": ((24, 1), (80, 1)), "70B": ((80, 8),)}
-"""Gigabytes of a GPU, and number of GPUs that share weights and trained numbers."""
+"""Gigabytes of a GPU, and number of GPUs over which FSDP2 spreads the model and its LoRA; cores are in each."""
+FORMS = {"8B": (None, "nf4"), "70B": (None,)}
+"""Forms of the base; FSDP2 was not tried on a quantised one."""
 RANK, TOKENS, GB = 16, 2048, 10**9
 ROOM = 0.9
 """Share of a card that tensors may take; the rest is for CUDA's context, buffers and fragments."""
@@ -55,13 +57,13 @@ def plan_of(size: str, method: str, form: str | None) -> TrainingPlan:
 
 def table_rows(size: str) -> Iterator[str]:
     """Yield a row for each method and form of the base."""
-    for method, form in ((method, form) for method in ("lora", "lora-over") for form in (None, "nf4")):
+    for method, form in ((method, form) for method in ("lora", "lora-over") for form in FORMS[size]):
         plan = plan_of(size, method, form)
         trained = plan.adapter + plan.cores + plan.gradients + plan.optimizer_states
-        activations = plan.activations or 0
+        activations, everywhere = plan.activations or 0, 4 * plan.cores  # with their gradients and both moments
         fits = []
         for card, count in CARDS[size]:
-            total = (plan.weights + trained) / count + activations
+            total = (plan.weights + trained - everywhere) / count + everywhere + activations
             fits.append(f"{total / GB:.1f} GB of {card}" + ("" if total < ROOM * card * GB else ": does not fit"))
         cells = [f"{part / GB:.1f} GB" for part in (plan.weights, trained, activations)]
         yield f"| {size}, `{method}` | {form or 'bf16'} | {' | '.join(cells)} | *predicted*: {'; '.join(fits)} |"

@@ -30,7 +30,7 @@ model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentran
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 compiled = torch.compile(model.train(), backend=options.backend)
 over = OverParameterization(compiled, LoraOverConfig())
-over.attach(optimizer := torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4))
+over.attach(optimizer := torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3))
 
 for step in range(options.steps):
     part = slice(4 * step, 4 * step + 4)

@@ -33,7 +33,7 @@ class Tuned(LightningModule):
         return loss
 
     def configure_optimizers(self):  # the model is on its device by now
-        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-4)
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)
         self.over = OverParameterization(self.model, LoraOverConfig(), steps=self.trainer.estimated_stepping_batches)
         self.over.attach(optimizer)
         return optimizer

@@ -76,7 +76,7 @@ model.train()
 losses = []
 config = LoraOverConfig(schedule="dynamic", budget=Budget(fraction=0.5), start=0.3, end=0.6)
 over = OverParameterization(model, config, steps=options.steps, inject=checkpoint is None)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 if checkpoint is not None:
     load(checkpoint)
 over.attach(optimizer)

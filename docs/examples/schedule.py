@@ -24,7 +24,7 @@ model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all
 config = LoraOverConfig(schedule="dynamic", score="fisher", budget=Budget(fraction=0.5), rounds=3, start=0.2, end=0.6)
 model.train()
 over = OverParameterization(model, config, steps=options.steps)
-over.attach(optimizer := torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4))
+over.attach(optimizer := torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3))
 
 problems = word_problems(seed=0)
 for _ in range(options.steps):

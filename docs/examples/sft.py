@@ -26,7 +26,7 @@ trainer = SFTTrainer(
         options.output,
         max_steps=options.steps,
         per_device_train_batch_size=8,
-        learning_rate=5e-4,
+        learning_rate=3e-3,
         save_steps=0.5,  # of the run
         bf16=torch.accelerator.is_available(),  # which is TRL's default on a CPU too, where it fails
         report_to="none",

@@ -37,7 +37,7 @@ trainer = Trainer(
         options.output,
         max_steps=options.steps,
         per_device_train_batch_size=8,
-        learning_rate=5e-4,
+        learning_rate=3e-3,
         save_steps=0.2,  # of the run
         report_to="none",
     ),

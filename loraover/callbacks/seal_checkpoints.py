@@ -130,6 +130,9 @@ def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
     Returns:
         The complete checkpoint with the highest number, or None.
+
+    Raises:
+        CheckpointError: A file of a newer checkpoint, which may be complete, cannot be read.
     """
     return next(filter(_is_whole, checkpoints(directory)), None)
 
@@ -166,7 +169,13 @@ def _superfluous(newest: Path, limit: int) -> list[Path]:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        files = read_json(folder / SEAL_FILE, Seal).files
-    except CheckpointError:
+        with (folder / SEAL_FILE).open("rb"):  # whose errors are of the system, not of the content
+            files = read_json(folder / SEAL_FILE, Seal).files
+        return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in files.items())
+    except (FileNotFoundError, CheckpointError):
         return False
-    return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in files.items())
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: cannot be read: {error.strerror or error}, so it is not known whether the "
+            "checkpoint is complete. Make it readable, or move the checkpoint away to resume from an earlier one."
+        ) from error

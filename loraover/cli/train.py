@@ -37,13 +37,20 @@ def _run(request: TrainRequest, as_json: bool) -> None:
 
 
 def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
+    from loraover.common.atomic_output import publish_text
     from loraover.common.ranks import launched
     from loraover.reporting.reporter import ConsoleReporter
+    from loraover.reporting.schedule_figures import check_new
     from loraover.training.plan import make_plan
+    from loraover.training.plan_page import to_page
     from loraover.training.show import show_plan
 
     ranks = launched()
+    if request.html is not None:
+        ranks.write(check_new, request.html, ".html")  # before anything is tried
     found = make_plan(recipe, ranks.heard(ConsoleReporter(console)), tries=ranks.size == 1)
+    if request.html is not None:
+        ranks.write(publish_text, request.html, to_page(found, request.command()).html)
     if as_json:
         ranks.write(print, found.model_dump_json(indent=1))
     else:

@@ -19,6 +19,7 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
+from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row, RowForm, read_row, unread
 from loraover.data.pictures import with_pictures
 from loraover.sources.hub import pinned_commit
@@ -259,6 +260,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
+    keep_numbers()
     try:
         yield from enumerate(_undecoded(Dataset.from_parquet(str(path), keep_in_memory=True)), 1)
     except (DatasetGenerationError, OSError, ValueError) as error:
@@ -269,7 +271,9 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, row {number}: not JSON: {error}.") from error
+        raise DataError(
+            f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .parquet file."
+        ) from error
 
 
 def is_hub_name(source: str) -> bool:
@@ -303,6 +307,7 @@ def _read_hub(
 ) -> tuple[Iterator[tuple[int, Any]], str, str]:
     from datasets import load_dataset
 
+    keep_numbers()
     name, _, own = name.partition("@")
     with _hub_errors(name):
         commit = pinned_commit(name, own or revision, "dataset")

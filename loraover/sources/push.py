@@ -43,7 +43,9 @@ def check_repository(repository: str) -> None:
         )
 
 
-def push(repository: str, folder: Path, kept: Path, place: str | None = None) -> None:
+def push(
+    repository: str, folder: Path, kept: Path, place: str | None = None, *, is_private: bool | None = None
+) -> None:
     """Upload a folder, without its pages.
 
     Args:
@@ -51,6 +53,7 @@ def push(repository: str, folder: Path, kept: Path, place: str | None = None) ->
         folder: What to upload.
         kept: Folder that keeps the same on this machine, for messages.
         place: Folder of the repository; None: its root.
+        is_private: Whether a repository that is made is private; None: as the hub does for its owner.
 
     Raises:
         OutputError: The hub refuses, or cannot be reached.
@@ -59,7 +62,7 @@ def push(repository: str, folder: Path, kept: Path, place: str | None = None) ->
 
     api = HfApi()
     try:
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, private=is_private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, path_in_repo=place, ignore_patterns=list(LEFT_OUT))
     except Exception as error:  # the hub's client lets its HTTP library's own errors through
         raise OutputError(f"{as_written(PUSH)}: {repository}: {error}. What was made is safe in {kept}.") from error

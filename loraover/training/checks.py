@@ -129,6 +129,23 @@ def _check_answers(part: Rows) -> None:
             )
 
 
+def check_evaluated(arguments: Any, examples: Examples) -> None:
+    """Check that there are rows where the trainer is to evaluate during training.
+
+    Args:
+        arguments: Settings of the trainer.
+        examples: The rows.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if examples.test is None and (arguments.eval_on_start or arguments.eval_strategy != "no"):
+        raise ConfigError(
+            "training.eval_strategy or training.eval_on_start asks for an evaluation during training, and nothing is "
+            "held out. Leave them out, set evaluation.examples above 0, or name held-out rows in data.test."
+        )
+
+
 def _check_margins(part: Rows) -> None:
     margins = [row.get("margin") for row in part.rows]
     fault = next((i for i, margin in enumerate(margins) if not _is_finite(margin)), None)

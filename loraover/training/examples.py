@@ -20,6 +20,7 @@ from loraover.training.trainers import TRAINERS
 
 HELD_OUT = 20  # one row of so many is held out of data without another split
 WORD_PROBLEMS = 2000  # training examples where a recipe gives no number
+MOST_REPEATED = 100  # times as many examples as there are rows, in a mixture by weights
 
 
 @dataclass(frozen=True)
@@ -161,12 +162,24 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
 
     Returns:
         The rows, and for each of them its source and its number there.
+
+    Raises:
+        DataError: A weight is so small that the other sources would be repeated for very long.
     """
     from datasets import Dataset, interleave_datasets
 
     if len(parts) == 1:
         return parts[0], list(parts[0].numbers)
     weights = recipe.data.weights or [len(part.rows) for part in parts]
+    needed, last = max(
+        (len(part.rows) * sum(weights) / weight, k) for k, (part, weight) in enumerate(zip(parts, weights, strict=True))
+    )
+    if needed > MOST_REPEATED * sum(len(part.rows) for part in parts):
+        raise DataError(
+            f"data.train: {recipe.data.sources[last]} has {len(parts[last].rows)} rows and the weight "
+            f"{weights[last]:g} of {sum(weights):g}, so about {needed:,.0f} examples would be made until each of its "
+            "rows is taken, and the other sources repeated. Raise its weight, or lower data.train_examples."
+        )
     places = [
         Dataset.from_dict({"part": [k] * len(part.rows), "row": [*range(len(part.rows))]})
         for k, part in enumerate(parts)

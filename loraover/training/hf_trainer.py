@@ -17,6 +17,7 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError, DataError
+from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
 from loraover.training.methods.base import TrainingMethod
@@ -120,6 +121,7 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     from datasets import Dataset, Features, Image, Json, List
     from pyarrow import ArrowException
 
+    keep_numbers()
     kinds: dict[str, Any] = {"images": List(Image())} if pictures else {}
     empty: dict[str, Any] = {"chat_template_kwargs": {}}  # the value that TRL takes as none; None of other columns
     lacking = {name: empty.get(name) for row in rows for name in row} | {name: [] for name in kinds}

@@ -42,8 +42,8 @@ class TrainingPlan(Memory):
         description="Lengths of the examples; None: their data or tokenizer is not at hand."
     )
 
-    def facts(self) -> dict[str, str]:
-        """Name and value of each row of a table."""
+    def needs(self) -> dict[str, str]:
+        """Name and value of each row of a table, without the lengths of the examples."""
         known = self.activations is not None
         return {
             "base model": self.model,
@@ -61,8 +61,14 @@ class TrainingPlan(Memory):
             "tokens": f"at most {self.tokens:,}",
             **({} if self.step_seconds is None else {"time": _time(self.steps, self.step_seconds)}),
             **({} if (peak := self.peak_bytes) is None else {"peak memory": f"{size_text(peak)}, measured in a trial"}),
-            **({} if self.lengths is None else _length_facts(self.lengths)),
         }
+
+    def facts(self, *, with_bars: bool = True) -> dict[str, str]:
+        """Name and value of each row of a table, with a histogram of the lengths if they are known and it is wanted."""
+        lengths = self.lengths
+        if lengths is None:
+            return self.needs()
+        return self.needs() | (_bars(lengths) if with_bars else {}) | _cut(lengths)
 
 
 ASSUMPTION = (
@@ -117,15 +123,19 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     )
 
 
-def _length_facts(lengths: Lengths) -> dict[str, str]:
-    """Return a row for each bar of the histogram of lengths, and what is cut."""
+def _bars(lengths: Lengths) -> dict[str, str]:
+    """Return a row for each bar of the histogram of lengths."""
     most = max(lengths.histogram.values())
-    bars = {
+    return {
         f"up to {edge:,} tokens": f"{'#' * max(1, round(24 * count / most))} {count:,}"
         for edge, count in lengths.histogram.items()
     }
+
+
+def _cut(lengths: Lengths) -> dict[str, str]:
+    """Return rows that say what is cut."""
     cut = f"{lengths.cut:,} of {lengths.examples:,} ({lengths.cut_share:.1%})"
-    return bars | {
+    return {
         "cut": f"{cut} at max_length {lengths.max_length:,}; {lengths.unlabelled:,} of them have nothing to learn",
         "99 % are kept by": f"max_length {lengths.keeps_99:,}; the longest example has {lengths.longest:,} tokens",
     }
@@ -164,7 +174,8 @@ def _count_examples(settled: Settled, read: Examples | None) -> int:
 def _time(steps: int, seconds: float) -> str:
     """Return the time of a step and of all, in the largest unit in which they are not below one."""
     minutes = steps * seconds / 60
-    whole = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.1f} min"
+    short = f"{minutes:.1f} min" if minutes >= 1 else f"{60 * minutes:.2g} s"
+    whole = f"{minutes / 60:.1f} h" if minutes >= 60 else short
     return f"about {seconds:.2g} s a step, {whole} in all without evaluation"
 
 

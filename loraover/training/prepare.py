@@ -21,7 +21,14 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.sources.push import check_repository
 from loraover.training.adapter import with_adapter
-from loraover.training.checks import check_names, check_trained, count_classes, note_slow_precision, weights_dtype
+from loraover.training.checks import (
+    check_evaluated,
+    check_names,
+    check_trained,
+    count_classes,
+    note_slow_precision,
+    weights_dtype,
+)
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples
 from loraover.training.hf_trainer import make_trainer
@@ -108,6 +115,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     note_slow_precision(recipe, report)
     _keep(recipe, source, examples, output)
     arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
+    check_evaluated(arguments, examples)
     model, start = _load_model(settled, examples, output, report)
     untrained = factors(model) if recipe.trains_only_products else None
     method.freeze(model)
@@ -171,7 +179,7 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:
         trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
     except ConfigError:
         raise
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:  # the last of a schedule that lacks lr_scheduler_kwargs
         chosen = (
             f"training.optim {recipe.training.optim!r} with lr_scheduler_type {recipe.training.lr_scheduler_type!r}"
         )

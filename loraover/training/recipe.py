@@ -201,9 +201,14 @@ def _near(name: str) -> str:
     return hint(name, recipe_names()) or f", nor one of {', '.join(recipe_names())}."
 
 
+ELSEWHERE = {"load_in_4bit": "model_init.quantization: nf4", "load_in_8bit": "model_init.quantization: int8"}
+ELSEWHERE |= {"torch_dtype": "model_init.dtype"}
+"""What says here what other tools say by these keys."""
+
+
 def hint(word: str, known: Iterable[str]) -> str:
     """Return the end of a message about an unknown word: the known one that was meant; empty if none is like it."""
-    near = difflib.get_close_matches(word, [*known], n=1)
+    near = [ELSEWHERE[word]] if word in ELSEWHERE else difflib.get_close_matches(word, [*known], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

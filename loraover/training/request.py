@@ -140,7 +140,9 @@ class TrainRequest(Request):
     plan: bool = option(
         "Print the memory, time, steps and tokens that the run would need, after a few steps on random weights.",
         default=False,
-        is_recorded=False,
+    )
+    html: AnyPath | None = option(
+        "New .html file for the plan, with a histogram of the lengths of the examples.", default=None, needs="plan"
     )
 
     @property

@@ -309,16 +309,16 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
 
 
 def _push(recipe: Recipe, done: Done, folder: Path, command: str, report: Reporter) -> None:
-    repository = recipe.push_to_hub
+    repository, is_private = recipe.push_to_hub, (recipe.training.model_extra or {}).get("hub_private_repo")
     assert repository is not None
     with ExitStack() as copies:
         plain = copies.enter_context(plain_copy(folder))
         if done.base is not None:
             card = _card(recipe, done.result, done.base, command)
             plain = copies.enter_context(moved_copy(plain, done.base, card, report.line))
-        push(repository, plain, folder)
+        push(repository, plain, folder, is_private=is_private)
     if recipe.push_checkpoint:
-        push(repository, folder, folder, CHECKPOINT_PLACE)
+        push(repository, folder, folder, CHECKPOINT_PLACE, is_private=is_private)
     report.line(f"uploaded to {repository}")
 
 

@@ -89,6 +89,7 @@ TRAINERS = {
 RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
 RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
 RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
+RUN_SETS |= {"hub_always_push", "hub_revision"}
 RUN_SETS |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "eval_packing", "shuffle_dataset"}
 """Settings of trainers that a run gives itself."""
 
@@ -100,7 +101,7 @@ LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode
 
 
 MEANT = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-MEANT |= {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+MEANT |= {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "group_by_length": "train_sampling_strategy"}
 """Keys by the names that other tools give them."""
 
 
@@ -184,8 +185,22 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
             tracker()
     except (ImportError, RuntimeError, ValueError) as error:
         raise ConfigError(f"training.report_to: {error}") from error
+    _check_usable(arguments)
     use_one_device(arguments, report)
     return arguments
+
+
+def _check_usable(arguments: Any) -> None:
+    """Raise ConfigError for settings that their class takes, and the first step would not."""
+    from transformers.utils import is_liger_kernel_available
+
+    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
+        raise ConfigError(
+            "training.dataloader_persistent_workers is true, and there are no workers to keep; leave it out, or set "
+            "training.dataloader_num_workers."
+        )
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("training.use_liger_kernel needs liger-kernel, which is missing: pip install liger-kernel.")
 
 
 def use_one_device(arguments: Any, report: Reporter) -> None:
@@ -205,16 +220,20 @@ def check_keys(recipe: Recipe) -> None:
         ConfigError: A key, or the type of a value, that no class takes.
     """
     faults = []
-    for name in (recipe.trainer,) if recipe.trainer else ("sft", "seq2seq"):
+    for name in (recipe.trainer,) if recipe.trainer else ("seq2seq", "sft"):
         try:
             _checked(recipe.training, TRAINERS[name].load()[1], "training", RUN_SETS)
         except ConfigError as error:
-            faults.append(error)
+            faults = [error]
         else:
+            faults = []
             break
-    else:
-        raise faults[0]
-    lora_options(recipe)
+    try:
+        lora_options(recipe)
+    except ConfigError as error:
+        faults.append(error)
+    if faults:
+        raise ConfigError("; ".join(map(str, faults))) from faults[0]
 
 
 def lora_options(recipe: Recipe) -> dict[str, Any]:

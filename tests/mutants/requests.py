@@ -134,6 +134,24 @@ REQUESTS = (
         "if not answers_only else rows.rows",
         Selection("test_trainer_rows.py", "mixture_with_tools"),
     ),
+    Mutant(
+        "numbers-of-messages-pass-through-ujson",
+        "module.ujson_dumps, module.ujson_loads = json.dumps, json.loads",
+        "module.ujson_dumps = module.ujson_dumps",
+        Selection("test_trainer_rows.py", "number_of_a_message"),
+    ),
+    Mutant(
+        "checkpoint-that-may-not-be-read-is-incomplete",
+        "    except (FileNotFoundError, CheckpointError):",
+        "    except (OSError, CheckpointError):",
+        Selection("test_seal.py", "may_not_be_read"),
+    ),
+    Mutant(
+        "repository-is-public",
+        "private=is_private, ",
+        "",
+        Selection("test_push.py", "plain_lora_is_uploaded"),
+    ),
     # Trackers, which `LORAOVER_TRACKERS` has to name a Python for
     Mutant(
         "a run in wandb stays open for the next one",

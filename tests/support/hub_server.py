@@ -26,11 +26,13 @@ class HubServer:
         url: Its address, for HF_ENDPOINT.
         repositories: Files of each repository that was made, by path.
         commits: Paths of each commit.
+        private: Repositories that were made for their owner alone.
     """
 
     url: str
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     commits: list[list[str]] = field(default_factory=list)
+    private: set[str] = field(default_factory=set)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -97,6 +99,8 @@ class _Uploads(Handler):
             there = {"error": "You already created this model repo", "url": f"{self.hub.url}/{repository}"}
             return self._say(409, there)
         self.hub.repositories[repository] = {}
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(repository)
         return self._say(200, {"url": f"{self.hub.url}/{repository}"})
 
     def _batch(self, asked: dict[str, Any]) -> None:

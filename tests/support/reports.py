@@ -18,6 +18,9 @@ from loraover.reporting.html_page import Page
 from loraover.reporting.schedule_figures import schedule_figures
 from loraover.study.html import to_page as study_page
 from loraover.study.report import StudyReport
+from loraover.training.plan import TrainingPlan
+from loraover.training.plan_page import to_page as plan_page
+from loraover.training.run_result import Lengths
 from loraover_export.fleet.page import to_page as fleet_page
 from loraover_export.fleet.row import FleetReport, FleetRow
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
@@ -273,6 +276,23 @@ def demo_page(run: Mapping[str, Any], check: VerifyReport) -> Page:
     return page
 
 
+def training_plan() -> TrainingPlan:
+    histogram, first = {64: 3, 128: 900, 65_536: 7}, [4, 19, "812 of file chats.jsonl"]
+    lengths = Lengths(
+        examples=910,
+        max_length=128,
+        cut=7,
+        unlabelled=0,
+        longest=40_000,
+        keeps_99=128,
+        cut_rows=first,
+        histogram=histogram,
+    )
+    sizes = dict.fromkeys(("weights", "adapter", "cores", "gauge", "gradients", "optimizer_states"), 10**9)
+    counts = {"steps": 114, "examples": 910, "tokens": 116_480, "activations": None}
+    return TrainingPlan(model="folder base", method="lora-over", lengths=lengths, **sizes, **counts)
+
+
 RUN_KEYS = ("base_model", "command", "reason", "hardware", "versions", "engine")
 parity = cache(whole_report)
 REPORTS = {
@@ -300,6 +320,11 @@ REPORTS = {
         "Demo: ",
         lambda: demo_page(DEMO_RUN, demo_check()),
         lambda: demo_page(DEMO_RUN | {"model": HOSTILE}, hostile(demo_check(), (*RUN_KEYS, "fault", "detail"))),
+    ),
+    "plan": Made(
+        "Plan",
+        lambda: plan_page(training_plan(), "loraover train demo --plan --html plan.html"),
+        lambda: plan_page(hostile(training_plan(), ("model", "method")), HOSTILE),
     ),
     "inspect": Made("Folder: ", _inspected, lambda: _inspected(is_hostile=True)),
     "fleet": Made(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,7 +209,7 @@ def test_a_trial_has_rows_of_full_length_where_the_data_are_on_the_hub(
     [
         ({"over.schedule": "static", "over.budget": {"sites": 9999}}, "budget.sites is 9999"),
         ({"training.optim": "adamw_torc"}, "did you mean 'adamw_torch'?"),
-        ({"training.a": 1, "training.b": 2}, r"training\.a: unknown key.*training\.b: unknown key"),
+        ({"training.a": 1, "lora.b": 2, "lora.c": 3}, r"training\.a: unknown.*lora\.b: unknown.*lora\.c: unknown key"),
     ],
 )
 def test_what_a_run_would_refuse_has_no_plan(changes: dict[str, Any], message: str, recipe: Path) -> None:
@@ -228,3 +229,30 @@ def test_a_plan_is_shown_with_its_assumption_and_leaves_nothing(
     assert run(cli, ["train", str(recipe), "--plan", "--json"]) == 0
     assert TrainingPlan.model_validate_json(capsys.readouterr().out) == plan(recipe)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.process
+def test_a_page_shows_the_lengths_of_the_examples(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], training={"max_length": 96})
+    call = ["train", str(recipe), "--plan", "--html", "plan.html"]
+    assert run(cli, call) == 0
+    page, lengths = Path("plan.html").read_text(), plan(recipe).lengths
+    assert lengths is not None
+    assert f"max_length 96 cuts {lengths.cut} of 20 examples." in page
+    for edge, count in lengths.histogram.items():
+        assert re.search(rf">up to {edge} tokens</text><text[^>]*>{count}</text>", page)
+    assert "--plan --html plan.html</pre>" in page
+    assert run(cli, call) == 2
+    assert run(cli, [*call[:2], *call[3:]]) == 2
+    assert "--plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("steps", "time"), [(4, "0.08 s in all"), (3000, "1.0 min in all"), (30, "0.6 s in all"), (360_000, "2.0 h in all")]
+)
+def test_a_time_is_never_zero(steps: int, time: str, recipe: Path) -> None:
+    found = plan(recipe).model_copy(update={"step_seconds": 0.02, "steps": steps})
+    assert found.facts()["time"] == f"about 0.02 s a step, {time} without evaluation"

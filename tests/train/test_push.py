@@ -89,10 +89,13 @@ def test_the_cores_are_uploaded_when_asked_for(recipe: Path, tmp_path: Path, hub
     assert {f"checkpoint/{name}" for name in (CORES_FILE, META_FILE, *PLAIN)} <= files.keys()
     assert CORES_FILE not in files
     assert files[f"checkpoint/{CORES_FILE}"] == (tmp_path / "out" / "adapter" / CORES_FILE).read_bytes()
+    assert hub.private == set()
 
 
 def test_a_plain_lora_is_uploaded_as_it_is(recipe: Path, tmp_path: Path, hub: HubServer) -> None:
-    assert train(recipe, tmp_path / "out", "--method", "lora", "--push-to-hub", "me/adapter") == 0
+    words = ("--method", "lora", "--push-to-hub", "me/adapter", "--set", "training.hub_private_repo=true")
+    assert train(recipe, tmp_path / "out", *words) == 0
+    assert hub.private == {"me/adapter"}
     files = hub.repositories["me/adapter"]
     assert CERTIFICATE not in files
     for name in PLAIN:

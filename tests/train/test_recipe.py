@@ -110,6 +110,8 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
         ({"metod": "x"}, "metod: unknown key; did you mean 'method'?"),
         ({"evaluation": {"exampels": "x"}}, "evaluation.exampels: unknown key; did you mean 'examples'?"),
         ({"zzzz": 1}, "zzzz: unknown key"),
+        ({"load_in_4bit": True}, "load_in_4bit: unknown key; did you mean 'model_init.quantization: nf4'?"),
+        ({"model_init": {"torch_dtype": "x"}}, "torch_dtype: unknown key; did you mean 'model_init.dtype'?"),
     ],
 )
 def test_a_misspelt_key_names_the_nearest(parts: dict[str, Any], said: str, write: Write) -> None:

@@ -194,6 +194,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "lora", "lora.init_lora_weights": "gausian"},
         "is 'gausian'; did you mean 'gaussian'",
     ),
+    "a key of another part": ({"training.load_in_4bit": True}, "did you mean 'model_init.quantization: nf4'"),
     "what the run sets": ({"training.output_dir": "x"}, "training.output_dir: a run sets this itself"),
     "trained weights in 16 bits": ({"training.bf16_full_eval": True}, "bf16_full_eval: a run sets this itself"),
     "a checkpoint without its optimizer": ({"training.save_only_model": True}, "save_only_model: a run sets"),
@@ -218,6 +219,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "embed_tokens.* would be trained in float16",
     ),
     "a tracker that is not installed": ({"training.report_to": "comet_ml"}, "training.report_to: .*pip install comet"),
+    "a schedule without its options": (
+        {"training.lr_scheduler_type": "warmup_stable_decay"},
+        "lr_scheduler_type 'warmup_stable_decay' cannot be used here: .*num_decay_steps",
+    ),
+    "a kernel that is not installed": ({"training.use_liger_kernel": True}, "use_liger_kernel.*pip install liger"),
+    "kept workers where there are none": ({"training.dataloader_persistent_workers": True}, "no workers to keep"),
+    "an evaluation of no rows": (
+        {"training.eval_on_start": True, "evaluation.examples": 0},
+        "an evaluation during training, and nothing is held out. Leave them out",
+    ),
     "a field of another trainer": ({"training.beta": 0.1}, "training.beta: unknown key"),
     "a trainer of another model": ({"trainer": "seq2seq"}, "decoder-only; use sft"),
 }

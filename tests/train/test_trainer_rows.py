@@ -15,7 +15,7 @@ import loraover
 import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm, read_row
-from loraover.data.sources import Rows
+from loraover.data.sources import Rows, read_raw
 from loraover.training.checks import check_rows, count_classes
 from loraover.training.examples import Examples, load_examples
 from loraover.training.hf_trainer import to_dataset
@@ -139,6 +139,17 @@ def test_what_other_rows_call_tools_with_stays_out_of_a_row() -> None:
     assert to_dataset(rows).to_list() == rows
 
 
+@pytest.mark.parametrize("number", [-1.7, 52.520006599999988, 7.8e-12, 2**64, -(10**30), 3.0])
+def test_a_number_of_a_message_stays_as_it_is(number: float, tmp_path: Path) -> None:
+    """The ujson of pandas, which `datasets` takes, would round it, or return the message as text."""
+    rows: list[dict[str, Any]] = [{"messages": [{**CALL, "arguments": {"n": number}}], "tools": [{"default": number}]}]
+    made = to_dataset(rows)
+    found = [*made.map(lambda row: {"messages": row["messages"] * 2})]
+    assert repr(found) == repr([rows[0] | {"messages": rows[0]["messages"] * 2}])
+    made.to_parquet(tmp_path / "rows.parquet")
+    assert repr([row for _, row in read_raw(str(tmp_path / "rows.parquet"), split="train").rows]) == repr(rows)
+
+
 def test_a_number_beyond_64_bits_is_refused() -> None:
     with pytest.raises(DataError, match="or beyond 64 bits; write them alike"):
         to_dataset([{"prompt": "a", "id": 2**64}])
@@ -194,6 +205,10 @@ def test_several_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
     weighted = load_examples(Recipe.model_validate(asked), RowForm()).train
     share = sum(row["completion"] != "b" for row in weighted.rows) / len(weighted.rows)
     assert share == pytest.approx(0.75, abs=0.1)
+    data["train"][0]["weight"] = 1e-6
+    message = "a.parquet has 4 rows and the weight 1e-06 of 1, so about 4,000,004 examples .* Raise its weight"
+    with pytest.raises(DataError, match=message):
+        load_examples(Recipe.model_validate(asked), RowForm())
     data["train"] = ["owner/data", other]
     with pytest.raises(DataError, match="owner/data is one of several sources; name its commit"):
         load_examples(Recipe.model_validate(asked), RowForm())
