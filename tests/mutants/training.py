@@ -1,4 +1,4 @@
-"""Faults of `loraover`: cores, optimizers, schedules, checkpoints, evaluation and studies."""
+"""Faults of `loraover`: cores, optimizers, schedules, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -302,102 +302,5 @@ TRAINING = (
         "if found is None or not 1 <= float(found[1]) <= 10:",
         "if found is None or not 0 <= float(found[1]) <= 10:",
         Selection("test_mt_bench.py", "ratings_are_read"),
-    ),
-    # Data, recipes, plans and studies
-    Mutant(
-        "held-out-data-beside-word-problems-are-passed-over",
-        "if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):",
-        "if data.train == BUILT_IN or data.test == BUILT_IN:",
-        Selection("test_training_rows.py", "beside_word_problems"),
-    ),
-    Mutant(
-        "format-last-turn-alone",
-        "for i in turns:",
-        "for i in turns[-1:]:",
-        Selection("test_data.py", "assistant_turn"),
-    ),
-    Mutant(
-        "recipe-steps-across-epochs",
-        "math.ceil(self.num_train_epochs * math.ceil(batches / in_a_step))",
-        "math.ceil(self.num_train_epochs * batches / in_a_step)",
-        Selection("test_recipe.py", "steps_of_epochs"),
-    ),
-    Mutant(
-        "plan-one-moment",
-        "optimizer_states=2 * (trained + added * CORE_BYTES)",
-        "optimizer_states=2 * trained + added * CORE_BYTES",
-        Selection("test_plan.py", "counts_what_a_run_trains"),
-    ),
-    Mutant(
-        "study-interval-counts-examples-as-seeds",
-        "Spread(variances, (seeds - 1, examples - 1))",
-        "Spread(variances, (examples - 1, examples - 1))",
-        Selection("test_analysis.py", "ratio_over_examples"),
-    ),
-    Mutant(
-        "power-takes-seeds-for-rows",
-        "Spread((self.of_seed / seeds, self.of_row / rows), (seeds - 1, rows - 1))",
-        "Spread((self.of_row / seeds, self.of_seed / rows), (seeds - 1, rows - 1))",
-        Selection("test_power.py", "says_of_itself"),
-    ),
-    Mutant(
-        "study-shows-what-the-first-run-knows-of-its-rank",
-        "served_rank=max(_known(outcome.served_rank for outcome in outcomes), default=None)",
-        "served_rank=outcomes[0].served_rank",
-        Selection("test_report.py", "older_version"),
-    ),
-    Mutant(
-        "study-scores-every-rate",
-        "found += [run for run in runs if tuned is not None and run.rate == tuned.best_rate]",
-        "found += [run for run in runs if tuned is not None]",
-        Selection("test_paper.py", "chosen_rate"),
-    ),
-    Mutant(
-        "study-scores-another-adapter",
-        "results.get(_adapter(run), ModelResult(",
-        "results.get(_adapter(runs[0]), ModelResult(",
-        Selection("test_paper.py", "leaves_no_score"),
-    ),
-    Mutant(
-        "study-shows-the-scores-of-other-questions",
-        'f"{task}.{request.benchmark}-{asked}.json"',
-        'f"{task}.{request.benchmark}.json"',
-        Selection("test_paper.py", "chosen_rate"),
-    ),
-    Mutant(
-        "a-base-of-4-bits-rounds-what-is-trained",
-        "parameter.data = values.to(parameter.device)",
-        "pass",
-        Selection("test_trainer_kinds.py", "4_bits_is_resumed"),
-    ),
-    Mutant(
-        "packed-rows-are-measured-in-batches",
-        "trainer.data_collator = replace(collator, padding_free=False)",
-        "pass",
-        Selection("test_trainer_kinds.py", "measured_one_by_one"),
-    ),
-    Mutant(
-        "start-takes-an-adapter-with-two-names-once",
-        "for found in same.values() if len(found) > 1)",
-        "for found in same.values() if not found)",
-        Selection("test_start_refused.py", "two_names"),
-    ),
-    Mutant(
-        "start-forgets-the-recipes-scaling",
-        "(delta.b.value.double() / target.scaling, delta.a.value.double())",
-        "(delta.b.value.double(), delta.a.value.double())",
-        Selection("test_start_from.py", "smaller_rank"),
-    ),
-    Mutant(
-        "start-says-nothing-of-what-a-sum-left-out",
-        "_Module(a, b, norm, math.hypot(left_out, *(one.truncation_error for one in certificates)))",
-        "_Module(a, b, norm, math.hypot(*(one.truncation_error for one in certificates)))",
-        Selection("test_start_from.py", "smaller_rank"),
-    ),
-    Mutant(
-        "start-adds-directions-that-are-never-trained",
-        "a = torch.cat([kept.a, target.a[used:]])",
-        "a = torch.cat([kept.a, 0 * target.a[used:]])",
-        Selection("test_start_from.py", "larger_rank"),
     ),
 )

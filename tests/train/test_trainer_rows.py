@@ -148,6 +148,10 @@ def test_a_number_of_a_message_stays_as_it_is(number: float, tmp_path: Path) -> 
     assert repr(found) == repr([rows[0] | {"messages": rows[0]["messages"] * 2}])
     made.to_parquet(tmp_path / "rows.parquet")
     assert repr([row for _, row in read_raw(str(tmp_path / "rows.parquet"), split="train").rows]) == repr(rows)
+    written = [{"messages": [{"arguments": call}]} for call in ({"n": number}, {"text": "a"})]
+    (file := tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, written)))
+    read = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path))  # as of the hub
+    assert repr(read.to_list()) == repr(written)
 
 
 def test_a_number_beyond_64_bits_is_refused() -> None:
