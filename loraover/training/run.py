@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -208,22 +209,32 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         has_stepped = run is not None and run.trainer.state.global_step > 0
         agreed = ranks.agreed(unwritable(error, output))
         ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=resume)
-        shown = _explained(agreed)
+        shown = _explained(agreed, has_stepped)
         if shown is error:
             raise
         raise shown from error
     return Done(result, run.trainer.args, run.pushed_base)
 
 
-def _explained(error: BaseException) -> BaseException:
-    """Say what to change where memory could not be allocated, unless the error does."""
-    if isinstance(error, LoraOverError) or not is_out_of_memory(error):
+def _explained(error: BaseException, has_stepped: bool) -> BaseException:
+    """Say what to change where TRL refuses a setting in its first step, or memory is short, unless the error does."""
+    if isinstance(error, LoraOverError):
+        return error
+    if isinstance(error, ValueError) and not has_stepped and _raised_by(error) == "trl":
+        return ConfigError(f"TRL refuses a setting of training, or the data, in the first step: {error}")
+    if not is_out_of_memory(error):
         return error
     found = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return ConfigError(
         f"training ran out of memory ({found}). Lower training.per_device_train_batch_size or set it to auto, set "
         "training.gradient_checkpointing to true, or lower training.max_length; --plan estimates what a run needs."
     )
+
+
+def _raised_by(error: BaseException) -> str:
+    """Package whose code raised an error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
 
 
 def _result(

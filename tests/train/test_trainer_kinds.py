@@ -242,6 +242,13 @@ def test_a_key_that_a_class_does_not_take_is_refused(case: str, recipe: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_that_trl_refuses_in_its_first_step_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    recipe = recipe_of("dpo", tmp_path, bases, training={"loss_type": ["sigmoyd"]})
+    with pytest.raises(ConfigError, match=r"TRL refuses a setting.*Unknown loss type: sigmoyd. Should be one of"):
+        loraover.train(str(recipe), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_that_lack_a_trainers_columns_are_refused_with_their_line(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of("dpo", tmp_path, bases)
     data_file(tmp_path / "rows.jsonl", *PAIRS, {"prompt": "a", "chosen": "b"})
