@@ -98,7 +98,8 @@ class Endpoint:
         pairs = (each.partition("=") for each in more)
         others = {_header(host, name): _secret(host, variable) for name, _, variable in pairs}
         self.headers |= others
-        self._secrets = [secret for secret in (self._key, *others.values()) if secret]
+        found = [secret for secret in (self._key, *others.values()) if secret]
+        self._secrets = {form for secret in found for form in _shown(secret)}
         try:
             self._connections = Connections(self.url, ca_file)
         except OSError as error:
@@ -350,6 +351,11 @@ def _secret(host: str, variable: str) -> str:
     if not found.isascii() or not found.isprintable():
         raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
     return found
+
+
+def _shown(secret: str) -> tuple[str, ...]:
+    """A secret as messages may have it: as it is, in JSON, and in what Python prints of an answer."""
+    return secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]
 
 
 def _host(url: str) -> str:
