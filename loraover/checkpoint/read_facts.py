@@ -28,7 +28,7 @@ from loraover.models.model_file import find_model_file
 if TYPE_CHECKING:
     from loraover.models.load import ModelSource
 
-FORM = 2
+FORM = 3
 """Number of the form of kept facts; another form gets other files."""
 KEPT_IN_MEMORY = 32
 
@@ -81,11 +81,12 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     architecture = config.architectures[0]
-    modules, experts = {}, {}
+    modules, experts, parameters = {}, {}, ()
     if wanted is None or architecture in wanted:
         model = load_skeleton(source)
         experts = find_expert_weights(model)
         modules = {name: _describe(module) for name, module in model.named_modules() if name}
+        parameters = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
     quantization = getattr(config, "quantization_config", None)
     return ModelFacts(
         architecture=architecture,
@@ -101,6 +102,7 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
         quantization=None if quantization is None else _method(quantization),
         modules=modules,
         experts=experts,
+        parameters=parameters,
     )
 
 
