@@ -363,7 +363,7 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         Endpoint("http://localhost", "MY_KEY")
 
 
-@pytest.mark.parametrize("header", ["X:Y=MY_KEY", "=MY_KEY", "Authorization: Bearer sk-sesame=MY_KEY", "X\n=MY_KEY"])
+@pytest.mark.parametrize("header", ["X:Y=MY_KEY", "=MY_KEY", "Bearer: sk-sesame=MY_KEY", "X\n=MY_KEY", "X", "X="])
 def test_a_header_whose_name_none_can_have_is_refused_and_not_shown(
     header: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
