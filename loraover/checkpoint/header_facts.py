@@ -91,6 +91,7 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
         quantization=None,
         modules=_modules(shapes, is_tied),
         experts={},
+        parameters=tuple({**shapes, f"{HEAD}.weight": ()} if is_tied else shapes),
     )
 
 

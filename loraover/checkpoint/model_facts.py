@@ -45,6 +45,7 @@ class ModelFacts:
         quantization: Method by which the weights are quantised; None if they are not.
         modules: Modules by path, without the parts of parameters that hold experts; empty if they were not asked for.
         experts: Parameters of the experts, by path.
+        parameters: Names of all parameters; empty if modules were not asked for.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class ModelFacts:
     quantization: str | None
     modules: dict[str, ModuleFacts]
     experts: dict[str, ExpertWeight]
+    parameters: tuple[str, ...]
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape (out_features, in_features) of each linear layer, (tokens, dimension) of each embedding.

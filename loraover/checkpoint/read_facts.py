@@ -23,11 +23,12 @@ from loraover.common.later import has_torch
 from loraover.common.paths import cache_folder
 from loraover.common.provenance import environment
 from loraover.models.load import load_config, load_skeleton
+from loraover.models.model_file import find_model_file
 
 if TYPE_CHECKING:
     from loraover.models.load import ModelSource
 
-FORM = 2
+FORM = 3
 """Number of the form of kept facts; another form gets other files."""
 KEPT_IN_MEMORY = 32
 
@@ -44,7 +45,7 @@ def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> Mod
     Raises:
         ConfigError: No usable configuration, or a class that transformers cannot build.
     """
-    config = _config_file(source)
+    config = find_model_file(source, CONFIG)
     if config is None:
         return _found(source, wanted)
     content = config.read_bytes()
@@ -69,33 +70,23 @@ def _read(file: Path) -> ModelFacts | None:
         return None
 
 
-def _config_file(source: ModelSource) -> Path | None:
-    """Return the file of a model's configuration; None if it has none."""
-    folder = Path(source.location)
-    if folder.is_dir():
-        return folder / CONFIG if (folder / CONFIG).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.location, CONFIG, revision=source.revision)
-    return Path(found) if isinstance(found, str) else None
-
-
 def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
     if not has_torch():
         from loraover.checkpoint.header_facts import facts_of_headers
 
-        return facts_of_headers(source, _config_file(source))
+        return facts_of_headers(source, find_model_file(source, CONFIG))
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(source)
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     architecture = config.architectures[0]
-    modules, experts = {}, {}
+    modules, experts, parameters = {}, {}, ()
     if wanted is None or architecture in wanted:
         model = load_skeleton(source)
         experts = find_expert_weights(model)
         modules = {name: _describe(module) for name, module in model.named_modules() if name}
+        parameters = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
     quantization = getattr(config, "quantization_config", None)
     return ModelFacts(
         architecture=architecture,
@@ -111,6 +102,7 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
         quantization=None if quantization is None else _method(quantization),
         modules=modules,
         experts=experts,
+        parameters=parameters,
     )
 
 

@@ -52,8 +52,8 @@ class Targets(BaseModel):
         """Endings of the paths of modules that were trained in full."""
         return [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save or []
 
-    def names_experts(self, parameter: str) -> bool:
-        """Return whether `target_parameters` names a parameter that holds all experts."""
+    def names_parameter(self, parameter: str) -> bool:
+        """Return whether `target_parameters` names a parameter, such as that of all experts, or a router's weight."""
         owner, _, name = parameter.rpartition(".")
         return any(targeted_parameter(target, owner) == name for target in self.target_parameters or ())
 
@@ -154,7 +154,8 @@ def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str],
     stacked = {*experts} - {*map(_parameter, pairs)}
     others = [path for path in modules if path and path not in adapted and _parameter(path) not in stacked]
     lost = [] if alone.is_open else _chosen(config, alone, others, is_named=True)
-    lost += [path for path in experts if _first_expert(path) not in adapted and targets.names_experts(path)]
+    lost += [path for path in others if path not in lost and targets.names_parameter(f"{path}.weight")]
+    lost += [path for path in experts if _first_expert(path) not in adapted and targets.names_parameter(path)]
     if not lost:
         return None
     return f"{_described(targets)} names {_listed(lost)}, and the file of tensors holds only {_listed(list(adapted))}"
@@ -187,8 +188,8 @@ def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str
         raise CheckpointError(f"{config}: {lost}: {LOST}.")
 
 
-def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str]) -> None:
-    """Refuse a file that lacks parameters of modules that `modules_to_save` names; PEFT loads none that does.
+def lost_parameters(config: Path, saved: Collection[str], parameters: Iterable[str]) -> str | None:
+    """Return which parameters of modules in `modules_to_save` a file lacks, in words; None if it lacks none.
 
     The field may name modules that the base model does not have, as PEFT's default for classifiers does.
 
@@ -196,16 +197,21 @@ def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str])
         config: Path of `adapter_config.json`.
         saved: Names of the parameters that the file holds in full.
         parameters: Names of all parameters of the base model.
+    """
+    found = read_json(config, Targets).saved
+    lost = [name for name in parameters if name not in saved and any(f"{ending}." in name for ending in found)]
+    return f"modules_to_save {found!r:.200} names {_listed(lost)}, which the file of tensors lacks" if lost else None
+
+
+def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str]) -> None:
+    """Refuse a file that lacks parameters that were trained in full, which PEFT does not load; see `lost_parameters`.
 
     Raises:
         CheckpointError: The trained values of such a parameter are lost.
     """
-    found = read_json(config, Targets).saved
-    lost = [name for name in parameters if name not in saved and any(f"{ending}." in name for ending in found)]
-    if lost:
-        raise CheckpointError(
-            f"{config}: modules_to_save {found!r:.200} names {_listed(lost)}, which the file of tensors lacks: {LOST}."
-        )
+    lost = lost_parameters(config, saved, parameters)
+    if lost is not None:
+        raise CheckpointError(f"{config}: {lost}: {LOST}.")
 
 
 def _chosen(config: Path, targets: Targets, paths: Iterable[str], *, is_named: bool) -> list[str]:

@@ -175,7 +175,7 @@ def asked_pause(refusal: http.client.HTTPResponse) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(told)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter of a year or a zone that no date has
             return None
         zoned = date if date.tzinfo else date.replace(tzinfo=UTC)
         seconds = (zoned - datetime.now(UTC)).total_seconds()

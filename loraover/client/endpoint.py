@@ -95,10 +95,10 @@ class Endpoint:
         self._key = "" if key_variable is None else _secret(host, key_variable)
         if self._key:  # servers read one of the two
             self.headers |= {"Authorization": f"Bearer {self._key}", "X-Api-Key": self._key}
-        pairs = (each.partition("=") for each in more)
-        others = {_header(host, name): _secret(host, variable) for name, _, variable in pairs}
+        others = dict(_header(host, each) for each in more)
         self.headers |= others
-        self._secrets = [secret for secret in (self._key, *others.values()) if secret]
+        found = [secret for secret in (self._key, *others.values()) if secret]
+        self._secrets = {form for secret in found for form in _shown(secret)}
         try:
             self._connections = Connections(self.url, ca_file)
         except OSError as error:
@@ -330,13 +330,15 @@ def is_same_model(one: str, other: str) -> bool:
     return short == long or long.endswith((f"/{short}", f":{short}")) or bool(re.fullmatch(_DATE, tail))
 
 
-def _header(host: str, name: str) -> str:
-    """Name of a header, which is not shown where it is none: it may hold the value."""
-    if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+def _header(host: str, given: str) -> tuple[str, str]:
+    """Name and value of a header that is given as NAME=VARIABLE; anything else is not shown: it may hold the value."""
+    name, _, variable = given.partition("=")
+    if not variable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
         raise ConfigError(
-            f"a header for {host}: has a name that no header can have; give NAME=VARIABLE, such as X-Team=TEAM_KEY."
+            f"a header for {host}: has no variable, or a name that no header can have; give NAME=VARIABLE, such as "
+            "X-Team=TEAM_KEY."
         )
-    return name
+    return name, _secret(host, variable)
 
 
 def _secret(host: str, variable: str) -> str:
@@ -350,6 +352,11 @@ def _secret(host: str, variable: str) -> str:
     if not found.isascii() or not found.isprintable():
         raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
     return found
+
+
+def _shown(secret: str) -> tuple[str, ...]:
+    """A secret as messages may have it: as it is, in JSON, and in what Python prints of an answer."""
+    return secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]
 
 
 def _host(url: str) -> str:

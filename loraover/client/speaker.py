@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
-from loraover.client.endpoint import AbsentError, Endpoint, UnfitRequestError, is_same_model
+from loraover.client.endpoint import HEADER_CHARACTERS, AbsentError, Endpoint, UnfitRequestError, is_same_model
 from loraover.common.errors import ConfigError, EngineError, UnscoredError, printable
 
 OF_SERVER = ("id", "system_fingerprint")
@@ -132,7 +132,8 @@ class Speaker:
     ) -> tuple[Read, dict[str, str]]:
         answer, told = self.endpoint.exchange(*dialect.request(model, prompt, tokens, is_base=is_base))
         with self.endpoint.readable(model, answer, is_named=dialect.protocol == "openai"):
-            told |= {name: printable(str(answer[name])) for name in OF_SERVER if answer.get(name)}
+            said = {name: self.endpoint.hidden(str(answer[name])) for name in OF_SERVER if answer.get(name)}
+            told |= {name: printable(value[:HEADER_CHARACTERS]) for name, value in said.items()}
             return dialect.read(answer), told
 
     def _logprobs(self, pairs: list[tuple[Any, Any]]) -> dict[int, float]:

@@ -22,7 +22,7 @@ def pinned_commit(name: str, revision: str | None, kind: Kind) -> str:
     Raises:
         ConfigError: As `fetch_repository` does.
     """
-    return fetch_repository(name, revision, kind, ("config.json", "README.md")).name
+    return fetch_repository(name, revision, kind, ("config.json", "modules.json", "README.md")).name
 
 
 def fetch_repository(name: str, revision: str | None, kind: Kind, wanted: Sequence[str]) -> Path:

@@ -19,7 +19,7 @@ import pytest
 from loraover.client import endpoint as module
 from loraover.client.connection import EXPLANATION_BYTES
 from loraover.client.endpoint import Endpoint, UnansweredError
-from loraover.client.speaker import find_models
+from loraover.client.speaker import Speaker, find_models
 from loraover.common.errors import ConfigError, EngineError
 
 from support.openai_server import Answer, Refusal, openai_server
@@ -137,10 +137,12 @@ def test_a_pause_that_the_server_asks_for_is_kept_or_told() -> None:
         before = time.monotonic()
         assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "at last"
         assert time.monotonic() - before >= 0.9
-    with openai_server(lambda body: Refusal(503, {"Retry-After": "9000"})) as server:
-        with pytest.raises(UnansweredError, match=r"answered 503 \(it asks for a pause of 9000 s\)"):
-            Endpoint(server.url).chat("m", HELLO, max_tokens=4)
-        assert len(server.bodies) == 1
+    refusals = iter([Refusal(503, {"Retry-After": each}) for each in ("9000", *3 * (f"1 Jan {9**20} 00:00:00 GMT",))])
+    with openai_server(lambda body: next(refusals)) as server:
+        for told, sent in ((r" \(it asks for a pause of 9000 s\)", 1), ("", 4)):
+            with pytest.raises(UnansweredError, match=rf"answered 503{told}: refused"):
+                Endpoint(server.url).chat("m", HELLO, max_tokens=4)
+            assert len(server.bodies) == sent
 
 
 def test_a_proxy_is_asked_for_the_outside_world_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +236,16 @@ def test_no_part_of_a_key_stays_where_an_answer_is_cut(
         assert "xs" not in str(caught.value)
 
 
+@pytest.mark.parametrize("status", [b"401 no", b"200 OK"])
+def test_a_key_is_hidden_as_json_and_python_write_it(status: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-\"se'same\\")
+    body = rb"""{"detail": "sk-\"se'same\\"}"""
+    reply = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+    with answering(reply) as place, pytest.raises(EngineError, match=r"\*\*\*") as caught:
+        Endpoint(f"http://{place}", "MY_KEY", repeats=False).ask("m", "one", max_tokens=3)
+    assert "same" not in str(caught.value)
+
+
 @pytest.mark.parametrize("key", ["123", "text", "choices"])
 def test_a_key_that_is_an_ordinary_word_changes_no_answer(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", key)
@@ -267,6 +279,10 @@ def test_answers_come_with_their_headers_and_without_secrets(monkeypatch: pytest
     assert content == {"id": 1}
     assert (told["x-served-by"], told["x-told"], len(told["x-long"])) == ("pod-7", "for ***", 200)
     assert "set-cookie" not in told
+    said = b'{"id": "for sk-sesame%s", "choices": [{"logprobs": {"content": [{"id": 1, "logprob": -1}]}}]}'
+    with openai_server(lambda body: Answer(said % (9000 * b"a"), {})) as server:
+        speaker = Speaker(Endpoint(server.url, "MY_KEY"), "m", lambda dialect: "one", dict)
+        assert speaker.answer("m", "one", 1).told["id"] == f"for ***{193 * 'a'}"
 
 
 def test_all_requests_end_at_the_given_time() -> None:
@@ -347,7 +363,7 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         Endpoint("http://localhost", "MY_KEY")
 
 
-@pytest.mark.parametrize("header", ["X:Y=MY_KEY", "=MY_KEY", "Authorization: Bearer sk-sesame=MY_KEY", "X\n=MY_KEY"])
+@pytest.mark.parametrize("header", ["X:Y=MY_KEY", "=MY_KEY", "Bearer: sk-sesame=MY_KEY", "X\n=MY_KEY", "X", "X="])
 def test_a_header_whose_name_none_can_have_is_refused_and_not_shown(
     header: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from support.refusals import only_error
 from support.tiny_models import saved, tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, with_lora
 from support.vllm_damage import DAMAGES, Q0, TENSORS, config
 
+HEAD = "base_model.model.classifier"
 PLAIN = {"rank_pattern": {}, "r": 4, "lora_alpha": 4}
 
 
@@ -171,6 +172,24 @@ def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     verdicts = {check.engine: check.as_it_is.verdict for check in check_adapter(tmp_path / "in").engines}
     assert verdicts["vllm"] == verdicts["onnx"] == verdicts["openvino"] == "refused"
     assert verdicts["torch"] == "right"
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, LoHaConfig])
+def test_a_classifier_without_its_head_is_refused(kind: type[LoraConfig | LoHaConfig], tmp_path: Path) -> None:
+    """By PEFT, and so by what reads it with PEFT; a conversion does not keep the head either."""
+    saved(AutoModelForSequenceClassification.from_config(tiny_bert().config), tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, kind(target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"]))
+    adapted.save_pretrained(tmp_path / "in")
+    (onnx, torch_) = check_adapter(tmp_path / "in", engines=["onnx", "torch"]).engines
+    assert "right" in (onnx.exported.verdict, onnx.converted and onnx.converted.verdict)
+    assert torch_.as_it_is.verdict == "right"
+    edit_tensors(tmp_path / "in" / TENSORS, lambda found: [found.pop(f"{HEAD}.{name}") for name in ("weight", "bias")])
+    for check in check_adapter(tmp_path / "in", engines=["onnx", "torch"]).engines:
+        assert check.as_it_is.verdict == check.exported.verdict == "refused"
+        assert check.converted is None
+    (lost,) = [finding.found for finding in check.as_it_is.findings if finding.feature == "lost parameters"]
+    assert "names classifier.weight, classifier.bias, which the file of tensors lacks" in lost
 
 
 @pytest.mark.parametrize("base", [tiny_bart, tiny_llama])

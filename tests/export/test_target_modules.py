@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.target_modules import Targets
 from loraover.common.errors import CheckpointError, ExportError
-from loraover_export import convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
+from loraover_export import check_adapter, convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
 
 from support.adapters_on_disk import save_base, save_lora
 from support.check_cases import lose_layer_1
@@ -175,6 +175,20 @@ def test_lost_experts_are_refused(part: str, tmp_path: Path) -> None:
     if part != "layers.1.mlp.experts.lora":
         findings = export_vllm(source, tmp_path / "out").preflight.findings
         assert any(found.rule == "modules" and found.level == "error" for found in findings)
+
+
+@needs_expert_stacks
+def test_a_lost_router_is_refused(tmp_path: Path) -> None:
+    """PEFT takes it by the name of its parameter, and keeps an ordinary pair of its module."""
+    model, source = tiny_moe(), tmp_path / "source"
+    model.save_pretrained(tmp_path / "base")
+    expert_lora(model, source, target_parameters=["mlp.gate.weight"])
+    edit_json(source / CONFIG, lambda config: config.update(base_model_name_or_path=str(tmp_path / "base")))
+    assert check_adapter(source, engines="torch").engines[0].as_it_is.verdict == "right"
+    lose(source, "layers.1.mlp.gate")
+    (lost,) = check_adapter(source, engines="torch").engines[0].as_it_is.findings
+    assert (lost.feature, lost.level) == ("lost modules", "wrong silently")
+    assert "names model.layers.1.mlp.gate, and the file" in lost.found
 
 
 def test_the_preflight_finds_a_lost_layer(base: Path, tmp_path: Path) -> None:

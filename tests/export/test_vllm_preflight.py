@@ -205,6 +205,7 @@ def test_a_second_rounding_is_a_warning(
     ("pooling", "dtype", "model_type", "served_in"),
     [
         (False, "float32", "llama", "bf16"),
+        ("modules.json", "float32", "llama", "fp16"),
         (True, "float32", "llama", "fp16"),
         (True, "bfloat16", "llama", "bf16"),
         (True, "float32", "gemma2", "bf16"),
@@ -213,13 +214,18 @@ def test_a_second_rounding_is_a_warning(
     ],
 )
 def test_the_type_that_vllm_serves_a_model_in(
-    pooling: bool, dtype: str | None, model_type: str, served_in: str, adapter: Path
+    pooling: bool | str, dtype: str | None, model_type: str, served_in: str, adapter: Path, tmp_path: Path
 ) -> None:
     """As `_resolve_auto_dtype` of vLLM chooses it; without a known type, nothing is said."""
     right = candidate(adapter)
     table = right.architectures
-    classes = table.lora | {"LlamaForCausalLM": table.lora["LlamaForCausalLM"].model_copy(update={"pooling": pooling})}
-    served = replace(right.served, dtype=dtype, model_type=model_type)
+    described = table.lora["LlamaForCausalLM"].model_copy(update={"pooling": pooling is True})
+    classes = table.lora | {"LlamaForCausalLM": described}
+    source = right.served.source
+    if isinstance(pooling, str):
+        source = replace(source, location=str(tmp_path))
+        (tmp_path / pooling).write_text('[{"type": "sentence_transformers.models.Transformer"}, {"type": "a.Pooling"}]')
+    served = replace(right.served, dtype=dtype, model_type=model_type, source=source)
     asked = replace(right, served=served, architectures=table.model_copy(update={"lora": classes}), dtype="fp32")
     warned = findings(preflight(asked), "warning").get("storage type", "")
     assert f"is served in {served_in}" in warned if dtype else not warned

@@ -195,6 +195,18 @@ EXPORT = (
         Selection("test_target_modules.py", "beside_the_matrices"),
     ),
     Mutant(
+        "lost-routers-pass",
+        'targets.names_parameter(f"{path}.weight")',
+        "targets.names_parameter(path)",
+        Selection("test_target_modules.py", "lost_router"),
+    ),
+    Mutant(
+        "lost-heads-are-right",
+        "if missing_modules(subject) is not None:\n        return None\n    saved",
+        "if subject is not None:\n        return None\n    saved",
+        Selection("test_check.py", "without_its_head"),
+    ),
+    Mutant(
         "any-layer-named",
         'int(found["idx"]) in layers',
         'int(found["idx"]) >= 0',

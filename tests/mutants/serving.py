@@ -231,6 +231,12 @@ SERVING = (
         Selection("test_endpoint.py", "headers"),
     ),
     Mutant(
+        "client-a-key-in-json-is-shown",
+        "return secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]",
+        "return (secret,)",
+        Selection("test_endpoint.py", "as_json_and_python"),
+    ),
+    Mutant(
         "client-an-answer-is-cut-before-its-key-is-hidden",
         "return self.hidden(repr(answer))[:SHOWN_CHARACTERS]",
         "return self.hidden(repr(answer)[:SHOWN_CHARACTERS])",

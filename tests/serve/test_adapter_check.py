@@ -72,11 +72,11 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
 ) -> None:
     other = plant(FAULTS["scaling dropped"], asked.adapter, tmp_path / "other")
     served = Served(asked.base, {"base": None, "shop": asked.adapter, "other": other})
-    server, listed = Mixing(served, victim, company), {"base": None, "shop": "base", "other": "base"}
-    found = checked(server, reference, listed)
+    listed = {"base": None, "shop": "base", "other": "base"}
+    found = checked(Mixing(served, victim, company), reference, listed)
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
     assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
-    alone = checked(server, reference, listed, without_mixed=True)
+    alone = checked(Mixing(served, victim, company), reference, listed, without_mixed=True)
     asked_for = "none was asked for, as --without-mixed says"
     assert (alone["verdict"], alone["mixed_failure"]) == ("as trained", asked_for), alone["reason"]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from loraover.client import endpoint
+from loraover.client.at_once import COMPANION_TOKENS
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve import verify_adapter
 from loraover_serve.engines.base import Setting
@@ -26,6 +25,9 @@ from support.verified import FAULTS, Case, Served, make_case, plant, save_adapte
 
 KEY_VARIABLE = "THE_SERVERS_KEY"
 NAMES = ("base", "shop")
+LONGEST_S = 60.0
+"""Time after which a server no longer waits for a request that its client should send."""
+
 Body = dict[str, Any]
 
 
@@ -64,6 +66,9 @@ def test_a_server_that_is_right_is_as_trained(form: str, case: Case, ask: Callab
 class Mixing:
     """A server that answers one model's requests with another's weights while it has requests for both.
 
+    What is mixed does not depend on how fast the client is: while long answers of the other model are asked for again
+    and again, each short one of the victim waits until one of them is in flight.
+
     Args:
         served: The right answers.
         victim: Name of the model whose requests are answered wrongly.
@@ -72,17 +77,21 @@ class Mixing:
 
     def __init__(self, served: Served, victim: str, company: str) -> None:
         self._served, self._victim, self._company = served, victim, company
-        self._lock, self._running = threading.Lock(), Counter[str]()
+        self._turn, self._beside, self._begun, self._running = threading.Condition(), "", 0, 0
 
     def __call__(self, body: Body) -> bytes:
-        name = body["model"]
-        with self._lock:
-            self._running[name] += 1
-        time.sleep(0.02)  # for requests that were sent together to arrive
-        wrong = name == self._victim and self._running[self._company]
+        name, is_long = body["model"], body["max_tokens"] == COMPANION_TOKENS
+        with self._turn:
+            if is_long:
+                self._beside, self._begun, self._running = name, self._begun + 1, self._running + 1
+                self._turn.notify_all()
+            before, pair = self._begun, (name, self._beside)
+            wrong = pair == (self._victim, self._company) and not is_long
+            if wrong:
+                wrong = bool(self._turn.wait_for(lambda: self._running or self._begun > before, LONGEST_S))
         answer = self._served.answer(body | ({"model": self._company} if wrong else {})) | {"model": name}
-        with self._lock:
-            self._running[name] -= 1
+        with self._turn:
+            self._running -= is_long
         return json.dumps(answer).encode()
 
 

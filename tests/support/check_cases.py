@@ -78,7 +78,8 @@ CASES: dict[str, Change] = {
     "a trained head": both(
         config(modules_to_save=["lm_head"]), added(**{"base_model.model.lm_head.weight": torch.ones(64, 64)})
     ),
-    "a trained norm": both(config(modules_to_save=["norm"]), added(**{f"{MODEL}.norm.weight": torch.ones(64)})),
+    "a trained norm": both(config(modules_to_save=["model.norm"]), added(**{f"{MODEL}.norm.weight": torch.ones(64)})),
+    "a lost head": config(modules_to_save=["lm_head"]),
     "trained tokens": both(
         config(trainable_token_indices=[7]),
         added(**{f"{MODEL}.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 64)}),
@@ -101,7 +102,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "vllm": {
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head", "rank 32"), (OK, OK)),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "PiSSA", "OLoRA", "biases", "a bias of B"), (R, R)),
-        **dict.fromkeys(("a trained head", "a trained norm", "trained tokens", "rank 520"), (R, R)),
+        **dict.fromkeys(("a trained head", "a lost head", "a trained norm", "trained tokens", "rank 520"), (R, R)),
         **dict.fromkeys(("a field of the future", "experts", "another prefix"), (S, R)),
         **dict.fromkeys(("another rank in the configuration", "another shape"), (S, R)),
         **dict.fromkeys(UNLIKE, (S, R)),
@@ -117,7 +118,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("another prefix", "another shape"), (R, R)),
         "another rank in the configuration": (S, R),
         **dict.fromkeys(("aLoRA", "no prefix"), (OK, R)),
-        **dict.fromkeys(UNLIKE, (S, R)),
+        **dict.fromkeys((*UNLIKE, "a lost head"), (S, R)),
     },
     "onnx": {
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "rank 32", "rank 520"), (OK, OK)),
@@ -127,7 +128,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "head": (R, OK),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "a bias of B", "trained tokens"), (S, R)),
         **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
-        **dict.fromkeys(("experts", "another rank in the configuration", "another shape"), (R, R)),
+        **dict.fromkeys(("experts", "another rank in the configuration", "another shape", "a lost head"), (R, R)),
         **dict.fromkeys(UNLIKE, (S, R)),
     },
     "openvino": {
@@ -139,7 +140,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("biases", "a bias of B", "a trained norm", "trained tokens", "no prefix"), (S, R)),
         "another rank in the configuration": (S, R),
         "another shape": (R, R),
-        **dict.fromkeys(UNLIKE, (S, R)),
+        **dict.fromkeys((*UNLIKE, "a lost head"), (S, R)),
         "a trained head": (OK, R),
     },
     "mlx": {
@@ -147,7 +148,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("rank 32", "rank 520"), (R, OK)),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (R, R)),
         **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (R, R)),
-        **dict.fromkeys(("no prefix", "another prefix", *UNLIKE), (R, R)),
+        **dict.fromkeys(("no prefix", "another prefix", "a lost head", *UNLIKE), (R, R)),
         **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
     },
     "torch": {
@@ -156,7 +157,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (OK, R)),
         **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (OK, R)),
         **dict.fromkeys(("no prefix", "another prefix", *UNLIKE), (S, R)),
-        **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
+        **dict.fromkeys(("another rank in the configuration", "another shape", "a lost head"), (R, R)),
         "rank 520": (OK, R),
     },
 }

@@ -11,7 +11,7 @@ from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
 from loraover_export.check.engines.base import command
-from loraover_export.check.features import FEATURES
+from loraover_export.check.features import FEATURES, lost_parameters
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.served import ServedModel
@@ -67,7 +67,8 @@ def converted_subject(subject: Subject) -> Conversion | None:
         return None
     others = [key for key in layout.others if not key.endswith(BASE_WEIGHT)]
     saved = [saved_module(key.removeprefix(KEY_PREFIX), layout.config) for key in others]
-    if not all(module is not None and is_served_head(module) for module in saved):
+    is_kept = all(module is not None and is_served_head(module) for module in saved)
+    if not is_kept or lost_parameters(subject) is not None:
         return None
     kept = {key: subject.shapes[key] for key in others if key in subject.shapes}
     plain = replace(_plain_lora(subject, layout.config, names.values(), kept), served=_part_of(subject.served, move))

@@ -181,6 +181,14 @@ def lost_modules(subject: Subject) -> str | None:
     return target_modules.lost_modules(subject.path / CONFIG_FILE, subject.modules, served.modules, served.experts)
 
 
+def lost_parameters(subject: Subject) -> str | None:
+    """Parameters that were trained in full, and the file does not have."""
+    if missing_modules(subject) is not None:
+        return None
+    saved = {key.removeprefix(KEY_PREFIX) for key in subject.shapes}
+    return target_modules.lost_parameters(subject.path / CONFIG_FILE, saved, subject.served.parameters)
+
+
 def other_shapes(subject: Subject) -> str | None:
     """Matrices that do not fit the base model's modules."""
     wrong = []
@@ -234,8 +242,10 @@ def cores(subject: Subject) -> str | None:
 
 
 def _saved(subject: Subject) -> list[str]:
+    """Entries of `modules_to_save` that the file has tensors of."""
     value = subject.config.get("modules_to_save") or []
-    return [value] if isinstance(value, str) else list(value)
+    names = [value] if isinstance(value, str) else value
+    return _once(name for name in names if any(f"{name}." in key for key in subject.shapes))
 
 
 def _base(subject: Subject) -> str:
@@ -269,6 +279,7 @@ FEATURES: dict[str, Feature] = {
     "missing modules": missing_modules,
     "unnamed modules": unnamed_modules,
     "lost modules": lost_modules,
+    "lost parameters": lost_parameters,
     "other shapes": other_shapes,
     "embedding": embedding,
     "tied embedding": tied_embedding,
@@ -282,6 +293,6 @@ FEATURES: dict[str, Feature] = {
 MORE_THAN_AB = (
     *("method", "DoRA", "variant", "aLoRA", "experts", "initialisation", "biases", "LoRA bias"),
     *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "missing modules", "unnamed modules"),
-    *("lost modules", "other shapes"),
+    *("lost modules", "lost parameters", "other shapes"),
 )
 """Features that A and B of the base model's modules cannot express."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loraover.checkpoint.read_facts import read_facts
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource
+from loraover.models.model_file import MODULES_FILE, embeds_texts
 
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 """Tasks by PEFT's names."""
@@ -21,9 +22,14 @@ def find_task(named: str | None, base: ModelSource) -> str:
         base: The base model.
 
     Raises:
-        ConfigError: A task that no graph is made for, or no usable configuration.
+        ConfigError: A task that no graph is made for, such as the embedding of texts, or no usable configuration.
         ExportError: An encoder-decoder model that is no T5.
     """
+    if named is None and embeds_texts(base):
+        raise ConfigError(
+            f"{base.origin} embeds texts, as its {MODULES_FILE} says, and no graph is made for that; if the adapter "
+            'was trained to generate, set task_type in adapter_config.json to "CAUSAL_LM".'
+        )
     facts = read_facts(base)
     task = named or ("SEQ_2_SEQ_LM" if facts.is_encoder_decoder else "CAUSAL_LM")
     if task not in TASKS:

@@ -13,6 +13,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, is_encoder_decoder
+from loraover.models.model_file import embeds_texts
 from loraover_export.onnx.tasks import find_task
 from loraover_export.uniform.refusals import check_no_experts
 
@@ -44,7 +45,8 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
         ConfigError: Another task.
     """
     task = adapter.config.task_type
-    if task in (None, "CAUSAL_LM") and not is_encoder_decoder(base):
+    generates = task == "CAUSAL_LM" or (task is None and not embeds_texts(base))
+    if generates and not is_encoder_decoder(base):
         return
     try:
         find_task(task, base)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.canary import Canary
 
 PREFIX = "loraover_watch"
-VERDICTS = ("as trained", "differs", "inconclusive", "failed")
 OF_ADAPTER = ("server", "adapter")
 GAUGES = {
     "last_check_timestamp_seconds": "End of the last check, in seconds since 1970",
@@ -57,7 +57,7 @@ class Metrics:
             last, change = self._canary.history.last(target.key), self._canary.history.last_change(target.key)
             if last is None:
                 continue
-            for verdict in VERDICTS:
+            for verdict in EXIT_CODES:
                 verdicts.add_metric((*target.key, verdict), float(verdict == last.verdict))
             values = {
                 "last_check_timestamp_seconds": last.at,

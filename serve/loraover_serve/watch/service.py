@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from loraover_serve.watch.request import WatchRequest
 TICK_S, SHORTEST_S = 1.0, 0.2
 """Longest and shortest time between two looks at the configuration and the plan, in seconds."""
 REFRESH_S = 30
+SILENT_S = 60.0
+"""Time after which a reader who asks for nothing is hung up on, in seconds."""
 
 
 class Watch:
@@ -123,6 +126,15 @@ def _state(request: WatchRequest) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell an error, unless a reader hung up."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(watch: Watch, report: Reporter) -> Iterator[str]:
     """Serve the page, /metrics and /healthz during a block, and yield the page's address.
@@ -136,6 +148,8 @@ def serving(watch: Watch, report: Reporter) -> Iterator[str]:
     """
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = SILENT_S
+
         def do_GET(self) -> None:
             made: dict[str, tuple[str, Callable[[], bytes]]] = {
                 "/": ("text/html; charset=utf-8", lambda: watch.page().encode()),
@@ -143,8 +157,12 @@ def serving(watch: Watch, report: Reporter) -> Iterator[str]:
                 "/healthz": ("text/plain", lambda: b"ok\n"),
             }
             kind, content = made.get(self.path.partition("?")[0], ("", bytes))
-            body = content() if kind else b"not found\n"
-            self.send_response(200 if kind else 404)
+            status = 200 if kind else 404
+            try:
+                body = content() if kind else b"not found\n"
+            except OutputError as error:  # the history
+                status, kind, body = 503, "text/plain; charset=utf-8", f"{error}\n".encode()
+            self.send_response(status)
             self.send_header("Content-Type", kind or "text/plain")
             self.send_header("Content-Length", str(len(body)))
             if self.path == "/":
@@ -157,10 +175,9 @@ def serving(watch: Watch, report: Reporter) -> Iterator[str]:
 
     config = watch.canary.watched.config
     try:
-        server = ThreadingHTTPServer((config.host, config.port), Handler)
+        server = _Server((config.host, config.port), Handler)
     except OSError as error:
         raise OutputError(f"{config.host}:{config.port}: {error.strerror}; choose another host or port.") from error
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://{config.host}:{server.server_port}"

@@ -58,6 +58,7 @@ PEFT_FORM = {
     "missing modules": refused("llama.cpp refuses names that its model does not have"),
     "unnamed modules": silent("the converter does not read these fields, and writes all matrices"),
     "lost modules": LOST,
+    "lost parameters": LOST,
     "other shapes": refused("llama.cpp refuses shapes that its model does not have"),
     "tied embedding": silent("llama.cpp applies it to the head as well, or ends its process"),
     "tied head": refused("llama.cpp has no weight of the head"),

@@ -59,6 +59,7 @@ PEFT_FORM = {
     "missing modules": NOT_LOADED,
     "unnamed modules": NOT_LOADED,
     "lost modules": LOST,
+    "lost parameters": refused("PEFT, which the builder uses, cannot load it"),
     "other shapes": refused("PEFT, which the builder uses, cannot load it"),
     "embedding": silent("the builder leaves out its adapter"),
     "adapted head": refused("the builder's graph is invalid, and ONNX Runtime does not load it"),

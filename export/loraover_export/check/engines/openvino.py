@@ -48,6 +48,7 @@ PEFT_FORM = {
     "key prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
     "unnamed modules": silent("OpenVINO does not read adapter_config.json, and applies all matrices"),
     "lost modules": LOST,
+    "lost parameters": LOST,
     "other shapes": refused("OpenVINO cannot set a state of another shape"),
     "embedding": silent("OpenVINO knows lora_A and lora_B only, and ignores lora_embedding_A and B"),
     "quantised base": OTHER_BASE,

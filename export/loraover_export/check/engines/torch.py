@@ -22,6 +22,7 @@ PEFT_FORM = {
     "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
     "unnamed modules": silent("PEFT ignores these matrices, with a Python warning at most"),
     "lost modules": silent("PEFT starts these modules again, so they do nothing, with a Python warning only"),
+    "lost parameters": refused("PEFT cannot load it"),
     "other shapes": refused("PEFT cannot load matrices of other shapes"),
     "cores": CORES,
 }

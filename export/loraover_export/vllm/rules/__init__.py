@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from loraover.common.request import as_written
+from loraover.models.model_file import embeds_texts
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.known_faults import known_faults
@@ -64,13 +65,12 @@ def storage_type(candidate: Candidate) -> Iterator[Problem]:
 def _served_type(candidate: Candidate) -> str | None:
     """Return the type that vLLM computes in and casts adapters to, unless --dtype asks for another; None if unknown.
 
-    A model in float32 is cast to float16 where it pools, to bfloat16 where it generates. A model that pools only for
-    its file modules.json of sentence-transformers counts as one that generates.
+    A model in float32 is cast to float16 where it pools, to bfloat16 where it generates.
 
     Source: `_resolve_auto_dtype` in vllm/config/model.py of vLLM 0.32, for devices that compute in both types.
     """
     served, described = candidate.served, candidate.architecture
-    is_pooling = described is not None and described.pooling
+    is_pooling = (described is not None and described.pooling) or embeds_texts(served.source)
     if served.dtype == "float16" or (served.dtype == "float32" and is_pooling):
         return "bf16" if served.model_type in WITHOUT_FLOAT16 else "fp16"
     return "bf16" if served.dtype in ("bfloat16", "float32") else None
