@@ -154,13 +154,18 @@ NO_RECIPE: dict[str, Any] = {"training": {"num_train_epochs": 1, "per_device_tra
 """Recipe of a run that names only its model and its data."""
 
 
+LENGTHS = {"training.max_steps": "num_train_epochs", "training.num_train_epochs": "max_steps"}
+"""Each length of a run by its dotted key, and the other one, whose place it takes."""
+
+
 def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe that ships or a YAML file, or take a recipe with other values.
 
     Args:
         recipe: A recipe, the name of one that ships such as "demo", or the path of a YAML file; None: one epoch, of
             which `overrides` give at least the model and the data.
-        overrides: Values by dotted key, e.g. `{"training.seed": 1}`.
+        overrides: Values by dotted key, e.g. `{"training.seed": 1}`. A number of steps takes the place of the recipe's
+            epochs, and the other way round.
 
     Raises:
         ConfigError: No such recipe, not YAML, or values that do not fit; every fault is named.
@@ -172,7 +177,11 @@ def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any]
     else:
         name = str(recipe)
         values = _read(name)
-    for key, value in (overrides or {}).items():
+    given = overrides or {}
+    for key, other in LENGTHS.items():
+        if given.get(key) is not None and isinstance(values.get("training"), dict):
+            values["training"].pop(other, None)
+    for key, value in given.items():
         _override(values, key, value)
     try:
         return Recipe.model_validate(values)

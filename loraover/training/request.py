@@ -149,6 +149,5 @@ class TrainRequest(Request):
     def overrides(self) -> dict[str, Any]:
         """Values in place of the recipe's, by dotted key."""
         given = {key: getattr(self, name) for name, key in KEYS.items() if getattr(self, name) is not None}
-        epochs = {} if self.steps is None else {"training.num_train_epochs": None}
         cores = {"push_checkpoint": True} if self.push_checkpoint else {}
-        return given | epochs | cores | dict(self.settings or {})
+        return given | cores | dict(self.settings or {})

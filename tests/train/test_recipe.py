@@ -104,6 +104,16 @@ def test_all_faults_are_reported_at_once(write: Write) -> None:
     assert "'eight'" in message
 
 
+@pytest.mark.parametrize(("given", "other"), [("max_steps", "num_train_epochs"), ("num_train_epochs", "max_steps")])
+def test_a_length_takes_the_place_of_the_other(given: str, other: str, write: Write) -> None:
+    asked = {f"training.{given}": 2}
+    path = write(changed(training={other: 1}))
+    for recipe, more in ((path, {}), (None, {"model": "m", "data.train": "a.jsonl"})):
+        training = load_recipe(recipe, asked | more).training
+        assert (getattr(training, given), getattr(training, other)) == (2, None)
+    assert "give one of max_steps and num_train_epochs" in fault(path, **asked, **{f"training.{other}": 3})
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
