@@ -195,12 +195,11 @@ def test_both_graphs_of_t5_get_files(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "base")
     matrices = {"decoder.block.0.layer.0.SelfAttention.q": (torch.randn(2, 32), torch.randn(32, 2))}
     config: dict[str, Any] = {"task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": str(tmp_path / "base")}
-    config["target_modules"] = ["q", "wo"]  # without them, PEFT adapts q and v
-    first = write_adapter(tmp_path / "first", matrices, **config)
+    first = write_adapter(tmp_path / "first", matrices, target_modules=[*matrices], **config)
     module = "encoder.block.0.layer.1.DenseReluDense.wo"
     weight = dict(tiny_t5().named_modules())[module].weight
     both = matrices | {module: (torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2))}
-    second = write_adapter(tmp_path / "second", both, **config)
+    second = write_adapter(tmp_path / "second", both, target_modules=[*both], **config)
     exported("T5", [first, second], tmp_path / "web", *WEB)
     for name, ranks in (("first", {"encoder": 0, "decoder": 2}), ("second", {"encoder": 2, "decoder": 2})):
         for part, rank in ranks.items():
