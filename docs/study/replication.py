@@ -48,13 +48,12 @@ def runs_of(plan: Registration, seeds: list[int], tasks: list[str]) -> list[Run]
     ]
 
 
-def ruler_of(plan: Registration, tasks: list[str]) -> list[Run]:
-    """Full fine-tuning on some tasks at each of its rates."""
+def ruler_of(plan: Registration) -> list[Run]:
+    """Full fine-tuning at each of its rates."""
     ruler = plan["ruler"]
     return [
         _run(plan, task, ruler, float(rate), ruler["seed"])
         for task in plan["tasks"]
-        if task["name"] in tasks
         for rate in ruler["learning_rates"]
     ]
 
@@ -65,8 +64,8 @@ def start_of(plan: Registration) -> Run:
     return _run(plan, task, plan["primary"]["baseline"], float(plan["learning_rate"]), plan["ruler"]["seed"])
 
 
-def secondary_of(plan: Registration, adapter: Path, tasks: list[str]) -> list[Run]:
-    """Both methods on some tasks, started from an adapter, with the first seed."""
+def secondary_of(plan: Registration, adapter: Path) -> list[Run]:
+    """Both methods on every task, started from an adapter, with the first seed."""
     named = {method["name"]: method for method in plan["primary"].values()}
     return [
         _run(
@@ -77,7 +76,6 @@ def secondary_of(plan: Registration, adapter: Path, tasks: list[str]) -> list[Ru
             plan["seeds"][0],
         )
         for task in plan["tasks"]
-        if task["name"] in tasks
         for name in plan["secondary"]["methods"]
     ]
 
@@ -175,8 +173,8 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
     pilot = finished(runs_of(plan, plan["pilot_seeds"], names), folder)
     is_piloted = len(pilot) == len(runs_of(plan, plan["pilot_seeds"], names))
     widths = predicted_widths(plan, pilot) if is_piloted else {}
-    ruler = finished(ruler_of(plan, names), folder)
-    started = finished(secondary_of(plan, folder / start_of(plan).folder / "adapter", names), folder)
+    ruler = finished(ruler_of(plan), folder)
+    started = finished(secondary_of(plan, folder / start_of(plan).folder / "adapter"), folder)
     tasks: dict[str, Any] = {}
     for name in names:
         asked = runs_of(plan, plan["seeds"], [name])
@@ -225,12 +223,11 @@ def main() -> None:
         widths = predicted_widths(plan, pilot)
         kept = [name for name in names if widths[name] < plan["required_width_percent"]]
         print(f"predicted widths in per cent: {widths}; continued: {kept}")
-        if kept:
-            run_grid(runs_of(plan, plan["seeds"], kept), study)
-            run_grid(ruler_of(plan, kept), study)
-            start = start_of(plan)
-            execute(start.recipe, asked.folder / start.folder, threads=1)
-            run_grid(secondary_of(plan, asked.folder / start.folder / "adapter", kept), study)
+        run_grid(runs_of(plan, plan["seeds"], kept), study)
+        run_grid(ruler_of(plan), study)
+        start = start_of(plan)
+        execute(start.recipe, asked.folder / start.folder, threads=1)
+        run_grid(secondary_of(plan, asked.folder / start.folder / "adapter"), study)
     found = report(plan, asked.folder, registration)
     publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: found[key] for key in ("tasks", "verdict")}, indent=1))

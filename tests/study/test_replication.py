@@ -105,7 +105,7 @@ def test_a_task_that_stops_shows_its_pilot(replication: ModuleType, tmp_path: Pa
     assert whole == pilot | {"finished_runs": 8}
 
 
-def test_a_task_that_stops_trains_no_more(
+def test_a_task_that_stops_trains_no_more_seeds(
     replication: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -117,12 +117,13 @@ def test_a_task_that_stops_trains_no_more(
     monkeypatch.setattr(replication, "run_grid", run_grid)
     monkeypatch.setattr(replication, "execute", lambda *_, **__: asked.append("start"))
     monkeypatch.setattr("sys.argv", ["replication.py", str(STUDY / "replication.yaml"), str(tmp_path)])
-    pilot = [run.name for run in replication.runs_of(PLAN, PLAN["pilot_seeds"], TASKS)]
+    pilot, ruler = replication.runs_of(PLAN, PLAN["pilot_seeds"], TASKS), replication.ruler_of(PLAN)
+    started = replication.secondary_of(PLAN, tmp_path)
     for noisy in (["mnli", "mbpp"], TASKS):
         asked.clear()
         replication.main()
-        further = {name.partition("/")[0] for name in asked[len(pilot) :]}
-        assert further == ({*TASKS} - {*noisy} | {"start"} if noisy != TASKS else set())
+        going_on = replication.runs_of(PLAN, PLAN["seeds"], [name for name in TASKS if name not in noisy])
+        assert asked == [*(run.name for run in (*pilot, *going_on, *ruler)), "start", *(run.name for run in started)]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_task_that_stops_trains_no_more(
 def test_the_share_of_the_gap_to_full_fine_tuning_is_told(
     replication: ModuleType, losses: tuple[float | None, ...], closed: float | None, tmp_path: Path
 ) -> None:
-    runs = replication.ruler_of(PLAN, ["mbpp"])
+    runs = [run for run in replication.ruler_of(PLAN) if run.task == "mbpp"]
     baseline = judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])["tasks"]["mbpp"]["baseline_loss"]
     for run, loss in zip(runs, losses, strict=False):
         failed = RunOutcome(recipe=digest(run.recipe), failure="training diverged")

@@ -112,9 +112,8 @@ def prepare_adapter(
     ranks = _checked(target, max_rank, approximate_to_rank)
     base = _resolve(source, target)
     states = file_states(source)
-    digest = digest_of(
-        source, base, asdict(target) | asdict(ranks), [*engine_of(engine).files(target.model), source / REFERENCE_FILE]
-    )
+    read = [*engine_of(engine).files(target.model), source / REFERENCE_FILE]
+    digest = digest_of(source, base, asdict(target) | asdict(ranks), read)
     folder, refused = cache / digest, cache / f"{digest}.refused.json"
     found = _look_up(folder, refused, source)
     if found is not None:
