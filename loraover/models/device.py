@@ -73,6 +73,18 @@ def found_devices() -> dict[str, int]:
     return {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
 
 
+def prefers_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions that make a step in bfloat16 faster than one in float32.
+
+    Of x86 CPUs, these are the ones with AMX. A step of SmolLM2 takes 0.6 of the time there; 1.7 times as long with the
+    instructions of AVX-512 for bfloat16 alone, 4 times as long with AVX-512 without them, and up to 45 times as long
+    without AVX-512 (PyTorch 2.13, oneDNN limited by ONEDNN_MAX_CPU_ISA on one CPU). Others were not measured.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # before PyTorch 2.11, no public name
+
+
 def _in_words(found: dict[str, int]) -> str:
     names = [kind if count == 1 else f"{count} of {kind}" for kind, count in found.items() if count]
     return f"{', '.join(names)} only" if len(names) == 1 else ", ".join(names)

@@ -16,6 +16,7 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import TEXTS, RowForm
 from loraover.data.sources import Rows
+from loraover.models.device import choose_device, prefers_bf16
 from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import SOAP
@@ -46,17 +47,12 @@ def _check_known(key: str, value: str, known: Sequence[str]) -> None:
 
 
 def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
-    """Report a run in bf16 on a CPU that has no instructions for it.
-
-    Without AVX-512, oneDNN has no matrix product in bfloat16, and PyTorch's own takes 5 to 45 times as long as that in
-    float32.
-    """
-    is_cpu = not torch.accelerator.is_available()
-    capability = torch.backends.cpu.get_cpu_capability()
-    if recipe.training.bf16 and is_cpu and capability in ("NO AVX", "AVX2"):
+    """Report a run in bf16 on an x86 CPU on which float32 is faster."""
+    device, capability = choose_device(), torch.backends.cpu.get_cpu_capability()
+    if recipe.training.bf16 and device.type == "cpu" and "AVX" in capability and not prefers_bf16(device):
         report.line(
-            f"training.bf16 is true, and this CPU ({capability}) has no instructions for it: float32 takes twice the "
-            "memory for the base model, and a fraction of the time"
+            f"training.bf16 is true, and this CPU ({capability}, without AMX) is slow in it: float32 takes twice the "
+            "memory for the base model, and less time"
         )
 
 

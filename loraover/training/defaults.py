@@ -8,7 +8,7 @@ import torch
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
-from loraover.models.device import choose_device, total_memory
+from loraover.models.device import choose_device, prefers_bf16, total_memory
 from loraover.models.load import ModelSource
 from loraover.models.memory import ROOM
 from loraover.training.estimate import estimate_memory
@@ -44,10 +44,11 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Rep
     training, values = recipe.training, dict[str, Any]()
     text = config.get_text_config()
     if training.bf16 is None:
-        needs_fp32 = METHODS.get(recipe.method, TrainingMethod).needs_fp32
-        values["bf16"] = _has_bf16() and not (training.fp16 or needs_fp32)
-        why = "this GPU computes in it" if values["bf16"] else "no GPU here computes in it, or it is not wanted"
-        report.line(f"training.bf16: {str(values['bf16']).lower()}, since {why}")
+        device = choose_device()
+        why_not = _against_bf16(recipe, device)
+        values["bf16"] = why_not is None
+        why = why_not or f"this machine's {device.type} is faster in it than in float32"
+        report.line(f"training.bf16: {str(why_not is None).lower()}, since {why}")
     if training.learning_rate is None:
         key = "lora+" if training.loraplus_lr_ratio is not None else recipe.method
         studied = LEARNING_RATES[key]
@@ -110,5 +111,10 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
     )
 
 
-def _has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _against_bf16(recipe: Recipe, device: torch.device) -> str | None:
+    """Return why a run that leaves it open computes in float32; None if it computes in bfloat16."""
+    if recipe.training.fp16:
+        return "training.fp16 is true"
+    if METHODS.get(recipe.method, TrainingMethod).needs_fp32:
+        return f"method {recipe.method} computes in float32"
+    return None if prefers_bf16(device) else f"this machine's {device.type} is not known to be faster in it"

@@ -227,7 +227,7 @@ class Training(OpenPart):
     max_length: int | None = Field(
         None, ge=8, description="Tokens of an example; longer ones are cut. None: the longest, or the model's context."
     )
-    bf16: bool | None = Field(None, description="Compute in bfloat16; None: on a GPU that has it.")
+    bf16: bool | None = Field(None, description="Compute in bfloat16; None: on a GPU that has it, or a CPU with AMX.")
     fp16: bool = Field(False, description="Compute in float16, with a scaled loss.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in place of keeping them; TRL's default is true."

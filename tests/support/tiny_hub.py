@@ -81,6 +81,7 @@ def write_recipe(path: Path, model: Path | str, **parts: Any) -> Path:
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-2,
             "max_length": 128,
+            "bf16": False,
             "warmup_steps": 0,
             "logging_steps": 1,
             "save_steps": 2,

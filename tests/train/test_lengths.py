@@ -16,6 +16,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import SILENT
 from loraover.data.sources import Counted, Rows
+from loraover.models.device import choose_device, prefers_bf16
 from loraover.models.load import load_model, load_tokenizer, resolve_model
 from loraover.training.defaults import LEARNING_RATES
 from loraover.training.lengths import Tokens, count_tokens, summarise
@@ -246,7 +247,7 @@ def test_data_and_a_model_are_enough(base: Path, tmp_path: Path, monkeypatch: py
     assert (found.steps, found.lengths.cut) == (5, 0)
     assert made.training.learning_rate == found.learning_rate == pytest.approx(LEARNING_RATES["lora-over"] * 576 / 32)
     assert (made.training.micro_batch, made.training.max_length) == (8, found.lengths.longest)
-    assert (made.training.warmup_steps, made.training.bf16) == (0.03, False)
+    assert (made.training.warmup_steps, made.training.bf16) == (0.03, prefers_bf16(choose_device()))
     assert found.before is not None
     assert (found.before.examples, found.before.exact_match) == (2, None)
 

@@ -7,7 +7,9 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ import loraover_export.cli
 from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.common.command_line import run
+from loraover.models import device
+from loraover.models.load import load_config, resolve_model
 from loraover.training.checks import note_slow_precision
+from loraover.training.defaults import with_defaults
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 
@@ -195,14 +200,38 @@ def test_answers_without_numbers_are_not_judged_by_numbers(
     assert ("no held-out completion has a number" in capsys.readouterr().out) is not is_measured
 
 
-@pytest.mark.parametrize(("capability", "lines"), [("AVX2", 1), ("AVX512", 0)])
-def test_bf16_on_a_cpu_without_instructions_for_it_is_reported(
-    capability: str, lines: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("capability", "has_amx", "lines"),
+    [("AVX2", False, 1), ("AVX512", False, 1), ("AVX512", True, 0), ("SVE256", False, 0)],
+)
+def test_bf16_on_a_cpu_that_is_slow_in_it_is_reported(
+    capability: str, has_amx: bool, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(device, "found_devices", lambda: {"cpu": 1, "cuda": 0, "mps": 0})
     note_slow_precision(load_recipe("demo", {"training.bf16": True}), said := Lines())
-    assert [f"this CPU ({capability}) has no instructions" in line for line in said.lines] == [True] * lines
+    assert [f"this CPU ({capability}, without AMX) is slow" in line for line in said.lines] == [True] * lines
+
+
+BF16 = {
+    "a CPU with AMX": (True, {}, True, "this machine's cpu is faster in it than in float32"),
+    "a CPU without AMX": (False, {}, False, "this machine's cpu is not known to be faster in it"),
+    "fp16": (True, {"training.fp16": True}, False, "training.fp16 is true"),
+    "a method in float32": (True, {"method": "federated"}, False, "method federated computes in float32"),
+}
+
+
+@pytest.mark.parametrize(("has_amx", "settings", "is_used", "why"), BF16.values(), ids=BF16)
+def test_bf16_is_the_default_where_it_is_faster(
+    has_amx: bool, settings: Mapping[str, Any], is_used: bool, why: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(device, "found_devices", lambda: {"cpu": 1, "cuda": 0, "mps": 0})
+    config = load_config(resolve_model(str(base)))
+    found = with_defaults(load_recipe("demo", settings), config, [], said := Lines())
+    assert found.training.bf16 is is_used
+    assert f"training.bf16: {str(is_used).lower()}, since {why}" in said.lines
 
 
 def test_nothing_is_measured_without_held_out_data(recipe: Path, tmp_path: Path) -> None:
