@@ -23,6 +23,15 @@ def pushes(product: str) -> Any:
     )
 
 
+def keeps_private(needs: str | None = PUSH) -> Any:
+    """Declare the field `private` of a verb with the field `push_to_hub`.
+
+    Args:
+        needs: Name of the field that has to be given with this one; None: a recipe may have it.
+    """
+    return option("If the upload makes the repository, make it private.", default=False, needs=needs)
+
+
 def check_repository(repository: str) -> None:
     """Check before any work whether a product could be uploaded to a repository.
 
@@ -72,7 +81,7 @@ def push_checked(request: Any, verdict: str) -> None:
     """Upload what an export has written, if all of its checks passed.
 
     Args:
-        request: The export's request, with `push_to_hub`, `output` and `report`.
+        request: The export's request, with `push_to_hub`, `private`, `output` and `report`.
         verdict: Verdict of the checks.
 
     Raises:
@@ -80,7 +89,7 @@ def push_checked(request: Any, verdict: str) -> None:
     """
     repository = request.push_to_hub
     if verdict == "passed":
-        push(repository, request.output, request.output)
+        push(repository, request.output, request.output, is_private=request.private or None)
         request.report.line(f"uploaded to {repository}")
     elif verdict != "failed":  # of what failed, nothing is written either
         request.report.line(f"not uploaded to {repository}, since the check is {verdict}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.request_fields import records
-from loraover.sources.push import pushes
+from loraover.sources.push import keeps_private, pushes
 
 
 def values_by_key(description: str, flag: str = "--set", **more: Any) -> Any:
@@ -109,6 +109,7 @@ class TrainRequest(Request):
         "Value of any other key of the recipe, such as training.weight_decay=0.01."
     )
     push_to_hub: str | None = pushes("the plain LoRA")
+    private: bool = keeps_private(needs=None)
     push_checkpoint: bool = option(
         "Upload the cores too, to the repository's folder checkpoint, for those who want to fold them again.",
         default=False,
@@ -149,5 +150,5 @@ class TrainRequest(Request):
     def overrides(self) -> dict[str, Any]:
         """Values in place of the recipe's, by dotted key."""
         given = {key: getattr(self, name) for name, key in KEYS.items() if getattr(self, name) is not None}
-        cores = {"push_checkpoint": True} if self.push_checkpoint else {}
-        return given | cores | dict(self.settings or {})
+        flags = {"push_checkpoint": self.push_checkpoint, "training.hub_private_repo": self.private}
+        return given | {key: True for key, is_set in flags.items() if is_set} | dict(self.settings or {})

@@ -93,7 +93,7 @@ def test_the_cores_are_uploaded_when_asked_for(recipe: Path, tmp_path: Path, hub
 
 
 def test_a_plain_lora_is_uploaded_as_it_is(recipe: Path, tmp_path: Path, hub: HubServer) -> None:
-    words = ("--method", "lora", "--push-to-hub", "me/adapter", "--set", "training.hub_private_repo=true")
+    words = ("--method", "lora", "--push-to-hub", "me/adapter", "--private")
     assert train(recipe, tmp_path / "out", *words) == 0
     assert hub.private == {"me/adapter"}
     files = hub.repositories["me/adapter"]
@@ -118,13 +118,15 @@ def test_a_fold_and_an_export_upload_what_they_write(bases: dict[str, Path], tmp
     write_reference(checkpoint)
     for verb, certificate in (("fold", CERTIFICATE), ("vllm", "vllm_certificate.json")):
         out, repository = tmp_path / verb, f"me/{verb}"
-        assert run(cli, ["export", verb, str(checkpoint), "-o", str(out), "--push-to-hub", repository]) == 0
+        words = ["export", verb, str(checkpoint), "-o", str(out), "--push-to-hub", repository]
+        assert run(cli, [*words, "--private"] if verb == "fold" else words) == 0
         files = hub.repositories[repository]
         assert {*PLAIN, certificate, REFERENCE_FILE} <= files.keys()
         assert not files.keys() & {CORES_FILE, "fold.html"}
         for name, content in files.items():
             assert content == (out / name).read_bytes()
         assert misfit(hub.write(repository, tmp_path / f"{verb}-there") / REFERENCE_FILE) is None
+    assert hub.private == {"me/fold"}
 
 
 @pytest.mark.parametrize(

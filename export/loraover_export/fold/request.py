@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import max_memory, records, stored_dtype
-from loraover.sources.push import pushes
+from loraover.sources.push import keeps_private, pushes
 from loraover_export.uniform.request_fields import (
     base_model,
     check_faults,
@@ -53,6 +53,7 @@ class FoldRequest(Request):
     )
     record: bool = records("the folded adapter")
     push_to_hub: str | None = pushes("the folded adapter")
+    private: bool = keeps_private()
     model: AnyName | None = base_model(" for the comparison of logits, and for the reference")
     prompts: AnyPath | None = prompts()
     device: str = logits_device()

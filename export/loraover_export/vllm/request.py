@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
-from loraover.sources.push import pushes
+from loraover.sources.push import keeps_private, pushes
 from loraover_export.uniform.request_fields import given_adapter, replaces
 
 
@@ -47,6 +47,7 @@ class VllmRequest(Request):
         "Release of vLLM whose rules apply, such as 0.33.0.", default=None, default_text="0.32.0"
     )
     push_to_hub: str | None = pushes("the adapter")
+    private: bool = keeps_private()
     force: bool = replaces("adapter for vLLM")
 
     def faults(self) -> Iterator[str]:
