@@ -81,8 +81,8 @@ def prefers_bf16(device: torch.device) -> bool:
     without AVX-512 (PyTorch 2.13, oneDNN limited by ONEDNN_MAX_CPU_ISA on one CPU). Others were not measured.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()  # before PyTorch 2.11, no public name
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())  # PyTorch 2.6 has no public function
 
 
 def _in_words(found: dict[str, int]) -> str:
