@@ -18,6 +18,7 @@ import torch
 from rich.table import Table
 
 from loraover.common.reporter import SILENT
+from loraover.models.device import choose_device, prefers_bf16
 from loraover.models.load import resolve_model
 from loraover.training.recipe import Recipe
 from loraover.training.run import train
@@ -35,15 +36,19 @@ class Shape(NamedTuple):
         batch: Rows of a micro-batch.
         tokens: Tokens of a row.
         rank: Rank of the LoRA.
+        precision: What it computes in, fp32 or bf16.
     """
 
     method: str
     batch: int
     tokens: int
     rank: int
+    precision: str = "fp32"
 
 
 SHAPES = (Shape("lora", 2, 64, 8), Shape("lora", 4, 128, 16), Shape("lora-over", 2, 128, 4))
+SHORT_SHAPES = (Shape("lora", 4, 128, 16, "bf16"), Shape("lora-over", 2, 128, 4, "bf16"))
+"""Shapes for a machine on which runs compute in bfloat16 unless they are told otherwise."""
 WITHIN = RunNeeds(0.25, 0.15)
 """Largest relative errors that the issue allows."""
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -75,7 +80,7 @@ def recipe_of(shape: Shape, folder: Path, model: str = MODEL, **training: Any) -
             "max_length": shape.tokens,
             "learning_rate": 1e-4,
             "warmup_steps": 0,
-            "bf16": False,
+            "bf16": shape.precision == "bf16",
             **training,
         },
         "evaluation": {"examples": 0},
@@ -106,16 +111,16 @@ def measured(shape: Shape) -> RunNeeds:
 def measure() -> Iterator[Table]:
     """Compare what a plan predicts with what the run needs, for plain LoRA and LoRA-Over."""
     table = table_of(
-        "SmolLM2-135M in float32, all linear layers: predicted by --plan, and measured",
+        "SmolLM2-135M, all linear layers: predicted by --plan, and measured",
         *("run", "peak predicted", "measured", "off by", "step predicted", "measured", "off by"),
         caption=f"Wanted: memory within {WITHIN.peak_bytes:.0%}, time within {WITHIN.step_seconds:.0%}. "
         "Processor time of one thread.",
     )
-    for shape in SHAPES:
+    for shape in (*SHAPES, *(SHORT_SHAPES if prefers_bf16(choose_device()) else ())):
         both = [in_child(work, shape) for work in (predicted, measured)]
         step, peak = (mine / real - 1 for mine, real in zip(*both, strict=True))
         table.add_row(
-            f"{shape.method}, {shape.batch} x {shape.tokens} tokens, r = {shape.rank}",
+            f"{shape.method}, {shape.batch} x {shape.tokens} tokens, r = {shape.rank}, {shape.precision}",
             *(f"{needs.peak_bytes / 1e6:,.0f} MB" for needs in both),
             f"{peak:+.0%}",
             *(f"{needs.step_seconds:.2f} s" for needs in both),
