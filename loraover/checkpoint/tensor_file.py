@@ -13,6 +13,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loraover.common.errors import CheckpointError, DivergedError
+from loraover.common.paths import one_below
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,7 +240,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
             f" There is {', '.join(sorted(pickles)[:3])}, but pickles can run code and are never read: "
             "save the adapter again with safetensors."
             if pickles
-            else " Is this the folder of a checkpoint?"
+            else one_below(path) or " Is this the folder of a checkpoint?"
         )
         raise CheckpointError(f"{path}: no such file.{hint}")
     with ExitStack() as opened:

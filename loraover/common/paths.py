@@ -32,6 +32,19 @@ def without_secrets(text: str) -> str:
     return _QUERY.sub(lambda found: found[1] + _VALUE.sub("***", found[2]), _USER.sub(without_user, text))
 
 
+def one_below(file: Path) -> str:
+    """Return the end of a message about a missing file: the folder just below that holds one of its name.
+
+    Returns:
+        A question, such as for the folder of a run, whose adapter is in a folder of it; empty if there is none.
+    """
+    try:
+        found = min(file.parent.glob(f"*/{file.name}"), default=None)
+    except OSError:
+        return ""
+    return "" if found is None else f" Is {found.parent} meant?"
+
+
 def split_address(text: str) -> tuple[str, str] | None:
     """Return what stands before and behind "://" in an address; None if a text is another path.
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loraover.common.errors import CheckpointError
+from loraover.common.paths import one_below
 
 MAX_JSON_BYTES = 64 * 2**20
 Model = TypeVar("Model", bound=BaseModel)
@@ -60,7 +61,7 @@ def _read(path: Path) -> bytes:
             raise CheckpointError(f"{path}: {status.st_size} bytes of JSON, expected at most {MAX_JSON_BYTES}.")
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; expected a folder that holds it.") from error
+        raise CheckpointError(f"{path}: no such file; expected a folder that holds it.{one_below(path)}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
 

@@ -81,6 +81,16 @@ def test_a_missing_file_is_named(file: str, source: Path, refused: Callable[...,
     refused(source, named=(str(source / file), "no such file"))
 
 
+@pytest.mark.parametrize("file", [name for name in FILES if name != META])  # without it, a folder is a plain LoRA
+def test_the_folder_below_that_holds_a_missing_file_is_named(
+    file: str, source: Path, refused: Callable[..., str]
+) -> None:
+    (source / "b").mkdir()
+    (source / file).rename(source / "b" / file)
+    (source / "c").mkdir()
+    refused(source, named=("no such file", f"Is {source / 'b'} meant?"))
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_a_folder_in_a_files_place_is_named(file: str, source: Path, refused: Callable[..., str]) -> None:
     (source / file).unlink()
