@@ -44,6 +44,7 @@ class RowForm(NamedTuple):
         whole: Whether a question and its answer are one conversation too, of which only the answer is learned.
         keeps_all: Whether columns that no trainer knows stay, for rewards that read them.
         pictures: Whether rows may hold images, in the form of `loraover.data.pictures`.
+        text: Column of the source that becomes the column `text`.
     """
 
     columns: tuple[frozenset[str], ...] = PAIRS
@@ -52,6 +53,7 @@ class RowForm(NamedTuple):
     whole: bool = False
     keeps_all: bool = False
     pictures: bool = False
+    text: str = "text"
 
 
 class RowFormat(NamedTuple):

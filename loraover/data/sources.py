@@ -134,6 +134,7 @@ def load_rows(
             continue
         if form.pictures:
             row = with_pictures(row, raw.folder, where)
+        row = _with_text(row, form.text, where)
         for example in read_row(row, format, form, where):
             rows.append(example)
             numbers.append(number)
@@ -193,6 +194,15 @@ def read_raw(
     if not is_hub_name(source):
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
     return RawRows(*_read_hub(source, split, subset, revision, streaming))
+
+
+def _with_text(row: Any, column: str, where: str) -> Any:
+    """Return a row whose column of another name is called `text`, as trainers call it."""
+    if column == "text" or not isinstance(row, dict) or column not in row:
+        return row
+    if "text" in row:
+        raise DataError(f"{where}: has a column 'text' besides {column!r}, which training.dataset_text_field names.")
+    return {"text" if name == column else name: value for name, value in row.items()}
 
 
 def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:

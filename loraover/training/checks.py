@@ -72,8 +72,15 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
     chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
     answers_only = recipe.training.assistant_only_loss
     pictures = takes_images and name == "sft"
-    turns, whole = answers_only is None, answers_only is True
-    return RowForm(kind.columns, chat=chat, turns=turns, whole=whole, keeps_all=name == "grpo", pictures=pictures)
+    return RowForm(
+        kind.columns,
+        chat=chat,
+        turns=answers_only is None,
+        whole=answers_only is True,
+        keeps_all=name == "grpo",
+        pictures=pictures,
+        text=recipe.training.text_column,
+    )
 
 
 def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) -> None:

@@ -79,8 +79,9 @@ def load_held_out(recipe: Recipe) -> Rows | None:
     """Load the held-out rows alone, each turn apart where it is one example; None if the recipe measures nothing."""
     if not _is_divided(recipe):
         recipe = recipe.changed("data", train_examples=1)  # the training rows are not looked at
-    turns, columns = recipe.training.assistant_only_loss is None, TRAINERS[recipe.trainer or "sft"].columns
-    return load_examples(recipe, RowForm(columns, chat=True, turns=turns, pictures=True)).test
+    training, columns = recipe.training, TRAINERS[recipe.trainer or "sft"].columns
+    turns, text = training.assistant_only_loss is None, training.text_column
+    return load_examples(recipe, RowForm(columns, chat=True, turns=turns, pictures=True, text=text)).test
 
 
 def _is_divided(recipe: Recipe) -> bool:

@@ -20,6 +20,7 @@ from loraover.training.lengths import SPLITS
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
 from loraover.training.settle import Settled, read_examples, settle
+from loraover.training.spelling import with_template
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 from loraover.training.trial import try_steps
 
@@ -98,7 +99,7 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     is_seq2seq = is_encoder_decoder(source)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
     make_arguments(recipe, name, Path())
-    tokenizer = _tokenizer(source)
+    tokenizer = _tokenizer(recipe, source)
     read = _read(recipe, name, source, tokenizer, report)
     settled = settle(recipe, name, source, tokenizer, read, report)
     recipe, training = settled.recipe, settled.recipe.training
@@ -141,12 +142,13 @@ def _cut(lengths: Lengths) -> dict[str, str]:
     }
 
 
-def _tokenizer(source: ModelSource) -> Any:
+def _tokenizer(recipe: Recipe, source: ModelSource) -> Any:
     """Load the tokenizer; None for a model that has none beside its configuration."""
     try:
-        return load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
     except ConfigError:
         return None
+    return with_template(recipe, tokenizer)
 
 
 def _read(recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter) -> Examples | None:

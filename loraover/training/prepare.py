@@ -41,6 +41,7 @@ from loraover.training.run_folder import write_recipe
 from loraover.training.run_log import METRICS_FILE
 from loraover.training.run_result import StartedFrom
 from loraover.training.settle import Settled, read_examples, settle
+from loraover.training.spelling import own_template, with_template
 from loraover.training.start import pin_start, start_from_adapter
 from loraover.training.trackers import check_login
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
@@ -108,7 +109,7 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     ranks.write(check_login, make_arguments(recipe, name, output).report_to)  # before anything large is loaded
     if recipe.push_to_hub is not None:
         ranks.write(check_repository, recipe.push_to_hub)
-    tokenizer = load_tokenizer(source)
+    tokenizer = with_template(recipe, load_tokenizer(source))
     examples = read_examples(recipe, name, source, tokenizer, report)
     settled = settle(recipe, name, source, tokenizer, examples, report)
     recipe, method = settled.recipe, settled.method
@@ -149,7 +150,7 @@ def _keep(recipe: Recipe, source: ModelSource, examples: Examples, output: Path)
     """Keep the recipe and the digests of its rows in the run's folder, before any process goes on."""
     ranks = launched()
     ranks.write(write_recipe, output, _pinned(recipe, source, examples))
-    ranks.write(keep_digests, output, examples)
+    ranks.write(keep_digests, output, examples, own_template(recipe))
     ranks.meet()
 
 

@@ -261,6 +261,16 @@ class Training(OpenPart):
         return (self.model_extra or {}).get("assistant_only_loss")
 
     @property
+    def text_column(self) -> str:
+        """Column of rows of text that TRL's SFTTrainer learns."""
+        return (self.model_extra or {}).get("dataset_text_field") or "text"
+
+    @property
+    def chat_template_path(self) -> str | None:
+        """File with the chat template that takes the place of the model's."""
+        return (self.model_extra or {}).get("chat_template_path")
+
+    @property
     def micro_batch(self) -> int:
         """Examples in a micro-batch, once that is known."""
         assert self.per_device_train_batch_size != AUTO

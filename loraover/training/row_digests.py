@@ -23,6 +23,9 @@ class RowDigests(StrictModel):
 
     train: str = Field(description="SHA-256 of the training rows.")
     test: str | None = Field(description="SHA-256 of the held-out rows; None: there are none.")
+    chat_template: str | None = Field(
+        None, description="SHA-256 of the recipe's own chat template; None: it takes the model's."
+    )
 
 
 def digest_rows(rows: Sequence[Row]) -> str:
@@ -33,22 +36,29 @@ def digest_rows(rows: Sequence[Row]) -> str:
     return total.hexdigest()
 
 
-def keep_digests(output: Path, examples: Examples) -> None:
+def keep_digests(output: Path, examples: Examples, template: str | None) -> None:
     """Write the digests of a run's rows into its folder, or compare them where the run is resumed.
 
     Args:
         output: The run's folder.
         examples: Rows of the run.
+        template: Chat template of the recipe; None: it takes the model's.
 
     Raises:
-        DataError: The run was begun with other rows.
+        DataError: The run was begun with other rows, or with another template.
         CheckpointError: The digests in the folder cannot be read.
     """
     test = None if examples.test is None else digest_rows(examples.test.rows)
-    found = RowDigests(train=digest_rows(examples.train.rows), test=test)
+    own = None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    found = RowDigests(train=digest_rows(examples.train.rows), test=test, chat_template=own)
     begun = read_digests(output)
     if begun is None:
         publish_text(output / DATA_FILE, found.model_dump_json(indent=1) + "\n")
+    elif begun.chat_template != found.chat_template:
+        raise DataError(
+            f"{output}: the run was begun with another text in the file that training.chat_template_path names; put "
+            "the earlier text back, or start a new run."
+        )
     elif begun != found:
         kind, rows = ("held-out", examples.test) if begun.train == found.train else ("training", examples.train)
         origin = "" if rows is None else f" ({rows.origin})"

@@ -17,6 +17,7 @@ from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
+from loraover.training.spelling import with_template
 from loraover.training.trainers import TRAINERS
 
 
@@ -66,7 +67,7 @@ def read_examples(
     Raises:
         DataError: See `load_examples`.
     """
-    form = RowForm(TRAINERS[name].columns)
+    form = RowForm(TRAINERS[name].columns, text=recipe.training.text_column)
     if tokenizer is not None:
         form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
     measures = measures and name != "grpo"  # whose loss says nothing; its log has rewards
@@ -95,8 +96,9 @@ def settle(
     """
     processor, counted = None, list[list[Tokens]]()
     if examples is not None and tokenizer is not None:
-        processor = load_processor(source) if examples.have_pictures else None
-        tokenizer = tokenizer if processor is None else processor.tokenizer
+        if examples.have_pictures:
+            processor = with_template(recipe, load_processor(source))
+            tokenizer = with_template(recipe, processor.tokenizer)
         check_rows(recipe, name, tokenizer, examples)
         answers_only = recipe.training.assistant_only_loss
         counted = [

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from loraover.common.errors import DataError
+from loraover.common.errors import ConfigError, DataError
+from loraover.common.paths import kind_of
 from loraover.data.formats import Row
 from loraover.data.sources import Rows
+from loraover.training.recipe import Recipe
 
 
 def answers(row: Row) -> list[str | None]:
@@ -32,6 +35,39 @@ def spelt(row: Row, part: str | None, reads: Any) -> str:
     messages = [_without_places(message) for piece in pieces for message in piece]
     text: str = reads.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
     return text
+
+
+def own_template(recipe: Recipe) -> str | None:
+    """Return the chat template that a recipe names in place of its model's; None if it names none.
+
+    Raises:
+        ConfigError: It names something else than a file with a template.
+    """
+    named = recipe.training.chat_template_path
+    if named is None:
+        return None
+    path = Path(named)
+    if path.suffix not in (".jinja", ".j2") or kind_of(path) != "file":
+        raise ConfigError(
+            f"training.chat_template_path is {named!r}, expected a file of this machine with the ending .jinja or .j2. "
+            "Another model's template may need tokens that this model does not have; if it needs none, write that "
+            "model's tokenizer.chat_template into a file."
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"training.chat_template_path: {path} cannot be read: {error}") from error
+
+
+def with_template(recipe: Recipe, reads: Any) -> Any:
+    """Return a tokenizer, or what reads images, with the chat template that a recipe names.
+
+    Raises:
+        ConfigError: As `own_template`.
+    """
+    if (template := own_template(recipe)) is not None:
+        reads.chat_template = template
+    return reads
 
 
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError)

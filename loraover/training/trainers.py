@@ -90,11 +90,11 @@ RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "
 RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
 RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
 RUN_SETS |= {"hub_always_push", "hub_revision"}
-RUN_SETS |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "eval_packing", "shuffle_dataset"}
+RUN_SETS |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "eval_packing", "shuffle_dataset", "dataset_kwargs"}
 """Settings of trainers that a run gives itself."""
 
-READS_ROWS = {"dataset_text_field", "dataset_kwargs", "chat_template_path"}
-"""Settings by which TRL would read rows otherwise than `loraover.data` does."""
+DONE_BEFORE = {"dataset_text_field", "chat_template_path"}
+"""Settings of how rows are read, which they are before TRL has them."""
 
 LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
 """Settings of LoraConfig that a run gives itself."""
@@ -171,7 +171,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
         "logging_first_step": True,
         "run_name": output.name,
         **TRAINERS[name].options,
-        **{key: value for key, value in given.items() if key in known},
+        **{key: value for key, value in given.items() if key in known - DONE_BEFORE},
         "bf16": bool(recipe.training.bf16),
         "gradient_accumulation_steps": accumulation(recipe),
         **engine_options(recipe),
@@ -273,8 +273,6 @@ def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[s
     for key, value in (part.model_extra or {}).items():
         if key in reserved:
             faults.append(f"{name}.{key}: a run sets this itself; leave it out")
-        elif name == "training" and key in READS_ROWS:
-            faults.append(f"{name}.{key}: rows are read by data.format and the model's own chat template; leave it out")
         elif key not in types:
             faults.append(f"{name}.{key}: unknown key{hint(MEANT.get(key, key), known - reserved)}")
         elif value is not None:
