@@ -248,6 +248,36 @@ REQUESTS = (
         "",
         Selection("test_push.py", "plain_lora_is_uploaded"),
     ),
+    Mutant(
+        "folded-adapter-is-public",
+        "is_private=request.private or None",
+        "is_private=None",
+        Selection("test_push.py", "fold_and_an_export"),
+    ),
+    Mutant(
+        "resumed-run-takes-another-template",
+        "elif begun.chat_template != found.chat_template:",
+        "elif False:",
+        Selection("test_row_settings.py", "its_template_only"),
+    ),
+    Mutant(
+        "named-template-is-not-taken",
+        "        reads.chat_template = template\n",
+        "        pass\n",
+        Selection("test_row_settings.py", "place_of_the_models"),
+    ),
+    Mutant(
+        "float32-is-for-the-faster-cpu",
+        "return None if prefers_bf16(device) else",
+        "return None if not prefers_bf16(device) else",
+        Selection("test_train.py", "default_where_it_is_faster"),
+    ),
+    Mutant(
+        "missing-file-has-no-hint",
+        'return "" if found is None else f" Is',
+        'return "" if found is not None else f" Is',
+        Selection("test_checkpoint_refused.py", "folder_below"),
+    ),
     # Trackers, which `LORAOVER_TRACKERS` has to name a Python for
     Mutant(
         "a run in wandb stays open for the next one",
