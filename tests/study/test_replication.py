@@ -170,6 +170,9 @@ def test_the_docs_quote_the_replication() -> None:
         widths = [task[key] for key in ("predicted_width_percent", "width_by_its_own_seeds_percent")]
         row = " | ".join((losses, *shown, *(f"{width:.{0 if width >= 10 else 1}f} %" for width in widths)))
         assert f"| {row} |" in page, name
+        if (closed := task["gap_closed_percent"]) is not None:
+            best = min(loss for loss in task["full_fine_tuning_losses"].values() if loss is not None)
+            assert f"| {losses} | {best:.4f} | {closed:.0f} % |" in page, name
         assert shown[0] in readme, name
         assert shown[1] in readme, name
 
