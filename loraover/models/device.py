@@ -76,9 +76,10 @@ def found_devices() -> dict[str, int]:
 def prefers_bf16(device: torch.device) -> bool:
     """Whether a device has instructions that make a step in bfloat16 faster than one in float32.
 
-    Of x86 CPUs, these are the ones with AMX. A step of SmolLM2 takes 0.6 of the time there; 1.7 times as long with the
-    instructions of AVX-512 for bfloat16 alone, 4 times as long with AVX-512 without them, and up to 45 times as long
-    without AVX-512 (PyTorch 2.13, oneDNN limited by ONEDNN_MAX_CPU_ISA on one CPU). Others were not measured.
+    Of x86 CPUs, these are the ones with AMX. Forward and backward of six layers of SmolLM2's shape take 0.6 of the time
+    there; 1.7 times as long with the instructions of AVX-512 for bfloat16 alone, 4 times as long with AVX-512 without
+    them, and over 30 times as long with AVX2 (PyTorch 2.13, oneDNN limited by ONEDNN_MAX_CPU_ISA on one CPU). Others
+    were not measured.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
