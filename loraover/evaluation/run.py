@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from loraover.evaluation.base import Example, Questions
 from loraover.evaluation.digests import model_digest
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
-from loraover.evaluation.subjects import Answerer, EndpointAnswerer, in_memory
+from loraover.evaluation.subjects import Answerer, EndpointAnswerer, in_memory, tokenizer_of
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 
 BASE_MODEL = "base"
@@ -87,11 +87,13 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
     questions = task.read(request)
     report.line(f"questions: {questions.origin}, {len(questions.rows)} of them")
     tokenizer = load_tokenizer(source)
-    candidates = _candidates(request, source, tokenizer, server)
+    readers = {adapter: tokenizer_of(adapter, tokenizer) for adapter in request.adapters}
+    candidates = _candidates(request, source, tokenizer, readers, server)
     engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.api}"
     new_tokens = request.max_new_tokens or task.max_new_tokens
     settings = {"engine": engine, "answers": "greedy", "new tokens": str(new_tokens)}
     settings |= {"batch size": str(request.batch_size)} | task.settings(request, tokenizer)
+    settings |= _own_templates(request, tokenizer, readers)
     found = _empty(request, source, questions, settings)
     if output is not None:  # what is in the file may be another model's, which the same folder held
         found = found.model_copy(update={"model_digest": model_digest(source, weights=server is None)})
@@ -123,10 +125,32 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
     return found
 
 
+def _own_templates(request: EvaluationRequest, tokenizer: Any, readers: Mapping[Path, Any]) -> dict[str, str]:
+    """Say which adapters are asked in another chat template than the base model, and return that as a setting."""
+    task, found = TASKS[request.task], set()
+    for adapter, own in readers.items():
+        if own is not tokenizer and "chat template" in task.settings(request, own).values():
+            request.report.line(f"{adapter}: its questions are put into its own chat template, not the base model's")
+            found.add(hashlib.sha256(own.chat_template.encode()).hexdigest()[:12])
+    return {"chat template of adapters": f"SHA-256 {', '.join(sorted(found))}"} if found else {}
+
+
 def _candidates(
-    request: EvaluationRequest, source: ModelSource, tokenizer: Any, server: Endpoint | None
+    request: EvaluationRequest,
+    source: ModelSource,
+    tokenizer: Any,
+    readers: Mapping[Path, Any],
+    server: Endpoint | None,
 ) -> list[_Candidate]:
-    """List the models, after all checks of them that need no answer."""
+    """List the models, after all checks of them that need no answer.
+
+    Args:
+        request: What the user asked for.
+        source: The base model.
+        tokenizer: Its tokenizer.
+        readers: Tokenizer of each adapter.
+        server: The server that answers; None for models in memory.
+    """
     size = request.batch_size
     if server is not None:
 
@@ -135,11 +159,11 @@ def _candidates(
 
         return [_Candidate(name, None, ask(name)) for name in request.endpoint_models]
 
-    def load(adapter: Path | None) -> Callable[[], Answerer]:
-        return lambda: in_memory(source, tokenizer, adapter, dtype=request.dtype, batch_size=size)
+    def load(adapter: Path | None, own: Any) -> Callable[[], Answerer]:
+        return lambda: in_memory(source, own, adapter, dtype=request.dtype, batch_size=size)
 
-    adapters = [_Candidate(str(adapter), adapter_digest(adapter), load(adapter)) for adapter in request.adapters]
-    return [_Candidate(BASE_MODEL, None, load(None)), *adapters]
+    adapters = [_Candidate(str(each), adapter_digest(each), load(each, readers[each])) for each in request.adapters]
+    return [_Candidate(BASE_MODEL, None, load(None, tokenizer)), *adapters]
 
 
 def _empty(

@@ -69,6 +69,38 @@ def test_the_base_model_comes_first_and_adapters_are_compared_with_it(
     assert "gained" in shown.err
 
 
+@pytest.fixture
+def chatting(folder: Path, tmp_path: Path) -> Path:
+    """The adapter `a` with a chat template, which its base model lacks."""
+    adapter = shutil.copytree(folder / "a", tmp_path / "chatting")
+    (adapter / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    return adapter
+
+
+def test_an_adapter_is_asked_in_its_own_chat_template(
+    folder: Path, chatting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(model: Any, requests: Any, **named: Any) -> Any:
+        asked.extend(request.args[0] for request in requests)
+        return original(model, requests, **named)
+
+    from loraover.evaluation import harness_model  # which imports lm_eval
+
+    original = harness_model.HarnessModel.generate_until
+    monkeypatch.setattr(harness_model.HarnessModel, "generate_until", answer)
+    adapters = ["--adapter", str(chatting), "--adapter", str(folder / "b")]
+    for wanted, more in ((True, ()), (False, ("--no-apply-chat-template",))):
+        out = tmp_path / f"{wanted}.json"
+        asked.clear()
+        assert run(cli, words(folder, out, *adapters, *more)) == 0
+        shown, settings = capsys.readouterr(), json.loads(out.read_text())["settings"]
+        assert ["<user>" in text for text in asked] == [*3 * [False], *3 * [wanted], *3 * [False]]
+        assert ("its own chat template" in shown.out + shown.err) is wanted
+        assert ("chat template of adapters" in settings) is wanted
+
+
 def test_an_adapter_that_does_not_fit_is_a_failure_and_the_next_one_is_asked(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     adapters = ["--adapter", str(folder / "other"), "--adapter", str(folder / "b")]

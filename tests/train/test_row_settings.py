@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import loraover
+import loraover_export
 from loraover.common.errors import ConfigError, DataError
 from loraover.training.plan import make_plan
 
@@ -73,6 +74,18 @@ def test_a_template_takes_the_place_of_the_models(bases: dict[str, Path], templa
     kept = AutoTokenizer.from_pretrained(tmp_path / "named" / "adapter")
     assert kept.chat_template == template.read_text()
     assert make_plan(loraover.load_recipe(recipe)).lengths == result.lengths
+
+
+def test_exports_keep_the_template(bases: dict[str, Path], template: Path, tmp_path: Path) -> None:
+    recipe = asked(tmp_path, bases["llama"], CHAT, chat_template_path=str(template))
+    loraover.train(recipe, tmp_path / "run")
+    trained, folded = tmp_path / "run" / "adapter", tmp_path / "folded"
+    loraover_export.fold_checkpoint(trained, folded)
+    loraover_export.export_vllm(folded, tmp_path / "vllm")
+    loraover_export.merge_adapter(folded, tmp_path / "merged", model=str(bases["llama"]))
+    for written in (folded, tmp_path / "vllm"):
+        assert (written / "chat_template.jinja").read_bytes() == (trained / "chat_template.jinja").read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template.read_text()
 
 
 def test_a_run_is_resumed_with_its_template_only(bases: dict[str, Path], template: Path, tmp_path: Path) -> None:

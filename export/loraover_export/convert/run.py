@@ -10,6 +10,7 @@ from typing import Any
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, expert_paths, find_expert_weights
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
@@ -70,6 +71,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
+            keep_chat_template(request.source, draft)
             is_exact = request.rank is None or max(ranks.values()) <= request.rank
             if is_exact:  # an approximation is another adapter
                 keep_reference(request.source, draft, request.report.line)

@@ -9,6 +9,7 @@ from pathlib import Path
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference, record_beside
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.atomic_output import check_replaceable, publish_directory
@@ -61,6 +62,7 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
         to_page(certificate, request.command()).write(draft / HTML_FILE)
         keep_reference(request.checkpoint, draft, request.report.line)
+        keep_chat_template(request.checkpoint, draft)
     if request.record and certificate.verdict != "failed":
         names = ("model", "device", "compute_dtype", "max_memory_gib", "report")
         record_beside(request.output, **{name: getattr(request, name) for name in names})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
@@ -42,7 +43,8 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
     other tensors are copied byte by byte, in the shards of the base model; the memory is that of the largest tensor.
     Parameters that the adapter holds in full (`modules_to_save`, biases) replace those of the base model. Where the
     adapter changes the embedding or the head of a model that has one matrix for both, they become two, and
-    `config.json` then states that they are not tied. The tokenizer and the other files of the base model come along.
+    `config.json` then states that they are not tied. The tokenizer and the other files of the base model come
+    along, and the adapter's chat template if it has one.
 
     Returns:
         The report, which the output holds too: the error of every merged weight with its bound, and which share of
@@ -80,6 +82,7 @@ def _publish(
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
     with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
         files.copy_along(draft)
+        keep_chat_template(request.source, draft)
         merged = _write(files, plan, exact, draft, request.report)
         result = _report(request, base, plan, merged)
         result.keep(draft / CERTIFICATE_FILE)

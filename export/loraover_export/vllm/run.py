@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_replaceable, publish_directory
@@ -97,6 +98,7 @@ def _publish(
         found.keep(draft / PREFLIGHT_FILE)
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
         keep_reference(request.source, draft, request.report.line)
+        keep_chat_template(request.source, draft)
     if request.push_to_hub is not None:
         push_checked(request, certificate.verdict)
     return certificate
