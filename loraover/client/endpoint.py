@@ -301,6 +301,8 @@ class Endpoint:
     def _refusal(self, path: str, response: HTTPResponse) -> EngineError:
         status, pause = response.status, asked_pause(response)
         asks = "" if pause is None else f" (it asks for a pause of {pause:g} s)"
+        if 300 <= status < 400 and (goal := response.headers.get("Location")):
+            asks += f" (a redirect, which is not followed, to {self.hidden(printable(goal))[:HEADER_CHARACTERS]})"
         found = explanation(response, self.hidden)
         message = self.hidden(f"{self.url}{path}: the server answered {status}{asks}: {found}")
         if status in TRANSIENT:

@@ -256,7 +256,7 @@ def test_a_key_that_is_an_ordinary_word_changes_no_answer(key: str, monkeypatch:
 def test_a_key_is_not_carried_to_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-sesame")
     with openai_server(lambda body: 307) as server:
-        with pytest.raises(EngineError, match="307"):
+        with pytest.raises(EngineError, match=rf"307 \(a redirect, which is not followed, to {server.url}/elsewhere\)"):
             Endpoint(server.url, "MY_KEY").chat("m", HELLO, max_tokens=4)
         assert [body["path"] for body in server.bodies] == ["/v1/chat/completions"]
 
