@@ -74,6 +74,12 @@ def read_address(text: str | Path) -> Path | HubName | Address:
     return HubName(named["name"], named["revision"])
 
 
+def address_text(text: str | Path) -> str:
+    """Return the one spelling of what a text names, with the secrets of an address."""
+    found = read_address(text)
+    return found.text if isinstance(found, Address) else str(found)
+
+
 def name_of(text: str | Path) -> str:
     """Return the last name of a folder, a repository or an address."""
     found = read_address(text)

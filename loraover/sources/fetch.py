@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraover.sources.address import Address, HubName, read_address
+from loraover.sources.address import Address, HubName, address_text, read_address
 from loraover.sources.cache import ADAPTER_FILES, Store, keep
 from loraover.sources.hub import HubUnreachableError, fetch_repository
 
@@ -39,7 +39,7 @@ def fetch_adapter(source: str | Path, say: Callable[[str], None]) -> Fetched:
     found = read_address(source)
     match found:
         case Path():
-            return Fetched(found, str(found))
+            return Fetched(found, address_text(source))
         case HubName():
             try:
                 folder = fetch_repository(found.name, found.revision, "model", ADAPTER_FILES)
@@ -49,7 +49,7 @@ def fetch_adapter(source: str | Path, say: Callable[[str], None]) -> Fetched:
             say(f"adapter: hub {pinned}")
             return Fetched(folder, str(pinned))
         case Address():
-            return Fetched(fetch_address(found, ADAPTER_FILES, say), found.text)
+            return Fetched(fetch_address(found, ADAPTER_FILES, say), address_text(source))
 
 
 def fetch_address(address: Address, wanted: tuple[str, ...], say: Callable[[str], None]) -> Path:

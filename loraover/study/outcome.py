@@ -32,7 +32,7 @@ from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.row_digests import read_digests
 from loraover.training.run_folder import HELD_OUT_FILE, RECIPE_FILE
 from loraover.training.run_log import METRICS_FILE
-from loraover.training.run_result import RUN_FILE, read_run
+from loraover.training.run_result import RUN_FILE, StartedFrom, read_run
 
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
 FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
@@ -72,6 +72,10 @@ class RunOutcome(StrictModel):
     test_rows: str | None = Field(None, description="SHA-256 of the held-out rows; None: not known.")
     model_revision: str | None = Field(
         None, description="Commit of the base model on the hub; None: a folder, or not known."
+    )
+    started_from: str | None = Field(
+        None,
+        description="SHA-256 of the adapters that A and B started from, and their weights; None: none, or not known.",
     )
 
     @model_validator(mode="after")
@@ -236,7 +240,13 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
         train_rows=None if rows is None else rows.train,
         test_rows=None if rows is None else rows.test,
         model_revision=load_recipe(str(folder / RECIPE_FILE)).model_revision,
+        started_from=None if result.started_from is None else _start(result.started_from),
     )
+
+
+def _start(found: StartedFrom) -> str:
+    content = [one.model_dump(exclude={"path"}) for one in found.sources]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _failure(folder: Path, last: str) -> str:

@@ -91,13 +91,15 @@ def check_inputs(outcomes: Mapping[Run, RunOutcome]) -> None:
     """Check that runs which should have had the same rows and base model had them, where that is known.
 
     Runs of one task share their held-out rows. Those with the same settings of `data` share their training rows, but
-    for the built-in word problems, which are made anew for each seed. A model of the hub has one commit throughout.
+    for the built-in word problems, which are made anew for each seed. A model of the hub has one commit throughout, and
+    an adapter that runs start from one digest.
 
     Args:
         outcomes: Outcomes of the runs that are finished.
 
     Raises:
-        LoraOverError: Two runs had different rows, or different commits of one model.
+        LoraOverError: Two runs had different rows, different commits of one model, or different adapters of one name to
+            start from.
     """
     first: dict[tuple[str, ...], tuple[Run, str]] = {}
     for run, outcome in outcomes.items():
@@ -105,10 +107,12 @@ def check_inputs(outcomes: Mapping[Run, RunOutcome]) -> None:
         seed = str(run.seed) if data.train == BUILT_IN else ""
         changed = "were the data changed? Start a new study"
         moved = "start a new study whose recipes name one of them as model_revision"
+        start, trained_anew = run.recipe.lora.start_from, "was lora.start_from trained anew? Start a new study"
         for found, key, what, advice in (
             (outcome.test_rows, (run.task,), "held-out rows", changed),
             (outcome.train_rows, (run.task, data.model_dump_json(), seed), "training rows", changed),
             (outcome.model_revision, (model, str(asked)), f"commits of the base model {model}", moved),
+            (outcome.started_from, (str(start),), "adapters to start from", trained_anew),
         ):
             if found is None:
                 continue

@@ -24,6 +24,7 @@ from loraover.checkpoint.write_checkpoint import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text, unwritable
 from loraover.common.errors import ConfigError, DivergedError, FoldError, LoraOverError
 from loraover.common.memory import is_out_of_memory
+from loraover.common.paths import without_secrets
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.ranks import launched
@@ -129,7 +130,7 @@ def _command(
         return shlex.join(["loraover", "train", str(output / RECIPE_FILE), *asked])
     settings = [word for key, value in (overrides or {}).items() for word in ("--set", f"{key}={json.dumps(value)}")]
     named = [] if recipe is None else [str(recipe)]
-    return shlex.join(["loraover", "train", *named, "-o", str(output), *settings, *asked])
+    return shlex.join(map(without_secrets, ["loraover", "train", *named, "-o", str(output), *settings, *asked]))
 
 
 def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str, record: bool) -> RunResult:

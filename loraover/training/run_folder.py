@@ -28,6 +28,7 @@ from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock, is_locked
 from loraover.common.request import as_written
 from loraover.common.strict_yaml import parse_yaml
+from loraover.sources.address import address_text
 from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, LoraSettings, Training
@@ -235,8 +236,9 @@ def _with_pins(lora: LoraSettings, kept: Any) -> LoraSettings:
     asked = list(lora.start_weights)
     if len(asked) != len(names):
         return lora
-    pairs = zip(asked, names, strict=True)
-    return lora.with_start({one: pinned if pinned.startswith(f"{one}@") else one for one, pinned in pairs})
+    pairs = zip(map(address_text, asked), names, strict=True)
+    pinned = (name if name.startswith(f"{text}@") else text for text, name in pairs)
+    return lora.with_start(dict(zip(asked, pinned, strict=True)))
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ The matrices are kept in the run's folder, from which each process, and a run th
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ from loraover.common.reporter import Reporter
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource
 from loraover.overparam.sites import find_sites, write_matrices
+from loraover.sources.address import HubName, read_address
 from loraover.sources.fetch import fetch_adapter
 from loraover.training.recipe import Recipe
 from loraover.training.run_folder import START_FILE, START_TENSORS
@@ -49,7 +51,9 @@ KEY = "lora.start_from"
 
 
 def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:
-    """Fetch the adapters that a recipe starts from, unless the run has their matrices already.
+    """Fetch the adapters that a recipe starts from.
+
+    Where the run has their matrices already, only the commits of branches and tags of the hub are asked for.
 
     Args:
         recipe: The recipe.
@@ -62,13 +66,23 @@ def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:
     Raises:
         ConfigError: An adapter cannot be fetched, or is named twice in different words.
     """
-    if recipe.lora.start_from is None or (output / START_FILE).is_file():
+    if recipe.lora.start_from is None:
         return recipe
-    names = {name: fetch_adapter(name, report.line).address for name in recipe.lora.start_weights}
+    begun = (output / START_FILE).is_file()
+    names = {
+        name: name if begun and not _can_move(name) else fetch_adapter(name, report.line).address
+        for name in recipe.lora.start_weights
+    }
     same = {address: [name for name in names if names[name] == address] for address in names.values()}
     if twice := next((found for found in same.values() if len(found) > 1), None):
         raise ConfigError(f"{KEY}: {' and '.join(twice)} are one adapter; name it once, with the sum of their weights.")
     return recipe.model_copy(update={"lora": recipe.lora.with_start(names)})
+
+
+def _can_move(name: str) -> bool:
+    """Whether a name is one of the hub that may get another commit; without a revision, the run's own is meant."""
+    found = read_address(name)
+    return isinstance(found, HubName) and not re.fullmatch(r"[0-9a-f]{40}", found.revision or 40 * "0")
 
 
 def start_from_adapter(
@@ -126,6 +140,7 @@ class _Module(NamedTuple):
 def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, report: Reporter) -> None:
     """Compute A and B, and write them and their origin into the run's folder."""
     weights = recipe.lora.start_weights
+    shown = without_secrets(", ".join(weights))
     sites = find_sites(model)  # which refuses what is more than B A
     drawn = factors(model)
     unscaled = next((path for path, one in drawn.items() if not one.scaling), None)
@@ -138,14 +153,14 @@ def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, rep
         with tempfile.TemporaryDirectory() as scratch:
             most = max(len(one.a) for one in drawn.values())
             plain, certificates = _as_plain(folders, list(weights.values()), base, most, Path(scratch), report)
-            _check_fits(plain, drawn, ", ".join(weights), base)
+            _check_fits(plain, drawn, shown, base)
             modules = _started(plain, certificates, drawn, report)
         records = [record_source(folder) for folder in folders]
     except (CheckpointError, ExportError, FoldError) as error:
         raise ConfigError(f"{KEY}: {error}") from error
     norm, left_out = (math.hypot(*(getattr(one, part) for one in modules.values())) for part in ("norm", "left_out"))
     if not norm:
-        raise ConfigError(f"{KEY}: the update of {', '.join(weights)} is zero in every module; train it first.")
+        raise ConfigError(f"{KEY}: the update of {shown} is zero in every module; train it first.")
     pairs = zip(fetched, weights.values(), records, strict=True)
     origin = StartedFrom(
         sources=[

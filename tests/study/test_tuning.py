@@ -136,16 +136,21 @@ def test_runs_with_other_rows_are_not_compared(grid: list[Run]) -> None:
         judged(train_rows="c")
 
 
-def test_runs_on_other_commits_of_a_model_are_not_compared(grid: list[Run]) -> None:
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model_revision", r"had different commits of the base model .* name one of them as model_rev"),
+        ("started_from", r"had different adapters to start from.*was lora\.start_from trained anew"),
+    ],
+)
+def test_runs_on_other_models_and_from_other_adapters_are_not_compared(key: str, message: str, grid: list[Run]) -> None:
     outcomes = {run: outcome_of(run, loss_of) for run in grid}
     one, other = grid[0], grid[-1]
-    outcomes[one] = outcomes[one].model_copy(update={"model_revision": "a"})
-    outcomes[other] = outcomes[other].model_copy(update={"model_revision": "a"})
+    outcomes[one] = outcomes[one].model_copy(update={key: "a"})
+    outcomes[other] = outcomes[other].model_copy(update={key: "a"})
     make_report(grid, outcomes, RULE, "")
-    outcomes[other] = outcomes[other].model_copy(update={"model_revision": "b"})
-    with pytest.raises(
-        LoraOverError, match=r"had different commits of the base model .* name one of them as model_rev"
-    ):
+    outcomes[other] = outcomes[other].model_copy(update={key: "b"})
+    with pytest.raises(LoraOverError, match=message):
         make_report(grid, outcomes, RULE, "")
 
 

@@ -20,12 +20,13 @@ import loraover
 from loraover.callbacks.step_norm import factors
 from loraover.common.reporter import SILENT
 from loraover.models.load import load_model, resolve_model
+from loraover.sources.address import HubName, address_text, read_address
 from loraover.sources.fetch import Fetched
 from loraover.study.outcome import digest
 from loraover.training.adapter import with_adapter
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import with_commits
+from loraover.training.run_folder import START_FILE, with_commits
 from loraover.training.run_folder import write_recipe as keep_recipe
 from loraover.training.run_result import read_run
 from loraover.training.start import pin_start
@@ -267,6 +268,19 @@ def test_a_resumed_run_needs_its_source_no_more(recipe: Path, source: Path, tmp_
 
 
 @pytest.mark.process
+def test_secrets_of_an_address_stay_out_of_what_is_published(
+    base: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraover.training.start.fetch_adapter", lambda name, say: Fetched(source, name))
+    recipe = write_recipe(tmp_path / "r.yaml", base, training={"max_steps": 1}, evaluation={"examples": 0})
+    start = {"lora.start_from": "https://me:sesame@localhost/maths?token=sesame"}
+    loraover.train(recipe, tmp_path / "out", overrides=start)
+    published = [path for path in (tmp_path / "out" / "adapter").iterdir() if path.suffix in (".json", ".md")]
+    assert "localhost/maths" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert not [path.name for path in (*published, tmp_path / "out" / "run.json") if "sesame" in path.read_text()]
+
+
+@pytest.mark.process
 def test_the_loss_before_training_is_that_of_the_adapter(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", base, evaluation={"exact_match": False})
     done = loraover.train(recipe, tmp_path / "first", overrides={"method": "lora"})
@@ -306,6 +320,38 @@ def test_a_start_is_part_of_a_recipe_and_its_absence_is_not(base: Path, tmp_path
     assert digest(load_recipe(other, {"lora.start_from": {"maths": 2}})) != digest(other)
     assert digest(load_recipe(other, {"lora.start_from": None})) == digest(asked)
     assert load_recipe(other) == other
+
+
+SHA = 40 * "c"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("runs/maths/", "runs/maths"),
+        ("./runs/maths", "runs/maths"),
+        ("s3://bucket/maths/", "s3://bucket/maths"),
+        *((name, f"owner/maths@{SHA}") for name in ("owner/maths@main", "hf://owner/maths", f"owner/maths@{SHA}")),
+        ("https://huggingface.co/owner/maths/tree/main", f"owner/maths@{SHA}"),
+    ],
+)
+def test_a_run_is_resumed_however_its_start_is_spelt(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: str
+) -> None:
+    def fetch(name: str, say: Any) -> Fetched:
+        found = read_address(name)
+        return Fetched(tmp_path, f"{found.name}@{commit}" if isinstance(found, HubName) else address_text(name))
+
+    monkeypatch.setattr("loraover.training.start.fetch_adapter", fetch)
+    commit, asked = SHA, load_recipe(write_recipe(tmp_path / "r.yaml", base, lora={"start_from": name}))
+    pinned = pin_start(asked, tmp_path, SILENT)
+    assert pinned.lora.start_from == kept
+    keep_recipe(tmp_path, pinned)
+    (tmp_path / START_FILE).write_text("{}")
+    assert pin_start(with_commits(asked, tmp_path), tmp_path, SILENT).lora == pinned.lora
+    commit = 40 * "d"
+    moved = pin_start(with_commits(asked, tmp_path), tmp_path, SILENT).lora.start_from
+    assert moved == (f"owner/maths@{commit}" if "main" in name else kept)
 
 
 @pytest.mark.parametrize("start", ["owner/maths", ["owner/maths", "here"], {"owner/maths": 0.5, "here": 2.0}])
