@@ -23,6 +23,8 @@ from loraover.study.tuning import losses_of, tokens_of_all, validation_loss
 from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
 
+ENOUGH_SEEDS = 4
+"""Seeds of a pilot from which on its spread is not doubted: that of two seeds is often many times too small."""
 MOST = 10**7
 """Number of rows or seeds above which a study is taken to be impossible."""
 
@@ -52,6 +54,9 @@ class PowerReport(StudyAnswer):
     """Contents of `loraover study --power STUDY --json`."""
 
     tasks: list[TaskPower] = Field(description="What each comparison could see.")
+    unknown: list[str] = Field(
+        description="Methods that are not compared: the pilot lacks two seeds of them beside a plain LoRA."
+    )
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class MeasuredSpread:
 def predict_power(request: StudyRequest) -> PowerReport:
     """Tell what a study could see, from the spread of finished runs of the same methods.
 
-    A task that the finished runs have under its name is judged by its own spread, and another one by that of each of
-    their tasks.
+    A method on a task that the finished runs have is judged by its spread there, and another one by its spread on each
+    of their tasks.
 
     Returns:
         The smallest difference of each comparison, and the numbers of rows and of seeds that halve it.
@@ -106,14 +111,18 @@ def predict_power(request: StudyRequest) -> PowerReport:
         raise ConfigError(
             f"{StudyRequest.named('power', request.power)}: expected a {KEPT_FILE} with two seeds of a plain LoRA and "
             f"of another one of {methods} ({', '.join(request.methods)}), found none on any task. "
-            "Name the folder of a finished study, or train a pilot of two seeds."
+            f"Name the folder of a finished study, or train a pilot, best with {ENOUGH_SEEDS} seeds."
         )
     tasks: list[TaskPower] = []
     for task in study_tasks(request.recipes, request.models):
         rows = _test_rows(task, dict(request.settings or {}))
-        own = [spread for spread in spreads if spread.task == task.name] or spreads
+        here = {spread.method for spread in spreads if spread.task == task.name}
+        own = (spread for spread in spreads if spread.task == task.name or spread.method not in here)
         tasks += [_power(task.name, spread, rows, request.seeds) for spread in own]
-    return PowerReport(tasks=tasks, command=command, versions=environment("numpy", "scipy"), date=today())
+    known = {name for spread in spreads for name in (spread.method, spread.baseline)}
+    unknown = [name for name in spelled.values() if name not in known]
+    versions = environment("numpy", "scipy")
+    return PowerReport(tasks=tasks, unknown=unknown, command=command, versions=versions, date=today())
 
 
 def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:

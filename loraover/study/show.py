@@ -12,7 +12,7 @@ from loraover.reporting.html_page import Table
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover.study.plan import StudyPlan
-from loraover.study.power import PowerReport, TaskPower
+from loraover.study.power import ENOUGH_SEEDS, PowerReport, TaskPower
 from loraover.study.report import MethodResult, StudyReport, TaskResult
 from loraover.study.request import StudyRequest
 from loraover.study.verdict import verdict_of
@@ -74,8 +74,8 @@ def scores_table(report: StudyReport) -> Table | None:
 
 POWER_NOTE = (
     "Smallest difference: the true difference that four of five such studies would show, in % of the baseline's loss, "
-    "for one task; the correction for five tasks makes it a fifth larger. So many test rows, or so many seeds, or both "
-    "times the factor halve it."
+    "for one task; the correction for five tasks makes it a fifth larger. The last three columns say what halves it: "
+    "this number of test rows, this number of seeds, or both multiplied by this factor; none: no number does."
 )
 
 
@@ -88,6 +88,18 @@ def show_power(report: PowerReport, request: StudyRequest, console: Console) -> 
         heads = ("task", "spread of", "rows", "seeds", "smallest", "half:\nrows", "half:\nseeds", "half:\nboth")
         console.print(terminal_table(heads, rows, names=heads[:2]))
     print_line(console, POWER_NOTE)
+    if (seeds := min(one.measured_seeds for one in report.tasks)) < ENOUGH_SEEDS:
+        print_line(
+            console,
+            f"warning: a spread was measured with {seeds} seeds only, so the true smallest difference may be several "
+            f"times larger; take {ENOUGH_SEEDS} seeds or more for a pilot.",
+        )
+    if report.unknown:
+        print_line(
+            console,
+            f"warning: not compared, since the pilot lacks two seeds of them beside a plain LoRA: "
+            f"{', '.join(report.unknown)}",
+        )
 
 
 def _power_cells(one: TaskPower) -> list[str]:

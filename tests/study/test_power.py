@@ -89,6 +89,23 @@ def test_methods_with_short_names_are_found(pilot: Path, tmp_path: Path) -> None
     assert len(measured_spreads(named, {"lora": "plain", NEW: "over"})) == 1
 
 
+def test_what_a_pilot_cannot_tell_is_said(pilot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["study", "demo", "--methods", f"lora,dora,pissa,{NEW}", "-o", str(tmp_path / "out"), "--power", str(pilot)]
+    assert run(cli, words) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not compared, since the pilot lacks two seeds of them beside a plain LoRA: dora, pissa" in told
+    assert "measured with" not in told
+    few = [one for one in RUNS if one.run.endswith(("seed-0", "seed-1"))]
+    elsewhere = [one.model_copy(update={"run": one.run.replace("demo", "other")}) for one in few]
+    here = [one for one in few if slug(NEW) not in one.run]
+    lines = (one.model_dump_json(exclude_defaults=True) + "\n" for one in (*here, *elsewhere))
+    (tmp_path / KEPT_FILE).write_text("".join(lines))
+    assert run(cli, [*words[:3], f"lora,lora:r=2,{NEW}", *words[4:-1], str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "a spread was measured with 2 seeds only" in " ".join(shown.split())
+    assert [line.split()[1] for line in shown.splitlines() if line.split()[:1] == ["demo"]] == ["demo,", "other,"]
+
+
 def around(count: int | None) -> tuple[int, int]:
     """The last number that is too small, and the first that is not; of two that are not, if none suffices."""
     return (count or MOST) - 1, count or MOST
