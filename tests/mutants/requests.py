@@ -147,6 +147,36 @@ REQUESTS = (
         Selection("test_start_from.py", "larger_rank"),
     ),
     Mutant(
+        "start-of-a-branch-that-has-moved-is-taken",
+        'found.revision or 40 * "0")',
+        '40 * "0")',
+        Selection("test_start_from.py", "spelt"),
+    ),
+    Mutant(
+        "a study averages runs whose start was trained anew",
+        '(outcome.started_from, (str(start),), "adapters to start from", trained_anew),',
+        "",
+        Selection("test_tuning.py", "from_other_adapters"),
+    ),
+    Mutant(
+        "a card has the secrets of an address",
+        'shlex.join(map(without_secrets, ["loraover", "train",',
+        'shlex.join(map(str, ["loraover", "train",',
+        Selection("test_start_from.py", "secrets_of_an_address"),
+    ),
+    Mutant(
+        "eval asks an adapter in its base model's chat template",
+        "own.chat_template = template",
+        "own.chat_template = known",
+        Selection("test_eval_command.py", "own_chat_template"),
+    ),
+    Mutant(
+        "a merged model has its base model's chat template",
+        "        keep_chat_template(request.source, draft)\n        merged =",
+        "        merged =",
+        Selection("test_row_settings.py", "exports_keep"),
+    ),
+    Mutant(
         "a key of a YAML file may occur twice",
         "if (key.tag, key.value) in seen:",
         "if False:",
