@@ -287,7 +287,7 @@ study-papers:
 		--lr-sweep soma=$(SLOW),6e-3 --lr-sweep lorasc=$(FAST) --lr-sweep tensorguide=2.5e-3,5e-3,1e-2,2e-2 --lr-sweep "federated-8=1e-3,3e-3,1e-2,3e-2,1e-1" --seeds 3 \
 		--reuse docs/study/gauge -o docs/study/papers
 
-# What docs/study/replication.yaml registers. Its pilot and most of its ruler are kept; the rest takes two and a half hours of two cores.
+# What docs/study/replication.yaml registers. Its runs are kept; without them, some ten hours of two cores.
 study-replication:
 	$(BIN)/python docs/study/replication.py docs/study/replication.yaml docs/study/replication --jobs 2
 

@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 
 from loraover.common.atomic_output import publish_text
+from loraover.common.errors import LoraOverError
 from loraover.common.provenance import environment, today
 from loraover.reporting.reporter import ConsoleReporter
 from loraover.study.analysis import LEVEL, Losses, Spread, difference, mean_loss, percent_variances
@@ -130,18 +131,23 @@ def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> 
     }
 
 
-def closed(plan: Registration, task: Mapping[str, Any]) -> float | None:
+def closed(plan: Registration, full: Mapping[str, float | None], both: Mapping[str, float | None]) -> float | None:
     """Per cent of the gap from the baseline to full fine-tuning at its best rate that the method closes.
 
+    Args:
+        plan: The registration.
+        full: Loss of full fine-tuning at each rate.
+        both: Loss of the method and of the baseline, by their names.
+
     Returns:
-        None: the task is not judged yet, a rate is not finished, or full fine-tuning is not better than the baseline.
+        None: a loss is not known, or full fine-tuning is not better than the baseline.
     """
-    full = task["full_fine_tuning_losses"]
     known = [loss for loss in full.values() if loss is not None]
-    if "baseline_loss" not in task or len(full) < len(plan["ruler"]["learning_rates"]) or not known:
+    method, baseline = (both.get(plan["primary"][arm]["name"]) for arm in ("method", "baseline"))
+    if method is None or baseline is None or len(full) < len(plan["ruler"]["learning_rates"]) or not known:
         return None
-    gap = task["baseline_loss"] - min(known)
-    return 100 * (task["baseline_loss"] - task["method_loss"]) / gap if gap > 0 else None
+    gap = baseline - min(known)
+    return 100 * (baseline - method) / gap if gap > 0 else None
 
 
 def verdict(plan: Registration, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -163,6 +169,10 @@ def _loss(outcome: RunOutcome) -> float | None:
     return None if outcome.failure is not None else mean_loss(np.array([outcome.nats]), np.array(outcome.tokens))
 
 
+def _by_method(outcomes: Mapping[Run, RunOutcome], task: str) -> dict[str, float | None]:
+    return {run.method: _loss(outcome) for run, outcome in outcomes.items() if run.task == task}
+
+
 def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, Any]:
     """State what the finished runs show by the registered rule.
 
@@ -175,6 +185,8 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
     widths = predicted_widths(plan, pilot) if is_piloted else {}
     ruler = finished(ruler_of(plan), folder)
     started = finished(secondary_of(plan, folder / start_of(plan).folder / "adapter"), folder)
+    check_inputs(started)
+    of_that_seed = finished(runs_of(plan, [plan["ruler"]["seed"]], names), folder)
     tasks: dict[str, Any] = {}
     for name in names:
         asked = runs_of(plan, plan["seeds"], [name])
@@ -192,8 +204,11 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
             tasks[name] |= judge(plan, outcomes, name)
         full = {run.rate: _loss(outcome) for run, outcome in ruler.items() if run.task == name}
         tasks[name]["full_fine_tuning_losses"] = {f"{rate:g}": loss for rate, loss in sorted(full.items())}
-        tasks[name]["gap_closed_percent"] = closed(plan, tasks[name])
-        tasks[name]["started_losses"] = {run.method: _loss(o) for run, o in started.items() if run.task == name}
+        tasks[name]["losses_of_that_seed"] = _by_method(of_that_seed, name)
+        tasks[name]["gap_closed_percent"] = closed(
+            plan, tasks[name]["full_fine_tuning_losses"], tasks[name]["losses_of_that_seed"]
+        )
+        tasks[name]["started_losses"] = _by_method(started, name)
     return {
         "registration_sha256": hashlib.sha256(registration).hexdigest(),
         "verdict": verdict(plan, tasks),
@@ -210,8 +225,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report-only", action="store_true")
     asked = parser.parse_args()
+    registration, asked.folder = asked.registration.read_bytes(), asked.folder.resolve()
+    os.chdir(HERE.parents[1])
     asked.folder = Path(os.path.relpath(asked.folder))  # it stands in the recipes of the secondary comparison
-    registration = asked.registration.read_bytes()
     plan = yaml.safe_load(registration)
     names = [task["name"] for task in plan["tasks"]]
     if not asked.report_only:
@@ -226,8 +242,11 @@ def main() -> None:
         run_grid(runs_of(plan, plan["seeds"], kept), study)
         run_grid(ruler_of(plan), study)
         start = start_of(plan)
-        execute(start.recipe, asked.folder / start.folder, threads=1)
-        run_grid(secondary_of(plan, asked.folder / start.folder / "adapter"), study)
+        started = secondary_of(plan, asked.folder / start.folder / "adapter")
+        if len(finished(started, asked.folder)) < len(started):
+            if failure := execute(start.recipe, asked.folder / start.folder, threads=1).failure:
+                raise LoraOverError(f"{start.name}, from which the others start: {failure}.")
+            run_grid(started, study)
     found = report(plan, asked.folder, registration)
     publish_text(asked.folder / "replication.json", json.dumps(found, indent=1) + "\n")
     print(json.dumps({key: found[key] for key in ("tasks", "verdict")}, indent=1))

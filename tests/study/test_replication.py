@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -115,8 +116,14 @@ def test_a_task_that_stops_trains_no_more_seeds(
         return drawn(runs, BETTER, dict.fromkeys(noisy, 0.5))
 
     monkeypatch.setattr(replication, "run_grid", run_grid)
-    monkeypatch.setattr(replication, "execute", lambda *_, **__: asked.append("start"))
+
+    def execute(*_: Any, **__: Any) -> RunOutcome:
+        asked.append("start")
+        return RunOutcome(recipe="")
+
+    monkeypatch.setattr(replication, "execute", execute)
     monkeypatch.setattr("sys.argv", ["replication.py", str(STUDY / "replication.yaml"), str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
     pilot, ruler = replication.runs_of(PLAN, PLAN["pilot_seeds"], TASKS), replication.ruler_of(PLAN)
     started = replication.secondary_of(PLAN, tmp_path)
     for noisy in (["mnli", "mbpp"], TASKS):
@@ -135,7 +142,8 @@ def test_the_share_of_the_gap_to_full_fine_tuning_is_told(
     replication: ModuleType, losses: tuple[float | None, ...], closed: float | None, tmp_path: Path
 ) -> None:
     runs = [run for run in replication.ruler_of(PLAN) if run.task == "mbpp"]
-    baseline = judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])["tasks"]["mbpp"]["baseline_loss"]
+    found = judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])
+    baseline = found["tasks"]["mbpp"]["losses_of_that_seed"]["lora-plus"]
     for run, loss in zip(runs, losses, strict=False):
         failed = RunOutcome(recipe=digest(run.recipe), failure="training diverged")
         scored = {"nats": (TOKENS * baseline * (loss or 0)).tolist(), "tokens": TOKENS.tolist()}
@@ -158,6 +166,19 @@ def test_the_kept_report_is_that_of_the_kept_runs(replication: ModuleType, monke
             assert task[key] == (pytest.approx(value) if isinstance(value, float | list | dict) else value), name
 
 
+def test_a_replication_whose_runs_are_kept_trains_nothing(
+    replication: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.chdir(tmp_path)  # `main` goes to the repository from anywhere
+    monkeypatch.setattr(subprocess, "Popen", lambda *asked, **_: pytest.fail(f"{asked} was started"))
+    monkeypatch.setattr(replication, "publish_text", lambda path, text: found.append(json.loads(text)))
+    monkeypatch.setattr("sys.argv", ["replication.py", str(STUDY / "replication.yaml"), str(STUDY / "replication")])
+    replication.main()
+    kept = json.loads((STUDY / "replication" / "replication.json").read_text())
+    assert [one["verdict"] for one in found] == [kept["verdict"]]
+
+
 def test_the_docs_quote_the_replication() -> None:
     kept = json.loads((STUDY / "replication" / "replication.json").read_text())
     readme, page, concept = ((STUDY / name).read_text() for name in ("../../README.md", "README.md", "../gauge.md"))
@@ -170,9 +191,15 @@ def test_the_docs_quote_the_replication() -> None:
         widths = [task[key] for key in ("predicted_width_percent", "width_by_its_own_seeds_percent")]
         row = " | ".join((losses, *shown, *(f"{width:.{0 if width >= 10 else 1}f} %" for width in widths)))
         assert f"| {row} |" in page, name
-        if (closed := task["gap_closed_percent"]) is not None:
-            best = min(loss for loss in task["full_fine_tuning_losses"].values() if loss is not None)
-            assert f"| {losses} | {best:.4f} | {closed:.0f} % |" in page, name
+        every = task["losses_of_that_seed"] | task["started_losses"]
+        every["full"] = min(loss for loss in task["full_fine_tuning_losses"].values() if loss is not None)
+        closed = "no gap" if task["gap_closed_percent"] is None else f"{task['gap_closed_percent']:.0f} %"
+        started = f"{100 * (every['eigen-started'] / every['lora-plus-started'] - 1):+.1f} %"
+        for last, methods in (
+            (closed, ("lora-plus", "eigen", "full")),
+            (started, ("lora-plus", "eigen", "lora-plus-started", "eigen-started")),
+        ):
+            assert f"| {' | '.join(f'{every[method]:.4f}' for method in methods)} | {last} |" in page, name
         assert shown[0] in readme, name
         assert shown[1] in readme, name
 
