@@ -190,7 +190,7 @@ def power_report() -> PowerReport:
         seeds_to_halve=None,
         factor_to_halve=12.3,
     )
-    return partly(PowerReport, tasks=[one])
+    return partly(PowerReport, tasks=[one], unknown=["dora"])
 
 
 def by_reference() -> VerifyReport:
