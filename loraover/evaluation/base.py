@@ -127,6 +127,10 @@ class Task(ABC):
         return {}
 
 
+IN_CHAT_TEMPLATE = "chat template"
+"""What a task's settings say of prompts that are put into the chat template."""
+
+
 def uses_chat(request: EvaluationRequest, tokenizer: Any) -> bool:
     """Whether questions are put into the chat template.
 

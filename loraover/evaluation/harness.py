@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.evaluation.base import (
+    IN_CHAT_TEMPLATE,
     Example,
     Keep,
     Questions,
@@ -93,7 +94,7 @@ class HarnessTask(Task):
         return TaskScores(measures, [self._example(sample) for sample in samples])
 
     def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
-        return {"prompt": "chat template" if uses_chat(request, tokenizer) else "plain text", "shots": "0"}
+        return {"prompt": IN_CHAT_TEMPLATE if uses_chat(request, tokenizer) else "plain text", "shots": "0"}
 
     def _question(self, row: Mapping[str, Any], where: str) -> Row:
         is_glue = bool(self.labels)  # GLUE has empty sentences

@@ -16,6 +16,7 @@ from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.common.paths import kind_of
 from loraover.data.formats import ALPACA, ALPACA_TURN
 from loraover.evaluation.base import (
+    IN_CHAT_TEMPLATE,
     Example,
     Keep,
     Questions,
@@ -117,7 +118,7 @@ class MtBench(Task):
     def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
         judge = judge_of(request)
         return {
-            "prompt": "chat template" if uses_chat(request, tokenizer) else "Alpaca's",
+            "prompt": IN_CHAT_TEMPLATE if uses_chat(request, tokenizer) else "Alpaca's",
             "judge": f"{judge.name} at {judge.endpoint.api}",
             "note": "a rating means nothing without the name of its judge",
         }

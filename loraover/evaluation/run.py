@@ -20,7 +20,7 @@ from loraover.common.quiet import quiet_libraries_within
 from loraover.common.strict_json import read_json
 from loraover.common.verb import verb
 from loraover.evaluation import TASKS
-from loraover.evaluation.base import Example, Questions
+from loraover.evaluation.base import IN_CHAT_TEMPLATE, Example, Questions
 from loraover.evaluation.digests import model_digest
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
@@ -129,7 +129,7 @@ def _own_templates(request: EvaluationRequest, tokenizer: Any, readers: Mapping[
     """Say which adapters are asked in another chat template than the base model, and return that as a setting."""
     task, found = TASKS[request.task], set()
     for adapter, own in readers.items():
-        if own is not tokenizer and "chat template" in task.settings(request, own).values():
+        if own is not tokenizer and task.settings(request, own).get("prompt") == IN_CHAT_TEMPLATE:
             request.report.line(f"{adapter}: its questions are put into its own chat template, not the base model's")
             found.add(hashlib.sha256(own.chat_template.encode()).hexdigest()[:12])
     return {"chat template of adapters": f"SHA-256 {', '.join(sorted(found))}"} if found else {}

@@ -24,7 +24,7 @@ from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
 
 ENOUGH_SEEDS = 4
-"""Seeds of a pilot from which on its spread is not doubted: that of two seeds is often many times too small."""
+"""Seeds of a pilot whose spread is not doubted: in one case of four, that of two is under a third of the true one."""
 MOST = 10**7
 """Number of rows or seeds above which a study is taken to be impossible."""
 

@@ -80,9 +80,14 @@ def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:
 
 
 def _can_move(name: str) -> bool:
-    """Whether a name is one of the hub that may get another commit; without a revision, the run's own is meant."""
+    """Whether a name is a branch or tag of the hub, which may get another commit.
+
+    A name without a revision is not one here: in a run that has begun, it means the commit that the run has kept.
+    """
     found = read_address(name)
-    return isinstance(found, HubName) and not re.fullmatch(r"[0-9a-f]{40}", found.revision or 40 * "0")
+    if not isinstance(found, HubName) or found.revision is None:
+        return False
+    return re.fullmatch(r"[0-9a-f]{40}", found.revision) is None
 
 
 def start_from_adapter(

@@ -101,6 +101,15 @@ def test_an_adapter_is_asked_in_its_own_chat_template(
         assert ("chat template of adapters" in settings) is wanted
 
 
+def test_a_chat_template_that_cannot_be_read_is_told_first(
+    folder: Path, chatting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (chatting / "chat_template.jinja").write_bytes(b"\xff")
+    assert run(cli, words(folder, tmp_path / "out.json", "--adapter", str(chatting))) == 2
+    assert "chat_template.jinja cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_an_adapter_that_does_not_fit_is_a_failure_and_the_next_one_is_asked(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     adapters = ["--adapter", str(folder / "other"), "--adapter", str(folder / "b")]

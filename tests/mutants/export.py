@@ -321,4 +321,10 @@ EXPORT = (
         "remedy",
         Selection("test_combine.py", "bad_input"),
     ),
+    Mutant(
+        "a merged model has its base model's chat template",
+        "        keep_chat_template(request.source, draft)\n        merged =",
+        "        merged =",
+        Selection("test_row_settings.py", "exports_keep"),
+    ),
 )

@@ -303,4 +303,10 @@ TRAINING = (
         "if found is None or not 0 <= float(found[1]) <= 10:",
         Selection("test_mt_bench.py", "ratings_are_read"),
     ),
+    Mutant(
+        "eval asks an adapter in its base model's chat template",
+        "own.chat_template = template",
+        "own.chat_template = known",
+        Selection("test_eval_command.py", "own_chat_template"),
+    ),
 )
