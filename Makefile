@@ -203,7 +203,7 @@ $(VLLM_GPU_VENV)/.installed:
 # Studies are resumable, and keep their finished runs in docs/study. glibc would give the memory of each step back to the kernel
 # and have it cleared for the next one, which takes a fifth of a step.
 STUDIES := study study-gauge study-gauge-arms study-gauge-options study-gauge-steps study-gauge-long study-gauge-rates study-papers \
-	study-replication study-ranks
+	study-replication study-eight-seeds study-ranks
 $(STUDIES): export MALLOC_MMAP_MAX_ = 0
 $(STUDIES): export MALLOC_TRIM_THRESHOLD_ = 100000000000
 $(STUDIES): study-data
@@ -290,6 +290,10 @@ study-papers:
 # What docs/study/replication.yaml registers. Its runs are kept; without them, some ten hours of two cores.
 study-replication:
 	$(BIN)/python docs/study/replication.py docs/study/replication.yaml docs/study/replication --jobs 2
+
+# What docs/study/eight-seeds.yaml registers, about a day of two cores; finished runs are kept.
+study-eight-seeds:
+	$(BIN)/python docs/study/eight_seeds.py docs/study/eight-seeds.yaml docs/study/eight-seeds --jobs 2
 
 # The losses of docs/schedules.md; it needs GSM8K in $$LORAOVER_DATA, and half an hour.
 COMMA := ,

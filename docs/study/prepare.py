@@ -7,7 +7,8 @@ mnli_train.jsonl and mnli_dev.jsonl (sentence1, sentence2, label), glue_like/sub
 (sentence, label), instruct/mbpp.jsonl (text, test_list, code) and instruct/svamp_rationales.jsonl (instruction, input,
 output). GSM8K's answers lose their calculator marks. Rows longer than a limit are left out, so that a step takes a few
 seconds on one core. Where one file holds all rows, the first ones train and the last ones test; in the replication
-(mbpp-rest), all that do not train test.
+(mbpp-rest), all that do not train test. Test rows of the tasks named "unread" have chosen no rate in an earlier study,
+and those of mnli-sweep are training rows of mnli.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Task(NamedTuple):
     train_rows: int | None = None  # of a file that holds both
     test_characters: tuple[int, int] | None = None  # limits of all rows that do not train, in place of the last ones
     apart: str | None = None  # column whose values in training rows no test row has
+    chosen_on: str | None = None  # task whose even test rows chose rates, and do not test here
 
 
 GSM8K = Task(
@@ -50,17 +52,28 @@ MBPP = Task(
     train_rows=600,
 )
 
+QNLI = Task(
+    "glue/qnli_train.jsonl",
+    "glue/qnli_dev.jsonl",
+    220,
+    lambda row: f"Question: {row['sentence1']}\nSentence: {row['sentence2']}\nDoes it answer the question?",
+    lambda row: {"entailment": " yes", "not_entailment": " no"}[row["label"]],
+)
+MNLI = Task(
+    "glue/mnli_train.jsonl",
+    "glue/mnli_dev.jsonl",
+    400,
+    lambda row: f"Premise: {row['sentence1']}\nHypothesis: {row['sentence2']}\nEntailment, neutral or contradiction?",
+    lambda row: f" {row['label']}",
+    apart="sentence1",
+)
+
 TASKS = {
     "gsm8k": GSM8K,
     "gsm8k-long": GSM8K._replace(max_characters=360),
     "gsm8k-500": GSM8K._replace(max_characters=500, test_characters=(361, 700)),
-    "qnli": Task(
-        "glue/qnli_train.jsonl",
-        "glue/qnli_dev.jsonl",
-        220,
-        lambda row: f"Question: {row['sentence1']}\nSentence: {row['sentence2']}\nDoes it answer the question?",
-        lambda row: {"entailment": " yes", "not_entailment": " no"}[row["label"]],
-    ),
+    "qnli": QNLI,
+    "qnli-unread": QNLI._replace(test_characters=(221, 250)),
     "subj": Task(
         "glue_like/subj_train.jsonl",
         "glue_like/subj_dev.jsonl",
@@ -70,16 +83,9 @@ TASKS = {
     ),
     "mbpp": MBPP,
     "mbpp-rest": MBPP._replace(test_characters=(0, 1200)),
-    "mnli": Task(
-        "glue/mnli_train.jsonl",
-        "glue/mnli_dev.jsonl",
-        400,
-        lambda row: (
-            f"Premise: {row['sentence1']}\nHypothesis: {row['sentence2']}\nEntailment, neutral or contradiction?"
-        ),
-        lambda row: f" {row['label']}",
-        apart="sentence1",
-    ),
+    "mbpp-unread": MBPP._replace(test_characters=(0, 1200), chosen_on="mbpp"),
+    "mnli": MNLI,
+    "mnli-sweep": MNLI._replace(test=MNLI.train, train_rows=3700),
     "svamp": Task(
         "instruct/svamp_rationales.jsonl",
         "instruct/svamp_rationales.jsonl",
@@ -109,6 +115,9 @@ def split(task: Task, data: Path) -> tuple[list[Row], list[Row]]:
         test = within(held_out[first:], 0, task.max_characters)
     else:
         test = within([row for row in held_out if row not in train], *task.test_characters)
+    if task.chosen_on is not None:
+        chose = split(TASKS[task.chosen_on], data)[1][::2]
+        test = [row for row in test if row not in chose]
     used = set() if task.apart is None else {row[task.apart] for row in train}
     return train, [row for row in test if task.apart is None or row[task.apart] not in used]
 
