@@ -50,23 +50,21 @@ def make_run(
     return Run(name, arm, rate, seed, recipe)
 
 
-def added_runs(plan: Registration) -> list[Run]:
-    """Runs that complete kept sweeps to five rates."""
+def added_runs(plan: Registration, task: str) -> list[Run]:
+    """Runs that complete a task's kept sweeps to five rates."""
     added = plan["added_rates"]
     return [
         make_run(plan, plan["kept_sweeps"][task], f"{task}-added", arm, rate, added["seed"], **added["settings"])
-        for task in plan["tasks"]
         for arm, rates in added.get(task, {}).items()
         for rate in rates
     ]
 
 
-def sweep_runs(plan: Registration, outcomes: Outcomes) -> list[Run]:
-    """Runs of the sweeps, with the rates beyond an end that the finished ones ask for."""
+def sweep_runs(plan: Registration, outcomes: Outcomes, task: str) -> list[Run]:
+    """Runs of a task's sweeps, with the rates beyond an end that the finished ones ask for."""
     sweeps = plan["sweeps"]
     return [
         make_run(plan, sweeps[task], f"{task}-sweep", arm, rate, seed)
-        for task in plan["tasks"]
         for arm, rates in sweeps.get(task, {}).get("rates", {}).items()
         for rate in _extended(rates, sweep_losses(plan, outcomes, task, arm))
         for seed in sweeps["seeds"]
@@ -107,10 +105,12 @@ def chosen_rate(plan: Registration, outcomes: Outcomes, task: str, arm: str) -> 
     """Rate of an arm on a task by the registered rule; None: runs that choose it are missing."""
     if kept := plan["kept_sweeps"].get(task, {}).get(arm):
         losses = {float(kept["rate"]): float(kept["loss"])}
-        asked = [run for run in added_runs(plan) if (run.task, run.method) == (f"{task}-added", arm)]
-        known = {run.name: outcome for run, outcome in outcomes.items()}
-        losses |= {run.rate: validation_loss(known[run.name], EVEN) for run in asked if run.name in known}
-        is_done = len(losses) == 1 + len(asked)
+        losses |= {
+            run.rate: validation_loss(outcome, EVEN)
+            for run, outcome in outcomes.items()
+            if (run.task, run.method) == (f"{task}-added", arm)
+        }
+        is_done = len(losses) == 1 + len(plan["added_rates"].get(task, {}).get(arm, []))
     else:
         losses = sweep_losses(plan, outcomes, task, arm)
         rates = _extended(plan["sweeps"][task]["rates"][arm], losses)
@@ -153,7 +153,7 @@ def choosing(plan: Registration, folder: Path, task: str) -> tuple[list[Run], di
     """Runs known so far that choose a task's rates, and the finished ones."""
     found: dict[Run, RunOutcome] = {}
     while True:
-        runs = [run for run in (*added_runs(plan), *sweep_runs(plan, found)) if run.task.startswith(f"{task}-")]
+        runs = [*added_runs(plan, task), *sweep_runs(plan, found, task)]
         now = finished(runs, folder)
         if len(now) == len(found):
             return runs, now
