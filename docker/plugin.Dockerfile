@@ -5,4 +5,4 @@ FROM vllm/vllm-openai:v0.33.0
 
 COPY . /loraover
 RUN pip install --no-cache-dir "/loraover[load]"
-ENV LORAOVER_ADAPTERS=/adapters LORAOVER_CACHE=/cache VLLM_PLUGINS=loraover VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
+ENV LORAOVER_ADAPTERS=/adapters LORAOVER_CACHE=/cache LORAOVER_RELOAD=1 VLLM_PLUGINS=loraover VLLM_ALLOW_RUNTIME_LORA_UPDATING=1

@@ -140,7 +140,8 @@ def measure() -> list[Table]:
         adapters = folder / "adapters"
         warm = make_plain(adapters / "warm", base, 2 * ROUNDS, RANK, SHAPES)
         mib = (warm / "adapter_model.safetensors").stat().st_size / 2**20
-        with plugged(folder / "server", (base, adapters), folder / "cache", *OPTIONS, max_rank=RANK) as running:
+        place, cache = folder / "server", folder / "cache"
+        with plugged(place, (base, adapters), cache, *OPTIONS, max_rank=RANK, settle_s=0) as running:
             running.complete("warm").raise_for_status()
             stream_beside(running, WARM_TOKENS, None)
             tokens = int(STREAM_S / stream_beside(running, WARM_TOKENS, None).stream_s * (WARM_TOKENS - 1))

@@ -346,4 +346,28 @@ SERVING = (
         "if False:",
         Selection("test_plugin_settings.py", "leads_out"),
     ),
+    Mutant(
+        "plugin-reads-a-folder-that-changes",
+        "            if await to_thread(found.is_outdated):\n",
+        "            if False:\n",
+        Selection("test_plugin_settings.py", "half_overwritten"),
+    ),
+    Mutant(
+        "plugin-reads-a-folder-that-is-written",
+        "return state if now - since >= self._settle_s else None",
+        "return state",
+        Selection("test_plugin_settings.py", "half_overwritten"),
+    ),
+    Mutant(
+        "plugin-lists-what-was-prepared-as-served",
+        "compared = loaded or last",
+        "compared = last",
+        Selection("test_plugin_settings.py", "list_names"),
+    ),
+    Mutant(
+        "plugin-holds-only-the-last-version",
+        "self._files[digest] = file",
+        "self._files = {digest: file}",
+        Selection("test_plugin_settings.py", "documented_removal"),
+    ),
 )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,16 +34,25 @@ def settings_of(adapters: Path, **more: str) -> Settings:
 
 def test_settings_of_the_environment(tmp_path: Path) -> None:
     assert read_settings({"LORAOVER_CACHE": "/cache"}) is None, "it does nothing without a folder"
-    numbers = {"APPROXIMATE": "16", "THREADS": "3"}
+    numbers = {"APPROXIMATE": "16", "THREADS": "3", "RELOAD": "1", "SETTLE": "0.5"}
     found = settings_of(tmp_path, CACHE="/cache", PREPARE="shop, support", HUB_ALLOW="org/*", **numbers)
     assert (found.adapters, found.cache, found.approximate, found.threads) == (tmp_path, Path("/cache"), 16, 3)
     assert found.prepare == ("shop", "support")
+    assert (found.reload, found.settle_s, settings_of(tmp_path).reload) == (True, 0.5, False)
     allowed = ["org/a", "org/a@main", "other/a", "org", "org/a/b", "../org/a"]
     assert [found.is_on_hub(name) for name in allowed] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("ADAPTERS", "/nowhere"), ("THREADS", "0"), ("APPROXIMATE", "few"), ("PYTHON", "/no")]
+    ("name", "value"),
+    [
+        ("ADAPTERS", "/nowhere"),
+        ("THREADS", "0"),
+        ("APPROXIMATE", "few"),
+        ("PYTHON", "/no"),
+        ("RELOAD", "yes"),
+        ("SETTLE", "nan"),
+    ],
 )
 def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"LORAOVER_{name} is '{value}'"):
@@ -149,6 +159,195 @@ def test_a_service_fits_its_server_and_names_no_path(tmp_path: Path, monkeypatch
     monkeypatch.setattr(service.front, "prepare", refuse)
     with pytest.raises(RefusedError, match=r"^shop does not fit base below the cache$"):
         asyncio.run(service.find("shop"))
+
+
+def half_overwrite(file: Path, half: int) -> None:
+    """Overwrite the first or second half of a file in place, so that it keeps its size."""
+    size = file.stat().st_size // 2
+    with file.open("r+b") as opened:
+        opened.seek(half * size)
+        opened.write(b"n" * size)
+
+
+@pytest.mark.parametrize("begins", ["before it is asked for", "while it is prepared"])
+def test_a_folder_that_is_half_overwritten_is_not_prepared(
+    begins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, file = service_of(tmp_path, SETTLE="0.3"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+    seen = []
+
+    async def prepare(**_: object) -> dict[str, str]:
+        seen.append(file.read_bytes())
+        if begins == "while it is prepared" and len(seen) == 1:
+            half_overwrite(file, 0)
+            asyncio.get_running_loop().call_later(0.15, half_overwrite, file, 1)
+        return made(service, f"digest-{len(seen)}")
+
+    async def ask() -> dict[str, object] | None:
+        if begins == "before it is asked for":
+            half_overwrite(file, 0)
+            asyncio.get_running_loop().call_later(0.15, half_overwrite, file, 1)
+        return await service.find("shop")
+
+    monkeypatch.setattr(service.front, "prepare", prepare)
+    found = asyncio.run(ask())
+    assert seen == [8 * b"o", 8 * b"n"][-len(seen) :]
+    assert seen[-1] == 8 * b"n"
+    assert found is not None
+    assert found["digest"] == f"digest-{len(seen)}"
+    assert len(seen) == (1 if begins == "before it is asked for" else 2)
+
+
+def test_a_folder_that_never_rests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraover_serve.plugin.disk.PATIENCE_S", 0.0)
+    service, file = service_of(tmp_path, SETTLE="0.2"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+
+    async def ask() -> None:
+        writing = asyncio.create_task(write())
+        with pytest.raises(RefusedError, match=r"^shop: its files are still being written; ask again"):
+            await service.find("shop")
+        writing.cancel()
+
+    async def write() -> None:
+        for k in range(100):
+            await asyncio.sleep(0.05)
+            half_overwrite(file, k % 2)
+
+    asyncio.run(ask())
+
+
+def test_the_list_names_the_served_version_the_prepared_one_and_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, file = service_of(tmp_path, SETTLE="0"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+
+    async def prepare(**_: object) -> dict[str, object]:
+        content = file.read_bytes()
+        if content.startswith(b"bad"):
+            raise RefusedError("it is bad")
+        return made(service, content.decode())
+
+    def shown(path: str) -> tuple[object, ...]:
+        (found,) = service.shown({"shop": path})["adapters"]
+        keys = ("status", "served_digest", "prepared_digest", "changed_on_disk", "reason")
+        return tuple(found.get(key) for key in keys)
+
+    monkeypatch.setattr(service.front, "prepare", prepare)
+    first = asyncio.run(service.find("shop"))
+    assert first is not None
+    served = first["path"]
+    assert shown("") == ("ready", None, "oooooooo", False, None)
+    assert shown(served) == ("ready", "oooooooo", "oooooooo", False, None)
+    file.write_bytes(b"nnnnnnnn")
+    assert shown(served) == ("ready", "oooooooo", "oooooooo", True, None)
+    assert list(service.changed({"shop": served})) == ["shop"]
+    renewed = asyncio.run(service.renew("shop", file.parent))
+    assert renewed is not None
+    assert shown(served) == ("ready", "oooooooo", "nnnnnnnn", True, None)
+    assert shown(renewed["path"]) == ("ready", "nnnnnnnn", "nnnnnnnn", False, None)
+    assert not service.changed({"shop": renewed["path"]})
+    file.write_bytes(b"bad")
+    with pytest.raises(RefusedError, match="it is bad"):
+        asyncio.run(service.renew("shop", file.parent))
+    assert shown(renewed["path"]) == ("refused", "nnnnnnnn", "nnnnnnnn", True, "it is bad")
+    assert not service.changed({"shop": renewed["path"]}), "it is not tried again at each look"
+    shutil.rmtree(file.parent)
+    assert shown(renewed["path"])[3], "and a folder that is gone has changed"
+    assert not service.changed({"shop": renewed["path"]})
+
+
+@pytest.mark.process
+def test_the_documented_removal_spares_what_a_server_may_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first version, too, which a request that still runs may need."""
+    service, file = service_of(tmp_path, SETTLE="0"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+
+    async def prepare(**_: object) -> dict[str, object]:
+        return made(service, file.read_text())
+
+    monkeypatch.setattr(service.front, "prepare", prepare)
+    asyncio.run(service.find("shop"))
+    file.write_text("next")
+    asyncio.run(service.find("shop"))
+    made(service, "another")
+    (tmp_path / "cache" / "locks").mkdir()
+    page = (ROOT / "docs/how-to/serve-any-adapter.md").read_text()
+    lines = page.partition("cd ~/.cache/loraover/adapters && ")[2].partition("```")[0]
+    lines = lines.replace("-mtime +30", "")
+    subprocess.run(["bash", "-ec", lines], cwd=tmp_path / "cache", check=True)
+    left = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert left == {"oooooooo", "next", "held", "locks"}
+
+
+def service_of(folder: Path, **more: str) -> Service:
+    """The service of a folder with the adapter "shop"."""
+    shop = folder / "adapters" / "shop"
+    shop.mkdir(parents=True)
+    (shop / "adapter_config.json").write_text("{}")
+    (shop / "adapter_model.safetensors").write_bytes(8 * b"o")
+    service = Service(settings_of(folder / "adapters", CACHE=str(folder / "cache"), **more))
+    service.serve(PluginServer("base", "fp32", 16, "0.33.0"))
+    return service
+
+
+def made(service: Service, digest: str) -> dict[str, Any]:
+    """A prepared adapter in the cache."""
+    folder = service.settings.cache / digest
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    return {"digest": digest, "path": str(folder / "adapter"), "rank": 4, "done": "taken", "notes": [], "cached": False}
+
+
+CONTRACT = """
+import asyncio
+import numpy as np
+from types import SimpleNamespace
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from loraover_serve.plugin.equality import is_known, tell_apart
+from loraover_serve.plugin.reload import serve_anew, served_by
+
+one, two = (LoRARequest("shop", number, f"/{number}") for number in (1, 2))
+ids = np.array([1, 2])
+batch = SimpleNamespace(request_lora_mapping=ids, num_reqs=2, lora_id_to_lora_request={1: one, 2: two})
+active = lambda: InputBatch.make_lora_inputs(batch, np.array([1, 1]), np.array([1, 1]))[2]
+print("stock", len(active()))
+tell_apart()
+print("mended", len(active()), one == LoRARequest("shop", 1, "/other"))
+print("known", is_known(), is_known("0.34.0"), is_known("0.3.2"))
+
+added = []
+async def add_lora(request): added.append((request.lora_int_id, request.lora_path))
+client = SimpleNamespace(model_config=None, renderer=None, input_processor=None, add_lora=add_lora)
+async def reload():
+    models = OpenAIServingModels(client, [])
+    print(await serve_anew(models, "shop", "/1"))
+    models.lora_requests["shop"] = LoRARequest("shop", models.lora_id_counter.inc(1), "/1", load_inplace=True)
+    print(await serve_anew(models, "shop", "/1"), await serve_anew(models, "shop", "/2"), added, served_by(models))
+    found = models.lora_requests["shop"]
+    print(found.lora_int_id, found.load_inplace, models.lora_resolver_lock["shop"].locked())
+asyncio.run(reload())
+"""
+
+
+@pytest.mark.engine
+def test_the_private_parts_of_vllm_are_as_the_plug_in_expects() -> None:
+    """Of the installed version; that it is known is a part of the test."""
+    python = vllm_command().with_name("python")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "export"), str(ROOT / "serve")])
+    done = subprocess.run(
+        [str(python), "-c", CONTRACT], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-6:] == [
+        "stock 1",
+        "mended 2 True",
+        "known True False False",
+        "False",
+        "False True [(2, '/2')] {'shop': '/2'}",
+        "2 False False",
+    ]
 
 
 @pytest.mark.process

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover_serve import serve_adapters
+from loraover_serve.plugin.settings import DEFAULT_SETTLE_S
 from loraover_serve.vllm.request import LOOPBACK
 from loraover_serve.vllm.server import VllmServer, free_port
 
@@ -112,6 +113,11 @@ class Plugged:
         """Ask an adapter for two tokens."""
         return self.post("/v1/completions", {"model": name, "prompt": "the train", "max_tokens": 2, "temperature": 0})
 
+    def listed(self, name: str) -> dict[str, Any]:
+        """What the server's list says of an adapter."""
+        adapters: list[dict[str, Any]] = self.get("/v1/adapters").json()["adapters"]
+        return next(each for each in adapters if each["name"] == name)
+
     def post(self, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         return httpx2.post(f"{self.server.url}{path}", json=body or {}, timeout=REQUEST_S)
 
@@ -174,7 +180,12 @@ def with_entry_points(folder: Path) -> str:
 
 @contextmanager
 def plugged(
-    folder: Path, made: tuple[Path, Path], cache: Path, *options: str, max_rank: int = MAX_RANK
+    folder: Path,
+    made: tuple[Path, Path],
+    cache: Path,
+    *options: str,
+    max_rank: int = MAX_RANK,
+    settle_s: float = DEFAULT_SETTLE_S,
 ) -> Iterator[Plugged]:
     """Serve adapters by the plug-in.
 
@@ -184,6 +195,7 @@ def plugged(
         cache: Folder of prepared adapters.
         options: Further options of `vllm serve`, of which vLLM takes the last.
         max_rank: Largest rank that the server takes.
+        settle_s: Seconds for which an adapter's files have to be unchanged before they are read.
     """
     base, adapters = made
     (folder / "installed").mkdir(parents=True)
@@ -197,6 +209,7 @@ def plugged(
                 model=base,
                 max_lora_rank=max_rank,
                 cache=cache,
+                settle_s=settle_s,
                 vllm=vllm_command(),
                 port=free_port(LOOPBACK),
                 log=folder / "vllm.log",

@@ -18,7 +18,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
+from loraover_serve.plugin.equality import KNOWN, is_known
 from loraover_serve.plugin.front import logger
+from loraover_serve.plugin.reload import keep_current, serve_anew, served_by
 from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError
 from loraover_serve.plugin.vllm import DEFAULT_DTYPE, service
@@ -44,7 +46,7 @@ class Routes:
             app.post("/v1/load_lora_adapter", dependencies=[Depends(validate_json_request)])(load_adapter)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Learn what the server was started with, start the worker, and have adapters prepared that are asked for.
+        """Learn what the server was started with, start the worker, and keep adapters prepared and current.
 
         Raises:
             ValueError: Settings that do not fit the server, which ends.
@@ -56,7 +58,14 @@ class Routes:
         dtype = DTYPES.get(str(config.dtype), DEFAULT_DTYPE)
         found.serve(PluginServer(config.model, dtype, args.max_lora_rank, __version__))
         await found.front.start()
-        state.loraover = asyncio.create_task(_prepare_first(found))  # held, or it may be collected
+        tasks = [_prepare_first(found)]
+        if found.settings.reload and is_known():
+            found.reloads = True
+            tasks.append(keep_current(found, state.openai_serving_models))
+        elif found.settings.reload:
+            known = ", ".join(KNOWN)
+            logger.warning("vLLM %s is not one of %s: folders that change are not served anew", __version__, known)
+        state.loraover = [asyncio.create_task(task) for task in tasks]  # held, or they may be collected
 
 
 async def _prepare_first(found: Service) -> None:
@@ -68,35 +77,46 @@ async def _prepare_first(found: Service) -> None:
             logger.warning("%s cannot be prepared: %s", name, error)
 
 
-async def list_adapters() -> dict[str, Any]:
-    """Return the adapters that are there, what was done to each, and why some are refused."""
-    return _service().shown()
+async def list_adapters(raw_request: Request) -> dict[str, Any]:
+    """Return the adapters that are there, which version of each is served, and why some are refused."""
+    return await asyncio.to_thread(_service().shown, served_by(models(raw_request)))
 
 
-async def show_certificate(name: str) -> Response:
+async def show_certificate(name: str, raw_request: Request) -> Response:
     """Return what was measured when an adapter was prepared."""
-    found = _service().certificate(name)
+    found = _service().certificate(name, served_by(models(raw_request)))
     return _refusal(404, f"{name!r} has not been prepared") if found is None else JSONResponse(found)
 
 
-async def prefetch(name: str) -> Response:
+async def prefetch(name: str, raw_request: Request) -> Response:
     """Prepare an adapter before the first request for it."""
     try:
         if await _service().find(name) is None:
             return _refusal(404, f"there is no adapter {name!r}")
     except RefusedError as error:
         return _refusal(400, str(error))
-    return JSONResponse(_service().status(name))
+    return JSONResponse(_service().status(name, served_by(models(raw_request))))
 
 
 async def load_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) -> Response:
-    """Prepare the adapter in a folder, and let vLLM load the result, in place of vLLM's own route."""
-    found = _service()
+    """Prepare the adapter in a folder, and let vLLM load the result, in place of vLLM's own route.
+
+    With `load_inplace`, a served name gets the new version under another id: under one id, requests that run would go
+    on with other weights than they began with, and vLLM 0.32 would read the adapter again at each step.
+    """
+    found, served, name = _service(), models(raw_request), request.lora_name
     try:
-        prepared = await found.prepare(request.lora_name, **found.settings.source_of(request.lora_path))
+        prepared = await found.prepare(name, **found.settings.source_of(request.lora_path))
     except RefusedError as error:
         return _refusal(400, str(error))
-    answer = await models(raw_request).load_lora_adapter(request.model_copy(update={"lora_path": prepared["path"]}))
+    path = prepared["path"]
+    if request.load_inplace and name in served.lora_requests and is_known():
+        try:
+            await serve_anew(served, name, path, is_3d=request.is_3d_lora_weight)
+        except Exception as error:  # as vLLM's own route answers
+            return _refusal(500, str(error))
+        return Response(f"Success: LoRA adapter '{name}' added successfully.")
+    answer = await served.load_lora_adapter(request.model_copy(update={"lora_path": path}))
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
     return Response(answer)
@@ -110,5 +130,5 @@ def _service() -> Service:
 
 def _refusal(code: int, message: str) -> JSONResponse:
     """Return an error in vLLM's form."""
-    kind = "NotFoundError" if code == 404 else "BadRequestError"
+    kind = {404: "NotFoundError", 500: "InternalServerError"}.get(code, "BadRequestError")
     return JSONResponse({"error": {"message": message, "type": kind, "param": "model", "code": code}}, code)

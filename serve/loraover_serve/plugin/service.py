@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import time
+from asyncio import to_thread
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from loraover_serve.plugin.disk import Folders, Holds, State, state_of
 from loraover_serve.plugin.front import Front
 from loraover_serve.plugin.settings import APPROXIMATE, RefusedError, Settings, folder_of
+
+TRIES = 3
+"""Times that an adapter is prepared whose files change meanwhile, or that is removed from the cache."""
+
+RETRY_S = 60.0
+"""Seconds until a served adapter's folder is tried again that was refused and has not changed since."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """An adapter as it was prepared once.
+
+    Args:
+        fields: Fields of the prepared adapter.
+        folder: Folder that it was made from; None for one of the hub.
+        state: State of that folder's files.
+    """
+
+    fields: dict[str, Any]
+    folder: Path | None
+    state: State
+
+    @property
+    def digest(self) -> str:
+        """The name of its folder in the cache."""
+        return str(self.fields["digest"])
+
+    def is_outdated(self) -> bool:
+        """Whether the folder that it was made from has changed since."""
+        return self.folder is not None and state_of(self.folder) != self.state
 
 
 @dataclass(frozen=True)
@@ -17,18 +51,17 @@ class Status:
 
     Args:
         status: "preparing", "ready" or "refused".
-        prepared: Fields of the prepared adapter; empty unless it is ready.
-        reason: Why it is refused; None unless it is.
+        prepared: What was prepared last; None if nothing was.
+        reason: Why what lies in the folder now is refused; None unless it is.
+        state: State of the folder that is refused.
+        since: Time of the refusal, in seconds of a clock that only runs forward.
     """
 
     status: Literal["preparing", "ready", "refused"]
-    prepared: dict[str, Any] = field(default_factory=dict)
+    prepared: Version | None = None
     reason: str | None = None
-
-    def shown(self, name: str) -> dict[str, Any]:
-        """Return what clients may see, which has no paths."""
-        kept = {key: self.prepared[key] for key in ("digest", "rank", "done", "notes", "cached") if self.prepared}
-        return {"name": name, "status": self.status, **kept, **({"reason": self.reason} if self.reason else {})}
+    state: State = ()
+    since: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +92,11 @@ class Service:
         self.settings = settings
         self.served: PluginServer | None = None
         self.front = Front(settings)
+        self.reloads = False
+        self._folders = Folders(settings.settle_s)
+        self._holds = Holds(settings.cache)
         self._statuses: dict[str, Status] = {}
+        self._versions: dict[tuple[str, str], Version] = {}  # by name, and by the path that vLLM loads
 
     def serve(self, served: PluginServer) -> None:
         """Prepare adapters for a server.
@@ -95,47 +132,123 @@ class Service:
         Raises:
             RefusedError: The adapter is not served; the reason names no path.
         """
-        assert self.served is not None
-        if name not in self._statuses:
-            self._statuses[name] = Status("preparing")
+        self._statuses.setdefault(name, Status("preparing"))
+        folder = Path(source["source"]) if "source" in source else None
         try:
-            found = await self.front.prepare(
-                **source,
-                cache=str(self.settings.cache),
-                model=self.served.model,
-                dtype=self.served.dtype,
-                max_rank=self.served.max_rank,
-                approximate_to_rank=self.settings.approximate,
-                engine_version=self.served.version,
-            )
+            found = await self._prepare(folder, source)
         except RefusedError as error:
-            reason = self._without_paths(str(error), name, source.get("source"))
-            self._statuses[name] = Status("refused", reason=reason)
-            raise RefusedError(reason) from None
+            self.refuse(name, str(error), folder)
+            raise RefusedError(self._statuses[name].reason) from None
+        self._versions[name, found.fields["path"]] = found
         self._statuses[name] = Status("ready", found)
+        return found.fields
+
+    async def _prepare(self, folder: Path | None, source: Mapping[str, str]) -> Version:
+        """Prepare an adapter while its folder does not change, and keep the result from being removed."""
+        assert self.served is not None
+        for _ in range(TRIES):
+            state = () if folder is None else await self._folders.settle(folder)
+            fields, refused = {}, None
+            try:
+                fields = await self.front.prepare(
+                    **source,
+                    cache=str(self.settings.cache),
+                    model=self.served.model,
+                    dtype=self.served.dtype,
+                    max_rank=self.served.max_rank,
+                    approximate_to_rank=self.settings.approximate,
+                    engine_version=self.served.version,
+                )
+            except RefusedError as error:
+                refused = error
+            found = Version(fields, folder, state)
+            if await to_thread(found.is_outdated):
+                continue
+            if refused is not None:
+                raise refused
+            try:
+                if await to_thread(self._holds.hold, found.digest):
+                    return found
+            except OSError as error:
+                raise RefusedError(f"cache {self.settings.cache}: cannot be written: {error.strerror}.") from error
+        raise RefusedError(f"{folder}: its files changed whenever they were read; ask again when they are complete.")
+
+    def refuse(self, name: str, reason: str, folder: Path | None) -> None:
+        """Remember why what lies in an adapter's folder is not served."""
+        before = self._statuses[name].prepared
+        state = () if folder is None else state_of(folder)
+        reason = self._without_paths(reason, name, None if folder is None else str(folder))
+        self._statuses[name] = Status("refused", before, reason, state, time.monotonic())
+
+    def changed(self, served: Mapping[str, str]) -> dict[str, Path]:
+        """Return the folders of served adapters that have changed and are complete, by name.
+
+        Args:
+            served: Path that vLLM has loaded, by name.
+        """
+        found = {}
+        for name, path in served.items():
+            version = self._versions.get((name, path))
+            if version is None or version.folder is None:
+                continue
+            state, status = self._folders.settled(version.folder), self._statuses[name]
+            waits = status.reason is not None and status.state == state and time.monotonic() < status.since + RETRY_S
+            if state and state != version.state and not waits:
+                found[name] = version.folder
         return found
 
-    def shown(self) -> dict[str, Any]:
-        """Return all adapters that are there or were asked for, as clients may see them."""
+    async def renew(self, name: str, folder: Path) -> dict[str, Any] | None:
+        """Prepare what lies in the folder of a served adapter now; None if the folder is gone.
+
+        Raises:
+            RefusedError: It is not served; the reason names no path.
+        """
+        inside = folder == self.settings.adapters / name
+        return await (self.find(name) if inside else self.prepare(name, source=str(folder)))
+
+    def shown(self, served: Mapping[str, str]) -> dict[str, Any]:
+        """Return all adapters that are there or were asked for, as clients may see them.
+
+        Args:
+            served: Path that vLLM has loaded, by name.
+        """
         there = [path.name for path in sorted(self.settings.adapters.iterdir()) if path.is_dir()]
-        names = dict.fromkeys([*there, *self._statuses])
-        found = [
-            self._statuses[name].shown(name) if name in self._statuses else {"name": name, "status": "not prepared"}
-            for name in names
-        ]
+        names = dict.fromkeys([*there, *self._statuses.copy()])
         rank = None if self.served is None else self.served.max_rank
-        return {"adapters": found, "max_lora_rank": rank, "worker_runs": self.front.pid is not None}
+        runs = self.front.pid is not None
+        shown = [self.status(name, served) for name in names]
+        return {"adapters": shown, "max_lora_rank": rank, "reloads": self.reloads, "worker_runs": runs}
 
-    def status(self, name: str) -> dict[str, Any]:
-        """Return what clients may see of one adapter that was asked for."""
-        return self._statuses[name].shown(name)
+    def status(self, name: str, served: Mapping[str, str]) -> dict[str, Any]:
+        """Return what clients may see of an adapter, which has no paths; `served` is as for `shown`."""
+        status = self._statuses.get(name)
+        if status is None:
+            return {"name": name, "status": "not prepared"}
+        loaded, last = self._loaded(name, served), status.prepared
+        compared = loaded or last
+        return {
+            "name": name,
+            "status": status.status,
+            "served_digest": None if loaded is None else loaded.digest,
+            "prepared_digest": None if last is None else last.digest,
+            "changed_on_disk": compared is not None and compared.is_outdated(),
+            **({} if last is None else {key: last.fields[key] for key in ("rank", "done", "notes", "cached")}),
+            **({} if status.reason is None else {"reason": status.reason}),
+        }
 
-    def certificate(self, name: str) -> dict[str, Any] | None:
-        """Return the record and the certificate of an adapter that is ready, without paths; None of any other."""
-        found = self._statuses.get(name)
-        if found is None or found.status != "ready":
+    def _loaded(self, name: str, served: Mapping[str, str]) -> Version | None:
+        return self._versions.get((name, served.get(name, "")))
+
+    def certificate(self, name: str, served: Mapping[str, str]) -> dict[str, Any] | None:
+        """Return the record and the certificate of an adapter, without paths; None of one that was not prepared.
+
+        They are those of the version that vLLM serves, else of what was prepared last; `served` is as for `shown`.
+        """
+        status = self._statuses.get(name)
+        found = self._loaded(name, served) or (None if status is None else status.prepared)
+        if found is None:
             return None
-        files = {"prepared": found.prepared["record"], "certificate": found.prepared["certificate"]}
+        files = {"prepared": found.fields["record"], "certificate": found.fields["certificate"]}
         return {
             kind: json.loads(self._without_paths(Path(file).read_text(), name, None)) for kind, file in files.items()
         }

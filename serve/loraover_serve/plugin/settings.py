@@ -12,12 +12,15 @@ from pathlib import Path
 ADAPTERS, CACHE = "LORAOVER_ADAPTERS", "LORAOVER_CACHE"
 APPROXIMATE, PREPARE = "LORAOVER_APPROXIMATE", "LORAOVER_PREPARE"
 HUB_ALLOW, PYTHON, THREADS = "LORAOVER_HUB_ALLOW", "LORAOVER_PYTHON", "LORAOVER_THREADS"
+RELOAD, SETTLE = "LORAOVER_RELOAD", "LORAOVER_SETTLE"
 
 PLUGIN = "loraover"
 """Name of the plug-in in VLLM_PLUGINS, without which vLLM loads no routes of plug-ins."""
 
 DEFAULT_CACHE = "~/.cache/loraover/adapters"
 DEFAULT_THREADS = 2
+DEFAULT_SETTLE_S = 3.0
+MOST_SETTLE_S = 3600.0
 
 
 class RefusedError(Exception):
@@ -36,6 +39,8 @@ class Settings:
         approximate: Rank to approximate adapters to that have no exact LoRA of the server's rank; None refuses them.
         prepare: Names of adapters to prepare when the server starts.
         hub: Patterns of hub names that may be served, such as "org/*"; none by default.
+        reload: Whether a served adapter whose folder changes is served anew.
+        settle_s: Seconds for which an adapter's files have to be unchanged before they are read.
     """
 
     adapters: Path
@@ -45,6 +50,8 @@ class Settings:
     approximate: int | None
     prepare: tuple[str, ...]
     hub: tuple[str, ...]
+    reload: bool
+    settle_s: float
 
     def is_on_hub(self, name: str) -> bool:
         """Whether a name is one of the hub that may be served, with or without a revision after "@"."""
@@ -82,6 +89,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
         approximate=_number(environment, APPROXIMATE),
         prepare=_listed(environment.get(PREPARE)),
         hub=_listed(environment.get(HUB_ALLOW)),
+        reload=_switch(environment, RELOAD),
+        settle_s=_seconds(environment, SETTLE),
     )
 
 
@@ -116,6 +125,26 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if not found.isdecimal() or int(found) < 1:
         raise ValueError(f"{name} is {found!r}, expected a whole number of 1 or more.")
     return int(found)
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    found = environment.get(name) or "0"
+    if found not in ("0", "1"):
+        raise ValueError(f"{name} is {found!r}, expected 0 or 1.")
+    return found == "1"
+
+
+def _seconds(environment: Mapping[str, str], name: str) -> float:
+    found = environment.get(name)
+    if not found:
+        return DEFAULT_SETTLE_S
+    try:
+        seconds = float(found)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= MOST_SETTLE_S:  # a NaN, too
+        raise ValueError(f"{name} is {found!r}, expected a number of seconds from 0 to {MOST_SETTLE_S:g}.")
+    return seconds
 
 
 def _listed(found: str | None) -> tuple[str, ...]:

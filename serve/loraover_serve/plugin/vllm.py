@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+from loraover_serve.plugin.equality import tell_apart
 from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError, read_settings
 
@@ -48,10 +49,11 @@ class AnyAdapter(LoRAResolver):
 
 
 def register_resolver() -> None:
-    """Entry point of vllm.general_plugins, which every process of vLLM calls.
+    """Entry point of vllm.general_plugins, which every process of vLLM calls; it mends how vLLM compares adapters.
 
     Raises:
         ValueError: Environment variables that cannot be used.
     """
     if service() is not None:
+        tell_apart()
         LoRAResolverRegistry.register_resolver(PLUGIN, AnyAdapter())

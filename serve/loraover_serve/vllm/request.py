@@ -10,7 +10,7 @@ from typing import ClassVar
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
 from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
 from loraover_export.uniform.request_fields import given_adapter
-from loraover_serve.plugin.settings import DEFAULT_CACHE
+from loraover_serve.plugin.settings import DEFAULT_CACHE, DEFAULT_SETTLE_S, MOST_SETTLE_S
 
 COMMAND_VARIABLE = "LORAOVER_VLLM"
 """The environment variable that names the command `vllm` of another environment."""
@@ -132,6 +132,19 @@ class ServeRequest(ServerRequest):
         default=None,
         default_text="such adapters are refused",
         least=1,
+        needs="folder",
+    )
+    reload: bool = option(
+        "Serve an adapter anew when its folder has changed. The negative form serves the version that was loaded.",
+        default=True,
+        needs="folder",
+    )
+    settle_s: float = option(
+        "Seconds for which an adapter's files have to be unchanged before they are read.",
+        default=DEFAULT_SETTLE_S,
+        flag="--settle",
+        least=0,
+        most=MOST_SETTLE_S,
         needs="folder",
     )
     host: str = option("Address or host name that the server listens on.", default=LOOPBACK)

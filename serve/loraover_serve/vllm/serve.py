@@ -18,7 +18,7 @@ from loraover.common.verb import verb
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
 from loraover_export.uniform.rank_limits import max_lora_rank
-from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN
+from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN, RELOAD, SETTLE
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
 from loraover_serve.vllm.server import (
@@ -79,7 +79,7 @@ def _serving(request: ServeRequest) -> Iterator[VllmServer]:
         startup_timeout_s=request.start_timeout_s,
     ) as server:
         if request.folder is not None:
-            _check_plugin(server, request.vllm)
+            _check_plugin(server, request)
         yield server
 
 
@@ -95,21 +95,28 @@ def _plugin_config(request: ServeRequest, folder: Path) -> VllmServerConfig:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_PLUGINS": PLUGIN,
             ADAPTERS: str(folder.resolve()),
+            RELOAD: str(int(request.reload)),
+            SETTLE: str(request.settle_s),
             **cache,
             **approximate,
         },
     )
 
 
-def _check_plugin(server: VllmServer, executable: str) -> None:
-    """Raise EngineError unless the server has the plug-in's routes."""
+def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
+    """Raise EngineError unless the server has the plug-in's routes, and warn if it does not serve what changes."""
     try:
-        server.request("/v1/adapters")
+        found = server.request("/v1/adapters")
     except EngineError as error:
         raise EngineError(
-            f"the server of {executable} has no plug-in: {error} Install it in vLLM's environment with "
+            f"the server of {request.vllm} has no plug-in: {error} Install it in vLLM's environment with "
             "`pip install 'loraover[load]'`."
         ) from error
+    if request.reload and not found.get("reloads"):
+        request.report.line(
+            f"warning: folders that change are not served anew, since this release of vLLM is not known; see "
+            f"{request.log}"
+        )
 
 
 def _warn_if_open(config: VllmServerConfig, report: Reporter) -> None:
