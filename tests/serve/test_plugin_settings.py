@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -19,7 +20,11 @@ from loraover_serve.plugin.front import LINE_BYTES, Front
 from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import RefusedError, Settings, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
+from loraover_serve.vllm.request import ServeRequest
+from loraover_serve.vllm.serve import _check_plugin
+from loraover_serve.vllm.server import VllmServer
 
+from support.lines import Lines
 from support.vllm_command import vllm_command
 
 COMMIT = 40 * "7"
@@ -298,6 +303,15 @@ def made(service: Service, digest: str) -> dict[str, Any]:
     return {"digest": digest, "path": str(folder / "adapter"), "rank": 4, "done": "taken", "notes": [], "cached": False}
 
 
+@pytest.mark.parametrize(("answer", "warns"), [({"reloads": True}, False), ({"reloads": False}, True), ({}, True)])
+def test_a_server_that_reloads_nothing_is_warned_of(answer: dict[str, bool], warns: bool, tmp_path: Path) -> None:
+    """As on a release of vLLM that is not known."""
+    said = Lines()
+    server = cast("VllmServer", SimpleNamespace(request=lambda _: answer))
+    _check_plugin(server, ServeRequest(folder=tmp_path, model="base", report=said))
+    assert ["folders that change are not served anew" in line for line in said.lines] == [True] * warns
+
+
 CONTRACT = """
 import asyncio
 import numpy as np
@@ -305,6 +319,7 @@ from types import SimpleNamespace
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 from vllm.v1.worker.gpu_input_batch import InputBatch
+from loraover_serve.plugin import equality
 from loraover_serve.plugin.equality import is_known, tell_apart
 from loraover_serve.plugin.reload import serve_anew, served_by
 
@@ -313,6 +328,10 @@ ids = np.array([1, 2])
 batch = SimpleNamespace(request_lora_mapping=ids, num_reqs=2, lora_id_to_lora_request={1: one, 2: two})
 active = lambda: InputBatch.make_lora_inputs(batch, np.array([1, 1]), np.array([1, 1]))[2]
 print("stock", len(active()))
+equality.is_known = lambda: False
+tell_apart()
+print("unknown", len(active()))
+equality.is_known = is_known
 tell_apart()
 print("mended", len(active()), one == LoRARequest("shop", 1, "/other"))
 print("known", is_known(), is_known("0.34.0"), is_known("0.3.2"))
@@ -340,8 +359,10 @@ def test_the_private_parts_of_vllm_are_as_the_plug_in_expects() -> None:
         [str(python), "-c", CONTRACT], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-6:] == [
+    assert "compares adapters by name alone, and its sources were not read" in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-7:] == [
         "stock 1",
+        "unknown 1",
         "mended 2 True",
         "known True False False",
         "False",

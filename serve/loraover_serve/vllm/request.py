@@ -91,8 +91,8 @@ class ServeRequest(ServerRequest):
     environment variable VLLM_API_KEY is set, the server asks for that key.
 
     With --adapters, every adapter in a folder is served by its name: those of other kinds than LoRA too, and those that
-    are put there later. Each is prepared at the first request for it, or refused with the reason. vLLM's environment
-    needs this package for that: pip install 'loraover[load]'.
+    are put there later. Each is prepared at the first request for it, or refused with the reason, and served anew when
+    its folder has changed. vLLM's environment needs this package for that: pip install 'loraover[load]'.
 
     Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
     """
@@ -135,7 +135,7 @@ class ServeRequest(ServerRequest):
         needs="folder",
     )
     reload: bool = option(
-        "Serve an adapter anew when its folder has changed. The negative form serves the version that was loaded.",
+        "Serve an adapter anew when its folder has changed; else the version that was loaded first stays.",
         default=True,
         needs="folder",
     )
