@@ -7,10 +7,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, ExactAdapter
-from loraover.checkpoint.target_modules import if_missing
+from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, ExactAdapter, saved_labels
+from loraover.checkpoint.target_modules import Targets, if_missing
+from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
+from loraover.common.strict_json import read_json
+
+CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
+"""Classes of transformers that load a base model with the head of a task."""
 
 
 def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Module:
@@ -54,35 +60,81 @@ def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Modul
     return target
 
 
+def replaced_parameters(base: nn.Module, adapter: AdapterDir, plain: TensorFile) -> dict[str, str]:
+    """Return the keys of an adapter's other trained parameters by the names of the base model's that they replace.
+
+    PEFT loads them into the parameter itself, and so under all names that share it, such as those of an embedding tied
+    to the head. A module of `modules_to_save` has a copy of its parameters, so that only this name is replaced.
+
+    Args:
+        base: The base model.
+        adapter: The adapter.
+        plain: Its open file.
+
+    Raises:
+        CheckpointError: A parameter that PEFT ignores, that fits none of the model, or that contradicts another one.
+    """
+    if adapter.ignored:
+        raise CheckpointError(
+            f"{adapter.tensors_path}: {adapter.ignored[0]} is neither A nor B, and PEFT ignores a tensor of this name. "
+            f"PEFT's keys begin with {KEY_PREFIX}, and weight and bias of an adapted module are below .base_layer. "
+            "Remove the tensor; if it was trained, rename it."
+        )
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    targets = read_json(adapter.path / CONFIG_FILE, Targets)
+    copies: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for key, name in adapter.others.items():
+        if name.endswith(".lora_B.bias"):
+            continue
+        if name not in parameters or tuple(parameters[name].shape) != adapter.shapes[key]:
+            raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(base, adapter)}.")
+        if targets.saves(name):
+            copies[name] = key
+            continue
+        before = shared.get(name)
+        if before is not None and not torch.equal(plain.read(before), plain.read(key)):
+            raise CheckpointError(
+                f"{adapter.tensors_path}: {before} and {key} replace one parameter, which the base model shares, with "
+                "different values; remove one of them."
+            )
+        shared |= {other: key for other, found in parameters.items() if found is parameters[name]}
+    return shared | copies
+
+
+def _misfit(base: nn.Module, adapter: AdapterDir) -> str:
+    """Return why a base model has no place for a tensor of an adapter, and what to do."""
+    kind, labels = type(base).__name__, saved_labels(adapter.shapes)
+    auto = CLASSIFIERS.get(adapter.config.task_type or "")
+    if auto is None or labels is None:
+        return f"fits no parameter of the base model ({kind})"
+    return (
+        f"is of the head of task_type {adapter.config.task_type}, and the base model is a {kind} without that head. "
+        f"Save it with one ({auto}.from_pretrained(..., num_labels={labels}).save_pretrained(FOLDER)), and name the "
+        f"folder with {as_written('model')}"
+    )
+
+
 def load_others(base: nn.Module, exact: ExactAdapter) -> dict[str, nn.Parameter]:
     """Put an adapter's other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
 
-    A parameter that modules share, such as an embedding tied to the head, is replaced only under the names that the
-    adapter has, as PEFT does. It stays shared if the adapter has both names with equal values. A base weight, which
-    PEFT loads into the parameter itself, replaces it under all names.
+    A parameter that modules share stays shared if all its names are replaced by equal values.
 
     Returns:
         The parameters that were replaced, by name.
 
     Raises:
-        CheckpointError: A parameter of the adapter fits none of the model; nothing has been replaced then.
+        CheckpointError: See `replaced_parameters`; nothing has been replaced then.
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
+    found: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
-    shared: dict[str, nn.Parameter] = {}
-    for key, name in exact.adapter.others.items():
-        if name.endswith(".lora_B.bias"):
-            continue
-        if name not in parameters or tuple(parameters[name].shape) != exact.plain.shape(key):
-            raise CheckpointError(
-                f"{exact.plain.path}: {key} fits no parameter of the base model ({type(base).__name__})."
-            )
-        value = nn.Parameter(exact.plain.read(key).to(parameters[name]), requires_grad=False)
-        twins = (o for other, o in others.items() if parameters[other] is parameters[name] and torch.equal(o, value))
-        others[name] = next(twins, value)
-        if key.endswith(BASE_WEIGHT):
-            shared |= {other: value for other, p in parameters.items() if p is parameters[name]}
-    others = shared | others
+    for name, key in replaced_parameters(base, exact.adapter, exact.plain).items():
+        if key not in found:
+            value = nn.Parameter(exact.plain.read(key).to(parameters[name]), requires_grad=False)
+            twins = (others[other] for other in others if parameters[other] is parameters[name])
+            found[key] = next((twin for twin in twins if torch.equal(twin, value)), value)
+        others[name] = found[key]
     replaced = {name: parameters[name] for name in others}
     put_parameters(base, others)
     return replaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
-from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts
+from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts, without_base_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +119,28 @@ class AdapterDir:
     def others(self) -> dict[str, str]:
         """Parameters that the adapter replaces (`modules_to_save`, biases): their names, by keys in the file."""
         keys = [key for key in self.shapes if key not in self.matrices]
-        return {key: key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
+        return {key: self._parameter(key.removeprefix(KEY_PREFIX)) for key in keys}
+
+    @cached_property
+    def ignored(self) -> list[str]:
+        """Keys of other tensors that PEFT ignores: without its prefix, or of an adapted module's unwrapped name."""
+        return [key for key, name in self.others.items() if KEY_PREFIX + self._wrapped(name) != key]
+
+    @cached_property
+    def _wrappers(self) -> Counter[str]:
+        """Number of PEFT's wrappers around each adapted module."""
+        return Counter([*self.modules, *(stack.module for stack in self.stacks)])
+
+    def _parameter(self, name: str) -> str:
+        """Return the base model's name of a parameter, which PEFT keeps in `base_layer` of an adapted module."""
+        path, _, attribute = name.rpartition(".")
+        owner = without_base_layers(path)
+        return f"{owner}.{attribute}" if owner in self._wrappers else name
+
+    def _wrapped(self, name: str) -> str:
+        """Return PEFT's name of the base model's parameter: the reverse of `_parameter`."""
+        path, _, attribute = name.rpartition(".")
+        return f"{path}{'.base_layer' * self._wrappers[path]}.{attribute}" if path in self._wrappers else name
 
     @property
     def rank(self) -> int:

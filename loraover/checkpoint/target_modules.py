@@ -52,6 +52,10 @@ class Targets(BaseModel):
         """Endings of the paths of modules that were trained in full."""
         return [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save or []
 
+    def saves(self, parameter: str) -> bool:
+        """Return whether PEFT gives the module of a parameter a copy, which is trained in full."""
+        return any(f"{ending}." in parameter for ending in self.saved)
+
     def names_parameter(self, parameter: str) -> bool:
         """Return whether `target_parameters` names a parameter, such as that of all experts, or a router's weight."""
         owner, _, name = parameter.rpartition(".")
@@ -198,9 +202,10 @@ def lost_parameters(config: Path, saved: Collection[str], parameters: Iterable[s
         saved: Names of the parameters that the file holds in full.
         parameters: Names of all parameters of the base model.
     """
-    found = read_json(config, Targets).saved
-    lost = [name for name in parameters if name not in saved and any(f"{ending}." in name for ending in found)]
-    return f"modules_to_save {found!r:.200} names {_listed(lost)}, which the file of tensors lacks" if lost else None
+    targets = read_json(config, Targets)
+    lost = [name for name in parameters if name not in saved and targets.saves(name)]
+    named = f"modules_to_save {targets.saved!r:.200} names {_listed(lost)}"
+    return f"{named}, which the file of tensors lacks" if lost else None
 
 
 def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str]) -> None:

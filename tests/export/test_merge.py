@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,12 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.common.errors import CheckpointError
+from loraover.common.errors import CheckpointError, ExportError
 from loraover.reference.unfolded_model import unfolded
-from loraover_export import MergeReport, merge_adapter
+from loraover_export import MergeReport, convert_adapter, merge_adapter
 from loraover_export.merge.in_memory import merge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
+from strategies import normal
 from support.make_checkpoint import LINEAR, edit_tensors, make_checkpoint, oracle_matrices
 from support.merge_cases import CASES, Saved, deltas, long, outputs, save, shards
 from support.tiny_models import tiny_gpt2, tiny_llama
@@ -141,6 +143,85 @@ def test_changed_base_weights_reach_all_that_is_tied(name: str, tmp_path: Path) 
     found += [outputs(model), outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "files"))]
     for logits_ in found:
         assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("tied embedding", "lm_head"),
+        ("tied head", "model.embed_tokens"),
+        ("tied, saved head", "model.embed_tokens"),
+        ("tied, saved embedding", "lm_head"),
+        ("biases", "lm_head"),
+    ],
+)
+def test_a_parameter_reaches_all_that_is_tied_and_has_no_copy(name: str, key: str, tmp_path: Path) -> None:
+    """As PEFT writes embeddings whose rows were added: without `modules_to_save`, and one name of two that are tied."""
+    saved = save(name, tmp_path)
+
+    def change(found: dict[str, Tensor]) -> None:
+        for copy in [key for key in found if key.endswith(".base_layer.weight")]:
+            del found[copy]
+        found[f"base_model.model.{key}.weight"] = normal(5, 64, 32, dtype=torch.float32)
+
+    edit_tensors(saved.adapter / "adapter_model.safetensors", change)
+    expected = outputs(PeftModel.from_pretrained(saved.base(), saved.adapter).eval())
+    model = saved.base()
+    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
+        found = [outputs(whole)]
+    merge(model, read_adapter_dir(saved.adapter))
+    assert merge_adapter(saved.adapter, tmp_path / "files", model=saved.folder / "base").passed
+    found += [outputs(model), outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "files"))]
+    for logits_ in found:
+        assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+    assert float((outputs(saved.peft) - expected).abs().max()) > 0.1 * float(expected.abs().max())
+
+
+IGNORED = {
+    "adapted weight": ("base_model.model.model.layers.0.self_attn.q_proj.weight", (32, 32)),
+    "adapted bias": ("base_model.model.model.layers.1.self_attn.q_proj.bias", (32,)),
+    "wrapper of no module": ("base_model.model.model.layers.0.self_attn.o_proj.base_layer.weight", (32, 32)),
+    "wrapped twice": ("base_model.model.model.layers.0.self_attn.q_proj.base_layer.base_layer.weight", (32, 32)),
+    "no prefix": ("model.norm.weight", (32,)),
+    "half a prefix": ("base_model.model.norm.weight", (32,)),
+}
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_what_peft_ignores_is_refused(case: str, tmp_path: Path) -> None:
+    key, shape = IGNORED[case]
+    saved = save("biases", tmp_path)
+    edit_tensors(
+        saved.adapter / "adapter_model.safetensors",
+        lambda found: found.update({key: normal(5, *shape, dtype=torch.float32)}),
+    )
+    assert torch.equal(outputs(PeftModel.from_pretrained(saved.base(), saved.adapter).eval()), outputs(saved.peft))
+    model, before = saved.base(), saved.base()
+    with pytest.raises(CheckpointError, match=re.escape(f"{key} ") + r"(is neither A nor B|fits no parameter)"):
+        merge(model, read_adapter_dir(saved.adapter))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match=re.escape(f"{key} ")):
+        merge_adapter(saved.adapter, tmp_path / "out", model=saved.folder / "base")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_merge_is_advised_of_what_peft_ignores(tmp_path: Path) -> None:
+    saved, key = save("rslora, r = 1", tmp_path), "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    edit_tensors(saved.adapter / "adapter_model.safetensors", lambda found: found.update({key: torch.ones(32, 32)}))
+    with pytest.raises(ExportError, match=re.escape(key)) as caught:
+        convert_adapter(saved.adapter, tmp_path / "out", model=saved.folder / "base")
+    assert "export merge" not in str(caught.value)
+
+
+def test_two_values_of_one_parameter_are_refused(tmp_path: Path) -> None:
+    saved = save("tied embedding", tmp_path)
+    keys = [f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens.base_layer")]
+    edit_tensors(
+        saved.adapter / "adapter_model.safetensors",
+        lambda found: found.update({key: normal(i, 64, 32, dtype=torch.float32) for i, key in enumerate(keys)}),
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and .*base_layer\.weight replace one parameter"):
+        merge_adapter(saved.adapter, tmp_path / "out", model=saved.folder / "base")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -43,6 +43,18 @@ EXPORT = (
         Selection("test_convert.py", "all_that_is_tied"),
     ),
     Mutant(
+        "merge-takes-what-peft-ignores",
+        "if adapter.ignored:",
+        "if not adapter:",
+        Selection("test_merge.py", "peft_ignores"),
+    ),
+    Mutant(
+        "merge-gives-every-parameter-a-copy",
+        "if targets.saves(name):",
+        "if name:",
+        Selection("test_merge.py", "has_no_copy"),
+    ),
+    Mutant(
         "merge-trusts-the-shapes-of-the-files",
         "if shard.shape(key) != tuple(parameter.shape):",
         "if len(shard.shape(key)) != parameter.ndim:",

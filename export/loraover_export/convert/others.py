@@ -50,7 +50,8 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
     for key in adapter.layout.others:
         name = key.removeprefix(KEY_PREFIX)
         path = module_of_copy(key)
-        if key.endswith(BASE_WEIGHT) and adapter.base.shapes.get(path) == adapter.file.shape(key):
+        is_copy = key.endswith(BASE_WEIGHT) and path in adapter.layout.modules
+        if is_copy and adapter.base.shapes.get(path) == adapter.file.shape(key):
             changed = changed_weight(key, adapter.file, path, adapter.base)
             refuse_changed(changed, adapter.layout.tensors_path, "merge the adapter with `loraover export merge`")
             continue

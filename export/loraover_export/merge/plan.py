@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.base_modules import replaced_parameters, target_module
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import CONFIG
-from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, saved_labels
+from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.target_modules import check_saved
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
-from loraover.common.errors import CheckpointError, ConfigError, ExportError
+from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
 from loraover_export.merge.base_files import UNQUANTISED, BaseFiles
 from loraover_export.merge.request import MergeRequest
-
-CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
-"""Classes of transformers that load a base model with the head of a task."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
     adapter.check_complete(path for path, _ in skeleton.named_modules())
     names = _Names(skeleton, base, source)
     check_saved(adapter.path / CONFIG_FILE, adapter.others.values(), names.parameters)
-    changes = _changes(skeleton, adapter)
+    changes = _changes(skeleton, adapter, plain)
     tied = _untied(names, changes, plain)
     shards = {shard: {key: PlannedTensor(key, key) for key in file.keys} for shard, file in base.shards.items()}
     for name, (replaced, module) in (dict.fromkeys(tied, (None, None)) | changes).items():
@@ -129,36 +126,15 @@ class _Names:
         )
 
 
-def _changes(skeleton: Any, adapter: AdapterDir) -> dict[str, tuple[str | None, str | None]]:
+def _changes(skeleton: Any, adapter: AdapterDir, plain: TensorFile) -> dict[str, tuple[str | None, str | None]]:
     """Return the adapter's tensor and the adapted module of each parameter that changes, by its name."""
-    changes: dict[str, tuple[str | None, str | None]] = {}
-    shared: dict[str, tuple[str | None, str | None]] = {}
-    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    for key, name in adapter.others.items():
-        if name not in parameters or tuple(parameters[name].shape) != adapter.shapes[key]:
-            raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(skeleton, adapter)}.")
-        changes[name] = (key, None)
-        if key.endswith(BASE_WEIGHT):  # PEFT loads it into the parameter itself, whatever shares it
-            shared |= {other: (key, None) for other, found in parameters.items() if found is parameters[name]}
-    changes = shared | changes
+    replaced = replaced_parameters(skeleton, adapter, plain)
+    changes: dict[str, tuple[str | None, str | None]] = {name: (key, None) for name, key in replaced.items()}
     for module in adapter.modules:
         target_module(skeleton, adapter, module)
         name = f"{module}.weight"
-        changes[name] = (changes.get(name, (None, None))[0], module)
+        changes[name] = (replaced.get(name), module)
     return changes
-
-
-def _misfit(skeleton: Any, adapter: AdapterDir) -> str:
-    """Return why a base model has no place for a tensor of an adapter, and what to do."""
-    kind, labels = type(skeleton).__name__, saved_labels(adapter.shapes)
-    auto = CLASSIFIERS.get(adapter.config.task_type or "")
-    if auto is None or labels is None:
-        return f"fits no parameter of the base model ({kind})"
-    return (
-        f"is of the head of task_type {adapter.config.task_type}, and the base model is a {kind} without that head. "
-        f"Save it with one ({auto}.from_pretrained(..., num_labels={labels}).save_pretrained(FOLDER)), and name the "
-        f"folder with {MergeRequest.named('model')}"
-    )
 
 
 def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]], plain: TensorFile) -> list[str]:
@@ -173,7 +149,7 @@ def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]],
             )
         keys = [changes.get(other, (None, None)) for other in sharing]
         replaced = [key for key, module in keys if key is not None and module is None]
-        alike = len(replaced) == 2 and torch.equal(*map(plain.read, replaced))
+        alike = len(replaced) == 2 and (replaced[0] == replaced[1] or torch.equal(*map(plain.read, replaced)))
         if len(sharing) == 2 and not alike:
             found |= dict.fromkeys(sharing)
     return list(found)

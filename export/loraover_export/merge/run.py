@@ -41,9 +41,9 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
 
     Every adapted weight becomes W + scaling * B @ A, computed in float64 and rounded once to the data type of W. The
     other tensors are copied byte by byte, in the shards of the base model; the memory is that of the largest tensor.
-    Parameters that the adapter holds in full (`modules_to_save`, biases) replace those of the base model. Where the
-    adapter changes the embedding or the head of a model that has one matrix for both, they become two, and
-    `config.json` then states that they are not tied. The tokenizer and the other files of the base model come
+    Parameters that the adapter holds in full (`modules_to_save`, biases) replace those of the base model, as PEFT loads
+    them. Where embedding and head share one matrix and the adapter changes them differently, they become two matrices,
+    and `config.json` then states that they are not tied. The tokenizer and the other files of the base model come
     along, and the adapter's chat template if it has one.
 
     Returns:

@@ -114,8 +114,8 @@ def check_tensors(
     """
     copies = []
     for key in adapter.others:
-        weight = weights.get(key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT))
-        if key.endswith(BASE_WEIGHT) and adapter.shapes[key] == weight:
+        path = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
+        if key.endswith(BASE_WEIGHT) and path in adapter.modules and adapter.shapes[key] == weights.get(path):
             copies.append(key)
             continue
         kind = next((kind for part, kind in kinds.items() if part in key), "neither A nor B of a module")
