@@ -102,6 +102,20 @@ def misfit(reference: Path) -> str | None:
     return f"{reference} was recorded of an adapter with the digest {recorded:.12}, and this one has {found:.12}"
 
 
+def covered_files(reference: Path) -> list[str]:
+    """Return the paths of the files that `misfit` compares with a reference that fits.
+
+    Args:
+        reference: The reference, in the adapter's folder.
+
+    Raises:
+        CheckpointError: A file that cannot be read.
+    """
+    if not _is_kept(reference, reference_digests(reference)["adapter"]):
+        return list(ADAPTER_FILES)
+    return [*read_json(_kept_beside(reference), KeptReference).files, _kept_beside(reference).name]
+
+
 def _is_kept(reference: Path, recorded: str) -> bool:
     folder, file = reference.parent, _kept_beside(reference)
     if not file.is_file():

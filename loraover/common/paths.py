@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from pathlib import Path, PosixPath
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from loraover.common.errors import ConfigError
 
@@ -92,6 +92,39 @@ def kind_of(path: str | Path) -> Literal["file", "folder"] | None:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be looked at: {error.strerror or error}; check the path.") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else None
+
+
+class Listing(NamedTuple):
+    """What is in a folder and below it, by paths in it, without what is hidden or in a hidden folder.
+
+    Args:
+        files: Regular files, and links to them, as in the hub's cache.
+        others: Paths of all else but folders: links to folders or to nothing, pipes, devices.
+    """
+
+    files: dict[str, Path]
+    others: list[str]
+
+
+def list_folder(folder: Path) -> Listing:
+    """Return what is in a folder. A clone has git's files in a hidden folder, and a download those of the hub's client.
+
+    Raises:
+        OSError: A folder that cannot be read.
+    """
+    listing = Listing({}, [])
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            listing.files[path.name] = path
+        elif path.is_dir() and not path.is_symlink():
+            found = list_folder(path)
+            listing.files.update({f"{path.name}/{name}": file for name, file in found.files.items()})
+            listing.others.extend(f"{path.name}/{name}" for name in found.others)
+        else:
+            listing.others.append(path.name)
+    return listing
 
 
 def cache_folder() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.command_line import run
@@ -19,7 +21,9 @@ from loraover_export.attest.run import STATEMENT_FILE
 from loraover_export.attest.sign import SIGNATURE_FILE
 from loraover_export.cli import cli
 
-from support.make_checkpoint import edit_json, make_checkpoint, tree
+from support.adapters_on_disk import save_base, save_lora
+from support.conversions import SOURCES, make_base, make_source
+from support.make_checkpoint import edit_json, edit_tensors, make_checkpoint, tree
 from support.recorded import write_reference
 
 
@@ -66,12 +70,34 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+IRREGULAR = "neither a file nor a folder"
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors": (lambda folder: cut(folder / "adapter_model.safetensors"), "adapter_model.safetensors has changed"),
     "certificate": (lambda folder: cut(folder / "fold_certificate.json"), "fold_certificate.json has changed"),
     "missing": (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
     "further": (lambda folder: (folder / "more.bin").write_bytes(b"1"), "more.bin is not attested"),
+    "linked folder": (lambda folder: (folder / "more").symlink_to(folder.parent), f"more: {IRREGULAR}"),
+    "broken link": (
+        lambda folder: (folder / "more.bin").symlink_to("nowhere"),
+        f"more.bin: {IRREGULAR}",
+    ),
+    "pipe": (lambda folder: os.mkfifo(folder / "more.bin"), f"more.bin: {IRREGULAR}"),
+    "pipe below": (lambda folder: mkfifo(folder / "in" / "more.bin"), f"in/more.bin: {IRREGULAR}"),
+    "statement": (
+        lambda folder: edit_json(folder / STATEMENT_FILE, passed),
+        "says PASSED, and differs from what the certificates beside it say, which is WARNED",
+    ),
 }
+
+
+def mkfifo(path: Path) -> None:
+    path.parent.mkdir()
+    os.mkfifo(path)
+
+
+def passed(statement: dict[str, Any]) -> None:
+    predicate = statement["predicate"]
+    predicate.update(result="PASSED", passedTests=["fold", "reference"], warnedTests=[])
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -85,6 +111,89 @@ def test_a_change_is_named(name: str, adapter: Path, capsys: pytest.CaptureFixtu
     change(adapter)
     assert run(cli, ["attest", str(adapter), "--check"]) == 1
     assert words in capsys.readouterr().out
+    if IRREGULAR in words:
+        assert run(cli, ["attest", str(adapter), "--force"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def add_one(tensors: dict[str, Tensor]) -> None:
+    tensors[next(iter(tensors))] += 1
+
+
+UNCERTIFIED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "changed weights": (
+        lambda folder: edit_tensors(folder / "adapter_model.safetensors", add_one),
+        "is the certificate of another adapter_model.safetensors",
+    ),
+    "borrowed certificate": (
+        lambda folder: edit_json(folder / "adapter_config.json", lambda config: config.update(lora_alpha=1)),
+        "is the certificate of another adapter_config.json",
+    ),
+    "lost template": (
+        lambda folder: edit_json(
+            folder / "fold_certificate.json", lambda found: found["output"].update({"chat_template.jinja": "0" * 64})
+        ),
+        "is the certificate of another chat_template.jinja: expected SHA-256 000000000000, found no such file",
+    ),
+    "written by hand": (
+        lambda folder: (folder / "fold_certificate.json").write_text('{"verdict": "passed"}'),
+        "names no digests of the output's files",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTIFIED)
+def test_what_no_check_has_seen_is_not_attested(name: str, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (adapter / REFERENCE_FILE).unlink()
+    change, words = UNCERTIFIED[name]
+    change(adapter)
+    before = tree(adapter)
+    assert run(cli, ["attest", str(adapter), "--force"]) == 2
+    assert f"fold_certificate.json: {words}" in " ".join(capsys.readouterr().err.split())
+    assert tree(adapter) == before
+
+
+def test_a_file_that_nothing_is_of_warns(adapter: Path) -> None:
+    (adapter / REFERENCE_FILE).unlink()
+    assert run(cli, ["attest", str(adapter), "--force"]) == 0
+    assert json.loads((adapter / STATEMENT_FILE).read_text())["predicate"]["result"] == "PASSED"
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    assert run(cli, ["attest", str(adapter), "--force"]) == 0
+    found = json.loads((adapter / STATEMENT_FILE).read_text())
+    assert (found["predicate"]["result"], found["predicate"]["warnedTests"]) == ("WARNED", ["other files"])
+    unchecked = [one["name"] for one in found["subject"] if one["annotations"] == {"checked": False}]
+    assert unchecked == ["chat_template.jinja"]
+
+
+EXPORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "convert": (("convert", "--check-error"), ("lora_certificate.json",)),
+    "shrink": (("shrink", "--rank", "2"), ("lora_certificate.json",)),
+    "vllm": (("vllm",), ("preflight.json", "vllm_certificate.json")),
+    "converted for vllm": (("vllm",), ("conversion.json", "preflight.json", "vllm_certificate.json")),
+    "merge": (("merge",), ("merge_certificate.json",)),
+    "mlx": (("mlx",), ("mlx_certificate.json",)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_every_certificate_names_all_files_of_its_output(name: str, tmp_path: Path) -> None:
+    (verb, *options), certificates = EXPORTS[name]
+    if name == "converted for vllm":
+        lora = make_source(make_base(tmp_path / "base", "even"), tmp_path / "in", SOURCES["pissa"])
+    else:
+        lora = save_lora(save_base(tmp_path / "base"), tmp_path / "in")
+    (lora / "chat_template.jinja").write_text("{{ messages }}")
+    out = tmp_path / "out"
+    assert run(cli, [verb, str(lora), "-o", str(out), *options]) == 0
+    names = {path.name for path in out.iterdir()} - {"README.md", *certificates}
+    assert {"adapter_model.safetensors", "adapters.safetensors", "model.safetensors"} & names
+    for certificate in certificates:
+        output = json.loads((out / certificate).read_text())["output"]
+        assert names <= output.keys()
+        assert all(hashlib.sha256((out / file).read_bytes()).hexdigest() == sha256 for file, sha256 in output.items())
+    assert run(cli, ["attest", str(out)]) == 0
+    assert json.loads((out / STATEMENT_FILE).read_text())["predicate"]["result"] == "PASSED"
+    assert run(cli, ["attest", str(out), "--check"]) == 0
 
 
 def test_what_cannot_be_attested_is_refused(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from loraover.checkpoint.tensor_file import sha256_of
 from loraover_export.onnx.swappable import open_inputs
 
 from oracles.contraction import Array
@@ -106,6 +107,7 @@ def test_a_later_export_holds_the_adapter_alone(swappable: Exported) -> None:
     files = {"late.onnx_adapter", "onnx_report.json", "README.md"}
     assert {path.name for path in swappable.later.iterdir()} == files
     found = read_report(swappable.later)
+    assert found.output == {"late.onnx_adapter": sha256_of(swappable.later / "late.onnx_adapter")}
     assert [check.adapter for check in found.checks] == [None, "late"]
     assert found.base_model == str(swappable.made.base)
     assert found.precision == "fp32"

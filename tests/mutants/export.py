@@ -43,6 +43,18 @@ EXPORT = (
         Selection("test_convert.py", "all_that_is_tied"),
     ),
     Mutant(
+        "attest-takes-any-certificate",
+        "if name not in resources or resources[name].digest.sha256 != digest:",
+        "if name not in resources:",
+        Selection("test_attest.py", "no_check_has_seen"),
+    ),
+    Mutant(
+        "attest-believes-its-statement",
+        "if made != attested:",
+        "if made.subject != attested.subject:",
+        Selection("test_attest.py", "change_is_named"),
+    ),
+    Mutant(
         "merge-takes-what-peft-ignores",
         "if adapter.ignored:",
         "if not adapter:",

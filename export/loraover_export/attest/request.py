@@ -15,8 +15,9 @@ class AttestRequest(Request):
     """Write a statement of ADAPTER's files and of the checks that they passed, or compare the files with it.
 
     The statement has in-toto's form, and is attestation.json in the adapter's folder: the SHA-256 of each file, the
-    verdicts of the certificates, and the SHA-256 of the certificates and of the reference. With a key, the whole
-    folder is signed with it by OpenSSF's package model-signing, to model.sig.
+    verdicts of the certificates, and the SHA-256 of the certificates and of the reference. Each certificate has to name
+    the SHA-256 of the files beside it. With a key, the whole folder is signed with it by OpenSSF's package
+    model-signing, to model.sig.
 
     Exit code 1: with --check, a file or the signature is not as attested; else, a certificate has failed.
     """

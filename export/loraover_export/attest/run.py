@@ -5,21 +5,22 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.checkpoint.carried_reference import misfit, reference_digests
+from loraover.checkpoint.carried_reference import covered_files, misfit, reference_digests
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ExportError, OutputError
+from loraover.common.paths import Listing, list_folder
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.common.verb import verb
 from loraover_export.attest.request import AttestRequest
-from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault, visible_files
+from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
 from loraover_export.fold.certificate import CERTIFICATE_FILE as FOLD
 from loraover_export.logits.judge import ExportVerdict
@@ -45,14 +46,18 @@ CERTIFICATES = {
 """Name of the test that each certificate is the result of, by the certificate's file."""
 OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md")
 """Files that are neither the adapter nor a result; a hub changes the last one."""
+UNCHECKED = "other files"
+"""Name of the test that warns of files that no certificate and no reference is of."""
+NOT_A_FILE = "neither a file nor a folder, but a link to a folder or to nothing, a pipe or a device"
 
 
-class Certificate(BaseModel):
+class AnyCertificate(BaseModel):
     """What every certificate has."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     verdict: ExportVerdict
+    output: dict[str, str] = {}
 
 
 class AttestReport(StrictModel):
@@ -134,30 +139,44 @@ def make_statement(adapter: Path) -> Statement:
         adapter: The folder.
 
     Raises:
-        CheckpointError: A file that cannot be read, a certificate that is none, or the reference of another adapter.
+        CheckpointError: A file that cannot be read, anything but files and folders, a certificate that is none or is of
+            other files, or the reference of another adapter.
         ExportError: No certificate and no reference.
     """
+    files, others = _listed(adapter)
+    if others:
+        raise CheckpointError(f"{adapter / others[0]}: {NOT_A_FILE}; remove it.")
     subjects, results = [], []
     tests: dict[str, list[str]] = {"passed": [], "failed": [], "inconclusive": []}
-    for name, path in _files(adapter).items():
+    resources = {name: _resource(path, name) for name, path in files.items()}
+    covered: set[str] = set()
+    for name, path in files.items():
         if name in CERTIFICATES:
-            found = read_json(path, Certificate)
+            found = read_json(path, AnyCertificate)
+            _check_output(path, found, resources)
+            covered |= found.output.keys()
             tests.get(found.verdict, tests["inconclusive"]).append(CERTIFICATES[name])
-            results.append(_resource(path, name, _in_short(found.model_dump())))
+            results.append(resources[name].model_copy(update={"annotations": _in_short(found.model_dump())}))
         elif name.endswith(REFERENCE_FILE):
-            results.append(_reference(path, name, tests))
+            results.append(_reference(path, resources[name], tests))
+            covered.update(covered_files(path))
         else:
-            subjects.append(_resource(path, name))
+            subjects.append(resources[name])
     if not results:
         raise ExportError(
             f"{adapter}: holds no certificate and no reference, so there is nothing to attest; name the output of an "
             "export, or record a reference with `loraover serve record`."
         )
+    if any(subject.name not in covered for subject in subjects):
+        tests["inconclusive"].append(UNCHECKED)
     result: Literal["PASSED", "WARNED", "FAILED"] = (
         "FAILED" if tests["failed"] else "WARNED" if tests["inconclusive"] else "PASSED"
     )
     return Statement(
-        subject=subjects,
+        subject=[
+            subject if subject.name in covered else subject.model_copy(update={"annotations": {"checked": False}})
+            for subject in subjects
+        ],
         predicate=TestResult(
             result=result,
             configuration=results,
@@ -168,6 +187,19 @@ def make_statement(adapter: Path) -> Statement:
     )
 
 
+def _check_output(path: Path, certificate: AnyCertificate, resources: Mapping[str, Resource]) -> None:
+    """Raise CheckpointError unless a certificate is that of the files beside it."""
+    if not certificate.output:
+        raise CheckpointError(f"{path}: names no digests of the output's files; export the adapter again.")
+    for name, digest in certificate.output.items():
+        if name not in resources or resources[name].digest.sha256 != digest:
+            found = resources[name].digest.sha256 if name in resources else "no such file"
+            raise CheckpointError(
+                f"{path}: is the certificate of another {name}: expected SHA-256 {digest:.12}, found {found:.12}; "
+                "export the adapter again."
+            )
+
+
 def differences(attested: Statement, adapter: Path) -> Iterator[str]:
     """Yield what differs between a statement and the files of a folder, in sentences.
 
@@ -176,22 +208,45 @@ def differences(attested: Statement, adapter: Path) -> Iterator[str]:
         adapter: The folder.
     """
     named = {one.name: one.digest.sha256 for one in (*attested.subject, *attested.predicate.configuration)}
-    found = _files(adapter)
+    files, others = _listed(adapter)
+    faults = [f"{name}: {NOT_A_FILE}" for name in others]
     for name, digest in named.items():
-        if name not in found:
-            yield f"{name} is missing"
-        elif sha256_of(found[name]) != digest:
-            yield f"{name} has changed"
-    yield from (f"{name} is not attested" for name in found if name not in named)
-
-
-def _files(adapter: Path) -> dict[str, Path]:
-    return {name: path for name, path in visible_files(adapter).items() if name not in OTHERS}
-
-
-def _resource(path: Path, name: str, annotations: dict[str, Any] | None = None) -> Resource:
+        if name not in files:
+            faults.append(f"{name} is missing")
+        elif sha256_of(files[name]) != digest:
+            faults.append(f"{name} has changed")
+    faults += [f"{name} is not attested" for name in files if name not in named]
+    yield from faults
+    if faults:
+        return
     try:
-        return Resource(name=name, digest=Digest(sha256=sha256_of(path)), annotations=annotations or {})
+        made = make_statement(adapter)
+    except (CheckpointError, ExportError) as error:
+        yield str(error)
+        return
+    if made != attested:
+        yield (
+            f"{STATEMENT_FILE} says {attested.predicate.result}, and differs from what the certificates beside it say, "
+            f"which is {made.predicate.result}"
+        )
+
+
+def _listed(adapter: Path) -> Listing:
+    """Return what is in a folder, but for files that are neither the adapter nor a result.
+
+    Raises:
+        CheckpointError: No such folder, or one that cannot be read.
+    """
+    try:
+        files, others = list_folder(adapter)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: not a folder that can be read; name that of an adapter.") from error
+    return Listing({name: path for name, path in files.items() if name not in OTHERS}, others)
+
+
+def _resource(path: Path, name: str) -> Resource:
+    try:
+        return Resource(name=name, digest=Digest(sha256=sha256_of(path)))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
 
@@ -203,11 +258,11 @@ def _in_short(value: Any) -> Any:
     return value
 
 
-def _reference(path: Path, name: str, tests: dict[str, list[str]]) -> Resource:
+def _reference(path: Path, resource: Resource, tests: dict[str, list[str]]) -> Resource:
     """The reference, whose test is whether it decides on a server in bfloat16."""
     reason = misfit(path)
     if reason is not None:
         raise CheckpointError(f"{reason}; record it again with `loraover serve record`, or remove it.")
     power = json.loads(gzip.decompress(path.read_bytes())).get("power")
     tests["passed" if isinstance(power, dict) and power.get("decides") is True else "inconclusive"].append("reference")
-    return _resource(path, name, reference_digests(path))
+    return resource.model_copy(update={"annotations": reference_digests(path)})

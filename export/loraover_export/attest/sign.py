@@ -1,4 +1,4 @@
-"""Files of an adapter's folder, and their signatures by model-signing of OpenSSF (`pip install 'loraover[sign]'`)."""
+"""Signatures of the files of an adapter's folder, by model-signing of OpenSSF (`pip install 'loraover[sign]'`)."""
 
 from __future__ import annotations
 
@@ -8,34 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loraover.common.errors import CheckpointError, ConfigError, ExportError
+from loraover.common.errors import ConfigError, ExportError
+from loraover.common.paths import list_folder
 
 SIGNATURE_FILE = "model.sig"
 """The package's own name for it."""
 
 KEYS = "expected an elliptic-curve key (P-256, P-384 or P-521)"
-
-
-def visible_files(adapter: Path) -> dict[str, Path]:
-    """Return the files of a folder by their paths in it, without those that are hidden or in a hidden folder.
-
-    A clone has git's files in such a folder, and a download by `hf download --local-dir` those of the hub's client. In
-    the hub's cache, files are links.
-
-    Args:
-        adapter: The folder.
-
-    Raises:
-        CheckpointError: No such folder.
-    """
-    if not adapter.is_dir():
-        raise CheckpointError(f"{adapter}: not a folder; name that of an adapter.")
-    found = {path.relative_to(adapter): path for path in sorted(adapter.rglob("*"))}
-    return {
-        name.as_posix(): path
-        for name, path in found.items()
-        if path.is_file() and not any(part.startswith(".") for part in name.parts)
-    }
 
 
 def read_signer(private_key: Path, password: str | None) -> Any:
@@ -115,7 +94,7 @@ def _signed_files(adapter: Path, new: Mapping[str, str] = {}) -> Iterator[Path]:
     """A folder with the adapter's name and links to the files that a signature covers."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / adapter.resolve().name
-        for name, path in visible_files(adapter).items():
+        for name, path in list_folder(adapter).files.items():
             if name not in (SIGNATURE_FILE, *new):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to(path.resolve())

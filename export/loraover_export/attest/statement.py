@@ -28,7 +28,9 @@ class Resource(BaseModel):
     name: str = Field(description="Path below the adapter's folder")
     digest: Digest = Field(description="Its digests")
     annotations: dict[str, Any] = Field(
-        default={}, description="Contents of a certificate without its lists, or digests of the reference"
+        default={},
+        description="Contents of a certificate without its lists, or digests of the reference; "
+        "checked: false of a file that neither is of",
     )
 
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, Proof, judge
+from loraover_export.logits.judge import NOISE_FACTOR, Certificate, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "fold_certificate.json"
@@ -72,7 +72,7 @@ class TrainedBase(StrictModel):
         )
 
 
-class FoldCertificate(Proof):
+class FoldCertificate(Certificate):
     """Result of a fold, and the contents of `fold_certificate.json`."""
 
     verdict: CheckVerdict

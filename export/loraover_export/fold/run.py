@@ -58,11 +58,11 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         base = resolve_base([source], request.model, option=request.named("model"), say=request.report.line)
     with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
         certificate = _fold(request, source, base, draft)
-        certificate.keep(draft / CERTIFICATE_FILE)
-        (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
         to_page(certificate, request.command()).write(draft / HTML_FILE)
-        keep_reference(request.checkpoint, draft, request.report.line)
         keep_chat_template(request.checkpoint, draft)
+        certificate = certificate.keep(draft / CERTIFICATE_FILE)
+        (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
+        keep_reference(request.checkpoint, draft, request.report.line)
     if request.record and certificate.verdict != "failed":
         names = ("model", "device", "compute_dtype", "max_memory_gib", "report")
         record_beside(request.output, **{name: getattr(request, name) for name in names})

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
+from pydantic import Field
+
+from loraover.checkpoint.carried_reference import KEPT_FILE
+from loraover.checkpoint.files import REFERENCE_FILE
+from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import AbandonedError
+from loraover.common.paths import list_folder
 from loraover.common.strict_json import StrictModel
 
 NOISE_FACTOR = 3.0
@@ -34,11 +40,29 @@ class Proof(StrictModel):
         """Exit code of the command."""
         return EXIT_CODES[self.verdict]
 
-    def keep(self, file: Path) -> None:
-        """Write the proof beside the output, or raise AbandonedError if the verdict is "failed"."""
+
+class Certificate(Proof):
+    """A proof that lies beside the output, whose files it names."""
+
+    output: dict[str, str] = Field(
+        default={}, description="SHA-256 of each file that lay beside the certificate when it was written, by its path"
+    )
+
+    def keep(self, file: Path) -> Self:
+        """Write the certificate beside the output, and return it with the digests of the output's files.
+
+        It names no reference, which may be recorded again.
+
+        Raises:
+            AbandonedError: The verdict is "failed".
+        """
         if self.verdict == "failed":
             raise AbandonedError
-        file.write_text(self.model_dump_json(indent=1) + "\n")
+        found = list_folder(file.parent).files.items()
+        output = {name: sha256_of(path) for name, path in found if not name.endswith((REFERENCE_FILE, KEPT_FILE))}
+        kept = self.model_copy(update={"output": output})
+        file.write_text(kept.model_dump_json(indent=1) + "\n")
+        return kept
 
 
 def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Proof
+from loraover_export.logits.judge import Certificate
 from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.certificate import SourceRecord
@@ -26,7 +26,7 @@ class MergedWeight(StrictModel):
     )
 
 
-class MergeReport(Proof):
+class MergeReport(Certificate):
     """Result of a merge, and the contents of `merge_certificate.json`."""
 
     verdict: Literal["passed", "failed"]

@@ -85,10 +85,10 @@ def _publish(
         keep_chat_template(request.source, draft)
         merged = _write(files, plan, exact, draft, request.report)
         result = _report(request, base, plan, merged)
-        result.keep(draft / CERTIFICATE_FILE)
         _write_json(draft / CONFIG, _config(files.config, plan))
         if [*plan.shards] != [SINGLE]:
             _write_json(draft / INDEX, _index(files, plan))
+        result = result.keep(draft / CERTIFICATE_FILE)
         (draft / "README.md").write_text(_card(request, base, exact.adapter, result), encoding="utf-8")
     return result
 

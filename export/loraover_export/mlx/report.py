@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loraover_export.logits.judge import Proof
+from loraover_export.logits.judge import Certificate
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "mlx_certificate.json"
 
 
-class MlxReport(Proof):
+class MlxReport(Certificate):
     """Errors of the matrices of a written adapter, and the contents of `mlx_certificate.json`."""
 
     verdict: Literal["passed", "failed"] = Field(

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import CheckVerdict, ExportVerdict, Proof, judge
+from loraover_export.logits.judge import Certificate, CheckVerdict, ExportVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"
@@ -89,7 +89,7 @@ class GraphCheck(StrictModel):
         return self.verdict == "passed"
 
 
-class OnnxReport(Proof):
+class OnnxReport(Certificate):
     """Result of an ONNX export, and the contents of `onnx_report.json`."""
 
     schema_version: Literal[1] = 1

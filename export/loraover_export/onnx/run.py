@@ -45,7 +45,7 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
     with publish_directory(request.output, outside=request.sources[0], replace=request.force) as draft:
         export = Export(request, inputs, draft)
         result = export.run()
-        result.keep(draft / REPORT_FILE)
+        result = result.keep(draft / REPORT_FILE)
         (draft / "README.md").write_text(_card(export.request, inputs, result), encoding="utf-8")
         for name, adapter in inputs.adapters.items():
             files = [path.name for path in draft.iterdir() if _is_of(path, name, result.mode, export.kind.graphs)]

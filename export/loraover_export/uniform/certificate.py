@@ -12,7 +12,7 @@ from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import StrictModel
 from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import NOISE_FACTOR, CheckVerdict, Proof, judge
+from loraover_export.logits.judge import NOISE_FACTOR, Certificate, CheckVerdict, judge
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "lora_certificate.json"
@@ -107,7 +107,7 @@ class OutputsOfConversion(StrictModel):
         return None if self.bound is None else judge(self.error.max_logit, self.bound, self.adapter_effect)
 
 
-class LoraCertificate(Proof):
+class LoraCertificate(Certificate):
     """Errors of a plain LoRA that was made from other adapters, and the contents of `lora_certificate.json`."""
 
     verdict: CheckVerdict = Field(

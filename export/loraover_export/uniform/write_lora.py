@@ -165,9 +165,7 @@ def write_lora(
             raise AbandonedError
         _save(target, stored, certificate, draft)
         certificate = check(draft, certificate)
-        if certificate.verdict == "failed":
-            raise AbandonedError
-        (draft / CERTIFICATE_FILE).write_text(certificate.model_dump_json(indent=1) + "\n")
+        certificate = certificate.keep(draft / CERTIFICATE_FILE)
         (draft / "README.md").write_text(_card(target, certificate), encoding="utf-8")
     return certificate
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Proof
+from loraover_export.logits.judge import Certificate
 from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.rules import RULES
@@ -24,7 +24,7 @@ class Violation(StrictModel):
     remedy: str = Field(description="Next step for the user")
 
 
-class Preflight(Proof):
+class Preflight(Certificate):
     """Result of checking an adapter against vLLM's rules, and the contents of `preflight.json`."""
 
     verdict: Literal["passed", "failed"] = Field(description="Passed: no rule found an error; warnings are allowed")

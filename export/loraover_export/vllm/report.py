@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Proof
+from loraover_export.logits.judge import Certificate
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.vllm.preflight import Preflight
@@ -15,7 +15,7 @@ from loraover_export.vllm.preflight import Preflight
 CERTIFICATE_FILE = "vllm_certificate.json"
 
 
-class VllmCertificate(Proof):
+class VllmCertificate(Certificate):
     """Errors of the matrices of a written adapter, and the contents of `vllm_certificate.json`."""
 
     verdict: Literal["passed", "failed"]

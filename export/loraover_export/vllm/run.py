@@ -19,7 +19,7 @@ from loraover.reporting.model_card import model_card
 from loraover.sources.push import push_checked
 from loraover_export.convert.plain import PlainLora, plain_lora
 from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
+from loraover_export.uniform.certificate import CONVERSION_FILE
 from loraover_export.uniform.experts import split_experts, split_paths, stack_fields
 from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
 from loraover_export.uniform.served import ServedModel, read_served
@@ -68,9 +68,8 @@ def _export(request: VllmRequest, plain: PlainLora) -> VllmReport:
     report = VllmReport(preflight=found, conversion=plain.certificate)
     if not found.passed:
         return report
-    certificate = _publish(request, candidate, found, plain.certificate)
-    report = report.model_copy(update={"certificate": certificate})
-    if not certificate.passed:
+    report = _publish(request, candidate, report)
+    if not report.passed:
         return report
     return report.model_copy(update=launch_commands(candidate, request.output.resolve()))
 
@@ -86,22 +85,21 @@ def _address(source: ModelSource) -> str:
     return str(Path(source.location).resolve()) if Path(source.location).is_dir() else source.name
 
 
-def _publish(
-    request: VllmRequest, candidate: Candidate, found: Preflight, conversion: LoraCertificate | None
-) -> VllmCertificate:
+def _publish(request: VllmRequest, candidate: Candidate, report: VllmReport) -> VllmReport:
     """Write the adapter with its report, certificates and card; where the certificate fails, publish nothing."""
+    found, conversion = report.preflight, report.conversion
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         certificate = _write(request, candidate, draft)
-        certificate.keep(draft / CERTIFICATE_FILE)
+        keep_chat_template(request.source, draft)
+        certificate = certificate.keep(draft / CERTIFICATE_FILE)
         if conversion is not None:
-            conversion.keep(draft / CONVERSION_FILE)
-        found.keep(draft / PREFLIGHT_FILE)
+            conversion = conversion.keep(draft / CONVERSION_FILE)
+        found = found.keep(draft / PREFLIGHT_FILE)
         (draft / "README.md").write_text(_card(request, candidate, certificate, found), encoding="utf-8")
         keep_reference(request.source, draft, request.report.line)
-        keep_chat_template(request.source, draft)
     if request.push_to_hub is not None:
         push_checked(request, certificate.verdict)
-    return certificate
+    return report.model_copy(update={"preflight": found, "conversion": conversion, "certificate": certificate})
 
 
 def _write(request: VllmRequest, candidate: Candidate, draft: Path) -> VllmCertificate:
