@@ -214,8 +214,8 @@ EXPORT = (
     ),
     Mutant(
         "lost-heads-pass",
-        'any(f"{ending}." in name for ending in found)',
-        "name in found",
+        'any(f"{ending}." in parameter for ending in self.saved)',
+        "parameter in self.saved",
         Selection("test_target_modules.py", "beside_the_matrices"),
     ),
     Mutant(
@@ -280,8 +280,8 @@ EXPORT = (
     ),
     Mutant(
         "convert-publishes-what-failed",
-        'check(draft, certificate)\n        if certificate.verdict == "failed":\n            raise',
-        "check(draft, certificate)\n        if not certificate.verdict:\n            raise",
+        'if self.verdict == "failed":\n            raise AbandonedError',
+        "if not self.verdict:\n            raise AbandonedError",
         Selection("test_convert_refused.py", "loses_logits"),
     ),
     Mutant(

@@ -91,14 +91,14 @@ WATCHING = (
     ),
     Mutant(
         "attest-a-changed-file-is-as-attested",
-        "elif sha256_of(found[name]) != digest:",
-        "elif not found[name].exists():",
+        "elif sha256_of(files[name]) != digest:",
+        "elif not files[name].exists():",
         Selection("test_attest.py", "change_is_named"),
     ),
     Mutant(
         "attest-a-further-file-is-as-attested",
-        'is not attested" for name in found if name not in named)',
-        'is not attested" for name in named if name not in named)',
+        'is not attested" for name in files if name not in named]',
+        'is not attested" for name in named if name not in named]',
         Selection("test_attest.py", "change_is_named"),
     ),
     Mutant(
