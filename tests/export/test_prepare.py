@@ -128,6 +128,38 @@ def test_the_key_is_of_contents_and_options(folder: Path, tmp_path: Path) -> Non
     assert len({first, *others, key(model=other)}) == 7  # PiSSA depends on the base model's weights
 
 
+def test_a_new_chat_template_is_not_that_of_the_cache(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder / "plain", tmp_path / "in")
+    for template in ("{{ messages }}", "{{ messages[1:] }}", None):
+        place = source / "chat_template.jinja"
+        place.unlink() if template is None else place.write_text(template)
+        found = prepare_adapter(source, tmp_path / "cache", model=folder / "base").path / place.name
+        assert (found.read_text() if found.exists() else None) == template
+
+
+def damage(file: Path) -> None:
+    file.write_text("{")
+
+
+@pytest.mark.parametrize("lost", [damage, Path.unlink, lambda file: shutil.rmtree(file.parent / "adapter")])
+def test_a_damaged_result_is_made_again(lost: Callable[[Path], object], folder: Path, tmp_path: Path) -> None:
+    first = prepare_adapter(folder / "plain", tmp_path, model=folder / "base")
+    lost(first.path.parent / "prepared.json")
+    second = prepare_adapter(folder / "plain", tmp_path, model=folder / "base")
+    assert (second.path, second.cached) == (first.path, False)
+    assert load_file(second.path / "adapter_model.safetensors").keys()
+    assert prepare_adapter(folder / "plain", tmp_path, model=folder / "base").cached
+
+
+def test_a_damaged_refusal_is_made_again(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ExportError, match="rank is 4"):
+            prepare_adapter(folder / "plain", tmp_path, model=folder / "base", max_rank=2)
+        (refused,) = tmp_path.glob("*.refused.json")
+        assert refused.stat().st_size > 9
+        damage(refused)
+
+
 Change = Callable[[Path], object]
 
 

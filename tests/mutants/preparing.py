@@ -7,6 +7,12 @@ from mutants.mutant import Mutant, Selection
 PREPARING = (
     # Any adapter for an engine
     Mutant(
+        "prepared-key-without-the-chat-template",
+        "source / REFERENCE_FILE, source / TEMPLATE_FILE]",
+        "source / REFERENCE_FILE]",
+        Selection("test_prepare.py", "new_chat_template"),
+    ),
+    Mutant(
         "prepare-key-without-weights",
         "opened = open_base(base, files, may_be_quantised=True) if _reads_weights(source) else None",
         "opened = None",

@@ -49,7 +49,7 @@ def digest_of(source: Path, base: ModelSource, options: Mapping[str, object], ot
         "adapter": record_source(source).sha256,
         "base": {"name": base.name, "revision": base.revision, "files": _base_digests(source, base)},
         "options": dict(options),
-        "others": [sha256_of(path) for path in others if path.is_file()],
+        "others": {path.name: sha256_of(path) for path in others if path.is_file()},
         "versions": {name: versions.get(name) for name in VERSIONS},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError
-from loraover.common.strict_json import StrictModel, read_json
+from loraover.common.strict_json import StrictModel
 
 REMEMBERED: dict[str, type[LoraOverError]] = {kind.__name__: kind for kind in (CheckpointError, ExportError, FoldError)}
 """Errors that say what is wrong with an adapter, by name."""
@@ -55,8 +55,3 @@ def remember(error: LoraOverError, source: Path, place: Path) -> None:
         return
     refusal = Refusal(error=name, message=str(error).replace(str(source), PLACE))
     publish_file(place, lambda path: path.write_text(refusal.model_dump_json(indent=1) + "\n"))
-
-
-def recall(place: Path, source: Path) -> LoraOverError | None:
-    """Return the refusal that a file holds, for a folder with the same adapter; None if there is none."""
-    return read_json(place, Refusal).raised(source) if place.is_file() else None

@@ -10,9 +10,12 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from loraover.checkpoint.carried_reference import misfit
-from loraover.checkpoint.files import META_FILE, REFERENCE_FILE
+from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
 from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
@@ -29,7 +32,7 @@ from loraover_export.convert.need import named_base, why_convert
 from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.prepare.key import digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
-from loraover_export.prepare.refusal import recall, refusal_of, remember
+from loraover_export.prepare.refusal import Refusal, refusal_of, remember
 from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate, record_source
 from loraover_export.uniform.rank_limits import max_lora_rank
 
@@ -43,6 +46,8 @@ if has_torch():  # a base installation prepares plain LoRAs only; threads must n
         "vllm.run",
     ):
         import_module(f"loraover_export.{_place}")
+
+Contents = TypeVar("Contents", bound=BaseModel)
 
 LOCKS = "locks"
 """Folder of the cache with a lock for each key that is or was being made."""
@@ -112,7 +117,7 @@ def prepare_adapter(
     ranks = _checked(target, max_rank, approximate_to_rank)
     base = _resolve(source, target)
     states = file_states(source)
-    read = [*engine_of(engine).files(target.model), source / REFERENCE_FILE]
+    read = [*engine_of(engine).files(target.model), source / REFERENCE_FILE, source / TEMPLATE_FILE]
     digest = digest_of(source, base, asdict(target) | asdict(ranks), read)
     folder, refused = cache / digest, cache / f"{digest}.refused.json"
     found = _look_up(folder, refused, source)
@@ -162,12 +167,21 @@ def _resolve(source: Path, target: Target) -> ModelSource:
 
 
 def _look_up(folder: Path, refused: Path, source: Path) -> Record | None:
-    if (folder / RECORD_FILE).is_file():
-        return read_json(folder / RECORD_FILE, Record)
-    refusal = recall(refused, source)
+    """Return the record of a prepared adapter, or raise its refusal; None if there is neither, or a damaged one."""
+    record, refusal = _read(folder / RECORD_FILE, Record), _read(refused, Refusal)
+    if record is not None and (folder / record.adapter).exists():
+        return record
     if refusal is not None:
-        raise refusal
+        raise refusal.raised(source)
     return None
+
+
+def _read(path: Path, contents: type[Contents]) -> Contents | None:
+    """Return what a file of the cache holds; None if it is missing or damaged, so that it is made again."""
+    try:
+        return read_json(path, contents)
+    except CheckpointError:
+        return None
 
 
 @contextmanager
@@ -194,7 +208,7 @@ def _publish(
     states: dict[str, tuple[int, ...]],
     started: float,
 ) -> Record:
-    with publish_directory(folder, outside=source) as draft:
+    with publish_directory(folder, outside=source, replace=folder.exists()) as draft:  # a damaged one, under its lock
         try:
             plain, conversion = _as_lora(source, base, target, ranks, draft)
             written = engine_of(target.engine).write(plain, draft, target)
