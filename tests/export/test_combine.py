@@ -126,6 +126,16 @@ def test_one_adapter_keeps_its_delta_exactly(name: str, made: Path, tmp_path: Pa
     assert any("embed" in key for key in written) == (name == "embedding")
 
 
+def test_a_weight_of_zero_leaves_an_adapter_out(made: Path, tmp_path: Path) -> None:
+    """As at the end of a sweep over weights; of the embedding, neither matrices nor its base weights are left."""
+    certificate = combine_adapters([made / "one", made / "embedding"], tmp_path / "out", weights=[0.5, 0])
+    combine_adapters([made / "one"], tmp_path / "alone", weights=[0.5])
+    found, expected = (load_file(tmp_path / name / TENSORS) for name in ("out", "alone"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert len(certificate.sources) == 2
+
+
 @pytest.fixture
 def resized(made: Path, tmp_path: Path) -> Any:
     """A PEFT model of 66 tokens on a base model of 64, saved as "resized"; its file has the only copy of two rows."""
@@ -228,7 +238,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "cancelling": (nothing, ["--weights=0.3,-0.3"], "their weights cancel"),
     "cancelling by rounding": (config(lora_alpha=10), ["--weights=0.6,-0.3"], "their weights cancel"),
     "a weight too many": (nothing, ["--weights=1,1,1"], "--weights has 3 numbers for 2 adapters"),
-    "a weight of zero": (nothing, ["--weights=1,0"], "--weights: 0.0 cannot be used"),
+    "weights of zero": (nothing, ["--weights=0,0"], "or change --weights"),
+    "an infinite weight": (nothing, ["--weights=1,inf"], "--weights: inf cannot be used; give finite numbers"),
     "a saved module": (
         config(modules_to_save=["lm_head"]),
         [],

@@ -7,9 +7,10 @@ from functools import partial
 
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import ExactAdapter
+from loraover.common.errors import ExportError
 from loraover.common.verb import verb
 from loraover_export.combine.requests import CombineRequest
-from loraover_export.combine.sources import check_plain, deltas_of, read_sources
+from loraover_export.combine.sources import Sources, check_plain, deltas_of, read_sources
 from loraover_export.numerics.delta import Delta, scale
 from loraover_export.numerics.low_rank import concatenate, decompose, factor_noise
 from loraover_export.uniform.certificate import LoraCertificate
@@ -26,7 +27,7 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
     """Write the weighted sum of adapters of one base model as one plain LoRA.
 
     The delta of each module is the sum of weight * scaling * B @ A over the adapters, exactly: their ranks are
-    concatenated, and the weights multiply B. Where adapters share directions, such as two that began with the same A,
+    concatenated, and the weights multiply B. An adapter of weight 0 is left out. Where adapters share directions, such as two that began with the same A,
     the rank of the sum is smaller; it is then written with that rank. What this drops is rounding, and the certificate
     bounds it. A single adapter keeps its A and B. Base weights that a file holds beside A and B are taken over.
 
@@ -42,6 +43,10 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
     """
     adapters = read_sources(request.sources)
     check_plain(adapters)
+    weighted = [(a, weight) for a, weight in zip(adapters.adapters, request.each_weight, strict=True) if weight]
+    if not weighted:
+        raise ExportError(ZERO.format(weights=request.named("weights")))
+    adapters, weights = Sources(tuple(a for a, _ in weighted)), [weight for _, weight in weighted]
     target = adapters.output(
         request,
         "Sum of LoRA adapters" if len(request.sources) > 1 else "LoRA adapter",
@@ -50,7 +55,7 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
         if_zero=ZERO.format(weights=request.named("weights")),
     )
     with adapters.opened() as opened:
-        work = [partial(_combined, opened, request.each_weight, module) for module in adapters.modules]
+        work = [partial(_combined, opened, weights, module) for module in adapters.modules]
         return write_lora(work, len(work), target, request.report)
 
 

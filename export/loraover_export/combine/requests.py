@@ -41,7 +41,7 @@ class CombineRequest(Request):
     )
     output: AnyPath = option("New folder for the adapter, its certificate and a model card.", short="-o")
     weights: AnyNumbers | None = option(
-        "Weight of each adapter, with commas between them, such as 0.7,0.3.",
+        "Weight of each adapter, with commas between them, such as 0.7,0.3; 0 leaves it out.",
         default=None,
         default_text="1 for each",
         metavar="NUMBERS",
@@ -57,8 +57,8 @@ class CombineRequest(Request):
                 "one for each."
             )
         for weight in self.each_weight:
-            if weight == 0 or not math.isfinite(weight):
-                yield f"{self.named('weights')}: {weight} cannot be used; give finite numbers other than 0."
+            if not math.isfinite(weight):
+                yield f"{self.named('weights')}: {weight} cannot be used; give finite numbers."
 
     @property
     def each_weight(self) -> tuple[float, ...]:
