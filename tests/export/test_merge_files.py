@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from loraover.common.command_line import run
+from loraover.common.errors import ExportError
 from loraover_export import merge_adapter
 from loraover_export.cli import cli
 from loraover_export.merge import arithmetic, rounding_loss, stream
@@ -27,7 +28,9 @@ from strategies import normal
 from support.adapters_on_disk import save_base, save_lora, save_shards
 from support.make_checkpoint import edit_json, edit_tensors, tree
 from support.merge_cases import deltas, long, outputs, save, shards
-from support.tiny_models import tiny_llama
+from support.tiny_experts import tiny_moe
+from support.tiny_llava import save_llava
+from support.tiny_models import tiny_llama, with_lora
 from tolerances import UNIT
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -94,6 +97,38 @@ def test_a_file_without_the_prefix_of_the_headless_model(tmp_path: Path) -> None
     assert all(not key.startswith("transformer.") for key in shards(tmp_path / "merged"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert float((outputs(model) - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["lm_head", "fc1"]], ids=str)
+def test_files_with_the_names_of_an_earlier_transformers(targets: list[str], tmp_path: Path) -> None:
+    """transformers 5 saves LLaVA by the names of version 4, and renames its tensors as it loads them."""
+    base = save_llava(tmp_path / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    assert not shards(base).keys() & dict(model.named_parameters()).keys()
+    with_lora(model, target_modules=targets).save_pretrained(tmp_path / "adapter")
+    plain = LlavaForConditionalGeneration.from_pretrained(base)
+    before, expected = outputs(plain), outputs(PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+    assert merge_adapter(tmp_path / "adapter", tmp_path / "merged", model=base).passed
+    assert shards(tmp_path / "merged").keys() == shards(base).keys()
+    found = outputs(LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged"))
+    allowed = 64 * UNIT[torch.float32] * float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= allowed
+    assert float((found - before).abs().max()) > 100 * allowed
+
+
+def test_tensors_that_transformers_makes_of_others_are_merged_once_saved_as_it_has_them(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_moe().save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with_lora(model, target_modules=["q_proj"], modules_to_save=["experts"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ExportError, match=r"save_pretrained\(\.\.\., save_original_format=False\)"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", model=base)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert merge_adapter(tmp_path / "adapter", tmp_path / "merged", model=tmp_path / "saved").passed
+    expected = outputs(PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+    found = outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert float((found - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
 
 
 def test_small_deltas_are_said_to_be_erased(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
     """Write the weighted sum of adapters of one base model as one plain LoRA.
 
     The delta of each module is the sum of weight * scaling * B @ A over the adapters, exactly: their ranks are
-    concatenated, and the weights multiply B. An adapter of weight 0 is left out. Where adapters share directions, such as two that began with the same A,
-    the rank of the sum is smaller; it is then written with that rank. What this drops is rounding, and the certificate
-    bounds it. A single adapter keeps its A and B. Base weights that a file holds beside A and B are taken over.
+    concatenated, and the weights multiply B; an adapter of weight 0 is left out. Where adapters share directions, such
+    as two that began with the same A, the rank of the sum is smaller; it is then written with that rank. What this
+    drops is rounding, and the certificate bounds it. A single adapter keeps its A and B. Base weights that a file holds
+    beside A and B are taken over.
 
     Returns:
         The certificate, which the output holds too. If its verdict is "failed", nothing was written.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,52 @@ def _shard_names(folder: Path, source: ModelSource) -> list[str]:
         f"model: {source.origin} has no {SINGLE} and no {INDEX}; it has {', '.join(found[:3]) or 'no weights'}. "
         "Save it again with save_pretrained."
     )
+
+
+def stored_keys(skeleton: Any, keys: Collection[str]) -> dict[str, str]:
+    """Return the key of each parameter of a model in its files, which may have other names, such as those of LLaVA.
+
+    transformers renames them as it loads and saves the model. A parameter that it makes of several tensors, or changes,
+    has no key.
+
+    Args:
+        skeleton: The model, without weights.
+        keys: All keys in the files.
+    """
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    found: dict[str, str] = {}
+    for key, (name, is_changed) in _loaded_names(skeleton, keys).items():
+        if name in parameters and not is_changed:
+            found[name] = key
+    return found
+
+
+def _loaded_names(skeleton: Any, keys: Collection[str]) -> dict[str, tuple[str, bool]]:
+    """Return transformers' name of each stored tensor, and whether it changes the tensor as it loads it."""
+    prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    except ImportError:  # before transformers 5, which had patterns of names alone
+        mapping = getattr(skeleton, "_checkpoint_conversion_mapping", {})
+        renamed = {key: _renamed(key, mapping) for key in keys}
+        forms = {key: (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) for key, name in renamed.items()}
+        return {key: (next((n for n in names if n in state), names[0]), False) for key, names in forms.items()}
+    transforms = get_model_conversion_mapping(skeleton)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    found: dict[str, tuple[str, bool]] = {}
+    for key in sorted(keys, key=dot_natural_key):  # some renamings depend on an earlier key
+        name, converter = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, converter = key, None
+        found[key] = name, converter is not None
+    return found
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    """Return a key after the first pattern that fits it, as transformers 4 renames it."""
+    return next((new for old, by in mapping.items() for new, count in (re.subn(old, by, key),) if count), key)
 
 
 def folder_of(source: ModelSource) -> Path:

@@ -15,7 +15,7 @@ from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import of_base
+from loraover_export.merge.base_files import of_base, stored_keys
 from loraover_export.merge.base_files import open_base as open_files
 
 if TYPE_CHECKING:
@@ -89,12 +89,15 @@ class BaseWeights:
         shards = opened.shards.values()
         return {key: shard for shard in shards for key in shard.keys}
 
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        """The key of each parameter in the files, by name."""
+        return stored_keys(self.model, self._tensors)
+
     def _key(self, path: str) -> str:
-        """Return the key of a module's weight in the files, which may lack the prefix of a head's model, or be tied."""
-        prefix = f"{self.model.base_model_prefix}."
+        """Return the key of a module's weight in the files, where it may be tied."""
         paths = [path, *(self.tied if path in self.tied else ())]
-        names = (form for found in paths for form in (found, found.removeprefix(prefix), prefix + found))
-        key = next((key for name in names if (key := f"{name}.weight") in self._tensors), None)
+        key = next((key for found in paths if (key := self._keys.get(f"{found}.weight")) is not None), None)
         if key is None:
             raise ConfigError(
                 f"model: {self.source.origin}: its files hold no tensor {path}.weight, which is needed here."

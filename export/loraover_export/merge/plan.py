@@ -17,7 +17,7 @@ from loraover.checkpoint.target_modules import check_saved
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import UNQUANTISED, BaseFiles
+from loraover_export.merge.base_files import UNQUANTISED, BaseFiles, stored_keys
 from loraover_export.merge.request import MergeRequest
 
 
@@ -98,17 +98,17 @@ class _Names:
 
     def __init__(self, skeleton: Any, base: BaseFiles, source: ModelSource) -> None:
         self.parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-        self._prefix, self._source = f"{skeleton.base_model_prefix}.", source
+        self._source = source
         self._shards = {key: shard for shard, file in base.shards.items() for key in file.keys}
+        self._keys = stored_keys(skeleton, self._shards)
 
     def sharing(self, name: str) -> list[str]:
         """Return the names of a parameter, its own among them."""
         return [other for other, found in self.parameters.items() if found is self.parameters[name]]
 
     def own_key(self, name: str) -> str | None:
-        """Return the key of a parameter in the files; some leave out the prefix of the model without its head."""
-        keys = (name, name.removeprefix(self._prefix), self._prefix + name)
-        return next((key for key in keys if key in self._shards), None)
+        """Return the key of a parameter in the files; None if it has none of its own."""
+        return self._keys.get(name)
 
     def place(self, name: str) -> tuple[str, str]:
         """Return the shard and the key of a parameter, or of another that it shares its tensor with.
@@ -121,8 +121,8 @@ class _Names:
                 return self._shards[key], key
         raise ExportError(
             f"{self._source.origin}: its files hold no tensor {name!r}, which transformers makes from others when it "
-            "loads the model. Load it, save it with save_pretrained, and name that folder with "
-            f"{MergeRequest.named('model')}."
+            "loads the model. Load it, save it with save_pretrained(..., save_original_format=False), and name that "
+            f"folder with {MergeRequest.named('model')}."
         )
 
 
