@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -46,6 +47,13 @@ class Targets(BaseModel):
         """Whether the model decides what is adapted: all linear layers, or what PEFT adapts in models of its type."""
         found = self.target_modules
         return not self.target_parameters if found is None else isinstance(found, str) and found.lower() == ALL_LINEAR
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """Fields that choose modules by their names, without those that leave the choice as it is; lists are sorted."""
+        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        found = self.model_dump(include={*fields}, exclude_none=True)
+        return {name: sorted(value) if isinstance(value, list) else value for name, value in found.items()}
 
     @property
     def saved(self) -> list[str]:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from loraover.common.command_line import run
-from loraover_export import shrink_adapter
+from loraover_export import combine_adapters, export_vllm, shrink_adapter
 from loraover_export.cli import cli
 
 from support.adapters_on_disk import Array, deltas, save_base, save_lora
 from support.make_checkpoint import edit_json, edit_tensors
+from support.merge_cases import outputs
 from support.refusals import Refused
+from support.tiny_llava import save_llava
+from support.tiny_models import with_lora
 from tolerances import UNIT
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +46,57 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tail(matrix: Array, rank: int) -> float:
     return float(np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[rank:]))
+
+
+def as_transformers_4(tensors: dict[str, Tensor]) -> None:
+    """Give LLaVA's modules the names that they had before transformers 4.52."""
+    for key in list(tensors):
+        renamed = key.replace("model.model.language_model.", "model.language_model.model.")
+        tensors[renamed.replace("model.model.vision_tower.", "model.vision_tower.")] = tensors.pop(key)
+
+
+def halves(source: Path, output: Path, base: Path) -> None:
+    combine_adapters([source, source], output, weights=[0.25, 0.75])
+
+
+def whole(source: Path, output: Path, base: Path) -> None:
+    """Take half of the rank, of which half is zero."""
+    for matrix, dim in (("lora_A", 0), ("lora_B", 1)):
+        edit_tensors(
+            source / TENSORS,
+            lambda found, matrix=matrix, dim=dim: found.update(
+                {key: torch.cat([t, torch.zeros_like(t)], dim) for key, t in found.items() if matrix in key}
+            ),
+        )
+    edit_json(source / CONFIG, lambda config: config.update(r=8, lora_alpha=2 * config["lora_alpha"]))
+    shrink_adapter(source, output, rank=4)
+
+
+def for_vllm(source: Path, output: Path, base: Path) -> None:
+    assert export_vllm(source, output, model=base, dtype="fp32").passed
+
+
+BOTH, TEXT = ["q_proj", "down_proj"], r".*language_model.*\.(q_proj|down_proj)"
+
+
+@pytest.mark.parametrize(("verb", "targets"), [(halves, BOTH), (whole, BOTH), (whole, TEXT), (for_vllm, TEXT)])
+def test_peft_reads_modules_that_an_earlier_transformers_named(
+    verb: Callable[[Path, Path, Path], None], targets: Any, tmp_path: Path
+) -> None:
+    """PEFT renames the keys of LLaVA's adapters, and finds no module by an old path in target_modules."""
+    base, source = save_llava(tmp_path / "base"), tmp_path / "in"
+    with_lora(LlavaForConditionalGeneration.from_pretrained(base), target_modules=targets).save_pretrained(source)
+    edit_tensors(source / TENSORS, as_transformers_4)
+
+    def logits(adapter: Path) -> Tensor:
+        return outputs(PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), adapter))
+
+    expected = logits(source)
+    verb(source, tmp_path / "out", base)
+    allowed = 64 * UNIT[torch.float32] * float(expected.abs().max())
+    assert float((logits(tmp_path / "out") - expected).abs().max()) <= allowed
+    before = outputs(LlavaForConditionalGeneration.from_pretrained(base))
+    assert float((before - expected).abs().max()) > 100 * allowed
 
 
 @pytest.mark.parametrize(

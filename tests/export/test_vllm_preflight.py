@@ -173,7 +173,7 @@ def test_another_base_model(adapter: Path, tmp_path: Path, check: Check) -> None
 
 
 def test_a_prefix_that_is_off_is_told_from_another_model(adapter: Path, tmp_path: Path, check: Check) -> None:
-    _, report, _ = check(damaged(adapter, tmp_path / "in", DAMAGES["a prefix too short"].change))
+    _, report, _ = check(damaged(adapter, tmp_path / "in", DAMAGES["a prefix too short"].change), "--no-convert")
     remedies = {finding.rule: finding.remedy for finding in report.findings}
     assert "the served model has model.layers.0." in remedies["modules"]
 

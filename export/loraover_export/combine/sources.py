@@ -15,8 +15,10 @@ from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack, has_p
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
+from loraover.checkpoint.target_modules import Targets
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
+from loraover.common.strict_json import read_json
 from loraover_export.combine.requests import CombineRequest, ShrinkRequest
 from loraover_export.numerics.delta import Delta, read_delta
 from loraover_export.uniform.refusals import HELD, check_fields, check_tensors, has_targets
@@ -65,6 +67,16 @@ class Sources:
         """PEFT's name of the task of the first adapter that names one."""
         return next((kind for a in self.adapters if (kind := a.config.task_type)), None)
 
+    @property
+    def targets(self) -> dict[str, Any] | None:
+        """Fields that choose the adapted modules, if all adapters have the same; None if they differ or are open.
+
+        PEFT renames the keys of an earlier transformers, and not the paths in these fields.
+        """
+        found = [read_json(adapter.path / CONFIG_FILE, Targets) for adapter in self.adapters]
+        is_one = all(one.choice == found[0].choice for one in found) and found[0].target_modules is not None
+        return found[0].choice if is_one and not found[0].is_open else None
+
     def output(self, request: CombineRequest | ShrinkRequest, title: str, **more: Any) -> LoraOutput:
         """Return the destination of a LoRA that is made of these adapters, with the base weights of `held_weights`.
 
@@ -86,6 +98,7 @@ class Sources:
             force=request.force,
             others=held,
             stacks=self.stacks,
+            targets=self.targets,
             notes=notes,
             **more,
         )

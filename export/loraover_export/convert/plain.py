@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.files import META_FILE
+from loraover.checkpoint.read_facts import read_facts
 from loraover.common.errors import CheckpointError, ExportError, LoraOverError
 from loraover.common.reporter import Reporter
+from loraover.common.request import as_written
 from loraover_export.convert.kind import read_method
 from loraover_export.convert.need import why_convert
 from loraover_export.convert.source import read_peft_type
@@ -47,7 +51,7 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
         ExportError: An adapter that no plain LoRA, or none of a small rank, expresses exactly.
         FoldError: An element beyond the range of `dtype`.
     """
-    reason = _reason(source)
+    reason = _reason(source, model)
     if reason is None:
         yield PlainLora(source, None)
         return
@@ -66,15 +70,15 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
         yield PlainLora(folder, certificate)
 
 
-def _reason(source: Path) -> str | None:
+def _reason(source: Path, model: str | None) -> str | None:
     """Return the reason for which an adapter is to be converted; None of a LoRA that is best left to the export.
 
     Raises:
         ExportError: An adapter of another kind that has no exact LoRA.
     """
     try:
-        reason = why_convert(source, {})
-    except CheckpointError:  # the export says what is wrong, with more detail
+        reason = why_convert(source, _shapes(source, model))
+    except (CheckpointError, ExportError):  # the export says what is wrong, with more detail
         return None
     if reason is None:
         return None
@@ -90,6 +94,21 @@ def _reason(source: Path) -> str | None:
     if is_lora:
         return None
     raise _no_exact(source, reason)
+
+
+def _shapes(source: Path, model: str | None) -> Mapping[str, tuple[int, int]]:
+    """Return the shapes of the base model's modules, by which another prefix shows; none where they are not needed.
+
+    A checkpoint's cores are best left to the export, as is an adapter or a base model that cannot be read.
+    """
+    if (source / META_FILE).exists():
+        return {}
+    try:
+        _, layout = read_method(source)
+        base = resolve_base([layout], model, option=as_written("model"), say=lambda line: None)
+        return read_facts(base).shapes()
+    except LoraOverError:
+        return {}
 
 
 def _no_exact(source: Path, reason: str) -> ExportError:

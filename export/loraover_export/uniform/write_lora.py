@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -92,6 +92,7 @@ class LoraOutput:
         stacks: Parameters of experts that are adapted; each of their experts is a module.
         notes: What else a reader should know, in words.
         if_zero: Message of the error if every delta is zero.
+        targets: Fields of PEFT's configuration that choose the adapted modules; None names each by its path.
     """
 
     output: Path
@@ -109,6 +110,7 @@ class LoraOutput:
     stacks: Sequence[ExpertStack] = ()
     notes: Sequence[str] = ()
     if_zero: str = "every delta_W is zero, so the adapter would do nothing; train it first."
+    targets: Mapping[str, Any] | None = None
 
     def check(self) -> None:
         """Raise OutputError unless a new folder can be written, or replace one of this kind if `force` is true."""
@@ -234,7 +236,7 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
         task_type=target.task_type,
         modules_to_save=target.modules_to_save,
     )
-    write_config(config | stack_fields(target.stacks), draft)
+    write_config(config | dict(target.targets or {}) | stack_fields(target.stacks), draft)
 
 
 def _card(target: LoraOutput, certificate: LoraCertificate) -> str:
