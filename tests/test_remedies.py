@@ -27,6 +27,7 @@ from support.make_checkpoint import edit_tensors
 from support.onnx_export import OTHER, UNEVEN, tiny_base, tiny_lora
 from support.plain_adapter import make_adapter
 from support.tiny_experts import expert_lora, flip, tiny_moe
+from support.tiny_llava import llava_of_transformers_4
 from support.tiny_models import saved, tiny_llama
 from support.verified import save_adapter, save_base
 from support.vllm_command import leaks_in_mixed_batches, vllm_command
@@ -163,10 +164,16 @@ def another_prefix(folder: Path) -> Case:
             tensors[key.replace("model.model.model", "model.model")] = tensors.pop(key)
 
     edit_tensors(adapter / "adapter_model.safetensors", rename)
-    cause = words("export", "vllm", adapter, "-o", folder / "out")
+    cause = words("export", "vllm", adapter, "-o", folder / "out", "--no-convert")
     return Case(
         cause, words(adapter, "-o", folder / "lora"), words("export", "vllm", folder / "lora", "-o", folder / "out")
     )
+
+
+def earlier_names(folder: Path) -> Case:
+    adapter, merge = llava_of_transformers_4(folder), ("-o", folder / "merged")
+    again = words("export", "merge", folder / "lora", *merge)
+    return Case(words("export", "merge", adapter, *merge), words(adapter, "-o", folder / "lora"), again)
 
 
 REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
@@ -194,6 +201,7 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert": [
         another_kind("olora", "vllm", cause=("--no-convert",))
     ],
+    "get the base model's names by `loraover export convert`": [earlier_names],
     "loraover export convert renames the tensors where one prefix fits": [another_prefix],
 }
 """Cases of each message that names a command, by the part of the message that names it."""

@@ -38,7 +38,9 @@ def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Modul
     except AttributeError as error:
         raise CheckpointError(
             f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}, and the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, dict(base.named_modules()))}."
+            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, dict(base.named_modules()))}. "
+            "Modules under another prefix, or with the names of an earlier transformers, get the base model's names by "
+            "`loraover export convert`."
         ) from error
     match target:
         case nn.Linear():

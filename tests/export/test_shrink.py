@@ -16,15 +16,14 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from loraover.common.command_line import run
-from loraover_export import combine_adapters, export_vllm, shrink_adapter
+from loraover_export import combine_adapters, convert_adapter, export_vllm, shrink_adapter
 from loraover_export.cli import cli
 
 from support.adapters_on_disk import Array, deltas, save_base, save_lora
 from support.make_checkpoint import edit_json, edit_tensors
 from support.merge_cases import outputs
 from support.refusals import Refused
-from support.tiny_llava import save_llava
-from support.tiny_models import with_lora
+from support.tiny_llava import llava_of_transformers_4
 from tolerances import UNIT
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,13 +47,6 @@ def tail(matrix: Array, rank: int) -> float:
     return float(np.linalg.norm(np.linalg.svd(matrix, compute_uv=False)[rank:]))
 
 
-def as_transformers_4(tensors: dict[str, Tensor]) -> None:
-    """Give LLaVA's modules the names that they had before transformers 4.52."""
-    for key in list(tensors):
-        renamed = key.replace("model.model.language_model.", "model.language_model.model.")
-        tensors[renamed.replace("model.model.vision_tower.", "model.vision_tower.")] = tensors.pop(key)
-
-
 def halves(source: Path, output: Path, base: Path) -> None:
     combine_adapters([source, source], output, weights=[0.25, 0.75])
 
@@ -76,17 +68,22 @@ def for_vllm(source: Path, output: Path, base: Path) -> None:
     assert export_vllm(source, output, model=base, dtype="fp32").passed
 
 
-BOTH, TEXT = ["q_proj", "down_proj"], r".*language_model.*\.(q_proj|down_proj)"
+def converted(source: Path, output: Path, base: Path) -> None:
+    assert convert_adapter(source, output, model=base).certificate.passed
 
 
-@pytest.mark.parametrize(("verb", "targets"), [(halves, BOTH), (whole, BOTH), (whole, TEXT), (for_vllm, TEXT)])
+BOTH, TEXT = ("q_proj", "down_proj"), r".*language_model.*\.(q_proj|down_proj)"
+
+
+@pytest.mark.parametrize(
+    ("verb", "targets"),
+    [(halves, BOTH), (whole, BOTH), (whole, TEXT), (for_vllm, TEXT), (converted, BOTH), (converted, TEXT)],
+)
 def test_peft_reads_modules_that_an_earlier_transformers_named(
     verb: Callable[[Path, Path, Path], None], targets: Any, tmp_path: Path
 ) -> None:
     """PEFT renames the keys of LLaVA's adapters, and finds no module by an old path in target_modules."""
-    base, source = save_llava(tmp_path / "base"), tmp_path / "in"
-    with_lora(LlavaForConditionalGeneration.from_pretrained(base), target_modules=targets).save_pretrained(source)
-    edit_tensors(source / TENSORS, as_transformers_4)
+    source, base = llava_of_transformers_4(tmp_path, targets), tmp_path / "base"
 
     def logits(adapter: Path) -> Tensor:
         return outputs(PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), adapter))

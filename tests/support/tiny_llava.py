@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -18,7 +19,9 @@ from transformers import (
     set_seed,
 )
 
+from support.make_checkpoint import edit_tensors
 from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import with_lora
 
 SIDE, PATCH = 16, 8
 PLACE = "<image>"
@@ -90,3 +93,18 @@ def _tokenizer() -> Any:
     tokenizer = tiny_tokenizer(chat=True)
     tokenizer.add_special_tokens({"additional_special_tokens": [PLACE]})
     return tokenizer
+
+
+def llava_of_transformers_4(folder: Path, targets: Any = ("q_proj", "down_proj")) -> Path:
+    """An adapter of `folder / "base"` with the module names that LLaVA had before transformers 4.52."""
+    model = LlavaForConditionalGeneration.from_pretrained(save_llava(folder / "base"))
+    chosen = list(targets) if isinstance(targets, tuple) else targets
+    with_lora(model, target_modules=chosen).save_pretrained(folder / "in")
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            renamed = key.replace("model.model.language_model.", "model.language_model.model.")
+            tensors[renamed.replace("model.model.vision_tower.", "model.vision_tower.")] = tensors.pop(key)
+
+    edit_tensors(folder / "in" / "adapter_model.safetensors", rename)
+    return folder / "in"

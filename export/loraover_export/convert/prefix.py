@@ -17,6 +17,7 @@ from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
 from loraover_export.convert.source import AdapterLayout
+from loraover_export.merge.base_files import loaded_names
 from loraover_export.merge.base_weights import BaseWeights
 
 _LAYERS = re.compile(r".+?\.(?=\d+\.)")
@@ -27,7 +28,7 @@ class Move(NamedTuple):
     """Two prefixes of the same modules.
 
     Args:
-        old: Prefix in the adapter's file, such as "model"; "" stands for none.
+        old: Prefix in the adapter's file, such as "model"; "" stands for none, and for several.
         new: Prefix in the base model, such as "model.language_model".
         paths: Paths in the base model, by those in the file.
     """
@@ -38,6 +39,8 @@ class Move(NamedTuple):
 
     def in_words(self) -> str:
         """Return what differs, as a sentence."""
+        if self.old == self.new:
+            return f"{len(self.paths)} modules had the names of an earlier transformers; they were renamed."
         old, new = (f"below {prefix!r}" if prefix else "without a prefix" for prefix in (self.old, self.new))
         return (
             f"The adapter's file has {len(self.paths)} modules {old} that the base model has {new}, and no others fit; "
@@ -54,10 +57,22 @@ def mend_prefix(layout: AdapterLayout[Any], base: BaseWeights) -> tuple[AdapterL
     notes = []
     if layout.keys:
         notes.append(f"The adapter's file has no {KEY_PREFIX!r} before its keys, which was added.")
-    move = find_move(layout, base.shapes)
+    move = find_move(layout, base.shapes) or _renaming(layout, base)
     if move is None:
         return layout, notes
     return _moved(layout, move), [*notes, move.in_words()]
+
+
+def _renaming(layout: AdapterLayout[Any], base: BaseWeights) -> Move | None:
+    """Return transformers' names of the modules that the base model lacks; None if it has no modules of these names."""
+    if layout.config.task_type == "FEATURE_EXTRACTION":  # as in `find_move`
+        return None
+    missing = {f"{path}.weight": path for path in layout.modules if path not in base.shapes}
+    loaded = loaded_names(base.model, missing).items()
+    paths = {missing[key]: name.removesuffix(".weight") for key, (name, is_changed) in loaded if not is_changed}
+    fits = _fitting(layout, base.shapes)
+    is_found = len(paths) == len(missing) and all(new in base.shapes and fits(old, new) for old, new in paths.items())
+    return Move("", "", paths) if missing and is_found else None
 
 
 def part_below(prefix: str, names: Iterable[str]) -> list[str]:

@@ -157,15 +157,17 @@ def stored_keys(skeleton: Any, keys: Collection[str]) -> dict[str, str]:
         keys: All keys in the files.
     """
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    found: dict[str, str] = {}
-    for key, (name, is_changed) in _loaded_names(skeleton, keys).items():
-        if name in parameters and not is_changed:
-            found[name] = key
-    return found
+    loaded = loaded_names(skeleton, keys).items()
+    return {name: key for key, (name, is_changed) in loaded if name in parameters and not is_changed}
 
 
-def _loaded_names(skeleton: Any, keys: Collection[str]) -> dict[str, tuple[str, bool]]:
-    """Return transformers' name of each stored tensor, and whether it changes the tensor as it loads it."""
+def loaded_names(skeleton: Any, keys: Collection[str]) -> dict[str, tuple[str, bool]]:
+    """Return transformers' name of each stored tensor, and whether it changes the tensor as it loads it.
+
+    Args:
+        skeleton: The model, without weights.
+        keys: Keys in its files, which may be those of an earlier transformers.
+    """
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
