@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor
 
@@ -25,8 +26,8 @@ from support import merge_cases
 from support.conversions import SOURCES, fill, make_base, make_source
 from support.make_checkpoint import edit_tensors
 from support.onnx_export import OTHER, UNEVEN, tiny_base, tiny_lora
-from support.plain_adapter import make_adapter
-from support.tiny_experts import expert_lora, flip, tiny_moe
+from support.plain_adapter import make_adapter, write_adapter
+from support.tiny_experts import EXPERTS, expert_lora, flip, tiny_moe
 from support.tiny_llava import llava_of_transformers_4
 from support.tiny_models import saved, tiny_llama
 from support.verified import save_adapter, save_base
@@ -170,6 +171,20 @@ def another_prefix(folder: Path) -> Case:
     )
 
 
+def single_experts(folder: Path) -> Case:
+    tiny_moe().save_pretrained(folder / "base")
+    shapes = {"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)}
+    matrices = {
+        f"model.layers.{layer}.mlp.experts.{expert}.{name}": (torch.ones(2, n), torch.ones(m, 2))
+        for layer in range(2)
+        for expert in range(EXPERTS)
+        for name, (m, n) in shapes.items()
+    }
+    fields = {"target_modules": list(shapes), "base_model_name_or_path": str(folder / "base")}
+    adapter = write_adapter(folder / "in", matrices, **fields)
+    return Case(words("export", "merge", adapter, "-o", folder / "out"), words(adapter, "-o", folder / "out"))
+
+
 def earlier_names(folder: Path) -> Case:
     adapter, merge = llava_of_transformers_4(folder), ("-o", folder / "merged")
     again = words("export", "merge", folder / "lora", *merge)
@@ -201,6 +216,7 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert": [
         another_kind("olora", "vllm", cause=("--no-convert",))
     ],
+    "for engines, write it with `loraover export vllm`": [single_experts],
     "get the base model's names by `loraover export convert`": [earlier_names],
     "loraover export convert renames the tensors where one prefix fits": [another_prefix],
 }

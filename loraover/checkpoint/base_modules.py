@@ -9,7 +9,7 @@ from torch import nn
 
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir, ExactAdapter, saved_labels
-from loraover.checkpoint.target_modules import Targets, if_missing
+from loraover.checkpoint.target_modules import Targets, if_missing, is_single_expert
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
@@ -36,11 +36,16 @@ def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Modul
     try:
         target = base.get_submodule(module)
     except AttributeError as error:
+        names = dict(base.named_modules())
+        renaming = (
+            " Modules under another prefix, or with the names of an earlier transformers, get the base model's names "
+            "by `loraover export convert`."
+        )
         raise CheckpointError(
             f"{adapter.path}: the base model ({type(base).__name__}) has no module {module!r}, and the adapter was "
-            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, dict(base.named_modules()))}. "
-            "Modules under another prefix, or with the names of an earlier transformers, get the base model's names by "
-            "`loraover export convert`."
+            f"trained on {adapter.config.base_model_name_or_path!r}; {if_missing(module, names)}."
+            + renaming
+            * (not is_single_expert(module, names))
         ) from error
     match target:
         case nn.Linear():

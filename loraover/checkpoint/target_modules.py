@@ -258,8 +258,20 @@ def alike_module(path: str, names: Iterable[str]) -> str | None:
     )
 
 
-def if_missing(path: str, names: Iterable[str]) -> str:
+def is_single_expert(path: str, names: Iterable[str]) -> bool:
+    """Return whether a path is of one expert's layer, as in transformers 4, and a base model has all in one module."""
+    is_one = re.search(r"\.experts\.\d+\.", path) is not None
+    return is_one and any(name.endswith(".experts") for name in names)
+
+
+def if_missing(path: str, names: Collection[str]) -> str:
     """Return what to do about an adapted module that the base model does not have, to end a message."""
+    if is_single_expert(path, names):
+        return (
+            "each expert has its own layers there, as in transformers 4, and all share a parameter in the base model. "
+            "PEFT reads the adapter as it is and merges it by merge_and_unload; for engines, write it with `loraover "
+            "export vllm`"
+        )
     alike = alike_module(path, names)
     if alike is None:
         return f"name the model that the adapter was trained on with {as_written('model')}"
