@@ -53,13 +53,12 @@ def halves(source: Path, output: Path, base: Path) -> None:
 
 def whole(source: Path, output: Path, base: Path) -> None:
     """Take half of the rank, of which half is zero."""
-    for matrix, dim in (("lora_A", 0), ("lora_B", 1)):
-        edit_tensors(
-            source / TENSORS,
-            lambda found, matrix=matrix, dim=dim: found.update(
-                {key: torch.cat([t, torch.zeros_like(t)], dim) for key, t in found.items() if matrix in key}
-            ),
-        )
+
+    def double(found: dict[str, Tensor]) -> None:
+        for key, matrix in found.items():
+            found[key] = torch.cat([matrix, torch.zeros_like(matrix)], 0 if "lora_A" in key else 1)
+
+    edit_tensors(source / TENSORS, double)
     edit_json(source / CONFIG, lambda config: config.update(r=8, lora_alpha=2 * config["lora_alpha"]))
     shrink_adapter(source, output, rank=4)
 
