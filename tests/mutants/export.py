@@ -43,6 +43,18 @@ EXPORT = (
         Selection("test_convert.py", "all_that_is_tied"),
     ),
     Mutant(
+        "merge-takes-a-part-for-the-whole",
+        "if name in parameters and not is_changed}",
+        "if name in parameters}",
+        Selection("test_merge_files.py", "once_saved"),
+    ),
+    Mutant(
+        "shrink-names-modules-by-old-paths",
+        "found[0].choice if is_one and not found[0].is_open else None",
+        "None",
+        Selection("test_shrink.py", "earlier_transformers"),
+    ),
+    Mutant(
         "attest-takes-any-certificate",
         "if name not in resources or resources[name].digest.sha256 != digest:",
         "if name not in resources:",
