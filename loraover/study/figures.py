@@ -43,10 +43,10 @@ def forest(changes: Sequence[PercentChange], tasks: Sequence[TaskResult]) -> lis
 
 
 def _row(change: PercentChange, task: TaskResult, look: _Look) -> FigureRow:
-    low, high = change.interval
+    mean, low, high = change.texts
     return FigureRow(
         f"{change.task}, {method_text(change.method, task)}",
-        f"{change.mean:+z.1f} % [{low:+z.1f}, {high:+z.1f}]",
+        f"{mean} % [{low}, {high}]",
         [Point(change.mean, look.color, look.shape)],
         change.interval,
         [Band(-change.seen, change.seen, "noise")],

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from loraover.reporting.html_page import Origin, Page, Table, make_page
 from loraover.study.figures import forest, rate_figures
-from loraover.study.report import MethodResult, StudyReport, TaskResult, is_better, is_worse
+from loraover.study.report import MethodResult, StudyReport, TaskResult, signed, standing
 from loraover.study.show import (
     COSTS,
     END_NOTE,
@@ -75,14 +75,14 @@ def _methods_table(task: TaskResult) -> Table:
 def _verdict(r: MethodResult, task: TaskResult) -> str:
     if r.difference is None:
         return "baseline" if r.method == task.baseline else "-"
-    return "better" if is_better(r.difference) else "worse" if is_worse(r.difference) else "cannot be told apart"
+    return standing(task, r)[0]
 
 
 def _compared(r: MethodResult) -> tuple[str, str, str]:
     if r.difference is None:
         return "-", "-", "-"
-    low, high = r.difference.interval
-    return f"{r.difference.mean:+z.4f}", f"{low:+z.4f} to {high:+z.4f}", f"{r.difference.p:.2g}"
+    mean, low, high = signed((r.difference.mean, *r.difference.interval), 4)
+    return mean, f"{low} to {high}", f"{r.difference.p:.2g}"
 
 
 def _costs_table(task: TaskResult) -> Table:

@@ -13,7 +13,7 @@ from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover.study.plan import StudyPlan
 from loraover.study.power import ENOUGH_SEEDS, PowerReport, TaskPower
-from loraover.study.report import MethodResult, StudyReport, TaskResult
+from loraover.study.report import MethodResult, StudyReport, TaskResult, signed
 from loraover.study.request import StudyRequest
 from loraover.study.verdict import verdict_of
 from loraover.training.plan import ASSUMPTION, size_text
@@ -160,8 +160,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _cells(r: MethodResult, task: TaskResult) -> list[str]:
     compared = "baseline" if r.method == task.baseline else "-"
     if r.difference is not None:
-        low, high = r.difference.interval
-        compared = f"{r.difference.mean:+z.4f} [{low:+z.4f}, {high:+z.4f}], {r.difference.p:.2g}"
+        mean, low, high = signed((r.difference.mean, *r.difference.interval), 4)
+        compared = f"{mean} [{low}, {high}], {r.difference.p:.2g}"
     at_least = ">= " if r.sensitivity.is_basin_cut else ""
     return [
         method_text(r.method, task),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from loraover.reporting.html_page import Verdict
 from loraover.reporting.palette import Tone
 from loraover.study.analysis import Difference
-from loraover.study.report import StudyReport, TaskResult, is_better, is_over, is_worse
+from loraover.study.report import MethodResult, Standing, StudyReport, TaskResult, is_over, signed, standing
 
 NOTHING = "Not known yet whether LoRA-Over beats a tuned plain LoRA: a comparison needs both, and two seeds."
 
@@ -20,7 +20,8 @@ class PercentChange:
     Args:
         task: Name of the task.
         method: Name of the method.
-        found: The difference in nats per token.
+        standing: How the method stands beside the baseline.
+        doubt: Reason why its difference shows nothing; empty otherwise.
         mean: The difference.
         interval: Its 95 % interval.
         seen: Smallest true difference that the study would have shown.
@@ -28,14 +29,20 @@ class PercentChange:
 
     task: str
     method: str
-    found: Difference
+    standing: Standing
+    doubt: str
     mean: float
     interval: tuple[float, float]
     seen: float
 
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"On {self.task}: {self.mean:+z.1f} %, 95 % interval {low:+z.1f} to {high:+z.1f}"
+        mean, low, high = self.texts
+        return f"On {self.task}: {mean} %, 95 % interval {low} to {high}"
+
+    @property
+    def texts(self) -> list[str]:
+        """The difference and the ends of its interval."""
+        return signed((self.mean, *self.interval), 1)
 
 
 def changes(report: StudyReport) -> list[PercentChange]:
@@ -48,16 +55,16 @@ def changes(report: StudyReport) -> list[PercentChange]:
         change
         for task in report.tasks
         for result in task.methods
-        if result.difference is not None and (change := _change(task, result.method, result.difference)) is not None
+        if result.difference is not None and (change := _change(task, result, result.difference)) is not None
     ]
 
 
-def _change(task: TaskResult, method: str, found: Difference) -> PercentChange | None:
+def _change(task: TaskResult, result: MethodResult, found: Difference) -> PercentChange | None:
     loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
     if loss <= 0:
         return None
-    low, high = (100 * end / loss for end in found.interval)
-    return PercentChange(task.task, method, found, 100 * found.mean / loss, (low, high), 100 * found.detectable / loss)
+    mean, low, high, seen = (100 * value / loss for value in (found.mean, *found.interval, found.detectable))
+    return PercentChange(task.task, result.method, *standing(task, result), mean, (low, high), seen)
 
 
 @dataclass
@@ -74,6 +81,7 @@ class _Setting:
     below: list[PercentChange] = field(default_factory=list)
     above: list[PercentChange] = field(default_factory=list)
     same: list[PercentChange] = field(default_factory=list)
+    doubtful: list[PercentChange] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -82,6 +90,8 @@ class _Setting:
             return "better on some tasks, worse on others"
         if self.below:
             return "better" if len(self.below) >= self.required else "not shown"
+        if self.doubtful:
+            return "not shown"
         return "worse" if self.above or self.failed else "cannot be told apart"
 
     def sentence(self) -> str:
@@ -100,6 +110,7 @@ class _Setting:
             found.append(f"{name} failed at every rate on {_list(self.failed)}.")
         found += [f"{change}." for change in (*self.below, *self.above)]
         found += [f"{change}; {change.seen:.2g} % could have been seen." for change in self.same]
+        found += [f"{change}. It shows nothing: {change.doubt}." for change in self.doubtful]
         return " ".join(found)
 
 
@@ -123,7 +134,8 @@ def verdict_of(report: StudyReport) -> Verdict:
     sentences = [setting.sentence() for setting in settings]
     if len(settings) > 1 and any(setting.below for setting in settings):
         sentences.append("Nothing corrects for the number of settings.")
-    if edges := _unbracketed(report.tasks):
+    doubted = {change.task for setting in settings for change in setting.doubtful}
+    if edges := [name for name in _unbracketed(report.tasks) if name not in doubted]:
         sentences.append(f"The sweep did not bracket plain LoRA's best rate on {_list(edges)}.")
     if not report.is_whole:
         sentences.append("The study is not finished.")
@@ -143,8 +155,8 @@ def _settings(report: StudyReport) -> list[_Setting]:
         task = by_name[change.task]
         if is_over(task, change.method):
             setting = setting_of(task, change.method)
-            sort = setting.below if is_better(change.found) else setting.above if is_worse(change.found) else None
-            (setting.same if sort is None else sort).append(change)
+            sorts = {"better": setting.below, "worse": setting.above, "not shown": setting.doubtful}
+            sorts.get(change.standing, setting.same).append(change)
     for task in report.tasks:
         for method in task.failed if task.baseline is not None else ():
             if is_over(task, method):

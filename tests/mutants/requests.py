@@ -81,6 +81,12 @@ REQUESTS = (
         Selection("test_analysis.py", "ratio_over_examples"),
     ),
     Mutant(
+        "study-asks-the-winner-to-be-tuned",
+        "loser = result if found.mean > 0 else",
+        "loser = result if found.mean < 0 else",
+        Selection("test_verdict.py", "each_verdict or seems_worse"),
+    ),
+    Mutant(
         "power-takes-seeds-for-rows",
         "Spread((self.of_seed / seeds, self.of_row / rows), (seeds - 1, rows - 1))",
         "Spread((self.of_row / seeds, self.of_seed / rows), (seeds - 1, rows - 1))",

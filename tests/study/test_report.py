@@ -143,7 +143,9 @@ def test_holm_counts_the_task_on_which_a_method_failed(tmp_path: Path) -> None:
 
 def test_a_task_on_which_every_rate_failed_counts_as_worse(tmp_path: Path) -> None:
     runs = grid_of(tmp_path, ["lora", "lora-over"], tasks=2)
-    outcomes = {run: made_up(run, 0.9 if run.method == "lora-over" else 1.0) for run in runs}
+    outcomes = {
+        run: made_up(run, (0.9 if run.method == "lora-over" else 1.0) + 0.2 * (run.rate != RATES[1])) for run in runs
+    }
     lost = {run for run in runs if run.method == "lora-over" and run.task == "task1"}
     outcomes |= {run: RunOutcome(recipe="", failure=DIVERGED) for run in lost}
     tasks = task_results(runs, outcomes, SEEDS)

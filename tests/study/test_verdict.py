@@ -98,10 +98,23 @@ def text(gap: tuple[float, float], name: str) -> str:
         ),
         (
             [task("a", BELOW, is_bracketed=False)],
-            "good",
-            "better",
-            f"LoRA-Over's loss is below a tuned plain LoRA's on a. {text(BELOW, 'a')}. The sweep did not bracket plain "
-            "LoRA's best rate on a.",
+            "open",
+            "not shown",
+            f"{text(BELOW, 'a')}. It shows nothing: the sweep did not bracket the best rate of lora.",
+        ),
+        (
+            [task("a", SAME, is_bracketed=False)],
+            "open",
+            "cannot be told apart",
+            f"LoRA-Over and a tuned plain LoRA cannot be told apart. {text(SAME, 'a')}; 3 % could have been seen. The "
+            "sweep did not bracket plain LoRA's best rate on a.",
+        ),
+        (
+            [task("a", ABOVE).model_copy(update={"examples": 6}), task("b", ABOVE)],
+            "open",
+            "not shown",
+            f"LoRA-Over's loss is above a tuned plain LoRA's on b. {text(ABOVE, 'b')}. {text(ABOVE, 'a')}. It shows "
+            "nothing: it has 6 test examples, and 20 are needed.",
         ),
     ],
 )
@@ -128,8 +141,21 @@ def test_a_rule_that_was_written_down_after_a_run_makes_no_verdict_good() -> Non
     assert str(rule).endswith("at least 1 of 1 task; this rule was written down after the first run had finished.")
 
 
-def test_a_difference_that_rounds_to_nothing_has_no_sign_of_its_own() -> None:
-    (change,) = changes(study(task("a", (-0.0001, 0.0002))))
+def test_a_method_that_seems_worse_has_to_be_tuned() -> None:
+    found = [method("lora"), method(OVER, ABOVE, is_bracketed=False)]
+    verdict = verdict_of(study(task("a").model_copy(update={"methods": found})))
+    assert (verdict.tone, verdict.word) == ("open", "not shown")
+
+
+def test_no_end_of_an_interval_looks_like_zero() -> None:
+    """The first difference is none, and the second is beyond chance."""
+    (none, small) = changes(study(task("a", (-0.0001, 0.0002)), task("b", (-0.0009, 0.0005))))
+    assert str(none) == "On a: -0.01 %, 95 % interval -0.03 to +0.01"
+    assert str(small) == "On b: -0.09 %, 95 % interval -0.14 to -0.04"
+
+
+def test_a_difference_of_nothing_has_no_sign_of_its_own() -> None:
+    (change,) = changes(study(task("a", (-0.0, 0.0))))
     assert str(change) == "On a: +0.0 %, 95 % interval +0.0 to +0.0"
 
 
