@@ -13,7 +13,7 @@ COLUMNS = ("adapter", "verdict", "kind", "rank", "engines as it is", "what mends
 def cells(row: dict[str, Any]) -> list[str]:
     """Return the cells of one adapter, in which nothing is markup."""
     engines = ", ".join(f"{engine}: {verdict}" for engine, verdict in row["engines"].items())
-    told = " ".join(text for text in (row["done"], row["reason"]) if text)
+    told = " ".join(text for text in (row["done"], row["reason"].replace("\n", " ")) if text)
     found = (row["address"], row["verdict"], row["kind"], row["rank"], engines, told)
     return [escaped("" if cell is None else str(cell)) for cell in found]
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from loraover.reporting.html_page import Page, in_sentences
-from loraover.reporting.palette import BAD, GOOD, GROUNDS, INKS, PALETTE, tone_of
+from loraover.reporting.palette import BAD, GOOD, GROUNDS, INKS, OPEN, PALETTE, tone_of
 from loraover_export.check import report as check
 from loraover_export.fleet import row as fleet
 from loraover_export.logits.judge import CheckVerdict
@@ -170,5 +170,5 @@ def test_every_verdict_of_a_command_has_one_tone() -> None:
     commands = (limits.Verdict, EngineVerdict, CheckVerdict, fleet.Verdict, check.Verdict)
     verdicts = {verdict for each in commands for verdict in get_args(each)}
     assert not set(GOOD) & set(BAD)
-    assert {verdict for verdict in verdicts if tone_of(verdict) == "open"} == {"inconclusive", "refused"}
+    assert {verdict for verdict in verdicts if tone_of(verdict) == "open"} == {*OPEN}
     assert verdicts | {"error"} >= {*GOOD, *BAD}

@@ -50,6 +50,7 @@ PALETTE = GROUNDS | RULES | INKS
 
 GOOD = ("as trained", "equivalent", "passed", "right", "prepared")
 BAD = ("differs", "different", "failed", "wrong silently", "error")
+OPEN = ("inconclusive", "refused", "right as exported", "right on some")
 TERMINAL_COLORS = {"good": "green", "bad": "red", "open": "yellow"}
 """Colours of a terminal by the tones of a verdict."""
 

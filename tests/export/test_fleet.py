@@ -32,8 +32,8 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 PRESS = """<script>
 onload = () => {
   const page = document.querySelector("iframe").contentDocument, found = []
-  const rows = () => [...page.querySelectorAll("tbody tr")].filter(row => !row.hidden)
-  const shown = () => rows().map(row => row.cells[1].textContent)
+  const rows = () => [...page.querySelectorAll("tbody")].filter(row => !row.hidden)
+  const shown = () => rows().map(row => row.rows[0].cells[1].textContent)
   const press = name => [...page.querySelectorAll("th button")].find(head => head.textContent === name).click()
   found.push(shown())
   press("rank"); found.push(shown())
@@ -103,8 +103,29 @@ def test_the_check_of_several_prints_a_line_for_each(
     rows = [FleetRow.model_validate_json(line) for line in out.splitlines()]
     assert [(row.verdict, row.engines) for row in rows] == [("right", {"vllm": "right"}), ("refused", {})]
     assert "1 right, 1 refused, of 2 adapters" in err
+    assert re.search(rf"verdict +adapter +vllm *\n.*\n *right +{fleet['plain'].parent}", err)
     assert run(cli, [*words[:2], "--engine", "vllm", "--html", str(tmp_path / "check.html")]) == 0
     assert "Of 1 adapter: 1 right." in (tmp_path / "check.html").read_text()
+
+
+def test_no_verdict_on_an_adapter_is_better_than_those_on_its_engines(fleet: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT's form is wrong silently on OpenVINO, and mlx-lm refuses it. PyTorch alone is right on a DoRA."""
+    dora = shutil.copytree(fleet["plain"], tmp_path / "dora")
+    edit_json(dora / "adapter_config.json", lambda config: config.update(use_dora=True))
+
+    def judged(source: Path, *engines: str) -> tuple[str, str]:
+        report = check_fleet(source, engines=engines)
+        assert report.exit_code == 0
+        verdict = to_page(report, "").html.split('<section class="verdict ')[1].split('"')[0]
+        return report.rows[0].verdict, verdict
+
+    assert judged(fleet["plain"], "vllm", "torch") == ("right", "good")
+    assert judged(fleet["plain"], "vllm", "openvino") == ("right as exported", "open")
+    assert judged(dora) == ("right on some", "open")
+    (row,) = check_fleet(fleet["plain"], engines=("openvino", "mlx")).rows
+    assert row.engines == {"openvino": "wrong silently", "mlx": "refused"}
+    assert row.exported == {"openvino": "right", "mlx": "right"}
+    assert [line.partition(":")[0] for line in row.reason.splitlines()] == ["openvino", "mlx"]
 
 
 def test_onnx_needs_a_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,8 +60,7 @@ LOGITS = "Logits differ by at most 1.2e-5, where rounding explains 3e-5."
         (
             fold_certificate(error=None),
             "good",
-            f"The folded adapter computes what was trained. {WITHIN} Outputs were not compared; --check-error does "
-            "that.",
+            f"A and B are what was trained. {WITHIN} Outputs were not compared; --check-error does that.",
         ),
         (
             fold_certificate("inconclusive", effect=0.0),

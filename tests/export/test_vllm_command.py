@@ -158,7 +158,7 @@ def test_the_card_names_base_licence_command_and_figures(source: Path, tmp_path:
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["base_model"], front["license"]) == (str(base), "apache-2.0")
     assert "28 of 28 within their bounds" in card
-    assert re.search(r"worst error / bound \| 0\.\d{3}", card)
+    assert re.search(r"largest relative error \| \d\.\d\de-\d\d", card)
     assert "base \\[x\\](y)" in card
     assert f"loraover export vllm {tmp_path / 'in'} -o {tmp_path / 'out'}" in card
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import urllib.request
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from loraover_serve.watch.page import to_page
 from loraover_serve.watch.request import WatchRequest
 from loraover_serve.watch.service import Watch, serving
 
+from support import reports
 from support.openai_server import openai_server
 from support.real_servers import free_port, running
 from support.reference_server import AS_BASE, RIGHT, FromReference
@@ -138,6 +140,21 @@ def test_the_page_escapes_what_servers_say(canary: Canary) -> None:
     assert page.index(">news<") < page.index(">shop<")  # the worst first
     assert page.count("<circle") == 80
     assert "1 of 2 not as trained" in page
+
+
+def test_the_page_says_what_was_checked_long_ago() -> None:
+    """A fault stays red, whenever it was found; nobody knows whether the rest is still as trained."""
+    watch = reports.canary(NOW)
+    page = to_page(watch, NOW, "", None).html
+    assert page.count(">as trained (old)<") == 1
+    assert "not as trained" in page
+    shop, late = (target for target in watch.targets() if target.adapter in ("shop-0", "shop-4"))
+    watch.configure(replace(watch.watched, targets=(shop, late)), NOW)
+    page = to_page(watch, NOW, "", None).html
+    assert '<section class="verdict open">' in page
+    assert "1 was last checked more than 3 intervals ago." in page
+    watch.configure(replace(watch.watched, targets=(shop,)), NOW)
+    assert '<section class="verdict good">' in to_page(watch, NOW, "", None).html
 
 
 def test_the_formats_page_has_every_key() -> None:

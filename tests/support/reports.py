@@ -189,27 +189,54 @@ def hostile(report: Report, keys: Collection[str]) -> Report:
 
 def fleet_report() -> FleetReport:
     """One adapter of each verdict, with the engines of a check, and texts as long as real ones."""
-    engines = dict.fromkeys(("vllm", "onnx", "llamacpp", "mlx"), "right")
+    engines = dict.fromkeys(("vllm", "llamacpp", "onnx", "openvino", "mlx", "torch"), "right")
+    wrong = engines | {"llamacpp": "refused", "openvino": "wrong silently", "mlx": "refused"}
     whole = FleetRow(
         source="a", address="owner/a-plain-adapter@0123456789abcdef", verdict="right", kind="LORA", rank=16
     )
     reason = "target_modules names layers that the base model lacks: model.layers.32.self_attn.q_proj and 15 others"
+    reasons = "\n".join(f"{engine}: {verdict}: {reason}" for engine, verdict in wrong.items() if verdict != "right")
     rows = (
-        whole.model_copy(update={"engines": engines, "seconds": 0.25}),
+        whole.model_copy(update={"engines": engines, "exported": engines, "seconds": 0.25}),
+        whole.model_copy(
+            update={
+                "verdict": "right as exported",
+                "engines": wrong,
+                "exported": engines,
+                "done": "the export mends it for llamacpp, openvino, mlx",
+                "reason": reasons,
+            }
+        ),
         FleetRow(source="b", address="adapters/loha", verdict="prepared", kind="LOHA", rank=64, error=1e-7),
-        FleetRow(source="c", address="adapters/broken", verdict="refused", kind="IA3", reason=reason, engines=engines),
+        FleetRow(
+            source="c",
+            address="adapters/broken",
+            verdict="refused",
+            kind="IA3",
+            reason=reasons,
+            engines=wrong,
+            exported=dict.fromkeys(wrong, "refused"),
+        ),
         FleetRow(source="d", address="bucket/gone", verdict="failed", reason="the server does not answer"),
     )
     return FleetReport(rows=rows, seconds=12.5)
 
 
 def canary(now: float, text: str | None = None) -> Canary:
-    """A canary with an adapter of each verdict and one that was not checked, and with a text in place of all names."""
-    verdicts = ("as trained", "differs", "inconclusive", "failed", None)
+    """A canary with an adapter of each verdict, one of a short interval and one that was not checked yet.
+
+    Args:
+        now: The time.
+        text: Text in place of all names.
+    """
+    verdicts = ("as trained", "differs", "inconclusive", "failed", "as trained", None)
     settings = AdapterSettings(reference=Path("reference.json.gz"))
     server = ServerSettings(name=text or "production-europe-1", url="http://localhost:8000", adapters=[settings])
     request = VerifyRequest(references=(settings.reference,), endpoint=server.url)
-    targets = [WatchTarget(server, f"{text or 'shop'}-{k}", request, 900.0, 0) for k in range(len(verdicts))]
+    targets = [
+        WatchTarget(server, f"{text or 'shop'}-{k}", request, 900.0 if k == 4 else 3600.0, 0)
+        for k in range(len(verdicts))
+    ]
     found = Canary(Watched(WatchConfig(servers=[server]), tuple(targets), Path()), History(Path(":memory:")), now)
     for target, verdict in zip(targets, verdicts, strict=True):
         for hour in range(24 if verdict else 0):

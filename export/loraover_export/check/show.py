@@ -14,6 +14,7 @@ from loraover_export.check.request import CheckRequest
 
 WIDTH = 80
 COLUMNS = "{:<10}{:<16}{:<16}{}"
+ONLY = "served only as exported"
 
 
 def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:
@@ -26,7 +27,7 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
     print_line(console, COLUMNS.format("engine", "exported by us", "as it is", "reader"), "bold")
     for check in report.engines:
         row = COLUMNS.format(check.engine, check.by_us.verdict, check.as_it_is.verdict, check.reader)
-        print_line(console, row, terminal_color("right" if check.is_served else check.by_us.verdict))
+        print_line(console, row, terminal_color(_verdict(check)))
     for check in report.engines:
         lines = list(_explained(check))
         if lines:
@@ -37,11 +38,17 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
     _show_limits(report, console)
     console.print()
     wrong = [check.engine for check in report.engines if not check.is_served]
-    print_line(
-        console,
-        f"check {report.verdict}: " + (f"served by no form: {', '.join(wrong)}" if wrong else "served by every engine"),
-        "green" if report.passed else "red",
-    )
+    exported = [check.engine for check in report.engines if _verdict(check) == "right as exported"]
+    texts = [f"{text}: {', '.join(names)}" for text, names in (("served by no form", wrong), (ONLY, exported)) if names]
+    color = "red" if not report.passed else terminal_color("right on some" if texts else "right")
+    print_line(console, f"check {report.verdict}: {'; '.join(texts) or 'served by every engine'}", color)
+
+
+def _verdict(check: EngineCheck) -> str:
+    """Return the verdict that the colour of an engine's line stands for."""
+    if check.as_it_is.verdict == "right":
+        return "right"
+    return "right as exported" if check.is_served else check.by_us.verdict
 
 
 def _explained(check: EngineCheck) -> Iterator[str]:

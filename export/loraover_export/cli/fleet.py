@@ -31,11 +31,11 @@ def _check(request: FleetCheckRequest, as_json: bool) -> int:
 
 
 def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
-    """Call a verb of many adapters, show each row as soon as it is there, and return the exit code."""
+    """Call a verb of many adapters, show each as soon as it is done and then all, and return the exit code."""
     from rich.console import Console
 
     from loraover.reporting.reporter import ConsoleReporter
-    from loraover_export.fleet.show import show_row, show_summary
+    from loraover_export.fleet.show import show_report, show_row
 
     quiet_libraries()
     console = Console(stderr=as_json)
@@ -49,7 +49,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
         imported(f"loraover_export.fleet.run:{function}"),
         replace(request, report=ConsoleReporter(console), receive=receive),
     )
-    show_summary(report, console)
+    show_report(report, console)
     return int(report.exit_code)
 
 

@@ -1,6 +1,6 @@
-const table = document.querySelector("#fleet table"), body = table.tBodies[0], rows = [...body.rows]
+const table = document.querySelector("#fleet table"), rows = [...table.tBodies]
 const form = document.querySelector("#choose"), heads = [...table.tHead.rows[0].cells]
-const text = (row, column) => row.cells[column].textContent
+const text = (row, column) => row.rows[0].cells[column].textContent
 
 function choose() {
   const wanted = form.elements.text.value.toLowerCase(), verdict = form.elements.verdict.value
@@ -16,7 +16,7 @@ function sort(column) {
   head.ariaSort = turned === 1 ? "ascending" : "descending"
   const key = row => numbers ? (text(row, column) === "" ? Infinity : Number(text(row, column))) : text(row, column)
   const compare = (a, b) => numbers ? (a === b ? 0 : a - b) : a.localeCompare(b)
-  body.append(...[...rows].sort((a, b) => turned * compare(key(a), key(b))))
+  table.append(...[...rows].sort((a, b) => turned * compare(key(a), key(b))))
 }
 
 heads.forEach((head, column) => {

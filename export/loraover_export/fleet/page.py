@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
 from loraover.common.atomic_output import publish_file
 from loraover.common.provenance import environment, today
-from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
+from loraover.reporting.palette import tone_of
 from loraover_export.fleet.row import FleetReport, FleetRow
 
 TEMPLATE, SCRIPT = "fleet.html.j2", "fleet.js"
-WORDS = ("verdict", "adapter", "kind", "what was done, or why not")
+WORDS = {"right as exported": "all of them, some only as exported", "right on some": "not on every engine"}
+"""Heads of the page by the worst verdict, where every adapter can be served."""
 PACKAGES = ("loraover", "torch", "transformers")
 
 
@@ -34,32 +37,37 @@ def to_page(report: FleetReport, command: str) -> Page:
     """Make the page; every text is escaped."""
     room = files(__package__)
     number, versions = len(report.rows), environment()
+    counts = [f"Of {number} adapter{'s' * (number != 1)}: {report.counts()}."]
     return make_page(
         room.joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title="Fleet of adapters",
         heading="Can these adapters be served?",
         verdict=Verdict(
-            "good" if report.passed else "bad",
-            "all of them" if report.passed else "not all of them",
-            f"Of {number} adapter{'s' * (number != 1)}: {report.counts()}.",
+            tone_of(report.verdict) if report.passed else "bad",
+            WORDS.get(report.verdict, "all of them") if report.passed else "not all of them",
+            "\n".join(counts + [_counted(report, engine) for engine in report.engines]),
         ),
         facts={"time": f"{report.seconds:.0f} s"},
         origin=Origin(command, today(), "", {name: versions[name] for name in PACKAGES if name in versions}),
         script=room.joinpath(SCRIPT).read_text(encoding="utf-8"),
-        table=_table(report),
+        rows=[(row, [(engine, *_cell(row, engine)) for engine in report.engines]) for row in report.rows],
+        engines=report.engines,
         verdicts=sorted({row.verdict for row in report.rows}),
+        tone_of=tone_of,
     )
 
 
-def _table(report: FleetReport) -> Table:
-    engines = list(dict.fromkeys(engine for row in report.rows for engine in row.engines))
-    columns = (*WORDS[:-1], "rank", "error", "seconds", *engines, WORDS[-1])
-    rows = [_cells(row, engines) for row in report.rows]
-    return Table(columns, rows, (*WORDS, *engines), (WORDS[1], WORDS[-1]))
+def _counted(report: FleetReport, engine: str) -> str:
+    """Say on how many adapters an engine is right in which form."""
+    forms = Counter(row.served(engine) for row in report.rows if engine in row.engines)
+    words = {"as it is": "as they are", "as exported": "as exported", "in no form": "in no form"}
+    found = ", ".join(f"{forms[form]} {word}" for form, word in words.items() if forms[form])
+    silent = sum(row.engines.get(engine) == "wrong silently" for row in report.rows)
+    return f"{engine}: right on {found}.{f' {silent} would be silently wrong as they are.' if silent else ''}"
 
 
-def _cells(row: FleetRow, engines: list[str]) -> list[str]:
-    numbers = ["" if row.rank is None else str(row.rank), "" if row.error is None else f"{row.error:.2g}"]
-    verdicts = [row.engines.get(engine, "") for engine in engines]
-    done = "; ".join(text for text in (row.done, row.reason, "from the cache" if row.cached else "") if text)
-    return [row.verdict, row.address, row.kind or "", *numbers, f"{row.seconds:.2f}", *verdicts, done]
+def _cell(row: FleetRow, engine: str) -> tuple[str, str]:
+    """Return the verdicts on an adapter as it is and as exported, and the tone of the first."""
+    found, exported = row.engines.get(engine, ""), row.exported.get(engine, "")
+    tone = tone_of(found) if found else ""
+    return f"{found} → {exported}" if exported not in ("", found) and found != "right" else found, tone

@@ -22,7 +22,7 @@ from loraover_export.convert.source import read_peft_type
 from loraover_export.fleet.page import write_page
 from loraover_export.fleet.pool import each
 from loraover_export.fleet.request import FleetCheckRequest, PrepareRequest
-from loraover_export.fleet.row import FleetReport, FleetRow
+from loraover_export.fleet.row import FleetReport, FleetRow, Verdict
 
 PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
@@ -148,23 +148,30 @@ def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], mode
     from loraover_export.check.run import check_adapter
 
     report = check_adapter(fetched.folder, engines=engines, model=model)
+    found: dict[str, list[str]] = {}
+    for check in report.engines:
+        for finding in check.as_it_is.findings:
+            if finding.level != "note":
+                found.setdefault(f"{finding.level}: {finding.found}", []).append(check.engine)
     mended = [check.engine for check in report.engines if check.is_mended]
-    found = {
-        f"{finding.level}: {finding.found}": None
-        for check in report.engines
-        for finding in check.as_it_is.findings
-        if finding.level != "note"
-    }
-    return FleetRow(
+    row = FleetRow(
         source=source,
         address=fetched.address,
-        verdict="right" if report.passed else "refused",
+        verdict="refused",
         kind=report.peft_type,
         rank=max(report.ranks, default=None),
         done=f"the export mends it for {', '.join(mended)}" if mended else "",
-        reason=" ".join(found),
+        reason="\n".join(f"{', '.join(engines)}: {text}" for text, engines in found.items()),
         engines={check.engine: check.as_it_is.verdict for check in report.engines},
+        exported={check.engine: check.by_us.verdict for check in report.engines},
     )
+    return row.model_copy(update={"verdict": _verdict(row)}) if report.passed else row
+
+
+def _verdict(row: FleetRow) -> Verdict:
+    """Return how an adapter is served by the engines, of which at least one is right on it."""
+    forms = {row.served(engine) for engine in row.engines}
+    return "right on some" if "in no form" in forms else "right as exported" if "as exported" in forms else "right"
 
 
 def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path | None) -> FleetReport:

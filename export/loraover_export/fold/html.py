@@ -62,8 +62,9 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
         sentences.append("Outputs were not compared; --check-error does that.")
     else:
         sentences.append(_compared(certificate.outputs, certificate.verdict))
+    passed = "A and B are" if certificate.outputs is None else "The folded adapter computes"
     start = {
-        "passed": "The folded adapter computes what was trained.",
+        "passed": f"{passed} what was trained.",
         "inconclusive": "The fold is right as far as this check can see.",
     }[certificate.verdict]
     return Verdict(tone_of(certificate.verdict), certificate.verdict, " ".join([start, *sentences]))
@@ -119,17 +120,17 @@ def _outputs_table(outputs: OutputCertificate) -> Table:
 
 
 def _matrices_table(matrices: Sequence[MatrixCertificate]) -> Table:
-    worst = sorted(matrices, key=lambda matrix: -matrix.worst_to_bound)[:WORST_SHOWN]
+    worst = sorted(matrices, key=lambda matrix: -matrix.relative_error)[:WORST_SHOWN]
     rows = [
         (
             *(m.name, f"{m.shape[0]} x {m.shape[1]}", "cores" if m.over_parameterised else "plain"),
-            *(short(m.relative_error, ".2e"), short(m.relative_bound, ".2e"), f"{m.worst_to_bound:.3f}"),
+            *("yes" if m.worst_to_bound <= 1 else "no", short(m.relative_error, ".2e"), short(m.relative_bound, ".2e")),
             *(f"{m.flushed_to_zero:,}", f"{m.subnormal:,}"),
         )
         for m in worst
     ]
     columns = (
-        *("matrix", "shape", "trained as", "relative error", "relative bound", "worst error / bound"),
+        *("matrix", "shape", "trained as", "in bound", "relative error", "relative bound"),
         *("became zero", "subnormal"),
     )
-    return Table(columns, rows, ("matrix", "trained as"), ("matrix",))
+    return Table(columns, rows, ("matrix", "trained as", "in bound"), ("matrix",))

@@ -28,13 +28,14 @@ def show_certificate(certificate: FoldCertificate, request: FoldRequest, console
 
 
 def _show_matrices(certificate: FoldCertificate, console: Console) -> None:
-    worst = sorted(certificate.matrices, key=lambda m: -m.worst_to_bound)[:WORST_SHOWN]
+    worst = sorted(certificate.matrices, key=lambda m: (m.passed, -m.relative_error))[:WORST_SHOWN]
     rows = [
         (m.name, f"{m.shape[0]} x {m.shape[1]}", f"{m.relative_error:.2e}", f"{m.relative_bound:.2e}") for m in worst
     ]
     heads = ("matrix", "shape", "rel. error", "bound")
-    title = f"Worst {len(worst)} of {len(certificate.matrices)} matrices, stored as {certificate.dtype}"
-    caption = "rounded to nearest, within the bound by construction"
+    title = f"Largest errors, of {len(certificate.matrices)} matrices, stored as {certificate.dtype}"
+    is_within = all(m.passed for m in certificate.matrices)
+    caption = "rounded to nearest, within the bound by construction" if is_within else None
     console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))
     for fact in underflow_facts(certificate.matrices).values():
         console.print(f"{certificate.dtype} range: {fact}", soft_wrap=True)

@@ -47,10 +47,11 @@ class MatrixCertificate(StrictModel):
 
 def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
     """Return rows of a model card that sum up many matrices."""
+    worst = float(np.max([matrix.worst_to_bound for matrix in matrices]))  # NaN if there is one
     return {
         "matrices": f"{sum(matrix.passed for matrix in matrices)} of {len(matrices)} within their bounds",
         "largest relative error": f"{max(matrix.relative_error for matrix in matrices):.2e}",
-        "worst error / bound": f"{max(matrix.worst_to_bound for matrix in matrices):.3f}",
+        **({} if worst <= 1 else {"worst error / bound": f"{worst:.3f}"}),  # that of a right rounding is about 1
         **underflow_facts(matrices),
     }
 

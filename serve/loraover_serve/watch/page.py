@@ -18,6 +18,8 @@ TEMPLATE = "watch.html.j2"
 WIDTH, HEIGHT, PAD = 220.0, 44.0, 4.0
 SHOWN_S, SHOWN = DAY_S, 300
 """Time and number of checks of a plot."""
+LATE = 3
+"""Intervals after which a check is no evidence any more, such as where the budget of requests is too small."""
 ORDER = tuple(EXIT_CODES)
 """Verdicts, the worst first."""
 
@@ -31,25 +33,34 @@ class PageRow:
         last: Its last check; None before the first.
         change: The last check whose verdict or fault was another one than before.
         plot: Distances over time.
+        is_late: Whether the last check is older than `LATE` intervals, so that nobody knows what the server does now.
     """
 
     target: WatchTarget
     last: Check | None
     change: Check | None
     plot: Figure
+    is_late: bool
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Distance beside what is allowed, and times, as texts."""
+        """Distance, the largest that is allowed, and times, as texts."""
         if self.last is None:
-            return "-", "-", "-"
-        distance = f"{short(self.last.distance)} of {short(self.last.allowed)}"
-        return distance, moment(self.last.at), "-" if self.change is None else moment(self.change.at)
+            return "-", "-", "-", "-"
+        change = "-" if self.change is None else moment(self.change.at)
+        return short(self.last.distance), short(self.last.allowed), moment(self.last.at), change
+
+    @property
+    def text(self) -> str:
+        """The verdict, and whether it is old."""
+        return "not checked yet" if self.last is None else f"{self.last.verdict}{' (old)' if self.is_late else ''}"
 
     @property
     def color(self) -> str:
         """Colour of the verdict."""
-        return "faint" if self.last is None else tone_of(self.last.verdict)
+        if self.last is None or (self.is_late and self.last.verdict == "as trained"):
+            return "faint"
+        return tone_of(self.last.verdict)
 
 
 def to_page(canary: Canary, now: float, command: str, config_fault: str | None) -> Page:
@@ -87,7 +98,9 @@ def moment(at: float) -> str:
 def _row(canary: Canary, target: WatchTarget, now: float) -> PageRow:
     history = canary.history
     plot = draw(target, history.since(target.key, now - SHOWN_S, SHOWN), now)
-    return PageRow(target, history.last(target.key), history.last_change(target.key), plot)
+    last = history.last(target.key)
+    is_late = last is not None and now - last.at > LATE * target.interval_s
+    return PageRow(target, last, history.last_change(target.key), plot, is_late)
 
 
 def _urgency(row: PageRow) -> tuple[int, str, str]:
@@ -105,9 +118,11 @@ def _verdict(rows: list[PageRow]) -> Verdict:
         more = f" And {len(bad) - 3} more." if len(bad) > 3 else ""
         return Verdict("bad", f"{len(bad)} of {len(rows)} not as trained", f"{named}{more}{later}")
     undecided = sum(check.verdict == "inconclusive" for check in found)
-    if undecided or waiting:
+    late = sum(row.is_late for row in rows)
+    if undecided or waiting or late:
         sentence = f"{undecided} cannot be judged.{later}" if undecided else later.strip()
-        return Verdict("open", "not all are known", sentence)
+        old = f"{late} {'was' if late == 1 else 'were'} last checked more than {LATE} intervals ago." if late else ""
+        return Verdict("open", "not all are known", f"{sentence} {old}".strip())
     return Verdict("good", "as trained", f"All {len(rows)} adapters answer as they were trained.")
 
 
