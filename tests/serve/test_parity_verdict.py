@@ -47,7 +47,7 @@ def test_the_kept_report_says_it_in_a_line() -> None:
     assert (verdict.tone, verdict.word) == ("good", "equivalent")
     assert verdict.sentence == (
         "Same speed as plain LoRA within 5 %: +0.5 % per token. The 95 % interval is -0.1 to +1.4. 7 of 8 answers "
-        "match PyTorch exactly. Any adapter costs 1.9 x the base model here."
+        "match PyTorch exactly. Any adapter costs 1.9 x the base model here (95 % interval)."
     )
 
 
@@ -93,7 +93,8 @@ def test_the_kept_report_says_it_in_a_line() -> None:
             "failed",
             [SAME, result(FOLDED, 1.001), BASE_MODEL],
             "The measurement failed: the server answered 500. Before that: Same speed as plain LoRA within 5 %: +0.1 % "
-            "per token. The 95 % interval is -0.9 to +2.1. Any adapter costs 2.0 x the base model here.",
+            "per token. The 95 % interval is -0.9 to +2.1. Any adapter costs 1.9 to 2.0 x the base model here (95 % "
+            "interval).",
         ),
         ("failed", [], "The measurement failed: the server answered 500."),
     ],
@@ -112,7 +113,15 @@ def test_an_interval_without_a_limit_is_not_written_in_digits(whole: ParityRepor
 
 def test_what_adapters_cost_is_a_range_of_several_engines(whole: ParityReport) -> None:
     found = (SAME, result(FOLDED, 1.0), BASE_MODEL, result(BASE, 0.8, "different", concurrency=4))
-    assert sentence(whole, "equivalent", *found).endswith("Any adapter costs 1.2 to 2.0 x the base model here.")
+    assert sentence(whole, "equivalent", *found).endswith("costs 1.2 to 2.0 x the base model here (95 % interval).")
+
+
+@pytest.mark.parametrize("control", ["equivalent", "inconclusive"])
+@pytest.mark.parametrize("base", [1.1, 1.0, 0.9])
+def test_noise_is_not_called_a_cost(whole: ParityReport, control: str, base: float) -> None:
+    """At a ratio above 1, the base model was slower than an adapter on it."""
+    found = (result(CONTROL, 1.0, control), result(FOLDED, 1.4, "inconclusive"), result(BASE, base))
+    assert ("Any adapter costs" in sentence(whole, "inconclusive", *found)) == ((control, base) == ("equivalent", 0.9))
 
 
 def test_wrong_answers_come_before_the_speed(whole: ParityReport) -> None:

@@ -12,7 +12,7 @@ from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curve
 from loraover.reporting.svg import Axis, Figure
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
-from loraover_serve.parity.report.tables import UNBOUNDED, deciding_first
+from loraover_serve.parity.report.tables import UNBOUNDED, deciding_first, end_text
 from loraover_serve.parity.report.verdict import PER, at_once, percent_text
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
@@ -62,7 +62,11 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
 
 
 def _base_text(results: Sequence[Result]) -> str:
-    found = [f"{r.ratio:.2f} {PER.get(r.measure, r.measure)}" for r in results if r.arm == BASE]
+    found = [
+        f"{r.ratio:.2f} [{', '.join(end_text(end, 2) for end in r.interval)}] {PER.get(r.measure, r.measure)}"
+        for r in results
+        if r.arm == BASE
+    ]
     return f"Not drawn: the base model, plain LoRA's time x {', x '.join(found)}." if found else ""
 
 

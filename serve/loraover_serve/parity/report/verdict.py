@@ -120,12 +120,16 @@ def _far(folded: Distance, vanilla: Distance) -> str:
 
 
 def _cost(results: Sequence[Result]) -> str:
-    """Return what plain LoRA costs beside the base model, per token; empty if that was not measured."""
-    costs = [1 / r.ratio for r in results if r.arm == BASE and r.measure == "time per output token"]
-    if not costs:
+    """Return what plain LoRA costs beside the base model, per token; empty if that was not measured.
+
+    It was not where two copies of one adapter are not equally fast, or where the base model is not surely faster.
+    """
+    noisy = {(r.engine, r.concurrency) for r in results if r.arm == CONTROL and r.verdict != "equivalent"}
+    measured = [r.interval for r in results if r.arm == BASE and r.measure == "time per output token"]
+    if not measured or noisy or any(high >= 1 for _, high in measured):
         return ""
-    low, high = (f"{cost:.1f}" for cost in (min(costs), max(costs)))
-    return f"Any adapter costs {low if low == high else f'{low} to {high}'} x the base model here."
+    low, high = (f"{1 / end:.1f}" for end in (max(high for _, high in measured), min(low for low, _ in measured)))
+    return f"Any adapter costs {low if low == high else f'{low} to {high}'} x the base model here (95 % interval)."
 
 
 def _stop(text: str) -> str:
