@@ -30,4 +30,4 @@ with tempfile.TemporaryDirectory() as scratch:
             output=output,
         )
 for served in report.engines:
-    print(f"{served.engine}: {served.verdict}: {served.reason}")
+    print(f"{served.engine}: {served.plainly}\n  {served.reason}")

@@ -14,6 +14,7 @@ from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure, short
 from loraover_export.fold import html as fold_html
 from loraover_export.fold.certificate import FoldCertificate
+from loraover_serve.judge.names import SCALED
 from loraover_serve.verify import html as verify_html
 from loraover_serve.verify.report import VerifyReport
 
@@ -40,29 +41,37 @@ def page_of(
         check: Report of the check of the right adapter and of the copy with the fault, in this order.
     """
     right, wrong = check.engines
-    is_told = fold.passed and (right.verdict, wrong.verdict) == ("as trained", "differs") and wrong.fault is not None
-    before, after = run["before"], run["after"]
-    trained = (
-        f"Training took the loss of {after['examples']} held-out questions from {short(before['loss'])} to "
-        f"{short(after['loss'])}. Right answers went from {before['exact_match']:.0%} to {after['exact_match']:.0%}."
-    )
-    sentences = [trained, fold_html.verdict_of(fold).sentence, verify_html.verdict_of(check).sentence]
+    is_told = fold.passed and (right.verdict, wrong.verdict, wrong.fault) == ("as trained", "differs", SCALED)
+    before, after, folded = run["before"], run["after"], fold_html.verdict_of(fold)
+    known, learned = (100 * each["exact_match"] for each in (before, after))
+    lines = [
+        f"training: {known:.0f} % right answers before, {learned:.0f} % after.",
+        f"fold: {folded.word}.",
+        *(f"{served.engine}: {served.plainly}" for served in check.engines),
+    ]
     word = "nothing was lost, and the planted fault was named" if is_told else "not what this demo should show"
     texts = (
-        f"{run['trained_parameters']:,} numbers were trained, of which a plain LoRA of rank {run['served_rank']} has "
-        f"{run['lora_parameters']:,}. The others are cores, which enrich A and B in training alone.",
-        "The fold multiplies the cores into A and B. The folded adapter is a plain LoRA: it costs what one costs.",
+        f"The loss of {after['examples']} held-out questions went from {short(before['loss'])} to "
+        f"{short(after['loss'])}. {run['trained_parameters']:,} numbers were trained, of which a plain LoRA of rank "
+        f"{run['served_rank']} has {run['lora_parameters']:,}. The others are cores, which enrich A and B in training "
+        "alone.",
+        "The fold multiplies the cores into A and B. The folded adapter is a plain LoRA: it costs what one costs. "
+        f"{folded.sentence}",
         "A copy was served whose scaling had been lost, as engines lose it without a message. Both adapters were "
-        "checked by HTTP, against the reference that was recorded before. The check needs no PyTorch.",
+        "checked by HTTP, against the reference that was recorded before. The check needs no PyTorch. Requests for "
+        "both models at once were left out.",
     )
     headings = ("1. Training", "2. Fold into a plain LoRA", "3. Served on vLLM, and checked")
-    folded, checked = fold_html.to_page(fold, "make demo").figures, verify_html.to_page(check).figures
-    drawn = ([_losses(run, metrics)], folded, checked)
+    drawn = (
+        [_losses(run, metrics)],
+        fold_html.to_page(fold, "make demo").figures,
+        verify_html.to_page(check).figures,
+    )
     return make_page(
         TEMPLATE,
         title=f"Demo: {word}",
         heading="Does the server answer as the adapter was trained?",
-        verdict=Verdict("good" if is_told else "bad", word, "\n".join(sentences)),
+        verdict=Verdict("good" if is_told else "bad", word, "\n".join(lines)),
         facts={"base model": run["model"], "engine": f"vllm {right.version or ''}".strip()},
         origin=Origin("make demo", check.date, check.hardware, fold.versions | check.versions),
         figures=[figure for figures in drawn for figure in figures],

@@ -10,4 +10,4 @@ from loraover_serve import verify_adapter
 adapter, output = sys.argv[1:] or ("runs/demo/lora-over/adapter", "runs/verified")
 report = verify_adapter(adapter, engines=["torch"], output=output)
 for engine in report.engines:
-    print(f"{engine.engine}: {engine.verdict}: {engine.reason}")
+    print(f"{engine.engine}: {engine.plainly}\n  {engine.reason}")

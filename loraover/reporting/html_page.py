@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from loraover.reporting.palette import Tone, css_variables
+from loraover.reporting.palette import Tone, css_variables, tone_of
 from loraover.reporting.svg import Figure
 
 SHARED = ("page.html.j2", "parts.html.j2")
@@ -47,12 +47,14 @@ class Table:
         rows: Cells, which are escaped.
         words: Columns of words, which begin at the left; numbers end at the right.
         long: Those of the columns of words whose texts take several lines where there is little room.
+        verdicts: Those of the columns of words whose cells are verdicts, in the colours of these.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     words: Collection[str] = ()
     long: Collection[str] = ()
+    verdicts: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def make_page(
     environment = Environment(
         loader=DictLoader(shared), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["zip"] = zip
+    environment.globals |= {"zip": zip, "tone_of": tone_of}
     shown = {**facts, "machine": origin.hardware or None, "date": origin.day}
     html = environment.from_string(template).render(
         title=title,

@@ -4,50 +4,54 @@ from __future__ import annotations
 
 import pytest
 
-from loraover_serve.verify.html import verdict_of
-from loraover_serve.verify.report import EngineResult
+from loraover_serve.verify.html import to_page, verdict_of
+from loraover_serve.verify.report import EngineResult, Interval
 
 from support.reports import LEFT_OUT, SCALED, engine_result, three_engines, verification
 
-PASSED = "off by 0.0002 nats, where noise explains 0.0003. The adapter moves logprobs by 0.19 nats."
-SCALING = (
-    "vllm does not answer as trained. It is off by 0.14 nats, where noise explains 0.0003. The likely fault is wrong "
-    "scaling: the scaling is left out (times 0.333). With it, 0.0002 nats remain."
-)
+ALL = "100 % of the adapter arrives (99.9 to 100.1 %)"
+THIRD = Interval(value=0.333, low=0.331, high=0.335)
+LOST = engine_result("vllm", "differs", "a; b", off=0.14, fault="wrong scaling", suspects=[SCALED], strength=THIRD)
 
 
 @pytest.mark.parametrize(
     ("result", "tone", "expected"),
     [
-        (engine_result("onnx", "as trained"), "good", f"onnx answers as trained: {PASSED}"),
+        (engine_result("onnx", "as trained"), "good", f"onnx: as trained. {ALL}."),
         (
-            engine_result("vllm", "as trained").model_copy(update={"mixed_failure": "the server answered 500"}),
+            engine_result("onnx", "as trained", strength=None),
             "good",
-            f"vllm answers as trained: {PASSED}\nvllm: mixed batches were not compared. The server answered 500.",
+            "onnx: as trained. Answers are off by 0.0002 nats, where noise explains 0.0003.",
         ),
         (
-            engine_result("vllm", "differs", off=0.14, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]),
+            engine_result("vllm", "as trained", mixed_failure="the server answered 500"),
+            "good",
+            f"vllm: as trained. {ALL}. Mixed batches were not compared.",
+        ),
+        (
+            LOST,
             "bad",
-            SCALING,
+            "vllm: differs. 33.3 % of the adapter arrives (33.1 to 33.5 %). Likely fault: wrong scaling.",
         ),
         (
-            engine_result("vllm", "differs", "off by 0.14 nats, and no known fault explains it", suspects=[LEFT_OUT]),
+            engine_result("vllm", "differs", off=0.14, suspects=[LEFT_OUT]),
             "bad",
-            "vllm does not answer as trained. Off by 0.14 nats, and no known fault explains it.",
+            f"vllm: differs. {ALL}, and answers are off by 0.14 nats, where noise explains 0.0003. No known fault "
+            "explains it.",
         ),
         (
-            engine_result("torch", "inconclusive", "the adapter moves logprobs by 1e-05 nats"),
+            engine_result("torch", "inconclusive", "the adapter moves logprobs by 1e-05 nats; b"),
             "open",
-            "torch cannot be judged. The adapter moves logprobs by 1e-05 nats.",
+            "torch: inconclusive. The adapter moves logprobs by 1e-05 nats.",
         ),
         (
             EngineResult(engine="vllm", verdict="failed", reason="the server ended with code 1.", seconds=2),
             "bad",
-            "vllm failed. The server ended with code 1.",
+            "vllm: failed. The server ended with code 1.",
         ),
     ],
 )
-def test_each_verdict_has_its_figures(result: EngineResult, tone: str, expected: str) -> None:
+def test_each_engine_has_a_plain_line(result: EngineResult, tone: str, expected: str) -> None:
     verdict = verdict_of(verification(result))
     assert (verdict.tone, verdict.word, verdict.sentence) == (tone, result.verdict, expected)
 
@@ -55,7 +59,12 @@ def test_each_verdict_has_its_figures(result: EngineResult, tone: str, expected:
 def test_several_engines_begin_with_the_worst() -> None:
     found = verdict_of(three_engines())
     assert found.word == "differs"
-    failed = "llamacpp failed. The server ended with code 1."
-    assert found.sentence.split("\n") == [SCALING, failed, f"onnx answers as trained: {PASSED}"]
-    both = verdict_of(verification(engine_result("onnx", "as trained", off=1e-4), engine_result("torch", "as trained")))
-    assert both.sentence == f"onnx and torch answer as trained: {PASSED.replace('by 0.0002', 'by at most 0.0002')}"
+    assert [line.partition(".")[0] for line in found.sentence.split("\n")] == [
+        "vllm: differs",
+        "llamacpp: failed",
+        "onnx: as trained",
+    ]
+
+
+def test_the_reason_stands_below_whatever_the_number_of_engines() -> None:
+    assert "<strong>vllm: differs.</strong> A. B." in to_page(verification(LOST)).html

@@ -78,8 +78,15 @@ def engine_result(engine: str, verdict: Any, reason: str = "", *, off: float = 2
 SCALED = Suspect(fault="wrong scaling", detail="the scaling is left out (times 0.333)", rms=2e-4, explains=True)
 LEFT_OUT = Suspect(fault="modules left out", detail="only attention is adapted", rms=0.09, explains=False)
 
+LOST: dict[str, Any] = {
+    "fault": "wrong scaling",
+    "suspects": [SCALED, LEFT_OUT],
+    "strength": Interval(value=0.333, low=0.331, high=0.335),
+}
+
 
 STRENGTH = "the adapter has the strength 0.333 [0.331, 0.335], and 0.998 to 1.002 is right"
+WHOLE = "the adapter has the strength 1 [0.999, 1], and 0.998 to 1.002 is right"
 NEAREST = (
     f"wrong scaling: {SCALED.detail}; {STRENGTH}; with this fault 0.0002 nats remain; within noise it could also be: "
     "another adapter of the same rank; mixed batches were not compared: the server answered 500"
@@ -111,8 +118,8 @@ def verification(*results: EngineResult) -> VerifyReport:
 
 def three_engines() -> VerifyReport:
     return verification(
-        engine_result("onnx", "as trained", f"{STRENGTH}; generated answers were not compared"),
-        engine_result("vllm", "differs", NEAREST, off=0.14, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]),
+        engine_result("onnx", "as trained", f"{WHOLE}; generated answers were not compared"),
+        engine_result("vllm", "differs", NEAREST, off=0.14, **LOST),
         EngineResult(engine="llamacpp", verdict="failed", reason="the server ended with code 1", seconds=2.0),
     )
 
@@ -289,10 +296,8 @@ DEMO_METRICS = [
 def demo_check() -> VerifyReport:
     """The check of an adapter and of its copy whose scaling was lost."""
     return verification(
-        engine_result("folded", "as trained", STRENGTH),
-        engine_result(
-            "folded-scaling-lost", "differs", NEAREST, off=1.8, fault="wrong scaling", suspects=[SCALED, LEFT_OUT]
-        ),
+        engine_result("folded", "as trained", WHOLE),
+        engine_result("folded-scaling-lost", "differs", NEAREST, off=1.8, **LOST),
     )
 
 

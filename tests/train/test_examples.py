@@ -293,7 +293,7 @@ def test_serving_from_python(
     assert not [process for process in started if runs(process)], "nothing is left afterwards"
 
 
-@pytest.mark.parametrize(("fault", "word"), [("wrong scaling", "nothing was lost"), (None, "not what this demo")])
+@pytest.mark.parametrize(("fault", "word"), [("wrong scaling", "nothing was lost"), ("another", "not what this demo")])
 def test_the_demo_ends_with_one_page(fault: str | None, word: str, tmp_path: Path) -> None:
     right, wrong = demo_check().engines
     check = verification(right, wrong.model_copy(update={"fault": fault}))
@@ -356,5 +356,5 @@ def test_conversions_from_python(made: Made, tmp_path: Path, capsys: pytest.Capt
 def test_verify_from_python(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run_script("verify", made.path, tmp_path / "verified")["report"]
     assert report.verdict == "as trained"
-    assert capsys.readouterr().out.startswith("torch: as trained: ")
+    assert capsys.readouterr().out.startswith("torch: as trained. ")
     assert (tmp_path / "verified" / "verify.html").is_file()

@@ -53,7 +53,6 @@ def to_page(report: FleetReport, command: str) -> Page:
         rows=[(row, [(engine, *_cell(row, engine)) for engine in report.engines]) for row in report.rows],
         engines=report.engines,
         verdicts=sorted({row.verdict for row in report.rows}),
-        tone_of=tone_of,
     )
 
 

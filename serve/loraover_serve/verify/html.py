@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, Verdict, in_sentences, make_page
+from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
 from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover_serve.judge.limits import EXIT_CODES
@@ -50,54 +50,18 @@ def to_page(report: VerifyReport) -> Page:
 
 
 def verdict_of(report: VerifyReport) -> Verdict:
-    """Return the verdict on all engines in plain sentences with their figures: a line for each, the worst first.
+    """Return the verdict on all engines in plain words: a line for each, the worst first.
 
     Args:
         report: The report.
     """
-    results = _worst_first(report.engines)
-    passed = [result for result in results if result.verdict == "as trained"]
-    sentences = [_sentence(result) for result in results if result.verdict != "as trained"]
-    sentences += [_passed(passed)] if passed else []
-    sentences += [
-        f"{r.engine}: mixed batches were not compared. {in_sentences(r.mixed_failure)}"
-        for r in passed
-        if r.mixed_failure
-    ]
-    return Verdict(tone_of(report.verdict), report.verdict, "\n".join(sentences))
+    lines = [f"{result.engine}: {result.plainly}" for result in _worst_first(report.engines)]
+    return Verdict(tone_of(report.verdict), report.verdict, "\n".join(lines))
 
 
 def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:
     order = list(EXIT_CODES)
     return sorted(results, key=lambda result: order.index(result.verdict))
-
-
-def _passed(results: Sequence[EngineResult]) -> str:
-    names = " and ".join(filter(None, (", ".join(r.engine for r in results[:-1]), results[-1].engine)))
-    subject = f"{names} answer{'' if len(results) > 1 else 's'} as trained"
-    worst = max(results, key=lambda result: result.adapter.rms if result.adapter else 0.0)
-    if worst.adapter is None:
-        return f"{subject}."
-    most = "at most " if len(results) > 1 else ""
-    return (
-        f"{subject}: off by {most}{short(worst.adapter.rms)} nats, where noise explains {short(worst.allowed)}. The "
-        f"adapter moves logprobs by {short(worst.effect)} nats."
-    )
-
-
-def _sentence(result: EngineResult) -> str:
-    if result.verdict == "failed":
-        return f"{result.engine} failed. {in_sentences(result.reason)}"
-    if result.verdict == "inconclusive":
-        return f"{result.engine} cannot be judged. {in_sentences(result.reason)}"
-    nearest = next((suspect for suspect in result.suspects if suspect.explains), None)
-    if result.fault is None or nearest is None or result.adapter is None:
-        return f"{result.engine} does not answer as trained. {in_sentences(result.reason)}"
-    return (
-        f"{result.engine} does not answer as trained. It is off by {short(result.adapter.rms)} nats, where noise "
-        f"explains {short(result.allowed)}. The likely fault is {result.fault}: {nearest.detail}. With it, "
-        f"{short(nearest.rms)} nats remain."
-    )
 
 
 def _axis(label: str, values: Sequence[float]) -> Axis:
@@ -171,7 +135,7 @@ def _distances_table(results: Sequence[EngineResult]) -> Table:
         )
         for r in results
     ]
-    return Table(columns, rows, ("verdict", "engine", "as", "compared"))
+    return Table(columns, rows, ("verdict", "engine", "as", "compared"), verdicts=("verdict",))
 
 
 def _suspects_table(result: EngineResult) -> Table:

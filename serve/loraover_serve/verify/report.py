@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
+from loraover.reporting.html_page import in_sentences
+from loraover.reporting.svg import short
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
 
 REPORT_FILE = "verify.json"
@@ -32,6 +34,12 @@ class Interval(StrictModel):
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    @property
+    def plainly(self) -> str:
+        """The strength in plain words."""
+        value, low, high = (f"{100 * each:.1f}".removesuffix(".0") for each in (self.value, self.low, self.high))
+        return f"{value} % of the adapter arrives ({low} to {high} %)"
 
 
 class MixedBatch(StrictModel):
@@ -144,6 +152,24 @@ class EngineResult(StrictModel):
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
     requests: int = Field(default=0, description="Number of requests of a check by a reference; 0 in other checks")
+
+    @property
+    def plainly(self) -> str:
+        """The verdict in a line: how much of the adapter arrives, and what is wrong; `reason` has the rest."""
+        if self.verdict in ("failed", "inconclusive"):
+            return f"{self.verdict}. {in_sentences(self.reason.split('; ')[0])}"
+        found = [] if self.strength is None else [self.strength.plainly]
+        low, high = self.allowed_strength or (0.0, 0.0)
+        if self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
+            off = f"off by {short(self.adapter.rms)} nats, where noise explains {short(self.allowed)}"
+            found += [f"answers are {off}"] if self.verdict == "differs" or self.strength is None else []
+        sentences = [self.verdict, ", and ".join(found)] if found else [self.verdict]
+        if self.verdict == "differs":
+            sentences.append(f"likely fault: {self.fault}" if self.fault else "no known fault explains it")
+        elif self.mixed_failure:
+            sentences.append("mixed batches were not compared")
+        text = in_sentences("; ".join(sentences))
+        return f"{text[:1].lower()}{text[1:]}"
 
 
 class VerifyReport(StrictModel):

@@ -14,7 +14,7 @@ from loraover_serve.verify.request import VerifyRequest
 
 
 def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
-    """Print one table for all engines, the reason for each verdict, and the output.
+    """Print one table for all engines, each verdict in a line with its reason below, and the output.
 
     Args:
         report: The report.
@@ -29,7 +29,8 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
     title = f"RMS distance of logprobs from {report.reference}, in nats"
     console.print(terminal_table(heads, rows, words=heads[:1], names=heads[1:2], title=title))
     for result in report.engines:
-        print_line(console, f"{result.engine}: {result.verdict}: {result.reason}", terminal_color(result.verdict))
+        print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
+        print_line(console, f"  {result.reason}")
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
 

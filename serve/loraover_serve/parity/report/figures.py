@@ -67,7 +67,7 @@ def _base_text(results: Sequence[Result]) -> str:
         for r in results
         if r.arm == BASE
     ]
-    return f"Not drawn: the base model, plain LoRA's time x {', x '.join(found)}." if found else ""
+    return f"Not drawn: the base model. It takes plain LoRA's time x {', x '.join(found)}." if found else ""
 
 
 def _at(results: Sequence[Result], place: _Place) -> list[Result]:
