@@ -1,7 +1,8 @@
 """Hook of mkdocs that makes links work in the documentation site as they work on a code host.
 
 README.md and its neighbours lie above `docs/`, and pages link to source files and folders. In the site, README.md is
-the home page, its neighbours are pages, and a link to a file that the site does not contain leads to the code host.
+the home page, which begins with what the product does, its neighbours are pages, and a link to a file that the site
+does not contain leads to the code host.
 """
 
 from __future__ import annotations
@@ -32,8 +33,18 @@ def relative_links(text: str) -> Iterator[str]:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that lie above `docs/` to the site."""
     for name, place in ABOVE.items():
-        files.append(File.generated(config, place, content=(ROOT / name).read_text()))
+        text = (ROOT / name).read_text()
+        files.append(File.generated(config, place, content=_home(text) if name == "README.md" else text))
     return files
+
+
+def _home(readme: str) -> str:
+    """Return the home page: README.md with its commands of make behind what the product does."""
+    commands = re.search(r"^(?: {4}make .*\n)+\n", readme, re.MULTILINE)
+    if commands is None:
+        return readme
+    rest = readme.replace(commands[0], "", 1)
+    return rest.replace("\n## ", f"\nIn a clone:\n\n{commands[0]}## ", 1)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

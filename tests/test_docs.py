@@ -137,7 +137,18 @@ def test_the_page_of_serve_has_the_table_of_engines(site: Path) -> None:
 def test_the_home_page_is_the_readme(site: Path) -> None:
     page = (site / "index.html").read_text()
     assert 'href="how-it-works/"' in page, "a page of the site"
+    text = re.sub("<[^>]+>", "", page[page.index("<h1") :])
+    assert text.index("Train adapters with more capacity") < text.index("pip install") < text.index("make demo   ")
     assert re.search(r'href="https://github.com/[^"]*/tree/main/docs/examples"', page), "a folder that the site lacks"
+
+
+@pytest.mark.process
+def test_the_site_has_a_tab_for_each_stage_and_a_switch_for_the_dark(site: Path) -> None:
+    page = (site / "index.html").read_text()
+    tabs = re.findall(r'<li class="md-tabs__item[^>]*>\s*<a[^>]*>\s*(\w+)', page)
+    assert tabs[:5] == ["Start", "Train", "Export", "Serve", "Check"]
+    assert re.findall(r'data-md-color-media="\(prefers-color-scheme: dark\)" data-md-color-scheme="slate"', page)
+    assert page.count('name="__palette"') == 3
 
 
 def test_every_example_has_all_its_names(tmp_path: Path) -> None:
