@@ -159,14 +159,18 @@ def make_page(
     return Page(html, figures)
 
 
-def in_sentences(text: str) -> str:
-    """Return clauses that semicolons join, outside of brackets, as sentences.
+def clauses(text: str) -> list[str]:
+    """Return the clauses that semicolons join, outside of brackets.
 
     Args:
         text: The clauses, such as "off by 0.1 nats; no known fault explains it".
     """
-    clauses = re.split(r";\s+(?![^()]*\))", text.rstrip("."))
-    return " ".join(f"{clause[:1].upper()}{clause[1:]}." for clause in clauses)
+    return re.split(r";\s+(?![^()]*\))", text.rstrip("."))
+
+
+def in_sentences(text: str) -> str:
+    """Return the clauses of a text as sentences; see `clauses`."""
+    return " ".join(f"{clause[:1].upper()}{clause[1:]}." for clause in clauses(text))
 
 
 def _policy(script: str | None) -> str:

@@ -363,4 +363,10 @@ EXPORT = (
         "        merged =",
         Selection("test_row_settings.py", "exports_keep"),
     ),
+    Mutant(
+        "a fleet calls right what the export mends",
+        "forms = {row.served(engine) for engine in row.engines}",
+        'forms = {"as it is"}',
+        Selection("test_fleet.py", "no_verdict_on"),
+    ),
 )

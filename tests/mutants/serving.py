@@ -13,6 +13,12 @@ SERVING = (
         Selection("test_equivalence.py", "sleep_data or p_value"),
     ),
     Mutant(
+        "parity-calls-noise-a-cost",
+        "if not measured or noisy or any(high >= 1 for _, high in measured):",
+        "if not measured:",
+        Selection("test_parity_verdict.py", "noise_is_not"),
+    ),
+    Mutant(
         "parity-bootstrap-of-the-population",
         "variance = (square - mean**2) / (n - 1)",
         "variance = (square - mean**2) / n",

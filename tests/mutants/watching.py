@@ -131,4 +131,10 @@ WATCHING = (
         "faults += []",
         Selection("test_attest.py", "signature_holds"),
     ),
+    Mutant(
+        "an old check shows what a server does now",
+        "is_late = last is not None and now - last.at > LATE * target.interval_s",
+        "is_late = False",
+        Selection("test_watch_files.py", "long_ago"),
+    ),
 )

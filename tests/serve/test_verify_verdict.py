@@ -40,9 +40,9 @@ LOST = engine_result("vllm", "differs", "a; b", off=0.14, fault="wrong scaling",
             "explains it.",
         ),
         (
-            engine_result("torch", "inconclusive", "the adapter moves logprobs by 1e-05 nats; b"),
+            engine_result("torch", "inconclusive", "the adapter moves logprobs by 1e-05 nats (a; b); c"),
             "open",
-            "torch: inconclusive. The adapter moves logprobs by 1e-05 nats.",
+            "torch: inconclusive. The adapter moves logprobs by 1e-05 nats (a; b).",
         ),
         (
             EngineResult(engine="vllm", verdict="failed", reason="the server ended with code 1.", seconds=2),

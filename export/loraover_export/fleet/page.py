@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
+from typing import get_args
 
 from loraover.common.atomic_output import publish_file
 from loraover.common.provenance import environment, today
 from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.palette import tone_of
-from loraover_export.fleet.row import FleetReport, FleetRow
+from loraover_export.fleet.row import FleetReport, FleetRow, Form
 
 TEMPLATE, SCRIPT = "fleet.html.j2", "fleet.js"
 WORDS = {"right as exported": "all of them, some only as exported", "right on some": "not on every engine"}
@@ -59,8 +60,7 @@ def to_page(report: FleetReport, command: str) -> Page:
 def _counted(report: FleetReport, engine: str) -> str:
     """Say on how many adapters an engine is right in which form."""
     forms = Counter(row.served(engine) for row in report.rows if engine in row.engines)
-    words = {"as it is": "as they are", "as exported": "as exported", "in no form": "in no form"}
-    found = ", ".join(f"{forms[form]} {word}" for form, word in words.items() if forms[form])
+    found = ", ".join(f"{forms[form]} {form.replace('it is', 'they are')}" for form in get_args(Form) if forms[form])
     silent = sum(row.engines.get(engine) == "wrong silently" for row in report.rows)
     return f"{engine}: right on {found}.{f' {silent} would be silently wrong as they are.' if silent else ''}"
 

@@ -12,6 +12,7 @@ from loraover.common.strict_json import StrictModel
 
 Verdict = Literal["right", "prepared", "right as exported", "right on some", "refused", "failed"]
 """The best first."""
+Form = Literal["as it is", "as exported", "in no form"]
 SERVED: tuple[Verdict, ...] = ("right", "prepared", "right as exported", "right on some")
 
 
@@ -38,7 +39,7 @@ class FleetRow(StrictModel):
     cached: bool = Field(False, description="Whether the cache held it already")
     seconds: float = Field(0.0, description="Time that this adapter took")
 
-    def served(self, engine: str) -> Literal["as it is", "as exported", "in no form"]:
+    def served(self, engine: str) -> Form:
         """Return in which form an engine that was judged is right on the adapter."""
         if self.engines[engine] == "right":
             return "as it is"

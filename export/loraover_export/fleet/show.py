@@ -33,10 +33,11 @@ def show_report(report: FleetReport, console: Console) -> None:
     """Print a table with a line for each adapter, the reasons below it, and how many adapters have each verdict."""
     engines, last = report.engines, () if report.engines else ("error",)
     heads = ("verdict", "adapter", *engines, *last)
-    rows = [
+    rows: list[list[str | Text]] = [
         [
             Text(WORDS.get(row.verdict, row.verdict), terminal_color(row.verdict)),
-            *(row.source, *(_cell(row, engine) for engine in engines)),
+            row.source,
+            *(_cell(row, engine) for engine in engines),
             *(["" if row.error is None else f"{row.error:.2g}"] if last else []),
         ]
         for row in report.rows

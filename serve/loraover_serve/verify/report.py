@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover.reporting.html_page import in_sentences
+from loraover.reporting.html_page import clauses, in_sentences
 from loraover.reporting.svg import short
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
 
@@ -157,13 +157,13 @@ class EngineResult(StrictModel):
     def plainly(self) -> str:
         """The verdict in a line: how much of the adapter arrives, and what is wrong; `reason` has the rest."""
         if self.verdict in ("failed", "inconclusive"):
-            return f"{self.verdict}. {in_sentences(self.reason.split('; ')[0])}"
+            return f"{self.verdict}. {in_sentences(clauses(self.reason)[0])}"
         found = [] if self.strength is None else [self.strength.plainly]
         low, high = self.allowed_strength or (0.0, 0.0)
         if self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
             off = f"off by {short(self.adapter.rms)} nats, where noise explains {short(self.allowed)}"
             found += [f"answers are {off}"] if self.verdict == "differs" or self.strength is None else []
-        sentences = [self.verdict, ", and ".join(found)] if found else [self.verdict]
+        sentences: list[str] = [self.verdict, *([", and ".join(found)] if found else [])]
         if self.verdict == "differs":
             sentences.append(f"likely fault: {self.fault}" if self.fault else "no known fault explains it")
         elif self.mixed_failure:
