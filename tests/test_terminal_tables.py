@@ -27,6 +27,7 @@ from loraover.training.show import show_runs
 from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover_export.combine.requests import DiffRequest
 from loraover_export.combine.show import show_diff
+from loraover_export.fleet.show import show_report as show_fleet
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
 from loraover_export.merge.report import MergedWeight, MergeReport
@@ -50,6 +51,7 @@ from loraover_serve.verify.show import show_report as show_verification
 from support.reports import (
     CHECKPOINT,
     engine_result,
+    fleet_report,
     fold_certificate,
     fold_outputs,
     parity,
@@ -216,6 +218,7 @@ SHOWN: dict[str, Callable[[Console], object]] = {
     "fold": lambda console: show_certificate(
         fold_certificate().model_copy(update={"matrices": matrices()}), FoldRequest("checkpoint", "folded"), console
     ),
+    "check of a fleet": lambda console: show_fleet(fleet_report(), console),
     "onnx": lambda console: show_onnx(onnx_report(), OnnxRequest("source", "onnx", "merged"), console),
     "verify": lambda console: show_verification(three_engines(), VerifyRequest("a"), console),
     "verify --reference": lambda console: show_verification(by_reference(), VerifyRequest("a"), console),
