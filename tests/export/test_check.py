@@ -275,9 +275,9 @@ def test_reasons_that_no_export_mends_are_shown_once(
     assert "vllm, llamacpp, onnx, openvino, mlx: use_dora" in out
     assert "Approximate it with `loraover export convert` and --rank" in out
     assert run(cli, ["check", adapter, "--engine", "torch", "--engine", "mlx"]) == 1
-    assert "served by no form: mlx" in capsys.readouterr().out
+    assert "no form suits mlx" in capsys.readouterr().out
     assert run(cli, ["check", str(source), "--engine", "torch", "--engine", "mlx"]) == 0
-    assert "check passed: served only as exported: mlx" in capsys.readouterr().out
+    assert "check passed: only the exported form suits mlx" in capsys.readouterr().out
 
 
 CONVERTIBLE = ("LoHa", "PiSSA", "OLoRA", "trained tokens", "no prefix", "another prefix")

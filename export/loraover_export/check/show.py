@@ -14,7 +14,6 @@ from loraover_export.check.request import CheckRequest
 
 WIDTH = 80
 COLUMNS = "{:<10}{:<16}{:<16}{}"
-ONLY = "served only as exported"
 
 
 def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:
@@ -39,7 +38,8 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
     console.print()
     wrong = [check.engine for check in report.engines if not check.is_served]
     exported = [check.engine for check in report.engines if _verdict(check) == "right as exported"]
-    texts = [f"{text}: {', '.join(names)}" for text, names in (("served by no form", wrong), (ONLY, exported)) if names]
+    texts = [f"no form suits {', '.join(wrong)}"] if wrong else []
+    texts += [f"only the exported form suits {', '.join(exported)}"] if exported else []
     color = "red" if not report.passed else terminal_color("right on some" if texts else "right")
     print_line(console, f"check {report.verdict}: {'; '.join(texts) or 'served by every engine'}", color)
 
