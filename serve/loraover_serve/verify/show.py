@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from loraover.reporting.html_page import in_sentences
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import short
@@ -30,7 +31,8 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
     console.print(terminal_table(heads, rows, words=heads[:1], names=heads[1:2], title=title))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
-        print_line(console, f"  {result.reason}")
+        if in_sentences(result.reason) not in result.plainly:
+            print_line(console, f"  {result.reason}")
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
 
