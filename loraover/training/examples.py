@@ -96,7 +96,7 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
     common: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
     common["streaming"] = data.streaming
-    made, held_out = list[Row](), list[Row]()
+    made, held_out, test = list[Row](), list[Row](), None
     if BUILT_IN in (data.train, data.test):
         count = data.train_examples or WORD_PROBLEMS if data.train == BUILT_IN else 0
         made, held_out = split_word_problems(count, wanted, recipe.training.seed)
@@ -107,17 +107,23 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
             raise DataError(
                 f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT."
             )
+        # Rows are counted after some are held out, and the shares of sources without weights are those of all rows.
+        is_counted_later = not data.streaming and (len(data.sources) > 1 or (bool(wanted) and _is_divided(recipe)))
+        limit = None if is_counted_later else recipe.most_rows
         parts = [
-            load_rows(source, split=data.train_split, revision=data.revision, limit=recipe.most_rows, **common)
+            load_rows(source, split=data.train_split, revision=data.revision, limit=limit, **common)
             for source in data.sources
         ]
-        train, places = _mixed(parts, recipe)
+        if wanted and _is_divided(recipe):
+            parts, test = _divided(parts, wanted)
+        train = _mixed(parts, recipe)
+        train = _only(train, range(len(train.rows))[: recipe.most_rows])
     if not wanted:
         return Examples(train, None)
     if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):
         return Examples(train, _built_in(held_out, form, recipe))
     if _is_divided(recipe):
-        return _divided(train, places, wanted)
+        return Examples(train, test, divided=0 if test is None else len(test.rows))
     revision = data.revision if train.revision is None else None
     if data.test in (None, data.train):
         revision = train.revision
@@ -125,30 +131,51 @@ def _load(recipe: Recipe, form: RowForm) -> Examples:
     return Examples(train, load_rows(source, split=data.test_split, revision=revision, limit=wanted, **common))
 
 
-def _divided(rows: Rows, places: Sequence[Hashable], most: int) -> Examples:
-    """Hold out some rows of data that have no split for it, the same ones for every seed.
+def _divided(parts: Sequence[Rows], most: int) -> tuple[list[Rows], Rows | None]:
+    """Hold out some rows of sources that have no split for it, the same ones for every seed and every weight.
 
     Args:
-        rows: All rows.
-        places: The row of the source that each of them comes from. Turns of one conversation have one place, and stay
-            together.
-        most: Largest number of rows to hold out, unless one conversation has more turns.
+        parts: Rows of each source. Turns of one conversation come from one row, and stay together.
+        most: Largest number of examples to hold out, unless one conversation has more turns.
+
+    Returns:
+        The other rows of each source, one at least; and the held-out rows, None if there are too few rows for any.
     """
-    sizes = Counter(places)
+    sizes = Counter((k, number) for k, part in enumerate(parts) for number in part.numbers)
+    left = Counter(k for k, _ in sizes)
     taken: set[Hashable] = set()
     held_out = 0
     for place in random.Random(0).sample(list(sizes), min(most, len(sizes) // HELD_OUT)):
-        if not taken or held_out + sizes[place] <= most:
+        if left[place[0]] > 1 and (not taken or held_out + sizes[place] <= most):
             taken.add(place)
+            left[place[0]] -= 1
             held_out += sizes[place]
-    order = {place: number for number, place in enumerate(sizes)}
-    train = [i for i, place in enumerate(places) if place not in taken]
-    test = sorted({*range(len(places))}.difference(train), key=lambda i: (order[places[i]], i))  # turns are neighbours
-    parts = [
-        replace(rows, rows=[rows.rows[i] for i in part], numbers=[rows.numbers[i] for i in part])
-        for part in (train, test)
-    ]
-    return Examples(parts[0], parts[1] if held_out else None, divided=held_out)
+    train, test = [list[tuple[int, int]]() for _ in parts], list[tuple[int, int]]()
+    for k, part in enumerate(parts):
+        for i, number in enumerate(part.numbers):
+            (test if (k, number) in taken else train[k]).append((k, i))
+    others = [_only(part, [i for _, i in chosen]) for part, chosen in zip(parts, train, strict=True)]
+    return others, _joined(parts, test) if test else None
+
+
+def _only(rows: Rows, chosen: Sequence[int]) -> Rows:
+    return replace(rows, rows=[rows.rows[i] for i in chosen], numbers=[rows.numbers[i] for i in chosen])
+
+
+def _joined(parts: Sequence[Rows], places: Sequence[tuple[int, int]]) -> Rows:
+    """Return rows of several sources, each named by its source and its place there."""
+    if len(parts) == 1:
+        return _only(parts[0], [i for _, i in places])
+    return Rows(
+        [parts[k].rows[i] for k, i in places],
+        " + ".join(part.origin for part in parts),
+        numbers=[f"{parts[k].numbers[i]} of {parts[k].origin}" for k, i in places],
+        filtered=together((part.origin, part.filtered) for part in parts),
+        unread={
+            name: together((part.origin, part.unread[name]) for part in parts if name in part.unread)
+            for name in dict.fromkeys(name for part in parts for name in part.unread)
+        },
+    )
 
 
 def _built_in(rows: Sequence[Row], form: RowForm, recipe: Recipe) -> Rows:
@@ -156,13 +183,11 @@ def _built_in(rows: Sequence[Row], form: RowForm, recipe: Recipe) -> Rows:
     return Rows([one for row in rows for one in read_row(row, PASSED, form, BUILT_IN)], origin)
 
 
-def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]:
+def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
     """Interleave sources in the shares of their weights, or of their rows, until every row was taken once.
 
-    A source whose share is larger than its rows are repeats them, so that a weight is kept until the end.
-
-    Returns:
-        The rows, and for each of them its source and its number there.
+    A source whose share is larger than its rows are repeats them, so that a weight is kept until the end. The order is
+    the same for every seed, which shuffles the rows in training.
 
     Raises:
         DataError: A weight is so small that the other sources would be repeated for very long.
@@ -170,7 +195,7 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
     from datasets import Dataset, interleave_datasets
 
     if len(parts) == 1:
-        return parts[0], list(parts[0].numbers)
+        return parts[0]
     weights = recipe.data.weights or [len(part.rows) for part in parts]
     needed, last = max(
         (len(part.rows) * sum(weights) / weight, k) for k, (part, weight) in enumerate(zip(parts, weights, strict=True))
@@ -179,7 +204,7 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
         raise DataError(
             f"data.train: {recipe.data.sources[last]} has {len(parts[last].rows)} rows and the weight "
             f"{weights[last]:g} of {sum(weights):g}, so about {needed:,.0f} examples would be made until each of its "
-            "rows is taken, and the other sources repeated. Raise its weight, or lower data.train_examples."
+            "rows is taken, and the other sources repeated. Raise its weight."
         )
     places = [
         Dataset.from_dict({"part": [k] * len(part.rows), "row": [*range(len(part.rows))]})
@@ -187,19 +212,8 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> tuple[Rows, list[Hashable]]
     ]
     strategy = "all_exhausted" if recipe.data.weights else "all_exhausted_without_replacement"
     shares = [weight / sum(weights) for weight in weights]
-    mixed = interleave_datasets(places, shares, seed=recipe.training.seed, stopping_strategy=strategy)
-    taken = [*zip(mixed["part"], mixed["row"], strict=True)]
-    rows = Rows(
-        [parts[k].rows[i] for k, i in taken],
-        " + ".join(part.origin for part in parts),
-        numbers=[f"{parts[k].numbers[i]} of {parts[k].origin}" for k, i in taken],
-        filtered=together((part.origin, part.filtered) for part in parts),
-        unread={
-            name: together((part.origin, part.unread[name]) for part in parts if name in part.unread)
-            for name in dict.fromkeys(name for part in parts for name in part.unread)
-        },
-    )
-    return rows, [(k, parts[k].numbers[i]) for k, i in taken]
+    mixed = interleave_datasets(places, shares, seed=0, stopping_strategy=strategy)
+    return _joined(parts, [*zip(mixed["part"], mixed["row"], strict=True)])
 
 
 def report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None:

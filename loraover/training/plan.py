@@ -164,7 +164,7 @@ def _count_examples(settled: Settled, read: Examples | None) -> int:
     recipe, lengths = settled.recipe, settled.lengths
     data, most = recipe.data, recipe.training.tokens
     if read is None and data.train_examples:
-        return data.train_examples * len(data.sources)
+        return data.train_examples
     if read is None:
         return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
     if recipe.packs and settled.tokens:

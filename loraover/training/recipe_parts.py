@@ -66,7 +66,9 @@ class Data(StrictModel):
     streaming: bool = Field(
         False, description="Read the training data only as far as max_steps needs, and download no more of them."
     )
-    train_examples: int | None = Field(None, ge=1, description="Number of training examples; None: all.")
+    train_examples: int | None = Field(
+        None, ge=1, description="Number of training examples, of all sources together; None: all."
+    )
     test_examples: int | None = Field(None, ge=1, description="Largest number of held-out examples; None: no limit.")
 
     @property

@@ -195,6 +195,12 @@ REQUESTS = (
         Selection("test_lengths.py", "chat_template_does_not_write"),
     ),
     Mutant(
+        "a mixture has other rows for another seed",
+        "shares, seed=0, stopping_strategy",
+        "shares, seed=recipe.training.seed, stopping_strategy",
+        Selection("test_training_rows.py", "held_out_before_they_are_repeated"),
+    ),
+    Mutant(
         "a run of one step takes it at rate 0",
         "share * steps < 1",
         "steps < 1",

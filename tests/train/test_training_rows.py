@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import datasets
@@ -127,6 +128,48 @@ def test_turns_of_one_conversation_are_held_out_together(sources: int, write: Wr
     assert later_turn(held_out_of(asked)) == 1
     whole = asked.training.model_copy(update={"assistant_only_loss": True})
     assert later_turn(held_out_of(asked.model_copy(update={"training": whole}))) is None
+
+
+def mixture(write: Write, *, seed: int = 5, examples: int = 200, **data: Any) -> Any:
+    """Rows of two files with 60 and 9 rows, of which the second has the weight 3."""
+    sizes = {"a": 60, "b": 9}
+    files = [
+        str(write(f"{name}.jsonl", *({"prompt": f"{name}{i}", "completion": "1"} for i in range(size))))
+        for name, size in sizes.items()
+    ]
+    made = recipe([files[0], {"path": files[1], "weight": 3}], examples=examples, **data)
+    return examples_of(made.changed("training", seed=seed))
+
+
+def test_rows_of_a_mixture_are_held_out_before_they_are_repeated(write: Write) -> None:
+    found = mixture(write)
+    prompts = [row["prompt"] for row in found.test.rows]
+    assert len({*prompts}) == len(prompts) == found.divided == 3  # one of twenty of 69
+    trained = {row["prompt"] for row in found.train.rows}
+    assert trained.isdisjoint(prompts)
+    assert len(trained) == 69 - 3
+    assert found.test.numbers[0] == f"{int(prompts[0][1:]) + 1} of file a.jsonl"
+    for seed in (0, 1):
+        assert mixture(write, seed=seed) == found
+
+
+def test_the_only_row_of_a_source_is_trained_on(write: Write) -> None:
+    files = [str(write(f"{i}.jsonl", PAIR | {"prompt": str(i)})) for i in range(40)]
+    found = examples_of(recipe(files, examples=200))
+    assert found.test is None
+    assert len(found.train.rows) == 40
+
+
+@pytest.mark.parametrize("weight", [None, 3])
+def test_training_examples_are_counted_over_all_sources(weight: int | None, write: Write) -> None:
+    rows = [[PAIR | {"prompt": f"{name}{i}"} for i in range(size)] for name, size in (("a", 200), ("b", 50))]
+    first, second = (str(write(f"{i}.jsonl", *part)) for i, part in enumerate(rows))
+    asked = recipe([first, second if weight is None else {"path": second, "weight": weight}], train_examples=100)
+    counts = Counter(row["prompt"][0] for row in examples_of(asked).train.rows)
+    assert counts.total() == 100
+    assert counts["b"] == pytest.approx(20 if weight is None else 75, abs=10)
+    alone = examples_of(recipe(first, train_examples=100, examples=200))
+    assert (len(alone.train.rows), len(alone.test.rows)) == (100, 10)
 
 
 def held_out_of(made: Recipe) -> list[Any]:
