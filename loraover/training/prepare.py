@@ -158,7 +158,7 @@ def _load_model(settled: Settled, examples: Examples, output: Path, report: Repo
     """Seed the run, load the base model with its adapter, and return what the adapter starts from."""
     recipe, name, source = settled.recipe, settled.trainer_name, settled.source
     set_seed(recipe.training.seed)
-    model = _load_base(recipe, name, source, examples)
+    model = _load_base(settled, examples)
     if recipe.method == "full":
         return model, None
     model = with_adapter(model, recipe, TRAINERS[name].task, source, settled.method)
@@ -199,13 +199,14 @@ def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
     return recipe.model_copy(update={"model": source.name, "model_revision": source.revision})
 
 
-def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Examples) -> PreTrainedModel:
+def _load_base(settled: Settled, examples: Examples) -> PreTrainedModel:
+    recipe, name = settled.recipe, settled.trainer_name
     init = recipe.model_init
     labels = {"reward": 1}
     if name == "classification":
         labels[name] = count_classes(examples)
     base: PreTrainedModel = load_model(
-        source,
+        settled.source,
         dtype=weights_dtype(recipe),
         task_type=TRAINERS[name].task,
         num_labels=labels.get(name),
@@ -213,8 +214,10 @@ def _load_base(recipe: Recipe, name: str, source: ModelSource, examples: Example
         quantization=init.quantization,
     )
     config = base.config.get_text_config()
-    if config.pad_token_id is None:  # by which a classifier finds the last token
-        config.pad_token_id = base.generation_config.pad_token_id if base.can_generate() else 0
+    if not base.can_generate():  # a classifier finds the last token by it; the Trainer sets it when training begins
+        config.pad_token_id = settled.tokenizer.pad_token_id
+    elif config.pad_token_id is None:
+        config.pad_token_id = base.generation_config.pad_token_id
     return base
 
 

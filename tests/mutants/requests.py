@@ -201,6 +201,12 @@ REQUESTS = (
         Selection("test_training_rows.py", "held_out_before_they_are_repeated"),
     ),
     Mutant(
+        "a classifier reads padding",
+        "config.pad_token_id = settled.tokenizer.pad_token_id",
+        "config.pad_token_id = 0",
+        Selection("test_trainer_kinds.py", "reads_no_padding"),
+    ),
+    Mutant(
         "a run of one step takes it at rate 0",
         "share * steps < 1",
         "steps < 1",

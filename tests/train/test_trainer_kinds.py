@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import loraover
 import loraover.data.sources
@@ -91,6 +92,23 @@ def test_a_stopped_run_is_resumed_bit_for_bit(name: str, bases: dict[str, Path],
     halted = (killed if name == "dpo" else stopped)(recipe, tmp_path / "halted", 5)
     assert train(recipe, halted, "--resume") == 0
     assert_same_run(halted, tmp_path / "whole")
+
+
+def test_a_classifier_reads_no_padding_where_the_base_has_no_token_for_it(tmp_path: Path) -> None:
+    """As GPT-2 and Llama, whose tokenizers then pad with the token that ends a text."""
+    base = save_llama(tmp_path / "base", pad_token_id=None)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    losses = list[tuple[float, ...]]()
+    test = data_file(tmp_path / "held-out.jsonl", *({"text": "9" * (8 * n + 1), "label": n} for n in range(3)))
+    for batch in (1, 3):
+        training = {"per_device_eval_batch_size": batch}
+        recipe = recipe_of("classification", tmp_path, {"llama": base}, training=training)
+        overrides = {"data.test": str(test), "evaluation.examples": 3}
+        result = loraover.train(str(recipe), tmp_path / str(batch), overrides=overrides)
+        losses.append(tuple(one.loss for one in (result.before, result.after) if one is not None))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_the_reference_of_dpo_is_the_base_model(bases: dict[str, Path], tmp_path: Path) -> None:
