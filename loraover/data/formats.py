@@ -45,6 +45,7 @@ class RowForm(NamedTuple):
         keeps_all: Whether columns that no trainer knows stay, for rewards that read them.
         pictures: Whether rows may hold images, in the form of `loraover.data.pictures`.
         text: Column of the source that becomes the column `text`.
+        text_calls: Whether arguments of a tool's call stay JSON text, for a chat template that takes no objects.
     """
 
     columns: tuple[frozenset[str], ...] = PAIRS
@@ -54,6 +55,7 @@ class RowForm(NamedTuple):
     keeps_all: bool = False
     pictures: bool = False
     text: str = "text"
+    text_calls: bool = False
 
 
 class RowFormat(NamedTuple):
@@ -98,10 +100,42 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     kept = {column for column in row if form.keeps_all and (name == PASSED or column != "prompt")} | {"images"}
     others = {column: row[column] for column in row if column in kept}
     for example in FORMATS[name].read(row, where):
+        for column in ("prompt",) if form.keeps_all else CHATS:
+            if isinstance(example.get(column), list) and not form.text_calls:
+                example[column] = [_with_objects(message, where) for message in example[column]]
         is_whole = form.whole or (name == "conversations" and not form.turns)
         if name != PASSED and is_whole and "completion" in example and form.chat and TURNS in form.columns:
             example = _as_messages(example)  # as longer conversations of the same data are
         yield from _examples(others | example, row.get(SYSTEM), FORMATS[name].template, form, where)
+
+
+def _with_objects(message: Any, where: str) -> Any:
+    """Return a message with the arguments of its calls as objects, which OpenAI writes as JSON text.
+
+    A template that writes them as JSON would otherwise write that text as JSON once more.
+    """
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return message
+    return message | {"tool_calls": [_with_object(call, where) for call in calls]}
+
+
+def _with_object(call: Row, where: str) -> Row:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_object(call["function"], where)}
+    given = call.get("arguments")
+    if not isinstance(given, str):
+        return call
+    try:
+        found = json.loads(given.strip() or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{where}: a call of {reprlib.repr(call.get('name'))} has the arguments {reprlib.repr(given)}, expected an "
+            "object or its JSON text."
+        )
+    return call | {"arguments": found}
 
 
 def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> list[str]:

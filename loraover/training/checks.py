@@ -20,7 +20,7 @@ from loraover.models.device import choose_device, prefers_bf16
 from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import SOAP
-from loraover.training.spelling import learned
+from loraover.training.spelling import learned, takes_objects
 from loraover.training.trainers import TRAINERS, check_keys
 
 
@@ -80,6 +80,7 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
         keeps_all=name == "grpo",
         pictures=pictures,
         text=recipe.training.text_column,
+        text_calls=not takes_objects(tokenizer),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,25 @@ def whole_texts(rows: Rows, reads: Any) -> list[list[str]]:
                 if _text_or_none(other, part, reads) == text:
                     raise DataError(f"{where} has {kind}, which the model's chat template leaves out; remove it.")
     return found
+
+
+CALLED = {"query": "lora"}
+
+
+def takes_objects(reads: Any) -> bool:
+    """Whether a chat template writes the arguments of a tool's call that are an object; a few take JSON text alone.
+
+    Args:
+        reads: The tokenizer, or what reads images besides.
+    """
+
+    def said(arguments: Any) -> str | None:
+        call = {"id": "call00001", "type": "function", "function": {"name": "find", "arguments": arguments}}
+        asked, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}
+        return _text_or_none({"messages": [asked, answer]}, "messages", reads)
+
+    as_object = said(CALLED)
+    return said(json.dumps(CALLED)) is None or (as_object is not None and str(CALLED) not in as_object)
 
 
 def _text_or_none(row: Row, part: str | None, reads: Any) -> str | None:

@@ -207,6 +207,12 @@ REQUESTS = (
         Selection("test_trainer_kinds.py", "reads_no_padding"),
     ),
     Mutant(
+        "arguments of a call are learned as JSON in JSON",
+        'return call | {"arguments": found}',
+        "return call",
+        Selection("test_learned_rows.py", "arguments_of_a_call"),
+    ),
+    Mutant(
         "a run of one step takes it at rate 0",
         "share * steps < 1",
         "steps < 1",

@@ -8,9 +8,13 @@ import pytest
 
 from loraover.common.errors import DataError
 from loraover.data.formats import ALPACA, RowForm, read_row, unread
+from loraover.training.checks import row_form
+from loraover.training.recipe import load_recipe
+from loraover.training.spelling import takes_objects
 from loraover.training.trainers import TRAINERS
 
 from support.rows import METAMATH, MNLI, TALK, WIZARD
+from support.tiny_hub import tiny_tokenizer
 
 TEXTS, CHATS = RowForm(), RowForm(chat=True)
 REWARDED = RowForm(TRAINERS["grpo"].columns, keeps_all=True)
@@ -39,6 +43,54 @@ def test_the_system_and_the_tools_of_a_conversation_are_learned() -> None:
     first = {"from": "system", "value": "Be kind."}
     (row,) = read({"conversations": [first, *SAID], "system": "Be kind.", "tools": "[]"})
     assert row == {"prompt": [KIND, asked], "completion": [answer]}
+
+
+def called(arguments: Any, **others: Any) -> list[dict[str, Any]]:
+    """Return a question and its answer, which is the call of a tool, as OpenAI writes it."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [*said("a"), {"role": "assistant", "content": None, "tool_calls": [call]} | others]
+
+
+@pytest.mark.parametrize(("text", "arguments"), [('{"n": 1.50}', {"n": 1.5}), ("", {}), ({"n": 1}, {"n": 1})])
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo"])
+def test_arguments_of_a_call_are_read_as_tools_are(text: Any, arguments: dict[str, Any], trainer: str) -> None:
+    form = RowForm(TRAINERS[trainer].columns, chat=True, keeps_all=trainer == "grpo")
+    row: dict[str, Any] = {
+        "sft": {"messages": called(text)},
+        "dpo": {"prompt": said("a"), "chosen": called(text)[1:], "rejected": said("", "b")[1:]},
+        "grpo": {"prompt": called(text), "completion": 7, "chosen": [{"tool_calls": 5}]},
+    }[trainer]
+    (found,) = read(row, form)
+    part = {"sft": "completion", "dpo": "chosen", "grpo": "prompt"}[trainer]
+    assert found[part][-1] == called(arguments)[-1]
+    assert (row[part] if part in row else row["messages"])[-1] == called(text)[-1], "the source stays as it is"
+    assert {name: found[name] for name in row.keys() - {part, "messages"}} == {
+        name: row[name] for name in row.keys() - {part, "messages"}
+    }
+
+
+def test_arguments_stay_text_for_a_template_that_takes_no_other() -> None:
+    (row,) = read({"messages": called('{"n": 1}')}, CHATS._replace(text_calls=True))
+    assert row["completion"] == called('{"n": 1}')[1:]
+
+
+@pytest.mark.parametrize(
+    ("template", "as_object"),
+    [
+        ("{{ call.function.arguments | tojson }}", True),
+        ("{% for name, value in call.function.arguments.items() %}{{ name }}={{ value }}{% endfor %}", True),
+        ("{{ call.function.name }}", True),
+        ("{{ 'args ' + call.function.arguments }}", False),  # as DeepSeek-R1's
+        ("{{ call.function.arguments }}", False),  # which would write an object as Python does
+        ("{{ raise_exception('no tools') }}", True),
+    ],
+)
+def test_a_template_is_asked_how_it_takes_arguments(template: str, as_object: bool) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    loop = "{% for call in message.tool_calls or () %}" + template + "{% endfor %}"
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}" + loop + "{% endfor %}"
+    assert takes_objects(tokenizer) is as_object
+    assert row_form(load_recipe("demo"), "sft", tokenizer, takes_images=False).text_calls is not as_object
 
 
 @pytest.mark.parametrize("prompt", ["Say hi.", said("Say hi."), [KIND, *said("Say hi.")]])
@@ -95,6 +147,8 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
         ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
         ("sft", {"messages": [{"role": "model", "content": "a"}, *said("b", "c")]}, "write 'assistant' if that is"),
         ("sft", {"messages": [{"role": "USER", "content": "a"}, *said("b", "c")]}, "'USER'; write 'user' if that is"),
+        ("sft", {"messages": called("not json")}, "a call of 'f' has the arguments 'not json', expected an object"),
+        ("sft", {"messages": called("[1]")}, r"a call of 'f' has the arguments '\[1\]', expected an object"),
         ("sft", {"messages": said("a", "b"), "tools": "not json"}, "field 'tools' is 'not json'"),
         ("sft", {"messages": said("a", "b"), "tools": ["f"]}, "field 'tools' is"),
         ("sft", {"messages": said("a", "b"), "chat_template_kwargs": "{}"}, "'chat_template_kwargs' is not an object"),
