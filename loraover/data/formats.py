@@ -279,11 +279,14 @@ def _texts(part: Any) -> list[str]:
 
 
 def as_chat(example: Row) -> Row:
-    """Write a prompt of text as a message of the user, and each answer to it as one of the assistant."""
-    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    return example | {
-        name: [{"role": role, "content": example[name].strip()}] for name, role in roles.items() if name in example
-    }
+    """Write a prompt of text as a message of the user, and each answer to it as one of the assistant.
+
+    They stay as they are, but for one space before an answer, which separates it from its prompt where both are text.
+    """
+    answers = {name: example[name] for name in ("completion", "chosen", "rejected") if name in example}
+    asked = {"prompt": [{"role": "user", "content": example["prompt"]}]} if "prompt" in example else {}
+    said = {name: text[1:] if text[0] == " " and not text[1].isspace() else text for name, text in answers.items()}
+    return example | asked | {name: [{"role": "assistant", "content": text}] for name, text in said.items()}
 
 
 def _as_messages(example: Row) -> Row:

@@ -77,10 +77,19 @@ def test_rows_are_counted_as_lines(write: Write) -> None:
     assert "row 5: has fields" in fault(path.parent, split="train[2:]")
 
 
-@pytest.mark.parametrize("row", [PAIR, {"prompt": " 1+1?\n", "completion": "2 "}, AS_CHAT])
+@pytest.mark.parametrize("row", [PAIR, AS_CHAT])
 def test_chat_wraps_text_in_messages(row: dict[str, Any], write: Write) -> None:
     assert load(write("a.jsonl", row), chat=True).rows == [AS_CHAT]
     assert load(write("a.jsonl", row | {"id": 7}), chat=False).rows == [row]
+
+
+@pytest.mark.parametrize("answer", ["    return x\n", "\treturn x", "  x", "\n\nx ", "x"])
+def test_text_in_messages_keeps_its_indentation(answer: str, write: Write) -> None:
+    """But for one space, which separates an answer from its prompt where both are text."""
+    prompt = "    def f(x):\n"
+    for text in (answer, " " + answer if answer == "x" else answer):
+        (row,) = load(write("a.jsonl", {"prompt": prompt, "completion": text}), chat=True).rows
+        assert [message["content"] for part in row.values() for message in part] == [prompt, answer]
 
 
 def test_rows_are_recognised_one_by_one(write: Write) -> None:
