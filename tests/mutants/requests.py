@@ -244,8 +244,8 @@ REQUESTS = (
     ),
     Mutant(
         "held-out-turns-of-trained-conversations",
-        "return parts[0], list(parts[0].numbers)",
-        "return parts[0], list(range(len(parts[0].rows)))",
+        "(test if (k, number) in taken else train[k])",
+        "(test if (k, number) in taken and i % 2 else train[k])",
         Selection("test_training_rows.py", "held_out_together"),
     ),
     Mutant(
@@ -262,8 +262,8 @@ REQUESTS = (
     ),
     Mutant(
         "held-out rows of a file are trained on",
-        "train = [i for i, place in enumerate(places) if place not in taken]",
-        "train = [*range(len(places))]",
+        "others = [_only(part, [i for _, i in chosen]) for",
+        "others = [part for",
         Selection("test_training_rows.py", "held_out_if_it_has_enough"),
     ),
     Mutant(
