@@ -68,7 +68,7 @@ def _read(path: Path) -> bytes:
 
 def _parse(content: bytes, model: type[Model], place: str, number: Callable[[str], float]) -> Model:
     try:
-        json.loads(content, object_pairs_hook=_unique, parse_constant=number, parse_float=number)
+        json.loads(content, object_pairs_hook=unique_keys, parse_constant=number, parse_float=number)
         return model.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{place}: {describe(error)}") from error
@@ -76,7 +76,8 @@ def _parse(content: bytes, model: type[Model], place: str, number: Callable[[str
         raise CheckpointError(f"{place}: not valid JSON: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, as `json.loads` hands its keys and values to a hook; ValueError: a key occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))

@@ -10,6 +10,7 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
+from loraover.common.strict_json import unique_keys
 from loraover.data.glue import GLUE_TASKS, glue_reader
 from loraover.data.pictures import CHATS, MEDIA, PARTS, PICTURES, has_media, has_others, placed, places
 
@@ -101,21 +102,37 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
     others = {column: row[column] for column in row if column in kept}
     for example in FORMATS[name].read(row, where):
         for column in ("prompt",) if form.keeps_all else CHATS:
-            if isinstance(example.get(column), list) and not form.text_calls:
-                example[column] = [_with_objects(message, where) for message in example[column]]
+            if isinstance(example.get(column), list):
+                example[column] = [_read_message(message, form, where) for message in example[column]]
         is_whole = form.whole or (name == "conversations" and not form.turns)
         if name != PASSED and is_whole and "completion" in example and form.chat and TURNS in form.columns:
             example = _as_messages(example)  # as longer conversations of the same data are
         yield from _examples(others | example, row.get(SYSTEM), FORMATS[name].template, form, where)
 
 
-def _with_objects(message: Any, where: str) -> Any:
-    """Return a message with the arguments of its calls as objects, which OpenAI writes as JSON text.
+TRAINED = ("train", "training")
+"""Keys of a message by which other tools leave a turn out, where they are false."""
 
-    A template that writes them as JSON would otherwise write that text as JSON once more.
+
+def _read_message(message: Any, form: RowForm, where: str) -> Any:
+    """Return a message with the weight 0 if it is not to be learned, and with the arguments of its calls as objects.
+
+    OpenAI writes arguments as JSON text, which a template that writes JSON would write as JSON once more.
     """
-    calls = message.get("tool_calls") if isinstance(message, dict) else None
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    if not isinstance(message, dict):
+        return message
+    for key in TRAINED:
+        if message.get(key) not in (None, True, False):
+            raise DataError(f"{where}: a message has {key!r}: {reprlib.repr(message[key])}, expected true or false.")
+        if message.get(key) is False:
+            message = message | {"weight": 0}
+    if message.get("weight") not in (None, 0, 1):
+        raise DataError(
+            f"{where}: a message has the weight {reprlib.repr(message['weight'])}, expected the number 0 or 1: a turn "
+            "is learned or not."
+        )
+    calls = message.get("tool_calls")
+    if form.text_calls or not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         return message
     return message | {"tool_calls": [_with_object(call, where) for call in calls]}
 
@@ -127,7 +144,7 @@ def _with_object(call: Row, where: str) -> Row:
     if not isinstance(given, str):
         return call
     try:
-        found = json.loads(given.strip() or "{}")
+        found = json.loads(given.strip() or "{}", object_pairs_hook=unique_keys)
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -223,6 +240,8 @@ def _check_texts(taken: Row, where: str) -> None:
         _check_roles([] if isinstance(part, str) else part, where)
     if len({type(taken[name]) for name in PARTS if name in taken}) > 1:
         raise DataError(f"{where}: its texts must all be text or all be chat messages, such as prompt and completion.")
+    if "chosen" in taken and taken["chosen"] == taken.get("rejected"):
+        raise DataError(f"{where}: chosen and rejected are the same, so nothing is preferred; remove such rows.")
     for name in taken.keys() - {"prompt"}:
         if isinstance(taken[name], list) and any(message.get("weight") == 0 for message in taken[name]):
             raise DataError(
@@ -256,7 +275,7 @@ def _check_options(taken: Row, where: str) -> None:
     if "tools" in taken:
         value = taken.pop("tools")
         try:
-            tools = json.loads(value or "[]") if isinstance(value, str) else value
+            tools = json.loads(value or "[]", object_pairs_hook=unique_keys) if isinstance(value, str) else value
         except ValueError:
             tools = value
         if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or ()):
@@ -340,7 +359,7 @@ def _conversations(row: Mapping[str, Any], where: str) -> Iterator[Row]:
         raise DataError(f"{where}: field 'conversations' is not a list of objects with from and value.")
     if unknown := [turn["from"] for turn in turns if turn["from"] not in SPEAKERS]:
         raise DataError(f"{where}: unknown speaker {reprlib.repr(unknown[0])}, expected one of {', '.join(SPEAKERS)}.")
-    weights = [{"weight": turn["weight"]} if "weight" in turn else {} for turn in turns]
+    weights = [{key: turn[key] for key in ("weight", *TRAINED) if turn.get(key) not in (None, 1)} for turn in turns]
     messages = [
         {"role": SPEAKERS[turn["from"]], "content": _field(turn, "value", where), **weight}
         for turn, weight in zip(turns, weights, strict=True)

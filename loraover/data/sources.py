@@ -19,6 +19,7 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
+from loraover.common.strict_json import unique_keys
 from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row, RowForm, read_row, unread
 from loraover.data.pictures import with_pictures
@@ -248,7 +249,7 @@ def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with opener(path, "rb") as file:
             if path.suffix == ".json":
-                rows = json.loads(file.read())
+                rows = json.loads(file.read(), object_pairs_hook=unique_keys)
                 if not isinstance(rows, list):
                     raise DataError(f"{path}: holds {type(rows).__name__}, expected a list of objects.")
                 yield from enumerate(rows, 1)
@@ -279,7 +280,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _parse(line: bytes, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .parquet file."

@@ -213,6 +213,12 @@ REQUESTS = (
         Selection("test_learned_rows.py", "arguments_of_a_call"),
     ),
     Mutant(
+        "a turn that other tools leave out is learned",
+        'message = message | {"weight": 0}',
+        "pass",
+        Selection("test_learned_rows.py", "weight_0_is_not_learned"),
+    ),
+    Mutant(
         "a run of one step takes it at rate 0",
         "share * steps < 1",
         "steps < 1",

@@ -136,6 +136,14 @@ def test_a_format_that_was_named_is_held_to(format: str, write: Write) -> None:
     assert "row 2" in fault(write("a.jsonl", rows.pop(format), *rows.values()), format=format)
 
 
+def test_a_key_that_occurs_twice_is_refused(write: Write) -> None:
+    row = '{"prompt": "a", "completion": "b", "x": {"prompt": "c", "completion": "d", "prompt": "e"}}'
+    assert "row 2: not JSON: the key 'prompt' occurs twice" in fault(write("a.jsonl", raw=lines(PAIR) + row.encode()))
+    assert "not JSON: the key 'prompt' occurs twice" in fault(write("a.json", raw=f"[{row}]".encode()))
+    tools = {"messages": TURNS[1:3], "tools": '[{"name": "f", "name": "g"}]'}
+    assert "row 1: field 'tools' is" in fault(write("a.jsonl", tools), chat=True)
+
+
 @pytest.mark.parametrize("bad", [b"{'prompt': 1}", b'{"prompt": "a"', b"\xff\xfe{}", b"[" * 100_000, b"x"])
 def test_a_line_that_is_not_json_is_numbered(bad: bytes, write: Write) -> None:
     message = fault(write("a.jsonl.gz", raw=lines(PAIR, PAIR) + bad + b"\n" + lines(PAIR)))

@@ -33,13 +33,16 @@ def said(*texts: str) -> list[dict[str, str]]:
 
 
 KIND = {"role": "system", "content": "Be kind."}
+asked, answer = said("Say hi.", "Hi!")
 
 
 def test_the_system_and_the_tools_of_a_conversation_are_learned() -> None:
     tools = '[{"name": "f"}]'
     (row,) = read({"conversations": SAID, "system": "Be kind.", "tools": tools})
-    asked, answer = said("Say hi.", "Hi!")
     assert row == {"prompt": [KIND, asked], "completion": [answer], "tools": [{"name": "f"}]}
+    assert read({"conversations": [turn | {"weight": 1, "train": True} for turn in SAID]}) == read(
+        {"conversations": SAID}
+    )
     first = {"from": "system", "value": "Be kind."}
     (row,) = read({"conversations": [first, *SAID], "system": "Be kind.", "tools": "[]"})
     assert row == {"prompt": [KIND, asked], "completion": [answer]}
@@ -145,6 +148,12 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
         ("sft", {"messages": [{"role": "asistant", "content": "a"}, *said("b", "c")]}, "unknown role 'asistant'"),
         ("sft", {"prompt": said("a"), "completion": [said("", "b")[1] | {"weight": 0}]}, "a message of completion has"),
         ("sft", {"conversations": [SAID[0], SAID[1] | {"weight": 0}]}, "no assistant turn to learn from"),
+        ("sft", {"messages": [asked, answer | {"weight": "0"}]}, "a message has the weight '0', expected the number 0"),
+        ("sft", {"messages": [asked, answer | {"weight": 0.5}]}, "a message has the weight 0.5, expected the number 0"),
+        ("sft", {"messages": [asked, answer | {"train": "no"}]}, "a message has 'train': 'no', expected true or false"),
+        ("sft", {"conversations": [SAID[0], SAID[1] | {"train": False}]}, "no assistant turn to learn from"),
+        ("dpo", {"prompt": "a", "chosen": " b", "rejected": " b"}, "chosen and rejected are the same"),
+        ("reward", {"chosen": said("a", "b"), "rejected": said("a", "b")}, "chosen and rejected are the same"),
         ("sft", {"messages": [{"role": "model", "content": "a"}, *said("b", "c")]}, "write 'assistant' if that is"),
         ("sft", {"messages": [{"role": "USER", "content": "a"}, *said("b", "c")]}, "'USER'; write 'user' if that is"),
         ("sft", {"messages": called("not json")}, "a call of 'f' has the arguments 'not json', expected an object"),
@@ -226,11 +235,13 @@ def test_rows_with_an_instruction_are_learned_by_it_though_they_have_their_whole
     assert unread(row, "auto", form, "row 1") == ["text"]
 
 
-def test_a_message_of_weight_0_is_not_learned() -> None:
-    asked, wrong = said("1+1?", "3")
-    corrected = {"role": "assistant", "content": "2", "weight": None}  # as Arrow gives messages without one
-    row = {"messages": [asked, wrong | {"weight": 0}, asked, corrected]}
-    assert read(row) == [{"prompt": row["messages"][:3], "completion": [corrected]}]
+@pytest.mark.parametrize("left_out", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}])
+def test_a_message_of_weight_0_is_not_learned(left_out: dict[str, Any]) -> None:
+    corrected = {"role": "assistant", "content": "2", "weight": None, "train": None}  # as Arrow fills messages up
+    row = {"messages": [asked, answer | left_out, asked | {"train": False}, corrected | {"weight": 1}]}
+    (found,) = read(row)
+    assert found["completion"] == [corrected | {"weight": 1}]
+    assert [message["content"] for message in found["prompt"]] == ["Say hi.", "Hi!", "Say hi."]
     form = RowForm((frozenset({"messages"}),), turns=False)
     with pytest.raises(DataError, match="row 1: a message of messages has the weight 0"):
         read(row, form)
