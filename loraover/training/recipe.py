@@ -17,6 +17,7 @@ from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
+from loraover.data.sources import LOCAL_SUFFIXES
 from loraover.training.methods import BUILT_IN, METHODS, MethodKeys
 from loraover.training.recipe_parts import AUTO, BATCH, SOAP
 
@@ -190,24 +191,43 @@ def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any]
 
 
 def _read(name: str) -> dict[str, Any]:
+    is_data = Path(name).suffix in LOCAL_SUFFIXES
     if name in recipe_names():
         content = recipe_text(name).encode()
+    elif is_data and Path(name).suffix != ".json":
+        raise ConfigError(f"recipe {name!r}: this is a file of data{_train_on(name)}")
     elif kind_of(name) == "file" and Path(name).stat().st_size <= MAX_YAML_BYTES:
         content = Path(name).read_bytes()
     else:
-        raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){_near(name)}")
+        meant = _train_on(name) if kind_of(name) == "folder" else _near(name)
+        raise ConfigError(f"recipe {name!r}: no such YAML file (of at most {MAX_YAML_BYTES} bytes){meant}")
     try:
         values = parse_yaml(content)
     except ValueError as error:
-        raise ConfigError(f"recipe {name!r}: not YAML: {error}") from error
+        raise ConfigError(f"recipe {name!r}: not YAML: {error}{_train_on(name) if is_data else ''}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training.")
+        meant = _train_on(name) if is_data else "."
+        raise ConfigError(f"recipe {name!r}: expected keys such as model, data and training{meant}")
     return values
 
 
 def _near(name: str) -> str:
     """The end of a message about an unknown recipe: the one that was meant, or all."""
     return hint(name, recipe_names()) or f", nor one of {', '.join(recipe_names())}."
+
+
+A_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Small model by which messages show how one is named."""
+
+MISSING = {
+    "model": f"; give a folder or a hub name, such as --model {A_MODEL}",
+    "data": "; give a file, such as --data FILE",
+}
+
+
+def _train_on(name: str) -> str:
+    """The end of a message about data in the place of a recipe."""
+    return f"; to train on it, give --data {name} --model NAME, such as {A_MODEL}, and no recipe."
 
 
 ELSEWHERE = {"load_in_4bit": "model_init.quantization: nf4", "load_in_8bit": "model_init.quantization: int8"}
@@ -253,7 +273,7 @@ def _faults(error: ValidationError) -> list[str]:
         if fault["type"] == "extra_forbidden":
             faults.append(f"{place}: unknown key{hint(str(fault['loc'][-1]), _known_keys(fault['loc'][:-1]))}")
         elif fault["type"] == "missing":
-            faults.append(f"{place}: required and missing")
+            faults.append(f"{place}: required and missing{MISSING.get(place, '')}")
         else:
             said = fault["msg"].removeprefix("Value error, ")
             faults.append(f"{place}: {said} (found {_short.repr(fault['input'])})" if place else said)

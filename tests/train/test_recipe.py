@@ -75,6 +75,23 @@ def test_a_dumped_recipe_loads_as_itself(write: Write) -> None:
     assert load_recipe(write(recipe.model_dump(mode="json"))) == recipe
 
 
+@pytest.mark.parametrize("name", ["chat.jsonl", "chat.csv", "chat.jsonl.gz", "chat.json", "folder"])
+def test_data_in_the_place_of_a_recipe_are_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    else:
+        path.write_text('[{"prompt": "a"}]' if name.endswith(".json") else '{"prompt": "a"}')
+    assert f"give --data {path} --model NAME, such as HuggingFaceTB/SmolLM2" in fault(str(path))
+
+
+def test_a_model_that_is_missing_is_shown_how_to_name() -> None:
+    with pytest.raises(
+        ConfigError, match="model: required and missing; give a folder or a hub name, such as --model H"
+    ):
+        load_recipe(None, {"data.train": "chat.jsonl"})
+
+
 def test_all_faults_are_reported_at_once(write: Write) -> None:
     message = fault(
         write(
