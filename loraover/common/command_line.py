@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import click
 
-from loraover.common.errors import EngineError, LoraOverError, printable
+from loraover.common.errors import DataError, EngineError, LoraOverError, printable
 from loraover.common.extras import missing_package
 from loraover.common.quiet import ignore_idle_warnings
 
@@ -139,7 +139,8 @@ def _explain(error: BaseException) -> int:
     elif isinstance(error, LoraOverError) and error.is_told:
         pass
     elif isinstance(error, LoraOverError):
-        lines = str(error).splitlines() if isinstance(error, EngineError) else [str(error)]  # an engine's log has lines
+        has_lines = isinstance(error, DataError | EngineError)  # of its rows, or of an engine's log
+        lines = str(error).splitlines() if has_lines else [str(error)]
         print("error: " + "\n".join(map(printable, lines)), file=sys.stderr)
     elif missing := missing_package(error):
         print(f"error: {missing}", file=sys.stderr)

@@ -1,8 +1,16 @@
-"""Columns of `datasets` that hold JSON, number for number."""
+"""JSON of rows as it was written: no key that occurs twice, and in columns of `datasets` number for number."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; ValueError: it is none, or an object has a key twice."""
+    from loraover.common.strict_json import unique_keys  # with pydantic, which is slow to import
+
+    return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def keep_numbers() -> None:

@@ -10,7 +10,7 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
-from loraover.common.strict_json import unique_keys
+from loraover.data.exact_json import parse_json
 from loraover.data.glue import GLUE_TASKS, glue_reader
 from loraover.data.pictures import CHATS, MEDIA, PARTS, PICTURES, has_media, has_others, placed, places
 
@@ -144,7 +144,7 @@ def _with_object(call: Row, where: str) -> Row:
     if not isinstance(given, str):
         return call
     try:
-        found = json.loads(given.strip() or "{}", object_pairs_hook=unique_keys)
+        found = parse_json(given.strip() or "{}")
     except ValueError:
         found = None
     if not isinstance(found, dict):
@@ -198,6 +198,8 @@ def _examples(example: Row, system: Any, template: str, form: RowForm, where: st
     _check_texts(texts, where)
     if columns >= {"completion", "label"}:
         taken["label"] = _yes_or_no(taken["label"], where)
+    if columns >= {"text", "label"} and (type(taken["label"]) is not int or taken["label"] < 0):
+        raise DataError(f"{where}: the label is {taken['label']!r}, expected a number from 0 on; number the classes.")
     if not form.keeps_all:
         _check_options(taken, where)
     if isinstance(texts.get("prompt"), str):
@@ -229,6 +231,14 @@ def _texts_of(message: Row) -> str:
     """Return what a message says, which may be in parts."""
     content = message.get("content") or ""
     return (content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)).strip()
+
+
+def said(turns: list[Any]) -> str | None:
+    """Return what all turns of a conversation say, one a line; None if these are no turns."""
+    try:
+        return "\n".join(turn["value"] if "value" in turn else _texts_of(turn) for turn in turns)
+    except (TypeError, AttributeError):
+        return None
 
 
 def _check_texts(taken: Row, where: str) -> None:
@@ -275,7 +285,7 @@ def _check_options(taken: Row, where: str) -> None:
     if "tools" in taken:
         value = taken.pop("tools")
         try:
-            tools = json.loads(value or "[]", object_pairs_hook=unique_keys) if isinstance(value, str) else value
+            tools = parse_json(value or "[]") if isinstance(value, str) else value
         except ValueError:
             tools = value
         if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or ()):
@@ -429,7 +439,8 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = row.get(name)
     if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
+        kinds = "text or chat messages" if name in CHATS else "text"
+        raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected {kinds}.")
     if isinstance(value, list) and not all(map(_is_message, value)):
         raise DataError(f"{where}: field {name!r} is not a list of objects with role and content, both text.")
     check_encodes(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), name, where)

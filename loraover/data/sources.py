@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
 import reprlib
@@ -19,14 +21,13 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
-from loraover.common.strict_json import unique_keys
-from loraover.data.exact_json import keep_numbers
-from loraover.data.formats import Row, RowForm, read_row, unread
+from loraover.data.exact_json import keep_numbers, parse_json
+from loraover.data.formats import Row, RowForm, read_row, said, unread
 from loraover.data.pictures import with_pictures
 from loraover.sources.hub import pinned_commit
 
 BUILT_IN = "word-problems"
-LOCAL_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv")
 MAX_LINE_BYTES = 4 * 2**20
 SHOWN = 3  # rows by which messages show a kind
 
@@ -49,10 +50,57 @@ class Counted:
         if len(self.first) < SHOWN and number not in self.first:
             self.first.append(number)
 
+    def and_those(self, others: Counted) -> Counted:
+        """Return these rows and others of the same kind."""
+        return Counted(self.count + others.count, [*self.first, *others.first][:SHOWN])
+
     @property
     def rows(self) -> str:
         """The numbers, for messages."""
         return f"rows {', '.join(map(str, self.first))}{', ...' if self.count > len(self.first) == SHOWN else ''}"
+
+
+@dataclass
+class BadRows:
+    """Rows that cannot be learned, and why.
+
+    Args:
+        reasons: Message of each row, by its number.
+        examples: Indices of their examples; empty where rows are read.
+    """
+
+    reasons: dict[int | str, str] = field(default_factory=dict)
+    examples: set[int] = field(default_factory=set)
+
+    @contextmanager
+    def of(self, number: int | str, example: int | None = None) -> Iterator[None]:
+        """Add a row, by its number and the index of its example, if a DataError is raised within the block."""
+        try:
+            yield
+        except DataError as error:
+            self.reasons.setdefault(number, str(error) if len(self.reasons) < REASONS else "")
+            if example is not None:
+                self.examples.add(example)
+
+    @property
+    def rows(self) -> Counted:
+        """Their number, and the first of them."""
+        return Counted(len(self.reasons), [*islice(self.reasons, SHOWN)])
+
+    def refuse(self, origin: str) -> None:
+        """Raise DataError with all reasons if there are any such rows; `origin` names their source."""
+        count, advice = len(self.reasons), "leave such rows out: --skip-bad-rows, or data.skip_bad_rows in a recipe."
+        reasons = [*islice(self.reasons.values(), REASONS)]
+        if count == 1:
+            raise DataError(f"{reasons[0]} Or {advice}")
+        if count:
+            more = [f"... and {count - REASONS} more"] if count > REASONS else []
+            head = f"{origin}: {count} rows cannot be learned. Correct them, or {advice}"
+            raise DataError("\n".join([head, *reasons, *more]))
+
+
+REASONS = 10
+"""Rows whose faults are listed."""
 
 
 def together(parts: Iterable[tuple[str, Counted]]) -> Counted:
@@ -74,6 +122,7 @@ class Rows:
             several; empty if they are generated.
         filtered: Rows that `keep` has left out.
         unread: Columns that are not learned, with the rows that have them.
+        skipped: Rows that are left out, since they cannot be learned.
     """
 
     rows: list[Row]
@@ -82,6 +131,7 @@ class Rows:
     numbers: Sequence[int | str] = ()
     filtered: Counted = field(default_factory=Counted)
     unread: Mapping[str, Counted] = field(default_factory=dict)
+    skipped: Counted = field(default_factory=Counted)
 
     def number(self, example: int) -> int | str:
         """Return the number of the source's row that an example comes from, or the example's own."""
@@ -103,12 +153,13 @@ def load_rows(
     form: RowForm,
     keep: Mapping[str, re.Pattern[str]] = MappingProxyType({}),
     streaming: bool = False,
+    skip_bad_rows: bool = False,
 ) -> Rows:
     """Read examples in the form that a trainer takes.
 
     Args:
-        source: File (`.jsonl`, `.jsonl.gz`, `.json` or `.parquet`), folder with `<split>.jsonl` or `.parquet`, or hub
-            name, with `@` and a commit where it shall not be that of `revision`.
+        source: File (`.jsonl`, `.json`, `.csv` or `.tsv`, also with `.gz`, or `.parquet`), folder with `<split>.jsonl`
+            or another of these, or hub name, with `@` and a commit where it shall not be that of `revision`.
         split: Split of a folder or of a data set on the hub, or a slice of one such as "train[:95%]". A file has no
             splits: a name is not used, and a slice is refused.
         subset: Name of the data set's configuration on the hub.
@@ -118,29 +169,36 @@ def load_rows(
         form: Rows that the trainer takes.
         keep: Regular expressions by column; only rows in which all of them are found are read.
         streaming: Whether rows of the hub are downloaded one after the other, as far as the limit.
+        skip_bad_rows: Whether to leave out rows that cannot be learned, and to count them.
 
     Raises:
-        DataError: The source holds no examples or is not JSON, or a row lacks a field; the message has its number.
+        DataError: The source holds no examples, or rows that are not JSON or lack a field; the message lists the first
+            ten with their numbers.
     """
     rows: list[Row] = []
     numbers: list[int] = []
-    filtered, others = Counted(), defaultdict[str, Counted](Counted)
+    filtered, others, bad = Counted(), defaultdict[str, Counted](Counted), BadRows()
     raw = read_raw(source, split=split, subset=subset, revision=revision, streaming=streaming)
     for number, row in raw.rows:
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"
-        if not _is_kept(row, keep, where):
-            filtered.add(number)
-            continue
-        if form.pictures:
-            row = with_pictures(row, raw.folder, where)
-        row = _with_text(row, form.text, where)
-        for example in read_row(row, format, form, where):
-            rows.append(example)
-            numbers.append(number)
-        for column in unread(row, format, form, where):
-            others[column].add(number)
+        with bad.of(number):
+            if isinstance(row, DataError):
+                raise row
+            if not _is_kept(row, keep, where):
+                filtered.add(number)
+                continue
+            if form.pictures:
+                row = with_pictures(row, raw.folder, where)
+            row = _with_text(row, form.text, where)
+            found = [*read_row(row, format, form, where)]
+            for column in unread(row, format, form, where):
+                others[column].add(number)
+            rows += found
+            numbers += [number] * len(found)
+    if not (rows and skip_bad_rows):
+        bad.refuse(source)
     if not rows:
         raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
     return Rows(
@@ -150,6 +208,7 @@ def load_rows(
         numbers[:limit],
         filtered,
         {name: found for name, found in others.items() if name not in keep},
+        bad.rows,
     )
 
 
@@ -158,7 +217,8 @@ class RawRows:
     """Rows in the form that their source has.
 
     Args:
-        rows: Rows with their numbers, from 1; each is read when it is needed.
+        rows: Rows with their numbers, from 1; each is read when it is needed. An error stands for a row that cannot be
+            read.
         origin: Description of the source in one line.
         revision: Commit of a data set on the hub; None for local data.
         folder: Folder of the file; None for data of the hub.
@@ -208,22 +268,26 @@ def _with_text(row: Any, column: str, where: str) -> Any:
 
 def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
     for column, pattern in keep.items():
-        value = row.get(column) if isinstance(row, dict) else None
-        if not isinstance(value, str):
+        if not isinstance(row, dict) or column not in row:
+            raise DataError(f"{where}: has no field {column!r}, which data.keep reads.")
+        value = row[column]
+        text = said(value) if isinstance(value, list) else "" if value is None else value
+        if not isinstance(text, str):
             raise DataError(
-                f"{where}: field {column!r} is {reprlib.repr(value)}, expected text, which data.keep reads."
+                f"{where}: field {column!r} is {reprlib.repr(value)}, expected text or chat messages, which data.keep "
+                "reads."
             )
-        if not pattern.search(value):
+        if not pattern.search(text):
             return False
     return True
 
 
 def _read_folder(folder: Path, split: str) -> RawRows:
     name, bracket, _ = split.partition("[")
-    named = [folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz", ".parquet")]
+    named = [folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv")]
     file = next((path for path in named if kind_of(path) == "file"), None)
     if file is None:
-        raise DataError(f"{folder}: holds no {name}.jsonl or {name}.jsonl.gz, nor {name}.parquet.")
+        raise DataError(f"{folder}: holds no {name}.jsonl, {name}.jsonl.gz, {name}.parquet, {name}.csv or {name}.tsv.")
     if not bracket:
         return RawRows(_read_file(file), f"file {file.name}", folder=folder)
     return RawRows(_sliced(file, name, split), f"file {file.name}, {split}", folder=folder)
@@ -242,29 +306,76 @@ def _sliced(file: Path, name: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix == ".parquet":
+    """Yield the rows of a file with their numbers, or an error in the place of one that cannot be read alone."""
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if kind == ".parquet":
         yield from _read_parquet(path)
         return
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            if path.suffix == ".json":
-                rows = json.loads(file.read(), object_pairs_hook=unique_keys)
-                if not isinstance(rows, list):
-                    raise DataError(f"{path}: holds {type(rows).__name__}, expected a list of objects.")
-                yield from enumerate(rows, 1)
-                return
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{path}, row {number}: longer than {MAX_LINE_BYTES} bytes.")
-                if line.strip():
-                    yield number, _parse(line, path, number)
-    except (OSError, EOFError, zlib.error) as error:
+            if kind in DELIMITERS:
+                yield from _read_table(file, DELIMITERS[kind], path)
+            elif kind == ".json" and (listed := _listed(file, path)) is not None:
+                yield from enumerate(listed, 1)
+            else:
+                file.seek(0)
+                yield from _read_lines(file, path)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
+
+
+def _read_lines(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            yield number, DataError(f"{path}, row {number}: longer than {MAX_LINE_BYTES} bytes.")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+        elif line.strip():
+            yield number, _parse(line, path, number)
+
+
+def _listed(file: Any, path: Path) -> list[Any] | None:
+    """Return the rows of a .json file that holds a list; None for one that holds an object a line, as .jsonl does."""
+    try:
+        found = parse_json(file.read())
     except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            return None
         raise DataError(f"{path}: not JSON: {error}.") from error
+    if not isinstance(found, list):
+        raise DataError(f"{path}: holds {type(found).__name__}, expected a list of objects, or one object a line.")
+    return found
+
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+NUMBERS = ("label", "margin")
+"""Columns of numbers, which a table has as text; those of other columns are text, such as 007."""
+
+
+def _read_table(file: Any, delimiter: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the rows below the header of a table, whose cells are text but for `NUMBERS`."""
+    csv.field_size_limit(max(MAX_LINE_BYTES, csv.field_size_limit()))
+    cells = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(cells, [])
+        if "" in header or len({*header}) < len(header):
+            raise DataError(f"{path}: the first line is {reprlib.repr(header)}, expected a name for each column.")
+        for number, row in enumerate(filter(None, cells), 1):
+            if len(row) == len(header):
+                pairs = zip(header, row, strict=True)
+                yield number, {name: _number(cell) if name in NUMBERS else cell for name, cell in pairs}
+            else:
+                yield number, DataError(f"{path}, row {number}: has {len(row)} cells, and the header {len(header)}.")
+    except csv.Error as error:
+        raise DataError(f"{path}, line {cells.line_num}: no {path.suffix[1:].upper()} in UTF-8: {error}.") from error
+
+
+def _number(cell: str) -> Any:
+    try:
+        return json.loads(cell.lower())
+    except ValueError:
+        return cell
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -279,12 +390,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parse(line: bytes, path: Path, number: int) -> Any:
+    """Return the row of a line, or an error in its place."""
     try:
-        return json.loads(line, object_pairs_hook=unique_keys)
+        return parse_json(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .parquet file."
-        ) from error
+        return DataError(
+            f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .csv, .tsv or "
+            ".parquet file."
+        )
 
 
 def is_hub_name(source: str) -> bool:

@@ -174,6 +174,8 @@ def read_questions(
         if limit is not None and len(rows) >= limit:
             break
         where = f"{source}, row {number}"
+        if isinstance(row, DataError):
+            raise row
         if not isinstance(row, Mapping):
             raise DataError(f"{where}: expected an object, found {type(row).__name__}.")
         rows.append(read(row, where))

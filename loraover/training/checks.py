@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
-from loraover.data.formats import TEXTS, RowForm
+from loraover.data.formats import PAIRS, TEXTS, RowForm
 from loraover.data.sources import Rows
 from loraover.models.device import choose_device, prefers_bf16
 from loraover.training.examples import Examples
@@ -104,9 +104,10 @@ def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
     part = learned(part, name)
     columns = [TEXTS & row.keys() for row in part.rows]
     if other := next((i for i, found in enumerate(columns) if found != columns[0]), 0):
+        pair = " (each turn of messages is a prompt and a completion)" if PAIRS[0] in columns else ""
         raise DataError(
-            f"{part.place(other)} has {sorted(columns[other])}, and row {part.number(0)} "
-            f"{sorted(columns[0])}; write all rows in one form."
+            f"{part.place(other)} is learned as {sorted(columns[other])}, and row {part.number(0)} as "
+            f"{sorted(columns[0])}{pair}; write all rows in one form."
         )
     is_text = [all(isinstance(row[column], str) for column in columns[0]) for row in part.rows]
     if all(is_text):
@@ -176,21 +177,9 @@ def _check_pictures(recipe: Recipe, examples: Examples) -> None:
 
 
 def count_classes(examples: Examples) -> int:
-    """Return the number of classes of training and held-out rows, whose labels are 0, 1 and so on; at least two.
-
-    Raises:
-        DataError: A label is no such number.
-    """
-    most = 1
-    for rows in examples.parts:
-        for i, row in enumerate(rows.rows):
-            label = row.get("label")
-            if type(label) is not int or label < 0:
-                raise DataError(
-                    f"{rows.place(i)}: the label is {label!r}, expected a number from 0 on; number the classes."
-                )
-            most = max(most, label)
-    return 1 + most
+    """Return the number of classes of training and held-out rows, whose labels are 0, 1 and so on; at least two."""
+    most: int = max(row["label"] for rows in examples.parts for row in rows.rows)
+    return max(2, 1 + most)
 
 
 def check_trained(model: nn.Module, report: Reporter) -> None:

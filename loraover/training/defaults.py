@@ -12,7 +12,7 @@ from loraover.models.device import choose_device, prefers_bf16, total_memory
 from loraover.models.load import ModelSource
 from loraover.models.memory import ROOM
 from loraover.training.estimate import estimate_memory
-from loraover.training.lengths import Tokens
+from loraover.training.lengths import Tokens, is_left_out
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
@@ -63,9 +63,12 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Rep
         values["warmup_steps"] = 0.0 if training.lr_scheduler_type == "constant" else WARMUP
     if training.max_length is None:
         context = getattr(text, "max_position_embeddings", None) or 1024
-        longest = max(one.total for one in tokens) if tokens else min(context, 1024)
+        left = [one for one in tokens if not is_left_out(one, context, recipe, recipe.trainer or "sft")] or tokens
+        longest = max(one.total for one in left) if left else min(context, 1024)
         values["max_length"] = max(8, min(longest, context))
         why = "the longest example" if tokens and longest <= context else "the model's context, or 1024 without data"
+        if len(left) < len(tokens):
+            why += f"; {len(tokens) - len(left)} examples whose prompt fills that context are left out"
         report.line(f"training.max_length: {values['max_length']}, {why}")
     return recipe.changed("training", **values)
 

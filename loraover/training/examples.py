@@ -13,7 +13,7 @@ from loraover.common.errors import DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import PASSED, Row, RowForm, read_row
 from loraover.data.pictures import as_json
-from loraover.data.sources import BUILT_IN, Rows, is_hub_name, load_rows, together
+from loraover.data.sources import BUILT_IN, BadRows, Counted, Rows, is_hub_name, load_rows, together
 from loraover.data.word_problems import split_word_problems
 from loraover.training.recipe import Recipe
 from loraover.training.trainers import TRAINERS
@@ -43,6 +43,25 @@ class Examples:
     def parts(self) -> list[Rows]:
         """The training rows, and the held-out rows if there are any."""
         return [self.train] if self.test is None else [self.train, self.test]
+
+    @property
+    def skipped(self) -> Counted:
+        """Rows that were left out, since they cannot be learned."""
+        if self.test is None or not self.test.skipped.count:
+            return self.train.skipped
+        return together((part.origin, part.skipped) for part in self.parts)
+
+    def without(self, bad: Sequence[BadRows]) -> Examples:
+        """Return the rows without those that cannot be learned, which are counted.
+
+        Args:
+            bad: These rows of each of the parts.
+        """
+        parts = []
+        for part, one in zip(self.parts, bad, strict=True):
+            kept = _only(part, [i for i in range(len(part.rows)) if i not in one.examples])
+            parts.append(replace(kept, skipped=part.skipped.and_those(one.rows)))
+        return replace(self, train=parts[0], test=None if self.test is None else parts[1])
 
     @property
     def have_pictures(self) -> bool:
@@ -92,43 +111,48 @@ def _is_divided(recipe: Recipe) -> bool:
 
 
 def _load(recipe: Recipe, form: RowForm) -> Examples:
-    data = recipe.data
+    data, faults = recipe.data, list[str]()
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
-    common: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
-    common["streaming"] = data.streaming
-    made, held_out, test = list[Row](), list[Row](), None
+
+    def read(source: str, split: str, revision: str | None, limit: int | None) -> Rows:
+        chosen: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
+        chosen |= {"streaming": data.streaming, "skip_bad_rows": data.skip_bad_rows}
+        try:
+            return load_rows(source, split=split, revision=revision, limit=limit, **chosen)
+        except DataError as error:
+            faults.append(str(error))
+            return Rows([], source)
+
+    is_divided, is_built_in = bool(wanted) and _is_divided(recipe), data.train == BUILT_IN
+    made, held_out = list[Row](), list[Row]()
     if BUILT_IN in (data.train, data.test):
-        count = data.train_examples or WORD_PROBLEMS if data.train == BUILT_IN else 0
+        count = data.train_examples or WORD_PROBLEMS if is_built_in else 0
         made, held_out = split_word_problems(count, wanted, recipe.training.seed)
-    if data.train == BUILT_IN:
-        train = _built_in(made, form, recipe)
-    else:
-        if loose := [name for name in data.sources[1:] and data.sources if is_hub_name(name) and "@" not in name]:
-            raise DataError(
-                f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT."
-            )
-        # Rows are counted after some are held out, and the shares of sources without weights are those of all rows.
-        is_counted_later = not data.streaming and (len(data.sources) > 1 or (bool(wanted) and _is_divided(recipe)))
-        limit = None if is_counted_later else recipe.most_rows
-        parts = [
-            load_rows(source, split=data.train_split, revision=data.revision, limit=limit, **common)
-            for source in data.sources
-        ]
-        if wanted and _is_divided(recipe):
-            parts, test = _divided(parts, wanted)
-        train = _mixed(parts, recipe)
-        train = _only(train, range(len(train.rows))[: recipe.most_rows])
-    if not wanted:
-        return Examples(train, None)
-    if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):
-        return Examples(train, _built_in(held_out, form, recipe))
-    if _is_divided(recipe):
-        return Examples(train, test, divided=0 if test is None else len(test.rows))
-    revision = data.revision if train.revision is None else None
-    if data.test in (None, data.train):
-        revision = train.revision
-    source = data.test or data.sources[0]
-    return Examples(train, load_rows(source, split=data.test_split, revision=revision, limit=wanted, **common))
+    if loose := [name for name in data.sources[1:] and data.sources if is_hub_name(name) and "@" not in name]:
+        raise DataError(f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT.")
+    # Rows are counted after some are held out, and the shares of sources without weights are those of all rows.
+    is_counted_later = not data.streaming and (len(data.sources) > 1 or is_divided)
+    limit = None if is_counted_later else recipe.most_rows
+    parts = [] if is_built_in else [read(name, data.train_split, data.revision, limit) for name in data.sources]
+    test = None
+    if wanted and (data.test == BUILT_IN or (is_built_in and data.test is None)):
+        test = _built_in(held_out, form, recipe)
+    elif wanted and not is_divided:
+        pinned = None if len(parts) != 1 else parts[0].revision
+        revision = data.revision if pinned is None else None
+        if data.test in (None, data.train):
+            revision = pinned
+        test = read(data.test or data.sources[0], data.test_split, revision, wanted)
+    if faults:
+        raise DataError("\n".join(faults))
+    if is_built_in:
+        return Examples(_built_in(made, form, recipe), test)
+    if is_divided:
+        parts, test = _divided(parts, wanted)
+        test = None if test is None else replace(test, skipped=Counted())  # counted among those of the source
+    train = _mixed(parts, recipe)
+    train = _only(train, range(len(train.rows))[: recipe.most_rows])
+    return Examples(train, test, divided=len(test.rows) if is_divided and test is not None else 0)
 
 
 def _divided(parts: Sequence[Rows], most: int) -> tuple[list[Rows], Rows | None]:
@@ -159,7 +183,8 @@ def _divided(parts: Sequence[Rows], most: int) -> tuple[list[Rows], Rows | None]
 
 
 def _only(rows: Rows, chosen: Sequence[int]) -> Rows:
-    return replace(rows, rows=[rows.rows[i] for i in chosen], numbers=[rows.numbers[i] for i in chosen])
+    numbers = [rows.numbers[i] for i in chosen] if rows.numbers else ()
+    return replace(rows, rows=[rows.rows[i] for i in chosen], numbers=numbers)
 
 
 def _joined(parts: Sequence[Rows], places: Sequence[tuple[int, int]]) -> Rows:
@@ -175,6 +200,7 @@ def _joined(parts: Sequence[Rows], places: Sequence[tuple[int, int]]) -> Rows:
             name: together((part.origin, part.unread[name]) for part in parts if name in part.unread)
             for name in dict.fromkeys(name for part in parts for name in part.unread)
         },
+        skipped=together((part.origin, part.skipped) for part in parts),
     )
 
 
@@ -227,6 +253,7 @@ def report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None
     report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
     if (left := examples.train.filtered).count:
         report.line(f"{left.count} rows are left out, since data.keep does not let them through ({left.rows})")
+    report_skipped(examples.skipped, report)
     for name, found in examples.train.unread.items():
         report.line(f"column {name!r} is not learned; {found.count} rows have it ({found.rows})")
     if measures and examples.test is None:
@@ -235,3 +262,9 @@ def report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None
         report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
     if examples.shared and examples.test is not None:
         report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
+
+
+def report_skipped(skipped: Counted, report: Reporter) -> None:
+    """Report rows that are left out, if there are any."""
+    if skipped.count:
+        report.line(f"warning: {skipped.count} rows are skipped, since they cannot be learned ({skipped.rows})")

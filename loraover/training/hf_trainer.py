@@ -31,7 +31,7 @@ from loraover.training.trainers import TRAINERS, build, find_reward
 def make_trainer(
     settled: Settled,
     model: PreTrainedModel | PeftModel,
-    examples: Examples,
+    sets: Mapping[str, Any],
     arguments: Any,
     progress: TrainingProgress,
     over: LoraOverCallback | None,
@@ -41,7 +41,7 @@ def make_trainer(
     Args:
         settled: The recipe and what it trains on.
         model: The model to train, with its adapter unless all weights are trained.
-        examples: Training and held-out rows.
+        sets: Training and held-out rows, as `make_sets` returns them.
         arguments: The trainer's settings.
         progress: Writer of the run's log.
         over: Owner of the cores; None for other methods.
@@ -65,7 +65,7 @@ def make_trainer(
             {
                 "model": model,
                 "args": arguments,
-                **_data(settled, model, examples),
+                **_data(settled, model, sets),
                 "processing_class": settled.reads,
                 "callbacks": callbacks,
                 **options,
@@ -95,12 +95,20 @@ def _unrounded(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Iterator[N
         parameter.data = values.to(parameter.device)
 
 
-def _data(settled: Settled, model: PreTrainedModel | PeftModel, examples: Examples) -> dict[str, Any]:
-    """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
+def make_sets(examples: Examples) -> dict[str, Any]:
+    """Return training and held-out rows as data sets, by the names that trainers give them.
+
+    Raises:
+        DataError: As `to_dataset`.
+    """
     parts = zip(("train_dataset", "eval_dataset"), examples.parts, strict=False)
-    sets = {name: to_dataset(part.rows, examples.have_pictures) for name, part in parts}
+    return {name: to_dataset(part.rows, examples.have_pictures) for name, part in parts}
+
+
+def _data(settled: Settled, model: PreTrainedModel | PeftModel, sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
     if TRAINERS[settled.trainer_name].library == "trl":
-        return sets
+        return dict(sets)
     encode, collator = _encoding(settled, model)
     encoded = {name: found.map(encode, remove_columns=found.column_names) for name, found in sets.items()}
     return {**encoded, "data_collator": collator}

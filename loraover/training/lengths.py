@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from loraover.common.errors import DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
-from loraover.data.sources import Counted, Rows
+from loraover.data.sources import BadRows, Counted, Rows
 from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe
 from loraover.training.run_result import Lengths
@@ -31,7 +31,13 @@ class Tokens(NamedTuple):
 
 
 def count_tokens(
-    rows: Rows, name: str, tokenizer: Any, *, answers_only: bool | None = None, processor: Any = None
+    rows: Rows,
+    name: str,
+    tokenizer: Any,
+    *,
+    answers_only: bool | None = None,
+    processor: Any = None,
+    bad: BadRows | None = None,
 ) -> list[Tokens]:
     """Count the tokens of each example as its trainer does.
 
@@ -41,6 +47,7 @@ def count_tokens(
         tokenizer: The model's tokenizer.
         answers_only: Whether only the assistant's turns of `messages` have labels.
         processor: What reads the rows' images; None for rows without any.
+        bad: Receiver of the rows that cannot be learned, see Raises; None: they are refused.
 
     Returns:
         One entry for each example; for a trainer of transformers, input and target count apart, and the longer one
@@ -50,24 +57,34 @@ def count_tokens(
         DataError: A conversation has no turn of the assistant, where only these have labels; the chat template refuses
             a row, or leaves something out; or an image is damaged.
     """
+    if bad is None:
+        bad = BadRows()
+        found = count_tokens(rows, name, tokenizer, answers_only=answers_only, processor=processor, bad=bad)
+        bad.refuse(rows.origin)
+        return found
     rows = learned(rows, name)
     first = rows.rows[0]
     if name == "seq2seq":
         sides = [_sizes([row[side] for row in rows.rows], tokenizer, first) for side in ("prompt", "completion")]
         return [Tokens(0, max(pair)) for pair in zip(*sides, strict=True)]
     reads = tokenizer if processor is None else processor
-    whole = whole_texts(rows, reads)
+    whole = whole_texts(rows, reads, bad)
     sizes = iter(_sizes([text for texts in whole for text in texts], tokenizer, first))
     end = int(name in ENDED and not is_chat(first))
     totals = [end + max(next(sizes) for _ in texts) for texts in whole]
-    asked = [_until_answer(row, rows, i) for i, row in enumerate(rows.rows)] if answers_only else rows.rows
-    if name in FINDS_PROMPT:
-        from trl.data_utils import extract_prompt
+    prompts = []
+    for i, row in enumerate(rows.rows):
+        prompts.append("")
+        with bad.of(rows.number(i), i):
+            asked = _until_answer(row, rows.place(i)) if answers_only else row
+            if name in FINDS_PROMPT and "prompt" not in row:
+                from trl.data_utils import extract_prompt
 
-        asked = [row if "prompt" in row else row | extract_prompt(row) for row in asked]
-    prompts = [checked(row, None, reads, rows.place(i)) if row.get("prompt") else "" for i, row in enumerate(asked)]
+                asked = row | extract_prompt(row)
+            if asked.get("prompt"):
+                prompts[-1] = checked(asked, None, reads, rows.place(i))
     starts = [size if text else 0 for text, size in zip(prompts, _sizes(prompts, tokenizer, first), strict=True)]
-    shown = [0] * len(totals) if processor is None else picture_tokens(rows, processor)
+    shown = [0] * len(totals) if processor is None else picture_tokens(rows, processor, bad)
     return [Tokens(start + more, total + more) for start, total, more in zip(starts, totals, shown, strict=True)]
 
 
@@ -81,15 +98,13 @@ ENDED = ("sft", "dpo", "kto", "reward")
 """Trainers that add the token which ends a text to text without chat messages."""
 
 
-def _until_answer(row: Row, rows: Rows, i: int) -> Row:
+def _until_answer(row: Row, where: str) -> Row:
     """Return a conversation with its messages before the assistant's first turn as its prompt."""
     if "messages" not in row:
         return row
     turn = next((n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"), None)
     if turn is None:
-        raise DataError(
-            f"{rows.place(i)}: messages holds no assistant turn, and training.assistant_only_loss learns no other."
-        )
+        raise DataError(f"{where}: messages holds no assistant turn, and training.assistant_only_loss learns no other.")
     return row | {"prompt": row["messages"][:turn]}
 
 
@@ -104,14 +119,16 @@ ROOM = 4
 """Tokens for each image that are counted besides its own, since texts around it may merge into tokens otherwise."""
 
 
-def picture_tokens(rows: Rows, processor: Any) -> list[int]:
+def picture_tokens(rows: Rows, processor: Any, bad: BadRows) -> list[int]:
     """Count the tokens that the images of each example add to its texts, at most.
 
     They depend on an image's size and on the number of images in an example, so that one image for each of these is
     processed, and of others only the size is read.
 
-    Raises:
-        DataError: An image cannot be read or processed.
+    Args:
+        rows: The examples.
+        processor: What reads their images.
+        bad: Receiver of the rows with an image that cannot be read or processed.
     """
     known: dict[tuple[tuple[int, int], int], int] = {}
 
@@ -124,7 +141,9 @@ def picture_tokens(rows: Rows, processor: Any) -> list[int]:
     found = []
     for i, row in enumerate(rows.rows):
         pictures = row.get("images", ())
-        found.append(sum(count(picture, len(pictures), rows.place(i)) for picture in pictures))
+        found.append(0)
+        with bad.of(rows.number(i), i):
+            found[-1] = sum(count(picture, len(pictures), rows.place(i)) for picture in pictures)
     return found
 
 
@@ -204,14 +223,13 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
         name: Key of `TRAINERS`; that of rewards leaves longer examples out.
     """
     training, totals = recipe.training, sorted(one.total for one in tokens)
-    extra, most = training.model_extra or {}, training.tokens
+    most = training.tokens
     cut, unlabelled = Counted(), Counted()
-    if not (recipe.packs and extra.get("packing_strategy") in SPLITS):
-        keeps_labels = extra.get("truncation_mode") == "keep_end" or extra.get("completion_only_loss") is False
+    if not _splits(recipe):
         for i, one in enumerate(tokens):
             if one.total > most:
                 cut.add(rows.number(i))
-                if name == "reward" or (one.prompt >= most and not keeps_labels):
+                if is_left_out(one, most, recipe, name):
                     unlabelled.add(rows.number(i))
     return Lengths(
         examples=len(totals),
@@ -224,6 +242,25 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
         keeps_99=totals[-int(len(totals) * (1 - KEPT)) - 1],
         histogram=Counter(1 << max(0, total - 1).bit_length() for total in totals),
     )
+
+
+def is_left_out(one: Tokens, most: int, recipe: Recipe, name: str) -> bool:
+    """Whether an example has nothing to learn within so many tokens; the trainer of rewards leaves out all longer ones.
+
+    Args:
+        one: Its length.
+        most: Largest length.
+        recipe: The recipe.
+        name: Key of `TRAINERS`.
+    """
+    extra = recipe.training.model_extra or {}
+    keeps_labels = extra.get("truncation_mode") == "keep_end" or extra.get("completion_only_loss") is False
+    is_full = name == "reward" or (one.prompt >= most and not keeps_labels)
+    return one.total > most and is_full and not _splits(recipe)
+
+
+def _splits(recipe: Recipe) -> bool:
+    return recipe.packs and (recipe.training.model_extra or {}).get("packing_strategy") in SPLITS
 
 
 SPLITS = ("wrapped", "bfd_split", "bfd-requeue")

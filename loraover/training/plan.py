@@ -170,7 +170,7 @@ def _count_examples(settled: Settled, read: Examples | None) -> int:
     if recipe.packs and settled.tokens:
         whole = (recipe.training.model_extra or {}).get("packing_strategy") in SPLITS
         return math.ceil(sum(one.total if whole else min(one.total, most) for one in settled.tokens) / most)
-    return len(read.train.rows) - (0 if lengths is None else lengths.unlabelled)
+    return len((settled.examples or read).train.rows) - (0 if lengths is None else lengths.unlabelled)
 
 
 def _time(steps: int, seconds: float) -> str:

@@ -31,7 +31,7 @@ from loraover.training.checks import (
 )
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples
-from loraover.training.hf_trainer import make_trainer
+from loraover.training.hf_trainer import make_sets, make_trainer
 from loraover.training.methods.base import count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
@@ -112,7 +112,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     tokenizer = with_template(recipe, load_tokenizer(source))
     examples = read_examples(recipe, name, source, tokenizer, report)
     settled = settle(recipe, name, source, tokenizer, examples, report)
-    recipe, method = settled.recipe, settled.method
+    recipe, method, examples = settled.recipe, settled.method, settled.examples or examples
+    sets = make_sets(examples)
     note_slow_precision(recipe, report)
     _keep(recipe, source, examples, output)
     arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
@@ -125,16 +126,15 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     trained = count_trained(model, method)
     over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
     progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
-    trainer = make_trainer(settled, model, examples, arguments, progress, over)
+    trainer = make_trainer(settled, model, sets, arguments, progress, over)
     end_preparation(recipe)
     _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer), report)
     _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
     return Prepared(
-        **vars(settled),
+        **vars(settled) | {"examples": examples},
         output=output,
         report=report,
-        examples=examples,
         model=model,
         untrained=untrained,
         trainer=trainer,

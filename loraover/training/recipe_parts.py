@@ -40,8 +40,8 @@ class Data(StrictModel):
 
     train: str | list[str | Source] = Field(
         min_length=1,
-        description="Training data: 'word-problems' (built in), a JSONL or parquet file, a folder or a hub name; or a "
-        "list of such sources, which are mixed.",
+        description="Training data: 'word-problems' (built in), a JSONL, CSV or parquet file, a folder or a hub name; "
+        "or a list of such sources, which are mixed.",
     )
     test: str | None = Field(
         None,
@@ -58,6 +58,9 @@ class Data(StrictModel):
     keep: dict[str, re.Pattern[str]] = Field(
         default_factory=dict,
         description="Regular expression by column; only rows in which every expression is found are read.",
+    )
+    skip_bad_rows: bool = Field(
+        False, description="Leave out rows that cannot be read or learned, and count them, in place of stopping."
     )
     chat: bool | None = Field(
         None,

@@ -91,14 +91,17 @@ class TrainRequest(Request):
     )
     model: AnyName | None = option("Base model: folder or hub name.", default=None, default_text="the recipe's")
     data: AnyName | None = option(
-        "Training data: JSONL file, folder, hub name, or 'word-problems' (built in).",
+        "Training data: JSONL, CSV or parquet file, folder, hub name, or 'word-problems' (built in).",
         default=None,
         default_text="the recipe's",
     )
     test_data: AnyName | None = option(
-        "Held-out data: JSONL file, folder, hub name, or 'word-problems' (built in).",
+        "Held-out data: JSONL, CSV or parquet file, folder, hub name, or 'word-problems' (built in).",
         default=None,
         default_text="the recipe's",
+    )
+    skip_bad_rows: bool = option(
+        "Leave out rows that cannot be read or learned, and count them in the result.", default=False
     )
     steps: int | None = option("Number of optimizer steps.", default=None, default_text="the recipe's steps or epochs")
     learning_rate: float | None = option("Peak learning rate.", default=None, default_text="the recipe's")
@@ -151,4 +154,5 @@ class TrainRequest(Request):
         """Values in place of the recipe's, by dotted key."""
         given = {key: getattr(self, name) for name, key in KEYS.items() if getattr(self, name) is not None}
         flags = {"push_checkpoint": self.push_checkpoint, "training.hub_private_repo": self.private}
+        flags["data.skip_bad_rows"] = self.skip_bad_rows
         return given | {key: True for key, is_set in flags.items() if is_set} | dict(self.settings or {})

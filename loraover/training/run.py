@@ -275,6 +275,7 @@ def _result(
         hardware=hardware(),
         lengths=run.lengths,
         filtered=run.examples.train.filtered,
+        skipped=run.examples.skipped,
         unread=dict(run.examples.train.unread),
     )
 

@@ -140,6 +140,7 @@ class RunResult(StrictModel):
     after: Measures | None = Field(description="Held-out measures after training; None: not measured.")
     lengths: Lengths | None = Field(None, description="Lengths of the training examples; None: none can be cut.")
     filtered: Counted = Field(Counted(), description="Rows that data.keep did not let through.")
+    skipped: Counted = Field(Counted(), description="Rows that data.skip_bad_rows left out.")
     unread: dict[str, Counted] = Field({}, description="Columns that were not learned, with the rows that have them.")
     versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
     hardware: str = Field(description="Processor and accelerator.")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from loraover.common.errors import DataError
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
 from loraover.data.formats import RowForm
+from loraover.data.sources import BadRows
 from loraover.models.load import ModelSource, load_config, load_processor, takes_images
 from loraover.training.checks import check_rows, row_form
 from loraover.training.defaults import with_batch, with_defaults
-from loraover.training.examples import Examples, load_examples, report_rows
+from loraover.training.examples import Examples, load_examples, report_rows, report_skipped
 from loraover.training.lengths import Tokens, check_fit, count_tokens
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod
@@ -29,6 +31,7 @@ class Settled:
         recipe: The recipe, with values in place of those that it left to this machine and its data.
         trainer_name: Key of `TRAINERS`.
         source: The base model.
+        examples: Its rows, without those that are skipped; None if a plan does not read them.
         tokenizer: Its tokenizer; None if a plan finds none.
         processor: What reads the images of its rows; None for rows without any.
         tokens: Lengths of the training rows; empty if a plan cannot count them.
@@ -39,6 +42,7 @@ class Settled:
     recipe: Recipe
     trainer_name: str
     source: ModelSource
+    examples: Examples | None
     tokenizer: Any
     processor: Any | None
     tokens: list[Tokens]
@@ -101,10 +105,13 @@ def settle(
             tokenizer = with_template(recipe, processor.tokenizer)
         check_rows(recipe, name, tokenizer, examples)
         answers_only = recipe.training.assistant_only_loss
+        bad = [BadRows() for _ in examples.parts]
         counted = [
-            count_tokens(part, name, tokenizer, answers_only=answers_only, processor=processor)
-            for part in examples.parts
+            count_tokens(part, name, tokenizer, answers_only=answers_only, processor=processor, bad=one)
+            for part, one in zip(examples.parts, bad, strict=True)
         ]
+        if any(one.examples for one in bad):
+            examples, counted = _without(recipe, examples, counted, bad, report)
     lasting = [one for part in (counted[:1] if processor is None else counted) for one in part]
     config = load_config(source)
     recipe = with_batch(with_defaults(recipe, config, lasting, report), source, report)
@@ -113,4 +120,23 @@ def settle(
         method.check_rows(examples.train.rows)
         lengths = check_fit(recipe, name, examples, counted, report)
     tokens = counted[0] if counted else []
-    return Settled(recipe, name, source, tokenizer, processor, tokens, lengths, method)
+    return Settled(recipe, name, source, examples, tokenizer, processor, tokens, lengths, method)
+
+
+def _without(
+    recipe: Recipe, examples: Examples, counted: list[list[Tokens]], bad: list[BadRows], report: Reporter
+) -> tuple[Examples, list[list[Tokens]]]:
+    """Leave out the rows that a chat template refuses, with their lengths, or raise DataError with their faults."""
+    faults = list[str]()
+    for part, one in zip(examples.parts, bad, strict=True):
+        if not recipe.data.skip_bad_rows or len(one.examples) == len(part.rows):
+            try:
+                one.refuse(part.origin)
+            except DataError as error:
+                faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    for one in bad:
+        report_skipped(one.rows, report)
+    kept = [[t for i, t in enumerate(part) if i not in one.examples] for part, one in zip(counted, bad, strict=True)]
+    return examples.without(bad), kept

@@ -13,7 +13,7 @@ import jinja2
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.data.formats import Row
-from loraover.data.sources import Rows
+from loraover.data.sources import BadRows, Rows
 from loraover.training.recipe import Recipe
 
 
@@ -92,25 +92,26 @@ def checked(row: Row, part: str | None, reads: Any, where: str) -> str:
         raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
 
 
-def whole_texts(rows: Rows, reads: Any) -> list[list[str]]:
+def whole_texts(rows: Rows, reads: Any, bad: BadRows) -> list[list[str]]:
     """Return the texts of each example, one for each of its answers.
 
     Args:
         rows: The examples.
         reads: The tokenizer, or what reads the rows' images besides.
-
-    Raises:
-        DataError: The chat template refuses a row, or leaves out its tools, a call of one, or a message that is neither
-            the user's nor the assistant's.
+        bad: Receiver of the rows that the chat template refuses, or of which it leaves out tools, a call of one, or a
+            message that is neither the user's nor the assistant's; their texts are empty.
     """
     found = []
     for i, row in enumerate(rows.rows):
         where, parts = rows.place(i), answers(row)
-        found.append([checked(row, part, reads, where) for part in parts])
-        for part, text in zip(parts, found[-1], strict=True) if is_chat(row) else ():
-            for kind, other in _changed(row, part, text):
-                if _text_or_none(other, part, reads) == text:
-                    raise DataError(f"{where} has {kind}, which the model's chat template leaves out; remove it.")
+        found.append([""] * len(parts))
+        with bad.of(rows.number(i), i):
+            texts = [checked(row, part, reads, where) for part in parts]
+            for part, text in zip(parts, texts, strict=True) if is_chat(row) else ():
+                for kind, other in _changed(row, part, text):
+                    if _text_or_none(other, part, reads) == text:
+                        raise DataError(f"{where} has {kind}, which the model's chat template leaves out; remove it.")
+            found[-1] = texts
     return found
 
 

@@ -52,8 +52,8 @@ REQUESTS = (
     # Recipes, data, plans and studies
     Mutant(
         "held-out-data-beside-word-problems-are-passed-over",
-        "if data.test == BUILT_IN or (data.train == BUILT_IN and data.test is None):",
-        "if data.train == BUILT_IN or data.test == BUILT_IN:",
+        "(data.test == BUILT_IN or (is_built_in and data.test is None))",
+        "(data.test == BUILT_IN or is_built_in)",
         Selection("test_training_rows.py", "beside_word_problems"),
     ),
     Mutant(
@@ -184,8 +184,8 @@ REQUESTS = (
     ),
     Mutant(
         "rows that the reward trainer drops count as cut",
-        'if name == "reward" or (one.prompt',
-        "if (one.prompt",
+        'is_full = name == "reward" or (one.prompt',
+        "is_full = (one.prompt",
         Selection("test_lengths.py", "preferences_that_trl_leaves_out"),
     ),
     Mutant(
@@ -217,6 +217,18 @@ REQUESTS = (
         'message = message | {"weight": 0}',
         "pass",
         Selection("test_learned_rows.py", "weight_0_is_not_learned"),
+    ),
+    Mutant(
+        "an example that is left out gives the length of the others",
+        'recipe, recipe.trainer or "sft")] or tokens',
+        'recipe, recipe.trainer or "sft") or True]',
+        Selection("test_lengths.py", "does_not_lengthen"),
+    ),
+    Mutant(
+        "a skipped row is not counted",
+        "skipped=part.skipped.and_those(one.rows)",
+        "skipped=part.skipped",
+        Selection("test_lengths.py", "template_refuses"),
     ),
     Mutant(
         "a run of one step takes it at rate 0",
@@ -274,8 +286,8 @@ REQUESTS = (
     ),
     Mutant(
         "what precedes an assistant's first turn counts as learned",
-        "if answers_only else rows.rows",
-        "if not answers_only else rows.rows",
+        "if answers_only else row\n",
+        "if not answers_only else row\n",
         Selection("test_trainer_rows.py", "mixture_with_tools"),
     ),
     Mutant(

@@ -29,6 +29,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "revision": None,
         "format": "auto",
         "keep": {},
+        "skip_bad_rows": False,
         "chat": None,
         "streaming": False,
         "train_examples": None,

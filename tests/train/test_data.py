@@ -10,7 +10,7 @@ import pytest
 from datasets import ReadInstruction
 
 import loraover.data.sources
-from loraover.data.sources import MAX_LINE_BYTES
+from loraover.data.sources import MAX_LINE_BYTES, read_raw
 from loraover.evaluation.final_number import final_number
 
 from support.real_data import real_data
@@ -18,6 +18,7 @@ from support.rows import GSM8K, MESSAGES, PAIR, TURNS, Write, fault, lines, load
 
 AS_CHAT = {"prompt": [{"role": "user", "content": "1+1?"}], "completion": [{"role": "assistant", "content": "2"}]}
 PART = {"type": "text", "text": "\ud83d"}
+LEAVE_OUT = "leave such rows out: --skip-bad-rows, or data.skip_bad_rows in a recipe."
 OTHER = {"prompt": "ü €?", "completion": " é"}
 
 
@@ -149,6 +150,70 @@ def test_a_line_that_is_not_json_is_numbered(bad: bytes, write: Write) -> None:
     message = fault(write("a.jsonl.gz", raw=lines(PAIR, PAIR) + bad + b"\n" + lines(PAIR)))
     assert "row 3: not JSON" in message
     assert len(message) < 1000
+
+
+def test_all_bad_rows_are_listed(write: Write) -> None:
+    bad = b"".join(lines({"prompt": str(i)}) + b"{broken\n" for i in range(6))
+    path = write("a.jsonl", raw=lines(PAIR) + bad + b"x" * (MAX_LINE_BYTES + 9) + b"\n" + lines(PAIR))
+    head, *reasons, last = fault(path).splitlines()
+    assert head == (f"{path}: 13 rows cannot be learned. Correct them, or {LEAVE_OUT}")
+    assert [reason.partition(":")[0] for reason in reasons] == [f"{path}, row {i}" for i in range(2, 12)]
+    assert ("has fields ['prompt']" in reasons[0], "not JSON" in reasons[1]) == (True, True)
+    assert last == "... and 3 more"
+    one = fault(write("b.jsonl", PAIR, {"prompt": "x"}))
+    assert "row 2: has fields ['prompt']" in one
+    assert one.endswith(f"Or {LEAVE_OUT}")
+
+
+def test_bad_rows_are_skipped_where_that_is_asked_for(write: Write) -> None:
+    path = write("a.jsonl", raw=lines(PAIR, {"prompt": "x"}) + b"{broken\n" + lines(MESSAGES, PAIR))
+    found = load(path, chat=True, skip_bad_rows=True)
+    assert [*found.numbers] == [1, 4, 4, 5]
+    assert (found.skipped.count, found.skipped.first) == (2, [2, 3])
+    assert "2 rows cannot be learned" in fault(write("b.jsonl", {}, {}), skip_bad_rows=True), "none would be left"
+
+
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_a_table_is_read_as_text(name: str, between: str, write: Write) -> None:
+    """As a spreadsheet writes it; labels alone are numbers."""
+    cells = [
+        ["prompt", "completion", "label"],
+        ["007", "NA", "1"],
+        ['"a ""b""\n,\tc"', "  1.50", "False"],
+        ["é", "null", "no"],
+    ]
+    raw = "\ufeff" + "\r\n".join(map(between.join, cells)) + "\r\n"
+    path = write(name, raw=raw.encode())
+    assert [row for _, row in read_raw(str(path), split="train").rows] == [
+        {"prompt": "007", "completion": "NA", "label": 1},
+        {"prompt": 'a "b"\n,\tc', "completion": "  1.50", "label": False},
+        {"prompt": "é", "completion": "null", "label": "no"},
+    ]
+    assert load(path).rows[0] == {"prompt": "007", "completion": "NA"}
+    if not name.endswith(".gz"):
+        folder = write(f"folder/train.{name[2:]}", raw=raw.encode()).parent
+        assert load(folder).rows == load(path).rows
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"prompt,completion\na,b\na,b,c\n", "row 2: has 3 cells, and the header 2"),
+        (b"prompt,prompt\na,b\n", "expected a name for each column"),
+        (b'prompt,completion\n"a,b\n', "line 2: no CSV in UTF-8"),
+        ("prompt,completion\né,b\n".encode("latin-1"), "cannot be read: 'utf-8' codec"),
+        (b"prompt;completion\na;b\n", "row 1: has fields ['prompt;completion']"),
+        (b"", "holds no examples"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(raw: bytes, said: str, write: Write) -> None:
+    assert said in fault(write("a.csv", raw=raw))
+
+
+def test_a_json_file_of_lines_is_read_as_lines(write: Write) -> None:
+    assert load(write("a.json", raw=lines(PAIR, OTHER))).rows == [PAIR, OTHER]
+    assert "row 2: not JSON" in fault(write("a.json", raw=lines(PAIR) + b"{broken\n"))
+    assert "holds dict, expected a list of objects, or one object a line" in fault(write("a.json", PAIR))
 
 
 @pytest.mark.parametrize("bad", [b"", b"[" * 100_000, b"null"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from loraover.data.formats import FORMATS
 from loraover.training.recipe import Recipe, load_recipe
 
 from support.real_data import real_data
-from support.rows import GSM8K, METAMATH, MNLI, TALK, WIZARD, Write, fault, load
+from support.rows import GSM8K, METAMATH, MNLI, TALK, TURNS, WIZARD, Write, fault, load
 
 ASKED = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -157,7 +158,19 @@ def test_a_column_that_keep_reads_has_to_be_there(write: Write) -> None:
     keep = load_recipe("metamath-gsm8k").data.keep
     file = write("a.jsonl", METAMATH, {key: value for key, value in METAMATH.items() if key != "type"})
     said = fault(file, format="metamath", keep=keep)
-    assert "row 2: field 'type' is None, expected text, which data.keep reads" in said
+    assert "row 2: has no field 'type', which data.keep reads" in said
+
+
+def test_keep_reads_what_a_chat_says(write: Write) -> None:
+    chats = [[], None, TURNS[1:3], [TURNS[1] | {"content": [{"type": "text", "text": "4?"}]}, TURNS[4]]]
+    file = write("a.jsonl", *({"messages": chat} for chat in chats))
+    assert load(file, keep={"messages": re.compile(r"\S")}, chat=True).numbers == [3, 4]
+    assert load(file, keep={"messages": re.compile(r"4\?\n4")}, chat=True).numbers == [4]
+    talks = write("b.jsonl", TALK, {"conversations": []})
+    assert load(talks, keep={"conversations": re.compile("Hi!")}).numbers == [1]
+    assert "field 'messages' is 5, expected text or chat messages, which data.keep" in fault(
+        write("c.jsonl", {"messages": 5}), keep={"messages": re.compile(r"\S")}
+    )
 
 
 def test_an_expression_is_checked_and_survives_being_written() -> None:

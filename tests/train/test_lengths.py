@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import SILENT
 from loraover.data.sources import Counted, Rows
 from loraover.models.device import choose_device, prefers_bf16
-from loraover.models.load import load_model, load_tokenizer, resolve_model
-from loraover.training.defaults import LEARNING_RATES
+from loraover.models.load import load_config, load_model, load_tokenizer, resolve_model
+from loraover.training.defaults import LEARNING_RATES, with_defaults
 from loraover.training.lengths import Tokens, count_tokens, summarise
 from loraover.training.plan import make_plan
 from loraover.training.prepare import prepare
@@ -69,6 +70,19 @@ def test_what_is_cut_is_counted() -> None:
     assert (found.cut, found.unlabelled, found.longest, found.keeps_99) == (3, 1, 40, 17)
     assert (found.cut_rows, found.unlabelled_rows) == ([208, 209, 210], [208])
     assert found.histogram == {16: 197, 32: 2, 64: 1}
+
+
+def test_an_example_that_is_left_out_does_not_lengthen_the_others(base: Path) -> None:
+    config = load_config(resolve_model(str(base)))  # of 256 tokens
+    recipe = load_recipe("demo", {"training.max_length": None})
+    for tokens, trainer, expected in (
+        ([Tokens(4, 54), Tokens(300, 310)], None, 54),
+        ([Tokens(4, 54), Tokens(100, 310)], None, 256),  # which is cut
+        ([Tokens(4, 54), Tokens(100, 310)], "reward", 54),
+        ([Tokens(300, 310)], None, 256),
+    ):
+        asked = recipe.model_copy(update={"trainer": trainer})
+        assert with_defaults(asked, config, tokens, SILENT).training.max_length == expected
 
 
 @pytest.mark.parametrize(
@@ -276,6 +290,34 @@ def test_rows_and_columns_that_are_not_learned_are_kept(base: Path, tmp_path: Pa
     shown = ", ".join(named)
     assert f"8 rows are left out, since data.keep does not let them through (rows {shown}, ...)" in said.lines
     assert "column 'level' is not learned; 70 rows have it (rows 2 of file 0.jsonl, " in "".join(said.lines)
+
+
+def test_rows_that_a_template_refuses_are_listed_or_skipped(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded."""
+    base = shutil.copytree(bases["chat"], tmp_path / "base")
+    template = base / "chat_template.jinja"
+    strict = "{% if messages[0].content == '1' %}{{ raise_exception('no') }}{% endif %}"
+    template.write_text(strict + template.read_text())
+    rows = [{"prompt": str(n % 2), "completion": str(n)} for n in range(12)]
+    file = data_file(tmp_path / "rows.jsonl", *rows, {"prompt": "a"})
+    changes: dict[str, Any] = {"data": {"train": str(file), "train_examples": None}, "evaluation": {"examples": 0}}
+    recipe = write_recipe(tmp_path / "r.yaml", base, method="lora", **changes)
+    said = Lines()
+    result = loraover.train(recipe, tmp_path / "out", report=said, overrides={"data.skip_bad_rows": True})
+    assert result.lengths is not None
+    assert (result.lengths.examples, result.skipped.count, result.skipped.first) == (6, 7, [13, 2, 4])
+    assert "warning: 6 rows are skipped, since they cannot be learned (rows 2, 4, 6, ...)" in said.lines
+    monkeypatch.setattr("loraover.training.prepare.load_model", None)
+    data_file(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(DataError, match="6 rows cannot be learned") as caught:
+        loraover.train(recipe, tmp_path / "no")
+    assert sum("row" in line and "refuses it: no" in line for line in str(caught.value).splitlines()) == 6
+    data_file(tmp_path / "rows.jsonl", *({"prompt": "0", "level": level} for level in (1, "a")))
+    rewarded = {"trainer": "grpo", "reward_funcs": ["think_format_reward"], "training.num_generations": 2}
+    with pytest.raises(DataError, match="a column with values of several types"):
+        loraover.train(recipe, tmp_path / "no", overrides=rewarded)
 
 
 def test_a_plan_counts_the_rows_that_a_run_trains_on(base: Path, tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from loraover.data.sources import Counted
+from loraover.training.run_result import read_run
+
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_llama
 from support.train_command import data_file, train
@@ -122,6 +125,20 @@ def test_an_unusable_request_ends_with_one_message_and_exit_code_2(
     assert re.search("^error: ", error, re.MULTILINE)
     assert re.search(said, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_listed_and_skipped(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\n" + "1+1?,2\n" * 4 + "a,\n\x1b[2J,b,c\n")
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, data={"train": str(file)}, evaluation={"examples": 0})
+    assert train(recipe, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"error: {file}: 2 rows cannot be learned. Correct them, or leave such rows out: --skip-bad-rows" in error
+    assert [line.rpartition(" row ")[2][:2] for line in error.splitlines()[-2:]] == ["5:", "6:"]
+    assert "\x1b" not in error
+    assert train(recipe, tmp_path / "out", "--skip-bad-rows") == 0
+    assert read_run(tmp_path / "out").skipped == Counted(2, [5, 6])
+    assert "skip_bad_rows: true" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has both precisions")

@@ -40,10 +40,11 @@ SUMS: list[dict[str, Any]] = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"
         ([0, True], "row 2: the label is True"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(labels: list[Any], message: str, tmp_path: Path) -> None:
-    rows = Rows([{"text": "a", "label": label} for label in labels], "rows")
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], message: str) -> None:
+    form = RowForm(TRAINERS["classification"].columns)
+    rows = ({"text": "a", "label": label} for label in labels)
     with pytest.raises(DataError, match=message):
-        count_classes(Examples(rows, None))
+        [[*read_row(row, "auto", form, f"row {i}")] for i, row in enumerate(rows, 1)]
 
 
 def test_a_label_of_held_out_rows_is_a_class() -> None:
@@ -71,7 +72,9 @@ def test_chat_messages_after_a_row_of_text_are_found(trainer: str, template: str
 
 def test_rows_of_several_forms_are_refused() -> None:
     whole = Rows([{"messages": TURNS}, {"prompt": TURNS[:1], "completion": TURNS[1:2]}], "rows")
-    message = r"rows: row 2 has \['completion', 'prompt'\], and row 1 \['messages'\]; write all rows in one form"
+    message = (
+        r"rows: row 2 is learned as \['completion', 'prompt'\], and row 1 as \['messages'\] \(each turn of messages"
+    )
     with pytest.raises(DataError, match=message):
         check_rows(load_recipe("demo"), "sft", SimpleNamespace(chat_template=""), Examples(whole, None))
 

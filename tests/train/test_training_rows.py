@@ -11,6 +11,7 @@ import pytest
 import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm
+from loraover.data.sources import Counted
 from loraover.data.turns import later_turn
 from loraover.sources.hub import HubUnreachableError
 from loraover.training.examples import load_examples, load_held_out
@@ -114,6 +115,20 @@ def test_rows_of_one_file_are_held_out_if_it_has_enough(write: Write) -> None:
     assert found.divided == len(found.test.rows) == 3
     assert [*found.test.numbers] == [int(row["prompt"]) + 1 for row in found.test.rows]
     assert sorted([*found.train.numbers, *found.test.numbers]) == [*range(1, 61)]
+
+
+def test_bad_rows_of_all_data_are_listed_or_skipped(write: Write) -> None:
+    bad, good = {"prompt": "x"}, [[PAIR | {"prompt": f"{k}.{i}"} for i in range(4)] for k in range(30)]
+    files = [str(write(f"{k}.jsonl", *good[k], bad)) for k in range(3)]
+    asked = recipe(files[:2], test=files[2], examples=9)
+    with pytest.raises(DataError) as caught:
+        examples_of(asked)
+    found = str(caught.value).splitlines()
+    assert [line.partition(", row 5: has fields")[0] for line in found] == files
+    skipped = examples_of(asked.changed("data", skip_bad_rows=True))
+    assert (len(skipped.train.rows), len(skipped.test.rows), skipped.skipped.count) == (8, 4, 3)
+    divided = recipe(write("many.jsonl", *(row for part in good for row in part), bad), skip_bad_rows=True)
+    assert examples_of(divided).skipped == Counted(1, [121])
 
 
 @pytest.mark.parametrize("sources", [1, 2])
