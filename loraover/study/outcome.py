@@ -26,6 +26,7 @@ from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import StrictModel
 from loraover.data.sources import BUILT_IN
 from loraover.data.turns import later_turn
+from loraover.study.grid import FEWEST_EXAMPLES
 from loraover.training.examples import load_held_out
 from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
@@ -108,27 +109,41 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
         if _has_ended(folder):
             last = ""
         else:
-            _check_held_out(recipe)
+            check_held_out(recipe)
             last = _train(recipe, folder, threads, lock)
         return _outcome(recipe, folder, last)
 
 
-def _check_held_out(recipe: Recipe) -> None:
-    """Raise DataError if a held-out example continues the one before it.
+def check_held_out(recipe: Recipe) -> int:
+    """Count the held-out examples of a run, and check that a study can judge by them.
 
     A study chooses rates on one half of the examples and judges on the other half, and its intervals take examples to
     be independent. Turns of one conversation would lie in both halves.
+
+    Args:
+        recipe: The recipe of the run.
+
+    Raises:
+        DataError: There are too few, one continues the one before it, or they cannot be read.
     """
-    if recipe.data.train == BUILT_IN and recipe.data.test is None:
-        return
-    held_out = load_held_out(recipe)
-    later = None if held_out is None else later_turn(held_out.rows)
+    data = recipe.data
+    if data.train == BUILT_IN and data.test is None:
+        return min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
+    held_out, name = load_held_out(recipe), data.test or data.name
+    count = 0 if held_out is None else len(held_out.rows)
+    if held_out is None or count < FEWEST_EXAMPLES:
+        raise DataError(
+            f"{name}: has {count} held-out examples, and a study takes {FEWEST_EXAMPLES} or more. Name others with "
+            "--set data.test=FILE."
+        )
+    later = later_turn(held_out.rows)
     if later is not None:
         raise DataError(
-            f"{recipe.data.test or recipe.data.name}: held-out example {later + 1} is a later turn of the "
+            f"{name}: held-out example {later + 1} is a later turn of the "
             f"conversation of example {later}. A study chooses rates on one half of the examples and judges on "
             "the other, so its held-out conversations may have only one turn of the assistant."
         )
+    return count
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from loraover.common.verb import verb
 from loraover.study.analysis import Halves, Spread, percent_variances
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept
+from loraover.study.outcome import check_held_out
 from loraover.study.report import StudyAnswer
 from loraover.study.request import StudyRequest, StudyTask, study_tasks
 from loraover.study.tuning import losses_of, tokens_of_all, validation_loss
-from loraover.training.examples import load_held_out
 from loraover.training.recipe import load_recipe
 
 ENOUGH_SEEDS = 4
@@ -127,12 +127,8 @@ def predict_power(request: StudyRequest) -> PowerReport:
 
 def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:
     """Number of examples in a study's test half."""
-    held_out = load_held_out(load_recipe(task.recipe, settings | task.settings))
-    count = 0 if held_out is None else len(held_out.rows)
-    rows = len(range(*Halves(count).test.indices(count)))
-    if rows < 2:
-        raise ConfigError(f"{task.recipe}: has {count} held-out examples, expected 4 or more.")
-    return rows
+    count = check_held_out(load_recipe(task.recipe, settings | task.settings))
+    return len(range(*Halves(count).test.indices(count)))
 
 
 def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> list[MeasuredSpread]:

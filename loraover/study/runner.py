@@ -20,7 +20,7 @@ from loraover.study.benchmark import check_benchmark, score_runs
 from loraover.study.grid import Run, grid_of
 from loraover.study.html import to_page
 from loraover.study.kept_runs import finished, keep
-from loraover.study.outcome import RunOutcome, execute
+from loraover.study.outcome import RunOutcome, check_held_out, execute
 from loraover.study.report import Scores, StudyReport, task_results, words
 from loraover.study.request import StudyRequest, table_choices
 from loraover.study.rule import Rule, fixed_rule
@@ -84,12 +84,17 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome
         request: What the study was asked for.
 
     Raises:
+        DataError: Held-out examples of a task are too few or cannot be read; nothing is trained.
         LoraOverError: A run failed for another reason than that its loss diverged or its memory was too small; finished
             runs are kept.
     """
     outcomes = finished(grid, request.output, request.reuse)
     seconds: dict[str, list[float]] = {}
     plan = plan_runs(grid, outcomes, request.tuning_seeds)
+    if request.ray is None:  # whose workers check their runs; they may have other files than this machine
+        left = (run.recipe for run in plan.runs if run not in outcomes)
+        for recipe in {(one.data.model_dump_json(), one.evaluation.examples): one for one in left}.values():
+            check_held_out(recipe)
     left_now = plan.left(outcomes)
     begin = f"{left_now.total()} runs to do, {len(outcomes)} finished already"
     request.report.line(begin + _estimate(hours_left(left_now, _seconds_trained(outcomes), request.jobs)))

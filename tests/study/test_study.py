@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 import loraover
 from loraover.cli import cli
@@ -26,6 +27,7 @@ from loraover.training.run_result import read_run
 
 from support.children import Child
 from support.study_grid import make_grid
+from support.train_command import data_file
 
 pytestmark = pytest.mark.process
 
@@ -136,6 +138,20 @@ def test_what_is_no_study_is_refused(
     assert run(cli, words(recipe, tmp_path / "out", *more)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.rglob(KEPT_FILE))
+
+
+def test_held_out_examples_of_all_tasks_are_counted_before_the_first_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = data_file(tmp_path / "rows.jsonl", *({"prompt": f"{n}+1?", "completion": f" {n + 1}"} for n in range(60)))
+    values = yaml.safe_load(recipe.read_text()) | {"data": {"train": str(rows)}}
+    (small := tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
+    assert run(cli, words(recipe, tmp_path / "out", str(small))) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{rows}: has 3 held-out examples, and a study takes 4 or more. Name others with --set data.test=FILE" in error
+    )
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_a_run_that_diverges_is_worse_than_any_other(recipe: Path, tmp_path: Path) -> None:
