@@ -92,8 +92,8 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome
     seconds: dict[str, list[float]] = {}
     plan = plan_runs(grid, outcomes, request.tuning_seeds)
     if request.ray is None:  # whose workers check their runs; they may have other files than this machine
-        left = (run.recipe for run in plan.runs if run not in outcomes)
-        for recipe in {(one.data.model_dump_json(), one.evaluation.examples): one for one in left}.values():
+        recipes = (run.recipe for run in plan.runs if run not in outcomes)
+        for recipe in {(one.data.model_dump_json(), one.evaluation.examples): one for one in recipes}.values():
             check_held_out(recipe)
     left_now = plan.left(outcomes)
     begin = f"{left_now.total()} runs to do, {len(outcomes)} finished already"

@@ -58,11 +58,12 @@ def called(arguments: Any, **others: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo"])
 def test_arguments_of_a_call_are_read_as_tools_are(text: Any, arguments: dict[str, Any], trainer: str) -> None:
     form = RowForm(TRAINERS[trainer].columns, chat=True, keeps_all=trainer == "grpo")
-    row: dict[str, Any] = {
+    rows: dict[str, dict[str, Any]] = {
         "sft": {"messages": called(text)},
         "dpo": {"prompt": said("a"), "chosen": called(text)[1:], "rejected": said("", "b")[1:]},
         "grpo": {"prompt": called(text), "completion": 7, "chosen": [{"tool_calls": 5}]},
-    }[trainer]
+    }
+    row = rows[trainer]
     (found,) = read(row, form)
     part = {"sft": "completion", "dpo": "chosen", "grpo": "prompt"}[trainer]
     assert found[part][-1] == called(arguments)[-1]
