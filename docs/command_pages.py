@@ -10,6 +10,7 @@ from typing import Any
 import click
 from mkdocs.structure.files import File, Files
 
+from loraover.cli import SHORTCUTS
 from loraover.cli import cli as loraover
 from loraover.common.command_line import Command
 from loraover_export.cli import cli as export
@@ -34,7 +35,10 @@ def page(name: str, group: click.Group) -> Iterator[str]:
     yield paragraphs(group)
     for word in group.list_commands(context):
         command = group.get_command(context, word)
-        if command is not None and not command.hidden and f"{name} {word}" not in GROUPS:
+        if group is not loraover and word in SHORTCUTS:
+            yield f"## {name} {word}"
+            yield f"The same as [`loraover {word}`](loraover.md#loraover-{word})."
+        elif command is not None and not command.hidden and f"{name} {word}" not in GROUPS:
             yield from section(click.Context(command, context, info_name=word))
     if group is serve:
         yield from engines()

@@ -14,8 +14,8 @@ import click
 import pytest
 from click.shell_completion import get_completion_class
 
-from loraover.cli import cli
-from loraover.common.command_line import INTERRUPTED, Command, LazyGroup
+from loraover.cli import SHORTCUTS, cli
+from loraover.common.command_line import INTERRUPTED, Command, LazyGroup, run
 
 ROOT = Path(__file__).parents[1]
 HOW_TO = ("check-a-server", "fold", "vllm", "watch")
@@ -82,6 +82,7 @@ def test_a_page_shows_command_lines_that_parse(page: str) -> None:
 def test_every_stage_has_its_commands() -> None:
     assert set(LEAVES) >= {
         *(f"loraover {name}" for name in ("train", "study", "compare", "eval", "inspect", "recipes", "doctor")),
+        *(f"loraover {name}" for name in ("check", "record", "verify")),
         *(
             f"loraover export {name}"
             for name in (
@@ -129,16 +130,87 @@ def test_each_command_has_examples_that_it_parses(name: str) -> None:
     found = ALL.get(name, cli)
     assert isinstance(found, Command | LazyGroup)
     assert found.examples
+    group, _, verb = name.removeprefix("loraover ").rpartition(" ")
+    start = f"loraover {verb}" if SHORTCUTS.get(verb) == group else name
     for line in found.examples:
-        assert line.startswith(f"{name} ") or line == name, line
+        assert line.startswith(f"{start} ") or line == start, line
         parse(line.partition(" > ")[0])
+
+
+@pytest.mark.parametrize("verb", SHORTCUTS)
+def test_a_shortcut_is_the_command_of_its_group(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ALL[f"loraover {verb}"].callback is not None
+    for words in ([verb], [SHORTCUTS[verb], verb]):
+        assert run(cli, [*words, "--help"]) == 0
+    short, long = capsys.readouterr().out.split("Usage: ")[1:]
+    assert short.partition("\n")[2] == long.partition("\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("chek a", "loraover check"),
+        ("evaluate a", "loraover eval"),
+        ("fold a -o b", "loraover export fold"),
+        ("up", "loraover serve up"),
+        ("serve fold a", "loraover export fold"),
+        ("export verfy a", "loraover verify"),
+        ("serve tarin", "loraover train"),
+        ("frobnicate", None),
+    ],
+)
+def test_a_mistyped_or_misplaced_verb_names_the_right_one(
+    words: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, words.split()) == 2
+    shown = capsys.readouterr().err
+    assert "No such command" in shown
+    assert shown.rstrip().endswith(f"Did you mean `{meant}`?" if meant else "'frobnicate'.")
+
+
+def test_the_other_programs_name_commands_of_the_whole_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    for program, word in (("export", "verify"), ("serve", "chekc")):
+        group = ALL[f"loraover {program}"]
+        assert run(group, [word]) == 2
+        assert "Did you mean `loraover " in capsys.readouterr().err
+
+
+OPTIONS_OF_ONE_NAME = {
+    "--max-lora-rank": {"export prepare", "serve up"},
+    "--approximate-to-rank": {"export convert", "export prepare", "serve up"},
+    "--new-tokens": {"eval", "record", "verify", "serve parity"},
+    "--key-variable": {"eval", "verify"},
+    "--cache": {"export prepare", "serve up"},
+}
+EARLIER_NAMES = {
+    "--max-rank 8": "export prepare a --cache b",
+    "-o b": "export prepare a",
+    "--rank 8": "export convert a -o b",
+    "--approximate 8": "serve up --adapters a",
+    "--max-new-tokens 8": "eval a --task gsm8k",
+    "--endpoint-key-variable KEY": "verify a",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS_OF_ONE_NAME)
+def test_one_thing_is_one_option(option: str) -> None:
+    for name in OPTIONS_OF_ONE_NAME[option]:
+        assert option in [one.opts[-1] for one in LEAVES[f"loraover {name}"].params]
+
+
+@pytest.mark.parametrize("option", EARLIER_NAMES)
+def test_an_earlier_name_of_an_option_is_taken_and_not_shown(option: str) -> None:
+    line = f"loraover {EARLIER_NAMES[option]}"
+    parse(f"{line} {option}")
+    name = next(name for name in LEAVES if line.startswith(f"{name} "))
+    assert option.split()[0] not in [spelling for one in LEAVES[name].params for spelling in one.opts]
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom loraover.cli import cli\nfrom loraover.common.command_line import run\n"
         "from loraover_export.cli import COMMANDS\n"
-        "verbs = ('train', 'study', 'compare', 'eval', 'inspect', 'recipes', 'doctor')\n"
+        "verbs = ('train', 'study', 'compare', 'eval', 'inspect', 'recipes', 'doctor', 'check', 'verify')\n"
         "exports = [['export', verb] for verb in COMMANDS]\n"
         "from loraover_serve.cli import cli as serve\n"
         "served = [['serve', verb] for verb in serve.list_commands(None)]\n"

@@ -36,7 +36,7 @@ from support.vllm_stand_in import stand_in
 
 PACKAGES = [Path(__file__).parents[1] / name for name in ("loraover", "export", "serve")]
 NAMED = re.compile(
-    r"loraover (?:train|eval|inspect|doctor|compare|study|recipes|export \w+|serve \w+)"
+    r"loraover (?:train|eval|inspect|doctor|compare|study|recipes|check|record|verify|export \w+|serve \w+)"
     r"(?: (?:A|B|\.{3}|--mode \w+|--engine \w+))*"
 )
 
@@ -191,6 +191,7 @@ def earlier_names(folder: Path) -> Case:
     return Case(words("export", "merge", adapter, *merge), words(adapter, "-o", folder / "lora"), again)
 
 
+APPROXIMATED = ("--approximate-to-rank", "3")
 REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "merge it into its base model with `loraover export merge`": [
         *map(merged, ("biases", "saved norm", "saved classifier", "tied, saved head", "tied, kept so"))
@@ -207,11 +208,15 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "`loraover export convert` makes plain LoRAs of adapters of other kinds": [
         another_kind("loha", "vllm", cause=("--no-convert",))
     ],
-    "or approximate it by a plain LoRA with `loraover export convert` and --rank": [
-        another_kind("dora", "gguf", "--rank", "3")
+    "or approximate it by a plain LoRA with `loraover export convert` and --approximate-to-rank": [
+        another_kind("dora", "gguf", *APPROXIMATED)
     ],
-    "write an approximation with `loraover export convert` and --rank": [another_kind("oft", "vllm", "--rank", "3")],
-    "Approximate it with `loraover export convert` and --rank": [another_kind("dora", "check", "--rank", "3")],
+    "write an approximation with `loraover export convert` and --approximate-to-rank": [
+        another_kind("oft", "vllm", *APPROXIMATED)
+    ],
+    "Approximate it with `loraover export convert` and --approximate-to-rank": [
+        another_kind("dora", "check", *APPROXIMATED)
+    ],
     "`loraover export convert` makes an exact plain LoRA of a PiSSA or OLoRA": [another_kind("pissa", "mlx")],
     "make an exact plain LoRA of a PiSSA or OLoRA with loraover export convert": [
         another_kind("olora", "vllm", cause=("--no-convert",))

@@ -42,7 +42,7 @@ class ToyRequest(Request):
     sources: AnyPaths = argument("Folders to read.", metavar="SOURCE...")
     output: AnyPath = option("New folder.", short="-o")
     mode: str = option("How to work.", default="fast", choices=("fast", "slow"), also={"quick": "fast"})
-    steps: int | None = option("Number of steps.", default=None, least=1, default_text="all")
+    steps: int | None = option("Number of steps.", default=None, least=1, default_text="all", former=("--rounds", "-n"))
     rate: float = option("Largest rate.", default=0.5, above=0)
     names: AnyNames = option("Name of a source.", default=(), flag="--name")
     weights: AnyNumbers | None = option("Weight of each source.", default=None, has_commas=True)
@@ -172,6 +172,36 @@ def test_a_lower_room_names_an_argument_in_the_callers_words() -> None:
     assert (as_written("compute_dtype"), as_written("device", "cpu")) == ("compute_dtype", "device='cpu'")
     with written_as_flags():
         assert (as_written("compute_dtype"), as_written("device", "cpu")) == ("--compute-dtype", "--device cpu")
+
+
+def test_an_earlier_name_of_an_option_works_and_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [parsed("a", "-o", "b", *words).steps for words in (["--rounds=2"], ["-n", "2"], ["-n2"])] == [2, 2, 2]
+    assert toy("a", "b", steps=2).command() == "loraover toy a -o b --steps 2"
+    assert run(COMMAND, ["a", "-o", "b", "--rounds", "0"]) == 2
+    assert "'--steps'" in capsys.readouterr().err
+    assert run(COMMAND, ["--help"]) == 0
+    assert "--rounds" not in capsys.readouterr().out
+
+
+def test_usage_shows_what_may_be_left_out() -> None:
+    @dataclass(frozen=True)
+    class OneRequest(Request):
+        """One."""
+
+        verb = "loraover one"
+        source: AnyPath | None = argument("Folder to read.", default=None)
+
+        def faults(self) -> Iterator[str]:
+            if self.source is None:
+                yield f"give {self.named('source')}."
+
+    def usage(command: click.Command) -> str:
+        return command.get_usage(click.Context(command, info_name="toy"))
+
+    assert usage(request_command(OneRequest, lambda request, as_json: 0)) == "Usage: toy [OPTIONS] [SOURCE]"
+    assert usage(COMMAND) == "Usage: toy [OPTIONS] SOURCE... [-- WORDS]"
+    with written_as_flags(), pytest.raises(ConfigError, match="give SOURCE"):
+        OneRequest()
 
 
 def test_a_command_takes_what_it_must() -> None:

@@ -317,7 +317,7 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         raise CheckpointError(
             f"{path / CONFIG_FILE}: use_dora is true. DoRA rescales the columns of W + B A, so it is not a plain "
             "low-rank product: it cannot be folded, and vLLM refuses it; train without use_dora, or approximate it by "
-            "a plain LoRA with `loraover export convert` and --rank."
+            "a plain LoRA with `loraover export convert` and --approximate-to-rank."
         )
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}

@@ -20,15 +20,25 @@ COMMANDS = {
         "loraover.inspection.show:show_installation",
     ),
 }
+SHORTCUTS = {"check": "export", "record": "serve", "verify": "serve"}
+"""Commands that stand here too, with the groups that have them."""
 EXAMPLES = [
     "loraover train demo --method lora-over -o runs/demo",
     "loraover export fold runs/demo/adapter -o folded --check-error",
     "loraover export vllm folded -o for-vllm",
     "loraover serve up for-vllm",
+    "loraover verify folded --engine vllm",
 ]
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS, plugins="loraover.commands", examples=EXAMPLES)
+@click.group(
+    "loraover",
+    cls=LazyGroup,
+    commands_at=COMMANDS,
+    plugins="loraover.commands",
+    shortcuts=SHORTCUTS,
+    examples=EXAMPLES,
+)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Train LoRA adapters with extra parameters during training, and ship plain LoRA."""

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name as imported
 from types import FrameType
@@ -56,6 +57,8 @@ class LazyGroup(Command, click.Group):
         examples: Complete command lines.
         commands_at: Place of each command, as "module:name", or a function that makes it, by the command's name.
         plugins: Group of entry points that add commands of packages that depend on this one.
+        shortcuts: Group of each command that can be called without the group's name too, by the command's name.
+        tree: Place of the group of all commands, from which a mistyped or misplaced name is mended; None: this group.
     """
 
     def __init__(
@@ -63,22 +66,54 @@ class LazyGroup(Command, click.Group):
         *args: Any,
         commands_at: Mapping[str, str | Callable[[], click.Command]],
         plugins: str | None = None,
+        shortcuts: Mapping[str, str] | None = None,
+        tree: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._commands_at = dict(commands_at)
         self._plugins = plugins
+        self._shortcuts = dict(shortcuts or {})
+        self._tree = tree
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*self._commands_at, *sorted(self._found())]
+        short = (name for name, group in self._shortcuts.items() if group in self._found)
+        return [*self._commands_at, *short, *sorted(self._found)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in self._commands_at:
             place = self._commands_at[cmd_name]
             command: click.Command = imported(place) if isinstance(place, str) else place()
             return command
-        plugin = self._found().get(cmd_name)
-        return None if plugin is None else plugin.load()
+        plugin = self._found.get(self._shortcuts.get(cmd_name, cmd_name))
+        loaded: click.Command | None = None if plugin is None else plugin.load()
+        is_short = cmd_name in self._shortcuts and isinstance(loaded, click.Group)
+        return loaded.get_command(ctx, cmd_name) if is_short else loaded
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if name not in self.list_commands(ctx) and name[:1] != "-" and not ctx.resilient_parsing:
+            meant = self._meant(ctx, name)
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean `{meant}`?" if meant else ""))
+        return super().resolve_command(ctx, args)
+
+    def _meant(self, ctx: click.Context, name: str) -> str | None:
+        """Shortest command line of all commands whose last word is this name, or else is spelled like it."""
+        from difflib import get_close_matches
+
+        tree: LazyGroup = self if self._tree is None else imported(self._tree)
+        places: dict[str, str] = {}
+        for words in sorted(tree._places(ctx), key=len):
+            places.setdefault(words[-1], " ".join((str(tree.name), *words)))
+        return next((places[one] for one in get_close_matches(name, places, n=1)), None)
+
+    def _places(self, ctx: click.Context) -> Iterator[tuple[str, ...]]:
+        """Yield the words of each command of this group and of the groups in it, which are imported."""
+        for name in self.list_commands(ctx):
+            yield (name,)
+            group = self.get_command(ctx, name) if name in self._found else None
+            if isinstance(group, LazyGroup):
+                yield from ((name, *words) for words in group._places(ctx))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with the full first sentence of each one's help, on several lines if needed."""
@@ -88,6 +123,7 @@ class LazyGroup(Command, click.Group):
                 [(name, command.get_short_help_str(limit=sys.maxsize)) for name, command in commands if command]
             )
 
+    @cached_property
     def _found(self) -> dict[str, EntryPoint]:
         return {} if self._plugins is None else {point.name: point for point in entry_points(group=self._plugins)}
 

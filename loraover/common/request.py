@@ -58,6 +58,7 @@ class Spec:
         default_text: What the default means, where its value does not say it.
         flag: Name of the option in place of the field's name, such as "--engine".
         short: Short form of the option, such as "-o".
+        former: Earlier names of the option, which still work and are not shown.
         metavar: Word for the value in the help text.
         choices: Values that are allowed; empty: all.
         alone: Choice that the option means where it stands without a value; None: it needs one.
@@ -83,6 +84,7 @@ class Spec:
     default_text: str | None = None
     flag: str | None = None
     short: str | None = None
+    former: Sequence[str] = ()
     metavar: str | None = None
     choices: Sequence[str] = ()
     alone: str | None = None

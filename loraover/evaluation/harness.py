@@ -61,9 +61,9 @@ class HarnessTask(Task):
     def check(self, request: EvaluationRequest) -> None:
         super().check(request)
         import_module("lm_eval")  # said before a study trains for hours
-        if self.labels and request.max_new_tokens is not None:
+        if self.labels and request.new_tokens is not None:
             raise ConfigError(
-                f"{request.named('max_new_tokens')}: {self.name} compares the likelihoods of its labels and generates "
+                f"{request.named('new_tokens')}: {self.name} compares the likelihoods of its labels and generates "
                 "nothing; leave it out."
             )
 
@@ -81,7 +81,7 @@ class HarnessTask(Task):
             model=subject.harness_model(),
             tasks=[self.harness_task(questions)],
             task_manager=self._tasks(),
-            gen_kwargs={"max_gen_toks": request.max_new_tokens or self.max_new_tokens},
+            gen_kwargs={"max_gen_toks": request.new_tokens or self.max_new_tokens},
             apply_chat_template=uses_chat(request, subject.tokenizer),
             bootstrap_iters=0,
         )

@@ -67,7 +67,7 @@ class HumanEval(Task):
         problems = questions.rows
         completions = subject.answers(
             [problem["prompt"] for problem in problems],
-            max_new_tokens=request.max_new_tokens or self.max_new_tokens,
+            max_new_tokens=request.new_tokens or self.max_new_tokens,
             stop=STOPS,
             report=request.report,
         )

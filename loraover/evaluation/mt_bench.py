@@ -86,7 +86,7 @@ class MtBench(Task):
         for turn in (0, 1):
             for chat, row in zip(chats, questions.rows, strict=True):
                 chat.append({"role": "user", "content": row["turns"][turn]})
-            answers = _answers(subject, chats, request, request.max_new_tokens or self.max_new_tokens)
+            answers = _answers(subject, chats, request, request.new_tokens or self.max_new_tokens)
             for chat, answer in zip(chats, answers, strict=True):
                 chat.append({"role": "assistant", "content": answer})
         texts = [message["content"] for chat in chats for message in chat[1::2]]

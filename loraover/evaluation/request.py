@@ -48,13 +48,20 @@ class EvaluationRequest(Request):
         flag="--endpoint-model",
         needs="endpoint",
     )
-    endpoint_key_variable: str | None = option(
-        "Environment variable that holds the endpoint's key.", default=None, needs="endpoint"
+    key_variable: str | None = option(
+        "Environment variable that holds the endpoint's key.",
+        default=None,
+        former=("--endpoint-key-variable",),
+        needs="endpoint",
     )
     batch_size: int = option("Number of questions at the same time.", default=8, least=1)
     dtype: str = dtype_option(f"Data type of the weights in memory{SPELLINGS}", DTYPES)
-    max_new_tokens: int | None = option(
-        "Largest number of tokens in an answer.", default=None, default_text="the task's number", least=1
+    new_tokens: int | None = option(
+        "Largest number of tokens in an answer.",
+        default=None,
+        default_text="the task's number",
+        former=("--max-new-tokens",),
+        least=1,
     )
     apply_chat_template: bool | None = option(
         "Put questions into the tokenizer's chat template, or not.",

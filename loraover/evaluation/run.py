@@ -73,7 +73,7 @@ def _server(request: EvaluationRequest) -> Endpoint | None:
     Raises:
         ConfigError: Its address or key cannot be used.
     """
-    return None if request.endpoint is None else Endpoint(request.endpoint, request.endpoint_key_variable)
+    return None if request.endpoint is None else Endpoint(request.endpoint, request.key_variable)
 
 
 def _evaluate(request: EvaluationRequest) -> Evaluation:
@@ -90,7 +90,7 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
     readers = {adapter: tokenizer_of(adapter, tokenizer) for adapter in request.adapters}
     candidates = _candidates(request, source, tokenizer, readers, server)
     engine = f"PyTorch, {request.dtype}" if server is None else f"endpoint {server.api}"
-    new_tokens = request.max_new_tokens or task.max_new_tokens
+    new_tokens = request.new_tokens or task.max_new_tokens
     settings = {"engine": engine, "answers": "greedy", "new tokens": str(new_tokens)}
     settings |= {"batch size": str(request.batch_size)} | task.settings(request, tokenizer)
     settings |= _own_templates(request, tokenizer, readers)

@@ -141,13 +141,12 @@ class Reporting:
 
 
 def _parameter(declared: Declared) -> click.Parameter:
-    spec = declared.spec
+    spec, is_required = declared.spec, declared.default is MISSING
     if spec.is_argument:
         many: dict[str, Any] = {"nargs": -1} if declared.is_several else {}
         metavar = spec.metavar or declared.name.upper()
-        is_required = declared.default is MISSING
-        return click.Argument([declared.name], type=_type(declared), metavar=metavar, required=is_required, **many)
-    is_required = declared.default is MISSING
+        shown = metavar if is_required else f"[{metavar}]"
+        return click.Argument([declared.name], type=_type(declared), metavar=shown, required=is_required, **many)
     says_nothing = declared.default in (None, (), MISSING) or declared.default is False
     names = [*([spec.short] if spec.short else []), declared.flag, declared.name]
     more: dict[str, Any] = {} if is_required else {"default": None if spec.writes else declared.default}
@@ -155,8 +154,9 @@ def _parameter(declared: Declared) -> click.Parameter:
         more["is_flag"] = True
         if declared.default is not False:
             names[-2] = f"{declared.flag}/--no-{declared.flag[2:]}"
-    return click.Option(
+    return _Option(
         names,
+        former=spec.former,
         type=None if declared.kind is bool else _type(declared),
         help=f"{spec.description}{' Can be repeated.' if declared.is_repeated else ''}",
         required=is_required,
@@ -165,6 +165,19 @@ def _parameter(declared: Declared) -> click.Parameter:
         metavar=spec.metavar,
         **more,
     )
+
+
+class _Option(click.Option):
+    """An option that also takes its earlier names, which no help text shows."""
+
+    def __init__(self, *args: Any, former: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._former = former
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown, self.opts = self.opts, [*self.opts, *self._former]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
 
 
 class _Choices(click.Choice):  # type: ignore[type-arg]  # has no parameter before click 8.2

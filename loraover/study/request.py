@@ -37,7 +37,7 @@ STUDY_SETS = (
     "on_result",
     "endpoint",
     "endpoint_models",
-    "endpoint_key_variable",
+    "key_variable",
 )
 """Arguments of an evaluation that a study sets, or that are for servers."""
 

@@ -206,7 +206,7 @@ def _as_plain(
         move([] if named is None else [named], base, report.line)
     else:
         convert_adapter, converted = imported("loraover_export:convert_adapter"), scratch / "converted"
-        done = convert_adapter(folder, converted, rank=rank, model=base.name, report=report)
+        done = convert_adapter(folder, converted, approximate_to_rank=rank, model=base.name, report=report)
         certificates.append(_passed(done.certificate))
         adapter = _read(converted)
     if named is not None and Path(named).resolve() != Path(base.name).resolve():

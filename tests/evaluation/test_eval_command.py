@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(folder: Path, out: Path, *more: str) -> list[str]:
     made = ["eval", str(folder / "base"), "--task", "gsm8k", "--data", str(folder / "questions.jsonl"), "-o", str(out)]
-    return [*made, "--max-new-tokens", "4", *more]
+    return [*made, "--new-tokens", "4", *more]
 
 
 def names(out: Path) -> list[str]:
@@ -134,7 +134,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_asked(
         (["--apply-chat-template"], "no chat template"),
         (["--judge-url", "http://localhost:1", "--judge-model", "m"], "--judge-url is for --task mtbench"),
         (["--endpoint", "http://localhost:1", "--endpoint-model", "m", "--dtype", "bf16"], "--dtype: only for models"),
-        (["--task", "qnli"], "--max-new-tokens: qnli compares the likelihoods"),
+        (["--task", "qnli"], "--new-tokens: qnli compares the likelihoods"),
         (["--task", "humaneval", "--apply-chat-template"], "prompts of humaneval are always plain text"),
         (["--task", "humaneval"], "--allow-code-execution"),
         (["--task", "mtbench"], "needs --data FOLDER with question.jsonl, judge_prompts.jsonl"),
@@ -237,7 +237,7 @@ def test_models_at_an_endpoint_are_gone_on_with_too(
         assert run(cli, words(folder, out, *more)) == 0
         assert {body["model"] for body in server.bodies[asked:]} == {"n"}
         before = out.read_text()
-        assert run(cli, words(folder, out, *more, "--max-new-tokens", "5")) == 2
+        assert run(cli, words(folder, out, *more, "--new-tokens", "5")) == 2
     assert "holds another evaluation (settings differ)" in capsys.readouterr().err
     assert out.read_text() == before
 
@@ -325,7 +325,7 @@ def test_the_function_prints_nothing_and_returns_what_is_written(
         "gsm8k",
         adapters=[folder / "a", folder / "other"],
         data=folder / "questions.jsonl",
-        max_new_tokens=4,
+        new_tokens=4,
         dtype="float32",
         output=out,
         on_result=lambda evaluation: seen.append(len(evaluation.results)),
@@ -338,7 +338,7 @@ def test_the_function_prints_nothing_and_returns_what_is_written(
     adapters = ["--adapter", str(folder / "a"), "--adapter", str(folder / "other")]
     words = ["loraover", "eval", str(folder / "base"), "--task", "gsm8k", *adapters]
     words += ["--data", str(folder / "questions.jsonl")]
-    assert found.command == shlex.join([*words, "--max-new-tokens", "4", "-o", str(out)])
+    assert found.command == shlex.join([*words, "--new-tokens", "4", "-o", str(out)])
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_the_function_prints_nothing_and_returns_what_is_written(
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"judge_model": "m"}, "judge_model needs judge_url, which is missing"),
         ({"endpoint": "http://localhost:1"}, "endpoint needs endpoint_models"),
-        ({"endpoint_key_variable": "KEY"}, "endpoint_key_variable needs endpoint"),
+        ({"key_variable": "KEY"}, "key_variable needs endpoint"),
         ({"judge_key_variable": "KEY"}, "judge_key_variable needs judge_url"),
     ],
 )

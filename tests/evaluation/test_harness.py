@@ -67,7 +67,7 @@ def results(words: list[str], out: Path) -> list[dict[str, Any]]:
 def test_gsm8k_is_what_the_model_generates(models: tuple[Path, Path], is_chat: bool, tmp_path: Path) -> None:
     base, adapter = models
     data = written(tmp_path / "sums.jsonl", SUMS)
-    words = [str(base), "--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--max-new-tokens", "12"]
+    words = [str(base), "--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--new-tokens", "12"]
     found = results([*words, "--apply-chat-template" if is_chat else "--no-apply-chat-template"], tmp_path / "out.json")
     texts = [f"Question: {row['question']}\nAnswer:" for row in SUMS]
     prompts: Any = [[{"role": "user", "content": text}] for text in texts] if is_chat else texts
@@ -91,7 +91,7 @@ def test_the_harness_answers_are_greedy_whatever_the_models_folder_sets(
     settings = GenerationConfig.from_pretrained(base)
     settings.update(repetition_penalty=9.0, num_beams=3, suppress_tokens=list(range(20, 60)))
     settings.save_pretrained(tmp_path / "base")
-    words = ["--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--max-new-tokens", "12"]
+    words = ["--adapter", str(adapter), "--task", "gsm8k", "--data", data, "--new-tokens", "12"]
     plain, changed = (results([str(f), *words], f.parent / "sums.json") for f in (base, tmp_path / "base"))
     for one, other in zip(plain, changed, strict=True):
         assert one["examples"] == other["examples"]
@@ -168,9 +168,9 @@ def test_a_key_that_is_refused_is_shown_nowhere(models: tuple[Path, Path], tmp_p
     data, out = written(tmp_path / "sums.jsonl", SUMS), tmp_path / "out.json"
     with openai_server(lambda body: 401 if body["model"] == "two" else " yes") as server:
         words = ["eval", str(models[0]), "--task", "gsm8k", "--data", data, "--endpoint", server.url, "-o", str(out)]
-        words += ["--endpoint-key-variable", "MY_KEY", "--endpoint-model", "one", "--endpoint-model", "two"]
+        words += ["--key-variable", "MY_KEY", "--endpoint-model", "one", "--endpoint-model", "two"]
         done = subprocess.run(
-            [sys.executable, "-m", "loraover.cli", *words, "--batch-size", "8", "--max-new-tokens", "2"],
+            [sys.executable, "-m", "loraover.cli", *words, "--batch-size", "8", "--new-tokens", "2"],
             env=os.environ | {"MY_KEY": "sk-sesame"},
             capture_output=True,
             text=True,
@@ -273,7 +273,7 @@ def test_a_model_with_nan_has_no_figure(
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
     data = written(tmp_path / "rows.jsonl", {"qnli": PAIRS, "gsm8k": SUMS}[task])
-    few = ["--max-new-tokens", "2"] if task == "gsm8k" else []
+    few = ["--new-tokens", "2"] if task == "gsm8k" else []
     assert run(cli, ["eval", str(tmp_path / "base"), "--task", task, "--data", data, *few]) == 2
     message = {"qnli": "question 1: the log-likelihoods of its answers are [nan, nan]", "gsm8k": "hold NaN"}[task]
     assert message in capsys.readouterr().err
@@ -305,7 +305,7 @@ def test_a_question_beyond_the_models_context_is_named(
             "--data",
             data,
             "--no-apply-chat-template",
-            *(["--max-new-tokens", "12"] if task == "gsm8k" else []),
+            *(["--new-tokens", "12"] if task == "gsm8k" else []),
         ]
         assert run(cli, words) == code
     assert "question 2: it needs 257 tokens with its answer, but the model's context has 256" in capsys.readouterr().err

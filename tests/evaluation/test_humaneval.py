@@ -81,7 +81,7 @@ def test_served_completions_are_run_against_their_tests(model: Path, problems: P
 @needs_bubblewrap
 def test_a_model_in_memory_completes_in_batches(model: Path, problems: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    more = ["--allow-code-execution", "--max-new-tokens", "8", "--batch-size", "2", "-o", str(out)]
+    more = ["--allow-code-execution", "--new-tokens", "8", "--batch-size", "2", "-o", str(out)]
     assert run(cli, words(model, problems, *more)) == 0
     (base,) = json.loads(out.read_text())["results"]
     assert base["measures"] == {"pass@1": 0.0}

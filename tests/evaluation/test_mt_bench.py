@@ -51,7 +51,7 @@ def evaluated(
 
 
 def words(judge: Recorded, model: Path, folder: Path) -> list[str]:
-    asked = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--max-new-tokens", "6"]
+    asked = ["eval", str(model), "--task", "mtbench", "--data", str(fastchat(folder)), "--new-tokens", "6"]
     return [*asked, "--judge-url", judge.url, "--judge-model", "tester", "-o", str(folder / "out.json")]
 
 

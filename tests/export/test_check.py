@@ -273,7 +273,7 @@ def test_reasons_that_no_export_mends_are_shown_once(
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("A and B cannot hold this") == 1
     assert "vllm, llamacpp, onnx, openvino, mlx: use_dora" in out
-    assert "Approximate it with `loraover export convert` and --rank" in out
+    assert "Approximate it with `loraover export convert` and --approximate-to-rank" in out
     assert run(cli, ["check", adapter, "--engine", "torch", "--engine", "mlx"]) == 1
     assert "no form suits mlx" in capsys.readouterr().out
     assert run(cli, ["check", str(source), "--engine", "torch", "--engine", "mlx"]) == 0

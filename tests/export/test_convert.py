@@ -99,7 +99,7 @@ def test_the_written_lora_is_the_source(name: str, made: Make, tmp_path: Path) -
     """Where the rank is finite, exactly; else the best approximation, whose error is that of NumPy's SVD."""
     source, adapter = SOURCES[name], made(name)
     rank = 9 if source.full else None
-    report = convert_adapter(adapter.folder, tmp_path / "lora", rank=rank)
+    report = convert_adapter(adapter.folder, tmp_path / "lora", approximate_to_rank=rank)
     assert report.passed
     assert report.truncated == source.full
     assert report.exact_rank == max(map(numerical_rank, adapter.deltas.values()))
@@ -163,7 +163,7 @@ def test_a_check_runs_on_the_trained_tokens(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_full_rank_adapter_is_exact_at_full_rank(made: Make, tmp_path: Path) -> None:
     adapter = made("ia3")
-    report = convert_adapter(adapter.folder, tmp_path / "lora", rank=34)
+    report = convert_adapter(adapter.folder, tmp_path / "lora", approximate_to_rank=34)
     assert not report.truncated
     written = peft_deltas(adapter.base, tmp_path / "lora")
     for path, delta in adapter.deltas.items():
@@ -190,7 +190,7 @@ def test_a_delta_of_zero_has_rank_0(case: str, tmp_path: Path) -> None:
         adapter / "adapter_model.safetensors",
         lambda found: found.update({key: 0 * t for key, t in found.items() if f"q_proj.{name}" in key}),
     )
-    report = convert_adapter(adapter, tmp_path / "lora", rank=asked)
+    report = convert_adapter(adapter, tmp_path / "lora", approximate_to_rank=asked)
     assert not report.truncated
     assert report.exact_rank == report.certificate.rank == rank
 

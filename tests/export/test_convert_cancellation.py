@@ -211,7 +211,7 @@ def test_sums_are_bounded_where_their_terms_cancel(case: str, tmp_path: Path) ->
     adapter = made(tmp_path, source, weight)
     truths: list[Any] = []
     edit_tensors(adapter / TENSORS, lambda file: truths.append(edit(file, weight)))
-    module = converted(adapter, tmp_path / "out", rank=n)
+    module = converted(adapter, tmp_path / "out", approximate_to_rank=n)
     found = delta_of(adapter)
     value = exact(found.value) if isinstance(found, Dense) else exact(found.b) @ exact(found.a)
     error = exact_norm(value - truths[0])

@@ -198,7 +198,7 @@ def test_a_lora_of_another_weight_is_refused(name: str, bases: Callable[[str], P
 
 
 def test_full_rank_needs_a_rank_to_truncate_to(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"full rank, 32.*with rank R.*--max-lora-rank 32"):
+    with pytest.raises(ExportError, match=r"full rank, 32.*with approximate_to_rank R.*--max-lora-rank 32"):
         convert_adapter(folder / "oft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -206,7 +206,7 @@ def test_full_rank_needs_a_rank_to_truncate_to(folder: Path, tmp_path: Path) -> 
 def test_a_scaled_bias_is_refused(folder: Path, tmp_path: Path) -> None:
     source = make_source(folder / "bias", tmp_path / "ia3", SOURCES["ia3"])
     with pytest.raises(ExportError, match="scales the bias of the layer too"):
-        convert_adapter(source, tmp_path / "out", rank=4)
+        convert_adapter(source, tmp_path / "out", approximate_to_rank=4)
 
 
 def test_projections_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -265,7 +265,8 @@ class TestTheCommand:
     """What it prints, and its exit codes."""
 
     def test_json(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        words = ["convert", str(folder / "oft"), "-o", str(tmp_path / "out"), "--rank", "8", "--check-error", "--json"]
+        rank = ["--approximate-to-rank", "8"]
+        words = ["convert", str(folder / "oft"), "-o", str(tmp_path / "out"), *rank, "--check-error", "--json"]
         assert run(cli, words) == 0
         found = json.loads(capfd.readouterr().out)
         assert (found["method"], found["exact_rank"], found["truncated"]) == ("OFT", 32, True)
@@ -322,7 +323,7 @@ class TestTheCommand:
 
     def test_one_message(self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert run(cli, ["convert", str(folder / "oft"), "-o", str(tmp_path / "out")]) == 2
-        assert "with --rank R" in only_error(capfd.readouterr().err)
+        assert "with --approximate-to-rank R" in only_error(capfd.readouterr().err)
 
 
 def test_trained_tokens_of_a_classifier_are_refused_until_no_task_is_named(bases: Any, tmp_path: Path) -> None:

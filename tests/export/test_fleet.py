@@ -129,7 +129,7 @@ def test_no_verdict_on_an_adapter_is_better_than_those_on_its_engines(fleet: dic
 
 
 def test_onnx_needs_a_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(cli, ["prepare", "x", "-o", str(tmp_path / "cache"), "--engine", "onnx"]) == 2
+    assert run(cli, ["prepare", "x", "--cache", str(tmp_path / "cache"), "--engine", "onnx"]) == 2
     assert "--engine onnx needs --model" in capsys.readouterr().err
 
 

@@ -138,7 +138,7 @@ def test_an_exact_conversion_keeps_the_reference(tmp_path: Path) -> None:
     write_reference(adapter)
     for rank, is_kept in ((None, True), (2, False)):
         output = tmp_path / f"rank-{rank}"
-        words = [] if rank is None else ["--rank", str(rank)]
+        words = [] if rank is None else ["--approximate-to-rank", str(rank)]
         assert run(cli, ["convert", str(adapter), "-o", str(output), *words]) == 0
         assert (output / REFERENCE_FILE).is_file() == is_kept
     assert misfit(tmp_path / "rank-None" / REFERENCE_FILE) is None

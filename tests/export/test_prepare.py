@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[Source, dict[str, Any], str]] = {
     "pissa": (Source("LORA", {"r": 3, "lora_alpha": 6, "init_lora_weights": "pissa"}), {}, "converted"),
     "oft": (Source("OFT", {"oft_block_size": 8}), {"approximate_to_rank": 64}, "converted"),
     "above the server's rank": (
-        Source("LOHA", {"r": 4, "alpha": 4}), {"max_rank": 8, "approximate_to_rank": 8}, "approximated"
+        Source("LOHA", {"r": 4, "alpha": 4}), {"max_lora_rank": 8, "approximate_to_rank": 8}, "approximated"
     ),
 }  # fmt: skip
 """Kinds of adapters, with options, and what is done to each."""
@@ -120,7 +120,7 @@ def test_the_key_is_of_contents_and_options(folder: Path, tmp_path: Path) -> Non
     others = [
         key(tmp_path / "copy"),
         key(dtype="fp32"),
-        key(max_rank=16),
+        key(max_lora_rank=16),
         key(engine_version="0.33.0"),
         key(model=other),
     ]
@@ -178,9 +178,9 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[LoraOverError], str]] = {
         {}, LoraOverError, "magnitude"
     ),
     "no tensors": (drop, {}, CheckpointError, "no such file"),
-    "the server's rank": (lambda folder: None, {"max_rank": 2}, ExportError, "rank is 4.*--max-lora-rank 8"),
+    "the server's rank": (lambda folder: None, {"max_lora_rank": 2}, ExportError, "rank is 4.*--max-lora-rank 8"),
     "another engine's rank": (
-        lambda folder: None, {"max_rank": 2, "engine": "mlx"}, ExportError, "takes 2 at most; allow an approx"
+        lambda folder: None, {"max_lora_rank": 2, "engine": "mlx"}, ExportError, "takes 2 at most; allow an approx"
     ),
     "another width": (
         lambda folder: edit_tensors(folder / "adapter_model.safetensors", narrow), {}, ExportError, "other shapes"
@@ -362,8 +362,8 @@ def test_shapes_decide_between_two_parts(tmp_path: Path) -> None:
     [
         ({"engine": "triton"}, "expected one of vllm"),
         ({"dtype": "int8"}, "expected one of fp32"),
-        ({"max_rank": 0}, "1 or more"),
-        ({"max_rank": 8, "approximate_to_rank": 16}, "takes rank 8 at most"),
+        ({"max_lora_rank": 0}, "1 or more"),
+        ({"max_lora_rank": 8, "approximate_to_rank": 16}, "takes rank 8 at most"),
         ({"model": "nowhere/../x"}, "neither a folder, an address nor a hub name"),
     ],
 )

@@ -115,7 +115,7 @@ def test_other_kinds_are_held_to_their_names(name: str, tmp_path: Path) -> None:
     source = make_source(prime, tmp_path / "source", SOURCES[name])
     edit_json(source / CONFIG, lambda config: config.update(target_modules=["v_proj"]))
     with pytest.raises(CheckpointError, match=r"does not name .* beside those of no other module"):
-        convert_adapter(source, tmp_path / "out", rank=4)
+        convert_adapter(source, tmp_path / "out", approximate_to_rank=4)
 
 
 @pytest.mark.parametrize(

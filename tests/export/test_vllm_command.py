@@ -240,5 +240,5 @@ def test_another_kind_is_converted_first(kind: str, tmp_path: Path, capsys: pyte
 def test_a_kind_without_an_exact_lora_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = make_source(make_base(tmp_path / "base", "even"), tmp_path / "in", SOURCES[kind])
     assert export(adapter, tmp_path / "out") == 2
-    assert "loraover export convert` and --rank" in capsys.readouterr().err
+    assert "loraover export convert` and --approximate-to-rank" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

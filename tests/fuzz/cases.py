@@ -146,7 +146,7 @@ FILLS = {"normal": 0.1, "small": 1e-5, "tiny": 1e-9, "dependent": 0.1}
 """Size of the draws by the name of a way to fill parameters; the columns of a "dependent" one are almost the same."""
 CONVERTED = [kind for kind, method in METHODS.items() if not isinstance(method, Refused)]
 VERBS: Values = {
-    "convert": ({}, {"rank": 2}, {"dtype": "bf16"}, {"dtype": "fp16"}),
+    "convert": ({}, {"approximate_to_rank": 2}, {"dtype": "bf16"}, {"dtype": "fp16"}),
     "combine": ({"dtype": "fp32"}, {"dtype": "fp16"}),
     "shrink": ({"rank": 1}, {"energy": 0.9}),
     "merge": ({},),

@@ -223,9 +223,10 @@ def _convert(place: Place) -> Written | Result:
     try:
         report = export.convert_adapter(place.adapter, place.output, **place.case.arguments)
     except LoraOverError as error:
-        if "--rank" not in str(error):
+        if "--approximate-to-rank" not in str(error):
             raise
-        report = export.convert_adapter(place.adapter, place.output, **place.case.arguments | {"rank": 64})
+        arguments = place.case.arguments | {"approximate_to_rank": 64}
+        report = export.convert_adapter(place.adapter, place.output, **arguments)
     return _certified(place, report.certificate, is_whole=not report.truncated)
 
 

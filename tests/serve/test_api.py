@@ -73,8 +73,8 @@ def test_arguments_of_serving_are_checked_before_the_block() -> None:
         serve_adapters(["shop"], options=["--port=1", "--api_key"])
     with pytest.raises(ConfigError, match=r"start_timeout_s is inf, expected 1e\+06 at most"):
         serve_adapters(["shop"], start_timeout_s=float("inf"))
-    with pytest.raises(ConfigError, match="approximate is 64, more than max_lora_rank, which is 16; lower one"):
-        serve_adapters(folder=".", model="base", max_lora_rank=16, approximate=64)
+    with pytest.raises(ConfigError, match="approximate_to_rank is 64, more than max_lora_rank, which is 16; lower one"):
+        serve_adapters(folder=".", model="base", max_lora_rank=16, approximate_to_rank=64)
 
 
 def test_parity_is_measured_without_output(folded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def test_a_command_without_a_recorded_version_is_named(vllm: Path) -> None:
 def test_an_engine_is_added_by_a_file_and_a_line(adapter: Path, tmp_path: Path) -> None:
     lines = [
         f"export check {adapter} --engine toy",
-        f"export prepare {adapter} --engine toy -o {tmp_path / 'cache'}",
+        f"export prepare {adapter} --engine toy --cache {tmp_path / 'cache'}",
         f"serve verify {adapter} --engine toy --new-tokens 3",
         f"serve parity --adapter {adapter} --engine toy --num-prompts 10 --new-tokens 3 --margin 1",
         "doctor --offline",

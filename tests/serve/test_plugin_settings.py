@@ -142,7 +142,7 @@ def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
     answer = answer_to({"hub": "org/shop", **request})
     prepared = json.loads(json.dumps(answer))["prepared"]
     assert prepared["done"] == json.loads(Path(prepared["record"]).read_text())["done"] == "rewritten"
-    assert "its rank is 6" in answer_to({"source": str(adapter), **request, "max_rank": 1})["refused"]
+    assert "its rank is 6" in answer_to({"source": str(adapter), **request, "max_lora_rank": 1})["refused"]
     assert "cannot be reached" in answer_to({"hub": "org/other", **request})["refused"]
     (repository / "snapshots" / COMMIT).unlink()
     torn = shutil.copytree(adapter, repository / "snapshots" / COMMIT) / "adapter_model.safetensors"

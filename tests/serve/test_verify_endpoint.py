@@ -172,18 +172,16 @@ def test_the_key_is_sent_and_never_shown(
     monkeypatch.setenv(KEY_VARIABLE, key)
     served = right(case)
     with openai_server(served, NAMES) as server:
-        found = verify_engine(
-            "endpoint", setting(case, server.url, tmp_path, endpoint_key_variable=KEY_VARIABLE), case.judge
-        )
+        found = verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.judge)
         assert found.verdict == "as trained"
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     with pytest.raises(EngineError, match=r"answered 401: refused, for Bearer \*\*\*"):
-        ask(lambda body: 401, endpoint_key_variable=KEY_VARIABLE)
+        ask(lambda body: 401, key_variable=KEY_VARIABLE)
     with pytest.raises(EngineError, match=r"base was asked, and '\*\*\*' answered"):
-        ask(_changed(case, answer={"model": key}), endpoint_key_variable=KEY_VARIABLE)
+        ask(_changed(case, answer={"model": key}), key_variable=KEY_VARIABLE)
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(ConfigError, match="no environment variable of the name that was given is set"):
-        ask(served, endpoint_key_variable=KEY_VARIABLE)
+        ask(served, key_variable=KEY_VARIABLE)
 
 
 def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:

@@ -106,7 +106,7 @@ def sums(folder: Path) -> str:
 
 
 def asking(*options: str) -> list[str]:
-    return [word for option in (*options, "max_new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
+    return [word for option in (*options, "new_tokens=4", "dtype=fp32") for word in ("--ask", option)]
 
 
 def report_of(folder: Path) -> StudyReport:

@@ -21,10 +21,10 @@ class CheckRequest(Request):
     engine takes it.
     """
 
-    verb = "loraover export check"
+    verb = "loraover check"
     examples = (
-        "loraover export check runs/a/adapter",
-        "loraover export check my-lora --engine vllm --engine llamacpp --model ./Qwen3-0.6B",
+        "loraover check runs/a/adapter",
+        "loraover check my-lora --engine vllm --engine llamacpp --model ./Qwen3-0.6B",
     )
 
     adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any method")

@@ -93,7 +93,7 @@ def _advice(features: set[str]) -> str:
         )
     if features & {"method", "DoRA"}:
         return (
-            "Approximate it with `loraover export convert` and --rank, which states the error, or merge "
+            "Approximate it with `loraover export convert` and --approximate-to-rank, which states the error, or merge "
             "the adapter into the base model with PEFT."
         )
     return "Train a plain LoRA, or merge the adapter into the base model with PEFT."

@@ -27,14 +27,13 @@ COMMANDS = {
     **{name: Reporting(*(f"loraover_export.{place}" for place in places)) for name, places in PLACES.items()},
 }
 EXAMPLES = [
-    "loraover export check my-lora",
     "loraover export fold runs/demo/adapter -o folded --check-error",
-    "loraover export convert oft -o lora --rank 64 --check-error",
+    "loraover export convert oft -o lora --approximate-to-rank 64 --check-error",
     "loraover export onnx folded -o onnx-merged --mode merged",
 ]
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS, examples=EXAMPLES)
+@click.group(cls=LazyGroup, commands_at=COMMANDS, tree="loraover.cli:cli", examples=EXAMPLES)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Fold LoRA-Over checkpoints into plain LoRA adapters, and export adapters for many engines."""

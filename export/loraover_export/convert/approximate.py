@@ -58,7 +58,8 @@ def _approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ran
         raise FullRankError(
             f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
             f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with "
-            f"{ConvertRequest.named('rank')} R; its error is shown. With rank {exact}, {VllmFit.of(exact).in_words()}."
+            f"{ConvertRequest.named('approximate_to_rank')} R; its error is shown. With rank {exact}, "
+            f"{VllmFit.of(exact).in_words()}."
         )
     noise = rounding(*found.value.shape) * found.size
     if rank is not None and exact > rank:

@@ -114,5 +114,5 @@ def _shapes(source: Path, model: str | None) -> Mapping[str, tuple[int, int]]:
 def _no_exact(source: Path, reason: str) -> ExportError:
     return ExportError(
         f"{source}: {reason}, which no plain LoRA of a small rank expresses exactly; write an approximation with "
-        "`loraover export convert` and --rank, which states the error."
+        "`loraover export convert` and --approximate-to-rank, which states the error."
     )

@@ -26,7 +26,7 @@ class VllmFit(StrictModel):
         """Return which engines take the rank, and the rank that fits all of them."""
         if self.takes:
             return f"vLLM takes it with --max-lora-rank {self.max_lora_rank}; no other engine names a largest rank"
-        option = ConvertRequest.named("rank")
+        option = ConvertRequest.named("approximate_to_rank")
         return f"only vLLM names a largest rank, {self.largest}, so {option} {self.largest} would fit it"
 
 

@@ -24,7 +24,7 @@ class ConvertRequest(Request):
 
     The LoRA is exact if the kind has a finite rank: AdaLoRA, VeRA, VB-LoRA, HRA, MiSS, LoHa, LoKr, PiSSA, OLoRA and
     others. For kinds of full rank, such as OFT, DoRA and IA3, or to get a smaller rank, ask for an approximation with
-    --rank. Kinds that change no weights are refused.
+    --approximate-to-rank. Kinds that change no weights are refused.
 
     Exit code 1: a matrix or, with --check-error, the logits of an exact LoRA failed their check, and nothing was
     written. Exit code 3: the LoRA was written, but it changes logits too little for --check-error to distinguish it
@@ -34,16 +34,17 @@ class ConvertRequest(Request):
     verb = "loraover export convert"
     examples = (
         "loraover export convert loha -o lora",
-        "loraover export convert oft -o lora --rank 64 --check-error",
+        "loraover export convert oft -o lora --approximate-to-rank 64 --check-error",
     )
     json_help = "Print ranks and certificate as JSON."
 
     source: AnyPath = given_adapter("PEFT adapter of any kind")
     output: AnyPath = option("New folder for the LoRA, its certificate and a model card.", short="-o")
-    rank: int | None = option(
+    approximate_to_rank: int | None = option(
         "Largest rank of the LoRA; what does not fit into it is lost, and the loss is shown.",
         default=None,
         default_text="the exact one",
+        former=("--rank",),
         least=1,
     )
     model: AnyName | None = base_model()

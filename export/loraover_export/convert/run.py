@@ -72,7 +72,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
             keep_chat_template(request.source, draft)
-            is_exact = request.rank is None or max(ranks.values()) <= request.rank
+            is_exact = request.approximate_to_rank is None or max(ranks.values()) <= request.approximate_to_rank
             if is_exact:  # an approximation is another adapter
                 keep_reference(request.source, draft, request.report.line)
             if compare is None:
@@ -161,7 +161,7 @@ def _convert(
         request.output,
         request.command(),
         f"Plain LoRA from a {config.peft_type} adapter",
-        {} if request.rank is None else {"rank": str(request.rank)},
+        {} if request.approximate_to_rank is None else {"rank": str(request.approximate_to_rank)},
         [request.source],
         config.base_model_name_or_path if is_named else base.name,
         config.revision if is_named else base.revision,
@@ -173,7 +173,7 @@ def _convert(
         stacks_of(adapter),
         [*notes, *carried_notes(others, modules), *_tied_notes(places, adapter)],
     )
-    work = approximations(places, adapter.layout, request.rank, ranks)
+    work = approximations(places, adapter.layout, request.approximate_to_rank, ranks)
     return write_lora(work, len(places), target, request.report, check)
 
 

@@ -10,7 +10,7 @@ from loraover.common.dtypes import DTYPES
 from loraover.common.request import AnyName, AnyNames, AnyPath, Request, option
 from loraover_export.check.engines import ENGINES
 from loraover_export.check.request import CheckRequest
-from loraover_export.uniform.request_fields import base_model, given_adapter
+from loraover_export.uniform.request_fields import approximate_to_rank, base_model, given_adapter
 
 LINES = "Print a JSON object for each adapter, one a line, as soon as it is done."
 
@@ -56,8 +56,8 @@ class FleetCheckRequest(FleetRequest):
     Without `--engine`, no engine does.
     """
 
-    verb = "loraover export check"
-    examples = (*CheckRequest.examples, "loraover export check adapters/* --engine vllm --jobs 4 --html fleet.html")
+    verb = "loraover check"
+    examples = (*CheckRequest.examples, "loraover check adapters/* --engine vllm --jobs 4 --html fleet.html")
     json_help = "Print the report as JSON; of several adapters, a JSON object for each, one a line."
 
     sources: AnyNames = given_adapter(
@@ -83,15 +83,15 @@ class PrepareRequest(FleetRequest):
 
     verb = "loraover export prepare"
     examples = (
-        "loraover export prepare my-loha -o cache --engine vllm",
-        "loraover export prepare s3://bucket/shop org/support adapters/* -o cache --jobs 4 --max-rank 32",
+        "loraover export prepare my-loha --cache cache --engine vllm",
+        "loraover export prepare s3://bucket/shop org/support adapters/* --cache cache --max-lora-rank 32",
     )
     json_help = LINES
 
     sources: AnyNames = given_adapter(
         "LoRA-Over checkpoints, or PEFT adapters of any kind", is_source=False, metavar="SOURCE..."
     )
-    cache: AnyPath = option("Folder of the cache, which is made if it is missing.", short="-o")
+    cache: AnyPath = option("Folder of the prepared adapters, which is made if it is missing.", former=("-o",))
     engine: str = option("Engine to prepare for.", default="vllm", choices=tuple(ENGINES))
     model: AnyName | None = option(
         "Base model as the engine serves it: folder, hub name or address; for ONNX Runtime, the folder of a swappable "
@@ -100,14 +100,13 @@ class PrepareRequest(FleetRequest):
         default_text="the one that each adapter names",
     )
     dtype: str = option("Data type to store A and B in.", default="bf16", choices=tuple(DTYPES))
-    max_rank: int | None = option(
-        "Largest rank that the engine was started for.", default=None, default_text="the engine's own", least=1
-    )
-    approximate_to_rank: int | None = option(
-        "Rank to approximate adapters to that no LoRA within the limits expresses exactly.",
+    max_lora_rank: int | None = option(
+        "Largest rank that the engine was started for.",
         default=None,
-        default_text="these are refused",
+        default_text="the engine's own",
+        former=("--max-rank",),
         least=1,
     )
+    approximate_to_rank: int | None = approximate_to_rank()
     jobs: int = number_of_jobs()
     html: AnyPath | None = table_page("prepare.html in the cache")

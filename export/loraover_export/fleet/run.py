@@ -86,7 +86,7 @@ def prepare_fleet(request: PrepareRequest) -> FleetReport:
     options = {
         "engine": request.engine,
         "dtype": request.dtype,
-        "max_rank": request.max_rank,
+        "max_lora_rank": request.max_lora_rank,
         "approximate_to_rank": request.approximate_to_rank,
     }
     check_file_writable(cache / PAGE, parents=True)

@@ -74,7 +74,7 @@ def prepare_adapter(
     model: str | Path,
     engine: str = "vllm",
     dtype: str = "bf16",
-    max_rank: int | None = None,
+    max_lora_rank: int | None = None,
     approximate_to_rank: int | None = None,
     engine_version: str | None = None,
 ) -> PreparedAdapter:
@@ -95,7 +95,7 @@ def prepare_adapter(
             swappable export, which holds the graph.
         engine: Engine to prepare for: vllm, llamacpp, onnx, openvino, mlx or torch.
         dtype: Data type to store A and B in: fp32, bf16 or fp16. Adapters for ONNX Runtime take that of the graph.
-        max_rank: Largest rank that the engine was started for, such as vLLM's `--max-lora-rank`; None means the largest
+        max_lora_rank: Largest rank that the engine was started for, as vLLM's `--max-lora-rank`; None means the largest
             that the engine can be started for.
         approximate_to_rank: Rank to approximate where the exact LoRA has full or too large a rank; None refuses these.
         engine_version: Release of the engine, such as 0.33.0; None means the one whose sources the rules were read
@@ -114,7 +114,7 @@ def prepare_adapter(
     started = perf_counter()
     source, cache = Path(source).absolute(), Path(cache).absolute()
     target = Target(engine, str(model), dtype, engine_version)
-    ranks = _checked(target, max_rank, approximate_to_rank)
+    ranks = _checked(target, max_lora_rank, approximate_to_rank)
     base = _resolve(source, target)
     states = file_states(source)
     read = [*engine_of(engine).files(target.model), source / REFERENCE_FILE, source / TEMPLATE_FILE]
@@ -142,18 +142,18 @@ def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path)
         raise
 
 
-def _checked(target: Target, max_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
+def _checked(target: Target, max_lora_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
     faults = []
     if target.engine not in ENGINES:
         faults.append(f"engine is {target.engine!r}, expected one of {', '.join(ENGINES)}.")
     if target.dtype not in DTYPES:
         faults.append(f"dtype is {target.dtype!r}, expected one of {', '.join(DTYPES)}.")
-    for name, rank in (("max_rank", max_rank), ("approximate_to_rank", approximate_to_rank)):
+    for name, rank in (("max_lora_rank", max_lora_rank), ("approximate_to_rank", approximate_to_rank)):
         if rank is not None and rank < 1:
             faults.append(f"{name} is {rank}, expected 1 or more.")
     if faults:
         raise ConfigError(" ".join(faults))
-    largest = engine_of(target.engine).largest_rank if max_rank is None else max_rank
+    largest = engine_of(target.engine).largest_rank if max_lora_rank is None else max_lora_rank
     if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
         raise ConfigError(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
     return RankLimits(largest, approximate_to_rank)
@@ -276,11 +276,11 @@ def _converted(
                 "its best approximation, whose error the certificate states, allow a rank with "
                 f"{as_written('approximate_to_rank')}."
             ) from error
-        report = convert(rank=ranks.approximate)
+        report = convert(approximate_to_rank=ranks.approximate)
     rank = report.certificate.rank
     if ranks.largest is not None and rank > ranks.largest:
         allowed = _approximation(source, rank, target, ranks)
-        report = convert(rank=allowed, force=True)
+        report = convert(approximate_to_rank=allowed, force=True)
     return output, _kept(report.certificate, output, draft)
 
 

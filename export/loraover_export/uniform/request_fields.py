@@ -38,6 +38,12 @@ def base_model(purpose: str = "") -> Any:
     )
 
 
+def approximate_to_rank(**more: Any) -> Any:
+    """Declare the field `approximate_to_rank`, which allows adapters to be approximated."""
+    description = "Rank of the approximation of an adapter that has no exact LoRA within the largest rank."
+    return option(description, default=None, default_text="such adapters are refused", least=1, **more)
+
+
 def replaces(product: str) -> Any:
     """Declare the field `force`, which allows an export to replace an earlier one of its kind."""
     return option(f"Replace the {product} that is already at the output.", default=False, is_recorded=False)

@@ -29,12 +29,12 @@ COMMANDS = {
 }
 EXAMPLES = [
     "loraover serve up for-vllm",
-    "loraover serve verify runs/demo/adapter --engine onnx --engine torch -o verified",
+    "loraover serve watch watch.yaml",
     "loraover serve parity --adapter folded --baseline plain-lora -o parity",
 ]
 
 
-@click.group(cls=LazyGroup, commands_at=COMMANDS, examples=EXAMPLES)
+@click.group(cls=LazyGroup, commands_at=COMMANDS, tree="loraover.cli:cli", examples=EXAMPLES)
 @click.version_option(package_name="loraover")
 def cli() -> None:
     """Serve adapters with vLLM, verify that engines answer as they were trained, and measure how fast they are."""

@@ -155,7 +155,7 @@ class Service:
                     cache=str(self.settings.cache),
                     model=self.served.model,
                     dtype=self.served.dtype,
-                    max_rank=self.served.max_rank,
+                    max_lora_rank=self.served.max_rank,
                     approximate_to_rank=self.settings.approximate,
                     engine_version=self.served.version,
                 )

@@ -134,7 +134,7 @@ def _endpoint(request: VerifyRequest) -> Endpoint:
     assert request.endpoint is not None
     return Endpoint(
         request.endpoint,
-        request.endpoint_key_variable,
+        request.key_variable,
         timeout_s=request.timeout_s,
         more=request.headers,
         ca_file=None if request.ca_file is None else str(request.ca_file),

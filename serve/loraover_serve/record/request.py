@@ -16,7 +16,7 @@ class RecordRequest(Request):
     """Record how an adapter answers, so that any server can be checked without PyTorch and the base model.
 
     ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. PyTorch runs the base model,
-    the adapter, and each known fault of serving on the same questions. `loraover serve verify --reference` and the
+    the adapter, and each known fault of serving on the same questions. `loraover verify --reference` and the
     file of `--checker` compare a server's answers with what is recorded.
 
     Published questions find mistakes, not cheats: a server that knows them could answer them alone as it should. For
@@ -24,13 +24,13 @@ class RecordRequest(Request):
     reference has its SHA-256, so that it cannot be changed until the audit.
     """
 
-    verb = "loraover serve record"
+    verb = "loraover record"
     extra = "serve"
     examples = (
-        "loraover serve record folded",
-        "loraover serve record runs/a/adapter --device cuda -o shop.json.gz --checker adapter_check.pyz",
-        "loraover serve record folded --device cuda --compute-dtype bf16",
-        "loraover serve record folded --sealed ../sealed.json.gz --sealed-prompts secret.txt",
+        "loraover record folded",
+        "loraover record runs/a/adapter --device cuda -o shop.json.gz --checker adapter_check.pyz",
+        "loraover record folded --device cuda --compute-dtype bf16",
+        "loraover record folded --sealed ../sealed.json.gz --sealed-prompts secret.txt",
     )
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")

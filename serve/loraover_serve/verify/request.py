@@ -22,7 +22,7 @@ class VerifyRequest(EngineRequest):
     ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. An engine gets it in the form
     that it needs, and answers the same prompts as PyTorch. Its distance from PyTorch on the base model is its noise.
 
-    With --reference, a running server is compared with what `loraover serve record` wrote, without PyTorch, ADAPTER and
+    With --reference, a running server is compared with what `loraover record` wrote, without PyTorch, ADAPTER and
     the base model.
 
     Words after -- are passed to `vllm serve`, except options that this command sets itself.
@@ -31,20 +31,20 @@ class VerifyRequest(EngineRequest):
     noise, or a server gives no logprobs; 2: unusable request, or an engine that failed.
     """
 
-    verb = "loraover serve verify"
+    verb = "loraover verify"
     extra = "serve"
     examples = (
-        "loraover serve verify folded --engine onnx --engine torch -o verified",
-        "loraover serve verify runs/a/adapter --engine vllm -- --dtype float32",
-        "loraover serve verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
-        "loraover serve verify shop --endpoint http://localhost:8000 --served-name shop",
-        "loraover serve verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000",
+        "loraover verify folded --engine onnx --engine torch -o verified",
+        "loraover verify runs/a/adapter --engine vllm -- --dtype float32",
+        "loraover verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
+        "loraover verify shop --endpoint http://localhost:8000 --served-name shop",
+        "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000",
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
     adapter: AnyPath | None = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any kind", default=None)
     references: AnyPaths = option(
-        "Reference that `loraover serve record` wrote, or folder with references below it, in place of ADAPTER.",
+        "Reference that `loraover record` wrote, or folder with references below it, in place of ADAPTER.",
         default=(),
         flag="--reference",
         needs="endpoint",
@@ -79,8 +79,11 @@ class VerifyRequest(EngineRequest):
         default_text="the base model's own name, or the only other name there",
         needs="endpoint",
     )
-    endpoint_key_variable: str | None = option(
-        "Environment variable that holds the key of the server at the endpoint.", default=None, needs="endpoint"
+    key_variable: str | None = option(
+        "Environment variable that holds the key of the server at the endpoint.",
+        default=None,
+        former=("--endpoint-key-variable",),
+        needs="endpoint",
     )
     headers: AnyNames = option(
         "Header of every request, as NAME=VARIABLE with the environment variable that holds its value.",

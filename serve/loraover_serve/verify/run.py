@@ -127,7 +127,7 @@ def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longe
     assert request.adapter is not None
     server = None
     if request.endpoint is not None:
-        (name,), key = request.served_name, request.endpoint_key_variable
+        (name,), key = request.served_name, request.key_variable
         server = RunningServer(request.endpoint, name, request.base_name, key)
     adapters, log, device = {ADAPTER: request.adapter.resolve()}, scratch / "log", str(choose_device(request.device))
     return Setting(

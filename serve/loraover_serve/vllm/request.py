@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
 from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
-from loraover_export.uniform.request_fields import given_adapter
+from loraover_export.uniform.request_fields import approximate_to_rank, given_adapter
 from loraover_serve.plugin.settings import DEFAULT_CACHE, DEFAULT_SETTLE_S, MOST_SETTLE_S
 
 COMMAND_VARIABLE = "LORAOVER_VLLM"
@@ -109,7 +109,7 @@ class ServeRequest(ServerRequest):
         "Adapters, which requests address by their folders' or repositories' names",
         default=(),
         default_text="none, with --adapters",
-        metavar="[ADAPTER]...",
+        metavar="ADAPTER...",
     )
     folder: AnyPath | None = option(
         "Folder of adapters of any kind, each of which is prepared at the first request for its name.",
@@ -127,13 +127,7 @@ class ServeRequest(ServerRequest):
         default_text=DEFAULT_CACHE,
         needs="folder",
     )
-    approximate: int | None = option(
-        "Rank to approximate adapters to that have no exact LoRA of the largest rank.",
-        default=None,
-        default_text="such adapters are refused",
-        least=1,
-        needs="folder",
-    )
+    approximate_to_rank: int | None = approximate_to_rank(former=("--approximate",), needs="folder")
     reload: bool = option(
         "Serve an adapter anew when its folder has changed; else the version that was loaded first stays.",
         default=True,
@@ -169,8 +163,8 @@ class ServeRequest(ServerRequest):
         if self.max_lora_rank not in MAX_LORA_RANKS:
             allowed = ", ".join(map(str, MAX_LORA_RANKS))
             yield f"{self.named('max_lora_rank')} is {self.max_lora_rank}, expected one of {allowed}."
-        if self.approximate is not None and self.approximate > self.max_lora_rank:
+        if self.approximate_to_rank is not None and self.approximate_to_rank > self.max_lora_rank:
             yield (
-                f"{self.named('approximate')} is {self.approximate}, more than {self.named('max_lora_rank')}, which is "
-                f"{self.max_lora_rank}; lower one or raise the other."
+                f"{self.named('approximate_to_rank')} is {self.approximate_to_rank}, more than "
+                f"{self.named('max_lora_rank')}, which is {self.max_lora_rank}; lower one or raise the other."
             )

@@ -87,7 +87,7 @@ def _plugin_config(request: ServeRequest, folder: Path) -> VllmServerConfig:
     """Return a server whose plug-in serves the adapters in a folder."""
     assert request.model is not None
     cache = {} if request.cache is None else {CACHE: str(request.cache.absolute())}
-    approximate = {} if request.approximate is None else {APPROXIMATE: str(request.approximate)}
+    approximate = {} if request.approximate_to_rank is None else {APPROXIMATE: str(request.approximate_to_rank)}
     return replace(
         server_config({}, resolve_model(request.model), request.options),
         max_lora_rank=request.max_lora_rank,

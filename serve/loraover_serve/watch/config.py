@@ -188,7 +188,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             endpoint=server.url,
             served_name=(name,),
             base_name=server.base_name,
-            endpoint_key_variable=server.key_variable,
+            key_variable=server.key_variable,
             headers=tuple(server.headers),
             ca_file=None if server.ca_file is None else folder / server.ca_file,
             protocol=server.protocol,
