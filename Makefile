@@ -47,7 +47,7 @@ demo:
 	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/demo
 	@echo
 	@echo "== 4/5 Record what PyTorch answers, beside the adapter"
-	@$(BIN)/loraover serve record $(RUN)/folded --prompts docs/examples/questions.txt
+	@$(BIN)/loraover record $(RUN)/folded --prompts docs/examples/questions.txt
 	@echo
 	@echo "== 5/5 Serve it on vLLM, beside a copy whose scaling was lost, and check both by the reference"
 	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
@@ -64,7 +64,7 @@ demo:
 	@echo
 	@echo "== What to do next"
 	@echo "Train on your own data         docs/tutorials/train-and-ship.md"
-	@echo "Check an adapter you have      $(BIN)/loraover export check ADAPTER"
+	@echo "Check an adapter you have      $(BIN)/loraover check ADAPTER"
 	@echo "Is it as fast as a plain LoRA? make demo-parity"
 
 # Does the folded adapter cost what a plain LoRA costs, on ONNX Runtime and on the real vLLM? Exit 3 says that a run was too short.

@@ -47,7 +47,7 @@ def page(name: str, group: click.Group) -> Iterator[str]:
 def engines() -> Iterator[str]:
     """Yield the paragraphs on engines, which are those of the table that the commands take them from."""
     yield "## Engines"
-    yield "`loraover serve verify` starts each of these, and `loraover serve parity` those that it can measure."
+    yield "`loraover verify` starts each of these, and `loraover serve parity` those that it can measure."
     lines = ["| `--engine` | engine | what it loads | parity | install |", "| --- | --- | --- | --- | --- |"]
     for name, entry in ENGINES.items():
         is_timed = "yes" if entry.is_timed else "no"

@@ -1,4 +1,4 @@
-"""Write the lines of `loraover export check --json` as a table in Markdown: python summary.py LINES."""
+"""Write the lines of `loraover check --json` as a table in Markdown: python summary.py LINES."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def parse(line: str) -> None:
 def test_make_runs_command_lines_that_parse() -> None:
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     lines = re.findall(r"^\t@?\$\(BIN\)/(loraover(?:-\w+)? .*)", makefile, flags=re.MULTILINE)
-    stages = {" ".join(line.split()[:3]) for line in lines}
-    assert {"loraover export fold", "loraover serve record", "loraover serve parity"} <= stages
+    stages = ("loraover export fold ", "loraover record ", "loraover serve parity ")
+    assert [stage for stage in stages if not any(line.startswith(stage) for line in lines)] == []
     for line in lines:
         parse(line.partition("||")[0])
 

@@ -202,7 +202,7 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
     "Write it again with loraover export convert": [old_experts],
     "write it with loraover export vllm": [stacked_experts],
     "Export one graph for all your adapters: loraover export onnx A B ... --mode swappable": [other_targets],
-    "compare the answers with PyTorch's: loraover serve verify --engine vllm": [unread_release],
+    "compare the answers with PyTorch's: loraover verify --engine vllm": [unread_release],
     "`loraover export convert` makes a plain LoRA of an AdaLoRA": [adalora],
     "`loraover export onnx --mode merged` exports such a model": [classifier],
     "`loraover export convert` makes plain LoRAs of adapters of other kinds": [
@@ -235,7 +235,7 @@ FACTS = (
     "which `loraover export convert` writes as an exact plain LoRA of rank ",
     "loraover train ended without a result",
     "of training batches, which loraover train does not measure",
-    "loraover serve record",
+    "loraover record",
 )
 """Texts that name a command, and do not say to run it."""
 

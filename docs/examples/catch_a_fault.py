@@ -1,6 +1,6 @@
 """Serve an adapter on vLLM beside a copy of it whose scaling was lost, and let the adapter's reference tell them apart.
 
-Usage: python docs/examples/catch_a_fault.py ADAPTER OUTPUT    (ADAPTER: a plain LoRA, after `loraover serve record`)
+Usage: python docs/examples/catch_a_fault.py ADAPTER OUTPUT    (ADAPTER: a plain LoRA, after `loraover record`)
 """
 
 import json

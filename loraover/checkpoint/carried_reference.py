@@ -162,7 +162,7 @@ def keep_reference(
         return
     reason = misfit(reference)
     if reason is not None:
-        say(f"the reference is left out: {reason}; record it again with `loraover serve record`")
+        say(f"the reference is left out: {reason}; record it again with `loraover record`")
         return
     publish_file(place, lambda draft: shutil.copyfile(reference, draft))
     kept = KeptReference(

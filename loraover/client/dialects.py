@@ -2,7 +2,7 @@
 
 A server may take token ids, a text alone, or chats alone; allow 20 logprobs or 5; refuse fields that it does not know;
 and name tokens by their ids or by their texts. This module imports the standard library alone, and is packed into the
-checker of `loraover serve record`.
+checker of `loraover record`.
 """
 
 from __future__ import annotations

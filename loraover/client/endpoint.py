@@ -1,7 +1,7 @@
 """Requests to a server that speaks OpenAI's protocol, such as vLLM.
 
 This module and those that it imports need the standard library alone, and are packed into the checker of
-`loraover serve record`.
+`loraover record`.
 """
 
 from __future__ import annotations

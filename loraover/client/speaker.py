@@ -1,7 +1,7 @@
 """A server, addressed in the dialect in which it answers and by the names that it has for its models.
 
 This module and those that it imports need the standard library alone, and are packed into the checker of
-`loraover serve record`.
+`loraover record`.
 """
 
 from __future__ import annotations

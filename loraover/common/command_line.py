@@ -1,7 +1,7 @@
 """Behaviour that all commands share: help, lazy imports, error messages and exit codes.
 
 The exit code is 0 if the work is done, 1 if a check failed, 2 if the request is unusable, and 130 after Ctrl-C. Checks
-that can be inconclusive also have 3: those of `loraover export fold`, `onnx` and `gguf`, and of `loraover serve verify`
+that can be inconclusive also have 3: those of `loraover export fold`, `onnx` and `gguf`, and of `loraover verify`
 and `parity`.
 """
 

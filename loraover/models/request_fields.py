@@ -30,7 +30,7 @@ def dtype_option(description: str, dtypes: Mapping[str, str], default: str = "fp
 
 def records(product: str) -> Any:
     """Declare the field `record`, with which a verb also records the reference of the adapter that it writes."""
-    return option(f"Also record the reference of {product} beside it, as `loraover serve record` does.", default=False)
+    return option(f"Also record the reference of {product} beside it, as `loraover record` does.", default=False)
 
 
 def device(description: str, default: str = "auto") -> Any:

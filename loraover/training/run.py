@@ -90,7 +90,7 @@ def train(
             begin a run that is not there, and return the result of one that is finished.
         report: Receiver of progress.
         command: Command line for the model card; None: the one of `loraover train` with these arguments.
-        record: Also record the adapter's reference beside it, as `loraover serve record` does, before it is pushed.
+        record: Also record the adapter's reference beside it, as `loraover record` does, before it is pushed.
 
     Returns:
         The contents of `run.json`. What was trained is in `output/adapter`, or `output/model` for method full.

@@ -1,4 +1,4 @@
-"""`loraover export check`: for each engine, the verdict on every kind of adapter, in both forms."""
+"""`loraover check`: for each engine, the verdict on every kind of adapter, in both forms."""
 
 from __future__ import annotations
 

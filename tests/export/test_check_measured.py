@@ -1,4 +1,4 @@
-"""What `loraover export check` says of PEFT and of onnxruntime-genai's builder, from runs of both."""
+"""What `loraover check` says of PEFT and of onnxruntime-genai's builder, from runs of both."""
 
 from __future__ import annotations
 

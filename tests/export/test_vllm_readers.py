@@ -219,7 +219,7 @@ def test_what_vllm_does_with_a_mistake(name: str, vllm: VllmsReading) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_vllm_loads_what_a_check_does_not_call_refused(name: str, vllm: VllmsReading) -> None:
-    """With `test_check.py`, where the verdicts of `loraover export check` are those of the same table."""
+    """With `test_check.py`, where the verdicts of `loraover check` are those of the same table."""
     refused = vllm.refused[f"case {name}"]
     assert (refused is not None) == (EXPECTED["vllm"][name][0] == "refused"), refused
 

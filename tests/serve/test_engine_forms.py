@@ -1,6 +1,6 @@
 """Each engine with adapters of each kind, in PEFT's form and in ours: right, refused, or wrong without a message.
 
-The verdicts are verify's, and those of `loraover export check` agree with them. `make test-engines` writes them into
+The verdicts are verify's, and those of `loraover check` agree with them. `make test-engines` writes them into
 docs/compatibility.md.
 """
 
@@ -108,7 +108,7 @@ def test_an_engine_is_right_or_known_to_be_wrong(
 
 
 def foretold(engine: str, form: str, case: Case) -> str:
-    """The verdict of `loraover export check`, which runs nothing, in the words of verify."""
+    """The verdict of `loraover check`, which runs nothing, in the words of verify."""
     (check,) = check_adapter(case.adapter, engines=engine, model=case.base).engines
     verdict = (check.as_it_is if form == PEFT else check.exported).verdict
     return "as trained" if verdict == "right" else verdict

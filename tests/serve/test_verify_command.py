@@ -1,4 +1,4 @@
-"""`loraover serve verify` and `verify_adapter`: output, exit codes, and requests that cannot be carried out."""
+"""`loraover verify` and `verify_adapter`: output, exit codes, and requests that cannot be carried out."""
 
 from __future__ import annotations
 

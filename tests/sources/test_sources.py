@@ -294,7 +294,7 @@ def test_secrets_of_an_address_are_sent_and_shown_to_nobody(
     secret = address.replace("http://", "http://me:hunter2@") + "/shop?sv=1&sig=hunter2"
     shown = address.replace("http://", "http://***@") + "/shop?sv=***&sig=***"
     request = CheckRequest(secret, engines="vllm")
-    assert request.command() == f"loraover export check '{shown}' --engine vllm"
+    assert request.command() == f"loraover check '{shown}' --engine vllm"
     report = check_adapter(secret, engines="vllm")
     assert report.adapter == shown
     assert all(path.endswith("?sv=1&sig=hunter2") and headers["Authorization"] for path, headers in heard)

@@ -28,10 +28,10 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     adapter, base = GOLDEN / "adapter", GOLDEN / "base"
     for name in NAMES:
         yield f"{name} --version", 0, "version"
-    yield f"loraover export check {adapter} --model {base}", 0, "check passed"
-    yield f"loraover export check {adapter} --model {MODEL} --engine vllm", 0, "check passed"
+    yield f"loraover check {adapter} --model {base}", 0, "check passed"
+    yield f"loraover check {adapter} --model {MODEL} --engine vllm", 0, "check passed"
     yield f"loraover export prepare {adapter} --model {base} --cache prepared", 0, "1 prepared"
-    verify = f"loraover serve verify --reference {adapter} --endpoint {address} --base-name base --served-name"
+    verify = f"loraover verify --reference {adapter} --endpoint {address} --base-name base --served-name"
     yield f"{verify} right", 0, "as trained"
     yield f"{verify} wrong", 1, "served as base"
     yield "loraover doctor --offline", 0, "loraover[torch]"

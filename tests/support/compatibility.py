@@ -29,7 +29,7 @@ INTRODUCTION = """# Compatibility
 
 Look up here which adapters each engine serves as they were trained, and which models were exported and run.
 `make test-engines` writes this page from what the tests ran, on a CPU; nothing here was run on a GPU. Engines that
-cannot run here are [below](#read-not-run). `loraover export check` says what each engine would do with your adapter.
+cannot run here are [below](#read-not-run). `loraover check` says what each engine would do with your adapter.
 
 Versions: {versions}.
 
@@ -49,7 +49,7 @@ model and for the adapter; other engines than servers take one request at a time
 
 {forms}
 
-`loraover export check`, which runs nothing, has to give the same verdict for each cell. It judges the answers for the
+`loraover check`, which runs nothing, has to give the same verdict for each cell. It judges the answers for the
 adapter only, so the cells in which vLLM applies an adapter to the base model's rows are not compared.
 
 The reasons, in the engine's words or verify's:

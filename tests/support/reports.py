@@ -109,7 +109,7 @@ def verification(*results: EngineResult) -> VerifyReport:
         prompt_source="the built-in prompts",
         new_tokens=8,
         device="cpu",
-        command="loraover serve verify " + "a-rather-long-folder-name/" * 9 + "adapter --engine onnx",
+        command="loraover verify " + "a-rather-long-folder-name/" * 9 + "adapter --engine onnx",
         versions={"python": "3.12.3", "torch": "2.13.0"},
         hardware="a processor of some name with several cores",
         date=DAY,
@@ -361,7 +361,7 @@ REPORTS = {
     "inspect": Made("Folder: ", _inspected, lambda: _inspected(is_hostile=True)),
     "fleet": Made(
         "Fleet of adapters",
-        lambda: fleet_page(fleet_report(), "loraover export check adapters.txt"),
+        lambda: fleet_page(fleet_report(), "loraover check adapters.txt"),
         lambda: fleet_page(hostile(fleet_report(), ("address", "kind", "done", "reason")), HOSTILE),
     ),
     "watch": Made(

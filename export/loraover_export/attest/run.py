@@ -165,7 +165,7 @@ def make_statement(adapter: Path) -> Statement:
     if not results:
         raise ExportError(
             f"{adapter}: holds no certificate and no reference, so there is nothing to attest; name the output of an "
-            "export, or record a reference with `loraover serve record`."
+            "export, or record a reference with `loraover record`."
         )
     if any(subject.name not in covered for subject in subjects):
         tests["inconclusive"].append(UNCHECKED)
@@ -262,7 +262,7 @@ def _reference(path: Path, resource: Resource, tests: dict[str, list[str]]) -> R
     """The reference, whose test is whether it decides on a server in bfloat16."""
     reason = misfit(path)
     if reason is not None:
-        raise CheckpointError(f"{reason}; record it again with `loraover serve record`, or remove it.")
+        raise CheckpointError(f"{reason}; record it again with `loraover record`, or remove it.")
     power = json.loads(gzip.decompress(path.read_bytes())).get("power")
     tests["passed" if isinstance(power, dict) and power.get("decides") is True else "inconclusive"].append("reference")
     return resource.model_copy(update={"annotations": reference_digests(path)})

@@ -1,4 +1,4 @@
-"""The commands of many adapters: `loraover export check` and `loraover export prepare`."""
+"""The commands of many adapters: `loraover check` and `loraover export prepare`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class MlxRequest(Request):
 
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. The scaling of every module is in the
     file, rsLoRA and patterns included. An adapter that mlx-lm would apply wrongly is refused.
-    `loraover serve verify --engine mlx` compares mlx-lm's answers with PyTorch's.
+    `loraover verify --engine mlx` compares mlx-lm's answers with PyTorch's.
 
     Exit code 1: a written matrix failed its check, and nothing was written.
     """

@@ -159,7 +159,7 @@ def reference_files(places: Sequence[Path]) -> list[Path]:
     for place in places:
         files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
         if not files:
-            raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover serve record` writes one.")
+            raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover record` writes one.")
         found += files
     return found
 

@@ -11,11 +11,11 @@ from loraover.common.request import AnyPath, Request, argument, option
 class WatchRequest(Request):
     """Check the adapters of CONFIG on their servers again and again, and show which verdict changed.
 
-    CONFIG is a YAML file with servers, and on each of them adapters with the references that `loraover serve record`
+    CONFIG is a YAML file with servers, and on each of them adapters with the references that `loraover record`
     wrote. The history is kept in SQLite. A page has a row for each adapter, and /metrics has the figures for
     Prometheus. The file is read again when it changes, and on SIGHUP. SIGTERM and Ctrl-C end the watch.
 
-    Exit code with --once: that of `loraover serve verify` for the worst verdict.
+    Exit code with --once: that of `loraover verify` for the worst verdict.
     """
 
     verb = "loraover serve watch"

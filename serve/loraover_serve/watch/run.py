@@ -23,7 +23,7 @@ class WatchReport(StrictModel):
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the worst verdict, that of `loraover serve verify`; 0 if there is none."""
+        """Exit code of the worst verdict, that of `loraover verify`; 0 if there is none."""
         found = {check.verdict for check in self.checks}
         return next((code for verdict, code in EXIT_CODES.items() if verdict in found), 0)
 

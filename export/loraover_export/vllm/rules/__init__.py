@@ -93,7 +93,7 @@ def engine(candidate: Candidate) -> Iterator[Problem]:
     if version not in READ:
         yield Problem(
             f"the rules were read from vLLM {READ.since} up to, but not including, {READ.before}; {version} may differ",
-            "compare the answers with PyTorch's: loraover serve verify --engine vllm",
+            "compare the answers with PyTorch's: loraover verify --engine vllm",
             is_warning=True,
         )
     for fault in known_faults().engine:

@@ -105,7 +105,7 @@ def unanswered(error: LoraOverError) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a server from a command line, and return the exit code."""
     parser = argparse.ArgumentParser(description="Check that a server answers as an adapter was trained.")
-    parser.add_argument("reference", type=Path, help="file that loraover serve record wrote")
+    parser.add_argument("reference", type=Path, help="file that loraover record wrote")
     parser.add_argument("url", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--served-name", help="name of the adapter there (default: that of its folder)")
     parser.add_argument("--base-name", help="name of the base model there (default: as listed)")

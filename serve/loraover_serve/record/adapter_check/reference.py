@@ -137,5 +137,5 @@ def read_reference(path: Path) -> Reference:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fault = f"{type(error).__name__}: {error}"
     raise CheckpointError(
-        f"{path}: not a reference that can be used ({fault!s:.300}); record it again: loraover serve record."
+        f"{path}: not a reference that can be used ({fault!s:.300}); record it again: loraover record."
     )
