@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 
 from loraover import Budget, LoraOverConfig
 from loraover.cli import SHORTCUTS
+from loraover.common.extras import INSTALL
 from loraover_serve.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +156,24 @@ def test_the_site_has_a_tab_for_each_stage_and_a_switch_for_the_dark(site: Path)
     assert tabs[:5] == ["Start", "Train", "Export", "Serve", "Check"]
     assert re.findall(r'data-md-color-media="\(prefers-color-scheme: dark\)" data-md-color-scheme="slate"', page)
     assert page.count('name="__palette"') == 3
+
+
+def test_pages_and_messages_install_from_a_clone() -> None:
+    """No package index has a release yet; once one has, `INSTALL` and the pages change together."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    sources = [*PAGES, *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    texts = {
+        path: path.read_text() for path in [*sources, ROOT / "action.yml", *(ROOT / "integrations").rglob("hf-*/*")]
+    }
+    commands = {path: re.findall(r"pip install [^\n`]*", text) for path, text in texts.items()}
+    index = re.compile(r"[ '\"]loraover(?![-\w])")
+    assert [(path, line) for path, lines in commands.items() for line in lines if index.search(line)] == []
+    prefix, _, suffix = INSTALL.removeprefix("pip install ").partition("{}")
+    named = re.compile(rf"{re.escape(prefix)}([\w,]+){re.escape(suffix)}")
+    found = [one.split(",") for path in PAGES for line in commands[path] for one in named.findall(line)]
+    assert len(found) > 8, "pages say it in the words of messages"
+    assert {extra for one in found for extra in one} <= extras.keys()
+    assert INSTALL.format("load") in texts[ROOT / "serve/loraover_serve/vllm/request.py"]
 
 
 def test_every_example_has_all_its_names(tmp_path: Path) -> None:

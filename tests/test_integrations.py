@@ -66,6 +66,15 @@ def test_the_hook_checks_the_folders_of_changed_files(repository: Path) -> None:
 
 
 @pytest.mark.process
+def test_the_action_installs_its_own_checkout() -> None:
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    script = f"python() {{ printf '%s\\n' \"$@\"; }}\n{action['runs']['steps'][0]['run']}"
+    given = {"GITHUB_ACTION_PATH": "/one checkout", "EXTRAS": action["inputs"]["extras"]["default"]}
+    said = subprocess.run(["bash", "-c", script], env=os.environ | given, capture_output=True, text=True)
+    assert said.stdout.splitlines()[-1] == "/one checkout[remote]"
+
+
+@pytest.mark.process
 def test_the_extension_of_hf_checks(repository: Path) -> None:
     script = str(ROOT / "integrations" / "hf-loraover" / "hf-loraover")
     assert ran([script, "adapter", "--engine", "vllm"], repository).returncode == 0

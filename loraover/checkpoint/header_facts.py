@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.checkpoint.model_facts import CONFIG, ModelFacts, ModuleFacts
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.extras import install
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource
 from loraover.sources.hub import http_errors
@@ -96,7 +97,7 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
 
 
 def _needs_torch(source: ModelSource, why: str) -> ConfigError:
-    return ConfigError(f"model: {source.origin}: {why}: pip install 'loraover[torch]'")
+    return ConfigError(f"model: {source.origin}: {why}: {install('torch')}")
 
 
 def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:

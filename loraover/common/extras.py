@@ -19,6 +19,14 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """Extras that bring a package, by the name that it is imported by; the first is named where no command says which."""
 
+INSTALL = 'pip install ".[{}]"'
+"""Command that installs an extra, in a clone: no package index has a release yet."""
+
+
+def install(extra: str) -> str:
+    """Return how an extra is installed, in words that messages and `loraover doctor` show."""
+    return f"{INSTALL.format(extra)} in a clone of LoRA-Over"
+
 
 def missing_package(error: BaseException, extra: str | None = None) -> str | None:
     """Return what to install after an import that failed; None of any other error.
@@ -30,4 +38,4 @@ def missing_package(error: BaseException, extra: str | None = None) -> str | Non
     if not isinstance(error, ModuleNotFoundError) or error.name not in EXTRAS:
         return None
     extras = EXTRAS[error.name]
-    return f"this needs {error.name}: pip install 'loraover[{extra if extra in extras else extras[0]}]'"
+    return f"this needs {error.name}: {install(extra if extra in extras else extras[0])}"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from loraover.common.errors import ConfigError
+from loraover.common.extras import install
 from loraover.common.request import as_written
 
 
@@ -23,7 +24,7 @@ def ray_cluster(address: str) -> Iterator[Any]:
     try:
         import ray as imported
     except ImportError as error:
-        raise ConfigError(f"{as_written('ray')} needs Ray: pip install 'loraover[ray]'.") from error
+        raise ConfigError(f"{as_written('ray')} needs Ray: {install('ray')}.") from error
     ray: Any = imported
     where = None if address == "local" else address
     try:

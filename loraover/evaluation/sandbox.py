@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 
 from loraover.common.errors import ConfigError
+from loraover.common.extras import install
 
 NOBODY = 65534
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix", "/etc/ld.so.cache")
@@ -231,8 +232,7 @@ def _filter() -> bytes:
         import pyseccomp as seccomp
     except (ImportError, RuntimeError) as error:  # the package, and the library that it calls
         raise ConfigError(
-            f"running generated code needs libseccomp ({error}): pip install 'loraover[eval]'; "
-            "apt-get install libseccomp2"
+            f"running generated code needs libseccomp ({error}): {install('eval')}; apt-get install libseccomp2"
         ) from error
     refuse = seccomp.ERRNO(errno.EPERM)
     rules = seccomp.SyscallFilter(seccomp.ALLOW)

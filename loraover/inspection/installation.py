@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.common.errors import ConfigError
-from loraover.common.extras import missing_package
+from loraover.common.extras import install, missing_package
 from loraover.common.later import has_torch, torch
 from loraover.common.verb import verb
 from loraover.common.version import __version__
@@ -128,7 +128,7 @@ def missing_extras(extras: Iterable[str], requirements: Iterable[str]) -> list[E
         Extra(
             name=name,
             missing=[found.name for found in _packages(name, conditional) if not _is_installed(found)],
-            install=f"pip install 'loraover[{name}]'",
+            install=install(name),
         )
         for name in extras
         if name not in FOR_DEVELOPERS

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraover.common.extras import install
 from loraover.sources.cache import Entry, SourceError, Store, are_wanted
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class RemoteStore(Store):
         except ImportError as error:
             package = PACKAGES.get(address.scheme, "fsspec")
             raise SourceError(
-                f"{address}: this needs {package}, which is not installed ({error}): pip install "
-                f"{repr('loraover[remote]') if package in ('s3fs', 'fsspec') else package}"
+                f"{address}: this needs {package}, which is not installed ({error}): "
+                f"{install('remote') if package in ('s3fs', 'fsspec') else f'pip install {package}'}"
             ) from error
 
     def entries(self, wanted: tuple[str, ...]) -> Mapping[str, Entry]:

@@ -17,6 +17,7 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError, DataError
+from loraover.common.extras import install
 from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
@@ -247,7 +248,7 @@ def _soap(recipe: Recipe) -> Any:
     try:
         import pytorch_optimizer
     except ImportError as error:
-        raise ConfigError(f"training.optim {SOAP} needs pytorch-optimizer: pip install 'loraover[{SOAP}]'.") from error
+        raise ConfigError(f"training.optim {SOAP} needs pytorch-optimizer: {install(SOAP)}.") from error
     if unread := [key for key in recipe.training.model_extra or {} if key.startswith("adam_")]:
         raise ConfigError(f"training.{unread[0]}: optim {SOAP} takes its options from optim_args alone; leave it out.")
     known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})

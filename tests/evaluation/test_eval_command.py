@@ -26,7 +26,7 @@ from support.tiny_models import tiny_llama, with_lora
 
 pytestmark = pytest.mark.process
 
-pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 
 @pytest.fixture(scope="module")

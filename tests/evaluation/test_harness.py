@@ -29,7 +29,7 @@ from support.tiny_models import with_lora
 
 pytestmark = pytest.mark.process
 
-pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
 SUMS = [
     {"question": f"what is {i} plus {i}?", "answer": f"it is <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}

@@ -239,7 +239,7 @@ def test_every_certificate_beside_an_adapter_counts(adapter: Path) -> None:
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path, Path]:
     """A private key, its public key, and another public key."""
-    pytest.importorskip("model_signing", reason="model-signing is missing: pip install 'loraover[sign]'")
+    pytest.importorskip("model_signing", reason="the extra sign is not installed")
     from cryptography.hazmat.primitives.asymmetric import ec
 
     mine, other = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from loraover.common.errors import ExportError
+from loraover.common.extras import install
 from loraover_export import check_adapter
 from loraover_export.gguf import check, run
 from loraover_export.gguf.base import write_base
@@ -231,4 +232,4 @@ def test_an_engine_that_is_not_installed_is_named(
     monkeypatch.setattr(run, "load_library", missing)
     monkeypatch.setattr(check, "load_model", None)
     message = refused("gguf", source, "--base-gguf", made.base_gguf)
-    assert message == "error: this needs llama_cpp_py_sync: pip install 'loraover[llamacpp]'"
+    assert message == f"error: this needs llama_cpp_py_sync: {install('llamacpp')}"

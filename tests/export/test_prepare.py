@@ -89,7 +89,7 @@ def test_each_kind_answers_as_peft_does(name: str, folder: Path, tmp_path: Path)
 
 def test_every_engine_gets_its_form(folder: Path, tmp_path: Path) -> None:
     """The graph of ONNX Runtime is in `test_an_adapter_for_an_existing_graph`."""
-    pytest.importorskip("gguf", reason="pip install 'loraover[llamacpp]'")
+    pytest.importorskip("gguf", reason="the extra llamacpp is not installed")
     for engine in ENGINES.keys() - {"onnx"}:
         found = prepare_adapter(folder / "loha", tmp_path, model=folder / "base", engine=engine)
         assert found.rank == 4

@@ -109,7 +109,7 @@ def test_names_of_matrices_are_those_of_the_gguf_package(family: str) -> None:
 def test_other_models_need_torch(change: dict[str, object], message: str, tmp_path: Path) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=rf"{message}.*pip install 'loraover\[torch\]'"):
+    with pytest.raises(ConfigError, match=rf'{message}.*pip install "\.\[torch\]"'):
         facts_of_headers(resolve_model(str(tmp_path)), tmp_path / "config.json")
 
 

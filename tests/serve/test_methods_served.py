@@ -21,7 +21,7 @@ from support.tiny_hub import write_recipe
 from support.verified import save_base
 from support.vllm_command import assert_as_trained, vllm_command
 
-pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+pytest.importorskip("opacus", reason="the extra private is not installed")
 
 pytestmark = pytest.mark.matrix
 

@@ -291,7 +291,7 @@ def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
 def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
     recorded: Path, reference: Reference, tmp_path: Path
 ) -> None:
-    pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
+    pytest.importorskip("prometheus_client", reason="the extra watch is not installed")
     state = {"steady": RIGHT, "lost": RIGHT, "locked": RIGHT}
     with (
         openai_server(FromReference(reference, state.__getitem__), NAMES) as server,

@@ -72,7 +72,7 @@ def test_promtool_takes_the_rules(words: list[str]) -> None:
 
 
 def test_promtool_takes_the_metrics_and_the_configuration(canary: Canary) -> None:
-    pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
+    pytest.importorskip("prometheus_client", reason="the extra watch is not installed")
     metrics = Metrics(canary, lambda: NOW).text()
     done = subprocess.run([debian("promtool"), "check", "metrics"], input=metrics, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -83,7 +83,7 @@ def test_promtool_takes_the_metrics_and_the_configuration(canary: Canary) -> Non
 @pytest.mark.process
 def test_prometheus_reads_the_watch_and_fires_its_alert(recorded: Path, tmp_path: Path) -> None:
     """The real one, with our rules, asks a watch whose server has lost an adapter."""
-    pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
+    pytest.importorskip("prometheus_client", reason="the extra watch is not installed")
     program, port, reference = debian("prometheus"), free_port(), read_reference(recorded)
     state = {"shop": RIGHT, "news": AS_BASE}
     listed = {"base": None, "shop": "base", "news": "base"}
@@ -121,7 +121,7 @@ def firing(prometheus: str) -> list[tuple[str, ...]]:
 
 
 def test_rules_dashboard_and_page_name_figures_of_the_watch(canary: Canary) -> None:
-    pytest.importorskip("prometheus_client", reason="prometheus_client is missing: pip install 'loraover[watch]'")
+    pytest.importorskip("prometheus_client", reason="the extra watch is not installed")
     text = Metrics(canary, lambda: NOW).text().decode()
     shown = set(re.findall(r"^(loraover_watch_\w+)", text, re.M))
     assert len(re.findall(r"^loraover_watch_verdict\{.*\} 1.0$", text, re.M)) == len(canary.targets())

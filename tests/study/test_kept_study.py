@@ -291,15 +291,15 @@ def test_a_further_study_of_the_gauge_takes_the_runs_that_are_the_same(target: s
 def test_every_method_has_an_optimizer_that_takes_its_settings(target: str) -> None:
     for recipe in {run.method: run.recipe for run in planned(target)[0]}.values():
         if recipe.training.optim == "soap":
-            pytest.importorskip("pytorch_optimizer", reason="pip install 'loraover[soap]'")
+            pytest.importorskip("pytorch_optimizer", reason="the extra soap is not installed")
         if (make := _optimizer(recipe, TrainingArguments())) is not None:
             make(with_lora(tiny_llama()))
 
 
 @by_make
 def test_federated_keeps_to_its_budget_and_to_the_rows_of_the_others() -> None:
-    federated = pytest.importorskip("loraover.training.methods.federated", reason="pip install 'loraover[private]'")
-    pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+    federated = pytest.importorskip("loraover.training.methods.federated", reason="the extra private is not installed")
+    pytest.importorskip("opacus", reason="the extra private is not installed")
     runs, *_ = planned("study-papers")
     one = next(one.recipe for one in runs if one.recipe.method == "federated")
     batch, plain = one.training.per_device_train_batch_size, runs[0].recipe.training

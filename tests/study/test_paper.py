@@ -149,7 +149,7 @@ def test_a_table_of_two_models_is_scored_by_its_benchmark(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     table = asked.table
     command = words(table, tmp_path, bases, *asked.options, "--methods", ",".join(methods))
     assert run(cli, command) == 0
@@ -175,7 +175,7 @@ def test_a_table_of_two_models_is_scored_by_its_benchmark(
 def test_a_benchmark_that_fails_leaves_no_score(
     bases: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
     def failing(function: Any, request: Any) -> None:
         found = evaluate.__wrapped__(request)  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def test_a_benchmark_that_fails_leaves_no_score(
 
 def test_adapters_at_the_chosen_rate_alone_are_scored(bases: dict[str, list[Path]], tmp_path: Path) -> None:
     """Also those of seeds that are added to a study that is finished, and after other questions."""
-    pytest.importorskip("lm_eval", reason="pip install 'loraover[eval]'")
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     one, more = {"llama": bases["llama"][:1]}, [*asking(sums(tmp_path)), "--methods", "lora"]
     for seeds in (1, 2):
         command = words("paper-gsm8k", tmp_path, one, *more, seeds=seeds, sweep="1e-4,1e-2")

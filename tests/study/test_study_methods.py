@@ -13,7 +13,7 @@ from loraover.study.outcome import execute
 from loraover.study.report import StudyReport
 from loraover.training.recipe import load_recipe
 
-pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+pytest.importorskip("opacus", reason="the extra private is not installed")
 
 pytestmark = pytest.mark.process
 

@@ -34,11 +34,11 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     verify = f"loraover verify --reference {adapter} --endpoint {address} --base-name base --served-name"
     yield f"{verify} right", 0, "as trained"
     yield f"{verify} wrong", 1, "served as base"
-    yield "loraover doctor --offline", 0, "loraover[torch]"
+    yield "loraover doctor --offline", 0, 'pip install ".[torch]"'
     prepare = f"loraover export prepare {adapter} --model {base} --cache other"
-    yield f"{prepare} --engine mlx", 2, "pip install 'loraover[torch]'"
-    yield f"loraover export fold {adapter} -o folded", 2, "pip install 'loraover[torch]'"
-    yield "loraover train demo -o run", 2, "pip install 'loraover[train]'"
+    yield f"{prepare} --engine mlx", 2, 'pip install ".[torch]"'
+    yield f"loraover export fold {adapter} -o folded", 2, 'pip install ".[torch]"'
+    yield "loraover train demo -o run", 2, 'pip install ".[train]"'
 
 
 def show_every_help() -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from loraover.cli import cli
 from loraover.common.command_line import run
+from loraover.common.extras import install
 from loraover.inspection import installation
 from loraover.inspection.installation import ListedEngine, check_installation, find_engines, missing_extras
 
@@ -57,7 +58,7 @@ def test_engines_come_from_the_packages_that_have_them() -> None:
 
 def test_extras_that_lack_a_package_say_how_to_get_it() -> None:
     train, other, more = missing_extras(["train", "eval", "all", "dev"], REQUIREMENTS)
-    assert (train.name, train.missing, train.install) == ("train", ["no-such-package"], "pip install 'loraover[train]'")
+    assert (train.name, train.missing, train.install) == ("train", ["no-such-package"], install("train"))
     assert (other.name, other.missing) == ("eval", ["click"])  # too old; the other one is for another system
     assert (more.name, more.missing) == ("all", ["click"])  # of the extra that it names
 

@@ -26,7 +26,7 @@ from support.tiny_hub import save_llama, tiny_tokenizer, write_recipe
 from support.tiny_models import VOCABULARY, lora_matrices, tiny_llama, with_lora
 from support.trained_run import matrices, metrics
 
-pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+pytest.importorskip("opacus", reason="the extra private is not installed")
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -252,5 +252,5 @@ def test_a_plan_counts_the_rows_and_moments_of_all_clients(base: Path, tmp_path:
 
 def test_opacus_that_is_missing_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opacus", None)
-    with pytest.raises(ConfigError, match=r"pip install 'loraover\[private\]'"):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[private\]"'):
         loraover.train(make(tmp_path / "r.yaml", base, clients=2), tmp_path / "out")

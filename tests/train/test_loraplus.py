@@ -21,7 +21,7 @@ RATE, RATIO = 1e-3, 4.0
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "soap"])
 def test_b_has_a_multiple_of_the_rate_and_embeddings_have_the_rate(optim: str, recipe: Path) -> None:
     if optim == "soap":
-        pytest.importorskip("pytorch_optimizer", reason="pip install 'loraover[soap]'")
+        pytest.importorskip("pytorch_optimizer", reason="the extra soap is not installed")
     rates = {"training.learning_rate": RATE, "training.loraplus_lr_ratio": RATIO}
     asked = load_recipe(recipe, {**rates, "training.optim": optim, "method": "lora"})
     model = with_lora(tiny_llama(), target_modules=["embed_tokens", "q_proj"])

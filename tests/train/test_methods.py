@@ -126,7 +126,7 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
 @pytest.mark.parametrize(("method", "case"), [(method, case) for method, cases in REFUSED.items() for case in cases])
 def test_what_a_method_cannot_train_is_refused(method: str, case: str, base: Path, tmp_path: Path) -> None:
     if method == "federated":
-        pytest.importorskip("opacus", reason="pip install 'loraover[private]'")
+        pytest.importorskip("opacus", reason="the extra private is not installed")
     changes, message = REFUSED[method][case]
     parts = {"method": method, method: SETTINGS[method], "training": {"max_steps": 5}}
     recipe = write_recipe(tmp_path / "r.yaml", base, **parts)

@@ -12,6 +12,7 @@ from threading import Thread
 import psutil
 import pytest
 
+from loraover.common.extras import install
 from loraover.training.run_result import read_run
 
 from support.train_command import STEPS, train
@@ -28,7 +29,7 @@ HALF = (*ROWS, "--set", "training.gradient_accumulation_steps=1")
     [
         (["--workers", "2"], None, "--workers needs --ray, which is missing"),
         (["--ray", "local", "--plan"], None, "give the command without --plan"),
-        (["--ray", "local"], None, "--ray needs Ray: pip install 'loraover[ray]'"),
+        (["--ray", "local"], None, f"--ray needs Ray: {install('ray')}"),
         (["--ray", "local"], "0", "give the command without a launcher"),
     ],
 )

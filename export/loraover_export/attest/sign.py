@@ -1,4 +1,4 @@
-"""Signatures of the files of an adapter's folder, by model-signing of OpenSSF (`pip install 'loraover[sign]'`)."""
+"""Signatures of the files of an adapter's folder, by model-signing of OpenSSF (extra `sign`)."""
 
 from __future__ import annotations
 

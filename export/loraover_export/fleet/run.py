@@ -10,7 +10,7 @@ from typing import Any
 
 from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
-from loraover.common.extras import missing_package
+from loraover.common.extras import install, missing_package
 from loraover.common.later import has_torch
 from loraover.common.paths import without_secrets
 from loraover.common.strict_json import read_json
@@ -79,7 +79,7 @@ def prepare_fleet(request: PrepareRequest) -> FleetReport:
     """
     named, rules = request.named("engine", request.engine), engine_of(request.engine)
     if rules.extra is not None and not has_torch():
-        raise ConfigError(f"{named} needs PyTorch: pip install 'loraover[{rules.extra}]'")
+        raise ConfigError(f"{named} needs PyTorch: {install(rules.extra)}")
     if rules.model_is is not None and request.model is None:
         raise ConfigError(f"{named} needs {request.named('model')}: {rules.model_is}.")
     cache = request.cache.absolute()

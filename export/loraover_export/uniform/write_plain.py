@@ -14,6 +14,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir, site_name
 from loraover.checkpoint.tensor_file import header_of, open_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.errors import ExportError, FoldError
+from loraover.common.extras import install
 from loraover_export.numerics.delta import is_power_of_two
 from loraover_export.numerics.matrix_certificate import Errors, MatrixCertificate, Underflow, certify_parts
 
@@ -64,7 +65,7 @@ def write_plain(
         FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
     """
     if adapter.stacks:
-        raise ExportError(f"{adapter.path}: it adapts stacked experts: pip install 'loraover[torch]'")
+        raise ExportError(f"{adapter.path}: it adapts stacked experts, which needs PyTorch: {install('torch')}")
     storage, certificates = STORAGE[dtype], []
     written: dict[str, NDArray[np.generic]] = {}
     with open_tensors(adapter.tensors_path) as source:

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loraover.common.errors import ConfigError
+from loraover.common.extras import install
 from loraover.common.reporter import Reporter
 from loraover.common.strict_json import StrictModel
 from loraover.data.formats import Row
@@ -97,7 +98,7 @@ class Federated(TrainingMethod):
         try:
             import opacus
         except ImportError as error:
-            raise ConfigError("method federated needs Opacus: pip install 'loraover[private]'.") from error
+            raise ConfigError(f"method federated needs Opacus: {install('private')}.") from error
         self._accountant = f"RDP accountant of Opacus {opacus.__version__}"
 
     @classmethod

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError, LoraOverError
+from loraover.common.extras import install
 from loraover.models.load import ModelSource
 from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row, last_rows
 from loraover_serve.engines.installed import installed_version
@@ -91,7 +92,7 @@ class Engine(ABC):
     reported: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Packages whose versions a report has, each with its distributions."""
 
-    hint: ClassVar[str] = "pip install 'loraover[serve]'"
+    hint: ClassVar[str] = install("serve")
     """How it is installed."""
 
     is_one_model: bool = False

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from loraover.common.errors import ExportError, OutputError
+from loraover.common.extras import install
 from loraover.models.load import load_model
 from loraover_export.gguf.llamacpp import LlamaCppModel, check_pair
 from loraover_serve.engines.answers import ADAPTER, BASE
@@ -25,7 +26,7 @@ class LlamaCppEngine(LogitEngine):
 
     distributions = ("llama-cpp-py-sync",)
     needs = ("gguf",)
-    hint = "pip install 'loraover[llamacpp]'"
+    hint = install("llamacpp")
 
     def __init__(self, running: Mapping[str, LlamaCppModel]) -> None:
         self._running = running

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import EngineError, ExportError
+from loraover.common.extras import install
 from loraover.models.load import ModelSource
 from loraover_serve.comparison.adapters import make_idle
 from loraover_serve.engines.answers import BASE
@@ -56,7 +57,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
     distributions = ("onnxruntime-genai", "onnxruntime-genai-cuda")
     needs = ("onnx",)
     reported: ClassVar = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "onnxruntime-genai": distributions}
-    hint = "pip install 'loraover[export]'"
+    hint = install("export")
 
     def __init__(self, name: str, arms: Mapping[str, OnnxArm]) -> None:
         self.name, self.arms = name, tuple(arms)

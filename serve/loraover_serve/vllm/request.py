@@ -92,7 +92,8 @@ class ServeRequest(ServerRequest):
 
     With --adapters, every adapter in a folder is served by its name: those of other kinds than LoRA too, and those that
     are put there later. Each is prepared at the first request for it, or refused with the reason, and served anew when
-    its folder has changed. vLLM's environment needs this package for that: pip install 'loraover[load]'.
+    its folder has changed. vLLM's environment needs this package for that: pip install ".[load]" in a clone of
+    LoRA-Over.
 
     Words after -- are passed to `vllm serve`, except options that this command sets itself, such as --port.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError, EngineError
+from loraover.common.extras import install
 from loraover.common.hosts import is_near
 from loraover.common.reporter import Reporter
 from loraover.common.verb import verb
@@ -109,8 +110,7 @@ def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
         found = server.request("/v1/adapters")
     except EngineError as error:
         raise EngineError(
-            f"the server of {request.vllm} has no plug-in: {error} Install it in vLLM's environment with "
-            "`pip install 'loraover[load]'`."
+            f"the server of {request.vllm} has no plug-in: {error} Install it in vLLM's environment: {install('load')}."
         ) from error
     if request.reload and not found.get("reloads"):
         request.report.line(

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, in the text format of prometheus_client (`pip install 'loraover[watch]'`)."""
+"""Figures for Prometheus, in the text format of prometheus_client (extra `watch`)."""
 
 from __future__ import annotations
 
