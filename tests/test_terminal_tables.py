@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from loraover.checkpoint.metadata import Meta
+from loraover.common.extras import install
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation
 from loraover.inspection.folder import read_schedule
-from loraover.inspection.installation import Installation, ListedEngine
+from loraover.inspection.installation import Extra, Installation, ListedEngine
 from loraover.inspection.request import DoctorRequest
 from loraover.inspection.show import show_installation
+from loraover.reporting.reporter import print_rows
 from loraover.reporting.schedule_map import show_schedule
 from loraover.study.power import PowerReport, TaskPower
 from loraover.study.request import StudyRequest
@@ -283,33 +285,41 @@ class Terminal(Console):
 
 
 def test_rows_of_names_and_values_are_broken_between_words() -> None:
-    install = "pip install openvino-genai 'optimum-intel[openvino]', in an environment of its own"
+    command = "pip install openvino-genai 'optimum-intel[openvino]', in a separate environment"
     engine = ListedEngine(
-        name="OpenVINO GenAI", version=None, takes="adapters of `loraover export vllm`", install=install
+        name="OpenVINO GenAI", version=None, takes="adapters of `loraover export vllm`", install=command
     )
     found = partly(
         Installation,
         python="3.11",
         devices=[],
         libraries={},
-        extras=[],
+        extras=[
+            Extra(name="train", missing=[], install=install("train")),
+            Extra(name="watch", missing=[], install=install("watch")),
+            Extra(name="vllm", missing=["vllm"], install=install("vllm")),
+        ],
         hub="reached",
         sandbox="ready",
         engines=[engine],
         faults=[],
     )
-    for console in (terminal := Terminal(), whole := Tables()):
+    for console in (terminal := Terminal(), pipe := Console(file=io.StringIO(), width=COLUMNS)):
         show_installation(found, DoctorRequest(), console)
     assert max(map(len, terminal.lines)) <= COLUMNS
     assert [line[:19].rstrip() for line in terminal.lines] == [
         "python",
+        "extras complete",
+        "extra vllm",
         "hub",
         "HumanEval sandbox",
         "OpenVINO GenAI",
         "",
         "",
     ]
-    assert len(shown_on(whole).splitlines()) == 4, "files and pipes get each value on one line"
+    assert shown_on(pipe).splitlines() == terminal.lines, "what is copied into an issue fits, too"
+    print_rows(whole := Tables(), [("name", "word " * 40)])
+    assert len(shown_on(whole).splitlines()) == 1, "values that are read by programs stay on one line"
 
 
 def test_runs_side_by_side_take_several_lines_but_lose_nothing() -> None:

@@ -11,6 +11,8 @@ from loraover.reporting.request_command import request_command
 from loraover.training.request import TrainRequest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from loraover.training.recipe import Recipe
@@ -90,6 +92,15 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
     report.line(f"{made.name}: {made}")
     if as_json:
         ranks.write(print, result.model_dump_json(indent=1))
+    else:
+        ranks.write(_show_next, folder, console)
+
+
+def _show_next(folder: Path, console: Console) -> None:
+    from loraover.inspection.folder import inspect_folder
+    from loraover.inspection.show import show_next_steps
+
+    show_next_steps(inspect_folder(folder), console)
 
 
 train = request_command(TrainRequest, _run)

@@ -94,12 +94,14 @@ def show_installation(found: Installation, request: DoctorRequest, console: Cons
     rows: list[tuple[str, str]] = [("python", found.python)]
     rows += [("device", device.describe()) for device in found.devices]
     rows += [(f"  {name}", version or "missing") for name, version in found.libraries.items()]
+    complete = [extra.name for extra in found.extras if not extra.missing]
+    rows += [("extras complete", ", ".join(complete))] if complete else []
     for extra in found.extras:
-        lacks = f"missing {', '.join(extra.missing)}: {extra.install}" if extra.missing else "complete"
-        rows.append((f"extra {extra.name}", lacks))
+        if extra.missing:
+            rows.append((f"extra {extra.name}", f"missing {', '.join(extra.missing)}: {extra.install}"))
     rows += [("hub", found.hub), ("HumanEval sandbox", found.sandbox)]
     for engine in found.engines:
         state = f"not installed: {engine.install}" if engine.version is None else engine.version
         rows.append((engine.name, f"{state}; takes {engine.takes}" if engine.takes else state))
     rows += [("engines", fault) for fault in found.faults]
-    print_rows(console, rows)
+    print_rows(console, rows, wraps=True)

@@ -96,16 +96,21 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
     console.print(_shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Print names and values, one below the other; a terminal's lines are broken between words, and no others.
+def print_rows(console: Console, rows: Sequence[tuple[str, str]], *, wraps: bool = False) -> None:
+    """Print names and values, one below the other; a terminal's lines are broken between words.
 
     Args:
         console: Console to print to.
         rows: Names and values, which may quote a file.
+        wraps: Whether lines are broken in files and pipes too.
     """
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:
-        lines = wrap(value, max(console.width - width, 20)) if console.is_terminal else [value]
+        lines = (
+            wrap(value, max(console.width - width, 20), break_on_hyphens=False)
+            if console.is_terminal or wraps
+            else [value]
+        )
         print_line(console, f"{name:<{width}}" + f"\n{' ' * width}".join(lines))
 
 

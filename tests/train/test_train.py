@@ -67,7 +67,7 @@ def test_the_command_says_where_the_model_is(recipe: Path, tmp_path: Path, capsy
     settings = ("--set", "evaluation.before=false", "--set", "training.bf16=true")
     assert train(recipe, out, "--method", "full", "--steps", 1, *settings) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == f"model: {out / 'model'}"
+    assert printed[printed.index("Next:") - 1] == f"model: {out / 'model'}"
     assert any("numbers are trained in bfloat16" in line for line in printed)
     assert (out / "model" / "README.md").is_file()
 
@@ -250,6 +250,11 @@ def test_progress_is_printed_without_json(recipe: Path, tmp_path: Path, capfd: p
     assert len(re.findall(r"tokens/s.* left$", printed, re.MULTILINE)) == STEPS - 2  # the first has no rate
     assert f"adapter: {tmp_path / 'out' / 'adapter'}" in printed.splitlines()
     assert "\x1b" not in printed
+    capfd.readouterr()
+    assert run(cli, ["inspect", str(tmp_path / "out")]) == 0
+    inspected = capfd.readouterr().out
+    assert "loraover export fold" in inspected
+    assert printed.endswith(inspected[inspected.index("Next:") :]), "the steps that inspect names"
 
 
 def test_tensorboard_writes_events_into_the_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

