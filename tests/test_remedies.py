@@ -267,6 +267,25 @@ def test_every_message_with_a_command_has_a_row() -> None:
     assert any(text.startswith(COMPLETE) for text in found)
 
 
+RIDDLES = re.compile(
+    r"(?<!there )\b(?:is|are) no (?!longer|such)|\bof (?:its|their) own\b|\bgo(?:es)? on\b|\bgone o"
+    r"|\b(?:ends|means) nothing|\bnats remain|\bleft behind"
+    r"|\b(?:none|it|one) says\b|\bholds until\b|\bquestion whether\b"
+)
+"""Idioms of ours that a reader whose first language is not English has to guess."""
+
+
+def test_no_message_and_no_help_text_is_a_riddle() -> None:
+    found = []
+    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and node not in docstrings]
+        helps = [ast.get_docstring(one) for one in nodes if isinstance(one, ast.ClassDef) and "Request" in one.name]
+        found += [(path.name, one) for one in (*texts, *helps) if isinstance(one, str) and RIDDLES.search(one)]
+    assert found == []
+
+
 CASES = [(part, case) for part, cases in REMEDIES.items() for case in cases] + [(COMPLETE, patterns)]
 MARKS: dict[Callable[[Path], Case], list[pytest.MarkDecorator]] = {
     other_targets: [pytest.mark.engine, pytest.mark.matrix],

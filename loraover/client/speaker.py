@@ -99,7 +99,8 @@ class Speaker:
             if any(answer.tops):
                 return dialect
             refusals.insert(0, self.without_logprobs(model))
-        raise refusals[0] if refusals else EngineError(f"{self.endpoint.url}: no question has a form that it takes.")
+        no_form = f"{self.endpoint.url}: none of the questions can be sent in a form that the server takes."
+        raise refusals[0] if refusals else EngineError(no_form)
 
     @staticmethod
     def without_logprobs(model: str) -> UnscoredError:

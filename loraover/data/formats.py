@@ -439,7 +439,8 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
     value = row.get(name)
     if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{where}: field {name!r} is {reprlib.repr(value)}, expected text.")
+        wrong = "is an empty list, expected messages" if value == [] else f"is {reprlib.repr(value)}, expected text"
+        raise DataError(f"{where}: field {name!r} {wrong}.")
     if isinstance(value, list) and not all(map(_is_message, value)):
         raise DataError(f"{where}: field {name!r} is not a list of objects with role and content, both text.")
     check_encodes(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str), name, where)

@@ -120,7 +120,7 @@ class MtBench(Task):
         return {
             "prompt": IN_CHAT_TEMPLATE if uses_chat(request, tokenizer) else "Alpaca's",
             "judge": f"{judge.name} at {judge.endpoint.api}",
-            "note": "a rating means nothing without the name of its judge",
+            "note": "ratings of different judges cannot be compared",
         }
 
 

@@ -64,7 +64,7 @@ class EvaluationRequest(Request):
         least=1,
     )
     apply_chat_template: bool | None = option(
-        "Put questions into the tokenizer's chat template, or not.",
+        "Whether to put the questions into the tokenizer's chat template.",
         default=None,
         default_text="yes if the tokenizer has one",
     )

@@ -40,6 +40,4 @@ class DoctorRequest(Request):
     )
     json_help = "Print what was found as JSON."
 
-    offline: bool = option(
-        "Skip the question whether the Hugging Face hub can be reached, which takes up to three seconds.", default=False
-    )
+    offline: bool = option("Do not try to reach the Hugging Face hub, which takes up to three seconds.", default=False)

@@ -29,7 +29,7 @@ def keeps_private(needs: str | None = PUSH) -> Any:
     Args:
         needs: Name of the field that has to be given with this one; None: a recipe may have it.
     """
-    return option("If the upload makes the repository, make it private.", default=False, needs=needs)
+    return option("Make the repository private if the upload creates it.", default=False, needs=needs)
 
 
 def check_repository(repository: str) -> None:

@@ -159,7 +159,8 @@ def _settings(task: StudyTask, method: str, given: dict[str, Any]) -> dict[str, 
     shared = given | task.settings
     name, *own = split_outside_brackets(method, ":")
     if name not in METHOD_SETTINGS:
-        raise ConfigError(f"{StudyRequest.named('methods')}: {name!r} is none of {', '.join(METHOD_SETTINGS)}.")
+        known = ", ".join(METHOD_SETTINGS)
+        raise ConfigError(f"{StudyRequest.named('methods')}: {name!r} is unknown, expected one of {known}.")
     part = "over" if name == "lora-over" else "lora"
     chosen = {
         key if key.startswith(RECIPE_PARTS) else f"{part}.{key}": value for key, value in map(parse_override, own)

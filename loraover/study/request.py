@@ -237,12 +237,12 @@ class StudyRequest(Request):
         are_different=True,
     )
     benchmark: str | None = option(
-        "Benchmark whose score every adapter that judges gets, see docs/evaluation.md.",
+        "Benchmark on which every adapter that counts in the verdict is scored, see docs/evaluation.md.",
         default=None,
         choices=tuple(TASKS),
     )
     benchmark_settings: Mapping[str, Any] | None = values_by_key(
-        "Option of an evaluation for the benchmark, such as limit=100 or judge_url=URL.", "--ask"
+        "Option of the command eval for the benchmark, such as limit=100 or judge_url=URL.", "--ask"
     )
     jobs: int = option("Number of runs at the same time on this machine.", default=1, least=1, is_recorded=False)
     ray: str | None = ray_address("the runs")
@@ -252,13 +252,13 @@ class StudyRequest(Request):
         metavar="STUDY",
     )
     power: AnyPath | None = option(
-        "Folder of a pilot or kept study. Print the smallest difference that this study would see with its spread, and "
-        "train nothing.",
+        "Folder of an earlier study, such as a pilot. Print the smallest difference that this study could detect, if "
+        "its results vary as much as there, and train nothing.",
         default=None,
         metavar="STUDY",
     )
     plan: bool = option(
-        "Print how many runs the study needs, with their memory, and their time if it can be tried, and train nothing.",
+        "Print the number of runs that the study needs, their memory, and their time after a trial, and train nothing.",
         default=False,
         is_recorded=False,
     )

@@ -54,10 +54,11 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Rep
         studied = LEARNING_RATES[key]
         values["learning_rate"] = float(f"{studied * STUDIED_WIDTH / text.hidden_size:.2g}")
         ranks = STUDIED_RANKS.get(key, "rank 8")
-        best = "is usual for full at" if key == "full" else f"was best for {key} at {ranks} and"
+        best = "the usual rate of method full" if key == "full" else f"the best rate of {key} at {ranks}"
         report.line(
-            f"training.learning_rate: {values['learning_rate']:g}, the {studied:g} that {best} width "
-            f"{STUDIED_WIDTH}, times {STUDIED_WIDTH} / {text.hidden_size}, this model's width"
+            f"training.learning_rate: {values['learning_rate']:g}. At hidden size {STUDIED_WIDTH}, {best} is "
+            f"{studied:g}; this model's hidden size is {text.hidden_size}, so it is multiplied by {STUDIED_WIDTH} / "
+            f"{text.hidden_size}"
         )
     if training.warmup_steps is None:
         values["warmup_steps"] = 0.0 if training.lr_scheduler_type == "constant" else WARMUP

@@ -269,7 +269,7 @@ SPLITS = ("wrapped", "bfd_split", "bfd-requeue")
 
 def _report_lengths(found: Lengths, recipe: Recipe, name: str, report: Reporter) -> None:
     """Report which training examples are cut or have nothing to learn; raise DataError if none has anything."""
-    limit, kept = f"training.max_length = {found.max_length}", f"{found.keeps_99} keep 99 % of them whole"
+    limit, kept = f"training.max_length = {found.max_length}", f"{found.keeps_99} would keep 99 % of all examples whole"
     if found.unlabelled == found.examples:
         why = "trainer reward leaves out what is longer" if name == "reward" else "every prompt fills it"
         raise DataError(

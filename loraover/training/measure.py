@@ -58,7 +58,7 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
         report.line(f"not measured {when}: {engine} places the weights when this process takes its first step")
         return None
     rows, ranks = run.examples.test.rows, launched()
-    with report.task(f"held-out loss {when}", len(rows)) as advance:
+    with report.task(f"measuring the held-out loss {when}, examples", len(rows)) as advance:
         if run.trainer_name in LEARNS_TOKENS:
             scored = _scored(run, lambda done: advance(min(ranks.size * done, len(rows))))
             loss, fitting = token_loss(scored), sum(example.tokens > 0 for example in scored)
@@ -164,7 +164,7 @@ def _accuracy(run: Prepared, rows: Sequence[Row], when: str) -> float | None:
             "compare texts"
         )
         return None
-    with run.report.task(f"held-out answers {when}", len(rows)) as advance:
+    with run.report.task(f"generating held-out answers {when}, examples", len(rows)) as advance:
         share = exact_match(
             run.model,
             run.tokenizer,

@@ -138,7 +138,7 @@ def _cut(lengths: Lengths) -> dict[str, str]:
     cut = f"{lengths.cut:,} of {lengths.examples:,} ({lengths.cut_share:.1%})"
     return {
         "cut": f"{cut} at max_length {lengths.max_length:,}; {lengths.unlabelled:,} of them have nothing to learn",
-        "99 % are kept by": f"max_length {lengths.keeps_99:,}; the longest example has {lengths.longest:,} tokens",
+        "longest example": f"{lengths.longest:,} tokens; max_length {lengths.keeps_99:,} would cut 1 % of all at most",
     }
 
 

@@ -53,7 +53,7 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
         if not needs_base:
             return None
         raise ConfigError(
-            f"push_to_hub: the base model here is a {trained.stand_in}, and a folder of this machine means nothing to "
+            f"push_to_hub: the base model here is a {trained.stand_in}, and a folder of this machine is unknown to "
             f"others. Name the base model of the pushed adapter with {as_written('push_model')}, or train where the "
             "hub can be reached."
         )

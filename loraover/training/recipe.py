@@ -52,8 +52,8 @@ class Recipe(MethodKeys):
             start = self.lora.init_lora_weights
             if not (isinstance(start, str) and start.lower() in KEPT_BASE):
                 raise ValueError(
-                    f"lora.init_lora_weights {start!r} is no start that keeps the base weights, which are the "
-                    f"reference of trainer {self.trainer}; leave it out"
+                    f"lora.init_lora_weights {start!r} changes the base weights, which are the reference of trainer "
+                    f"{self.trainer}; leave it out"
                 )
         if self.method in METHODS and self.trainer not in LEARNS_TOKENS:
             raise ValueError(f"method {self.method} trains with sft or seq2seq, not with trainer {self.trainer}")

@@ -118,7 +118,7 @@ class LoraSettings(OpenPart):
     target_parameters: list[str] | None = Field(
         None,
         min_length=1,
-        description="Adapted parameters that are no module's weight, such as those of experts: endings of their names.",
+        description="Adapted parameters that are not a module's weight, such as experts' ones: endings of their names.",
     )
     use_dora: bool = Field(
         False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."

@@ -52,7 +52,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class TrainRequest(Request):
-    """Train an adapter as RECIPE says.
+    """Train an adapter with the settings of RECIPE.
 
     RECIPE is the name of a recipe that ships (see `loraover recipes`), or a YAML file. Without one, `--data` and
     `--model` train for one epoch with the defaults of docs/recipes.md, and the run keeps the recipe that it used.
@@ -114,20 +114,20 @@ class TrainRequest(Request):
     push_to_hub: str | None = pushes("the plain LoRA")
     private: bool = keeps_private(needs=None)
     push_checkpoint: bool = option(
-        "Upload the cores too, to the repository's folder checkpoint, for those who want to fold them again.",
+        "Upload the cores too, to the repository's folder checkpoint, so that others can fold them again.",
         default=False,
     )
     push_model: AnyName | None = option(
-        "Base model that an adapter names on the hub, if it was trained on a local copy of that model.",
+        "Hub name of the base model, which the uploaded adapter names, if the run trains on a local copy of it.",
         default=None,
         default_text="the recipe's",
     )
     record: bool = records("the adapter")
     resume: str | None = option(
-        "Which run to continue from its last complete checkpoint: the one that has begun in the output folder (also "
-        "without a value), or auto, the one there if there is one, for launchers that give the same command again.",
+        "Continue the run in the output folder from its last complete checkpoint. With begun, or without a value, "
+        "there has to be one; with auto, a new run begins if there is none, for launchers that repeat their command.",
         default=None,
-        default_text="a new run begins",
+        default_text="begin a new run",
         choices=("begun", "auto"),
         alone="begun",
         is_recorded=False,

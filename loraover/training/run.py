@@ -203,7 +203,8 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         ranks.meet()  # before rank 0 reads and publishes what all have trained
         ranks.write(_check_trained, result, logged_losses(output))
         if result.update_norm == 0:
-            report.line(f"warning: {result.steps} steps have changed nothing: the adapter does what it did before them")
+            steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+            report.line(f"warning: {steps} changed nothing: the adapter computes the same as before")
         weights = trainable_state_dict(run.model) if recipe.distributed.engine in CUTS_WEIGHTS else None
         ranks.write(_publish, run, result, command, resume, weights)
     except BaseException as error:

@@ -72,7 +72,7 @@ def test_both_turns_are_rated_and_the_judge_is_named(
     shown = capsys.readouterr().out
     assert "tester" in found["settings"]["judge"]
     assert "judge: tester at http" in shown
-    assert "means nothing without the name of its judge" in shown
+    assert "ratings of different judges cannot be compared" in shown
 
 
 def test_the_judge_sees_questions_answers_and_references(model: Path, tmp_path: Path) -> None:

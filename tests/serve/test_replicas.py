@@ -88,8 +88,9 @@ def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     found, _ = checked(fleet(reference, right(reference)), reference)
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
     answers = REPEATS * len(reference.places)
-    assert f"; {answers} answers reach a server that gives {1 - 0.01 ** (1 / answers):.2g} of them" in found["reason"]
-    assert f"show one without the adapter that gives {found['visible_share']:.2g}" in found["reason"]
+    share = f"{1 - 0.01 ** (1 / answers):.2g}"
+    assert f"{answers} answers reach each server behind the address that gives {share} of" in found["reason"]
+    assert f"find each one without the adapter that gives {found['visible_share']:.2g} or more" in found["reason"]
 
 
 def drawn(reference: Reference, draw: random.Random, noise: float) -> ServerAnswers:

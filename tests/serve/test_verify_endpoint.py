@@ -113,7 +113,7 @@ def test_what_is_right_without_mixed_batches_is_judged_alone(case: Case, tmp_pat
     with openai_server(Mixing(right(case), *NAMES), NAMES) as server:
         found = verify_engine("endpoint", setting(case, server.url, tmp_path), judge)
     assert (found.verdict, found.mixed) == ("as trained", None)
-    assert found.reason.endswith("; mixed batches were not compared: none was asked for, as without_mixed says")
+    assert found.reason.endswith("; mixed batches were not compared: the option without_mixed leaves them out")
 
 
 def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:

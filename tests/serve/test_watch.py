@@ -319,7 +319,7 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
             assert fetch(f"{url}/healthz") == "ok\n"
             path.write_text("servers: [")
             until(lambda: "loraover_watch_config_read 0.0" in fetch(f"{url}/metrics"))
-            assert "the one before holds" in fetch(url)
+            assert "the earlier one is still used" in fetch(url)
             content["servers"][0]["adapters"].pop(1)
             path.write_text(yaml.safe_dump(content))
             process.send_signal(signal.SIGHUP)
@@ -331,7 +331,7 @@ def test_the_process_shows_changes_reads_its_configuration_again_and_ends(
             process.wait()
             log.close()
     told = shown.read_text().replace("\n", " ")
-    assert "the history is whole" in told
+    assert "the history is complete" in told
     assert "heavy !" in told
     with sqlite3.connect(tmp_path / "watch.sqlite") as history:
         assert history.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -126,7 +126,7 @@ PAIR = {"methods": ["lora", "lora-over"]}
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"methods": ["lora", "galore"]}, "'galore' is none of"),
+        ({"methods": ["lora", "galore"]}, "'galore' is unknown, expected one of"),
         ({"methods": ["lora", "lora-over:decomposition"]}, "expected key=value"),
         ({"methods": ["lora", "lora-over:decompositoin=svd"]}, "did you mean 'decomposition'"),
         ({"methods": "lora-over,dora"}, "compares with plain LoRA"),

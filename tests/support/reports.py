@@ -88,7 +88,8 @@ LOST: dict[str, Any] = {
 STRENGTH = "the adapter has the strength 0.333 [0.331, 0.335], and 0.998 to 1.002 is right"
 WHOLE = "the adapter has the strength 1 [0.999, 1], and 0.998 to 1.002 is right"
 NEAREST = (
-    f"wrong scaling: {SCALED.detail}; {STRENGTH}; with this fault 0.0002 nats remain; within noise it could also be: "
+    f"wrong scaling: {SCALED.detail}; {STRENGTH}; PyTorch with this fault is 0.0002 nats from these answers; "
+    "within noise it could also be: "
     "another adapter of the same rank; mixed batches were not compared: the server answered 500"
 )
 

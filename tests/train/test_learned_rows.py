@@ -144,6 +144,7 @@ def test_the_exchanges_before_an_instruction_are_learned() -> None:
         ("sft", WIZARD | {"history": ["a", "b"]}, "field 'history' is not a list of pairs"),
         ("sft", WIZARD | {"history": [["a", ""]]}, "field 'history' is '', expected text"),
         ("sft", WIZARD | {"system": 7}, "field 'system' is 7, expected text"),
+        ("sft", {"messages": []}, "field 'messages' is an empty list, expected messages"),
         ("sft", {"prompt": "a", "completion": said("b"), "system": "c"}, "its texts must all be text"),
         ("dpo", {"prompt": "a", "chosen": 5, "rejected": "b", "system": "c"}, "field 'chosen' is 5"),
         ("sft", {"messages": [{"role": "asistant", "content": "a"}, *said("b", "c")]}, "unknown role 'asistant'"),

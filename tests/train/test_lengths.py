@@ -274,7 +274,7 @@ def test_one_step_trains(base: Path, tmp_path: Path) -> None:
     assert "training.warmup_steps: none, since 0.5 of 1 steps is less than one" in said.lines
     still = loraover.train(None, tmp_path / "still", report=said, overrides=options | {"training.warmup_steps": 1})
     assert still.update_norm == 0
-    assert "warning: 1 steps have changed nothing: the adapter does what it did before them" in said.lines
+    assert "warning: 1 step changed nothing: the adapter computes the same as before" in said.lines
 
 
 def test_rows_and_columns_that_are_not_learned_are_kept(base: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_soap_trains_and_resumes_to_the_same_bits(recipe: Path, tmp_path: Path) 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown option": ({"training.optim_args": "max_precond_dim=8"}, "'max_precond_dim' is none of betas, "),
+    "an unknown option": ({"training.optim_args": "max_precond_dim=8"}, "'max_precond_dim' is unknown, expected "),
     "an impossible option": ({"training.optim_args": "precondition_frequency=0"}, "SOAP refuses them"),
     "cores": ({"method": "lora-over"}, "soap works only with method lora, not with lora-over"),
 }

@@ -250,6 +250,7 @@ def test_progress_is_printed_without_json(recipe: Path, tmp_path: Path, capfd: p
     assert len(re.findall(r"tokens/s.* left$", printed, re.MULTILINE)) == STEPS - 2  # the first has no rate
     assert f"adapter: {tmp_path / 'out' / 'adapter'}" in printed.splitlines()
     assert "\x1b" not in printed
+    assert re.search(r"^measuring the held-out loss before training, examples: \d+$", printed, re.MULTILINE)
     capfd.readouterr()
     assert run(cli, ["inspect", str(tmp_path / "out")]) == 0
     inspected = capfd.readouterr().out

@@ -30,7 +30,7 @@ class AttestRequest(Request):
     )
 
     adapter: AnyPath = argument("Folder of an adapter that an export wrote.")
-    check: bool = option("Compare the files with the statement that is there.", default=False)
+    check: bool = option("Compare the files with the statement that the folder holds.", default=False)
     private_key: AnyPath | None = option(
         "PEM file of an elliptic-curve key to sign the folder with.", default=None, default_text="no signature"
     )

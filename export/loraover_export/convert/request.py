@@ -50,7 +50,7 @@ class ConvertRequest(Request):
     model: AnyName | None = base_model()
     dtype: str = stored_dtype(product="LoRA")
     check_error: bool = option(
-        "Also compare the LoRA's logits with the source's; an exact LoRA has to keep them but for rounding.",
+        "Also compare the LoRA's logits with the source's; an exact LoRA may change them by rounding only.",
         default=False,
     )
     prompts: AnyPath | None = prompts()

@@ -35,7 +35,7 @@ def ignore(row: Any, progress: str) -> None:
 
 @dataclass(frozen=True)
 class FleetRequest(Request):
-    """What the verbs of many adapters have in common, beside fields that each declares with a help of its own.
+    """What the verbs of many adapters have in common, beside fields that each declares with its own help text.
 
     Args:
         receive: Function that gets each `Row` as soon as it is there, and how far the work is, in words.
@@ -50,10 +50,10 @@ class FleetCheckRequest(FleetRequest):
 
     ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any method. No engine is run or needs to be installed. Each
     engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes. Several
-    adapters become a table with a line for each, and one that cannot be read ends nothing.
+    adapters become a table with a line for each, and one that cannot be read does not stop the others.
 
-    Exit code 1: an engine that `--engine` names applies an adapter rightly neither as it is nor as exported for it.
-    Without `--engine`, no engine does.
+    Exit code 1: an engine that `--engine` names cannot serve one of the adapters correctly, neither as it is nor as
+    exported for that engine. Without `--engine`: no engine can serve one of the adapters correctly.
     """
 
     verb = "loraover check"
@@ -64,7 +64,7 @@ class FleetCheckRequest(FleetRequest):
         "LoRA-Over checkpoints, or PEFT adapters of any method", is_source=False, metavar="ADAPTER..."
     )
     engines: AnyNames = option(
-        "Engine to judge for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
+        "Engine for which adapters are judged.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
     )
     model: AnyName | None = base_model()
     jobs: int = number_of_jobs()
@@ -76,7 +76,7 @@ class PrepareRequest(FleetRequest):
     """Prepare every SOURCE for an engine, in a cache by digest: check it, and fold, convert and export it as needed.
 
     SOURCE is a LoRA-Over checkpoint or a PEFT adapter of any kind. What the cache holds already is not made again, so a
-    run that was interrupted is continued by the same command. One bad adapter ends nothing.
+    run that was interrupted is continued by the same command. One bad adapter does not stop the others.
 
     Exit code 1: some adapters were refused, or could not be read. The others are in the cache.
     """

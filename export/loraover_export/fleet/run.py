@@ -71,7 +71,7 @@ def prepare_fleet(request: PrepareRequest) -> FleetReport:
     """Prepare many adapters for an engine, in a cache; see `prepare_adapter`.
 
     Returns:
-        A row for each adapter. One that is refused, or cannot be read, ends nothing.
+        A row for each adapter. One that is refused, or cannot be read, does not stop the others.
 
     Raises:
         ConfigError: An argument that cannot be used, or an engine whose extra is not installed.
@@ -99,7 +99,7 @@ def check_fleet(request: FleetCheckRequest) -> FleetReport:
     """Check many adapters for several engines without running any; see `check_adapter`.
 
     Returns:
-        A row for each adapter. One that cannot be read ends nothing.
+        A row for each adapter. One that cannot be read does not stop the others.
 
     Raises:
         ConfigError: An argument that cannot be used.

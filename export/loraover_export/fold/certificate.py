@@ -65,8 +65,8 @@ class TrainedBase(StrictModel):
 
     def __str__(self) -> str:
         return (
-            f"Engines will serve the adapter on {self.served} in full precision, and it was trained on "
-            f"{self.quantization} of it. Between the two, its logits differ by up to {self.difference.max_logit:.2g} "
+            f"Engines will serve the adapter on {self.served} in full precision, but it was trained on that model in "
+            f"{self.quantization}. Between the two, its logits differ by up to {self.difference.max_logit:.2g} "
             f"(mean KL {self.difference.mean_kl:.2g} nats, {self.difference.top1_agreement:.1%} same top-1); without "
             f"the adapter by up to {self.bases.max_logit:.2g} (mean KL {self.bases.mean_kl:.2g} nats)."
         )

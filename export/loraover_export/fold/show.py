@@ -24,7 +24,7 @@ def show_certificate(certificate: FoldCertificate, request: FoldRequest, console
     show_verdict(certificate, f"fold {certificate.verdict}", console)
     if certificate.verdict == "inconclusive":
         print_line(console, undecided("The matrices are within their bounds, but the adapter", OTHER_TEXTS))
-    show_place(certificate, request.output, console, reason="an adapter that fails its check is not left behind")
+    show_place(certificate, request.output, console, reason="an adapter that fails its check is not kept")
 
 
 def _show_matrices(certificate: FoldCertificate, console: Console) -> None:

@@ -24,7 +24,7 @@ def show_report(report: GgufReport, request: GgufRequest, console: Console) -> N
     show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "not checked":
         print_line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
-    show_place(report, request.output, console, reason="an adapter that fails its check is not left behind")
+    show_place(report, request.output, console, reason="an adapter that fails its check is not kept")
     if report.verdict != "failed":
         print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(request.output)])}")
 

@@ -42,7 +42,7 @@ class OnnxRequest(Request):
     )
     output: AnyPath = option("New folder for the graphs, the adapters' files, the report and a model card.", short="-o")
     mode: str = option(
-        "How the adapter meets the graph: merged into its weights, or as a file to load and swap at run time.",
+        "How the adapter is exported: merged into the graph's weights, or as a file that is loaded at run time.",
         choices=("merged", "swappable"),
     )
     precision: str | None = option(

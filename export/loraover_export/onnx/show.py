@@ -31,7 +31,7 @@ def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> N
     show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "inconclusive":
         print_line(console, undecided("An adapter", "A higher --precision allows a smaller error."))
-    show_place(report, request.output, console, reason="an export that fails its check is not left behind")
+    show_place(report, request.output, console, reason="an export that fails its check is not kept")
 
 
 def _greedy(check: GraphCheck) -> str:

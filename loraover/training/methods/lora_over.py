@@ -18,11 +18,11 @@ class LoraOver(TrainingMethod):
         start = recipe.lora.init_lora_weights
         if isinstance(start, str) and start.lower() not in KEPT_BASE:
             raise ValueError(
-                f"lora.init_lora_weights {start!r} is no start that keeps the base weights, as true, gaussian and "
-                "orthogonal do, so no fold would be a plain LoRA; train it with method lora"
+                f"lora.init_lora_weights {start!r} changes the base weights, so no fold would be a plain LoRA; use "
+                "true, gaussian or orthogonal, or train with method lora"
             )
         if recipe.lora.use_dora:
             raise ValueError(
                 "lora.use_dora: DoRA is more than a product B A, so no fold would be a plain LoRA; "
-                "train it with method lora"
+                "train with method lora"
             )

@@ -34,7 +34,9 @@ class MlxEngine(ElsewhereEngine, LogitEngine):
             raise ExportError("mlx: a matrix of the exported adapter is not within its error bound.")
         if exported.lost_settings:
             names = ", ".join(exported.lost_settings)
-            request.report.line(f"mlx-lm does not find {names} in the model's config.json, and is given it here")
+            request.report.line(
+                f"mlx-lm does not find {names} in the model's config.json, so the value is passed to it"
+            )
         arguments = {
             "model": str(folder_of(setting.base).resolve()),
             "settings": exported.lost_settings,

@@ -115,8 +115,9 @@ def coverage(case: Case) -> str:
         return ""
     shown = share_found(sum(map(len, case.as_base)))
     return (
-        f"; {len(case.repeats)} answers reach a server that gives {share_reached(len(case.repeats)):.2g} of them with "
-        f"{CONFIDENCE:.0%} probability, and show one without the adapter that gives {shown:.2g}"
+        f"; with {CONFIDENCE:.0%} probability, {len(case.repeats)} answers reach each server behind the address that "
+        f"gives {share_reached(len(case.repeats)):.2g} of the answers or more, and find each one without the adapter "
+        f"that gives {shown:.2g} or more"
     )
 
 

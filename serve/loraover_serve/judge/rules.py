@@ -190,7 +190,8 @@ def _nearest(case: Case, found: str) -> RuleFinding:
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
-    reason = f"{nearest.fault}: {nearest.detail}; {found}; with this fault {nearest.rms:.2g} nats remain{also}"
+    left = f"PyTorch with this fault is {nearest.rms:.2g} nats from these answers"
+    reason = f"{nearest.fault}: {nearest.detail}; {found}; {left}{also}"
     return RuleFinding("differs", reason, nearest.fault, compared)
 
 
@@ -263,7 +264,7 @@ def left_out(option: Callable[[str], str]) -> str:
     Args:
         option: Name of an option as its user writes it.
     """
-    return f"none was asked for, as {option('without_mixed')} says"
+    return f"the option {option('without_mixed')} leaves them out"
 
 
 def strength_is_unclear(case: Case) -> RuleFinding | None:

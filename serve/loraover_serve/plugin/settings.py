@@ -77,10 +77,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
         return None
     folder = Path(named).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{ADAPTERS} is {named!r}, which is no folder; name the folder of your adapters.")
+        raise ValueError(f"{ADAPTERS} is {named!r}, which is not a folder; name the folder of your adapters.")
     python = environment.get(PYTHON) or sys.executable
     if shutil.which(python) is None:
-        raise ValueError(f"{PYTHON} is {python!r}, which is no command; name the Python of an environment.")
+        raise ValueError(f"{PYTHON} is {python!r}, which is not a command; name the Python of an environment.")
     return Settings(
         adapters=folder.resolve(),
         cache=Path(environment.get(CACHE) or DEFAULT_CACHE).expanduser().absolute(),
@@ -105,7 +105,7 @@ def folder_of(adapters: Path, name: str) -> Path | None:
         RefusedError: A name, or a link in the adapter's folder, that leads out of the folder of adapters.
     """
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise RefusedError(f"{name!r} is no name of an adapter: it would lead out of the folder of adapters.")
+        raise RefusedError(f"{name!r} cannot be the name of an adapter: it would lead out of the folder of adapters.")
     folder = adapters / name
     try:
         if not folder.is_dir():

@@ -19,9 +19,9 @@ class RecordRequest(Request):
     the adapter, and each known fault of serving on the same questions. `loraover verify --reference` and the
     file of `--checker` compare a server's answers with what is recorded.
 
-    Published questions find mistakes, not cheats: a server that knows them could answer them alone as it should. For
-    an audit, --sealed writes a second reference with other questions. Keep that file to yourself. The published
-    reference has its SHA-256, so that it cannot be changed until the audit.
+    Published questions find mistakes, not fraud: a server that knows them could answer only these as trained. For an
+    audit, --sealed writes a second reference with other questions, which you keep to yourself. Its SHA-256 is in the
+    published reference, which shows at the audit that the file was not changed.
     """
 
     verb = "loraover record"
@@ -40,7 +40,7 @@ class RecordRequest(Request):
     prompts: AnyPath | None = option(
         "UTF-8 text file, one question a line; the first 64 tokens of each are used.",
         default=None,
-        default_text="as many of 64 built-in questions as decide on a server in bfloat16",
+        default_text="as many of 64 built-in questions as a verdict on a server in bfloat16 needs",
     )
     new_tokens: int = option(
         "Length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.",
@@ -53,12 +53,12 @@ class RecordRequest(Request):
     )
     max_memory_gib: float | None = max_memory()
     sealed: AnyPath | None = option(
-        "File for a second reference with questions of its own, of which only the SHA-256 is published.",
+        "File for a second reference with other questions, of which only the SHA-256 is published.",
         default=None,
         needs="sealed_prompts",
     )
     sealed_prompts: AnyPath | None = option(
-        "UTF-8 text file with the questions of the sealed reference, one a line, which nobody else has.",
+        "UTF-8 text file with the questions of the sealed reference, one a line. Show it to nobody.",
         default=None,
         needs="sealed",
     )

@@ -24,8 +24,8 @@ def show_recording(report: RecordReport, request: RecordRequest, console: Consol
     )
     error = "unknown" if report.half is None else f"known within {report.half:.2g}"
     if report.decides:
-        text, color = "a right adapter passes, one 20 % off differs, with room for twice that noise", "green"
+        text, color = "enough to separate a right adapter from one that is 20 % off, even with twice the noise", "green"
     else:
-        text, color = "too few questions to decide with twice that noise: give more with --prompts", "yellow"
+        text, color = "too few questions for a verdict with twice the noise; give more with --prompts", "yellow"
     print_line(console, f"on a server in bfloat16, the strength of the adapter is {error}: {text}", color)
     print_line(console, f"wrote {report.path}")

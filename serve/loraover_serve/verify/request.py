@@ -115,11 +115,11 @@ class VerifyRequest(EngineRequest):
         "Send 8 requests, which only show whether the adapter is applied at all.", default=False, needs="references"
     )
     without_mixed: bool = option(
-        "Send no requests for both models at once, and judge the other answers alone.", default=False
+        "Leave out the requests that ask both models at once, and judge the other answers alone.", default=False
     )
     junit: AnyPath | None = option("File for the verdicts in the form of JUnit.", default=None, needs="references")
     confusable: AnyPaths = option(
-        "Folder of another adapter that the engine may have served instead, as if names were crossed.",
+        "Folder of another adapter that the engine may serve by mistake, for example under a wrong name.",
         default=(),
         flag="--confusable",
     )

@@ -81,6 +81,6 @@ class Metrics:
         deferred.add_metric((), self._canary.deferred)
         left = gauge("budget_left_requests", "Requests that the budget of this hour has left")
         left.add_metric((), self._canary.left(self._clock()))
-        read = gauge("config_read", "0 if the configuration could not be read again and the one before holds, else 1")
+        read = gauge("config_read", "1; 0 if the configuration could not be read again and the earlier one is used")
         read.add_metric((), float(self.is_config_read))
         yield from (checks, requests, deferred, left, read)

@@ -53,7 +53,7 @@ def watch_adapters(request: WatchRequest) -> WatchReport:
         last = [check for target in watch.canary.targets() if (check := watch.history.last(target.key)) is not None]
     finally:
         watch.close()
-    request.report.line("ended; the history is whole")
+    request.report.line("ended; the history is complete")
     return WatchReport(checks=last)
 
 

@@ -94,7 +94,7 @@ class Watch:
             self._check_fixed(watched)
         except LoraOverError as error:
             self._config_fault, self.metrics.is_config_read = str(error), False
-            self._report.line(f"the configuration could not be read again, and the one before holds: {error}")
+            self._report.line(f"the configuration could not be read again, so the earlier one is still used: {error}")
             return
         self._config_fault, self.metrics.is_config_read = None, True
         self.canary.configure(watched, self._clock())
@@ -104,7 +104,9 @@ class Watch:
         """Refuse another history or address, which a running watch cannot take."""
         old, new = self.canary.watched, watched
         if (old.history, old.config.host, old.config.port) != (new.history, new.config.host, new.config.port):
-            raise OutputError("history, host and port hold until the watch is started again; leave them as they were.")
+            raise OutputError(
+                "history, host and port cannot change while the watch runs; put them back, or start it again."
+            )
 
     def _say(self, check: Check, before: Check | None) -> None:
         was = "" if before is None else f"{_named(before)} -> "

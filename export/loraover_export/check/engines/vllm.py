@@ -35,7 +35,7 @@ NO_LORA = {
     "method": refused("vLLM knows no such tensors"),
     "DoRA": refused("vLLM refuses it by name"),
     "rank": silent("vLLM scales by the configuration's rank"),
-    "key prefix": note("vLLM takes them as well, as names of modules of its own class"),
+    "key prefix": note("vLLM takes them as well, as names of modules in its model class"),
     "missing modules": silent("vLLM ignores matrices below an unknown prefix and answers as the base model"),
     "unnamed modules": silent("vLLM does not read these fields, and applies all matrices"),
     "other shapes": silent("vLLM would fill only a part of a larger module"),
