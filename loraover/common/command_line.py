@@ -87,8 +87,9 @@ class LazyGroup(Command, click.Group):
             return command
         plugin = self._found.get(self._shortcuts.get(cmd_name, cmd_name))
         loaded: click.Command | None = None if plugin is None else plugin.load()
-        is_short = cmd_name in self._shortcuts and isinstance(loaded, click.Group)
-        return loaded.get_command(ctx, cmd_name) if is_short else loaded
+        if cmd_name in self._shortcuts and isinstance(loaded, click.Group):
+            return loaded.get_command(ctx, cmd_name)
+        return loaded
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
