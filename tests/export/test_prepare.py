@@ -154,7 +154,7 @@ def test_a_damaged_result_is_made_again(lost: Callable[[Path], object], folder: 
 def test_a_damaged_refusal_is_made_again(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ExportError, match="rank is 4"):
-            prepare_adapter(folder / "plain", tmp_path, model=folder / "base", max_rank=2)
+            prepare_adapter(folder / "plain", tmp_path, model=folder / "base", max_lora_rank=2)
         (refused,) = tmp_path.glob("*.refused.json")
         assert refused.stat().st_size > 9
         damage(refused)
