@@ -17,6 +17,7 @@ from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.version import __version__
+from loraover.overparam.core_group import PLAIN
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.sharding import world_size
@@ -123,7 +124,7 @@ def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tenso
                 for name, value in state.items():
                     if isinstance(value, Tensor):
                         tensors[f"{key}.{name}"] = value.detach().cpu().clone()  # 8-bit optimizers share some
-                    elif isinstance(value, int | float | str | None):
+                    elif isinstance(value, PLAIN):
                         plain[f"{key}.{name}"] = value
                     else:
                         raise CheckpointError(

@@ -17,6 +17,9 @@ from loraover.overparam.fingerprint import fingerprints
 from loraover.overparam.sharding import full
 from loraover.overparam.sites import Site, write_matrices
 
+PLAIN = (bool, int, float, str, type(None))
+"""Types of values, besides tensors, that an optimizer's state can hold in a checkpoint."""
+
 
 class CoreGroup:
     """The cores of G sites of one shape that got their cores together.
@@ -302,11 +305,22 @@ def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any
             if not all(isinstance(v, Tensor) and v.shape == value.shape and v.dtype == value.dtype for v in values):
                 return None
             merged[key] = torch.stack(values)
-        elif any(type(v) is not type(value) or v != value for v in values):
+        elif not all(is_alike(v, value) for v in values):
             return None
         else:
             merged[key] = value.clone() if isinstance(value, Tensor) else value
     return merged if all(state.keys() == first.keys() for state in states) else None
+
+
+def is_alike(one: Any, other: Any) -> bool:
+    """Whether an optimizer can keep one of two values in place of both: the same numbers, text or tensor.
+
+    Lists, and whatever else an optimizer changes in place, are never alike.
+    """
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    plain = all(isinstance(value, PLAIN) for value in (one if isinstance(one, tuple) else [one]))
+    return plain and type(one) is type(other) and bool(one == other or one != one)  # NaN is unlike itself
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraover.overparam.core_group import PLAIN
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.sharding import full
 
@@ -31,15 +32,19 @@ def carried_moments(
         shape: Shape (m, n) of the matrix.
 
     Returns:
-        The centre core's state by the same keys. It is empty if the matrix's state has a tensor that cannot be
-        converted (8-bit blocks, factors of rows and columns).
+        The centre core's state by the same keys. It is empty if the matrix's state has something that cannot be
+        converted (8-bit blocks, factors of rows and columns, lists of tensors).
     """
     carried: dict[str, Any] = {}
     moments: dict[str, Tensor] = {}
     for key, value in state.items():
         whole = full(value) if isinstance(value, Tensor) else value
-        if not isinstance(whole, Tensor) or whole.ndim == 0:
-            carried[key] = whole.clone() if isinstance(whole, Tensor) else whole
+        if isinstance(whole, PLAIN):
+            carried[key] = whole
+        elif not isinstance(whole, Tensor):
+            return {}
+        elif whole.ndim == 0:
+            carried[key] = whole.clone()
         elif key in LINEAR | SQUARED and tuple(whole.shape) == shape and whole.is_floating_point():
             moments[key] = whole.to(cores[0].dtype).unsqueeze(0)
         else:

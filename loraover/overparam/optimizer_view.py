@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
-from loraover.overparam.core_group import CoreGroup
+from loraover.overparam.core_group import CoreGroup, is_alike
 from loraover.overparam.eigenbases import Followers
 from loraover.overparam.moments import carried_moments
 from loraover.overparam.optimizers import ELEMENTWISE
@@ -38,7 +38,7 @@ class OptimizerView:
         self._hosted: list[tuple[int, CoreGroup]] = []  # with the parameter group of the matrices
         self._stacks: list[nn.Parameter] = []  # of experts that all have cores
         self._layout: list[list[int]] = []  # identities of each parameter group's parameters, when last arranged
-        self._twins: list[dict[str, Any]] = []
+        self._twins: list[tuple[int, dict[str, Any], dict[str, Any]]] = []  # host's place, twin, and its options before
         self._covered: list[nn.Parameter] = []  # all of whose matrices have cores
         self._is_filling = False
 
@@ -216,14 +216,30 @@ class OptimizerView:
                     options["lr"] = options["lr"] * self.config.aux_lr_scale
                 if "weight_decay" in options and not self.config.decay_auxiliary:
                     options["weight_decay"] = 0.0
-            self._twins.append({"params": parameters, **options})
-        optimizer.param_groups.extend(self._twins)
+            self._twins.append((index, {"params": parameters, **options}, options))
+        optimizer.param_groups.extend(twin for _, twin, _ in self._twins)
+
+    def check_written(self) -> None:
+        """Check that the step has written nothing into the twins alone, which are made anew for the next step.
+
+        Raises:
+            ConfigError: The optimizer keeps a value of its own for each parameter group.
+        """
+        for index, twin, before in self._twins:
+            host = self.optimizer.param_groups[index]
+            for key in twin.keys() - {"params", "lr", "weight_decay"}:
+                if not any(twin[key] is kept.get(key) or is_alike(twin[key], kept.get(key)) for kept in (before, host)):
+                    raise ConfigError(
+                        f"{type(self.optimizer).__name__} cannot be used: its step computes {key!r} of a parameter "
+                        "group from the group's parameters and keeps it there, where the cores are only during a "
+                        "step. Use an optimizer that keeps such values in its state, such as AdamW."
+                    )
 
     def leave(self) -> None:
         """Remove the cores and their state from the optimizer again, if they are there."""
         if not self._twins:
             return
-        twins = set(map(id, self._twins))
+        twins = {id(twin) for _, twin, _ in self._twins}
         self.optimizer.param_groups[:] = [group for group in self.optimizer.param_groups if id(group) not in twins]
         self._twins = []
         for _, group in self._hosted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,11 +42,36 @@ BLIND = (torch.optim.SGD, torch.optim.Muon) if Version(torch.__version__) >= Ver
 """Optimizers whose step turns with the basis, so that no basis changes what they learn."""
 
 
+TRANSPARENT = ("accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.", "pytorch_optimizer.optimizer.pcgrad")
+"""Beginnings of the modules of wrappers that leave the parameters to the optimizer in their attribute `optimizer`."""
+
+
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer itself where Accelerate's wrapper or an optimizer of DeepSpeed's engine is around it."""
-    while type(optimizer).__module__.startswith(("accelerate.", "deepspeed.")) and hasattr(optimizer, "optimizer"):
+    """Return the optimizer itself where wrappers are around it that only pass steps on, such as Accelerate's."""
+    while type(optimizer).__module__.startswith(TRANSPARENT) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def check_outermost(optimizer: Optimizer) -> None:
+    """Check that no other optimizer is taking the step that this one begins, as Lookahead and SAM do around theirs.
+
+    Raises:
+        ConfigError: One is: it changes parameters before or after that step, and would leave out the cores.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        other = frame.f_locals.get("self")
+        if isinstance(other, Optimizer) and unwrapped(other) is not optimizer:
+            raise ConfigError(_wrapper(type(other).__name__, type(optimizer).__name__))
+        frame = frame.f_back
+
+
+def _wrapper(kind: str, inner: str) -> str:
+    return (
+        f"attach: {kind} cannot be used: it changes parameters around the steps of another optimizer ({inner}), when "
+        f"that one does not hold the cores. Train with {inner} alone, or another optimizer that steps by itself."
+    )
 
 
 def is_skipped(optimizer: Optimizer) -> bool:
@@ -76,6 +103,10 @@ def ordinary_optimizer(optimizer: Any) -> Optimizer:
             f"attach: {kind.__name__} cannot be used: its train and eval modes swap parameters outside of a step, when "
             "it does not hold the cores. Use an optimizer without modes, such as AdamW with a learning-rate schedule."
         )
+    for value in vars(optimizer).values():
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        if inner := next((one for one in held if isinstance(one, Optimizer)), None):
+            raise ConfigError(_wrapper(kind.__name__, type(inner).__name__))
     if isinstance(optimizer, Adagrad) and Version(torch.__version__) < Version("2.12"):
         raise ConfigError(
             f"attach: Adagrad of torch {torch.__version__} makes its state when it is built, so the cores would have "

@@ -24,11 +24,11 @@ from loraover.overparam.fingerprint import LateAnswer
 from loraover.overparam.flat_view import FlatView
 from loraover.overparam.importance import Probe
 from loraover.overparam.optimizer_view import OptimizerView
-from loraover.overparam.optimizers import is_skipped, ordinary_optimizer, unwrapped
+from loraover.overparam.optimizers import check_outermost, is_skipped, ordinary_optimizer, unwrapped
 from loraover.overparam.schedule import Schedule, calibrating, runs_model
 from loraover.overparam.sharding import in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
-from loraover.overparam.step_guard import StepGuard
+from loraover.overparam.step_guard import CopyGuard, StepGuard
 
 
 class OverParameterization:
@@ -88,8 +88,10 @@ class OverParameterization:
         self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []
         self.step = 0
-        self._is_counted = True
+        self._depth = 0  # of steps: that of a subclass calls its parent's
+        self._is_observed = False
         self._is_filling = False
+        self._has_stepped = False
         self.optimizer_class: str | None = None
         self.followers = Followers(self.decomposition, self.sites)
         self._late = LateAnswer()
@@ -211,7 +213,8 @@ class OverParameterization:
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(lambda _: view.fill_state()),
             optimizer.register_state_dict_post_hook(lambda *_: view.empty_state()),
-            StepGuard(optimizer, view.leave),
+            StepGuard(optimizer, self._abandon_step),
+            CopyGuard(optimizer),
         ]
         return self
 
@@ -304,10 +307,15 @@ class OverParameterization:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         view = self._attached()
-        view.leave()  # a step that calls its parent class's has not
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        self._is_observed = False
         self._is_filling = view.is_filled_by_this_step()
         if self._is_filling:
             return None
+        if not self._has_stepped:
+            check_outermost(optimizer)
         if view.is_regrouped():
             self._regroup(view)
         self._refuse(self._late.ask([group.differs() for group in self.groups]))
@@ -330,8 +338,17 @@ class OverParameterization:
 
     def _wrap(self, view: OptimizerView, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that evaluates the model at the cores' values and leaves its gradients on the cores."""
+        is_checked = self._has_stepped
 
         def evaluate() -> Any:
+            nonlocal is_checked
+            if not is_checked and any(bool(group.differs().any()) for group in self.groups):
+                raise ConfigError(
+                    f"{type(view.optimizer).__name__} cannot be used: its step moves the parameters by gradients from "
+                    "before the step, which the cores do not have, and then calls the closure. Use an optimizer that "
+                    "calls its closure first."
+                )
+            is_checked = True
             for group in self.groups:
                 group.write()
             loss = closure()
@@ -344,9 +361,9 @@ class OverParameterization:
 
     def _pull_back(self, view: OptimizerView) -> None:
         """Turn the gradients of matrices into those of cores, and show them to all that follows gradients."""
-        is_seen = self._is_counted and not is_skipped(view.optimizer)
+        is_seen = not self._is_observed and not is_skipped(view.optimizer)
         score = self.schedule.observed if is_seen else None
-        self._is_counted = False
+        self._is_observed = True
         candidates = [] if score is None else list(self.schedule.candidates)
         gradients = view.gradients([self.sites[name] for name in dict.fromkeys([*candidates, *self.injected])])
         if score is not None:
@@ -360,21 +377,26 @@ class OverParameterization:
                 group.pull_back(stack)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._is_filling:
+        self._depth -= 1
+        if self._depth or self._is_filling:
             return
-        (view := self._attached()).leave()
+        (view := self._attached()).check_written()
+        view.leave()
         for _, group in view.shown():
             group.clear_gradients()
             if group in self.followers:
                 self.followers[group].refresh()
             group.write()
-        if self._is_counted:  # a parent class's step, which this step called, has counted it
-            return
-        self._is_counted = True
+        self._has_stepped = True
         if view.ends_step() and not is_skipped(optimizer):
             self.step += 1
         if self.schedule.is_due(self.step):
             self._hold_round()
+
+    def _abandon_step(self) -> None:
+        """Take the cores out of the optimizer after a step that raised."""
+        self._depth = 0
+        self._attached().leave()
 
     def _hold_round(self) -> None:
         """Let the schedule decide, and give the sites that it chooses cores."""

@@ -1,4 +1,4 @@
-"""What happens when `optimizer.step` raises, for which PyTorch has no hook."""
+"""Guards of an optimizer where PyTorch has no hook: when `step` raises, and when the optimizer is copied."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from types import MethodType
 from typing import Any
 
 from torch.optim import Optimizer
+
+from loraover.common.errors import ConfigError
 
 
 class StepGuard:
@@ -47,3 +49,26 @@ class StepGuard:
             del vars(self._optimizer)["step"]
         else:
             vars(self._optimizer)["step"] = self._before
+
+
+class CopyGuard:
+    """A refusal of `copy` and `pickle` of an optimizer, until `remove`: its copy would have no hooks.
+
+    Args:
+        optimizer: Optimizer whose hooks train cores.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._attributes = vars(optimizer)
+
+        def refuse(_: object) -> Any:
+            raise ConfigError(
+                f"{type(optimizer).__name__} trains cores, and a copy of it would train the LoRA matrices without "
+                "them. Copy or save its state_dict(), or copy the optimizer before attach."
+            )
+
+        self._attributes["__reduce_ex__"] = refuse
+
+    def remove(self) -> None:
+        """Let the optimizer be copied again."""
+        self._attributes.pop("__reduce_ex__", None)

@@ -30,6 +30,19 @@ TRAINING = (
         "tensors = matrices.reshape(",
         Selection("test_moments.py", "transposed_jacobian"),
     ),
+    # Optimizers
+    Mutant(
+        "what-a-step-writes-into-a-twin-is-dropped",
+        "for key in twin.keys() - {",
+        "for key in set() - {",
+        Selection("test_optimizers.py", "switch_off"),
+    ),
+    Mutant(
+        "wrapper-around-the-optimizer-goes-unseen",
+        "        if not self._has_stepped:\n            check_outermost(optimizer)\n",
+        "",
+        Selection("test_optimizers.py", "wrapper_around"),
+    ),
     # Weights that stay in their files
     Mutant(
         "streamed-weight-takes-writes",

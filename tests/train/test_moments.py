@@ -153,6 +153,12 @@ def _adafactor(parameters: list[nn.Parameter]) -> Any:
     return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False, beta1=0.9)
 
 
+def _listing(name: str, parameters: list[nn.Parameter]) -> Any:
+    """An optimizer that keeps tensors in lists."""
+    library = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+    return getattr(library, name)(parameters, lr=1e-2)
+
+
 CARRIED: dict[str, tuple[Build, set[str]]] = {
     "adamw": (lambda p: AdamW(p, lr=1e-2), {"step", "exp_avg", "exp_avg_sq"}),
     "adamw-fused": (lambda p: AdamW(p, lr=1e-2, fused=True), {"step", "exp_avg", "exp_avg_sq"}),
@@ -167,6 +173,8 @@ CARRIED: dict[str, tuple[Build, set[str]]] = {
     "rprop": (lambda p: torch.optim.Rprop(p, lr=1e-3), set()),
     "adafactor": (_adafactor, set()),
     "adamw-8bit": (adamw_8bit, set()),
+    "aggmo": (lambda p: _listing("AggMo", p), set()),
+    "kron": (lambda p: _listing("Kron", p), set()),
 }
 """What each optimizer's centre cores go on with; nothing where a moment has another shape or meaning."""
 

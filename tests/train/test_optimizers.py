@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -156,6 +158,112 @@ def test_averaging_optimizers_of_pytorch_optimizer_are_refused(name: str) -> Non
     optimizer = kind(AdamW(trainable(model))) if name.endswith("Wrapper") else kind(trainable(model))
     with pytest.raises(ConfigError, match=f"{name} cannot be used: its train and eval modes"):
         OverParameterization(model).attach(optimizer)
+
+
+class Sharp(SGD):
+    """Sharpness-aware minimisation: a step up by the gradients of before, and one down by those found there."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        ups = [0.1 * p.grad for p in held]
+        torch._foreach_add_(held, ups)
+        with torch.enable_grad():
+            loss = closure()
+        torch._foreach_sub_(held, ups)
+        super().step()
+        return loss
+
+
+class Slow(Optimizer):
+    """Lookahead: the base optimizer's steps, and every second step halfway back to the parameters of before."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+        super().__init__(base.param_groups, {})
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.base.step()
+        for p, slow in zip((p for g in self.param_groups for p in g["params"]), self.slow, strict=True):
+            if p.grad is not None:
+                slow.lerp_(p, 0.5)
+                p.copy_(slow)
+
+
+class Measuring(SGD):
+    """SGD at a rate that its last step has computed from each parameter group, as AvaGrad does."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        super().step()
+        for group in self.param_groups:
+            group["gamma"] = sum(float(p.grad.norm()) for p in group["params"] if p.grad is not None)
+
+
+def _first_step(build: Callable[[list[nn.Parameter]], Any]) -> None:
+    """Take a step as sharpness-aware optimizers ask for it: with gradients, and with a closure."""
+    model, _, optimizer = make(build)
+    net_loss(model).backward()
+
+    def evaluate() -> Any:
+        optimizer.zero_grad()
+        (loss := net_loss(model)).backward()
+        return loss
+
+    optimizer.step(evaluate)
+
+
+def _library(name: str) -> Any:
+    library = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed")
+    return getattr(library, name)
+
+
+AROUND = "it changes parameters around the steps of another optimizer"
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (Sharp, "Sharp cannot be used: its step moves the parameters by gradients from before the step"),
+        (Measuring, "Measuring cannot be used: its step computes 'gamma' of a parameter group"),
+        (lambda p: _library("AvaGrad")(p), "AvaGrad cannot be used: its step computes 'gamma' of a parameter group"),
+        (lambda p: Slow(SGD(p, 0.1)), f"Slow cannot be used: {AROUND} .SGD."),
+        (lambda p: _library("SAM")(p, base_optimizer=SGD, lr=0.1), f"SAM cannot be used: {AROUND} .SGD."),
+        (lambda p: _library("Lookahead")(SGD(p, 0.1)), f"Lookahead cannot be used: {AROUND} .SGD."),
+    ],
+    ids=["sharp", "measuring", "avagrad", "slow", "sam", "lookahead"],
+)
+def test_an_optimizer_that_cores_would_switch_off_is_refused_by_what_it_does(build: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        _first_step(build)
+
+
+@pytest.mark.parametrize("wrap", [Slow, lambda base: _library("Lookahead")(base)], ids=["slow", "lookahead"])
+def test_a_wrapper_around_the_attached_optimizer_is_refused(wrap: Any) -> None:
+    model, _, optimizer = make()
+    wrapper = wrap(optimizer)
+    net_loss(model).backward()
+    with pytest.raises(ConfigError, match=f"{type(wrapper).__name__} cannot be used: {AROUND} .AdamW."):
+        wrapper.step()
+
+
+def test_a_wrapper_that_only_passes_steps_on_trains_the_same() -> None:
+    def trained(wrap: Callable[[Any], Any]) -> dict[str, Tensor]:
+        model, _, optimizer = make(lambda p: wrap(AdamW(p, lr=1e-2)))
+        return train(model, optimizer, range(3))
+
+    assert same(trained(_library("PCGrad")), trained(lambda optimizer: optimizer))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_attached_optimizer_is_not_copied_without_its_cores(copied: Callable[[Any], Any]) -> None:
+    model, over, optimizer = make()
+    with pytest.raises(ConfigError, match=r"AdamW trains cores.* Copy or save its state_dict\(\)"):
+        copied([optimizer, model] if copied is copy.deepcopy else optimizer)
+    over.finish()
+    copied(optimizer)
 
 
 def test_a_second_attach_is_refused() -> None:
