@@ -21,9 +21,9 @@ from loraover.common.extras import install
 from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
-from loraover.training.methods.base import TrainingMethod
+from loraover.training.methods.base import TrainingMethod, optimizer_class, optimizer_options
 from loraover.training.progress import TrainingProgress
-from loraover.training.recipe import Recipe, parse_override
+from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
 from loraover.training.settle import Settled
 from loraover.training.trainers import TRAINERS, build, find_reward
@@ -184,6 +184,8 @@ def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
     """Let a trainer make the recipe's optimizer: its `optimizers` are ignored under DeepSpeed, refused under FSDP."""
     made = _optimizer(recipe, trainer.args)
     if made is None:
+        if recipe.training.optim_args is not None:
+            trainer.optimizer_cls_and_kwargs = optimizer_class(trainer.args, trainer.model)
         return
 
     def factory(*parameters: Any) -> Any:
@@ -197,7 +199,7 @@ def _optimizer(recipe: Recipe, asked: TrainingArguments) -> Callable[[Any], Any]
     """Return what makes an optimizer from the model where the Trainer does not know it; None: the Trainer makes one."""
     training = recipe.training
     if training.optim == SOAP:
-        kind, options = _soap(recipe), _optimizer_options(recipe)
+        kind, options = _soap(recipe), optimizer_options(recipe.training.optim_args)
 
         def soap(model: Any) -> Any:
             try:
@@ -237,12 +239,6 @@ def _with_rates(recipe: Recipe, model: Any, kind: Any, options: Mapping[str, Any
     )
 
 
-def _optimizer_options(recipe: Recipe) -> dict[str, Any]:
-    """Read `optim_args`, which transformers does only for its own optimizers: "name=value, ...", values as in YAML."""
-    given = filter(None, (recipe.training.optim_args or "").replace(" ", "").split(","))
-    return dict(map(parse_override, given))
-
-
 def _soap(recipe: Recipe) -> Any:
     """SOAP (Vyas et al. 2024, arXiv:2409.11321) as pytorch-optimizer has it; its first step only measures."""
     try:
@@ -252,8 +248,8 @@ def _soap(recipe: Recipe) -> Any:
     if unread := [key for key in recipe.training.model_extra or {} if key.startswith("adam_")]:
         raise ConfigError(f"training.{unread[0]}: optim {SOAP} takes its options from optim_args alone; leave it out.")
     known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})
-    if unknown := sorted({*_optimizer_options(recipe)} - {*known}):
-        raise ConfigError(f"training.optim_args: {unknown[0]!r} is unknown, expected one of {', '.join(known)}.")
+    if unknown := sorted({*optimizer_options(recipe.training.optim_args)} - {*known}):
+        raise ConfigError(f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}.")
     return pytorch_optimizer.SOAP
 
 

@@ -180,7 +180,7 @@ def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:
         trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
     except ConfigError:
         raise
-    except (ImportError, ValueError, TypeError) as error:  # the last of a schedule that lacks lr_scheduler_kwargs
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:  # TypeError: lr_scheduler_kwargs are missing
         chosen = (
             f"training.optim {recipe.training.optim!r} with lr_scheduler_type {recipe.training.lr_scheduler_type!r}"
         )

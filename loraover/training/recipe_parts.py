@@ -224,7 +224,7 @@ class Training(OpenPart):
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest gradient norm; 0: no clipping.")
     optim: str = Field("adamw_torch_fused", description="Optimizer, as transformers spells it, or soap.")
     optim_args: str | None = Field(
-        None, description="Options of the optimizer, such as 'max_precondition_dim=1024' of soap."
+        None, description="Options of the optimizer's class, such as 'momentum=0.9,nesterov=true' of sgd."
     )
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="LoRA+: learning rate of B as a multiple of A's, with AdamW."

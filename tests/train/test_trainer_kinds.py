@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 import loraover
 import loraover.data.sources
 from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
+from loraover.training.methods.base import make_optimizer
 from loraover.training.recipe import load_recipe
 from loraover.training.recipe_parts import BATCH
 from loraover.training.run_result import read_run
@@ -220,6 +221,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"training.optim_args": "betas=1", "training.loraplus_lr_ratio": 4},
         "with loraplus_lr_ratio, only optim soap takes them",
     ),
+    "an option of another optimizer": (
+        {"training.optim_args": "momentum=0.9"},
+        r"training.optim_args: 'momentum' is none of amsgrad, betas, .*, the options of AdamW\.",
+    ),
+    "an option that transformers drops": (
+        {"training.optim": "sgd", "training.optim_args": "momentum=0.9,nonsense=1"},
+        "'nonsense' is none of dampening, .*, the options of SGD",
+    ),
+    "an option with an impossible value": (
+        {"training.optim_args": "foreach=true"},
+        "training.optim 'adamw_torch_fused' .* cannot be used here: .fused. and .foreach.",
+    ),
+    "an option that transformers cannot read": (
+        {"training.optim": "sgd", "training.optim_args": "momentum=high"},
+        "training.optim_args: optim sgd refuses them: could not convert string to float: 'high'",
+    ),
+    "an option without a value": ({"training.optim_args": "amsgrad"}, "'amsgrad': expected a new name=value"),
     "LoRA+ of another optimizer": (
         {"training.loraplus_lr_ratio": 4, "training.optim": "adamw_torch_8bit"},
         "needs a LoRA and optim adamw_torch, adamw_torch_fused or soap",
@@ -306,6 +324,32 @@ def test_settings_of_other_libraries_reach_them(case: str, recipe: Path, tmp_pat
     saved = matrices(tmp_path / "out")
     assert ("base_model.model.lm_head.weight" in saved) is ("head" in case)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "adamw": ("adamw_torch_fused", "amsgrad=true", {"amsgrad": True, "fused": True}),
+    "adamw in place of a recipe's key": ("adamw_torch", "eps=1e-3", {"eps": 1e-3}),
+    "adafactor": ("adafactor", "clip_threshold=0.5, decay_rate=-0.5", {"clip_threshold": 0.5, "decay_rate": -0.5}),
+    "sgd, as transformers reads it": ("sgd", "momentum=0.9,nesterov=true", {"momentum": 0.9, "nesterov": True}),
+    "sgd, what transformers drops": ("sgd", "momentum=0.9,maximize=true", {"momentum": 0.9, "maximize": True}),
+    "a default": ("rmsprop", "alpha=0.99,centered=false", {"alpha": 0.99, "centered": False}),
+}
+
+
+@pytest.mark.parametrize(("optim", "given", "expected"), OPTIONS.values(), ids=list(OPTIONS))
+def test_the_optimizer_has_all_options_that_a_recipe_gives(optim: str, given: str, expected: dict[str, Any]) -> None:
+    arguments = TrainingArguments(optim=optim, optim_args=given, weight_decay=0.1)
+    (group,) = make_optimizer(arguments, [torch.nn.Parameter(torch.ones(2, 2))]).param_groups
+    assert group | expected | {"weight_decay": 0.1} == group
+
+
+def test_an_option_of_the_optimizer_changes_the_training(recipe: Path, tmp_path: Path) -> None:
+    asked = {"training.max_steps": 2, "training.optim": "adafactor", "evaluation.exact_match": False}
+    runs = [
+        loraover.train(str(recipe), tmp_path / str(n), overrides=asked | {"training.optim_args": given})
+        for n, given in enumerate((None, "clip_threshold=0.01"))
+    ]
+    assert runs[1].update_norm < runs[0].update_norm / 2  # type: ignore[operator]
 
 
 def test_an_evaluation_leaves_the_gradients_of_a_base_of_4_bits(recipe: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
+from loraover.common.strict_yaml import parse_yaml
 from loraover.data.formats import Row
 from loraover.overparam.sites import lora_layers
 from loraover.training.recipe_parts import BaseRecipe
@@ -302,11 +305,75 @@ def check_optimizer(recipe: BaseRecipe) -> None:
 
 def make_optimizer(asked: TrainingArguments, parameters: list[nn.Parameter]) -> Optimizer:
     """Return the optimizer that a trainer is to have, one of `PLAIN_OPTIMIZERS`, for a method that makes it itself."""
-    from transformers import Trainer
-
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(asked)
+    kind, options = optimizer_class(asked)
     made: Optimizer = kind(parameters, weight_decay=asked.weight_decay, **options)
     return made
+
+
+def optimizer_options(text: str | None) -> dict[str, Any]:
+    """Read `training.optim_args`, "name=value, ...", with values as in YAML."""
+    given: dict[str, Any] = {}
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
+        name, sign, value = part.partition("=")
+        try:
+            found = parse_yaml(value)
+        except ValueError:
+            found = sign = ""
+        if not name or not sign or isinstance(found, list | dict) or name in given:
+            raise ConfigError(f"training.optim_args: {part!r}: expected a new name=value, such as momentum=0.9.")
+        try:
+            given[name] = float(found) if isinstance(found, str) else found  # YAML's 1e-3 is text
+        except ValueError:
+            given[name] = found
+    return given
+
+
+def optimizer_class(asked: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return the class of transformers' optimizer, and its options with all of `optim_args`.
+
+    Transformers reads the names that it knows, for some optimizers none, and drops the others. The class gets them.
+
+    Args:
+        asked: The trainer's settings.
+        model: The model to train, for optimizers that choose among its modules.
+
+    Raises:
+        ConfigError: An option that the class does not have, or a value that transformers refuses.
+    """
+    from transformers import Trainer
+
+    given = optimizer_options(asked.optim_args)
+    if asked.optim.endswith("layerwise"):  # which hooks the model whenever it is asked for
+        return Trainer.get_optimizer_cls_and_kwargs(asked, model)
+
+    def options(values: Mapping[str, Any]) -> Any:
+        other = copy.copy(asked)
+        other.optim_args = ",".join(f"{name}={value}" for name, value in values.items())
+        return Trainer.get_optimizer_cls_and_kwargs(other, model)
+
+    def is_read(name: str) -> bool:
+        try:
+            return any(options(values) != (kind, found) for values in (_without(given, name), {**given, name: "?"}))
+        except (ValueError, AttributeError):  # of a value that is read
+            return True
+
+    try:
+        kind, found = options(given)
+        unread = {name: value for name, value in given.items() if not is_read(name)}
+        if not unread:
+            return kind, found
+        known = sorted({*inspect.signature(kind).parameters} - {"params", "lr", "weight_decay", "kwargs"})
+        if unknown := sorted(unread.keys() - known):
+            raise ConfigError(
+                f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}, the options of {kind.__name__}."
+            )
+        return kind, found | unread
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"training.optim_args: optim {asked.optim.value} refuses them: {error}") from error
+
+
+def _without(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key != name}
 
 
 def count_trained(model: Any, method: TrainingMethod) -> int:
