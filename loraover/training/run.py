@@ -63,10 +63,17 @@ from loraover.training.universal import convert_for_processes
 
 
 class TimedSteps(NamedTuple):
-    """Steps that this process has taken, and their seconds; a resumed run has more steps than these."""
+    """Steps that this process has taken, and their seconds; a resumed run has more steps than these.
+
+    Args:
+        steps: Number of steps.
+        seconds: Their time.
+        best: Step of the best checkpoint, whose weights the model has at the end; None: it has those of the last step.
+    """
 
     steps: int
     seconds: float
+    best: int | None
 
 
 def train(
@@ -190,6 +197,9 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
         ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
         ranks.write(trim_metrics, output, checkpoint)
         ranks.write(remove_incomplete, output / TRAINER_FOLDER, step)
+        if resume:
+            from_step = f"resumed after step {step}" if step else "no complete checkpoint yet, so begun again at step 0"
+            report.line(f"{output}: {from_step} of {planned_steps(recipe, run.trainer)}")
         with log_shown(report):
             timed = _take_steps(run, checkpoint)
         if not all(bool(whole(p).isfinite().all()) for p in run.model.parameters() if p.requires_grad):
@@ -197,6 +207,8 @@ def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, com
                 "training diverged: the loss is no longer a number at learning rate "
                 f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
             )
+        if timed.best is not None:
+            report.line(f"weights: those of step {timed.best}, the best (training.load_best_model_at_end)")
         left_out = run.method.finish(run.model)
         after = measure(run, AFTER, has_begun=timed.steps > 0)
         result = _result(run, timed, before, after, left_out)
@@ -256,6 +268,7 @@ def _result(
         learning_rate=recipe.training.peak_rate,
         seed=recipe.training.seed,
         steps=run.trainer.state.global_step,
+        best_step=timed.best,
         processes=launched().size,
         train_seconds=timed.seconds,
         timed_steps=timed.steps,
@@ -308,7 +321,7 @@ def _publish(
         run.model.save_pretrained(draft, state_dict=weights)
         run.reads.save_pretrained(draft)
         if run.over is not None:
-            write_checkpoint(draft, run.over, step=result.steps)
+            write_checkpoint(draft, run.over, step=result.steps if result.best_step is None else result.best_step)
         (draft / "README.md").write_text(card, encoding="utf-8")
     publish_text(run.output / RUN_FILE, result.model_dump_json(indent=1) + "\n")
 
@@ -348,10 +361,11 @@ def _take_steps(run: Prepared, checkpoint: Path | None) -> TimedSteps:
         started = time.perf_counter()
         with run.report.task("training steps", steps) as run.progress.advance:
             run.method.train(run.trainer, checkpoint, steps, run.progress)
-        return TimedSteps(run.trainer.state.global_step - step, time.perf_counter() - started)
-    if run.trainer.args.load_best_model_at_end:
-        best = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
-        checkpoint = checkpoint if best is None else checkpoint.with_name(Path(best).name)
+        seconds = time.perf_counter() - started
+        best = _best_checkpoint(run, run.trainer.state)
+        return TimedSteps(run.trainer.state.global_step - step, seconds, step_of(best) if best else None)
+    best = _best_checkpoint(run, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
+    checkpoint = best or checkpoint
     if isinstance(run.model, PeftModel):
         set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
     else:
@@ -361,4 +375,10 @@ def _take_steps(run: Prepared, checkpoint: Path | None) -> TimedSteps:
         run.callback.restore(run.model, checkpoint, run.recipe.training.seed, steps=steps, config=config)
     run.method.restore(checkpoint)
     run.trainer.state.global_step = step
-    return TimedSteps(0, 0.0)
+    return TimedSteps(0, 0.0, step_of(best) if best else None)
+
+
+def _best_checkpoint(run: Prepared, state: TrainerState) -> Path | None:
+    """Return the checkpoint whose weights the Trainer takes at the end; None: it keeps those of the last step."""
+    named = state.best_model_checkpoint if run.trainer.args.load_best_model_at_end else None
+    return None if named is None else run.output / TRAINER_FOLDER / Path(named).name

@@ -113,6 +113,9 @@ class RunResult(StrictModel):
     learning_rate: float = Field(description="Peak learning rate.")
     seed: int = Field(description="Seed of the recipe.")
     steps: int = Field(description="Optimizer steps of the run.")
+    best_step: int | None = Field(
+        None, description="Step whose weights the result has, by load_best_model_at_end; None: the last one."
+    )
     train_seconds: float = Field(description="Seconds of training in this process; a resumed run trained longer.")
     processes: int = Field(1, description="Processes that trained the run, each with its own micro-batches.")
     timed_steps: int = Field(description="Optimizer steps within train_seconds.")
@@ -152,6 +155,7 @@ class RunResult(StrictModel):
             "base model": self.model_origin,
             "training data": self.data_origin,
             "steps, learning rate, seed": f"{self.steps}, {self.learning_rate:g}, {self.seed}",
+            **({} if self.best_step is None else {"weights of the best step": str(self.best_step)}),
             **({} if self.processes == 1 else {"processes": str(self.processes)}),
             "parameters served": f"{self.lora_parameters:,}",
             "parameters added while training": f"{self.added_parameters:,}",

@@ -37,22 +37,30 @@ def recipe(recipes: dict[str, Path]) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_one_that_was_never_interrupted(
-    kind: str, recipes: dict[str, Path], whole: dict[str, Path], halted: dict[str, Path], tmp_path: Path
+    kind: str,
+    recipes: dict[str, Path],
+    whole: dict[str, Path],
+    halted: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = Path(shutil.copytree(halted[kind], tmp_path / "out"))
+    capsys.readouterr()
     with steps_taken() as taken:
         assert train(recipes[kind], out, "--resume") == 0
     assert taken == [5, 6, 7]
+    assert f"{out}: resumed after step 4 of 7" in "".join(capsys.readouterr())
     assert_same_run(out, whole[kind])
     assert losses(whole[kind])[1] != losses(whole[kind])[2]
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
-    recipe: Path, whole: dict[str, Path], tmp_path: Path
+    recipe: Path, whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = stopped(recipe, tmp_path / "out", step=2)
     assert last_whole_checkpoint(out / "trainer") is None
     assert train(recipe, out, "--resume") == 0
+    assert f"{out}: no complete checkpoint yet, so begun again at step 0 of 7" in "".join(capsys.readouterr())
     assert_same_run(out, whole["llama"])
 
 

@@ -162,17 +162,22 @@ def test_answers_to_rows_without_a_prompt_and_a_completion_are_refused(bases: di
 def test_a_run_that_ended_before_it_was_measured_publishes_its_best_step(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    recipe = recipe_of("sft", tmp_path, bases, training=best | {"max_steps": 3, "learning_rate": 0.5})
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    recipe = recipe_of("sft", tmp_path, bases, training=evaluated | {"max_steps": 3, "learning_rate": 0.5})
     loraover.train(str(recipe), tmp_path / "out")
     known = matrices(tmp_path / "out")
-    (state,) = (json.loads(p.read_text()) for p in (tmp_path / "out/trainer").glob("checkpoint-3/trainer_state.json"))
-    assert not state["best_model_checkpoint"].endswith("-3")
+    state = json.loads((tmp_path / "out/trainer/checkpoint-3/trainer_state.json").read_text())
+    best = int(state["best_model_checkpoint"].rpartition("-")[2])
+    assert best < 3
+    assert read_checkpoint(tmp_path / "out" / "adapter").meta.step == best
     (tmp_path / "out" / "run.json").unlink()
     shutil.rmtree(tmp_path / "out" / "adapter")
     loraover.train(str(recipe), tmp_path / "out", resume=True)
     found = matrices(tmp_path / "out")
     assert {name for name in known if not torch.equal(known[name], found[name])} == set()
+    assert read_checkpoint(tmp_path / "out" / "adapter").meta.step == best
+    result = read_run(tmp_path / "out")
+    assert (result.steps, result.best_step, result.facts()["weights of the best step"]) == (3, best, str(best))
 
 
 def test_a_column_of_a_reward_has_values_of_one_type(bases: dict[str, Path], tmp_path: Path) -> None:
