@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,25 @@ from typing import IO, Any
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors by which a file system says that it has no locks."""
 
+_HELD: set[IO[Any]] = set()
+"""Files of the locks that this process holds or waits for."""
+
+
+def _let_go() -> None:
+    """Close the files of a forked process, which may live for seconds after a parent that was killed."""
+    while _HELD:
+        _HELD.pop().close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
 
 @contextmanager
 def hold_lock(path: Path, *, wait: bool) -> Iterator[int]:
     """Hold the lock of a file for a block; a file system without locks lets everyone in.
 
-    The lock is released when the process ends, even if it is killed. A process that inherits the descriptor holds the
-    lock, too.
+    The lock is released when the process ends, even if it is killed. A program that is started with the descriptor
+    holds the lock, too; processes that are forked, such as PyTorch's loaders of data, do not.
 
     Args:
         path: The file, which is made if it is missing.
@@ -32,8 +45,12 @@ def hold_lock(path: Path, *, wait: bool) -> Iterator[int]:
         OSError: The file cannot be made.
     """
     with path.open("w") as file:
-        lock(file, wait=wait)
-        yield file.fileno()
+        _HELD.add(file)
+        try:
+            lock(file, wait=wait)
+            yield file.fileno()
+        finally:
+            _HELD.discard(file)
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from loraover.common.errors import ConfigError
 from loraover.training.recipe import load_recipe
 from loraover.training.run_folder import with_commits, write_recipe
 
-from support.resumed_run import KINDS, assert_same_run, interrupted_at, losses, steps_taken, stopped
+from support.children import Child
+from support.resumed_run import KINDS, STOP, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
 from support.trained_run import metrics
 
@@ -52,6 +55,22 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     assert f"{out}: resumed after step 4 of 7" in "".join(capsys.readouterr())
     assert_same_run(out, whole[kind])
     assert losses(whole[kind])[1] != losses(whole[kind])[2]
+
+
+def test_a_killed_run_is_resumed_while_its_loaders_of_data_still_live(
+    recipe: Path, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """PyTorch's workers look every 5 seconds whether their parent lives."""
+    workers = yaml.safe_load(recipe.read_text())
+    workers["training"]["dataloader_num_workers"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(workers))
+    command, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    with interrupted_at(STOP, signal.SIGKILL):
+        child = Child(lambda: train(command, out))
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert train(command, out, "--resume", "auto") == 0
+    assert child.end().code == -signal.SIGKILL
+    assert_same_run(out, whole["llama"])
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
