@@ -18,6 +18,7 @@ from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.extras import install
+from loraover.common.ranks import launched
 from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row
 from loraover.training.examples import Examples
@@ -78,6 +79,8 @@ def make_trainer(
         # refused where there is a reference.
         model.delete_adapter("ref")
     _give_optimizer(trainer, recipe)
+    if launched().size > 1 and leaves_out_repeated(name, trainer):
+        _leave_out_repeated(trainer)
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics and recipe.trains_only_products:
         DiagnosticsCallback(over).add_to(trainer)
@@ -178,6 +181,39 @@ def _project_labelled_positions_only() -> None:
 
     if hasattr(utils, "_use_triton"):
         utils._use_triton = lambda device: device.type in ("cpu", "cuda", "xpu")
+
+
+def leaves_out_repeated(name: str, trainer: Any) -> bool:
+    """Whether a trainer's loss is the mean over the labelled tokens of all processes, in rows that can be told apart.
+
+    Args:
+        name: Name of the trainer in `TRAINERS`.
+        trainer: The trainer.
+    """
+    is_mean = name == "sft" and trainer.model_accepts_loss_kwargs and trainer.args.average_tokens_across_devices
+    return is_mean and not trainer.args.label_smoothing_factor and not _joins_rows(trainer.data_collator)
+
+
+def _joins_rows(collator: Any) -> bool:
+    return bool(getattr(collator, "padding_free", False))  # only the collator of TRL's sft has it
+
+
+def _leave_out_repeated(trainer: Any) -> None:
+    """Take the labels from rows that Accelerate repeats so that all processes have full batches until an epoch's end.
+
+    Several processes then learn from the rows that one process learns from.
+    """
+    batches_of = trainer.get_batch_samples
+
+    def labelled(batches: Iterator[Any]) -> Iterator[Any]:
+        size = trainer.args.per_device_train_batch_size
+        for batch in batches:
+            state = trainer.accelerator.gradient_state
+            if state.end_of_dataloader and state.remainder > 0:  # rows in the last micro-batches of all processes
+                batch["labels"][max(state.remainder - launched().rank * size, 0) :] = -100
+            yield batch
+
+    trainer.get_batch_samples = lambda batches, *options: batches_of(labelled(batches), *options)
 
 
 def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:

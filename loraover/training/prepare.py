@@ -31,7 +31,7 @@ from loraover.training.checks import (
 )
 from loraover.training.engines import end_preparation
 from loraover.training.examples import Examples
-from loraover.training.hf_trainer import make_sets, make_trainer
+from loraover.training.hf_trainer import leaves_out_repeated, make_sets, make_trainer
 from loraover.training.methods.base import count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
@@ -128,6 +128,8 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
     trainer = make_trainer(settled, model, sets, arguments, progress, over)
     end_preparation(recipe)
+    if ranks.size > 1:
+        _note_repeated(recipe, name, trainer, report)
     _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer), report)
     _check_trainer(trainer, recipe, model)
     method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
@@ -171,6 +173,19 @@ def _leave_out_short_warmup(arguments: Any, steps: int, report: Reporter) -> Non
     if 0 < share < 1 and share * steps < 1:
         arguments.warmup_steps = 0
         report.line(f"training.warmup_steps: none, since {share:g} of {steps} steps is less than one")
+
+
+def _note_repeated(recipe: Recipe, name: str, trainer: Trainer, report: Reporter) -> None:
+    """Report the rows that Accelerate repeats where the trainer's loss cannot leave them out."""
+    rows, training, size = len(trainer.train_dataset), recipe.training, launched().size
+    at_once = training.micro_batch * size
+    has_ended = planned_steps(recipe, trainer) * training.gradient_accumulation_steps * at_once >= rows
+    is_complete = name == "grpo" or trainer.args.dataloader_drop_last or leaves_out_repeated(name, trainer)
+    if has_ended and not is_complete and (repeated := -rows % at_once):
+        report.line(
+            f"the last step of an epoch takes its first {repeated} examples again, since {rows} examples do not divide "
+            f"into micro-batches of {training.micro_batch} in {size} processes; one process takes none again"
+        )
 
 
 def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:

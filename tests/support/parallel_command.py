@@ -34,6 +34,7 @@ LAUNCH = Path(__file__).parents[2] / "docs" / "examples" / "launch"
 ALONE: dict[str, list[str]] = {
     "lora-over": [],
     "loraplus": ["--set", "training.loraplus_lr_ratio=4"],
+    "ragged": ["--set", "data.train_examples=13"],
     "soma": ["--method", "soma"],
     "lorasc": ["--method", "lorasc"],
     "tensorguide": ["--method", "tensorguide", "--set", "tensorguide.tt_rank=2"],
@@ -55,6 +56,7 @@ RUNS: dict[str, list[str]] = {
     "zero2": halves(*engine("zero2"), "--set", f"distributed.config={LAUNCH / 'zero2.json'}"),
     "zero3": halves(*engine("zero3"), "--set", f"distributed.config={LAUNCH / 'zero3.json'}"),
     "fsdp2": halves(*engine("fsdp2")),
+    "ddp-ragged": halves(*ALONE["ragged"]),
     "zero3-loraplus": halves(*engine("zero3"), *ALONE["loraplus"]),
     "fsdp2-loraplus": halves(*engine("fsdp2"), *ALONE["loraplus"]),
     **{f"ddp-{method}": halves(*ALONE[method]) for method in ("soma", "lorasc", "tensorguide")},

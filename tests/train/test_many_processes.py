@@ -54,7 +54,13 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [json.dumps({"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}"}) for n in range(40)]
     (folder / "pairs.jsonl").write_text("\n".join(pairs))
     data = {"train": str(folder / "pairs.jsonl")}
-    write_recipe(folder / "dpo.yaml", base, trainer="dpo", data=data, training={"max_steps": 1})
+    write_recipe(
+        folder / "dpo.yaml",
+        base,
+        trainer="dpo",
+        data=data,
+        training={"max_steps": 1, "per_device_train_batch_size": 12},
+    )
     stopped(recipe, folder / "alone", 3)
     launched(TORCHRUN, TESTS / "support" / "parallel_command.py", folder, fails=True)
     return folder
@@ -89,6 +95,14 @@ def test_every_engine_trains_and_measures_as_one_process_does(
     assert [tokens for _, tokens in rows] == [tokens for _, tokens in all_rows]
     if (folder / name / "adapter" / "loraover.json").exists():
         assert read_checkpoint(folder / name / "adapter").meta.world_size == 2
+
+
+def test_rows_that_a_trainer_takes_twice_are_counted(folder: Path, saw: list[dict[str, Any]]) -> None:
+    assert [found["dpo"]["code"] for found in saw] == [0, 0], saw[0]["dpo"]["error"]
+    assert (
+        "takes its first 5 examples again, since 19 examples do not divide into micro-batches" in saw[0]["dpo"]["out"]
+    )
+    assert "examples again" not in saw[0]["ddp-ragged"]["out"]
 
 
 def test_zero_3_cuts_the_weights_while_they_are_loaded(saw: list[dict[str, Any]]) -> None:
