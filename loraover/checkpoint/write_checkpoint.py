@@ -17,8 +17,8 @@ from loraover.checkpoint.tensor_file import save_tensors, sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.version import __version__
-from loraover.overparam.core_group import PLAIN
 from loraover.overparam.importance import GradientScore
+from loraover.overparam.optimizers import PLAIN
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.sharding import world_size
 

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from loraover.overparam.block_bases import Bases
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.fingerprint import fingerprints
+from loraover.overparam.optimizers import PLAIN
 from loraover.overparam.sharding import full
 from loraover.overparam.sites import Site, write_matrices
-
-PLAIN = (bool, int, float, str, type(None))
-"""Types of values, besides tensors, that an optimizer's state can hold in a checkpoint."""
 
 
 class CoreGroup:

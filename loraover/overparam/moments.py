@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.overparam.core_group import PLAIN
 from loraover.overparam.decompositions import Decomposition
+from loraover.overparam.optimizers import PLAIN
 from loraover.overparam.sharding import full
 
 LINEAR = {"exp_avg", "momentum_buffer", "grad_avg"}

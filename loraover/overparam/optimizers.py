@@ -38,6 +38,9 @@ ELEMENTWISE = (
 ROTATED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, Adagrad)
 """Optimizers whose state can be turned together with a basis: means of gradients, and of their squares."""
 
+PLAIN = (bool, int, float, str, type(None))
+"""Types of values, besides tensors, in an optimizer's state that a checkpoint can hold."""
+
 BLIND = (torch.optim.SGD, torch.optim.Muon) if Version(torch.__version__) >= Version("2.9") else (torch.optim.SGD,)
 """Optimizers whose step turns with the basis, so that no basis changes what they learn."""
 
