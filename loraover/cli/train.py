@@ -50,7 +50,8 @@ def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool
     ranks = launched()
     if request.html is not None:
         ranks.write(check_new, request.html, ".html")  # before anything is tried
-    found = make_plan(recipe, ranks.heard(ConsoleReporter(console)), tries=ranks.size == 1)
+    gpus: Any = {"gpus": request.gpus, "gpu_memory": request.gpu_memory}
+    found = make_plan(recipe, ranks.heard(ConsoleReporter(console)), tries=ranks.size == 1, **gpus)
     if request.html is not None:
         ranks.write(publish_text, request.html, to_page(found, request.command()).html)
     if as_json:

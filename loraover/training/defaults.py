@@ -11,7 +11,8 @@ from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device, prefers_bf16, total_memory
 from loraover.models.load import ModelSource
 from loraover.models.memory import ROOM
-from loraover.training.estimate import estimate_memory
+from loraover.training.engines import CUTS_WEIGHTS
+from loraover.training.estimate import Gpus, estimate_memory
 from loraover.training.lengths import Tokens, is_left_out
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import TrainingMethod
@@ -32,7 +33,9 @@ WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
 
 
-def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Reporter) -> Recipe:
+def with_defaults(
+    recipe: Recipe, config: Any, tokens: list[Tokens], report: Reporter, gpus: Gpus | None = None
+) -> Recipe:
     """Give the values that a recipe leaves open, but for its batch size.
 
     Args:
@@ -40,14 +43,19 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Rep
         config: Configuration of its base model.
         tokens: Lengths of its training examples; empty if they are not known.
         report: Receiver of the values with their reasons.
+        gpus: GPUs that a plan is for; None: this machine.
     """
     training, values = recipe.training, dict[str, Any]()
     text = config.get_text_config()
     if training.bf16 is None:
         device = choose_device()
-        why_not = _against_bf16(recipe, device)
+        why_not = _against_bf16(recipe, None if gpus else device)
         values["bf16"] = why_not is None
-        why = why_not or f"this machine's {device.type} is faster in it than in float32"
+        why = why_not or (
+            "the GPUs of a plan are taken to have it"
+            if gpus
+            else f"this machine's {device.type} is faster in it than in float32"
+        )
         report.line(f"training.bf16: {str(why_not is None).lower()}, since {why}")
     if training.learning_rate is None:
         key = "lora+" if training.loraplus_lr_ratio is not None else recipe.method
@@ -74,51 +82,78 @@ def with_defaults(recipe: Recipe, config: Any, tokens: list[Tokens], report: Rep
     return recipe.changed("training", **values)
 
 
-def with_batch(recipe: Recipe, source: ModelSource, report: Reporter) -> Recipe:
+def with_batch(recipe: Recipe, source: ModelSource, report: Reporter, gpus: Gpus | None = None) -> Recipe:
     """Choose the micro-batch of a recipe whose batch size is auto: the largest that the plan says fits.
 
     A step has as many examples as without auto, since micro-batches are accumulated, so that the result of a run does
     not depend on the machine's memory. Where processes cannot share them evenly, another number is reported and taken.
     If not even one example fits, activations are recomputed.
 
+    Args:
+        recipe: The recipe.
+        source: The base model.
+        report: Receiver of what is chosen.
+        gpus: GPUs that a plan is for, which may be too small; None: this machine.
+
     Raises:
-        ConfigError: Not even one example fits.
+        ConfigError: Not even one example fits on this machine.
     """
     training = recipe.training
     if training.per_device_train_batch_size != AUTO:
         return recipe
-    memory = total_memory(choose_device("auto").type)
+    memory = gpus.memory if gpus else total_memory(choose_device("auto").type)
     processes, in_a_step = recipe.distributed.processes or 1, training.gradient_accumulation_steps * BATCH
-    for checkpointing in sorted({training.gradient_checkpointing, True}):
-        for batch in (size for size in (8, 4, 2, 1) if size == 1 or size * processes <= in_a_step):
-            values: dict[str, Any] = {
-                "per_device_train_batch_size": batch,
-                "gradient_accumulation_steps": max(1, in_a_step // (batch * processes)),
-                "gradient_checkpointing": checkpointing,
-            }
-            tried = recipe.changed("training", **values)
-            needed = estimate_memory(tried, source, tried.training.max_steps or 1)
-            in_all = needed.held + (needed.activations or 0)
-            if memory is None or in_all <= ROOM * memory:
-                known = "" if memory is None else f" of {memory / 1e9:.3g} GB"
-                if (step := batch * values["gradient_accumulation_steps"] * processes) != in_a_step:
-                    report.line(f"a step has {step} examples, since {processes} processes cannot share {in_a_step}")
-                report.line(
-                    f"training.per_device_train_batch_size: {batch}, which needs about {in_all / 1e9:.3g} GB{known}; "
-                    f"gradient_accumulation_steps: {values['gradient_accumulation_steps']}"
-                    + (", with gradient_checkpointing" if checkpointing else "")
-                )
-                return tried
-    raise ConfigError(
-        f"training.per_device_train_batch_size is auto, and not even one example of {training.tokens} tokens fits into "
-        f"the memory of {memory} bytes; lower training.max_length, or set model_init.quantization."
+    tries = [
+        in_micro_batches(recipe, batch, in_a_step, checkpointing)
+        for checkpointing in sorted({training.gradient_checkpointing, True})
+        for batch in (8, 4, 2, 1)
+        if batch == 1 or batch * processes <= in_a_step
+    ]
+    for tried in tries:
+        in_all = estimate_memory(tried, source, training.max_steps or 1).in_all
+        if memory is None or in_all <= ROOM * memory:
+            break
+    else:
+        if gpus is None:
+            cut = "" if recipe.distributed.engine in CUTS_WEIGHTS else ", or cut the weights with distributed.engine"
+            raise ConfigError(
+                f"training.per_device_train_batch_size is auto, and not even one example of {training.tokens} tokens "
+                f"fits: it needs about {in_all / 1e9:.3g} GB, and this machine has {(memory or 0) / 1e9:.3g} GB. Lower "
+                f"training.max_length, or set model_init.quantization{cut}."
+            )
+    batch, accumulated = tried.training.micro_batch, tried.training.gradient_accumulation_steps
+    if (step := batch * accumulated * processes) != in_a_step:
+        report.line(f"a step has {step} examples, since {processes} processes cannot share {in_a_step}")
+    known = f"{in_all / 1e9:.3g} GB" + ("" if memory is None else f" of {memory / 1e9:.3g} GB")
+    report.line(
+        f"training.per_device_train_batch_size: {batch}, which needs about {known}; "
+        f"gradient_accumulation_steps: {accumulated}"
+        + (", with gradient_checkpointing" if tried.training.gradient_checkpointing else "")
     )
+    return tried
 
 
-def _against_bf16(recipe: Recipe, device: torch.device) -> str | None:
-    """Return why a run that leaves it open computes in float32; None if it computes in bfloat16."""
+def in_micro_batches(recipe: Recipe, batch: int, in_a_step: int, checkpointing: bool) -> Recipe:
+    """Return a recipe with micro-batches of another size, and as nearly as may be with steps of so many examples."""
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": max(1, in_a_step // (batch * (recipe.distributed.processes or 1))),
+        "gradient_checkpointing": checkpointing,
+    }
+    return recipe.changed("training", **values)
+
+
+def _against_bf16(recipe: Recipe, device: torch.device | None) -> str | None:
+    """Return why a run that leaves it open computes in float32; None if it computes in bfloat16.
+
+    Args:
+        recipe: The recipe.
+        device: Device of the run; None: a GPU that is not here.
+    """
     if recipe.training.fp16:
         return "training.fp16 is true"
     if METHODS.get(recipe.method, TrainingMethod).needs_fp32:
         return f"method {recipe.method} computes in float32"
-    return None if prefers_bf16(device) else f"this machine's {device.type} is not known to be faster in it"
+    if device is None or prefers_bf16(device):
+        return None
+    return f"this machine's {device.type} is not known to be faster in it"

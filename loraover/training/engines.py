@@ -48,8 +48,12 @@ CUTS_WEIGHTS = ("zero3", "fsdp2")
 """Engines under which a process holds only its part of the weights."""
 
 
-def check_processes(recipe: Recipe) -> None:
+def check_processes(recipe: Recipe, *, starts: bool = True) -> None:
     """Check that the processes of a launcher can train a recipe.
+
+    Args:
+        recipe: The recipe.
+        starts: Whether these processes are to train it now, and not a plan of it to be made.
 
     Raises:
         ConfigError: They cannot; the message says why.
@@ -60,11 +64,13 @@ def check_processes(recipe: Recipe) -> None:
             f"accelerate's configuration sets {LAUNCHED_WITH[0]}, which the recipe decides: set distributed.engine, "
             "and take a configuration of accelerate with distributed_type MULTI_GPU."
         )
-    if engine != "ddp" and "RANK" not in os.environ:
+    if starts and engine != "ddp" and "RANK" not in os.environ:
         raise ConfigError(
             f"distributed.engine is {engine}, which needs a launcher; start the run with torchrun --nproc-per-node N "
             "-m loraover.cli, followed by the words of this command."
         )
+    if not starts:
+        size = recipe.distributed.processes or 1
     if recipe.method in METHODS and (engine != "ddp" or size > 1) and (why := METHODS[recipe.method].one_process):
         raise ConfigError(f"method {recipe.method} trains in one process, since {why}. Start it without a launcher.")
     if recipe.method in METHODS and engine != "ddp":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import weights_dtype
+from loraover.training.engines import CUTS_WEIGHTS
 from loraover.training.methods import make_method
 from loraover.training.recipe import Recipe
 from loraover.training.trainers import TRAINERS
@@ -30,6 +32,19 @@ QUANTISED = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0, "torchao-int8": 1.0}
 """Bytes of a weight of a linear layer; nf4 with double quantisation (Dettmers et al., arXiv:2305.14314, section 3)."""
 
 
+@dataclass(frozen=True)
+class Gpus:
+    """GPUs that a plan is for, which need not be here; a process trains on each of them.
+
+    Args:
+        count: Number of GPUs.
+        memory: Bytes that each of them has.
+    """
+
+    count: int
+    memory: int
+
+
 class Memory(StrictModel):
     """Memory of one process in bytes."""
 
@@ -38,7 +53,14 @@ class Memory(StrictModel):
     cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
     gauge: int = Field(description="Largest number of bytes of bases that are not trained, and of their moments.")
     gradients: int = Field(description="Bytes of the gradients of everything trained, of single rows too.")
-    optimizer_states: int = Field(description="Bytes of AdamW's two moments, in the type of their parameters.")
+    optimizer_states: int = Field(
+        description="Bytes of AdamW's two moments, in the type of their parameters; under ZeRO also of their copies."
+    )
+    gathered: int = Field(
+        0,
+        description="Bytes of weights that an engine which cuts them gathers while they are used: two layers, and what "
+        "is outside of the layers.",
+    )
     activations: int | None = Field(
         description="Estimated bytes of activations, see `plan.ASSUMPTION`; None: they depend on the values."
     )
@@ -46,26 +68,41 @@ class Memory(StrictModel):
     @property
     def held(self) -> int:
         """Bytes in all, without the activations."""
-        return self.weights + self.adapter + self.cores + self.gauge + self.gradients + self.optimizer_states
+        cores = self.cores + self.gauge
+        return self.weights + self.gathered + self.adapter + cores + self.gradients + self.optimizer_states
+
+    @property
+    def in_all(self) -> int:
+        """Bytes in all; without the activations where these are not known."""
+        return self.held + (self.activations or 0)
 
 
-def estimate_memory(recipe: Recipe, source: ModelSource, steps: int) -> Memory:
-    """Estimate the memory of a run without reading weights.
+def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_activations: bool = True) -> Memory:
+    """Estimate the memory of one process of a run without reading weights.
+
+    Of P processes, ZeRO 2 gives each a part of 1 / P of the optimizer's states and gradients of A and B, and ZeRO 3 and
+    FSDP2 also of the weights, A and B. All of them hold all cores. docs/scale.md has the formulas.
 
     Args:
         recipe: The recipe, with its batch size and length.
         source: The base model.
         steps: Optimizer steps of the run.
+        with_activations: Whether to estimate the activations too, which takes most of the time.
 
     Raises:
         ConfigError: PEFT, the method or the schedule refuses the model.
     """
     base = load_skeleton(source).to(getattr(torch, DTYPES[weights_dtype(recipe)]))
-    weights = _bytes(base.parameters())
+    weights, gathered = _bytes(base.parameters()), 0
     if (form := recipe.model_init.quantization) is not None:
         layers = [one.weight for one in base.modules() if isinstance(one, nn.Linear)]
         inner = [weight for weight in layers if weight is not base.get_output_embeddings().weight]
         weights += round(QUANTISED[form] * sum(weight.numel() for weight in inner)) - _bytes(inner)
+    engine, pieces = recipe.distributed.engine, recipe.distributed.processes or 1
+    if engine in CUTS_WEIGHTS and pieces > 1:
+        layers = [_bytes(one.parameters()) for one in base.modules() if isinstance(one, GradientCheckpointingLayer)]
+        in_use = 1 - (sum(layers) - 2 * max(layers)) / _bytes(base.parameters()) if len(layers) > 2 else 1
+        gathered, weights = round(in_use * weights * (pieces - 1) / pieces), weights // pieces
     is_seq2seq = bool(base.config.is_encoder_decoder)
     model: Any = base
     method = make_method(recipe, is_seq2seq=is_seq2seq)
@@ -85,14 +122,20 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int) -> Memory:
     elif cores := method.count_cores(model):
         added = cores - trained // CORE_BYTES
     rows = 1 + recipe.training.micro_batch if method.keeps_row_gradients else 1
+    kept = trained - (cores - added) * CORE_BYTES  # parameters whose moments stay with them
+    if engine == "ddp":
+        pieces = 1
+    elif engine.startswith("zero"):
+        kept = trained + trained // 2  # a step takes all of them, and has a float32 copy of each
     return Memory(
         weights=weights,
-        adapter=0 if recipe.method == "full" else adapter,
+        gathered=gathered,
+        adapter=0 if recipe.method == "full" else adapter // (pieces if engine in CUTS_WEIGHTS else 1),
         cores=cores * CORE_BYTES,
         gauge=gauge * CORE_BYTES,
-        gradients=rows * trained + cores * CORE_BYTES,
-        optimizer_states=2 * (trained + added * CORE_BYTES) * recipe.clients,
-        activations=_activations(model, recipe),
+        gradients=rows * trained // pieces + cores * CORE_BYTES,
+        optimizer_states=2 * (kept // pieces + cores * CORE_BYTES) * recipe.clients,
+        activations=_activations(model, recipe) if with_activations else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from pydantic import Field
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
+from loraover.common.request import as_written
 from loraover.data.formats import PAIRS
 from loraover.data.sources import count_hub_rows, is_hub_name
+from loraover.models.device import choose_device, total_memory
 from loraover.models.load import ModelSource, is_encoder_decoder, load_tokenizer, resolve_model
+from loraover.models.memory import ROOM
 from loraover.training.checks import check_names
-from loraover.training.estimate import Memory, estimate_memory
+from loraover.training.defaults import in_micro_batches
+from loraover.training.engines import CUTS_WEIGHTS
+from loraover.training.estimate import Gpus, Memory, estimate_memory
 from loraover.training.examples import Examples
 from loraover.training.lengths import SPLITS
 from loraover.training.recipe import Recipe
@@ -39,6 +45,14 @@ class TrainingPlan(Memory):
     peak_bytes: int | None = Field(
         None, description="Largest memory on this machine, measured in a trial; None: there was none."
     )
+    gpus: int | None = Field(None, description="GPUs that the plan is for, a process each; None: this machine.")
+    memory: int | None = Field(
+        None, description="Bytes of memory of each of these GPUs, or of this machine; None: not known."
+    )
+    fits: bool | None = Field(
+        None, description="Whether the estimate leaves room for fragments and buffers; None: that is not known."
+    )
+    remedies: list[str] = Field([], description="Changes of the recipe with which it would fit, each with its bytes.")
     lengths: Lengths | None = Field(
         description="Lengths of the examples; None: their data or tokenizer is not at hand."
     )
@@ -50,19 +64,31 @@ class TrainingPlan(Memory):
             "base model": self.model,
             "method": self.method,
             "weights": size_text(self.weights),
+            **({"weights gathered in use": size_text(self.gathered)} if self.gathered else {}),
             "A and B": size_text(self.adapter),
             "cores": size_text(self.cores),
             **({"bases and moments": size_text(self.gauge)} if self.gauge else {}),
             "gradients": size_text(self.gradients),
             "optimizer states": size_text(self.optimizer_states),
             "activations": f"about {size_text(self.activations or 0)}" if known else "unknown for this architecture",
-            "in all": f"about {size_text(self.held + (self.activations or 0))}{'' if known else ', and activations'}",
+            "in all": f"about {size_text(self.in_all)}{'' if known else ', and activations'}",
+            **({} if self.fits is None else {"verdict": self.verdict}),
             "steps": f"{self.steps:,}",
             "examples": f"{self.examples:,}",
             "tokens": f"at most {self.tokens:,}",
             **({} if self.step_seconds is None else {"time": _time(self.steps, self.step_seconds)}),
             **({} if (peak := self.peak_bytes) is None else {"peak memory": f"{size_text(peak)}, measured in a trial"}),
         }
+
+    @property
+    def verdict(self) -> str:
+        """Whether the memory suffices, and else what would make it suffice."""
+        where = "this machine" if self.gpus is None else f"each of {self.gpus} GPUs" if self.gpus > 1 else "the GPU"
+        room = f"{size_text(round(ROOM * (self.memory or 0)))} of the {size_text(self.memory or 0)} of {where}"
+        if self.fits:
+            return f"fits into {room}"
+        found = f"what would fit: {'; or '.join(self.remedies)}" if self.remedies else "lower training.max_length"
+        return f"does not fit into {room}; {found}"
 
     def facts(self, *, with_bars: bool = True) -> dict[str, str]:
         """Name and value of each row of a table, with a histogram of the lengths if they are known and it is wanted."""
@@ -80,7 +106,14 @@ ASSUMPTION = (
 )
 
 
-def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False) -> TrainingPlan:
+def make_plan(
+    recipe: Recipe,
+    report: Reporter = SILENT,
+    *,
+    tries: bool = False,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
+) -> TrainingPlan:
     """Estimate memory, steps and tokens of a run without reading weights.
 
     Args:
@@ -88,6 +121,8 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
         report: Receiver of the values that the recipe leaves open.
         tries: Whether to measure time and memory in a few steps with random weights, see `try_steps`; they need the
             model's tokenizer, and a trainer of prompts and completions where the data are on the hub.
+        gpus: Number of GPUs that the plan is for, with a process on each; None: one, or this machine.
+        gpu_memory: Memory of each of them in GB; None: that of a GPU here.
 
     Raises:
         ConfigError: A recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
@@ -98,10 +133,16 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     source = resolve_model(recipe.model, recipe.model_revision)
     is_seq2seq = is_encoder_decoder(source)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
-    make_arguments(recipe, name, Path())
+    if gpus is not None or gpu_memory is not None:
+        planned = Gpus(gpus or 1, _memory_of_gpu() if gpu_memory is None else round(gpu_memory * 1e9))
+        if recipe.distributed.processes is None:
+            recipe = recipe.changed("distributed", processes=planned.count)
+    else:
+        planned = None
+    make_arguments(recipe, name, Path(), starts=False)
     tokenizer = _tokenizer(recipe, source)
     read = _read(recipe, name, source, tokenizer, report)
-    settled = settle(recipe, name, source, tokenizer, read, report)
+    settled = settle(recipe, name, source, tokenizer, read, report, planned)
     recipe, training = settled.recipe, settled.recipe.training
     examples = None if training.max_steps is not None else _count_examples(settled, read)
     steps = recipe.steps(examples or 0)
@@ -110,18 +151,109 @@ def make_plan(recipe: Recipe, report: Reporter = SILENT, *, tries: bool = False)
     if training.num_train_epochs is not None and examples is not None:
         seen = round(examples * training.num_train_epochs)
     can_try = settled.tokens or (read is None and tokenizer is not None and PAIRS[0] in TRAINERS[name].columns)
-    needs = try_steps(recipe, source, report) if tries and can_try else None
+    is_here = planned is None and recipe.distributed.engine == "ddp"
+    needs = try_steps(recipe, source, report) if tries and can_try and is_here else None
+    estimate = estimate_memory(recipe, source, steps)
+    memory = total_memory(choose_device().type) if planned is None else planned.memory
+    fits = None if memory is None else estimate.in_all <= ROOM * memory
+    if estimate.activations is None and fits:
+        fits = None
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,
-        **dict(estimate_memory(recipe, source, steps)),
+        **dict(estimate),
+        gpus=None if planned is None else planned.count,
+        memory=memory,
+        fits=fits,
+        remedies=[] if fits is not False else what_would_fit(recipe, source, steps, ROOM * (memory or 0), planned),
         steps=steps,
         examples=seen,
-        tokens=seen * training.tokens * (2 if is_seq2seq else TRAINERS[name].texts),
+        tokens=_most_tokens(settled, seen, examples) * (2 if is_seq2seq else TRAINERS[name].texts),
         step_seconds=None if needs is None else needs.step_seconds,
         peak_bytes=None if needs is None else round(needs.peak_bytes),
         lengths=settled.lengths,
     )
+
+
+def _memory_of_gpu() -> int:
+    """Return the bytes of a GPU of this machine."""
+    device = choose_device().type
+    memory = None if device == "cpu" else total_memory(device)
+    if memory is None:
+        raise ConfigError(f"there is no GPU here to take the memory from; give {as_written('gpu_memory')}, in GB.")
+    return memory
+
+
+def _most_tokens(settled: Settled, seen: int, in_an_epoch: int | None) -> int:
+    """Return the largest number of tokens that so many examples have, by their lengths where these are known."""
+    most = settled.recipe.training.tokens
+    if not settled.tokens or settled.recipe.packs:
+        return seen * most
+    sizes = sorted((min(one.total, most) for one in settled.tokens), reverse=True)[:in_an_epoch]
+    epochs, rest = divmod(seen, len(sizes))
+    return epochs * sum(sizes) + sum(sizes[:rest])
+
+
+MORE_GPUS = (2, 4, 8, 16, 32, 64, 128)
+"""Numbers of GPUs that a plan tries where those it is for are too few."""
+
+
+def what_would_fit(recipe: Recipe, source: ModelSource, steps: int, room: float, gpus: Gpus | None) -> list[str]:
+    """Return changes of a recipe with which a process needs no more than so many bytes.
+
+    Args:
+        recipe: The recipe, with its batch size and length.
+        source: The base model.
+        steps: Optimizer steps of the run.
+        room: Bytes.
+        gpus: GPUs that the plan is for; None: this machine.
+    """
+    found: list[str] = []
+    smaller = [*_smaller(recipe)]
+    activations = [estimate_memory(tried, source, steps).activations for _, tried in smaller]
+    for words, changed in _lighter(recipe, gpus):
+        held = estimate_memory(changed, source, steps, with_activations=False).held
+        for (more, _), kept in zip(smaller, activations, strict=True):
+            if held + (kept or 0) <= room:
+                rest = ", and activations" if kept is None else ""
+                found.append(f"{', '.join([*words, *more])} (about {size_text(held + (kept or 0))}{rest})")
+                break
+        if found and changed.distributed != recipe.distributed:
+            break  # more GPUs would fit, too
+    return found
+
+
+def _lighter(recipe: Recipe, gpus: Gpus | None) -> Iterator[tuple[list[str], Recipe]]:
+    """Yield the recipe, and then with less of its base model in a process, each with what is changed."""
+    yield [], recipe
+    init, distributed, here = recipe.model_init, recipe.distributed, recipe.distributed.processes or 1
+    is_cut = distributed.engine in CUTS_WEIGHTS
+    if init.quantization is None and recipe.method != "full" and not is_cut:
+        yield ["model_init.quantization: nf4"], recipe.changed("model_init", quantization="nf4")
+    if recipe.method not in ("lora", "lora-over") or init.quantization is not None:
+        return
+    engine = distributed.engine if is_cut else "fsdp2"
+    asked = [] if is_cut else ["distributed.engine: fsdp2"]
+    if recipe.evaluation.exact_match:
+        asked.append("evaluation.exact_match: false")
+    for count in [here, *(n for n in MORE_GPUS if gpus and n > here)]:
+        if count > 1 and (asked or count > here):
+            more = [] if count == here else [f"{as_written('gpus', str(count))}"]
+            yield [*asked, *more], recipe.changed("distributed", engine=engine, config=None, processes=count)
+
+
+def _smaller(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
+    """Yield the recipe, and then with fewer activations in the same steps, each with what is changed."""
+    yield [], recipe
+    training = recipe.training
+    in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
+    checkpointing, one = ["training.gradient_checkpointing: true"], ["training.per_device_train_batch_size: 1"]
+    if not training.gradient_checkpointing:
+        yield checkpointing, recipe.changed("training", gradient_checkpointing=True)
+    if training.micro_batch > 1:
+        yield one, in_micro_batches(recipe, 1, in_a_step, training.gradient_checkpointing)
+        if not training.gradient_checkpointing:
+            yield [*checkpointing, *one], in_micro_batches(recipe, 1, in_a_step, True)
 
 
 def _bars(lengths: Lengths) -> dict[str, str]:

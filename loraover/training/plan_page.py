@@ -24,13 +24,16 @@ def to_page(plan: TrainingPlan, command: str) -> Page:
     """
     facts, lengths = plan.facts(with_bars=False) | {"estimate": ASSUMPTION}, plan.lengths
     sentence = f"The run takes {plan.steps:,} steps of {plan.method}. Memory in all: {facts['in all']}."
+    if plan.fits is not None:
+        sentence += f" It {plan.verdict.partition(';')[0]}."
     if lengths is not None:
         sentence += f" max_length {lengths.max_length:,} cuts {lengths.cut:,} of {lengths.examples:,} examples."
+    is_open = plan.fits is False or (lengths is not None and lengths.cut_share > FEW)
     return make_page(
         files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title="Plan",
         heading="What will the run need?",
-        verdict=Verdict("open" if lengths is not None and lengths.cut_share > FEW else "plain", "plan", sentence),
+        verdict=Verdict("open" if is_open else "plain", "plan", sentence),
         facts={"base model": plan.model},
         origin=Origin(command, today(), hardware(), environment()),
         figures=[] if lengths is None else [_histogram(lengths)],

@@ -65,6 +65,7 @@ class TrainRequest(Request):
         "loraover train --data chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct",
         "loraover train gsm8k-smollm2 --method lora --learning-rate 1e-3 -o runs/plain",
         "loraover train demo --set over.decomposition=svd --set over.options={} --plan",
+        "loraover train recipe.yaml --plan --gpus 8 --gpu-memory 80",
         "loraover train demo --resume",
         "loraover train demo -o runs/demo --resume auto",
         "loraover train demo --ray local --workers 2",
@@ -147,6 +148,17 @@ class TrainRequest(Request):
     )
     html: AnyPath | None = option(
         "New .html file for the plan, with a histogram of the lengths of the examples.", default=None, needs="plan"
+    )
+
+    gpus: int | None = option(
+        "Number of GPUs that the plan is for, with a process on each; they need not be here.",
+        default=None,
+        default_text="one, or this machine",
+        least=1,
+        needs="plan",
+    )
+    gpu_memory: float | None = option(
+        "Memory of each of these GPUs, in GB.", default=None, default_text="that of a GPU here", needs="plan"
     )
 
     @property

@@ -13,6 +13,7 @@ from loraover.data.sources import BadRows
 from loraover.models.load import ModelSource, load_config, load_processor, takes_images
 from loraover.training.checks import check_rows, row_form
 from loraover.training.defaults import with_batch, with_defaults
+from loraover.training.estimate import Gpus
 from loraover.training.examples import Examples, load_examples, report_rows, report_skipped
 from loraover.training.lengths import Tokens, check_fit, count_tokens
 from loraover.training.methods import make_method
@@ -82,7 +83,13 @@ def read_examples(
 
 
 def settle(
-    recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, examples: Examples | None, report: Reporter
+    recipe: Recipe,
+    name: str,
+    source: ModelSource,
+    tokenizer: Any,
+    examples: Examples | None,
+    report: Reporter,
+    gpus: Gpus | None = None,
 ) -> Settled:
     """Check the rows of a recipe, and give the values that it leaves to them, to its method and to this machine.
 
@@ -93,6 +100,7 @@ def settle(
         tokenizer: Its tokenizer; None if a plan finds none.
         examples: Its rows; None if a plan does not read them.
         report: Receiver of the values with their reasons, and of what is cut.
+        gpus: GPUs that a plan is for; None: this machine.
 
     Raises:
         ConfigError: The recipe does not fit its model or this machine.
@@ -114,7 +122,7 @@ def settle(
             examples, counted = _without(recipe, examples, counted, bad, report)
     lasting = [one for part in (counted[:1] if processor is None else counted) for one in part]
     config = load_config(source)
-    recipe = with_batch(with_defaults(recipe, config, lasting, report), source, report)
+    recipe = with_batch(with_defaults(recipe, config, lasting, report, gpus), source, report, gpus)
     method, lengths = make_method(recipe, is_seq2seq=bool(config.is_encoder_decoder)), None
     if examples is not None and counted:
         method.check_rows(examples.train.rows)

@@ -139,7 +139,7 @@ def find_reward(name: str) -> Any:
         ) from error
 
 
-def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = SILENT) -> Any:
+def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = SILENT, *, starts: bool = True) -> Any:
     """Make the settings of a recipe's trainer, as its class checks them.
 
     Args:
@@ -147,6 +147,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
         name: Key of `TRAINERS`.
         output: The run's folder.
         report: Receiver of a line where GPUs stay idle.
+        starts: Whether these processes are to train it now, and not a plan of it to be made.
 
     Raises:
         ConfigError: The processes of a launcher cannot train the recipe, a reward is unknown, the class does not have a
@@ -156,7 +157,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
     import torch
     from transformers.integrations import get_reporting_integration_callbacks
 
-    check_processes(recipe)
+    check_processes(recipe, starts=starts)
     for reward in recipe.reward_funcs:
         find_reward(reward)
     _, config = TRAINERS[name].load()

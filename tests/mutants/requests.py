@@ -69,9 +69,15 @@ REQUESTS = (
         Selection("test_recipe.py", "steps_of_epochs"),
     ),
     Mutant(
+        "plan-whole-weights-in-every-process",
+        "(pieces - 1) / pieces), weights // pieces",
+        "(pieces - 1) / pieces), weights",
+        Selection("test_plan.py", "gives_each_process_its_part"),
+    ),
+    Mutant(
         "plan-one-moment",
-        "optimizer_states=2 * (trained + added * CORE_BYTES)",
-        "optimizer_states=2 * trained + added * CORE_BYTES",
+        "optimizer_states=2 * (kept // pieces + cores * CORE_BYTES)",
+        "optimizer_states=2 * (kept // pieces) + cores * CORE_BYTES",
         Selection("test_plan.py", "counts_what_a_run_trains"),
     ),
     Mutant(
@@ -328,8 +334,8 @@ REQUESTS = (
     ),
     Mutant(
         "float32-is-for-the-faster-cpu",
-        "return None if prefers_bf16(device) else",
-        "return None if not prefers_bf16(device) else",
+        "if device is None or prefers_bf16(device):",
+        "if device is None or not prefers_bf16(device):",
         Selection("test_train.py", "default_where_it_is_faster"),
     ),
     Mutant(

@@ -155,9 +155,93 @@ def test_an_epoch_of_a_file_counts_its_rows(configs: dict[str, Path], tmp_path: 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     local = {"model": str(configs["t5"]), "data.train": str(tmp_path / "rows.jsonl"), "evaluation.examples": 0}
     found = plan("glue-qnli-t5-base", local)
-    assert (found.steps, found.examples, found.tokens) == (3, 70, 70 * 2 * 128)
+    assert found.lengths is not None
+    assert found.lengths.longest < 128
+    assert (found.steps, found.examples, found.tokens) == (3, 70, 70 * 2 * found.lengths.longest)
     twice = plan("glue-qnli-t5-base", local | {"training.num_train_epochs": 2})
     assert (twice.steps, twice.examples) == (6, 140)
+
+
+@pytest.mark.process
+def test_tokens_are_those_of_the_longest_examples(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "1 + 1 =", "completion": " 2" * count} for count in range(1, 21)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training = {"max_length": 16, "max_steps": 6, "per_device_train_batch_size": 4}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        bases["llama"],
+        data={"train": str(tmp_path / "rows.jsonl"), "chat": False},
+        training=training,
+        evaluation={"examples": 0},
+    )
+    tokenizer = load_tokenizer(resolve_model(str(bases["llama"])))
+    sizes = sorted(min(16, 1 + len(tokenizer("1 + 1 =" + row["completion"]).input_ids)) for row in rows)
+    assert plan(recipe).tokens == sum(sizes) + sum(sizes[-4:])  # 24 examples are one epoch and 4 more
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-over"])
+@pytest.mark.parametrize(("engine", "cuts"), [("ddp", ""), ("zero2", "m"), ("zero3", "wm"), ("fsdp2", "wm")])
+def test_an_engine_gives_each_process_its_part(engine: str, cuts: str, method: str, recipe: Path) -> None:
+    """A plan of an engine needs no launcher."""
+    asked = {"method": method, "training.optim": "adamw_torch", "evaluation.exact_match": False}
+    alone = plan(recipe, asked)
+    found = plan(recipe, asked | {"distributed.engine": engine, "distributed.processes": 8})
+    assert found.weights == (alone.weights // 8 if "w" in cuts else alone.weights)
+    assert found.adapter == (alone.adapter // 8 if "w" in cuts else alone.adapter)
+    assert (found.cores, found.activations) == (alone.cores, alone.activations)
+    assert 0 <= found.gathered < alone.weights
+    assert bool(found.gathered) == ("w" in cuts)
+    assert found.gradients == alone.adapter // (8 if "m" in cuts else 1) + alone.cores
+    if engine != "ddp" and method == "lora":  # ZeRO steps copies in float32 as well
+        assert found.optimizer_states == (2 if engine == "fsdp2" else 3) * alone.adapter // 8
+    elif engine in ("ddp", "fsdp2"):
+        assert found.optimizer_states == alone.optimizer_states
+
+
+def test_a_plan_for_gpus_that_are_not_here_says_whether_it_fits(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(recipe), "--plan", "--gpus", "8", "--set", "evaluation.exact_match=false"]
+    assert run(cli, [*words, "--gpu-memory", "80"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "training.bf16" not in shown
+    assert "fits into 72 GB of the 80 GB of each of 8 GPUs" in shown
+    asked = [*words, "--gpu-memory", "1e-4", "--set", "distributed.engine=zero3", "--json"]
+    assert run(cli, asked) == 0
+    found = TrainingPlan.model_validate_json(capsys.readouterr().out)
+    assert (found.gpus, found.memory, found.fits, found.step_seconds) == (8, 10**5, False, None)
+    assert found.facts()["verdict"].startswith("does not fit into 90 kB of the 100 kB of each of 8 GPUs; ")
+
+
+def test_what_a_plan_says_would_fit_fits(recipe: Path) -> None:
+    room = 0.9 * 1.3e6
+    found = make_plan(load_recipe(recipe, {"evaluation.exact_match": False}), gpus=2, gpu_memory=1.3e-3)
+    assert found.fits is False
+    assert found.remedies
+    for remedy in found.remedies:
+        changes: dict[str, Any] = {"evaluation.exact_match": False}
+        for key, value in re.findall(r"(\S+): (\w+)", remedy):
+            changes[key] = int(value) if value.isdecimal() else value == "true" if value in ("true", "false") else value
+        gpus = int(match[1]) if (match := re.search(r"--gpus (\d+)|gpus=(\d+)", remedy)) else 2
+        again = make_plan(load_recipe(recipe, changes), gpus=gpus, gpu_memory=1.3e-3)
+        assert again.in_all <= room, remedy
+        assert again.fits
+
+
+def test_auto_takes_the_memory_of_the_planned_gpus(recipe: Path) -> None:
+    auto = {"training.per_device_train_batch_size": "auto", "evaluation.exact_match": False}
+    lines = {memory: Lines() for memory in (80.0, 1e-6)}
+    for memory, report in lines.items():
+        make_plan(load_recipe(recipe, auto), report, gpus=1, gpu_memory=memory)
+    large, small = (next(line for line in report.lines if "batch_size: " in line) for report in lines.values())
+    assert "batch_size: 8, which needs" in large
+    assert "of 80 GB" in large
+    assert "batch_size: 1, which needs" in small
+
+
+def test_a_plan_for_gpus_without_their_memory_is_refused_where_there_is_none(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no GPU here .*; give gpu_memory, in GB"):
+        make_plan(load_recipe(recipe), gpus=8)
 
 
 def test_steps_need_no_data(configs: dict[str, Path]) -> None:
