@@ -100,8 +100,8 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_act
         weights += round(QUANTISED[form] * sum(weight.numel() for weight in inner)) - _bytes(inner)
     engine, pieces = recipe.distributed.engine, recipe.distributed.processes or 1
     if engine in CUTS_WEIGHTS and pieces > 1:
-        layers = [_bytes(one.parameters()) for one in base.modules() if isinstance(one, GradientCheckpointingLayer)]
-        in_use = 1 - (sum(layers) - 2 * max(layers)) / _bytes(base.parameters()) if len(layers) > 2 else 1
+        blocks = [_bytes(one.parameters()) for one in base.modules() if isinstance(one, GradientCheckpointingLayer)]
+        in_use = 1 - (sum(blocks) - 2 * max(blocks)) / _bytes(base.parameters()) if len(blocks) > 2 else 1
         gathered, weights = round(in_use * weights * (pieces - 1) / pieces), weights // pieces
     is_seq2seq = bool(base.config.is_encoder_decoder)
     model: Any = base

@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an option of another optimizer": (
         {"training.optim_args": "momentum=0.9"},
-        r"training.optim_args: 'momentum' is none of amsgrad, betas, .*, the options of AdamW\.",
+        r"^training.optim_args: 'momentum' is none of amsgrad, betas, .*, the options of AdamW\.",
     ),
     "an option that transformers drops": (
         {"training.optim": "sgd", "training.optim_args": "momentum=0.9,nonsense=1"},

@@ -343,33 +343,34 @@ def optimizer_class(asked: TrainingArguments, model: nn.Module | None = None) ->
     from transformers import Trainer
 
     given = optimizer_options(asked.optim_args)
-    if asked.optim.endswith("layerwise"):  # which hooks the model whenever it is asked for
-        return Trainer.get_optimizer_cls_and_kwargs(asked, model)
 
-    def options(values: Mapping[str, Any]) -> Any:
+    def made(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         other = copy.copy(asked)
         other.optim_args = ",".join(f"{name}={value}" for name, value in values.items())
-        return Trainer.get_optimizer_cls_and_kwargs(other, model)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(other, model)
+        return kind, options
+
+    try:
+        kind, options = made(given)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"training.optim_args: optim {asked.optim.value} refuses them: {error}") from error
+    if asked.optim.endswith("layerwise"):  # which hooks the model whenever it is asked for
+        return kind, options
 
     def is_read(name: str) -> bool:
         try:
-            return any(options(values) != (kind, found) for values in (_without(given, name), {**given, name: "?"}))
+            return any(made(values) != (kind, options) for values in (_without(given, name), {**given, name: "?"}))
         except (ValueError, AttributeError):  # of a value that is read
             return True
 
-    try:
-        kind, found = options(given)
-        unread = {name: value for name, value in given.items() if not is_read(name)}
-        if not unread:
-            return kind, found
+    unread = {name: value for name, value in given.items() if not is_read(name)}
+    if unread:
         known = sorted({*inspect.signature(kind).parameters} - {"params", "lr", "weight_decay", "kwargs"})
         if unknown := sorted(unread.keys() - known):
             raise ConfigError(
                 f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}, the options of {kind.__name__}."
             )
-        return kind, found | unread
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"training.optim_args: optim {asked.optim.value} refuses them: {error}") from error
+    return kind, options | unread
 
 
 def _without(given: Mapping[str, Any], name: str) -> dict[str, Any]:
