@@ -6,7 +6,7 @@ This module and those that it imports need the standard library alone, and are p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import takewhile
@@ -47,6 +47,22 @@ class Generated(NamedTuple):
         return self.tops[: len(list(same)) + 1]
 
 
+class Response(NamedTuple):
+    """An answer whose logprobs were asked for.
+
+    Args:
+        model: Name of the model that was asked.
+        question: Prompt and number of tokens that were asked for.
+        told: See `Generated`.
+        is_scored: Whether it has logprobs.
+    """
+
+    model: str
+    question: Hashable
+    told: Mapping[str, str]
+    is_scored: bool
+
+
 class Speaker:
     """A server, addressed in the dialect in which it answers.
 
@@ -56,6 +72,9 @@ class Speaker:
         probe: A prompt in the form of a dialect; None if there is none in this form.
         by_text: Returns the ids of the tokens that alone have a text.
         protocol: Protocol of the server; None tries all.
+
+    Attributes:
+        responses: Every answer whose logprobs were asked for, but for the first ones, which find the dialect.
 
     Raises:
         EngineError: A server that answers in none of the dialects.
@@ -71,6 +90,7 @@ class Speaker:
         protocol: str | None = "openai",
     ) -> None:
         self.endpoint, self._probe, self._find_texts = endpoint, probe, by_text
+        self.responses: list[Response] = []
         self.dialect = self._find(model, protocol)
 
     def has(self, model: str) -> bool:
@@ -126,7 +146,11 @@ class Speaker:
         answer, told = self._asked(self.dialect, model, prompt, tokens, is_base=is_base)
         with self.endpoint.readable(model, answer._asdict()):
             known = [token_id(entry, self._by_text) for entry in answer.tokens]
-            return Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told)
+            found = Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told)
+        if scored:
+            question = prompt if isinstance(prompt, str) else tuple(prompt), tokens
+            self.responses.append(Response(model, question, told, any(answer.tops)))
+        return found
 
     def _asked(
         self, dialect: Dialect, model: str, prompt: Prompt, tokens: int, *, is_base: bool = False

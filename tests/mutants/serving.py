@@ -49,6 +49,12 @@ SERVING = (
         Selection("test_replicas.py", "noisy_answers"),
     ),
     Mutant(
+        "judge-answers-without-logprobs-vanish",
+        "for each in some_say_nothing(case.evidence.responses) if each.is_found",
+        "for each in some_say_nothing(()) if each.is_found",
+        Selection("test_replicas.py", "hides_its_logprobs"),
+    ),
+    Mutant(
         "verify-right-layers-of-another-model",
         "if shared != self._shared or self._held[0] > last:",
         "if self._held[0] > last:",

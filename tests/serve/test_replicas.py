@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 
 from loraover.client.endpoint import Endpoint
+from loraover.common.errors import UnscoredError
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
-from loraover_serve.judge.names import DISAGREE, INTERMITTENT
+from loraover_serve.judge.names import DISAGREE, INTERMITTENT, SILENT
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
@@ -42,9 +44,9 @@ def right(reference: Reference) -> FromReference:
     return FromReference(reference, lambda name: RIGHT, noise=bf16(reference))
 
 
-def fleet(reference: Reference, bad: FromReference) -> Fleet:
-    """Ten servers, of which one is this one."""
-    servers = [right(reference) for _ in range(10)]
+def fleet(reference: Reference, bad: Callable[[dict[str, Any]], int | bytes], size: int = 10) -> Fleet:
+    """Servers, of which one is this one."""
+    servers: list[Callable[[dict[str, Any]], int | bytes]] = [right(reference) for _ in range(size)]
     servers[BAD] = bad
     return Fleet(servers)
 
@@ -82,6 +84,43 @@ def test_one_of_ten_servers_with_another_fault_disagrees(reference: Reference) -
     found, _ = checked(fleet(reference, FromReference(reference, lambda name: RIGHT, served=wrong)), reference)
     assert (found["verdict"], found["fault"]) == ("differs", DISAGREE), found["reason"]
     assert found["replicas"]["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}, found["reason"]
+
+
+SILENT_FORMS: Mapping[str, Any] = {"null": None, "none": {"top_logprobs": None}, "empty": {"top_logprobs": [{}]}}
+
+
+@pytest.mark.parametrize("form", SILENT_FORMS)
+def test_one_of_five_servers_that_hides_its_logprobs_is_no_pass(form: str, reference: Reference) -> None:
+    def silent(body: dict[str, Any]) -> bytes:
+        return json.dumps({"choices": [{"index": 0, "text": "", "logprobs": SILENT_FORMS[form]}]}).encode()
+
+    found, asked = checked(fleet(reference, silent, size=5), reference)
+    assert (found["verdict"], found["fault"]) == ("inconclusive", SILENT), found["reason"]
+    assert found["replicas"]["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}
+    assert found["replicas"]["answers"] >= len(asked), "and the generated ones"
+
+
+def test_few_answers_without_logprobs_are_counted(reference: Reference) -> None:
+    served, left = right(reference), iter([True] * 2)
+
+    def reply(body: dict[str, Any]) -> int | bytes:
+        is_silent = body["model"] == "shop" and next(left, False)
+        return json.dumps({"choices": [{"index": 0, "text": ""}]}).encode() if is_silent else served(body)
+
+    found, asked = checked(reply, reference)
+    answers = len(asked) + len(reference.questions)
+    assert found["verdict"] == "as trained", found["reason"]
+    assert found["reason"].endswith(f"; 2 of {answers} answers of shop ({2 / answers:.0%}) have no logprobs")
+
+
+def test_a_server_that_hides_the_logprobs_of_the_adapter_alone_is_undecided(reference: Reference) -> None:
+    served = right(reference)
+
+    def reply(body: dict[str, Any]) -> int | bytes:
+        return served(body) if body["model"] == "base" else json.dumps({"choices": [{"text": ""}]}).encode()
+
+    with pytest.raises(UnscoredError, match="shop: the server gives no logprobs"):
+        checked(reply, reference)
 
 
 def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:

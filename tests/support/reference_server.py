@@ -60,7 +60,7 @@ class Fleet:
         servers: The servers.
     """
 
-    def __init__(self, servers: Sequence[FromReference]) -> None:
+    def __init__(self, servers: Sequence[Callable[[dict[str, Any]], int | bytes]]) -> None:
         self._servers, self._draw = servers, random.Random(1)
 
     def __call__(self, body: dict[str, Any]) -> int | Answer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from loraover.client.speaker import Response
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.extras import install
 from loraover.models.load import ModelSource
@@ -131,6 +132,11 @@ class Engine(ABC):
             EngineError: An engine that does not start.
             ExportError: An adapter that cannot be exported for it.
         """
+
+    @property
+    def responses(self) -> Sequence[Response]:
+        """Every response of a server whose logprobs were asked for; none of an engine in this process."""
+        return ()
 
     def version(self) -> str | None:
         """Version that runs; None if the engine reports none.

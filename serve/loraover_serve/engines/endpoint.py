@@ -18,7 +18,7 @@ import numpy as np
 from loraover.client.at_once import COMPANION_TOKENS, at_once, in_company
 from loraover.client.dialects import Dialect, Prompt
 from loraover.client.endpoint import Endpoint
-from loraover.client.speaker import Generated, Speaker, find_models
+from loraover.client.speaker import Generated, Response, Speaker, find_models
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.models.load import ModelSource, load_tokenizer
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
@@ -59,6 +59,10 @@ class OpenAiEngine(Engine):
     def speaker(self) -> Speaker:
         """The server, with the dialect in which it answers."""
         return self.speak()
+
+    @property
+    def responses(self) -> Sequence[Response]:
+        return self.speaker.responses
 
     @property
     def is_chat(self) -> bool:

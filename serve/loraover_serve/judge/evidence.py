@@ -12,9 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from statistics import fmean, median_low
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraover_serve.judge.estimates import root_mean
+
+if TYPE_CHECKING:
+    from loraover.client.speaker import Response
 
 Model = Any
 """A model as a side has it; the judge only hands it back."""
@@ -169,6 +172,7 @@ class Evidence(ABC):
         is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
         compared: Which tokens are compared, in words.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
+        responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
     """
 
     base: Model
@@ -179,6 +183,7 @@ class Evidence(ABC):
     is_one_model: bool
     compared: str
     mixed_failure: str | None
+    responses: Sequence[Response] = ()
 
     @abstractmethod
     def off(self, arm: str, model: Model) -> list[Off]:

@@ -9,15 +9,18 @@ below a third of that at every position.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraover_serve.judge.case import Case
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
-from loraover_serve.judge.names import DISAGREE, INTERMITTENT
+from loraover_serve.judge.names import DISAGREE, INTERMITTENT, SILENT
+
+if TYPE_CHECKING:
+    from loraover.client.speaker import Response
 
 SHOWN = 16  # requests that are named
 REQUEST_IDS = ("x-request-id", "request-id", "id")
@@ -25,19 +28,21 @@ OF_CONTENT = {"content-length"}  # headers that follow from the answer
 
 
 class Split(NamedTuple):
-    """Answers of the adapter, of which some are wrong.
+    """Answers of a model, of which some are wrong.
 
     Args:
         fault: Name of the fault.
         words: What the wrong ones are, in words.
-        bad: The wrong ones.
-        good: The others, of those at which the fault would be seen.
+        bad: What the response of each wrong one said of itself: its headers, and its id.
+        good: The same of the others, of those at which the fault would be seen.
+        model: The model, in words.
     """
 
     fault: str
     words: str
-    bad: Sequence[Change]
-    good: Sequence[Change]
+    bad: Sequence[Mapping[str, str]]
+    good: Sequence[Mapping[str, str]]
+    model: str = "the adapter"
 
     @property
     def share(self) -> float:
@@ -47,17 +52,28 @@ class Split(NamedTuple):
     @property
     def told_apart(self) -> dict[str, list[str]]:
         """Headers by which the servers of the wrong answers are known."""
-        return tell_apart([each.source for each in self.bad], [each.source for each in self.good])
+        return tell_apart(self.bad, self.good)
+
+    @property
+    def counted(self) -> str:
+        """How many answers are wrong, in words."""
+        answers = len(self.bad) + len(self.good)
+        return f"{len(self.bad)} of {answers} answers of {self.model} ({self.share:.0%}) {self.words}"
+
+    @property
+    def is_found(self) -> bool:
+        """Whether so many answers would show a server that has this share of them, if they were all compared."""
+        return self.share >= share_found(len(self.bad) + len(self.good))
 
     @property
     def reason(self) -> str:
         """How many answers are wrong, and which requests had them, for who looks for the server."""
         share, apart = self.share, self.told_apart
         named = [f"{name}: {' or '.join(value or '(absent)' for value in values)}" for name, values in apart.items()]
-        ids = [next((each.source[name] for name in REQUEST_IDS if name in each.source), None) for each in self.bad]
+        ids = [next((each[name] for name in REQUEST_IDS if name in each), None) for each in self.bad]
         shown = [each for each in dict.fromkeys(ids) if each][:SHOWN]
         return (
-            f"{len(self.bad)} of {len(self.bad) + len(self.good)} answers of the adapter ({share:.0%}) {self.words}"
+            self.counted
             + (f"; their servers are told apart by {', '.join(named)}" if named else "")
             + f"; {requests_that_reach(share)} requests reach such a share with {CONFIDENCE:.0%} probability, and "
             f"{answers_that_show(share)} show it" + (f"; requests {', '.join(shown)}" if shown else "")
@@ -65,9 +81,9 @@ class Split(NamedTuple):
 
     def shown(self) -> dict[str, Any]:
         """The fields of `Replicas` in verify.json."""
-        told = [each.source for each in (*self.bad, *self.good)]
+        told = [*self.bad, *self.good]
         varying = {name for each in told for name in each if len({one.get(name) for one in told}) > 1}
-        requests = [{name: value for name, value in each.source.items() if name in varying} for each in self.bad]
+        requests = [{name: value for name, value in each.items() if name in varying} for each in self.bad]
         answers = len(self.bad) + len(self.good)
         return {"answers": answers, "bad": len(self.bad), "told_apart": self.told_apart, "requests": requests}
 
@@ -80,7 +96,12 @@ def some_are_base(case: Case) -> Split | None:
     as_base, others = case.as_base
     if is_chance(case, as_base) or sum(each.rest < each.total for each in others) < FEW_AS_BASE:
         return None
-    return Split(INTERMITTENT, "are the base model's", as_base, others)
+    return Split(INTERMITTENT, "are the base model's", sources(as_base), sources(others))
+
+
+def sources(answers: Sequence[Change]) -> list[Mapping[str, str]]:
+    """What the responses of answers said of themselves."""
+    return [each.source for each in answers]
 
 
 def is_chance(case: Case, bad: Sequence[Change]) -> bool:
@@ -106,7 +127,20 @@ def some_disagree(case: Case) -> Split | None:
     agreeing = [each.change for each in case.repeats if (each.apart or 0.0) <= limit]
     good = [each for each in agreeing if each.size > (2 * limit) ** 2 * each.tokens] or agreeing
     words = f"are off by more than {limit:.2g} nats from other answers to the same question"
-    return Split(DISAGREE, words, bad, good)
+    return Split(DISAGREE, words, sources(bad), sources(good))
+
+
+def some_say_nothing(responses: Sequence[Response]) -> Iterator[Split]:
+    """Yield responses that cannot be judged, for each model that has any.
+
+    Args:
+        responses: Every response whose logprobs were asked for.
+    """
+    for model in dict.fromkeys(each.model for each in responses):
+        mine = [each for each in responses if each.model == model]
+        silent, others = ([each.told for each in mine if each.is_scored == kind] for kind in (False, True))
+        if silent:
+            yield Split(SILENT, "have no logprobs", silent, others, model)
 
 
 def coverage(case: Case) -> str:

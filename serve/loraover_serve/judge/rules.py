@@ -6,8 +6,8 @@
 4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
 5. The answers to a few prompts are far off.
 6. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
-7. *As trained*, if the interval of the strength is narrow and the number format is one that was asked for;
-   *inconclusive* otherwise.
+7. *As trained*, if what was asked for could be judged, the interval of the strength is narrow, and the number format
+   is one that was asked for; *inconclusive* otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Estimate, share_found
 from loraover_serve.judge.evidence import Evidence
-from loraover_serve.judge.fleet import Split, coverage, some_are_base, some_disagree
+from loraover_serve.judge.fleet import Split, coverage, some_are_base, some_disagree, some_say_nothing, sources
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -109,9 +109,10 @@ def judge(
 
 def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     """What a rule found, as fields of an engine's result."""
+    few = [each.counted for each in some_say_nothing(evidence.responses) if each.fault != found.fault]
     return {
         "verdict": found.verdict,
-        "reason": found.reason,
+        "reason": "; ".join([found.reason, *few]),
         "fault": found.fault,
         "compared": evidence.compared,
         "replicas": None if found.split is None else found.split.shown(),
@@ -267,6 +268,13 @@ def left_out(option: Callable[[str], str]) -> str:
     return f"the option {option('without_mixed')} leaves them out"
 
 
+def some_are_silent(case: Case) -> RuleFinding | None:
+    """Responses that cannot be judged are so many that a wrong server with this share of them would be found."""
+    found = (each for each in some_say_nothing(case.evidence.responses) if each.is_found)
+    split = max(found, key=lambda each: len(each.bad), default=None)
+    return None if split is None else RuleFinding("inconclusive", split.reason, split.fault, split=split)
+
+
 def strength_is_unclear(case: Case) -> RuleFinding | None:
     """The interval of the strength is wide, or there is no effect to see."""
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
@@ -325,6 +333,7 @@ RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
     some_are_far,
     generated_is_wrong,
     mixed_is_wrong,
+    some_are_silent,
     strength_is_unclear,
     format_is_undeclared,
     as_trained,
@@ -336,8 +345,10 @@ def quick(case: Case) -> RuleFinding:
     """Whether the adapter is applied at all, by a few answers of the adapter alone."""
     as_base, others = split_base(case.answers)
     if len(as_base) >= FEW_AS_BASE:
-        split = Split(NOT_APPLIED, "are the base model's", as_base, others)
+        split = Split(NOT_APPLIED, "are the base model's", sources(as_base), sources(others))
         return RuleFinding("differs", split.reason, split.fault, split=split)
+    if (silent := some_are_silent(case)) is not None:
+        return silent
     clear = len(as_base) + len(others)
     shown = f"{len(as_base)} of {clear} answers are the base model's"
     if clear < FEW_AS_BASE or case.effect <= FLOOR:

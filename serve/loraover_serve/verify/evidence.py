@@ -9,6 +9,7 @@ from typing import final
 
 import numpy as np
 
+from loraover.client.speaker import Response
 from loraover_serve.comparison.rounding import as_served
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
 from loraover_serve.judge.case import strength_along
@@ -42,6 +43,7 @@ class Answers:
         mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
         mixed_failure: Reason why no requests were answered together; None if they were, or need not be.
         is_one_model: Whether the engine has one model, so that both arms are the adapter.
+        responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
     """
 
     base: Rows
@@ -50,6 +52,7 @@ class Answers:
     mixed: Mapping[str, Rows] | None = None
     mixed_failure: str | None = None
     is_one_model: bool = False
+    responses: Sequence[Response] = ()
 
 
 @final
@@ -70,6 +73,7 @@ class EngineEvidence(Evidence):
         self.base, self.adapter = reference.base, reference.adapter
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
+        self.responses = answers.responses
         self.compared = "all tokens" if answers.adapter[0].ids is None else "top tokens"
         mine = in_order(answers.adapter)
         self._rows = {ADAPTER: mine, BASE: [] if self.is_one_model else in_order(answers.base)}

@@ -275,12 +275,13 @@ def ask(engine: Engine, reference: TorchReference, *, without_mixed: bool = Fals
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
     if is_one_model or without_mixed:
         mixed_failure = None if is_one_model else left_out(VerifyRequest.named)
-        return Answers(base, adapter, greedy, mixed_failure=mixed_failure, is_one_model=is_one_model)
-    try:
-        mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
-    except EngineError as error:  # what was answered before is judged all the same
-        return Answers(base, adapter, greedy, mixed_failure=str(error))
-    return Answers(base, adapter, greedy, mixed)
+        mixed = None
+    else:
+        try:
+            mixed, mixed_failure = engine.mixed(questions), None  # last, since its faults may stay in a cache
+        except EngineError as error:  # what was answered before is judged all the same
+            mixed, mixed_failure = None, str(error)
+    return Answers(base, adapter, greedy, mixed, mixed_failure, is_one_model, engine.responses)
 
 
 def _longest(base: ModelSource, request: VerifyRequest) -> int:

@@ -63,6 +63,9 @@ class Asker:
         """An arm's logprobs at places, each asked for several times, all of it in random order.
 
         Those of chats are kept as long as the tokens are PyTorch's.
+
+        Raises:
+            UnscoredError: No answer has logprobs.
         """
 
         def ask(asked: tuple[int, int]) -> tuple[int, Rows, dict[str, str]]:
@@ -77,6 +80,8 @@ class Asker:
         for turn, rows, told in at_once(ask, random.sample(asked, len(asked))):
             found[turn][0].update(rows)
             found[turn][1].update(dict.fromkeys(rows, told))
+        if not any(rows for rows, _ in found):
+            raise self.speaker.without_logprobs(self.names[arm])
         return [AskedOnce(dict(sorted(rows.items())), told) for rows, told in found]
 
     @staticmethod

@@ -66,7 +66,7 @@ def quick_answers(asker: Asker) -> ServerAnswers:
     first = {reference.places[place][0]: place for place in reversed(places)}
     chosen = sorted(first.values(), key=lambda place: -changes[place])[:QUICK]
     rounds = asker.rounds(ADAPTER, chosen)
-    return ServerAnswers({}, rounds[0].rows, rounds=rounds)
+    return ServerAnswers({}, rounds[0].rows, rounds=rounds, responses=asker.speaker.responses)
 
 
 def all_answers(asker: Asker, repeats: int, mixed_failure: str | None = None) -> ServerAnswers:
@@ -81,7 +81,13 @@ def all_answers(asker: Asker, repeats: int, mixed_failure: str | None = None) ->
     base = {} if is_one else asker.rounds(BASE, asker.places)[0].rows
     rounds = asker.rounds(ADAPTER, asker.places, repeats)
     answers = ServerAnswers(
-        base, rounds[0].rows, asker.greedy(), rounds=rounds, is_one_model=is_one, mixed_failure=mixed_failure
+        base,
+        rounds[0].rows,
+        asker.greedy(),
+        rounds=rounds,
+        is_one_model=is_one,
+        mixed_failure=mixed_failure,
+        responses=asker.speaker.responses,
     )
     if is_one or mixed_failure is not None:
         return answers

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple, final
 
+from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, Repeat
 from loraover_serve.judge.limits import ADAPTER, BASE
@@ -58,6 +59,7 @@ class ServerAnswers:
         rounds: The adapter's answers to the same questions, asked again and again; the first are `adapter`.
         is_one_model: Whether the server has one model under both names.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
+        responses: Every response whose logprobs were asked for.
     """
 
     base: Rows
@@ -67,6 +69,7 @@ class ServerAnswers:
     rounds: Sequence[AskedOnce] = ()
     is_one_model: bool = False
     mixed_failure: str | None = None
+    responses: Sequence[Response] = ()
 
 
 @final
@@ -88,6 +91,7 @@ class RecordedEvidence(Evidence):
         self.base, self.adapter = reference.base, reference.adapter
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
+        self.responses = answers.responses
         self._scaled = sorted(
             [(0.0, self.base), (1.0, self.adapter)]
             + [(each.factor, each) for each in reference.variants[ADAPTER] if each.factor is not None],
