@@ -48,7 +48,9 @@ class Dialect(NamedTuple):
     top: int
     more: Mapping[str, Any] = {}
 
-    def request(self, model: str, prompt: Prompt, tokens: int, *, is_base: bool = False) -> tuple[str, dict[str, Any]]:
+    def request(
+        self, model: str, prompt: Prompt, tokens: int, *, is_base: bool = False, nonce: str = ""
+    ) -> tuple[str, dict[str, Any]]:
         """Path and body of a request for the greedy answer to a prompt.
 
         Args:
@@ -56,6 +58,7 @@ class Dialect(NamedTuple):
             prompt: The prompt.
             tokens: Number of tokens to generate; a server may end an answer before.
             is_base: Whether the base model is asked for, which some protocols name by leaving out the adapter.
+            nonce: Text that no earlier request had, for a server that takes NONCE.
         """
         asked: dict[str, Any]
         if self.protocol == "sglang":
@@ -70,6 +73,7 @@ class Dialect(NamedTuple):
             asked = {"prompt": prompt, "n_predict": tokens, "n_probs": self.top, "lora": lora}
             return "/completion", asked | {"temperature": 0, "cache_prompt": False}
         body = {"model": model, "max_tokens": tokens, **GREEDY, **self.more}
+        body |= {NONCE: nonce} if NONCE in self.more else {}
         if self.form == "chat":
             asked = {"messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": self.top}
             return "/v1/chat/completions", body | asked
@@ -148,7 +152,18 @@ def up_to_unknown(ids: Iterable[int | None]) -> tuple[int, ...]:
 GREEDY = {"temperature": 0}
 """Fields that ask for the likeliest token at each position."""
 
-MORE = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True, "repetition_penalty": 1.0}
+NONCE = "user"
+"""Field that changes no answer, and makes a request another one for a cache of responses.
+
+vLLM's `cache_salt` would keep a check from the keys and values in the server's cache, which users' requests meet."""
+
+MORE = {
+    "ignore_eos": True,
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "repetition_penalty": 1.0,
+    NONCE: "",
+}
 """Fields that only some servers know."""
 
 TOPS = (20, 5)

@@ -6,10 +6,11 @@ This module and those that it imports need the standard library alone, and are p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
@@ -91,6 +92,7 @@ class Speaker:
     ) -> None:
         self.endpoint, self._probe, self._find_texts = endpoint, probe, by_text
         self.responses: list[Response] = []
+        self._name, self._turns = secrets.token_hex(8), dict[Hashable, Iterator[int]]()
         self.dialect = self._find(model, protocol)
 
     def has(self, model: str) -> bool:
@@ -148,14 +150,15 @@ class Speaker:
             known = [token_id(entry, self._by_text) for entry in answer.tokens]
             found = Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told)
         if scored:
-            question = prompt if isinstance(prompt, str) else tuple(prompt), tokens
-            self.responses.append(Response(model, question, told, any(answer.tops)))
+            self.responses.append(Response(model, _question(prompt, tokens), told, any(answer.tops)))
         return found
 
     def _asked(
         self, dialect: Dialect, model: str, prompt: Prompt, tokens: int, *, is_base: bool = False
     ) -> tuple[Read, dict[str, str]]:
-        answer, told = self.endpoint.exchange(*dialect.request(model, prompt, tokens, is_base=is_base))
+        turn = next(self._turns.setdefault((model, _question(prompt, tokens)), count()))
+        nonce = f"loraover-{self._name}-{turn}"  # few for all questions, since gateways keep lists of users
+        answer, told = self.endpoint.exchange(*dialect.request(model, prompt, tokens, is_base=is_base, nonce=nonce))
         with self.endpoint.readable(model, answer, is_named=dialect.protocol == "openai"):
             said = {name: self.endpoint.hidden(str(answer[name])) for name in OF_SERVER if answer.get(name)}
             told |= {name: printable(value[:HEADER_CHARACTERS]) for name, value in said.items()}
@@ -194,6 +197,10 @@ class ServerNames(NamedTuple):
         with suppress(EngineError):
             return others[0] if others and self.speaker.has(others[0]) else None
         return None
+
+
+def _question(prompt: Prompt, tokens: int) -> Hashable:
+    return prompt if isinstance(prompt, str) else tuple(prompt), tokens
 
 
 def find_models(

@@ -49,6 +49,18 @@ SERVING = (
         Selection("test_replicas.py", "noisy_answers"),
     ),
     Mutant(
+        "judge-an-id-of-every-question-is-a-cache",
+        "index in seen and len(questions[index]) == 1",
+        "index in seen",
+        Selection("test_replicas.py", "repeat_ids"),
+    ),
+    Mutant(
+        "speaker-a-cache-answers-for-the-server",
+        "body |= {NONCE: nonce} if NONCE in self.more else {}",
+        "body |= {}",
+        Selection("test_replicas.py", "passed_by"),
+    ),
+    Mutant(
         "judge-answers-without-logprobs-vanish",
         "for each in some_say_nothing(case.evidence.responses) if each.is_found",
         "for each in some_say_nothing(()) if each.is_found",

@@ -6,8 +6,9 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +21,14 @@ from loraover_serve.judge.estimates import answers_that_show, requests_that_reac
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
-from loraover_serve.judge.names import DISAGREE, INTERMITTENT, SILENT
+from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, NOT_APPLIED, SILENT
 from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check
 from loraover_serve.record.adapter_check.evidence import AskedOnce, RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import Model, Reference
 
-from support.openai_server import openai_server
+from support.openai_server import Answer, openai_server
 from support.recorded_noise import Recorded
 from support.reference_server import AS_BASE, RIGHT, Fleet, FromReference
 
@@ -121,6 +122,78 @@ def test_a_server_that_hides_the_logprobs_of_the_adapter_alone_is_undecided(refe
 
     with pytest.raises(UnscoredError, match="shop: the server gives no logprobs"):
         checked(reply, reference)
+
+
+class Cache:
+    """A cache of responses in front of a server, each of which has an id.
+
+    Args:
+        reply: The server.
+        key: What makes two requests one.
+        headers: Headers of a response from the cache.
+        ids: Ids of new responses.
+    """
+
+    def __init__(
+        self, reply: Any, key: Sequence[str], headers: Mapping[str, str] = {}, ids: Iterator[str] | None = None
+    ) -> None:
+        self._reply, self._key, self._headers = reply, key, headers
+        self._ids, self.held = ids or map(str, count(1)), dict[str, bytes]()
+
+    def __call__(self, body: dict[str, Any]) -> int | Answer:
+        key = json.dumps([body.get(name) for name in self._key])
+        if key in self.held:
+            return Answer(self.held[key], self._headers)
+        content = self._reply(body)
+        if isinstance(content, int):
+            return content
+        self.held[key] = json.dumps(json.loads(content) | {"id": next(self._ids)}).encode()
+        return Answer(self.held[key], {"X-Cache": "MISS", "Age": "0", "X-Prefix-Cache": "hit"})
+
+
+ASKED = ("model", "prompt", "max_tokens")
+
+
+def test_a_cache_of_old_answers_is_passed_by(reference: Reference) -> None:
+    """It holds the answers of a check before the server lost its adapter."""
+    cache = Cache(right(reference), (*ASKED, "user"))
+    assert checked(cache, reference)[0]["verdict"] == "as trained", "no request is repeated, but for its user"
+    cache._reply = FromReference(reference, lambda name: AS_BASE)
+    found, _ = checked(cache, reference)
+    assert (found["verdict"], found["fault"]) == ("differs", NOT_APPLIED), found["reason"]
+
+
+HITS: Mapping[str, Mapping[str, str]] = {
+    "ids alone": {},
+    "age": {"Age": "604800"},
+    "x-cache": {"X-Cache": "HIT from squid"},
+    "cache-status": {"Cache-Status": "Edge; hit; ttl=5"},
+    "hits": {"X-Cache-Hits": "0, 3"},
+}
+
+
+@pytest.mark.parametrize("name", HITS)
+def test_a_cache_that_cannot_be_passed_by_is_no_pass(name: str, recorded: Path, reference: Reference) -> None:
+    """Of all answers but those to the eight quick questions, ids are seen again; a quick check asks once."""
+    cache = Cache(right(reference), ASKED, HITS[name])
+    for turn in range(2):
+        found, _ = checked(cache, reference)
+        assert (found["verdict"], found["fault"]) == ("inconclusive", CACHED), (turn, found["reason"])
+    with openai_server(cache, NAMES) as server:
+        quick = check(Asker(reference, Endpoint(server.url), "shop"), is_quick=True)
+    assert quick["verdict"] == ("inconclusive" if HITS[name] else "as trained"), quick["reason"]
+
+
+IDS: Mapping[str, Callable[[], Iterator[str]]] = {
+    "one for all": lambda: repeat("cmpl-1"),
+    "drawn of few": lambda: (str(random.Random(seed).randrange(999)) for seed in count()),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_servers_that_repeat_ids_of_other_questions_are_no_cache(name: str, reference: Reference) -> None:
+    found, _ = checked(Cache(right(reference), (*ASKED, "user"), ids=IDS[name]()), reference)
+    assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
 
 
 def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:

@@ -9,7 +9,10 @@ below a third of that at every position.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import compress
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +20,7 @@ from loraover_serve.judge.case import Case
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
-from loraover_serve.judge.names import DISAGREE, INTERMITTENT, SILENT
+from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, SILENT
 
 if TYPE_CHECKING:
     from loraover.client.speaker import Response
@@ -136,11 +139,51 @@ def some_say_nothing(responses: Sequence[Response]) -> Iterator[Split]:
     Args:
         responses: Every response whose logprobs were asked for.
     """
-    for model in dict.fromkeys(each.model for each in responses):
-        mine = [each for each in responses if each.model == model]
-        silent, others = ([each.told for each in mine if each.is_scored == kind] for kind in (False, True))
-        if silent:
-            yield Split(SILENT, "have no logprobs", silent, others, model)
+    kinds = {
+        SILENT: ("have no logprobs", [not each.is_scored for each in responses]),
+        CACHED: ("are of an earlier time: they come from a cache of responses", from_cache(responses)),
+    }
+    for fault, (words, those) in kinds.items():
+        for model in dict.fromkeys(each.model for each in compress(responses, those)):
+            mine = [(each.told, is_one) for each, is_one in zip(responses, those, strict=True) if each.model == model]
+            bad, others = ([told for told, is_one in mine if is_one == kind] for kind in (True, False))
+            yield Split(fault, words, bad, others, model)
+
+
+def from_cache(responses: Sequence[Response]) -> list[bool]:
+    """Whether each response comes from a cache: its headers say so, or an earlier one to this question has its id.
+
+    Some servers give one id to everything, or draw from few: an id that another question has too shows nothing.
+
+    Args:
+        responses: Every response whose logprobs were asked for.
+    """
+    questions = defaultdict[str, set[Hashable]](set)
+    for each in responses:
+        questions[each.told.get("id", "")].add((each.model, each.question))
+    seen, found = {""}, list[bool]()
+    for each in responses:
+        index = each.told.get("id", "")
+        is_repeated = index in seen and len(questions[index]) == 1
+        found.append(is_repeated or any(is_hit(*header) for header in each.told.items()))
+        seen.add(index)
+    return found
+
+
+def is_hit(name: str, value: str) -> bool:
+    """Whether a header says that its response comes from a cache of responses; keys and values of prompts are others.
+
+    Args:
+        name: Name of the header, in small letters.
+        value: Its value.
+    """
+    if name == "age":  # seconds since the response was made
+        return value.isdecimal() and int(value) > 0
+    if "cache" not in name or any(word in name for word in ("control", "kv", "prefix", "prompt")):
+        return False
+    if name.endswith(("hit", "hits")):
+        return bool(re.search("[1-9]|true|yes", value.lower()))
+    return bool(re.search(r"\bhit\b|^stale$", value.lower()))
 
 
 def coverage(case: Case) -> str:
