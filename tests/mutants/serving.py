@@ -61,6 +61,12 @@ SERVING = (
         Selection("test_replicas.py", "passed_by"),
     ),
     Mutant(
+        "judge-mixed-batches-that-failed-pass",
+        "if case.evidence.mixed_failure is None:",
+        "if True:",
+        Selection("test_verify_endpoint.py", "fails_in_mixed"),
+    ),
+    Mutant(
         "judge-answers-without-logprobs-vanish",
         "for each in some_say_nothing(case.evidence.responses) if each.is_found",
         "for each in some_say_nothing(()) if each.is_found",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 from serve.test_verify_endpoint import Mixing
 
+from loraover.client.at_once import COMPANION_TOKENS
 from loraover.client.endpoint import Endpoint
+from loraover.common.errors import EngineError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.record.adapter_check.asker import Asker
@@ -146,6 +149,42 @@ def test_a_server_is_judged_in_its_own_protocol(
         found = check(Asker(reference, Endpoint(server.url), named, "base", spoken), repeats=1)
     expected = ("as trained", None) if is_right else ("differs", FAULTS["rsLoRA ignored"].fault)
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
+
+
+def slowly(reference: Reference, answer_s: float, companion_s: float) -> Callable[[dict[str, Any]], int | bytes]:
+    """A right server that takes so long for an answer, and for one of those that others are mixed with."""
+    served = FromReference(reference, lambda name: RIGHT)
+
+    def reply(body: dict[str, Any]) -> int | bytes:
+        time.sleep(companion_s if body["max_tokens"] == COMPANION_TOKENS else answer_s)
+        return served(body)
+
+    return reply
+
+
+def test_a_time_out_is_that_of_one_answer_or_of_the_check(
+    recorded: Path, reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with openai_server(slowly(reference, 0.04, 0.04), NAMES) as server:
+        asked: dict[str, Any] = {"references": [recorded], "endpoint": server.url, "served_name": "shop"}
+        report = verify_adapter(**asked, timeout_s=1)
+        assert report.verdict == "as trained", report.engines[0].reason
+        assert report.engines[0].seconds > 1
+        with pytest.raises(EngineError, match="the time for all requests is over after"):
+            verify_adapter(**asked, check_timeout_s=1)
+        words = [str(recorded), server.url, "--served-name", "shop"]
+        assert (main([*words, "--timeout", "1"]), main([*words, "--check-timeout", "1"])) == (0, 2)
+
+
+def test_mixed_batches_that_time_leaves_out_are_no_pass(
+    recorded: Path, reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with openai_server(slowly(reference, 0.0, 2.0), NAMES) as server:
+        words = [str(recorded), server.url, "--served-name", "shop", "--check-timeout", "2", "--json"]
+        assert main(words) == 3
+        found = json.loads(capsys.readouterr().out)
+        assert "the time for all requests is over" in found["mixed_failure"]
+        assert main([*words, "--without-mixed"]) == 0
 
 
 def test_a_server_without_logprobs_decides_nothing(

@@ -172,6 +172,7 @@ class Evidence(ABC):
         is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
         compared: Which tokens are compared, in words.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
+        without_mixed: Whether nobody asked for mixed batches.
         responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
     """
 
@@ -183,6 +184,7 @@ class Evidence(ABC):
     is_one_model: bool
     compared: str
     mixed_failure: str | None
+    without_mixed: bool = False
     responses: Sequence[Response] = ()
 
     @abstractmethod

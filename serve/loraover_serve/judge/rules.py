@@ -85,7 +85,7 @@ def judge(
     if is_quick:
         return _told(quick(case), evidence)
     found = next(finding for rule in RULES if (finding := rule(case)) is not None)
-    failure = evidence.mixed_failure
+    failure = left_out(option) if evidence.without_mixed else evidence.mixed_failure
     note = "" if failure is None else f"; mixed batches were not compared: {failure}"
     value = case.strength
     interval = {"value": value.value, "low": value.low, "high": value.high} if math.isfinite(value.half) else None
@@ -306,6 +306,14 @@ def format_is_undeclared(case: Case) -> RuleFinding | None:
     return RuleFinding("inconclusive", reason)
 
 
+def mixed_is_missing(case: Case) -> RuleFinding | None:
+    """Mixed batches were asked for, and not answered: all else is right."""
+    if case.evidence.mixed_failure is None:
+        return None
+    reason = f"{as_trained(case).reason}; {case.option('without_mixed')} judges these answers alone"
+    return RuleFinding("inconclusive", reason)
+
+
 def as_trained(case: Case) -> RuleFinding:
     """No rule found anything."""
     coarse = "" if case.number_format == NUMBER_FORMATS[0] else f", as {case.number_format} arithmetic would be"
@@ -336,6 +344,7 @@ RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
     some_are_silent,
     strength_is_unclear,
     format_is_undeclared,
+    mixed_is_missing,
     as_trained,
 )
 """The rules in their order; the last always finds something."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -138,7 +139,7 @@ def _endpoint(request: VerifyRequest) -> Endpoint:
         timeout_s=request.timeout_s,
         more=request.headers,
         ca_file=None if request.ca_file is None else str(request.ca_file),
-        ends=time.monotonic() + request.timeout_s,
+        ends=time.monotonic() + (math.inf if request.check_timeout_s is None else request.check_timeout_s),
     )
 
 

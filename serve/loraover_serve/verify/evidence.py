@@ -42,6 +42,7 @@ class Answers:
         greedy: The adapter's greedy answer to each prompt.
         mixed: Logprobs of each arm, asked for together; None if the engine takes one request at a time.
         mixed_failure: Reason why no requests were answered together; None if they were, or need not be.
+        without_mixed: Whether nobody asked for any.
         is_one_model: Whether the engine has one model, so that both arms are the adapter.
         responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
     """
@@ -51,6 +52,7 @@ class Answers:
     greedy: Sequence[GreedyAnswer]
     mixed: Mapping[str, Rows] | None = None
     mixed_failure: str | None = None
+    without_mixed: bool = False
     is_one_model: bool = False
     responses: Sequence[Response] = ()
 
@@ -73,7 +75,7 @@ class EngineEvidence(Evidence):
         self.base, self.adapter = reference.base, reference.adapter
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
-        self.responses = answers.responses
+        self.without_mixed, self.responses = answers.without_mixed, answers.responses
         self.compared = "all tokens" if answers.adapter[0].ids is None else "top tokens"
         mine = in_order(answers.adapter)
         self._rows = {ADAPTER: mine, BASE: [] if self.is_one_model else in_order(answers.base)}

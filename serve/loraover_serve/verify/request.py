@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import TIMEOUT_MAX
 
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, option
 from loraover.models.device import choose_compute
@@ -109,6 +110,15 @@ class VerifyRequest(EngineRequest):
         "--quick asks once.",
         default=REPEATS,
         least=1,
+        needs="references",
+    )
+    check_timeout_s: float | None = option(
+        "Seconds that all requests about one adapter may take together.",
+        default=None,
+        default_text="no limit",
+        flag="--check-timeout",
+        least=1,
+        most=TIMEOUT_MAX,
         needs="references",
     )
     quick: bool = option(

@@ -40,7 +40,6 @@ from loraover_serve.engines.base import Engine, RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.engines.installed import check_installed, machine, versions
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
-from loraover_serve.judge.rules import left_out
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.html import HTML_FILE, to_page
@@ -273,15 +272,15 @@ def ask(engine: Engine, reference: TorchReference, *, without_mixed: bool = Fals
     questions, is_one_model = reference.questions, engine.is_one_model
     base, adapter = (engine.logprobs(arm, questions) for arm in (BASE, ADAPTER))
     greedy = engine.generated(questions, max(len(question.continuation) for question in questions))
-    if is_one_model or without_mixed:
-        mixed_failure = None if is_one_model else left_out(VerifyRequest.named)
-        mixed = None
-    else:
+    mixed, mixed_failure = None, None
+    if not is_one_model and not without_mixed:
         try:
-            mixed, mixed_failure = engine.mixed(questions), None  # last, since its faults may stay in a cache
+            mixed = engine.mixed(questions)  # last, since its faults may stay in a cache
         except EngineError as error:  # what was answered before is judged all the same
-            mixed, mixed_failure = None, str(error)
-    return Answers(base, adapter, greedy, mixed, mixed_failure, is_one_model, engine.responses)
+            mixed_failure = str(error)
+    return Answers(
+        base, adapter, greedy, mixed, mixed_failure, without_mixed and not is_one_model, is_one_model, engine.responses
+    )
 
 
 def _longest(base: ModelSource, request: VerifyRequest) -> int:

@@ -194,6 +194,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             protocol=server.protocol,
             served_format=server.served_format,
             timeout_s=server.timeout_s,
+            check_timeout_s=server.timeout_s,
             repeats=adapter.repeats,
             quick=adapter.quick,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError, LoraOverError, UnscoredError
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS, REPEATS
-from loraover_serve.judge.rules import judge, left_out
+from loraover_serve.judge.rules import judge
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.evidence import RecordedEvidence, ServerAnswers
 from loraover_serve.record.adapter_check.reference import read_reference
@@ -49,8 +50,7 @@ def check(
         EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
-    mixed_failure = left_out(option) if without_mixed else None
-    answers = quick_answers(asker) if is_quick else all_answers(asker, repeats, mixed_failure)
+    answers = quick_answers(asker) if is_quick else all_answers(asker, repeats, without_mixed=without_mixed)
     found = judge(RecordedEvidence(asker.reference, answers), served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
 
@@ -69,13 +69,13 @@ def quick_answers(asker: Asker) -> ServerAnswers:
     return ServerAnswers({}, rounds[0].rows, rounds=rounds, responses=asker.speaker.responses)
 
 
-def all_answers(asker: Asker, repeats: int, mixed_failure: str | None = None) -> ServerAnswers:
+def all_answers(asker: Asker, repeats: int, *, without_mixed: bool = False) -> ServerAnswers:
     """Everything that the judge needs.
 
     Args:
         asker: The server, with the reference.
         repeats: See `check`.
-        mixed_failure: Reason why no requests for both models are sent together; None if they are.
+        without_mixed: See `check`.
     """
     is_one = asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai"
     base = {} if is_one else asker.rounds(BASE, asker.places)[0].rows
@@ -86,10 +86,10 @@ def all_answers(asker: Asker, repeats: int, mixed_failure: str | None = None) ->
         asker.greedy(),
         rounds=rounds,
         is_one_model=is_one,
-        mixed_failure=mixed_failure,
+        without_mixed=without_mixed,
         responses=asker.speaker.responses,
     )
-    if is_one or mixed_failure is not None:
+    if is_one or without_mixed:
         return answers
     try:
         answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
@@ -122,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--key-variable", help="environment variable with the server's key")
     parser.add_argument("--header", action="append", default=[], metavar="NAME=VARIABLE", help="header from a variable")
     parser.add_argument("--ca-file", help="certificates that sign the server's (PEM)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for everything (default: 120)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer (default: 120)")
+    parser.add_argument("--check-timeout", type=float, default=math.inf, help="seconds for everything (no limit)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"times that each question is asked ({REPEATS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timeout_s=asked.timeout,
             more=asked.header,
             ca_file=asked.ca_file,
-            ends=time.monotonic() + asked.timeout,
+            ends=time.monotonic() + asked.check_timeout,
         )
         reference = read_reference(asked.reference)
         asker = Asker(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)

@@ -59,6 +59,7 @@ class ServerAnswers:
         rounds: The adapter's answers to the same questions, asked again and again; the first are `adapter`.
         is_one_model: Whether the server has one model under both names.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
+        without_mixed: Whether nobody asked for mixed batches.
         responses: Every response whose logprobs were asked for.
     """
 
@@ -69,6 +70,7 @@ class ServerAnswers:
     rounds: Sequence[AskedOnce] = ()
     is_one_model: bool = False
     mixed_failure: str | None = None
+    without_mixed: bool = False
     responses: Sequence[Response] = ()
 
 
@@ -91,7 +93,7 @@ class RecordedEvidence(Evidence):
         self.base, self.adapter = reference.base, reference.adapter
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
-        self.responses = answers.responses
+        self.without_mixed, self.responses = answers.without_mixed, answers.responses
         self._scaled = sorted(
             [(0.0, self.base), (1.0, self.adapter)]
             + [(each.factor, each) for each in reference.variants[ADAPTER] if each.factor is not None],
