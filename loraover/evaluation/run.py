@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraover.checkpoint.carried_reference import adapter_digest
+from loraover.checkpoint.chat_template import tokenizer_of
 from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError
@@ -24,7 +25,7 @@ from loraover.evaluation.base import IN_CHAT_TEMPLATE, Example, Questions
 from loraover.evaluation.digests import model_digest
 from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
-from loraover.evaluation.subjects import Answerer, EndpointAnswerer, in_memory, tokenizer_of
+from loraover.evaluation.subjects import Answerer, EndpointAnswerer, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 
 BASE_MODEL = "base"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.chat_template import chat_template_of
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.client.at_once import at_once
@@ -107,24 +105,6 @@ class EndpointAnswerer(Answerer):
         from loraover.evaluation.harness_client import HarnessClient
 
         return HarnessClient(self.endpoint, self.name, self.tokenizer, self.batch_size)
-
-
-def tokenizer_of(adapter: Path, tokenizer: Any) -> Any:
-    """Return a base model's tokenizer; if an adapter has another chat template, a copy with that one.
-
-    Args:
-        adapter: Folder of the adapter.
-        tokenizer: The tokenizer.
-
-    Raises:
-        CheckpointError: A template that cannot be read.
-    """
-    template, known = chat_template_of(adapter), tokenizer.chat_template
-    if template is None or template in (known.values() if isinstance(known, dict) else [known]):
-        return tokenizer
-    own = copy.copy(tokenizer)
-    own.chat_template = template
-    return own
 
 
 def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtype: str, batch_size: int) -> InMemory:

@@ -1,4 +1,4 @@
-"""References that travel: exports keep that of the adapter which they read, and leave out that of another one."""
+"""References and chat templates travel: exports keep those of the adapter which they read, and not those of another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.carried_reference import KEPT_FILE, misfit
-from loraover.checkpoint.files import REFERENCE_FILE
+from loraover.checkpoint.files import REFERENCE_FILE, TEMPLATE_FILE
 from loraover.common.command_line import run
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli
@@ -47,6 +47,30 @@ def test_an_export_keeps_the_reference(name: str, first: Path, tmp_path: Path) -
     changed = tmp_path / "out" / list(files)[-1]
     changed.write_bytes(changed.read_bytes() + b"\0")
     assert misfit(kept) is not None
+
+
+TEMPLATES = EXPORTS | {
+    "merged graph": (["onnx", "--mode", "merged", "--no-check"], "out", ""),
+    "swappable graph": (["onnx", "--mode", "swappable", "--no-check"], "out", "shop."),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.engine if "graph" in name else ()) for name in TEMPLATES]
+)
+def test_an_export_keeps_the_chat_template(name: str, first: Path, tmp_path: Path) -> None:
+    """That of the base model, which graphs have beside them, gives way to the adapter's."""
+    words, output, stem = TEMPLATES[name]
+    source = shutil.copytree(first, tmp_path / "shop")
+    (source / TEMPLATE_FILE).write_text("{{ messages }}")
+    kept = tmp_path / "out" / f"{stem}{TEMPLATE_FILE}"
+    words = [*words, str(source), "-o", str(tmp_path / output)]
+    assert run(cli, words) == 0
+    assert kept.read_text() == "{{ messages }}"
+    if name == "gguf":  # whose folder is not replaced
+        (source / TEMPLATE_FILE).unlink()
+        assert run(cli, [*words, "--force"]) == 0
+        assert not kept.exists()
 
 
 def test_a_reference_comes_along_from_an_address(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

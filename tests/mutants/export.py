@@ -358,6 +358,12 @@ EXPORT = (
         Selection("test_combine.py", "bad_input"),
     ),
     Mutant(
+        "gguf-an-adapters-chat-template-is-lost",
+        "        keep_chat_template(request.source, request.output.parent, stem=stem)\n",
+        "",
+        Selection("test_kept_reference.py", "chat_template and gguf"),
+    ),
+    Mutant(
         "a merged model has its base model's chat template",
         "        keep_chat_template(request.source, draft)\n        merged =",
         "        merged =",

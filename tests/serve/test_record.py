@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
 from loraover.models import memory
-from loraover.models.load import ModelSource
+from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
@@ -64,6 +66,21 @@ def test_recorded_logprobs_are_pytorchs(recorded: Path, asked: Case) -> None:
             deltas = {module: delta.times(model.factor) for module, delta in asked.judge.subject.deltas.items()}
             gap = largest_gap(model, asked.judge.variants.adapted(deltas), found.places, asked)
             assert gap <= relative * largest_gap(model, right.adapter, found.places, asked) + rounding
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}: {{ m.content }}>{% endfor %}"
+
+
+def test_questions_are_asked_in_the_adapters_own_chat_template(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The base model has none; `loraover eval` asks so, too."""
+    own = shutil.copytree(adapter, tmp_path / "own")
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    found = json.loads(gzip.decompress(record(base, own, tmp_path).read_bytes()))
+    tokenizer = load_tokenizer(resolve_model(str(base)))
+    for question in found["questions"]:
+        text = f"<user: {question['message']}>"
+        assert question["prompt"] == tokenizer(text, add_special_tokens=False).input_ids
+    assert found["digests"]["chat_template"] == hashlib.sha256(TEMPLATE.encode()).hexdigest()
 
 
 def test_a_fault_is_computed_at_the_answers_alone(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, publish_file
@@ -69,6 +70,7 @@ def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left
         name = request.output.name
         stem = name.removesuffix(".gguf")
         keep_reference(request.source, request.output.parent, request.report.line, (name,), stem=stem)
+        keep_chat_template(request.source, request.output.parent, stem=stem)
     return made[0]
 
 

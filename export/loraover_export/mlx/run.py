@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
@@ -47,6 +48,7 @@ def export_mlx(request: MlxRequest) -> MlxReport:
         report = _write(request, adapter, target, draft, left_out)
         report = report.keep(draft / CERTIFICATE_FILE)
         (draft / "README.md").write_text(_card(request, target, report), encoding="utf-8")
+        keep_chat_template(request.source, draft)
         keep_reference(request.source, draft, request.report.line, (CONFIG_FILE, TENSORS_FILE))
     return report
 

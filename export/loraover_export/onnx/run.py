@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.verb import verb
 from loraover.models.licence import known_licence
@@ -48,6 +49,7 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
         result = result.keep(draft / REPORT_FILE)
         (draft / "README.md").write_text(_card(export.request, inputs, result), encoding="utf-8")
         for name, adapter in inputs.adapters.items():
+            keep_chat_template(adapter.path, draft, stem=None if result.mode == "merged" else name)
             files = [path.name for path in draft.iterdir() if _is_of(path, name, result.mode, export.kind.graphs)]
             keep_reference(adapter.path, draft, request.report.line, files, stem=name)
     return result

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import adapter_digest
+from loraover.checkpoint.chat_template import tokenizer_of
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file
@@ -158,8 +159,8 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
         adapter: The adapter.
         base: Its base model.
     """
-    device, say, tokenizer = str(choose_device(request.device)), request.report.line, load_tokenizer(base)
-    dtype = request.compute_dtype
+    device, say, dtype = str(choose_device(request.device)), request.report.line, request.compute_dtype
+    tokenizer = tokenizer_of(adapter.path, load_tokenizer(base))
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype

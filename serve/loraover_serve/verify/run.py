@@ -14,6 +14,7 @@ from pathlib import Path
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
+from loraover.checkpoint.chat_template import tokenizer_of
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
@@ -89,7 +90,7 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     prompt_source = found.source
     if setting.server is not None and takes_chats_only(setting):
         request.report.line("the server answers chats only: each prompt is the message of a chat")
-        prompts, messages = as_chats(load_tokenizer(base), prompts)
+        prompts, messages = as_chats(tokenizer_of(adapter.path, load_tokenizer(base)), prompts)
         setting = replace(setting, server=replace(setting.server, messages=messages))
         prompt_source += ", each the message of a chat" if messages else ""
     dtype = request.compute_dtype
