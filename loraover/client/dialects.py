@@ -166,8 +166,8 @@ MORE = {
 }
 """Fields that only some servers know."""
 
-TOPS = (20, 5)
-"""Logprobs of a token: the most that vLLM gives unless told otherwise, and that OpenAI's completions give."""
+TOPS = (20, 5, 1)
+"""Logprobs of a token: the most that vLLM gives unless told otherwise, that OpenAI's completions give, and one."""
 
 MLX = {"logprobs": True, "top_logprobs": 10}
 """Fields of completions that mlx_lm.server takes. The token that 0.32 names at a place need not be the chosen one."""

@@ -67,6 +67,12 @@ SERVING = (
         Selection("test_verify_endpoint.py", "fails_in_mixed"),
     ),
     Mutant(
+        "judge-two-answers-are-enough",
+        "if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= case.evidence.asked:",
+        "if case.prompts > 0:",
+        Selection("test_adapter_check.py", "one_logprob"),
+    ),
+    Mutant(
         "judge-answers-without-logprobs-vanish",
         "for each in some_say_nothing(case.evidence.responses) if each.is_found",
         "for each in some_say_nothing(()) if each.is_found",

@@ -170,6 +170,7 @@ class Evidence(ABC):
         ends: Ids of the tokens that end a text.
         factors: Factors on every delta_W that are tried first.
         is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
+        asked: Number of prompts.
         compared: Which tokens are compared, in words.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
         without_mixed: Whether nobody asked for mixed batches.
@@ -182,6 +183,7 @@ class Evidence(ABC):
     ends: frozenset[int]
     factors: Sequence[float]
     is_one_model: bool
+    asked: int
     compared: str
     mixed_failure: str | None
     without_mixed: bool = False

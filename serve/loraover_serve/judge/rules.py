@@ -28,6 +28,7 @@ from loraover_serve.judge.limits import (
     ENOUGH_PROMPTS,
     EXCESS,
     FEW_AS_BASE,
+    FEW_PROMPTS,
     FLOOR,
     NUMBER_FORMATS,
     OTHER,
@@ -275,6 +276,17 @@ def some_are_silent(case: Case) -> RuleFinding | None:
     return None if split is None else RuleFinding("inconclusive", split.reason, split.fault, split=split)
 
 
+def few_are_compared(case: Case) -> RuleFinding | None:
+    """Most prompts show nothing: the server takes no form of them, or lists no token in both models' answers."""
+    if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= case.evidence.asked:
+        return None
+    reason = (
+        f"the answers to {case.prompts} of {case.evidence.asked} prompts could be compared, which is too little to "
+        "judge by; a server that takes token ids and lists 20 logprobs lets all be compared (vLLM: --max-logprobs 20)"
+    )
+    return RuleFinding("inconclusive", reason)
+
+
 def strength_is_unclear(case: Case) -> RuleFinding | None:
     """The interval of the strength is wide, or there is no effect to see."""
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
@@ -342,6 +354,7 @@ RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
     generated_is_wrong,
     mixed_is_wrong,
     some_are_silent,
+    few_are_compared,
     strength_is_unclear,
     format_is_undeclared,
     mixed_is_missing,

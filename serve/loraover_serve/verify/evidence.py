@@ -72,7 +72,7 @@ class EngineEvidence(Evidence):
 
     def __init__(self, answers: Answers, reference: TorchReference, variants: Variants, subject: RightAdapter) -> None:
         self._answers, self._reference, self._variants, self._subject = answers, reference, variants, subject
-        self.base, self.adapter = reference.base, reference.adapter
+        self.base, self.adapter, self.asked = reference.base, reference.adapter, len(reference.questions)
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
         self.without_mixed, self.responses = answers.without_mixed, answers.responses

@@ -90,7 +90,7 @@ class RecordedEvidence(Evidence):
 
     def __init__(self, reference: Reference, answers: ServerAnswers) -> None:
         self._reference, self._answers = reference, answers
-        self.base, self.adapter = reference.base, reference.adapter
+        self.base, self.adapter, self.asked = reference.base, reference.adapter, len(reference.questions)
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
         self.without_mixed, self.responses = answers.without_mixed, answers.responses
