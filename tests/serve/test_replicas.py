@@ -203,6 +203,31 @@ def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     share = f"{1 - 0.01 ** (1 / answers):.2g}"
     assert f"{answers} answers reach each server behind the address that gives {share} of" in found["reason"]
     assert f"find each one without the adapter that gives {found['visible_share']:.2g} or more" in found["reason"]
+    pods = [f"pod-{index}" for index in range(10)]
+    assert f"; 10 servers have answered (x-served-by: {', '.join(pods)});" in found["reason"]
+    assert found["servers"] == {"x-served-by": pods}
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"X-Backend-Server": "10.0.0.7"}, "1 server has answered (x-backend-server: 10.0.0.7)"),
+        ({"Server": "uvicorn", "X-Envoy-Upstream-Service-Time": "7"}, "how many servers have answered is not known, "),
+    ],
+)
+def test_a_balancer_that_sends_one_client_to_one_server_is_told(
+    headers: Mapping[str, str], words: str, reference: Reference
+) -> None:
+    """One of two servers lacks the adapter, and is never reached."""
+    served = right(reference)
+
+    def reply(body: dict[str, Any]) -> int | Answer:
+        content = served(body)
+        return content if isinstance(content, int) else Answer(content, headers)
+
+    found, _ = checked(reply, reference)
+    assert found["verdict"] == "as trained"
+    assert words in found["reason"]
 
 
 def drawn(reference: Reference, draw: random.Random, noise: float) -> ServerAnswers:

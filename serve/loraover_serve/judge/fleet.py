@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SHOWN = 16  # requests that are named
 REQUEST_IDS = ("x-request-id", "request-id", "id")
+OF_SERVERS = {"served", "server", "backend", "upstream", "pod", "node", "host", "replica", "instance", "worker"}
+OF_TIMES = {"time", "latency", "duration", "ms", "status", "version", "count"}
 OF_CONTENT = {"content-length"}  # headers that follow from the answer
 
 
@@ -196,6 +198,45 @@ def coverage(case: Case) -> str:
         f"gives {share_reached(len(case.repeats)):.2g} of the answers or more, and find each one without the adapter "
         f"that gives {shown:.2g} or more"
     )
+
+
+def servers_seen(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """The header that names the server of each response, with its values; of several, the one with most of them.
+
+    Args:
+        told: Headers of each response.
+    """
+    found = {}
+    for name in {name for each in told for name in each if is_server(name)}:
+        values = sorted({each[name] for each in told if name in each})
+        if 2 * len(values) <= len(told):  # else each request has another
+            found[name] = values
+    most = max(sorted(found), key=lambda name: len(found[name]), default=None)
+    return {} if most is None else {most: found[most]}
+
+
+def is_server(name: str) -> bool:
+    """Whether a header of this name says which server has answered; `Server` names its software.
+
+    Args:
+        name: Name of the header, in small letters.
+    """
+    words = set(re.split("[-_]", name))
+    return name != "server" and bool(words & OF_SERVERS) and not words & OF_TIMES
+
+
+def servers_in_words(case: Case) -> str:
+    """Number of servers that have answered, in words; empty if questions were asked once.
+
+    A balancer may send one client to one server, however often it asks.
+    """
+    if not case.repeats:
+        return ""
+    for name, values in servers_seen([each.told for each in case.evidence.responses]).items():
+        more = ", ..." if len(values) > SHOWN else ""
+        number = "1 server has" if len(values) == 1 else f"{len(values)} servers have"
+        return f"; {number} answered ({name}: {', '.join(values[:SHOWN])}{more})"
+    return "; how many servers have answered is not known, since no header names them"
 
 
 def disagreement_limit(case: Case, usual: float) -> float:

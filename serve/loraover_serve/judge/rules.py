@@ -20,7 +20,16 @@ from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Estimate, share_found
 from loraover_serve.judge.evidence import Evidence
-from loraover_serve.judge.fleet import Split, coverage, some_are_base, some_disagree, some_say_nothing, sources
+from loraover_serve.judge.fleet import (
+    Split,
+    coverage,
+    servers_in_words,
+    servers_seen,
+    some_are_base,
+    some_disagree,
+    some_say_nothing,
+    sources,
+)
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -117,6 +126,7 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
         "fault": found.fault,
         "compared": evidence.compared,
         "replicas": None if found.split is None else found.split.shown(),
+        "servers": servers_seen([each.told for each in evidence.responses]),
     }
 
 
@@ -339,7 +349,7 @@ def as_trained(case: Case) -> RuleFinding:
     reason = (
         f"the adapter has the strength {case.strength}; off by {case.found.rms:.2g} nats, where it moves "
         f"logprobs by {case.effect:.2g} and the engine's base model is off by {case.noise.rms:.2g}{coarse}{hidden}"
-        f"{coverage(case)}"
+        f"{coverage(case)}{servers_in_words(case)}"
     )
     return RuleFinding("as trained", reason)
 

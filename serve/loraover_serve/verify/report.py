@@ -140,6 +140,9 @@ class EngineResult(StrictModel):
     replicas: Replicas | None = Field(
         default=None, description="Answers of which some are wrong; None if none are, or all"
     )
+    servers: dict[str, list[str]] = Field(
+        default={}, description="Header that names the servers that answered, with its values; empty if none does"
+    )
     greedy: GreedyAgreement | None = Field(
         default=None, description="Greedy answers; None if the engine hides its token ids"
     )
