@@ -27,10 +27,12 @@ class Read(NamedTuple):
     Args:
         tokens: What names the token at each place.
         tops: What names the likeliest tokens there, and their logprobs.
+        prompt: Ids of the tokens of the prompt, or their number; None if the server tells neither.
     """
 
     tokens: list[Any]
     tops: list[list[tuple[Any, Any]]]
+    prompt: Sequence[int] | int | None = None
 
 
 class Dialect(NamedTuple):
@@ -96,6 +98,7 @@ class Dialect(NamedTuple):
             places = answer["completion_probabilities"]
             return Read(places, [[(each, each["logprob"]) for each in place["top_logprobs"]] for place in places])
         choice = answer["choices"][0]
+        prompt = answer.get("prompt_token_ids") or (answer.get("usage") or {}).get("prompt_tokens")
         ids, given = choice.get("token_ids"), choice.get("logprobs") or {}
         if ids and not all(isinstance(each, int) for each in ids):
             raise TypeError("token_ids holds something else")
@@ -104,10 +107,10 @@ class Dialect(NamedTuple):
             tops = [[(each, each.get("logprob")) for each in e.get("top_logprobs") or [e]] for e in content]
             if self.more == MLX:
                 content = [max(place, key=itemgetter(1))[0] for place in tops]
-            return Read(ids or content, tops)
+            return Read(ids or content, tops, prompt)
         tops = [list((place or {}).items()) for place in given.get("top_logprobs") or []]
         likeliest = [max(place, key=itemgetter(1))[0] if place else None for place in tops]
-        return Read(ids or given.get("tokens") or likeliest, tops)
+        return Read(ids or given.get("tokens") or likeliest, tops, prompt)
 
 
 def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:

@@ -31,11 +31,13 @@ class Generated(NamedTuple):
         tokens: Id of each token; None for one that the server does not identify.
         tops: Logprobs in nats of the likeliest tokens, by their ids.
         told: Headers of the response by their names in small letters, and the fields OF_SERVER.
+        prompt: See `Read`.
     """
 
     tokens: list[int | None]
     tops: list[dict[int, float]]
     told: dict[str, str]
+    prompt: Sequence[int] | int | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -148,7 +150,7 @@ class Speaker:
         answer, told = self._asked(self.dialect, model, prompt, tokens, is_base=is_base)
         with self.endpoint.readable(model, answer._asdict()):
             known = [token_id(entry, self._by_text) for entry in answer.tokens]
-            found = Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told)
+            found = Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told, answer.prompt)
         if scored:
             self.responses.append(Response(model, _question(prompt, tokens), told, any(answer.tops)))
         return found

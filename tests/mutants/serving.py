@@ -70,7 +70,13 @@ SERVING = (
         "judge-two-answers-are-enough",
         "if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= case.evidence.asked:",
         "if case.prompts > 0:",
-        Selection("test_adapter_check.py", "one_logprob"),
+        Selection("test_adapter_check.py", "two_prompts"),
+    ),
+    Mutant(
+        "judge-other-prompts-are-a-temperature",
+        "if _is_zero(estimate) or estimate.value < 1 / HOTTEST - 1 or not is_all:",
+        "if _is_zero(estimate) or estimate.value <= -1:",
+        Selection("test_verify_endpoint.py", "adapters_template"),
     ),
     Mutant(
         "judge-answers-without-logprobs-vanish",

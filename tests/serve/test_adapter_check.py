@@ -151,19 +151,29 @@ def test_a_server_is_judged_in_its_own_protocol(
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
 
 
-@pytest.mark.parametrize(("fault", "verdict"), [(None, "inconclusive"), ("not loaded", "differs")])
+@pytest.mark.parametrize("fault", [None, "not loaded", "rsLoRA ignored"])
 def test_a_server_that_lists_one_logprob_is_asked_for_one(
-    fault: str | None, verdict: str, asked: VerifyCase, reference: Reference, tmp_path: Path
+    fault: str | None, asked: VerifyCase, reference: Reference, tmp_path: Path
 ) -> None:
-    """As vLLM with --max-logprobs 1: both models' answers share too few tokens for a pass, and enough for a fault."""
+    """As vLLM with --max-logprobs 1. Where the models' likeliest tokens differ, the recorded base model is compared."""
     adapter = asked.adapter if fault is None else plant(FAULTS[fault], asked.adapter, tmp_path / "wrong")
     served = Served(asked.base, {"base": None, "shop": adapter})
     with openai_server(lambda body: 400 if body["logprobs"] > 1 else served(body), NAMES) as server:
         found = check(Asker(reference, Endpoint(server.url), "shop"), repeats=1)
         spoken = {(type(body["prompt"]), body["logprobs"]) for body in server.bodies[5:]}
     assert spoken == {(list, 1)}, "not the texts and the True of another dialect"
-    assert found["verdict"] == verdict, found["reason"]
-    assert fault is not None or "of 8 prompts could be compared" in found["reason"]
+    expected = ("as trained", None) if fault is None else ("differs", FAULTS[fault].fault)
+    assert (found["verdict"], found["fault"]) == expected, found["reason"]
+
+
+def test_two_prompts_of_eight_are_no_evidence(asked: VerifyCase, recorded: Path) -> None:
+    """The server takes texts, and the tokens of most questions have none."""
+    few, served = read_reference(recorded), Served(asked.base, {"base": None, "shop": asked.adapter}, "texts")
+    for question in few.questions[2:]:
+        question["texts"] = [None] * len(question["texts"])
+    found = checked(translated("texts", served), few)
+    assert found["verdict"] == "inconclusive"
+    assert found["reason"].startswith("the answers to 2 of 8 prompts could be compared")
 
 
 def slowly(reference: Reference, answer_s: float, companion_s: float) -> Callable[[dict[str, Any]], int | bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,11 +17,13 @@ from loraover.client.at_once import COMPANION_TOKENS
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve import verify_adapter
 from loraover_serve.engines.base import Setting
-from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, LEAKS
+from loraover_serve.judge.names import BASE_OR_TEMPLATE, CHANGED, CHANGED_BY_OTHER, LEAKS
+from loraover_serve.judge.names import TEMPLATE as OTHER_TEMPLATE
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.run import verify_engine
 
 from support.openai_server import Reply, openai_server
+from support.recorded import record
 from support.verified import FAULTS, Case, Served, make_case, plant, save_adapter, save_base
 
 KEY_VARIABLE = "THE_SERVERS_KEY"
@@ -281,6 +284,43 @@ def test_a_right_adapter_is_as_trained_and_a_wrong_one_differs(
         assert found.verdict == verdict, found.reason
         assert found.greedy is not None
         assert found.mixed is not None
+
+
+TEMPLATE = "system: be kind. {% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}assistant: "
+TELLS: Mapping[str, Callable[[Any], Mapping[str, Any]]] = {
+    "nothing": lambda ids: {},
+    "their number": lambda ids: {"usage": {"prompt_tokens": len(ids)}},
+    "all": lambda ids: {"prompt_token_ids": ids},
+}
+
+
+@pytest.mark.parametrize("tells", TELLS)
+@pytest.mark.parametrize("by", ["PyTorch", "a reference"])
+def test_chats_are_asked_in_the_adapters_template_and_another_one_is_named(
+    tells: str, by: str, talking: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its logprobs have little in common with the right ones, as at a temperature of 55."""
+    base, adapter = talking
+    own = shutil.copytree(adapter, tmp_path / "own")
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    served = Served(base, {"base": None, "shop": own}, "content")
+    theirs = served._tokenizer.chat_template
+    source = {"references": [record(base, own, tmp_path)]} if by == "a reference" else {"adapter": own, "model": base}
+
+    def reply(body: Body) -> int | bytes:
+        if "messages" not in body:
+            return 404
+        return json.dumps(served.answer(body) | TELLS[tells](served._prompt(body))).encode()
+
+    for template, expected in (
+        (TEMPLATE, ("as trained", None)),
+        (theirs, ("differs", BASE_OR_TEMPLATE if tells == "nothing" else OTHER_TEMPLATE)),
+    ):
+        served._tokenizer.chat_template = template
+        with openai_server(reply, NAMES) as server:
+            address: dict[str, Any] = {"endpoint": server.url, "served_name": "shop", "base_name": "base"}
+            (found,) = verify_adapter(**source, **address).engines
+        assert (found.verdict, found.fault) == expected, found.reason
 
 
 def test_chats_are_refused_without_a_template_to_ask_pytorch_with(case: Case) -> None:

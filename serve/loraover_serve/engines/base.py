@@ -17,6 +17,7 @@ from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row,
 from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.judge.evidence import ReadChat
 
 Watch = Callable[[int], AbstractContextManager[Any]]
 """Returns a context manager that runs as long as the process with the given id."""
@@ -137,6 +138,11 @@ class Engine(ABC):
     def responses(self) -> Sequence[Response]:
         """Every response of a server whose logprobs were asked for; none of an engine in this process."""
         return ()
+
+    @property
+    def chats(self) -> Sequence[ReadChat] | None:
+        """Chats whose tokens a server tells; None if prompts are no chats."""
+        return None
 
     def version(self) -> str | None:
         """Version that runs; None if the engine reports none.

@@ -25,6 +25,7 @@ from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Q
 from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.texts import ids_by_text, text_of
+from loraover_serve.judge.evidence import ReadChat
 
 PROBE = "Hello"
 
@@ -40,6 +41,7 @@ class OpenAiEngine(Engine):
 
     def __init__(self, names: Mapping[str, str], base: ModelSource | None, messages: Sequence[str] = ()) -> None:
         self.names, self._base, self._messages = dict(names), base, messages
+        self._chats: list[ReadChat] = []
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -63,6 +65,10 @@ class OpenAiEngine(Engine):
     @property
     def responses(self) -> Sequence[Response]:
         return self.speaker.responses
+
+    @property
+    def chats(self) -> Sequence[ReadChat] | None:
+        return self._chats if self.is_chat else None
 
     @property
     def is_chat(self) -> bool:
@@ -135,6 +141,7 @@ class OpenAiEngine(Engine):
         question = questions[index]
         asked = len(question.answered) if self.is_chat else 1
         answer = self.speaker.answer(self.names[arm], prompt, asked, scored=asked)
+        self._chats += ReadChat.of(answer.prompt, question.prompt) if self.is_chat else []
         if not answer.tops:
             raise self.speaker.without_logprobs(self.names[arm])
         if not all(answer.tops):

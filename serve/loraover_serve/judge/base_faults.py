@@ -20,6 +20,7 @@ FEW = 4
 """Prompts on which faults that somebody has to run are tried first."""
 
 LEAST, NEARLY = 0.1, 0.9  # factor of the adapter that is looked at, and share that needs no further look
+HOTTEST = 2.0  # temperature that OpenAI's protocol allows
 WORTH = 0.3  # share on those, above which all prompts are run
 
 
@@ -53,13 +54,18 @@ def find_base_fault(case: Case) -> BaseFault | None:
 
 
 def _temperature(case: Case) -> BaseFault | None:
-    """Logprobs at a temperature T are those of logits divided by T."""
+    """Logprobs at a temperature T are those of logits divided by T, and all else is noise.
+
+    After other prompts, as of another chat template, logprobs have little to do with the right ones: their share in the
+    difference looks like that of a temperature far above any.
+    """
     changes = case.evidence.base_logprobs()
     estimate = strength_along(changes)
-    if _is_zero(estimate) or estimate.value <= -1:
+    share = share_along(changes, estimate)
+    is_all = case.format_of(case.noise.rms * math.sqrt(1 - share)) is not None
+    if _is_zero(estimate) or estimate.value < 1 / HOTTEST - 1 or not is_all:
         return None
-    detail = f"logprobs are those at temperature {1 / (1 + estimate.value):.2g}"
-    return BaseFault(TEMPERATURE, detail, share_along(changes, estimate))
+    return BaseFault(TEMPERATURE, f"logprobs are those at temperature {1 / (1 + estimate.value):.2g}", share)
 
 
 def _penalty(case: Case) -> BaseFault | None:

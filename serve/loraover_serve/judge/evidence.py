@@ -131,6 +131,27 @@ class FaultyModel(NamedTuple):
     run: Callable[[int | None], Model]
 
 
+class ReadChat(NamedTuple):
+    """A chat as a server has read it, by what the server says of its tokens.
+
+    Args:
+        read: Number of tokens that the server has read.
+        expected: Number of tokens of PyTorch's prompt.
+        is_same: Whether they are the same tokens, or as many if the server tells no more.
+    """
+
+    read: int
+    expected: int
+    is_same: bool
+
+    @classmethod
+    def of(cls, told: Sequence[int] | int | None, expected: Sequence[int]) -> list[ReadChat]:
+        """The chat in a list, which is empty if the server tells nothing."""
+        if isinstance(told, int):
+            return [cls(told, len(expected), told == len(expected))]
+        return [cls(len(told), len(expected), list(told) == list(expected))] if told else []
+
+
 class ModelDistance(NamedTuple):
     """Distance of logprobs from a model's.
 
@@ -175,6 +196,7 @@ class Evidence(ABC):
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
         without_mixed: Whether nobody asked for mixed batches.
         responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
+        chats: Chats whose tokens the server tells; None if prompts are no chats.
     """
 
     base: Model
@@ -188,6 +210,7 @@ class Evidence(ABC):
     mixed_failure: str | None
     without_mixed: bool = False
     responses: Sequence[Response] = ()
+    chats: Sequence[ReadChat] | None = None
 
     @abstractmethod
     def off(self, arm: str, model: Model) -> list[Off]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Estimate, share_found
-from loraover_serve.judge.evidence import Evidence
+from loraover_serve.judge.evidence import Evidence, ReadChat
 from loraover_serve.judge.fleet import (
     Split,
     coverage,
@@ -45,6 +45,8 @@ from loraover_serve.judge.limits import (
     Verdict,
 )
 from loraover_serve.judge.names import (
+    BASE_LAYERS,
+    BASE_OR_TEMPLATE,
     CHANGED,
     CHANGED_BY_OTHER,
     DECODED,
@@ -52,7 +54,12 @@ from loraover_serve.judge.names import (
     LEAKS,
     NOT_APPLIED,
     OTHER_BASE,
+    PENALTY,
+    POSITIONS,
+    TEMPERATURE,
+    TEMPLATE,
     UNLIKE,
+    WINDOW,
 )
 from loraover_serve.judge.search import SuspectedFault, suspects
 
@@ -94,7 +101,7 @@ def judge(
     case = Case(evidence, served_format, option)
     if is_quick:
         return _told(quick(case), evidence)
-    found = next(finding for rule in RULES if (finding := rule(case)) is not None)
+    found = _named_by_chats(next(finding for rule in RULES if (finding := rule(case)) is not None), evidence.chats)
     failure = left_out(option) if evidence.without_mixed else evidence.mixed_failure
     note = "" if failure is None else f"; mixed batches were not compared: {failure}"
     value = case.strength
@@ -130,6 +137,22 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> RuleFinding:
+    """What a rule found; if the server says that it reads most chats as other tokens, their template is the fault."""
+    others = [each for each in chats or () if not each.is_same]
+    if found.verdict != "differs" or found.fault not in (None, *OF_PROMPTS) or 2 * len(others) <= len(chats or ()):
+        return found
+    reason = (
+        f"{TEMPLATE}: the server reads {others[0].read} tokens of a chat where PyTorch has read {others[0].expected} "
+        f"others, and so with {len(others)} of {len(chats or ())} chats ({found.reason})"
+    )
+    return found._replace(reason=reason, fault=TEMPLATE)
+
+
+OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)
+"""Faults of the base model that other prompts can look like."""
+
+
 def base_is_faulty(case: Case) -> RuleFinding | None:
     """What sets the base model apart points in the direction of a fault."""
     found = find_base_fault(case)
@@ -150,8 +173,10 @@ def base_is_another(case: Case) -> RuleFinding | None:
     much = "more than weights rounded to 4 bits would be"
     if case.evidence.is_one_model:
         return _nearest(case, f"{far}, {much}")
-    reason = f"the base model is {far} without an adapter, {much}: the engine serves another base model"
-    return RuleFinding("differs", reason, OTHER_BASE)
+    is_chat = case.evidence.chats is not None
+    what = "another base model, or reads chats in another template" if is_chat else "another base model"
+    reason = f"the base model is {far} without an adapter, {much}: the engine serves {what}"
+    return RuleFinding("differs", reason, BASE_OR_TEMPLATE if is_chat else OTHER_BASE)
 
 
 def base_is_unlike(case: Case) -> RuleFinding | None:

@@ -13,7 +13,7 @@ from loraover.client.speaker import Response
 from loraover_serve.comparison.rounding import as_served
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
 from loraover_serve.judge.case import strength_along
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, ReadChat
 from loraover_serve.judge.limits import OTHER
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.measures import (
@@ -45,6 +45,7 @@ class Answers:
         without_mixed: Whether nobody asked for any.
         is_one_model: Whether the engine has one model, so that both arms are the adapter.
         responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
+        chats: Chats whose tokens the server tells; None if prompts are no chats.
     """
 
     base: Rows
@@ -55,6 +56,7 @@ class Answers:
     without_mixed: bool = False
     is_one_model: bool = False
     responses: Sequence[Response] = ()
+    chats: Sequence[ReadChat] | None = None
 
 
 @final
@@ -75,11 +77,12 @@ class EngineEvidence(Evidence):
         self.base, self.adapter, self.asked = reference.base, reference.adapter, len(reference.questions)
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
-        self.without_mixed, self.responses = answers.without_mixed, answers.responses
+        self.without_mixed, self.responses, self.chats = answers.without_mixed, answers.responses, answers.chats
         self.compared = "all tokens" if answers.adapter[0].ids is None else "top tokens"
         mine = in_order(answers.adapter)
         self._rows = {ADAPTER: mine, BASE: [] if self.is_one_model else in_order(answers.base)}
-        self._pairs = paired(self._rows[BASE], mine) or [(like(row, self.base), row) for row in mine]
+        pairs = {one.place: (one, two) for one, two in paired(self._rows[BASE], mine)}
+        self._pairs = [pairs.get(row.place) or (like(row, self.base), row) for row in mine]
         self._asked = self._rows[BASE] or mine
 
     def off(self, arm: str, model: Expected) -> list[Off]:

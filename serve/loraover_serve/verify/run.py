@@ -280,7 +280,15 @@ def ask(engine: Engine, reference: TorchReference, *, without_mixed: bool = Fals
         except EngineError as error:  # what was answered before is judged all the same
             mixed_failure = str(error)
     return Answers(
-        base, adapter, greedy, mixed, mixed_failure, without_mixed and not is_one_model, is_one_model, engine.responses
+        base,
+        adapter,
+        greedy,
+        mixed,
+        mixed_failure,
+        without_mixed and not is_one_model,
+        is_one_model,
+        engine.responses,
+        engine.chats,
     )
 
 

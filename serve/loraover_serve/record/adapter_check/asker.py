@@ -13,6 +13,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.client.speaker import Generated, Speaker, find_models
 from loraover.common.errors import EngineError
 from loraover_serve.judge.case import flag
+from loraover_serve.judge.evidence import ReadChat
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.record.adapter_check.evidence import AskedOnce, Greedy
 from loraover_serve.record.adapter_check.reference import Reference, Row, Rows
@@ -28,6 +29,9 @@ class Asker:
         base: Name of the base model there; None finds out.
         protocol: Protocol that the server speaks; None finds out.
         option: Name of an option as its user writes it.
+
+    Attributes:
+        chats: Chats whose tokens the server tells; None if prompts are no chats.
 
     Raises:
         ConfigError, EngineError: See `find_models`.
@@ -53,11 +57,15 @@ class Asker:
         )
         self.names = {BASE: self._found.base, ADAPTER: self._found.adapter}
         self.speaker, self.dialect = self._found.speaker, self._found.speaker.dialect
+        self.chats: list[ReadChat] | None = [] if self.dialect.form == "chat" else None
 
     def answer(self, arm: str, place: int, tokens: int) -> Generated:
         """The greedy answer of a model from a place on."""
         name, prompt = self.names[arm], _prompt(self.reference, place, self.dialect)
-        return self.speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE)
+        found = self.speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE)
+        if self.chats is not None:
+            self.chats += ReadChat.of(found.prompt, self.reference.read(place))
+        return found
 
     def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[AskedOnce]:
         """An arm's logprobs at places, each asked for several times, all of it in random order.

@@ -88,6 +88,7 @@ def all_answers(asker: Asker, repeats: int, *, without_mixed: bool = False) -> S
         is_one_model=is_one,
         without_mixed=without_mixed,
         responses=asker.speaker.responses,
+        chats=asker.chats,
     )
     if is_one or without_mixed:
         return answers

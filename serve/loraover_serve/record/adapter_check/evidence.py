@@ -10,7 +10,7 @@ from typing import NamedTuple, final
 
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, Repeat
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, ReadChat, Repeat
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import COARSE_CACHE
 from loraover_serve.record.adapter_check.reference import Model, Reference, Row, Rows
@@ -61,6 +61,7 @@ class ServerAnswers:
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
         without_mixed: Whether nobody asked for mixed batches.
         responses: Every response whose logprobs were asked for.
+        chats: Chats whose tokens the server tells; None if prompts are no chats.
     """
 
     base: Rows
@@ -72,6 +73,7 @@ class ServerAnswers:
     mixed_failure: str | None = None
     without_mixed: bool = False
     responses: Sequence[Response] = ()
+    chats: Sequence[ReadChat] | None = None
 
 
 @final
@@ -93,14 +95,14 @@ class RecordedEvidence(Evidence):
         self.base, self.adapter, self.asked = reference.base, reference.adapter, len(reference.questions)
         self.sensitivity, self.ends = reference.sensitivity, reference.ends
         self.is_one_model, self.mixed_failure = answers.is_one_model, answers.mixed_failure
-        self.without_mixed, self.responses = answers.without_mixed, answers.responses
+        self.without_mixed, self.responses, self.chats = answers.without_mixed, answers.responses, answers.chats
         self._scaled = sorted(
             [(0.0, self.base), (1.0, self.adapter)]
             + [(each.factor, each) for each in reference.variants[ADAPTER] if each.factor is not None],
             key=lambda pair: pair[0],
         )
         self.factors = (*FACTORS, *(factor for factor, _ in self._scaled if factor))
-        self._pairs = self._paired(answers.adapter, answers.base) or self._beside_base(answers.adapter)
+        self._pairs = self._paired_or_beside(answers.adapter)
         if not self._pairs:
             raise EngineError("the server answers with none of the recorded tokens; it serves another base model.")
 
@@ -112,17 +114,17 @@ class RecordedEvidence(Evidence):
         return self._along(self._pairs, model, start)
 
     def repeated(self) -> list[Repeat]:
-        base = self._answers.base or dict(enumerate(self.base.rows))
-        return [each for place in sorted(base) for each in self._repeated(place, base[place])]
+        places = {place for one in self._answers.rounds for place in one.rows}
+        return [each for place in sorted(places) for each in self._repeated(place)]
 
-    def _repeated(self, place: int, base: Row) -> list[Repeat]:
+    def _repeated(self, place: int) -> list[Repeat]:
         found = [(one.rows[place], one.told[place]) for one in self._answers.rounds if place in one.rows]
         nearest = min(
             (row for row, _ in found), key=lambda row: fmean(map(abs, self.adapter.off(place, row))), default={}
         )
         repeats = []
         for row, told in found:
-            for change in self._along(self._paired({place: row}, {place: base}), self.adapter, self.base):
+            for change in self._along(self._paired_or_beside({place: row}), self.adapter, self.base):
                 apart = None if row is nearest else math.sqrt(fmean(d * d for d in _difference(row, nearest)))
                 repeats.append(Repeat(change._replace(source=told), apart))
         return repeats
@@ -197,6 +199,12 @@ class RecordedEvidence(Evidence):
             p: [i for i in rows[p] if i in others[p] and i in self.base.rows[p]] for p in sorted(rows) if p in others
         }
         return [(p, ids, [rows[p][i] - others[p][i] for i in ids]) for p, ids in known.items() if ids]
+
+    def _paired_or_beside(self, rows: Rows) -> list[Pair]:
+        """The adapter's rows beside the base model's; where these have none of its tokens, beside the recorded ones."""
+        pairs = self._paired(rows, self._answers.base)
+        known = {place for place, _, _ in pairs}
+        return sorted(pairs + self._beside_base({place: row for place, row in rows.items() if place not in known}))
 
     def _beside_base(self, rows: Rows) -> list[Pair]:
         return self._paired(rows, dict(enumerate(self.base.rows)))
