@@ -79,6 +79,12 @@ SERVING = (
         Selection("test_verify_endpoint.py", "adapters_template"),
     ),
     Mutant(
+        "verify-knows-no-adapter-beside",
+        "confusable or neighbours(request.adapter, base)",
+        "confusable",
+        Selection("test_verify_faults.py", "lies_beside"),
+    ),
+    Mutant(
         "judge-answers-without-logprobs-vanish",
         "for each in some_say_nothing(case.evidence.responses) if each.is_found",
         "for each in some_say_nothing(()) if each.is_found",

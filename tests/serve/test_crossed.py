@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,11 @@ def test_crossed_names_are_found_among_many_adapters(server: Recorded, files: di
 def test_a_server_that_answers_as_no_other_adapter_names_none(
     server: Recorded, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The name a3 answers as a7, which is not asked about; others are nearer to that than a3 is."""
-    known = [files[name] for name in ("a3", *ADAPTERS[:3], *ADAPTERS[4:7])]
+    """The name a3 answers as a7, whose reference is not here; others are nearer to that than a3 is."""
+    known = [
+        shutil.copytree(files[name].parent, tmp_path / name) / files[name].name
+        for name in ("a3", *ADAPTERS[:3], *ADAPTERS[4:7])
+    ]
     broken = tmp_path / "broken.json.gz"
     broken.write_bytes(b"{}")
     first, second, *others = verify_adapter(references=[known[0], broken, *known[1:]], endpoint=server.url).engines
@@ -120,6 +124,12 @@ def test_a_server_that_answers_as_no_other_adapter_names_none(
         verify_adapter(references=[broken], endpoint=server.url)
     with pytest.raises(ConfigError, match=f"served_name: 2, and there are {NUMBER} references; name all of them"):
         verify_adapter(references=[files["a0"].parents[1]], endpoint=server.url, served_name=["a0", "a1"])
+
+
+def test_an_adapter_whose_reference_lies_beside_is_named(server: Recorded, files: dict[str, Path]) -> None:
+    (found,) = verify_adapter(references=[files["a3"]], endpoint=server.url, base_name="base").engines
+    assert (found.verdict, found.fault) == ("differs", ANOTHER), found.reason
+    assert found.reason.startswith(f"{ANOTHER}: answers as a7 was trained (")
 
 
 def watched(folder: Path, files: Mapping[str, Path], url: str, **more: Any) -> Watched:

@@ -287,7 +287,7 @@ def test_a_right_adapter_is_as_trained_and_a_wrong_one_differs(
 
 
 TEMPLATE = "system: be kind. {% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}assistant: "
-TELLS: Mapping[str, Callable[[Any], Mapping[str, Any]]] = {
+TELLS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "nothing": lambda ids: {},
     "their number": lambda ids: {"usage": {"prompt_tokens": len(ids)}},
     "all": lambda ids: {"prompt_token_ids": ids},

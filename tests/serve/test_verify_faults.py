@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 
 from loraover.checkpoint.source import read_source
 from loraover.models.load import resolve_model
+from loraover_serve import verify_adapter
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.torch import TorchEngine
 from loraover_serve.judge.names import ANOTHER, STALE
@@ -21,7 +23,7 @@ from loraover_serve.verify.run import ask, make_subject, verify_engine
 
 from support.openai_server import openai_server
 from support.planted_faults import FAULTS, Ask, AskedModel, Fault, reply, right_models
-from support.verified import Case, make_case, save_adapter
+from support.verified import Case, Served, make_case, save_adapter, save_base
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +70,16 @@ def test_an_adapter_that_is_exchanged_is_named(base: Path, tmp_path: Path) -> No
         found = verify_engine("torch", case.setting(tmp_path, adapter=folder), judge)
         assert (found.verdict, found.fault) == ("differs", name), found.reason
         assert str(folder) in found.reason
+
+
+def test_an_adapter_that_lies_beside_is_named_unasked(base: Path, tmp_path: Path) -> None:
+    """One of another base model, and one that cannot be read, lie beside it as well."""
+    right = save_adapter(tmp_path / "shop", base)
+    other = save_adapter(tmp_path / "blog", base, seed=6)
+    save_adapter(tmp_path / "far", save_base(tmp_path / "another base", hidden_size=128))
+    shutil.copytree(right, tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_config.json").write_text("{}")
+    with openai_server(Served(base, {"base": None, "shop": other}), ("base", "shop")) as server:
+        (found,) = verify_adapter(right, model=base, endpoint=server.url, served_name="shop").engines
+    assert (found.verdict, found.fault) == ("differs", ANOTHER), found.reason
+    assert f"the answers are those of {other}" in found.reason

@@ -224,6 +224,8 @@ def _nearest(case: Case, found: str) -> RuleFinding:
                 "; the server has one model under both names, which may be another base model, or several adapters at "
                 f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
             )
+        else:
+            reason += "; `loraover serve verify` names another adapter only if it lies beside this one"
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""

@@ -24,6 +24,9 @@ from loraover_serve.record.crossed import Named, Search
 from loraover_serve.record.sealed import check_seals
 from loraover_serve.verify.request import VerifyRequest
 
+MOST_BESIDE = 64
+"""References beside those that are asked for that are looked at."""
+
 if TYPE_CHECKING:
     from loraover_serve.verify.report import VerifyReport
 
@@ -74,17 +77,20 @@ def check_server(request: VerifyRequest) -> VerifyReport:
         check_writable(request.output)
     if request.junit is not None:
         check_file_writable(request.junit)
-    known, found = ask_server(request)
+    known, found = ask_server(request, neighbours(request.references))
     from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
 
     return publish(request, to_report(request, known, found))
 
 
-def ask_server(request: VerifyRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def ask_server(
+    request: VerifyRequest, others: Sequence[Named] = ()
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Ask a running server about one adapter after the other, with one reference in memory at a time.
 
     Args:
         request: What the user asked for.
+        others: Further adapters that it may answer with.
 
     Returns:
         Facts of each reference that could be read, and the result of each adapter; a failure is a result, too.
@@ -113,7 +119,7 @@ def ask_server(request: VerifyRequest) -> tuple[list[dict[str, Any]], list[dict[
         found.append(_check(request, adapters[-1].name, reference))
     if not known:
         raise unread[0]
-    name_crossed(request, adapters, found)
+    name_crossed(request, [*adapters, *others], found)
     return known, found
 
 
@@ -163,6 +169,18 @@ def reference_files(places: Sequence[Path]) -> list[Path]:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover record` writes one.")
         found += files
     return found
+
+
+def neighbours(files: Sequence[Path]) -> list[Named]:
+    """The newest other references in the folders beside those of files, whose adapters may be served instead.
+
+    Args:
+        files: References; folders hold all that are meant.
+    """
+    mine = {file.resolve() for file in files if file.is_file()}
+    beside = {path for file in mine for path in file.parent.parent.glob(f"*/{REFERENCE_FILE}")} - mine
+    newest = sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_BESIDE]
+    return [Named(path.parent.name, partial(read_reference, path)) for path in newest]
 
 
 def _named(request: VerifyRequest, files: Sequence[Path]) -> Iterator[tuple[str | None, Path]]:

@@ -131,6 +131,7 @@ class VerifyRequest(EngineRequest):
     confusable: AnyPaths = option(
         "Folder of another adapter that the engine may serve by mistake, for example under a wrong name.",
         default=(),
+        default_text="the newest eight of this base model beside ADAPTER",
         flag="--confusable",
     )
     served_format: str = option(

@@ -15,6 +15,7 @@ from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.chat_template import tokenizer_of
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
@@ -52,7 +53,7 @@ from loraover_serve.verify.variants import Variants, read_lora
 from loraover_serve.vllm.server import signals_as_interrupts
 
 MOST_EARLIER = 8
-"""Checkpoints of a run that are looked at, since PyTorch runs each."""
+"""Checkpoints of a run, and adapters beside one, that are looked at, since PyTorch runs each."""
 
 KEPT_PREFIX = "loraover-verify-kept-"
 """Beginning of the names of temporary folders that outlive a verification."""
@@ -77,7 +78,8 @@ def _verify(request: VerifyRequest, scratch: Path) -> VerifyReport:
     check_task(adapter, base, "verify")
     longest = _longest(base, request)
     device = str(choose_device(request.device))
-    subject = make_subject(adapter, base, [read_adapter_dir(path) for path in request.confusable])
+    confusable = [read_adapter_dir(path) for path in request.confusable]
+    subject = make_subject(adapter, base, confusable or neighbours(request.adapter, base))
     found = read_prompts(base, request.prompts, longest=longest)
     if found.cut:
         request.report.line(f"prompts that were cut to their first {longest} tokens: {found.cut}")
@@ -186,6 +188,25 @@ def make_subject(adapter: AdapterDir, base: ModelSource, confusable: Sequence[Ad
     return RightAdapter(
         adapter.config, deltas, heads, bool(adapter.others), _earlier(Path(adapter.path)), tuple(confusable)
     )
+
+
+def neighbours(adapter: Path, base: ModelSource) -> list[AdapterDir]:
+    """The newest other adapters of a base model in the folders beside an adapter, one of which may be served instead.
+
+    Args:
+        adapter: Folder of the adapter.
+        base: Its base model.
+    """
+    mine, skeleton, found = adapter.resolve(), load_skeleton(base), list[AdapterDir]()
+    beside = [path.parent for path in mine.parent.glob(f"*/{CONFIG_FILE}") if path.parent != mine]
+    for folder in sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_EARLIER]:
+        with suppress(LoraOverError):  # it is no LoRA, or one of another base model
+            read = read_adapter_dir(folder)
+            check_plain(read, "the check of engines")
+            for module in read.modules:
+                target_module(skeleton, read, module)
+            found.append(read)
+    return found
 
 
 def _earlier(adapter: Path) -> tuple[AdapterDir, ...]:
