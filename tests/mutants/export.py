@@ -361,7 +361,7 @@ EXPORT = (
         "gguf-an-adapters-chat-template-is-lost",
         "        keep_chat_template(request.source, request.output.parent, stem=stem)\n",
         "",
-        Selection("test_kept_reference.py", "chat_template and gguf"),
+        Selection("test_kept_reference.py", "keeps_the_chat_template"),
     ),
     Mutant(
         "a merged model has its base model's chat template",

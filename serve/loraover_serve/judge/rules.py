@@ -225,7 +225,7 @@ def _nearest(case: Case, found: str) -> RuleFinding:
                 f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
             )
         else:
-            reason += "; `loraover serve verify` names another adapter only if it lies beside this one"
+            reason += "; another adapter may be served, which verify can name if it lies beside this one"
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
