@@ -12,7 +12,7 @@ from loraover.checkpoint.carried_reference import keep_reference, record_beside
 from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.common.atomic_output import check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
 from loraover.common.verb import verb
 from loraover.models.licence import known_licence
@@ -58,6 +58,8 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         base = resolve_base([source], request.model, option=request.named("model"), say=request.report.line)
     with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
         certificate = _fold(request, source, base, draft)
+        if certificate.verdict == "failed":
+            raise AbandonedError
         to_page(certificate, request.command()).write(draft / HTML_FILE)
         keep_chat_template(request.checkpoint, draft)
         certificate = certificate.keep(draft / CERTIFICATE_FILE)
