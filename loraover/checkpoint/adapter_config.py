@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from loraover.checkpoint.expert_stacks import targeted_parameter
 from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.path_patterns import ENDING, match_path
 
 T = TypeVar("T")
 
@@ -26,7 +27,7 @@ PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
 def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:
     for pattern in patterns:
         try:
-            path_pattern(pattern)
+            re.compile(ENDING.replace("{}", pattern))
         except PATTERN_ERRORS as error:
             raise ValueError(f"{pattern!r:.200} is not a regular expression: {error}") from error
     return patterns
@@ -94,20 +95,14 @@ class AdapterConfig(BaseModel):
 
 
 def first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
-    """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default."""
-    for key, value in pattern.items():
-        if path_pattern(key).match(module):
-            return float(value)
-    return default
-
-
-def path_pattern(key: str) -> re.Pattern[str]:
-    """Return a pattern of PEFT's configuration as PEFT compiles it, for the end of a module's path.
+    """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default.
 
     Raises:
-        PATTERN_ERRORS: It is not a regular expression there, such as one with flags of its own, like `(?i)`.
+        SlowPatternError: A pattern takes too long to be matched.
     """
-    return re.compile(rf"(.*\.)?({key})$")
+    return next(
+        (float(value) for key, value in pattern.items() if match_path(ENDING, key, module) is not None), default
+    )
 
 
 def write_config(config: Mapping[str, Any], directory: Path) -> None:

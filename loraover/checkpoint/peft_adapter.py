@@ -23,6 +23,7 @@ from loraover.checkpoint.expert_stacks import (
     is_flipped,
 )
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.path_patterns import SlowPatternError
 from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
 from loraover.common.errors import CheckpointError
@@ -334,9 +335,12 @@ def read_adapter_dir(path: Path) -> AdapterDir:
         if (name := site_name(key)) is not None and name.endswith(".lora_A")
         if len(a) == len(b := shapes.get(site_key(f"{name[:-1]}B"), ())) == 2  # others are refused with all sites
     }
-    stacks = find_stacks(config.parameters, pairs, config.rank, path / TENSORS_FILE)
-    adapter = _expanded(AdapterDir(path, config, shapes), stacks)
-    _check_pairs(adapter)
+    try:
+        stacks = find_stacks(config.parameters, pairs, config.rank, path / TENSORS_FILE)
+        adapter = _expanded(AdapterDir(path, config, shapes), stacks)
+        _check_pairs(adapter)
+    except SlowPatternError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return adapter
 
 

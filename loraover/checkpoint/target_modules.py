@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.checkpoint.expert_stacks import targeted_parameter
+from loraover.checkpoint.path_patterns import ALL, ENDING, LAYER, PART, SlowPatternError, match_path
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
@@ -81,7 +83,7 @@ class Targets(BaseModel):
         return not self._is_excluded(module) and self._is_targeted(module)
 
     def _is_excluded(self, module: str) -> bool:
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
+        if any(match_path(PART, name, module) is not None for name in self.saved):
             return True
         return bool(self.exclude_modules) and _matches(self.exclude_modules or (), module)
 
@@ -100,14 +102,18 @@ class Targets(BaseModel):
             return True
         given = self.layers_pattern or []
         patterns = [given] if isinstance(given, str) else given
-        starts = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] or [r".*?\.[^.]*"]
-        found = next((match for start in starts if (match := re.match(rf"{start}\.(?P<idx>\d+)\.", module))), None)
-        return found is not None and int(found["idx"]) in layers
+        if patterns:
+            found = next((match for entry in patterns if (match := match_path(LAYER, entry, module)) is not None), None)
+            number = None if found is None else found["idx"]
+        else:
+            first = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+            number = None if first is None else first[1]
+        return number is not None and int(number) in layers
 
 
 def _matches(targets: Sequence[str], module: str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return match_path(ALL, targets, module) is not None
     return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
@@ -227,9 +233,39 @@ def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str])
         raise CheckpointError(f"{config}: {lost}: {LOST}.")
 
 
+def check_patterns(config: Path, modules: Collection[str]) -> None:
+    """Refuse regular expressions that PEFT would match with a base model's modules for too long.
+
+    Args:
+        config: Path of `adapter_config.json` of an adapter of any kind.
+        modules: Paths of all modules of the base model.
+
+    Raises:
+        CheckpointError: Such an expression, or one that Python cannot read.
+    """
+    _chosen(config, read_json(config, Targets), modules, is_named=True)
+    fields = read_json(config, _Fields).model_extra or {}
+    patterns = [value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)]
+    try:
+        for entry, path in product(dict.fromkeys(chain(*patterns)), modules):
+            match_path(ENDING, entry, path)
+    except SlowPatternError as error:
+        raise CheckpointError(f"{config.parent}: {error}") from error
+    except PATTERN_ERRORS as error:
+        raise CheckpointError(f"{config}: holds a text that is not a regular expression: {error}.") from error
+
+
+class _Fields(BaseModel):
+    """All fields of a configuration, unread."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 def _chosen(config: Path, targets: Targets, paths: Iterable[str], *, is_named: bool) -> list[str]:
     try:
         return [path for path in paths if targets.names(path) == is_named]
+    except SlowPatternError as error:
+        raise CheckpointError(f"{config.parent}: {error}") from error
     except PATTERN_ERRORS as error:
         raise CheckpointError(
             f"{config}: {_described(targets)} holds a text that is not a regular expression: {error}; correct it."

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.target_modules import check_patterns
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.client.at_once import at_once
 from loraover.common.errors import CheckpointError
@@ -139,6 +140,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     with open_tensors(adapter / TENSORS_FILE) as tensors:
         for key in tensors.keys:
             tensors.read(key)  # which refuses NaN and infinity: any answer could come of them
+    check_patterns(adapter / CONFIG_FILE, [path for path, _ in model.named_modules()])
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
         loaded = wrapped.load_adapter(

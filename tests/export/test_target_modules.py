@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key, match_target_against_key
 from transformers import AutoModelForCausalLM
 
+from loraover.checkpoint import path_patterns
+from loraover.checkpoint.path_patterns import ALL, ENDING, match_path
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.target_modules import Targets
 from loraover.common.errors import CheckpointError, ExportError
+from loraover.evaluation.subjects import in_memory
+from loraover.models.load import resolve_model
 from loraover_export import check_adapter, convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
 
 from support.adapters_on_disk import save_base, save_lora
@@ -216,6 +225,69 @@ def test_a_name_that_is_no_expression_is_refused(field: str, text: str, base: Pa
     edit_json(source / CONFIG, lambda config: config.update({field: value}))
     with pytest.raises(CheckpointError, match="is not a regular expression"):
         read_adapter_dir(source)
+
+
+ENDLESS = r"(\w*\.*\w*)*!"
+"""Expression that keeps Python's `re` busy for years with any path that has no "!" in it."""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {ENDLESS: 4}},
+        {"alpha_pattern": {ENDLESS: 4}},
+        {"target_modules": ENDLESS},
+        {"exclude_modules": ENDLESS},
+        {"modules_to_save": [ENDLESS]},
+        {"layers_to_transform": [0], "layers_pattern": ENDLESS},
+    ],
+    ids=lambda fields: next(reversed(fields)),
+)
+def test_an_expression_without_end_is_refused(
+    fields: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread, where no signal could stop `re`; and what is matched afterwards is right."""
+    monkeypatch.setattr(path_patterns, "LIMIT_S", 0.2)
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj"])
+    edit_json(source / CONFIG, lambda config: config.update(fields))
+    with ThreadPoolExecutor(1) as thread, pytest.raises(CheckpointError, match=r"takes more than 0.2 s .* in PEFT"):
+        thread.submit(lambda: read_adapter_dir(source).modules).result()
+    with pytest.raises(CheckpointError, match=r"takes more than 0.2 s"):
+        in_memory(resolve_model(str(base)), None, source, dtype="fp32", batch_size=1)
+    assert match_path(ALL, "(model|q)+", "modelqq") is not None
+
+
+PIECES = [
+    "q",
+    "proj",
+    ".",
+    r"\.",
+    ".*",
+    r"\d+",
+    "(a|q)",
+    "[a-z_]*",
+    "(?:q_)?",
+    "$",
+    r"\b",
+    "{e}",
+    "[[:alpha:]]",
+    r"(.)\1",
+]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join), st.sampled_from(PATHS))
+def test_expressions_mean_what_they_mean_in_peft(entry: str, path: str) -> None:
+    assert (match_path(ENDING, entry, path) is not None) == (get_pattern_key([entry], path) == entry)
+    assert (match_path(ALL, entry, path) is not None) == (match_target_against_key(entry, path) is not None)
+
+
+def test_a_fork_matches_with_a_process_of_its_own() -> None:
+    assert match_path(ALL, "(q|r)+", "qr") is not None
+    with ProcessPoolExecutor(2, get_context("fork")) as forks:
+        asked = [forks.submit(match_path, ALL, f"(q|r){{{count}}}", "qr" * 9) for count in range(40)]
+        assert [count for count, found in enumerate(asked) if found.result() is not None] == [18]
 
 
 @needs_expert_stacks

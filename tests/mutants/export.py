@@ -244,9 +244,15 @@ EXPORT = (
     ),
     Mutant(
         "any-layer-named",
-        'int(found["idx"]) in layers',
-        'int(found["idx"]) >= 0',
+        "int(number) in layers",
+        "int(number) >= 0",
         Selection("test_target_modules.py", "named_as_in_peft"),
+    ),
+    Mutant(
+        "whole-paths-matched-at-their-start",
+        "re.fullmatch if is_all else re.match",
+        "re.match if is_all else re.match",
+        Selection("test_target_modules.py", "mean_in_peft"),
     ),
     Mutant(
         "an-emptied-matrix-passes",
