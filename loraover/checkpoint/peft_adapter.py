@@ -178,14 +178,15 @@ class AdapterDir:
         """File that holds the tensors."""
         return self.path / TENSORS_FILE
 
-    def check_complete(self, modules: Iterable[str], experts: Collection[str] = ()) -> None:
+    def check_complete(self, modules: Iterable[str], model_type: str, experts: Collection[str] = ()) -> None:
         """Raise CheckpointError if the file lacks what the configuration names; see `target_modules.check_complete`.
 
         Args:
             modules: Paths of all modules of the base model.
+            model_type: Its type, such as "llama".
             experts: Paths of its parameters that hold all experts.
         """
-        check_complete(self.path / CONFIG_FILE, self.modules.keys(), modules, experts)
+        check_complete(self.path / CONFIG_FILE, self.modules.keys(), modules, experts, model_type)
 
     def check_keeps_base(self) -> None:
         """Raise CheckpointError unless A and B fit the unchanged base weights."""

@@ -21,6 +21,28 @@ from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.overparam.expert_part import without_base_layers
 
+_ENDINGS = {
+    "q v": "t5 mt5",
+    "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3",
+    "q v q_proj v_proj": "blip-2",
+    "q_proj v_proj fc1 fc2": "phi",
+    "q_proj k_proj v_proj o_proj": "nemotron_h",
+    "query value": "bert roberta xlm-roberta electra layoutlm",
+    "query_proj value_proj": "deberta-v2",
+    "query_key_value": "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
+    "c_attn": "gpt2 gpt_bigcode",
+    "c_proj c_attn": "btlm",
+    "in_proj": "deberta",
+    "Wqkv": "mpt",
+    "qkv_proj": "codegen",
+    "key value receptance output": "rwkv",
+    "r_proj k_proj v_proj o_proj key value": "rwkv7",
+}
+DEFAULTS: dict[str, list[str] | str] = {
+    kind: endings.split() for endings, kinds in _ENDINGS.items() for kind in kinds.split()
+} | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
+"""Modules that PEFT adapts by a LoRA whose configuration names none, by the base model's type."""
+
 ALL_LINEAR = "all-linear"
 """Value of `target_modules`, in any case, that PEFT resolves on the model."""
 
@@ -36,6 +58,7 @@ class Targets(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
+    peft_type: str = "LORA"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -45,10 +68,29 @@ class Targets(BaseModel):
     ensure_weight_tying: bool = False
 
     @property
+    def is_default(self) -> bool:
+        """Whether PEFT adapts what it adapts in models of the base model's type."""
+        return self.target_modules is None and not self.target_parameters and self.peft_type != "TRAINABLE_TOKENS"
+
+    @property
     def is_open(self) -> bool:
-        """Whether the model decides what is adapted: all linear layers, or what PEFT adapts in models of its type."""
+        """Whether the model decides what is adapted: all linear layers, or its embedding."""
         found = self.target_modules
         return not self.target_parameters if found is None else isinstance(found, str) and found.lower() == ALL_LINEAR
+
+    def resolved(self, model_type: str | None, adapted: Collection[str]) -> Targets:
+        """Return the fields with the modules that PEFT adapts by default, if they name none.
+
+        Args:
+            model_type: Type of the base model; None stands for the one whose defaults fit the adapted modules best.
+            adapted: Paths of the adapted modules.
+        """
+        if not self.is_default:
+            return self
+        known = DEFAULTS if self.peft_type == "LORA" else {}
+        found = [*known.values(), []] if model_type is None else [known.get(model_type, [])]
+        best = max(found, key=lambda names: sum(_matches(names, path) for path in adapted))
+        return self.model_copy(update={"target_modules": best})
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -117,13 +159,13 @@ def _matches(targets: Sequence[str], module: str) -> bool:
     return any(f".{module}".endswith(f".{target}") for target in targets)
 
 
-def check_named(config: Path, adapted: Collection[str]) -> None:
+def check_named(config: Path, adapted: Collection[str], model_type: str | None = None) -> None:
     """Refuse matrices of modules that the configuration does not name; see `unnamed_modules`.
 
     Raises:
         CheckpointError: PEFT would ignore some of the matrices.
     """
-    others = unnamed_modules(config, adapted)
+    others = unnamed_modules(config, adapted, model_type)
     if others is not None:
         raise CheckpointError(
             f"{config}: {others}. PEFT ignores matrices of modules that are not named, so it is not clear which ones "
@@ -131,17 +173,23 @@ def check_named(config: Path, adapted: Collection[str]) -> None:
         )
 
 
-def unnamed_modules(config: Path, adapted: Collection[str]) -> str | None:
+def left_to_the_type(config: Path) -> bool:
+    """Return whether a configuration names no modules, so that PEFT adapts those of the base model's type."""
+    return read_json(config, Targets).is_default
+
+
+def unnamed_modules(config: Path, adapted: Collection[str], model_type: str | None = None) -> str | None:
     """Return which modules a file has matrices for and the configuration does not name, in words; None if none.
 
     Args:
         config: Path of `adapter_config.json`.
         adapted: Paths of the modules that the adapter's file has matrices for.
+        model_type: Type of the base model, such as "llama"; None if it is not known yet.
 
     Raises:
         CheckpointError: A regular expression that Python cannot read.
     """
-    targets = read_json(config, Targets)
+    targets = read_json(config, Targets).resolved(model_type, adapted)
     if targets.ensure_weight_tying:  # PEFT adds the modules that share a weight with a named one
         return None
     others = _chosen(config, targets, adapted, is_named=False)
@@ -149,12 +197,18 @@ def unnamed_modules(config: Path, adapted: Collection[str]) -> str | None:
         return None
     named = _listed([path for path in adapted if path not in others])
     return (
-        f"{_described(targets)} does not name {_listed(others)}, whose matrices the file of tensors holds beside those "
-        f"of {named}"
+        f"{_described(config, targets, model_type)} does not name {_listed(others)}, whose matrices the file of "
+        f"tensors holds beside those of {named}"
     )
 
 
-def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str], experts: Iterable[str]) -> str | None:
+def lost_modules(
+    config: Path,
+    adapted: Collection[str],
+    modules: Iterable[str],
+    experts: Iterable[str],
+    model_type: str | None = None,
+) -> str | None:
     """Return which modules or experts the configuration names and a file lacks, in words; None if it lacks none.
 
     Args:
@@ -162,11 +216,12 @@ def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str],
         adapted: Paths of the modules that the adapter's file has matrices for, and of each expert.
         modules: Paths of all modules of the base model.
         experts: Paths of its parameters that hold all experts.
+        model_type: Its type, such as "llama".
 
     Raises:
         CheckpointError: A regular expression that Python cannot read.
     """
-    targets = read_json(config, Targets)
+    targets = read_json(config, Targets).resolved(model_type, adapted)
     alone = targets.model_copy(update={"target_parameters": None})
     pairs = () if targets.target_parameters else adapted  # of stacked experts, that field alone names any
     stacked = {*experts} - {*map(_parameter, pairs)}
@@ -176,7 +231,8 @@ def lost_modules(config: Path, adapted: Collection[str], modules: Iterable[str],
     lost += [path for path in experts if _first_expert(path) not in adapted and targets.names_parameter(path)]
     if not lost:
         return None
-    return f"{_described(targets)} names {_listed(lost)}, and the file of tensors holds only {_listed(list(adapted))}"
+    described = _described(config, targets, model_type)
+    return f"{described} names {_listed(lost)}, and the file of tensors holds only {_listed(list(adapted))}"
 
 
 def _parameter(path: str) -> str:
@@ -191,17 +247,23 @@ def _first_expert(parameter: str) -> str:
     return f"{owner}.0.{name}"
 
 
-def check_complete(config: Path, adapted: Collection[str], modules: Iterable[str], experts: Collection[str]) -> None:
+def check_complete(
+    config: Path, adapted: Collection[str], modules: Iterable[str], experts: Collection[str], model_type: str
+) -> None:
     """Refuse a file that lacks matrices of modules or experts that the configuration names; see `lost_modules`.
 
-    An adapter none of whose modules is in the model belongs to another one, which its readers say.
+    Where the configuration leaves them to the model's type, the file may not have others either. An adapter none of
+    whose modules is in the model belongs to another one, which its readers say.
 
     Raises:
-        CheckpointError: PEFT would start these modules again, as if they had not been trained.
+        CheckpointError: PEFT would start these modules again, as if they had not been trained, or ignore some matrices.
     """
     found = {*modules}
-    is_of_model = not {*adapted}.isdisjoint(found.union(map(_first_expert, experts)))
-    lost = lost_modules(config, adapted, found, experts) if is_of_model else None
+    if {*adapted}.isdisjoint(found.union(map(_first_expert, experts))):
+        return
+    if left_to_the_type(config):
+        check_named(config, adapted, model_type)
+    lost = lost_modules(config, adapted, found, experts, model_type)
     if lost is not None:
         raise CheckpointError(f"{config}: {lost}: {LOST}.")
 
@@ -268,12 +330,16 @@ def _chosen(config: Path, targets: Targets, paths: Iterable[str], *, is_named: b
         raise CheckpointError(f"{config.parent}: {error}") from error
     except PATTERN_ERRORS as error:
         raise CheckpointError(
-            f"{config}: {_described(targets)} holds a text that is not a regular expression: {error}; correct it."
+            f"{config}: {_described(config, targets)} holds a text that is not a regular expression: {error}; "
+            "correct it."
         ) from error
 
 
-def _described(targets: Targets) -> str:
-    fields = targets.model_dump(exclude_none=True, exclude_defaults=True)
+def _described(config: Path, targets: Targets, model_type: str | None = None) -> str:
+    if left_to_the_type(config):
+        kind = "any type of model" if model_type is None else repr(model_type)
+        return f"target_modules is null, and PEFT's default for {kind}, {targets.target_modules!r},"
+    fields = targets.model_dump(exclude={"peft_type"}, exclude_none=True, exclude_defaults=True)
     return ", ".join(f"{name} {value!r:.200}" for name, value in fields.items())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +183,7 @@ def unfolded(
         put_parameters(base, saved)
 
 
-def check_fits(base: nn.Module, adapter: AdapterDir) -> None:
+def check_fits(base: Any, adapter: AdapterDir) -> None:
     """Raise CheckpointError unless a base model has every layer that an adapter changes, in its dimensions.
 
     The adapter has to have each layer that its configuration names, too: PEFT would start the others again.
@@ -190,7 +191,7 @@ def check_fits(base: nn.Module, adapter: AdapterDir) -> None:
     experts = find_expert_weights(base)
     for module in adapter.modules.keys() - adapter.experts - _weights(base, adapter, experts):
         target_module(base, adapter, module)
-    adapter.check_complete((path for path, _ in base.named_modules()), experts)
+    adapter.check_complete((path for path, _ in base.named_modules()), base.config.model_type, experts)
 
 
 def _weights(base: nn.Module, adapter: AdapterDir, experts: Mapping[str, ExpertWeight]) -> set[str]:

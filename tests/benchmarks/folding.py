@@ -62,7 +62,8 @@ def write_synthetic_checkpoint(folder: Path, name: str, layers: int = LAYERS, li
                 matrices[site_key(site.name)] = decomposition.contract(made, m, n)[0].contiguous()
                 sites.append(site)
     folder.mkdir()
-    adapter_config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "base_model_name_or_path": None}
+    names = sorted({site.name.rpartition(".")[0] for site in sites})
+    adapter_config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": names}
     (folder / CONFIG_FILE).write_text(json.dumps(adapter_config))
     save_tensors(matrices, folder / TENSORS_FILE)
     save_tensors(cores, folder / CORES_FILE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
 from peft.utils.other import get_pattern_key, match_target_against_key
 from transformers import AutoModelForCausalLM
 
 from loraover.checkpoint import path_patterns
 from loraover.checkpoint.path_patterns import ALL, ENDING, match_path
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.target_modules import Targets
+from loraover.checkpoint.target_modules import DEFAULTS, Targets
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.evaluation.subjects import in_memory
 from loraover.models.load import resolve_model
@@ -140,6 +142,35 @@ def test_a_file_that_lacks_named_modules_is_refused(fields: dict[str, Any], base
         with pytest.raises((CheckpointError, ExportError), match=message):
             export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("written", [{}, {"target_modules": None}], ids=["missing", "null"])
+def test_modules_left_to_the_model_are_those_of_its_type(written: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """Of a Llama, PEFT adapts q_proj and v_proj then, and ignores the matrices of other modules."""
+    exports: tuple[Callable[[Path, Path], object], ...] = (convert_adapter, export_gguf, merge_adapter, export_mlx)
+    for number, (trained, is_right) in enumerate({("q_proj", "v_proj"): True, ("q_proj", "k_proj"): False}.items()):
+        source = save_lora(base, tmp_path / str(number), target_modules=[*trained])
+        edit_json(source / CONFIG, lambda config: [config.pop("target_modules"), config.update(written)])
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(source))
+        assert loaded.peft_config["default"].target_modules == {"q_proj", "v_proj"}
+        checked = {check.engine: check.as_it_is.verdict for check in check_adapter(source).engines}
+        assert (checked["torch"], checked["vllm"], checked["onnx"]) == ("right" if is_right else "wrong silently",) * 3
+        for export in exports:
+            with nullcontext() if is_right else pytest.raises(CheckpointError, match=r"does not name .*k_proj, whose"):
+                export(source, tmp_path / f"{number}-{export.__name__}")
+        assert export_vllm(source, tmp_path / f"{number}-vllm").passed == is_right
+
+
+def test_modules_left_to_the_model_are_those_of_some_type(base: Path, tmp_path: Path) -> None:
+    """Readers that do not know the base model refuse what is right on none."""
+    source = save_lora(base, tmp_path / "source", target_modules=["q_proj", "down_proj"])
+    edit_json(source / CONFIG, lambda config: config.update(target_modules=None))
+    with pytest.raises(CheckpointError, match=r"PEFT's default for any type of model, .* not name .*down_proj, whose"):
+        read_adapter_dir(source)
+
+
+def test_the_default_modules_are_pefts() -> None:
+    assert {kind: DEFAULTS.get(kind) for kind in PEFT_DEFAULTS} == PEFT_DEFAULTS
 
 
 BESIDE: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -249,6 +249,12 @@ EXPORT = (
         Selection("test_target_modules.py", "named_as_in_peft"),
     ),
     Mutant(
+        "defaults-of-any-type-of-model",
+        "if model_type is None else [known.get(model_type, [])]",
+        "if model_type != 'llava' else [known.get(model_type, [])]",
+        Selection("test_target_modules.py", "left_to_the_model"),
+    ),
+    Mutant(
         "whole-paths-matched-at-their-start",
         "re.fullmatch if is_all else re.match",
         "re.match if is_all else re.match",

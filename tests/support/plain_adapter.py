@@ -35,7 +35,8 @@ def write_adapter(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], *
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     r = len(next(iter(matrices.values()))[0])
-    content = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r} | config
+    content = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r}
+    content |= {"target_modules": list(matrices)} | config
     (folder / "adapter_config.json").write_text(json.dumps(content))
     return folder
 

@@ -170,7 +170,7 @@ def unnamed_modules(subject: Subject) -> str | None:
     """Matrices of modules that the configuration does not name, which keep the exports from reading the adapter."""
     if subject.fields is None or subject.lora is not None:
         return None
-    return target_modules.unnamed_modules(subject.path / CONFIG_FILE, subject.modules)
+    return target_modules.unnamed_modules(subject.path / CONFIG_FILE, subject.modules, subject.served.model_type)
 
 
 def lost_modules(subject: Subject) -> str | None:
@@ -178,7 +178,8 @@ def lost_modules(subject: Subject) -> str | None:
     if subject.lora is None or missing_modules(subject) is not None:
         return None
     served = subject.served
-    return target_modules.lost_modules(subject.path / CONFIG_FILE, subject.modules, served.modules, served.experts)
+    config, kind = subject.path / CONFIG_FILE, served.model_type
+    return target_modules.lost_modules(config, subject.modules, served.modules, served.experts, kind)
 
 
 def lost_parameters(subject: Subject) -> str | None:

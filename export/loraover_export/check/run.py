@@ -10,6 +10,7 @@ from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
+from loraover.checkpoint.target_modules import check_named, left_to_the_type
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.paths import kind_of
@@ -111,7 +112,10 @@ def _read(request: CheckRequest) -> Subject:
 def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
     """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
     try:
-        return read_on_base(read_source(path), served.experts), None
+        lora = read_on_base(read_source(path), served.experts)
+        if left_to_the_type(path / CONFIG_FILE):
+            check_named(path / CONFIG_FILE, lora.modules.keys(), served.model_type)
+        return lora, None
     except CheckpointError as error:
         if has_cores:
             raise

@@ -109,7 +109,8 @@ def _check_complete(adapter: Adapter[Any]) -> None:
         part_below(layout.below, found) for found in (adapter.base.modules, find_expert_weights(model), parameters)
     )
     adapted = dict.fromkeys([*layout.modules, *sorted(expert_paths(stacks_of(adapter)))])
-    check_complete(layout.path / CONFIG_FILE, adapted, modules, experts)
+    config = model.config.get_text_config() if layout.below else model.config
+    check_complete(layout.path / CONFIG_FILE, adapted, modules, experts, config.model_type)
     check_saved(layout.path / CONFIG_FILE, {key.removeprefix(KEY_PREFIX) for key in layout.others}, names)
 
 

@@ -29,7 +29,7 @@ def refuse_or_leave_out(adapter: AdapterDir, target: GgufTarget) -> list[str]:
         ExportError: An adapter that is more than A and B, or that llama.cpp cannot apply.
     """
     adapter.check_keeps_base()
-    adapter.check_complete(target.served.modules, target.served.experts)
+    adapter.check_complete(target.served.modules, target.served.model_type, target.served.experts)
     check_fields(adapter, MERGE, allowed=written_parameters(adapter))
     for path in adapter.modules:
         _check_module(adapter, path, target)

@@ -78,7 +78,7 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
         ExportError: A tensor that is quantised, or that the base model's files hold under another name.
     """
     skeleton = load_skeleton(source)
-    adapter.check_complete(path for path, _ in skeleton.named_modules())
+    adapter.check_complete((path for path, _ in skeleton.named_modules()), skeleton.config.model_type)
     names = _Names(skeleton, base, source)
     check_saved(adapter.path / CONFIG_FILE, adapter.others.values(), names.parameters)
     changes = _changes(skeleton, adapter, plain)

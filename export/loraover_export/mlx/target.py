@@ -76,7 +76,7 @@ def refuse_or_leave_out(adapter: AdapterDir, target: ServedModel) -> list[str]:
     """
     adapter.check_keeps_base()
     shapes = target.shapes()
-    adapter.check_complete(shapes)
+    adapter.check_complete(shapes, target.model_type)
     check_fields(adapter, MERGE)
     for path in adapter.modules:
         _check_module(adapter, path, target, shapes)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.target_modules import LOST, alike_module, lost_modules
+from loraover.checkpoint.target_modules import LOST, alike_module, left_to_the_type, lost_modules, unnamed_modules
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
@@ -58,9 +58,13 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
         return
     if all(candidate.present.get(path) == path for path in candidate.modules):  # else another class was trained
         served = candidate.served
-        lost = lost_modules(candidate.adapter.path / CONFIG_FILE, candidate.modules, served.modules, served.experts)
+        config, kind = candidate.adapter.path / CONFIG_FILE, served.model_type
+        lost = lost_modules(config, candidate.modules, served.modules, served.experts, kind)
         if lost is not None:
             yield Problem(lost, LOST, is_silent=True)
+        unnamed = unnamed_modules(config, candidate.modules, kind) if left_to_the_type(config) else None
+        if unnamed is not None:
+            yield Problem(f"{unnamed}; vLLM applies all of them", "name all trained modules there", is_silent=True)
     missing = [path for path in candidate.modules if path not in candidate.present]
     if not missing:
         return
