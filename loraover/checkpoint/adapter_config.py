@@ -20,6 +20,9 @@ T = TypeVar("T")
 KEPT_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations of A and B, as PEFT names them, that leave the base weights unchanged."""
 
+REPEATED_STARTS = ("pissa", "olora")
+"""Initialisations that PEFT repeats from the base weights alone whenever it loads an adapter, as it names them."""
+
 PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
 """What Python raises for a text that is not a regular expression: also for a huge repetition, or too many brackets."""
 

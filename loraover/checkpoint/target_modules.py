@@ -348,6 +348,25 @@ def _listed(paths: Sequence[str]) -> str:
     return (", ".join(paths[:SHOWN]) or "no other module") + rest
 
 
+def absent_layers(paths: Iterable[str], names: Collection[str]) -> list[str]:
+    """Return the modules of layers that a base model lacks, while its first layer has such modules.
+
+    PEFT and vLLM ignore their matrices, which is right for a base model of fewer layers.
+
+    Args:
+        paths: Paths of adapted modules.
+        names: Paths of all modules of the base model.
+    """
+    split = {path: re.match(r"(.+?\.)(\d+)\.(.+)", path) for path in paths}
+    return [
+        path
+        for path, parts in split.items()
+        if parts is not None
+        and f"{parts[1]}0.{parts[3]}" in names
+        and not any(name.startswith(f"{parts[1]}{parts[2]}.") for name in names)
+    ]
+
+
 def alike_module(path: str, names: Iterable[str]) -> str | None:
     """Return a module of a base model whose path differs from the given one by a prefix; None if there is none."""
     return next(

@@ -130,16 +130,28 @@ class TensorFile:
         """
         import numpy as np
 
-        dtype, data = self.dtype(key), self.bytes(key)
-        if dtype == "BF16":
-            stored = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-        elif dtype in FLOATS:
-            stored = np.frombuffer(data, f"<f{int(dtype[1:]) // 8}")
-        else:
-            raise CheckpointError(f"{self.path}: {key} is {dtype}, expected floating-point numbers.")
+        stored = self._numbers(key)
+        if stored is None:
+            raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, expected floating-point numbers.")
         if not np.isfinite(stored).all():
             raise self._not_finite(key)
         return stored.astype(np.float64).reshape(self.shape(key))
+
+    def is_finite(self, key: str) -> bool:
+        """Return whether a tensor holds neither NaN nor infinity, without PyTorch; those of other numbers never do."""
+        import numpy as np
+
+        stored = self._numbers(key)
+        return stored is None or bool(np.isfinite(stored).all())
+
+    def _numbers(self, key: str) -> NDArray[np.floating[Any]] | None:
+        """Return the elements of a tensor of floating-point numbers, the shorter ones in float32; None of others."""
+        import numpy as np
+
+        dtype, data = self.dtype(key), self.bytes(key)
+        if dtype == "BF16":
+            return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        return np.frombuffer(data, f"<f{int(dtype[1:]) // 8}") if dtype in FLOATS else None
 
     def _not_finite(self, key: str) -> NonFiniteError:
         return NonFiniteError(f"{self.path}: {key} holds NaN or infinity; the run that wrote it had diverged.")

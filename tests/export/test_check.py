@@ -280,7 +280,7 @@ def test_reasons_that_no_export_mends_are_shown_once(
     assert "check passed: only the exported form suits mlx" in capsys.readouterr().out
 
 
-CONVERTIBLE = ("LoHa", "PiSSA", "OLoRA", "trained tokens", "no prefix", "another prefix")
+CONVERTIBLE = ("LoHa", "PiSSA", "OLoRA", "trained tokens", "no prefix", "another prefix", "a doubled prefix")
 
 
 def test_what_convert_makes_exactly_is_right_as_exported_by_us(reports: dict[str, CheckReport]) -> None:

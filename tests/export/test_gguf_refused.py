@@ -55,7 +55,7 @@ def rank_zero(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "DoRA": (config(use_dora=True), (CONFIG, "DoRA")),
     "PiSSA": (config(init_lora_weights="pissa"), (CONFIG, "changes the base weights")),
-    "an unknown field": (config(use_novelty=3), ("use_novelty is 3", "does not know")),
+    "an unknown field": (config(use_novelty=3, peft_version="99.0"), ("use_novelty is 3", "does not know")),
     "a bias of B": (added(**{f"{Q}.lora_B.bias": torch.ones(64)}), (f"{Q}.lora_B.bias is a bias of B",)),
     "a norm": (added(**{NORM: torch.ones(64)}), (NORM, "loads the norms of an adapter but never applies them")),
     "another tensor": (added(**{"base_model.model.extra": torch.ones(2)}), ("neither A nor B",)),

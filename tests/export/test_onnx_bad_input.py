@@ -135,7 +135,7 @@ def test_a_tokenizer_that_knows_no_text_is_no_endless_loop() -> None:
 WRONG_ADAPTERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a bias of a LoRA": (added(**{Q_B.replace("weight", "bias"): torch.ones(64)}), (TENSORS, "lora_B.bias")),
     "DoRA": (config(use_dora=True), ("use_dora",)),
-    "an unknown field": (config(use_future_lora=True), ("use_future_lora", "does not know")),
+    "an unknown field": (config(use_future_lora=True, peft_version="99.0"), ("use_future_lora", "does not know")),
     "trained tokens": (config(trainable_token_indices=[3]), ("trainable_token_indices", "in full")),
 }
 

@@ -126,8 +126,8 @@ def vllm(written: Written, tmp_path_factory: pytest.TempPathFactory) -> VllmsRea
         {"path": str(path), "expected": OF_EXPERTS if name == "experts" else PROJECTIONS, "rank": 8}
         for name, path in paths.items()
     ]
-    for group, modules in ((written.damaged, PROJECTIONS), (written.cases, PROJECTIONS + EMBEDDINGS)):
-        adapters += [{"path": str(path), "expected": modules, "rank": MAX_LORA_RANKS[-1]} for path in group.values()]
+    for path in (*written.damaged.values(), *written.cases.values()):
+        adapters += [{"path": str(path), "expected": PROJECTIONS + EMBEDDINGS, "rank": MAX_LORA_RANKS[-1]}]
     paths |= {**written.damaged, **{f"case {name}": path for name, path in written.cases.items()}}
     classes = [f"{family}ForCausalLM" for family in (*FAMILIES, "Qwen3Moe")] + list(UNSERVED) + list(NAMES)
     request = json.dumps({"adapters": adapters, "architectures": classes, "names": NAMES, "out": str(out)})

@@ -249,6 +249,18 @@ EXPORT = (
         Selection("test_target_modules.py", "named_as_in_peft"),
     ),
     Mutant(
+        "check-looks-for-no-nan",
+        "next((key for key in file.keys if not file.is_finite(key)), None)",
+        "next((key for key in file.keys if not file.shape(key)), None)",
+        Selection("test_check.py", "every_case"),
+    ),
+    Mutant(
+        "check-takes-any-start-for-a-repeated-one",
+        "if start in REPEATED_STARTS else None",
+        "if start else None",
+        Selection("test_check.py", "every_case"),
+    ),
+    Mutant(
         "defaults-of-any-type-of-model",
         "if model_type is None else [known.get(model_type, [])]",
         "if model_type != 'llava' else [known.get(model_type, [])]",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import nan as NAN
 from pathlib import Path
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from loraover.checkpoint.files import CONFIG_FILE
 
-from support.make_checkpoint import edit_tensors
-from support.vllm_damage import Q0, TENSORS, added, config, narrower, of_rank, renamed
+from support.make_checkpoint import edit_json, edit_tensors
+from support.vllm_damage import Q0, TENSORS, added, config, name_all, narrower, of_rank, renamed
 
 Change = Callable[[Path], object]
 MODEL = "base_model.model.model"
@@ -56,6 +57,10 @@ def loha(folder: Path) -> None:
     edit_tensors(folder / TENSORS, replaced)
 
 
+def add_layer_7(found: dict[str, Tensor]) -> None:
+    found |= {key.replace("layers.1", "layers.7"): tensor.clone() for key, tensor in found.items()}
+
+
 def lose_layer_1(found: dict[str, Tensor]) -> None:
     for key in [key for key in found if "layers.1" in key]:
         del found[key]
@@ -64,12 +69,23 @@ def lose_layer_1(found: dict[str, Tensor]) -> None:
 CASES: dict[str, Change] = {
     "plain": lambda folder: None,
     "scaled": config(lora_alpha=8),
+    "no alpha": lambda folder: edit_json(folder / CONFIG_FILE, lambda content: content.pop("lora_alpha")),
     "rsLoRA": config(use_rslora=True),
     "alpha_pattern": config(alpha_pattern={"q_proj": 12}),
     "DoRA": both(config(use_dora=True), added(**{f"{Q0}.lora_magnitude_vector": torch.ones(64)})),
     "LoHa": loha,
     "aLoRA": config(alora_invocation_tokens=[1, 2]),
-    "a field of the future": config(use_surprise=True),
+    "a field of the future": config(use_surprise=True, peft_version="99.0"),
+    "a field of nobody": config(use_surprise=True),
+    "Megatron": config(megatron_config={"hidden_size": 64}),
+    "matrices tied in vain": config(ensure_weight_tying=True),
+    "LoRA-GA": config(init_lora_weights="lora_ga"),
+    "CorDA": config(init_lora_weights="corda"),
+    "not a number": lambda folder: edit_tensors(
+        folder / TENSORS, lambda found: found[f"{Q0}.lora_B.weight"].fill_(NAN)
+    ),
+    "a doubled prefix": renamed("base_model.model.", "base_model.model.base_model.model."),
+    "an absent layer": both(lambda folder: edit_tensors(folder / TENSORS, add_layer_7), name_all),
     "experts": config(target_parameters=["experts.w1"]),
     "PiSSA": config(init_lora_weights="pissa"),
     "OLoRA": config(init_lora_weights="olora"),
@@ -97,9 +113,15 @@ CASES: dict[str, Change] = {
 }
 
 R, S, OK = "refused", "wrong silently", "right"
+INERT = ("a field of nobody", "matrices tied in vain")
 UNLIKE = ("unnamed modules", "lost modules")
 EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "vllm": {
+        "no alpha": (R, OK),
+        **dict.fromkeys((*INERT, "Megatron"), (OK, OK)),
+        **dict.fromkeys(("LoRA-GA", "not a number"), (S, R)),
+        **dict.fromkeys(("a doubled prefix", "an absent layer"), (OK, R)),
+        "CorDA": (R, R),
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head", "rank 32"), (OK, OK)),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "PiSSA", "OLoRA", "biases", "a bias of B"), (R, R)),
         **dict.fromkeys(("a trained head", "a lost head", "a trained norm", "trained tokens", "rank 520"), (R, R)),
@@ -109,6 +131,11 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "no prefix": (OK, R),
     },
     "llamacpp": {
+        "no alpha": (R, OK),
+        **dict.fromkeys((*INERT, "Megatron"), (OK, OK)),
+        **dict.fromkeys(("LoRA-GA", "CorDA", "not a number"), (S, R)),
+        "a doubled prefix": (OK, R),
+        "an absent layer": (R, R),
         **dict.fromkeys(("plain", "scaled", "embedding", "head", "rank 32", "rank 520"), (OK, OK)),
         **dict.fromkeys(("rsLoRA", "alpha_pattern"), (S, OK)),
         **dict.fromkeys(
@@ -121,6 +148,12 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys((*UNLIKE, "a lost head"), (S, R)),
     },
     "onnx": {
+        "no alpha": (OK, OK),
+        **dict.fromkeys(INERT, (OK, OK)),
+        **dict.fromkeys(("LoRA-GA", "not a number", "a doubled prefix"), (S, R)),
+        "CorDA": (R, R),
+        "Megatron": (R, OK),
+        "an absent layer": (OK, R),
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "rank 32", "rank 520"), (OK, OK)),
         **dict.fromkeys(("a trained head", "a trained norm", "biases"), (OK, OK)),
         **dict.fromkeys(("PiSSA", "OLoRA"), (OK, R)),
@@ -132,6 +165,10 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(UNLIKE, (S, R)),
     },
     "openvino": {
+        "no alpha": (S, OK),
+        **dict.fromkeys((*INERT, "Megatron"), (OK, OK)),
+        **dict.fromkeys(("LoRA-GA", "CorDA", "not a number", "a doubled prefix"), (S, R)),
+        "an absent layer": (OK, R),
         **dict.fromkeys(("plain", "head", "rank 32"), (OK, OK)),
         **dict.fromkeys(("scaled", "rsLoRA", "alpha_pattern"), (S, OK)),
         "embedding": (S, S),
@@ -144,6 +181,9 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "a trained head": (OK, R),
     },
     "mlx": {
+        "no alpha": (R, OK),
+        **dict.fromkeys((*INERT, "Megatron"), (R, OK)),
+        **dict.fromkeys(("LoRA-GA", "CorDA", "not a number", "a doubled prefix", "an absent layer"), (R, R)),
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head"), (R, OK)),
         **dict.fromkeys(("rank 32", "rank 520"), (R, OK)),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (R, R)),
@@ -152,6 +192,12 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         **dict.fromkeys(("another rank in the configuration", "another shape"), (R, R)),
     },
     "torch": {
+        "no alpha": (OK, OK),
+        **dict.fromkeys(INERT, (OK, OK)),
+        **dict.fromkeys(("LoRA-GA", "not a number", "a doubled prefix"), (S, R)),
+        "CorDA": (R, R),
+        "Megatron": (R, OK),
+        "an absent layer": (OK, R),
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head"), (OK, OK)),
         "rank 32": (OK, OK),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (OK, R)),

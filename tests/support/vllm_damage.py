@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,13 @@ def renamed(old: str, new: str) -> Callable[[Path], object]:
     return rename
 
 
+def tied(folder: Path) -> None:
+    rank = json.loads((folder / CONFIG).read_text())["r"]
+    path = "base_model__model__model__embed_tokens__lora_embedding_"
+    added(**{f"{path}A": torch.ones(rank, 64), f"{path}B": torch.ones(64, rank)})(folder)
+    config(ensure_weight_tying=True)(folder)
+
+
 def narrower(found: dict[str, Tensor]) -> None:
     found[f"{Q0}.lora_A.weight"] = found[f"{Q0}.lora_A.weight"][:, :32]
 
@@ -90,8 +98,10 @@ DAMAGES = {
     "BD-LoRA": Damage(config(use_bdlora={"nblocks": 2}), "variant", ("BD-LoRA",), True),
     "QALoRA": Damage(config(use_qalora=True), "variant", ("QALoRA",), True),
     "target_parameters": Damage(config(target_parameters=["experts.w1"]), "variant", ("fused experts",), False),
-    "tied matrices": Damage(config(ensure_weight_tying=True), "variant", ("share their matrices",), False),
-    "a field of the future": Damage(config(use_surprise=True), "variant", ("use_surprise", "does not know"), False),
+    "tied matrices": Damage(tied, "variant", ("share their matrices",), False),
+    "a field of the future": Damage(
+        config(use_surprise=True, peft_version="99.0"), "variant", ("use_surprise", "does not know"), False
+    ),
     "PiSSA": Damage(config(init_lora_weights="pissa"), "initialisation", ("'pissa'", "base weights"), True),
     "PiSSA, fast": Damage(config(init_lora_weights="pissa_niter_4"), "initialisation", ("pissa_niter_4",), True),
     "OLoRA": Damage(config(init_lora_weights="olora"), "initialisation", ("'olora'",), True),

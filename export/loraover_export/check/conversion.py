@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loraover_export.convert.prefix import Move
     from loraover_export.convert.source import MethodConfig
 
-CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix")
+CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix", "doubled prefix")
 """Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
 
 ENDING = "-lora"
@@ -44,6 +44,8 @@ class Conversion:
 
 def converted_subject(subject: Subject) -> Conversion | None:
     """Return what the exact conversion of an adapter will be; None if it needs none or has none."""
+    if subject.not_finite is not None:
+        return None
     if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
         return None
     from loraover_export.convert.kind import read_method

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from loraover.checkpoint import target_modules
-from loraover.checkpoint.adapter_config import KEPT_BASE
+from loraover.checkpoint.adapter_config import KEPT_BASE, REPEATED_STARTS
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+from loraover_export.uniform.variants import VARIANTS, is_inert
 from loraover_export.vllm.candidate import listed
 
 Feature = Callable[[Subject], str | None]
@@ -37,9 +37,11 @@ def dora(subject: Subject) -> str | None:
 
 def variant(subject: Subject) -> str | None:
     """Fields of PEFT's other variants of LoRA, and fields that this version does not know."""
-    if subject.config["peft_type"] != "LORA":
+    fields = subject.fields
+    if fields is None:
         return None
-    found = [name for name, value in subject.config.items() if value and name not in _FIXED | _JUDGED | TRAINING_ONLY]
+    items = [(name, value) for name, value in subject.config.items() if name not in _FIXED | _JUDGED]
+    found = [name for name, value in items if not is_inert(fields, name, value, subject.shapes)]
     if not found:
         return None
     kind = VARIANTS.get(found[0], "a field that this version does not know")
@@ -59,11 +61,41 @@ def experts(subject: Subject) -> str | None:
 
 
 def initialisation(subject: Subject) -> str | None:
-    """A start that changes the base weights, such as PiSSA's or OLoRA's."""
-    start = subject.config.get("init_lora_weights")
-    if not isinstance(start, str) or start.lower() in KEPT_BASE:
+    """A start that changes the base weights as PEFT repeats it when it loads the adapter: PiSSA's or OLoRA's."""
+    start = _start(subject)
+    return f"init_lora_weights is {start!r}, which changes the base weights" if start in REPEATED_STARTS else None
+
+
+def lost_initialisation(subject: Subject) -> str | None:
+    """A start that changes the base weights as nobody finds again: from gradients or random numbers."""
+    start = _start(subject)
+    if start is None or not (start == "lora_ga" or start.startswith("pissa_niter_")):
         return None
-    return f"init_lora_weights is {start!r}, which changes the base weights"
+    return f"init_lora_weights is {start!r}, which changed the base weights by gradients or random numbers"
+
+
+def other_initialisation(subject: Subject) -> str | None:
+    """A start that PEFT cannot repeat without more than the adapter and the base model, or does not know."""
+    start = _start(subject)
+    if start is None or initialisation(subject) or lost_initialisation(subject):
+        return None
+    return f"init_lora_weights is {start!r}, which is unknown or starts from data or quantised weights"
+
+
+def _start(subject: Subject) -> str | None:
+    """Return the start that changes the base weights; None if they are the model's."""
+    start = subject.config.get("init_lora_weights")
+    return start if isinstance(start, str) and start.lower() not in KEPT_BASE else None
+
+
+def megatron(subject: Subject) -> str | None:
+    """A configuration of Megatron's layers, which others ignore."""
+    return "megatron_config is set" if subject.config.get("megatron_config") else None
+
+
+def not_numbers(subject: Subject) -> str | None:
+    """Matrices that hold NaN or infinity."""
+    return subject.not_finite
 
 
 def biases(subject: Subject) -> str | None:
@@ -124,6 +156,12 @@ def alpha_pattern(subject: Subject) -> str | None:
     return f"alpha_pattern gives {len(others)} of {len(subject.modules)} modules another alpha" if others else None
 
 
+def no_alpha(subject: Subject) -> str | None:
+    """A configuration that leaves alpha to PEFT's default."""
+    is_default = subject.fields is not None and "lora_alpha" not in subject.fields.model_fields_set
+    return "the configuration has no lora_alpha" if is_default else None
+
+
 def scaling(subject: Subject) -> str | None:
     """A factor before B A other than 1."""
     if subject.fields is None:
@@ -158,12 +196,28 @@ def prefix(subject: Subject) -> str | None:
     return f"{len(keys)} of {len(subject.matrices)} keys do not begin with {KEY_PREFIX}" if keys else None
 
 
+def doubled_prefix(subject: Subject) -> str | None:
+    """Keys that have PEFT's prefix twice, without which the base model has all modules."""
+    twice = [path for path in subject.modules if KEY_PREFIX in path]
+    if not twice or any(path.replace(KEY_PREFIX, "") not in subject.served.modules for path in subject.modules):
+        return None
+    return f"{len(twice)} of {len(subject.modules)} modules have {KEY_PREFIX} twice in their keys"
+
+
 def missing_modules(subject: Subject) -> str | None:
     """Adapted modules that the base model does not have."""
     missing = [path for path in subject.modules if path not in subject.served.modules]
-    if not missing:
+    if doubled_prefix(subject) is not None:
+        return None
+    if missing == target_modules.absent_layers(missing, subject.served.modules):  # `absent_layers` has them
         return None
     return f"{len(missing)} of {len(subject.modules)} adapted modules are not in {_base(subject)} ({listed(missing)})"
+
+
+def absent_layers(subject: Subject) -> str | None:
+    """Matrices of layers that the base model does not have."""
+    found = [] if missing_modules(subject) else target_modules.absent_layers(subject.modules, subject.served.modules)
+    return f"{_base(subject)} has no such layers as those of {listed(found)}" if found else None
 
 
 def unnamed_modules(subject: Subject) -> str | None:
@@ -265,6 +319,10 @@ FEATURES: dict[str, Feature] = {
     "aLoRA": alora,
     "experts": experts,
     "initialisation": initialisation,
+    "lost initialisation": lost_initialisation,
+    "other initialisation": other_initialisation,
+    "megatron": megatron,
+    "numbers": not_numbers,
     "biases": biases,
     "LoRA bias": lora_bias,
     "modules_to_save": modules_to_save,
@@ -274,10 +332,13 @@ FEATURES: dict[str, Feature] = {
     "rsLoRA": rslora,
     "rank_pattern": rank_pattern,
     "alpha_pattern": alpha_pattern,
+    "no alpha": no_alpha,
     "scaling": scaling,
     "rank": wrong_rank,
     "key prefix": prefix,
+    "doubled prefix": doubled_prefix,
     "missing modules": missing_modules,
+    "absent layers": absent_layers,
     "unnamed modules": unnamed_modules,
     "lost modules": lost_modules,
     "lost parameters": lost_parameters,
@@ -292,8 +353,11 @@ FEATURES: dict[str, Feature] = {
 """Features by name, in the order in which a report lists them."""
 
 MORE_THAN_AB = (
-    *("method", "DoRA", "variant", "aLoRA", "experts", "initialisation", "biases", "LoRA bias"),
-    *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "missing modules", "unnamed modules"),
+    *("method", "DoRA", "variant", "aLoRA", "experts", "biases", "LoRA bias"),
+    *("initialisation", "lost initialisation", "other initialisation"),
+    *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "doubled prefix", "missing modules"),
+    "absent layers",
+    "unnamed modules",
     *("lost modules", "lost parameters", "other shapes"),
 )
 """Features that A and B of the base model's modules cannot express."""

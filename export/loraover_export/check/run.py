@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -20,7 +21,7 @@ from loraover.models.load import resolve_model
 from loraover.sources.address import is_elsewhere
 from loraover_export.check.conversion import Conversion, converted_subject
 from loraover_export.check.engines import engine_of
-from loraover_export.check.report import CheckReport, EngineCheck, judge
+from loraover_export.check.report import CheckReport, EngineCheck, Finding, judge
 from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
 from loraover_export.uniform.served import ServedModel, read_served
@@ -84,6 +85,7 @@ def _read(request: CheckRequest) -> Subject:
     config = read_json(path / CONFIG_FILE, _AnyConfig)
     with open_tensors(path / TENSORS_FILE) as file:
         shapes = {key: file.shape(key) for key in file.keys}
+        strange = next((key for key in file.keys if not file.is_finite(key)), None)
     named = model or config.base_model_name_or_path
     if named is None:
         raise ConfigError(f"{path}: names no base model; name the base model with {request.named('model')}.")
@@ -103,6 +105,7 @@ def _read(request: CheckRequest) -> Subject:
         shapes=shapes if lora is None or not lora.stacks else lora.shapes,
         lora=lora,
         unreadable=unreadable,
+        not_finite=None if strange is None else f"{strange} holds NaN or infinity",
         has_cores=has_cores,
         served=served,
         model=model,
@@ -122,9 +125,15 @@ def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[Adapte
         return None, str(error)
 
 
+def _unwritten(subject: Subject) -> Iterator[Finding]:
+    """Yield what keeps every export from writing the adapter."""
+    if subject.not_finite is not None:
+        yield Finding(feature="numbers", level="refused", found=f"{subject.not_finite}; no export writes that")
+
+
 def _check(name: str, subject: Subject, converted: Conversion | None) -> EngineCheck:
     engine = engine_of(name)
-    as_it_is, exported = judge(engine.as_it_is(subject)), judge(engine.exported(subject))
+    as_it_is, exported = judge(engine.as_it_is(subject)), judge([*engine.exported(subject), *_unwritten(subject)])
     after = None if exported.verdict == "right" else converted
     return EngineCheck(
         engine=name,

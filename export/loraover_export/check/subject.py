@@ -48,6 +48,7 @@ class Subject:
         shapes: Shape of every tensor in the file, by key; of each expert's A and B where the file stacks them.
         lora: The adapter, if it is a plain LoRA that the exports can read.
         unreadable: Reason for which the exports cannot read it; None if they can.
+        not_finite: Tensor that holds NaN or infinity, in words; None if there is none.
         has_cores: Whether the folder is a LoRA-Over checkpoint.
         served: The base model.
         model: Base model that the user named.
@@ -60,6 +61,7 @@ class Subject:
     shapes: Mapping[str, tuple[int, ...]]
     lora: AdapterDir | None
     unreadable: str | None
+    not_finite: str | None
     has_cores: bool
     served: ServedModel
     model: str | None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover.common.errors import ExportError
 from loraover_export.convert.methods.base import INERT, OTHER_KINDS, AnyMethod
 from loraover_export.convert.source import Adapter, AdapterLayout, MethodConfig
 from loraover_export.merge.base_weights import changed_weight, module_of_copy, refuse_changed
+from loraover_export.uniform.variants import is_inert
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +33,10 @@ def check_fields(layout: AdapterLayout[Any], method: AnyMethod) -> None:
             f"{where}: bias is {layout.config.bias!r}: biases were trained too, which no LoRA can hold. Merge the "
             "adapter into the base model with PEFT's merge_and_unload, or train with bias='none'."
         )
-    for name, value in (layout.config.model_extra or {}).items():
+    config, keys = layout.config, [f"{path}.{name}" for path, names in layout.modules.items() for name in names]
+    for name, value in (config.model_extra or {}).items():
+        if isinstance(config, AdapterConfig) and is_inert(config, name, value, [*keys, *layout.others]):
+            continue
         if value and name not in INERT | method.inert:
             kind = f"this is {OTHER_KINDS[name]}" if name in OTHER_KINDS else "a field that this version does not know"
             raise ExportError(f"{where}: {name} is {value!r:.80}: {kind}. It cannot be converted; train without it.")

@@ -8,7 +8,7 @@ from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
 from loraover.common.errors import ExportError
 from loraover.common.request import as_written
-from loraover_export.uniform.variants import TRAINING_ONLY, UNMERGED, VARIANTS
+from loraover_export.uniform.variants import UNMERGED, VARIANTS, is_inert
 
 OTHERS = {
     ".lora_B.bias": "a bias of B",
@@ -40,11 +40,10 @@ def check_fields(
     expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
     for field, value in (adapter.config.model_extra or {}).items():
         if (
-            not value
-            or field in allowed
-            or field in TRAINING_ONLY
+            field in allowed
             or field == "init_lora_weights"
             or value == expected.get(field)
+            or is_inert(adapter.config, field, value, adapter.shapes)
         ):
             continue
         if field in expected:

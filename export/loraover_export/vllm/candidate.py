@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from loraover.checkpoint.model_facts import ModuleFacts
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
 from loraover_export.uniform.experts import parts_of
 from loraover_export.uniform.served import ServedModel
 from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
@@ -99,7 +99,9 @@ class Candidate:
             texts = {text: path for name, path in names.items() for text in _text_names(name, allowed)}
             names = texts | names
         names |= {allowed.rename(path): path for path in self.modules if path in self.places}
-        found = {path: names.get(allowed.rename(path)) for path in self.modules}
+        # vLLM's loader removes PEFT's prefix wherever it stands; the export writes the names of the file.
+        read = {path: path if self.dtype is not None else path.replace(KEY_PREFIX, "") for path in self.modules}
+        found = {path: names.get(allowed.rename(name)) for path, name in read.items()}
         return {path: served for path, served in found.items() if served is not None}
 
     def served_module(self, path: str) -> ModuleFacts:

@@ -47,6 +47,7 @@ def note(text: str) -> Reaction:
 
 CORES = note("A and B are read, which are the cores' product, rounded; the export contracts the cores")
 LOST = silent("it answers without them")
+NOT_NUMBERS = silent("it computes with them, and answers nonsense")
 OTHER_BASE = note("the engine runs other weights than those that the adapter was trained beside")
 
 UNREADABLE = ("method", "DoRA", "rank", "key prefix", "unnamed modules")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import final
 
-from loraover_export.check.engines.base import CORES, command, note, react, refused, silent
+from loraover_export.check.engines.base import CORES, NOT_NUMBERS, command, note, react, refused, silent
 from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.features import initialisation, quantised_base
 from loraover_export.check.report import Finding
@@ -17,10 +17,18 @@ from loraover_export.check.subject import Subject
 PEFT_FORM = {
     "method": note("PEFT has this method"),
     "DoRA": note("PEFT has the magnitudes"),
+    "lost initialisation": silent("PEFT starts it otherwise when it loads it, and pairs A and B with other weights"),
+    "other initialisation": refused("PEFT cannot start it again from the base model alone"),
+    "megatron": refused("PEFT has to import Megatron then, and cannot without it"),
     "rank": refused("PEFT cannot load matrices of another rank"),
     "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
+    "doubled prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
     "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
+    "absent layers": note(
+        "PEFT ignores their matrices with a Python warning, as a base model without these layers needs it"
+    ),
     "unnamed modules": silent("PEFT ignores these matrices, with a Python warning at most"),
+    "numbers": NOT_NUMBERS,
     "lost modules": silent("PEFT starts these modules again, so they do nothing, with a Python warning only"),
     "lost parameters": refused("PEFT cannot load it"),
     "other shapes": refused("PEFT cannot load matrices of other shapes"),

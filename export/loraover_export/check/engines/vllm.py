@@ -13,6 +13,7 @@ from loraover.common.errors import ExportError
 from loraover_export.check.engines.base import (
     ADAPTER,
     CORES,
+    NOT_NUMBERS,
     EngineRules,
     Target,
     Written,
@@ -36,9 +37,12 @@ NO_LORA = {
     "DoRA": refused("vLLM refuses it by name"),
     "rank": silent("vLLM scales by the configuration's rank"),
     "key prefix": note("vLLM takes them as well, as names of modules in its model class"),
+    "doubled prefix": note("vLLM removes it wherever it stands"),
     "missing modules": silent("vLLM ignores matrices below an unknown prefix and answers as the base model"),
+    "absent layers": note("vLLM ignores them, as a base model without these layers needs it"),
     "unnamed modules": silent("vLLM does not read these fields, and applies all matrices"),
     "other shapes": silent("vLLM would fill only a part of a larger module"),
+    "numbers": NOT_NUMBERS,
 }
 """Reactions to adapters that the exports cannot read, and the rules of the pre-flight are not made for."""
 
@@ -89,7 +93,7 @@ class VllmRules(UniformRules):
             yield from react(subject, NO_LORA)
             return
         yield from apply_rules(subject, dtype=None)
-        yield from react(subject, {"cores": CORES, "adapted head": HEAD_LEAKS})
+        yield from react(subject, {"cores": CORES, "adapted head": HEAD_LEAKS, "numbers": NOT_NUMBERS})
         yield from _rank(subject)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:

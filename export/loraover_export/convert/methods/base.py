@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INERT = TRAINING_ONLY | {
-    *("init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "megatron_config"),
+    *("init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale"),
     *("layers_pattern", "progressbar", "random_seed"),
 }
 """Fields of many methods that have no effect once an adapter is trained."""

@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-from loraover.checkpoint.adapter_config import KEPT_BASE, AdapterConfig
+from loraover.checkpoint.adapter_config import KEPT_BASE, REPEATED_STARTS, AdapterConfig
 from loraover.checkpoint.error_bounds import U32
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.target_modules import LOST
@@ -71,7 +71,7 @@ class Lora(ConversionMethod[LoraFields]):
         return config.use_dora or config.subtracted_initialisation is not None or bool(config.trainable_token_indices)
 
     def is_exact(self, config: LoraFields) -> bool:
-        return not config.use_dora
+        return not config.use_dora and config.subtracted_initialisation in (None, *REPEATED_STARTS)
 
     def named(self, adapter: Adapter[LoraFields]) -> list[str]:
         return [path for path, tensors in adapter.layout.modules.items() if tensors != {TOKENS}]

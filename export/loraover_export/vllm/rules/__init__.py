@@ -13,7 +13,7 @@ from loraover.models.model_file import embeds_texts
 from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.known_faults import known_faults
-from loraover_export.vllm.rules.config import bias, initialisation, other_parameters, patterns, variant
+from loraover_export.vllm.rules.config import bias, initialisation, other_parameters, patterns, required, variant
 from loraover_export.vllm.rules.model import (
     architecture,
     base_model,
@@ -111,6 +111,7 @@ RULES: dict[str, Callable[[Candidate], Iterator[Problem]]] = {
     "silent no-ops": no_ops,
     "vocabulary": vocabulary,
     "rank": rank,
+    "required fields": required,
     "variant": variant,
     "initialisation": initialisation,
     "patterns": patterns,

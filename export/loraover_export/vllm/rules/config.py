@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loraover_export.uniform.export_command import export_command
-from loraover_export.uniform.variants import TRAINING_ONLY, VARIANTS
+from loraover_export.uniform.variants import OTHER_FIELDS, VARIANTS, is_inert
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 from loraover_export.vllm.versions import Versions
-
-JUDGED = {"bias", "init_lora_weights", "modules_to_save", "trainable_token_indices"}
-"""Fields that other rules check."""
 
 REFUSED = {"alora_invocation_tokens", "layer_replication", "lora_bias", "use_bdlora", "use_qalora"}
 """Variants that vLLM refuses by name: vllm/lora/peft_helper.py. It ignores all other fields that it does not know."""
@@ -26,7 +23,9 @@ TOKEN_HEADS = Versions(since="0.33.0")
 def variant(candidate: Candidate) -> Iterator[Problem]:
     """Fields of PEFT's LoRA variants, and unknown fields; vLLM ignores the latter without a message."""
     for field, value in candidate.config.items():
-        if not value or field in TRAINING_ONLY | JUDGED or (field == "target_parameters" and candidate.adapter.stacks):
+        if field in OTHER_FIELDS or is_inert(candidate.adapter.config, field, value, candidate.adapter.shapes):
+            continue
+        if field == "target_parameters" and candidate.adapter.stacks:
             continue
         kind = VARIANTS.get(field)
         yield Problem(
@@ -35,6 +34,17 @@ def variant(candidate: Candidate) -> Iterator[Problem]:
             else f"{field} is set to {value!r:.80}, a field that this version does not know and vLLM would ignore",
             "train a plain LoRA, or merge the adapter into the base model with PEFT and serve that",
             is_silent=field not in REFUSED,
+        )
+
+
+def required(candidate: Candidate) -> Iterator[Problem]:
+    """Fields without which vLLM's PEFTHelper does not start; PEFT has a default for each."""
+    found = candidate.adapter.config.model_fields_set | candidate.config.keys()
+    missing = sorted({"r", "lora_alpha", "target_modules"} - found)
+    if candidate.dtype is None and missing:
+        yield Problem(
+            f"the configuration has no {listed(missing)}, which vLLM needs",
+            f"write it for vLLM and serve that: {export_command(candidate.adapter.path, 'vllm', ending='-vllm')}",
         )
 
 

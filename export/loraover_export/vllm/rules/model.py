@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.target_modules import LOST, alike_module, left_to_the_type, lost_modules, unnamed_modules
+from loraover.checkpoint.target_modules import (
+    LOST,
+    absent_layers,
+    alike_module,
+    left_to_the_type,
+    lost_modules,
+    unnamed_modules,
+)
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED
 from loraover_export.vllm.architectures import EXPERTS_BELOW, Architecture
@@ -67,6 +74,10 @@ def modules(candidate: Candidate) -> Iterator[Problem]:
             yield Problem(f"{unnamed}; vLLM applies all of them", "name all trained modules there", is_silent=True)
     missing = [path for path in candidate.modules if path not in candidate.present]
     if not missing:
+        return
+    if candidate.dtype is None and missing == absent_layers(missing, candidate.places):
+        found = f"vLLM ignores the matrices of {listed(missing)}, whose layers the served model does not have"
+        yield Problem(found, "make sure that the adapter was trained on this model", is_warning=True)
         return
     alike = alike_module(missing[0], candidate.places)
     endings = {path.rpartition(".")[2] for path in candidate.places}  # others are refused by name
