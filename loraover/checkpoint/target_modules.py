@@ -202,6 +202,21 @@ def unnamed_modules(config: Path, adapted: Collection[str], model_type: str | No
     )
 
 
+def names_any(config: Path, modules: Collection[str], model_type: str) -> bool:
+    """Return whether a configuration names any module or parameter of a base model; PEFT loads no other adapter.
+
+    Args:
+        config: Path of `adapter_config.json`.
+        modules: Paths of all modules of the base model.
+        model_type: Its type, such as "llama".
+
+    Raises:
+        CheckpointError: A regular expression that Python cannot read.
+    """
+    targets = read_json(config, Targets).resolved(model_type, modules)
+    return bool(targets.target_parameters) or bool(_chosen(config, targets, modules, is_named=True))
+
+
 def lost_modules(
     config: Path,
     adapted: Collection[str],

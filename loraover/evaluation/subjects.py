@@ -146,7 +146,7 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
         loaded = wrapped.load_adapter(
             str(adapter), "default"
         )  # again, since only this returns which tensors did not fit
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise CheckpointError(f"{adapter}: PEFT cannot put it on this model: {error}") from error
     for keys, fault in ((loaded.missing_keys, "lacks"), (loaded.unexpected_keys, "holds, without a place for it,")):
         if keys:

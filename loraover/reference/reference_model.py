@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def reference_name(adapter: AdapterDir) -> str:
 
 def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
     """Let PEFT load an adapter beside the weights of a base model, with A and B in a data type."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     adapter.check_keeps_base()
     check_fits(base, adapter)
@@ -64,7 +65,7 @@ def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
     # PEFT starts some kinds by changing the base weights, which have to be a copy then.
     shared = sharing_weights(base, but=adapter.others.values()) if folder == adapter.path else copy.deepcopy(base)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = peft_config(folder)
         if config.task_type in CLASSIFIERS:
             config.task_type = None
         model = PeftModel.from_pretrained(shared, str(folder), config=config, torch_device=str(base.device))
@@ -75,6 +76,16 @@ def _peft_model(base: Any, adapter: AdapterDir, dtype: torch.dtype) -> Any:
             for name in layer.adapter_layer_names:
                 getattr(layer, name).to(dtype)
     return model.eval()
+
+
+def peft_config(folder: Path) -> Any:
+    """Return PEFT's configuration of an adapter, for models without layers of Megatron, which PEFT would import."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if getattr(config, "megatron_config", None):
+        config.megatron_config = None
+    return config
 
 
 def sharing_weights(model: nn.Module, but: Iterable[str] = ()) -> Any:

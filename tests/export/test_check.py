@@ -144,14 +144,16 @@ def test_what_peft_saves(saved_as: PeftConfig, source: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("matrix", [None, torch.tensor(1.0), torch.ones(4, 64, 1)], ids=["missing", "0-D", "3-D"])
-def test_a_damaged_file_is_refused_by_all(matrix: Tensor | None, source: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_by_all_but_peft(matrix: Tensor | None, source: Path, tmp_path: Path) -> None:
     def damage(tensors: dict[str, Tensor]) -> None:
         del tensors[f"{Q0}.lora_A.weight"]
         tensors.update({} if matrix is None else {f"{Q0}.lora_A.weight": matrix})
 
     folder = changed(source, tmp_path / "in", lambda folder: edit_tensors(folder / TENSORS, damage))
     for check in check_adapter(folder).engines:
-        assert (check.as_it_is.verdict, check.exported.verdict) == ("refused", "refused")
+        is_loaded = matrix is None and check.engine in ("torch", "onnx")  # PEFT starts a missing matrix again
+        assert check.as_it_is.verdict == ("wrong silently" if is_loaded else "refused")
+        assert check.exported.verdict == "refused"
 
 
 def test_a_checkpoint_is_read_by_its_matrices(tmp_path: Path) -> None:

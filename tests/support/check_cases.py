@@ -109,6 +109,7 @@ CASES: dict[str, Change] = {
     "another prefix": renamed("model.model.model.", "model.model."),
     "another shape": lambda folder: edit_tensors(folder / TENSORS, narrower),
     "unnamed modules": config(target_modules=["q_proj"]),
+    "a lost matrix": lambda folder: edit_tensors(folder / TENSORS, lambda found: found.pop(f"{Q0}.lora_B.weight")),
     "lost modules": lambda folder: edit_tensors(folder / TENSORS, lose_layer_1),
 }
 
@@ -117,6 +118,7 @@ INERT = ("a field of nobody", "matrices tied in vain")
 UNLIKE = ("unnamed modules", "lost modules")
 EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "vllm": {
+        "a lost matrix": (R, R),
         "no alpha": (R, OK),
         **dict.fromkeys((*INERT, "Megatron"), (OK, OK)),
         **dict.fromkeys(("LoRA-GA", "not a number"), (S, R)),
@@ -131,6 +133,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "no prefix": (OK, R),
     },
     "llamacpp": {
+        "a lost matrix": (R, R),
         "no alpha": (R, OK),
         **dict.fromkeys((*INERT, "Megatron"), (OK, OK)),
         **dict.fromkeys(("LoRA-GA", "CorDA", "not a number"), (S, R)),
@@ -150,8 +153,8 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "onnx": {
         "no alpha": (OK, OK),
         **dict.fromkeys(INERT, (OK, OK)),
-        **dict.fromkeys(("LoRA-GA", "not a number", "a doubled prefix"), (S, R)),
-        "CorDA": (R, R),
+        **dict.fromkeys(("LoRA-GA", "not a number", "another prefix", "a lost matrix"), (S, R)),
+        **dict.fromkeys(("CorDA", "a doubled prefix"), (R, R)),
         "Megatron": (R, OK),
         "an absent layer": (OK, R),
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "rank 32", "rank 520"), (OK, OK)),
@@ -160,11 +163,12 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "embedding": (S, OK),
         "head": (R, OK),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "a bias of B", "trained tokens"), (S, R)),
-        **dict.fromkeys(("no prefix", "another prefix"), (S, R)),
+        "no prefix": (S, R),
         **dict.fromkeys(("experts", "another rank in the configuration", "another shape", "a lost head"), (R, R)),
         **dict.fromkeys(UNLIKE, (S, R)),
     },
     "openvino": {
+        "a lost matrix": (R, R),
         "no alpha": (S, OK),
         **dict.fromkeys((*INERT, "Megatron"), (OK, OK)),
         **dict.fromkeys(("LoRA-GA", "CorDA", "not a number", "a doubled prefix"), (S, R)),
@@ -181,6 +185,7 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
         "a trained head": (OK, R),
     },
     "mlx": {
+        "a lost matrix": (R, R),
         "no alpha": (R, OK),
         **dict.fromkeys((*INERT, "Megatron"), (R, OK)),
         **dict.fromkeys(("LoRA-GA", "CorDA", "not a number", "a doubled prefix", "an absent layer"), (R, R)),
@@ -194,15 +199,15 @@ EXPECTED: dict[str, dict[str, tuple[str, str]]] = {
     "torch": {
         "no alpha": (OK, OK),
         **dict.fromkeys(INERT, (OK, OK)),
-        **dict.fromkeys(("LoRA-GA", "not a number", "a doubled prefix"), (S, R)),
-        "CorDA": (R, R),
+        **dict.fromkeys(("LoRA-GA", "not a number", "another prefix", "a lost matrix"), (S, R)),
+        **dict.fromkeys(("CorDA", "a doubled prefix"), (R, R)),
         "Megatron": (R, OK),
         "an absent layer": (OK, R),
         **dict.fromkeys(("plain", "scaled", "rsLoRA", "alpha_pattern", "embedding", "head"), (OK, OK)),
         "rank 32": (OK, OK),
         **dict.fromkeys(("DoRA", "LoHa", "aLoRA", "a field of the future", "experts", "PiSSA", "OLoRA"), (OK, R)),
         **dict.fromkeys(("biases", "a bias of B", "a trained head", "a trained norm", "trained tokens"), (OK, R)),
-        **dict.fromkeys(("no prefix", "another prefix", *UNLIKE), (S, R)),
+        **dict.fromkeys(("no prefix", *UNLIKE), (S, R)),
         **dict.fromkeys(("another rank in the configuration", "another shape", "a lost head"), (R, R)),
         "rank 520": (OK, R),
     },

@@ -131,6 +131,25 @@ def trained_tokens(subject: Subject) -> str | None:
     return f"trainable_token_indices names {tokens} tokens that were trained in full"
 
 
+def lost_matrices(subject: Subject) -> str | None:
+    """A without B, or B without A."""
+    sides: dict[tuple[str, bool], set[str]] = {}
+    for matrix in subject.matrices.values():
+        sides.setdefault((matrix.module, matrix.is_embedding), set()).add(matrix.side)
+    lost = _once(module for (module, _), found in sides.items() if len(found) == 1)
+    return f"of A and B, the file lacks one of {listed(lost)}" if lost else None
+
+
+def no_targets(subject: Subject) -> str | None:
+    """A configuration that names no module of the base model."""
+    served = subject.served
+    if subject.fields is None or target_modules.names_any(
+        subject.path / CONFIG_FILE, served.modules, served.model_type
+    ):
+        return None
+    return f"target_modules names no module of {_base(subject)}"
+
+
 def rslora(subject: Subject) -> str | None:
     """The scaling alpha / sqrt(r), where it differs from alpha / r."""
     ranked = subject.config.get("use_rslora") and subject.ranks and subject.ranks != [1]
@@ -339,7 +358,9 @@ FEATURES: dict[str, Feature] = {
     "doubled prefix": doubled_prefix,
     "missing modules": missing_modules,
     "absent layers": absent_layers,
+    "no targets": no_targets,
     "unnamed modules": unnamed_modules,
+    "lost matrices": lost_matrices,
     "lost modules": lost_modules,
     "lost parameters": lost_parameters,
     "other shapes": other_shapes,
@@ -357,7 +378,7 @@ MORE_THAN_AB = (
     *("initialisation", "lost initialisation", "other initialisation"),
     *("modules_to_save", "trained vocabulary", "norms", "trained tokens", "rank", "doubled prefix", "missing modules"),
     "absent layers",
-    "unnamed modules",
+    *("unnamed modules", "lost matrices"),
     *("lost modules", "lost parameters", "other shapes"),
 )
 """Features that A and B of the base model's modules cannot express."""

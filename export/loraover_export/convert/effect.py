@@ -17,6 +17,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
+from loraover.reference.reference_model import peft_config
 from loraover_export.convert.request import ConvertRequest
 from loraover_export.convert.source import Adapter, AdapterLayout
 from loraover_export.logits.deviation import Deviation, RunningDeviation, largest_of
@@ -142,7 +143,7 @@ def _load(
     before = {id(parameter) for parameter in weights}
     if is_twin and start_dtype == dtype:
         _move(weights)
-    adapted = PeftModel.from_pretrained(model, str(folder), torch_device=device).eval()
+    adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config(folder), torch_device=device).eval()
     if start_dtype != dtype:
         for weight in weights:
             weight.data = weight.data.to(getattr(torch, COMPUTE_DTYPES[dtype]))

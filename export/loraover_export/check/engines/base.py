@@ -50,7 +50,7 @@ LOST = silent("it answers without them")
 NOT_NUMBERS = silent("it computes with them, and answers nonsense")
 OTHER_BASE = note("the engine runs other weights than those that the adapter was trained beside")
 
-UNREADABLE = ("method", "DoRA", "rank", "key prefix", "unnamed modules")
+UNREADABLE = ("method", "DoRA", "rank", "key prefix", "unnamed modules", "lost matrices")
 """Features of adapters that the exports cannot read, but some engines can."""
 
 

@@ -62,6 +62,7 @@ PEFT_FORM = {
     "doubled prefix": note("the converter removes it wherever it stands"),
     "missing modules": refused("llama.cpp refuses names that its model does not have"),
     "absent layers": refused("llama.cpp refuses names that its model does not have"),
+    "lost matrices": refused("the converter stops there"),
     "unnamed modules": silent("the converter does not read these fields, and writes all matrices"),
     "numbers": NOT_NUMBERS,
     "lost modules": LOST,

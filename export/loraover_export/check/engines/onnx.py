@@ -63,6 +63,8 @@ PEFT_FORM = {
     "doubled prefix": NOT_LOADED,
     "missing modules": NOT_LOADED,
     "absent layers": note("PEFT, which the builder uses, ignores them, as a base model without these layers needs it"),
+    "no targets": refused("PEFT, which the builder uses, loads no adapter without a module to adapt"),
+    "lost matrices": silent("PEFT, which the builder uses, starts the other matrix again"),
     "unnamed modules": NOT_LOADED,
     "numbers": NOT_NUMBERS,
     "lost modules": LOST,

@@ -27,6 +27,8 @@ PEFT_FORM = {
     "absent layers": note(
         "PEFT ignores their matrices with a Python warning, as a base model without these layers needs it"
     ),
+    "no targets": refused("PEFT loads no adapter without a module to adapt"),
+    "lost matrices": silent("PEFT starts the other matrix again, with a Python warning only"),
     "unnamed modules": silent("PEFT ignores these matrices, with a Python warning at most"),
     "numbers": NOT_NUMBERS,
     "lost modules": silent("PEFT starts these modules again, so they do nothing, with a Python warning only"),
