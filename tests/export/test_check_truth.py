@@ -45,7 +45,7 @@ FOLDERS, GROUPS = 200, 10
 FEED = Feed(1)
 ENDS = (4, 8, 12)
 """Lengths of the beginnings of the batch after which logprobs are compared."""
-WRONG = 0.02
+WRONG = 0.002
 """Share of the adapter's effect on the logprobs that no rounding explains."""
 FAMILIES = ("Llama", "Qwen3")
 

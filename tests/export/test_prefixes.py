@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from loraover.checkpoint.read_facts import read_facts
 from loraover.models.load import resolve_model
+from loraover_export import convert_adapter
 from loraover_export.convert.kind import read_method
 from loraover_export.convert.prefix import find_move
 
+from support.adapters_on_disk import save_base, save_lora
 from support.plain_adapter import write_adapter
+from support.vllm_damage import renamed
 
 BELOW_MODEL = (
     "AudioFlamingo3ForConditionalGeneration",
@@ -109,3 +113,17 @@ def test_a_layer_that_the_base_lacks_is_not_another_parts(layers: tuple[int, ...
     pairs = {name.format("encoder", layer): (torch.ones(1, 16), torch.ones(16, 1)) for layer in layers}
     _, layout = read_method(write_adapter(tmp_path / "adapter", pairs, target_modules=list(pairs)))
     assert find_move(layout, shapes) is None
+
+
+def test_copies_of_base_weights_move_with_their_modules(tmp_path: Path) -> None:
+    """PEFT saves the weight of an adapted head beside its A and B."""
+    base = save_base(tmp_path / "base")
+    adapter = save_lora(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    assert any(key.endswith("lm_head.base_layer.weight") for key in load_file(adapter / "adapter_model.safetensors"))
+    plain = convert_adapter(adapter, tmp_path / "plain")
+    renamed("base_model.model.", "base_model.model.base_model.model.")(adapter)
+    converted = convert_adapter(adapter, tmp_path / "converted")
+    assert converted.passed
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "converted")]
+    assert files[0].keys() == files[1].keys()
+    assert plain.certificate.rank == converted.certificate.rank

@@ -181,6 +181,12 @@ def no_alpha(subject: Subject) -> str | None:
     return "the configuration has no lora_alpha" if is_default else None
 
 
+def no_fields(subject: Subject) -> str | None:
+    """A configuration that leaves more to PEFT's defaults than vLLM does."""
+    found = {"r", "lora_alpha", "target_modules"} - subject.config.keys() if subject.fields is not None else set()
+    return f"the configuration has no {listed(sorted(found))}" if found else None
+
+
 def scaling(subject: Subject) -> str | None:
     """A factor before B A other than 1."""
     if subject.fields is None:
@@ -352,6 +358,7 @@ FEATURES: dict[str, Feature] = {
     "rank_pattern": rank_pattern,
     "alpha_pattern": alpha_pattern,
     "no alpha": no_alpha,
+    "no fields": no_fields,
     "scaling": scaling,
     "rank": wrong_rank,
     "key prefix": prefix,

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from loraover.checkpoint.adapter_config import first_match
-from loraover.checkpoint.peft_adapter import KEY_PREFIX
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
 from loraover_export.convert.source import AdapterLayout
 from loraover_export.merge.base_files import loaded_names
-from loraover_export.merge.base_weights import BaseWeights
+from loraover_export.merge.base_weights import BaseWeights, module_of_copy
 
 _LAYERS = re.compile(r".+?\.(?=\d+\.)")
 """What stands before the first number in a path, such as "model.encoder.layers."."""
@@ -166,10 +166,16 @@ def _moved(layout: AdapterLayout[Any], move: Move) -> AdapterLayout[Any]:
         for name in tensors:
             key = f"{KEY_PREFIX}{path}.{name}"
             keys[at_first.get(key, key)] = f"{KEY_PREFIX}{names[path]}.{name}"
+    copies = {
+        key: path for key in layout.others if key.endswith(BASE_WEIGHT) and (path := module_of_copy(key)) in names
+    }
+    copied = {key: f"{KEY_PREFIX}{names[path]}{BASE_WEIGHT}" for key, path in copies.items()}
+    keys |= {at_first.get(key, key): new for key, new in copied.items()}
     return replace(
         layout,
         config=layout.config.model_copy(update=_patterns(layout, names)),
         modules={names[path]: tensors for path, tensors in layout.modules.items()},
+        others=tuple(copied.get(key, key) for key in layout.others),
         keys=keys,
         stored={new: old for old, new in move.paths.items()},
         below=move.new,

@@ -35,6 +35,7 @@ from loraover_export.vllm.rules import RULES
 NO_LORA = {
     "method": refused("vLLM knows no such tensors"),
     "DoRA": refused("vLLM refuses it by name"),
+    "no fields": refused("vLLM needs them"),
     "rank": silent("vLLM scales by the configuration's rank"),
     "key prefix": note("vLLM takes them as well, as names of modules in its model class"),
     "doubled prefix": note("vLLM removes it wherever it stands"),
