@@ -76,7 +76,9 @@ def lost_initialisation(subject: Subject) -> str | None:
 
 def other_initialisation(subject: Subject) -> str | None:
     """A start that PEFT cannot repeat without more than the adapter and the base model, or does not know."""
-    start = _start(subject)
+    start, given = _start(subject), subject.config.get("init_lora_weights")
+    if subject.config.get("lora_bias") and isinstance(given, str):
+        return f"init_lora_weights is {given!r}, which PEFT does not start beside lora_bias"
     if start is None or initialisation(subject) or lost_initialisation(subject):
         return None
     return f"init_lora_weights is {start!r}, which is unknown or starts from data or quantised weights"

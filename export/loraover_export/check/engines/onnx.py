@@ -31,6 +31,7 @@ from loraover_export.check.engines.base import (
     refused_by,
     silent,
 )
+from loraover_export.check.features import adapted_head
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 from loraover_export.onnx.inputs import check_swappable
@@ -131,6 +132,10 @@ def _mode(subject: Subject) -> str:
     """Return the mode of the export that can hold the adapter, or more of it than the other mode."""
     if subject.lora is None:
         return "swappable"
+    if (
+        subject.served.is_causal and adapted_head(subject) is not None
+    ):  # the builder's graph is invalid with inputs there
+        return "merged"
     try:
         check_swappable(subject.lora)
     except ExportError:

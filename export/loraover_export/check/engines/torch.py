@@ -11,6 +11,7 @@ from typing import final
 from loraover_export.check.engines.base import CORES, NOT_NUMBERS, command, note, react, refused, silent
 from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.features import initialisation, quantised_base
+from loraover_export.check.older_names import older_names
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
@@ -57,7 +58,13 @@ class TorchRules(UniformRules):
     reader = "PEFT 0.21.2"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
-        yield from react(subject, PEFT_FORM)
+        older = older_names(subject)
+        if older is None:
+            yield from react(subject, PEFT_FORM)
+        else:
+            yield older
+            renamed = ("missing modules", "no targets", "unnamed modules", "files")
+            yield from (found for found in react(subject, PEFT_FORM) if found.feature not in renamed)
         yield from _swapped(subject)
         start = initialisation(subject)
         if start is not None and quantised_base(subject) is not None:
