@@ -44,8 +44,9 @@ class _AnyConfig(BaseModel):
 def check_adapter(request: CheckRequest) -> CheckReport:
     """Say for each engine whether it would refuse an adapter, or apply it wrongly without a message; nothing is run.
 
-    The answer rests on each engine's sources and on runs of small models, on the adapter's configuration and tensor
-    names, and on the base model's configuration. `loraover_serve.verify_adapter` runs an engine instead.
+    The answer rests on each engine's sources and on runs of small models, on the adapter's configuration, on its
+    tensors' names, shapes and numbers that are not finite, and on the base model's configuration.
+    `loraover_serve.verify_adapter` runs an engine instead.
 
     Returns:
         For each engine, a verdict on the adapter as it is, verdicts on what the export writes of it and of its
