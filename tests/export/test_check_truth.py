@@ -1,4 +1,4 @@
-"""What `loraover export check` says of random adapters, against what vLLM, ONNX Runtime and llama.cpp really do.
+"""What `loraover check` says of random adapters, against what vLLM, ONNX Runtime and llama.cpp really do.
 
 The truth is the function of the model that was trained, in PyTorch, before its files were saved and changed.
 """

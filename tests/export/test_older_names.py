@@ -1,4 +1,4 @@
-"""Adapters under the names of transformers before 5: what PEFT makes of them, and what `loraover export check` says."""
+"""Adapters under the names of transformers before 5: what PEFT makes of them, and what `loraover check` says."""
 
 from __future__ import annotations
 
