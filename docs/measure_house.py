@@ -115,9 +115,15 @@ def imported_names(module: Module) -> Iterator[str]:
 
 
 def named_in_strings(module: Module, names: set[str]) -> Iterator[str]:
-    """Modules of ours that a text in the code names, alone or as in "module:name"; docstrings are left out."""
+    """Modules of ours that a text in the code names, alone or as in "module:name".
+
+    Docstrings are left out, and modules that another process runs, as in [sys.executable, "-m", "loraover.cli"].
+    """
     spoken = {id(node.value) for node in ast.walk(module.tree) if is_docstring(node) and isinstance(node, ast.Expr)}
     for node in ast.walk(module.tree):
+        if isinstance(node, ast.List):
+            words = [word.value if isinstance(word, ast.Constant) else None for word in node.elts]
+            spoken |= {id(after) for word, after in zip(words, node.elts[1:], strict=False) if word == "-m"}
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
             name = node.value.partition(":")[0]
             if name in names and ("." in name or ":" in node.value):

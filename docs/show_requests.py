@@ -1,4 +1,4 @@
-"""Extension of griffe: show functions made by `loraover.common.verb.verb` with the fields of their requests."""
+"""Extension of griffe: show functions made by `loraover.sources.verb.verb` with the fields of their requests."""
 
 from __future__ import annotations
 

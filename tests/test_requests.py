@@ -24,8 +24,8 @@ from loraover.common.request import (
     option,
     written_as_flags,
 )
-from loraover.common.verb import perform, verb
 from loraover.reporting.request_command import request_command
+from loraover.sources.verb import perform, verb
 
 
 def split(given: Iterable[str]) -> list[str]:

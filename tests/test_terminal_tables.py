@@ -12,6 +12,12 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from loraover.adapters.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
+from loraover.adapters.combine.requests import DiffRequest
+from loraover.adapters.combine.show import show_diff
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.uniform.certificate import LoraCertificate, ModuleCertificate
+from loraover.adapters.uniform.show import show_lora
 from loraover.checkpoint.metadata import Meta
 from loraover.common.extras import install
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation
@@ -26,9 +32,6 @@ from loraover.study.request import StudyRequest
 from loraover.study.show import show_power
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
-from loraover_export.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
-from loraover_export.combine.requests import DiffRequest
-from loraover_export.combine.show import show_diff
 from loraover_export.fleet.show import show_report as show_fleet
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
@@ -36,12 +39,9 @@ from loraover_export.merge.report import MergedWeight, MergeReport
 from loraover_export.merge.request import MergeRequest
 from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.merge.show import show_merge
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
 from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.show import show_report as show_onnx
-from loraover_export.uniform.certificate import LoraCertificate, ModuleCertificate
-from loraover_export.uniform.show import show_lora
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.show import show_report as show_parity

@@ -6,16 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
+    from loraover.adapters.combine.combine import combine_adapters as combine_adapters
+    from loraover.adapters.combine.diff import diff_adapters as diff_adapters
+    from loraover.adapters.combine.diff_report import DiffReport as DiffReport
+    from loraover.adapters.combine.shrink import shrink_adapter as shrink_adapter
+    from loraover.adapters.convert.report import ConvertReport as ConvertReport
+    from loraover.adapters.convert.run import convert_adapter as convert_adapter
+    from loraover.adapters.uniform.certificate import LoraCertificate as LoraCertificate
     from loraover_export.attest.run import AttestReport as AttestReport
     from loraover_export.attest.run import attest_adapter as attest_adapter
     from loraover_export.check.report import CheckReport as CheckReport
     from loraover_export.check.run import check_adapter as check_adapter
-    from loraover_export.combine.combine import combine_adapters as combine_adapters
-    from loraover_export.combine.diff import diff_adapters as diff_adapters
-    from loraover_export.combine.diff_report import DiffReport as DiffReport
-    from loraover_export.combine.shrink import shrink_adapter as shrink_adapter
-    from loraover_export.convert.report import ConvertReport as ConvertReport
-    from loraover_export.convert.run import convert_adapter as convert_adapter
     from loraover_export.fleet.row import FleetReport as FleetReport
     from loraover_export.fleet.run import check_fleet as check_fleet
     from loraover_export.fleet.run import prepare_fleet as prepare_fleet
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.onnx.run import export_onnx as export_onnx
     from loraover_export.prepare.prepared import PreparedAdapter as PreparedAdapter
     from loraover_export.prepare.run import prepare_adapter as prepare_adapter
-    from loraover_export.uniform.certificate import LoraCertificate as LoraCertificate
     from loraover_export.vllm.preflight import Preflight as Preflight
     from loraover_export.vllm.report import VllmCertificate as VllmCertificate
     from loraover_export.vllm.report import VllmReport as VllmReport
@@ -39,36 +39,36 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
 
 
 _HOMES = {
-    "AttestReport": "attest.run",
-    "CheckReport": "check.report",
-    "ConvertReport": "convert.report",
-    "DiffReport": "combine.diff_report",
-    "FleetReport": "fleet.row",
-    "FoldCertificate": "fold.certificate",
-    "GgufReport": "gguf.report",
-    "LoraCertificate": "uniform.certificate",
-    "MergeReport": "merge.report",
-    "MlxReport": "mlx.report",
-    "OnnxReport": "onnx.report",
-    "Preflight": "vllm.preflight",
-    "PreparedAdapter": "prepare.prepared",
-    "VllmCertificate": "vllm.report",
-    "VllmReport": "vllm.report",
-    "attest_adapter": "attest.run",
-    "check_adapter": "check.run",
-    "check_fleet": "fleet.run",
-    "combine_adapters": "combine.combine",
-    "convert_adapter": "convert.run",
-    "diff_adapters": "combine.diff",
-    "export_gguf": "gguf.run",
-    "export_mlx": "mlx.run",
-    "export_onnx": "onnx.run",
-    "export_vllm": "vllm.run",
-    "fold_checkpoint": "fold.run",
-    "merge_adapter": "merge.run",
-    "prepare_adapter": "prepare.run",
-    "prepare_fleet": "fleet.run",
-    "shrink_adapter": "combine.shrink",
+    "AttestReport": "loraover_export.attest.run",
+    "CheckReport": "loraover_export.check.report",
+    "ConvertReport": "loraover.adapters.convert.report",
+    "DiffReport": "loraover.adapters.combine.diff_report",
+    "FleetReport": "loraover_export.fleet.row",
+    "FoldCertificate": "loraover_export.fold.certificate",
+    "GgufReport": "loraover_export.gguf.report",
+    "LoraCertificate": "loraover.adapters.uniform.certificate",
+    "MergeReport": "loraover_export.merge.report",
+    "MlxReport": "loraover_export.mlx.report",
+    "OnnxReport": "loraover_export.onnx.report",
+    "Preflight": "loraover_export.vllm.preflight",
+    "PreparedAdapter": "loraover_export.prepare.prepared",
+    "VllmCertificate": "loraover_export.vllm.report",
+    "VllmReport": "loraover_export.vllm.report",
+    "attest_adapter": "loraover_export.attest.run",
+    "check_adapter": "loraover_export.check.run",
+    "check_fleet": "loraover_export.fleet.run",
+    "combine_adapters": "loraover.adapters.combine.combine",
+    "convert_adapter": "loraover.adapters.convert.run",
+    "diff_adapters": "loraover.adapters.combine.diff",
+    "export_gguf": "loraover_export.gguf.run",
+    "export_mlx": "loraover_export.mlx.run",
+    "export_onnx": "loraover_export.onnx.run",
+    "export_vllm": "loraover_export.vllm.run",
+    "fold_checkpoint": "loraover_export.fold.run",
+    "merge_adapter": "loraover_export.merge.run",
+    "prepare_adapter": "loraover_export.prepare.run",
+    "prepare_fleet": "loraover_export.fleet.run",
+    "shrink_adapter": "loraover.adapters.combine.shrink",
 }
 
 __all__ = [*_HOMES]
@@ -78,4 +78,4 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that commands start fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'loraover_export' has no attribute {name!r}")
-    return getattr(import_module(f"loraover_export.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -19,7 +19,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pkgutil import resolve_name as imported
 from typing import Any, Literal
 
 from pydantic import Field
@@ -29,6 +28,7 @@ from loraover.checkpoint.files import CONFIG_FILE, REFERENCE_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
+from loraover.common.steps import later_step
 from loraover.common.strict_json import MAX_JSON_BYTES, StrictModel, read_json
 
 KEPT_FILE = "adapter_reference.kept.json"
@@ -183,6 +183,5 @@ def record_beside(adapter: Path, **options: Any) -> None:
     Raises:
         LoraOverError: As `record_adapter` does.
     """
-    record_adapter = imported("loraover_serve.record.recorder:record_adapter")  # by its place: in a later stage
-    record_adapter(adapter, force=True, **options)
+    later_step("record")(adapter, force=True, **options)
     (adapter / KEPT_FILE).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ def _evaluate(request: EvaluationRequest, as_json: bool) -> int:
     from rich.console import Console
 
     from loraover.common.command_line import quiet_libraries
-    from loraover.common.verb import perform
+    from loraover.sources.verb import perform
 
     quiet_libraries()
     from loraover.evaluation.results import show_evaluation

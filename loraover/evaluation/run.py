@@ -19,7 +19,6 @@ from loraover.common.errors import ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, hardware
 from loraover.common.quiet import quiet_libraries_within
 from loraover.common.strict_json import read_json
-from loraover.common.verb import verb
 from loraover.evaluation import TASKS
 from loraover.evaluation.base import IN_CHAT_TEMPLATE, Example, Questions
 from loraover.evaluation.digests import model_digest
@@ -27,6 +26,7 @@ from loraover.evaluation.request import EvaluationRequest
 from loraover.evaluation.results import Evaluation, ModelResult, wilson_interval
 from loraover.evaluation.subjects import Answerer, EndpointAnswerer, in_memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
+from loraover.sources.verb import verb
 
 BASE_MODEL = "base"
 

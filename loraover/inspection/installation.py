@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.common.errors import ConfigError
 from loraover.common.extras import install, missing_package
 from loraover.common.later import has_torch, torch
-from loraover.common.verb import verb
 from loraover.common.version import __version__
 from loraover.inspection.request import DoctorRequest
 from loraover.models.device import total_memory
+from loraover.sources.verb import verb
 
 ENGINE_GROUP = "loraover.doctor"
 """Entry points in this group are functions that return the engines of a package."""

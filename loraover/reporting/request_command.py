@@ -15,7 +15,7 @@ from loraover.common.command_line import Command, quiet_libraries
 from loraover.common.errors import ConfigError, UnwrittenReportError
 from loraover.common.extras import missing_package
 from loraover.common.request import Declared, Request, Spec, declarations, written_as_flags
-from loraover.common.verb import perform
+from loraover.sources.verb import perform
 
 Body = Callable[[Any, bool], int | None]
 """What a command does with its request and with `--json`; it returns the exit code, or None for 0."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.strict_json import read_json
-from loraover.common.verb import perform
 from loraover.evaluation import TASKS
 from loraover.evaluation.results import CORRELATIONS, Evaluation, ModelResult
 from loraover.evaluation.run import BASE_MODEL, evaluate
 from loraover.models.load import load_tokenizer, resolve_model
+from loraover.sources.verb import perform
 from loraover.study.grid import Run
 from loraover.study.kept_runs import KEPT_FILE
 from loraover.study.outcome import RunOutcome

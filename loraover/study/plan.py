@@ -9,7 +9,7 @@ from pydantic import Field
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
-from loraover.common.verb import verb
+from loraover.sources.verb import verb
 from loraover.study.grid import Run, grid_of
 from loraover.study.report import StudyAnswer
 from loraover.study.request import StudyRequest

@@ -13,7 +13,7 @@ from pydantic import Field
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
-from loraover.common.verb import verb
+from loraover.sources.verb import verb
 from loraover.study.analysis import Halves, Spread, percent_variances
 from loraover.study.grid import is_plain, slug
 from loraover.study.kept_runs import KEPT_FILE, KeptRun, read_kept

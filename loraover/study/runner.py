@@ -14,8 +14,8 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment, today
 from loraover.common.ray_cluster import ray_cluster
-from loraover.common.verb import verb
 from loraover.reporting.html_page import FIGURES
+from loraover.sources.verb import verb
 from loraover.study.benchmark import check_benchmark, score_runs
 from loraover.study.grid import Run, grid_of
 from loraover.study.html import to_page

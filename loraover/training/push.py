@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pkgutil import resolve_name as imported
 
 from loraover.checkpoint.base_model import move, naming
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, FoldError
 from loraover.common.request import as_written
+from loraover.common.steps import later_step
 from loraover.models.load import ModelSource, resolve_model
 from loraover.training.recipe import Recipe
 
@@ -86,10 +86,9 @@ def plain_copy(adapter: Path) -> Iterator[Path]:
     if not (adapter / META_FILE).is_file():
         yield adapter
         return
-    fold_checkpoint = imported("loraover_export:fold_checkpoint")  # by its place: in a later stage
     with tempfile.TemporaryDirectory() as scratch:
         folded = Path(scratch) / adapter.name
-        if fold_checkpoint(adapter, folded).verdict == "failed":
+        if later_step("fold")(adapter, folded).verdict == "failed":
             raise FoldError(
                 f"{adapter}: a folded matrix failed its check, so nothing was uploaded. Fold it to see why."
             )

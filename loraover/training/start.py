@@ -21,13 +21,20 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from pkgutil import resolve_name as imported
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from loraover.adapters.combine.combine import combine_adapters
+from loraover.adapters.combine.sources import check_plain, read_sources
+from loraover.adapters.convert.need import named_base, why_convert
+from loraover.adapters.convert.plain import plain_lora
+from loraover.adapters.convert.run import convert_adapter
+from loraover.adapters.numerics.delta import read_delta
+from loraover.adapters.numerics.low_rank import decompose, factor_noise, product_norm
+from loraover.adapters.uniform.certificate import record_source
 from loraover.callbacks.step_norm import Factors, factors
 from loraover.checkpoint.base_model import move
 from loraover.checkpoint.peft_adapter import AdapterDir
@@ -153,7 +160,6 @@ def _make(model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, rep
         raise ConfigError(f"{KEY}: the scaling of {unscaled} is 0, so its update stays 0; give it another lora_alpha.")
     fetched = [fetch_adapter(name, report.line) for name in weights]
     folders = [one.folder for one in fetched]
-    record_source = imported("loraover_export.uniform.certificate:record_source")  # by its place: in a later stage
     try:
         with tempfile.TemporaryDirectory() as scratch:
             most = max(len(one.a) for one in drawn.values())
@@ -193,19 +199,17 @@ def _as_plain(
     """
     folder, certificates = folders[0], []
     if weights != [1.0]:
-        plain_lora = imported("loraover_export.convert.plain:plain_lora")
-        combine_adapters = imported("loraover_export:combine_adapters")
         folder = scratch / "sum"
         with ExitStack() as stack:
             given = [plain_lora(one, model=base.name, dtype="fp32", report=report) for one in folders]
             plain = [stack.enter_context(one).path for one in given]
             certificates.append(_passed(combine_adapters(plain, folder, weights=weights, report=report)))
-    named = imported("loraover_export.convert.need:named_base")(folder).base_model_name_or_path
-    reason = imported("loraover_export.convert.need:why_convert")(folder, read_facts(base).shapes())
+    named = named_base(folder).base_model_name_or_path
+    reason = why_convert(folder, read_facts(base).shapes())
     if reason is None and not (adapter := _read(folder)).others:  # else perhaps copies of base weights
         move([] if named is None else [named], base, report.line)
     else:
-        convert_adapter, converted = imported("loraover_export:convert_adapter"), scratch / "converted"
+        converted = scratch / "converted"
         done = convert_adapter(folder, converted, approximate_to_rank=rank, model=base.name, report=report)
         certificates.append(_passed(done.certificate))
         adapter = _read(converted)
@@ -226,8 +230,8 @@ def _passed(certificate: Any) -> Any:
 
 def _read(folder: Path) -> AdapterDir:
     """Read an adapter that is nothing but A and B, and copies of base weights."""
-    sources = imported("loraover_export.combine.sources:read_sources")([folder])
-    imported("loraover_export.combine.sources:check_plain")(sources)
+    sources = read_sources([folder])
+    check_plain(sources)
     adapter: AdapterDir = sources.adapters[0]
     return adapter
 
@@ -256,8 +260,6 @@ def _started(
     plain: AdapterDir, certified: Mapping[str, list[Any]], drawn: Mapping[str, Factors], report: Reporter
 ) -> dict[str, _Module]:
     """Return the start of each module of an adapter, by its path."""
-    read_delta = imported("loraover_export.numerics.delta:read_delta")
-    product_norm = imported("loraover_export.numerics.low_rank:product_norm")
     found: dict[str, _Module] = {}
     with plain.open() as exact, report.task("setting A and B", len(plain.modules)) as done:
         for path, module in plain.modules.items():
@@ -276,15 +278,14 @@ def _fitted(delta: Any, target: Factors, certificates: list[Any]) -> _Module:
     """Return the best approximation of a delta by A and B of the target's rank and scaling.
 
     Args:
-        delta: The delta of loraover_export.numerics.
+        delta: The module's delta.
         target: A and B as PEFT has drawn them.
         certificates: Certificates of the steps in which the delta was computed.
     """
-    low_rank = "loraover_export.numerics.low_rank"
-    noise = imported(f"{low_rank}:factor_noise")(delta.b, delta.a)
+    noise = factor_noise(delta.b, delta.a)
     noise += sum(one.arithmetic_bound + one.storage_error for one in certificates)
     size, rank = abs(target.scaling), len(target.a)
-    svd = imported(f"{low_rank}:decompose")(delta.b.value.double() / target.scaling, delta.a.value.double())
+    svd = decompose(delta.b.value.double() / target.scaling, delta.a.value.double())
     exact = svd.numerical_rank(noise / size)
     kept = svd.truncate(min(exact, rank))
     left_out = size * svd.error(rank) if exact > rank else 0.0

@@ -22,13 +22,13 @@ from peft.tuners.lora.conversion import convert_to_lora
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from loraover.adapters.base_weights import open_base
+from loraover.adapters.convert.approximate import approximations
+from loraover.adapters.convert.kind import read_method
+from loraover.adapters.convert.methods.base import Dense
+from loraover.adapters.convert.source import open_adapter
+from loraover.adapters.uniform.write_lora import Approximation
 from loraover.checkpoint.base_model import resolve_base
-from loraover_export.convert.approximate import approximations
-from loraover_export.convert.kind import read_method
-from loraover_export.convert.methods.base import Dense
-from loraover_export.convert.source import open_adapter
-from loraover_export.merge.base_weights import open_base
-from loraover_export.uniform.write_lora import Approximation
 
 from benchmarks.intervals import median_interval
 from benchmarks.shown import table_of

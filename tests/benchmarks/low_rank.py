@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from loraover.adapters.numerics.low_rank import dense_svd
 from loraover_export import shrink_adapter
-from loraover_export.numerics.low_rank import dense_svd
 
 from benchmarks.intervals import median_interval
 from benchmarks.shapes import MODELS

@@ -187,7 +187,7 @@ def in_onnx(precision: str, source: ModelSource, reference: TorchReference, fold
 @contextmanager
 def in_mlx(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
-    from loraover_export.merge.base_files import folder_of
+    from loraover.adapters.base_files import folder_of
     from loraover_export.mlx.run import export_mlx
     from loraover_serve.engines.mlx import MlxEngine
 

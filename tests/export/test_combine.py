@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from loraover.adapters.combine.combine import add_deltas
+from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.uniform.write_lora import Approximation, LoraOutput, write_lora
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError
 from loraover_export import combine_adapters, shrink_adapter
 from loraover_export.cli import cli
-from loraover_export.combine.combine import add_deltas
-from loraover_export.numerics.delta import Delta
-from loraover_export.uniform.write_lora import Approximation, LoraOutput, write_lora
 
 from strategies import matrices, normal, sizes
 from support.adapters_on_disk import deltas, save_base, save_lora

@@ -17,12 +17,12 @@ from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 
+from loraover.adapters.convert.methods import METHODS, tokens
+from loraover.adapters.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
+from loraover.adapters.convert.methods.householder import _compact
+from loraover.adapters.convert.report import VllmFit
+from loraover.adapters.logits.pieces import logits_of
 from loraover_export import convert_adapter
-from loraover_export.convert.methods import METHODS, tokens
-from loraover_export.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
-from loraover_export.convert.methods.householder import _compact
-from loraover_export.convert.report import VllmFit
-from loraover_export.logits.pieces import logits_of
 
 from oracles import conversions as oracle
 from support.conversions import (

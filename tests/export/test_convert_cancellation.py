@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraover_export.convert.methods.base import Dense
+from loraover.adapters.convert.methods.base import Dense
 
 from strategies import normal
 from support.conversion_bounds import (

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertModel
 
+from loraover.adapters.convert.methods import METHODS
+from loraover.adapters.convert.methods.base import LowRank, Refused
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover_export import LoraCertificate, convert_adapter
 from loraover_export.cli import cli
-from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import LowRank, Refused
 
 from support.conversions import SOURCES, Source, fill, make_base, make_source, our_deltas
 from support.refusals import only_error
@@ -316,7 +316,7 @@ class TestTheCommand:
     def test_a_check_that_sees_too_little_is_inconclusive(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("loraover_export.uniform.certificate.NOISE_FACTOR", 1e9)
+        monkeypatch.setattr("loraover.adapters.uniform.certificate.NOISE_FACTOR", 1e9)
         assert run(cli, ["convert", str(folder / "loha"), "-o", str(tmp_path / "out"), "--check-error"]) == 3
         assert "certificate inconclusive" in capfd.readouterr().out
         assert (tmp_path / "out").is_dir()

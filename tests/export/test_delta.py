@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraover import LoraOverConfig, read_checkpoint
+from loraover.adapters.numerics.delta import Delta, read_deltas
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.overparam.decompositions import DECOMPOSITIONS
-from loraover_export.numerics.delta import Delta, read_deltas
 
 from strategies import matrices, normal, sizes
 from support.make_checkpoint import EMBEDDING, LINEAR, edit_tensors, make_checkpoint, oracle_matrices

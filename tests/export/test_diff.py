@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from loraover.adapters.combine import diff
+from loraover.adapters.combine.diff import compare_deltas
+from loraover.adapters.logits.prompts import read_prompts
+from loraover.adapters.numerics.delta import Delta
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export import diff_adapters
 from loraover_export.cli import cli
-from loraover_export.combine import diff
-from loraover_export.combine.diff import compare_deltas
-from loraover_export.logits.prompts import read_prompts
-from loraover_export.numerics.delta import Delta
 
 from strategies import matrices, sizes
 from support.adapters_on_disk import Array, deltas, save_base, save_lora

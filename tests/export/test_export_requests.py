@@ -11,12 +11,12 @@ import click
 import pytest
 
 import loraover_export
+from loraover.adapters.combine.requests import DiffRequest
+from loraover.adapters.convert.request import ConvertRequest
 from loraover.common.command_line import Command
 from loraover.common.errors import ConfigError
 from loraover.common.request import Request
 from loraover_export.cli import cli
-from loraover_export.combine.requests import DiffRequest
-from loraover_export.convert.request import ConvertRequest
 from loraover_export.fold.request import FoldRequest
 from loraover_export.gguf.request import GgufRequest
 from loraover_export.onnx.request import OnnxRequest

@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from loraover import LoraOverConfig, OverParameterization
+from loraover.adapters.logits import deviation
+from loraover.adapters.logits import pieces as pieces_module
+from loraover.adapters.logits.deviation import RunningDeviation
+from loraover.adapters.logits.judge import judge
+from loraover.adapters.logits.pieces import logits_of
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.fold import write_folded
-from loraover_export.logits import deviation
-from loraover_export.logits import pieces as pieces_module
-from loraover_export.logits.deviation import RunningDeviation
-from loraover_export.logits.judge import judge
-from loraover_export.logits.pieces import logits_of
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 from support.fold_cases import Q_B, certificate, load_base
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save

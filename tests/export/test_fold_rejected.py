@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics import rounded_adapter
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors
@@ -17,9 +20,6 @@ from loraover.overparam.decompositions import Mpo
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.fold.fold import write_folded
-from loraover_export.numerics import rounded_adapter
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounding import round_tensor
 
 from support.fold_cases import Q_A, Q_B
 from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, tree

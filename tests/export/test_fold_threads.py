@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from loraover.adapters.numerics import rounded_adapter
+from loraover.adapters.numerics.certify import certify
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.common.errors import CheckpointError
 from loraover_export import fold_checkpoint
-from loraover_export.numerics import rounded_adapter
-from loraover_export.numerics.certify import certify
 
 from support.checkpoint_damage import CONFIG, CORES, TENSORS
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, reseal, tree

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from loraover.adapters.uniform import matrices as matrices_module
 from loraover.checkpoint.exact_tensors import Exact
 from loraover_export import GgufReport, export_gguf
 from loraover_export.gguf import target as target_module
 from loraover_export.gguf import write as write_module
 from loraover_export.gguf.base import write_base
 from loraover_export.gguf.families import interleave
-from loraover_export.uniform import matrices as matrices_module
 
 from strategies import SEEDS, normal
 from support.gguf_export import (

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraover.checkpoint.exact_tensors import Exact
-from loraover_export.numerics.low_rank import (
+from loraover.adapters.numerics.low_rank import (
     concatenate,
     decompose,
     dense_svd,
@@ -26,6 +25,7 @@ from loraover_export.numerics.low_rank import (
     singular_values,
     sum_norm,
 )
+from loraover.checkpoint.exact_tensors import Exact
 
 from strategies import matrices, normal, sizes
 from support.speed import examples

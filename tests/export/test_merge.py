@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from loraover import LoraOverConfig, read_checkpoint
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.reference.unfolded_model import unfolded
 from loraover_export import MergeReport, convert_adapter, merge_adapter
 from loraover_export.merge.in_memory import merge
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 from strategies import normal
 from support.make_checkpoint import LINEAR, edit_tensors, make_checkpoint, oracle_matrices

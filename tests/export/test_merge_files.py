@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
+from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.numerics.rounding import round_nearest
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError
 from loraover_export import merge_adapter
 from loraover_export.cli import cli
 from loraover_export.merge import arithmetic, rounding_loss, stream
 from loraover_export.merge.rounding_loss import NF4, Lost, RoundingLoss, four_bits, lost_by_four_bits
-from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal
 from support.adapters_on_disk import save_base, save_lora, save_shards

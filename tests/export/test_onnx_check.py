@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.adapters.logits.deviation import largest
+from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.numerics.rounding import round_nearest, round_tensor
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.models.device import choose_compute
 from loraover.models.load import load_model, resolve_model
-from loraover_export.logits.deviation import largest
 from loraover_export.merge import arithmetic, in_memory
-from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.rounding import round_nearest, round_tensor
 from loraover_export.onnx import export as export_module
 from loraover_export.onnx import swappable
 from loraover_export.onnx.check import Compute, OnnxReference, make_reference

@@ -10,11 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from loraover.adapters.convert.kind import read_method
+from loraover.adapters.convert.prefix import find_move
 from loraover.checkpoint.read_facts import read_facts
 from loraover.models.load import resolve_model
 from loraover_export import convert_adapter
-from loraover_export.convert.kind import read_method
-from loraover_export.convert.prefix import find_move
 
 from support.adapters_on_disk import save_base, save_lora
 from support.plain_adapter import write_adapter

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from loraover.adapters.uniform.certificate import CONVERSION_FILE
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, LoraOverError
 from loraover_export import check_adapter, prepare_adapter
 from loraover_export.check.engines import ENGINES
@@ -27,7 +28,6 @@ from loraover_export.check.engines.base import Target, Written
 from loraover_export.check.engines.vllm import UniformRules, VllmRules
 from loraover_export.prepare import run
 from loraover_export.prepare.prepared import Record
-from loraover_export.uniform.certificate import CONVERSION_FILE
 
 from support.conversions import SINGLE, Source, make_source
 from support.make_checkpoint import SERVABLE, edit_json, edit_tensors, make_checkpoint

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from loraover.adapters.numerics.matrix_certificate import Underflow
+from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_nearest, round_randomly, underflow
 from loraover.common.errors import FoldError
-from loraover_export.numerics.matrix_certificate import Underflow
-from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest, round_randomly, underflow
 
 from oracles.contraction import Array
 from strategies import SEEDS

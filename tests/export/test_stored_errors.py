@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics.certify import certify
+from loraover.adapters.numerics.delta import scale
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_nearest
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
 from loraover.common.errors import CheckpointError
-from loraover_export.numerics.certify import certify
-from loraover_export.numerics.delta import scale
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounding import STORAGE_DTYPES, round_nearest
 
 SHAPE = (24, 40)
 MATRICES: dict[str, Callable[[Tensor], Tensor]] = {

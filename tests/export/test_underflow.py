@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics.certify import certify
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.numerics.rounding import round_nearest
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.numerics.certify import certify
-from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.numerics.rounding import round_nearest
 
 from strategies import normal
 from support.adapters_on_disk import save_base, save_lora

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from loraover.adapters.uniform.certificate import CONVERSION_FILE, LoraCertificate
 from loraover.common.command_line import run
 from loraover.models.licence import known_licence
 from loraover_export import convert_adapter, export_vllm
 from loraover_export.cli import cli
-from loraover_export.uniform.certificate import CONVERSION_FILE, LoraCertificate
 from loraover_export.vllm.launch import lora_module
 from loraover_export.vllm.preflight import Preflight
 from loraover_export.vllm.report import VllmCertificate

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from loraover.adapters.uniform.served import read_served
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
-from loraover_export.uniform.served import read_served
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.preflight import Preflight, preflight

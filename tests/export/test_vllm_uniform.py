@@ -17,13 +17,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file
 from torch import Tensor
 
+from loraover.adapters.numerics.delta import scale
+from loraover.adapters.numerics.rounding import round_tensor
+from loraover.adapters.uniform.folder import name_modules, uniform_config, write_uniform
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
-from loraover_export.numerics.delta import scale
-from loraover_export.numerics.rounding import round_tensor
-from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
 
 from oracles.contraction import Array
 from strategies import SEEDS, normal
@@ -114,7 +114,7 @@ def test_delta_is_the_sources(
 
 
 def test_the_certificate_rejects_padding_that_is_not_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraover_export.numerics import rounded_adapter
+    from loraover.adapters.numerics import rounded_adapter
 
     right = round_tensor
 

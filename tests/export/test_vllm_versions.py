@@ -12,11 +12,11 @@ import torch
 from packaging.version import Version
 from transformers import AutoConfig
 
+from loraover.adapters.uniform.served import read_served
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
-from loraover_export.uniform.served import read_served
 from loraover_export.vllm.architectures import architectures_of, known_architectures
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import known_faults

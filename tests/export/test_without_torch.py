@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+from loraover.adapters.uniform.folder import write_uniform
+from loraover.adapters.uniform.write_plain import STORAGE, write_plain
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.checkpoint.header_facts import FAMILIES, facts_of_headers
 from loraover.checkpoint.peft_adapter import read_adapter_dir
@@ -24,8 +26,6 @@ from loraover.models.load import resolve_model
 from loraover_export.gguf.families import FAMILIES as GGUF_FAMILIES
 from loraover_export.gguf.families import tensor_name
 from loraover_export.gguf.target import expert_tensors
-from loraover_export.uniform.folder import write_uniform
-from loraover_export.uniform.write_plain import STORAGE, write_plain
 
 from strategies import normal
 from support.make_checkpoint import edit_tensors

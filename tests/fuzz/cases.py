@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from loraover_export.convert.methods import METHODS
-from loraover_export.convert.methods.base import Refused
+from loraover.adapters.convert.methods import METHODS
+from loraover.adapters.convert.methods.base import Refused
 
 from fuzz.oracle import load_plain
 from support.make_checkpoint import save_tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from loraover.adapters.convert.methods import METHODS
 from loraover.checkpoint.adapter_config import AdapterConfig
-from loraover_export.convert.methods import METHODS
 
 from fuzz import run as fuzz_run
 from fuzz.__main__ import run_for

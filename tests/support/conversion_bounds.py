@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraover.adapters.convert.methods.base import Dense, LowRank
+from loraover.adapters.uniform.certificate import ModuleCertificate
 from loraover_export import convert_adapter
-from loraover_export.convert.methods.base import Dense, LowRank
-from loraover_export.uniform.certificate import ModuleCertificate
 
 from support.conversions import Source, make_base, make_source, places_of
 from support.make_checkpoint import edit_tensors

@@ -15,11 +15,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from loraover.adapters.base_weights import open_base
+from loraover.adapters.convert.kind import read_method
+from loraover.adapters.convert.methods.base import Dense, Place
+from loraover.adapters.convert.source import open_adapter
 from loraover.checkpoint.base_model import resolve_base
-from loraover_export.convert.kind import read_method
-from loraover_export.convert.methods.base import Dense, Place
-from loraover_export.convert.source import open_adapter
-from loraover_export.merge.base_weights import open_base
 
 from support.tiny_models import tiny_bart, tiny_gpt2, tiny_llama, tiny_t5
 

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from loraover.adapters.logits.deviation import Deviation
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.inspection.folder import inspect_folder, read_schedule
 from loraover.inspection.html import to_page as inspect_page
 from loraover.reporting.html_page import Page
@@ -25,8 +27,6 @@ from loraover_export.fleet.page import to_page as fleet_page
 from loraover_export.fleet.row import FleetReport, FleetRow
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
-from loraover_export.logits.deviation import Deviation
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_serve.parity.report.html import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
 from loraover_serve.verify.report import (

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from loraover.adapters.logits.prompts import read_prompts
 from loraover.checkpoint.source import read_source
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
-from loraover_export.logits.prompts import read_prompts
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
 from loraover_serve.judge.names import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.request_fields import replaces
 from loraover.common.request import AnyPath, Request, argument, option
-from loraover_export.uniform.request_fields import replaces
 
 
 @dataclass(frozen=True)

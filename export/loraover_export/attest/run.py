@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraover.adapters.logits.judge import ExportVerdict
+from loraover.adapters.uniform.certificate import CERTIFICATE_FILE as LORA
+from loraover.adapters.uniform.certificate import CONVERSION_FILE as CONVERSION
 from loraover.checkpoint.carried_reference import covered_files, misfit, reference_digests
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
@@ -18,17 +21,14 @@ from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ExportError, OutputError
 from loraover.common.paths import Listing, list_folder
 from loraover.common.strict_json import StrictModel, read_json
-from loraover.common.verb import verb
+from loraover.sources.verb import verb
 from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
 from loraover_export.fold.certificate import CERTIFICATE_FILE as FOLD
-from loraover_export.logits.judge import ExportVerdict
 from loraover_export.merge.request import CERTIFICATE_FILE as MERGE
 from loraover_export.mlx.report import CERTIFICATE_FILE as MLX
 from loraover_export.onnx.report import REPORT_FILE as ONNX
-from loraover_export.uniform.certificate import CERTIFICATE_FILE as LORA
-from loraover_export.uniform.certificate import CONVERSION_FILE as CONVERSION
 from loraover_export.vllm.preflight import PREFLIGHT_FILE
 from loraover_export.vllm.report import CERTIFICATE_FILE as VLLM
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraover.adapters.uniform.served import ServedModel
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, site_key
 from loraover.common.errors import LoraOverError
@@ -14,11 +15,10 @@ from loraover_export.check.engines.base import command
 from loraover_export.check.features import FEATURES, lost_parameters
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.served import ServedModel
 
 if TYPE_CHECKING:
-    from loraover_export.convert.prefix import Move
-    from loraover_export.convert.source import MethodConfig
+    from loraover.adapters.convert.prefix import Move
+    from loraover.adapters.convert.source import MethodConfig
 
 CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix", "doubled prefix")
 """Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
@@ -48,10 +48,10 @@ def converted_subject(subject: Subject) -> Conversion | None:
         return None
     if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
         return None
-    from loraover_export.convert.kind import read_method
-    from loraover_export.convert.need import why_convert
-    from loraover_export.convert.others import is_served_head, saved_module
-    from loraover_export.convert.prefix import find_move
+    from loraover.adapters.convert.kind import read_method
+    from loraover.adapters.convert.need import why_convert
+    from loraover.adapters.convert.others import is_served_head, saved_module
+    from loraover.adapters.convert.prefix import find_move
 
     shapes = subject.served.shapes()
     try:
@@ -120,6 +120,6 @@ def _part_of(served: ServedModel, move: Move | None) -> ServedModel:
     """Return the part of a model that an adapter was trained as, whose other parts its configuration may name too."""
     if move is None:
         return served
-    from loraover_export.convert.prefix import part_below
+    from loraover.adapters.convert.prefix import part_below
 
     return replace(served, modules={path: served.modules[path] for path in part_below(move.new, served.modules)})

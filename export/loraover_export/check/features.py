@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from loraover.adapters.uniform.variants import VARIANTS, is_inert
 from loraover.checkpoint import target_modules
 from loraover.checkpoint.adapter_config import KEPT_BASE, REPEATED_STARTS
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.variants import VARIANTS, is_inert
 from loraover_export.vllm.candidate import listed
 
 Feature = Callable[[Subject], str | None]

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from loraover.adapters.logits.judge import Proof
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Proof
 
 Level = Literal["refused", "wrong silently", "note"]
 Verdict = Literal["right", "refused", "wrong silently"]

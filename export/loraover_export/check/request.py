@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.request_fields import base_model, given_adapter
 from loraover.common.request import AnyName, AnyNames, AnyPath, Request, option
 from loraover_export.check.engines import ENGINES
-from loraover_export.uniform.request_fields import base_model, given_adapter
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from loraover.adapters.uniform.served import ServedModel, read_served
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
@@ -16,15 +17,14 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
-from loraover.common.verb import verb
 from loraover.models.load import resolve_model
 from loraover.sources.address import is_elsewhere
+from loraover.sources.verb import verb
 from loraover_export.check.conversion import Conversion, converted_subject
 from loraover_export.check.engines import engine_of
 from loraover_export.check.report import CheckReport, EngineCheck, Finding, judge
 from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.served import ServedModel, read_served
 
 
 class _AnyConfig(BaseModel):

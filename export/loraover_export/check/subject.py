@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from loraover.adapters.uniform.served import ServedModel
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
-from loraover_export.uniform.served import ServedModel
 
 _MATRIX = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?)(?P<side>[AB])(?:\.weight)?"

@@ -8,8 +8,8 @@ from pkgutil import resolve_name as imported
 from typing import TYPE_CHECKING
 
 from loraover.common.command_line import quiet_libraries
-from loraover.common.verb import perform
 from loraover.reporting.request_command import Reporting, request_command
+from loraover.sources.verb import perform
 from loraover_export.check.request import CheckRequest
 from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
 

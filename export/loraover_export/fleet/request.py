@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraover.adapters.uniform.request_fields import approximate_to_rank, base_model, given_adapter
 from loraover.common.dtypes import DTYPES
 from loraover.common.request import AnyName, AnyNames, AnyPath, Request, option
 from loraover_export.check.engines import ENGINES
 from loraover_export.check.request import CheckRequest
-from loraover_export.uniform.request_fields import approximate_to_rank, base_model, given_adapter
 
 LINES = "Print a JSON object for each adapter, one a line, as soon as it is done."
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from loraover.adapters.convert.source import read_peft_type
 from loraover.common.atomic_output import check_file_writable
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
 from loraover.common.extras import install, missing_package
 from loraover.common.later import has_torch
 from loraover.common.paths import without_secrets
 from loraover.common.strict_json import read_json
-from loraover.common.verb import verb
 from loraover.sources.address import is_elsewhere
 from loraover.sources.fetch import Fetched, fetch_adapter
+from loraover.sources.verb import verb
 from loraover_export.check.engines import engine_of
-from loraover_export.convert.source import read_peft_type
 from loraover_export.fleet.page import write_page
 from loraover_export.fleet.pool import each
 from loraover_export.fleet.request import FleetCheckRequest, PrepareRequest
@@ -115,7 +115,7 @@ def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None
     Raises:
         LoraOverError: As `prepare_adapter` does.
     """
-    from loraover_export.convert.need import named_base
+    from loraover.adapters.convert.need import named_base
     from loraover_export.prepare.prepared import RECORD_FILE, Record
     from loraover_export.prepare.run import prepare_adapter
 

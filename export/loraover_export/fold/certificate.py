@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from loraover.adapters.logits.deviation import Deviation
+from loraover.adapters.logits.judge import NOISE_FACTOR, Certificate, CheckVerdict, judge
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.deviation import Deviation
-from loraover_export.logits.judge import NOISE_FACTOR, Certificate, CheckVerdict, judge
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "fold_certificate.json"
 

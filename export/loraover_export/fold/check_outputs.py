@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.adapters.logits.deviation import RunningDeviation, largest_of
+from loraover.adapters.logits.pieces import logits_of, tokens_at_once, walked
+from loraover.adapters.logits.prompts import read_prompts
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
 from loraover.models.device import choose_compute
@@ -21,9 +24,6 @@ from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
 from loraover_export.fold.certificate import OutputCertificate
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.twins import FOLDED, TWINS, FoldedAndTwins
-from loraover_export.logits.deviation import RunningDeviation, largest_of
-from loraover_export.logits.pieces import logits_of, tokens_at_once, walked
-from loraover_export.logits.prompts import read_prompts
 
 CORES_AT_MOST = 8.0
 """Cores may take so many times the base model's multiplications; where they take more, tokens are sampled."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounded_adapter import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounded_adapter import write_rounded
 
 
 def write_folded(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 
+from loraover.adapters.logits.judge import POWER, CheckVerdict
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
 from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.logits.judge import POWER, CheckVerdict
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 HTML_FILE = "fold.html"
 TEMPLATE = "fold.html.j2"

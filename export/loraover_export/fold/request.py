@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loraover.common.request import AnyName, AnyPath, Request, option
-from loraover.models.device import choose_compute
-from loraover.models.request_fields import max_memory, records, stored_dtype
-from loraover.sources.push import keeps_private, pushes
-from loraover_export.uniform.request_fields import (
+from loraover.adapters.uniform.request_fields import (
     base_model,
     check_faults,
     given_adapter,
@@ -18,6 +14,10 @@ from loraover_export.uniform.request_fields import (
     prompts,
     replaces,
 )
+from loraover.common.request import AnyName, AnyPath, Request, option
+from loraover.models.device import choose_compute
+from loraover.models.request_fields import max_memory, records, stored_dtype
+from loraover.sources.push import keeps_private, pushes
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import json
 from functools import partial
 from pathlib import Path
 
+from loraover.adapters.logits.judge import CheckVerdict
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference, record_beside
@@ -14,19 +16,17 @@ from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkp
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware, today
-from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover.sources.push import push_checked
+from loraover.sources.verb import verb
 from loraover_export.fold.certificate import CERTIFICATE_FILE, FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded
 from loraover_export.fold.html import HTML_FILE, to_page
 from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.trained_base import compare_bases
-from loraover_export.logits.judge import CheckVerdict
-from loraover_export.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 
 
 @verb(FoldRequest)

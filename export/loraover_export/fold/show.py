@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from loraover.adapters.logits.show import OTHER_TEXTS, show_place, show_verdict, undecided
+from loraover.adapters.numerics.matrix_certificate import underflow_facts
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.request import FoldRequest
-from loraover_export.logits.show import OTHER_TEXTS, show_place, show_verdict, undecided
-from loraover_export.numerics.matrix_certificate import underflow_facts
 
 WORST_SHOWN = 8
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraover.adapters.logits.deviation import RunningDeviation
+from loraover.adapters.logits.pieces import logits_of, tokens_at_once, walked
+from loraover.adapters.logits.prompts import read_prompts
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model
 from loraover_export.fold.certificate import TrainedBase
 from loraover_export.fold.request import FoldRequest
-from loraover_export.logits.deviation import RunningDeviation
-from loraover_export.logits.pieces import logits_of, tokens_at_once, walked
-from loraover_export.logits.prompts import read_prompts
 
 
 def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quantization: str) -> TrainedBase:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_randomly
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.common.errors import CheckpointError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.overparam.sites import Site, find_sites, lora_layers
-from loraover_export.numerics.rounding import STORAGE_DTYPES, round_randomly
 
 FOLDED = "folded"
 TWINS = 3

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraover.adapters.logits.deviation import largest
+from loraover.adapters.logits.pieces import logits_of
+from loraover.adapters.logits.prompts import Prompts, read_prompts
+from loraover.adapters.numerics.rounded_adapter import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ExportError, OutputError
@@ -20,10 +24,6 @@ from loraover_export.gguf.families import Family
 from loraover_export.gguf.header import read_header
 from loraover_export.gguf.llamacpp import LlamaCppModel
 from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
-from loraover_export.logits.deviation import largest
-from loraover_export.logits.pieces import logits_of
-from loraover_export.logits.prompts import Prompts, read_prompts
-from loraover_export.numerics.rounded_adapter import write_rounded
 
 
 @dataclass(frozen=True)

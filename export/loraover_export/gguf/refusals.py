@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from loraover.adapters.base_weights import check_base_weights
+from loraover.adapters.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover_export.gguf.target import GgufTarget
-from loraover_export.merge.base_weights import check_base_weights
-from loraover_export.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
 NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from loraover.adapters.logits.judge import CheckVerdict, ExportVerdict, Proof, judge
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import CheckVerdict, ExportVerdict, Proof, judge
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 NOISE_FACTOR = 6.0
 ARITHMETIC = 2.0**-16

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraover.adapters.uniform.request_fields import base_model, plain_adapter, replaces
 from loraover.common.atomic_output import check_file_writable, check_free
 from loraover.common.errors import EngineError, OutputError
 from loraover.common.paths import kind_of
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
 from loraover_export.gguf.header import read_header
-from loraover_export.uniform.request_fields import base_model, plain_adapter, replaces
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, publish_file
 from loraover.common.provenance import environment, hardware
-from loraover.common.verb import verb
+from loraover.sources.verb import verb
 from loraover_export.gguf.check import LlamaCppReference, check_adapter_file, make_reference
 from loraover_export.gguf.llamacpp import check_pair, load_library
 from loraover_export.gguf.refusals import refuse_or_leave_out

@@ -6,11 +6,11 @@ import shlex
 
 from rich.console import Console
 
+from loraover.adapters.logits.show import in_one_line, show_place, show_verdict, undecided
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.reporting.reporter import print_line
 from loraover_export.gguf.report import GgufCheck, GgufReport
 from loraover_export.gguf.request import GgufRequest
-from loraover_export.logits.show import in_one_line, show_place, show_verdict, undecided
-from loraover_export.numerics.matrix_certificate import matrix_facts
 
 
 def show_report(report: GgufReport, request: GgufRequest, console: Console) -> None:

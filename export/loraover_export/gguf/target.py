@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loraover.adapters.uniform.served import ServedModel, read_served
 from loraover.checkpoint.expert_stacks import ExpertStack
 from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover.overparam.expert_part import MatrixName
 from loraover_export.gguf.families import FAMILIES, Family, find_family, interleave, tensor_name
-from loraover_export.uniform.served import ServedModel, read_served
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounded_adapter import not_kept, round_exact
+from loraover.adapters.uniform.matrices import to_uniform
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import FoldError
 from loraover_export.gguf.target import GgufTarget
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounded_adapter import not_kept, round_exact
-from loraover_export.uniform.matrices import to_uniform
 
 GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 FILE_TYPES = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}

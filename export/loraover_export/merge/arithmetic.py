@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loraover.adapters.numerics.certify import measure
+from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts
+from loraover.adapters.numerics.rounding import round_nearest
 from loraover.checkpoint.error_bounds import U64
 from loraover.checkpoint.exact_tensors import Exact
-from loraover_export.numerics.certify import measure
-from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts
-from loraover_export.numerics.rounding import round_nearest
 
 BLOCK = 2**17
 """Elements that are merged at once, so that their numbers stay in the processor's cache."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.adapters.numerics.delta import Delta, read_deltas
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.base_modules import load_others, target_module
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.threads import workers
 from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_in, row_blocks
-from loraover_export.numerics.delta import Delta, read_deltas
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 
 @torch.no_grad()

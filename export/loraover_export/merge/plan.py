@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraover.adapters.base_files import UNQUANTISED, BaseFiles, stored_keys
 from loraover.checkpoint.base_modules import replaced_parameters, target_module
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import CONFIG
@@ -17,7 +18,6 @@ from loraover.checkpoint.target_modules import check_saved
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.base_files import UNQUANTISED, BaseFiles, stored_keys
 from loraover_export.merge.request import MergeRequest
 
 

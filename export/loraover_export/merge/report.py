@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.uniform.certificate import SourceRecord
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Certificate
 from loraover_export.merge.rounding_loss import RoundingLoss
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.uniform.certificate import SourceRecord
 
 
 class MergedWeight(StrictModel):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.request_fields import base_model, plain_adapter, replaces
 from loraover.common.request import AnyName, AnyPath, Request, option
-from loraover_export.uniform.request_fields import base_model, plain_adapter, replaces
 
 CERTIFICATE_FILE = "merge_certificate.json"
 

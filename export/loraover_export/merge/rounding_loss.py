@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loraover.adapters.numerics.delta import Delta
 from loraover.common.strict_json import StrictModel
 from loraover_export.merge.arithmetic import WeightPart
-from loraover_export.numerics.delta import Delta
 
 ROWS = 256
 """Rows of each weight on which the quantiser is tried, evenly spaced."""

@@ -9,6 +9,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from loraover.adapters.base_files import BaseFiles, check_not_gguf, open_base
+from loraover.adapters.numerics.delta import check_no_bias
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.uniform.certificate import record_source
+from loraover.adapters.uniform.refusals import HELD, check_fields
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.checkpoint.header_facts import INDEX, SINGLE
@@ -19,20 +24,15 @@ from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
 from loraover.common.threads import workers
-from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
-from loraover_export.merge.base_files import BaseFiles, check_not_gguf, open_base
+from loraover.sources.verb import verb
 from loraover_export.merge.plan import MergePlan, plan_merge
 from loraover_export.merge.report import MergeReport
 from loraover_export.merge.request import CERTIFICATE_FILE, MergeRequest
 from loraover_export.merge.rounding_loss import Lost
 from loraover_export.merge.stream import Merged, write_shard
-from loraover_export.numerics.delta import check_no_bias
-from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.certificate import record_source
-from loraover_export.uniform.refusals import HELD, check_fields
 
 
 @verb(MergeRequest)

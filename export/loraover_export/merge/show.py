@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from loraover.adapters.logits.show import in_one_line, show_place, show_verdict
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
-from loraover_export.logits.show import in_one_line, show_place, show_verdict
 from loraover_export.merge.report import MergeReport
 from loraover_export.merge.request import MergeRequest
-from loraover_export.numerics.matrix_certificate import matrix_facts
 
 WORST_SHOWN = 12
 

@@ -10,6 +10,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics.delta import read_delta
+from loraover.adapters.numerics.rounded_adapter import not_kept
+from loraover.adapters.numerics.rounding import round_nearest
 from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, header_of, open_tensors, torch_dtype
 from loraover.common.errors import FoldError
@@ -18,9 +21,6 @@ from loraover_export.merge.arithmetic import certify_merge, merge_rows, out_by_i
 from loraover_export.merge.plan import PlannedTensor
 from loraover_export.merge.report import MergedWeight
 from loraover_export.merge.rounding_loss import Lost, lost_by_four_bits, lost_by_rounding
-from loraover_export.numerics.delta import read_delta
-from loraover_export.numerics.rounded_adapter import not_kept
-from loraover_export.numerics.rounding import round_nearest
 
 Merged = tuple[MergedWeight, Lost, Lost]
 """A weight's entry in the report, with the sums of what storage and a quantiser lose."""

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from loraover_export.logits.judge import Certificate
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 
 CERTIFICATE_FILE = "mlx_certificate.json"
 

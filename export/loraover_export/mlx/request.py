@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.request_fields import base_model, plain_adapter, replaces
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
-from loraover_export.uniform.request_fields import base_model, plain_adapter, replaces
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.uniform.served import ServedModel
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.chat_template import keep_chat_template
@@ -12,15 +14,13 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
-from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
+from loraover.sources.verb import verb
 from loraover_export.mlx.report import CERTIFICATE_FILE, MlxReport
 from loraover_export.mlx.request import MlxRequest
 from loraover_export.mlx.target import lost_settings, read_target, refuse_or_leave_out
 from loraover_export.mlx.write import TENSORS_FILE, write_adapter
-from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.served import ServedModel
 
 
 @verb(MlxRequest)

@@ -7,11 +7,11 @@ import shlex
 
 from rich.console import Console
 
+from loraover.adapters.logits.show import show_place
+from loraover.adapters.uniform.show import show_matrices
 from loraover.reporting.reporter import print_line
-from loraover_export.logits.show import show_place
 from loraover_export.mlx.report import MlxReport
 from loraover_export.mlx.request import MlxRequest
-from loraover_export.uniform.show import show_matrices
 
 
 def show_report(report: MlxReport, request: MlxRequest, console: Console) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loraover.adapters.base_weights import check_base_weights
+from loraover.adapters.uniform.refusals import check_fields, check_shape, check_tensors
+from loraover.adapters.uniform.served import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
-from loraover_export.merge.base_weights import check_base_weights
-from loraover_export.uniform.refusals import check_fields, check_shape, check_tensors
-from loraover_export.uniform.served import ServedModel, read_served
 
 MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
 

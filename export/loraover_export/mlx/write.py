@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounded_adapter import round_exact, save_and_compare
+from loraover.adapters.uniform.matrices import to_uniform
+from loraover.adapters.uniform.served import ServedModel
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounded_adapter import round_exact, save_and_compare
-from loraover_export.uniform.matrices import to_uniform
-from loraover_export.uniform.served import ServedModel
 
 TENSORS_FILE = "adapters.safetensors"
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.adapters.logits.deviation import differences, largest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.device import WITHOUT_FLOAT64
 from loraover.reference.reference_model import reference_model
-from loraover_export.logits.deviation import differences, largest
 from loraover_export.onnx.int4 import rounded_copy
 from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphRunner
 from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck

@@ -12,6 +12,9 @@ from pathlib import Path
 import onnx
 import torch
 
+from loraover.adapters.logits.prompts import BUILT_IN_PROMPTS
+from loraover.adapters.numerics.delta import read_deltas
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
@@ -20,10 +23,7 @@ from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import ModelSource, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
 from loraover.reference.unfolded_model import check_fits
-from loraover_export.logits.prompts import BUILT_IN_PROMPTS
 from loraover_export.merge.in_memory import merge
-from loraover_export.numerics.delta import read_deltas
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
 from loraover_export.onnx.inputs import Inputs
 from loraover_export.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.refusals import HELD, check_fields, check_no_experts, written_parameters
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover_export.onnx.request import OnnxRequest
-from loraover_export.uniform.refusals import HELD, check_fields, check_no_experts, written_parameters
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from loraover.adapters.logits.judge import Certificate, CheckVerdict, ExportVerdict, judge
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Certificate, CheckVerdict, ExportVerdict, judge
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 
 REPORT_FILE = "onnx_report.json"
 ENGINE_FACTOR = 6.0

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.request_fields import base_model, check_faults, given_adapter, replaces
 from loraover.common.dtypes import DTYPES
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, option
 from loraover.models import request_fields
 from loraover.sources.address import name_of
-from loraover_export.uniform.request_fields import base_model, check_faults, given_adapter, replaces
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

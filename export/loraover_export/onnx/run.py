@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.chat_template import keep_chat_template
 from loraover.common.atomic_output import check_replaceable, publish_directory
-from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.reporting.model_card import model_card
-from loraover_export.numerics.matrix_certificate import matrix_facts
+from loraover.sources.verb import verb
 from loraover_export.onnx.export import Export
 from loraover_export.onnx.inputs import Inputs, read_inputs
 from loraover_export.onnx.report import REPORT_FILE, OnnxReport

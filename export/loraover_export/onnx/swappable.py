@@ -17,14 +17,14 @@ import torch
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor
 
+from loraover.adapters.numerics.certify import certify
+from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.errors import ExportError
-from loraover_export.numerics.certify import certify
-from loraover_export.numerics.delta import Delta
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.numerics.rounding import round_tensor
 from loraover_export.onnx.layout import LAYOUT_FILE, AdapterInput, SwappableLayout
 from loraover_export.onnx.request import OnnxRequest
 from loraover_export.onnx.web import WEB_SUFFIX, require_inputs, write_tensors

@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
+from loraover.adapters.base_files import open_base
+from loraover.adapters.convert.kind import read_method
+from loraover.adapters.uniform.certificate import READ_FILES, record_source
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment
 from loraover.models.load import ModelSource
-from loraover_export.convert.kind import read_method
-from loraover_export.merge.base_files import open_base
-from loraover_export.uniform.certificate import READ_FILES, record_source
 
 FORM = 1
 """Number of the form of prepared adapters; another form gets other keys."""

@@ -14,6 +14,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from loraover.adapters.convert.need import named_base, why_convert
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate, record_source
+from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.carried_reference import misfit
 from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
 from loraover.checkpoint.read_facts import read_facts
@@ -28,24 +32,20 @@ from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.check.engines import ENGINES, engine_of
 from loraover_export.check.engines.base import ADAPTER, Target, Written
-from loraover_export.convert.need import named_base, why_convert
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
 from loraover_export.prepare.key import digest_of, file_states
 from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
 from loraover_export.prepare.refusal import Refusal, refusal_of, remember
-from loraover_export.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate, record_source
-from loraover_export.uniform.rank_limits import max_lora_rank
 
 if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
     for _place in (
-        "check.engines.vllm",
-        "combine.shrink",
-        "convert.run",
-        "fold.run",
-        "numerics.rounded_adapter",
-        "vllm.run",
+        "loraover_export.check.engines.vllm",
+        "loraover.adapters.combine.shrink",
+        "loraover.adapters.convert.run",
+        "loraover_export.fold.run",
+        "loraover.adapters.numerics.rounded_adapter",
+        "loraover_export.vllm.run",
     ):
-        import_module(f"loraover_export.{_place}")
+        import_module(_place)
 
 Contents = TypeVar("Contents", bound=BaseModel)
 
@@ -245,7 +245,7 @@ def _as_lora(
     rank = read_source(source).rank
     if ranks.largest is None or rank <= ranks.largest:
         return source, None
-    from loraover_export.combine.shrink import shrink_adapter
+    from loraover.adapters.combine.shrink import shrink_adapter
 
     shrunk = draft / "converted"
     certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, target, ranks), dtype=target.dtype)
@@ -255,8 +255,8 @@ def _as_lora(
 def _converted(
     source: Path, target: Target, ranks: RankLimits, draft: Path, reason: str
 ) -> tuple[Path, LoraCertificate | None]:
-    from loraover_export.convert.approximate import FullRankError
-    from loraover_export.convert.run import convert_adapter
+    from loraover.adapters.convert.approximate import FullRankError
+    from loraover.adapters.convert.run import convert_adapter
 
     plain, output = source, draft / "converted"
     if (source / META_FILE).is_file():

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from loraover.adapters.uniform.experts import parts_of
+from loraover.adapters.uniform.served import ServedModel
 from loraover.checkpoint.model_facts import ModuleFacts
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
-from loraover_export.uniform.experts import parts_of
-from loraover_export.uniform.served import ServedModel
 from loraover_export.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.vllm.known_faults import Platform
 from loraover_export.vllm.versions import Versions

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from loraover_export.uniform.rank_limits import max_lora_rank
+from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover_export.vllm.candidate import Candidate
 
 LOAD_URL = "http://localhost:8000/v1/load_lora_adapter"

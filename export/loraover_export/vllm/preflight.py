@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Certificate
-from loraover_export.uniform.rank_limits import max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.rules import RULES
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.uniform.certificate import LoraCertificate
 from loraover.common.strict_json import StrictModel
-from loraover_export.logits.judge import Certificate
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.uniform.certificate import LoraCertificate
 from loraover_export.vllm.preflight import Preflight
 
 CERTIFICATE_FILE = "vllm_certificate.json"

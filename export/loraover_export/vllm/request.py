@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loraover.adapters.uniform.request_fields import given_adapter, replaces
 from loraover.common.request import AnyName, AnyPath, Request, option
 from loraover.models.request_fields import stored_dtype
 from loraover.sources.push import keeps_private, pushes
-from loraover_export.uniform.request_fields import given_adapter, replaces
 
 
 @dataclass(frozen=True)

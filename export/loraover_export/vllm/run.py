@@ -5,6 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from loraover.adapters.convert.plain import PlainLora, plain_lora
+from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.uniform.certificate import CONVERSION_FILE
+from loraover.adapters.uniform.experts import split_experts, split_paths, stack_fields
+from loraover.adapters.uniform.folder import name_modules, uniform_config, write_uniform
+from loraover.adapters.uniform.served import ServedModel, read_served
 from loraover.checkpoint.base_model import base_facts, resolve_base
 from loraover.checkpoint.carried_reference import keep_reference
 from loraover.checkpoint.chat_template import keep_chat_template
@@ -12,17 +18,11 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
-from loraover.common.verb import verb
 from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
 from loraover.reporting.model_card import model_card
 from loraover.sources.push import push_checked
-from loraover_export.convert.plain import PlainLora, plain_lora
-from loraover_export.numerics.matrix_certificate import matrix_facts
-from loraover_export.uniform.certificate import CONVERSION_FILE
-from loraover_export.uniform.experts import split_experts, split_paths, stack_fields
-from loraover_export.uniform.folder import name_modules, uniform_config, write_uniform
-from loraover_export.uniform.served import ServedModel, read_served
+from loraover.sources.verb import verb
 from loraover_export.vllm.architectures import Architectures, architectures_of, projections_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.launch import launch_commands

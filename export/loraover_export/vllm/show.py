@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from loraover.adapters.logits.show import in_one_line, show_verdict
+from loraover.adapters.uniform.certificate import module_facts
+from loraover.adapters.uniform.show import show_matrices
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
-from loraover_export.logits.show import in_one_line, show_verdict
-from loraover_export.uniform.certificate import module_facts
-from loraover_export.uniform.show import show_matrices
 from loraover_export.vllm.preflight import Preflight
 from loraover_export.vllm.report import VllmReport
 from loraover_export.vllm.request import VllmRequest

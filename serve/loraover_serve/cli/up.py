@@ -13,8 +13,8 @@ def _serve(request: ServeRequest, as_json: bool) -> None:
     from dataclasses import replace
 
     from loraover.common.errors import EngineError
-    from loraover.common.verb import perform
     from loraover.reporting.reporter import ConsoleReporter
+    from loraover.sources.verb import perform
     from loraover_serve.vllm.serve import example_request, serve_adapters
 
     with perform(serve_adapters, replace(request, report=ConsoleReporter())) as server:

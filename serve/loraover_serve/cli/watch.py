@@ -11,8 +11,8 @@ def _watch(request: WatchRequest, as_json: bool) -> int:
     from dataclasses import replace
 
     from loraover.common.command_line import end_at_once
-    from loraover.common.verb import perform
     from loraover.reporting.reporter import ConsoleReporter
+    from loraover.sources.verb import perform
     from loraover_serve.watch.run import watch_adapters
 
     found = perform(watch_adapters, replace(request, report=ConsoleReporter()))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loraover.adapters.uniform.refusals import check_no_experts
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
@@ -15,7 +16,6 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, is_encoder_decoder
 from loraover.models.model_file import embeds_texts
 from loraover_export.onnx.tasks import find_task
-from loraover_export.uniform.refusals import check_no_experts
 
 
 def check_plain(adapter: AdapterDir, reader: str) -> None:

@@ -13,9 +13,9 @@ from typing import final
 
 import numpy as np
 
+from loraover.adapters.base_files import folder_of
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.common.errors import EngineError
-from loraover_export.merge.base_files import folder_of
 from loraover_serve.engines.answers import ADAPTER, BASE, Question, Row
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.elsewhere import ElsewhereEngine, end_process, start_process, tail

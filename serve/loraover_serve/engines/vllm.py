@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
+from loraover.adapters.combine.combine import combine_adapters
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.client.at_once import at_once
 from loraover.client.endpoint import Endpoint
@@ -16,7 +17,6 @@ from loraover.client.speaker import Speaker
 from loraover.common.errors import EngineError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource
-from loraover_export.combine.combine import combine_adapters
 from loraover_export.vllm.run import export_vllm
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
 from loraover_serve.engines.base import BatchingEngine, Setting

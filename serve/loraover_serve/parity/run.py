@@ -11,9 +11,9 @@ from loraover.common.atomic_output import check_writable, publish_directory, pub
 from loraover.common.errors import OutputError, UnwrittenReportError
 from loraover.common.provenance import today
 from loraover.common.reporter import Reporter
-from loraover.common.verb import verb
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
+from loraover.sources.verb import verb
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.installed import check_installed, machine, versions

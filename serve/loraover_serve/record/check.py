@@ -15,7 +15,7 @@ from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_file_writable, check_writable
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
-from loraover.common.verb import verb
+from loraover.sources.verb import verb
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
 from loraover_serve.record.adapter_check.asker import Asker
 from loraover_serve.record.adapter_check.command import check, unanswered

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from loraover.adapters.logits.prompts import Prompts, read_prompts
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_reference import adapter_digest
 from loraover.checkpoint.chat_template import tokenizer_of
@@ -24,11 +25,10 @@ from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
-from loraover.common.verb import verb
 from loraover.evaluation.digests import model_digest
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_tokenizer
-from loraover_export.logits.prompts import Prompts, read_prompts
+from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
 from loraover_serve.engines.answers import Row, paired

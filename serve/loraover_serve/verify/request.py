@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
 
+from loraover.adapters.uniform.request_fields import given_adapter
 from loraover.common.request import AnyNames, AnyPath, AnyPaths, option
 from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device, max_memory
-from loraover_export.uniform.request_fields import given_adapter
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS

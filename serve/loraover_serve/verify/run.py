@@ -11,6 +11,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from loraover.adapters.convert.need import why_convert
+from loraover.adapters.convert.run import convert_adapter
+from loraover.adapters.logits.prompts import MAX_TOKENS, read_prompts
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
@@ -32,9 +35,6 @@ from loraover.common.provenance import today
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover.training.run_folder import TRAINER_FOLDER
-from loraover_export.convert.need import why_convert
-from loraover_export.convert.run import convert_adapter
-from loraover_export.logits.prompts import MAX_TOKENS, read_prompts
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, BASE

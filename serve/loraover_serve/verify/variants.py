@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loraover.adapters.numerics.delta import read_deltas
 from loraover.checkpoint.base_modules import load_others, put_parameters, target_module
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
-from loraover_export.numerics.delta import read_deltas
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, Question, last_rows
 from loraover_serve.engines.torch import model_logits

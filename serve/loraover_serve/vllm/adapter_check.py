@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loraover.adapters.uniform.served import read_served
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import ConfigError, printable
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource
-from loraover_export.uniform.served import read_served
 from loraover_export.vllm.architectures import architectures_of
 from loraover_export.vllm.candidate import Candidate
 from loraover_export.vllm.known_faults import Platform

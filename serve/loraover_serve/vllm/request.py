@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from loraover.adapters.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
+from loraover.adapters.uniform.request_fields import approximate_to_rank, given_adapter
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
-from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
-from loraover_export.uniform.request_fields import approximate_to_rank, given_adapter
 from loraover_serve.plugin.settings import DEFAULT_CACHE, DEFAULT_SETTLE_S, MOST_SETTLE_S
 
 COMMAND_VARIABLE = "LORAOVER_VLLM"

@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.common.errors import ConfigError, EngineError
 from loraover.common.extras import install
 from loraover.common.hosts import is_near
 from loraover.common.reporter import Reporter
-from loraover.common.verb import verb
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
-from loraover_export.uniform.rank_limits import max_lora_rank
+from loraover.sources.verb import verb
 from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN, RELOAD, SETTLE
 from loraover_serve.vllm.adapter_check import check_adapters
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest

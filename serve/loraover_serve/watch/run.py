@@ -7,7 +7,7 @@ import time
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover.common.verb import verb
+from loraover.sources.verb import verb
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.watch.ask import ask
 from loraover_serve.watch.config import read_config

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.uniform.export_command import export_command
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
-from loraover_export.numerics.matrix_certificate import MatrixCertificate
-from loraover_export.uniform.export_command import export_command
 
 
 @dataclass(frozen=True)

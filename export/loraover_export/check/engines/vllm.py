@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import final
 
+from loraover.adapters.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS, max_lora_rank
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.dtypes import DTYPES
@@ -27,7 +28,6 @@ from loraover_export.check.engines.base import (
 from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
-from loraover_export.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.architectures import known_architectures
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.rules import RULES

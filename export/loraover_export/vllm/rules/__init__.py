@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover.common.request import as_written
 from loraover.models.model_file import embeds_texts
-from loraover_export.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover_export.vllm.candidate import Candidate, Problem
 from loraover_export.vllm.known_faults import known_faults
 from loraover_export.vllm.rules.config import bias, initialisation, other_parameters, patterns, required, variant

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraover_export.uniform.export_command import export_command
-from loraover_export.uniform.variants import OTHER_FIELDS, VARIANTS, is_inert
+from loraover.adapters.uniform.export_command import export_command
+from loraover.adapters.uniform.variants import OTHER_FIELDS, VARIANTS, is_inert
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 from loraover_export.vllm.versions import Versions
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loraover.adapters.base_weights import changed_weight, module_of_copy, open_base
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.request import as_written
-from loraover_export.merge.base_weights import changed_weight, module_of_copy, open_base
 from loraover_export.vllm.candidate import Candidate, Problem, listed
 
 KINDS = {

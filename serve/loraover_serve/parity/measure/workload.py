@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loraover.adapters.logits.prompts import prompt_lines
 from loraover.common.errors import DataError
-from loraover_export.logits.prompts import prompt_lines
 from loraover_serve.engines.sample import TokenRequest
 
 TEXT = (

@@ -1,0 +1,1 @@
+"""Adapters without any engine: their deltas, and plain LoRAs made from them, certified."""

@@ -1,0 +1,164 @@
+"""Rotations of the base weight, of full rank: OFT and BOFT on its input, RoAd on its output.
+
+OFT: W' = W R^T with R block-diagonal. Each block is the Cayley transform of a skew-symmetric Q: (I - Q)(I + Q)^-1, or
+the first terms of the Neumann series of (I + Q)(I - Q)^-1, as PEFT has it. BOFT: W' = diag(s) W R^T with one butterfly
+factor. RoAd: pairs of output features are rotated and scaled, W' = R W.
+
+Sources: Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243; Liao and Monz 2024, arXiv:2409.00119;
+PEFT's `OFTRotationModule`, `BOFTLayer` and `RoadLayer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, final
+
+from pydantic import Field
+
+from loraover.adapters.convert.methods.base import ConversionMethod, Dense, block_diag
+from loraover.adapters.convert.source import MethodConfig, Module
+from loraover.common.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OftFields(MethodConfig):
+    """Fields of OFTConfig that change the delta."""
+
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = Field(5, ge=1, le=1000)
+
+
+@final
+class Oft(ConversionMethod[OftFields]):
+    """Orthogonal fine-tuning."""
+
+    config = OftFields
+    tensors = ("oft_R.weight",)
+    inert = frozenset({"r", "oft_block_size"})
+    rank = "full"
+    needs_weights = True
+
+    def delta(self, module: Module[OftFields]) -> Dense:
+        n = module.shape[1]
+        vectors = module.tensor("oft_R.weight", None, None)
+        side = _side(vectors.shape[1])
+        count = n // side
+        if side * (side - 1) != 2 * vectors.shape[1] or side * count != n or len(vectors) not in (1, count):
+            raise module.refuse(
+                f"oft_R.weight has shape {tuple(vectors.shape)}, whose blocks do not fill {n} input features."
+            )
+        blocks = _cayley(_skew(vectors), module.config)
+        rotation = block_diag(blocks.expand(count, -1, -1))
+        weight = module.weight()
+        return Dense(weight @ rotation.T - weight, float(weight.norm()))
+
+
+def _side(elements: int) -> int:
+    """Return the size of a block whose upper triangle has so many elements."""
+    return int((1 + (1 + 8 * elements) ** 0.5) / 2)
+
+
+def _skew(vectors: Tensor) -> Tensor:
+    size = _side(vectors.shape[1])
+    rows, columns = torch.triu_indices(size, size, 1)
+    upper = vectors.new_zeros(len(vectors), size, size)
+    upper[:, rows, columns] = vectors
+    return upper - upper.mT
+
+
+def _cayley(q: Tensor, config: OftFields) -> Tensor:
+    """Return the rotation of each block, after PEFT's projection of `coft` and with its Neumann series."""
+    if config.coft:
+        eps = config.eps / len(q) ** 0.5
+        norm = q.norm(dim=(1, 2), keepdim=True)
+        q = torch.where(norm <= eps, q, eps * q / norm.clamp_min(1e-300))
+    eye = torch.eye(q.shape[-1], dtype=q.dtype)
+    if not config.use_cayley_neumann:
+        solved: Tensor = torch.linalg.solve(eye + q, (eye - q).expand_as(q), left=False)
+        return solved
+    rotation, terms = eye.expand_as(q).clone(), config.num_cayley_neumann_terms
+    if terms > 1:
+        rotation += 2 * q
+    if terms > 2:  # as PEFT does it: 3 terms are the same as 4
+        power = q @ q
+        rotation += 2 * power
+        for _ in range(3, terms - 1):
+            power = power @ q
+            rotation += 2 * power
+        rotation += power @ q
+    return rotation
+
+
+@final
+class Boft(ConversionMethod[MethodConfig]):
+    """Butterfly orthogonal fine-tuning, with one factor, which is all that PEFT runs on a CPU."""
+
+    config = MethodConfig
+    tensors = ("boft_R", "boft_s")
+    inert = frozenset({"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout"})
+    rank = "full"
+    needs_weights = True
+
+    def delta(self, module: Module[MethodConfig]) -> Dense:
+        m, n = module.shape
+        r = module.tensor("boft_R", None, None, None, None)
+        if r.shape[2] != r.shape[3]:
+            raise module.refuse(f"boft_R has shape {tuple(r.shape)}, expected square blocks.")
+        if len(r) != 1:
+            raise module.refuse(
+                f"it has {len(r)} butterfly factors; only boft_n_butterfly_factor=1 is converted. Merge the adapter "
+                "into the base model with PEFT's merge_and_unload."
+            )
+        skew = (r[0] - r[0].mT) / 2
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
+        rotation = block_diag(torch.linalg.solve(eye + skew, (eye - skew).expand_as(skew), left=False))
+        if len(rotation) != n:
+            raise module.refuse(f"boft_R rotates {len(rotation)} input features, expected {n}.")
+        weight = module.weight()
+        return Dense(module.tensor("boft_s", m, 1) * (weight @ rotation.T) - weight, float(weight.norm()))
+
+
+class RoadFields(MethodConfig):
+    """Fields of RoadConfig that change the delta."""
+
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: int = 64
+
+
+@final
+class Road(ConversionMethod[RoadFields]):
+    """Rotations of pairs of output features."""
+
+    config = RoadFields
+    tensors = ("road_theta", "road_alpha")
+    rank = "full"
+    needs_weights = True
+
+    def delta(self, module: Module[RoadFields]) -> Dense:
+        if module.has_bias:
+            raise module.refuse("RoAd rotates the bias of the layer too, which no LoRA can do.")
+        m, half = module.shape[0], module.config.group_size // 2
+        if half < 1 or m % (2 * half):
+            raise module.refuse(f"group_size is {module.config.group_size}, which does not divide {m} output features.")
+        cosine, sine = _columns(module, half)
+        weight = module.weight()
+        halves = weight.reshape(-1, 2, half, weight.shape[1])  # of each group
+        turned = torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(weight.shape)
+        return Dense(cosine[:, None] * weight + sine[:, None] * turned - weight, float(weight.norm()))
+
+
+def _columns(module: Module[RoadFields], half: int) -> tuple[Tensor, Tensor]:
+    """Return alpha cos(theta) and alpha sin(theta) of each output feature."""
+    m, variant = module.shape[0], module.config.variant
+    size = {"road_1": m // 2, "road_2": m, "road_4": 2 * m}[variant]
+    theta, alpha = module.tensor("road_theta", size), module.tensor("road_alpha", size)
+    if variant == "road_4":
+        theta, alpha = (x.reshape(-1, 2, 2 * half).transpose(0, 1).reshape(2, -1) for x in (theta, alpha))
+        return alpha[0] * theta[0].cos(), alpha[1] * theta[1].sin()
+    if variant == "road_1":
+        theta, alpha = (x.reshape(-1, half).repeat_interleave(2, dim=0).flatten() for x in (theta, alpha))
+    return alpha * theta.cos(), alpha * theta.sin()

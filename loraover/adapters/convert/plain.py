@@ -1,0 +1,118 @@
+"""An adapter of another kind as an exact plain LoRA, for exports that take nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from loraover.adapters.convert.kind import read_method
+from loraover.adapters.convert.need import why_convert
+from loraover.adapters.convert.source import read_peft_type
+from loraover.adapters.uniform.certificate import LoraCertificate
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.files import META_FILE
+from loraover.checkpoint.read_facts import read_facts
+from loraover.common.errors import CheckpointError, ExportError, LoraOverError
+from loraover.common.reporter import Reporter
+from loraover.common.request import as_written
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """A plain LoRA that an export reads.
+
+    Args:
+        path: Its folder; the adapter's own if nothing was converted.
+        certificate: Certificate of the conversion; None if nothing was converted.
+    """
+
+    path: Path
+    certificate: LoraCertificate | None
+
+
+@contextmanager
+def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter) -> Iterator[PlainLora]:
+    """Convert an adapter of another kind into an exact plain LoRA, which is there for a block.
+
+    What is a LoRA already, or damaged, is left as it is, for the export to take or to refuse.
+
+    Args:
+        source: Folder of a LoRA-Over checkpoint, or of an adapter of any kind.
+        model: Base model; None means the one that the adapter names.
+        dtype: Data type to store A and B in: fp32, bf16 or fp16.
+        report: Receiver of progress.
+
+    Raises:
+        ConfigError: A base model that cannot be read.
+        CheckpointError: An adapter of a kind that is not known.
+        ExportError: An adapter that no plain LoRA, or none of a small rank, expresses exactly.
+        FoldError: An element beyond the range of `dtype`.
+    """
+    reason = _reason(source, model)
+    if reason is None:
+        yield PlainLora(source, None)
+        return
+    from loraover.adapters.convert.approximate import FullRankError
+    from loraover.adapters.convert.run import convert_adapter
+
+    report.line(f"{reason}: converting it into an exact plain LoRA")
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / source.resolve().name
+        try:
+            certificate = convert_adapter(source, folder, model=model, dtype=dtype).certificate
+        except FullRankError as error:
+            raise _no_exact(source, reason) from error
+        if not certificate.passed:
+            raise ExportError(f"{source}: its conversion lost too much; choose a wider dtype, such as fp32.")
+        yield PlainLora(folder, certificate)
+
+
+def _reason(source: Path, model: str | None) -> str | None:
+    """Return the reason for which an adapter is to be converted; None of a LoRA that is best left to the export.
+
+    Raises:
+        ExportError: An adapter of another kind that has no exact LoRA.
+    """
+    try:
+        reason = why_convert(source, _shapes(source, model))
+    except (CheckpointError, ExportError):  # the export says what is wrong, with more detail
+        return None
+    if reason is None:
+        return None
+    is_lora = read_peft_type(source) == "LORA"
+    try:
+        method, layout = read_method(source)
+    except LoraOverError:
+        if is_lora:
+            return None
+        raise
+    if method.is_exact(layout.config):
+        return reason
+    if is_lora:
+        return None
+    raise _no_exact(source, reason)
+
+
+def _shapes(source: Path, model: str | None) -> Mapping[str, tuple[int, int]]:
+    """Return the shapes of the base model's modules, by which another prefix shows; none where they are not needed.
+
+    A checkpoint's cores are best left to the export, as is an adapter or a base model that cannot be read.
+    """
+    if (source / META_FILE).exists():
+        return {}
+    try:
+        _, layout = read_method(source)
+        base = resolve_base([layout], model, option=as_written("model"), say=lambda line: None)
+        return read_facts(base).shapes()
+    except LoraOverError:
+        return {}
+
+
+def _no_exact(source: Path, reason: str) -> ExportError:
+    return ExportError(
+        f"{source}: {reason}, which no plain LoRA of a small rank expresses exactly; write an approximation with "
+        "`loraover export convert` and --approximate-to-rank, which states the error."
+    )

@@ -1,0 +1,210 @@
+"""The conversion of an adapter of any kind into a plain LoRA: read, compute, write and certify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loraover.adapters.base_weights import open_base
+from loraover.adapters.convert.approximate import approximations
+from loraover.adapters.convert.effect import compare_outputs
+from loraover.adapters.convert.kind import read_method
+from loraover.adapters.convert.methods.base import AnyMethod, Place
+from loraover.adapters.convert.methods.experts import stacks_of
+from loraover.adapters.convert.others import carried_notes, carried_tensors
+from loraover.adapters.convert.prefix import mend_prefix, part_below
+from loraover.adapters.convert.report import ConvertReport, VllmFit
+from loraover.adapters.convert.request import ConvertRequest
+from loraover.adapters.convert.source import Adapter, open_adapter
+from loraover.adapters.logits.pieces import tokens_at_once
+from loraover.adapters.logits.prompts import read_prompts
+from loraover.adapters.uniform.certificate import LoraCertificate, OutputsOfConversion
+from loraover.adapters.uniform.write_lora import Check, LoraOutput, write_lora
+from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, expert_paths, find_expert_weights
+from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX
+from loraover.checkpoint.target_modules import check_complete, check_named, check_saved, unnamed_modules
+from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.common.errors import ExportError
+from loraover.common.request import as_written
+from loraover.models.device import choose_compute
+from loraover.sources.verb import verb
+
+
+@verb(ConvertRequest)
+def convert_adapter(request: ConvertRequest) -> ConvertReport:
+    """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
+
+    The conversion is exact where delta_W has a finite rank, and computed from the adapter's factors in float64.
+    Otherwise, or with a smaller `rank`, it is the best approximation of that rank, with its error in the certificate.
+
+    Returns:
+        The ranks and the certificate. If the certificate's verdict is "failed", nothing was written. If it is
+        "inconclusive", the adapter was written, but it changes logits too little for `check_error` to distinguish it
+        from an adapter that does nothing.
+
+    Raises:
+        ConfigError: Arguments that cannot be used, or a base model that cannot be read.
+        DataError: No usable prompt in the file.
+        CheckpointError: An adapter that cannot be trusted, of a kind that is not known, or whose file does not have the
+            modules that its configuration names.
+        ExportError: An adapter that does not change weights, changes more than weights, or has full rank while `rank`
+            is None; or `check_error` for an adapter whose files PEFT would misread.
+        FoldError: An element beyond the range of `dtype`.
+        OutputError: An output that cannot be written, or that exists and may not be replaced.
+    """
+    method, layout = read_method(request.source)
+    base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
+    ranks: dict[str, int] = {}
+    with open_base(base) as weights, ExitStack() as files:
+        layout, mended = mend_prefix(layout, weights)
+        adapter = files.enter_context(open_adapter(layout, weights))
+        _check_named(method, adapter)
+        _check_complete(adapter)
+        start_dtype = _start_dtype(method, adapter)
+        compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
+
+        def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
+            keep_chat_template(request.source, draft)
+            is_exact = request.approximate_to_rank is None or max(ranks.values()) <= request.approximate_to_rank
+            if is_exact:  # an approximation is another adapter
+                keep_reference(request.source, draft, request.report.line)
+            if compare is None:
+                return certificate
+            outputs = compare(draft, is_exact=is_exact)
+            found = {"outputs": outputs, "output_bound": outputs.bound}
+            return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
+
+        notes = [*mended, *_start_notes(start_dtype)]
+        certificate = _convert(request, method, adapter, ranks, notes, check)
+    exact = max(ranks.values())
+    return ConvertReport(
+        method=layout.config.peft_type,
+        exact_rank=exact,
+        truncated=exact > certificate.rank,
+        vllm=VllmFit.of(certificate.rank),
+        engines=VllmFit.of(exact).in_words(),
+        certificate=certificate,
+    )
+
+
+def _check_named(method: AnyMethod, adapter: Adapter[Any]) -> None:
+    """Refuse matrices of modules that the configuration names neither as the file does nor as the base model does."""
+    config, named = adapter.layout.path / CONFIG_FILE, method.named(adapter)
+    stored = [adapter.layout.stored.get(path, path) for path in named]
+    check_named(config, stored if unnamed_modules(config, stored) is None else named)
+
+
+def _check_complete(adapter: Adapter[Any]) -> None:
+    """Refuse a file that lacks what the configuration names of the part of the base model that was trained."""
+    layout, model = adapter.layout, adapter.base.model
+    parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    modules, experts, names = (
+        part_below(layout.below, found) for found in (adapter.base.modules, find_expert_weights(model), parameters)
+    )
+    adapted = dict.fromkeys([*layout.modules, *sorted(expert_paths(stacks_of(adapter)))])
+    config = model.config.get_text_config() if layout.below else model.config
+    check_complete(layout.path / CONFIG_FILE, adapted, modules, experts, config.model_type)
+    check_saved(layout.path / CONFIG_FILE, {key.removeprefix(KEY_PREFIX) for key in layout.others}, names)
+
+
+def _comparison(
+    request: ConvertRequest,
+    method: AnyMethod,
+    adapter: Adapter[Any],
+    start_dtype: str | None,
+) -> Callable[..., OutputsOfConversion]:
+    """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
+
+    Raises:
+        ExportError: Experts of an old PEFT, whose A and B the installed one would misread, or a mended prefix.
+    """
+    base = adapter.base.source
+    flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
+    if flipped is not None:
+        raise ExportError(
+            f"{adapter.layout.tensors_path}: {flipped.path} has A and B as PEFT before {PRESENT_LAYOUT} saved them. "
+            "The installed PEFT reads them in its own layout, so the logits of the source cannot be computed. Leave "
+            f"out {request.named('check_error')}; the certificate does not need it."
+        )
+    if adapter.layout.keys:
+        raise ExportError(
+            f"{adapter.layout.tensors_path}: its keys are not those that PEFT reads on {base.name}, so the logits of "
+            f"the source cannot be computed. Leave out {request.named('check_error')}; the certificate does not need "
+            "it."
+        )
+    place, _ = choose_compute(request.device, request.compute_dtype)
+    config, layout = adapter.base.model.config, adapter.layout
+    at_once = tokens_at_once(config, place, layout.config.task_type)
+    prompts = read_prompts(base, request.prompts, at_once=at_once, tokens=method.trained_tokens(layout.config))
+    return partial(compare_outputs, request, adapter, prompts, start_dtype)
+
+
+def _convert(
+    request: ConvertRequest,
+    method: AnyMethod,
+    adapter: Adapter[Any],
+    ranks: dict[str, int],
+    notes: list[str],
+    check: Check,
+) -> LoraCertificate:
+    others, modules = carried_tensors(adapter)
+    places = list(method.places(adapter))
+    config, base = adapter.config, adapter.base.source
+    is_named = config.base_model_name_or_path is not None and base.moved is None
+    target = LoraOutput(
+        request.output,
+        request.command(),
+        f"Plain LoRA from a {config.peft_type} adapter",
+        {} if request.approximate_to_rank is None else {"rank": str(request.approximate_to_rank)},
+        [request.source],
+        config.base_model_name_or_path if is_named else base.name,
+        config.revision if is_named else base.revision,
+        config.task_type,
+        request.dtype,
+        request.force,
+        others,
+        modules or None,
+        stacks_of(adapter),
+        [*notes, *carried_notes(others, modules), *_tied_notes(places, adapter)],
+    )
+    work = approximations(places, adapter.layout, request.approximate_to_rank, ranks)
+    return write_lora(work, len(places), target, request.report, check)
+
+
+def _start_dtype(method: AnyMethod, adapter: Adapter[Any]) -> str | None:
+    """Return the data type in which PEFT has to load the base model for the adapter to start as it was converted."""
+    if not method.starts_in_stored:
+        return None
+    first = adapter.module(next(iter(adapter.layout.modules)))
+    stored = str(first.stored_weight().dtype).removeprefix("torch.")
+    return next(short for short, long in COMPUTE_DTYPES.items() if long == stored)
+
+
+def _start_notes(start_dtype: str | None) -> list[str]:
+    """Return a warning if PEFT starts the adapter from rounded factors of the base weights."""
+    if start_dtype in (None, "fp32", "fp64"):
+        return []
+    return [
+        "PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is for "
+        f"weights loaded in {start_dtype}, as the base model's files hold them. Loaded in another type, PEFT itself "
+        "answers differently, by about a rounding of the weights; for that, name a copy of the base model in that type "
+        f"with {as_written('model')}."
+    ]
+
+
+def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
+    """Return a warning if several modules that share one weight are adapted."""
+    adapted = [place.path for place in places if place.path in adapter.base.tied]
+    if len(adapted) < 2:
+        return []
+    return [
+        f"{', '.join(adapted)} share one weight, and each has its LoRA: applied beside the model, all are right, but "
+        "PEFT's merge_and_unload would add all of them to the one weight"
+    ]

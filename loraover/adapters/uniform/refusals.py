@@ -1,0 +1,143 @@
+"""What the form of A and B alone cannot hold: each is refused with its reason, for engines that take nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from loraover.adapters.uniform.variants import UNMERGED, VARIANTS, is_inert
+from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
+from loraover.common.errors import ExportError
+from loraover.common.request import as_written
+
+OTHERS = {
+    ".lora_B.bias": "a bias of B",
+    ".lora_A.bias": "a bias of A",
+    "trainable_tokens_": "single trained tokens",
+    "norm": "a norm",
+}
+"""Tensors other than A and B, by a part of their keys."""
+
+
+HELD = ("bias", "modules_to_save", "ensure_weight_tying")
+"""Fields of PEFT's configuration, beyond A and B, that a merged model can hold."""
+
+
+def check_fields(
+    adapter: AdapterDir, remedy: str, *, allowed: Collection[str] = (), remedies: Mapping[str, str] | None = None
+) -> None:
+    """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
+
+    Args:
+        adapter: The adapter.
+        remedy: What to do instead, to follow "train without it, or ".
+        allowed: Fields of trained parameters or variants that the export can hold.
+        remedies: What to do about a field, where it is not `remedy`.
+
+    Raises:
+        ExportError: An adapter that is more than A and B.
+    """
+    expected = {"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
+    for field, value in (adapter.config.model_extra or {}).items():
+        if (
+            field in allowed
+            or field == "init_lora_weights"
+            or value == expected.get(field)
+            or is_inert(adapter.config, field, value, adapter.shapes)
+        ):
+            continue
+        if field in expected:
+            kind = "parameters were trained in full, which do not fit into A and B"
+        else:
+            kind = f"this is {VARIANTS[field]}" if field in VARIANTS else "a field that this version does not know"
+        advice = "serve it with PEFT" if field in UNMERGED else (remedies or {}).get(field, remedy)
+        raise ExportError(
+            f"{adapter.path / CONFIG_FILE}: {field} is {value!r:.80}: {kind}; train without it, or {advice}."
+        )
+
+
+def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
+    """Whether an adapter has a stack of experts for each entry of `target_parameters`.
+
+    Args:
+        adapter: The adapter.
+        others: Paths of further parameters that it has A and B of.
+    """
+    paths = {*(stack.path for stack in adapter.stacks), *others}
+    return all(any(f".{path}".endswith(f".{entry}") for path in paths) for entry in adapter.config.parameters)
+
+
+def written_parameters(adapter: AdapterDir) -> set[str]:
+    """Return the field `target_parameters` if the file has pairs for all of it: stacks, or those of modules."""
+    weights = (f"{path}.weight" for path in adapter.modules)  # such as that of a router
+    return {"target_parameters"} if has_targets(adapter, weights) else set()
+
+
+def check_no_experts(adapter: AdapterDir, reader: str) -> None:
+    """Refuse LoRA of experts that share one parameter.
+
+    Args:
+        adapter: The adapter.
+        reader: What cannot read it, as the subject of "does not support LoRA".
+
+    Raises:
+        ExportError: An adapter with stacked pairs.
+    """
+    if adapter.stacks:
+        raise ExportError(
+            f"{adapter.tensors_path}: adapts {adapter.stacks[0].path}, which holds all experts; {reader} does not "
+            "support LoRA on experts that share one parameter. Merge the adapter into the base model with PEFT's "
+            "merge_and_unload."
+        )
+
+
+def check_tensors(
+    adapter: AdapterDir,
+    weights: Mapping[str, tuple[int, ...]],
+    remedy: str,
+    kinds: Mapping[str, str] = OTHERS,
+) -> list[str]:
+    """Refuse tensors that are neither A nor B, nor base weights that PEFT saves beside an adapted embedding.
+
+    Args:
+        adapter: The adapter.
+        weights: Shapes of the base model's weights, by the paths of their modules.
+        remedy: What to do instead, to follow "train without it, or ".
+        kinds: Descriptions of other tensors, by a part of their keys.
+
+    Returns:
+        Keys of the base weights, of which only the shape was compared.
+
+    Raises:
+        ExportError: Any other tensor.
+    """
+    copies = []
+    for key in adapter.others:
+        path = key.removeprefix(KEY_PREFIX).removesuffix(BASE_WEIGHT)
+        if key.endswith(BASE_WEIGHT) and path in adapter.modules and adapter.shapes[key] == weights.get(path):
+            copies.append(key)
+            continue
+        kind = next((kind for part, kind in kinds.items() if part in key), "neither A nor B of a module")
+        raise ExportError(f"{adapter.tensors_path}: {key} is {kind}; train without it, or {remedy}.")
+    return copies
+
+
+def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str) -> None:
+    """Compare the shape of B @ A with that of the weight that it is for.
+
+    Args:
+        adapter: The adapter.
+        path: Path of the module.
+        shape: Shape of its weight, (out_features, in_features) or (tokens, dimension).
+        is_embedding: Whether it is an embedding.
+        base: Name of the base model.
+
+    Raises:
+        ExportError: An adapter of another model.
+    """
+    module = adapter.modules[path]
+    if module.is_embedding != is_embedding or module.weight_shape != shape:
+        raise ExportError(
+            f"{adapter.tensors_path}: {path} has shape {module.weight_shape} in the adapter and {shape} in {base}; "
+            f"name the model that the adapter was trained on with {as_written('model')}."
+        )

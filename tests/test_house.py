@@ -1,0 +1,87 @@
+"""The figures of docs/measure_house.py on a small made-up package, and its rule on the packages themselves."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+LOWER = '''"""A module below."""
+
+import os
+
+FOUND = "made.upper.far"
+TABLE = {"near": "made.lower.near:find"}
+
+
+def _once() -> str:
+    """That which is used once."""
+    # a comment
+    return os.sep
+
+
+def used() -> str:
+    """Return what the helper returns."""
+    name = _once()
+    command = ["python", "-m", "made.upper.far"]
+
+    return name + command[0]
+'''
+
+
+@pytest.fixture
+def house(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(DOCS))
+    sys.modules.pop("measure_house", None)
+    return importlib.import_module("measure_house")
+
+
+@pytest.fixture
+def modules(house: Any, tmp_path: Path) -> list[Any]:
+    for name, text in {
+        "__init__.py": "",
+        "lower/__init__.py": "",
+        "lower/near.py": LOWER,
+        "upper/__init__.py": "",
+        "upper/far.py": "from made.lower.near import used\n",
+    }.items():
+        (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made" / name).write_text(text)
+    found: list[Any] = house.read_modules(tmp_path, {"made": "made"})
+    return found
+
+
+def test_lines_and_functions_are_counted(house: Any, modules: list[Any]) -> None:
+    (near,) = [module for module in modules if module.name == "made.lower.near"]
+    assert house.line_kinds(near) == {
+        "docstrings": 3, "blank": 7, "imports": 1, "code": 8, "comments": 1,
+    }  # fmt: skip
+    assert [house.body_lines(one) for one in house.functions(near)] == [1, 4]
+    assert house.helpers_used_once(near) == ["_once"]
+    assert [text.split()[0] for text in house.riddles(near)] == ["That"]
+
+
+def test_importers_are_found_by_statements_and_tables(house: Any, modules: list[Any]) -> None:
+    found = house.importers(modules)
+    assert found["made.lower.near"] == {"made.upper.far"}
+    assert found["made.upper.far"] == {"made.lower.near"}
+
+
+def test_a_text_that_names_a_module_above_is_found(house: Any, modules: list[Any]) -> None:
+    layers = {"made": [["upper"], ["lower"]]}
+    assert house.upward(modules, layers) == [("made.lower.near", "made.upper.far")]
+    assert house.upward(modules, {"made": [["lower"], ["upper"]]}) == []
+
+
+def test_no_text_of_ours_names_a_module_that_an_import_could_not(house: Any) -> None:
+    assert house.upward(house.read_modules(), house.read_layers()) == []
+
+
+def test_no_docstring_of_ours_begins_with_a_riddle(house: Any) -> None:
+    found = {one.name: house.riddles(one) for one in house.read_modules()}
+    assert {name: each for name, each in found.items() if each} == {}
