@@ -46,11 +46,17 @@ def parts(package: str) -> list[type]:
     left = [one for value in public.values() if inspect.isfunction(value) for one in returned(value, public)]
     while left:
         one = left.pop()
-        if one not in found and one.__module__.split(".")[0] == package:
+        if one not in found and home_of(one) == package:
             found[one] = None
             left += [part for hint in hints_of_fields(one) for part in types_in(hint)]
     known = [value for value in public.values() if inspect.isclass(value)]
     return sorted(found.keys() - set(known), key=lambda one: one.__name__)
+
+
+def home_of(one: type) -> str:
+    """Package on whose page a type stands: reports about adapters stand with the functions of loraover_export."""
+    module = one.__module__
+    return "loraover_export" if module.startswith("loraover.adapters.") else module.partition(".")[0]
 
 
 def hints_of_fields(one: type) -> list[Any]:

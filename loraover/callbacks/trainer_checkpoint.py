@@ -1,4 +1,4 @@
-"""What the Trainer's checkpoints hold of an adapter: where it lies, and the cases that the Trainer leaves out."""
+"""Adapters in the Trainer's checkpoints: where they lie, and the cases that the Trainer leaves out."""
 
 from __future__ import annotations
 

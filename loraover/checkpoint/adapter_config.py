@@ -24,7 +24,7 @@ REPEATED_STARTS = ("pissa", "olora")
 """Initialisations that PEFT repeats from the base weights alone whenever it loads an adapter, as it names them."""
 
 PATTERN_ERRORS = (re.error, OverflowError, RecursionError)
-"""What Python raises for a text that is not a regular expression: also for a huge repetition, or too many brackets."""
+"""Errors of Python for a text that is not a regular expression, or has a huge repetition or too many brackets."""
 
 
 def _are_patterns(patterns: dict[str, T]) -> dict[str, T]:

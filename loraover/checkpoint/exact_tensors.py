@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exact:
-    """One tensor in float64; a tensor of integers keeps its type.
+    """Read a tensor in float64; a tensor of integers keeps its type.
 
     Args:
         value: Contraction of the cores, or the stored value, which `tensor` can leave in its type.
@@ -30,7 +30,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Factor:
-    """One A or B as training held it.
+    """Matrix A or B as training held it.
 
     Args:
         decomposition: Decomposition of its cores; None if it has none.

@@ -1,4 +1,4 @@
-"""What a model's configuration and the names and shapes of its modules say."""
+"""Facts about a model from its configuration and from the names and shapes of its modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One module of a model.
+    """Module of a model.
 
     Args:
         kind: Kind of layer that PEFT and vLLM would adapt it as. One expert's part of a parameter is an "expert".
@@ -29,7 +29,7 @@ class ModuleFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a configuration says of a model.
+    """Facts about a model from its configuration.
 
     Args:
         architecture: Name of its class in transformers.

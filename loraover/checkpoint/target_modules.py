@@ -50,7 +50,7 @@ SHOWN = 5
 """Number of modules that a message lists."""
 
 LOST = "a part of the adapter is lost; save it again, or name only the modules that were trained"
-"""What to do about modules that the configuration names and the file lacks."""
+"""Advice about modules that the configuration names and the file lacks."""
 
 
 class Targets(BaseModel):

@@ -23,7 +23,7 @@ EXPLANATION_BYTES = 1000
 SHORTEST_PAUSE_S = 0.1  # a server that rounds down asks for 0 seconds
 IN_PATHS = "/%:@!$&'()*+,;=~"
 NO_ANSWER = (OSError, http.client.HTTPException)
-"""What a request raises that gets no answer."""
+"""Errors of a request that gets no answer."""
 
 
 class Proxy(NamedTuple):

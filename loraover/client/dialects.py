@@ -1,4 +1,4 @@
-"""What servers of language models take, and how they answer: OpenAI's protocol, SGLang's, TGI's and llama-server's own.
+"""Requests and answers of language models' servers: OpenAI's protocol, and those of SGLang, TGI and llama-server.
 
 A server may take token ids, a text alone, or chats alone; allow 20 logprobs or 5; refuse fields that it does not know;
 and name tokens by their ids or by their texts. This module imports the standard library alone, and is packed into the
@@ -36,7 +36,7 @@ class Read(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """What a server takes.
+    """Requests that a server takes.
 
     Args:
         protocol: Name of its protocol.
@@ -82,7 +82,7 @@ class Dialect(NamedTuple):
         return "/v1/completions", {"prompt": prompt, "logprobs": self.top} | body
 
     def read(self, answer: Any) -> Read:
-        """What an answer holds.
+        """Return the contents of an answer.
 
         Raises:
             LookupError, TypeError, ValueError, AttributeError: An answer in another form.

@@ -59,7 +59,7 @@ class AbsentError(EngineError):
 
 
 class Endpoint:
-    """One OpenAI-compatible server.
+    """OpenAI-compatible server.
 
     Args:
         url: The server's address, with or without the final `/v1`.

@@ -1,4 +1,4 @@
-"""What a path leads to, and where this project keeps files of its own."""
+"""Kinds of paths, and the folders in which this project keeps files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def kind_of(path: str | Path) -> Literal["file", "folder"] | None:
 
 
 class Listing(NamedTuple):
-    """What is in a folder and below it, by paths in it, without what is hidden or in a hidden folder.
+    """Contents of a folder and of those below it, by paths in it, without hidden files and folders.
 
     Args:
         files: Regular files, and links to them, as in the hub's cache.

@@ -51,7 +51,7 @@ _as_flags: ContextVar[bool] = ContextVar("as_flags", default=False)
 
 @dataclass(frozen=True)
 class Spec:
-    """What a field of a request says beyond its name, type and default.
+    """Description of a request's field beyond its name, type and default.
 
     Args:
         description: Help text: a noun phrase that makes sense alone, without the default.
@@ -214,7 +214,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Declared:
-    """One field of a request.
+    """Field of a request.
 
     Args:
         name: Its name.

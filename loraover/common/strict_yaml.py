@@ -9,7 +9,7 @@ MAX_YAML_BYTES = 2**20
 """Largest size of a YAML file."""
 
 MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What PyYAML raises, beside its own errors, of a value that its tag or form does not fit, such as 2024-02-30."""
+"""Errors that PyYAML raises beside its own where a value does not fit its tag or form, such as 2024-02-30."""
 
 
 def parse_yaml(content: str | bytes) -> Any:

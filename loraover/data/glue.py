@@ -14,7 +14,7 @@ from loraover.common.errors import DataError
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task of GLUE.
+    """Task of GLUE.
 
     Args:
         instruction: Beginning of the prompt.

@@ -19,7 +19,7 @@ MEDIA = (*PICTURES, "video", "videos", "audio", "audios")
 """Columns that hold other things than text."""
 
 PLACE = "<image>"
-"""What stands for an image in the text of a message, as in LLaVA's data (Liu et al. 2023, arXiv:2304.08485)."""
+"""Mark of an image in the text of a message, as in LLaVA's data (Liu et al. 2023, arXiv:2304.08485)."""
 
 PARTS = ("prompt", "completion", "chosen", "rejected")
 CHATS = ("messages", *PARTS)

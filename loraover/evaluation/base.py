@@ -29,7 +29,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Example:
-    """One question and its answer.
+    """Question and its answer.
 
     Args:
         id: Name of the question.
@@ -128,7 +128,7 @@ class Task(ABC):
 
 
 IN_CHAT_TEMPLATE = "chat template"
-"""What a task's settings say of prompts that are put into the chat template."""
+"""Settings of a task whose prompts are put into the chat template."""
 
 
 def uses_chat(request: EvaluationRequest, tokenizer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, checked before anything is loaded."""
+"""Request of an evaluation, checked before anything is loaded."""
 
 from __future__ import annotations
 

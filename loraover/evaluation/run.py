@@ -47,7 +47,7 @@ class _Candidate:
 
     @property
     def key(self) -> tuple[str, str | None]:
-        """What a result in a file is recognised by."""
+        """Settings by which a result in a file is recognised."""
         return self.name, self.sha256
 
 

@@ -80,7 +80,7 @@ assert found == {processes}, f"the kernel allowed {{found}} processes under a li
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """Limits of a program.
 
     Args:
         seconds: Time from the start of its sandbox to its end.

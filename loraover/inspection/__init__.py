@@ -1,1 +1,1 @@
-"""What a folder holds, and what this installation can do."""
+"""Contents of a folder, and abilities of this installation."""

@@ -1,4 +1,4 @@
-"""What this installation can do: devices, libraries, optional extras, the hub, the sandbox and engines."""
+"""Abilities of this installation: devices, libraries, optional extras, the hub, the sandbox and engines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Device(_Part):
     memory_bytes: int | None = Field(description="Memory in bytes; None: unknown.")
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return a line for people."""
         memory = "" if self.memory_bytes is None else f", {self.memory_bytes / 2**30:.1f} GiB"
         return f"{self.kind}: {self.name}{memory}"
 

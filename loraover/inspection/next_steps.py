@@ -1,4 +1,4 @@
-"""What may be done with a folder, as complete commands."""
+"""Complete commands that may be run on a folder."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class AdapterFacts(_Fact):
 
 
 class CoreFacts(_Fact):
-    """What a LoRA-Over checkpoint holds beside its adapter: the cores of the over-parameterised matrices."""
+    """Contents of a LoRA-Over checkpoint beside its adapter: the cores of the over-parameterised matrices."""
 
     decomposition: str = Field(description="Name of the decomposition.")
     sites: int = Field(description="Number of matrices with cores.")
@@ -59,7 +59,7 @@ class RunFacts(_Fact):
 
 
 class OnnxFacts(BaseModel):
-    """What an ONNX export says of itself."""
+    """Summary of an ONNX export."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -71,7 +71,7 @@ class OnnxFacts(BaseModel):
 
 
 class VllmFacts(BaseModel):
-    """What the pre-flight of a vLLM export says."""
+    """Summary of the pre-flight of a vLLM export."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -82,14 +82,14 @@ class VllmFacts(BaseModel):
 
 
 class NextStep(_Fact):
-    """One thing that may be done with a folder."""
+    """Command that may be run on a folder."""
 
     what: str = Field(description="What it does.")
     command: str = Field(description="Complete command line.")
 
 
 class FolderReport(_Fact):
-    """What a folder is, what was trained, and what may be done with it."""
+    """Description of a folder: its kind, its training, and the commands that may be run on it."""
 
     path: str = Field(description="The folder.")
     kind: Kind = Field(description="What the folder is.")

@@ -128,7 +128,7 @@ def free_memory(device: str) -> int | None:
 
 
 class Allowance(NamedTuple):
-    """What a control group may use.
+    """Memory that a control group may use.
 
     Args:
         total: Its limit, in bytes.

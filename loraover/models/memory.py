@@ -1,4 +1,4 @@
-"""What a model needs of a device's memory, and what to say when that is not there."""
+"""Memory that a model needs on a device, and the message if there is less."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def memory_explained(
 
 
 def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
-    """What was needed, and what would fit."""
+    """Message about the memory that was needed, and the size that would fit."""
     memory = total_memory(device)
     has = "" if memory is None else f" {device} has {_gib(memory)}."
     weights, tokens = (needs.width(dtype) * numbers for numbers in (needs.weights, needs.tokens * needs.per_token))

@@ -104,7 +104,7 @@ def eigenvectors(moment: Tensor, blocks: Blocks) -> Tensor:
 
 
 def next_eigenvectors(moment: Tensor, basis: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """One step of QR iteration from a basis whose columns are first put in the order of their estimated eigenvalues.
+    """Take a step of QR iteration from a basis whose columns are first sorted by their estimated eigenvalues.
 
     Args:
         moment: (..., count, size, size), positive semi-definite.

@@ -294,7 +294,7 @@ def _part(state: Mapping[str, Any], whole: Tensor, i: int) -> dict[str, Any]:
 
 
 def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any] | None:
-    """One state of a stack, from those of its cores; None where they differ in more than tensors of a core's shape."""
+    """Join the states of a stack's cores; None where they differ in more than tensors of a core's shape."""
     first = states[0]
     merged: dict[str, Any] = {}
     for key, value in first.items():

@@ -166,7 +166,7 @@ class BasisFollower:
         return follower
 
     def site_state(self, i: int) -> dict[str, Tensor]:
-        """What a resumed run needs of a site."""
+        """State of a site that a resumed run needs."""
         state = {f"moment.{side}": moment[i].cpu() for side, moment in self.moments.items()}
         state |= {f"started.{side}": started[i].cpu() for side, started in self.started.items()}
         counts = torch.tensor([int(self.seen[i]), int(self.counted), -1 if self.due is None else self.due])

@@ -1,4 +1,4 @@
-"""One expert's matrix in a stack of LoRA matrices, as PEFT keeps them for a parameter that holds all experts.
+"""Matrix of an expert in a stack of LoRA matrices, as PEFT keeps them for a parameter that holds all experts.
 
 For a parameter (E, m, n), PEFT's `target_parameters` makes one A (E r, n), whose rows are sorted by the expert, and one
 B (m, r E), in whose columns the expert runs fastest: delta_W_e = scaling * B_e @ A_e.

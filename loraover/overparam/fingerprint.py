@@ -14,7 +14,7 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 def fingerprints(matrices: Tensor) -> Tensor:
-    """One number per matrix, from the bits of its elements and their places.
+    """Compute a number for each matrix from the bits of its elements and their places.
 
     The sum of bits_i * w_i modulo 2^64, with fixed odd weights w_i. A change of a single element always changes it,
     since an odd weight can be divided by. Other changes, such as two swapped elements or two flipped signs, go

@@ -1,4 +1,4 @@
-"""What a process's optimizer holds of A and B where DeepSpeed's ZeRO has cut them: pieces of one flat parameter.
+"""Pieces of A and B in a process's optimizer where DeepSpeed's ZeRO has cut them out of one flat parameter.
 
 This is the only file that knows private names of DeepSpeed. They are those of deepspeed/runtime/zero/stage3.py and
 deepspeed/utils/tensor_fragment.py in DeepSpeed 0.19.8; a version without them is refused by name.

@@ -27,7 +27,7 @@ CALIBRATION_RATE = 1e-3  # learning rate of the warm-up steps that a static sche
 
 
 class Round(StrictModel):
-    """One decision of a schedule, with the scores that it is based on."""
+    """Decision of a schedule, with the scores that it is based on."""
 
     step: int = Field(ge=0, description="Number of optimizer steps taken before the decision.")
     scores: dict[str, float] = Field(

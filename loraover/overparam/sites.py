@@ -25,7 +25,7 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One A or B matrix of one module and adapter.
+    """A or B matrix of a module and an adapter.
 
     Args:
         name: Name such as "model.layers.0.mlp.up_proj.lora_A". Where several adapters are trained, adapters other

@@ -25,7 +25,7 @@ FIGURES = "figures"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a report found.
+    """Verdict of a report, as its page shows it.
 
     Args:
         tone: "good", "bad", "open" if nothing could be decided, or "plain" if nothing was to be.

@@ -15,7 +15,7 @@ Tone = Literal["good", "bad", "open"]
 
 @dataclass(frozen=True)
 class Color:
-    """One colour.
+    """Colour of a palette.
 
     Args:
         light: Shade on a light page, as "#rrggbb".

@@ -18,7 +18,7 @@ from loraover.common.request import Declared, Request, Spec, declarations, writt
 from loraover.sources.verb import perform
 
 Body = Callable[[Any, bool], int | None]
-"""What a command does with its request and with `--json`; it returns the exit code, or None for 0."""
+"""Function of a command, called with its request and `--json`; it returns the exit code, or None for 0."""
 
 
 def request_command(request: type[Request], body: Body) -> click.Command:

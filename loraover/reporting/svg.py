@@ -167,7 +167,7 @@ class Drawing:
 
     @property
     def parts(self) -> str:
-        """What was drawn, as elements of SVG."""
+        """Elements of SVG that were drawn."""
         return "".join(self._parts)
 
     def inside(self, x: float, y: float, part: Drawing | Figure) -> None:

@@ -1,4 +1,4 @@
-"""What a text names: a path of this machine, a repository of the hub, or an address elsewhere."""
+"""Kinds of places that a text names: a path of this machine, a repository of the hub, or an address elsewhere."""
 
 from __future__ import annotations
 

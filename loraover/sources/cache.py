@@ -45,7 +45,7 @@ class SourceError(ConfigError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One file elsewhere.
+    """File at an address elsewhere.
 
     Args:
         size: Number of bytes.

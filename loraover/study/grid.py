@@ -28,7 +28,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora-over": {"method": "lora-over"},
     **{name: {"method": name} for name in METHODS},
 }
-"""What each method sets in a recipe; `lora-matched` also takes the rank at which A and B are as many as the cores."""
+"""Recipe keys that each method sets; `lora-matched` also takes the rank at which A and B are as many as the cores."""
 
 PLAIN = ("lora", "lora+", "lora-matched")
 """Methods that train plain A and B; the others are compared with the best of these, whatever its rank or training."""
@@ -46,7 +46,7 @@ SWEPT = {"training.learning_rate": "lr_sweep", "training.seed": "seeds", "method
 """Arguments of a study that set what neither a method nor `settings` may set."""
 
 DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
-"""What a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
+"""Recipe keys that a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
 
 FEWEST_EXAMPLES = 4
 """Smallest number of held-out examples: half of them choose the rates, and an interval needs two."""
@@ -56,7 +56,7 @@ LONGEST_NAME = 150  # characters of a folder's name; file systems take 255
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One training run.
+    """Training run of a study.
 
     Args:
         task: Name of its task, see `StudyTask`.

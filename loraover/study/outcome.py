@@ -1,4 +1,4 @@
-"""One run of a study: trained in a process, and its outcome read from what the process left."""
+"""Run of a study: trained in a process, and its outcome read from the files that the process left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
 FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
 """Words for the kinds of failure that are due to the method."""
 DECIMALS = 6
-"""Those of nats that are kept; a model in float32 has no more."""
+"""Digits of nats that are kept; a model in float32 has no more."""
 
 
 class RunOutcome(StrictModel):

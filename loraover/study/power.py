@@ -1,4 +1,4 @@
-"""What a study could see, told from the spread of a pilot or of a kept study, before the first run."""
+"""Differences that a study could see, predicted before its first run from the spread of a pilot or of a kept study."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Number = TypeVar("Number", int, float)
 
 
 class MethodResult(StrictModel):
-    """One method on one task, at the rate tuned for it."""
+    """Result of a method on a task, at the rate tuned for it."""
 
     method: str = Field(description="Method as the user named it.")
     rate: float = Field(description="Learning rate tuned for it.")
@@ -52,7 +52,7 @@ class MethodResult(StrictModel):
 
 
 class Scores(StrictModel):
-    """What the scores of a study are of."""
+    """Benchmark that the scores of a study come from."""
 
     benchmark: str | None = Field(None, description="Benchmark; None: right answers to the held-out rows.")
     untrained: dict[str, float] = Field(default_factory=dict, description="Base model's score, by task.")
@@ -82,7 +82,7 @@ class TaskResult(StrictModel):
 
 
 class StudyAnswer(StrictModel):
-    """What a command of studies answers, with its origin."""
+    """Answer of a command of studies, with its origin."""
 
     schema_version: int = 1
     command: str = Field(description="Command line.")

@@ -1,4 +1,4 @@
-"""What a study is asked for, checked before anything runs."""
+"""Request of a study, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_SWEEP = (3e-4, 1e-3, 3e-3)
 EXAMPLE = "expected different positive numbers such as 3e-4,1e-3,3e-3."
 QUARTER = "lora-over:schedule=dynamic:budget={fraction: 0.25}:score="
 DEFAULT_METHODS = ("lora", "lora-matched", "lora-over", f"{QUARTER}fisher", f"{QUARTER}random")
-"""What a sceptic asks for: a tuned LoRA, one with as many trained numbers, and matrices chosen by chance."""
+"""Methods that a sceptic asks for: a tuned LoRA, one with as many trained numbers, and matrices chosen by chance."""
 
 
 PAPER_TABLES = ("paper-glue", "paper-mtbench", "paper-gsm8k", "paper-humaneval")
@@ -133,7 +133,7 @@ def _name(text: str) -> tuple[str, str]:
 
 
 class StudyTask(NamedTuple):
-    """One task of a study.
+    """Task of a study.
 
     Args:
         name: Name of the recipe, with the model's where there are several models.

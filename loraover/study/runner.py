@@ -161,7 +161,7 @@ def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run,
 
 
 def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, RunOutcome]]:
-    """One task for each run; a worker trains in a temporary folder and sends back the outcome."""
+    """Train each run as a task of Ray; a worker trains in a temporary folder and sends back the outcome."""
     with ray_cluster(address) as ray:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute_anywhere)

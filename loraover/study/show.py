@@ -39,7 +39,7 @@ def _verdict(report: StudyReport) -> tuple[str, str]:
 
 
 OTHER_SCORES = {"mtbench": "mean rating, 1 to 10", "cola": "Matthews correlation in %"}
-"""What the scores are of benchmarks that do not count right answers."""
+"""Names of the scores of benchmarks that do not count right answers."""
 
 
 def score_title(report: StudyReport) -> str:

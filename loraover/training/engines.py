@@ -1,4 +1,4 @@
-"""What the Trainer is told so that the processes of a launcher train one run together."""
+"""Settings of the Trainer with which the processes of a launcher train one run together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 """Variables by which `accelerate launch` asks for an engine, and the Trainer's settings do so too."""
 
 LAUNCHED_WITH = [name for name in SWITCHES if os.environ.get(name) == "true"]
-"""Those that were set when this process began."""
+"""Variables that were set when this process began."""
 
 CUTS_WEIGHTS = ("zero3", "fsdp2")
 """Engines under which a process holds only its part of the weights."""

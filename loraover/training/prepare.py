@@ -1,4 +1,4 @@
-"""What a run needs before its first step: loaded, made and checked."""
+"""Parts of a run, loaded, made and checked before its first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run uploads to the hub: the plain LoRA that it has trained, under the base model's name on the hub."""
+"""Upload of a run's plain LoRA to the hub, under the base model's name there."""
 
 from __future__ import annotations
 

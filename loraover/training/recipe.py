@@ -35,7 +35,7 @@ _short.maxlevel = 2  # YAML aliases can unfold a few bytes into a giant
 
 
 class Recipe(MethodKeys):
-    """One training run."""
+    """Recipe of a training run."""
 
     @field_validator("method")
     @classmethod
@@ -232,7 +232,7 @@ def _train_on(name: str) -> str:
 
 ELSEWHERE = {"load_in_4bit": "model_init.quantization: nf4", "load_in_8bit": "model_init.quantization: int8"}
 ELSEWHERE |= {"torch_dtype": "model_init.dtype"}
-"""What says here what other tools say by these keys."""
+"""Our key for each key of other tools."""
 
 
 def hint(word: str, known: Iterable[str]) -> str:
@@ -266,7 +266,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _faults(error: ValidationError) -> list[str]:
-    """One line for each fault; an unknown key comes with the nearest known one."""
+    """Return a line for each fault; an unknown key comes with the nearest known one."""
     faults = []
     for fault in error.errors(include_url=False):
         place = ".".join(map(str, fault["loc"]))

@@ -17,7 +17,7 @@ SOAP = "soap"
 """Name of the optimizer that transformers does not have."""
 
 MEASURED_STARTS = {"eva": "the activations", "lora_ga": "the gradients"}
-"""What PEFT computes each of these starts of A and B from, by calls of its own that a run does not make."""
+"""Data from which PEFT computes each of these starts of A and B, by calls that a run does not make."""
 
 
 AUTO = "auto"
@@ -29,7 +29,7 @@ TrainerName = Literal["sft", "dpo", "kto", "orpo", "grpo", "reward", "seq2seq", 
 
 
 class Source(StrictModel):
-    """One of several sources of training data."""
+    """Source of training data beside others."""
 
     path: str = Field(description="File, folder or hub name.")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the examples, relative to the others.")
@@ -338,7 +338,7 @@ class Distributed(StrictModel):
 
 
 class EvaluationSettings(StrictModel):
-    """What is measured on held-out data, before and after training."""
+    """Measures on held-out data, before and after training."""
 
     examples: int = Field(200, ge=0, description="Largest number of held-out examples; 0 measures nothing.")
     before: bool = Field(True, description="Measure the untrained model too.")
@@ -387,5 +387,5 @@ class BaseRecipe(StrictModel):
 
     @property
     def settings(self) -> Any:
-        """What the recipe has under the name of its method; None: no such key."""
+        """Settings under the name of the recipe's method; None: no such key."""
         return getattr(self, self.method, None)

@@ -1,4 +1,4 @@
-"""What `loraover train` is asked for: a recipe, and values in place of some of its keys."""
+"""Request of `loraover train`: a recipe, and values in place of some of its keys."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _check_shared(output: Path) -> None:
 
 
 class Done(NamedTuple):
-    """What is left of a run when its model is no longer in memory.
+    """Results of a run whose model is no longer in memory.
 
     Args:
         result: The contents of `run.json`.

@@ -82,7 +82,7 @@ class StartSource(StrictModel):
 
 
 class StartedFrom(StrictModel):
-    """What A and B started from, see `loraover.training.start`."""
+    """Adapters that A and B started from, see `loraover.training.start`."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""What a recipe asks for once its model and its rows are known; a run and its plan settle it alike."""
+"""Values that a recipe leaves open until its model and rows are known; a run and its plan settle them alike."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Settled:
 
     @property
     def reads(self) -> Any:
-        """What turns rows into tokens: the processor if any row holds images, else the tokenizer."""
+        """Reader that turns rows into tokens: the processor if any row holds images, else the tokenizer."""
         return self.tokenizer if self.processor is None else self.processor
 
 

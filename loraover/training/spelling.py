@@ -72,7 +72,7 @@ def with_template(recipe: Recipe, reads: Any) -> Any:
 
 
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError)
-"""What a chat template raises for messages that it does not expect."""
+"""Errors that a chat template raises for messages that it does not expect."""
 
 
 def learned(rows: Rows, name: str) -> Rows:

@@ -45,7 +45,7 @@ Clock = Callable[[], float]
 
 
 class RunNeeds(NamedTuple):
-    """What a run needs on this machine.
+    """Needs of a run on this machine.
 
     Args:
         step_seconds: Seconds of an optimizer step.

@@ -17,7 +17,7 @@ from vllm.model_executor.models.registry import _SPECULATIVE_DECODING_MODELS, Mo
 
 
 def describe(name: str, cls: type) -> dict[str, object]:
-    """What decides which adapters a class takes, and their type; see vllm/lora/model_manager.py."""
+    """Attributes that decide which adapters a class takes, and their type; see vllm/lora/model_manager.py."""
     return {
         "embeddings": sorted(cls.embedding_modules),
         "packed": {name: list(parts) for name, parts in cls.packed_modules_mapping.items()},
@@ -49,7 +49,7 @@ def language_model(cls: type) -> str | None:
 
 
 def renames(cls: type) -> list[tuple[str, str, str]]:
-    """What vLLM does to the names in an adapter's file, in its order; see WeightsMapper._map_name."""
+    """Changes that vLLM makes to the names in an adapter's file, in its order; see WeightsMapper._map_name."""
     mapper = getattr(cls, "hf_to_vllm_mapper", None)
     if mapper is None:
         return []

@@ -52,7 +52,7 @@ NOT_A_FILE = "neither a file nor a folder, but a link to a folder or to nothing,
 
 
 class AnyCertificate(BaseModel):
-    """What every certificate has."""
+    """Fields that every certificate has."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -61,7 +61,7 @@ class AnyCertificate(BaseModel):
 
 
 class AttestReport(StrictModel):
-    """What was attested, or what is not as attested."""
+    """Attested files and verdicts, or the differences from them."""
 
     path: Path = Field(description="The statement")
     statement: Statement = Field(description="Its contents")

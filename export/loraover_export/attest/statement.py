@@ -48,7 +48,7 @@ class TestResult(BaseModel):
 
 
 class Statement(BaseModel):
-    """What `attestation.json` holds."""
+    """Contents of `attestation.json`."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, alias_generator=to_camel)
 

@@ -1,1 +1,1 @@
-"""What each engine would refuse in an adapter, and what it would compute wrongly without a message; nothing is run."""
+"""Features of an adapter that engines would refuse, or compute wrongly without a message; nothing is run."""

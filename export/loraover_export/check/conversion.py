@@ -24,7 +24,7 @@ CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix"
 """Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
 
 ENDING = "-lora"
-"""What follows the name of an adapter's folder in that of its conversion."""
+"""Ending of the name of a conversion's folder, after that of the adapter's."""
 
 
 @dataclass(frozen=True)

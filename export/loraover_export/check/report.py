@@ -15,7 +15,7 @@ Verdict = Literal["right", "refused", "wrong silently"]
 
 
 class Finding(StrictModel):
-    """One fact about an adapter on one engine."""
+    """Fact about an adapter on an engine."""
 
     feature: str = Field(description="Property of the adapter, or name of the rule")
     level: Level = Field(description="What the engine does; a note does not change the verdict")
@@ -23,14 +23,14 @@ class Finding(StrictModel):
 
 
 class Judgement(StrictModel):
-    """What an engine does with one form of an adapter."""
+    """Treatment of one form of an adapter by an engine."""
 
     verdict: Verdict = Field(description="The worst of the findings; a refusal outweighs a silent error")
     findings: tuple[Finding, ...] = Field(description="The facts that the verdict rests on")
 
 
 class EngineCheck(StrictModel):
-    """One engine: both forms of the adapter, and the command that writes the second."""
+    """Engine with both forms of the adapter, and the command that writes the second."""
 
     engine: str = Field(description="Name that --engine takes")
     reader: str = Field(description="Program that reads the adapter, with the release whose sources were read")

@@ -35,7 +35,7 @@ def ignore(row: Any, progress: str) -> None:
 
 @dataclass(frozen=True)
 class FleetRequest(Request):
-    """What the verbs of many adapters have in common, beside fields that each declares with its own help text.
+    """Fields that the verbs of many adapters share; each verb declares others with its own help text.
 
     Args:
         receive: Function that gets each `Row` as soon as it is there, and how far the work is, in words.

@@ -1,4 +1,4 @@
-"""What became of each adapter, and of all of them."""
+"""Outcome for each adapter, and for all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERVED: tuple[Verdict, ...] = ("right", "prepared", "right as exported", "right 
 
 
 class FleetRow(StrictModel):
-    """One adapter."""
+    """Adapter of a fleet."""
 
     source: str = Field(description="The adapter, as it was named, without secrets")
     address: str = Field(description="Text that names the same files again, such as a hub name with its commit")
@@ -47,7 +47,7 @@ class FleetRow(StrictModel):
 
     @property
     def told(self) -> str:
-        """What was done, in words."""
+        """Work that was done, in words."""
         return "; ".join(text for text in (self.done, "from the cache" if self.cached else "") if text)
 
 

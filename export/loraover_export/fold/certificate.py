@@ -1,4 +1,4 @@
-"""What a fold proves: the contents of `fold_certificate.json`."""
+"""Contents of `fold_certificate.json`: the proof of a fold."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TWINS = 3
 
 
 class FoldedAndTwins:
-    """One base model with the folded adapter and its twins, of which one is active at a time.
+    """Base model with the folded adapter and its twins, of which one is active at a time.
 
     A twin has each element of the exact matrices rounded at random to one of its two neighbours, and its rank dimension
     permuted, so that sums run in another order. It shares all else with the folded adapter. Neighbours are those in the

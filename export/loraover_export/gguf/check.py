@@ -28,7 +28,7 @@ from loraover_export.gguf.report import ARITHMETIC, TABLE, GgufCheck
 
 @dataclass(frozen=True)
 class LlamaCppReference:
-    """What PyTorch gives in float32, and llama.cpp without an adapter.
+    """Logits of PyTorch in float32, and of llama.cpp without an adapter.
 
     Args:
         base_gguf: File of the base model that llama.cpp runs.

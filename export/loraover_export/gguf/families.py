@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp does with a model class of transformers.
+    """Treatment of a model class of transformers by llama.cpp.
 
     Args:
         name: llama.cpp's name of the architecture.

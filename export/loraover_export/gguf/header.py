@@ -23,7 +23,7 @@ MAX_NESTING = 4
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of a GGUF file.
+    """Tensor of a GGUF file.
 
     Args:
         shape: Shape as PyTorch orders it, rows first.

@@ -1,4 +1,4 @@
-"""What a GGUF adapter cannot hold, or llama.cpp would ignore or stumble over: each is refused with its reason."""
+"""Refusals, with their reasons, of everything that a GGUF adapter cannot hold or that llama.cpp would ignore."""
 
 from __future__ import annotations
 

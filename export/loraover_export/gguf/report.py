@@ -1,4 +1,4 @@
-"""What an export for llama.cpp proves: the report of `export_gguf`."""
+"""Report of `export_gguf`: the proof of an export for llama.cpp."""
 
 from __future__ import annotations
 

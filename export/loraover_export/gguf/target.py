@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetModule:
-    """One module of the base model that llama.cpp can adapt.
+    """Module of the base model that llama.cpp can adapt.
 
     Args:
         tensor: llama.cpp's name of its weight.

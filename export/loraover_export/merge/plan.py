@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a base model in a merge, decided from names and shapes before any weight is read."""
+"""Plan of a merge for every tensor of a base model, made from names and shapes before any weight is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loraover_export.merge.request import MergeRequest
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the merged model.
+    """Tensor of the merged model.
 
     Args:
         key: Its key in the merged model's file.

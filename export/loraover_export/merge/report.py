@@ -1,4 +1,4 @@
-"""What a merge proves: the contents of `merge_certificate.json`."""
+"""Contents of `merge_certificate.json`: the proof of a merge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraover_export.merge.rounding_loss import RoundingLoss
 
 
 class MergedWeight(StrictModel):
-    """One weight to which a delta was added."""
+    """Weight to which a delta was added."""
 
     matrix: MatrixCertificate = Field(description="Error of the written weight against W + delta_W in float64")
     dtype: str = Field(description="Data type of the weight, as safetensors spells it, such as BF16")

@@ -1,4 +1,4 @@
-"""What storing a merged weight leaves of the adapter: in its data type, or after a 4-bit quantiser.
+"""Share of the adapter that is left where a merged weight is stored in its data type, or by a 4-bit quantiser.
 
 A number of the storage type stands for all numbers near it. Where delta_W is smaller than half their spacing, W +
 delta_W is stored as W, and that part of the adapter is lost.
@@ -30,7 +30,7 @@ NF4 = (
 
 
 class RoundingLoss(StrictModel):
-    """What storage does to the deltas of one or more weights."""
+    """Effect of storage on the deltas of one or more weights."""
 
     erased: float = Field(
         description="Share of the delta's squared norm in elements that are stored as they were in the base model"

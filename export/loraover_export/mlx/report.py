@@ -1,4 +1,4 @@
-"""What writing an adapter for mlx-lm proves: the contents of `mlx_certificate.json`."""
+"""Contents of `mlx_certificate.json`: the proof of an adapter that was written for mlx-lm."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ WEB_INT4 = (
 
 
 class Export:
-    """One ONNX export, step by step.
+    """ONNX export, step by step.
 
     Args:
         request: The arguments of the export.

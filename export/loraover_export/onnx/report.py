@@ -1,4 +1,4 @@
-"""What an ONNX export proves: the contents of `onnx_report.json`."""
+"""Contents of `onnx_report.json`: the proof of an ONNX export."""
 
 from __future__ import annotations
 

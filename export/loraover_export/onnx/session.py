@@ -23,7 +23,7 @@ def has_provider(device: str) -> bool:
 
 
 class GraphSession:
-    """One graph in ONNX Runtime.
+    """Graph in ONNX Runtime.
 
     Args:
         graph: Path of the graph.

@@ -1,4 +1,4 @@
-"""What preparing an adapter gives: the contents of `prepared.json`, and what the caller gets."""
+"""Contents of `prepared.json`, and the result of preparing an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loraover.common.strict_json import StrictModel
 RECORD_FILE = "prepared.json"
 
 Done = Literal["taken", "rewritten", "converted", "approximated"]
-"""What was done: the matrices were copied, written in another form, converted exactly from another kind of adapter, or
+"""Ways of preparing: the matrices were copied, written in another form, converted exactly from another kind, or
 approximated by a smaller rank."""
 
 

@@ -20,7 +20,7 @@ TEXT_NAMES = Versions(since="0.33.0")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule found, and what to do about it.
+    """Finding of a rule, and its remedy.
 
     Args:
         found: The violation, in words.

@@ -16,7 +16,7 @@ PREFLIGHT_FILE = "preflight.json"
 
 
 class Violation(StrictModel):
-    """One violated rule."""
+    """Violated rule."""
 
     rule: str = Field(description="Name of the rule")
     level: Literal["error", "warning"] = Field(description="An error keeps the adapter from being written")

@@ -29,7 +29,7 @@ REMEDIES = {
     **dict.fromkeys(HELD, "merge it into its base model with `loraover export merge`"),
     "trainable_token_indices": "make it a plain LoRA with `loraover export convert`",
 }
-"""What to do instead about fields that a sum of deltas cannot hold, to follow "train without it, or "."""
+"""Advice about fields that a sum of deltas cannot hold, to follow "train without it, or "."""
 
 
 @dataclass(frozen=True)

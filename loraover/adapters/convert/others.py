@@ -1,4 +1,4 @@
-"""What an adapter changes besides the weights of its modules: carried along where engines take it, else refused."""
+"""Changes of an adapter besides the weights of its modules: carried along where engines take them, else refused."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError
 
 _LAYERS = re.compile(r".+?\.(?=\d+\.)")
-"""What stands before the first number in a path, such as "model.encoder.layers."."""
+"""Part of a path before its first number, such as "model.encoder.layers."."""
 
 
 class Move(NamedTuple):

@@ -45,7 +45,7 @@ Config = TypeVar("Config", bound=MethodConfig)
 
 @dataclass(frozen=True)
 class AdapterLayout(Generic[Config]):
-    """What the files of an adapter hold, before any tensor is read.
+    """Contents of an adapter's files, before any tensor is read.
 
     Args:
         path: Folder of the adapter.
@@ -180,7 +180,7 @@ class Adapter(Generic[Config]):
 
 @dataclass(frozen=True)
 class Module(Generic[Config]):
-    """One adapted module of an adapter."""
+    """Adapted module of an adapter."""
 
     adapter: Adapter[Config]
     path: str

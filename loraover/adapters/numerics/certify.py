@@ -14,7 +14,7 @@ from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.tensor_file import extreme_sizes, have_same_bits
 
 DIVISION = 2 * U32
-"""What a quotient in float32 may be too small by, relative to itself."""
+"""Largest relative amount by which a quotient in float32 may be too small."""
 
 SMALL_NORM = 1e-10
 """Norm of a matrix whose squares may leave float32's range."""

@@ -1,4 +1,4 @@
-"""What writing a plain LoRA from other adapters proves: the contents of `lora_certificate.json`."""
+"""Contents of `lora_certificate.json`: the proof of a plain LoRA that was written from other adapters."""
 
 from __future__ import annotations
 

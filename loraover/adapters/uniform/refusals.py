@@ -1,4 +1,4 @@
-"""What the form of A and B alone cannot hold: each is refused with its reason, for engines that take nothing else."""
+"""Refusals, with their reasons, of everything that A and B alone cannot hold, for engines that take nothing else."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from loraover.models.device import choose_compute
 from loraover.models.request_fields import compute_dtype, device
 
 ADDRESSES = "folder, hub name such as owner/name@revision, or address such as s3://bucket/folder"
-"""What an adapter is named by, in help texts."""
+"""Ways to name an adapter, in help texts."""
 
 
 def given_adapter(kind: str, **more: Any) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedModel(ModelFacts):
-    """What the configuration says of the model that an adapter is exported for, or served on.
+    """Facts from the configuration of the model that an adapter is exported for, or served on.
 
     Its modules have each expert's part of a parameter too, like "model.layers.0.mlp.experts.3.down_proj". There are
     none if the engine takes no adapters for this architecture.

@@ -118,7 +118,7 @@ class LoraOutput:
 
 
 class _Stored(NamedTuple):
-    """One module in the storage type, before it is padded."""
+    """Module in the storage type, before it is padded."""
 
     a: Tensor
     b: Tensor

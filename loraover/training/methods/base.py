@@ -1,4 +1,4 @@
-"""What a method supplies to a run, and how its result becomes one plain LoRA on the original base model."""
+"""Port of training methods: parts of a run, and the way from its result to a plain LoRA on the original base model."""
 
 from __future__ import annotations
 

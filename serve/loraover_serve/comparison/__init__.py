@@ -1,1 +1,1 @@
-"""What the comparisons of engines share: adapters that they take, and number formats."""
+"""Parts that the comparisons of engines share: adapters that they take, and number formats."""

@@ -65,7 +65,7 @@ FORMATS = {
 
 
 def as_served(name: str, computed: str) -> NumberFormat:
-    """What a server in a number format is off by, beside PyTorch that computes in another one.
+    """Return the error of a server in a number format, beside PyTorch that computes in another one.
 
     PyTorch in float32 is taken as exact. Where it computes as coarsely as the server does, each of the two rounds in a
     way of its own, and a further random rounding of each layer's outputs stands for that.

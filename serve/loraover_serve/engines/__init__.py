@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """What commands, `loraover doctor` and the documentation say about an engine without importing it.
+    """Facts about an engine for commands, `loraover doctor` and the documentation, which do not import it.
 
     Args:
         title: The engine's usual name.

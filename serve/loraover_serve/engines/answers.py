@@ -1,4 +1,4 @@
-"""What is compared: logprobs of next tokens after the same tokens, as PyTorch and an engine give them."""
+"""Compared answers: logprobs of next tokens after the same tokens, as PyTorch and an engine give them."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class RunningServer:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an engine is started with.
+    """Settings with which an engine is started.
 
     Args:
         request: What the user asked for.

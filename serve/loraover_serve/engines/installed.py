@@ -17,7 +17,7 @@ from loraover_serve.engines.request import EngineRequest
 
 @dataclass(frozen=True)
 class InstalledEngine:
-    """One inference engine.
+    """Inference engine.
 
     Args:
         name: The engine's usual name.

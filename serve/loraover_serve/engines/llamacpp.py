@@ -18,7 +18,7 @@ from loraover_serve.engines.base import LogitEngine, Setting
 
 @final
 class LlamaCppEngine(LogitEngine):
-    """One GGUF model, without the adapter and with it.
+    """GGUF model, without the adapter and with it.
 
     Args:
         running: The loaded model of each arm.

@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """One prompt to continue.
+    """Prompt to continue.
 
     Args:
         prompt: Token ids.

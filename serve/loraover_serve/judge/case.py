@@ -1,4 +1,4 @@
-"""One engine's evidence, with the estimates that the rules ask of it.
+"""Evidence of an engine, with the estimates that the rules ask of it.
 
 Strength is judged over prompts (see `estimates`). On an engine that computes exactly, a few prompts are enough: noise
 that is CERTAIN times what the base model shows, all of it along the adapter, moves the strength no further than
@@ -58,7 +58,7 @@ def flag(field: str) -> str:
 
 
 class Case:
-    """One engine's evidence, with the estimates that the rules ask of it.
+    """Evidence of an engine, with the estimates that the rules ask of it.
 
     Args:
         evidence: The evidence.
@@ -193,7 +193,7 @@ class Case:
 
     @property
     def answers(self) -> Sequence[Change]:
-        """What each answer of the adapter changes, also those to questions that were asked again."""
+        """Return what each answer of the adapter changes, also those to questions that were asked again."""
         return [each.change for each in self.repeats] or self.changes
 
     @cached_property

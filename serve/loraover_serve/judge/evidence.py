@@ -1,4 +1,4 @@
-"""What the judge asks for: measurements of one engine's answers, beside models of which it knows nothing else.
+"""Port of the judge: measurements of an engine's answers beside models of which it knows nothing else.
 
 A side has the answers and the models: PyTorch's own with NumPy, or recorded ones in plain Python. A change is always
 that of logprobs at one position, of the tokens that both arms have there.
@@ -46,7 +46,7 @@ class Change(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """One answer of the adapter, at one position, to a question that may have been asked several times.
+    """Answer of the adapter at a position, to a question that may have been asked several times.
 
     Args:
         change: What it changes, along what the adapter changes.
@@ -59,7 +59,7 @@ class Repeat(NamedTuple):
 
 
 class Off(NamedTuple):
-    """What sets an answer apart from a model's at one position.
+    """Difference of an answer from a model's at a position.
 
     Args:
         prompt: Index of the prompt.
@@ -182,7 +182,7 @@ class ModelDistance(NamedTuple):
 
 
 class Evidence(ABC):
-    """One engine's answers, and the models to compare them with.
+    """Answers of an engine, and the models to compare them with.
 
     Attributes:
         base: The base model.
@@ -214,11 +214,11 @@ class Evidence(ABC):
 
     @abstractmethod
     def off(self, arm: str, model: Model) -> list[Off]:
-        """What sets an arm's answers apart from a model's, where the model was run."""
+        """Return the differences of an arm's answers from a model's, where the model was run."""
 
     @abstractmethod
     def changes(self, model: Model, start: Model) -> list[Change]:
-        """What the engine's adapter changes beyond what `start` changes, along what leads from there to the model.
+        """Project what the engine's adapter changes beyond `start` on the direction from `start` to the model.
 
         The places are in one order; of a model that was run on few prompts there are the first ones alone.
         """
@@ -229,19 +229,19 @@ class Evidence(ABC):
 
     @abstractmethod
     def base_changes(self, model: Model) -> list[Change]:
-        """What sets the engine's base model apart from the right one, along what sets the model apart from it."""
+        """Project the error of the engine's base model on the difference of the model from the right base model."""
 
     @abstractmethod
     def base_logprobs(self) -> list[Change]:
-        """What sets the engine's base model apart, along the logprobs themselves, both without their means."""
+        """Project the error of the engine's base model on the logprobs themselves, both without their means."""
 
     @abstractmethod
     def base_repeats(self) -> list[Change]:
-        """What sets the engine's base model apart, along a lowering of the tokens that were read, without means."""
+        """Project the error of the engine's base model on a lowering of the tokens that were read, without means."""
 
     @abstractmethod
     def decoded(self) -> list[Change]:
-        """What greedy answers of the adapter change in the base model, from the second token on."""
+        """Return what greedy answers of the adapter change in the base model, from the second token on."""
 
     @abstractmethod
     def generated(self) -> Iterable[ComparedAnswer]:
@@ -249,7 +249,7 @@ class Evidence(ABC):
 
     @abstractmethod
     def mixed(self) -> Mapping[str, Sequence[Off]]:
-        """What sets answers in mixed batches apart from the same arm's alone; empty if there are none."""
+        """Return the differences of answers in mixed batches from the same arm's alone; empty if there are none."""
 
     @abstractmethod
     def rounding(self, number_format: str) -> float:

@@ -105,7 +105,7 @@ def some_are_base(case: Case) -> Split | None:
 
 
 def sources(answers: Sequence[Change]) -> list[Mapping[str, str]]:
-    """What the responses of answers said of themselves."""
+    """Return the headers of the responses to answers."""
     return [each.source for each in answers]
 
 

@@ -1,4 +1,4 @@
-"""What the verdict depends on: every limit that several rules share, or that the documentation names."""
+"""Limits of the verdict: every one that several rules share, or that the documentation names."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ from loraover_serve.judge.search import SuspectedFault, suspects
 
 
 class RuleFinding(NamedTuple):
-    """What a rule found.
+    """Finding of a rule.
 
     Args:
         verdict: The verdict.
@@ -125,7 +125,7 @@ def judge(
 
 
 def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
-    """What a rule found, as fields of an engine's result."""
+    """Finding of a rule, as fields of an engine's result."""
     few = [each.counted for each in some_say_nothing(evidence.responses) if each.fault != found.fault]
     return {
         "verdict": found.verdict,
@@ -138,7 +138,7 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
 
 
 def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> RuleFinding:
-    """What a rule found; if the server says that it reads most chats as other tokens, their template is the fault."""
+    """Finding of a rule; if the server says that it reads most chats as other tokens, their template is the fault."""
     others = [each for each in chats or () if not each.is_same]
     if found.verdict != "differs" or found.fault not in (None, *OF_PROMPTS) or 2 * len(others) <= len(chats or ()):
         return found
@@ -154,7 +154,7 @@ OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, 
 
 
 def base_is_faulty(case: Case) -> RuleFinding | None:
-    """What sets the base model apart points in the direction of a fault."""
+    """Rule for a base model whose error points in the direction of a fault."""
     found = find_base_fault(case)
     if found is None:
         return None

@@ -85,7 +85,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Collector:
-    """One parity run.
+    """Parity run.
 
     Args:
         request: The arguments of the run.
@@ -155,7 +155,7 @@ class Collector:
                 self._measure_memory(kind, self._logged(f"{name}-memory"), measured)
 
     def _logged(self, name: str) -> Setting:
-        """What an engine is started with, with a log of this name."""
+        """Return the settings with which an engine is started, with a log of this name."""
         return replace(self.setting, log=self.setting.log.with_name(f"{name}.log"))
 
     @property

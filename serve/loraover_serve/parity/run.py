@@ -1,4 +1,4 @@
-"""One parity run, from its arguments to the report."""
+"""Parity run, from its arguments to the report."""
 
 from __future__ import annotations
 

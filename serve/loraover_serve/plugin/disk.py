@@ -25,7 +25,7 @@ HOLDS = "held"
 """Folder of the cache with a file for each prepared adapter that a server may read, which the server locks."""
 
 State = tuple[tuple[str, int, int, int, int, int], ...]
-"""What changes when a file of an adapter is written or replaced: name, device, inode, bytes, and times in ns."""
+"""Marks that change when a file of an adapter is written or replaced: name, device, inode, bytes, times in ns."""
 
 
 def state_of(folder: Path) -> State:

@@ -1,4 +1,4 @@
-"""What the plug-in does with names: find the adapter, have it prepared, and remember how that went."""
+"""Names of adapters in the plug-in: each is found and prepared, and the outcome remembered."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server's environment says.
+    """Settings from the server's environment.
 
     Args:
         adapters: Folder whose sub-folders are the adapters, by name.

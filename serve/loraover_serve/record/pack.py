@@ -89,7 +89,7 @@ def _floor(place: RecordedPlace, model: Expected, kept: int) -> int:
 
 
 def pack_variant(places: Sequence[RecordedPlace], model: Expected, start: Expected, questions: int) -> dict[str, Any]:
-    """What a faulty model changes, as characters on a scale that is fine near zero.
+    """Encode the changes by a faulty model as characters on a scale that is fine near zero.
 
     Args:
         places: The places of all questions.

@@ -1,4 +1,4 @@
-"""One recording, from its arguments to the file."""
+"""Recording, from its arguments to the file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MEASURED = 16  # questions on which rounding is measured
 
 
 class RecordReport(StrictModel):
-    """What was recorded."""
+    """Summary of a recording."""
 
     path: Path = Field(description="The file")
     size_bytes: int = Field(description="Its size, in bytes")
@@ -83,7 +83,7 @@ class RecordReport(StrictModel):
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a number format does to PyTorch's answers.
+    """Effect of a number format on PyTorch's answers.
 
     Args:
         distance: RMS distance of the base model's logprobs, in nats.

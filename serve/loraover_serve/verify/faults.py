@@ -146,7 +146,7 @@ def left_out(subject: RightAdapter) -> Iterator[FaultyAdapter]:
 
 
 def misplaced(subject: RightAdapter) -> Iterator[FaultyAdapter]:
-    """One layer of the adapter is missing, or two neighbours are swapped."""
+    """Faults of layers: one layer of the adapter is missing, or two neighbours are swapped."""
     layers: dict[int, dict[str, LowRankChange]] = {}
     for module, delta in subject.deltas.items():
         number = LAYER.search(module)

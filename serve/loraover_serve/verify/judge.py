@@ -21,7 +21,7 @@ from loraover_serve.verify.variants import Variants
 
 @dataclass(frozen=True)
 class EngineJudge:
-    """What engines are judged by.
+    """Models and settings by which engines are judged.
 
     Args:
         reference: PyTorch's answers.

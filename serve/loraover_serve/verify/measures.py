@@ -29,7 +29,7 @@ def measure(row: Row, change: Floats, direction: Floats) -> Change:
 def between_arms(
     pairs: Iterable[tuple[Row, Row]], base: Expected, model: Expected, start: Expected | None = None
 ) -> list[Change]:
-    """What an engine's adapter changes beyond what one model does, along what leads from there to another model.
+    """Project what an engine's adapter changes beyond one model on the direction from there to another model.
 
     Args:
         pairs: The engine's rows of the base model and of the adapter, with the same tokens.
@@ -47,7 +47,7 @@ def between_arms(
 
 
 def off(rows: Rows, expected: Expected) -> list[Off]:
-    """What sets rows apart from PyTorch's, where it was run.
+    """Return the differences of rows from PyTorch's, where it was run.
 
     Args:
         rows: An engine's logprobs.
@@ -87,6 +87,6 @@ def shared_difference(one: Row, other: Row) -> Floats:
 
 
 def mixed_off(together: Rows, alone: Rows) -> list[Off]:
-    """What sets answers that were sent together apart from those that were sent alone, at the places of both."""
+    """Return the differences of answers sent together from those sent alone, at the places of both."""
     by_place = {row.place: row for row in alone}
     return [summed(row, shared_difference(row, by_place[row.place])) for row in together if row.place in by_place]

@@ -76,7 +76,7 @@ class GreedyAgreement(StrictModel):
 
 
 class Suspect(StrictModel):
-    """One fault, as PyTorch computes it, beside the engine's answers."""
+    """Fault as PyTorch computes it, beside the engine's answers."""
 
     fault: str = Field(description="Name of the fault")
     detail: str = Field(description="The fault in words")

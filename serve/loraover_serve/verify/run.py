@@ -1,4 +1,4 @@
-"""One verification, from its arguments to the report."""
+"""Verification, from its arguments to the report."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _read(request: VerifyRequest, scratch: Path) -> AdapterDir:
 
 
 def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longest: int) -> Setting:
-    """What engines are started with, but for the folders of each."""
+    """Return the settings with which engines are started, without the folders of each."""
     assert request.adapter is not None
     server = None
     if request.endpoint is not None:

@@ -53,7 +53,7 @@ class ServerRequest(Request):
     """Arguments of every verb that starts vLLM."""
 
     refused: ClassVar[Mapping[str, str]] = SET_BY_SERVE
-    """What to do instead of giving an option of `vllm serve`, by its name."""
+    """Advice in place of an option of `vllm serve`, by the option's name."""
 
     model: AnyName | None = option(
         "Base model, folder or hub name.", default=None, default_text="the base model that the adapters name"

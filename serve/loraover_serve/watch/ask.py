@@ -1,4 +1,4 @@
-"""One check of an adapter on a server, by its reference."""
+"""Check of an adapter on a server, by its reference."""
 
 from __future__ import annotations
 

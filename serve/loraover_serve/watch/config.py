@@ -74,7 +74,7 @@ class WatchConfig(StrictModel):
 
 @dataclass(frozen=True)
 class WatchTarget:
-    """One adapter on one server.
+    """Adapter on a server.
 
     Args:
         server: The server.

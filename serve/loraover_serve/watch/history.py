@@ -19,7 +19,7 @@ WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """Check in a watch's history.
 
     Args:
         server: Name of the server.
@@ -56,7 +56,7 @@ class Check:
 
     @property
     def shown(self) -> tuple[str, str | None]:
-        """What a change is a change of."""
+        """Fields of which a difference counts as a change."""
         return self.verdict, self.fault
 
 

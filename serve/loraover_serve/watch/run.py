@@ -17,7 +17,7 @@ from loraover_serve.watch.service import Watch, serving, signals
 
 
 class WatchReport(StrictModel):
-    """What a watch found at its end."""
+    """Findings of a watch at its end."""
 
     checks: list[Check] = Field(description="Last check of each adapter on each server, in the order of the file")
 

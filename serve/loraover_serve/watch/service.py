@@ -120,7 +120,7 @@ def _named(check: Check) -> str:
 
 
 def _state(request: WatchRequest) -> tuple[int, ...]:
-    """What changes when the configuration is written or replaced."""
+    """Marks of the configuration's file that change when it is written or replaced."""
     try:
         found = request.config.stat()
     except OSError:

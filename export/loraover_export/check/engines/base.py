@@ -1,4 +1,4 @@
-"""What every engine supplies: a reading of both forms, the command that writes the second, and the writing itself."""
+"""Port of the engines: a reading of both forms, the command that writes the second, and the writing itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loraover_export.check.subject import Subject
 
 @dataclass(frozen=True)
 class Reaction:
-    """What an engine does with an adapter that has a feature.
+    """Reaction of an engine to an adapter that has a feature.
 
     Args:
         level: Whether it refuses the adapter, applies it wrongly without a message, or neither.
@@ -60,7 +60,7 @@ ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class Target:
-    """What an adapter is prepared for.
+    """Purpose for which an adapter is prepared.
 
     Args:
         engine: Name of the engine.
@@ -77,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote.
+    """Result of an export.
 
     Args:
         name: Name of what the engine loads, in the folder.
@@ -95,7 +95,7 @@ class Written:
 
 
 class EngineRules(ABC):
-    """What one engine does with adapters, and how adapters are written for it.
+    """Rules of an engine: its treatment of adapters, and the writing of adapters for it.
 
     Args:
         reader: Program that reads the adapter, with the release whose sources or runs the reactions come from.

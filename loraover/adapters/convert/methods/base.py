@@ -1,4 +1,4 @@
-"""What each kind of adapter supplies: its tensors, the fields of its configuration, and the delta of a module."""
+"""Port of the kinds of adapters: tensors, fields of the configuration, and the delta of a module."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Place:
 
 
 class ConversionMethod(ABC, Generic[Config]):
-    """One kind of adapter.
+    """Kind of adapter.
 
     Attributes:
         config: Class of its configuration.

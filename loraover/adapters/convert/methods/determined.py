@@ -1,4 +1,4 @@
-"""What another machine may find, where PEFT computes a part of an adapter in float32 whenever it loads it."""
+"""Bounds for adapters of which PEFT computes a part in float32 at each loading, so that machines can differ."""
 
 from __future__ import annotations
 

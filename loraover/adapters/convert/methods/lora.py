@@ -153,7 +153,7 @@ def _indices(module: Module[LoraFields]) -> list[int]:
 
 
 class _Start(NamedTuple):
-    """What PEFT takes out of the base weight.
+    """Product that PEFT takes out of the base weight.
 
     Args:
         b: s B_0.

@@ -31,7 +31,7 @@ QUANTILE_NAMES = tuple(f"p{100 * q:g}" for q in QUANTILES)
 
 
 class Result(StrictModel):
-    """One measure of one arm, compared with the vanilla adapter (the baseline)."""
+    """Measure of an arm, compared with the vanilla adapter (the baseline)."""
 
     engine: str
     concurrency: int

@@ -38,7 +38,7 @@ LARGEST = 700.0  # a logarithm whose exponential is still finite
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of two arms.
+    """Measure of two arms.
 
     Args:
         mean: Mean of d, the log of the ratio of geometric means, second arm to first.

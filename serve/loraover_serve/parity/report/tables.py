@@ -14,7 +14,7 @@ GIB, UNBOUNDED = 2**30, 1000.0
 
 
 def arms_table(report: ParityReport) -> Table:
-    """What each arm is."""
+    """Descriptions of the arms."""
     others = ", ".join(place for name, place in report.adapters.items() if name.startswith("adapter"))
     meanings = {
         FOLDED: f"the folded adapter, which the verdict is about: {report.adapters.get(FOLDED)}",

@@ -49,7 +49,7 @@ class AskedOnce(NamedTuple):
 
 @dataclass
 class ServerAnswers:
-    """What a server answered.
+    """Answers of a server.
 
     Args:
         base: Logprobs of the base model.
