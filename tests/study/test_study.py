@@ -79,7 +79,7 @@ def test_a_study_that_was_killed_is_finished(killed: Path) -> None:
     assert over.step_norm is not None
     assert over.peak_bytes is not None
     assert over.peak_bytes > 2**27
-    assert report.words[0].startswith("words: lora-over ")
+    assert report.words[0].startswith("words: lora-over's loss is lower ")
 
 
 def test_the_report_can_be_made_again_and_is_the_same(killed: Path, recipe: Path) -> None:

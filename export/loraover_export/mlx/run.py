@@ -46,9 +46,9 @@ def export_mlx(request: MlxRequest) -> MlxReport:
     left_out = refuse_or_leave_out(adapter, target)
     with publish_directory(request.output, outside=request.source, replace=request.force) as draft:
         report = _write(request, adapter, target, draft, left_out)
+        keep_chat_template(request.source, draft)
         report = report.keep(draft / CERTIFICATE_FILE)
         (draft / "README.md").write_text(_card(request, target, report), encoding="utf-8")
-        keep_chat_template(request.source, draft)
         keep_reference(request.source, draft, request.report.line, (CONFIG_FILE, TENSORS_FILE))
     return report
 

@@ -11,7 +11,7 @@ from typing import final
 from loraover_export.check.engines.base import CORES, NOT_NUMBERS, command, note, react, refused, silent
 from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.features import initialisation, quantised_base
-from loraover_export.check.older_names import older_names
+from loraover_export.check.older_names import joins_experts, older_names
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
 
@@ -72,8 +72,9 @@ class TorchRules(UniformRules):
             yield Finding(feature="initialisation", level="refused", found=text)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        if not subject.has_cores:  # the fold keeps all that PEFT reads
-            yield from uniform_form(subject)
+        for found in () if subject.has_cores else uniform_form(subject):  # the fold keeps all that PEFT reads
+            if found.feature != "experts" or not joins_experts(subject):
+                yield found
 
     def export(self, subject: Subject) -> str:
         if subject.has_cores:
