@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import loraover_serve
 from loraover_serve.plugin.settings import ADAPTERS, RefusedError, Settings
 
 logger = logging.getLogger("vllm.loraover")
@@ -132,7 +131,7 @@ async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str
 
 def _environment() -> dict[str, str]:
     """Return the worker's environment: no GPU, none of the plug-in's own, and this package."""
-    root = str(Path(loraover_serve.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     given = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
     return {name: value for name, value in os.environ.items() if name != ADAPTERS} | given
