@@ -230,12 +230,20 @@ class Endpoint:
     def exchange(
         self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None, text: Sequence[str] = ()
     ) -> tuple[Any, dict[str, str]]:
-        """As `request`, with the answer's headers by their names in small letters, but for cookies.
+        """Send a request as `request` does, and return the answer with its headers.
 
-        If the keys of a text are given, that is what is returned of the answer.
+        A request that the server refuses because of its rate limit is sent again later. Until it is answered, the
+        other requests wait. The time that a request waits for others does not count towards its own time-out.
 
-        A request that the server's limit refuses holds back the others until it is answered, and the time for which it
-        was held back itself does not count.
+        Args:
+            path: Path of the request.
+            body: JSON to send; None sends a GET request.
+            timeout_s: Seconds to wait for the answer; None: those of the endpoint.
+            text: Keys that lead to a text in the answer; if they are given, the text is returned in place of the
+                answer.
+
+        Returns:
+            The answer, and its headers without cookies, by their names in small letters.
         """
         longest = min(self._timeout_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
         with self._turn:

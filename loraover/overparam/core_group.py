@@ -20,12 +20,14 @@ from loraover.overparam.sites import Site, write_matrices
 
 
 class CoreGroup:
-    """The cores of G sites of one shape that got their cores together.
+    """Cores of G sites that have one shape and got their cores at the same step.
 
-    For each core k there is one contiguous tensor of shape (G, p_k, q_k); a core that c neighbouring sites share has
-    (G / c, p_k, q_k). The optimizer sees each trained stack as one nn.Parameter if it updates every number by itself
-    and all sites have the same history (`join`). Otherwise it sees one nn.Parameter for each site and core, which is a
-    view into the stack (`split`).
+    Core k of all sites is one contiguous tensor, the stack, of shape (G, p_k, q_k). If c neighbouring sites share a
+    core, its stack has the shape (G / c, p_k, q_k).
+
+    The optimizer sees a trained stack as one nn.Parameter (`join`) if it updates each number independently of the
+    others and if all sites have the same history. Otherwise it sees one nn.Parameter for each site and core (`split`),
+    which is a view into the stack.
 
     Args:
         sites: Sites of one shape, device and dtype.

@@ -45,9 +45,9 @@ class Table:
     Args:
         columns: Names of the columns.
         rows: Cells, which are escaped.
-        words: Columns of words, which begin at the left; numbers end at the right.
-        long: Those of the columns of words whose texts take several lines where there is little room.
-        verdicts: Those of the columns of words whose cells are verdicts, in the colours of these.
+        words: Names of the columns that hold words. They are aligned left, and columns of numbers right.
+        long: Names of the columns whose texts may take several lines where there is little room.
+        verdicts: Names of the columns that hold verdicts, which are coloured.
     """
 
     columns: Sequence[str]

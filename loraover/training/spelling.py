@@ -154,7 +154,7 @@ def _changed(row: Row, part: str | None, text: str) -> Iterator[tuple[str, Row]]
 
 
 def _otherwise(message: Row, text: str, others: str) -> Iterator[tuple[str, Row]]:
-    """Yield what a template may leave out of a message, with the message without it or with something else."""
+    """Yield each part of a message that a template may leave out: its name, and the message with that part changed."""
     calls = message.get("tool_calls") or ()
     for k in range(len(calls)):
         yield "a call of a tool", message | {"tool_calls": [*calls[:k], *calls[k + 1 :]] or None}

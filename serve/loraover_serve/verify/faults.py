@@ -196,7 +196,7 @@ FAULTS: tuple[Callable[[RightAdapter], Iterator[FaultyAdapter]], ...] = (
 )
 """The faults that PyTorch runs; a new one is a function above and a name here.
 
-That nothing is applied is the base model itself, which needs no run."""
+An adapter that is not applied at all gives the base model, which has been run already."""
 
 
 def rescaled(subject: RightAdapter, factor: float) -> Deltas:

@@ -27,7 +27,7 @@ Rounding the weights to bfloat16 moves it by about as much. It keeps modules tha
 
 
 def determined(module: Module[Any], delta: LowRank, apart: float, size: float, reason: str) -> LowRank:
-    """Return a delta_W, if enough of it is known without the machine that trained it.
+    """Return a delta_W, unless it depends too much on the machine that trained it.
 
     Args:
         module: The module.
