@@ -66,6 +66,14 @@ def test_lines_and_functions_are_counted(house: Any, modules: list[Any]) -> None
     assert [text.split()[0] for text in house.riddles(near)] == ["That"]
 
 
+def test_words_that_commands_write_are_not_counted(house: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("two words <!-- begin one -->\n| 1 |\n<!-- end one --> three <!-- begin two -->")
+    (tmp_path / "compatibility.md").write_text("written whole")
+    assert [page.split() for page in house.own_words(tmp_path)] == [
+        ["two", "words", "three", "<!--", "begin", "two", "-->"]
+    ]
+
+
 def test_importers_are_found_by_statements_and_tables(house: Any, modules: list[Any]) -> None:
     found = house.importers(modules)
     assert found["made.lower.near"] == {"made.upper.far"}
