@@ -13,7 +13,7 @@ from loraover.adapters.logits.judge import CheckVerdict
 from loraover.reporting.html_page import Page, in_sentences
 from loraover.reporting.palette import BAD, GOOD, GROUNDS, INKS, OPEN, PALETTE, tone_of
 from loraover_export.check import report as check
-from loraover_export.fleet import row as fleet
+from loraover_export.prepare import report as fleet
 from loraover_serve.judge import limits
 from loraover_serve.parity.report.parity_report import EngineVerdict
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.attest.run import attest_adapter as attest_adapter
     from loraover_export.check.report import CheckReport as CheckReport
     from loraover_export.check.run import check_adapter as check_adapter
-    from loraover_export.fleet.row import FleetReport as FleetReport
-    from loraover_export.fleet.run import check_fleet as check_fleet
-    from loraover_export.fleet.run import prepare_fleet as prepare_fleet
     from loraover_export.fold.certificate import FoldCertificate as FoldCertificate
     from loraover_export.fold.run import fold_checkpoint as fold_checkpoint
     from loraover_export.gguf.report import GgufReport as GgufReport
@@ -30,7 +27,10 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.mlx.run import export_mlx as export_mlx
     from loraover_export.onnx.report import OnnxReport as OnnxReport
     from loraover_export.onnx.run import export_onnx as export_onnx
-    from loraover_export.prepare.prepared import PreparedAdapter as PreparedAdapter
+    from loraover_export.prepare.cache import PreparedAdapter as PreparedAdapter
+    from loraover_export.prepare.fleet import check_fleet as check_fleet
+    from loraover_export.prepare.fleet import prepare_fleet as prepare_fleet
+    from loraover_export.prepare.report import FleetReport as FleetReport
     from loraover_export.prepare.run import prepare_adapter as prepare_adapter
     from loraover_export.vllm.preflight import Preflight as Preflight
     from loraover_export.vllm.report import VllmCertificate as VllmCertificate
@@ -43,7 +43,7 @@ _HOMES = {
     "CheckReport": "loraover_export.check.report",
     "ConvertReport": "loraover.adapters.convert.report",
     "DiffReport": "loraover.adapters.combine.diff_report",
-    "FleetReport": "loraover_export.fleet.row",
+    "FleetReport": "loraover_export.prepare.report",
     "FoldCertificate": "loraover_export.fold.certificate",
     "GgufReport": "loraover_export.gguf.report",
     "LoraCertificate": "loraover.adapters.uniform.certificate",
@@ -51,12 +51,12 @@ _HOMES = {
     "MlxReport": "loraover_export.mlx.report",
     "OnnxReport": "loraover_export.onnx.report",
     "Preflight": "loraover_export.vllm.preflight",
-    "PreparedAdapter": "loraover_export.prepare.prepared",
+    "PreparedAdapter": "loraover_export.prepare.cache",
     "VllmCertificate": "loraover_export.vllm.report",
     "VllmReport": "loraover_export.vllm.report",
     "attest_adapter": "loraover_export.attest.run",
     "check_adapter": "loraover_export.check.run",
-    "check_fleet": "loraover_export.fleet.run",
+    "check_fleet": "loraover_export.prepare.fleet",
     "combine_adapters": "loraover.adapters.combine.combine",
     "convert_adapter": "loraover.adapters.convert.run",
     "diff_adapters": "loraover.adapters.combine.diff",
@@ -67,7 +67,7 @@ _HOMES = {
     "fold_checkpoint": "loraover_export.fold.run",
     "merge_adapter": "loraover_export.merge.run",
     "prepare_adapter": "loraover_export.prepare.run",
-    "prepare_fleet": "loraover_export.fleet.run",
+    "prepare_fleet": "loraover_export.prepare.fleet",
     "shrink_adapter": "loraover.adapters.combine.shrink",
 }
 

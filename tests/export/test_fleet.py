@@ -18,10 +18,8 @@ from loraover.checkpoint.source import read_source
 from loraover.common.command_line import run
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli
-from loraover_export.fleet.page import to_page
-from loraover_export.fleet.pool import each
-from loraover_export.fleet.row import FleetReport, FleetRow
-from loraover_export.fleet.run import check_fleet, prepare_fleet
+from loraover_export.prepare.fleet import check_fleet, each, prepare_fleet
+from loraover_export.prepare.report import FleetReport, FleetRow, to_page
 
 from support.chromium import chromium
 from support.killed_work import lost, square

@@ -10,8 +10,8 @@ import pytest
 
 from loraover.common.errors import OutputError
 from loraover_export import prepare_adapter
-from loraover_export.fleet.run import prepare_fleet
-from loraover_export.prepare.run import LOCKS
+from loraover_export.prepare.cache import LOCKS
+from loraover_export.prepare.fleet import prepare_fleet
 from loraover_serve.plugin.worker import answer_to
 
 from support.conversions import SOURCES, make_base, make_source

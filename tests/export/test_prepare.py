@@ -26,8 +26,7 @@ from loraover_export import check_adapter, prepare_adapter
 from loraover_export.check.engines import ENGINES
 from loraover_export.check.engines.base import Target, Written
 from loraover_export.check.engines.vllm import UniformRules, VllmRules
-from loraover_export.prepare import run
-from loraover_export.prepare.prepared import Record
+from loraover_export.prepare.cache import LOCKS, Record
 
 from support.conversions import SINGLE, Source, make_source
 from support.make_checkpoint import SERVABLE, edit_json, edit_tensors, make_checkpoint
@@ -189,20 +188,18 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[LoraOverError], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_that_lies_in_the_adapter_is_remembered(
-    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_that_lies_in_the_adapter_is_remembered(name: str, folder: Path, tmp_path: Path) -> None:
     change, options, kind, message = REFUSED[name]
     source = shutil.copytree(folder / "plain", tmp_path / "in")
     change(source)
     with pytest.raises(kind, match=message) as first:
         prepare_adapter(source, tmp_path / "cache", model=folder / "base", **options)
-    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.name != run.LOCKS] == [".json"]
-    monkeypatch.setattr(run, "_publish", lambda *_: pytest.fail("it was tried again"))
+    (refused,) = [path for path in (tmp_path / "cache").iterdir() if path.name != LOCKS]
+    edit_json(refused, lambda refusal: refusal.update(message=f"{refusal['message']} It is remembered."))
     moved = source.rename(tmp_path / "moved")
     with pytest.raises(kind) as second:
         prepare_adapter(moved, tmp_path / "cache", model=folder / "base", **options)
-    assert str(second.value) == str(first.value).replace(str(source), str(moved))
+    assert str(second.value) == f"{first.value} It is remembered.".replace(str(source), str(moved))
 
 
 def test_a_lost_base_is_not_remembered(folder: Path, tmp_path: Path) -> None:
@@ -216,7 +213,7 @@ def test_a_lost_base_is_not_remembered(folder: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="NaN"):
         prepare_adapter(folder / "pissa", tmp_path / "cache", model=base)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [run.LOCKS]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [LOCKS]
     weights.replace(base / "model.safetensors")
     assert prepare_adapter(folder / "pissa", tmp_path / "cache", model=base).done == "converted"
 
@@ -225,23 +222,23 @@ def test_a_file_that_could_not_be_read_is_not_remembered(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stale handle of NFS, or too many open files, says nothing about the adapter."""
+    readable = Path.open
 
-    def fail_once(*arguments: Any) -> Any:
+    def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
         def stale(path: Path, *words: Any, **more: Any) -> Any:
-            if path.parent != folder / "plain":
+            if path.parent != plain:
                 return readable(path, *words, **more)
             reading.undo()
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
         with monkeypatch.context() as reading:
             reading.setattr(Path, "open", stale)
-            return as_lora(*arguments)
+            return UniformRules.write(rules, plain, draft, target)
 
-    readable, as_lora = Path.open, run._as_lora
-    monkeypatch.setattr(run, "_as_lora", fail_once)
-    with pytest.raises(CheckpointError, match=r"plain.*cannot be read: Stale"):
-        prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base")
-    monkeypatch.setattr(run, "_as_lora", as_lora)
+    with monkeypatch.context() as engine:
+        engine.setattr(VllmRules, "write", write)
+        with pytest.raises(CheckpointError, match=r"plain.*cannot be read: Stale"):
+            prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base")
     assert prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base").done == "rewritten"
 
 
@@ -259,7 +256,7 @@ def test_files_that_change_meanwhile_leave_nothing(
     monkeypatch.setattr(VllmRules, "write", write)
     with pytest.raises(CheckpointError, match="changed while they were read"):
         prepare_adapter(source, tmp_path / "cache", model=folder / "base")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [run.LOCKS]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [LOCKS]
 
 
 def test_many_callers_make_each_adapter_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,13 @@ PREPARING = (
     ),
     Mutant(
         "prepare-key-without-weights",
-        "opened = open_base(base, files, may_be_quantised=True) if _reads_weights(source) else None",
-        "opened = None",
+        "    if reads_weights:\n",
+        "    if False:\n",
         Selection("test_prepare.py", "key_is_of"),
     ),
     Mutant(
         "prepare-without-a-lock",
-        "held.enter_context(hold_lock(cache / LOCKS / digest, wait=True))",
+        "held.enter_context(hold_lock(locks / folder.name, wait=True))",
         "pass",
         Selection("test_prepare.py", "many_callers"),
     ),

@@ -11,10 +11,10 @@ from loraover.common.command_line import quiet_libraries
 from loraover.reporting.request_command import Reporting, request_command
 from loraover.sources.verb import perform
 from loraover_export.check.request import CheckRequest
-from loraover_export.fleet.request import FleetCheckRequest, FleetRequest, PrepareRequest
+from loraover_export.prepare.request import FleetCheckRequest, FleetRequest, PrepareRequest
 
 if TYPE_CHECKING:
-    from loraover_export.fleet.row import FleetReport, FleetRow
+    from loraover_export.prepare.report import FleetReport, FleetRow
 
 ONE = Reporting(
     "loraover_export.check.request:CheckRequest",
@@ -35,7 +35,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
     from rich.console import Console
 
     from loraover.reporting.reporter import ConsoleReporter
-    from loraover_export.fleet.show import show_report, show_row
+    from loraover_export.prepare.report import show_report, show_row
 
     quiet_libraries()
     console = Console(stderr=as_json)
@@ -46,7 +46,7 @@ def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
             print(row.model_dump_json(), flush=True)
 
     report: FleetReport = perform(
-        imported(f"loraover_export.fleet.run:{function}"),
+        imported(f"loraover_export.prepare.fleet:{function}"),
         replace(request, report=ConsoleReporter(console), receive=receive),
     )
     show_report(report, console)

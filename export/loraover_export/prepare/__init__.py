@@ -1,1 +1,1 @@
-"""Any adapter in the form that an engine loads, made once and kept in a cache by a digest of its sources."""
+"""Adapters of any kind in the form that an engine loads, one or many, made once and kept in a cache."""

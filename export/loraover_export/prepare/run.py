@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
-
-from pydantic import BaseModel
 
 from loraover.adapters.convert.need import named_base, why_convert
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
-from loraover.adapters.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate, record_source
+from loraover.adapters.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.carried_reference import misfit
 from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
@@ -24,17 +19,23 @@ from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
-from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
-from loraover.common.file_lock import hold_lock
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError
 from loraover.common.later import has_torch
 from loraover.common.request import as_written
-from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.check.engines import ENGINES, engine_of
 from loraover_export.check.engines.base import ADAPTER, Target, Written
-from loraover_export.prepare.key import digest_of, file_states
-from loraover_export.prepare.prepared import RECORD_FILE, Done, PreparedAdapter, Record
-from loraover_export.prepare.refusal import Refusal, refusal_of, remember
+from loraover_export.prepare.cache import (
+    RECORD_FILE,
+    Done,
+    PreparedAdapter,
+    Record,
+    digest_of,
+    file_states,
+    locked,
+    look_up,
+    remembered,
+)
 
 if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
     for _place in (
@@ -46,11 +47,6 @@ if has_torch():  # a base installation prepares plain LoRAs only; threads must n
         "loraover_export.vllm.run",
     ):
         import_module(_place)
-
-Contents = TypeVar("Contents", bound=BaseModel)
-
-LOCKS = "locks"
-"""Folder of the cache with a lock for each key that is or was being made."""
 
 
 @dataclass(frozen=True)
@@ -112,34 +108,22 @@ def prepare_adapter(
         OutputError: A cache that cannot be written.
     """
     started = perf_counter()
-    source, cache = Path(source).absolute(), Path(cache).absolute()
+    source, folder = Path(source).absolute(), Path(cache).absolute()
     target = Target(engine, str(model), dtype, engine_version)
     ranks = _checked(target, max_lora_rank, approximate_to_rank)
-    base = _resolve(source, target)
+    trained, name = named_base(source), engine_of(engine).base(target.model)
+    base = resolve_model(name, trained.revision if trained.base_model_name_or_path == name else None)
     states = file_states(source)
     read = [*engine_of(engine).files(target.model), source / REFERENCE_FILE, source / TEMPLATE_FILE]
-    digest = digest_of(source, base, asdict(target) | asdict(ranks), read)
-    folder, refused = cache / digest, cache / f"{digest}.refused.json"
-    found = _look_up(folder, refused, source)
+    folder /= digest_of(source, base, asdict(target) | asdict(ranks), read)
+    found = look_up(folder, source)
     if found is not None:
         return found.opened(folder, perf_counter() - started, cached=True)
-    with _locked(cache, digest):
-        found = _look_up(folder, refused, source)  # another process made it meanwhile
-        with _remembered(source, states, refused):
-            record = found or _publish(source, base, target, ranks, digest, folder, states, started)
+    with locked(folder):
+        found = look_up(folder, source)  # another process made it meanwhile
+        with remembered(folder, source, states):
+            record = found or _publish(source, base, target, ranks, folder, states, started)
     return record.opened(folder, perf_counter() - started, cached=found is not None)
-
-
-@contextmanager
-def _remembered(source: Path, states: dict[str, tuple[int, ...]], refused: Path) -> Iterator[None]:
-    """Remember what a block raises about an adapter, unless the adapter's files have changed since."""
-    try:
-        yield
-    except LoraOverError as error:
-        if file_states(source) == states and record_source(source).sha256.keys() == states.keys():
-            with suppress(OutputError):  # a full disk must not hide what is wrong with the adapter
-                remember(error, source, refused)
-        raise
 
 
 def _checked(target: Target, max_lora_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
@@ -159,65 +143,41 @@ def _checked(target: Target, max_lora_rank: int | None, approximate_to_rank: int
     return RankLimits(largest, approximate_to_rank)
 
 
-def _resolve(source: Path, target: Target) -> ModelSource:
-    """Return the base model, at the revision that the adapter names if it names this model."""
-    trained, name = named_base(source), engine_of(target.engine).base(target.model)
-    revision = trained.revision if trained.base_model_name_or_path == name else None
-    return resolve_model(name, *([] if revision is None else [revision]))
-
-
-def _look_up(folder: Path, refused: Path, source: Path) -> Record | None:
-    """Return the record of a prepared adapter, or raise its refusal; None if there is neither, or a damaged one."""
-    record, refusal = _read(folder / RECORD_FILE, Record), _read(refused, Refusal)
-    if record is not None and (folder / record.adapter).exists():
-        return record
-    if refusal is not None:
-        raise refusal.raised(source)
-    return None
-
-
-def _read(path: Path, contents: type[Contents]) -> Contents | None:
-    """Return what a file of the cache holds; None if it is missing or damaged, so that it is made again."""
-    try:
-        return read_json(path, contents)
-    except CheckpointError:
-        return None
-
-
-@contextmanager
-def _locked(cache: Path, digest: str) -> Iterator[None]:
-    """Hold the lock of a key for a block, after any other process that makes the same adapter."""
-    with ExitStack() as held:
-        try:
-            (cache / LOCKS).mkdir(parents=True, exist_ok=True)
-            held.enter_context(hold_lock(cache / LOCKS / digest, wait=True))
-        except OSError as error:
-            raise OutputError(
-                f"cache {cache}: cannot be written: {error.strerror or error}; choose another folder or free space."
-            ) from error
-        yield
-
-
 def _publish(
     source: Path,
     base: ModelSource,
     target: Target,
     ranks: RankLimits,
-    digest: str,
     folder: Path,
-    states: dict[str, tuple[int, ...]],
+    states: Mapping[str, tuple[int, ...]],
     started: float,
 ) -> Record:
+    """Make an adapter's plain LoRA, write it for the engine, and publish both certificates with a record of it."""
     with publish_directory(folder, outside=source, replace=folder.exists()) as draft:  # a damaged one, under its lock
+        between = (draft / "folded", draft / "converted")
         try:
-            plain, conversion = _as_lora(source, base, target, ranks, draft)
+            plain, conversion = _as_lora(source, base, target, ranks, *between)
+            if conversion is not None:
+                if not conversion.passed:
+                    raise ExportError(
+                        f"{plain}: the certificate of its conversion failed; choose a wider dtype, such as fp32."
+                    )
+                (plain / CERTIFICATE_FILE).rename(draft / CONVERSION_FILE)
             written = engine_of(target.engine).write(plain, draft, target)
-            _check_matrices(plain, written.matrices)
+            wrong = [matrix.name for matrix in written.matrices if not matrix.passed]
+            if wrong:
+                raise FoldError(
+                    f"{plain}: {len(wrong)} of {len(written.matrices)} written matrices are outside their bounds, the "
+                    f"first of them {wrong[0]}; choose a wider data type, such as fp32."
+                )
         except LoraOverError as error:
-            raise refusal_of(error, source, draft) from error.__cause__
-        record = _record(source, digest, target, written, conversion, perf_counter() - started)
-        for left in ("folded", "converted"):
-            shutil.rmtree(draft / left, ignore_errors=True)
+            message = str(error)
+            for gone in between:  # which nobody finds any more
+                message = message.replace(str(gone), str(source))
+            raise (error if message == str(error) else type(error)(message)) from error.__cause__
+        record = _record(source, folder.name, target, written, conversion, perf_counter() - started)
+        for gone in between:
+            shutil.rmtree(gone, ignore_errors=True)
         (draft / ADAPTER / "README.md").unlink(missing_ok=True)  # its command line names the draft
         (draft / RECORD_FILE).write_text(record.model_dump_json(indent=1) + "\n")
         if file_states(source) != states:
@@ -225,48 +185,30 @@ def _publish(
     return record
 
 
-def _check_matrices(source: Path, matrices: list[MatrixCertificate]) -> None:
-    """Refuse what was written of an adapter where a matrix is outside its bound."""
-    wrong = [matrix.name for matrix in matrices if not matrix.passed]
-    if wrong:
-        raise FoldError(
-            f"{source}: {len(wrong)} of {len(matrices)} written matrices are outside their bounds, the first of them "
-            f"{wrong[0]}; choose a wider data type, such as fp32."
-        )
-
-
 def _as_lora(
-    source: Path, base: ModelSource, target: Target, ranks: RankLimits, draft: Path
+    source: Path, base: ModelSource, target: Target, ranks: RankLimits, folded: Path, converted: Path
 ) -> tuple[Path, LoraCertificate | None]:
     """Return the folder of an adapter that the export takes, and the certificate of a conversion if there was one."""
     reason = why_convert(source, read_facts(base).shapes())
-    if reason is not None:
-        return _converted(source, target, ranks, draft, reason)
-    rank = read_source(source).rank
-    if ranks.largest is None or rank <= ranks.largest:
-        return source, None
-    from loraover.adapters.combine.shrink import shrink_adapter
+    if reason is None:
+        rank = read_source(source).rank
+        if ranks.largest is None or rank <= ranks.largest:
+            return source, None
+        from loraover.adapters.combine.shrink import shrink_adapter
 
-    shrunk = draft / "converted"
-    certificate = shrink_adapter(source, shrunk, rank=_approximation(source, rank, target, ranks), dtype=target.dtype)
-    return shrunk, _kept(certificate, shrunk, draft)
-
-
-def _converted(
-    source: Path, target: Target, ranks: RankLimits, draft: Path, reason: str
-) -> tuple[Path, LoraCertificate | None]:
+        allowed = _approximation(source, rank, target, ranks)
+        return converted, shrink_adapter(source, converted, rank=allowed, dtype=target.dtype)
     from loraover.adapters.convert.approximate import FullRankError
     from loraover.adapters.convert.run import convert_adapter
 
-    plain, output = source, draft / "converted"
+    plain = source
     if (source / META_FILE).is_file():
         from loraover_export.fold.run import fold_checkpoint
 
-        plain = draft / "folded"
+        plain = folded
         fold_checkpoint(source, plain)
-    convert = partial(
-        convert_adapter, plain, output, model=engine_of(target.engine).base(target.model), dtype=target.dtype
-    )
+    model = engine_of(target.engine).base(target.model)
+    convert = partial(convert_adapter, plain, converted, model=model, dtype=target.dtype)
     try:
         report = convert()
     except FullRankError as error:
@@ -279,17 +221,12 @@ def _converted(
         report = convert(approximate_to_rank=ranks.approximate)
     rank = report.certificate.rank
     if ranks.largest is not None and rank > ranks.largest:
-        allowed = _approximation(source, rank, target, ranks)
-        report = convert(approximate_to_rank=allowed, force=True)
-    return output, _kept(report.certificate, output, draft)
+        report = convert(approximate_to_rank=_approximation(source, rank, target, ranks), force=True)
+    return converted, report.certificate
 
 
 def _approximation(source: Path, rank: int, target: Target, ranks: RankLimits) -> int:
-    """Return the rank to approximate an adapter of a larger one to.
-
-    Raises:
-        ExportError: No approximation is allowed.
-    """
+    """Return the rank to approximate an adapter of a larger one to, or raise ExportError if none is allowed."""
     if ranks.approximate is None:
         fitting, option = max_lora_rank(rank), engine_of(target.engine).rank_option
         larger = "" if fitting is None or option is None else f"start it with {option} {fitting}, or "
@@ -300,41 +237,28 @@ def _approximation(source: Path, rank: int, target: Target, ranks: RankLimits) -
     return ranks.approximate
 
 
-def _kept(certificate: LoraCertificate, folder: Path, draft: Path) -> LoraCertificate:
-    """Keep the certificate of an intermediate result, which is removed."""
-    if not certificate.passed:
-        raise ExportError(f"{folder}: the certificate of its conversion failed; choose a wider dtype, such as fp32.")
-    (folder / CERTIFICATE_FILE).rename(draft / CONVERSION_FILE)
-    return certificate
-
-
 def _record(
     source: Path, digest: str, target: Target, written: Written, conversion: LoraCertificate | None, seconds: float
 ) -> Record:
     done: Done = "taken" if written.taken else "rewritten"
-    error = max(matrix.relative_error for matrix in written.matrices)
+    error, notes = max(matrix.relative_error for matrix in written.matrices), []
     if conversion is not None:
         is_exact = all(module.truncation_error == 0 for module in conversion.modules)
         done = "converted" if is_exact else "approximated"
         error = max(module.relative_error_bound for module in conversion.modules)
+        notes += conversion.notes
+    reference = source / REFERENCE_FILE
+    if reference.is_file():
+        reason = "it is that of the exact adapter" if done == "approximated" else misfit(reference)
+        notes += [] if reason is None else [f"the reference was left out: {reason}"]
     return Record(
         digest=digest,
         engine=target.engine,
         adapter=written.name,
         rank=written.rank,
         done=done,
-        notes=(*(() if conversion is None else conversion.notes), *_reference_notes(source, done)),
+        notes=tuple(notes),
         certificate=written.certificate if conversion is None else CONVERSION_FILE,
         error=error,
         seconds=seconds,
     )
-
-
-def _reference_notes(source: Path, done: Done) -> Iterator[str]:
-    """Yield why the adapter's reference was left out, if it was."""
-    reference = source / REFERENCE_FILE
-    if not reference.is_file():
-        return
-    reason = "it is that of the exact adapter" if done == "approximated" else misfit(reference)
-    if reason is not None:
-        yield f"the reference was left out: {reason}"

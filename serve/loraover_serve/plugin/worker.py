@@ -63,7 +63,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """
     from loraover.common.errors import LoraOverError
     from loraover_export import prepare_adapter
-    from loraover_export.prepare.prepared import RECORD_FILE
+    from loraover_export.prepare.cache import RECORD_FILE
 
     name, source = request.pop("hub", None), request.pop("source", None)
     try:

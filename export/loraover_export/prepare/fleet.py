@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from loraover.adapters.convert.source import read_peft_type
-from loraover.common.atomic_output import check_file_writable
+from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
 from loraover.common.extras import install, missing_package
 from loraover.common.later import has_torch
@@ -19,16 +23,16 @@ from loraover.sources.address import is_elsewhere
 from loraover.sources.fetch import Fetched, fetch_adapter
 from loraover.sources.verb import verb
 from loraover_export.check.engines import engine_of
-from loraover_export.fleet.page import write_page
-from loraover_export.fleet.pool import each
-from loraover_export.fleet.request import FleetCheckRequest, PrepareRequest
-from loraover_export.fleet.row import FleetReport, FleetRow, Verdict
+from loraover_export.prepare.report import FleetReport, FleetRow, to_page
+from loraover_export.prepare.request import FleetCheckRequest, PrepareRequest
 
 PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
 """Errors that say what is wrong with an adapter; others may not come again."""
 MINUTE_S = 60
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Examine = Callable[[Fetched, str], FleetRow]
 """Work on one adapter, given its folder and the text by which it was named, without secrets."""
@@ -52,13 +56,6 @@ def guarded(examine: Examine, source: str) -> FleetRow:
         reason = missing_package(error) or f"{type(error).__name__}: {without_secrets(str(error))}. Please report this."
         row = row.model_copy(update={"reason": reason})
     return row.model_copy(update={"seconds": perf_counter() - started})
-
-
-def killed(source: str) -> FleetRow:
-    """Return the row of an adapter whose process was killed."""
-    return _failed(
-        source, "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
-    )
 
 
 def _failed(source: str, reason: str = "") -> FleetRow:
@@ -110,13 +107,9 @@ def check_fleet(request: FleetCheckRequest) -> FleetReport:
 
 
 def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> FleetRow:
-    """Prepare one adapter, and return its row.
-
-    Raises:
-        LoraOverError: As `prepare_adapter` does.
-    """
+    """Prepare one adapter, and return its row; the errors are those of `prepare_adapter`."""
     from loraover.adapters.convert.need import named_base
-    from loraover_export.prepare.prepared import RECORD_FILE, Record
+    from loraover_export.prepare.cache import RECORD_FILE, Record
     from loraover_export.prepare.run import prepare_adapter
 
     config = named_base(fetched.folder)
@@ -140,11 +133,7 @@ def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None
 
 
 def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], model: str | None) -> FleetRow:
-    """Check one adapter, and return its row.
-
-    Raises:
-        LoraOverError: As `check_adapter` does.
-    """
+    """Check one adapter, and return its row; the errors are those of `check_adapter`."""
     from loraover_export.check.run import check_adapter
 
     report = check_adapter(fetched.folder, engines=engines, model=model)
@@ -165,31 +154,87 @@ def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], mode
         engines={check.engine: check.as_it_is.verdict for check in report.engines},
         exported={check.engine: check.by_us.verdict for check in report.engines},
     )
-    return row.model_copy(update={"verdict": _verdict(row)}) if report.passed else row
-
-
-def _verdict(row: FleetRow) -> Verdict:
-    """Return how an adapter is served by the engines, of which at least one is right on it."""
+    if not report.passed:
+        return row
     forms = {row.served(engine) for engine in row.engines}
-    return "right on some" if "in no form" in forms else "right as exported" if "as exported" in forms else "right"
+    verdict = "right on some" if "in no form" in forms else "right as exported" if "as exported" in forms else "right"
+    return row.model_copy(update={"verdict": verdict})
 
 
 def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path | None) -> FleetReport:
     sources, started = tuple(dict.fromkeys(request.sources)), perf_counter()
     if page is not None:
         check_file_writable(page, parents=True)
+    killed = "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
     rows: dict[str, FleetRow] = {}
     with request.report.task("adapters", len(sources)) as progress:
-        for source, row in each(partial(guarded, work), sources, request.jobs, killed):
+        for source, row in each(partial(guarded, work), sources, request.jobs, partial(_failed, reason=killed)):
             rows[source] = row
             progress(len(rows))
             left = (perf_counter() - started) / len(rows) * (len(sources) - len(rows))
-            request.receive(row, f"{len(rows)} of {len(sources)}, {_in_words(left)} left")
+            in_words = f"{left:.0f} s" if left < 2 * MINUTE_S else f"{left / MINUTE_S:.0f} min"
+            request.receive(row, f"{len(rows)} of {len(sources)}, {in_words} left")
     report = FleetReport(rows=[rows[source] for source in sources], seconds=perf_counter() - started)
     if page is not None:
-        write_page(report, page, request.command())
+        html = to_page(report, request.command()).html
+        publish_file(page, lambda draft: draft.write_text(html, encoding="utf-8"), parents=True)
     return report
 
 
-def _in_words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 2 * MINUTE_S else f"{seconds / MINUTE_S:.0f} min"
+def each(
+    work: Callable[[Item], Result], items: Iterable[Item], jobs: int, killed: Callable[[Item], Result]
+) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with its result, as soon as there is one.
+
+    A process that is killed, such as by a system without memory, takes the items of its pool along. These are tried
+    again one at a time, each in a process of its own, so that the one that kills it is known.
+
+    Args:
+        work: Function of an item, which can be sent to other processes.
+        items: Items of the work.
+        jobs: Number of processes; 1 means this process.
+        killed: Function that gives the result of an item whose process was killed.
+    """
+    if jobs == 1:
+        for item in items:
+            yield item, work(item)
+        return
+    waiting = deque(items)
+    while waiting:
+        lost: list[Item] = []
+        with _pool(min(jobs, len(waiting))) as pool:
+            yield from _until_broken(pool, work, waiting, jobs, lost)
+        for item in lost:
+            with _pool(1) as alone:
+                try:
+                    result = alone.submit(work, item).result()
+                except BrokenProcessPool:
+                    result = killed(item)
+            yield item, result
+
+
+def _until_broken(
+    pool: ProcessPoolExecutor, work: Callable[[Item], Result], waiting: deque[Item], jobs: int, lost: list[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Take items from `waiting` and yield their results; where the pool breaks, add those that were begun to `lost`."""
+    running: dict[Future[Result], Item] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            item = waiting.popleft()
+            try:
+                running[pool.submit(work, item)] = item
+            except BrokenProcessPool:
+                lost += [item, *running.values()]
+                return
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        broken = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
+        for future in done - {*broken}:
+            yield running.pop(future), future.result()
+        if broken:
+            lost += running.values()
+            return
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    """Return a pool of new processes: a copy of one that has threads, as PyTorch makes them, may hang."""
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))

@@ -1,1 +1,0 @@
-"""Many adapters at once: each is checked or prepared, and one that fails does not stop the others."""
