@@ -27,6 +27,10 @@ WRITTEN_PAGE = "compatibility.md"
 """Page of the docs that `make test-engines` writes; its words are not counted."""
 WRITTEN_PART = re.compile(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", re.DOTALL)
 """Part of a page that `make bench` writes; its words are not counted."""
+PATCHES = ("monkeypatch.setattr", "mock.patch", "patch.object")
+"""Functions that replace a name of a module or a class in a test."""
+PUBLIC = ("_asdict", "_replace", "_fields", "_getframe", "_exit")
+"""Names with an underscore that Python documents."""
 RIDDLES = ("What ", "One ", "Those ", "That ")
 """First words that name no noun; no docstring may begin with them."""
 
@@ -179,6 +183,24 @@ def riddles(module: Module) -> list[str]:
     return [text for text in found if text and text.startswith(RIDDLES)]
 
 
+def reaches_inside(test: Function) -> bool:
+    """Whether a test touches a private name of something else, or patches a name."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr) and node.attr not in PUBLIC:
+            if not isinstance(node.value, ast.Name) or node.value.id not in ("self", "cls", "os", "sys"):
+                return True
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(PATCHES):
+            return True
+    return False
+
+
+def reaching_tests(tests: Path) -> list[str]:
+    """Names of the tests that `reaches_inside` is true of."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in tests.rglob("test_*.py"))
+    found = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return [test.name for test in found if test.name.startswith("test_") and reaches_inside(test)]
+
+
 def own_words(docs: Path) -> Iterator[str]:
     """Text of each page of the docs, without what commands write."""
     for path in docs.rglob("*.md"):
@@ -203,6 +225,7 @@ def measure(root: Path = ROOT) -> dict[str, str]:
         "modules named in texts where an import is forbidden": f"{len(upward(modules, read_layers(root)))}",
         "docstrings that begin with What, One, Those, That": f"{sum(len(riddles(m)) for m in modules)}",
         "test lines": f"{sum(lines):,}",
+        "tests that touch private names or patch": f"{len(reaching_tests(root / 'tests'))}",
         "words of the docs, without what commands write": f"{sum(words):,}",
     }
 

@@ -74,6 +74,16 @@ def test_words_that_commands_write_are_not_counted(house: Any, tmp_path: Path) -
     ]
 
 
+def test_tests_that_reach_inside_are_counted(house: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_made.py").write_text(
+        "def test_private():\n    made._hidden()\n"
+        "def test_patch(monkeypatch):\n    monkeypatch.setattr(made, 'name', 1)\n"
+        "def test_public():\n    self._own, made._asdict(), made.__doc__, monkeypatch.setenv('A', '1')\n"
+        "def helper():\n    made._hidden()\n"
+    )
+    assert house.reaching_tests(tmp_path) == ["test_private", "test_patch"]
+
+
 def test_importers_are_found_by_statements_and_tables(house: Any, modules: list[Any]) -> None:
     found = house.importers(modules)
     assert found["made.lower.near"] == {"made.upper.far"}
