@@ -152,7 +152,7 @@ prometheus:
 
 # What the pre-flight of `loraover export vllm` knows of vLLM; run it again for another version of vLLM.
 vllm-architectures: vllm
-	$(VLLM_VENV)/bin/python serve/vllm-cpu/list_architectures.py > export/loraover_export/vllm/architectures.json
+	$(VLLM_VENV)/bin/python serve/vllm-cpu/list_architectures.py > export/loraover_export/formats/vllm/architectures.json
 
 # The documentation as a site in build/site, with an API page for each package. A warning is an error, which --quiet would hide.
 docs: $(VENV)/.installed

@@ -32,16 +32,14 @@ from loraover.study.request import StudyRequest
 from loraover.study.show import show_power
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
-from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.show import show_certificate
+from loraover_export.formats.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
+from loraover_export.formats.onnx.show import show_report as show_onnx
 from loraover_export.merge.report import MergedWeight, MergeReport
-from loraover_export.merge.request import MergeRequest
 from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.merge.show import show_merge
-from loraover_export.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
-from loraover_export.onnx.request import OnnxRequest
-from loraover_export.onnx.show import show_report as show_onnx
 from loraover_export.prepare.report import show_report as show_fleet
+from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.show import show_report as show_parity

@@ -19,23 +19,23 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.check.run import check_adapter as check_adapter
     from loraover_export.fold.certificate import FoldCertificate as FoldCertificate
     from loraover_export.fold.run import fold_checkpoint as fold_checkpoint
-    from loraover_export.gguf.report import GgufReport as GgufReport
-    from loraover_export.gguf.run import export_gguf as export_gguf
+    from loraover_export.formats.gguf.report import GgufReport as GgufReport
+    from loraover_export.formats.gguf.run import export_gguf as export_gguf
+    from loraover_export.formats.mlx import MlxReport as MlxReport
+    from loraover_export.formats.mlx import export_mlx as export_mlx
+    from loraover_export.formats.onnx.report import OnnxReport as OnnxReport
+    from loraover_export.formats.onnx.run import export_onnx as export_onnx
+    from loraover_export.formats.vllm.preflight import Preflight as Preflight
+    from loraover_export.formats.vllm.report import VllmCertificate as VllmCertificate
+    from loraover_export.formats.vllm.report import VllmReport as VllmReport
+    from loraover_export.formats.vllm.run import export_vllm as export_vllm
     from loraover_export.merge.report import MergeReport as MergeReport
     from loraover_export.merge.run import merge_adapter as merge_adapter
-    from loraover_export.mlx.report import MlxReport as MlxReport
-    from loraover_export.mlx.run import export_mlx as export_mlx
-    from loraover_export.onnx.report import OnnxReport as OnnxReport
-    from loraover_export.onnx.run import export_onnx as export_onnx
     from loraover_export.prepare.cache import PreparedAdapter as PreparedAdapter
     from loraover_export.prepare.fleet import check_fleet as check_fleet
     from loraover_export.prepare.fleet import prepare_fleet as prepare_fleet
     from loraover_export.prepare.report import FleetReport as FleetReport
     from loraover_export.prepare.run import prepare_adapter as prepare_adapter
-    from loraover_export.vllm.preflight import Preflight as Preflight
-    from loraover_export.vllm.report import VllmCertificate as VllmCertificate
-    from loraover_export.vllm.report import VllmReport as VllmReport
-    from loraover_export.vllm.run import export_vllm as export_vllm
 
 
 _HOMES = {
@@ -45,25 +45,25 @@ _HOMES = {
     "DiffReport": "loraover.adapters.combine.diff_report",
     "FleetReport": "loraover_export.prepare.report",
     "FoldCertificate": "loraover_export.fold.certificate",
-    "GgufReport": "loraover_export.gguf.report",
+    "GgufReport": "loraover_export.formats.gguf.report",
     "LoraCertificate": "loraover.adapters.uniform.certificate",
     "MergeReport": "loraover_export.merge.report",
-    "MlxReport": "loraover_export.mlx.report",
-    "OnnxReport": "loraover_export.onnx.report",
-    "Preflight": "loraover_export.vllm.preflight",
+    "MlxReport": "loraover_export.formats.mlx",
+    "OnnxReport": "loraover_export.formats.onnx.report",
+    "Preflight": "loraover_export.formats.vllm.preflight",
     "PreparedAdapter": "loraover_export.prepare.cache",
-    "VllmCertificate": "loraover_export.vllm.report",
-    "VllmReport": "loraover_export.vllm.report",
+    "VllmCertificate": "loraover_export.formats.vllm.report",
+    "VllmReport": "loraover_export.formats.vllm.report",
     "attest_adapter": "loraover_export.attest.run",
     "check_adapter": "loraover_export.check.run",
     "check_fleet": "loraover_export.prepare.fleet",
     "combine_adapters": "loraover.adapters.combine.combine",
     "convert_adapter": "loraover.adapters.convert.run",
     "diff_adapters": "loraover.adapters.combine.diff",
-    "export_gguf": "loraover_export.gguf.run",
-    "export_mlx": "loraover_export.mlx.run",
-    "export_onnx": "loraover_export.onnx.run",
-    "export_vllm": "loraover_export.vllm.run",
+    "export_gguf": "loraover_export.formats.gguf.run",
+    "export_mlx": "loraover_export.formats.mlx",
+    "export_onnx": "loraover_export.formats.onnx.run",
+    "export_vllm": "loraover_export.formats.vllm.run",
     "fold_checkpoint": "loraover_export.fold.run",
     "merge_adapter": "loraover_export.merge.run",
     "prepare_adapter": "loraover_export.prepare.run",

@@ -41,7 +41,11 @@ from benchmarks.shown import table_of
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT, TOKENS, RANK, LARGE_RANK = 32, 16, 8, 16
 HEAVY = ["torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime_genai"]
-HEAVY += ["transformers.models.llama.modeling_llama", "loraover_export.onnx.run", "loraover_export.vllm.run"]
+HEAVY += [
+    "transformers.models.llama.modeling_llama",
+    "loraover_export.formats.onnx.run",
+    "loraover_export.formats.vllm.run",
+]
 GRAPHS = ("base", "merged", "swappable")
 
 
@@ -54,8 +58,8 @@ def make_small(folder: Path) -> None:
     from loraover import LoraOverConfig, OverParameterization, write_checkpoint
     from loraover.models.load import load_model, load_tokenizer, resolve_model
     from loraover_export import fold_checkpoint
-    from loraover_export.onnx.kinds.base import GraphPlan
-    from loraover_export.onnx.kinds.decoder import Decoder
+    from loraover_export.formats.onnx.kinds.base import GraphPlan
+    from loraover_export.formats.onnx.kinds.decoder import Decoder
 
     from support.tiny_models import with_lora
 

@@ -126,8 +126,8 @@ def in_torch(name: str, source: ModelSource, reference: TorchReference, folder: 
 def in_llamacpp(kind: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """llama.cpp with a base model whose matrices are quantised by gguf-py."""
     from loraover_export import export_gguf
-    from loraover_export.gguf.base import write_base
-    from loraover_export.gguf.llamacpp import LlamaCppModel
+    from loraover_export.formats.gguf.base import write_base
+    from loraover_export.formats.gguf.llamacpp import LlamaCppModel
 
     exact, base = folder / "exact.gguf", folder / f"{kind}.gguf"
     if not exact.exists():
@@ -188,7 +188,7 @@ def in_onnx(precision: str, source: ModelSource, reference: TorchReference, fold
 def in_mlx(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
     from loraover.adapters.base_files import folder_of
-    from loraover_export.mlx.run import export_mlx
+    from loraover_export.formats.mlx import export_mlx
     from loraover_serve.engines.mlx import MlxEngine
 
     scratch = folder / "mlx"

@@ -10,7 +10,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.onnx import genai
+from loraover_export.formats.onnx import genai
 
 from support.make_checkpoint import Made, make_checkpoint, tree
 from support.onnx_export import OTHER, ForkedBuilder, OnnxMade, export, tiny_base, tiny_lora

@@ -30,9 +30,9 @@ from loraover_export import (
     fold_checkpoint,
 )
 from loraover_export.cli import cli
-from loraover_export.onnx import genai
-from loraover_export.onnx.inputs import read_inputs
-from loraover_export.onnx.request import OnnxRequest
+from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.inputs import read_inputs
+from loraover_export.requests import OnnxRequest
 
 from support.lines import Lines
 from support.make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree

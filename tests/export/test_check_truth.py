@@ -27,9 +27,9 @@ from loraover.overparam.sites import lora_layers
 from loraover_export import check_adapter
 from loraover_export.check.report import EngineCheck
 from loraover_export.cli import cli
-from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCppModel
-from loraover_export.onnx import genai
+from loraover_export.formats.gguf.base import write_base
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel
+from loraover_export.formats.onnx import genai
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.engine_forms import TINY

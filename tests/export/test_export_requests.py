@@ -17,10 +17,7 @@ from loraover.common.command_line import Command
 from loraover.common.errors import ConfigError
 from loraover.common.request import Request
 from loraover_export.cli import cli
-from loraover_export.fold.request import FoldRequest
-from loraover_export.gguf.request import GgufRequest
-from loraover_export.onnx.request import OnnxRequest
-from loraover_export.vllm.request import VllmRequest
+from loraover_export.requests import FoldRequest, GgufRequest, OnnxRequest, VllmRequest
 
 OUT = Path("out")
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from loraover.adapters.uniform import matrices as matrices_module
 from loraover.checkpoint.exact_tensors import Exact
 from loraover_export import GgufReport, export_gguf
-from loraover_export.gguf import target as target_module
-from loraover_export.gguf import write as write_module
-from loraover_export.gguf.base import write_base
-from loraover_export.gguf.families import interleave
+from loraover_export.formats.gguf import target as target_module
+from loraover_export.formats.gguf import write as write_module
+from loraover_export.formats.gguf.base import write_base
+from loraover_export.formats.gguf.families import interleave
 
 from strategies import SEEDS, normal
 from support.gguf_export import (

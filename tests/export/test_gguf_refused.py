@@ -13,8 +13,8 @@ import torch
 from loraover.common.errors import ExportError
 from loraover.common.extras import install
 from loraover_export import check_adapter
-from loraover_export.gguf import check, run
-from loraover_export.gguf.base import write_base
+from loraover_export.formats.gguf import check, run
+from loraover_export.formats.gguf.base import write_base
 
 from support.children import Child, limit_file_size
 from support.gguf_export import GgufMade, adapted, export, large_weights, make_gguf, tiny_base

@@ -19,7 +19,7 @@ from loraover.common.errors import ExportError
 from loraover.models.load import resolve_model
 from loraover_export import MlxReport, check_adapter, export_mlx
 from loraover_export.cli import cli
-from loraover_export.mlx.target import SAME_NAMES, lost_settings, read_target
+from loraover_export.formats.mlx import SAME_NAMES, lost_settings, read_target
 
 from support.gguf_export import adapted, tiny_base
 from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraover_export.onnx.export import ROWS, Export
+from loraover_export.formats.onnx.export import ROWS, Export
 
 from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora

@@ -22,15 +22,15 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.models.device import choose_compute
 from loraover.models.load import load_model, resolve_model
+from loraover_export.formats.onnx import export as export_module
+from loraover_export.formats.onnx import swappable
+from loraover_export.formats.onnx.check import Compute, OnnxReference, make_reference
+from loraover_export.formats.onnx.kinds import decoder
+from loraover_export.formats.onnx.kinds.decoder import Decoder
+from loraover_export.formats.onnx.kinds.stateless import Stateless
+from loraover_export.formats.onnx.report import CaseError, GraphCheck, OnnxReport
+from loraover_export.formats.onnx.session import GraphSession
 from loraover_export.merge import arithmetic, in_memory
-from loraover_export.onnx import export as export_module
-from loraover_export.onnx import swappable
-from loraover_export.onnx.check import Compute, OnnxReference, make_reference
-from loraover_export.onnx.kinds import decoder
-from loraover_export.onnx.kinds.decoder import Decoder
-from loraover_export.onnx.kinds.stateless import Stateless
-from loraover_export.onnx.report import CaseError, GraphCheck, OnnxReport
-from loraover_export.onnx.session import GraphSession
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import Made, make_checkpoint, tree

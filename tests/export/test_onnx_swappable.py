@@ -13,7 +13,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from loraover.checkpoint.tensor_file import sha256_of
-from loraover_export.onnx.swappable import open_inputs
+from loraover_export.formats.onnx.swappable import open_inputs
 
 from oracles.contraction import Array
 from support.make_checkpoint import Made, nearest, oracle_matrices, tree

@@ -9,8 +9,8 @@ import pytest
 
 from loraover.checkpoint.source import read_source
 from loraover.models.load import load_model, resolve_model
-from loraover_export.onnx.int4 import rounded_copy
-from loraover_export.onnx.report import OnnxReport
+from loraover_export.formats.onnx.int4 import rounded_copy
+from loraover_export.formats.onnx.report import OnnxReport
 
 from support.compatibility import record
 from support.onnx_export import (

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from loraover_export.onnx.report import ENGINE_FACTOR
+from loraover_export.formats.onnx.report import ENGINE_FACTOR
 
 from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import LINEAR, OTHER, export, exported, tiny_base, tiny_lora

@@ -18,9 +18,9 @@ from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover.reference.unfolded_model import unfolded
 from loraover_export import export_gguf, merge_adapter
-from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCppModel
-from loraover_export.onnx.report import ENGINE_FACTOR
+from loraover_export.formats.gguf.base import write_base
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel
+from loraover_export.formats.onnx.report import ENGINE_FACTOR
 
 from support.agreement import PROMPTS
 from support.compatibility import record

@@ -17,11 +17,11 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
-from loraover_export.vllm.architectures import architectures_of, known_architectures
-from loraover_export.vllm.candidate import Candidate
-from loraover_export.vllm.known_faults import known_faults
-from loraover_export.vllm.preflight import Violation, preflight
-from loraover_export.vllm.versions import Versions
+from loraover_export.formats.vllm.architectures import architectures_of, known_architectures
+from loraover_export.formats.vllm.candidate import Candidate
+from loraover_export.formats.vllm.known_faults import known_faults
+from loraover_export.formats.vllm.preflight import Violation, preflight
+from loraover_export.formats.vllm.versions import Versions
 
 from support.make_checkpoint import edit_json
 from support.plain_adapter import write_adapter
@@ -103,7 +103,7 @@ def test_a_no_op_holds_for_its_classes_and_releases_only(tmp_path: Path, monkeyp
     }
     for other in others.values():
         changed = table.model_copy(update={"no_ops": (other,)})
-        monkeypatch.setattr("loraover_export.vllm.rules.model.known_faults", lambda changed=changed: changed)
+        monkeypatch.setattr("loraover_export.formats.vllm.rules.model.known_faults", lambda changed=changed: changed)
         assert not errors(judged)
 
 

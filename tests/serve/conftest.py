@@ -10,7 +10,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.onnx import genai
+from loraover_export.formats.onnx import genai
 from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.parity.judge import bootstrap
 from loraover_serve.record.adapter_check.reference import Reference, read_reference

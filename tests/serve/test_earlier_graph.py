@@ -13,7 +13,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
-from loraover_export.onnx import genai
+from loraover_export.formats.onnx import genai
 from loraover_serve import VerifyReport, measure_parity, verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.judge.names import OTHER_BASE

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraover.common.errors import EngineError
-from loraover_export.gguf.header import read_header
-from loraover_export.gguf.llamacpp import LlamaCppModel
+from loraover_export.formats.gguf.header import read_header
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel
 
 from support.gguf_export import IDS, GgufMade, apart, export, make_gguf, rewrite
 from support.speed import examples

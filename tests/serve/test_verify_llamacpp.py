@@ -9,7 +9,7 @@ import pytest
 
 from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
-from loraover_export.gguf.base import write_base
+from loraover_export.formats.gguf.base import write_base
 from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.verify.run import verify_engine
 

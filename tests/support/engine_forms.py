@@ -23,11 +23,11 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import EngineError, ExportError
 from loraover_export import export_vllm
-from loraover_export.gguf import llamacpp
-from loraover_export.gguf.base import write_base
-from loraover_export.gguf.families import FAMILIES, interleave
-from loraover_export.gguf.llamacpp import LlamaCppModel
-from loraover_export.onnx import genai
+from loraover_export.formats.gguf import llamacpp
+from loraover_export.formats.gguf.base import write_base
+from loraover_export.formats.gguf.families import FAMILIES, interleave
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel
+from loraover_export.formats.onnx import genai
 from loraover_serve.engines import engine_class, mlx, openvino
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Engine, Setting

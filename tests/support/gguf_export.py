@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.gguf.base import write_base
-from loraover_export.gguf.llamacpp import LlamaCppModel
+from loraover_export.formats.gguf.base import write_base
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, PARAMETERS

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.onnx import genai
-from loraover_export.onnx.builder_process import BUILDER
-from loraover_export.onnx.report import OnnxReport
+from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.builder_process import BUILDER
+from loraover_export.formats.onnx.report import OnnxReport
 
 from support.children import Child
 from support.compatibility import record

@@ -20,7 +20,7 @@ import pytest
 
 from loraover.models.load import load_model, resolve_model
 from loraover_export import export_gguf, export_mlx
-from loraover_export.gguf.base import write_base
+from loraover_export.formats.gguf.base import write_base
 
 from support.gguf_export import rewrite
 from support.tiny_hub import CHARACTERS, SPECIAL

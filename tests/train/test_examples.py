@@ -33,7 +33,7 @@ from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.gguf.base import write_base
+from loraover_export.formats.gguf.base import write_base
 from loraover_serve import record_adapter, serve_adapters
 from loraover_serve.judge.names import SCALED
 from loraover_serve.vllm.serve import example_request

@@ -23,7 +23,7 @@ from loraover.inspection.folder import SIGNS, read_schedule
 from loraover.inspection.html import verdict_of
 from loraover.reporting.schedule_figures import plot_schedule
 from loraover.reporting.schedule_map import placed, show_schedule
-from loraover_export.onnx.report import OnnxReport
+from loraover_export.formats.onnx.report import OnnxReport
 
 from support.make_checkpoint import edit_json
 from support.plain_adapter import write_adapter

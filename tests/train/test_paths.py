@@ -19,7 +19,8 @@ from loraover.models.load import resolve_model
 from loraover.models.stand_in import find_stand_in
 from loraover.training.recipe import load_recipe
 from loraover_export import check_adapter, convert_adapter
-from loraover_export.gguf.request import GgufRequest
+from loraover_export.formats.gguf.run import check_output
+from loraover_export.requests import GgufRequest
 
 LONG = "x" * 300
 READERS: dict[str, Callable[[str], Any]] = {
@@ -32,7 +33,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "checkpoint or adapter": lambda name: read_source(Path(name)),
     "adapter of any kind": lambda name: convert_adapter(name, "out"),
     "checked adapter": check_adapter,
-    "GGUF output": lambda name: GgufRequest(Path("in"), Path(name)).check_output(),
+    "GGUF output": lambda name: check_output(GgufRequest(Path("in"), Path(name))),
 }
 
 

@@ -25,23 +25,15 @@ from loraover.sources.verb import verb
 from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
-from loraover_export.fold.certificate import CERTIFICATE_FILE as FOLD
-from loraover_export.merge.request import CERTIFICATE_FILE as MERGE
-from loraover_export.mlx.report import CERTIFICATE_FILE as MLX
-from loraover_export.onnx.report import REPORT_FILE as ONNX
-from loraover_export.vllm.preflight import PREFLIGHT_FILE
-from loraover_export.vllm.report import CERTIFICATE_FILE as VLLM
+from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE
+from loraover_export.publishing import PRODUCTS
 
 STATEMENT_FILE = "attestation.json"
 CERTIFICATES = {
-    FOLD: "fold",
+    **{product.certificate: verb for verb, product in PRODUCTS.items()},
     LORA: "conversion",
     CONVERSION: "conversion",
-    MERGE: "merge",
-    VLLM: "vllm",
     PREFLIGHT_FILE: "vllm pre-flight",
-    MLX: "mlx",
-    ONNX: "onnx",
 }
 """Name of the test that each certificate is the result of, by the certificate's file."""
 OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md")

@@ -13,7 +13,7 @@ from loraover.checkpoint.adapter_config import KEPT_BASE, REPEATED_STARTS
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover_export.check.subject import Subject
-from loraover_export.vllm.candidate import listed
+from loraover_export.formats.vllm.candidate import listed
 
 Feature = Callable[[Subject], str | None]
 

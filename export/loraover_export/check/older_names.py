@@ -15,7 +15,7 @@ from typing import Any
 from loraover.common.later import has_torch
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
-from loraover_export.vllm.candidate import listed
+from loraover_export.formats.vllm.candidate import listed
 
 FUSED = ("mixtral", "qwen2_moe")
 """Patterns of transformers whose experts PEFT puts together."""

@@ -8,7 +8,7 @@ from loraover.common.command_line import LazyGroup, entry_point
 from loraover.reporting.request_command import Reporting
 
 PLACES = {
-    "fold": ("fold.request:FoldRequest", "fold.run:fold_checkpoint", "fold.show:show_certificate"),
+    "fold": ("requests:FoldRequest", "fold.run:fold_checkpoint", "fold.show:show_certificate"),
     "combine": (
         "loraover.adapters.combine.requests:CombineRequest",
         "loraover.adapters.combine.combine:combine_adapters",
@@ -19,22 +19,22 @@ PLACES = {
         "loraover.adapters.combine.shrink:shrink_adapter",
         "loraover.adapters.uniform.show:show_lora",
     ),
-    "merge": ("merge.request:MergeRequest", "merge.run:merge_adapter", "merge.show:show_merge"),
+    "merge": ("requests:MergeRequest", "merge.run:merge_adapter", "merge.show:show_merge"),
     "diff": (
         "loraover.adapters.combine.requests:DiffRequest",
         "loraover.adapters.combine.diff:diff_adapters",
         "loraover.adapters.combine.show:show_diff",
     ),
-    "vllm": ("vllm.request:VllmRequest", "vllm.run:export_vllm", "vllm.show:show_report"),
-    "onnx": ("onnx.request:OnnxRequest", "onnx.run:export_onnx", "onnx.show:show_report"),
+    "vllm": ("requests:VllmRequest", "formats.vllm.run:export_vllm", "formats.vllm.show:show_report"),
+    "onnx": ("requests:OnnxRequest", "formats.onnx.run:export_onnx", "formats.onnx.show:show_report"),
     "convert": (
         "loraover.adapters.convert.request:ConvertRequest",
         "loraover.adapters.convert.run:convert_adapter",
         "loraover.adapters.convert.show:show_report",
     ),
-    "gguf": ("gguf.request:GgufRequest", "gguf.run:export_gguf", "gguf.show:show_report"),
+    "gguf": ("requests:GgufRequest", "formats.gguf.run:export_gguf", "formats.gguf.show:show_report"),
     "attest": ("attest.request:AttestRequest", "attest.run:attest_adapter", "attest.show:show_report"),
-    "mlx": ("mlx.request:MlxRequest", "mlx.run:export_mlx", "mlx.show:show_report"),
+    "mlx": ("requests:MlxRequest", "formats.mlx:export_mlx", "formats.mlx:show_report"),
 }
 """Request, function, and function that prints the report, of each command."""
 

@@ -9,8 +9,6 @@ from loraover.adapters.logits.judge import NOISE_FACTOR, Certificate, CheckVerdi
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
 
-CERTIFICATE_FILE = "fold_certificate.json"
-
 
 class OutputCertificate(StrictModel):
     """Outputs of the folded adapter, as PEFT loads it, against the unfolded model's.

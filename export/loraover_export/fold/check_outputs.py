@@ -22,8 +22,8 @@ from loraover.models.memory import Needs, fit_base, memory_explained
 from loraover.reference.reference_model import sharing_weights
 from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
 from loraover_export.fold.certificate import OutputCertificate
-from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.twins import FOLDED, TWINS, FoldedAndTwins
+from loraover_export.requests import FoldRequest
 
 CORES_AT_MOST = 8.0
 """Cores may take so many times the base model's multiplications; where they take more, tokens are sampled."""

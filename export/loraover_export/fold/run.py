@@ -9,24 +9,22 @@ from pathlib import Path
 from loraover.adapters.logits.judge import CheckVerdict
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.checkpoint.adapter_config import write_config
-from loraover.checkpoint.base_model import base_facts, naming, resolve_base
-from loraover.checkpoint.carried_reference import keep_reference, record_beside
-from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.base_model import base_facts, naming
+from loraover.checkpoint.carried_reference import record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
+from loraover.common.atomic_output import AbandonedError
 from loraover.common.provenance import environment, hardware, today
-from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
-from loraover.reporting.model_card import model_card
 from loraover.sources.push import push_checked
 from loraover.sources.verb import verb
-from loraover_export.fold.certificate import CERTIFICATE_FILE, FoldCertificate, OutputCertificate
+from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded
 from loraover_export.fold.html import HTML_FILE, to_page
-from loraover_export.fold.request import FoldRequest
 from loraover_export.fold.trained_base import compare_bases
+from loraover_export.publishing import FOLDED, base_of
+from loraover_export.requests import FoldRequest
 
 
 @verb(FoldRequest)
@@ -48,23 +46,20 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         OutputError: An output that cannot be written, or that exists and may not be replaced; or the hub refuses what
             was written.
     """
-    check_replaceable(
-        request.output, "folded adapter", CERTIFICATE_FILE, inputs=[request.checkpoint], replace=request.force
-    )
+    FOLDED.check_output(request, request.checkpoint)
     source = open_checkpoint(request.checkpoint)
     source.check_keeps_base()
-    base = None
-    if request.check_error:
-        base = resolve_base([source], request.model, option=request.named("model"), say=request.report.line)
-    with publish_directory(request.output, outside=request.checkpoint, replace=request.force) as draft:
-        certificate = _fold(request, source, base, draft)
+    base = base_of(request, source) if request.check_error else None
+    with FOLDED.draft(request, request.checkpoint) as draft:
+        certificate = _fold(request, source, base, draft.folder)
         if certificate.verdict == "failed":
             raise AbandonedError
-        to_page(certificate, request.command()).write(draft / HTML_FILE)
-        keep_chat_template(request.checkpoint, draft)
-        certificate = certificate.keep(draft / CERTIFICATE_FILE)
-        (draft / "README.md").write_text(_card(request, certificate, source, base), encoding="utf-8")
-        keep_reference(request.checkpoint, draft, request.report.line)
+        to_page(certificate, request.command()).write(draft.folder / HTML_FILE)
+        certificate = draft.seal(certificate, request.checkpoint)
+        name = certificate.base_model
+        revision = base.revision if base is not None and name == base.name else source.config.revision
+        draft.describe(name, revision, _facts(certificate, base))
+        draft.keep_reference(request.checkpoint)
     if request.record and certificate.verdict != "failed":
         names = ("model", "device", "compute_dtype", "max_memory_gib", "report")
         record_beside(request.output, **{name: getattr(request, name) for name in names})
@@ -110,19 +105,17 @@ def _verdict(matrices: list[MatrixCertificate], outputs: OutputCertificate | Non
     return "passed" if outputs is None else outputs.verdict
 
 
-def _card(request: FoldRequest, certificate: FoldCertificate, checkpoint: Checkpoint, base: ModelSource | None) -> str:
+def _facts(certificate: FoldCertificate, base: ModelSource | None) -> dict[str, str]:
     facts = {
         "decomposition in training": certificate.decomposition,
         "optimizer steps": str(certificate.step),
         "stored as": certificate.dtype,
         **matrix_facts(certificate.matrices),
+        **base_facts(certificate.base_model, base),
     }
-    outputs, name = certificate.outputs, certificate.base_model
-    revision = base.revision if base is not None and name == base.name else checkpoint.config.revision
-    facts |= base_facts(name, base)
+    outputs = certificate.outputs
     if outputs is not None:
         if certificate.trained_base is not None:
             facts["trained on"] = str(certificate.trained_base)
         facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
-    licence = None if name is None else known_licence(name, revision)
-    return model_card("Folded LoRA adapter", name, facts, request.command(), licence=licence)
+    return facts

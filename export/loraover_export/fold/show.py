@@ -9,7 +9,7 @@ from loraover.adapters.numerics.matrix_certificate import underflow_facts
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.fold.request import FoldRequest
+from loraover_export.requests import FoldRequest
 
 WORST_SHOWN = 8
 

@@ -12,7 +12,7 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.reference.reference_model import reference_model
 from loraover_export.fold.certificate import TrainedBase
-from loraover_export.fold.request import FoldRequest
+from loraover_export.requests import FoldRequest
 
 
 def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quantization: str) -> TrainedBase:

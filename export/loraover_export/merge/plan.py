@@ -18,7 +18,7 @@ from loraover.checkpoint.target_modules import check_saved
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, load_skeleton
-from loraover_export.merge.request import MergeRequest
+from loraover_export.requests import MergeRequest
 
 
 @dataclass(frozen=True)

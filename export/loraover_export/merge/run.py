@@ -14,25 +14,22 @@ from loraover.adapters.numerics.delta import check_no_bias
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.adapters.uniform.certificate import record_source
 from loraover.adapters.uniform.refusals import HELD, check_fields
-from loraover.checkpoint.base_model import base_facts, resolve_base
-from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
 from loraover.checkpoint.source import read_source
-from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
 from loraover.common.threads import workers
-from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
-from loraover.reporting.model_card import model_card
 from loraover.sources.verb import verb
 from loraover_export.merge.plan import MergePlan, plan_merge
 from loraover_export.merge.report import MergeReport
-from loraover_export.merge.request import CERTIFICATE_FILE, MergeRequest
 from loraover_export.merge.rounding_loss import Lost
 from loraover_export.merge.stream import Merged, write_shard
+from loraover_export.publishing import MERGED, base_of
+from loraover_export.requests import MergeRequest
 
 
 @verb(MergeRequest)
@@ -61,14 +58,14 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
     """
     check_not_gguf(request.model)
     inputs = [request.source, *(Path(found) for found in (request.model,) if found is not None)]
-    check_replaceable(request.output, "merged model", CERTIFICATE_FILE, inputs=inputs, replace=request.force)
+    MERGED.check_output(request, *inputs)
     adapter = read_source(request.source)
     adapter.check_keeps_base()
     check_no_bias(adapter)
     check_fields(adapter, "merge it with PEFT", allowed=HELD)
     if request.model is None:
         check_not_gguf(adapter.config.base_model_name_or_path)
-    base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
+    base = base_of(request, adapter)
     with ExitStack() as stack:
         files = open_base(base, stack)
         exact = stack.enter_context(adapter.open())
@@ -80,16 +77,15 @@ def _publish(
     request: MergeRequest, base: ModelSource, files: BaseFiles, plan: MergePlan, exact: ExactAdapter
 ) -> MergeReport:
     """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
-    with publish_directory(request.output, outside=files.folder, replace=request.force) as draft:
-        files.copy_along(draft)
-        keep_chat_template(request.source, draft)
-        merged = _write(files, plan, exact, draft, request.report)
+    with MERGED.draft(request, files.folder) as draft:
+        files.copy_along(draft.folder)
+        merged = _write(files, plan, exact, draft.folder, request.report)
         result = _report(request, base, plan, merged)
-        _write_json(draft / CONFIG, _config(files.config, plan))
+        _write_json(draft.folder / CONFIG, _config(files.config, plan))
         if [*plan.shards] != [SINGLE]:
-            _write_json(draft / INDEX, _index(files, plan))
-        result = result.keep(draft / CERTIFICATE_FILE)
-        (draft / "README.md").write_text(_card(request, base, exact.adapter, result), encoding="utf-8")
+            _write_json(draft.folder / INDEX, _index(files, plan))
+        result = draft.seal(result, request.source)
+        draft.describe(base.name, base.revision, _facts(request, base, exact.adapter, result))
     return result
 
 
@@ -142,8 +138,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _card(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result: MergeReport) -> str:
-    facts = {
+def _facts(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result: MergeReport) -> dict[str, str]:
+    return {
         "adapter": request.shown("source"),
         "merged weights": str(len(result.weights)),
         **matrix_facts([weight.matrix for weight in result.weights]),
@@ -152,13 +148,3 @@ def _card(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result:
         **({"no longer tied": ", ".join(result.untied)} if result.untied else {}),
         **base_facts(adapter.config.base_model_name_or_path, base),
     }
-    licence = known_licence(base.name, base.revision)
-    return model_card(
-        "Merged model",
-        base.name,
-        facts,
-        request.command(),
-        licence=licence,
-        kind="A LoRA adapter merged into the weights",
-        library="transformers",
-    )

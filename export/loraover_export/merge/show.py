@@ -9,7 +9,7 @@ from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.merge.report import MergeReport
-from loraover_export.merge.request import MergeRequest
+from loraover_export.requests import MergeRequest
 
 WORST_SHOWN = 12
 

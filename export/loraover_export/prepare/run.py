@@ -44,7 +44,7 @@ if has_torch():  # a base installation prepares plain LoRAs only; threads must n
         "loraover.adapters.convert.run",
         "loraover_export.fold.run",
         "loraover.adapters.numerics.rounded_adapter",
-        "loraover_export.vllm.run",
+        "loraover_export.formats.vllm.run",
     ):
         import_module(_place)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +23,12 @@ def show_place(proof: Proof, output: Path, console: Console, *, reason: str = ""
     """Print where the output is, or the reason for which nothing was written."""
     text = f"wrote {output}" if proof.verdict != "failed" else f"nothing was written{reason and f': {reason}'}"
     print_line(console, text)
+
+
+def show_left_out(keys: Sequence[str], console: Console) -> None:
+    """Print the keys of tensors that an export left out, if there are any."""
+    if keys:
+        print_line(console, f"left out, as copies of the base model's weights: {', '.join(keys)}", "yellow")
 
 
 def in_one_line(facts: Mapping[str, str]) -> str:

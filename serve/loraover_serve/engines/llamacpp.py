@@ -11,7 +11,7 @@ from typing import Any, final
 from loraover.common.errors import ExportError, OutputError
 from loraover.common.extras import install
 from loraover.models.load import load_model
-from loraover_export.gguf.llamacpp import LlamaCppModel, check_pair
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel, check_pair
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
 
@@ -39,7 +39,7 @@ class LlamaCppEngine(LogitEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[LlamaCppEngine]:
-        from loraover_export.gguf.run import export_gguf
+        from loraover_export.formats.gguf.run import export_gguf
 
         output = setting.scratch / f"{ADAPTER}.gguf"
         exported = export_gguf(setting.adapter, output, model=setting.base.location)
@@ -59,7 +59,7 @@ class LlamaCppEngine(LogitEngine):
 
 def _write_base(setting: Setting) -> Path:
     """Write the base model as GGUF in F32, and return its path."""
-    from loraover_export.gguf.base import write_base
+    from loraover_export.formats.gguf.base import write_base
 
     setting.request.report.line(f"writing {setting.base.name} as GGUF in F32")
     try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from loraover.adapters.base_files import folder_of
 from loraover.common.errors import ExportError
-from loraover_export.mlx.run import export_mlx
+from loraover_export.formats.mlx import export_mlx
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
 from loraover_serve.engines.elsewhere import ElsewhereEngine

@@ -87,7 +87,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
             CheckpointError: No ONNX export in the folder.
             ExportError: A merged export, one of another base model, or one that onnxruntime-genai cannot run.
         """
-        from loraover_export.onnx.export import read_earlier
+        from loraover_export.formats.onnx.export import read_earlier
 
         graph = setting.request.graph
         if graph is None:
@@ -242,7 +242,7 @@ def _export(
     adapters: Mapping[str, Path], output: Path, mode: str, base: ModelSource, graph: Path | None = None
 ) -> None:
     """Export adapters without the export's own comparison with PyTorch."""
-    from loraover_export.onnx.run import export_onnx
+    from loraover_export.formats.onnx.run import export_onnx
 
     paths, names = tuple(adapters.values()), tuple(adapters) if mode == "swappable" else ()
     found = export_onnx(paths, output, mode=mode, model=base.name, names=names, graph=graph, check=False)

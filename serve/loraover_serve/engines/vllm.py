@@ -17,7 +17,7 @@ from loraover.client.speaker import Speaker
 from loraover.common.errors import EngineError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource
-from loraover_export.vllm.run import export_vllm
+from loraover_export.formats.vllm.run import export_vllm
 from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
 from loraover_serve.engines.base import BatchingEngine, Setting
 from loraover_serve.engines.endpoint import OpenAiEngine, speak_as

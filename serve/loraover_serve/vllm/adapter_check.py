@@ -9,10 +9,10 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import ConfigError, printable
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource
-from loraover_export.vllm.architectures import architectures_of
-from loraover_export.vllm.candidate import Candidate
-from loraover_export.vllm.known_faults import Platform
-from loraover_export.vllm.preflight import Violation, preflight
+from loraover_export.formats.vllm.architectures import architectures_of
+from loraover_export.formats.vllm.candidate import Candidate
+from loraover_export.formats.vllm.known_faults import Platform
+from loraover_export.formats.vllm.preflight import Violation, preflight
 
 
 def check_adapters(

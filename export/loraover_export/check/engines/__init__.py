@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loraover_export.check.engines.base import EngineRules
+    from loraover_export.publishing import EngineFormat
 
 _HERE = "loraover_export.check.engines"
 ENGINES = {
@@ -14,13 +15,15 @@ ENGINES = {
     "llamacpp": f"{_HERE}.llamacpp:LlamaCppRules",
     "onnx": f"{_HERE}.onnx:OnnxRules",
     "openvino": f"{_HERE}.openvino:OpenVinoRules",
-    "mlx": f"{_HERE}.mlx:MlxRules",
+    "mlx": "loraover_export.formats.mlx:FORMAT",
     "torch": f"{_HERE}.torch:TorchRules",
 }
-"""Place of each engine's class, as "module:name", by the name that `--engine` takes."""
+"""Place of each engine's class or of the format that it alone reads, as "module:name", by the name of `--engine`."""
 
 
 def engine_of(name: str) -> EngineRules:
     """Import and make one of `ENGINES`."""
-    found: type[EngineRules] = imported(ENGINES[name])
-    return found()
+    from loraover_export.check.engines.base import FormatRules
+
+    found: type[EngineRules] | EngineFormat = imported(ENGINES[name])
+    return found() if isinstance(found, type) else FormatRules(found)

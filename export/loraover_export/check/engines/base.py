@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.adapters.uniform.export_command import export_command
@@ -15,6 +16,7 @@ from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
+from loraover_export.publishing import PRODUCTS, EngineFormat
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,36 @@ class EngineRules(ABC):
     def files(self, model: str) -> list[Path]:
         """Return the files beside those of the base model on which what is written depends."""
         return []
+
+
+@final
+class FormatRules(EngineRules):
+    """Rules of an engine that refuses PEFT's form, since it reads a format of its own, which one of our exports writes.
+
+    Args:
+        form: The format, which is declared beside what writes it.
+    """
+
+    extra = "torch"
+
+    def __init__(self, form: EngineFormat) -> None:
+        self.form, self.reader = form, form.reader
+
+    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+        yield Finding(feature="format", level="refused", found=f"PEFT's form; {self.form.refuses_peft}")
+
+    def exported(self, subject: Subject) -> Iterator[Finding]:
+        if subject.lora is not None:
+            yield from react(subject, {"quantised base": OTHER_BASE})
+        yield from refused_by(self.form.check, subject)
+
+    def export(self, subject: Subject) -> str:
+        return command(subject, self.form.verb, ending=f"-{self.form.verb}")
+
+    def write(self, source: Path, folder: Path, target: Target) -> Written:
+        report = self.form.export(source, folder / ADAPTER, model=target.model, dtype=target.dtype)
+        certificate = f"{ADAPTER}/{PRODUCTS[self.form.verb].certificate}"
+        return Written(ADAPTER, certificate, report.rank, report.matrices)
 
 
 def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Finding]:

@@ -30,10 +30,10 @@ from loraover_export.check.engines.base import (
 )
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.gguf.families import FAMILIES
-from loraover_export.gguf.refusals import refuse_or_leave_out
-from loraover_export.gguf.target import read_target
-from loraover_export.vllm.candidate import listed
+from loraover_export.formats.gguf.families import FAMILIES
+from loraover_export.formats.gguf.refusals import refuse_or_leave_out
+from loraover_export.formats.gguf.target import read_target
+from loraover_export.formats.vllm.candidate import listed
 
 ONE_ALPHA = "the converter writes lora_alpha once, and llama.cpp multiplies B A by it over the rank of the matrices"
 ROTATED = {"q_proj", "k_proj"}
@@ -102,7 +102,7 @@ class LlamaCppRules(EngineRules):
         return command(subject, "gguf", ending=".gguf")
 
     def write(self, source: Path, folder: Path, target: Target) -> Written:
-        from loraover_export.gguf.run import export_gguf
+        from loraover_export.formats.gguf.run import export_gguf
 
         report = export_gguf(source, folder / f"{ADAPTER}.gguf", model=target.model, dtype=target.dtype)
         (folder / "gguf_report.json").write_text(report.model_dump_json(indent=1) + "\n")

@@ -34,8 +34,9 @@ from loraover_export.check.engines.base import (
 from loraover_export.check.features import adapted_head
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.onnx.inputs import check_swappable
-from loraover_export.onnx.tasks import find_task
+from loraover_export.formats.onnx.inputs import check_swappable
+from loraover_export.formats.onnx.tasks import find_task
+from loraover_export.publishing import ONNX
 
 ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")
 NO_INPUTS = note("the builder is right, but Olive writes tensors that its graph has no inputs for")
@@ -102,8 +103,7 @@ class OnnxRules(EngineRules):
 
     def write(self, source: Path, folder: Path, target: Target) -> Written:
         """Write an adapter for the graph of an earlier swappable export, whose number format it takes."""
-        from loraover_export.onnx.report import REPORT_FILE
-        from loraover_export.onnx.run import export_onnx
+        from loraover_export.formats.onnx.run import export_onnx
 
         report = export_onnx(
             [source],
@@ -114,18 +114,17 @@ class OnnxRules(EngineRules):
             names=[ADAPTER],
             check=False,
         )
-        return Written(ADAPTER, f"{ADAPTER}/{REPORT_FILE}", read_source(source).rank, report.matrices)
+        return Written(ADAPTER, f"{ADAPTER}/{ONNX.certificate}", read_source(source).rank, report.matrices)
 
     def base(self, model: str) -> str:
-        from loraover_export.onnx.report import REPORT_FILE, OnnxReport
+        from loraover_export.formats.onnx.report import OnnxReport
 
-        return read_json(Path(model) / REPORT_FILE, OnnxReport).base_model
+        return read_json(Path(model) / ONNX.certificate, OnnxReport).base_model
 
     def files(self, model: str) -> list[Path]:
-        from loraover_export.onnx.layout import LAYOUT_FILE
-        from loraover_export.onnx.report import REPORT_FILE
+        from loraover_export.formats.onnx.layout import LAYOUT_FILE
 
-        return [Path(model) / REPORT_FILE, Path(model) / LAYOUT_FILE]
+        return [Path(model) / ONNX.certificate, Path(model) / LAYOUT_FILE]
 
 
 def _mode(subject: Subject) -> str:

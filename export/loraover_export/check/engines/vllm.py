@@ -28,9 +28,10 @@ from loraover_export.check.engines.base import (
 from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
-from loraover_export.vllm.architectures import known_architectures
-from loraover_export.vllm.candidate import Candidate, Problem
-from loraover_export.vllm.rules import RULES
+from loraover_export.formats.vllm.architectures import known_architectures
+from loraover_export.formats.vllm.candidate import Candidate, Problem
+from loraover_export.formats.vllm.rules import RULES
+from loraover_export.publishing import VLLM
 
 NO_LORA = {
     "method": refused("vLLM knows no such tensors"),
@@ -69,8 +70,7 @@ class UniformRules(EngineRules):
 
     def write(self, source: Path, folder: Path, target: Target) -> Written:
         """Write the uniform form after the pre-flight of vLLM's rules."""
-        from loraover_export.vllm.report import CERTIFICATE_FILE
-        from loraover_export.vllm.run import export_vllm
+        from loraover_export.formats.vllm.run import export_vllm
 
         report = export_vllm(
             source,
@@ -87,7 +87,7 @@ class UniformRules(EngineRules):
         certificate = report.certificate
         assert certificate is not None
         taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
-        return Written(ADAPTER, f"{ADAPTER}/{CERTIFICATE_FILE}", certificate.rank, certificate.matrices, taken)
+        return Written(ADAPTER, f"{ADAPTER}/{VLLM.certificate}", certificate.rank, certificate.matrices, taken)
 
 
 @final

@@ -1,0 +1,247 @@
+"""Comparison of the written graphs in ONNX Runtime with PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loraover.adapters.logits.deviation import differences, largest
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.models.device import WITHOUT_FLOAT64
+from loraover.reference.reference_model import reference_model
+from loraover_export.formats.onnx.int4 import rounded_copy
+from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphRunner
+from loraover_export.formats.onnx.report import CaseError, GraphCheck, GreedyCheck
+
+GENERATED = 16  # tokens
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class OnnxReference:
+    """PyTorch's outputs, on the CPU, of PEFT's model, or of the unfolded model if there are cores.
+
+    Args:
+        logits: Logits of each case, (positions, vocabulary).
+        noise: Largest difference of these logits from those in another precision.
+        noise_of: Comparison, or two, that the noise was measured by, in words.
+        rounded: Logits of a model that rounds as an int4 graph does; None for other precisions.
+        prompt: Token ids that greedy decoding starts from, (1, tokens).
+        greedy: Tokens after `prompt`, and the logits before each of them and before the end of the text if it came.
+    """
+
+    logits: list[Tensor]
+    noise: float
+    noise_of: str
+    rounded: list[Tensor] | None
+    prompt: Tensor
+    greedy: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Device and data type that PyTorch computes a reference in; None keeps the model's type."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+IN_FLOAT32 = Compute(CPU, torch.float32)
+
+
+@torch.no_grad()
+def make_reference(
+    kind: GraphKind,
+    model: Any,
+    adapter: AdapterDir | None,
+    cases: list[ComparedTokens],
+    precision: str,
+    *,
+    merged: bool = False,
+    compute: Compute = IN_FLOAT32,
+) -> OnnxReference:
+    """Run the adapted model in PyTorch, or the base model if `adapter` is None.
+
+    The noise is the effect of rounding alone: float32 against float64 (transformers keeps its norms in float32),
+    float16 against float32, or weights and activations rounded as in an int4 graph. Where PyTorch computes in bfloat16
+    or float16, it is at least that type's effect, against float32.
+
+    Args:
+        kind: The kind of model.
+        model: The base model in float32, on the CPU; it is left as it was.
+        adapter: The adapter.
+        cases: Tokens to run.
+        precision: Precision of the weights: fp32, fp16 or int4.
+        merged: Whether the graph's weights, which int4 rounds, include the adapter.
+        compute: Where and in which type to compute.
+    """
+    run = partial(_run, kind, cases)
+    logits = run(model, adapter, compute)
+    prompt = cases[0].ids[:1]
+    with _adapted(model, adapter, compute) as adapted:
+        greedy = kind.generate_reference(adapted, prompt.to(compute.device), GENERATED)
+    single, rounded = replace(compute, dtype=torch.float32), None
+    if precision == "fp32":
+        in_float32 = run(model, adapter, single, torch.float32)
+        double = Compute(CPU if compute.device.type in WITHOUT_FLOAT64 else compute.device, torch.float64)
+        noise, noise_of = _finite_noise(in_float32, run(model, adapter, double)), "PyTorch in float32 against float64"
+    elif precision == "int4":
+        rounded = run(rounded_copy(model, adapter if merged else None), None if merged else adapter, compute)
+        noise, noise_of = largest(logits, rounded), "PyTorch with weights in 4 bits and activations in 8"
+    else:
+        half = run(copy.deepcopy(model).half(), adapter, replace(compute, dtype=None))
+        exact = logits if compute.dtype == torch.float32 else run(model, adapter, single)
+        noise, noise_of = largest(exact, half), "PyTorch in float16 against float32"
+    if compute.dtype in (torch.bfloat16, torch.float16):
+        coarse = largest(run(model, adapter, single), logits)
+        if coarse > noise:
+            noise, noise_of = coarse, f"PyTorch in {str(compute.dtype).removeprefix('torch.')} against float32"
+    if greedy is not None:
+        greedy = greedy[0].cpu(), greedy[1].cpu()
+    return OnnxReference(logits, noise, noise_of, rounded, prompt, greedy)
+
+
+def _run(
+    kind: GraphKind,
+    cases: list[ComparedTokens],
+    model: Any,
+    adapter: AdapterDir | None,
+    compute: Compute,
+    delta_dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """Logits of each case, on the CPU and without padding."""
+    placed = [replace(case, ids=case.ids.to(compute.device)) for case in cases]
+    with _adapted(model, adapter, compute, delta_dtype) as adapted:
+        return [kind.compared(case, kind.reference(adapted, case)).cpu() for case in placed]
+
+
+@contextmanager
+def _adapted(
+    model: Any,
+    adapter: AdapterDir | None,
+    compute: Compute,
+    delta_dtype: torch.dtype = torch.float64,
+) -> Iterator[Any]:
+    """The adapted model where and in the type that it is to compute in; the base model if `adapter` is None."""
+    with _converted(model, compute) as working:
+        if adapter is None:
+            yield working
+            return
+        with reference_model(working, adapter, delta_dtype=delta_dtype) as adapted:
+            yield adapted
+
+
+@contextmanager
+def _converted(model: Any, compute: Compute) -> Iterator[Any]:
+    """A model of the same weights in another type or on another device; a wider type on the CPU takes no copy."""
+    dtype = compute.dtype or model.dtype
+    if compute.device == CPU and dtype == model.dtype:
+        yield model
+    elif compute.device == CPU and dtype == torch.float64:
+        try:
+            yield model.double()
+        finally:
+            model.float()  # exact: its weights were float32
+    else:
+        parameters = {id(p): nn.Parameter(p.to(compute.device, dtype), requires_grad=False) for p in model.parameters()}
+        buffers = {id(buffer): buffer.to(compute.device, copy=True) for buffer in model.buffers()}
+        yield copy.deepcopy(model, {**parameters, **buffers})
+
+
+def _finite_noise(in_float32: list[Tensor], in_float64: list[Tensor]) -> float:
+    """Return the largest absolute difference that is a number, which can only lower the error that is allowed.
+
+    Where attention is eager, transformers computes its softmax in float32, in which the float64 mask of a padded row is
+    minus infinity: padding gives NaN, and so does every token that looks at it with weight 0.
+    """
+    found = torch.cat([difference.abs().flatten() for difference in differences(in_float32, in_float64)])
+    finite = found[found.isfinite()]
+    return float(finite.max()) if finite.numel() else math.nan
+
+
+def run_cases(kind: GraphKind, run: GraphRunner, cases: list[ComparedTokens]) -> list[Tensor]:
+    """Return the engine's logits of each case, without padding."""
+    return [kind.compared(case, run(case)) for case in cases]
+
+
+def check_graph(
+    kind: GraphKind,
+    folder: Path,
+    device: str,
+    adapter: Path | None,
+    cases: list[ComparedTokens],
+    reference: OnnxReference,
+    base: OnnxReference,
+    found_base: list[Tensor] | None,
+) -> list[GraphCheck]:
+    """Compare a graph's outputs with PyTorch's at every shape.
+
+    In an int4 graph, the rounding of the base weights moves logits by as much as an adapter may, and would hide that
+    the adapter is missing. Most of that error is the same without the adapter, so the change that the adapter makes is
+    compared as well.
+
+    Args:
+        kind: The kind of model.
+        folder: Folder of the graphs.
+        device: Cpu or cuda.
+        adapter: Path of the adapter's files without their endings; None runs the graph without an adapter.
+        cases: Tokens to run.
+        reference: PyTorch's outputs with the adapter.
+        base: PyTorch's outputs without an adapter.
+        found_base: The engine's logits without an adapter; None compares no change.
+    """
+    found = run_cases(kind, kind.runner(folder, device, adapter), cases)
+    effect = largest(base.logits, reference.logits)
+    logits = GraphCheck(
+        adapter=None if adapter is None else adapter.name,
+        cases=_errors(cases, reference.logits, found),
+        noise=reference.noise,
+        noise_of=reference.noise_of,
+        adapter_effect=effect,
+        greedy=_greedy(kind, folder, device, adapter, reference),
+    )
+    if found_base is None or reference.rounded is None or base.rounded is None:
+        return [logits]
+    expected = differences(reference.logits, base.logits)
+    change = GraphCheck(
+        adapter=logits.adapter,
+        compared="change",
+        cases=_errors(cases, expected, differences(found, found_base)),
+        noise=largest(expected, differences(reference.rounded, base.rounded)),
+        noise_of=reference.noise_of,
+        adapter_effect=effect,
+        greedy=None,
+    )
+    return [logits, change]
+
+
+def _errors(cases: list[ComparedTokens], expected: list[Tensor], found: list[Tensor]) -> list[CaseError]:
+    errors = [error.abs() for error in differences(expected, found)]
+    return [
+        CaseError(case=case.name, max_logit=float(error.max()), mean_logit=float(error.mean()))
+        for case, error in zip(cases, errors, strict=True)
+    ]
+
+
+def _greedy(
+    kind: GraphKind, folder: Path, device: str, adapter: Path | None, reference: OnnxReference
+) -> GreedyCheck | None:
+    generated = kind.generate(folder, reference.prompt, GENERATED, device, adapter)
+    if reference.greedy is None or generated is None:
+        return None
+    tokens, logits = reference.greedy
+    expected, found = tokens.tolist(), generated.tolist()
+    for i, row in enumerate(logits):
+        if expected[i : i + 1] != found[i : i + 1]:
+            other = row[found[i]] if i < len(found) else row.min()  # the engine ended the text, PyTorch did not
+            return GreedyCheck(tokens=len(logits), first_difference=i, gap=float(row.max() - other))
+    return GreedyCheck(tokens=len(logits), first_difference=None, gap=None)

@@ -1,0 +1,319 @@
+"""The steps of an ONNX export: PyTorch's answers, graphs, adapters, ONNX Runtime's answers."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import onnx
+import torch
+
+from loraover.adapters.logits.prompts import BUILT_IN_PROMPTS
+from loraover.adapters.numerics.delta import read_deltas
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.checkpoint.peft_adapter import saved_labels
+from loraover.common.errors import ConfigError, ExportError
+from loraover.common.provenance import environment, hardware
+from loraover.common.strict_json import read_json
+from loraover.models.device import choose_compute, choose_device
+from loraover.models.load import ModelSource, load_model, load_tokenizer
+from loraover.models.memory import Needs, memory_explained
+from loraover.reference.unfolded_model import check_fits
+from loraover_export.formats.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
+from loraover_export.formats.onnx.inputs import Inputs
+from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan
+from loraover_export.formats.onnx.kinds.decoder import Decoder
+from loraover_export.formats.onnx.kinds.seq2seq import Seq2Seq
+from loraover_export.formats.onnx.kinds.stateless import Stateless, check_takes_rows
+from loraover_export.formats.onnx.layout import SwappableLayout, read_layout
+from loraover_export.formats.onnx.report import GraphCheck, OnnxReport, judge_export
+from loraover_export.formats.onnx.session import has_provider
+from loraover_export.formats.onnx.swappable import markers, write_adapter, write_swappable
+from loraover_export.formats.onnx.tasks import find_task
+from loraover_export.merge.in_memory import merge
+from loraover_export.publishing import ONNX
+from loraover_export.requests import OnnxRequest
+
+KINDS: dict[str, type[GraphKind]] = {
+    "CAUSAL_LM": Decoder,
+    "SEQ_2_SEQ_LM": Seq2Seq,
+    "SEQ_CLS": Stateless,
+    "TOKEN_CLS": Stateless,
+}
+# ONNX Runtime registers these among the standard operators; the standard's own checker does not know them.
+RUNTIME_OPERATORS = ("SimplifiedLayerNormalization",)
+ROWS = 3, 12  # rows and tokens in each, from which the checks cut their cases
+WEB_INT4 = (
+    "onnxruntime-web computes int4 graphs in another way than the ONNX Runtime that checks them here: logits of "
+    "SmolLM2 differed by up to 1.8. Use fp32 where answers must agree."
+)
+
+
+class Export:
+    """ONNX export, step by step.
+
+    Args:
+        request: The arguments of the export.
+        inputs: The sources and their base model.
+        draft: An empty folder for the files.
+
+    Raises:
+        ConfigError: No such base model, a task that no graph is made for, or an option that does not fit it.
+        ExportError: An earlier graph that has another base model or form, or an encoder-decoder model that is no T5.
+    """
+
+    def __init__(self, request: OnnxRequest, inputs: Inputs, draft: Path) -> None:
+        self.inputs, self.draft, self.report = inputs, draft, request.report
+        if request.graph is not None:
+            request = _as_exported(request, request.graph, read_earlier(request.graph, inputs.base))
+        self.plan = GraphPlan(request.precision or "fp32", request.device or "cpu")
+        self.request = replace(request, precision=self.plan.precision, device=self.plan.device)
+        if self.request.web and self.plan.precision == "int4":
+            self.report.line(WEB_INT4)
+        self.task = find_task(inputs.task_type, inputs.base)
+        if KINDS[self.task] is Seq2Seq and not self.request.cache:
+            raise ConfigError(
+                f"{request.named('cache', False)} is for decoder models; {inputs.base.origin} is an encoder-decoder "
+                "model, whose graphs always have a cache. Leave it out."
+            )
+        self.kind = KINDS[self.task]() if self.request.cache else Stateless()
+        self.deltas = {name: list(read_deltas(adapter)) for name, adapter in inputs.adapters.items()}
+
+    def load(self) -> None:
+        """Load the base model and its tokenizer, and check that every adapter fits.
+
+        Raises:
+            CheckpointError: An adapter of another model.
+            ConfigError: A base model that cannot be loaded, or a classifier that lacks its padding token.
+        """
+        self.report.line(f"loading the base model from {self.inputs.base.origin}")
+        self.tokenizer = load_tokenizer(self.inputs.base)
+        found = (saved_labels(adapter.shapes) for adapter in self.inputs.adapters.values())
+        labels = next(filter(None, found), None)
+        self.model = load_model(self.inputs.base, task_type=self.task, num_labels=labels)
+        if (choose := getattr(self.model, "set_experts_implementation", None)) is not None:  # transformers 5 on
+            choose("eager")  # the others have no float64, in which the check runs
+        for adapter in self.inputs.adapters.values():
+            check_fits(self.model, adapter)
+        if self.task == "SEQ_CLS":
+            check_takes_rows(self.model, self.inputs.base)
+
+    def run(self) -> OnnxReport:
+        """Write graphs and adapters, check them, and return the report.
+
+        Raises:
+            LoraOverError: A model or an adapter that cannot be exported; a check that fails is in the report.
+        """
+        with nullcontext() if self.request.graph else self.kind.prepared():
+            return self._run()
+
+    def _run(self) -> OnnxReport:
+        if self.request.check or self.request.graph is None:
+            self.load()
+        cases = self.kind.cases(self._rows()) if self.request.check else []
+        references = self._references(cases) if self.request.check else {}
+        matrices, found_base = self._write(cases)
+        checks = self._check(cases, references, found_base) if self.request.check else []
+        return self._result(matrices, checks)
+
+    def _references(self, cases: list[ComparedTokens]) -> dict[str | None, OnnxReference]:
+        """PyTorch's outputs with each adapter, and under None without one."""
+        device, dtype = choose_compute(self.request.check_device, self.request.compute_dtype)
+        where, needs = {"device": str(device), "compute_dtype": self.request.compute_dtype}, partial(self._needs, cases)
+        found: dict[str | None, OnnxReference] = {}
+        adapters = [(None, None), *self.inputs.adapters.items()]
+        with (
+            memory_explained("the check in PyTorch", needs=needs, option="check_device", **where),
+            self.report.task("running the adapted models in PyTorch, adapters", len(adapters)) as done,
+        ):
+            for count, (name, adapter) in enumerate(adapters, 1):
+                found[name] = make_reference(
+                    self.kind,
+                    self.model,
+                    adapter,
+                    cases,
+                    self.plan.precision,
+                    merged=self.request.mode == "merged",
+                    compute=Compute(device, dtype),
+                )
+                done(count)
+        return found
+
+    def _needs(self, cases: list[ComparedTokens]) -> Needs:
+        """Estimate what the check needs: the model, on the CPU twice, since it is written as well; the largest case."""
+        found = self.inputs.adapters.values()
+        adapters = sum(prod(shape) for adapter in found for shape in adapter.shapes.values())
+        tokens = max(case.ids.numel() for case in cases)
+        copies = 2 if choose_device(self.request.check_device).type == "cpu" else 1
+        widest = 8 if self.plan.precision == "fp32" else 4  # the noise is that of float32 against a wider run
+        return Needs.of_model(
+            self.inputs.base, adapters=adapters, tokens=tokens, copies=copies, logits=3, at_least=widest
+        )
+
+    def _rows(self) -> torch.Tensor:
+        """Rows of token ids of real text, repeated until there are enough; of all ids if the tokenizer has no text."""
+        ids: list[int] = []
+        for prompt in BUILT_IN_PROMPTS:
+            ids += self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = ids or list(range(self.model.get_input_embeddings().num_embeddings))
+        while len(ids) < prod(ROWS):
+            ids += ids
+        return torch.tensor(ids[: prod(ROWS)]).reshape(ROWS)
+
+    def _write(self, cases: list[ComparedTokens]) -> tuple[list[MatrixCertificate], list[torch.Tensor] | None]:
+        """Write graphs and adapters into the draft; also return a merged int4 graph's logits without the adapter."""
+        request = self.request
+        if request.graph is not None:
+            return self._write_adapters(read_layout(request.graph, self.kind.graphs)), None
+        if request.mode == "swappable":
+            every = {delta.module: delta for deltas in self.deltas.values() for delta in deltas}
+            rank = max(delta.rank for delta in every.values())
+            drawn = markers(every.values(), rank)
+            self._export(replace(self.plan, markers=drawn, rank=rank), self.draft)
+            dtype = "fp16" if self.plan.precision == "fp16" else "fp32"
+            layout = write_swappable(self.draft, self.kind.graphs, drawn, self.inputs.base.name, dtype, web=request.web)
+            return self._write_adapters(layout), None
+        found_base = None
+        if request.check and self.plan.precision == "int4":
+            found_base = self._quantised_base(cases)
+        ((name, adapter),) = self.inputs.adapters.items()
+        certificates = merge(self.model, adapter, self.deltas[name])
+        self._export(self.plan, self.draft)
+        return certificates, found_base
+
+    def _export(self, plan: GraphPlan, out: Path) -> None:
+        self.report.line(f"building the {plan.precision} graph of {type(self.model).__name__}")
+        work = out / ".work"
+        work.mkdir()
+        self.kind.export(self.model, self.tokenizer, plan, work, out)
+        shutil.rmtree(work)
+        for graph in self.kind.graphs:
+            check_file(out / graph)
+
+    def _quantised_base(self, cases: list[ComparedTokens]) -> list[torch.Tensor]:
+        folder = self.draft / ".base"
+        folder.mkdir()
+        self._export(self.plan, folder)
+        logits = run_cases(self.kind, self.kind.runner(folder, self.plan.device, None), cases)
+        shutil.rmtree(folder)
+        return logits
+
+    def _write_adapters(self, layout: SwappableLayout) -> list[MatrixCertificate]:
+        return [
+            certificate
+            for name, deltas in self.deltas.items()
+            for certificate in write_adapter(self.draft / name, layout, self.kind.graphs, deltas)
+        ]
+
+    def _check(
+        self,
+        cases: list[ComparedTokens],
+        references: dict[str | None, OnnxReference],
+        found_base: list[torch.Tensor] | None,
+    ) -> list[GraphCheck]:
+        folder = self.request.graph or self.draft
+        if found_base is None and self.plan.precision == "int4":
+            found_base = run_cases(self.kind, self.kind.runner(folder, self.plan.device, None), cases)
+        checks = []
+        for name, reference in references.items():
+            if self.request.mode == "merged" and name is None:
+                continue
+            self.report.line(f"running the graph in ONNX Runtime, {'no adapter' if name is None else name}")
+            adapter = None if name is None or self.request.mode == "merged" else self.draft / name
+            known = None if name is None else found_base
+            found = check_graph(self.kind, folder, self.plan.device, adapter, cases, reference, references[None], known)
+            checks += [check.model_copy(update={"adapter": name}) for check in found]
+        return checks
+
+    def _result(self, matrices: list[MatrixCertificate], checks: list[GraphCheck]) -> OnnxReport:
+        request, device = self.request, self.plan.device
+        return OnnxReport(
+            verdict=judge_export(checks, matrices),
+            mode=request.mode,
+            precision=self.plan.precision,
+            device=device,
+            cache=not isinstance(self.kind, Stateless),
+            web=request.web,
+            check_device=str(choose_device(request.check_device)) if request.check else None,
+            compute_dtype=request.compute_dtype if request.check else None,
+            checked_on=(device if has_provider(device) else "cpu") if request.check else None,
+            base_model=self.inputs.base.name,
+            adapters={name: str(adapter.path) for name, adapter in self.inputs.adapters.items()},
+            checks=checks,
+            matrices=matrices,
+            versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
+            hardware=hardware(),
+        )
+
+
+def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
+    """Read the report of a swappable export whose graph further adapters are for.
+
+    Args:
+        graph: Folder of the export.
+        base: Base model of the adapters.
+
+    Raises:
+        CheckpointError: No report of an ONNX export in the folder.
+        ExportError: A merged export, or a graph of another base model.
+    """
+    exported = read_json(graph / ONNX.certificate, OnnxReport)
+    if exported.mode != "swappable":
+        raise ExportError(f"{graph} is a {exported.mode} export; adapters can be added to a swappable one only.")
+    if exported.base_model != base.name:
+        raise ExportError(
+            f"{graph} is a graph of {exported.base_model}, but the adapters belong to {base.name}; export a graph of "
+            f"that model, or name a copy of it with {OnnxRequest.named('model')}."
+        )
+    return exported
+
+
+def _as_exported(request: OnnxRequest, graph: Path, exported: OnnxReport) -> OnnxRequest:
+    """Return the request with the settings of the earlier graph that adapters are added to.
+
+    Raises:
+        ExportError: A graph in another form than the request's.
+    """
+    if request.web and not exported.web:
+        raise ExportError(
+            f"{graph} was exported without {request.named('web')}; leave it out, or export another graph with it."
+        )
+    for field in ("precision", "device"):
+        asked, found = getattr(request, field), getattr(exported, field)
+        if asked not in (None, found):
+            raise ExportError(
+                f"{graph} was exported with {request.named(field, found)}; leave {request.named(field, asked)} out, "
+                "or export another graph with it."
+            )
+    if exported.cache and not request.cache:
+        raise ExportError(
+            f"{graph} was exported with a cache; leave out {request.named('cache', False)}, or export another graph "
+            "with it."
+        )
+    return replace(
+        request, precision=exported.precision, device=exported.device, cache=exported.cache, web=exported.web
+    )
+
+
+def check_file(graph: Path) -> None:
+    """Check the structure, the types of standard operators and the external data of a graph.
+
+    Raises:
+        ExportError: What the checker found.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type in RUNTIME_OPERATORS and node.domain == "":
+            node.domain = "com.microsoft"
+    copy = graph.with_name(f".{graph.name}.check")  # in the graph's folder, where its external data is
+    try:
+        onnx.save(model, copy)
+        onnx.checker.check_model(copy)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{graph.name}: the onnx checker refuses it: {error}") from error
+    finally:
+        copy.unlink(missing_ok=True)

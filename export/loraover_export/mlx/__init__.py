@@ -1,1 +1,0 @@
-"""Adapters for mlx-lm."""
