@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 from pydantic import BaseModel
 from rich.console import Console
+from rich.protocol import rich_cast
 from rich.table import Table
 
 from loraover.adapters.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
@@ -42,7 +43,7 @@ from loraover_export.prepare.report import show_report as show_fleet
 from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.report.show import show_report as show_parity
+from loraover_serve.parity.report.tables import show_report as show_parity
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.verify.report import Interval, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
@@ -241,7 +242,7 @@ class Tables(Console):
         self.tables: list[Table] = []
 
     def print(self, *objects: Any, **options: Any) -> None:
-        self.tables += [shown for shown in objects if isinstance(shown, Table)]
+        self.tables += [table for shown in objects if isinstance(table := rich_cast(shown), Table)]
         super().print(*objects, **options)
 
 

@@ -11,9 +11,8 @@ import pytest
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import Result
 from loraover_serve.parity.judge.several import Together
-from loraover_serve.parity.report.html import to_page
-from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.report.verdict import verdict_of
+from loraover_serve.parity.report.page import to_page
+from loraover_serve.parity.report.parity_report import ParityReport, verdict_of
 from loraover_serve.parity.samples import CONTROL, FOLDED
 
 from support.clockwork import whole_report

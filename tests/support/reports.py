@@ -27,7 +27,7 @@ from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page
-from loraover_serve.parity.report.html import to_page as parity_page
+from loraover_serve.parity.report.page import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
 from loraover_serve.verify.report import (
     EngineResult,

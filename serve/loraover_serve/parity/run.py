@@ -22,7 +22,7 @@ from loraover_serve.parity.judge.analysis import Result, latencies, overall, res
 from loraover_serve.parity.judge.equivalence import ALPHA
 from loraover_serve.parity.measure.arms import Arms, prepare_arms
 from loraover_serve.parity.measure.workload import make_requests
-from loraover_serve.parity.report.html import HTML_FILE, to_page
+from loraover_serve.parity.report.page import HTML_FILE, to_page
 from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA

@@ -1,25 +1,69 @@
-"""Figures of a parity report."""
+"""A parity report as one HTML page that needs no network, with its figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
 
 from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curves_figure, rows_figure
+from loraover.reporting.html_page import Origin, Page, make_page
 from loraover.reporting.svg import Axis, Figure
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
-from loraover_serve.parity.report.tables import UNBOUNDED, deciding_first, end_text
-from loraover_serve.parity.report.verdict import PER, at_once, percent_text
+from loraover_serve.parity.report import tables
+from loraover_serve.parity.report.parity_report import (
+    PER,
+    UNBOUNDED,
+    ParityReport,
+    at_once,
+    end_text,
+    percent_text,
+    verdict_of,
+)
+from loraover_serve.parity.report.tables import deciding_first
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
+HTML_FILE = "parity.html"
+TEMPLATE = "parity.html.j2"
 COLORS = {FOLDED: "subject", VANILLA: "baseline", CONTROL: "noise", BASE: "base"}
 """Colours of the arms; further arms are "other"."""
 POINTS = 50  # points of a curve, one for every second per cent of the answers
 SHOWN_SHARE = 0.99  # the slowest answers of an arm would stretch the axis
+
+
+def to_page(report: ParityReport) -> Page:
+    """Make the report's page; every text is escaped.
+
+    Args:
+        report: The report.
+    """
+    changes = change_figures(report.results, report.margin)
+    throughputs, times = throughput_figures(report.throughputs), time_figures(report.runs)
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title=f"Parity: {report.verdict}",
+        heading="Is the folded adapter as fast as a plain LoRA, and are its answers the same?",
+        verdict=verdict_of(report),
+        facts={"engine": _engines(report), "base model": report.base_model},
+        origin=Origin(report.command, report.date, report.hardware, report.versions),
+        figures=[*changes, *throughputs, *times],
+        report=report,
+        changes=changes,
+        throughputs=throughputs,
+        times=times,
+        tables=tables,
+    )
+
+
+def _engines(report: ParityReport) -> str:
+    """Names of the engines, with the versions of those that are packages of these names."""
+    names = dict.fromkeys(run.engine for run in report.runs)
+    packages = {name: {"onnx": "onnxruntime"}.get(name.split()[0], name.split()[0]) for name in names}
+    return ", ".join(f"{name} {report.versions.get(package, '')}".strip() for name, package in packages.items())
 
 
 class _Place(NamedTuple):
@@ -63,7 +107,7 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
 
 def _base_text(results: Sequence[Result]) -> str:
     found = [
-        f"{r.ratio:.2f} [{', '.join(end_text(end, 2) for end in r.interval)}] {PER.get(r.measure, r.measure)}"
+        f"{r.ratio:.2f} [{', '.join(end_text(end, 2) for end in r.interval)}] {PER[r.measure]}"
         for r in results
         if r.arm == BASE
     ]
@@ -81,7 +125,7 @@ def _percent(ratio: float) -> float:
 def _change_row(r: Result) -> FigureRow:
     low, high = map(_percent, r.interval)
     return FigureRow(
-        f"{r.arm}, {PER.get(r.measure, r.measure)}",
+        f"{r.arm}, {PER[r.measure]}",
         f"{percent_text(r.ratio)} % [{', '.join(map(percent_text, r.interval))}]",
         [Point(_percent(r.ratio), _color(r.arm))],
         (low, high),
