@@ -1,14 +1,22 @@
-"""The report of `check_adapter`: for each engine, a verdict on the adapter as it is and as exported."""
+"""Each engine's verdict on an adapter, as it is and as exported, and its text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import wrap
 from typing import Literal
 
 from pydantic import Field
+from rich.console import Console
 
 from loraover.adapters.logits.judge import Proof
 from loraover.common.strict_json import StrictModel
+from loraover.reporting.palette import terminal_color
+from loraover.reporting.reporter import print_line
+from loraover_export.check.request import CheckRequest
+
+WIDTH = 80
+COLUMNS = "{:<10}{:<16}{:<16}{}"
 
 Level = Literal["refused", "wrong silently", "note"]
 Verdict = Literal["right", "refused", "wrong silently"]
@@ -63,6 +71,13 @@ class EngineCheck(StrictModel):
         """Whether the export mends what is wrong with the adapter as it is."""
         return self.as_it_is.verdict != "right" and self.by_us.verdict == "right"
 
+    @property
+    def form(self) -> str:
+        """The verdict on the better form, and "right as exported" where only the export is right."""
+        if self.as_it_is.verdict == "right":
+            return "right"
+        return "right as exported" if self.is_served else self.by_us.verdict
+
 
 class CheckReport(Proof):
     """Result of judging an adapter for several engines without running any."""
@@ -91,3 +106,67 @@ def judge(findings: Iterable[Finding]) -> Judgement:
     worst: tuple[Verdict, ...] = ("refused", "wrong silently")
     levels = {finding.level for finding in found}
     return Judgement(verdict=next((level for level in worst if level in levels), "right"), findings=found)
+
+
+def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:
+    """Print a table of verdicts, then what each rests on and the export that mends it."""
+
+    def wrapped(text: str) -> None:
+        for line in wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False):
+            print_line(console, line)
+
+    ranks = ", ".join(map(str, report.ranks))
+    matrices = f"A and B of {report.modules} modules, rank {ranks}" if report.ranks else "no A and B"
+    print_line(console, f"{request.adapter}: {report.peft_type}, {matrices}")
+    print_line(console, f"base model {report.base_model} ({report.architecture})")
+    console.print()
+    print_line(console, COLUMNS.format("engine", "exported by us", "as it is", "reader"), "bold")
+    for check in report.engines:
+        row = COLUMNS.format(check.engine, check.by_us.verdict, check.as_it_is.verdict, check.reader)
+        print_line(console, row, terminal_color(check.form))
+    limits: dict[Finding, list[str]] = {}  # what keeps an export from mending the adapter, with its engines
+    for check in report.engines:
+        if check.as_it_is.findings or check.is_mended:
+            console.print()
+            print_line(console, check.engine, "bold")
+        for finding in check.as_it_is.findings:
+            wrapped(f"{finding.level}: {finding.found}")
+        for finding in check.by_us.findings:
+            if check.is_mended and finding.feature == "conversion":
+                wrapped(finding.found)
+            if check.as_it_is.verdict != "right" and finding.level != "note":
+                limits.setdefault(finding, []).append(check.engine)
+        if check.is_mended:
+            print_line(console, "  mended by:")
+            for command in filter(None, (check.conversion, check.export)):
+                print_line(console, f"    {command}")
+    if limits:
+        console.print()
+        print_line(console, "no export mends", "bold")
+        for finding, engines in limits.items():
+            wrapped(f"{', '.join(engines)}: {finding.found}")
+        wrapped(_advice({finding.feature for finding in limits}))
+    console.print()
+    wrong = [check.engine for check in report.engines if not check.is_served]
+    exported = [check.engine for check in report.engines if check.form == "right as exported"]
+    texts = [f"no form suits {', '.join(wrong)}"] if wrong else []
+    texts += [f"only the exported form suits {', '.join(exported)}"] if exported else []
+    color = "red" if not report.passed else terminal_color("right on some" if texts else "right")
+    print_line(console, f"check {report.verdict}: {'; '.join(texts) or 'served by every engine'}", color)
+
+
+def _advice(features: set[str]) -> str:
+    if features & {"missing modules", "other shapes", "modules", "shapes"}:
+        return "Name the model that the adapter was trained on with --model."
+    if features == {"files"}:
+        return "Save the adapter with PEFT's save_pretrained, or mend its files as the message says."
+    if "initialisation" in features:
+        return (
+            "Save the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+        )
+    if features & {"method", "DoRA"}:
+        return (
+            "Approximate it with `loraover export convert` and --approximate-to-rank, which states the error, or merge "
+            "the adapter into the base model with PEFT."
+        )
+    return "Train a plain LoRA, or merge the adapter into the base model with PEFT."

@@ -1,30 +1,37 @@
-"""The check of an adapter: read it, and let each engine judge both forms."""
+"""The check of an adapter: read it, foretell its exact conversion, and apply each engine's rules to both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.adapters.uniform.served import ServedModel, read_served
+from loraover.adapters.uniform.served import read_served
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
+from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, read_on_base, site_key
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import check_named, left_to_the_type
 from loraover.checkpoint.tensor_file import open_tensors
-from loraover.common.errors import CheckpointError, ConfigError
+from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.models.load import resolve_model
 from loraover.sources.address import is_elsewhere
 from loraover.sources.verb import verb
-from loraover_export.check.conversion import Conversion, converted_subject
 from loraover_export.check.engines import engine_of
+from loraover_export.check.engines.base import command
+from loraover_export.check.features import FEATURES, lost_parameters
 from loraover_export.check.report import CheckReport, EngineCheck, Finding, judge
 from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
+
+CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix", "doubled prefix")
+"""Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
+
+ENDING = "-lora"
+"""Ending of the name of a conversion's folder, after that of the adapter's."""
 
 
 class _AnyConfig(BaseModel):
@@ -98,7 +105,17 @@ def _read(request: CheckRequest) -> Subject:
         )
     source = resolve_model(named, revision, with_weights=False, say=request.report.line)
     served = read_served(source)
-    lora, unreadable = _read_lora(path, has_cores := (path / META_FILE).exists(), served)
+    has_cores = (path / META_FILE).exists()
+    lora: AdapterDir | None = None
+    unreadable = None
+    try:
+        lora = read_on_base(read_source(path), served.experts)
+        if left_to_the_type(path / CONFIG_FILE):
+            check_named(path / CONFIG_FILE, lora.modules.keys(), served.model_type)
+    except CheckpointError as error:
+        if has_cores:  # a checkpoint that contradicts itself is an error here as well as in the exports
+            raise
+        lora, unreadable = None, str(error)
     return Subject(
         path=path,
         config=config.model_dump(),
@@ -113,28 +130,91 @@ def _read(request: CheckRequest) -> Subject:
     )
 
 
-def _read_lora(path: Path, has_cores: bool, served: ServedModel) -> tuple[AdapterDir | None, str | None]:
-    """Read the adapter as the exports do; a checkpoint that contradicts itself is an error here as well."""
-    try:
-        lora = read_on_base(read_source(path), served.experts)
-        if left_to_the_type(path / CONFIG_FILE):
-            check_named(path / CONFIG_FILE, lora.modules.keys(), served.model_type)
-        return lora, None
-    except CheckpointError as error:
-        if has_cores:
-            raise
-        return None, str(error)
+@dataclass(frozen=True)
+class Conversion:
+    """A plain LoRA that does not exist yet.
+
+    Args:
+        subject: The LoRA, whose rank is not known before it is made and counts as 1.
+        command: Command that makes it.
+        note: What it is, as a finding.
+    """
+
+    subject: Subject
+    command: str
+    note: Finding
 
 
-def _unwritten(subject: Subject) -> Iterator[Finding]:
-    """Yield what keeps every export from writing the adapter."""
+def converted_subject(subject: Subject) -> Conversion | None:
+    """Return what the exact conversion of an adapter will be; None if it needs none or has none."""
     if subject.not_finite is not None:
-        yield Finding(feature="numbers", level="refused", found=f"{subject.not_finite}; no export writes that")
+        return None
+    if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
+        return None
+    from loraover.adapters.convert.kind import read_method
+    from loraover.adapters.convert.need import why_convert
+    from loraover.adapters.convert.others import is_served_head, saved_module
+    from loraover.adapters.convert.prefix import find_move, part_below
+
+    shapes = subject.served.shapes()
+    try:
+        reason = why_convert(subject.path, shapes)
+        if reason is None:
+            return None
+        method, layout = read_method(subject.path)
+        if not method.is_exact(layout.config):
+            return None
+        move = find_move(layout, shapes)
+    except LoraOverError:  # whatever keeps the adapter from being converted, its exports say
+        return None
+    names = {path: path if move is None else move.paths.get(path, path) for path in layout.modules}
+    if not names.keys() or any(name not in shapes for name in names.values()):
+        return None
+    others = [key for key in layout.others if not key.endswith(BASE_WEIGHT)]
+    saved = [saved_module(key.removeprefix(KEY_PREFIX), layout.config) for key in others]
+    is_kept = all(module is not None and is_served_head(module) for module in saved)
+    if not is_kept or lost_parameters(subject) is not None:
+        return None
+    keys = {key: subject.shapes[key] for key in others if key in subject.shapes}
+    for path in names.values():
+        (m, n), kind = shapes[path], ""
+        if subject.served.modules[path].kind == "embedding":
+            m, n, kind = n, m, "embedding_"
+        keys |= {site_key(f"{path}.lora_{kind}A"): (1, n), site_key(f"{path}.lora_{kind}B"): (m, 1)}
+    config = AdapterConfig(
+        peft_type="LORA",
+        task_type=layout.config.task_type,
+        base_model_name_or_path=layout.config.base_model_name_or_path,
+        revision=layout.config.revision,
+        r=1,
+        lora_alpha=1,
+    )
+    served = subject.served
+    if move is not None:  # the configuration may also name modules of parts that the adapter was not trained as
+        served = replace(served, modules={path: served.modules[path] for path in part_below(move.new, served.modules)})
+    plain = replace(
+        subject,
+        written=Path(f"{subject.path.resolve()}{ENDING}"),
+        config=config.model_dump(),
+        fields=config,
+        shapes=keys,
+        lora=AdapterDir(subject.path, config, keys),
+        unreadable=None,
+        has_cores=False,
+        served=served,
+    )
+    text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
+    note = Finding(feature="conversion", level="note", found=text)
+    return Conversion(plain, command(subject, "convert", ending=ENDING), note)
 
 
 def _check(name: str, subject: Subject, converted: Conversion | None) -> EngineCheck:
     engine = engine_of(name)
-    as_it_is, exported = judge(engine.as_it_is(subject)), judge([*engine.exported(subject), *_unwritten(subject)])
+    unwritten = []
+    if subject.not_finite is not None:
+        text = f"{subject.not_finite}; no export writes that"
+        unwritten.append(Finding(feature="numbers", level="refused", found=text))
+    as_it_is, exported = judge(engine.as_it_is(subject)), judge([*engine.exported(subject), *unwritten])
     after = None if exported.verdict == "right" else converted
     return EngineCheck(
         engine=name,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ONE = Reporting(
     "loraover_export.check.request:CheckRequest",
     "loraover_export.check.run:check_adapter",
-    "loraover_export.check.show:show_report",
+    "loraover_export.check.report:show_report",
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -177,9 +177,12 @@ def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Findi
 
     An adapter that the exports cannot read for another reason than such a feature is damaged, and refused.
     """
-    found = list(_findings(subject, reactions))
-    yield from found
-    is_explained = any(finding.feature in UNREADABLE for finding in found)
+    is_explained = False
+    for name, feature in FEATURES.items():
+        found = feature(subject) if name in reactions else None
+        if found is not None:
+            yield Finding(feature=name, level=reactions[name].level, found=f"{found}; {reactions[name].text}")
+            is_explained = is_explained or name in UNREADABLE
     if subject.unreadable is not None and not is_explained:
         yield Finding(feature="files", level="refused", found=subject.unreadable)
 
@@ -209,11 +212,3 @@ def command(subject: Subject, *words: str, ending: str) -> str:
     """Return `export_command` for the adapter, with the base model that the user named."""
     model = [] if subject.model is None else ["--model", subject.model]
     return export_command(subject.written or subject.path, *words, *model, ending=ending)
-
-
-def _findings(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterable[Finding]:
-    for name, feature in FEATURES.items():
-        evidence = feature(subject) if name in reactions else None
-        if evidence is not None:
-            reaction = reactions[name]
-            yield Finding(feature=name, level=reaction.level, found=f"{evidence}; {reaction.text}")

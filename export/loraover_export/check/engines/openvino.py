@@ -70,7 +70,8 @@ class OpenVinoRules(UniformRules):
     reader = "OpenVINO GenAI 2026.4"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
-        yield from react(subject, PEFT_FORM | {"missing modules": MISPLACED if _found(subject) else MISSING})
+        is_placed = all(any(path in name for name in subject.served.modules) for path in subject.modules)
+        yield from react(subject, PEFT_FORM | {"missing modules": MISPLACED if is_placed else MISSING})
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
         yield from uniform_form(subject)
@@ -79,8 +80,3 @@ class OpenVinoRules(UniformRules):
 
     def export(self, subject: Subject) -> str:
         return command(subject, "vllm", ending="-uniform")
-
-
-def _found(subject: Subject) -> bool:
-    """Whether each adapted module's path is a part of the path of one of the base model's modules."""
-    return all(any(path in name for name in subject.served.modules) for path in subject.modules)

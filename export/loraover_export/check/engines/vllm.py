@@ -29,7 +29,7 @@ from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.formats.vllm.architectures import known_architectures
-from loraover_export.formats.vllm.candidate import Candidate, Problem
+from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.rules import RULES
 from loraover_export.publishing import VLLM
 
@@ -86,7 +86,15 @@ class UniformRules(EngineRules):
             raise ExportError(f"{source}: {found}")
         certificate = report.certificate
         assert certificate is not None
-        taken = {*certificate.scaling.values()} == {1.0} and _is_taken(source, target.dtype)
+        adapter = read_source(source)
+        with open_tensors(adapter.tensors_path) as file:
+            types = {FLOATS.get(file.dtype(key)) for key in file.keys}
+        taken = (
+            {*certificate.scaling.values()} == {1.0}
+            and (adapter.is_run_by_peft and not adapter.others)
+            and types == {DTYPES[target.dtype]}
+            and all(module.rank == adapter.rank for module in adapter.modules.values())
+        )
         return Written(ADAPTER, f"{ADAPTER}/{VLLM.certificate}", certificate.rank, certificate.matrices, taken)
 
 
@@ -131,7 +139,11 @@ def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
     candidate = Candidate(subject.lora, subject.served, known_architectures(), name, address, dtype)
     for rule, check in RULES.items():
         for problem in check(candidate):
-            yield Finding(feature=rule, level=_level(rule, problem, dtype), found=problem.found)
+            # What the export finds keeps it from writing, whatever vLLM would do with it.
+            level: Level = "wrong silently" if problem.is_silent and dtype is None else "refused"
+            if problem.is_warning or rule == "patterns":  # these releases read patterns as PEFT does
+                level = "note"
+            yield Finding(feature=rule, level=level, found=problem.found)
 
 
 def uniform_form(subject: Subject) -> Iterator[Finding]:
@@ -148,29 +160,9 @@ def uniform_form(subject: Subject) -> Iterator[Finding]:
         yield Finding(feature="experts", level="wrong silently", found=text)
 
 
-def _is_taken(source: Path, dtype: str) -> bool:
-    """Whether the uniform form of an adapter of scaling 1 holds, in a data type, the numbers that its file holds."""
-    adapter = read_source(source)
-    with open_tensors(adapter.tensors_path) as file:
-        types = {FLOATS.get(file.dtype(key)) for key in file.keys}
-    return (
-        adapter.is_run_by_peft
-        and not adapter.others
-        and types == {DTYPES[dtype]}
-        and all(module.rank == adapter.rank for module in adapter.modules.values())
-    )
-
-
 def _rank(subject: Subject) -> Iterator[Finding]:
     """Yield a note on a rank that vLLM refuses unless it is started with an option."""
     needed = max_lora_rank(max(subject.ranks))
     if needed is not None and needed > DEFAULT_MAX_LORA_RANK:
         found = f"vLLM refuses rank {max(subject.ranks)} unless it is started with --max-lora-rank {needed}"
         yield Finding(feature="rank", level="note", found=found)
-
-
-def _level(rule: str, problem: Problem, dtype: str | None) -> Level:
-    if problem.is_warning or rule == "patterns":  # these releases read patterns as PEFT does
-        return "note"
-    # What the export finds keeps it from writing, whatever vLLM would do with it.
-    return "wrong silently" if problem.is_silent and dtype is None else "refused"
