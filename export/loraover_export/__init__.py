@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover.adapters.convert.report import ConvertReport as ConvertReport
     from loraover.adapters.convert.run import convert_adapter as convert_adapter
     from loraover.adapters.uniform.certificate import LoraCertificate as LoraCertificate
-    from loraover_export.attest.run import AttestReport as AttestReport
+    from loraover_export.attest.report import AttestReport as AttestReport
     from loraover_export.attest.run import attest_adapter as attest_adapter
     from loraover_export.check.report import CheckReport as CheckReport
     from loraover_export.check.run import check_adapter as check_adapter
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
 
 
 _HOMES = {
-    "AttestReport": "loraover_export.attest.run",
+    "AttestReport": "loraover_export.attest.report",
     "CheckReport": "loraover_export.check.report",
     "ConvertReport": "loraover.adapters.convert.report",
     "DiffReport": "loraover.adapters.combine.diff_report",

@@ -121,7 +121,7 @@ WATCHING = (
     ),
     Mutant(
         "attest-an-earlier-signature-stays",
-        "(request.adapter / SIGNATURE_FILE).unlink(missing_ok=True)",
+        "signed.unlink(missing_ok=True)",
         "(request.adapter / SIGNATURE_FILE).exists()",
         Selection("test_attest.py", "signature_holds"),
     ),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from loraover.adapters.logits.judge import ExportVerdict
 from loraover.adapters.uniform.certificate import CERTIFICATE_FILE as LORA
@@ -20,11 +20,11 @@ from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ExportError, OutputError
 from loraover.common.paths import Listing, list_folder
-from loraover.common.strict_json import StrictModel, read_json
+from loraover.common.strict_json import read_json
 from loraover.sources.verb import verb
+from loraover_export.attest.report import AttestReport, Digest, Resource, Statement, TestResult
 from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
-from loraover_export.attest.statement import Digest, Resource, Statement, TestResult
 from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE
 from loraover_export.publishing import PRODUCTS
 
@@ -52,26 +52,6 @@ class AnyCertificate(BaseModel):
     output: dict[str, str] = {}
 
 
-class AttestReport(StrictModel):
-    """Attested files and verdicts, or the differences from them."""
-
-    path: Path = Field(description="The statement")
-    statement: Statement = Field(description="Its contents")
-    is_checked: bool = Field(description="Whether the files were compared with it, and not written to it")
-    is_signed: bool = Field(description="Whether the folder was signed, or its signature was verified")
-    faults: list[str] = Field(description="What is not as attested, in sentences")
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is as attested, and no certificate has failed."""
-        return not self.faults and self.statement.predicate.result != "FAILED"
-
-    @property
-    def exit_code(self) -> int:
-        """Exit code of the command."""
-        return 0 if self.passed else 1
-
-
 @verb(AttestRequest)
 def attest_adapter(request: AttestRequest) -> AttestReport:
     """Write a statement of an adapter's files and of the checks that they passed, or compare the files with it.
@@ -83,52 +63,42 @@ def attest_adapter(request: AttestRequest) -> AttestReport:
         ModuleNotFoundError: A key is given, and model-signing is not installed.
         OutputError: A statement that exists and may not be replaced, or that cannot be written.
     """
-    path = request.adapter / STATEMENT_FILE
+    path, signed = request.adapter / STATEMENT_FILE, request.adapter / SIGNATURE_FILE
     if request.check:
         attested = read_json(path, Statement)
         faults = list(differences(attested, request.adapter))
+        is_signed = request.public_key is not None
         if request.public_key is not None:
             fault = signature_fault(request.adapter, request.public_key)
             faults += [] if fault is None else [fault]
-        is_signed = request.public_key is not None
         return AttestReport(path=path, statement=attested, is_checked=True, is_signed=is_signed, faults=faults)
-    _check_replaceable(request)
-    signer, variable, signature = None, request.password_variable, None
+    if path.exists() and not request.force:
+        raise OutputError(
+            f"{path} exists; compare the files with it by {request.named('check')}, or replace it with "
+            f"{request.named('force')}."
+        )
+    if signed.exists() and not request.force:
+        raise OutputError(
+            f"{signed} exists, and a new file in the folder would end its validity; attest a copy of the folder, or "
+            f"replace the signature with {request.named('force')}."
+        )
+    signer, variable = None, request.password_variable
     if request.private_key is not None:
         signer = read_signer(request.private_key, None if variable is None else os.environ[variable])
     made = make_statement(request.adapter)
     text = json.dumps(made.model_dump(by_alias=True), indent=1) + "\n"
-    if signer is not None:
-        signature = sign(request.adapter, signer, {STATEMENT_FILE: text})
+    signature = None if signer is None else sign(request.adapter, signer, {STATEMENT_FILE: text})
     publish_file(path, lambda draft: draft.write_text(text, encoding="utf-8"), replace=request.force)
     if signature is None:
-        (request.adapter / SIGNATURE_FILE).unlink(missing_ok=True)  # an earlier one does not hold any more
+        signed.unlink(missing_ok=True)  # an earlier one does not hold any more
     else:
-        signed = signature
-        publish_file(request.adapter / SIGNATURE_FILE, lambda draft: draft.write_bytes(signed), replace=request.force)
+        content = signature
+        publish_file(signed, lambda draft: draft.write_bytes(content), replace=request.force)
     return AttestReport(path=path, statement=made, is_checked=False, is_signed=signer is not None, faults=[])
 
 
-def _check_replaceable(request: AttestRequest) -> None:
-    """Raise OutputError if there is an attestation, or a signature that a statement would end, without `force`."""
-    statement, signature = request.adapter / STATEMENT_FILE, request.adapter / SIGNATURE_FILE
-    if statement.exists() and not request.force:
-        raise OutputError(
-            f"{statement} exists; compare the files with it by {request.named('check')}, or replace it with "
-            f"{request.named('force')}."
-        )
-    if signature.exists() and not request.force:
-        raise OutputError(
-            f"{signature} exists, and a new file in the folder would end its validity; attest a copy of the folder, or "
-            f"replace the signature with {request.named('force')}."
-        )
-
-
 def make_statement(adapter: Path) -> Statement:
-    """The statement of a folder's files.
-
-    Args:
-        adapter: The folder.
+    """Return the statement of a folder's files.
 
     Raises:
         CheckpointError: A file that cannot be read, anything but files and folders, a certificate that is none or is of
@@ -140,7 +110,12 @@ def make_statement(adapter: Path) -> Statement:
         raise CheckpointError(f"{adapter / others[0]}: {NOT_A_FILE}; remove it.")
     subjects, results = [], []
     tests: dict[str, list[str]] = {"passed": [], "failed": [], "inconclusive": []}
-    resources = {name: _resource(path, name) for name, path in files.items()}
+    resources: dict[str, Resource] = {}
+    for name, path in files.items():
+        try:
+            resources[name] = Resource(name=name, digest=Digest(sha256=sha256_of(path)))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     covered: set[str] = set()
     for name, path in files.items():
         if name in CERTIFICATES:
@@ -150,7 +125,13 @@ def make_statement(adapter: Path) -> Statement:
             tests.get(found.verdict, tests["inconclusive"]).append(CERTIFICATES[name])
             results.append(resources[name].model_copy(update={"annotations": _in_short(found.model_dump())}))
         elif name.endswith(REFERENCE_FILE):
-            results.append(_reference(path, resources[name], tests))
+            reason = misfit(path)
+            if reason is not None:
+                raise CheckpointError(f"{reason}; record it again with `loraover record`, or remove it.")
+            power = json.loads(gzip.decompress(path.read_bytes())).get("power")
+            decides = isinstance(power, dict) and power.get("decides") is True  # on a server in bfloat16
+            tests["passed" if decides else "inconclusive"].append("reference")
+            results.append(resources[name].model_copy(update={"annotations": reference_digests(path)}))
             covered.update(covered_files(path))
         else:
             subjects.append(resources[name])
@@ -236,25 +217,8 @@ def _listed(adapter: Path) -> Listing:
     return Listing({name: path for name, path in files.items() if name not in OTHERS}, others)
 
 
-def _resource(path: Path, name: str) -> Resource:
-    try:
-        return Resource(name=name, digest=Digest(sha256=sha256_of(path)))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
-
-
 def _in_short(value: Any) -> Any:
     """A certificate without its lists, which have one entry for each matrix."""
     if isinstance(value, dict):
         return {key: _in_short(one) for key, one in value.items() if not isinstance(one, list)}
     return value
-
-
-def _reference(path: Path, resource: Resource, tests: dict[str, list[str]]) -> Resource:
-    """The reference, whose test is whether it decides on a server in bfloat16."""
-    reason = misfit(path)
-    if reason is not None:
-        raise CheckpointError(f"{reason}; record it again with `loraover record`, or remove it.")
-    power = json.loads(gzip.decompress(path.read_bytes())).get("power")
-    tests["passed" if isinstance(power, dict) and power.get("decides") is True else "inconclusive"].append("reference")
-    return resource.model_copy(update={"annotations": reference_digests(path)})

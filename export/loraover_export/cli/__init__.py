@@ -33,7 +33,7 @@ PLACES = {
         "loraover.adapters.convert.show:show_report",
     ),
     "gguf": ("requests:GgufRequest", "formats.gguf.run:export_gguf", "formats.gguf.show:show_report"),
-    "attest": ("attest.request:AttestRequest", "attest.run:attest_adapter", "attest.show:show_report"),
+    "attest": ("attest.request:AttestRequest", "attest.run:attest_adapter", "attest.report:show_report"),
     "mlx": ("requests:MlxRequest", "formats.mlx:export_mlx", "formats.mlx:show_report"),
 }
 """Request, function, and function that prints the report, of each command."""
