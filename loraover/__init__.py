@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from loraover.study.runner import run_study as run_study
     from loraover.training.recipe import Recipe as Recipe
     from loraover.training.recipe import load_recipe as load_recipe
-    from loraover.training.run import train as train
+    from loraover.training.run.train import train as train
     from loraover.training.run_result import RunResult as RunResult
     from loraover.training.run_result import read_run as read_run
 
@@ -71,7 +71,7 @@ _HOMES = {
     "restore": "checkpoint.resume",
     "run_study": "study.runner",
     "seal": "callbacks.seal_checkpoints",
-    "train": "training.run",
+    "train": "training.run.train",
     "trainable_state_dict": "overparam.sharding",
     "trainer_loss": "callbacks.trainer_loss",
     "write_checkpoint": "checkpoint.write_checkpoint",

@@ -67,8 +67,8 @@ def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: boo
     from loraover.common.ranks import launched
     from loraover.reporting.reporter import ConsoleReporter
     from loraover.training.on_ray import train_on_ray
-    from loraover.training.run import train
-    from loraover.training.run_folder import RECIPE_FILE, product, run_folder
+    from loraover.training.run.folder import RECIPE_FILE, product, run_folder
+    from loraover.training.run.train import train
 
     ranks, name = launched(), request.recipe or Path(request.data or "run").name
     report = ranks.heard(ConsoleReporter(console))

@@ -22,10 +22,10 @@ from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
 from loraover.inspection.next_steps import next_steps
 from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, Kind, OnnxFacts, RunFacts, VllmFacts
-from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER
-from loraover.training.run_log import logged_losses, step_of
+from loraover.training.run.failure import FAILURE_FILE, read_failure
+from loraover.training.run.folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER
+from loraover.training.run.log import logged_losses, step_of
 from loraover.training.run_result import RUN_FILE, read_run
 
 FOLD_FILE, PREFLIGHT_FILE, VLLM_FILE = "fold_certificate.json", "preflight.json", "vllm_certificate.json"

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from loraover.inspection.report import FolderReport, NextStep
-from loraover.training.run_folder import RECIPE_FILE
+from loraover.training.run.folder import RECIPE_FILE
 
 
 def next_steps(report: FolderReport) -> list[NextStep]:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loraover.overparam.schedule import Round
-from loraover.training.failure import Failure
+from loraover.training.run.failure import Failure
 from loraover.training.run_result import RunResult
 
 Kind = Literal["run", "checkpoint", "adapter", "folded adapter", "vLLM export", "ONNX export"]

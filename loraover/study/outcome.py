@@ -27,12 +27,12 @@ from loraover.common.strict_json import StrictModel
 from loraover.data.sources import BUILT_IN
 from loraover.data.turns import later_turn
 from loraover.study.grid import FEWEST_EXAMPLES
-from loraover.training.examples import load_held_out
-from loraover.training.failure import FAILURE_FILE, read_failure
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.row_digests import read_digests
-from loraover.training.run_folder import HELD_OUT_FILE, RECIPE_FILE
-from loraover.training.run_log import METRICS_FILE
+from loraover.training.rows.data import load_held_out
+from loraover.training.run.failure import FAILURE_FILE, read_failure
+from loraover.training.run.folder import HELD_OUT_FILE, RECIPE_FILE
+from loraover.training.run.log import METRICS_FILE
 from loraover.training.run_result import RUN_FILE, StartedFrom, read_run
 
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"

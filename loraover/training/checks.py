@@ -17,10 +17,10 @@ from loraover.common.reporter import Reporter
 from loraover.data.formats import PAIRS, TEXTS, RowForm
 from loraover.data.sources import Rows
 from loraover.models.device import choose_device, prefers_bf16
-from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import SOAP
-from loraover.training.spelling import learned, takes_objects
+from loraover.training.rows.data import Examples
+from loraover.training.rows.template import learned, takes_objects
 from loraover.training.trainers import TRAINERS, check_keys
 
 

@@ -17,8 +17,8 @@ from loraover.common.ray_cluster import ray_cluster
 from loraover.common.reporter import Reporter
 from loraover.common.request import as_written
 from loraover.training.recipe import Recipe
-from loraover.training.run import train
-from loraover.training.run_folder import check_claim
+from loraover.training.run.folder import check_claim
+from loraover.training.run.train import train
 from loraover.training.run_result import RunResult, read_run
 
 RESTARTS = 3

@@ -18,15 +18,15 @@ from loraover.models.device import choose_device, total_memory
 from loraover.models.load import ModelSource, is_encoder_decoder, load_tokenizer, resolve_model
 from loraover.models.memory import ROOM
 from loraover.training.checks import check_names
-from loraover.training.defaults import in_micro_batches
-from loraover.training.engines import CUTS_WEIGHTS
-from loraover.training.estimate import Gpus, Memory, estimate_memory
-from loraover.training.examples import Examples
-from loraover.training.lengths import SPLITS
+from loraover.training.launch.defaults import in_micro_batches
+from loraover.training.launch.distribution import CUTS_WEIGHTS
+from loraover.training.launch.memory import Gpus, Memory, estimate_memory
 from loraover.training.recipe import Recipe
+from loraover.training.rows.data import Examples
+from loraover.training.rows.lengths import SPLITS
+from loraover.training.rows.template import with_template
 from loraover.training.run_result import Lengths
 from loraover.training.settle import Settled, read_examples, settle
-from loraover.training.spelling import with_template
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
 from loraover.training.trial import try_steps
 

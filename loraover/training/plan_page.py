@@ -8,8 +8,8 @@ from loraover.common.provenance import environment, hardware, today
 from loraover.reporting.figures import Band, FigureRow, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure
-from loraover.training.lengths import FEW
 from loraover.training.plan import ASSUMPTION, TrainingPlan
+from loraover.training.rows.lengths import FEW
 from loraover.training.run_result import Lengths
 
 TEMPLATE = "plan.html.j2"

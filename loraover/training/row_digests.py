@@ -13,7 +13,7 @@ from loraover.common.errors import DataError
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.data.formats import Row
 from loraover.data.pictures import as_json
-from loraover.training.examples import Examples
+from loraover.training.rows.data import Examples
 
 DATA_FILE = "data.json"
 

@@ -12,15 +12,15 @@ from loraover.data.formats import RowForm
 from loraover.data.sources import BadRows
 from loraover.models.load import ModelSource, load_config, load_processor, takes_images
 from loraover.training.checks import check_rows, row_form
-from loraover.training.defaults import with_batch, with_defaults
-from loraover.training.estimate import Gpus
-from loraover.training.examples import Examples, load_examples, report_rows, report_skipped
-from loraover.training.lengths import Tokens, check_fit, count_tokens
+from loraover.training.launch.defaults import with_batch, with_defaults
+from loraover.training.launch.memory import Gpus
 from loraover.training.methods import make_method
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
+from loraover.training.rows.data import Examples, load_examples, report_rows, report_skipped
+from loraover.training.rows.lengths import Tokens, check_fit, count_tokens
+from loraover.training.rows.template import with_template
 from loraover.training.run_result import Lengths
-from loraover.training.spelling import with_template
 from loraover.training.trainers import TRAINERS
 
 

@@ -15,10 +15,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
-from loraover.training.engines import accumulation, check_processes, engine_options
+from loraover.training.launch.distribution import accumulation, check_processes, engine_options
 from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
-from loraover.training.run_folder import TRAINER_FOLDER
+from loraover.training.run.folder import TRAINER_FOLDER
 
 
 class TrainerKind(NamedTuple):

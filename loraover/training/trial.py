@@ -25,7 +25,7 @@ from loraover.models.device import choose_device, free_memory
 from loraover.models.load import ModelSource, is_encoder_decoder, load_config, load_tokenizer
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import Data
-from loraover.training.run import train
+from loraover.training.run.train import train
 
 FEW = 2
 """Layers of the smaller model, where not all layers can be tried. A further layer needs what the slope says."""

@@ -21,7 +21,7 @@ from loraover.common.reporter import SILENT
 from loraover.models.device import choose_device, prefers_bf16
 from loraover.models.load import resolve_model
 from loraover.training.recipe import Recipe
-from loraover.training.run import train
+from loraover.training.run.train import train
 from loraover.training.trial import RunNeeds, StepClock, try_steps
 
 from benchmarks.processes import in_child

@@ -13,8 +13,8 @@ from loraover.data.formats import RowForm
 from loraover.overparam.config import Budget
 from loraover.study.grid import grid_of, is_plain, matched_rank
 from loraover.study.request import DEFAULT_METHODS, StudyRequest, split_outside_brackets
-from loraover.training.examples import load_examples
 from loraover.training.recipe import load_recipe
+from loraover.training.rows.data import load_examples
 
 from support.study_grid import make_grid
 

@@ -25,8 +25,8 @@ from loraover.study.outcome import RunOutcome, digest
 from loraover.study.report import StudyReport, TaskResult
 from loraover.study.request import StudyRequest
 from loraover.study.runner import make_report
-from loraover.training.defaults import LEARNING_RATES
-from loraover.training.hf_trainer import _optimizer
+from loraover.training.launch.defaults import LEARNING_RATES
+from loraover.training.run.trainer import _optimizer
 
 from support.tiny_models import tiny_llama, with_lora
 

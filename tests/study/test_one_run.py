@@ -17,8 +17,8 @@ from loraover.overparam import config as config_module
 from loraover.overparam.decompositions import Mpo
 from loraover.study import outcome as outcome_module
 from loraover.study.outcome import RunOutcome, digest, execute
-from loraover.training.failure import FAILURE_FILE, Failure
 from loraover.training.recipe import Recipe, load_recipe
+from loraover.training.run.failure import FAILURE_FILE, Failure
 from loraover.training.run_result import read_run
 
 from support.study_grid import make_grid

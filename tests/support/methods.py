@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from loraover.training.adapter import with_adapter
-from loraover.training.hf_trainer import MethodCallback
 from loraover.training.methods import METHODS
 from loraover.training.recipe import load_recipe
+from loraover.training.run.trainer import MethodCallback
 
 RANK, SCALING = 4, 2.0
 PREFIX = "base_model.model."
@@ -64,5 +64,5 @@ def watched_steps(watch: Watch) -> Iterator[None]:
             watch(self.method, optimizer, True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loraover.training.hf_trainer.MethodCallback", Watched)
+        patch.setattr("loraover.training.run.trainer.MethodCallback", Watched)
         yield

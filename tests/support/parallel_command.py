@@ -23,8 +23,8 @@ from accelerate import PartialState
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.training import prepare
 from loraover.training.progress import TrainingProgress
+from loraover.training.run import build
 
 from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
 
@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
     rank, recipe = int(os.environ["RANK"]), folder / "recipe.yaml"
     found = {name: called(recipe, "-o", folder / name, *words) for name, words in REFUSED.items()}
     found["apart"] = called(folder / f"only-{rank}.yaml", "-o", folder / "apart")
-    plain, load = PartialState.__init__, prepare._load_base
+    plain, load = PartialState.__init__, build._load_base
     are_cut: list[bool] = []
 
     def noting(*places: Any) -> Any:
@@ -96,7 +96,7 @@ def main(folder: Path) -> None:
         are_cut.append(not any(parameter.numel() for parameter in model.parameters()))
         return model
 
-    prepare._load_base = noting  # type: ignore[assignment]
+    build._load_base = noting  # type: ignore[assignment]
     for name, words in RUNS.items():
         PartialState.__init__ = plain
         if name.startswith("fsdp2"):

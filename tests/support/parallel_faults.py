@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from loraover.training import measure, run
 from loraover.training.progress import TrainingProgress
+from loraover.training.run import measure, train
 
 from support.parallel_command import STEPS, called, halves
 
@@ -47,14 +47,14 @@ def killed(*places: Any, **keywords: Any) -> Any:
 
 def kill_in_evaluation(patch: pytest.MonkeyPatch) -> None:
     """Kill this process after the first batch of the held-out rows, when training has ended."""
-    measured, losses = run.measure, measure.example_losses  # type: ignore[attr-defined]
+    measured, losses = train.measure, measure.example_losses  # type: ignore[attr-defined]
 
     def evaluated(*places: Any, **options: Any) -> Any:
         if places[-1] == measure.AFTER:
             patch.setattr(measure, "example_losses", lambda model, rows, on_batch: losses(model, rows, on_batch=killed))
         return measured(*places, **options)
 
-    patch.setattr(run, "measure", evaluated)
+    patch.setattr(train, "measure", evaluated)
 
 
 def main(folder: Path, recipe: Path) -> None:

@@ -15,7 +15,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock
-from loraover.training.run_folder import LOCK_FILE, claim, new_run_folder, newest_unfinished
+from loraover.training.run.folder import LOCK_FILE, claim, new_run_folder, newest_unfinished
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -85,7 +85,7 @@ def test_a_run_is_told_its_folder_and_continued_without_it(
     assert run(cli, ["train", str(recipe), "--resume"]) == 2
     assert "no unfinished run of recipe" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("loraover.training.run._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("loraover.training.run.train._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(cli, ["train", str(recipe)]) == 130
     shown = capsys.readouterr()
     assert "run: runs/recipe-1" in shown.out.splitlines()

@@ -17,7 +17,7 @@ from transformers import Trainer
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.tensor_file import NonFiniteError
 from loraover.common.errors import CheckpointError, ConfigError, DivergedError, OutputError
-from loraover.training.failure import FAILURE_FILE, failure_of, has_no_work, read_failure
+from loraover.training.run.failure import FAILURE_FILE, failure_of, has_no_work, read_failure
 from loraover.training.run_result import RUN_FILE
 
 from support.make_checkpoint import tree
@@ -92,9 +92,17 @@ def test_a_rate_that_is_far_too_large_diverges(method: str, recipe: Path, tmp_pa
 @pytest.mark.parametrize(
     ("figure", "before", "message"),
     [
-        ("measure.token_loss", False, "the held-out loss after training is inf, expected a finite number. Lower the"),
-        ("measure.token_loss", True, "the held-out loss before training is inf, expected a finite number. Check"),
-        ("run.step_norm", False, "the norm of delta(B A) is inf, expected a finite number. Lower the learning rate"),
+        (
+            "run.measure.token_loss",
+            False,
+            "the held-out loss after training is inf, expected a finite number. Lower the",
+        ),
+        ("run.measure.token_loss", True, "the held-out loss before training is inf, expected a finite number. Check"),
+        (
+            "run.train.step_norm",
+            False,
+            "the norm of delta(B A) is inf, expected a finite number. Lower the learning rate",
+        ),
     ],
 )
 def test_a_figure_that_is_not_finite_is_not_written(

@@ -10,7 +10,7 @@ from loraover.common.errors import DataError
 from loraover.data.formats import ALPACA, RowForm, read_row, unread
 from loraover.training.checks import row_form
 from loraover.training.recipe import load_recipe
-from loraover.training.spelling import takes_objects
+from loraover.training.rows.template import takes_objects
 from loraover.training.trainers import TRAINERS
 
 from support.rows import METAMATH, MNLI, TALK, WIZARD

@@ -11,7 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 import loraover
-import loraover.training.defaults
+import loraover.training.launch.defaults
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
@@ -19,11 +19,11 @@ from loraover.common.reporter import SILENT
 from loraover.data.sources import Counted, Rows
 from loraover.models.device import choose_device, prefers_bf16
 from loraover.models.load import load_config, load_model, load_tokenizer, resolve_model
-from loraover.training.defaults import LEARNING_RATES, with_defaults
-from loraover.training.lengths import Tokens, count_tokens, summarise
+from loraover.training.launch.defaults import LEARNING_RATES, with_defaults
 from loraover.training.plan import make_plan
-from loraover.training.prepare import prepare
 from loraover.training.recipe import load_recipe
+from loraover.training.rows.lengths import Tokens, count_tokens, summarise
+from loraover.training.run.build import prepare
 from loraover.training.run_result import Lengths, read_run
 
 from support.lines import Lines
@@ -309,7 +309,7 @@ def test_rows_that_a_template_refuses_are_listed_or_skipped(
     assert result.lengths is not None
     assert (result.lengths.examples, result.skipped.count, result.skipped.first) == (6, 7, [13, 2, 4])
     assert "warning: 6 rows are skipped, since they cannot be learned (rows 2, 4, 6, ...)" in said.lines
-    monkeypatch.setattr("loraover.training.prepare.load_model", None)
+    monkeypatch.setattr("loraover.training.run.build.load_model", None)
     data_file(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(DataError, match="6 rows cannot be learned") as caught:
         loraover.train(recipe, tmp_path / "no")
@@ -345,7 +345,7 @@ def test_without_a_recipe_model_and_data_are_asked_for(
 def test_auto_takes_the_largest_batch_that_fits(
     gigabytes: float, batch: int, checkpointing: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loraover.training.defaults, "total_memory", lambda _: int(gigabytes * 1e9))
+    monkeypatch.setattr(loraover.training.launch.defaults, "total_memory", lambda _: int(gigabytes * 1e9))
     said = Lines()
     found = make_plan(load_recipe(str(recipe), {"training.per_device_train_batch_size": "auto"}), said)
     assert found.lengths is not None
@@ -357,6 +357,6 @@ def test_auto_takes_the_largest_batch_that_fits(
 
 
 def test_auto_on_a_machine_that_is_too_small_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loraover.training.defaults, "total_memory", lambda _: 10_000)
+    monkeypatch.setattr(loraover.training.launch.defaults, "total_memory", lambda _: 10_000)
     with pytest.raises(ConfigError, match="not even one example of 128 tokens fits"):
         make_plan(load_recipe(str(recipe), {"training.per_device_train_batch_size": "auto"}))

@@ -10,8 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 import loraover
-from loraover.training.hf_trainer import _optimizer
 from loraover.training.recipe import load_recipe
+from loraover.training.run.trainer import _optimizer
 
 from support.tiny_models import tiny_llama, with_lora
 

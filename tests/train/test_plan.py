@@ -19,7 +19,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
 from loraover.models.load import load_model, load_tokenizer, resolve_model
-from loraover.training.estimate import kept_bytes
+from loraover.training.launch.memory import kept_bytes
 from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.trial import RunNeeds, extrapolated

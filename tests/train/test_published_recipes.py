@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraover.training.run.publish_directory", interrupt)
+        patch.setattr("loraover.training.run.train.publish_directory", interrupt)
         assert train("glue-qnli-t5-base", bases, tmp_path, *options) == 130
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("took another step"))

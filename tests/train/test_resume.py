@@ -14,13 +14,13 @@ import pytest
 import yaml
 
 import loraover.callbacks.seal_checkpoints
-import loraover.training.measure
-import loraover.training.run
+import loraover.training.run.measure
+import loraover.training.run.train
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.common.errors import ConfigError
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import with_commits, write_recipe
+from loraover.training.run.folder import with_commits, write_recipe
 
 from support.children import Child
 from support.resumed_run import KINDS, STOP, assert_same_run, interrupted_at, losses, steps_taken, stopped
@@ -89,14 +89,14 @@ def test_a_run_interrupted_after_its_last_step_takes_no_more(
     """Its rate does not end at zero, so that a step too many shows."""
     constant = ("--set", "training.lr_scheduler_type=constant_with_warmup")
     assert train(recipe, tmp_path / "whole", *constant) == 0
-    measure = loraover.training.measure.measure
+    measure = loraover.training.run.measure.measure
 
     def interrupt(*arguments: Any, **options: Any) -> Any:
         if arguments[-1] == "after training":
             raise KeyboardInterrupt
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(loraover.training.run, "measure", interrupt)
+    monkeypatch.setattr(loraover.training.run.train, "measure", interrupt)
     out = tmp_path / "out"
     assert train(recipe, out, *constant) == 130
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import pytest
 
 from loraover.common.errors import ConfigError
 from loraover.common.file_lock import hold_lock, is_locked
-from loraover.training.run_folder import LOCK_FILE
+from loraover.training.run.folder import LOCK_FILE
 
 from support.make_checkpoint import tree
 from support.resumed_run import interrupted_at
@@ -82,7 +82,7 @@ def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path, monke
         held.append(is_locked(tmp_path / "out" / LOCK_FILE))
         raise ConfigError("enough")
 
-    monkeypatch.setattr("loraover.training.run.prepare", refuse)
+    monkeypatch.setattr("loraover.training.run.train.prepare", refuse)
     assert train(recipe, tmp_path / "out") == 2
     assert held == [True]
 

@@ -26,8 +26,8 @@ from loraover.study.outcome import digest
 from loraover.training.adapter import with_adapter
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
-from loraover.training.run_folder import START_FILE, with_commits
-from loraover.training.run_folder import write_recipe as keep_recipe
+from loraover.training.run.folder import START_FILE, with_commits
+from loraover.training.run.folder import write_recipe as keep_recipe
 from loraover.training.run_result import read_run
 from loraover.training.start import pin_start
 

@@ -24,7 +24,7 @@ from loraover.common.command_line import run
 from loraover.models import device
 from loraover.models.load import load_config, resolve_model
 from loraover.training.checks import note_slow_precision
-from loraover.training.defaults import with_defaults
+from loraover.training.launch.defaults import with_defaults
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 

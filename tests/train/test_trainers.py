@@ -13,8 +13,8 @@ from trl.trainer import utils
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT
-from loraover.training.prepare import prepare
 from loraover.training.recipe import load_recipe
+from loraover.training.run.build import prepare
 from loraover.training.trainers import find_reward, use_one_device
 
 from support.lines import Lines

@@ -14,8 +14,8 @@ from loraover.data.formats import RowForm
 from loraover.data.sources import Counted
 from loraover.data.turns import later_turn
 from loraover.sources.hub import HubUnreachableError
-from loraover.training.examples import load_examples, load_held_out
 from loraover.training.recipe import Recipe
+from loraover.training.rows.data import load_examples, load_held_out
 
 from support.rows import GSM8K, PAIR, TURNS, Write, fault, load
 

@@ -9,9 +9,9 @@ import pytest
 
 import loraover
 from loraover.common.errors import FoldError
-from loraover.training import run
-from loraover.training.failure import read_failure
 from loraover.training.methods import METHODS
+from loraover.training.run import train
+from loraover.training.run.failure import read_failure
 
 from support.tiny_hub import write_recipe
 
@@ -28,9 +28,9 @@ RECIPES["tensorguide"]["tensorguide"] = {"tt_rank": 2}
 def test_a_result_that_lost_its_training_is_not_published(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    take_steps = run._take_steps
+    take_steps = train._take_steps
 
-    def forget(prepared: Any, *args: Any) -> run.TimedSteps:
+    def forget(prepared: Any, *args: Any) -> train.TimedSteps:
         """Take the steps, then put back all that was trained."""
         trained = [prepared.model, *getattr(prepared.method, "trains", ())]
         starts = [{name: value.clone() for name, value in module.state_dict().items()} for module in trained]
@@ -40,7 +40,7 @@ def test_a_result_that_lost_its_training_is_not_published(
         return timed
 
     path = write_recipe(tmp_path / "r.yaml", base, evaluation={"exact_match": False}, **RECIPES[recipe])
-    monkeypatch.setattr(run, "_take_steps", forget)
+    monkeypatch.setattr(train, "_take_steps", forget)
     with pytest.raises(FoldError, match=r"has changed nothing: .* the training loss fell from"):
         loraover.train(path, tmp_path / "lost")
     failure = read_failure(tmp_path / "lost")

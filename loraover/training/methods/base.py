@@ -56,7 +56,7 @@ class TrainingMethod:
         no_start: Reason why A and B cannot start from an adapter, as the end of a sentence; empty if they can.
         one_process: Reason why several processes cannot train it together, as the end of a sentence; empty if they can.
         keeps_row_gradients: Whether a step holds the gradients of each row of a micro-batch.
-        learning_rate: Peak rate that the kept studies chose, see `loraover.training.defaults`.
+        learning_rate: Peak rate that the kept studies chose, see `loraover.training.launch.defaults`.
         needs_fp32: Whether the method computes in float32 only.
         settings: Settings that the recipe has under the method's name.
         privacy: Guarantee of the finished run; None for methods without one.

@@ -55,7 +55,7 @@ from loraover.data.turns import later_turn
 from loraover.overparam.sites import lora_layers
 from loraover.training.methods.base import ADAPTER, TrainingMethod, check_optimizer, make_optimizer
 from loraover.training.recipe_parts import BaseRecipe
-from loraover.training.run_log import log_measures
+from loraover.training.run.log import log_measures
 from loraover.training.run_result import Privacy
 
 if TYPE_CHECKING:

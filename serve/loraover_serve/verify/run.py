@@ -34,7 +34,7 @@ from loraover.common.errors import (
 from loraover.common.provenance import today
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover.training.run_folder import TRAINER_FOLDER
+from loraover.training.run.folder import TRAINER_FOLDER
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import ADAPTER, BASE

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from loraover.common.command_line import quiet_libraries
-from loraover.training.run import train
+from loraover.training.run.train import train
 from loraover.training.trial import StepClock
 from loraover_serve.vllm.request import LOOPBACK
 from loraover_serve.vllm.server import free_port

@@ -11,13 +11,13 @@ from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device, prefers_bf16, total_memory
 from loraover.models.load import ModelSource
 from loraover.models.memory import ROOM
-from loraover.training.engines import CUTS_WEIGHTS
-from loraover.training.estimate import Gpus, estimate_memory
-from loraover.training.lengths import Tokens, is_left_out
+from loraover.training.launch.distribution import CUTS_WEIGHTS
+from loraover.training.launch.memory import Gpus, estimate_memory
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import TrainingMethod
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, BATCH
+from loraover.training.rows.lengths import Tokens, is_left_out
 
 LEARNING_RATES = {"lora": 3e-3, "lora-over": 3e-3, "lora+": 1.5e-3, "full": 1e-4}
 LEARNING_RATES |= {name: method.learning_rate for name, method in METHODS.items()}

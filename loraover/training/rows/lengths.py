@@ -11,10 +11,10 @@ from loraover.common.errors import DataError
 from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.data.sources import BadRows, Counted, Rows
-from loraover.training.examples import Examples
 from loraover.training.recipe import Recipe
+from loraover.training.rows.data import Examples
+from loraover.training.rows.template import checked, is_chat, learned, whole_texts
 from loraover.training.run_result import Lengths
-from loraover.training.spelling import checked, is_chat, learned, whole_texts
 
 FEW = 0.01
 """Share of examples that may be cut without a warning."""

@@ -29,9 +29,9 @@ from loraover.common.file_lock import hold_lock, is_locked
 from loraover.common.request import as_written
 from loraover.common.strict_yaml import parse_yaml
 from loraover.sources.address import address_text
-from loraover.training.failure import has_no_work
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, LoraSettings, Training
+from loraover.training.run.failure import has_no_work
 from loraover.training.run_result import RUN_FILE
 
 RUNS = Path("runs")
@@ -41,7 +41,7 @@ TRAINER_FOLDER = "trainer"
 LOCK_FILE = f"{TRAINER_FOLDER}/lock"
 PRODUCTS = ("adapter", "model")
 CHOSEN = ("bf16", "learning_rate", "warmup_steps", "max_length")
-"""Fields of `training` that a run chooses where its recipe has no value, see `loraover.training.defaults`."""
+"""Fields of `training` that a run chooses where its recipe has no value, see `loraover.training.launch.defaults`."""
 
 
 def product(recipe: Recipe, output: Path) -> Path:

@@ -38,15 +38,14 @@ from loraover.overparam.sharding import trainable_state_dict, whole
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
 from loraover.sources.push import push
-from loraover.training.engines import CUTS_WEIGHTS
-from loraover.training.failure import FAILURE_FILE, record_failure
-from loraover.training.measure import AFTER, BEFORE, LOWER, check_finite, check_room, measure
+from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.methods import METHODS
 from loraover.training.methods.base import served_size
-from loraover.training.prepare import Prepared, planned_steps, prepare
 from loraover.training.push import CHECKPOINT_PLACE, moved_copy, plain_copy
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.run_folder import (
+from loraover.training.run.build import Prepared, planned_steps, prepare
+from loraover.training.run.failure import FAILURE_FILE, record_failure
+from loraover.training.run.folder import (
     LOCK_FILE,
     RECIPE_FILE,
     TRAINER_FOLDER,
@@ -56,7 +55,8 @@ from loraover.training.run_folder import (
     product,
     with_commits,
 )
-from loraover.training.run_log import METRICS_FILE, logged_losses, step_of, trim_metrics
+from loraover.training.run.log import METRICS_FILE, logged_losses, step_of, trim_metrics
+from loraover.training.run.measure import AFTER, BEFORE, LOWER, check_finite, check_room, measure
 from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
 from loraover.training.trackers import attach
 from loraover.training.universal import convert_for_processes

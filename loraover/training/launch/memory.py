@@ -21,7 +21,7 @@ from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import weights_dtype
-from loraover.training.engines import CUTS_WEIGHTS
+from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.methods import make_method
 from loraover.training.recipe import Recipe
 from loraover.training.trainers import TRAINERS

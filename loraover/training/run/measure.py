@@ -16,11 +16,11 @@ from loraover.common.ranks import launched
 from loraover.data.formats import Row
 from loraover.evaluation.generation import answer_rooms
 from loraover.evaluation.held_out import Scored, any_number, exact_match, example_losses, token_loss
-from loraover.training.engines import CUTS_WEIGHTS
-from loraover.training.prepare import Prepared
+from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.recipe import LEARNS_TOKENS
-from loraover.training.run_folder import HELD_OUT_FILE
-from loraover.training.run_log import log_measures
+from loraover.training.run.build import Prepared
+from loraover.training.run.folder import HELD_OUT_FILE
+from loraover.training.run.log import log_measures
 from loraover.training.run_result import Measures
 
 BEFORE, AFTER = "before training", "after training"

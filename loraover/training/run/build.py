@@ -29,19 +29,19 @@ from loraover.training.checks import (
     note_slow_precision,
     weights_dtype,
 )
-from loraover.training.engines import end_preparation
-from loraover.training.examples import Examples
-from loraover.training.hf_trainer import leaves_out_repeated, make_sets, make_trainer
+from loraover.training.launch.distribution import end_preparation
 from loraover.training.methods.base import count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.row_digests import keep_digests
-from loraover.training.run_folder import write_recipe
-from loraover.training.run_log import METRICS_FILE
+from loraover.training.rows.data import Examples
+from loraover.training.rows.template import own_template, with_template
+from loraover.training.run.folder import write_recipe
+from loraover.training.run.log import METRICS_FILE
+from loraover.training.run.trainer import leaves_out_repeated, make_sets, make_trainer
 from loraover.training.run_result import StartedFrom
 from loraover.training.settle import Settled, read_examples, settle
-from loraover.training.spelling import own_template, with_template
 from loraover.training.start import pin_start, start_from_adapter
 from loraover.training.trackers import check_login
 from loraover.training.trainers import TRAINERS, make_arguments, trainer_name

@@ -1,0 +1,1 @@
+"""Settings of a recipe's trainer, its processes and its memory, before anything large is loaded."""

@@ -1,0 +1,1 @@
+"""Rows that a recipe trains and measures on."""

@@ -1,0 +1,1 @@
+"""Run of a recipe: its parts, its steps, its measures and its folder."""
