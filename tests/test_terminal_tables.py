@@ -41,11 +41,12 @@ from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.merge.show import show_merge
 from loraover_export.prepare.report import show_report as show_fleet
 from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
+from loraover_serve.judge.estimates import Interval
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport
 from loraover_serve.parity.report.tables import show_report as show_parity
 from loraover_serve.parity.request import ParityRequest
-from loraover_serve.verify.report import Interval, VerifyReport
+from loraover_serve.verify.report import VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.show import show_report as show_verification
 

@@ -10,6 +10,10 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover.client.tokens import Streamed as Streamed
     from loraover.common.errors import UnwrittenReportError as UnwrittenReportError
     from loraover_serve.engines.sample import Sample as Sample
+    from loraover_serve.judge.estimates import Interval as Interval
+    from loraover_serve.judge.results import GreedyAgreement as GreedyAgreement
+    from loraover_serve.judge.results import LogprobDistance as LogprobDistance
+    from loraover_serve.judge.results import Suspect as Suspect
     from loraover_serve.parity.judge.analysis import Latency as Latency
     from loraover_serve.parity.judge.analysis import Result as Result
     from loraover_serve.parity.judge.analysis import Throughput as Throughput
@@ -25,10 +29,6 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.record.recorder import RecordReport as RecordReport
     from loraover_serve.record.recorder import record_adapter as record_adapter
     from loraover_serve.verify.report import EngineResult as EngineResult
-    from loraover_serve.verify.report import GreedyAgreement as GreedyAgreement
-    from loraover_serve.verify.report import Interval as Interval
-    from loraover_serve.verify.report import LogprobDistance as LogprobDistance
-    from loraover_serve.verify.report import Suspect as Suspect
     from loraover_serve.verify.report import VerifyReport as VerifyReport
     from loraover_serve.vllm.serve import serve_adapters as serve_adapters
     from loraover_serve.vllm.server import VllmServer as VllmServer
@@ -43,10 +43,10 @@ _HOMES = {
     "CrossCheck": "loraover_serve.parity.measure.cross_check",
     "Distance": "loraover_serve.parity.judge.outputs",
     "EngineResult": "loraover_serve.verify.report",
-    "GreedyAgreement": "loraover_serve.verify.report",
-    "Interval": "loraover_serve.verify.report",
+    "GreedyAgreement": "loraover_serve.judge.results",
+    "Interval": "loraover_serve.judge.estimates",
     "Latency": "loraover_serve.parity.judge.analysis",
-    "LogprobDistance": "loraover_serve.verify.report",
+    "LogprobDistance": "loraover_serve.judge.results",
     "Measurement": "loraover_serve.parity.samples",
     "Outputs": "loraover_serve.parity.judge.outputs",
     "ParityReport": "loraover_serve.parity.report.parity_report",
@@ -55,7 +55,7 @@ _HOMES = {
     "Result": "loraover_serve.parity.judge.analysis",
     "Sample": "loraover_serve.engines.sample",
     "Streamed": "loraover.client.tokens",
-    "Suspect": "loraover_serve.verify.report",
+    "Suspect": "loraover_serve.judge.results",
     "Throughput": "loraover_serve.parity.judge.analysis",
     "UnwrittenReportError": "loraover.common.errors",
     "VerifyReport": "loraover_serve.verify.report",

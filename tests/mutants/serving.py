@@ -142,7 +142,7 @@ SERVING = (
     ),
     Mutant(
         "verify-noise-of-the-adapted-model",
-        "self.noise = self.found if evidence.is_one_model else ModelDistance.of(evidence.off(BASE, evidence.base))",
+        "self.noise = self.found if evidence.is_one_model else LogprobDistance.of(evidence.off(BASE, evidence.base))",
         "self.noise = self.found",
         Selection("test_verify.py", "planted_fault"),
     ),

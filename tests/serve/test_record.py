@@ -26,7 +26,7 @@ from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import ADAPTER, Expected
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.judge.estimates import Estimate
+from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.search import LEFT
 from loraover_serve.record import recorder
 from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Model, read_reference
@@ -132,7 +132,7 @@ def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
 
     def chosen(half: float, number: int) -> tuple[int, bool]:
         many = replace(reference, questions=reference.questions[:1] * number, bias=1.0)
-        found = choose_number(many, Rounding(0.1, Estimate(1.0, half)), chosen=False)
+        found = choose_number(many, Rounding(0.1, Interval.around(1.0, half)), chosen=False)
         return found["questions"], found["decides"]
 
     assert chosen(0.01, 64) == (24, True)

@@ -64,15 +64,15 @@ def test_one_of_ten_servers_that_lacks_the_adapter_is_named(reference: Reference
     found, asked = checked(fleet(reference, FromReference(reference, lambda name: AS_BASE)), reference)
     replicas = found["replicas"]
     assert (found["verdict"], found["fault"]) == ("differs", INTERMITTENT), found["reason"]
-    assert replicas["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}
+    assert replicas.told_apart == {"x-served-by": [f"pod-{BAD}"]}
     assert f"told apart by x-served-by: pod-{BAD}; " in found["reason"]
-    assert len(replicas["requests"]) == replicas["bad"]
-    for told in replicas["requests"]:
+    assert len(replicas.requests) == replicas.bad
+    for told in replicas.requests:
         assert told["x-served-by"] == f"pod-{BAD}"
         assert "via" not in told, "all answers have it"
         assert re.fullmatch("[0-9a-f]+", told["x-request-id"])
         assert told["x-request-id"] in found["reason"]
-    share = replicas["bad"] / replicas["answers"]
+    share = replicas.bad / replicas.answers
     reached, shown = requests_that_reach(share), answers_that_show(share)
     assert f"{reached} requests reach such a share with 99% probability, and {shown} show it" in found["reason"]
     assert {asked.count(prompt) for prompt in asked} == {REPEATS}
@@ -84,7 +84,7 @@ def test_one_of_ten_servers_with_another_fault_disagrees(reference: Reference) -
     wrong = max(reference.variants[ADAPTER], key=lambda model: model.factor or 0.0)
     found, _ = checked(fleet(reference, FromReference(reference, lambda name: RIGHT, served=wrong)), reference)
     assert (found["verdict"], found["fault"]) == ("differs", DISAGREE), found["reason"]
-    assert found["replicas"]["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}, found["reason"]
+    assert found["replicas"].told_apart == {"x-served-by": [f"pod-{BAD}"]}, found["reason"]
 
 
 SILENT_FORMS: Mapping[str, Any] = {"null": None, "none": {"top_logprobs": None}, "empty": {"top_logprobs": [{}]}}
@@ -97,8 +97,8 @@ def test_one_of_five_servers_that_hides_its_logprobs_is_no_pass(form: str, refer
 
     found, asked = checked(fleet(reference, silent, size=5), reference)
     assert (found["verdict"], found["fault"]) == ("inconclusive", SILENT), found["reason"]
-    assert found["replicas"]["told_apart"] == {"x-served-by": [f"pod-{BAD}"]}
-    assert found["replicas"]["answers"] >= len(asked), "and the generated ones"
+    assert found["replicas"].told_apart == {"x-served-by": [f"pod-{BAD}"]}
+    assert found["replicas"].answers >= len(asked), "and the generated ones"
 
 
 def test_few_answers_without_logprobs_are_counted(reference: Reference) -> None:

@@ -18,9 +18,9 @@ from loraover_serve.engines.answers import Expected, GreedyAnswer, Row
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.case import allowed_distance, sure_errors
-from loraover_serve.judge.evidence import ModelDistance
 from loraover_serve.judge.limits import FLOOR, SURE
 from loraover_serve.judge.names import ENDS_EARLY
+from loraover_serve.judge.results import LogprobDistance
 from loraover_serve.verify.evidence import Answers
 from loraover_serve.verify.faults import permuted
 from loraover_serve.verify.run import verify_engine
@@ -151,9 +151,9 @@ def test_answers_that_are_not_finite_or_of_another_vocabulary_are_errors(case: C
 
 
 def test_the_allowed_distance_follows_the_noise() -> None:
-    noise = ModelDistance(rms=0.1, error=0.01, largest=1.0, positions=10**6, prompts=10**6)
+    noise = LogprobDistance(rms=0.1, error=0.01, largest=1.0, positions=10**6, prompts=10**6)
     assert allowed_distance(noise, 1.5) == pytest.approx(1.5 * 0.1 * (1 + 5 * 2**0.5 * 0.1) + FLOOR, rel=1e-5)
-    assert allowed_distance(ModelDistance(rms=0.0, error=0.0, largest=0.0, positions=64, prompts=64), 1.5) == FLOOR
+    assert allowed_distance(LogprobDistance(rms=0.0, error=0.0, largest=0.0, positions=64, prompts=64), 1.5) == FLOOR
     assert sure_errors(64) == SURE
     assert sure_errors(2) > 10**3
 

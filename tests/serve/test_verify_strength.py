@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from loraover_serve.judge.case import allowed_strength
-from loraover_serve.judge.estimates import Estimate, answers_that_show, share_found
+from loraover_serve.judge.estimates import Interval, answers_that_show, share_found
 from loraover_serve.judge.limits import CERTAIN, EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
 from loraover_serve.judge.rules import is_narrow
 from loraover_serve.record.request import RecordRequest
@@ -74,7 +74,7 @@ def test_32_prompts_decide_on_vllm_in_bf16(louder: float) -> None:
     for arm in ("adapter", "weak", "strong"):
         found = recorded("vllm-bf16", arm, 500, 32, louder)
         beyond = (found.low > ALLOWED[1]) | (found.high < ALLOWED[0])
-        narrow = np.array([is_narrow(Estimate(0.0, half), ALLOWED) for half in found.half])
+        narrow = np.array([is_narrow(Interval(0.0, -half, half), ALLOWED) for half in found.half])
         right = ~beyond & narrow if arm == "adapter" else beyond
         assert np.mean(right) >= 0.95, (arm, np.mean(right), np.median(found.value), np.median(found.half))
 

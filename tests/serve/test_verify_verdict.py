@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from loraover_serve.judge.estimates import Interval
 from loraover_serve.verify.html import to_page, verdict_of
-from loraover_serve.verify.report import EngineResult, Interval
+from loraover_serve.verify.report import EngineResult
 
 from support.reports import LEFT_OUT, SCALED, engine_result, three_engines, verification
 

@@ -27,16 +27,11 @@ from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page
+from loraover_serve.judge.estimates import Interval
+from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Suspect
 from loraover_serve.parity.report.page import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
-from loraover_serve.verify.report import (
-    EngineResult,
-    GreedyAgreement,
-    Interval,
-    LogprobDistance,
-    Suspect,
-    VerifyReport,
-)
+from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.watch.canary import Canary
 from loraover_serve.watch.config import AdapterSettings, ServerSettings, WatchConfig, Watched, WatchTarget

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from loraover_serve.judge.case import Case, share_along, strength_along
-from loraover_serve.judge.estimates import Estimate
+from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXACT, EXPLAINED, PLAIN
 from loraover_serve.judge.names import IN_BASE, PENALTY, TEMPERATURE
 
@@ -98,6 +98,6 @@ def _computed(case: Case) -> Iterator[BaseFault]:
             yield BaseFault(each.fault, each.detail, case.share_of(each.run(None)))
 
 
-def _is_zero(estimate: Estimate) -> bool:
+def _is_zero(estimate: Interval) -> bool:
     """Whether the estimate is within chance of zero; few prompts alone do not make it so."""
     return math.isfinite(estimate.half) and estimate.low <= 0 <= estimate.high

@@ -17,15 +17,12 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from statistics import fmean, median
 
-from loraover_serve.judge.estimates import Estimate, log_ratio, strength, t_quantile
+from loraover_serve.judge.estimates import Interval, log_ratio, strength, t_quantile
 from loraover_serve.judge.evidence import (
-    Agreement,
     Change,
     ComparedAnswer,
     Evidence,
     Model,
-    ModelDistance,
-    Off,
     Repeat,
     by_prompt,
     middle_by_prompt,
@@ -50,6 +47,7 @@ from loraover_serve.judge.limits import (
     ROUNDED_STRENGTH,
     SURE,
 )
+from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Off
 
 
 def flag(field: str) -> str:
@@ -77,19 +75,19 @@ class Case:
         self.evidence, self.served_format, self.option = evidence, served_format, option
         self.changes = evidence.changes(evidence.adapter, evidence.base)
         self.off = evidence.off(ADAPTER, evidence.adapter)
-        self.found = ModelDistance.of(self.off)
-        self.noise = self.found if evidence.is_one_model else ModelDistance.of(evidence.off(BASE, evidence.base))
+        self.found = LogprobDistance.of(self.off)
+        self.noise = self.found if evidence.is_one_model else LogprobDistance.of(evidence.off(BASE, evidence.base))
         self.effect = math.sqrt(fmean(each.size / each.tokens for each in self.changes))
         self._roundings: dict[str, float] = {}
 
     @cached_property
-    def strength(self) -> Estimate:
+    def strength(self) -> Interval:
         """Strength of the adapter in what the engine changes."""
         found = strength_along(self.changes)
         if self.effect == 0:
             return found
         certain = CERTAIN * math.sqrt(2) * (self.noise.rms + FLOOR) / self.effect
-        return Estimate(found.value, min(found.half, certain))
+        return Interval.around(found.value, min(found.half, certain))
 
     @property
     def prompts(self) -> int:
@@ -132,11 +130,11 @@ class Case:
         return allowed_distance(self.noise, self.evidence.sensitivity)
 
     @cached_property
-    def excess(self) -> Estimate:
+    def excess(self) -> Interval:
         """Logarithm of the adapter's distance over the base model's times the sensitivity."""
         return self._excess_of(self.off)
 
-    def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Estimate:
+    def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Interval:
         """Excess of answers, of which each prompt's ratio counts as this at least."""
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
@@ -207,7 +205,7 @@ class Case:
         return list(self.evidence.generated())
 
     @cached_property
-    def greedy(self) -> Agreement | None:
+    def greedy(self) -> GreedyAgreement | None:
         """Greedy answers beside PyTorch's; None if the engine identifies the tokens of none."""
         allowed = 2 * self.evidence.sensitivity * self.noise.largest + FLOOR
         known = [each for each in self.generated if each.tokens]
@@ -215,7 +213,7 @@ class Case:
             return None
         alike = [each for each in known if each.parted is None]
         equal = sum(each.is_complete(self.evidence.ends) for each in alike)
-        return Agreement(
+        return GreedyAgreement(
             equal=equal / len(known),
             early=(len(alike) - equal) / len(known),
             gap=max(each.gap for each in known),
@@ -224,9 +222,9 @@ class Case:
         )
 
     @cached_property
-    def mixed(self) -> dict[str, ModelDistance]:
+    def mixed(self) -> dict[str, LogprobDistance]:
         """Distances between answers that were sent together and alone."""
-        return {name: ModelDistance.of(off) for name, off in self.evidence.mixed().items() if off}
+        return {name: LogprobDistance.of(off) for name, off in self.evidence.mixed().items() if off}
 
     def is_further(self, off: Sequence[Off] | None = None) -> bool:
         """Whether answers are off by more than the noise of the base model explains, or on one model any number format.
@@ -234,7 +232,7 @@ class Case:
         Args:
             off: What sets them apart; None for the right adapter.
         """
-        found = self.found if off is None else ModelDistance.of(off)
+        found = self.found if off is None else LogprobDistance.of(off)
         if self.evidence.is_one_model:
             return self.format_of(found.rms) is None
         if found.prompts < FEW_PROMPTS:
@@ -251,7 +249,7 @@ class Case:
             off: What sets them apart.
         """
         halved = [each._replace(square=each.square / 2) for each in off]
-        found = ModelDistance.of(halved)
+        found = LogprobDistance.of(halved)
         if self.evidence.is_one_model or found.prompts < FEW_PROMPTS:
             return found.rms > self.limit
         return len(self.far(halved)) >= FEW_AS_BASE or self._excess_of(halved, least=1.0).low > math.log(EXCESS)
@@ -261,12 +259,12 @@ class Case:
         return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.sensitivity)
 
 
-def strength_along(changes: Sequence[Change]) -> Estimate:
+def strength_along(changes: Sequence[Change]) -> Interval:
     """The factor of the directions in changes."""
     return strength([(each.prompt, each.along, each.size) for each in changes])
 
 
-def share_along(changes: Sequence[Change], estimate: Estimate) -> float:
+def share_along(changes: Sequence[Change], estimate: Interval) -> float:
     """Share of the changes' square that the directions explain with this factor, at most 1."""
     total = math.fsum(each.total for each in changes)
     return min(1.0, estimate.value**2 * math.fsum(each.size for each in changes) / total) if total > 0 else 0.0
@@ -306,7 +304,7 @@ def allowed_strength(number_format: str | None, bias: float) -> tuple[float, flo
     return low - ROUNDED_STRENGTH, high + ROUNDED_STRENGTH
 
 
-def allowed_distance(noise: ModelDistance, sensitivity: float) -> float:
+def allowed_distance(noise: LogprobDistance, sensitivity: float) -> float:
     """Largest distance, in nats, that the noise explains; both sides are estimates over prompts."""
     relative = noise.error / noise.rms if noise.rms else 0.0
     return sensitivity * noise.rms * (1 + sure_errors(noise.prompts) * math.sqrt(2) * relative) + FLOOR

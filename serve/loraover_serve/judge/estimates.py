@@ -1,4 +1,4 @@
-"""Estimates over prompts, with their errors: a robust strength, the mean of log ratios, and root mean squares.
+"""Intervals over prompts, with their errors: a robust strength, the mean of log ratios, and root mean squares.
 
 How much of a change is in an engine's answers is a robust regression through the origin. Let y be what the engine
 changes at a position, and d a direction: what the change is in PyTorch. The strength s is 1 if the engine makes the
@@ -19,9 +19,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Final
 
 from loraover_serve.judge.limits import BY_CHANCE, CONFIDENCE, FEW_AS_BASE
 
@@ -32,34 +33,45 @@ STEPS = 20
 TO_SIGMA = 1.4826  # from the median of |r| to the standard deviation, for normal noise
 LONGEST, EPSILON = 10_000, 2**-52  # terms of a continued fraction, and what the last one changes
 
+IN_FILES: Final = {"extra": "forbid", "use_attribute_docstrings": True}
+"""Rules by which pydantic reads the judge's results: files have no other fields, and docstrings describe the fields."""
 
-class Estimate(NamedTuple):
-    """An estimate with its interval.
 
-    Args:
-        value: The estimate.
-        half: Half the width of the interval in which the truth lies, but for BY_CHANCE of the cases.
-    """
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval. A strength is 1 if the engine applies the adapter as it was trained, 0 if not."""
+
+    __pydantic_config__ = IN_FILES
 
     value: float
-    half: float
+    """The estimate"""
+    low: float
+    """Lower end of the interval over prompts, in which the truth lies but for one case in 10,000"""
+    high: float
+    """Upper end of the interval over prompts"""
+
+    @classmethod
+    def around(cls, value: float, half: float) -> Interval:
+        """The interval whose width is twice `half`."""
+        return cls(value, value - half, value + half)
 
     @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return self.value - self.half
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return self.value + self.half
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
 
     def __str__(self) -> str:
         ends = f" [{self.low:.3g}, {self.high:.3g}]" if math.isfinite(self.half) else ""
         return f"{self.value:.3g}{ends}"
 
+    @property
+    def plainly(self) -> str:
+        """A strength in plain words."""
+        value, low, high = (f"{100 * each:.1f}".removesuffix(".0") for each in (self.value, self.low, self.high))
+        return f"{value} % of the adapter arrives ({low} to {high} %)"
 
-def strength(points: Sequence[tuple[int, float, float]]) -> Estimate:
+
+def strength(points: Sequence[tuple[int, float, float]]) -> Interval:
     """The factor s of a direction in a change; see the head of this module.
 
     Args:
@@ -67,7 +79,7 @@ def strength(points: Sequence[tuple[int, float, float]]) -> Estimate:
     """
     points = [point for point in points if point[2] > 0]
     if not points:
-        return Estimate(0.0, math.inf)
+        return Interval.around(0.0, math.inf)
     value = median(x / w for _, x, w in points)
     for _ in range(STEPS):
         phi, _, _ = _weighted(points, value)
@@ -79,11 +91,11 @@ def strength(points: Sequence[tuple[int, float, float]]) -> Estimate:
         sums[prompt] += f * math.sqrt(w) * r
         weights[prompt] += w
     if len(sums) < 2:
-        return Estimate(value, math.inf)
+        return Interval.around(value, math.inf)
     bread = math.fsum(w for (_, _, w), within in zip(points, inside, strict=True) if within)  # of half of them, or more
     even = sum(weights.values()) ** 2 / sum(w * w for w in weights.values())
     error = math.sqrt(len(sums) / (len(sums) - 1) * sum(each * each for each in sums.values())) / bread
-    return Estimate(value, error * t_quantile(max(even - 1, 1)))
+    return Interval.around(value, error * t_quantile(max(even - 1, 1)))
 
 
 def _weighted(points: Sequence[tuple[int, float, float]], value: float) -> tuple[list[float], list[bool], list[float]]:
@@ -94,7 +106,7 @@ def _weighted(points: Sequence[tuple[int, float, float]], value: float) -> tuple
     return [1.0 if i else limit / abs(r) for r, i in zip(residuals, inside, strict=True)], inside, residuals
 
 
-def log_ratio(one: Sequence[float], other: Sequence[float]) -> Estimate:
+def log_ratio(one: Sequence[float], other: Sequence[float]) -> Interval:
     """Mean over prompts of the logarithm of a ratio, with its interval by Student's t.
 
     A logarithm bounds the weight of a prompt that is far off, and both sides share the size of a prompt's noise.
@@ -105,8 +117,8 @@ def log_ratio(one: Sequence[float], other: Sequence[float]) -> Estimate:
     """
     logs = [math.log(here / there) for here, there in zip(one, other, strict=True)]
     if len(logs) < 2:
-        return Estimate(fmean(logs) if logs else 0.0, math.inf)
-    return Estimate(fmean(logs), t_quantile(len(logs) - 1) * _deviation(logs) / math.sqrt(len(logs)))
+        return Interval.around(fmean(logs) if logs else 0.0, math.inf)
+    return Interval.around(fmean(logs), t_quantile(len(logs) - 1) * _deviation(logs) / math.sqrt(len(logs)))
 
 
 def root_mean(squares: Sequence[float]) -> tuple[float, float]:

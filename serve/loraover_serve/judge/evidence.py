@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from statistics import fmean, median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loraover_serve.judge.estimates import root_mean
+from loraover_serve.judge.results import Off
 
 if TYPE_CHECKING:
     from loraover.client.speaker import Response
@@ -58,20 +58,6 @@ class Repeat(NamedTuple):
     apart: float | None
 
 
-class Off(NamedTuple):
-    """Difference of an answer from a model's at a position.
-
-    Args:
-        prompt: Index of the prompt.
-        square: Mean square of the differences of logprobs.
-        largest: Largest difference, in nats.
-    """
-
-    prompt: int
-    square: float
-    largest: float
-
-
 class ComparedAnswer(NamedTuple):
     """A greedy answer beside PyTorch's.
 
@@ -107,16 +93,6 @@ class ComparedAnswer(NamedTuple):
         return self.length >= len(expected) or tokens[-1] in ends or expected[len(tokens)] in ends
 
 
-class Agreement(NamedTuple):
-    """Greedy answers beside PyTorch's; see `GreedyAgreement` of verify.json."""
-
-    equal: float
-    early: float
-    gap: float
-    allowed: float
-    as_base: int
-
-
 class FaultyModel(NamedTuple):
     """A model with a fault.
 
@@ -150,35 +126,6 @@ class ReadChat(NamedTuple):
         if isinstance(told, int):
             return [cls(told, len(expected), told == len(expected))]
         return [cls(len(told), len(expected), list(told) == list(expected))] if told else []
-
-
-class ModelDistance(NamedTuple):
-    """Distance of logprobs from a model's.
-
-    Args:
-        rms: RMS difference, in nats.
-        error: Its standard error over prompts, in nats; with a single prompt rms itself.
-        largest: Largest difference, in nats.
-        positions: Number of positions.
-        prompts: Number of prompts.
-    """
-
-    rms: float
-    error: float
-    largest: float
-    positions: int
-    prompts: int
-
-    @classmethod
-    def of(cls, found: Sequence[Off]) -> ModelDistance:
-        """Summarise differences at positions; none at all are the distance 0."""
-        sums = defaultdict[int, float](float)
-        for each in found:
-            sums[each.prompt] += each.square
-        if not found:
-            return cls(0.0, 0.0, 0.0, 0, 0)
-        rms, error = root_mean([each * len(sums) / len(found) for each in sums.values()])
-        return cls(rms, error, max(each.largest for each in found), len(found), len(sums))
 
 
 class Evidence(ABC):

@@ -14,13 +14,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import compress
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loraover_serve.judge.case import Case
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
 from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, SILENT
+from loraover_serve.judge.results import Replicas
 
 if TYPE_CHECKING:
     from loraover.client.speaker import Response
@@ -84,13 +85,13 @@ class Split(NamedTuple):
             f"{answers_that_show(share)} show it" + (f"; requests {', '.join(shown)}" if shown else "")
         )
 
-    def shown(self) -> dict[str, Any]:
-        """The fields of `Replicas` in verify.json."""
+    def shown(self) -> Replicas:
+        """The wrong answers, as verify.json has them."""
         told = [*self.bad, *self.good]
         varying = {name for each in told for name in each if len({one.get(name) for one in told}) > 1}
         requests = [{name: value for name, value in each.items() if name in varying} for each in self.bad]
         answers = len(self.bad) + len(self.good)
-        return {"answers": answers, "bad": len(self.bad), "told_apart": self.told_apart, "requests": requests}
+        return Replicas(answers, len(self.bad), self.told_apart, requests)
 
 
 def some_are_base(case: Case) -> Split | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
-from loraover_serve.judge.estimates import Estimate, share_found
+from loraover_serve.judge.estimates import Interval, share_found
 from loraover_serve.judge.evidence import Evidence, ReadChat
 from loraover_serve.judge.fleet import (
     Split,
@@ -61,7 +61,8 @@ from loraover_serve.judge.names import (
     UNLIKE,
     WINDOW,
 )
-from loraover_serve.judge.search import SuspectedFault, suspects
+from loraover_serve.judge.results import MixedBatch, Suspect
+from loraover_serve.judge.search import suspects
 
 
 class RuleFinding(NamedTuple):
@@ -79,7 +80,7 @@ class RuleFinding(NamedTuple):
     verdict: Verdict
     reason: str
     fault: str | None = None
-    suspects: Sequence[SuspectedFault] = ()
+    suspects: Sequence[Suspect] = ()
     split: Split | None = None
     explains_base: bool = False
 
@@ -104,23 +105,20 @@ def judge(
     found = _named_by_chats(next(finding for rule in RULES if (finding := rule(case)) is not None), evidence.chats)
     failure = left_out(option) if evidence.without_mixed else evidence.mixed_failure
     note = "" if failure is None else f"; mixed batches were not compared: {failure}"
-    value = case.strength
-    interval = {"value": value.value, "low": value.low, "high": value.high} if math.isfinite(value.half) else None
-    mixed = {name: distance._asdict() for name, distance in case.mixed.items()}
     return _told(found._replace(reason=found.reason + note), evidence) | {
-        "strength": interval if case.effect > 0 else None,
+        "strength": case.strength if math.isfinite(case.strength.half) and case.effect > 0 else None,
         "allowed_strength": case.allowed,
-        "base": case.noise._asdict(),
+        "base": case.noise,
         "number_format": case.number_format,
         "cache_share": 0.0 if found.explains_base else case.cache_share,
         "visible_share": share_found(sum(map(len, case.as_base))),
-        "adapter": case.found._asdict(),
+        "adapter": case.found,
         "effect": case.effect,
         "allowed": case.limit,
-        "greedy": None if case.greedy is None else case.greedy._asdict(),
-        "mixed": mixed if {BASE, ADAPTER} <= mixed.keys() else None,
+        "greedy": case.greedy,
+        "mixed": MixedBatch(**case.mixed) if {BASE, ADAPTER} <= case.mixed.keys() else None,
         "mixed_failure": failure,
-        "suspects": [each._asdict() for each in found.suspects],
+        "suspects": [*found.suspects],
     }
 
 
@@ -337,7 +335,7 @@ def strength_is_unclear(case: Case) -> RuleFinding | None:
     return RuleFinding("inconclusive", reason)
 
 
-def is_narrow(found: Estimate, allowed: tuple[float, float]) -> bool:
+def is_narrow(found: Interval, allowed: tuple[float, float]) -> bool:
     """Whether an adapter that is off by SEEN would be seen: interval and allowed strengths are narrower than that."""
     return found.half + (allowed[1] - allowed[0]) / 2 < SEEN
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 from loraover_serve.judge.case import Case, strength_along
 from loraover_serve.judge.evidence import Change, FaultyModel, Model, apart
 from loraover_serve.judge.limits import ADAPTER, NUMBER_FORMATS
 from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, multiplied
+from loraover_serve.judge.results import Suspect
 
 LEFT = 0.1  # share of the adapter's distance that may remain if a fault explains it
 EXACT_WAY, ROUNDED_WAY = 0.1, 0.25  # deviation from 1 of the way to a fault, on exact and on other engines
@@ -23,23 +23,7 @@ FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are 
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
 
 
-class SuspectedFault(NamedTuple):
-    """A fault beside the engine's answers.
-
-    Args:
-        fault: Name of the fault.
-        detail: The fault in words.
-        rms: RMS difference, in nats, between what the engine's adapter changes and what the fault changes.
-        explains: Whether the fault explains the answers within noise.
-    """
-
-    fault: str
-    detail: str
-    rms: float
-    explains: bool
-
-
-def suspects(case: Case) -> list[SuspectedFault]:
+def suspects(case: Case) -> list[Suspect]:
     """The nearest faults on all prompts, and then the others on the first ones, where they are further.
 
     Args:
@@ -58,19 +42,19 @@ def suspects(case: Case) -> list[SuspectedFault]:
         fitted = _suspect(case, _fitted(case, few))
         is_nearer = fitted.rms < NEARER * found[0].rms
         found.insert(0 if (fitted.explains or not found[0].explains) and is_nearer else 1, fitted)
-    return found + [SuspectedFault(each.fault, each.detail, far, False) for far, each in pairs[NEAREST:]]
+    return found + [Suspect(each.fault, each.detail, far, False) for far, each in pairs[NEAREST:]]
 
 
 def _changes(case: Case, model: Model) -> list[Change]:
     return case.evidence.changes(model, case.evidence.base)
 
 
-def _suspect(case: Case, candidate: FaultyModel) -> SuspectedFault:
+def _suspect(case: Case, candidate: FaultyModel) -> Suspect:
     model = candidate.run(None)
     changes = _changes(case, model)
     rms, right = apart(changes), apart(case.changes[: len(changes)])
     explains = rms <= LEFT * right or (rms < right and _would_pass(case, model))
-    return SuspectedFault(candidate.fault, candidate.detail, rms, explains)
+    return Suspect(candidate.fault, candidate.detail, rms, explains)
 
 
 def _would_pass(case: Case, model: Model) -> bool:

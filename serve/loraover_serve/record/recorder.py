@@ -35,9 +35,9 @@ from loraover_serve.engines.answers import Row, paired
 from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.engines.texts import ids_by_text, text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
-from loraover_serve.judge.estimates import Estimate, t_quantile
-from loraover_serve.judge.evidence import ModelDistance
+from loraover_serve.judge.estimates import Interval, t_quantile
 from loraover_serve.judge.limits import COARSER, SEEN
+from loraover_serve.judge.results import LogprobDistance
 from loraover_serve.record.checker_file import write_checker
 from loraover_serve.record.pack import choose_places, likeliest, pack_places
 from loraover_serve.record.recorded_faults import NAMED, faulty_tops, main_faults, many_faults
@@ -91,7 +91,7 @@ class Rounding:
     """
 
     distance: float
-    strength: Estimate
+    strength: Interval
 
 
 @verb(RecordRequest)
@@ -234,7 +234,7 @@ def measure_rounding(
         for model in (base, adapter)
     ]
     shown = strength_along(between_arms(paired(*rows), reference.base, reference.adapter))
-    return Rounding(ModelDistance.of(off(rows[0], reference.base)).rms, shown)
+    return Rounding(LogprobDistance.of(off(rows[0], reference.base)).rms, shown)
 
 
 def choose_number(reference: TorchReference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:

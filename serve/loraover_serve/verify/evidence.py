@@ -13,8 +13,9 @@ from loraover.client.speaker import Response
 from loraover_serve.comparison.rounding import as_served
 from loraover_serve.engines.answers import ADAPTER, BASE, Expected, GreedyAnswer, Question, Row, Rows, paired
 from loraover_serve.judge.case import strength_along
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, ReadChat
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, ReadChat
 from loraover_serve.judge.limits import OTHER
+from loraover_serve.judge.results import Off
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.measures import (
     Floats,

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraover_serve.engines.answers import Expected, Row, Rows, shared
-from loraover_serve.judge.evidence import Change, Off
+from loraover_serve.judge.evidence import Change
+from loraover_serve.judge.results import Off
 
 Floats = NDArray[np.float64]
 

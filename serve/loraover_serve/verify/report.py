@@ -10,94 +10,11 @@ from pydantic import Field
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import clauses, in_sentences
 from loraover.reporting.svg import short
+from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
+from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
 
 REPORT_FILE = "verify.json"
-
-
-class LogprobDistance(StrictModel):
-    """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
-
-    rms: float = Field(description="RMS difference of logprobs, in nats")
-    error: float = Field(description="Standard error of rms over prompts, in nats; with a single prompt rms itself")
-    largest: float = Field(description="Largest difference of a logprob, in nats")
-    positions: int = Field(description="Number of positions at which next tokens were compared")
-    prompts: int = Field(description="Number of prompts to which they belong")
-
-
-class Interval(StrictModel):
-    """A strength: 1 if the engine applies the adapter as it was trained, 0 if it does not."""
-
-    value: float = Field(description="The estimate")
-    low: float = Field(description="Lower end of the interval over prompts")
-    high: float = Field(description="Upper end of the interval over prompts")
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-    @property
-    def plainly(self) -> str:
-        """The strength in plain words."""
-        value, low, high = (f"{100 * each:.1f}".removesuffix(".0") for each in (self.value, self.low, self.high))
-        return f"{value} % of the adapter arrives ({low} to {high} %)"
-
-
-class MixedBatch(StrictModel):
-    """Answers to requests for both models that are sent together, beside those sent for one model at a time."""
-
-    base: LogprobDistance = Field(description="Distance between the base model's answers sent together and apart")
-    adapter: LogprobDistance = Field(description="Distance between the adapter's answers sent together and apart")
-    other: LogprobDistance | None = Field(
-        default=None,
-        description="Distance between the adapter's answers sent together with another adapter's requests and apart; "
-        "None if the engine has no other adapter",
-    )
-
-    @property
-    def rms(self) -> float:
-        """The largest of the distances, in nats."""
-        return max(each.rms for each in (self.base, self.adapter, self.other) if each is not None)
-
-
-class GreedyAgreement(StrictModel):
-    """Greedy answers of the adapter, token by token, beside PyTorch's."""
-
-    equal: float = Field(description="Share of prompts that both answer with the same tokens")
-    early: float = Field(
-        default=0.0, description="Share of prompts whose answers end before PyTorch's and before an end"
-    )
-    gap: float = Field(
-        description="Largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"
-    )
-    allowed: float = Field(description="Largest gap that the engine's noise explains, in nats")
-    as_base: int = Field(
-        default=0, description="Number of answers whose first other token, beyond that gap, is the base model's"
-    )
-
-
-class Suspect(StrictModel):
-    """Fault as PyTorch computes it, beside the engine's answers."""
-
-    fault: str = Field(description="Name of the fault")
-    detail: str = Field(description="The fault in words")
-    rms: float = Field(
-        description="RMS difference, in nats, between what the engine's adapter changes and what the fault changes: "
-        "over all prompts for the nearest faults, over the first three for the others"
-    )
-    explains: bool = Field(description="Whether the fault explains the engine's answers within noise")
-
-
-class Replicas(StrictModel):
-    """Answers of servers behind one address, of which some are wrong."""
-
-    answers: int = Field(description="Number of the adapter's answers at which the fault would be seen")
-    bad: int = Field(description="Number of those that are wrong")
-    told_apart: dict[str, list[str]] = Field(
-        description="Headers by which the servers of the wrong answers are known, with their values; empty if absent"
-    )
-    requests: list[dict[str, str]] = Field(
-        description="Headers and ids of each wrong answer, as far as they are not those of all"
-    )
 
 
 class EngineResult(StrictModel):

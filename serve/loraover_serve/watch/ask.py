@@ -41,9 +41,9 @@ def ask(
         verdict=found["verdict"],
         fault=found.get("fault"),
         reason=found["reason"],
-        distance=None if distance is None else float(distance["rms"]),
+        distance=None if distance is None else float(distance.rms),
         allowed=found.get("allowed"),
-        strength=None if strength is None else float(strength["value"]),
+        strength=None if strength is None else float(strength.value),
         seconds=time.monotonic() - begun,
         requests=int(found["requests"]),
     )

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except LoraOverError as error:
         found = unanswered(error)
-    print(json.dumps(found, indent=1) if asked.json else f"{found['verdict']}: {found['reason']}")
+    print(json.dumps(found, indent=1, default=asdict) if asked.json else f"{found['verdict']}: {found['reason']}")
     return EXIT_CODES[found["verdict"]]
 
 

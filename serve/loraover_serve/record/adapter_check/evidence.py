@@ -10,9 +10,10 @@ from typing import NamedTuple, final
 
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
-from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, Off, ReadChat, Repeat
+from loraover_serve.judge.evidence import Change, ComparedAnswer, Evidence, FaultyModel, ReadChat, Repeat
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import COARSE_CACHE
+from loraover_serve.judge.results import Off
 from loraover_serve.record.adapter_check.reference import Model, Reference, Row, Rows
 
 FACTORS = (1 / 16, 1 / 8)

@@ -1,0 +1,124 @@
+"""Results of the judge as verify.json has them: plain dataclasses, which pydantic reads and writes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loraover_serve.judge.estimates import IN_FILES, root_mean
+
+
+class Off(NamedTuple):
+    """Difference of an answer from a model's at a position.
+
+    Args:
+        prompt: Index of the prompt.
+        square: Mean square of the differences of logprobs.
+        largest: Largest difference, in nats.
+    """
+
+    prompt: int
+    square: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class LogprobDistance:
+    """Distance of an engine's logprobs from a model's in PyTorch, or from its own."""
+
+    __pydantic_config__ = IN_FILES
+
+    rms: float
+    """RMS difference of logprobs, in nats"""
+    error: float
+    """Standard error of rms over prompts, in nats; with a single prompt rms itself"""
+    largest: float
+    """Largest difference of a logprob, in nats"""
+    positions: int
+    """Number of positions at which next tokens were compared"""
+    prompts: int
+    """Number of prompts to which they belong"""
+
+    @classmethod
+    def of(cls, found: Sequence[Off]) -> LogprobDistance:
+        """Summarise differences at positions; none at all are the distance 0."""
+        sums = defaultdict[int, float](float)
+        for each in found:
+            sums[each.prompt] += each.square
+        if not found:
+            return cls(0.0, 0.0, 0.0, 0, 0)
+        rms, error = root_mean([each * len(sums) / len(found) for each in sums.values()])
+        return cls(rms, error, max(each.largest for each in found), len(found), len(sums))
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """Answers to requests for both models that are sent together, beside those sent for one model at a time."""
+
+    __pydantic_config__ = IN_FILES
+
+    base: LogprobDistance
+    """Distance between the base model's answers sent together and apart"""
+    adapter: LogprobDistance
+    """Distance between the adapter's answers sent together and apart"""
+    other: LogprobDistance | None = None
+    """Distance between the adapter's answers sent together with another adapter's requests and apart; None if the
+    engine has no other adapter"""
+
+    @property
+    def rms(self) -> float:
+        """The largest of the distances, in nats."""
+        return max(each.rms for each in (self.base, self.adapter, self.other) if each is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyAgreement:
+    """Greedy answers of the adapter, token by token, beside PyTorch's."""
+
+    __pydantic_config__ = IN_FILES
+
+    equal: float
+    """Share of prompts that both answer with the same tokens"""
+    early: float = 0.0
+    """Share of prompts whose answers end before PyTorch's and before an end"""
+    gap: float
+    """Largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"""
+    allowed: float
+    """Largest gap that the engine's noise explains, in nats"""
+    as_base: int = 0
+    """Number of answers whose first other token, beyond that gap, is the base model's"""
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """Fault as PyTorch computes it, beside the engine's answers."""
+
+    __pydantic_config__ = IN_FILES
+
+    fault: str
+    """Name of the fault"""
+    detail: str
+    """The fault in words"""
+    rms: float
+    """RMS difference, in nats, between what the engine's adapter changes and what the fault changes: over all prompts
+    for the nearest faults, over the first three for the others"""
+    explains: bool
+    """Whether the fault explains the engine's answers within noise"""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Answers of servers behind one address, of which some are wrong."""
+
+    __pydantic_config__ = IN_FILES
+
+    answers: int
+    """Number of the adapter's answers at which the fault would be seen"""
+    bad: int
+    """Number of those that are wrong"""
+    told_apart: dict[str, list[str]]
+    """Headers by which the servers of the wrong answers are known, with their values; empty if absent"""
+    requests: list[dict[str, str]]
+    """Headers and ids of each wrong answer, as far as they are not those of all"""
