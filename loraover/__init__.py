@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from loraover.callbacks.trainer_loss import trainer_loss as trainer_loss
     from loraover.checkpoint.checkpoint import Checkpoint as Checkpoint
     from loraover.checkpoint.checkpoint import read_checkpoint as read_checkpoint
-    from loraover.checkpoint.resume import restore as restore
-    from loraover.checkpoint.write_checkpoint import write_checkpoint as write_checkpoint
+    from loraover.checkpoint.training_state import restore as restore
+    from loraover.checkpoint.training_state import write_checkpoint as write_checkpoint
     from loraover.common.reporter import Reporter as Reporter
     from loraover.evaluation.results import Evaluation as Evaluation
     from loraover.evaluation.run import evaluate as evaluate
@@ -68,13 +68,13 @@ _HOMES = {
     "predict_power": "study.power",
     "read_checkpoint": "checkpoint.checkpoint",
     "read_run": "training.run_result",
-    "restore": "checkpoint.resume",
+    "restore": "checkpoint.training_state",
     "run_study": "study.runner",
     "seal": "callbacks.seal_checkpoints",
     "train": "training.run.train",
     "trainable_state_dict": "overparam.sharding",
     "trainer_loss": "callbacks.trainer_loss",
-    "write_checkpoint": "checkpoint.write_checkpoint",
+    "write_checkpoint": "checkpoint.training_state",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.protocol import rich_cast
 from rich.table import Table
 
-from loraover.adapters.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
+from loraover.adapters.combine.diff import DiffReport, LogitDiff, ModuleDiff
 from loraover.adapters.combine.requests import DiffRequest
-from loraover.adapters.combine.show import show_diff
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.show import show_diff, show_lora
 from loraover.adapters.uniform.certificate import LoraCertificate, ModuleCertificate
-from loraover.adapters.uniform.show import show_lora
 from loraover.checkpoint.metadata import Meta
 from loraover.common.extras import install
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation

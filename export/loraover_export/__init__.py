@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
     from loraover.adapters.combine.combine import combine_adapters as combine_adapters
+    from loraover.adapters.combine.combine import shrink_adapter as shrink_adapter
+    from loraover.adapters.combine.diff import DiffReport as DiffReport
     from loraover.adapters.combine.diff import diff_adapters as diff_adapters
-    from loraover.adapters.combine.diff_report import DiffReport as DiffReport
-    from loraover.adapters.combine.shrink import shrink_adapter as shrink_adapter
-    from loraover.adapters.convert.report import ConvertReport as ConvertReport
+    from loraover.adapters.convert.run import ConvertReport as ConvertReport
     from loraover.adapters.convert.run import convert_adapter as convert_adapter
     from loraover.adapters.uniform.certificate import LoraCertificate as LoraCertificate
     from loraover_export.attest.report import AttestReport as AttestReport
@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
 _HOMES = {
     "AttestReport": "loraover_export.attest.report",
     "CheckReport": "loraover_export.check.report",
-    "ConvertReport": "loraover.adapters.convert.report",
-    "DiffReport": "loraover.adapters.combine.diff_report",
+    "ConvertReport": "loraover.adapters.convert.run",
+    "DiffReport": "loraover.adapters.combine.diff",
     "FleetReport": "loraover_export.prepare.report",
     "FoldCertificate": "loraover_export.fold.certificate",
     "GgufReport": "loraover_export.formats.gguf.report",
@@ -68,7 +68,7 @@ _HOMES = {
     "merge_adapter": "loraover_export.merge.run",
     "prepare_adapter": "loraover_export.prepare.run",
     "prepare_fleet": "loraover_export.prepare.fleet",
-    "shrink_adapter": "loraover.adapters.combine.shrink",
+    "shrink_adapter": "loraover.adapters.combine.combine",
 }
 
 __all__ = [*_HOMES]

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.base_model import OnBase, resolve_base
-from loraover.checkpoint.carried_reference import ADAPTER_FILES, keep_reference
-from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.carried_files import ADAPTER_FILES, keep_chat_template, keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware

@@ -13,8 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraover.callbacks.calibration import calibration_batches
 from loraover.callbacks.trainer_checkpoint import adapter_folder, checkpoint_folder, load_best, save_adapter
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.resume import restore
-from loraover.checkpoint.write_checkpoint import write_checkpoint
+from loraover.checkpoint.training_state import restore, write_checkpoint
 from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.eigenbases import with_measured_bases

@@ -17,8 +17,8 @@ from transformers import TrainerState, TrainingArguments
 
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, read_adapter_dir
-from loraover.checkpoint.resume import stored_dtypes
 from loraover.checkpoint.tensor_file import save_tensors
+from loraover.checkpoint.training_state import stored_dtypes
 from loraover.common.atomic_output import publish_file
 from loraover.overparam.sites import base_model_name, find_sites, peft_root
 

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.carried_reference import adapter_digest
-from loraover.checkpoint.chat_template import tokenizer_of
+from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
 from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError

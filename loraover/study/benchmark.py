@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from loraover.checkpoint.carried_reference import adapter_digest
+from loraover.checkpoint.carried_files import adapter_digest
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.strict_json import read_json
 from loraover.evaluation import TASKS

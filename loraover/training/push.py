@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraover.checkpoint.base_model import move, naming
-from loraover.checkpoint.carried_reference import keep_reference
+from loraover.checkpoint.carried_files import keep_reference
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE
 from loraover.common.errors import ConfigError, FoldError
 from loraover.common.request import as_written

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from loraover.adapters.combine.combine import combine_adapters
 from loraover.adapters.combine.sources import check_plain, read_sources
-from loraover.adapters.convert.need import named_base, why_convert
+from loraover.adapters.convert.kind import named_base, why_convert
 from loraover.adapters.convert.plain import plain_lora
 from loraover.adapters.convert.run import convert_adapter
 from loraover.adapters.numerics.delta import read_delta
@@ -37,8 +37,8 @@ from loraover.adapters.numerics.low_rank import decompose, factor_noise, product
 from loraover.adapters.uniform.certificate import record_source
 from loraover.callbacks.step_norm import Factors, factors
 from loraover.checkpoint.base_model import move
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError

@@ -23,9 +23,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from loraover.adapters.base_weights import open_base
-from loraover.adapters.convert.approximate import approximations
 from loraover.adapters.convert.kind import read_method
 from loraover.adapters.convert.methods.base import Dense
+from loraover.adapters.convert.run import approximations
 from loraover.adapters.convert.source import open_adapter
 from loraover.adapters.uniform.write_lora import Approximation
 from loraover.checkpoint.base_model import resolve_base

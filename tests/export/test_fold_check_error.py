@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.adapters.logits import deviation
-from loraover.adapters.logits import pieces as pieces_module
+from loraover.adapters.logits import prompts as prompts_module
 from loraover.adapters.logits.deviation import RunningDeviation
-from loraover.adapters.logits.judge import judge
-from loraover.adapters.logits.pieces import logits_of
+from loraover.adapters.logits.prompts import logits_of
+from loraover.adapters.logits.verdict import verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover_export.fold import check_outputs as check_outputs_module
@@ -109,11 +109,11 @@ def test_check_error_is_inconclusive_of_an_adapter_too_weak_for_it(
 def test_a_verdict_is_conclusive_if_the_adapters_loss_would_be_noticed(
     error: float, bound: float, effect: float, verdict: str
 ) -> None:
-    assert judge(error, bound, effect) == verdict
+    assert verdict_on(error, bound, effect) == verdict
 
 
 def test_logits_that_are_no_numbers_fail() -> None:
-    assert judge(float("nan"), 1.0, 9.0) == "failed"
+    assert verdict_on(float("nan"), 1.0, 9.0) == "failed"
     found = torch.ones(3, 5)
     running = RunningDeviation()
     for other in (found, found.index_fill(1, torch.tensor(2), float("nan")), found):
@@ -161,7 +161,7 @@ def test_memory_does_not_grow_with_the_prompts(
     count: int, batches: int, made: Made, tmp_path: Path, live_logits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most the three twins' logits of as many prompts as run at once, four here."""
-    monkeypatch.setitem(pieces_module.LOGITS_AT_ONCE, "cpu", 20 * VOCABULARY)
+    monkeypatch.setitem(prompts_module.LOGITS_AT_ONCE, "cpu", 20 * VOCABULARY)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the train leaves at nine\n" * count)
     assert fold(made.path, tmp_path / "out", "--check-error", "--prompts", str(prompts), "--device", "cpu") == 0
@@ -182,7 +182,7 @@ def test_memory_does_not_grow_with_a_long_prompt(
     assert fold(made.path, tmp_path / "whole", *options) == 0
     assert max(live_logits) == 3 * 39 * VOCABULARY
     live_logits.clear()
-    monkeypatch.setitem(pieces_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
+    monkeypatch.setitem(prompts_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
     monkeypatch.setattr(deviation, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
     assert fold(made.path, tmp_path / "pieces", *options) == 0
     assert max(live_logits) == 3 * 5 * VOCABULARY

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from loraover.adapters.numerics import rounded_adapter
-from loraover.adapters.numerics.certify import certify
+from loraover.adapters.numerics.matrix_certificate import certify
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.common.errors import CheckpointError
 from loraover_export import fold_checkpoint

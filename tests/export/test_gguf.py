@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraover.adapters.uniform import matrices as matrices_module
+from loraover.adapters.uniform import folder as uniform_module
 from loraover.checkpoint.exact_tensors import Exact
 from loraover_export import GgufReport, export_gguf
 from loraover_export.formats.gguf import target as target_module
@@ -204,7 +204,7 @@ def scaling_forgotten(exact: Exact, scaling: float) -> Exact:
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "scaling dropped": (matrices_module, "scale", scaling_forgotten),
+    "scaling dropped": (uniform_module, "scale", scaling_forgotten),
     "layers swapped": (
         target_module.GgufTarget,
         "tensor_name",

@@ -17,7 +17,7 @@ from torch import Tensor
 from loraover import OverParameterization, read_checkpoint
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.metadata import SCHEMA_VERSION, SiteRecord
-from loraover.checkpoint.resume import restore
+from loraover.checkpoint.training_state import restore
 from loraover.overparam.importance import GradientScore
 
 from support.make_checkpoint import tree

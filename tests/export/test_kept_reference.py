@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover.checkpoint.carried_reference import KEPT_FILE, misfit
+from loraover.checkpoint.carried_files import KEPT_FILE, misfit
 from loraover.checkpoint.files import REFERENCE_FILE, TEMPLATE_FILE
 from loraover.common.command_line import run
 from loraover_export import prepare_adapter

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraover.adapters.numerics.matrix_certificate import Underflow
-from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_nearest, round_randomly, underflow
+from loraover.adapters.numerics.matrix_certificate import Underflow, underflow
+from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_nearest, round_randomly
 from loraover.common.errors import FoldError
 
 from oracles.contraction import Array

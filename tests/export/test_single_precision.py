@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraover.adapters.numerics.single_precision import basis_error, part_error
+from loraover.adapters.convert.methods.single_precision import basis_error, part_error
 
 from tolerances import UNIT
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.adapters.numerics.certify import certify
 from loraover.adapters.numerics.delta import scale
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_nearest
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.tensor_file import first_difference, save_tensors

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.adapters.numerics.certify import certify
-from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.numerics.matrix_certificate import certify, matrix_facts
 from loraover.adapters.numerics.rounding import round_nearest
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run

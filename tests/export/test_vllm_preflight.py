@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from loraover.adapters.uniform.served import read_served
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model

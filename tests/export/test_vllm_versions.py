@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from transformers import AutoConfig
 
-from loraover.adapters.uniform.served import read_served
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from loraover import LoraOverConfig, OverParameterization, Probe, read_checkpoint, write_checkpoint
-from loraover.checkpoint.resume import restore
+from loraover.checkpoint.training_state import restore
 
 from oracles.contraction import Array, chain_matrix, eigen_matrix, mpo_matrix, svd_matrix
 from strategies import full_bonds

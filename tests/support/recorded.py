@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loraover.checkpoint.carried_reference import adapter_digest
+from loraover.checkpoint.carried_files import adapter_digest
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover_serve.record.adapter_check.reference import read_reference
 from loraover_serve.record.recorder import record_adapter

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.checkpoint import checkpoint, resume
+from loraover.checkpoint import checkpoint, training_state
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.training.recipe import load_recipe
 
@@ -194,4 +194,4 @@ def test_resuming_another_model_is_refused(case: str, made: Made) -> None:
     model, said = MODELS[case]
     over = OverParameterization(model(), CONFIG, steps=10, inject=False)
     with pytest.raises(CheckpointError, match=said):
-        resume.restore(over, checkpoint.read_checkpoint(made.path))
+        training_state.restore(over, checkpoint.read_checkpoint(made.path))

@@ -19,8 +19,8 @@ from transformers import Adafactor, AutoModelForCausalLM
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint, write_checkpoint
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
-from loraover.checkpoint.resume import restore
 from loraover.checkpoint.tensor_file import open_tensors
+from loraover.checkpoint.training_state import restore
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.decompositions import DECOMPOSITIONS
 

@@ -229,7 +229,7 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint(
             raise OutputError(f"cannot write {path}: No space left on device.")
         publish_file(path, fill)
 
-    for module in ("loraover.checkpoint.write_checkpoint", "loraover.common.atomic_output"):
+    for module in ("loraover.checkpoint.training_state", "loraover.common.atomic_output"):
         monkeypatch.setattr(f"{module}.publish_file", full)
     with pytest.raises(OutputError, match="No space left"):
         write_checkpoint(fresh, made.over, step=0)

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import loraover.callbacks.seal_checkpoints
-import loraover.checkpoint.write_checkpoint
+import loraover.checkpoint.training_state
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, last_whole_checkpoint, read_checkpoint
 from loraover.data.word_problems import split_word_problems
 from loraover.overparam.schedule import Round
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 @pytest.mark.parametrize("training", ["trainer"], indirect=True)
 @pytest.mark.parametrize(
     "place",
-    [(loraover.checkpoint.write_checkpoint, "save_tensors"), (loraover.callbacks.seal_checkpoints, "seal")],
+    [(loraover.checkpoint.training_state, "save_tensors"), (loraover.callbacks.seal_checkpoints, "seal")],
     ids=lambda p: p[1],
 )
 def test_a_checkpoint_that_was_being_written_is_not_resumed_from(

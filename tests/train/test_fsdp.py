@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from loraover import LoraOverCallback, OverParameterization, read_checkpoint, write_checkpoint
-from loraover.checkpoint.resume import restore
+from loraover.checkpoint.training_state import restore
 from loraover.common.errors import ConfigError
 from loraover.overparam.sharding import full, local, trainable_state_dict
 from loraover.overparam.sites import find_sites

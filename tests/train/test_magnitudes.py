@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraover.checkpoint import magnitude as magnitude_module
-from loraover.checkpoint.magnitude import magnitude
+from loraover.checkpoint import checkpoint as checkpoint_module
+from loraover.checkpoint.checkpoint import magnitude
 from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo
 
 from strategies import SEEDS, Case, cases, random_cores
@@ -115,7 +115,7 @@ def test_usual_cores_take_the_way_of_float32(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(type(case.decomposition), "contract", seen)
     found(case, cores)
     assert dtypes == {torch.float32}
-    monkeypatch.setattr(magnitude_module, "LARGEST_LOSS", 0.0)
+    monkeypatch.setattr(checkpoint_module, "LARGEST_LOSS", 0.0)
     found(case, cores)
     assert dtypes == {torch.float32, torch.float64}
 

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 import loraover
-from loraover.checkpoint.carried_reference import misfit
+from loraover.checkpoint.carried_files import misfit
 from loraover.checkpoint.files import CORES_FILE, META_FILE, REFERENCE_FILE
 from loraover.cli import cli
 from loraover.common.command_line import run

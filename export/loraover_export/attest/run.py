@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.adapters.logits.judge import ExportVerdict
+from loraover.adapters.logits.verdict import ExportVerdict
 from loraover.adapters.uniform.certificate import CERTIFICATE_FILE as LORA
 from loraover.adapters.uniform.certificate import CONVERSION_FILE as CONVERSION
-from loraover.checkpoint.carried_reference import covered_files, misfit, reference_digests
+from loraover.checkpoint.carried_files import covered_files, misfit, reference_digests
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from loraover.adapters.uniform.variants import VARIANTS, is_inert
+from loraover.adapters.uniform.refusals import VARIANTS, is_inert
 from loraover.checkpoint import target_modules
 from loraover.checkpoint.adapter_config import KEPT_BASE, REPEATED_STARTS
 from loraover.checkpoint.files import CONFIG_FILE

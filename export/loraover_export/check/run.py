@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.adapters.uniform.served import read_served
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, read_on_base, site_key
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import check_named, left_to_the_type
@@ -151,9 +151,7 @@ def converted_subject(subject: Subject) -> Conversion | None:
         return None
     if subject.lora is not None and not any(FEATURES[name](subject) for name in CONVERTED):
         return None
-    from loraover.adapters.convert.kind import read_method
-    from loraover.adapters.convert.need import why_convert
-    from loraover.adapters.convert.others import is_served_head, saved_module
+    from loraover.adapters.convert.kind import is_served_head, read_method, saved_module, why_convert
     from loraover.adapters.convert.prefix import find_move, part_below
 
     shapes = subject.served.shapes()

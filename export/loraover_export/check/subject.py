@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loraover.adapters.uniform.served import ServedModel
 from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.checkpoint.model_facts import ServedModel
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
 
 _MATRIX = re.compile(

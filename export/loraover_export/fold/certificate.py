@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from loraover.adapters.logits.deviation import Deviation
-from loraover.adapters.logits.judge import NOISE_FACTOR, Certificate, CheckVerdict, judge
+from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
 
@@ -45,7 +45,7 @@ class OutputCertificate(StrictModel):
     @property
     def verdict(self) -> CheckVerdict:
         """Verdict on the largest logit error."""
-        return judge(self.error.max_logit, self.bound, self.adapter_effect)
+        return verdict_on(self.error.max_logit, self.bound, self.adapter_effect)
 
     @property
     def passed(self) -> bool:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loraover.adapters.logits.deviation import RunningDeviation, largest_of
-from loraover.adapters.logits.pieces import logits_of, tokens_at_once, walked
-from loraover.adapters.logits.prompts import read_prompts
+from loraover.adapters.logits.prompts import logits_of, read_prompts, tokens_at_once, walked
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
 from loraover.models.device import choose_compute

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 
-from loraover.adapters.logits.judge import POWER, CheckVerdict
+from loraover.adapters.logits.verdict import POWER, CheckVerdict
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
 from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page

@@ -6,11 +6,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-from loraover.adapters.logits.judge import CheckVerdict
+from loraover.adapters.logits.verdict import CheckVerdict
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming
-from loraover.checkpoint.carried_reference import record_beside
+from loraover.checkpoint.carried_files import record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from loraover.adapters.logits.show import OTHER_TEXTS, show_place, show_verdict, undecided
 from loraover.adapters.numerics.matrix_certificate import underflow_facts
+from loraover.adapters.show import OTHER_TEXTS, show_place, show_verdict, undecided
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate

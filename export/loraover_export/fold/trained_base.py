@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraover.adapters.logits.deviation import RunningDeviation
-from loraover.adapters.logits.pieces import logits_of, tokens_at_once, walked
-from loraover.adapters.logits.prompts import read_prompts
+from loraover.adapters.logits.prompts import logits_of, read_prompts, tokens_at_once, walked
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model

@@ -16,16 +16,15 @@ from pydantic import Field
 from rich.console import Console
 
 from loraover.adapters.base_weights import check_base_weights
-from loraover.adapters.logits.judge import Certificate
-from loraover.adapters.logits.show import show_left_out, show_place
+from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
-from loraover.adapters.uniform.matrices import to_uniform
+from loraover.adapters.show import show_left_out, show_matrices, show_place
+from loraover.adapters.uniform.folder import to_uniform
 from loraover.adapters.uniform.refusals import check_fields, check_shape, check_tensors
-from loraover.adapters.uniform.served import ServedModel, read_served
-from loraover.adapters.uniform.show import show_matrices
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import if_missing

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loraover.adapters.numerics.certify import measure
 from loraover.adapters.numerics.delta import Delta
-from loraover.adapters.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts
+from loraover.adapters.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts, measure
 from loraover.adapters.numerics.rounding import round_nearest
 from loraover.checkpoint.error_bounds import U64
 from loraover.checkpoint.exact_tensors import Exact

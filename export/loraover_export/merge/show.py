@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from loraover.adapters.logits.show import in_one_line, show_place, show_verdict
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.show import in_one_line, show_place, show_verdict
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.merge.report import MergeReport

@@ -108,7 +108,7 @@ def check_fleet(request: FleetCheckRequest) -> FleetReport:
 
 def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> FleetRow:
     """Prepare one adapter, and return its row; the errors are those of `prepare_adapter`."""
-    from loraover.adapters.convert.need import named_base
+    from loraover.adapters.convert.kind import named_base
     from loraover_export.prepare.cache import RECORD_FILE, Record
     from loraover_export.prepare.run import prepare_adapter
 

@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 
-from loraover.adapters.convert.need import named_base, why_convert
+from loraover.adapters.convert.kind import named_base, why_convert
 from loraover.adapters.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
 from loraover.adapters.uniform.rank_limits import max_lora_rank
-from loraover.checkpoint.carried_reference import misfit
+from loraover.checkpoint.carried_files import misfit
 from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
-from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
@@ -40,7 +40,7 @@ from loraover_export.prepare.cache import (
 if has_torch():  # a base installation prepares plain LoRAs only; threads must not import the others at once
     for _place in (
         "loraover_export.check.engines.vllm",
-        "loraover.adapters.combine.shrink",
+        "loraover.adapters.combine.combine",
         "loraover.adapters.convert.run",
         "loraover_export.fold.run",
         "loraover.adapters.numerics.rounded_adapter",
@@ -194,12 +194,11 @@ def _as_lora(
         rank = read_source(source).rank
         if ranks.largest is None or rank <= ranks.largest:
             return source, None
-        from loraover.adapters.combine.shrink import shrink_adapter
+        from loraover.adapters.combine.combine import shrink_adapter
 
         allowed = _approximation(source, rank, target, ranks)
         return converted, shrink_adapter(source, converted, rank=allowed, dtype=target.dtype)
-    from loraover.adapters.convert.approximate import FullRankError
-    from loraover.adapters.convert.run import convert_adapter
+    from loraover.adapters.convert.run import FullRankError, convert_adapter
 
     plain = source
     if (source / META_FILE).is_file():

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 
-from loraover.adapters.combine.diff_report import DiffReport, LogitDiff, ModuleDiff
 from loraover.adapters.combine.requests import DiffRequest
 from loraover.adapters.combine.sources import Sources, deltas_of, read_sources
-from loraover.adapters.logits.deviation import RunningDeviation
-from loraover.adapters.logits.pieces import logits_of, walked
-from loraover.adapters.logits.prompts import Prompts, read_prompts
+from loraover.adapters.logits.deviation import Deviation, RunningDeviation
+from loraover.adapters.logits.prompts import Prompts, logits_of, read_prompts, walked
 from loraover.adapters.numerics.delta import Delta, check_no_bias
 from loraover.adapters.numerics.low_rank import (
     SingularValues,
@@ -29,11 +29,74 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
+from loraover.common.strict_json import StrictModel
 from loraover.common.threads import workers
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.reference.reference_model import reference_model
 from loraover.sources.verb import verb
+
+
+class ModuleDiff(StrictModel):
+    """Comparison of the deltas of one module."""
+
+    module: str = Field(description="Path of the module in the base model")
+    ranks: tuple[int, int] = Field(description="Numerical rank of each delta; 0 if it is zero or missing")
+    norms: tuple[float, float] = Field(description="Frobenius norm of each delta; 0 if it is missing")
+    difference: float = Field(description="Frobenius norm of the difference of the deltas")
+    column_angles: list[float] = Field(
+        description="Principal angles between the column spaces of the deltas, in degrees, the smallest first; empty "
+        "if one of them is zero or missing"
+    )
+    row_angles: list[float] = Field(
+        description="Principal angles between the row spaces of the deltas, in degrees, the smallest first"
+    )
+
+    @property
+    def relative_difference(self) -> float:
+        """Norm of the difference over the larger norm of the two deltas; 0 if both are zero."""
+        return self.difference / (max(self.norms) or 1.0)
+
+
+class LogitDiff(StrictModel):
+    """Comparison of the logits of two adapters on the base model."""
+
+    base: str = Field(description="Base model that was run, in words")
+    device: str = Field(description="Device that it ran on")
+    compute_dtype: str = Field(description="Data type that it ran in: fp32, bf16, fp16 or fp64")
+    tokens: int = Field(description="Number of tokens in all prompts")
+    prompt_source: str = Field(description="Where the prompts come from, in words")
+    difference: Deviation = Field(description="Distance of the second adapter's logits from the first one's")
+    effects: tuple[Deviation, Deviation] = Field(
+        description="Distance of the base model's logits from those of each adapter"
+    )
+
+
+class DiffReport(StrictModel):
+    """Comparison of two adapters."""
+
+    schema_version: int = 1
+    first: str = Field(description="Folder of the first adapter")
+    second: str = Field(description="Folder of the second adapter")
+    base_model: str | None = Field(description="Base model that the adapters name; None if they name none")
+    norms: tuple[float, float] = Field(description="Frobenius norm of all deltas of each adapter together")
+    difference: float = Field(description="Frobenius norm of the differences of all deltas together")
+    modules: list[ModuleDiff] = Field(description="One entry for each module that either adapter has a delta for")
+    other_tensors: list[str] = Field(
+        description="Parameters that the adapters hold in full, and that differ or that only one of them has"
+    )
+    logits: LogitDiff | None = Field(description="Comparison of the logits; None if it was not asked for")
+    versions: dict[str, str] = Field(description="Versions of Python and packages, by name")
+    hardware: str = Field(description="Processor and accelerator of the machine, in words")
+
+    exit_code: ClassVar[int] = 0
+    """Exit code of the command, which judges nothing."""
+
+    @property
+    def relative_difference(self) -> float:
+        """Norm of all differences over the larger norm of the two adapters; 0 if both are zero."""
+        return self.difference / (max(self.norms) or 1.0)
+
 
 COMPARED = {"bias", "modules_to_save", "trainable_token_indices"}
 """Fields of parameters that are compared, besides those of A and B."""

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from loraover.adapters.convert.kind import read_method
-from loraover.adapters.convert.need import why_convert
+from loraover.adapters.convert.kind import read_method, why_convert
 from loraover.adapters.convert.source import read_peft_type
 from loraover.adapters.uniform.certificate import LoraCertificate
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.files import META_FILE
-from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.model_facts import read_facts
 from loraover.common.errors import CheckpointError, ExportError, LoraOverError
 from loraover.common.reporter import Reporter
 from loraover.common.request import as_written
@@ -55,8 +54,7 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
     if reason is None:
         yield PlainLora(source, None)
         return
-    from loraover.adapters.convert.approximate import FullRankError
-    from loraover.adapters.convert.run import convert_adapter
+    from loraover.adapters.convert.run import FullRankError, convert_adapter
 
     report.line(f"{reason}: converting it into an exact plain LoRA")
     with TemporaryDirectory() as scratch:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import Field
+from torch import Tensor
+
 from loraover.adapters.base_weights import open_base
-from loraover.adapters.convert.approximate import approximations
 from loraover.adapters.convert.effect import compare_outputs
-from loraover.adapters.convert.kind import read_method
-from loraover.adapters.convert.methods.base import AnyMethod, Place
-from loraover.adapters.convert.methods.experts import stacks_of
-from loraover.adapters.convert.others import carried_notes, carried_tensors
+from loraover.adapters.convert.kind import carried_notes, carried_tensors, read_method
+from loraover.adapters.convert.methods.base import AnyMethod, LowRank, Place, rounding
+from loraover.adapters.convert.methods.lora import stacks_of
 from loraover.adapters.convert.prefix import mend_prefix, part_below
-from loraover.adapters.convert.report import ConvertReport, VllmFit
 from loraover.adapters.convert.request import ConvertRequest
-from loraover.adapters.convert.source import Adapter, open_adapter
-from loraover.adapters.logits.pieces import tokens_at_once
-from loraover.adapters.logits.prompts import read_prompts
+from loraover.adapters.convert.source import Adapter, AdapterLayout, open_adapter
+from loraover.adapters.logits.prompts import read_prompts, tokens_at_once
+from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.numerics.low_rank import SingularValues, decompose, dense_svd, product_norm
 from loraover.adapters.uniform.certificate import LoraCertificate, OutputsOfConversion
-from loraover.adapters.uniform.write_lora import Check, LoraOutput, write_lora
+from loraover.adapters.uniform.rank_limits import VllmFit
+from loraover.adapters.uniform.write_lora import Approximation, Check, LoraOutput, Work, write_lora
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.carried_reference import keep_reference
-from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, expert_paths, find_expert_weights
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
@@ -33,8 +35,35 @@ from loraover.checkpoint.target_modules import check_complete, check_named, chec
 from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ExportError
 from loraover.common.request import as_written
+from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_compute
 from loraover.sources.verb import verb
+
+
+class ConvertReport(StrictModel):
+    """Ranks, errors and certificate of one conversion."""
+
+    method: str = Field(description="Kind of the source, as PEFT names it")
+    exact_rank: int = Field(description="Largest rank of any module's exact delta_W")
+    truncated: bool = Field(description="Whether a smaller rank than the exact one was asked for")
+    vllm: VllmFit = Field(description="Whether vLLM takes the written rank")
+    engines: str = Field(description="Which engines take the exact rank, in words")
+    certificate: LoraCertificate = Field(description="Verdict and errors of the written adapter")
+
+    @property
+    def outputs(self) -> OutputsOfConversion | None:
+        """Comparison of logits; None if it was not asked for, or a matrix failed its check."""
+        return self.certificate.outputs
+
+    @property
+    def passed(self) -> bool:
+        """Whether the certificate's verdict is "passed"."""
+        return self.certificate.passed
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return self.certificate.exit_code
 
 
 @verb(ConvertRequest)
@@ -208,3 +237,70 @@ def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
         f"{', '.join(adapted)} share one weight, and each has its LoRA: applied beside the model, all are right, but "
         "PEFT's merge_and_unload would add all of them to the one weight"
     ]
+
+
+class FullRankError(ExportError):
+    """An adapter that changes a weight by a matrix of full rank, where the exact LoRA was asked for."""
+
+
+def approximations(
+    places: Sequence[Place], layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]
+) -> Iterator[Work]:
+    """Yield the computation of each module's factors, which any thread may run.
+
+    Args:
+        places: Modules that the adapter changes.
+        layout: The adapter, for messages.
+        rank: Largest rank of the result; None means exact.
+        ranks: Receives the exact rank of each module, by its path.
+    """
+    return (partial(_approximate, place, layout, rank, ranks) for place in places)
+
+
+def _approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
+    found = place.delta()
+    factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise ExportError(f"{layout.tensors_path}: {place.path}: delta_W is not finite; train the adapter again.")
+    if isinstance(found, LowRank):
+        b, a = found.b, found.a
+        noise = found.left_out + rounding(len(b), a.shape[1], len(a)) * float(b.norm()) * float(a.norm())
+        if len(a) > min(len(b), a.shape[1]):
+            b, a = _square(b @ a)
+        norm = product_norm(b, a)
+        exact = ranks[place.path] = len(a) if norm else 0
+        if rank is not None and exact > rank:
+            return _truncated(place, decompose(b, a), rank, noise)
+        return _exact(place, b, a, norm, noise)
+    norm = float(found.value.norm())
+    exact = ranks[place.path] = min(found.value.shape) if norm else 0
+    if rank is None and exact:
+        raise FullRankError(
+            f"{layout.tensors_path}: {place.path}: this {layout.config.peft_type} adapter changes the weight by a "
+            f"matrix of full rank, {exact}. Ask for its best approximation of a rank R with "
+            f"{ConvertRequest.named('approximate_to_rank')} R; its error is shown. With rank {exact}, "
+            f"{VllmFit.of(exact).in_words()}."
+        )
+    noise = rounding(*found.value.shape) * found.size
+    if rank is not None and exact > rank:
+        return _truncated(place, dense_svd(found.value), rank, noise)
+    return _exact(place, *_square(found.value), norm, noise)
+
+
+def _exact(place: Place, b: Tensor, a: Tensor, norm: float, noise: float) -> Approximation:
+    """Return factors as they are, or of rank 0 if the norm of their product is zero."""
+    kept = slice(None) if norm else slice(0)
+    delta = Delta.of_factors(place.path, place.embedding, b[:, kept], a[kept])
+    return Approximation(delta, norm, arithmetic_bound=noise)
+
+
+def _square(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and A of the smallest rank that any matrix of this shape needs, one of them the identity."""
+    m, n = value.shape
+    eye = torch.eye(min(m, n), dtype=value.dtype)
+    return (value, eye) if n <= m else (eye, value)
+
+
+def _truncated(place: Place, svd: SingularValues, rank: int, noise: float) -> Approximation:
+    kept = svd.truncate(rank)
+    return Approximation(kept.delta(place.path, place.embedding), svd.norm, kept.error, kept.bound + noise)

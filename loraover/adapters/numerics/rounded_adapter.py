@@ -9,8 +9,7 @@ from threading import Event
 
 from torch import Tensor
 
-from loraover.adapters.numerics.certify import certify
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import TENSORS_FILE

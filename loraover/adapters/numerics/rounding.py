@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraover.adapters.numerics.matrix_certificate import Underflow
 from loraover.checkpoint.tensor_file import is_finite
 from loraover.common.errors import FoldError
 
@@ -48,16 +47,6 @@ def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) ->
     chance = torch.where(gap > 0, error.abs() / gap.clamp_min(5e-324), 0.0)
     draw = torch.rand(x.shape, generator=generator, dtype=torch.float64)
     return torch.where(draw < chance, other, nearest)
-
-
-def underflow(x: Tensor, rounded: Tensor) -> Underflow:
-    """Count the elements of `x` that became zero or subnormal in `rounded`."""
-    tiny = torch.finfo(rounded.dtype).smallest_normal
-    if rounded.numel() > 0 and float(rounded.abs().amin()) >= tiny:
-        return Underflow()
-    zero = (rounded == 0) & (x != 0)
-    subnormal = (rounded != 0) & (rounded.double().abs() < tiny)
-    return Underflow(int(zero.sum()), int(subnormal.sum()))
 
 
 def _round_to_odd(x: Tensor) -> Tensor:

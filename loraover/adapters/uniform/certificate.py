@@ -8,7 +8,7 @@ from threading import Event
 from pydantic import Field
 
 from loraover.adapters.logits.deviation import Deviation
-from loraover.adapters.logits.judge import NOISE_FACTOR, Certificate, CheckVerdict, judge
+from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
@@ -104,7 +104,7 @@ class OutputsOfConversion(StrictModel):
     @property
     def verdict(self) -> CheckVerdict | None:
         """Verdict on the largest logit error; None for an approximation."""
-        return None if self.bound is None else judge(self.error.max_logit, self.bound, self.adapter_effect)
+        return None if self.bound is None else verdict_on(self.error.max_logit, self.bound, self.adapter_effect)
 
 
 class LoraCertificate(Certificate):

@@ -1,18 +1,25 @@
-"""The uniform form of an adapter as a PEFT folder."""
+"""The uniform form of an adapter: delta_W = scaling * B @ A = 1 * [scaling * B, 0] @ [A; 0], with one rank for all.
+
+Engines differ in how they read rank_pattern, alpha_pattern and use_rslora, and some round B before they scale it.
+Experts of one parameter are stacked as PEFT has them, or have a pair for each projection.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraover.adapters.numerics.delta import scale
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import naming
+from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
 from loraover.checkpoint.files import TENSORS_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.peft_adapter import AdapterDir, site_key
 from loraover.common.errors import ExportError
-from loraover.common.later import has_torch
+from loraover.common.later import has_torch, torch
 from loraover.models.load import ModelSource
 
 if TYPE_CHECKING:
@@ -49,7 +56,6 @@ def write_uniform(
 
         return write_plain(adapter, directory / TENSORS_FILE, dtype, on_tensor)
     from loraover.adapters.numerics.rounded_adapter import write_rounded
-    from loraover.adapters.uniform.matrices import to_uniform
 
     prepare, keys = to_uniform(adapter), adapter.matrices
     return write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
@@ -143,3 +149,81 @@ def _suffixes(path: str) -> list[str]:
     """Suffixes of a path, shortest first: q_proj, self_attn.q_proj, 0.self_attn.q_proj, ..."""
     parts = path.split(".")
     return [".".join(parts[k:]) for k in reversed(range(len(parts)))]
+
+
+def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
+    """Return a function that brings a matrix of an adapter into the uniform form, by its key in the adapter's file.
+
+    The function pads the matrix to the largest rank; it multiplies B by its module's scaling before. A product that is
+    not exact adds one rounding of float64 to the bound of B; the padding is exact.
+    """
+    r = adapter.rank
+
+    def form(key: str, exact: Exact) -> Exact:
+        module, side = adapter.matrices[key]
+        if side == "A":
+            return _padded(exact, (0, 0, 0, r - module.rank))
+        return _padded(scale(exact, module.scaling), (0, r - module.rank))
+
+    return form
+
+
+def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
+    if not any(sides):
+        return exact
+
+    def zeros(matrix: Tensor) -> Tensor:
+        return torch.nn.functional.pad(matrix, sides)
+
+    return Exact(zeros(exact.value), zeros(exact.bound), exact.site)
+
+
+Projections = tuple[str, str, str]
+"""Names of a class's gate, up and down projections."""
+
+
+def stack_fields(stacks: Sequence[ExpertStack]) -> dict[str, Any]:
+    """Return the fields of `adapter_config.json` by which PEFT finds stacked pairs, and knows their layout."""
+    if not stacks:
+        return {}
+    return {"target_parameters": [stack.path for stack in stacks], "peft_version": PRESENT_LAYOUT}
+
+
+def parts_of(parameter: str, projections: Projections) -> tuple[str, ...]:
+    """Return the projections that a parameter of all experts holds: gate and up, or down."""
+    return projections[:2] if parameter == "gate_up_proj" else projections[2:]
+
+
+def split_paths(stacks: Sequence[ExpertStack], projections: Projections) -> set[str]:
+    """Return the paths by which `split_experts` names the pairs of all experts."""
+    return {
+        f"{stack.module}.{expert}.{name}"
+        for stack in stacks
+        for expert in range(stack.experts)
+        for name in parts_of(stack.parameter, projections)
+    }
+
+
+def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return a function that gives every projection of every expert its pair: experts.3.gate_proj.lora_A, and so on.
+
+    Gate and up have the same A, and the upper and the lower half of the rows of B.
+
+    Args:
+        adapter: The adapter whose experts the function gets, by their keys.
+        projections: Names of the three projections.
+    """
+
+    def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {key: tensor for key, tensor in tensors.items() if key not in adapter.parts}
+        for stack in adapter.stacks:
+            names = parts_of(stack.parameter, projections)
+            for expert in range(stack.experts):
+                a, b = (tensors[site_key(f"{stack.expert(expert)}.lora_{matrix}")] for matrix in "AB")
+                for name, rows in zip(names, b.chunk(len(names)), strict=True):
+                    path = f"{stack.module}.{expert}.{name}"
+                    found[site_key(f"{path}.lora_A")] = a.clone()  # safetensors refuses shared memory
+                    found[site_key(f"{path}.lora_B")] = rows.contiguous()
+        return found
+
+    return split

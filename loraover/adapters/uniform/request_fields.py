@@ -1,8 +1,10 @@
-"""Fields that the requests of several exports have."""
+"""Fields that the requests of several exports have, and how reports name such a command."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from loraover.common.request import Request, argument, option
@@ -81,3 +83,16 @@ def check_faults(request: Request, switch: str, *names: str) -> Iterator[str]:
         choose_compute(*(getattr(request, name) for name in names[-2:]))
     elif given := request.given(*names):
         yield f"{given}: for {request.named(switch)} only, which runs the model; ask for it, or leave this out."
+
+
+def export_command(folder: Path, *words: str, ending: str) -> str:
+    """Return an export command for an adapter, such as "loraover export gguf /a -o /a.gguf".
+
+    Args:
+        folder: Folder of the adapter; its path is resolved, so that the output lies beside it and not in it.
+        words: Name of the command, then options.
+        ending: Ending of the output's name.
+    """
+    path = folder.resolve()
+    name, *options = words
+    return shlex.join(["loraover", "export", name, str(path), "-o", f"{path}{ending}", *options])

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraover.adapters.numerics.certify import certify
 from loraover.adapters.numerics.delta import Delta
 from loraover.adapters.numerics.low_rank import factor_noise, product_norm, sum_norm
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts
 from loraover.adapters.numerics.rounded_adapter import save_and_compare
 from loraover.adapters.numerics.rounding import round_tensor
 from loraover.adapters.uniform.certificate import (
@@ -26,8 +25,7 @@ from loraover.adapters.uniform.certificate import (
     module_facts,
     record_source,
 )
-from loraover.adapters.uniform.experts import stack_fields
-from loraover.adapters.uniform.folder import plain_config
+from loraover.adapters.uniform.folder import plain_config, stack_fields
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths

@@ -19,8 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, remove_incomplete
 from loraover.callbacks.step_norm import factors, step_norm
-from loraover.checkpoint.carried_reference import record_beside
-from loraover.checkpoint.write_checkpoint import write_checkpoint
+from loraover.checkpoint.carried_files import record_beside
+from loraover.checkpoint.training_state import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text, unwritable
 from loraover.common.errors import ConfigError, DivergedError, FoldError, LoraOverError
 from loraover.common.memory import is_out_of_memory

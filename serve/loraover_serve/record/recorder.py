@@ -18,8 +18,7 @@ from pydantic import Field
 
 from loraover.adapters.logits.prompts import Prompts, read_prompts
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.carried_reference import adapter_digest
-from loraover.checkpoint.chat_template import tokenizer_of
+from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file

@@ -66,6 +66,6 @@ def check_seal(sealed: Path, published: Path) -> None:
 
 
 def _digests(path: Path) -> Mapping[str, str]:
-    from loraover.checkpoint.carried_reference import reference_digests  # with all that reads adapters
+    from loraover.checkpoint.carried_files import reference_digests  # with all that reads adapters
 
     return reference_digests(path)

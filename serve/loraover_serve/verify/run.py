@@ -11,13 +11,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from loraover.adapters.convert.need import why_convert
+from loraover.adapters.convert.kind import why_convert
 from loraover.adapters.convert.run import convert_adapter
 from loraover.adapters.logits.prompts import MAX_TOKENS, read_prompts
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
-from loraover.checkpoint.chat_template import tokenizer_of
+from loraover.checkpoint.carried_files import tokenizer_of
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.source import read_source

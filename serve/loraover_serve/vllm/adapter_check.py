@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loraover.adapters.uniform.served import read_served
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import ConfigError, printable
 from loraover.common.reporter import Reporter

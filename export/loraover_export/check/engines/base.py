@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import final
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
-from loraover.adapters.uniform.export_command import export_command
+from loraover.adapters.uniform.request_fields import export_command
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource

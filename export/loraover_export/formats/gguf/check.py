@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from loraover.adapters.logits.deviation import largest
-from loraover.adapters.logits.pieces import logits_of
-from loraover.adapters.logits.prompts import Prompts, read_prompts
+from loraover.adapters.logits.prompts import Prompts, logits_of, read_prompts
 from loraover.adapters.numerics.rounded_adapter import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from loraover.adapters.logits.judge import CheckVerdict, ExportVerdict, Proof, judge
+from loraover.adapters.logits.verdict import CheckVerdict, ExportVerdict, Proof, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
 
@@ -50,7 +50,7 @@ class GgufCheck(StrictModel):
     @property
     def verdict(self) -> CheckVerdict:
         """Verdict on the error; inconclusive where an adapter that does nothing could pass as well."""
-        return judge(self.error, self.bound, self.adapter_effect)
+        return verdict_on(self.error, self.bound, self.adapter_effect)
 
 
 class GgufReport(Proof):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from loraover.checkpoint.carried_reference import keep_reference
-from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_file_writable, check_free, publish_file

@@ -6,8 +6,8 @@ import shlex
 
 from rich.console import Console
 
-from loraover.adapters.logits.show import in_one_line, show_left_out, show_place, show_verdict, undecided
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.show import in_one_line, show_left_out, show_place, show_verdict, undecided
 from loraover.reporting.reporter import print_line
 from loraover_export.formats.gguf.report import GgufCheck, GgufReport
 from loraover_export.requests import GgufRequest

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loraover.adapters.uniform.served import ServedModel, read_served
 from loraover.checkpoint.expert_stacks import ExpertStack
+from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource

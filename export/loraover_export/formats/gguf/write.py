@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.adapters.numerics.rounded_adapter import not_kept, round_exact
-from loraover.adapters.uniform.matrices import to_uniform
+from loraover.adapters.uniform.folder import to_uniform
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import FoldError
 from loraover_export.formats.gguf.target import GgufTarget

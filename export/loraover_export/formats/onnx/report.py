@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from loraover.adapters.logits.judge import Certificate, CheckVerdict, ExportVerdict, judge
+from loraover.adapters.logits.verdict import Certificate, CheckVerdict, ExportVerdict, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
 
@@ -80,7 +80,7 @@ class GraphCheck(StrictModel):
             return "failed"
         if self.compared == "change" and self.adapter_effect <= self.bound:
             return "inconclusive"  # one activation that ONNX Runtime rounds to the next level may exceed such a bound
-        return judge(self.error, self.bound, math.inf if self.adapter is None else self.adapter_effect)
+        return verdict_on(self.error, self.bound, math.inf if self.adapter is None else self.adapter_effect)
 
     @property
     def passed(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
-from loraover.checkpoint.chat_template import keep_chat_template
+from loraover.checkpoint.carried_files import keep_chat_template
 from loraover.sources.verb import verb
 from loraover_export.formats.onnx.export import Export
 from loraover_export.formats.onnx.inputs import Inputs, read_inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from loraover.adapters.logits.show import show_place, show_verdict, undecided
+from loraover.adapters.show import show_place, show_verdict, undecided
 from loraover.reporting.reporter import print_line
 from loraover.reporting.terminal_table import terminal_table
 from loraover_export.formats.onnx.report import GraphCheck, OnnxReport

@@ -17,9 +17,8 @@ import torch
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor
 
-from loraover.adapters.numerics.certify import certify
 from loraover.adapters.numerics.delta import Delta
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify
 from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import site_key

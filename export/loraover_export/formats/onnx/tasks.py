@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.model_facts import read_facts
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource
 from loraover.models.model_file import MODULES_FILE, embeds_texts

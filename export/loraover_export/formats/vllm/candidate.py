@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from loraover.adapters.uniform.experts import parts_of
-from loraover.adapters.uniform.served import ServedModel
-from loraover.checkpoint.model_facts import ModuleFacts
+from loraover.adapters.uniform.folder import parts_of
+from loraover.checkpoint.model_facts import ModuleFacts, ServedModel
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
 from loraover_export.formats.vllm.architectures import Architecture, Architectures, projections_of
 from loraover_export.formats.vllm.known_faults import Platform

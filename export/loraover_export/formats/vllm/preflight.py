@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.common.strict_json import StrictModel
 from loraover_export.formats.vllm.candidate import Candidate, Problem

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from loraover.adapters.logits.judge import Certificate
+from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.adapters.uniform.certificate import LoraCertificate
 from loraover.common.strict_json import StrictModel

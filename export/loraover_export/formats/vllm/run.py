@@ -8,10 +8,16 @@ from pathlib import Path
 from loraover.adapters.convert.plain import PlainLora, plain_lora
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.adapters.uniform.certificate import CONVERSION_FILE
-from loraover.adapters.uniform.experts import split_experts, split_paths, stack_fields
-from loraover.adapters.uniform.folder import name_modules, uniform_config, write_uniform
-from loraover.adapters.uniform.served import ServedModel, read_served
+from loraover.adapters.uniform.folder import (
+    name_modules,
+    split_experts,
+    split_paths,
+    stack_fields,
+    uniform_config,
+    write_uniform,
+)
 from loraover.checkpoint.base_model import base_facts
+from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.models.load import ModelSource

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from loraover.adapters.logits.show import in_one_line, show_verdict
+from loraover.adapters.show import in_one_line, show_matrices, show_verdict
 from loraover.adapters.uniform.certificate import module_facts
-from loraover.adapters.uniform.show import show_matrices
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_export.formats.vllm.preflight import Preflight

@@ -5,16 +5,12 @@ A new kind is one class and one line here.
 
 from __future__ import annotations
 
-from loraover.adapters.convert.methods.adalora import AdaLora
-from loraover.adapters.convert.methods.bank import VbLora
 from loraover.adapters.convert.methods.base import AnyMethod, Refused
-from loraover.adapters.convert.methods.blocks import C3a, Gralora
-from loraover.adapters.convert.methods.householder import Hra
+from loraover.adapters.convert.methods.blocks import C3a, Gralora, Miss
 from loraover.adapters.convert.methods.lora import Lora
-from loraover.adapters.convert.methods.lycoris import LoHa, LoKr
-from loraover.adapters.convert.methods.miss import Miss
+from loraover.adapters.convert.methods.products import AdaLora, LoHa, LoKr, VbLora
 from loraover.adapters.convert.methods.projections import Pvera, RandLora, UniLora, Vera
-from loraover.adapters.convert.methods.rotations import Boft, Oft, Road
+from loraover.adapters.convert.methods.rotations import Boft, Hra, Oft, Road
 from loraover.adapters.convert.methods.scalings import Delora, Glora, Hira, Ia3
 from loraover.adapters.convert.methods.sparse import FourierFt, Shira, Supertuning
 from loraover.adapters.convert.methods.subspaces import Deft, Osf, Peanut

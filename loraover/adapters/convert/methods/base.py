@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from loraover.adapters.convert.source import Adapter, Config, Module
-from loraover.adapters.uniform.variants import TRAINING_ONLY, VARIANTS
+from loraover.adapters.uniform.refusals import TRAINING_ONLY, VARIANTS
 from loraover.checkpoint.error_bounds import U64, gamma
 from loraover.common.later import torch
 

@@ -1,6 +1,6 @@
 """LoRA itself, with the variants whose base weights change: PiSSA, OLoRA and DoRA.
 
-Plain LoRA, rsLoRA and patterns: delta_W = s B A, of rank r.
+Plain LoRA, rsLoRA and patterns: delta_W = s B A, of rank r. Of experts that share one parameter, each has its pair.
 
 PiSSA and OLoRA start from A_0 and B_0 that are made from the base weight W, and train on W - s B_0 A_0, so that
 delta_W = s B A - s B_0 A_0 on the original base model, of rank 2 r. PEFT makes A_0 and B_0 again, in float32, whenever
@@ -17,26 +17,73 @@ al. 2024, arXiv:2402.09353.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from loraover.adapters.convert.methods.base import ConversionMethod, Dense, LowRank, Place
-from loraover.adapters.convert.methods.determined import MERGE_THERE, determined
-from loraover.adapters.convert.methods.experts import expert_places, stacks_of
-from loraover.adapters.convert.methods.singular import singular_part
+from loraover.adapters.convert.methods.single_precision import (
+    MERGE_THERE,
+    QR_ROUNDINGS,
+    basis_error,
+    determined,
+    singular_part,
+)
 from loraover.adapters.convert.methods.tokens import token_places
 from loraover.adapters.convert.source import Adapter, MethodConfig, Module
+from loraover.adapters.numerics.delta import read_delta
 from loraover.adapters.numerics.low_rank import product_norm
-from loraover.adapters.numerics.single_precision import QR_ROUNDINGS, basis_error
 from loraover.checkpoint.adapter_config import KEPT_BASE, REPEATED_STARTS, AdapterConfig
 from loraover.checkpoint.error_bounds import U32
+from loraover.checkpoint.expert_stacks import ExpertStack, find_expert_weights
 from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, read_adapter_dir, read_on_base
 from loraover.checkpoint.target_modules import LOST
 from loraover.common.errors import CheckpointError
 from loraover.common.later import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def stacks_of(adapter: Adapter[Any]) -> Sequence[ExpertStack]:
+    """Return the stacked pairs of an adapter of any kind.
+
+    Raises:
+        CheckpointError: Stacks that do not fit the base model.
+    """
+    found = _read(adapter)
+    return () if found is None else found.stacks
+
+
+def expert_places(adapter: Adapter[Any]) -> Iterator[Place]:
+    """Yield every expert of every stacked pair.
+
+    Raises:
+        CheckpointError: Stacks that do not fit the base model, or an adapter for changed base weights.
+    """
+    found = _read(adapter)
+    if found is None or not found.stacks:
+        return
+    found.check_keeps_base()
+    exact = ExactAdapter(found, adapter.file)
+    for stack in found.stacks:
+        for index in range(stack.experts):
+            path = stack.expert(index)
+            yield Place(path, False, partial(_delta, exact, path))
+
+
+def _read(adapter: Adapter[Any]) -> AdapterDir | None:
+    config = adapter.config
+    if not isinstance(config, AdapterConfig) or not config.parameters:
+        return None
+    return read_on_base(read_adapter_dir(adapter.layout.path), find_expert_weights(adapter.base.model))
+
+
+def _delta(exact: ExactAdapter, path: str) -> LowRank:
+    delta = read_delta(exact, path)
+    return LowRank(delta.b.value.double(), delta.a.value.double())
+
 
 TOKENS = "token_adapter.trainable_tokens_delta"
 

@@ -1,11 +1,17 @@
-"""Rotations of the base weight, of full rank: OFT and BOFT on its input, RoAd on its output.
+"""Rotations of the base weight: OFT, BOFT and RoAd, of full rank, and HRA, of rank r.
 
 OFT: W' = W R^T with R block-diagonal. Each block is the Cayley transform of a skew-symmetric Q: (I - Q)(I + Q)^-1, or
 the first terms of the Neumann series of (I + Q)(I - Q)^-1, as PEFT has it. BOFT: W' = diag(s) W R^T with one butterfly
 factor. RoAd: pairs of output features are rotated and scaled, W' = R W.
 
+HRA: a product of Householder reflections, W' = W H with H = prod_i (I - 2 u_i u_i^T). H = I - U T U^T with U of r
+columns and T upper triangular, built column by column (compact WY form), so that delta_W = W (H - I) = -(W U T) U^T.
+With `apply_GS`, the u_i are made orthonormal first, in float32, and T = 2 I: H = I - 2 Q Q^T, which changes by at most
+2 (2 + a) a if Q changes by a.
+
 Sources: Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243; Liao and Monz 2024, arXiv:2409.00119;
-PEFT's `OFTRotationModule`, `BOFTLayer` and `RoadLayer`.
+PEFT's `OFTRotationModule`, `BOFTLayer` and `RoadLayer`; Yuan et al. 2024, arXiv:2405.17484; Schreiber and Van Loan
+1989, doi:10.1137/0910005.
 """
 
 from __future__ import annotations
@@ -14,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, final
 
 from pydantic import Field
 
-from loraover.adapters.convert.methods.base import ConversionMethod, Dense, block_diag
+from loraover.adapters.convert.methods.base import ConversionMethod, Dense, LowRank, block_diag, rounding
+from loraover.adapters.convert.methods.single_precision import determined, orthonormal
 from loraover.adapters.convert.source import MethodConfig, Module
 from loraover.common.later import torch
 
@@ -162,3 +169,48 @@ def _columns(module: Module[RoadFields], half: int) -> tuple[Tensor, Tensor]:
     if variant == "road_1":
         theta, alpha = (x.reshape(-1, half).repeat_interleave(2, dim=0).flatten() for x in (theta, alpha))
     return alpha * theta.cos(), alpha * theta.sin()
+
+
+class HraFields(MethodConfig):
+    """Fields of HRAConfig that change the delta."""
+
+    r: int = Field(8, ge=1)
+    gram_schmidt: bool = Field(False, alias="apply_GS")
+
+
+@final
+class Hra(ConversionMethod[HraFields]):
+    """Householder reflection adaptation."""
+
+    config = HraFields
+    tensors = ("hra_u",)
+    rank = "r"
+    needs_weights = True
+
+    def delta(self, module: Module[HraFields]) -> LowRank:
+        (m, n), r = module.shape, module.config.r
+        u = module.tensor("hra_u", n, r)
+        if not bool((u.norm(dim=0) > 0).all()):
+            raise module.refuse("a column of hra_u is zero and has no direction; train the adapter again.")
+        weight, apart = module.weight(), 0.0
+        if module.config.gram_schmidt:
+            (u, apart), t = orthonormal(module, "hra_u", u), 2 * torch.eye(r, dtype=u.dtype)
+        else:
+            u, t = _compact(u)
+        # the terms of W U may cancel, so their rounding is not that of the factors
+        norm = float(weight.norm())
+        turned = 2 * (2 + apart) * apart * norm
+        rounded = rounding(m, n, r) * norm * float(u.norm()) * float(t.norm()) * float(u.norm())
+        delta = LowRank(-(weight @ u) @ t, u.T.contiguous(), rounded + turned)
+        return determined(module, delta, turned, norm, "the columns of hra_u are almost linearly dependent")
+
+
+def _compact(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit columns U and T with prod_i (I - 2 u_i u_i^T) = I - U T U^T."""
+    u = u / u.norm(dim=0)
+    gram = u.T @ u
+    t = torch.zeros_like(gram)
+    for i in range(len(t)):
+        t[:i, i] = -2 * t[:i, :i] @ gram[:i, i]
+        t[i, i] = 2
+    return u, t

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Literal, final
 from pydantic import Field
 
 from loraover.adapters.convert.methods.base import ConversionMethod, LowRank, rounding
-from loraover.adapters.convert.methods.determined import determined, orthonormal
-from loraover.adapters.convert.methods.singular import singular_part
+from loraover.adapters.convert.methods.single_precision import determined, orthonormal, singular_part
 from loraover.adapters.convert.source import MethodConfig, Module
 from loraover.checkpoint.error_bounds import unit_roundoff
 from loraover.common.later import torch

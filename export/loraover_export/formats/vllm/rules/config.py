@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from loraover.adapters.uniform.export_command import export_command
-from loraover.adapters.uniform.variants import OTHER_FIELDS, VARIANTS, is_inert
+from loraover.adapters.uniform.refusals import OTHER_FIELDS, VARIANTS, is_inert
+from loraover.adapters.uniform.request_fields import export_command
 from loraover_export.formats.vllm.candidate import Candidate, Problem, listed
 from loraover_export.formats.vllm.versions import Versions
 

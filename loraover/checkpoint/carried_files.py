@@ -1,4 +1,4 @@
-"""The reference of an adapter, which travels with it: of which adapter it was recorded, and whether this is that one.
+"""Files that travel with an adapter: its chat template, which may be another than its base model's, and its reference.
 
 A reference names the digest of the adapter that it was recorded of, in docs/formats.md. An export writes the same
 adapter in other files. It keeps the reference, and writes beside it the digests of these files:
@@ -11,6 +11,7 @@ Where a folder may hold several adapters, such as GGUF files, both names begin w
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import io
@@ -24,7 +25,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from loraover.checkpoint.adapter_config import AdapterConfig
-from loraover.checkpoint.files import CONFIG_FILE, REFERENCE_FILE, TENSORS_FILE
+from loraover.checkpoint.files import CONFIG_FILE, REFERENCE_FILE, TEMPLATE_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
@@ -185,3 +186,54 @@ def record_beside(adapter: Path, **options: Any) -> None:
     """
     later_step("record")(adapter, force=True, **options)
     (adapter / KEPT_FILE).unlink(missing_ok=True)
+
+
+def chat_template_of(adapter: Path) -> str | None:
+    """Return the chat template in an adapter's folder; None if there is none.
+
+    Raises:
+        CheckpointError: A file that cannot be read.
+    """
+    path = adapter / TEMPLATE_FILE
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def keep_chat_template(adapter: Path, written: Path, *, stem: str | None = None) -> None:
+    """Copy the chat template of an adapter, if it has one, beside what an export writes of it.
+
+    Args:
+        adapter: Folder of the adapter.
+        written: Folder of the export.
+        stem: Beginning of the file's name, where the folder may hold several adapters. An earlier file of this name
+            is removed.
+
+    Raises:
+        OutputError: The file cannot be read or written.
+    """
+    template, place = adapter / TEMPLATE_FILE, written / TEMPLATE_FILE
+    if stem is not None:
+        place = written / f"{stem}.{TEMPLATE_FILE}"
+        place.unlink(missing_ok=True)
+    if template.is_file():
+        publish_file(place, lambda draft: shutil.copyfile(template, draft))
+
+
+def tokenizer_of(adapter: Path, tokenizer: Any) -> Any:
+    """Return a base model's tokenizer; if an adapter has another chat template, a copy with that one.
+
+    Args:
+        adapter: Folder of the adapter.
+        tokenizer: The tokenizer.
+
+    Raises:
+        CheckpointError: A template that cannot be read.
+    """
+    template, known = chat_template_of(adapter), tokenizer.chat_template
+    if template is None or template in (known.values() if isinstance(known, dict) else [known]):
+        return tokenizer
+    own = copy.copy(tokenizer)
+    own.chat_template = template
+    return own

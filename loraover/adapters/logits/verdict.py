@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from loraover.checkpoint.carried_reference import KEPT_FILE
+from loraover.checkpoint.carried_files import KEPT_FILE
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import AbandonedError
@@ -65,7 +65,7 @@ class Certificate(Proof):
         return kept
 
 
-def judge(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
+def verdict_on(error: float, bound: float, adapter_effect: float) -> CheckVerdict:
     """Return the verdict on a logit error.
 
     It is inconclusive where the error is within its bound, but an adapter that does nothing could be within it as

@@ -1,20 +1,23 @@
-"""How far two machines' factorisations of one matrix W in float32 may be apart.
+"""Parts of the base weight that PEFT computes in float32 whenever it loads an adapter, so that machines can differ.
 
-Some adapters start from a part of the base weight, which PEFT computes in float32 whenever it loads them. Libraries
-round differently, and each computes the exact factors of some W + E. `docs/research/base-weight-bounds.md` derives
-what E does to the part.
+Libraries round differently, and each computes the exact factors of some W + E. `docs/research/base-weight-bounds.md`
+derives what E does to the part.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loraover.adapters.convert.methods.base import LowRank
+from loraover.adapters.convert.source import Module
+from loraover.adapters.numerics.low_rank import product_norm
 from loraover.checkpoint.error_bounds import U32
 from loraover.common.later import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 SVD_ROUNDINGS = 20
 """Largest element of E in the singular vectors of W, in units of u32 sigma_1, as if another machine's W were W + E.
@@ -95,3 +98,87 @@ def basis_error(upper: Tensor) -> float:
     e = QR_ROUNDINGS * math.sqrt(len(factor)) * U32 * float(factor.norm())
     smallest = float(torch.linalg.svdvals(factor)[-1])
     return math.sqrt(2) * e / (smallest - e) if smallest > 4 * e else math.inf
+
+
+class SingularPart(NamedTuple):
+    """Some singular triplets of a weight, in float32.
+
+    Args:
+        u: Left singular vectors, (out_features, k).
+        s: Singular values, (k,).
+        vt: Right singular vectors, (k, in_features).
+        apart: Bound of the Frobenius norm by which u diag(s) vt may differ on another machine.
+        cut: Number of singular values before the cut; the part has either these or all others.
+        gap: Difference of the singular values on both sides of the cut, relative to the largest.
+    """
+
+    u: Tensor
+    s: Tensor
+    vt: Tensor
+    apart: float
+    cut: int
+    gap: float
+
+    @property
+    def reason(self) -> str:
+        """Why machines may find another part, in words."""
+        return (
+            f"the singular values {self.cut} and {self.cut + 1} of the base weight differ by {self.gap:.1e} of the "
+            "largest"
+        )
+
+
+def singular_part(weight: Tensor, cut: int, *, tail: bool = False) -> SingularPart:
+    """Return the first `cut` singular triplets of a float32 matrix as PEFT finds them, or with `tail` the others."""
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    kept = slice(cut, None) if tail else slice(cut)
+    m, n = weight.shape
+    gap = float((s[cut - 1] - s[cut]) / s[0]) if 0 < cut < len(s) else 1.0
+    return SingularPart(u[:, kept], s[kept], vt[kept], part_error(s, (m, n), cut, tail=tail), cut, gap)
+
+
+MERGE_THERE = "Merge it into the base model with PEFT's merge_and_unload, where it was trained."
+
+LARGEST_SHARE = 0.5
+"""Largest bound that is accepted, relative to the norm of delta_W."""
+
+NEGLIGIBLE = 2.0**-9
+"""Bound that is accepted even where delta_W is smaller, relative to the norm of what PEFT starts from.
+
+Rounding the weights to bfloat16 moves it by about as much. It keeps modules that training hardly moved.
+"""
+
+
+def determined(module: Module[Any], delta: LowRank, apart: float, size: float, reason: str) -> LowRank:
+    """Return a delta_W, unless it depends too much on the machine that trained it.
+
+    Args:
+        module: The module.
+        delta: Its delta_W.
+        apart: Bound of the Frobenius norm by which another machine's delta_W may differ.
+        size: Frobenius norm of what PEFT starts from.
+        reason: Why machines differ, in words, for the message.
+
+    Raises:
+        ExportError: Another machine's delta_W may differ by much.
+    """
+    norm = product_norm(delta.b, delta.a)
+    if apart > NEGLIGIBLE * size and apart > LARGEST_SHARE * norm:
+        raise module.refuse(
+            f"{reason}. Another machine may therefore start the adapter from a part that differs by {apart:.2g}, which "
+            f"is more than half of the norm of delta_W, {norm:.2g}. {MERGE_THERE}"
+        )
+    return delta
+
+
+def orthonormal(module: Module[Any], name: str, columns: Tensor) -> tuple[Tensor, float]:
+    """Return an orthonormal basis of a tensor's columns, and a bound of its distance from PEFT's in float32.
+
+    Raises:
+        ExportError: Columns that are linearly dependent in float32, or more of them than rows.
+    """
+    q, upper = torch.linalg.qr(columns)
+    apart = basis_error(upper) if upper.shape[0] == upper.shape[1] else math.inf
+    if not math.isfinite(apart):
+        raise module.refuse(f"the columns of {name} are linearly dependent. {MERGE_THERE}")
+    return q, apart
