@@ -22,9 +22,8 @@ from loraover.checkpoint.metadata import Meta
 from loraover.common.extras import install
 from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation
 from loraover.inspection.folder import read_schedule
-from loraover.inspection.installation import Extra, Installation, ListedEngine
+from loraover.inspection.installation import Extra, Installation, ListedEngine, show_installation
 from loraover.inspection.request import DoctorRequest
-from loraover.inspection.show import show_installation
 from loraover.reporting.reporter import print_rows
 from loraover.reporting.schedule_map import show_schedule
 from loraover.study.power import PowerReport, TaskPower

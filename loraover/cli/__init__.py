@@ -17,7 +17,7 @@ COMMANDS = {
     "doctor": Reporting(
         "loraover.inspection.request:DoctorRequest",
         "loraover.inspection.installation:check_installation",
-        "loraover.inspection.show:show_installation",
+        "loraover.inspection.installation:show_installation",
     ),
 }
 SHORTCUTS = {"check": "export", "record": "serve", "verify": "serve"}

@@ -11,8 +11,7 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
 
     from loraover.common.atomic_output import publish_text
     from loraover.inspection.folder import inspect_folder, read_schedule
-    from loraover.inspection.html import to_page
-    from loraover.inspection.show import show_folder, show_next_steps
+    from loraover.inspection.show import show_folder, show_next_steps, to_page
     from loraover.reporting.reporter import print_line
     from loraover.reporting.schedule_figures import check_new, plot_schedule, schedule_figures
     from loraover.reporting.schedule_map import show_schedule

@@ -7,6 +7,7 @@ knows their names and a few of their fields.
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -20,8 +21,16 @@ from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
 from loraover.common.strict_json import read_json
-from loraover.inspection.next_steps import next_steps
-from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, Kind, OnnxFacts, RunFacts, VllmFacts
+from loraover.inspection.report import (
+    AdapterFacts,
+    CoreFacts,
+    FolderReport,
+    Kind,
+    NextStep,
+    OnnxFacts,
+    RunFacts,
+    VllmFacts,
+)
 from loraover.training.recipe import load_recipe
 from loraover.training.run.failure import FAILURE_FILE, read_failure
 from loraover.training.run.folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER
@@ -108,59 +117,43 @@ def read_schedule(path: str | Path) -> Meta:
 
 
 def _adapter(folder: Path, kind: Kind) -> FolderReport:
-    cores = _core_facts(read_checkpoint(folder).meta) if kind == "checkpoint" else None
-    verdicts = {
-        name: read_json(folder / name, _Verdict).verdict
-        for name in (FOLD_FILE, VLLM_FILE, PREFLIGHT_FILE)
-        if (folder / name).is_file()
-    }
-    has_preflight = (folder / PREFLIGHT_FILE).is_file()
-    return FolderReport(
-        path=str(folder),
-        kind=kind,
-        adapter=_adapter_facts(folder),
-        cores=cores,
-        vllm=read_json(folder / PREFLIGHT_FILE, VllmFacts) if has_preflight else None,
-        verdicts=verdicts,
-    )
-
-
-def _adapter_facts(folder: Path) -> AdapterFacts:
-    config = read_json(folder / CONFIG_FILE, AdapterConfig)
+    cores = None
+    if kind == "checkpoint":
+        meta = read_checkpoint(folder).meta
+        config = meta.config
+        cores = CoreFacts(
+            decomposition=config.decomposition,
+            sites=len(meta.sites),
+            schedule=config.schedule if config.schedule == "all" else f"{config.schedule} by {config.score}",
+            step=meta.step,
+            steps=meta.steps,
+            optimizer=meta.optimizer,
+            versions=meta.versions,
+            rounds=meta.rounds,
+        )
+    certificates = [name for name in (FOLD_FILE, VLLM_FILE, PREFLIGHT_FILE) if (folder / name).is_file()]
+    verdicts = {name: read_json(folder / name, _Verdict).verdict for name in certificates}
+    plain = read_json(folder / CONFIG_FILE, AdapterConfig)
     with open_tensors(folder / TENSORS_FILE) as file:
-        stored = {key: file.shape(key) for key in file.keys}
+        shapes = {key: file.shape(key) for key in file.keys}
         dtypes = sorted({file.dtype(key) for key in file.keys})
-    has_experts = config.peft_type == "LORA" and config.parameters
-    shapes = read_adapter_dir(folder).shapes if has_experts else stored
+    if plain.peft_type == "LORA" and plain.parameters:  # A and B of experts are stacked in the file
+        shapes = dict(read_adapter_dir(folder).shapes)
     matrices = {name: shapes[key] for key in shapes if (name := site_name(key)) is not None}
     modules = {name.rpartition(".")[0] for name in matrices}
-    ranks = {shape[0] for name, shape in matrices.items() if name.endswith("A") and len(shape) == 2}
-    variants = [name for name, is_used in (("rsLoRA", config.use_rslora), ("DoRA", config.use_dora)) if is_used]
-    return AdapterFacts(
-        kind=config.peft_type,
-        base_model=config.base_model_name_or_path,
-        ranks=sorted(ranks),
-        lora_alpha=config.lora_alpha,
-        variants=variants,
+    adapter = AdapterFacts(
+        kind=plain.peft_type,
+        base_model=plain.base_model_name_or_path,
+        ranks=sorted({shape[0] for name, shape in matrices.items() if name.endswith("A") and len(shape) == 2}),
+        lora_alpha=plain.lora_alpha,
+        variants=[name for name, is_used in (("rsLoRA", plain.use_rslora), ("DoRA", plain.use_dora)) if is_used],
         targets=sorted({module.rpartition(".")[2] for module in modules}),
         modules=len(modules),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         dtypes=dtypes,
     )
-
-
-def _core_facts(meta: Meta) -> CoreFacts:
-    config = meta.config
-    return CoreFacts(
-        decomposition=config.decomposition,
-        sites=len(meta.sites),
-        schedule=config.schedule if config.schedule == "all" else f"{config.schedule} by {config.score}",
-        step=meta.step,
-        steps=meta.steps,
-        optimizer=meta.optimizer,
-        versions=meta.versions,
-        rounds=meta.rounds,
-    )
+    vllm = read_json(folder / PREFLIGHT_FILE, VllmFacts) if PREFLIGHT_FILE in certificates else None
+    return FolderReport(path=str(folder), kind=kind, adapter=adapter, cores=cores, vllm=vllm, verdicts=verdicts)
 
 
 def _run(folder: Path) -> FolderReport:
@@ -189,3 +182,50 @@ def _run(folder: Path) -> FolderReport:
         cores=None if made is None else made.cores,
         run=run,
     )
+
+
+def next_steps(report: FolderReport) -> list[NextStep]:
+    """List the commands that take a folder further."""
+    path, adapter = Path(report.path), report.adapter
+    steps: list[NextStep] = []
+
+    def step(what: str, *words: str) -> None:
+        steps.append(NextStep(what=what, command=shlex.join(("loraover", *words))))
+
+    def beside(ending: str) -> str:
+        named = path if path.name not in ("", "..") else path.resolve()
+        return str(named.with_name(f"{named.name}-{ending}"))
+
+    if report.run is not None:
+        recipe = str(path / RECIPE_FILE)
+        if report.run.state == "finished":
+            step("Show its measures", "compare", str(path))
+            path /= "adapter"
+        elif report.run.can_resume:
+            step("Continue the run", "train", recipe, "-o", str(path), "--resume")
+        elif report.run.method is not None:
+            step("Start the run again", "train", recipe, "-o", beside("again"))
+        if report.run.state != "finished":
+            return steps
+    if report.kind == "vLLM export":
+        step("Serve it with vLLM", "serve", "up", str(path))
+        step("Measure its cost", "serve", "parity", "--adapter", str(path), "--engine", "vllm")
+        return steps
+    if report.kind == "ONNX export" or adapter is None:
+        return steps
+    if report.cores is not None:
+        fold = ("export", "fold", str(path), "-o", beside("folded"), "--check-error")
+        step("Fold the cores into a plain adapter, and compare outputs", *fold)
+    if adapter.kind != "LORA":
+        convert = ("export", "convert", str(path), "-o", beside("lora"))
+        step("Make a plain LoRA of it, which engines read", *convert)
+    elif "DoRA" not in adapter.variants:
+        step("Write an adapter for vLLM", "export", "vllm", str(path), "-o", beside("vllm"))
+        onnx = ("export", "onnx", str(path), "--mode", "merged", "-o", beside("onnx"))
+        step("Write an ONNX graph with the adapter merged", *onnx)
+    if report.kind == "folded adapter":
+        step("Measure its cost", "serve", "parity", "--adapter", str(path))
+    if adapter.base_model is not None:
+        ask = ("eval", adapter.base_model, "--task", "gsm8k")
+        step("Evaluate it", *ask, "--adapter", str(path), "--limit", "100")
+    return steps

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, m
 
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
 
 from loraover.common.errors import ConfigError
 from loraover.common.extras import install, missing_package
@@ -17,6 +18,7 @@ from loraover.common.later import has_torch, torch
 from loraover.common.version import __version__
 from loraover.inspection.request import DoctorRequest
 from loraover.models.device import total_memory
+from loraover.reporting.reporter import print_rows
 from loraover.sources.verb import verb
 
 ENGINE_GROUP = "loraover.doctor"
@@ -124,38 +126,28 @@ def missing_extras(extras: Iterable[str], requirements: Iterable[str]) -> list[E
         requirements: The package's requirements, as its metadata has them.
     """
     conditional = [found for found in map(Requirement, requirements) if found.marker is not None]
-    return [
-        Extra(
-            name=name,
-            missing=[found.name for found in _packages(name, conditional) if not _is_installed(found)],
-            install=install(name),
-        )
-        for name in extras
-        if name not in FOR_DEVELOPERS
-    ]
+    found = []
+    for name in extras:
+        needed = [] if name in FOR_DEVELOPERS else [(one, _version(one.name)) for one in _packages(name, conditional)]
+        missing = [
+            one.name for one, there in needed if there is None or not one.specifier.contains(there, prereleases=True)
+        ]
+        if name not in FOR_DEVELOPERS:
+            found.append(Extra(name=name, missing=missing, install=install(name)))
+    return found
 
 
 def _packages(extra: str, requirements: Sequence[Requirement]) -> Iterator[Requirement]:
     """Yield the packages of an extra, and those of the extras that it names."""
     for found in requirements:
-        if not _belongs(found, extra):
+        marker = found.marker
+        if marker is None or not marker.evaluate({"extra": extra}) or marker.evaluate({"extra": ""}):
             continue
         if found.name == "loraover":
             for other in sorted(found.extras):
                 yield from _packages(other, requirements)
         else:
             yield found
-
-
-def _belongs(requirement: Requirement, extra: str) -> bool:
-    """Whether a requirement comes with an extra, and not without it."""
-    marker = requirement.marker
-    return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
-
-
-def _is_installed(requirement: Requirement) -> bool:
-    found = _version(requirement.name)
-    return found is not None and requirement.specifier.contains(found, prereleases=True)
 
 
 def _version(name: str) -> str | None:
@@ -181,23 +173,23 @@ def _devices() -> list[Device]:
 def _hub() -> str:
     from huggingface_hub import constants
 
+    address, answers = constants.ENDPOINT, []
     if constants.HF_HUB_OFFLINE:
         return "not asked (HF_HUB_OFFLINE is set)"
-    answers: list[str] = []
-    thread = threading.Thread(target=lambda: answers.append(_ask(constants.ENDPOINT)), daemon=True)
+
+    def ask() -> None:
+        import httpx2
+
+        try:
+            httpx2.head(address, timeout=HUB_TIMEOUT_S)
+            answers.append(f"{address} can be reached")
+        except (httpx2.HTTPError, httpx2.InvalidURL, ImportError, ValueError, OSError) as error:
+            answers.append(f"{address} cannot be reached: {error}")
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()  # a thread, since looking up a name has no time limit
     thread.join(HUB_TIMEOUT_S)
-    return answers[0] if answers else f"{constants.ENDPOINT} does not answer within {HUB_TIMEOUT_S:g} s"
-
-
-def _ask(address: str) -> str:
-    import httpx2
-
-    try:
-        httpx2.head(address, timeout=HUB_TIMEOUT_S)
-    except (httpx2.HTTPError, httpx2.InvalidURL, ImportError, ValueError, OSError) as error:
-        return f"{address} cannot be reached: {error}"
-    return f"{address} can be reached"
+    return answers[0] if answers else f"{address} does not answer within {HUB_TIMEOUT_S:g} s"
 
 
 def _sandbox() -> str:
@@ -208,3 +200,21 @@ def _sandbox() -> str:
     except ConfigError as error:
         return str(error)
     return "ready"
+
+
+def show_installation(found: Installation, request: DoctorRequest, console: Console) -> None:
+    """Print what this installation has, what is missing, and how to get it."""
+    rows: list[tuple[str, str]] = [("python", found.python)]
+    rows += [("device", device.describe()) for device in found.devices]
+    rows += [(f"  {name}", version or "missing") for name, version in found.libraries.items()]
+    complete = [extra.name for extra in found.extras if not extra.missing]
+    rows += [("extras complete", ", ".join(complete))] if complete else []
+    for extra in found.extras:
+        if extra.missing:
+            rows.append((f"extra {extra.name}", f"missing {', '.join(extra.missing)}: {extra.install}"))
+    rows += [("hub", found.hub), ("HumanEval sandbox", found.sandbox)]
+    for engine in found.engines:
+        state = f"not installed: {engine.install}" if engine.version is None else engine.version
+        rows.append((engine.name, f"{state}; takes {engine.takes}" if engine.takes else state))
+    rows += [("engines", fault) for fault in found.faults]
+    print_rows(console, rows, wraps=True)

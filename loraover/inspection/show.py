@@ -1,20 +1,29 @@
-"""Descriptions of folders and installations, for people."""
+"""Descriptions of folders for people: text for a terminal, and an HTML page that begins with plain sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 
 from rich.console import Console
 
-from loraover.inspection.installation import Installation
-from loraover.inspection.request import DoctorRequest
+from loraover.common.provenance import today
+from loraover.inspection.report import FolderReport
+from loraover.reporting import html_page
+from loraover.reporting.palette import Tone
 from loraover.reporting.reporter import print_line, print_rows
+from loraover.reporting.schedule_figures import MAP
+from loraover.reporting.svg import Figure
 
-if TYPE_CHECKING:
-    from loraover.inspection.report import AdapterFacts, CoreFacts, FolderReport, OnnxFacts, RunFacts, VllmFacts
-
-Rows = Iterator[tuple[str, str]]
+TEMPLATE = "inspect.html.j2"
+TONES: dict[str, Tone] = {
+    "passed": "good",
+    "finished": "good",
+    "inconclusive": "open",
+    "unfinished": "open",
+    "failed": "bad",
+}
+"""Tones of states and verdicts; other words have none."""
 
 
 def show_folder(report: FolderReport, console: Console) -> None:
@@ -22,17 +31,42 @@ def show_folder(report: FolderReport, console: Console) -> None:
     print_rows(console, [("folder", report.path), ("kind", report.kind), *folder_rows(report)])
 
 
-def folder_rows(report: FolderReport) -> list[tuple[str, str]]:
-    """Return what was trained, as names and values."""
-    adapter = [] if report.adapter is None else list(_adapter_rows(report.adapter))
-    return [
-        *([] if report.run is None else _run_rows(report.run)),
-        *(adapter if report.run is None else adapter[1:]),  # a run has named its base model
-        *([] if report.cores is None else _core_rows(report.cores)),
-        *([] if report.vllm is None else _vllm_rows(report.vllm)),
-        *([] if report.onnx is None else _onnx_rows(report.onnx)),
-        *report.verdicts.items(),
-    ]
+def folder_rows(report: FolderReport) -> Iterator[tuple[str, str]]:
+    """Yield what was trained, as names and values."""
+    run, adapter, cores, vllm, onnx = report.run, report.adapter, report.cores, report.vllm, report.onnx
+    if run is not None:
+        step = "" if run.checkpoint_step is None else f", with a checkpoint at step {run.checkpoint_step}"
+        yield "state", run.state + (step if run.result is None else "")
+        if run.failure is not None:
+            yield f"failure ({run.failure.kind})", run.failure.message
+        asked: Mapping[str, str | None] = {"method": run.method, "base model": run.model, "training data": run.data}
+        facts = run.result.facts() if run.result is not None else asked
+        yield from ((name, value) for name, value in facts.items() if value is not None)
+        if run.last_loss is not None:
+            yield "training loss", f"{run.last_loss:.4f} (last in the log)"
+    if adapter is not None:
+        if run is None:  # a run has named its base model
+            yield "base model", adapter.base_model or "not named"
+        ranks = ", ".join(map(str, adapter.ranks)) or "unknown"
+        yield "adapter", ", ".join([adapter.kind, *adapter.variants, f"rank {ranks}, alpha {adapter.lora_alpha:g}"])
+        yield "targets", f"{', '.join(adapter.targets)} ({adapter.modules} modules)"
+        yield "parameters", f"{adapter.parameters:,} ({', '.join(adapter.dtypes)})"
+    if cores is not None:
+        yield "decomposition", cores.decomposition
+        yield "matrices with cores", f"{cores.sites}"
+        yield "steps", f"{cores.step}{'' if cores.steps is None else f' of {cores.steps}'}"
+        yield "optimizer", cores.optimizer or "no state"
+    if vllm is not None:
+        yield "served model", vllm.served_model
+        yield "rules of vLLM", vllm.vllm_version
+        if vllm.max_lora_rank is not None:
+            yield "--max-lora-rank", f"{vllm.max_lora_rank}"
+    if onnx is not None:
+        yield "base model", onnx.base_model
+        yield "graph", f"{onnx.mode}, {onnx.precision}"
+        yield "adapters", ", ".join(onnx.adapters)
+        yield "check", onnx.verdict
+    yield from report.verdicts.items()
 
 
 def show_next_steps(report: FolderReport, console: Console) -> None:
@@ -44,64 +78,64 @@ def show_next_steps(report: FolderReport, console: Console) -> None:
         print_line(console, f"    {step.command}")
 
 
-def _run_rows(run: RunFacts) -> Rows:
-    step = "" if run.checkpoint_step is None else f", with a checkpoint at step {run.checkpoint_step}"
-    yield "state", run.state + (step if run.result is None else "")
-    if run.failure is not None:
-        yield f"failure ({run.failure.kind})", run.failure.message
-    if run.result is not None:
-        yield from run.result.facts().items()
-    else:
-        for name, value in (("method", run.method), ("base model", run.model), ("training data", run.data)):
-            if value is not None:
-                yield name, value
-    if run.last_loss is not None:
-        yield "training loss", f"{run.last_loss:.4f} (last in the log)"
+def to_page(report: FolderReport, figures: Sequence[Figure], command: str) -> html_page.Page:
+    """Make the page of a folder; every text is escaped.
+
+    Args:
+        report: Description of the folder.
+        figures: Figures of its schedule; empty without cores.
+        command: Command line that makes the page.
+    """
+    trained_on = None if report.run is None or report.run.result is None else report.run.result.hardware
+    adapter, cores = report.adapter, report.cores
+    return html_page.make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title=f"Folder: {report.kind}",
+        heading="What is this folder?",
+        verdict=verdict_of(report),
+        facts={
+            "folder": report.path,
+            "base model": None if adapter is None else adapter.base_model,
+        },
+        origin=html_page.Origin(command, today(), trained_on or "", {} if cores is None else cores.versions),
+        figures=figures,
+        map=[figure for figure in figures if figure.name == MAP],
+        scores=[figure for figure in figures if figure.name != MAP],
+        table=html_page.Table(("what", "value"), list(folder_rows(report)), ("what", "value"), ("value",)),
+        next_steps=report.next_steps,
+    )
 
 
-def _adapter_rows(adapter: AdapterFacts) -> Rows:
-    yield "base model", adapter.base_model or "not named"
-    ranks = ", ".join(map(str, adapter.ranks)) or "unknown"
-    yield "adapter", ", ".join([adapter.kind, *adapter.variants, f"rank {ranks}, alpha {adapter.lora_alpha:g}"])
-    yield "targets", f"{', '.join(adapter.targets)} ({adapter.modules} modules)"
-    yield "parameters", f"{adapter.parameters:,} ({', '.join(adapter.dtypes)})"
-
-
-def _core_rows(cores: CoreFacts) -> Rows:
-    yield "decomposition", cores.decomposition
-    yield "matrices with cores", f"{cores.sites}"
-    total = "" if cores.steps is None else f" of {cores.steps}"
-    yield "steps", f"{cores.step}{total}"
-    yield "optimizer", cores.optimizer or "no state"
-
-
-def _vllm_rows(vllm: VllmFacts) -> Rows:
-    yield "served model", vllm.served_model
-    yield "rules of vLLM", vllm.vllm_version
-    if vllm.max_lora_rank is not None:
-        yield "--max-lora-rank", f"{vllm.max_lora_rank}"
-
-
-def _onnx_rows(onnx: OnnxFacts) -> Rows:
-    yield "base model", onnx.base_model
-    yield "graph", f"{onnx.mode}, {onnx.precision}"
-    yield "adapters", ", ".join(onnx.adapters)
-    yield "check", onnx.verdict
-
-
-def show_installation(found: Installation, request: DoctorRequest, console: Console) -> None:
-    """Print what this installation has, what is missing, and how to get it."""
-    rows: list[tuple[str, str]] = [("python", found.python)]
-    rows += [("device", device.describe()) for device in found.devices]
-    rows += [(f"  {name}", version or "missing") for name, version in found.libraries.items()]
-    complete = [extra.name for extra in found.extras if not extra.missing]
-    rows += [("extras complete", ", ".join(complete))] if complete else []
-    for extra in found.extras:
-        if extra.missing:
-            rows.append((f"extra {extra.name}", f"missing {', '.join(extra.missing)}: {extra.install}"))
-    rows += [("hub", found.hub), ("HumanEval sandbox", found.sandbox)]
-    for engine in found.engines:
-        state = f"not installed: {engine.install}" if engine.version is None else engine.version
-        rows.append((engine.name, f"{state}; takes {engine.takes}" if engine.takes else state))
-    rows += [("engines", fault) for fault in found.faults]
-    print_rows(console, rows, wraps=True)
+def verdict_of(report: FolderReport) -> html_page.Verdict:
+    """Return what a folder is, how far its run has come, and what its certificates say."""
+    run, adapter, cores = report.run, report.adapter, report.cores
+    kind = f"{'An' if report.kind[0] in 'aeiouO' else 'A'} {report.kind}"
+    states, sentences = list(report.verdicts.values()), [f"{kind}."]
+    if adapter is not None:
+        ranks = ", ".join(map(str, adapter.ranks)) or "unknown"
+        on = f"{adapter.kind} of rank {ranks} on {adapter.modules} modules, {adapter.parameters:,} numbers"
+        sentences = [f"{kind}: {on}."]
+    if run is not None:
+        states.append(run.state)
+        if run.failure is not None and run.state == "failed":
+            sentences.append(f"The run failed: {run.failure.message.rstrip('.')}.")
+        elif run.result is None:
+            step = "" if run.checkpoint_step is None else f"; its newest checkpoint is of step {run.checkpoint_step}"
+            sentences.append(f"The run is not finished{step}.")
+        else:
+            measures = (("before", run.result.before), ("after", run.result.after))
+            losses = [f"{found.loss:.4f} {when} training" for when, found in measures if found is not None]
+            held_out = f"; held-out loss {', '.join(losses)}" if losses else ""
+            sentences.append(f"The run is finished, after {run.result.steps} steps{held_out}.")
+    if cores is not None:
+        total = "" if cores.steps is None else f" of {cores.steps}"
+        sentences.append(f"{cores.sites} matrices have cores ({cores.decomposition}), after {cores.step}{total} steps.")
+    if report.onnx is not None:
+        states.append(report.onnx.verdict)
+        sentences.append(f"The check in ONNX Runtime: {report.onnx.verdict}.")
+    if report.vllm is not None:
+        sentences.append(f"Checked against the loading rules of vLLM {report.vllm.vllm_version}.")
+    sentences += [f"{name}: {verdict}." for name, verdict in report.verdicts.items()]
+    tones = [TONES[state] for state in states if state in TONES]
+    tone = max(tones, key=("good", "open", "bad").index, default=None)
+    return html_page.Verdict(tone or "plain", report.kind, " ".join(sentences))

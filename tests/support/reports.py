@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from loraover.adapters.logits.deviation import Deviation
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.inspection.folder import inspect_folder, read_schedule
-from loraover.inspection.html import to_page as inspect_page
+from loraover.inspection.show import to_page as inspect_page
 from loraover.reporting.html_page import Page
 from loraover.reporting.schedule_figures import schedule_figures
 from loraover.study.html import to_page as study_page

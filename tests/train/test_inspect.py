@@ -20,7 +20,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
-from loraover.inspection.html import verdict_of
+from loraover.inspection.show import verdict_of
 from loraover.reporting.schedule_figures import plot_schedule
 from loraover.reporting.schedule_map import placed, show_schedule
 from loraover_export.formats.onnx.report import OnnxReport
