@@ -296,7 +296,8 @@ def _check_shares(checkpoint: Checkpoint, site: SiteRecord) -> None:
     """Raise CheckpointError unless a site shares only what sites of its shape and step can have in common."""
     for k, name in site.shares.items():
         owner = checkpoint.sites.get(name)
-        if k not in checkpoint.decomposition.of_site(site.name).shareable(site.m, site.n):
+        bases = checkpoint.decomposition.of_site(site.name).bases
+        if bases is None or k not in bases.shareable(site.m, site.n):
             reason = f"core {k} cannot be shared"
         elif owner is None:
             reason = f"there is no site {name!r}"

@@ -20,6 +20,7 @@ from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tenso
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.version import __version__
+from loraover.overparam.block_bases import SIDES
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.optimizers import PLAIN
@@ -223,13 +224,13 @@ def _refreshes(file: TensorFile, record: SiteRecord) -> list[int]:
 
 def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: SiteRecord) -> None:
     """Raise CheckpointError if bases that the optimizer does not step have lost their orthogonality."""
-    decomposition = checkpoint.decomposition.of_site(record.name)
-    if decomposition.trains_all:
+    bases = checkpoint.decomposition.of_site(record.name).bases
+    if bases is None or bases.are_stepped:
         return
-    sides = [decomposition.blocks(side, record.m, record.n) for side in ("rows", "columns")]
+    sides = [bases.blocks(side, record.m, record.n) for side in SIDES]
     size = max([blocks.size for blocks in sides if blocks is not None], default=1)
     bound = orthogonality_error(size, getattr(torch, checkpoint.meta.core_dtype))
-    found = decomposition.departure([core.double() for core in cores], record.m, record.n)
+    found = bases.departure([core.double() for core in cores], record.m, record.n)
     if found > bound:
         raise CheckpointError(
             f"{checkpoint.cores_path}: the bases of {record.name} are not orthogonal: V^T V is {found:.3g} away from "

@@ -1,7 +1,9 @@
-"""Orthogonal bases of a matrix's side, block by block: how they are kept, applied and computed."""
+"""Orthogonal bases of a matrix's sides, block by block: how they are kept, applied and computed."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Literal, NamedTuple
 
@@ -10,9 +12,16 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 Side = Literal["rows", "columns"]
+SIDES: tuple[Side, Side] = ("rows", "columns")
+
+Source = Literal["gradient", "calibration", "none"]
+"""Where a basis comes from: gradients of the run, batches before it, or none, which is the identity."""
 
 Bases = dict[Side, Tensor]
 """Measured bases of a site's sides, (count, size, size); the very same tensor where several sites share one."""
+
+MAX_BLOCK = 4096
+"""Largest length of a block."""
 
 RIDGE = 1e-7
 """Share of a moment's mean eigenvalue that is added to all of them, so that directions without a gradient stay put."""
@@ -67,6 +76,149 @@ class Blocks(NamedTuple):
         mask[self.full :, -1, :] = True
         mask[self.full :, :, -1] = True
         return mask
+
+
+class MomentRule(NamedTuple):
+    """How second moments are kept and when bases are turned after them; see the options of `Eigen`."""
+
+    block: int
+    refresh: int
+    growth: float | None
+    decay: float
+    second_moments: Literal["kept", "carried"]
+
+    def next_refresh(self, step: int) -> int:
+        """The step of the refresh that follows one at `step`, if `growth` is not None."""
+        assert self.growth is not None
+        return step + self.refresh if self.growth == 1 else max(step + 1, ceil(step * self.growth))
+
+
+class SideBases(ABC):
+    """Auxiliary cores that are orthogonal, block-diagonal bases of a matrix's sides.
+
+    It is the second port of a decomposition, which gives it as its `bases`. A basis is the identity, or measured on
+    calibration batches before the first step, or kept at the eigenvectors of second moments of the run's gradients.
+    """
+
+    @property
+    @abstractmethod
+    def rule(self) -> MomentRule:
+        """How the second moments are kept whose eigenvectors are the bases."""
+
+    @property
+    @abstractmethod
+    def are_stepped(self) -> bool:
+        """Whether the optimizer steps the bases too, which then do not stay orthogonal."""
+
+    @property
+    @abstractmethod
+    def calibrates(self) -> bool:
+        """Whether some basis is measured on calibration batches at injection."""
+
+    @abstractmethod
+    def unfollowed(self) -> dict[str, str]:
+        """Return the options to change so that no basis follows gradients; empty: none does."""
+
+    @abstractmethod
+    def source(self, side: Side, m: int, n: int) -> Source:
+        """Where the basis of a side of an m x n matrix comes from."""
+
+    @abstractmethod
+    def blocks(self, side: Side, m: int, n: int) -> Blocks | None:
+        """How the basis of a side of an m x n matrix is divided; None where it is the identity."""
+
+    @abstractmethod
+    def core(self, side: Side, m: int, n: int) -> int | None:
+        """Index of the core that is a side's basis; None where it is the identity."""
+
+    @abstractmethod
+    def centre(self, m: int, n: int) -> int:
+        """Index of the core between the bases, which has the matrix's shape."""
+
+    def numbers(self, m: int, n: int) -> int:
+        """Numbers kept for one m x n matrix that are not trained: bases, and the moments that they follow."""
+        found = 0
+        for side in SIDES:
+            blocks = self.blocks(side, m, n)
+            if blocks is not None and not self.are_stepped:
+                is_followed = self.source(side, m, n) == "gradient"
+                found += blocks.number * blocks.size**2 * (2 if is_followed else 1)
+        return found
+
+    def shareable(self, m: int, n: int) -> tuple[int, ...]:
+        """Indices of the cores that several matrices of one shape may have in common: a measured basis of columns."""
+        k = self.core("columns", m, n)
+        is_measured = self.source("columns", m, n) == "calibration" and not self.are_stepped
+        return (k,) if is_measured and k is not None else ()
+
+    def of(self, cores: Sequence[Tensor], side: Side, m: int, n: int) -> tuple[Tensor, Blocks] | None:
+        """A side's basis, (H, count, size, size), and its blocks; None where it is the identity."""
+        k, blocks = self.core(side, m, n), self.blocks(side, m, n)
+        if k is None or blocks is None:
+            return None
+        return cores[k].reshape(len(cores[k]), blocks.number, blocks.size, blocks.size), blocks
+
+    def started(self, cores: Sequence[Tensor], measured: Sequence[Bases], m: int, n: int) -> tuple[Tensor, ...]:
+        """Cores in measured bases; a basis of columns that neighbours share is kept once.
+
+        Args:
+            cores: Cores of G sites, in identity bases.
+            measured: The bases of each site.
+            m: Rows of the matrices.
+            n: Columns of the matrices.
+        """
+        turns: dict[Side, tuple[Tensor, Tensor]] = {}
+        for side in SIDES:
+            if self.blocks(side, m, n) is None or side not in measured[0]:
+                continue
+            each = [bases[side] for bases in measured]
+            first = [i for i, basis in enumerate(each) if i == 0 or not torch.equal(basis, each[i - 1])]
+            share = len(each) // len(first)
+            is_even = self.core(side, m, n) in self.shareable(m, n) and first == list(range(0, len(each), share))
+            basis = torch.stack([each[i] for i in first] if is_even else each)
+            turns[side] = basis, basis
+        return self.turned(cores, turns, m, n)
+
+    def turned(
+        self, cores: Sequence[Tensor], turns: Mapping[Side, tuple[Tensor, Tensor]], m: int, n: int
+    ) -> tuple[Tensor, ...]:
+        """Cores of the same matrices in other bases.
+
+        Args:
+            cores: Core k (G, p_k, q_k).
+            turns: The new basis (H, count, size, size) of some sides, and the blocks old^T new.
+            m: Rows of the matrices.
+            n: Columns of the matrices.
+        """
+        result = list(cores)
+        centre = cores[self.centre(m, n)]
+        for side, (basis, change) in turns.items():
+            k, blocks = self.core(side, m, n), self.blocks(side, m, n)
+            assert k is not None
+            assert blocks is not None
+            result[k] = basis.flatten(1, 2)
+            centre = turn(centre, change, blocks, side)
+        result[self.centre(m, n)] = centre
+        return tuple(result)
+
+    def departure(self, cores: Sequence[Tensor], m: int, n: int) -> float:
+        """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity.
+
+        Args:
+            cores: Cores of G matrices, float64.
+            m: Rows of the matrices.
+            n: Columns of the matrices.
+        """
+        found = [0.0]
+        for side in SIDES:
+            given = self.of(cores, side, m, n)
+            if given is None:
+                continue
+            basis, blocks = given
+            identity = torch.eye(blocks.size, dtype=basis.dtype, device=basis.device)
+            clean = torch.where(blocks.padding(basis.device), identity, basis)
+            found += [float((basis - clean).abs().max()), float((clean.mT @ clean - identity).abs().max())]
+        return max(found)
 
 
 def turn(x: Tensor, basis: Tensor, blocks: Blocks, side: Side, *, inverse: bool = False) -> Tensor:

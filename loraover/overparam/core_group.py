@@ -75,17 +75,18 @@ class CoreGroup:
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [seeded_generator(seed, site.name) for site in sites]
         cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
-        if bases:
+        if bases and decomposition.bases is not None:
             measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
-            cores = decomposition.started(cores, measured, *sites[0].shape)
+            cores = decomposition.bases.started(cores, measured, *sites[0].shape)
         stacks = [core.to(dtype).to(matrices.device).contiguous() for core in cores]
         return cls(sites, decomposition, stacks, step)
 
     def sharing(self, share: int) -> CoreGroup:
         """The same group with one basis of columns for every `share` neighbours; its values are the first one's."""
-        shared = self.decomposition.shareable(*self.shape)
-        if share == 1 or not shared:
+        bases = self.decomposition.bases
+        if share == 1 or bases is None:
             return self
+        shared = bases.shareable(*self.shape)
         stacks = [stack[::share].contiguous() if k in shared else stack for k, stack in enumerate(self.stacks)]
         return CoreGroup(self.sites, self.decomposition, stacks, self.step)
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from loraover.common.errors import ConfigError
 from loraover.common.memory import is_out_of_memory
-from loraover.overparam.block_bases import Bases, Blocks, Side, eigenvectors
+from loraover.overparam.block_bases import MAX_BLOCK, SIDES, Bases, Blocks, Side, eigenvectors
 from loraover.overparam.core_group import full_precision
 from loraover.overparam.decompositions import Decomposition
-from loraover.overparam.decompositions.base import MAX_BLOCK
 from loraover.overparam.importance import Probe
 from loraover.overparam.sharding import full, of_first_process
 from loraover.overparam.sites import Site, lora_layers
@@ -126,8 +125,8 @@ def measured_bases(
         everything: All sites of the model, among them the other matrix of each module.
         decomposition: Sources and blocks.
     """
-    assert decomposition.moments is not None
-    largest = decomposition.moments.block
+    assert decomposition.bases is not None
+    largest = decomposition.bases.rule.block
     if any(site.part is not None for site in chosen):
         raise ConfigError(
             "bases from calibration are measured on a layer's inputs, and the module of several experts is one layer; "
@@ -204,7 +203,9 @@ def _feature_blocks(site: Site, decomposition: Decomposition, largest: int) -> B
     """Blocks of the side of a matrix that is not the rank."""
     side: Side = "columns" if site.matrix == "A" else "rows"
     m, n = site.shape
-    return decomposition.of_site(site.name).blocks(side, m, n) or Blocks.of(n if side == "columns" else m, largest)
+    bases = decomposition.of_site(site.name).bases
+    assert bases is not None
+    return bases.blocks(side, m, n) or Blocks.of(n if side == "columns" else m, largest)
 
 
 @contextmanager
@@ -264,12 +265,12 @@ def _bases(
 
 def _measured_sides(chosen: Sequence[Site], decomposition: Decomposition) -> Iterator[tuple[Site, Side, Blocks]]:
     """Sides whose bases come from calibration; a basis that only an embedding's tokens could give is the identity."""
-    sides: tuple[Side, Side] = ("rows", "columns")
-    for site, side in product(chosen, sides):
-        chosen_for = decomposition.of_site(site.name)
-        blocks = chosen_for.blocks(side, *site.shape)
+    for site, side in product(chosen, SIDES):
+        bases = decomposition.of_site(site.name).bases
+        assert bases is not None
+        blocks = bases.blocks(side, *site.shape)
         is_of_tokens = side == "columns" and site.name.endswith(".lora_embedding_B")
-        if blocks is not None and chosen_for.source(side, *site.shape) == "calibration" and not is_of_tokens:
+        if blocks is not None and bases.source(side, *site.shape) == "calibration" and not is_of_tokens:
             yield site, side, blocks
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loraover.overparam.block_bases import Blocks, Side, eigenvectors, next_eigenvectors, turn
+from loraover.overparam.block_bases import SIDES, Blocks, Side, eigenvectors, next_eigenvectors, turn
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, full_precision
 from loraover.overparam.decompositions import Decomposition
@@ -37,17 +37,17 @@ class BasisFollower:
     """
 
     def __init__(self, group: CoreGroup) -> None:
-        assert group.decomposition.moments is not None
-        self.group = group
-        self.rule = group.decomposition.moments
+        assert group.decomposition.bases is not None
+        self.group, self.bases = group, group.decomposition.bases
+        self.rule = self.bases.rule
         m, n = group.shape
         count, device = len(group.sites), group.stacks[0].device
         self.blocks: dict[Side, Blocks] = {}
         self.moments: dict[Side, Tensor] = {}
         self.started: dict[Side, Tensor] = {}
-        for side in ("rows", "columns"):
-            blocks = group.decomposition.blocks(side, m, n)
-            if blocks is None or group.decomposition.source(side, m, n) != "gradient":
+        for side in SIDES:
+            blocks = self.bases.blocks(side, m, n)
+            if blocks is None or self.bases.source(side, m, n) != "gradient":
                 continue
             self.blocks[side] = blocks
             self.moments[side] = torch.zeros(
@@ -108,7 +108,9 @@ class BasisFollower:
             is_ready = self.seen >= ceil(blocks.size / other)
             if self.rule.growth is None:
                 is_ready &= ~has_started
-            old = self._basis(side, blocks)
+            present = self.bases.of(self.group.stacks, side, *self.group.shape)
+            assert present is not None
+            old, _ = present
             new, order = next_eigenvectors(self.moments[side], old, blocks)
             if not bool(has_started.all()):
                 new = torch.where(_wide(has_started), new, eigenvectors(self.moments[side], blocks))
@@ -126,15 +128,10 @@ class BasisFollower:
             return self.rule.next_refresh(self.steps)
         return None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
 
-    def _basis(self, side: Side, blocks: Blocks) -> Tensor:
-        k = self.group.decomposition.basis_core(side, *self.group.shape)
-        assert k is not None
-        return self.group.stacks[k].reshape(-1, blocks.number, blocks.size, blocks.size)
-
     def _turn(self, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
         """Turn bases, centre cores and the optimizer's moments of these."""
         group = self.group
-        turned_stacks = group.decomposition.turned(group.stacks, turns, *group.shape)
+        turned_stacks = self.bases.turned(group.stacks, turns, *group.shape)
         for stack, new in zip(group.stacks, turned_stacks, strict=True):
             stack.copy_(new)
         changes = {side: change for side, (_, change) in turns.items()}
@@ -203,7 +200,7 @@ class Followers(dict[CoreGroup, BasisFollower]):
 
     def add(self, group: CoreGroup) -> None:
         """Follow a new group from now on, if its decomposition has bases."""
-        if self._decomposition.moments is not None:
+        if self._decomposition.bases is not None:
             self[group] = BasisFollower(group)
 
     def divide(self, group: CoreGroup, parts: Mapping[CoreGroup, Sequence[int]]) -> None:
@@ -219,7 +216,7 @@ class Followers(dict[CoreGroup, BasisFollower]):
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Warn of an optimizer for which bases do nothing, or whose state cannot be turned into another basis."""
-        if self._decomposition.moments is not None and type(optimizer) in BLIND:
+        if self._decomposition.bases is not None and type(optimizer) in BLIND:
             logger.warning(
                 "%s takes the same step in every basis, so decomposition eigen changes nothing with it",
                 type(optimizer).__name__,
@@ -264,8 +261,8 @@ def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOve
         config: Configuration of a run.
         optimizer: PyTorch's optimizer of the run.
     """
-    kind = type(optimizer)
-    if kind not in (*BLIND, *ROTATED) and (changed := config.make_decomposition().unfollowed()):
+    kind, bases = type(optimizer), config.make_decomposition().bases
+    if kind not in (*BLIND, *ROTATED) and bases is not None and (changed := bases.unfollowed()):
         logger.warning(
             "%s keeps state that cannot be turned into another basis, so the bases of eigen are measured before the "
             "run and do not follow its gradients: its options are %s",

@@ -169,7 +169,7 @@ class OverParameterization:
     def _measured_bases(self, names: Sequence[str]) -> dict[str, Bases]:
         """Bases from calibration batches, where the decomposition asks for them."""
         probe = self.schedule.probe
-        if not self.decomposition.calibrates:
+        if self.decomposition.bases is None or not self.decomposition.bases.calibrates:
             return {}
         if probe is None or not probe.batches:
             raise ConfigError(

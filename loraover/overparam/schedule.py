@@ -96,8 +96,9 @@ class Schedule:
     @property
     def most_gauge_numbers(self) -> int:
         """Largest possible number of values that are kept beside the trained ones: bases and their moments."""
-        sites = self.candidates.items()
-        kept = sorted((self._decomposition.of_site(name).gauge_numbers(*s.shape) for name, s in sites), reverse=True)
+        decompositions = {name: self._decomposition.of_site(name) for name in self.candidates}
+        numbers = (d.bases.numbers(*self.candidates[n].shape) for n, d in decompositions.items() if d.bases is not None)
+        kept = sorted(numbers, reverse=True)
         return sum(kept[: int(self._capacity)] if self.config.budget is not None and self._counts_sites else kept)
 
     @property
@@ -297,7 +298,8 @@ class Schedule:
 
 def runs_model(config: LoraOverConfig) -> bool:
     """Whether a decision or an injection has to run the model on batches."""
-    return _scores_run_model(config) or config.make_decomposition().calibrates
+    bases = config.make_decomposition().bases
+    return _scores_run_model(config) or (bases is not None and bases.calibrates)
 
 
 def _scores_run_model(config: LoraOverConfig) -> bool:

@@ -161,7 +161,7 @@ def number_of_refreshes() -> int:
     """How many refreshes eigen has by default in a whole run."""
     due, found = Eigen().refresh, 0
     while due <= WHOLE_RUN:
-        due, found = Eigen().moments.next_refresh(due), found + 1
+        due, found = Eigen().bases.rule.next_refresh(due), found + 1
     return found
 
 

@@ -59,7 +59,7 @@ def _with_identities(case: Case, eigen: Eigen, cores: Sequence[Tensor]) -> tuple
     found, shapes = list(cores), [tuple(core.shape[1:]) for core in cores]
     sides: list[tuple[Side, int, int]] = [("rows", case.m, 0), ("columns", case.n, 2)]
     for side, length, at in sides:
-        if eigen.basis_core(side, case.m, case.n) is None:
+        if eigen.bases.core(side, case.m, case.n) is None:
             found.insert(at, torch.eye(length).expand(len(cores[0]), length, length))
             shapes.insert(at, (1, length, length))
     for at in (0, 2):

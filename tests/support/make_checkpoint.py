@@ -102,7 +102,8 @@ def make_checkpoint(
         save_tokenizer(base)
     model = lora_model(base, dtype, **lora)
     config = config or LoraOverConfig(seed=5)
-    probe = calibration(model) if config.make_decomposition().calibrates else None
+    bases = config.make_decomposition().bases
+    probe = calibration(model) if bases is not None and bases.calibrates else None
     over = OverParameterization(model, config, steps=total, probe=probe)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
     over.attach(optimizer)

@@ -94,7 +94,7 @@ def basis_of(over: OverParameterization, name: str, side: Side) -> tuple[Tensor,
     group, i = over.injected[name]
     eigen = over.decomposition
     assert isinstance(eigen, Eigen)
-    k, division = eigen.basis_core(side, *group.shape), eigen.blocks(side, *group.shape)
+    k, division = eigen.bases.core(side, *group.shape), eigen.bases.blocks(side, *group.shape)
     assert k is not None
     assert division is not None
     return group.core(k, i), division

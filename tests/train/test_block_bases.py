@@ -85,7 +85,7 @@ def test_nothing_dense_is_made_of_a_long_side(shape: tuple[int, int]) -> None:
 def test_shared_bases_do_what_copies_of_them_do(m: int, n: int, block: int, seed: int) -> None:
     eigen = Eigen(short="calibration", long="calibration", block=block)
     shapes = eigen.core_shapes(m, n)
-    cores = [normal(seed + k, 2 if k in eigen.shareable(m, n) else 6, *shape) for k, shape in enumerate(shapes)]
+    cores = [normal(seed + k, 2 if k in eigen.bases.shareable(m, n) else 6, *shape) for k, shape in enumerate(shapes)]
     copies = [core.repeat_interleave(6 // len(core), 0) for core in cores]
     x, gradients = normal(seed + 8, 6, 2, n), normal(seed + 9, 6, m, n)
     sizes_of = [core.abs() for core in copies]
@@ -212,8 +212,9 @@ def test_a_refresh_keeps_every_matrix(
         follower.observe(gradients / gradients.norm(), torch.tensor(True))
         follower.refresh()
     assert all(bool(started.all()) or ceil(block / min(m, n)) > 6 for started in follower.started.values())
-    for side, blocks in follower.blocks.items():
-        assert_orthogonal(follower._basis(side, blocks), blocks)
+    for side in follower.blocks:
+        assert (found := eigen.bases.of(group.stacks, side, m, n)) is not None
+        assert_orthogonal(*found)
     # Each of six refreshes and two sides: a product, and a basis that is orthogonal to within its error. Cores of a
     # bfloat16 matrix are float32, and are turned without rounding to bfloat16.
     unit = UNIT[torch.promote_types(dtype, torch.float32)]
@@ -289,7 +290,8 @@ def test_trained_numbers_and_those_of_the_gauge_are_counted_apart(options: dict[
     over = OverParameterization(tiny_net(), LoraOverConfig(decomposition="eigen", options=options))
     matrices = sum(site.parameter.numel() for site in over.sites.values())
     assert over.num_parameters() == (matrices, matrices)
-    expected = sum(over.decomposition.gauge_numbers(*site.shape) for site in over.sites.values())
+    assert over.decomposition.bases is not None
+    expected = sum(over.decomposition.bases.numbers(*site.shape) for site in over.sites.values())
     assert over.gauge_numbers() == expected
     held = [tensor for follower in over.followers.values() for tensor in follower.moments.values()]
     held += [stack for group in over.groups for k, stack in enumerate(group.stacks) if k not in group.trained]

@@ -158,8 +158,8 @@ def test_a_run_is_the_oracles(case: Case) -> None:
 
 
 def test_a_shorter_side_that_is_long_is_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Eigen().blocks("rows", 256, 400) == Blocks.of(256, 256)
-    assert Eigen().blocks("rows", 257, 400) == Blocks.of(257, 64)
+    assert Eigen().bases.blocks("rows", 256, 400) == Blocks.of(256, 256)
+    assert Eigen().bases.blocks("rows", 257, 400) == Blocks.of(257, 64)
     monkeypatch.setattr(eigen, "WHOLE_SHORT_SIDE", 4)
     case = Case("divided", {"block": 3}, Rule(block=3, whole=4), net={"r": 5})
     assert deviation(found(case), expected(case)) < TOLERANCE

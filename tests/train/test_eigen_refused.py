@@ -81,7 +81,7 @@ def test_a_refresh_after_such_a_step_keeps_bases_orthogonal(gradient: float) -> 
     assert isinstance(eigen, Eigen)
     for group in over.groups:
         cores = [stack.double() for stack in group.stacks]
-        assert eigen.departure(cores, *group.shape) < 1e-5
+        assert eigen.bases.departure(cores, *group.shape) < 1e-5
 
 
 @pytest.mark.parametrize("gradient", [torch.nan, 0.0], ids=str)

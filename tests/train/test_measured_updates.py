@@ -54,8 +54,8 @@ def measured_blocks(over: OverParameterization, name: str) -> dict[str, list[Arr
     eigen, found = over.decomposition, {}
     assert isinstance(eigen, Eigen)
     for side, length in zip(get_args(Side), group.shape, strict=True):
-        k = eigen.basis_core(side, *group.shape)
-        if k is not None and eigen.source(side, *group.shape) == "calibration":
+        k = eigen.bases.core(side, *group.shape)
+        if k is not None and eigen.bases.source(side, *group.shape) == "calibration":
             blocks = blocks_of(group.core(k, i))
             parts = np.array_split(np.arange(length), len(blocks))
             found[side] = [block[: len(part), : len(part)] for block, part in zip(blocks, parts, strict=True)]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from math import ceil, prod
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Annotated, Any
 
 import torch
 from pydantic import ConfigDict, Field, WrapValidator
 from torch import Tensor
 
 from loraover.common.errors import ShapeError
-from loraover.overparam.block_bases import Bases, Blocks, Side
+from loraover.overparam.block_bases import SideBases
 
 MAX_CORES = 64
-MAX_BLOCK = 4096
 
 
 def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
@@ -25,25 +24,6 @@ def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
 
 Ratio = Annotated[float, Field(strict=True, ge=1, le=1000), WrapValidator(_as_given)]
 """Ratio of sizes. A 2 does not become 2.0, since studies identify a decomposition by its `repr`."""
-
-
-Source = Literal["gradient", "calibration", "none"]
-"""Where a basis comes from: gradients of the run, batches before it, or none, which is the identity."""
-
-
-class MomentRule(NamedTuple):
-    """How second moments are kept and when bases are turned after them; see the options of `Eigen`."""
-
-    block: int
-    refresh: int
-    growth: float | None
-    decay: float
-    second_moments: Literal["kept", "carried"]
-
-    def next_refresh(self, step: int) -> int:
-        """The step of the refresh that follows one at `step`, if `growth` is not None."""
-        assert self.growth is not None
-        return step + self.refresh if self.growth == 1 else max(step + 1, ceil(step * self.growth))
 
 
 class Decomposition(ABC):
@@ -72,78 +52,19 @@ class Decomposition(ABC):
         """Return the decomposition with the options that a site of this name takes."""
         return self
 
-    def trained(self, m: int, n: int) -> tuple[int, ...]:
-        """Indices of the cores that the optimizer steps; the others follow statistics of the gradients."""
-        return tuple(range(len(self.core_shapes(m, n))))
-
-    def shareable(self, m: int, n: int) -> tuple[int, ...]:
-        """Indices of the cores that several matrices of one shape may have in common."""
-        return ()
+    @property
+    def bases(self) -> SideBases | None:
+        """The auxiliary cores as orthogonal bases that are measured or follow gradients; None: they are trained."""
+        return None
 
     @property
     def trains_all(self) -> bool:
         """Whether the optimizer steps every core."""
-        return True
+        return self.bases is None or self.bases.are_stepped
 
-    @property
-    def calibrates(self) -> bool:
-        """Whether auxiliary cores are measured on calibration batches at injection."""
-        return False
-
-    def gauge_numbers(self, m: int, n: int) -> int:
-        """Numbers kept for one m x n matrix that are not trained: cores that follow statistics, and these."""
-        return 0
-
-    @property
-    def moments(self) -> MomentRule | None:
-        """How the second moments are kept whose eigenvectors are the bases; None: there are no bases."""
-        return None
-
-    def unfollowed(self) -> dict[str, str]:
-        """Return the options to change so that no basis follows gradients; empty: none does."""
-        return {}
-
-    def source(self, side: Side, m: int, n: int) -> Source:
-        """Where the basis of a side of an m x n matrix comes from."""
-        return "none"
-
-    def blocks(self, side: Side, m: int, n: int) -> Blocks | None:
-        """How the basis of a side of an m x n matrix is divided; None where the side has none, or the identity."""
-        return None
-
-    def basis_core(self, side: Side, m: int, n: int) -> int | None:
-        """Index of the core that is a side's basis; None where it has none, or the identity."""
-        return None
-
-    def started(self, cores: Sequence[Tensor], measured: Sequence[Bases], m: int, n: int) -> tuple[Tensor, ...]:
-        """Cores in measured bases; a basis of columns that neighbours share is kept once.
-
-        Args:
-            cores: Cores of G sites, in identity bases.
-            measured: The bases of each site.
-        """
-        return tuple(cores)
-
-    def turned(
-        self, cores: Sequence[Tensor], turns: Mapping[Side, tuple[Tensor, Tensor]], m: int, n: int
-    ) -> tuple[Tensor, ...]:
-        """Cores of the same matrices in other bases.
-
-        Args:
-            cores: Core k (G, p_k, q_k).
-            turns: The new basis (H, count, size, size) of some sides, and the blocks old^T new.
-        """
-        return tuple(cores)
-
-    def departure(self, cores: Sequence[Tensor], m: int, n: int) -> float:
-        """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity.
-
-        Args:
-            cores: Cores of G matrices, float64.
-            m: Rows of the matrices.
-            n: Columns of the matrices.
-        """
-        return 0.0
+    def trained(self, m: int, n: int) -> tuple[int, ...]:
+        """Indices of the cores that the optimizer steps; the others are bases."""
+        return tuple(range(len(self.core_shapes(m, n)))) if self.trains_all else (self.centre(m, n),)
 
     def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
         """Make cores whose contraction is `matrices`, up to rounding.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import field, replace
+from functools import cached_property
 from typing import Annotated, Literal, final
 
 import torch
@@ -11,8 +12,8 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from loraover.overparam.block_bases import Bases, Blocks, Side, turn
-from loraover.overparam.decompositions.base import MAX_BLOCK, Decomposition, MomentRule, Source
+from loraover.overparam.block_bases import MAX_BLOCK, SIDES, Blocks, MomentRule, Side, SideBases, Source, turn
+from loraover.overparam.decompositions.base import Decomposition
 
 WHOLE_SHORT_SIDE = 256
 """Largest shorter side whose basis is one block."""
@@ -62,65 +63,22 @@ class Eigen(Decomposition):
             raise ValueError("train_auxiliary needs bases that do not follow gradients: short and long 'calibration'")
         return self
 
-    @property
-    def trains_all(self) -> bool:
-        return self.train_auxiliary
-
-    @property
-    def calibrates(self) -> bool:
-        return "calibration" in (self.short, self.long)
-
-    def gauge_numbers(self, m: int, n: int) -> int:
-        found = 0
-        for side in ("rows", "columns"):
-            blocks = self.blocks(side, m, n)
-            if blocks is not None and not self.train_auxiliary:
-                is_followed = self.source(side, m, n) == "gradient"
-                found += blocks.number * blocks.size**2 * (2 if is_followed else 1)
-        return found
-
-    @property
-    def moments(self) -> MomentRule:
-        return MomentRule(self.block, self.refresh, self.growth, self.decay, self.second_moments)
-
-    def unfollowed(self) -> dict[str, str]:
-        return {side: "calibration" for side in ("short", "long") if getattr(self, side) == "gradient"}
-
-    def source(self, side: Side, m: int, n: int) -> Source:
-        return self.short if (side == "rows") == (m <= n) else self.long
-
-    def blocks(self, side: Side, m: int, n: int) -> Blocks | None:
-        if self.source(side, m, n) == "none":
-            return None
-        length = m if side == "rows" else n
-        is_whole = (side == "rows") == (m <= n) and length <= WHOLE_SHORT_SIDE
-        return Blocks.of(length, length if is_whole else self.block)
-
-    def basis_core(self, side: Side, m: int, n: int) -> int | None:
-        if self.blocks(side, m, n) is None:
-            return None
-        return 0 if side == "rows" else self.centre(m, n) + 1
+    @cached_property
+    def bases(self) -> EigenBases:
+        return EigenBases(self)
 
     def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:
-        rows, columns = self.blocks("rows", m, n), self.blocks("columns", m, n)
+        rows, columns = (self.bases.blocks(side, m, n) for side in SIDES)
         left = () if rows is None else ((rows.number * rows.size, rows.size),)
         right = () if columns is None else ((columns.number * columns.size, columns.size),)
         return (*left, (m, n), *right)
 
     def centre(self, m: int, n: int) -> int:
-        return 0 if self.blocks("rows", m, n) is None else 1
+        return self.bases.centre(m, n)
 
     def of_site(self, name: str) -> Eigen:
         """Return the same, without a basis on the axis of an embedding's tokens, which have no common directions."""
         return replace(self, long="none") if name.endswith(".lora_embedding_A") else self
-
-    def trained(self, m: int, n: int) -> tuple[int, ...]:
-        return super().trained(m, n) if self.train_auxiliary else (self.centre(m, n),)
-
-    def shareable(self, m: int, n: int) -> tuple[int, ...]:
-        k = self.basis_core("columns", m, n)
-        is_measured = self.source("columns", m, n) == "calibration" and not self.train_auxiliary
-        return (k,) if is_measured and k is not None else ()
 
     def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         m, n = matrix.shape
@@ -136,7 +94,7 @@ class Eigen(Decomposition):
 
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
         self.check(cores, m, n)
-        rows, columns = (self._bases(cores, side, m, n) for side in ("rows", "columns"))
+        rows, columns = (self.bases.of(cores, side, m, n) for side in SIDES)
         turned = x if columns is None else turn(x, *columns, "columns")
         turned = turned @ cores[self.centre(m, n)].mT
         return turned if rows is None else turn(turned, *rows, "columns", inverse=True)
@@ -144,68 +102,63 @@ class Eigen(Decomposition):
     def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
         """The blocks of U and of V^T: (G * count, size, size); (G, 1, 1) where a side keeps the identity."""
         one = cores[0].new_ones(len(cores[self.centre(m, n)]), 1, 1)
-        rows, columns = (self._bases(cores, side, m, n) for side in ("rows", "columns"))
+        rows, columns = (self.bases.of(cores, side, m, n) for side in SIDES)
         return one if rows is None else rows[0].flatten(0, 1), one if columns is None else columns[0].flatten(0, 1).mT
 
     def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
         used = [core.square() for core in cores] if squared else cores
         return self._turned(used, matrices, m, n, inverse=False)
 
-    def started(self, cores: Sequence[Tensor], measured: Sequence[Bases], m: int, n: int) -> tuple[Tensor, ...]:
-        turns: dict[Side, tuple[Tensor, Tensor]] = {}
-        for side in ("rows", "columns"):
-            blocks = self.blocks(side, m, n)
-            if blocks is None or side not in measured[0]:
-                continue
-            each = [bases[side] for bases in measured]
-            first = [i for i, basis in enumerate(each) if i == 0 or not torch.equal(basis, each[i - 1])]
-            share = len(each) // len(first)
-            is_even = self.basis_core(side, m, n) in self.shareable(m, n) and first == list(range(0, len(each), share))
-            basis = torch.stack([each[i] for i in first] if is_even else each)
-            turns[side] = basis, basis
-        return self.turned(cores, turns, m, n)
-
-    def turned(
-        self, cores: Sequence[Tensor], turns: Mapping[Side, tuple[Tensor, Tensor]], m: int, n: int
-    ) -> tuple[Tensor, ...]:
-        result = list(cores)
-        centre = cores[self.centre(m, n)]
-        for side, (basis, change) in turns.items():
-            k, blocks = self.basis_core(side, m, n), self.blocks(side, m, n)
-            assert k is not None
-            assert blocks is not None
-            result[k] = basis.flatten(1, 2)
-            centre = turn(centre, change, blocks, side)
-        result[self.centre(m, n)] = centre
-        return tuple(result)
-
-    def departure(self, cores: Sequence[Tensor], m: int, n: int) -> float:
-        found = [0.0]
-        for side in ("rows", "columns"):
-            bases = self._bases(cores, side, m, n)
-            if bases is None:
-                continue
-            basis, blocks = bases
-            identity = torch.eye(blocks.size, dtype=basis.dtype, device=basis.device)
-            clean = torch.where(blocks.padding(basis.device), identity, basis)
-            found += [float((basis - clean).abs().max()), float((clean.mT @ clean - identity).abs().max())]
-        return max(found)
-
     def contraction_terms(self, m: int, n: int) -> int:
-        sides = [self.blocks("rows", m, n), self.blocks("columns", m, n)]
+        sides = [self.bases.blocks(side, m, n) for side in SIDES]
         return sum(blocks.size for blocks in sides if blocks is not None) + 2
 
     def _turned(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, inverse: bool) -> Tensor:
         """U^T M V of matrices; with `inverse`, U M V^T."""
-        for side in ("rows", "columns"):
-            found = self._bases(cores, side, m, n)
+        for side in SIDES:
+            found = self.bases.of(cores, side, m, n)
             if found is not None:
                 matrices = turn(matrices, *found, side, inverse=inverse)
         return matrices
 
-    def _bases(self, cores: Sequence[Tensor], side: Side, m: int, n: int) -> tuple[Tensor, Blocks] | None:
-        """A side's basis, (H, count, size, size), and its blocks; None where it keeps the identity."""
-        k, blocks = self.basis_core(side, m, n), self.blocks(side, m, n)
-        if k is None or blocks is None:
+
+@final
+class EigenBases(SideBases):
+    """U and V of an `Eigen`, the first and the last of its cores where they are not the identity."""
+
+    def __init__(self, options: Eigen) -> None:
+        self._options = options
+
+    @property
+    def rule(self) -> MomentRule:
+        own = self._options
+        return MomentRule(own.block, own.refresh, own.growth, own.decay, own.second_moments)
+
+    @property
+    def are_stepped(self) -> bool:
+        return self._options.train_auxiliary
+
+    @property
+    def calibrates(self) -> bool:
+        return "calibration" in (self._options.short, self._options.long)
+
+    def unfollowed(self) -> dict[str, str]:
+        return {side: "calibration" for side in ("short", "long") if getattr(self._options, side) == "gradient"}
+
+    def source(self, side: Side, m: int, n: int) -> Source:
+        return self._options.short if (side == "rows") == (m <= n) else self._options.long
+
+    def blocks(self, side: Side, m: int, n: int) -> Blocks | None:
+        if self.source(side, m, n) == "none":
             return None
-        return cores[k].reshape(len(cores[k]), blocks.number, blocks.size, blocks.size), blocks
+        length = m if side == "rows" else n
+        is_whole = (side == "rows") == (m <= n) and length <= WHOLE_SHORT_SIDE
+        return Blocks.of(length, length if is_whole else self._options.block)
+
+    def core(self, side: Side, m: int, n: int) -> int | None:
+        if self.blocks(side, m, n) is None:
+            return None
+        return 0 if side == "rows" else self.centre(m, n) + 1
+
+    def centre(self, m: int, n: int) -> int:
+        return 0 if self.blocks("rows", m, n) is None else 1
