@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from loraover.inspection.report import FolderReport as FolderReport
     from loraover.overparam.config import Budget as Budget
     from loraover.overparam.config import LoraOverConfig as LoraOverConfig
-    from loraover.overparam.importance import Probe as Probe
     from loraover.overparam.parameterization import OverParameterization as OverParameterization
+    from loraover.overparam.probe import Probe as Probe
     from loraover.overparam.sharding import trainable_state_dict as trainable_state_dict
     from loraover.reporting.reporter import ConsoleReporter as ConsoleReporter
     from loraover.study.power import PowerReport as PowerReport
@@ -54,7 +54,7 @@ _HOMES = {
     "LoraOverConfig": "overparam.config",
     "OverParameterization": "overparam.parameterization",
     "PowerReport": "study.power",
-    "Probe": "overparam.importance",
+    "Probe": "overparam.probe",
     "Recipe": "training.recipe",
     "Reporter": "common.reporter",
     "RunResult": "training.run_result",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from loraover.common.errors import ConfigError
-from loraover.overparam.random_state import seeded
+from loraover.overparam.probe import seeded
 
 
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:

@@ -17,9 +17,9 @@ from loraover.checkpoint.training_state import restore, write_checkpoint
 from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.eigenbases import with_measured_bases
-from loraover.overparam.importance.base import Loss, Probe, model_loss
 from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.parameterization import OverParameterization
+from loraover.overparam.probe import Loss, Probe, model_loss
 from loraover.overparam.schedule import runs_model
 from loraover.overparam.sharding import is_sharded, trainable_state_dict
 from loraover.overparam.sites import find_sites, only_adapter, peft_root

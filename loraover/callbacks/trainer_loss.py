@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loraover.overparam.importance.base import Loss, check_collated
+from loraover.overparam.probe import Loss, check_collated
 
 METRICS = ("_metrics", "_stored_metrics")
 """Attributes in which TRL's trainers collect metrics between logs; the second one in ORPO and CPO."""

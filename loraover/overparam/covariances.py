@@ -22,7 +22,7 @@ from loraover.common.memory import is_out_of_memory
 from loraover.overparam.block_bases import MAX_BLOCK, SIDES, Bases, Blocks, Side, eigenvectors
 from loraover.overparam.core_group import full_precision
 from loraover.overparam.decompositions import Decomposition
-from loraover.overparam.importance import Probe
+from loraover.overparam.probe import Probe
 from loraover.overparam.sharding import full, of_first_process
 from loraover.overparam.sites import Site, lora_layers
 

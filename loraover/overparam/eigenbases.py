@@ -17,8 +17,7 @@ from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, full_precision
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import joint_norm
-from loraover.overparam.moments import LINEAR, SQUARED, converted
-from loraover.overparam.optimizers import BLIND, ROTATED
+from loraover.overparam.optimizers import BLIND, LINEAR, ROTATED, SQUARED, converted
 from loraover.overparam.sharding import of_first_process
 
 logger = logging.getLogger("loraover")

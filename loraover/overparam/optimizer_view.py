@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.core_group import CoreGroup, is_alike
 from loraover.overparam.eigenbases import Followers
-from loraover.overparam.moments import carried_moments
-from loraover.overparam.optimizers import ELEMENTWISE
-from loraover.overparam.sharding import gathered, in_any_process, is_sharded, local
+from loraover.overparam.optimizers import ELEMENTWISE, LINEAR, PLAIN, SQUARED, converted
+from loraover.overparam.sharding import Piece, all_reduced, full, gathered, in_any_process, is_sharded, local, summed
 from loraover.overparam.sites import Site
 
 
@@ -75,13 +75,7 @@ class OptimizerView:
     def carry_moments(self, group: CoreGroup) -> None:
         """Convert the optimizer's state of the group's matrices into a state of their centre cores."""
         for i, site in enumerate(group.sites):
-            carried = carried_moments(
-                self.state_of(site),
-                group.decomposition,
-                [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))],
-                site.shape,
-            )
-            if carried:
+            if carried := _carried(self.state_of(site), group, i):
                 group.load_core_state(group.centre, i, carried)
         group.join()
 
@@ -109,7 +103,11 @@ class OptimizerView:
             hosted += zip(parts, divided, strict=True)
         self._hosted = hosted
         arranged = [group for _, group in hosted]
-        self._cover(arranged)
+        sites = [site for group in arranged for site in group.sites]
+        taken = Counter(id(site.parameter) for site in sites if site.part is not None)
+        whole = [site for site in sites if site.part is None or taken[id(site.parameter)] == site.part.experts]
+        self._stacks = [site.parameter for site in whole if site.part is not None and site.part.expert == 0]
+        self._covered = list(dict.fromkeys(parameter for site in whole for parameter in site.holders()))
         self.empty_state()
         if type(self.optimizer) not in ELEMENTWISE:
             for group in arranged:
@@ -155,14 +153,6 @@ class OptimizerView:
     def _present_layout(self) -> list[list[int]]:
         return [list(map(id, group["params"])) for group in self.optimizer.param_groups]
 
-    def _cover(self, groups: Sequence[CoreGroup]) -> None:
-        """Find the parameters all of whose matrices have cores, so that the optimizer leaves them alone."""
-        sites = [site for group in groups for site in group.sites]
-        taken = Counter(id(site.parameter) for site in sites if site.part is not None)
-        whole = [site for site in sites if site.part is None or taken[id(site.parameter)] == site.part.experts]
-        self._stacks = [site.parameter for site in whole if site.part is not None and site.part.expert == 0]
-        self._covered = list(dict.fromkeys(parameter for site in whole for parameter in site.holders()))
-
     def empty_state(self) -> None:
         """Drop the optimizer's state of the parameters that it leaves alone."""
         for parameter in self._covered:
@@ -184,7 +174,11 @@ class OptimizerView:
         self._is_filling = True
         try:
             optimizer.param_groups[:] = [
-                {**group, "params": [p for p in group["params"] if p in left], "lr": _none_of(group["lr"])}
+                {
+                    **group,
+                    "params": [p for p in group["params"] if p in left],
+                    "lr": None if group["lr"] is None else group["lr"] * 0,  # of the type that the optimizer holds
+                }
                 for group in groups
             ]
             step: Any = type(optimizer).step
@@ -249,6 +243,121 @@ class OptimizerView:
                         group.state[parameter] = self.optimizer.state.pop(parameter)
 
 
-def _none_of(rate: Any) -> Any:
-    """Return the learning rate 0, as the type that an optimizer holds its rate in."""
-    return None if rate is None else rate * 0
+@torch.no_grad()
+def _carried(state: Mapping[str, Any], group: CoreGroup, i: int) -> dict[str, Any]:
+    """Return the state that a centre core would have, had it been trained with its auxiliary cores from the start.
+
+    The core's gradient is linear in the matrix's, so a mean of gradients is converted exactly. A mean of squared
+    gradients is converted as if the gradients of the matrix's elements were independent. The result is empty if the
+    matrix's state has something that cannot be converted (8-bit blocks, factors of rows and columns, lists of tensors).
+    """
+    cores = [group.core(k, i).unsqueeze(0) for k in range(len(group.stacks))]
+    carried: dict[str, Any] = {}
+    moments: dict[str, Tensor] = {}
+    for key, value in state.items():
+        whole = full(value) if isinstance(value, Tensor) else value
+        if isinstance(whole, PLAIN):
+            carried[key] = whole
+        elif not isinstance(whole, Tensor):
+            return {}
+        elif whole.ndim == 0:
+            carried[key] = whole.clone()
+        elif key in LINEAR | SQUARED and tuple(whole.shape) == group.shape and whole.is_floating_point():
+            moments[key] = whole.to(group.dtype).unsqueeze(0)
+        else:
+            return {}
+
+    def to_centre(moment: Tensor, squared: bool) -> Tensor:
+        return group.decomposition.to_centre(cores, moment, *group.shape, squared=squared)[0]
+
+    # Contiguous, as a fused optimizer makes them, which walks through memory.
+    return carried | {key: moment.contiguous() for key, moment in converted(moments, to_centre).items()}
+
+
+class FlatView(OptimizerView):
+    """The cores in an optimizer whose parameter groups are a flat parameter each, with pieces of the matrices in it.
+
+    A flat parameter takes every step, and what that makes of matrices which have cores is overwritten by their
+    contraction. Every process steps all cores, alike. ZeRO steps one parameter group after another, and with each the
+    cores of its matrices.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: LoraOverConfig) -> None:
+        super().__init__(optimizer, config)
+        self._count = len(optimizer.param_groups)
+        self._numbers = {id(group["params"][0]): i for i, group in enumerate(optimizer.param_groups) if group["params"]}
+        self._groups: dict[int, int] = {}  # by the identity of the matrices' parameters
+
+    def check_holds(self, sites: Iterable[Site]) -> None:
+        """Find the parameter group of each site, and check that nothing needs the gradients of all at once.
+
+        Raises:
+            ConfigError: There are several groups, and a score or bases follow the gradients.
+        """
+        if self._count > 1 and (self.config.schedule == "dynamic" or not self.config.make_decomposition().trains_all):
+            raise ConfigError(
+                f"attach: DeepSpeed's ZeRO steps the {self._count} parameter groups of this optimizer one after "
+                "another, and a dynamic schedule, or bases that follow gradients, need the gradients of all groups at "
+                "once. Give all trained parameters one group (no LoRA+, and weight decay for all or none), or train "
+                "with DDP or FSDP2."
+            )
+        pieces = _pieces(sites)
+        if pieces:
+            numbers = torch.tensor([piece.group for _, piece in pieces], device=pieces[0][1].values.device)
+            numbers = all_reduced(numbers, ReduceOp.MAX)  # a process without a piece does not know its group
+            self._groups |= dict(zip((id(site.parameter) for site, _ in pieces), numbers.tolist(), strict=True))
+
+    def gradients(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return the gradients (m, n) by name, summed from all processes' pieces; of the group that is stepped."""
+        (place, number), held = self._present(), _pieces(sites)
+        gradient = self._flat(place).grad
+        here = [(site, piece) for site, piece in held if self._groups[id(site.parameter)] == number]
+        return summed({site.name: piece.spread(piece.of(gradient)) for site, piece in here})
+
+    def state_of(self, site: Site) -> dict[str, Any]:
+        """Return the optimizer's state of one matrix, by the optimizer's own keys."""
+        flat = self._flat(self._present()[0])
+        state = self.optimizer.state.get(flat, {})
+        ((_, piece),) = _pieces([site])
+        moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == flat.shape}
+        return {**state, **summed({key: piece.spread(piece.of(value)) for key, value in moments.items()})}
+
+    def _hosts(self) -> dict[int, int]:
+        """Return the number of the parameter group that holds a parameter, by the parameter's identity."""
+        return self._groups
+
+    def shown(self) -> list[tuple[int, CoreGroup]]:
+        """Return the cores that this step of the optimizer trains, each with the place of its parameter group."""
+        place, number = self._present()
+        return [(place, group) for index, group in self._hosted if index == number]
+
+    def ends_step(self) -> bool:
+        """Whether this step of the optimizer is the last one of a training step."""
+        return self._present()[1] == self._count - 1
+
+    def is_regrouped(self) -> bool:
+        """Whether parameters have changed their groups: never, ZeRO keeps its own lists."""
+        return False
+
+    def is_filled_by_this_step(self) -> bool:
+        """Whether the step that begins only fills an empty state: never, ZeRO has filled it before cores are there."""
+        return False
+
+    def fill_state(self) -> None:
+        """Leave the state as it is: it has every parameter's."""
+
+    def empty_state(self) -> None:
+        """Leave the state as it is: it belongs to other parameters, too."""
+
+    def _present(self) -> tuple[int, int]:
+        """Return place and number of the group that is stepped: ZeRO 2 shows no other, ZeRO 3 leaves others empty."""
+        place = next(i for i, group in enumerate(self.optimizer.param_groups) if group["params"])
+        return place, self._numbers.get(id(self._flat(place)), place)
+
+    def _flat(self, place: int) -> Any:
+        parameters: list[nn.Parameter] = self.optimizer.param_groups[place]["params"]
+        return parameters[0]
+
+
+def _pieces(sites: Iterable[Site]) -> list[tuple[Site, Piece]]:
+    return [(site, site.piece) for site in sites if site.piece is not None]

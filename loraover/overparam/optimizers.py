@@ -1,13 +1,16 @@
-"""Optimizers through which cores can be trained: those whose `step` is an ordinary PyTorch step."""
+"""PyTorch's optimizers: which of them can train cores, what their state means, and guards of their step."""
 
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from collections.abc import Callable, Mapping
+from functools import wraps
+from types import FrameType, MethodType
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch import Tensor
 from torch.optim import Adagrad, Optimizer
 
 from loraover.common.errors import ConfigError
@@ -44,6 +47,11 @@ PLAIN = (bool, int, float, str, type(None))
 BLIND = (torch.optim.SGD, torch.optim.Muon) if Version(torch.__version__) >= Version("2.9") else (torch.optim.SGD,)
 """Optimizers whose step turns with the basis, so that no basis changes what they learn."""
 
+LINEAR = {"exp_avg", "momentum_buffer", "grad_avg"}
+"""Keys of an optimizer's state under which it keeps means of gradients."""
+
+SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+"""Keys under which it keeps means, or sums, of squared gradients."""
 
 TRANSPARENT = ("accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.", "pytorch_optimizer.optimizer.pcgrad")
 """Beginnings of the modules of wrappers that leave the parameters to the optimizer in their attribute `optimizer`."""
@@ -116,3 +124,85 @@ def ordinary_optimizer(optimizer: Any) -> Optimizer:
             "none; upgrade to torch 2.12, or use another optimizer."
         )
     return optimizer
+
+
+def converted(moments: Mapping[str, Tensor], convert: Callable[[Tensor, bool], Tensor]) -> dict[str, Tensor]:
+    """Convert an optimizer's means of gradients, and of their squares, into another basis.
+
+    A centred RMSprop divides by the root of square_avg - grad_avg^2, which would become negative if both were converted
+    by themselves. What is converted in the place of its squares is that variance.
+
+    Args:
+        moments: Moments by the optimizer's own keys.
+        convert: Function of a moment, and of whether it is one of squares.
+    """
+    given = dict(moments)
+    is_centred = {"square_avg", "grad_avg"} <= given.keys()
+    if is_centred:
+        given["square_avg"] = (given["square_avg"] - given["grad_avg"].square()).clamp(min=0)
+    found = {key: convert(moment, key in SQUARED) for key, moment in given.items()}
+    if is_centred:
+        found["square_avg"] = found["square_avg"] + found["grad_avg"].square()
+    return found
+
+
+class StepGuard:
+    """A function that is called whenever `optimizer.step` raises, until `remove`.
+
+    Learning-rate schedulers and Accelerate wrap `step`, too, before or after; the guard keeps what they find in it.
+
+    Args:
+        optimizer: Optimizer whose attribute `step` is wrapped.
+        undo: Function to call before the exception goes on.
+    """
+
+    def __init__(self, optimizer: Optimizer, undo: Callable[[], None]) -> None:
+        self._optimizer = optimizer
+        self._undo: Callable[[], None] | None = undo
+        self._before = vars(optimizer).get("step")
+        step: Any = optimizer.step
+
+        @wraps(getattr(step, "__func__", step))
+        def guarded(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                if self._undo is not None:
+                    self._undo()
+                raise
+
+        self._guarded = MethodType(guarded, optimizer)  # whose `__func__` schedulers wrap
+        vars(optimizer)["step"] = self._guarded
+
+    def remove(self) -> None:
+        """Take the wrapper away, or leave it without an effect if another one is around it."""
+        self._undo = None
+        if vars(self._optimizer).get("step") is not self._guarded:
+            return
+        if self._before is None:
+            del vars(self._optimizer)["step"]
+        else:
+            vars(self._optimizer)["step"] = self._before
+
+
+class CopyGuard:
+    """A refusal of `copy` and `pickle` of an optimizer, until `remove`: its copy would have no hooks.
+
+    Args:
+        optimizer: Optimizer whose hooks train cores.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._attributes = vars(optimizer)
+
+        def refuse(_: object) -> Any:
+            raise ConfigError(
+                f"{type(optimizer).__name__} trains cores, and a copy of it would train the LoRA matrices without "
+                "them. Copy or save its state_dict(), or copy the optimizer before attach."
+            )
+
+        self._attributes["__reduce_ex__"] = refuse
+
+    def remove(self) -> None:
+        """Let the optimizer be copied again."""
+        self._attributes.pop("__reduce_ex__", None)

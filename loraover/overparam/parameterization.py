@@ -8,7 +8,7 @@ GradScaler and `zero_grad` therefore see an ordinary LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,14 +21,19 @@ from loraover.overparam.core_group import CoreGroup, grouped
 from loraover.overparam.covariances import measured_bases, shared_columns
 from loraover.overparam.eigenbases import Followers
 from loraover.overparam.fingerprint import LateAnswer
-from loraover.overparam.flat_view import FlatView
-from loraover.overparam.importance import Probe
-from loraover.overparam.optimizer_view import OptimizerView
-from loraover.overparam.optimizers import check_outermost, is_skipped, ordinary_optimizer, unwrapped
-from loraover.overparam.schedule import Schedule, calibrating, runs_model
+from loraover.overparam.optimizer_view import FlatView, OptimizerView
+from loraover.overparam.optimizers import (
+    CopyGuard,
+    StepGuard,
+    check_outermost,
+    is_skipped,
+    ordinary_optimizer,
+    unwrapped,
+)
+from loraover.overparam.probe import Probe, calibrating
+from loraover.overparam.schedule import Schedule, runs_model
 from loraover.overparam.sharding import in_any_process
 from loraover.overparam.sites import Site, base_model_name, find_sites
-from loraover.overparam.step_guard import CopyGuard, StepGuard
 
 
 class OverParameterization:
@@ -137,7 +142,16 @@ class OverParameterization:
         if self._view is not None:
             self._view.check_holds([self.sites[name] for name in (*self.injected, *chosen)])
         self.check_unchanged()
-        bases = self._measured_bases(chosen)
+        bases: dict[str, Bases] = {}
+        if self.decomposition.bases is not None and self.decomposition.bases.calibrates:
+            probe = self.schedule.probe
+            if probe is None or not probe.batches:
+                raise ConfigError(
+                    "bases from calibration are measured on batches; give them with `probe`, or use the Trainer's "
+                    "callback, which takes them from the training data."
+                )
+            with calibrating(probe, self.config.seed or 0):
+                bases = measured_bases(probe, [self.sites[n] for n in chosen], self.sites, self.decomposition)
         owners = {} if self.decomposition.trains_all else shared_columns(bases)
         for sites in grouped([self.sites[name] for name in chosen], owners):
             decomposition = self.decomposition.of_site(sites[0].name)
@@ -165,19 +179,6 @@ class OverParameterization:
         self.followers.add(group)
         if self._view is not None and self.config.carry_moments:
             self._view.carry_moments(group)
-
-    def _measured_bases(self, names: Sequence[str]) -> dict[str, Bases]:
-        """Bases from calibration batches, where the decomposition asks for them."""
-        probe = self.schedule.probe
-        if self.decomposition.bases is None or not self.decomposition.bases.calibrates:
-            return {}
-        if probe is None or not probe.batches:
-            raise ConfigError(
-                "bases from calibration are measured on batches; give them with `probe`, or use the Trainer's "
-                "callback, which takes them from the training data."
-            )
-        with calibrating(probe, self.config.seed or 0):
-            return measured_bases(probe, [self.sites[name] for name in names], self.sites, self.decomposition)
 
     def attach(self, optimizer: Any) -> OverParameterization:
         """Install the hooks by which `optimizer.step` trains the cores.
@@ -317,7 +318,9 @@ class OverParameterization:
         if not self._has_stepped:
             check_outermost(optimizer)
         if view.is_regrouped():
-            self._regroup(view)
+            view.check_holds([self.sites[name] for name in self.injected])
+            self.check_unchanged()  # groups that are divided take the matrices as they are now
+            self.groups = view.arranged(self.groups, self.followers)
         self._refuse(self._late.ask([group.differs() for group in self.groups]))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -329,12 +332,6 @@ class OverParameterization:
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
-
-    def _regroup(self, view: OptimizerView) -> None:
-        """Divide the cores by the groups in which the optimizer now has their matrices."""
-        view.check_holds([self.sites[name] for name in self.injected])
-        self.check_unchanged()  # groups that are divided take the matrices as they are now
-        self.groups = view.arranged(self.groups, self.followers)
 
     def _wrap(self, view: OptimizerView, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that evaluates the model at the cores' values and leaves its gradients on the cores."""

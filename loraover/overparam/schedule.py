@@ -9,16 +9,14 @@ from contextlib import contextmanager
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel
 from loraover.overparam.config import Budget, LoraOverConfig
 from loraover.overparam.decompositions import Decomposition
-from loraover.overparam.importance import SCORES, GradientScore, Probe
-from loraover.overparam.importance.loss_impact import LossImpact
-from loraover.overparam.random_state import seeded
-from loraover.overparam.sharding import full, gathered, of_rank_zero, reshard
+from loraover.overparam.importance import SCORES, GradientScore
+from loraover.overparam.probe import Probe, in_mode, undisturbed
+from loraover.overparam.sharding import full, gathered, of_rank_zero
 from loraover.overparam.sites import Site, match_sites, write_matrices
 
 logger = logging.getLogger("loraover")
@@ -132,9 +130,9 @@ class Schedule:
         plain = [name for name in self.candidates if name not in taken]
         if self.config.schedule == "all":
             return self._record(step, {}, plain, 0)
-        with _undisturbed(self.probe, self.config.seed or 0), self._calibrated():
+        with undisturbed(self.probe, self.config.seed or 0), self._calibrated():
             found = self.score.values(self.probe)
-        forwards = self.score.forwards(self.probe) if isinstance(self.score, LossImpact) and self.probe else 0
+        forwards = self.score.forwards(self.probe)
         device = next(iter(self.candidates.values())).parameter.device
         values = of_rank_zero([score if math.isfinite(score) else 0.0 for score in found.values()], device)
         if unknown := self._unknown(dict(zip(found, values, strict=True))):
@@ -186,7 +184,8 @@ class Schedule:
         ranked: dict[str, list[str]] = {}
         below: dict[str, float] = {}
         for name in sorted(self.candidates, key=lambda n: -scores.get(n, 0.0)):  # stable: ties by place
-            group = _group(self.candidates[name], self.config.quota)
+            site = self.candidates[name]
+            group = {"global": "", "module": site.kind, "matrix": site.matrix, "layer": site.layer}[self.config.quota]
             spent = self._cost(name) if name in taken else 0
             below[group] = below.get(group, 0.0) + total * self._cost(name) / everything - spent
             if name not in taken:
@@ -261,39 +260,37 @@ class Schedule:
         if self.config.schedule != "static" or not _scores_run_model(self.config):
             yield
             return
-        assert self.probe is not None
+        probe = self.probe
+        assert probe is not None
+
+        def backward(batch: object) -> None:
+            with torch.enable_grad():
+                torch.autograd.backward(probe.loss(probe.model, batch))
+
         kept = {name: full(site.values).clone() for name, site in self._sites.items()}
         try:
-            with _mode(self.probe.model, training=True):
+            with in_mode(probe.model, training=True):
                 if not all(matrix.any() for matrix in kept.values()):
                     logger.warning(
                         "%s is zero while B = 0: %d warm-up steps on %d batches, undone afterwards",
-                        *(self.config.score, self.config.calibration_steps, len(self.probe.batches)),
+                        *(self.config.score, self.config.calibration_steps, len(probe.batches)),
                     )
-                    self._warm_up(self.probe)
+                    parameters = {id(p): p for site in self._sites.values() for p in site.holders()}
+                    optimizer = torch.optim.Adam(list(parameters.values()), lr=CALIBRATION_RATE)
+                    for step in range(self.config.calibration_steps):
+                        backward(probe.batches[step % len(probe.batches)])
+                        optimizer.step()
+                        probe.model.zero_grad()
                 if isinstance(self.score, GradientScore):
-                    for batch in self.probe.batches:
-                        self.score.observe(self._gradients(self.probe, batch))
+                    for batch in probe.batches:
+                        backward(batch)
+                        found = {name: site.gradient() for name, site in self.candidates.items()}
+                        probe.model.zero_grad()
+                        self.score.observe(gathered({name: g for name, g in found.items() if g is not None}))
             yield
         finally:
             for name, matrix in kept.items():
                 write_matrices([self._sites[name]], matrix.unsqueeze(0))
-
-    def _warm_up(self, probe: Probe) -> None:
-        parameters = {id(p): p for site in self._sites.values() for p in site.holders()}
-        optimizer = torch.optim.Adam(list(parameters.values()), lr=CALIBRATION_RATE)
-        for step in range(self.config.calibration_steps):
-            with torch.enable_grad():
-                torch.autograd.backward(probe.loss(probe.model, probe.batches[step % len(probe.batches)]))
-            optimizer.step()
-            probe.model.zero_grad()
-
-    def _gradients(self, probe: Probe, batch: object) -> dict[str, Tensor]:
-        with torch.enable_grad():
-            torch.autograd.backward(probe.loss(probe.model, batch))
-        found = {name: site.gradient() for name, site in self.candidates.items()}
-        probe.model.zero_grad()
-        return gathered({name: gradient for name, gradient in found.items() if gradient is not None})
 
 
 def runs_model(config: LoraOverConfig) -> bool:
@@ -306,48 +303,6 @@ def _scores_run_model(config: LoraOverConfig) -> bool:
     score = SCORES[config.score]
     is_static = config.schedule == "static"
     return config.schedule != "all" and (score.needs_probe or (is_static and issubclass(score, GradientScore)))
-
-
-@contextmanager
-def calibrating(probe: Probe, seed: int) -> Iterator[None]:
-    """A model in training mode, in which activations are checkpointed; it and the random state are kept as they are."""
-    with _undisturbed(probe, seed), _mode(probe.model, training=True):
-        yield
-
-
-@contextmanager
-def _undisturbed(probe: Probe | None, seed: int) -> Iterator[None]:
-    """Run a block with the model in eval mode and seeded random numbers; restore both afterwards."""
-    if probe is None:
-        yield
-        return
-    with seeded(seed, {p.device for p in probe.model.parameters()}), _mode(probe.model, training=False):
-        try:
-            yield
-        finally:
-            reshard(probe.model)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run a block with the model in training or eval mode.
-
-    Batch norms stay in eval mode: in training mode, each forward would change their running statistics.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    for module in modes:
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-    try:
-        yield
-    finally:
-        for module, before in modes.items():
-            module.training = before
-
-
-def _group(site: Site, quota: str) -> str:
-    return {"global": "", "module": site.kind, "matrix": site.matrix, "layer": site.layer}[quota]
 
 
 def _round_steps(config: LoraOverConfig, steps: int) -> list[int]:

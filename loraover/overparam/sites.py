@@ -16,8 +16,7 @@ from torch.optim import Optimizer
 
 from loraover.common.errors import ConfigError, ShapeError
 from loraover.overparam.expert_part import FUSED, ExpertPart, MatrixName, part_of, without_base_layers
-from loraover.overparam.pieces import Piece, piece_of, summed, whole_shape
-from loraover.overparam.sharding import assign, is_sharded, local
+from loraover.overparam.sharding import Piece, assign, is_sharded, local, piece_of, summed, whole_shape
 
 # Levels that torch.compile, activation checkpointing and FSDP put into a module's path.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")

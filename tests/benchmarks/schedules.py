@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.overparam.importance.loss_impact import LossImpact
+from loraover.overparam.importance import LossImpact
 
 from benchmarks.clock import timed
 from benchmarks.intervals import Ratio, median_ratio

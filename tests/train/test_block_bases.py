@@ -213,7 +213,8 @@ def test_a_refresh_keeps_every_matrix(
         follower.refresh()
     assert all(bool(started.all()) or ceil(block / min(m, n)) > 6 for started in follower.started.values())
     for side in follower.blocks:
-        assert (found := eigen.bases.of(group.stacks, side, m, n)) is not None
+        found = eigen.bases.of(group.stacks, side, m, n)
+        assert found is not None
         assert_orthogonal(*found)
     # Each of six refreshes and two sides: a product, and a basis that is orthogonal to within its error. Cores of a
     # bfloat16 matrix are float32, and are turned without rounding to bfloat16.

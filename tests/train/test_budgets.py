@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraover import Budget, LoraOverConfig
-from loraover.overparam.importance import Probe
-from loraover.overparam.importance.base import Score
+from loraover.overparam.importance import Score
+from loraover.overparam.probe import Probe
 from loraover.overparam.schedule import Round, Schedule
 from loraover.overparam.sites import Site
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe
-from loraover.overparam.importance import SCORES, GradientScore
-from loraover.overparam.importance.loss_impact import LossImpact
+from loraover.overparam.importance import SCORES, GradientScore, LossImpact
 from loraover.overparam.sites import find_sites, lora_layers
 
 from oracles import scores as oracle
