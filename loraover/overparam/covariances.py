@@ -9,7 +9,7 @@ B^T C_out B (of A). While B = 0, its gradient stands for it there, since that is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -71,8 +71,12 @@ class _Pass:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedModel
+
         self.is_forward = True
-        self.encoder = _encoder(model)
+        base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        has_encoder = base is not None and base.config.is_encoder_decoder
+        self.encoder: nn.Module | None = base.get_encoder() if base is not None and has_encoder else None
         self._layers = set() if self.encoder is None else set(self.encoder.modules())
         self._encoded: Tensor | None = None
         self._masks: dict[str, Tensor | None] = {}
@@ -93,17 +97,6 @@ class _Pass:
         is_encoded = self._encoded is not None and x.data_ptr() == self._encoded.data_ptr()
         is_source = self.encoder is None or layer in self._layers or is_encoded
         return self._masks["attention_mask" if is_source else "decoder_attention_mask"]
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder of a model that has a decoder, too."""
-    from transformers import PreTrainedModel
-
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if base is None or not base.config.is_encoder_decoder:
-        return None
-    found: nn.Module = base.get_encoder()
-    return found
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -142,7 +135,15 @@ def measured_bases(
         moments[site.module] = _Moments({name: _feature_blocks(side, decomposition, largest) for name, side in pair})
     layers = lora_layers(probe.model)
     try:
-        has_loss = _run(probe, {layers[module]: found for module, found in moments.items()})
+        has_loss = False
+        with _observed(probe.model, {layers[module]: found for module, found in moments.items()}) as running:
+            for batch in probe.batches:
+                running.begin(batch)
+                with torch.enable_grad():
+                    loss = probe.loss(probe.model, batch)
+                    running.is_forward = False
+                    torch.autograd.backward(loss)
+                has_loss = has_loss or bool(loss.isfinite().all())
         with torch.no_grad():
             bases = _bases(chosen, pairs, moments, decomposition)
     except (RuntimeError, MemoryError) as error:
@@ -163,13 +164,8 @@ def measured_bases(
             "calibration: no batch has a finite loss, so there are no gradients to measure. A batch whose labels are "
             "all -100 has none; check the labels and the truncation of the training data."
         )
-    _check_complete(bases, [(site, side) for site, side, _ in _measured_sides(chosen, decomposition)])
-    return bases
-
-
-def _check_complete(bases: Mapping[str, Bases], sides: Iterable[tuple[Site, Side]]) -> None:
-    """Raise ConfigError if a side has no basis, since nothing was seen there."""
-    unseen = list(dict.fromkeys(site.name for site, side in sides if side not in bases[site.name]))
+    sides = _measured_sides(chosen, decomposition)
+    unseen = list(dict.fromkeys(site.name for site, side, _ in sides if side not in bases[site.name]))
     if unseen:
         raise ConfigError(
             f"calibration: the batches give no covariance of {len(unseen)} matrices, first {unseen[0]}: their layers "
@@ -177,26 +173,13 @@ def _check_complete(bases: Mapping[str, Bases], sides: Iterable[tuple[Site, Side
             "with `sites`, or give eigen the options {short: gradient, long: gradient}, or none in place of gradient "
             "if the optimizer's state cannot be turned."
         )
+    return bases
 
 
 def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
     """For each site that has a measured basis of columns, the first site with the very same one."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(found["columns"]), name) for name, found in bases.items() if "columns" in found}
-
-
-def _run(probe: Probe, layers: Mapping[Any, _Moments]) -> bool:
-    """Run forward and backward passes of all batches, add up their moments, and say if some loss was finite."""
-    has_loss = False
-    with _observed(probe.model, layers) as running:
-        for batch in probe.batches:
-            running.begin(batch)
-            with torch.enable_grad():
-                loss = probe.loss(probe.model, batch)
-                running.is_forward = False
-                torch.autograd.backward(loss)
-            has_loss = has_loss or bool(loss.isfinite().all())
-    return has_loss
 
 
 def _feature_blocks(site: Site, decomposition: Decomposition, largest: int) -> Blocks:

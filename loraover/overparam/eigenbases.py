@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from math import ceil
 from typing import Any
 
@@ -94,41 +93,36 @@ class BasisFollower:
         self.steps = int(self.counted)
         if self.steps < self.due:  # steps without a finite gradient do not count
             return
-        with full_precision(self.group.stacks[0].device):
-            self._refresh()
-        self.due = self._next_due()
-
-    def _refresh(self) -> None:
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         squares: dict[Side, Tensor] = {}
-        for side, blocks in self.blocks.items():
-            other = self.group.shape[1 if side == "rows" else 0]
-            has_started = self.started[side]
-            is_ready = self.seen >= ceil(blocks.size / other)
-            if self.rule.growth is None:
-                is_ready &= ~has_started
-            present = self.bases.of(self.group.stacks, side, *self.group.shape)
-            assert present is not None
-            old, _ = present
-            new, order = next_eigenvectors(self.moments[side], old, blocks)
-            if not bool(has_started.all()):
-                new = torch.where(_wide(has_started), new, eigenvectors(self.moments[side], blocks))
-            new = of_first_process(torch.where(_wide(is_ready), new, old))
-            identity = torch.eye(blocks.size, dtype=new.dtype, device=new.device)
-            change = torch.where(_wide(is_ready), old.mT @ new, identity)
-            is_kept = has_started & is_ready & (self.rule.second_moments == "kept")
-            turns[side] = new, change
-            squares[side] = torch.where(_wide(is_kept), of_first_process(order), change.square())
-            self.started[side] = has_started | is_ready
-        self._turn(turns, squares)
-
-    def _next_due(self) -> int | None:
+        with full_precision(self.group.stacks[0].device):
+            for side, blocks in self.blocks.items():
+                other = self.group.shape[1 if side == "rows" else 0]
+                has_started = self.started[side]
+                is_ready = self.seen >= ceil(blocks.size / other)
+                if self.rule.growth is None:
+                    is_ready &= ~has_started
+                present = self.bases.of(self.group.stacks, side, *self.group.shape)
+                assert present is not None
+                old, _ = present
+                new, order = next_eigenvectors(self.moments[side], old, blocks)
+                if not bool(has_started.all()):
+                    new = torch.where(_wide(has_started), new, eigenvectors(self.moments[side], blocks))
+                new = of_first_process(torch.where(_wide(is_ready), new, old))
+                identity = torch.eye(blocks.size, dtype=new.dtype, device=new.device)
+                change = torch.where(_wide(is_ready), old.mT @ new, identity)
+                is_kept = has_started & is_ready & (self.rule.second_moments == "kept")
+                turns[side] = new, change
+                squares[side] = torch.where(_wide(is_kept), of_first_process(order), change.square())
+                self.started[side] = has_started | is_ready
+            self._turn(turns, squares)
         if self.rule.growth is not None:
-            return self.rule.next_refresh(self.steps)
-        return None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
+            self.due = self.rule.next_refresh(self.steps)
+        else:
+            self.due = None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
 
     def _turn(self, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
-        """Turn bases, centre cores and the optimizer's moments of these."""
+        """Turn bases, centre cores and the optimizer's moments of these: those of squares by `squares`."""
         group = self.group
         turned_stacks = self.bases.turned(group.stacks, turns, *group.shape)
         for stack, new in zip(group.stacks, turned_stacks, strict=True):
@@ -136,19 +130,21 @@ class BasisFollower:
         changes = {side: change for side, (_, change) in turns.items()}
         for at, parameter in enumerate(group.parameters(group.centre)):
             part = slice(None) if group.is_joined else slice(at, at + 1)
-            state = group.state.get(parameter, {})
-            moments = {key: value for key, value in state.items() if _is_moment(key, value, parameter)}
-            for key, turned in converted(moments, partial(self._turned, changes, squares, part)).items():
-                state[key].copy_(turned.reshape(parameter.shape))
 
-    def _turned(
-        self, changes: Mapping[Side, Tensor], squares: Mapping[Side, Tensor], part: slice, moment: Tensor, squared: bool
-    ) -> Tensor:
-        """A moment of some sites' centre cores in the new bases: by `changes`, or one of squares by `squares`."""
-        moment = moment.reshape(-1, *self.group.shape)
-        for side, change in (squares if squared else changes).items():
-            moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
-        return moment
+            def turned(moment: Tensor, squared: bool, part: slice = part) -> Tensor:
+                moment = moment.reshape(-1, *group.shape)
+                for side, change in (squares if squared else changes).items():
+                    moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
+                return moment
+
+            state = group.state.get(parameter, {})
+            moments = {
+                key: value
+                for key, value in state.items()
+                if key in LINEAR | SQUARED and isinstance(value, Tensor) and value.shape == parameter.shape
+            }
+            for key, moment in converted(moments, turned).items():
+                state[key].copy_(moment.reshape(parameter.shape))
 
     def stop(self) -> None:
         """Leave the bases as they are from now on."""
@@ -270,11 +266,6 @@ def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOve
         )
         return config.model_copy(update={"options": options})
     return config
-
-
-def _is_moment(key: str, value: Any, parameter: Tensor) -> bool:
-    """Whether a value of a parameter's state is a mean of its gradients, or of their squares."""
-    return key in LINEAR | SQUARED and isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def _wide(flags: Tensor) -> Tensor:

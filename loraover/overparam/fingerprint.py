@@ -68,29 +68,25 @@ class LateAnswer:
         here = [flags for flags in differs if flags.device.type == "cpu"]
         if len(here) == len(differs):
             return _values(differs) if here and bool(torch.cat(here).any()) else None
-        before, self._asked = self._asked, _ask(differs)
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for flags in differs:
+            by_device.setdefault(flags.device, []).append(flags)
+        answers, done = [], []
+        for device, flags_there in by_device.items():
+            flag = torch.cat(flags_there).any()
+            answer = torch.empty((), dtype=torch.bool, pin_memory=device.type == "cuda")
+            answer.copy_(flag, non_blocking=device.type == "cuda")
+            answers.append(answer)
+            if device.type == "cuda":
+                done.append(torch.Event(device))
+                done[-1].record(torch.accelerator.current_stream(device))
+        before, self._asked = self._asked, _Asked(list(differs), answers, done)
         return None if before is None else _read(before)
 
     def settle(self) -> list[list[bool]] | None:
         """Wait for the answer that is still on its way, as `ask` returns it."""
         before, self._asked = self._asked, None
         return None if before is None else _read(before)
-
-
-def _ask(differs: Sequence[Tensor]) -> _Asked:
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for flags in differs:
-        by_device.setdefault(flags.device, []).append(flags)
-    answers, done = [], []
-    for device, flags_there in by_device.items():
-        flag = torch.cat(flags_there).any()
-        answer = torch.empty((), dtype=torch.bool, pin_memory=device.type == "cuda")
-        answer.copy_(flag, non_blocking=device.type == "cuda")
-        answers.append(answer)
-        if device.type == "cuda":
-            done.append(torch.Event(device))
-            done[-1].record(torch.accelerator.current_stream(device))
-    return _Asked(list(differs), answers, done)
 
 
 def _read(asked: _Asked) -> list[list[bool]] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
@@ -165,7 +165,15 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     seen: set[int] = set()
     by_memory: dict[int, Site] = {}
     layers = lora_layers(model)
-    _check_complete(model, layers)
+    outside = _trained_layer(model, layers.values())
+    if outside is not None:
+        root = peft_root(model)
+        where = next(path for path, module in model.named_modules() if module is root)
+        raise ConfigError(
+            f"{outside}: this LoRA is trained, but lies outside of the PeftModel at {where!r}, so it would get no "
+            "cores. Freeze it, or give OverParameterization one of the two models; for both, make one each, with an "
+            "optimizer each."
+        )
     is_alone = len({adapter for layer in layers.values() for _, _, adapter, _ in _trained_matrices(layer)}) == 1
     for module, layer in layers.items():
         _refuse_unsupported(module, layer)
@@ -182,7 +190,13 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
                 held = local(site.tensor.detach())
                 pointer = 0 if held.is_meta else held.data_ptr()
                 if pointer and pointer in by_memory:
-                    _tie(by_memory[pointer], site.name, parameter)
+                    tied = by_memory[pointer]
+                    layout = tuple(parameter.shape)[::-1], parameter.stride()[::-1]
+                    if layout != (tied.shape, tied.parameter.stride()):
+                        raise ConfigError(
+                            f"{site.name} shares memory with {tied.name}, but is not its transpose; untie them."
+                        )
+                    tied.aliases.append(parameter)
                     continue
                 sites[site.name] = by_memory[pointer] = site
     if not layers:
@@ -276,19 +290,6 @@ def _trained_layer(model: nn.Module, known: Iterable[Any] = ()) -> str | None:
     return next((path for path, m in layers if id(m) not in skipped and any(_trained_matrices(m))), None)
 
 
-def _check_complete(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a LoRA layer outside the PeftModel is trained, which would get no cores."""
-    outside = _trained_layer(model, layers.values())
-    if outside is not None:
-        root = peft_root(model)
-        where = next(path for path, module in model.named_modules() if module is root)
-        raise ConfigError(
-            f"{outside}: this LoRA is trained, but lies outside of the PeftModel at {where!r}, so it would get no "
-            "cores. Freeze it, or give OverParameterization one of the two models; for both, make one each, with an "
-            "optimizer each."
-        )
-
-
 def _refuse_unsupported(module: str, layer: Any) -> None:
     from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.lora import layer as peft_layer
@@ -310,11 +311,8 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
     for kind, reason in reasons.items():
         if isinstance(layer, kind):
             raise ConfigError(f"{module}: {reason}.")
-    if isinstance(layer, peft_layer.ParamWrapper):
-        _refuse_parameter(module, layer)
-
-
-def _refuse_parameter(module: str, layer: Any) -> None:
+    if not isinstance(layer, peft_layer.ParamWrapper):
+        return
     if layer.parameter_name not in (*FUSED, "weight") or (layer.parameter_name == "weight" and layer.num_experts > 1):
         raise ConfigError(
             f"{module}: LoRA through target_parameters is supported for weights that are matrices, and for "
@@ -327,12 +325,6 @@ def _refuse_parameter(module: str, layer: Any) -> None:
             raise ConfigError(
                 f"{module}: LoRA of experts is not supported under {engine}; train on one device or with DDP."
             )
-
-
-def _tie(site: Site, name: str, parameter: nn.Parameter) -> None:
-    if tuple(parameter.shape) != site.shape[::-1] or parameter.stride() != site.parameter.stride()[::-1]:
-        raise ConfigError(f"{name} shares memory with {site.name}, but is not its transpose; untie them.")
-    site.aliases.append(parameter)
 
 
 def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
@@ -355,13 +347,11 @@ def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
 def _nearest(names: Sequence[str], pattern: str) -> list[str]:
     """Suggest the pattern with its unknown parts replaced by similar parts of names, or else similar names."""
     parts = sorted({part for name in names for part in name.split(".")})
-    mended = ".".join(_mended(part, parts) for part in pattern.split("."))
-    if fnmatch.filter(names, mended):
-        return [mended]
+    mended = []
+    for part in pattern.split("."):
+        literal = part.strip("*")
+        near = [] if fnmatch.filter(parts, part) else difflib.get_close_matches(literal, parts, n=1)
+        mended.append(part.replace(literal, near[0]) if near else part)
+    if fnmatch.filter(names, ".".join(mended)):
+        return [".".join(mended)]
     return difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-
-
-def _mended(part: str, known: Sequence[str]) -> str:
-    literal = part.strip("*")
-    near = [] if fnmatch.filter(known, part) else difflib.get_close_matches(literal, known, n=1)
-    return part.replace(literal, near[0]) if near else part

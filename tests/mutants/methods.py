@@ -154,7 +154,7 @@ METHODS = (
     ),
     Mutant(
         "eigen-bases-stay-where-state-cannot-be-turned",
-        'return {side: "calibration" for side in ("short", "long") if getattr(self, side) == "gradient"}',
+        'return {side: "calibration" for side in ("short", "long") if getattr(self._options, side) == "gradient"}',
         "return {}",
         Selection("test_callback.py", "bases_are_measured"),
     ),

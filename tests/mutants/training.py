@@ -174,8 +174,8 @@ TRAINING = (
     ),
     Mutant(
         "zero-3-shares-are-swapped",
-        "min(share * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)",
-        "share * (1 - dist.get_rank(parameter.ds_process_group))",
+        "min(share * dist.get_rank(held.ds_process_group), held.ds_numel)",
+        "share * (1 - dist.get_rank(held.ds_process_group))",
         Selection("test_zero.py", "every_stage"),
     ),
     Mutant(
