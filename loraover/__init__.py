@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from loraover.common.version import __version__
 
 if TYPE_CHECKING:
+    from loraover.callbacks.calibration import trainer_loss as trainer_loss
     from loraover.callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from loraover.callbacks.loraover_callback import LoraOverCallback as LoraOverCallback
     from loraover.callbacks.seal_checkpoints import SealCheckpoints as SealCheckpoints
     from loraover.callbacks.seal_checkpoints import last_whole_checkpoint as last_whole_checkpoint
     from loraover.callbacks.seal_checkpoints import seal as seal
-    from loraover.callbacks.trainer_loss import trainer_loss as trainer_loss
     from loraover.checkpoint.checkpoint import Checkpoint as Checkpoint
     from loraover.checkpoint.checkpoint import read_checkpoint as read_checkpoint
     from loraover.checkpoint.training_state import restore as restore
@@ -73,7 +73,7 @@ _HOMES = {
     "seal": "callbacks.seal_checkpoints",
     "train": "training.run.train",
     "trainable_state_dict": "overparam.sharding",
-    "trainer_loss": "callbacks.trainer_loss",
+    "trainer_loss": "callbacks.calibration",
     "write_checkpoint": "checkpoint.training_state",
 }
 

@@ -1,9 +1,10 @@
-"""Batches of training data on which the model is run before training."""
+"""Batches on which the model is run before training, and the trainer's loss for them."""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from loraover.common.errors import ConfigError
-from loraover.overparam.probe import seeded
+from loraover.overparam.probe import Loss, check_collated, seeded
+
+METRICS = ("_metrics", "_stored_metrics")
+"""Attributes in which TRL's trainers collect metrics between logs; the second one in ORPO and CPO."""
 
 
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
@@ -37,22 +41,18 @@ def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> 
             rows = [dataset[i] for i in chosen]
         else:
             rows = list(islice(iter(dataset), count * size))
-            _check_begins_anew(dataset, rows, seed)
+            with seeded(seed, []):
+                again = list(islice(iter(dataset), 1))
+            if not _same(rows[:1], again):
+                raise ConfigError(
+                    f"the training data, a {type(dataset).__name__}: the model is run on its first {len(rows)} rows "
+                    "before training, and a second pass does not begin with the row that the first began with, so "
+                    "training would get other rows. Use a stream whose every pass begins anew in the same order, or a "
+                    "data set with a length and an index; or choose a schedule and options that do not run the model "
+                    "beforehand."
+                )
         batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [send_to_device(batch, device) for batch in batches]
-
-
-def _check_begins_anew(stream: Iterable[Any], rows: list[Any], seed: int) -> None:
-    """Raise ConfigError if a second pass over a stream does not begin where the first did, with the same seed."""
-    with seeded(seed, []):
-        again = list(islice(iter(stream), 1))
-    if not _same(rows[:1], again):
-        raise ConfigError(
-            f"the training data, a {type(stream).__name__}: the model is run on its first {len(rows)} rows before "
-            "training, and a second pass does not begin with the row that the first began with, so training would "
-            "get other rows. Use a stream whose every pass begins anew in the same order, or a data set with a length "
-            "and an index; or choose a schedule and options that do not run the model beforehand."
-        )
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -69,3 +69,43 @@ def _same(one: Any, other: Any) -> bool:
         return np.array_equal(one, other)
     equality: Any = type(one).__eq__
     return equality is object.__eq__ or bool(one == other)
+
+
+def trainer_loss(trainer: Any) -> Loss:
+    """Return a trainer's own loss as a function of a model and a batch, which leaves no trace in the trainer's logs.
+
+    TRL's trainers count tokens and collect metrics whenever they compute a loss. A copy of the trainer does so here.
+
+    Args:
+        trainer: Trainer of transformers or TRL with a `compute_loss`.
+
+    Example:
+        ```python
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import DPOConfig, DPOTrainer
+
+        from loraover import Budget, LoraOverCallback, LoraOverConfig, trainer_loss
+
+        callback = LoraOverCallback(LoraOverConfig(schedule="static", budget=Budget(fraction=0.25)))
+        trainer = DPOTrainer(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            args=DPOConfig("run", max_steps=4, bf16=False),  # True on a GPU
+            train_dataset=Dataset.from_list([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}]),
+            peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[callback],
+        )
+        callback.loss = trainer_loss(trainer)
+        trainer.train()
+        ```
+    """
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        check_collated(batch)
+        apart = copy.copy(trainer)  # whose counts of tokens are numbers of its own
+        held = vars(trainer)
+        vars(apart).update({name: copy.deepcopy(held[name]) for name in METRICS if name in held})
+        found: Tensor = apart.compute_loss(model, batch)
+        return found
+
+    return loss

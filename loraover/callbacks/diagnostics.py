@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.callbacks.loraover_callback import LoraOverCallback
@@ -30,7 +29,12 @@ def core_numbers(over: OverParameterization) -> dict[str, float]:
             square = float(stack.cpu().double().square().sum())
             centre, auxiliary = (centre + square, auxiliary) if k == group.centre else (centre, auxiliary + square)
         for frame in group.decomposition.frames(group.stacks, *group.shape):
-            conditions.append(_condition(frame.cpu().double()))
+            wide = frame.cpu().double()
+            if bool(wide.isfinite().all()):
+                values = torch.linalg.svdvals(wide)
+                conditions.append(float((values[:, 0] / values[:, -1]).max()))
+            else:  # which PyTorch refuses
+                conditions.append(math.nan)
     cores, matrices = over.num_parameters()
     everything = sum(site.size for site in over.sites.values())
     return {
@@ -41,22 +45,6 @@ def core_numbers(over: OverParameterization) -> dict[str, float]:
         "added_parameters": cores - matrices,
         "added_share": (cores - matrices) / everything,
     }
-
-
-def _condition(frame: Tensor) -> float:
-    """Return the largest condition number in a stack of matrices; NaN if one is not finite, which PyTorch refuses."""
-    if not bool(frame.isfinite().all()):
-        return math.nan
-    values = torch.linalg.svdvals(frame)
-    return float((values[:, 0] / values[:, -1]).max())
-
-
-def _may_log(args: TrainingArguments, state: TrainerState, step: int) -> bool:
-    """Whether the Trainer may log after this step, as far as is known before the step."""
-    if args.logging_strategy == "steps":
-        is_first = step == 1 and args.logging_first_step
-        return bool(is_first or step % max(1, int(state.logging_steps)) == 0)
-    return bool(args.logging_strategy == "epoch")
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -103,8 +91,12 @@ class DiagnosticsCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Copy A and B before a step that may be logged."""
-        self._before = factors(kwargs["model"]) if _may_log(args, state, state.global_step + 1) else None
+        """Copy A and B before a step that the Trainer may log, as far as is known before the step."""
+        may_log, step = args.logging_strategy == "epoch", state.global_step + 1
+        if args.logging_strategy == "steps":
+            is_first = step == 1 and args.logging_first_step
+            may_log = bool(is_first or step % max(1, int(state.logging_steps)) == 0)
+        self._before = factors(kwargs["model"]) if may_log else None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the measurements to what the Trainer logs."""

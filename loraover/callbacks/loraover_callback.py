@@ -95,7 +95,13 @@ class LoraOverCallback(TrainerCallback):
             )
             probe = Probe(model, batches, self.loss)
         if state.global_step > 0:
-            checkpoint = self._checkpoint(args, state)
+            named = self.resume_from or args.resume_from_checkpoint
+            checkpoint = Path(named) if isinstance(named, str | os.PathLike) else checkpoint_folder(args, state)
+            if not checkpoint.is_dir():
+                raise CheckpointError(
+                    f"{checkpoint}: the run was resumed at step {state.global_step}, but its cores are not there; "
+                    "name the folder with LoraOverCallback(resume_from=...)."
+                )
             self.over = self.restore(model, checkpoint, args.seed, steps=state.max_steps, probe=probe, config=config)
             self._logged_rounds = len(self.over.schedule.rounds)  # the checkpoint's log has them already
         else:
@@ -209,16 +215,6 @@ class LoraOverCallback(TrainerCallback):
         adapter = only_adapter(self.over.sites.values())
         restore(self.over, read_checkpoint(adapter_folder(Path(checkpoint), adapter)))
         return self.over
-
-    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
-        named = self.resume_from or args.resume_from_checkpoint
-        folder = Path(named) if isinstance(named, str | os.PathLike) else checkpoint_folder(args, state)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder}: the run was resumed at step {state.global_step}, but its cores are not there; "
-                "name the folder with LoraOverCallback(resume_from=...)."
-            )
-        return folder
 
 
 def _seeded(config: LoraOverConfig, seed: int) -> LoraOverConfig:

@@ -89,8 +89,11 @@ class SealCheckpoints(TrainerCallback):
         newest = checkpoint_folder(args, state)
         seal(newest)
         if self._limit is not None and self._limit > 0:  # the Trainer, too, takes 0 and less for no limit
+            # Neither counted nor deleted are checkpoints of later steps, left by a run that was then resumed from an
+            # earlier one, and those without a seal, which may have been saved before this callback was in use.
+            sealed = [folder for folder in checkpoints(newest.parent) if (folder / SEAL_FILE).is_file()]
             best = state.best_model_checkpoint
-            for folder in _superfluous(newest, self._limit):
+            for folder in sealed[sealed.index(newest) :][self._limit :]:
                 if best is None or folder.resolve() != Path(best).resolve():
                     shutil.rmtree(folder)
 
@@ -134,7 +137,21 @@ def last_whole_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: A file of a newer checkpoint, which may be complete, cannot be read.
     """
-    return next(filter(_is_whole, checkpoints(directory)), None)
+    for folder in checkpoints(directory):
+        try:
+            with (folder / SEAL_FILE).open("rb"):  # whose errors are of the system, not of the content
+                files = read_json(folder / SEAL_FILE, Seal).files
+            if all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in files.items()):
+                return folder
+        except (FileNotFoundError, CheckpointError):
+            continue
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or folder}: cannot be read: {error.strerror or error}, so it is not known whether "
+                "the checkpoint is complete. Make it readable, or move the checkpoint away to resume from an earlier "
+                "one."
+            ) from error
+    return None
 
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
@@ -155,27 +172,3 @@ def remove_incomplete(directory: str | os.PathLike[str], step: int) -> None:
     for folder in checkpoints(directory):
         if int(folder.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(folder)
-
-
-def _superfluous(newest: Path, limit: int) -> list[Path]:
-    """Return the sealed checkpoints, older than the newest, that exceed the limit.
-
-    Two kinds are neither counted nor deleted: checkpoints of later steps, left by a run that was then resumed from an
-    earlier one, and checkpoints without a seal, which may have been saved before this callback was in use.
-    """
-    sealed = [folder for folder in checkpoints(newest.parent) if (folder / SEAL_FILE).is_file()]
-    return sealed[sealed.index(newest) :][limit:]
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        with (folder / SEAL_FILE).open("rb"):  # whose errors are of the system, not of the content
-            files = read_json(folder / SEAL_FILE, Seal).files
-        return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in files.items())
-    except (FileNotFoundError, CheckpointError):
-        return False
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or folder}: cannot be read: {error.strerror or error}, so it is not known whether the "
-            "checkpoint is complete. Make it readable, or move the checkpoint away to resume from an earlier one."
-        ) from error

@@ -66,16 +66,16 @@ def piece_of(parameter: nn.Parameter) -> Piece | None:
     held: Any = parameter
     try:
         if hasattr(held, "_z3_optimizer"):  # every process holds an equal share, of which the last one's is filled up
-            engine = held._z3_optimizer
-            part, offset, share = engine.grad_position[engine.get_param_id(held)]
-            group = engine.sub_group_to_group_id[part]
-            if (parts := list(engine.sub_group_to_group_id.values()).count(group)) != 1:
+            zero = held._z3_optimizer
+            part, offset, share = zero.grad_position[zero.get_param_id(held)]
+            group = zero.sub_group_to_group_id[part]
+            if (parts := list(zero.sub_group_to_group_id.values()).count(group)) != 1:
                 raise ConfigError(
                     f"attach: DeepSpeed's ZeRO 3 steps a group of this model's trained parameters in {parts} parts, "
                     "one after another, and cores are stepped together. Raise sub_group_size."
                 )
             start = min(share * dist.get_rank(held.ds_process_group), held.ds_numel)
-            values = engine.fp32_partitioned_groups_flat[part].detach()
+            values = zero.fp32_partitioned_groups_flat[part].detach()
             values = values.narrow(0, offset, min(share, held.ds_numel - start))
             return Piece(values, offset, start, tuple(held.ds_shape), group)
         if hasattr(held, "_hp_mapping"):  # of stage 1 or 2: processes cut wherever their shares end

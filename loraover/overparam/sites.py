@@ -320,10 +320,10 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
         )
     if Version(version("peft")) < Version("0.19"):
         raise ConfigError(f"{module}: PEFT before 0.19 swaps A and B of experts. Install PEFT 0.19 or newer.")
-    for engine, is_cut in (("FSDP2", lambda p: hasattr(p, "to_local")), ("DeepSpeed's ZeRO", piece_of)):
+    for cutter, is_cut in (("FSDP2", lambda p: hasattr(p, "to_local")), ("DeepSpeed's ZeRO", piece_of)):
         if any(map(is_cut, layer.parameters(recurse=True))):
             raise ConfigError(
-                f"{module}: LoRA of experts is not supported under {engine}; train on one device or with DDP."
+                f"{module}: LoRA of experts is not supported under {cutter}; train on one device or with DDP."
             )
 
 

@@ -12,10 +12,10 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from loraover.callbacks.calibration import trainer_loss
 from loraover.callbacks.diagnostics import DiagnosticsCallback
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
-from loraover.callbacks.trainer_loss import trainer_loss
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.extras import install
 from loraover.common.ranks import launched
