@@ -54,7 +54,14 @@ class Connections:
         parts = urlsplit(url)
         self._host, self._url = str(parts.hostname), f"{parts.scheme}://{parts.netloc}"
         self._path = quote(parts.path, safe=IN_PATHS)
-        self._context = _tls(ca_file) if parts.scheme == "https" else None
+        self._context = None
+        if parts.scheme == "https":
+            if ca_file is None and ssl.get_default_verify_paths().cafile is None:  # as Python from python.org on macOS
+                with suppress(ImportError):
+                    import certifi
+
+                    ca_file = certifi.where()
+            self._context = ssl.create_default_context(cafile=ca_file)
         self._port = parts.port or (80 if self._context is None else 443)
         self._proxy = None if is_near(self._host) else _proxy(parts.scheme, f"{self._host}:{self._port}")
         self._open = set[Callable[[], None]]()
@@ -119,15 +126,6 @@ class Connections:
         """Cut off all connections; requests of other threads fail."""
         for cut in [*self._open]:
             cut()
-
-
-def _tls(ca_file: str | None) -> ssl.SSLContext:
-    if ca_file is None and ssl.get_default_verify_paths().cafile is None:  # as Python from python.org on macOS
-        with suppress(ImportError):
-            import certifi
-
-            ca_file = certifi.where()
-    return ssl.create_default_context(cafile=ca_file)
 
 
 def _proxy(scheme: str, place: str) -> Proxy | None:

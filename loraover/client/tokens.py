@@ -105,7 +105,12 @@ class TokenEndpoint(Endpoint):
             for line in _lines(response):
                 if not line.startswith(b"data: {"):
                     continue
-                now, piece = time.perf_counter(), self._parsed(model, line[6:])
+                now = time.perf_counter()
+                try:
+                    piece: dict[str, Any] = json.loads(line[6:])
+                except (ValueError, RecursionError) as error:
+                    found = self.beginning(self.hidden(line[6:].decode(errors="replace"), is_cut=True))
+                    raise EngineError(f"{model}: the answer broke off at {found}.") from error
                 if "choices" not in piece:
                     found = self.beginning(piece)
                     raise EngineError(f"{model}: the server failed in the middle of an answer: {found}")
@@ -126,14 +131,6 @@ class TokenEndpoint(Endpoint):
     def _body(self, model: str, prompt: list[int] | list[list[int]], max_tokens: int) -> dict[str, Any]:
         asked = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **self.GREEDY}
         return asked | {"ignore_eos": True, "logprobs": 0, "return_token_ids": True}
-
-    def _parsed(self, model: str, text: bytes) -> dict[str, Any]:
-        try:
-            piece: dict[str, Any] = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            found = self.beginning(self.hidden(text.decode(errors="replace"), is_cut=True))
-            raise EngineError(f"{model}: the answer broke off at {found}.") from error
-        return piece
 
 
 def _lines(response: HTTPResponse) -> Iterator[bytes]:

@@ -211,7 +211,15 @@ def publish_file(
             draft = folder / target.name
             fill(draft)
             sync(draft)
-            _name_file(draft, target, replace)
+            if replace:
+                draft.replace(target)
+            else:
+                check_free(target)
+                try:
+                    target.hardlink_to(draft)  # replaces nothing, as a rename would
+                except OSError:  # another command was faster, or the file system has no hard links
+                    check_free(target)
+                    draft.rename(target)
             sync(target.parent)
     except AbandonedError:
         return
@@ -219,18 +227,6 @@ def publish_file(
         if isinstance(error, OutputError):
             raise
         raise _output_error(target, error) from error
-
-
-def _name_file(draft: Path, target: Path, replace: bool) -> None:
-    if replace:
-        draft.replace(target)
-        return
-    check_free(target)
-    try:
-        target.hardlink_to(draft)  # replaces nothing, as a rename would
-    except OSError:  # another command was faster, or the file system has no hard links
-        check_free(target)
-        draft.rename(target)
 
 
 def publish_text(path: str | os.PathLike[str], text: str) -> None:

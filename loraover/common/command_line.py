@@ -94,19 +94,15 @@ class LazyGroup(Command, click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
         if name not in self.list_commands(ctx) and name[:1] != "-" and not ctx.resilient_parsing:
-            meant = self._meant(ctx, name)
-            ctx.fail(f"No such command {name!r}." + (f" Did you mean `{meant}`?" if meant else ""))
+            from difflib import get_close_matches
+
+            tree: LazyGroup = self if self._tree is None else imported(self._tree)
+            places: dict[str, str] = {}  # the shortest command line that ends with each word
+            for words in sorted(tree._places(ctx), key=len):
+                places.setdefault(words[-1], " ".join((str(tree.name), *words)))
+            meant = next((f" Did you mean `{places[one]}`?" for one in get_close_matches(name, places, n=1)), "")
+            ctx.fail(f"No such command {name!r}.{meant}")
         return super().resolve_command(ctx, args)
-
-    def _meant(self, ctx: click.Context, name: str) -> str | None:
-        """Shortest command line of all commands whose last word is this name, or else is spelled like it."""
-        from difflib import get_close_matches
-
-        tree: LazyGroup = self if self._tree is None else imported(self._tree)
-        places: dict[str, str] = {}
-        for words in sorted(tree._places(ctx), key=len):
-            places.setdefault(words[-1], " ".join((str(tree.name), *words)))
-        return next((places[one] for one in get_close_matches(name, places, n=1)), None)
 
     def _places(self, ctx: click.Context) -> Iterator[tuple[str, ...]]:
         """Yield the words of each command of this group and of the groups in it, which are imported."""

@@ -94,18 +94,16 @@ class Ranks:
             return [value]
         self._meetings += 1
         self._store.set(self._place(f"{self._meetings}/{self.rank}"), json.dumps(value))
-        return [json.loads(self._value_of(rank)) for rank in range(self.size)]
-
-    def _value_of(self, rank: int) -> bytes:
-        place = self._place(f"{self._meetings}/{rank}")
-        began = time.monotonic()
-        while not self._has(place):
-            if self._has(self._place("failed")):
-                raise self._failure()
-            if self.patience_s is not None and time.monotonic() - began > self.patience_s:
-                raise self._lost([rank])
-            time.sleep(POLL_S)
-        found: bytes = self._store.get(place)
+        found = []
+        for rank in range(self.size):
+            place, began = self._place(f"{self._meetings}/{rank}"), time.monotonic()
+            while not self._has(place):
+                if self._has(self._place("failed")):
+                    raise self._failure()
+                if self.patience_s is not None and time.monotonic() - began > self.patience_s:
+                    raise self._lost([rank])
+                time.sleep(POLL_S)
+            found.append(json.loads(self._store.get(place)))
         return found
 
     def start_group(self, backend: str, timeout_s: float) -> None:

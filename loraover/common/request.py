@@ -145,15 +145,14 @@ class Request:
             value, fault = declared.converted(getattr(self, name))
             object.__setattr__(self, name, value)
             faults += [] if fault is None else [f"{self.named(name)} {fault}"]
-        if faults := faults or [*self._missing(), *self.faults()]:
+        if not faults:
+            for name, declared in declarations(type(self)).items():
+                needs = declared.spec.needs
+                if needs and self._is_given(name) and not self._is_given(needs):
+                    faults.append(f"{self.named(name)} needs {self.named(needs)}, which is missing.")
+            faults += self.faults()
+        if faults:
             raise ConfigError(" ".join(faults))
-
-    def _missing(self) -> Iterator[str]:
-        fields = declarations(type(self))
-        for name, declared in fields.items():
-            needs = declared.spec.needs
-            if needs and self._is_given(name) and not self._is_given(needs):
-                yield f"{self.named(name)} needs {self.named(needs)}, which is missing."
 
     def _is_given(self, name: str) -> bool:
         """Whether an argument is not at its default."""
@@ -268,14 +267,11 @@ class Declared:
         pairs = [self.one(one) for one in ((value,) if isinstance(value, str | Path) else value)]
         several = tuple(one for one, _ in pairs)
         fault = next((fault for _, fault in pairs if fault is not None), None)
-        return several, fault or self._fault_of_all(several)
-
-    def _fault_of_all(self, several: Sequence[Any]) -> str | None:
-        if not several and (self.default is MISSING or self.default):
-            return "is empty, expected one or more."
-        if self.spec.are_different and len(set(several)) < len(several):
-            return f"names one twice: {', '.join(map(str, several))}; name each once."
-        return None
+        if fault is None and not several and (self.default is MISSING or self.default):
+            fault = "is empty, expected one or more."
+        if fault is None and self.spec.are_different and len(set(several)) < len(several):
+            fault = f"names one twice: {', '.join(map(str, several))}; name each once."
+        return several, fault
 
     def one(self, value: Any) -> tuple[Any, str | None]:
         """Convert one value as `converted` does, or one of several."""
@@ -287,19 +283,16 @@ class Declared:
             return value, f"is {value!r}, expected {'a number' if self.kind is float else self.kind.__name__.lower()}."
         kind = AddressPath if self.spec.is_source else self.kind
         value = kind(self.spec.also.get(value, value) if isinstance(value, str) else value)
-        return value, self._fault(value)
-
-    def _fault(self, value: Any) -> str | None:
-        spec = self.spec
+        fault, spec = None, self.spec
         if spec.choices and value not in spec.choices and not (spec.accepts and spec.accepts(value)):
-            return f"is {value!r}, expected one of {', '.join(spec.choices)}."
-        if spec.least is not None and not value >= spec.least:
-            return f"is {value}, expected {spec.least:g} or more."
-        if spec.above is not None and not value > spec.above:
-            return f"is {value}, expected more than {spec.above:g}."
-        if spec.most is not None and not value <= spec.most:
-            return f"is {value}, expected {spec.most:g} at most."
-        return None
+            fault = f"is {value!r}, expected one of {', '.join(spec.choices)}."
+        elif spec.least is not None and not value >= spec.least:
+            fault = f"is {value}, expected {spec.least:g} or more."
+        elif spec.above is not None and not value > spec.above:
+            fault = f"is {value}, expected more than {spec.above:g}."
+        elif spec.most is not None and not value <= spec.most:
+            fault = f"is {value}, expected {spec.most:g} at most."
+        return value, fault
 
     def words(self, value: Any) -> list[str]:
         """Return the words of a command line that give the value."""
@@ -326,20 +319,21 @@ def declarations(request: type[Request]) -> Mapping[str, Declared]:
 @cache  # the hints of all fields are evaluated, and checks ask for a name with each module of a model
 def _declarations(request: Any) -> Mapping[str, Declared]:
     hints = typing.get_type_hints(request)
-    found: dict[str, Field[Any]] = {one.name: one for one in fields(request) if "spec" in one.metadata}
-    names = dict.fromkeys(name for kind in request.__mro__ for name in inspect.get_annotations(kind))
-    return {name: _declared(found[name], hints[name]) for name in names if name in found}
-
-
-def _declared(one: Field[Any], hint: Any) -> Declared:
-    is_optional = False
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        parts = [part for part in typing.get_args(hint) if part is not type(None)]
-        is_optional = len(parts) < len(typing.get_args(hint))
-        hint = parts[0] if len(parts) == 1 else object
-    is_several = typing.get_origin(hint) is tuple
-    kind = typing.get_args(hint)[0] if is_several else hint
-    return Declared(one.name, kind, is_several, is_optional, one.default, one.metadata["spec"])
+    known: dict[str, Field[Any]] = {one.name: one for one in fields(request) if "spec" in one.metadata}
+    found = {}
+    for name in dict.fromkeys(name for kind in request.__mro__ for name in inspect.get_annotations(kind)):
+        if name not in known:
+            continue
+        hint, is_optional = hints[name], False
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+            parts = [part for part in typing.get_args(hint) if part is not type(None)]
+            is_optional = len(parts) < len(typing.get_args(hint))
+            hint = parts[0] if len(parts) == 1 else object
+        is_several = typing.get_origin(hint) is tuple
+        kind = typing.get_args(hint)[0] if is_several else hint
+        one = known[name]
+        found[name] = Declared(name, kind, is_several, is_optional, one.default, one.metadata["spec"])
+    return found
 
 
 @contextmanager

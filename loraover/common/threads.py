@@ -74,7 +74,10 @@ def workers() -> Iterator[Workers]:
     """
     threads = min(torch.get_num_threads(), MAX_WORKERS)
     ending = Event()
-    _keep_freed_memory()
+    # By default, glibc gives blocks above 128 KiB back to the system when they are freed, and the system clears the
+    # memory of each new one, which takes ten times as long as one operation on it. Once a larger block has been freed,
+    # glibc keeps all blocks up to that size (mallopt(3), "dynamic mmap threshold"). Elsewhere this has no effect.
+    torch.empty(KEPT_BYTES, dtype=torch.uint8)
     with one_thread():
         pool = ThreadPoolExecutor(threads)
         try:
@@ -82,13 +85,3 @@ def workers() -> Iterator[Workers]:
         finally:
             ending.set()
             pool.shutdown(cancel_futures=True)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library reuse the memory of freed tensors.
-
-    By default, glibc gives blocks above 128 KiB back to the system when they are freed, and the system clears the
-    memory of each new one, which takes ten times as long as one operation on it. Once a larger block has been freed,
-    glibc keeps all blocks up to that size (mallopt(3), "dynamic mmap threshold"). Elsewhere this has no effect.
-    """
-    torch.empty(KEPT_BYTES, dtype=torch.uint8)

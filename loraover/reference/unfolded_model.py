@@ -107,22 +107,20 @@ class _Delta:
             scale *= getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
         else:
             x = self.widened(args[0], device, wide).flatten(0, -2)
-        delta = self._delta(x, wide)
+        if self.sampled is None or self.others is None or self.sampled.count(len(x)) == len(x):
+            delta = self._product(self.pair, x, wide)
+        else:
+            chosen = self.sampled.positions(len(x)).to(x.device)
+            delta = self._product(self.others, x, wide)
+            delta = delta.index_copy(0, chosen, self._product(self.pair, x[chosen], wide))
         if self.bias is not None:
             self.bias = self.bias.to(device).to(wide)
             delta = delta + self.bias
         changed = output.to(device).to(wide) + scale * delta.reshape(output.shape)
         return changed.to(output.dtype).to(output.device)
 
-    def _delta(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """B(A(x)) of the inputs (tokens, n), or of the indices (tokens,) into an embedding."""
-        if self.sampled is None or self.others is None or self.sampled.count(len(x)) == len(x):
-            return self._product(self.pair, x, dtype)
-        delta = self._product(self.others, x, dtype)
-        chosen = self.sampled.positions(len(x)).to(x.device)
-        return delta.index_copy(0, chosen, self._product(self.pair, x[chosen], dtype))
-
     def _product(self, pair: tuple[Factor, Factor], x: Tensor, dtype: torch.dtype) -> Tensor:
+        """B(A(x)) of the inputs (tokens, n), or of the indices (tokens,) into an embedding."""
         a, b = pair
         if not self.is_embedding:
             return b.apply(a.apply(x))
@@ -171,8 +169,22 @@ def unfolded(
         with ExitStack() as files:
             exact = files.enter_context(adapter.open())
             others = None if sampled is None else files.enter_context(sampled.others.open())
-            for target, delta in _hooks(base, weights, exact, delta_dtype, sampled, others):
-                handles.append(target.register_forward_hook(delta))
+            widened = _Widened()
+            for path, module in adapter.modules.items():
+                if path in weights or path in adapter.experts:
+                    continue
+                bias_key = f"{KEY_PREFIX}{path}.lora_B.bias"
+                hook = _Delta(
+                    pair=_pair(exact, module),
+                    sampled=sampled,
+                    others=None if others is None else _pair(others, module),
+                    bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
+                    scaling=module.scaling,
+                    is_embedding=module.is_embedding,
+                    dtype=delta_dtype,
+                    widened=widened,
+                )
+                handles.append(target_module(base, adapter, path).register_forward_hook(hook))
             for name, added in _deltas(experts, weights, exact):
                 saved |= _add(base, name, added)
             saved.update(load_others(base, exact))
@@ -212,34 +224,6 @@ def _weights(base: nn.Module, adapter: AdapterDir, experts: Mapping[str, ExpertW
             or (path.rpartition(".")[0] in blocks and not isinstance(module, nn.Linear | nn.Embedding))
         )
     }
-
-
-def _hooks(
-    base: nn.Module,
-    weights: set[str],
-    exact: ExactAdapter,
-    dtype: torch.dtype,
-    sampled: Sampled | None,
-    others: ExactAdapter | None,
-) -> Iterator[tuple[nn.Module, _Delta]]:
-    """Yield each adapted module with the hook that adapts it, but for experts and modules whose weight changes."""
-    adapter, widened = exact.adapter, _Widened()
-    for path, module in adapter.modules.items():
-        if path in weights or path in adapter.experts:
-            continue
-        target = target_module(base, adapter, path)
-        bias_key = f"{KEY_PREFIX}{path}.lora_B.bias"
-        hook = _Delta(
-            pair=_pair(exact, module),
-            sampled=sampled,
-            others=None if others is None else _pair(others, module),
-            bias=exact.plain.read(bias_key) if bias_key in exact.plain.keys else None,
-            scaling=module.scaling,
-            is_embedding=module.is_embedding,
-            dtype=dtype,
-            widened=widened,
-        )
-        yield target, hook
 
 
 def _deltas(

@@ -298,8 +298,8 @@ SERVING = (
     ),
     Mutant(
         "client-any-certificate-is-taken",
-        "return ssl.create_default_context(cafile=ca_file)",
-        "return ssl._create_unverified_context(cafile=ca_file)",
+        "self._context = ssl.create_default_context(cafile=ca_file)",
+        "self._context = ssl._create_unverified_context(cafile=ca_file)",
         Selection("test_endpoint.py", "certificates"),
     ),
     Mutant(
