@@ -97,7 +97,7 @@ METHODS = (
     ),
     Mutant(
         "eigen-bases-are-never-refreshed",
-        "        with full_precision(self.group.stacks[0].device):\n            self._refresh()\n",
+        "            self._turn(turns, squares)\n",
         "",
         Selection("test_measured_updates.py", "the_oracles"),
     ),
@@ -115,8 +115,8 @@ METHODS = (
     ),
     Mutant(
         "eigen-turns-the-rounded-matrices",
-        'moments of these."""\n        group = self.group\n',
-        'moments of these."""\n        group = self.group\n'
+        'these: those of squares by `squares`."""\n        group = self.group\n',
+        'these: those of squares by `squares`."""\n        group = self.group\n'
         "        centre = group.stacks[group.centre]\n"
         "        values = torch.stack([site.values for site in group.sites]).to(centre)\n"
         "        centre.copy_(group.decomposition.to_centre(group.stacks, values, *group.shape))\n",

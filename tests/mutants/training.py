@@ -131,8 +131,8 @@ TRAINING = (
     ),
     Mutant(
         "late-answer-is-never-read",
-        "before, self._asked = self._asked, _ask(differs)",
-        "before, self._asked = None, _ask(differs)",
+        "before, self._asked = self._asked, _Asked(",
+        "before, self._asked = None, _Asked(",
         Selection("test_fingerprints.py", "answers_late"),
     ),
     # Moments and shards
@@ -261,8 +261,8 @@ TRAINING = (
     # Output and JSON
     Mutant(
         "output-name-before-content",
-        "sync(draft)\n            _name_file(draft, target, replace)",
-        "_name_file(draft, target, replace)\n            sync(target)",
+        "            sync(draft)\n            if replace:\n",
+        "            if replace:\n",
         Selection("test_output.py"),
     ),
     Mutant(
