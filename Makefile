@@ -28,7 +28,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # takes 10 s of processor time from the kept files and 21 s without them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-parity check test frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
+.PHONY: demo demo-parity check test test-lab frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint release fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
@@ -90,6 +90,10 @@ check: lint
 test:
 	$(MAKE) --jobs 4 installed lint
 	$(PYTEST)
+
+# The tests of studies, benchmarks and the methods of other papers alone.
+test-lab: installed
+	$(PYTEST) tests/lab
 
 installed: $(VENV)/.installed $(VENV)/quantisers .venv-trackers/.installed vllm debian-packages
 
@@ -310,7 +314,7 @@ schedules: $(VENV)/.installed
 
 # Two methods, rates and seeds on a tiny model: killed in the middle, finished, and the same report as without.
 study-smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/study/test_study.py -k "killed_study or study_that_was_killed or made_again_and"
+	$(BIN)/python -m pytest tests/lab/test_study.py -k "killed_study or study_that_was_killed or made_again_and"
 
 # setuptools warns of every editable installation. Modules are compiled when they are first imported: few of them are, and
 # to compile all takes half of the time of an installation.

@@ -10,9 +10,8 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel
 
-PACKAGES = {
-    f"api/{name.removeprefix('loraover_')}.md": name for name in ("loraover", "loraover_export", "loraover_serve")
-}
+NAMES = ("loraover", "loraover_export", "loraover_serve", "loraover_lab")
+PACKAGES = {f"api/{name.removeprefix('loraover_')}.md": name for name in NAMES}
 """Package of each page."""
 PART = """
 ::: {path}

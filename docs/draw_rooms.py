@@ -1,4 +1,4 @@
-"""Draw the rooms of the three packages, and the imports between them, as docs/rooms.svg.
+"""Draw the rooms of the four packages, and the imports between them, as docs/rooms.svg.
 
     python docs/draw_rooms.py           # write the figure
     python docs/draw_rooms.py --check   # exit code 1 if the figure shows other imports
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import grimp
 
 FIGURE = Path(__file__).with_name("rooms.svg")
-PACKAGES = {"loraover": "#3b7dd8", "loraover_export": "#2e9e6b", "loraover_serve": "#d9822b"}
-COLUMNS = {"loraover": (0, 260), "loraover_export": (260, 790), "loraover_serve": (790, 1010)}
+PACKAGES = {"loraover": "#3b7dd8", "loraover_export": "#2e9e6b", "loraover_serve": "#d9822b", "loraover_lab": "#8250c4"}
+COLUMNS = {"loraover_lab": (0, 230), "loraover": (0, 260), "loraover_export": (260, 790), "loraover_serve": (790, 1010)}
 WIDTH, BOX, HEIGHT, ROW = 1010, 100, 44, 90
 Arrows = dict[str, set[str]]
 
@@ -31,7 +31,7 @@ class Box(NamedTuple):
 
 
 def read_arrows() -> Arrows:
-    """Find the rooms that each room imports, such as {"loraover.study": {"loraover.training", ...}}."""
+    """Find the rooms that each room imports, such as {"loraover_lab.study": {"loraover.training", ...}}."""
     graph = grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True)
     rooms = {child for package in PACKAGES for child in graph.find_children(package) if graph.find_children(child)}
     arrows: Arrows = {room: set() for room in rooms}

@@ -22,6 +22,7 @@ PACKAGES = {
     "loraover": "loraover",
     "loraover_export": "export/loraover_export",
     "loraover_serve": "serve/loraover_serve",
+    "loraover_lab": "lab/loraover_lab",
 }
 WRITTEN_PAGE = "compatibility.md"
 """Page of the docs that `make test-engines` writes; its words are not counted."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from loraover.checkpoint.training_state import restore as restore
     from loraover.checkpoint.training_state import write_checkpoint as write_checkpoint
     from loraover.common.reporter import Reporter as Reporter
-    from loraover.evaluation.results import Evaluation as Evaluation
-    from loraover.evaluation.run import evaluate as evaluate
     from loraover.inspection.folder import inspect_folder as inspect_folder
     from loraover.inspection.installation import Installation as Installation
     from loraover.inspection.installation import check_installation as check_installation
@@ -31,10 +29,6 @@ if TYPE_CHECKING:
     from loraover.overparam.probe import Probe as Probe
     from loraover.overparam.sharding import trainable_state_dict as trainable_state_dict
     from loraover.reporting.reporter import ConsoleReporter as ConsoleReporter
-    from loraover.study.power import PowerReport as PowerReport
-    from loraover.study.power import predict_power as predict_power
-    from loraover.study.report import StudyReport as StudyReport
-    from loraover.study.runner import run_study as run_study
     from loraover.training.recipe import Recipe as Recipe
     from loraover.training.recipe import load_recipe as load_recipe
     from loraover.training.run.train import train as train
@@ -47,29 +41,23 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "ConsoleReporter": "reporting.reporter",
     "DiagnosticsCallback": "callbacks.diagnostics",
-    "Evaluation": "evaluation.results",
     "FolderReport": "inspection.report",
     "Installation": "inspection.installation",
     "LoraOverCallback": "callbacks.loraover_callback",
     "LoraOverConfig": "overparam.config",
     "OverParameterization": "overparam.parameterization",
-    "PowerReport": "study.power",
     "Probe": "overparam.probe",
     "Recipe": "training.recipe",
     "Reporter": "common.reporter",
     "RunResult": "training.run_result",
     "SealCheckpoints": "callbacks.seal_checkpoints",
-    "StudyReport": "study.report",
     "check_installation": "inspection.installation",
-    "evaluate": "evaluation.run",
     "inspect_folder": "inspection.folder",
     "last_whole_checkpoint": "callbacks.seal_checkpoints",
     "load_recipe": "training.recipe",
-    "predict_power": "study.power",
     "read_checkpoint": "checkpoint.checkpoint",
     "read_run": "training.run_result",
     "restore": "checkpoint.training_state",
-    "run_study": "study.runner",
     "seal": "callbacks.seal_checkpoints",
     "train": "training.run.train",
     "trainable_state_dict": "overparam.sharding",
@@ -77,11 +65,15 @@ _HOMES = {
     "write_checkpoint": "checkpoint.training_state",
 }
 
+_OF_THE_LAB = ("Evaluation", "PowerReport", "StudyReport", "evaluate", "predict_power", "run_study")
+
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that commands start fast."""
+    if name in _OF_THE_LAB:
+        raise AttributeError(f"module 'loraover' has no attribute {name!r}: import it from loraover_lab")
     if name not in _HOMES:
         raise AttributeError(f"module 'loraover' has no attribute {name!r}")
     return getattr(import_module(f"loraover.{_HOMES[name]}"), name)

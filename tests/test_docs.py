@@ -26,8 +26,8 @@ from loraover.common.extras import INSTALL
 from loraover_serve.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("loraover", "export/loraover_export", "serve/loraover_serve")
-API_PAGES = {"loraover": "loraover", "loraover_export": "export", "loraover_serve": "serve"}
+ROOMS = ("loraover", "export/loraover_export", "serve/loraover_serve", "lab/loraover_lab")
+API_PAGES = {"loraover": "loraover", "loraover_export": "export", "loraover_serve": "serve", "loraover_lab": "lab"}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 

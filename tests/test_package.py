@@ -28,6 +28,12 @@ from loraover.common.version import __version__
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[1]
+HOMES = {
+    "loraover": ROOT,
+    "loraover_export": ROOT / "export",
+    "loraover_serve": ROOT / "serve",
+    "loraover_lab": ROOT / "lab",
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -42,7 +48,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for package in ("loraover", "export", "serve"):
+    for package in ("loraover", "export", "serve", "lab"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -85,10 +91,15 @@ def files_of(package: str, root: Path) -> set[str]:
 
 def test_wheel_holds_code_types_templates_and_recipes(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for package in ("loraover", "loraover_export", "loraover_serve"):
-        assert {f"{package}/py.typed", f"{package}/cli/__init__.py"} <= names
+    for package in HOMES:
+        assert f"{package}/py.typed" in names
     assert "loraover/training/recipes/demo.yaml" in names
-    sources = {"loraover": ROOT, "loraover_export": ROOT / "export", "loraover_serve": ROOT / "serve"}
+    sources = {
+        "loraover": ROOT,
+        "loraover_export": ROOT / "export",
+        "loraover_serve": ROOT / "serve",
+        "loraover_lab": ROOT / "lab",
+    }
     shipped = (path for root in sources.items() for path in files_of(*root))
     assert set(shipped) <= names
     assert not [name for name in names if name.startswith("test") or "/test" in name]
@@ -158,11 +169,13 @@ def test_workflows_call_targets_of_make_and_only_the_last_job_publishes() -> Non
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    graph = grimp.build_graph("loraover", "loraover_export", "loraover_serve", exclude_type_checking_imports=True)
+    graph = grimp.build_graph(
+        "loraover", "loraover_export", "loraover_serve", "loraover_lab", exclude_type_checking_imports=True
+    )
     TopologicalSorter({one: graph.find_modules_directly_imported_by(one) for one in graph.modules}).prepare()
 
 
 def test_a_name_of_a_class_stands_for_one_thing() -> None:
-    files = [file for package in ("loraover", "export", "serve") for file in (ROOT / package).rglob("*.py")]
+    files = [file for package in ("loraover", "export", "serve", "lab") for file in (ROOT / package).rglob("*.py")]
     names = Counter(name for file in files for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE))
     assert {name for name, count in names.items() if count > 1} == set()

@@ -34,7 +34,7 @@ from support.verified import save_adapter, save_base
 from support.vllm_command import leaks_in_mixed_batches, vllm_command
 from support.vllm_stand_in import stand_in
 
-PACKAGES = [Path(__file__).parents[1] / name for name in ("loraover", "export", "serve")]
+PACKAGES = [Path(__file__).parents[1] / name for name in ("loraover", "export", "serve", "lab")]
 NAMED = re.compile(
     r"loraover (?:train|eval|inspect|doctor|compare|study|recipes|check|record|verify|export \w+|serve \w+)"
     r"(?: (?:A|B|\.{3}|--mode \w+|--engine \w+))*"

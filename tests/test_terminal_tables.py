@@ -20,15 +20,11 @@ from loraover.adapters.show import show_diff, show_lora
 from loraover.adapters.uniform.certificate import LoraCertificate, ModuleCertificate
 from loraover.checkpoint.metadata import Meta
 from loraover.common.extras import install
-from loraover.evaluation.results import Evaluation, ModelResult, show_evaluation
 from loraover.inspection.folder import read_schedule
 from loraover.inspection.installation import Extra, Installation, ListedEngine, show_installation
 from loraover.inspection.request import DoctorRequest
 from loraover.reporting.reporter import print_rows
 from loraover.reporting.schedule_map import show_schedule
-from loraover.study.power import PowerReport, TaskPower
-from loraover.study.request import StudyRequest
-from loraover.study.show import show_power
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
 from loraover_export.fold.show import show_certificate
@@ -39,6 +35,10 @@ from loraover_export.merge.rounding_loss import RoundingLoss
 from loraover_export.merge.show import show_merge
 from loraover_export.prepare.report import show_report as show_fleet
 from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
+from loraover_lab.evaluation.results import Evaluation, ModelResult, show_evaluation
+from loraover_lab.study.power import PowerReport, TaskPower
+from loraover_lab.study.request import StudyRequest
+from loraover_lab.study.show import show_power
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.parity.judge.several import Together
 from loraover_serve.parity.report.parity_report import ParityReport

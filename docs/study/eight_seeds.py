@@ -27,12 +27,12 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import LoraOverError
 from loraover.common.multiple_testing import holm
 from loraover.common.provenance import environment, today
-from loraover.study.analysis import LEVEL, difference, mean_loss
-from loraover.study.grid import DEFAULTS, Run
-from loraover.study.kept_runs import finished, keep
-from loraover.study.outcome import RunOutcome, execute
-from loraover.study.tuning import check_inputs, losses_of, tokens_of
 from loraover.training.recipe import load_recipe
+from loraover_lab.study.analysis import LEVEL, difference, mean_loss
+from loraover_lab.study.grid import DEFAULTS, Run
+from loraover_lab.study.kept_runs import finished, keep
+from loraover_lab.study.outcome import RunOutcome, execute
+from loraover_lab.study.tuning import check_inputs, losses_of, tokens_of
 
 Registration = Mapping[str, Any]
 Outcomes = Mapping[Run, RunOutcome]

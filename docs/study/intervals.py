@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/study/intervals.py
 
-Beside the rule of `loraover.study.analysis` stands one with S - 1 degrees of freedom for all of the error, which an
+Beside the rule of `loraover_lab.study.analysis` stands one with S - 1 degrees of freedom for all of the error, which an
 earlier rule had.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from loraover.study.analysis import LEVEL, Spread
+from loraover_lab.study.analysis import LEVEL, Spread
 
 FREEDOM = (3, 120)
 OF_SEEDS = (0.0, 0.1, 1.0, 10.0)

@@ -24,14 +24,14 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import LoraOverError
 from loraover.common.provenance import environment, today
 from loraover.reporting.reporter import ConsoleReporter
-from loraover.study.analysis import LEVEL, Losses, Spread, difference, mean_loss, percent_variances
-from loraover.study.grid import DEFAULTS, Run
-from loraover.study.kept_runs import finished
-from loraover.study.outcome import RunOutcome, execute
-from loraover.study.request import StudyRequest
-from loraover.study.runner import run_grid
-from loraover.study.tuning import check_inputs, losses_of, tokens_of
 from loraover.training.recipe import load_recipe
+from loraover_lab.study.analysis import LEVEL, Losses, Spread, difference, mean_loss, percent_variances
+from loraover_lab.study.grid import DEFAULTS, Run
+from loraover_lab.study.kept_runs import finished
+from loraover_lab.study.outcome import RunOutcome, execute
+from loraover_lab.study.request import StudyRequest
+from loraover_lab.study.runner import run_grid
+from loraover_lab.study.tuning import check_inputs, losses_of, tokens_of
 
 Registration = Mapping[str, Any]
 HERE = Path(__file__).parent

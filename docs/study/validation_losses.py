@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from loraover.study.kept_runs import read_kept
-from loraover.study.tuning import validation_loss
+from loraover_lab.study.kept_runs import read_kept
+from loraover_lab.study.tuning import validation_loss
 
 
 def main(folder: Path) -> None:

@@ -9,9 +9,6 @@ from loraover.reporting.request_command import Reporting
 
 COMMANDS = {
     "train": "loraover.cli.train:train",
-    "study": "loraover.cli.study:study",
-    "compare": "loraover.cli.compare:compare",
-    "eval": "loraover.cli.evaluate:evaluate_command",
     "inspect": "loraover.cli.inspect:inspect",
     "recipes": "loraover.cli.recipes:recipes",
     "doctor": Reporting(

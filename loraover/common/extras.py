@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-_WITH_TORCH = ("torch", "train", "eval", "export", "llamacpp", "serve")
-_WITH_PEFT = ("export", "train", "eval", "llamacpp", "serve")
+_WITH_TORCH = ("torch", "train", "eval", "export", "lab", "llamacpp", "serve")
+_WITH_PEFT = ("export", "train", "eval", "lab", "llamacpp", "serve")
 EXTRAS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("torch", "transformers"), _WITH_TORCH),
     "peft": _WITH_PEFT,
-    "scipy": ("serve", "train", "eval"),
-    "datasets": ("train", "eval"),
-    **dict.fromkeys(("accelerate", "sentencepiece", "tensorboard", "trl"), ("train",)),
-    "lm_eval": ("eval",),
+    "scipy": ("serve", "lab", "eval"),
+    "datasets": ("train", "eval", "lab"),
+    **dict.fromkeys(("accelerate", "sentencepiece", "tensorboard", "trl"), ("train", "lab")),
+    "lm_eval": ("eval", "lab"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxruntime_genai", "onnxscript"), ("export",)),
-    "gguf": ("llamacpp", "train"),
+    "gguf": ("llamacpp", "train", "lab"),
     "llama_cpp_py_sync": ("llamacpp",),
     **dict.fromkeys(("OpenSSL", "cryptography", "model_signing"), ("sign",)),
     "prometheus_client": ("watch",),

@@ -21,8 +21,10 @@ from loraover.models.device import total_memory
 from loraover.reporting.reporter import print_rows
 from loraover.sources.verb import verb
 
-ENGINE_GROUP = "loraover.doctor"
-"""Entry points in this group are functions that return the engines of a package."""
+GROUP = "loraover.doctor"
+SANDBOX = "sandbox"
+"""Entry points in the group are functions that return the engines of a package; the one of this name is a function that
+raises ConfigError where HumanEval's sandbox does not work."""
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "trl", "accelerate", "datasets", "huggingface-hub")
 HUB_TIMEOUT_S = 3.0
@@ -85,7 +87,8 @@ class Installation(_Part):
 @verb(DoctorRequest)
 def check_installation(request: DoctorRequest) -> Installation:
     """Describe this installation."""
-    engines, faults = find_engines(entry_points(group=ENGINE_GROUP))
+    points = entry_points(group=GROUP)
+    engines, faults = find_engines(point for point in points if point.name != SANDBOX)
     return Installation(
         loraover=__version__,
         python=f"{platform.python_version()}, {platform.system()} {platform.machine()}",
@@ -93,7 +96,7 @@ def check_installation(request: DoctorRequest) -> Installation:
         libraries={name: _version(name) for name in LIBRARIES},
         extras=missing_extras(metadata("loraover").get_all("Provides-Extra") or [], requires("loraover") or []),
         hub="not asked (offline)" if request.offline else _hub(),
-        sandbox=_sandbox(),
+        sandbox=_sandbox(next((point for point in points if point.name == SANDBOX), None)),
         engines=engines,
         faults=faults,
     )
@@ -192,11 +195,15 @@ def _hub() -> str:
     return answers[0] if answers else f"{address} does not answer within {HUB_TIMEOUT_S:g} s"
 
 
-def _sandbox() -> str:
-    from loraover.evaluation.sandbox import check_sandbox
-
+def _sandbox(point: EntryPoint | None) -> str:
     try:
-        check_sandbox()
+        check = None if point is None else point.load()
+    except ModuleNotFoundError:
+        check = None
+    if check is None:
+        return f"not installed: {install('lab')}"
+    try:
+        check()
     except ConfigError as error:
         return str(error)
     return "ready"

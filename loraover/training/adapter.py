@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
-from loraover.training.methods.base import TrainingMethod
+from loraover.training.method import TrainingMethod
 from loraover.training.recipe import Recipe
 from loraover.training.trainers import build, lora_options
 

@@ -15,10 +15,12 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from loraover.checkpoint.adapter_config import KEPT_BASE
 from loraover.common.errors import ConfigError
+from loraover.common.extras import install
 from loraover.common.paths import kind_of
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover.data.sources import LOCAL_SUFFIXES
-from loraover.training.methods import BUILT_IN, METHODS, MethodKeys
+from loraover.training.method_table import BUILT_IN, METHODS, MethodKeys
+from loraover.training.method_table import MISSING as MISSING_METHODS
 from loraover.training.recipe_parts import AUTO, BATCH, SOAP
 
 LEARNS_TOKENS = (None, "sft", "seq2seq")
@@ -40,6 +42,8 @@ class Recipe(MethodKeys):
     @field_validator("method")
     @classmethod
     def _is_known(cls, method: str) -> str:
+        if method in MISSING_METHODS:
+            raise ValueError(f"method {method} is not installed: {install('lab')}")
         if method not in METHOD_NAMES:
             raise ValueError(f"expected one of {', '.join(METHOD_NAMES)}")
         return method
@@ -270,7 +274,9 @@ def _faults(error: ValidationError) -> list[str]:
     faults = []
     for fault in error.errors(include_url=False):
         place = ".".join(map(str, fault["loc"]))
-        if fault["type"] == "extra_forbidden":
+        if fault["type"] == "extra_forbidden" and place in MISSING_METHODS:
+            faults.append(f"{place}: the method of these settings is not installed: {install('lab')}")
+        elif fault["type"] == "extra_forbidden":
             faults.append(f"{place}: unknown key{hint(str(fault['loc'][-1]), _known_keys(fault['loc'][:-1]))}")
         elif fault["type"] == "missing":
             faults.append(f"{place}: required and missing{MISSING.get(place, '')}")

@@ -30,7 +30,7 @@ class Measures(StrictModel):
 
 
 class Privacy(StrictModel):
-    """Guarantee of differential privacy for one training example, see `loraover.training.methods.federated`."""
+    """Guarantee of differential privacy for one training example, see `loraover_lab.methods.federated`."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 

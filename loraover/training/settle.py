@@ -14,8 +14,8 @@ from loraover.models.load import ModelSource, load_config, load_processor, takes
 from loraover.training.checks import check_rows, row_form
 from loraover.training.launch.defaults import with_batch, with_defaults
 from loraover.training.launch.memory import Gpus
-from loraover.training.methods import make_method
-from loraover.training.methods.base import TrainingMethod
+from loraover.training.method import TrainingMethod
+from loraover.training.method_table import make_method
 from loraover.training.recipe import Recipe
 from loraover.training.rows.data import Examples, load_examples, report_rows, report_skipped
 from loraover.training.rows.lengths import Tokens, check_fit, count_tokens

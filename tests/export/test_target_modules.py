@@ -24,9 +24,9 @@ from loraover.checkpoint.path_patterns import ALL, ENDING, match_path
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.target_modules import DEFAULTS, Targets
 from loraover.common.errors import CheckpointError, ExportError
-from loraover.evaluation.subjects import in_memory
 from loraover.models.load import resolve_model
 from loraover_export import check_adapter, convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
+from loraover_lab.evaluation.subjects import in_memory
 
 from support.adapters_on_disk import save_base, save_lora
 from support.check_cases import lose_layer_1

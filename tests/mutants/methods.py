@@ -1,4 +1,4 @@
-"""Faults of `loraover.training.methods` and of the bases of decomposition eigen."""
+"""Faults of the methods of training and of the bases of decomposition eigen."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import loraover
-from loraover.training.methods import METHODS
+from loraover.training.method_table import METHODS
 from loraover_export import export_vllm
 from loraover_serve import EngineResult, serve_adapters, verify_adapter
 from loraover_serve.judge.names import NOT_APPLIED

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loraover.evaluation.mt_bench import QUESTIONS, REFERENCES
+from loraover_lab.evaluation.mt_bench import QUESTIONS, REFERENCES
 
 PROMPTS = {
     "single-v1": "[Question]\n{question}\n[Answer]\n{answer}",

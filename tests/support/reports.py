@@ -18,8 +18,6 @@ from loraover.inspection.folder import inspect_folder, read_schedule
 from loraover.inspection.show import to_page as inspect_page
 from loraover.reporting.html_page import Page
 from loraover.reporting.schedule_figures import schedule_figures
-from loraover.study.html import to_page as study_page
-from loraover.study.report import StudyReport
 from loraover.training.plan import TrainingPlan
 from loraover.training.plan_page import to_page as plan_page
 from loraover.training.run_result import Lengths
@@ -27,6 +25,8 @@ from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.html import to_page as fold_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page
+from loraover_lab.study.html import to_page as study_page
+from loraover_lab.study.report import StudyReport
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Suspect
 from loraover_serve.parity.report.page import to_page as parity_page

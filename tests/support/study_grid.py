@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraover.study.grid import Run, grid_of
-from loraover.study.request import StudyRequest
+from loraover_lab.study.grid import Run, grid_of
+from loraover_lab.study.request import StudyRequest
 
 
 def make_grid(

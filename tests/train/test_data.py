@@ -11,7 +11,7 @@ from datasets import ReadInstruction
 
 import loraover.data.sources
 from loraover.data.sources import MAX_LINE_BYTES, read_raw
-from loraover.evaluation.final_number import final_number
+from loraover.training.final_number import final_number
 
 from support.real_data import real_data
 from support.rows import GSM8K, MESSAGES, PAIR, TURNS, Write, fault, lines, load

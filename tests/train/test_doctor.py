@@ -43,7 +43,7 @@ def broken() -> list[Found]:
 
 
 def point(function: str) -> EntryPoint:
-    return EntryPoint("engines", f"{__name__}:{function}", installation.ENGINE_GROUP)
+    return EntryPoint("engines", f"{__name__}:{function}", installation.GROUP)
 
 
 def test_engines_come_from_the_packages_that_have_them() -> None:

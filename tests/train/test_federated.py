@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Traine
 
 import loraover
 from loraover.common.errors import ConfigError
-from loraover.training.methods.federated import Federated, epsilon_of, steps_within
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import Privacy, RunResult
+from loraover_lab.methods.federated import Federated, epsilon_of, steps_within
 
 from oracles.methods import clipped_mean, gaussian_epsilon
 from support.tiny_hub import save_llama, tiny_tokenizer, write_recipe

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.training.methods.base import Pair, get_weight, truncate
-from loraover.training.methods.lorasc import LoraSc, blend_weights, stage_of
 from loraover.training.run_result import read_run
+from loraover_lab.methods.layers import Pair, get_weight, truncate
+from loraover_lab.methods.lorasc import LoraSc, blend_weights, stage_of
 
 from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64

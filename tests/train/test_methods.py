@@ -12,7 +12,7 @@ import pytest
 import loraover
 from loraover.common.errors import ConfigError
 from loraover.overparam.decompositions import DECOMPOSITIONS
-from loraover.training.methods import METHODS, make_method
+from loraover.training.method_table import METHODS, make_method
 from loraover.training.recipe import load_recipe
 
 from support.tiny_hub import write_recipe

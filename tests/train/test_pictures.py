@@ -17,7 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import PAIRS, RowForm
 from loraover.data.sources import Rows, load_rows
-from loraover.evaluation.held_out import example_losses, token_loss
+from loraover.training.held_out import example_losses, token_loss
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.rows.lengths import ROOM, count_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from loraover.training.methods.base import TrainingMethod, count_trained, served_size
+from loraover.training.method import TrainingMethod, count_trained, served_size
 from loraover.training.recipe import load_recipe
 
 from support.tiny_models import tiny_llama, with_lora

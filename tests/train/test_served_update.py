@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import loraover
 from loraover.overparam.sites import lora_layers
-from loraover.training.methods import METHODS
-from loraover.training.methods.base import get_pair, get_weight
+from loraover.training.method_table import METHODS
 from loraover.training.run_result import read_run
+from loraover_lab.methods.layers import get_pair, get_weight
 
 from oracles.methods import Matrix
 from support.make_checkpoint import numpy64

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError
-from loraover.training.methods.base import get_weight, linear_layers
-from loraover.training.methods.soma import find_blocks, split
 from loraover.training.run_result import read_run
+from loraover_lab.methods.layers import get_weight, linear_layers
+from loraover_lab.methods.soma import find_blocks, split
 
 from oracles.methods import minor_part, soma
 from support.make_checkpoint import numpy64

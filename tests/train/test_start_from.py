@@ -22,7 +22,6 @@ from loraover.common.reporter import SILENT
 from loraover.models.load import load_model, resolve_model
 from loraover.sources.address import HubName, address_text, read_address
 from loraover.sources.fetch import Fetched
-from loraover.study.outcome import digest
 from loraover.training.adapter import with_adapter
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
@@ -30,6 +29,7 @@ from loraover.training.run.folder import START_FILE, with_commits
 from loraover.training.run.folder import write_recipe as keep_recipe
 from loraover.training.run_result import read_run
 from loraover.training.start import pin_start
+from loraover_lab.study.outcome import digest
 
 from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas
 from support.lines import Lines

@@ -15,8 +15,12 @@ from torch.func import functional_call
 import loraover
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.overparam.sites import lora_layers
-from loraover.training.methods.base import get_pair
-from loraover.training.methods.tensorguide import (
+from loraover.training.plan import make_plan
+from loraover.training.recipe import load_recipe
+from loraover.training.run_result import read_run
+from loraover_export import export_vllm
+from loraover_lab.methods.layers import get_pair
+from loraover_lab.methods.tensorguide import (
     CoreLayout,
     TensorGuideSettings,
     contract,
@@ -24,10 +28,6 @@ from loraover.training.methods.tensorguide import (
     make_layout,
     split,
 )
-from loraover.training.plan import make_plan
-from loraover.training.recipe import load_recipe
-from loraover.training.run_result import read_run
-from loraover_export import export_vllm
 
 from oracles.methods import guided_pair, train_operands
 from support.make_checkpoint import numpy64

@@ -18,10 +18,10 @@ import loraover
 import loraover.data.sources
 from loraover import read_checkpoint
 from loraover.common.errors import ConfigError, DataError
-from loraover.training.methods.base import make_optimizer
 from loraover.training.recipe import load_recipe
 from loraover.training.recipe_parts import BATCH
 from loraover.training.run_result import read_run
+from loraover_lab.methods.layers import make_optimizer
 
 from support.resumed_run import assert_same_run, killed, stopped
 from support.tiny_hub import save_llama, write_recipe

@@ -9,7 +9,7 @@ import pytest
 
 import loraover
 from loraover.common.errors import FoldError
-from loraover.training.methods import METHODS
+from loraover.training.method_table import METHODS
 from loraover.training.run import train
 from loraover.training.run.failure import read_failure
 

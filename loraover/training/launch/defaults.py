@@ -13,8 +13,8 @@ from loraover.models.load import ModelSource
 from loraover.models.memory import ROOM
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.launch.memory import Gpus, estimate_memory
-from loraover.training.methods import METHODS
-from loraover.training.methods.base import TrainingMethod
+from loraover.training.method import TrainingMethod
+from loraover.training.method_table import METHODS
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, BATCH
 from loraover.training.rows.lengths import Tokens, is_left_out

@@ -10,7 +10,7 @@ from typing import Any
 
 from loraover.common.errors import ConfigError
 from loraover.common.ranks import launched
-from loraover.training.methods import METHODS
+from loraover.training.method_table import METHODS
 from loraover.training.recipe import Recipe
 
 PREPARATION_S = 86400

@@ -22,7 +22,7 @@ from loraover.overparam.sites import find_sites
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import weights_dtype
 from loraover.training.launch.distribution import CUTS_WEIGHTS
-from loraover.training.methods import make_method
+from loraover.training.method_table import make_method
 from loraover.training.recipe import Recipe
 from loraover.training.trainers import TRAINERS
 

@@ -30,7 +30,7 @@ from loraover.training.checks import (
     weights_dtype,
 )
 from loraover.training.launch.distribution import end_preparation
-from loraover.training.methods.base import count_trained
+from loraover.training.method import count_trained
 from loraover.training.progress import TrainingProgress
 from loraover.training.push import pushed_base
 from loraover.training.recipe import Recipe

@@ -14,8 +14,8 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError, DivergedError
 from loraover.common.ranks import launched
 from loraover.data.formats import Row
-from loraover.evaluation.generation import answer_rooms
-from loraover.evaluation.held_out import Scored, any_number, exact_match, example_losses, token_loss
+from loraover.training.generation import answer_rooms
+from loraover.training.held_out import Scored, any_number, exact_match, example_losses, token_loss
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.recipe import LEARNS_TOKENS
 from loraover.training.run.build import Prepared

@@ -39,8 +39,8 @@ from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
 from loraover.sources.push import push
 from loraover.training.launch.distribution import CUTS_WEIGHTS
-from loraover.training.methods import METHODS
-from loraover.training.methods.base import served_size
+from loraover.training.method import served_size
+from loraover.training.method_table import METHODS
 from loraover.training.push import CHECKPOINT_PLACE, moved_copy, plain_copy
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run.build import Prepared, planned_steps, prepare

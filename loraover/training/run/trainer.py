@@ -21,7 +21,7 @@ from loraover.common.extras import install
 from loraover.common.ranks import launched
 from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row
-from loraover.training.methods.base import TrainingMethod, optimizer_class, optimizer_options
+from loraover.training.method import TrainingMethod, optimizer_class, optimizer_options
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP

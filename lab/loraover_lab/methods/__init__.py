@@ -1,0 +1,1 @@
+"""Methods of other papers, each with the class of its settings; entry points of `loraover.methods` name them."""

@@ -1,0 +1,205 @@
+"""Differences that a study could see, predicted before its first run from the spread of a pilot or of a kept study."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from loraover.common.errors import ConfigError
+from loraover.common.provenance import environment, today
+from loraover.common.strict_json import StrictModel
+from loraover.sources.verb import verb
+from loraover.training.recipe import load_recipe
+from loraover_lab.study.analysis import Halves, Spread, percent_variances
+from loraover_lab.study.grid import is_plain, slug
+from loraover_lab.study.kept_runs import KEPT_FILE, KeptRun, read_kept
+from loraover_lab.study.outcome import check_held_out
+from loraover_lab.study.report import StudyAnswer
+from loraover_lab.study.request import StudyRequest, StudyTask, study_tasks
+from loraover_lab.study.tuning import losses_of, tokens_of_all, validation_loss
+
+ENOUGH_SEEDS = 4
+"""Seeds of a pilot whose spread is not doubted: in one case of four, that of two is under a third of the true one."""
+MOST = 10**7
+"""Number of rows or seeds above which a study is taken to be impossible."""
+
+
+class TaskPower(StrictModel):
+    """The smallest difference that a study would see between a method and the baseline on one task."""
+
+    task: str = Field(description="Name of the recipe.")
+    method: str = Field(description="Method as the user named it.")
+    baseline: str = Field(description="Plain LoRA that it is compared with.")
+    measured_on: str = Field(description="Task of the pilot or kept study whose spread is used.")
+    measured_seeds: int = Field(description="Number of seeds that the spread is measured with.")
+    measured_rows: int = Field(description="Number of held-out examples that the spread is measured on.")
+    seed_deviation: float = Field(description="Standard deviation of one seed's difference, in % of the baseline.")
+    row_deviation: float = Field(description="Standard deviation of one example's difference, in % of the baseline.")
+    rows: int = Field(description="Number of examples in the test half of the study.")
+    seeds: int = Field(description="Number of seeds of the study.")
+    smallest: float = Field(
+        description="Smallest true difference, in %, that four of five studies of this task would show."
+    )
+    rows_to_halve: int | None = Field(description="Number of test rows that halve it; None: no number does.")
+    seeds_to_halve: int | None = Field(description="Number of seeds that halve it; None: no number does.")
+    factor_to_halve: float = Field(description="Factor of rows and of seeds that halves it if both grow.")
+
+
+class PowerReport(StudyAnswer):
+    """Contents of `loraover study --power STUDY --json`."""
+
+    tasks: list[TaskPower] = Field(description="What each comparison could see.")
+    unknown: list[str] = Field(
+        description="Methods that are not compared: the pilot lacks two seeds of them beside a plain LoRA."
+    )
+
+
+@dataclass(frozen=True)
+class MeasuredSpread:
+    """Spread of a method's difference to a baseline, in squared % of the baseline's loss.
+
+    Args:
+        method: The method.
+        baseline: The baseline.
+        task: Task of the pilot or kept study.
+        seeds: Number of seeds that both have.
+        rows: Number of held-out examples.
+        of_seed: Variance of one seed's difference.
+        of_row: Variance of one example's share in the difference.
+    """
+
+    method: str
+    baseline: str
+    task: str
+    seeds: int
+    rows: int
+    of_seed: float
+    of_row: float
+
+    def smallest(self, rows: int, seeds: int) -> float:
+        """Smallest true difference, in %, that four of five studies of so many rows and seeds would show."""
+        return Spread((self.of_seed / seeds, self.of_row / rows), (seeds - 1, rows - 1)).detectable()
+
+
+@verb(StudyRequest)
+def predict_power(request: StudyRequest) -> PowerReport:
+    """Tell what a study could see, from the spread of finished runs of the same methods.
+
+    A method on a task that the finished runs have is judged by its spread there, and another one by its spread on each
+    of their tasks.
+
+    Returns:
+        The smallest difference of each comparison, and the numbers of rows and of seeds that halve it.
+
+    Raises:
+        ConfigError: `power` is missing, or is a folder without two seeds of two of the methods.
+        DataError: The held-out data cannot be read.
+    """
+    if request.power is None:
+        raise ConfigError(f"{StudyRequest.named('power')} is missing, expected the folder of a pilot or kept study.")
+    command, request = request.command(), request.whole()
+    assert request.power is not None
+    spelled = dict(zip(request.spelled(request.methods), request.methods, strict=True))
+    spreads = measured_spreads(read_kept(request.power), spelled)
+    if not spreads:
+        methods = StudyRequest.named("methods")
+        raise ConfigError(
+            f"{StudyRequest.named('power', request.power)}: expected a {KEPT_FILE} with two seeds of a plain LoRA and "
+            f"of another one of {methods} ({', '.join(request.methods)}), found none on any task. "
+            f"Name the folder of a finished study, or train a pilot, best with {ENOUGH_SEEDS} seeds."
+        )
+    tasks: list[TaskPower] = []
+    for task in study_tasks(request.recipes, request.models):
+        rows = _test_rows(task, dict(request.settings or {}))
+        here = {spread.method for spread in spreads if spread.task == task.name}
+        own = (spread for spread in spreads if spread.task == task.name or spread.method not in here)
+        tasks += [_power(task.name, spread, rows, request.seeds) for spread in own]
+    known = {name for spread in spreads for name in (spread.method, spread.baseline)}
+    unknown = [name for name in spelled.values() if name not in known]
+    versions = environment("numpy", "scipy")
+    return PowerReport(tasks=tasks, unknown=unknown, command=command, versions=versions, date=today())
+
+
+def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:
+    """Number of examples in a study's test half."""
+    count = check_held_out(load_recipe(task.recipe, settings | task.settings))
+    return len(range(*Halves(count).test.indices(count)))
+
+
+def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> list[MeasuredSpread]:
+    """Measure the spread of each method's difference to the best plain LoRA, each at its best rate.
+
+    Args:
+        kept: Finished runs of a study; failed ones do not count.
+        methods: Names of the methods to compare, by the methods in full; runs may have either in their names.
+    """
+    named = {slug(spelled): method for method, name in methods.items() for spelled in (name, method)}
+    runs: dict[str, dict[str, dict[str, dict[str, KeptRun]]]] = {}
+    for one in kept:
+        task, name, rate, seed = one.run.split("/")
+        if name in named and one.failure is None:
+            runs.setdefault(task, {}).setdefault(named[name], {}).setdefault(rate, {})[seed] = one
+    return [spread for task, found in runs.items() for spread in _spreads(task, found, methods)]
+
+
+def _spreads(
+    task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]], names: Mapping[str, str]
+) -> list[MeasuredSpread]:
+    every = (one for rates in found.values() for seeds in rates.values() for one in seeds.values())
+    tokens = tokens_of_all({one.run: one for one in every})
+    best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
+    plain = [method for method in best if is_plain(method)]
+    if not plain:
+        return []
+    baseline = min(plain, key=lambda method: validation_loss([*best[method].values()]))
+    spreads = []
+    for method, seeds in best.items():
+        common = sorted(seeds.keys() & best[baseline].keys())
+        if method != baseline and len(common) > 1:
+            every_row = slice(None)
+            new, old = (losses_of([runs[seed] for seed in common], every_row) for runs in (seeds, best[baseline]))
+            pair, variances = (names[method], names[baseline]), percent_variances(new, old, tokens)
+            spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), *variances))
+    return spreads
+
+
+def _best(rates: Mapping[str, Mapping[str, KeptRun]]) -> Mapping[str, KeptRun] | None:
+    """The runs by seed at the rate with the lowest validation loss, among those with the most seeds, at least two."""
+    most = max(map(len, rates.values()))
+    if most < 2:
+        return None
+    return min((s for s in rates.values() if len(s) == most), key=lambda seeds: validation_loss([*seeds.values()]))
+
+
+def _power(task: str, spread: MeasuredSpread, rows: int, seeds: int) -> TaskPower:
+    smallest = spread.smallest(rows, seeds)
+    both = _first(lambda n: spread.smallest(rows * n // seeds, n) <= smallest / 2, seeds)
+    assert both is not None
+    return TaskPower(
+        task=task,
+        method=spread.method,
+        baseline=spread.baseline,
+        measured_on=spread.task,
+        measured_seeds=spread.seeds,
+        measured_rows=spread.rows,
+        seed_deviation=math.sqrt(spread.of_seed),
+        row_deviation=math.sqrt(spread.of_row),
+        rows=rows,
+        seeds=seeds,
+        smallest=smallest,
+        rows_to_halve=_first(lambda n: spread.smallest(n, seeds) <= smallest / 2, rows),
+        seeds_to_halve=_first(lambda n: spread.smallest(rows, n) <= smallest / 2, seeds),
+        factor_to_halve=both / seeds,
+    )
+
+
+def _first(suffices: Callable[[int], bool], start: int) -> int | None:
+    """Smallest number from `start` that suffices, where all larger ones do too; None if MOST does not."""
+    if not suffices(MOST):
+        return None
+    return start + bisect.bisect_left(range(start, MOST), True, key=suffices)

@@ -1,0 +1,311 @@
+"""Results of a study: `study.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median, stdev
+from typing import Literal, TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from loraover.common.multiple_testing import holm
+from loraover.common.strict_json import StrictModel
+from loraover_lab.study.analysis import Difference, Halves, Losses, RateSensitivity, difference, mean_loss
+from loraover_lab.study.grid import Run, is_plain
+from loraover_lab.study.outcome import RunOutcome
+from loraover_lab.study.rule import Rule
+from loraover_lab.study.tuning import by_method, losses_of, tokens_of, tune
+
+ALPHA = 0.05
+FEWEST_EXAMPLES = 20
+"""Test examples below which no difference counts, since the intervals take means of examples to be normal.
+
+Where two equal methods differ by lognormal amounts (sigma 1) per example, a study of five seeds calls one of them
+better in 18 of 100 cases with 6 examples, in 13 with 20 and in 9 with 50; 2.5 are meant.
+"""
+MOST_DIGITS = 8
+
+Number = TypeVar("Number", int, float)
+
+
+class MethodResult(StrictModel):
+    """Result of a method on a task, at the rate tuned for it."""
+
+    method: str = Field(description="Method as the user named it.")
+    rate: float = Field(description="Learning rate tuned for it.")
+    test_loss: float = Field(description="Nats per token on the test half, mean over seeds.")
+    deviation: float | None = Field(description="Standard deviation of that loss over seeds; None with one seed.")
+    difference: Difference | None = Field(description="Difference to the baseline; None for the baseline.")
+    sensitivity: RateSensitivity = Field(description="How the loss depends on the learning rate.")
+    trained_parameters: int = Field(description="Numbers trained: cores, and matrices without cores.")
+    served_parameters: int = Field(description="Numbers in A and B.")
+    served_rank: int | None = Field(None, description="Largest rank of a module as served; None: not known.")
+    served_bytes: int | None = Field(None, description="Bytes of A and B as served; None: not known.")
+    step_seconds: float | None = Field(description="Median seconds of an optimizer step; None: no step was timed.")
+    peak_bytes: int | None = Field(description="Largest memory of a run, in bytes; None: not measured.")
+    update_norm: float | None = Field(description="Frobenius norm of the change of B A, mean over seeds.")
+    step_norm: float | None = Field(description="Norm of the change of B A in one step, mean over logged steps.")
+    fold_error: float | None = Field(description="Largest relative Frobenius error of a stored A or B.")
+    score: float | None = Field(None, description="Score, mean over seeds; None: not measured for all of them.")
+    score_deviation: float | None = Field(None, description="Standard deviation of the score; None with one seed.")
+
+
+class Scores(StrictModel):
+    """Benchmark that the scores of a study come from."""
+
+    benchmark: str | None = Field(None, description="Benchmark; None: right answers to the held-out rows.")
+    untrained: dict[str, float] = Field(default_factory=dict, description="Base model's score, by task.")
+    unrated: int = Field(0, description="Answers without a rating by the judge, which no score counts.")
+    choices: list[str] = Field(
+        default_factory=list, description="What a table of the paper fixes where its abstract is silent."
+    )
+
+
+class TaskResult(StrictModel):
+    """Every method on one task."""
+
+    task: str = Field(description="Name of the recipe.")
+    examples: int = Field(description="Number of examples in the test half.")
+    baseline: str | None = Field(description="Plain LoRA with the lowest validation loss; None: every one failed.")
+    rulers: list[str] = Field(
+        default_factory=list, description="Methods that are shown, but belong neither to the baselines nor the verdict."
+    )
+    methods: list[MethodResult] = Field(description="Results of the methods that have one.")
+    failed: list[str] = Field(description="Methods without a rate at which every run ended well.")
+    failures: list[str] = Field(description="Each failed run's folder and reason.")
+    names: dict[str, str] = Field(default_factory=dict, description="Short name of each method that has one.")
+
+    def shown(self, method: str | None) -> str:
+        """Return the name of a method in reports."""
+        return self.names.get(str(method), str(method))
+
+
+class StudyAnswer(StrictModel):
+    """Answer of a command of studies, with its origin."""
+
+    schema_version: int = 1
+    command: str = Field(description="Command line.")
+    versions: dict[str, str] = Field(description="Versions of Python and of the libraries.")
+    date: str = Field(description="Day of the answer, in UTC.")
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command, which is 0."""
+        return 0
+
+
+class StudyReport(StudyAnswer):
+    """Contents of `study.json`."""
+
+    rule: Rule = Field(description="When LoRA-Over counts as better.")
+    is_whole: bool = Field(description="Whether every run of the study has finished.")
+    seeds: int = Field(description="Number of seeds whose runs have all finished; the figures are theirs.")
+    tuning_seeds: int | None = Field(None, description="Number of these that chose the learning rates; None: all.")
+    runs: int = Field(description="Number of finished runs.")
+    tasks: list[TaskResult] = Field(description="Results on each task.")
+    words: list[str] = Field(description="A sentence for each comparison.")
+    scores: Scores = Field(default_factory=Scores, description="What the methods' scores are of.")
+    hardware: str = Field(description="Machines that trained.")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Methods by the short names that they have on any task."""
+        return {name: method for task in self.tasks for method, name in task.names.items()}
+
+
+def task_results(
+    runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int | None = None
+) -> list[TaskResult]:
+    """Judge methods at their chosen rates.
+
+    Args:
+        runs: Finished runs that count: the tuning seeds at every rate, and the others at the chosen rates.
+        outcomes: Their outcomes.
+        seeds: Number of seeds that judge.
+        tuning_seeds: Number of these that choose the rates; None: all.
+
+    Raises:
+        LoraOverError: Runs of one task were not judged on the same examples.
+    """
+    tuning = seeds if tuning_seeds is None else tuning_seeds
+    return _adjusted([_task(task, methods, outcomes, seeds, tuning) for task, methods in by_method(runs).items()])
+
+
+def _task(
+    task: str, methods: Mapping[str, Sequence[Run]], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int
+) -> TaskResult:
+    all_runs = [run for runs in methods.values() for run in runs]
+    tokens = tokens_of(all_runs, outcomes)
+    test = Halves(len(tokens)).test
+    tuned = {
+        method: found
+        for method, runs in methods.items()
+        if (found := tune(runs, outcomes, tuning_seeds, tokens)) is not None
+    }
+    rulers = [method for method, runs in methods.items() if runs[0].is_ruler]
+    baseline = min(
+        (method for method in tuned if is_plain(method) and method not in rulers),
+        key=lambda method: min(tuned[method].losses.values()),
+        default=None,
+    )
+    chosen = {
+        method: [outcomes[run] for run in methods[method] if run.rate == found.best_rate and run.seed < seeds]
+        for method, found in tuned.items()
+    }
+    reference = None if baseline is None else losses_of(chosen[baseline], test)
+    results = [
+        _method(method, tuned[method], chosen[method], test, None if method == baseline else reference)
+        for method in tuned
+    ]
+    failures = [f"{run.folder}: {outcomes[run].failure}" for run in all_runs if outcomes[run].failure is not None]
+    return TaskResult(
+        task=task,
+        examples=len(tokens[test]),
+        baseline=baseline,
+        rulers=rulers,
+        methods=results,
+        failed=[method for method in methods if method not in tuned],
+        failures=failures,
+        names={method: short for method, runs in methods.items() if (short := runs[0].short) is not None},
+    )
+
+
+def _method(
+    method: str,
+    tuned: RateSensitivity,
+    outcomes: Sequence[RunOutcome],
+    half: slice,
+    reference: Losses | None,
+) -> MethodResult:
+    losses, tokens = losses_of(outcomes, half), np.array(outcomes[0].tokens[half], dtype=np.float64)
+    each = [mean_loss(row[None], tokens) for row in losses]
+    norms = _known(outcome.step_norm for outcome in outcomes)
+    updates = _known(outcome.update_norm for outcome in outcomes)
+    errors = _known(outcome.fold_error for outcome in outcomes)
+    seconds = _known(outcome.step_seconds for outcome in outcomes)
+    scores = _known(outcome.score for outcome in outcomes)
+    is_scored = len(scores) == len(outcomes)
+    paired = None if reference is None or len(losses) < 2 else difference(losses, reference, tokens)
+    return MethodResult(
+        method=method,
+        rate=tuned.best_rate,
+        test_loss=fmean(each),
+        deviation=stdev(each) if len(each) > 1 else None,
+        difference=paired,
+        sensitivity=tuned,
+        trained_parameters=outcomes[0].trained_parameters,
+        served_parameters=outcomes[0].served_parameters,
+        served_rank=max(_known(outcome.served_rank for outcome in outcomes), default=None),
+        served_bytes=max(_known(outcome.served_bytes for outcome in outcomes), default=None),
+        step_seconds=median(seconds) if seconds else None,
+        peak_bytes=max(_known(outcome.peak_bytes for outcome in outcomes), default=None),
+        update_norm=fmean(updates) if updates else None,
+        step_norm=fmean(norms) if norms else None,
+        fold_error=max(errors) if errors else None,
+        score=fmean(scores) if is_scored else None,
+        score_deviation=stdev(scores) if is_scored and len(scores) > 1 else None,
+    )
+
+
+def _known(values: Iterable[Number | None]) -> list[Number]:
+    """Return the values that are not None."""
+    return [value for value in values if value is not None]
+
+
+def _adjusted(tasks: Sequence[TaskResult]) -> list[TaskResult]:
+    """Apply Holm's correction over tasks to each method's p-values; a task on which the method failed counts too."""
+    compared = [(t.task, r.method, r.difference.p) for t in tasks for r in t.methods if r.difference is not None]
+    p_values: dict[tuple[str, str], float] = {}
+    for method in {method for _, method, _ in compared}:
+        mine = [(task, p) for task, its, p in compared if its == method]
+        failed = sum(method in task.failed and task.baseline is not None for task in tasks)
+        for (task, _), p in zip(mine, holm([p for _, p in mine] + [1.0] * failed), strict=False):
+            p_values[task, method] = p
+    return [
+        task.model_copy(
+            update={"methods": [_with_p(result, p_values.get((task.task, result.method))) for result in task.methods]}
+        )
+        for task in tasks
+    ]
+
+
+def _with_p(result: MethodResult, p: float | None) -> MethodResult:
+    if result.difference is None:
+        return result
+    return result.model_copy(update={"difference": result.difference.model_copy(update={"p": p})})
+
+
+def words(tasks: Sequence[TaskResult]) -> list[str]:
+    """Compare each method on each task in a sentence."""
+    lines = []
+    for task in tasks:
+        if task.baseline is None:
+            lines.append(f"{task.task}: every plain LoRA failed at every rate, so nothing is compared.")
+        compared = [result for result in task.methods if result.method not in task.rulers]
+        lines += [_sentence(task, result) for result in compared if result.difference is not None]
+    return lines
+
+
+def is_over(task: TaskResult, method: str) -> bool:
+    """Whether a method is LoRA-Over, and no ruler."""
+    return method.startswith("lora-over") and method not in task.rulers
+
+
+Standing = Literal["better", "worse", "cannot be told apart", "not shown"]
+
+
+def standing(task: TaskResult, result: MethodResult) -> tuple[Standing, str]:
+    """Return how a method's loss stands beside the baseline's, and why a difference beyond chance shows nothing.
+
+    The loser has to be tuned: a baseline whose best rate is at an end of the sweep may do better beyond it, and so may
+    a method that seems worse.
+
+    Args:
+        task: Results on the task.
+        result: The method's, which was compared.
+    """
+    found = result.difference
+    assert found is not None
+    if found.p > ALPHA or found.mean == 0:
+        return "cannot be told apart", ""
+    if task.examples < FEWEST_EXAMPLES:
+        return "not shown", f"it has {task.examples} test examples, and {FEWEST_EXAMPLES} are needed"
+    loser = result if found.mean > 0 else next(one for one in task.methods if one.method == task.baseline)
+    if not loser.sensitivity.is_bracketed:
+        return "not shown", f"the sweep did not bracket the best rate of {task.shown(loser.method)}"
+    return "better" if found.mean < 0 else "worse", ""
+
+
+def signed(found: Sequence[float], digits: int) -> list[str]:
+    """Return a difference and the ends of its interval, with more digits where an end would look like zero.
+
+    Args:
+        found: The difference, and the two ends.
+        digits: Least number of decimal places.
+    """
+    while digits < MOST_DIGITS and any(end != 0 == round(end, digits) for end in found[1:]):
+        digits += 1
+    return [f"{value:+z.{digits}f}" for value in found]
+
+
+def _sentence(task: TaskResult, result: MethodResult) -> str:
+    assert result.difference is not None
+    mean, low, high = signed((result.difference.mean, *result.difference.interval), 4)
+    figures = f"{mean} nats per token [{low}, {high}], p {result.difference.p:.2g} after Holm"
+    method, baseline = task.shown(result.method), task.shown(task.baseline)
+    word, doubt = standing(task, result)
+    side = "lower" if result.difference.mean < 0 else "higher"
+    verdict = {
+        "better": f"{method} beats {baseline}, each at its own tuned rate",
+        "worse": f"{method} does not beat {baseline}: it is worse, each at its own tuned rate",
+        "cannot be told apart": f"{method} and {baseline} cannot be told apart, each at its own tuned rate",
+        "not shown": f"{method}'s loss is {side} than {baseline}'s, which shows nothing on this task: {doubt}",
+    }[word]
+    at_end = [
+        task.shown(other.method)
+        for other in task.methods
+        if other.method in (result.method, task.baseline) and not other.sensitivity.is_bracketed
+    ]
+    edge = f" The best rate of {' and of '.join(at_end)} is at an end of the sweep, which should be widened."
+    return f"{task.task}: {verdict}. The difference is {figures}.{edge if at_end else ''}"

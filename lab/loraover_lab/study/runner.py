@@ -1,0 +1,236 @@
+"""Run a study's grid, on this machine or with Ray, and report what is finished."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from loraover.common.atomic_output import publish_text
+from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.provenance import environment, today
+from loraover.common.ray_cluster import ray_cluster
+from loraover.reporting.html_page import FIGURES
+from loraover.sources.verb import verb
+from loraover.training.recipe import Recipe
+from loraover_lab.study.benchmark import check_benchmark, score_runs
+from loraover_lab.study.grid import Run, grid_of
+from loraover_lab.study.html import to_page
+from loraover_lab.study.kept_runs import finished, keep
+from loraover_lab.study.outcome import RunOutcome, check_held_out, execute
+from loraover_lab.study.report import Scores, StudyReport, task_results, words
+from loraover_lab.study.request import StudyRequest, table_choices
+from loraover_lab.study.rule import Rule, fixed_rule
+from loraover_lab.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, hours_text, to_markdown
+from loraover_lab.study.tuning import RunPlan, hours_left, plan_runs, validation_loss
+
+
+@verb(StudyRequest)
+def run_study(request: StudyRequest) -> StudyReport:
+    """Compare training methods, each at its best learning rate.
+
+    Every combination of recipe, method, rate and seed is trained in a process; with `tuning_seeds`, further seeds are
+    trained at the chosen rates only. Runs that are finished are kept, so the same call continues a study that was
+    stopped. `study.json`, `study.md`, `study.html` and its figures are written to `output`.
+
+    A method is a name of `loraover_lab.study.grid.METHOD_SETTINGS`, with settings where wanted, such as
+    "lora-over:schedule=dynamic:budget={fraction: 0.25}". A table of the paper, such as "paper-gsm8k", takes the place
+    of recipes; other arguments override what it fixes. `lr_sweep` may also map such names as "lora", "demo" or
+    "demo/lora" to their rates, and "" to those of all others.
+
+    Returns:
+        The contents of `study.json`.
+
+    Raises:
+        ConfigError: The request is not a study, or not the one that was begun in `output`.
+        LoraOverError: A run failed for another reason than its rate or its size, or no seed is finished yet.
+    """
+    for name, function in (("power", "predict_power"), ("plan", "plan_study")):
+        if request.given(name):
+            asked = StudyRequest.named(name)
+            raise ConfigError(
+                f"{asked} asks what a study would see or need, and run_study trains one; call {function}."
+            )
+    command, choices, request = request.command(), table_choices(request.table), request.whole()
+    folder = request.output
+    grid = grid_of(request)
+    check_benchmark(grid, request)
+    outcomes = finished(grid, folder, request.reuse)
+    rule = fixed_rule(request, len(outcomes))
+    if not request.report_only:
+        outcomes = run_grid(grid, request)
+    scored, scores = score_runs(grid, outcomes, request)
+    scores = scores.model_copy(update={"choices": choices})
+    found = make_report(grid, scored, rule, command, request.tuning_seeds, scores)
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    for path, content in {
+        folder / REPORT_FILE: found.model_dump_json(indent=1) + "\n",
+        folder / TABLE_FILE: to_markdown(found),
+        **to_page(found).files(folder / HTML_FILE),
+    }.items():
+        publish_text(path, content)
+    return found
+
+
+def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome]:
+    """Train the runs that a study needs and are not finished, and read the others.
+
+    Args:
+        grid: All runs.
+        request: What the study was asked for.
+
+    Raises:
+        DataError: Held-out examples of a task are too few or cannot be read; nothing is trained.
+        LoraOverError: A run failed for another reason than that its loss diverged or its memory was too small; finished
+            runs are kept.
+    """
+    outcomes = finished(grid, request.output, request.reuse)
+    seconds: dict[str, list[float]] = {}
+    plan = plan_runs(grid, outcomes, request.tuning_seeds)
+    if request.ray is None:  # whose workers check their runs; they may have other files than this machine
+        recipes = (run.recipe for run in plan.runs if run not in outcomes)
+        for recipe in {(one.data.model_dump_json(), one.evaluation.examples): one for one in recipes}.values():
+            check_held_out(recipe)
+    left_now = plan.left(outcomes)
+    begin = f"{left_now.total()} runs to do, {len(outcomes)} finished already"
+    request.report.line(begin + _estimate(hours_left(left_now, _seconds_trained(outcomes), request.jobs)))
+    with request.report.task("runs", plan.total) as advance:
+        advance(len(outcomes))
+        while left := [run for run in plan.runs if run not in outcomes]:
+            for run, outcome, duration in _executed(left, request):
+                outcomes[run] = outcome
+                keep(request.output, {run: outcome})
+                advance(len(outcomes))
+                if duration is not None and outcome.failure is None:
+                    seconds.setdefault(run.task, []).append(duration)
+                plan = plan_runs(grid, outcomes, request.tuning_seeds)
+                hours = hours_left(plan.left(outcomes), seconds, request.jobs)
+                request.report.line(f"{len(outcomes)}/{plan.total} {_ending(run, outcome)}{_estimate(hours)}")
+    return outcomes
+
+
+def _ending(run: Run, outcome: RunOutcome) -> str:
+    """Say how a run ended; of its losses only that of the validation half, since nobody shall see the other one yet."""
+    ending = outcome.failure or f"validation loss {validation_loss([outcome]):.4f}"
+    return f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
+
+
+def _estimate(hours: float | None) -> str:
+    """Say how long the remaining runs take."""
+    if not hours:
+        return ""
+    return f"; about {hours_text(hours)} left"
+
+
+def _seconds_trained(outcomes: Mapping[Run, RunOutcome]) -> dict[str, list[float]]:
+    """Seconds of training by task: steps times a step's time, without loading and evaluation, which is not kept."""
+    seconds: dict[str, list[float]] = {}
+    for run, outcome in outcomes.items():
+        steps = run.recipe.training.max_steps
+        if steps is not None and outcome.failure is None and outcome.step_seconds is not None:
+            seconds.setdefault(run.task, []).append(steps * outcome.step_seconds)
+    return seconds
+
+
+def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run, RunOutcome, float | None]]:
+    """Yield each run with its outcome and its seconds, which Ray's workers do not measure."""
+    if request.ray is not None:
+        yield from ((run, outcome, None) for run, outcome in _on_ray(runs, request.ray))
+        return
+    threads = max(1, (os.cpu_count() or 1) // request.jobs)
+
+    def timed(run: Run) -> tuple[Run, RunOutcome, float]:
+        started = time.perf_counter()
+        outcome = execute(run.recipe, request.output / run.folder, threads)
+        return run, outcome, time.perf_counter() - started
+
+    if request.jobs == 1:
+        yield from map(timed, runs)
+        return
+    with ThreadPoolExecutor(request.jobs) as pool:
+        futures = [pool.submit(timed, run) for run in runs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, RunOutcome]]:
+    """Train each run as a task of Ray; a worker trains in a temporary folder and sends back the outcome."""
+    with ray_cluster(address) as ray:
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute_anywhere)
+        waiting = {remote.remote(run.recipe.model_dump(mode="json")): run for run in runs}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            run = waiting.pop(done)
+            yield run, RunOutcome.model_validate_json(ray.get(done))
+
+
+def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
+    import ray
+
+    worker = str(ray.get_runtime_context().get_worker_id())
+    with tempfile.TemporaryDirectory(prefix="loraover-study-") as scratch:
+        outcome = execute(Recipe.model_validate(recipe), Path(scratch) / "run", threads=1)
+    return outcome.model_copy(update={"worker": worker}).model_dump_json()
+
+
+def make_report(
+    grid: Sequence[Run],
+    outcomes: Mapping[Run, RunOutcome],
+    rule: Rule,
+    command: str,
+    tuning_seeds: int | None = None,
+    scores: Scores | None = None,
+) -> StudyReport:
+    """Judge the seeds whose runs have all finished.
+
+    Args:
+        grid: All runs of the study.
+        outcomes: Outcomes of those that are finished.
+        rule: When LoRA-Over counts as better.
+        command: Command line for the report.
+        tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
+        scores: What the outcomes' scores are of; None: of held-out rows.
+
+    Raises:
+        LoraOverError: No seed is finished yet, or see `task_results`.
+    """
+    tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
+    plan = plan_runs(grid, outcomes, tuning)
+    seeds = 0
+    while _is_done(seeds, plan, outcomes):
+        seeds += 1
+    if not seeds:
+        raise LoraOverError(
+            "no seed has all of its runs finished yet, so there is nothing to compare; continue the study first."
+        )
+    judged = [run for run in grid if run in outcomes and (run.seed < seeds or seeds >= tuning)]
+    tasks = task_results(judged, outcomes, seeds, min(tuning, seeds))
+    return StudyReport(
+        rule=rule,
+        is_whole=not plan.left(outcomes),
+        seeds=seeds,
+        tuning_seeds=tuning if tuning < seeds else None,
+        runs=len(outcomes),
+        tasks=tasks,
+        words=words(tasks),
+        scores=scores or Scores(),
+        command=command,
+        versions=environment("scipy", "transformers"),
+        hardware="; ".join(sorted({found.hardware for found in outcomes.values() if found.hardware}))
+        or "unknown hardware",
+        date=today(),
+    )
+
+
+def _is_done(seed: int, plan: RunPlan, outcomes: Mapping[Run, RunOutcome]) -> bool:
+    """Whether a seed has runs, and all of them have finished."""
+    mine = [run for run in plan.runs if run.seed == seed]
+    return bool(mine) and all(run in outcomes for run in mine)
