@@ -19,8 +19,8 @@ from loraover.checkpoint.carried_files import ADAPTER_FILES, keep_chat_template,
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_replaceable, publish_directory
 from loraover.common.provenance import environment, hardware
-from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
+from loraover.models.model_file import known_licence
 from loraover.reporting.model_card import model_card
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.common.strict_json import read_json
 from loraover.models.load import ModelSource
-from loraover.sources.cache import MODEL_FILES
+from loraover.sources.fetch import MODEL_FILES
 from loraover.sources.hub import fetch_repository
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json", ".ot")

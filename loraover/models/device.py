@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,11 @@ def choose_device(name: str = "auto") -> torch.device:
     if name not in DEVICES and not is_one_gpu(name):
         raise ConfigError(f"device is {name!r}, expected one of {', '.join(DEVICES)}, or one GPU such as cuda:1.")
     if int(index or 0) >= found[kind]:
+        names = [kind if count == 1 else f"{count} of {kind}" for kind, count in found.items() if count]
+        listed = f"{names[0]} only" if len(names) == 1 else ", ".join(names)
         raise ConfigError(
-            f"device: there is no {name} here; PyTorch {torch.__version__} finds {_in_words(found)}. Choose a device "
-            "that is there, or auto. If the machine has a GPU, install a PyTorch that is built for it."
+            f"device: there is no {name} here; PyTorch {torch.__version__} finds {listed}. Choose a device that is "
+            "there, or auto. If the machine has a GPU, install a PyTorch that is built for it."
         )
     return torch.device(name)
 
@@ -84,11 +86,6 @@ def prefers_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())  # PyTorch 2.6 has no public function
-
-
-def _in_words(found: dict[str, int]) -> str:
-    names = [kind if count == 1 else f"{count} of {kind}" for kind, count in found.items() if count]
-    return f"{', '.join(names)} only" if len(names) == 1 else ", ".join(names)
 
 
 def total_memory(device: str) -> int | None:
@@ -139,8 +136,8 @@ class Allowance(NamedTuple):
     free: int
 
 
-def memory_limits(root: Path = Path("/")) -> Iterator[Allowance]:
-    """Yield the allowance of this process's control group and of each above it, as far as they have a limit.
+def memory_limits(root: Path = Path("/")) -> list[Allowance]:
+    """Return the allowance of this process's control group and of each above it, as far as they have a limit.
 
     A container sees its own group as the uppermost one, at the place of the machine's. In version 1, it may be named
     by a path that exists outside of the container only.
@@ -153,28 +150,22 @@ def memory_limits(root: Path = Path("/")) -> Iterator[Allowance]:
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
-        return
+        return []
+    found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            mount, limits, reclaimable = root / "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
         elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mount, reclaimable = root / "sys/fs/cgroup/memory", "total_inactive_file"
+            limits = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts), -1, -1):
-            found = _allowance(mount.joinpath(*parts[:depth]), *names)
-            if found is not None:
-                yield found
-
-
-def _allowance(group: Path, limit: str, usage: str, reclaimable: str) -> Allowance | None:
-    """Return what a group may use; None if it has no limit, or none that this process sees."""
-    try:
-        total, used = (int((group / name).read_text()) for name in (limit, usage))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return Allowance(total, max(0, total - used + int(statistics[reclaimable])))
-    except (OSError, ValueError, KeyError):
-        return None
+            group = mount.joinpath(*parts[:depth])
+            with suppress(OSError, ValueError, KeyError):  # it has no limit, or none that this process sees
+                total, used = (int((group / name).read_text()) for name in limits)
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                found.append(Allowance(total, max(0, total - used + int(statistics[reclaimable]))))
+    return found

@@ -16,8 +16,7 @@ from loraover.common.reporter import SILENT
 from loraover.models.device import choose_device
 from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
 from loraover.sources.address import Address, HubName, read_address
-from loraover.sources.cache import CONFIG_FILES, MODEL_FILES
-from loraover.sources.fetch import fetch_address
+from loraover.sources.fetch import CONFIG_FILES, MODEL_FILES, fetch_address
 from loraover.sources.hub import HubUnreachableError, pinned_commit
 
 _ONE_THREAD = RLock()
@@ -185,8 +184,12 @@ def load_model(
         placed = {"device_map": "auto"}
     if source.is_streamed:
         placed, folder = in_files()
+    name = AUTO_CLASSES[kind]
+    with suppress(ConfigError):  # of a configuration that transformers itself then refuses
+        if kind == "CAUSAL_LM" and takes_images(source):
+            name = "AutoModelForImageTextToText"
     try:
-        model = getattr(transformers, _auto_class(kind, source)).from_pretrained(
+        model = getattr(transformers, name).from_pretrained(
             source.location,
             revision=source.revision,
             dtype=getattr(torch, COMPUTE_DTYPES[dtype]),
@@ -202,29 +205,14 @@ def load_model(
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
     if quantization == "nf4":
-        _keep_differentiable(model)
+        from bitsandbytes.nn import Linear4bit
+
+        # When a model is evaluated on a CPU with AVX-512 for bfloat16, bitsandbytes 0.50 packs weights of 4 bits. Their
+        # product has no gradient, and a layer stays packed when training begins, so nothing below it would be trained.
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
     return model.eval()
-
-
-def _auto_class(kind: str, source: ModelSource) -> str:
-    """Return the name of the class that loads a model; that of images where a model has no other."""
-    with suppress(ConfigError):  # of a configuration that transformers itself then refuses
-        if kind == "CAUSAL_LM" and takes_images(source):
-            return "AutoModelForImageTextToText"
-    return AUTO_CLASSES[kind]
-
-
-def _keep_differentiable(model: Any) -> None:
-    """Keep bitsandbytes from packing weights of 4 bits when a model is evaluated on a CPU with AVX-512 for bfloat16.
-
-    The product with packed weights (bitsandbytes 0.50) has no gradient, and a layer stays packed when training begins,
-    so that nothing below it would be trained as it should.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _quantised(form: str, dtype: str) -> Any:
@@ -256,25 +244,22 @@ def load_skeleton(source: ModelSource) -> Any:
         ConfigError: The configuration is missing or names no architecture, or transformers cannot build it.
     """
     with _ONE_THREAD:
-        return _skeleton(source)
+        import torch
+        import transformers
 
-
-def _skeleton(source: ModelSource) -> Any:
-    import torch
-    import transformers
-
-    config = load_config(source)
-    architecture = config.architectures[0]
-    kind = getattr(transformers, architecture, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise ConfigError(
-            f"model: {source.origin} is a {architecture}, which transformers {transformers.__version__} does not have."
-        )
-    try:
-        with torch.device("meta"):
-            return kind(config).eval()
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"model: {source.origin} cannot be built as {architecture}: {error}") from error
+        config = load_config(source)
+        architecture = config.architectures[0]
+        kind = getattr(transformers, architecture, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise ConfigError(
+                f"model: {source.origin} is a {architecture}, which transformers {transformers.__version__} does not "
+                "have."
+            )
+        try:
+            with torch.device("meta"):
+                return kind(config).eval()
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"model: {source.origin} cannot be built as {architecture}: {error}") from error
 
 
 def load_config(source: ModelSource) -> Any:
@@ -285,18 +270,14 @@ def load_config(source: ModelSource) -> Any:
             names no architecture.
     """
     with _ONE_THREAD:
-        return _config(source)
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
 
-
-def _config(source: ModelSource) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-    try:
-        config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (*faults, StrictDataclassError) as error:
-        raise ConfigError(f"model: {source.origin} has no usable config.json: {error}") from error
+        faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+        try:
+            config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+        except (*faults, StrictDataclassError) as error:
+            raise ConfigError(f"model: {source.origin} has no usable config.json: {error}") from error
     names = config.architectures
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         raise ConfigError(

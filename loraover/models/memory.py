@@ -133,33 +133,23 @@ def memory_explained(
             raise
         cause = error.__cause__ if isinstance(error, LoraOverError) and error.__cause__ is not None else error
         found = (str(cause).splitlines() or [type(cause).__name__])[0][:200]
+        needed, memory, fits = needs(), total_memory(device), []
+        for kind, count in found_devices().items():
+            room = total_memory(kind) if count else None
+            for other in ("fp32", "bf16"):
+                is_failed = (kind, other) == (device.partition(":")[0], compute_dtype)
+                if room is not None and not is_failed and needed.size(other) <= ROOM * room:
+                    plan = f"{as_written(option, kind)} {as_written('compute_dtype', other)}"
+                    fits.append(f"{plan} ({_gib(needed.size(other))} of {_gib(room)})")
+        width = needed.width(compute_dtype)
+        has = "" if memory is None else f" {device} has {_gib(memory)}."
         raise ConfigError(
-            f"{work} ran out of memory on {device} ({found}). {_advice(device, compute_dtype, needs(), option)}"
+            f"{work} ran out of memory on {device} ({found}). It needs about {_gib(needed.size(compute_dtype))} in "
+            f"{compute_dtype}: {_gib(width * needed.weights)} for the base model, and "
+            f"{_gib(width * needed.tokens * needed.per_token)} for {needed.tokens} tokens at once, which shorter or "
+            f"fewer prompts reduce.{has} "
+            + (f"What would fit: {'; '.join(fits)}." if fits else "No other device or dtype here has room for it.")
         ) from error
-
-
-def _advice(device: str, dtype: str, needs: Needs, option: str) -> str:
-    """Message about the memory that was needed, and the size that would fit."""
-    memory = total_memory(device)
-    has = "" if memory is None else f" {device} has {_gib(memory)}."
-    weights, tokens = (needs.width(dtype) * numbers for numbers in (needs.weights, needs.tokens * needs.per_token))
-    fits = list(_what_fits(device, dtype, needs, option))
-    return (
-        f"It needs about {_gib(needs.size(dtype))} in {dtype}: {_gib(weights)} for the base model, and {_gib(tokens)} "
-        f"for {needs.tokens} tokens at once, which shorter or fewer prompts reduce.{has} "
-        + (f"What would fit: {'; '.join(fits)}." if fits else "No other device or dtype here has room for it.")
-    )
-
-
-def _what_fits(device: str, dtype: str, needs: Needs, option: str) -> Iterator[str]:
-    """The plans that fit, other than the one that failed."""
-    for kind, count in found_devices().items():
-        memory = total_memory(kind) if count else None
-        for other in ("fp32", "bf16"):
-            is_failed = (kind, other) == (device.partition(":")[0], dtype)
-            if memory is not None and not is_failed and needs.size(other) <= ROOM * memory:
-                plan = f"{as_written(option, kind)} {as_written('compute_dtype', other)}"
-                yield f"{plan} ({_gib(needs.size(other))} of {_gib(memory)})"
 
 
 def _gib(size: float) -> str:

@@ -96,26 +96,23 @@ def make_stand_in(stand_in: StandIn) -> Path:
     folder = stand_in.folder
     if folder.is_dir():
         return folder
+    card = (
+        f"---\nlicense: {json.dumps(stand_in.licence)}\n---\n# {stand_in.stands_for}, dequantised\n\n"
+        f"A {stand_in} (SHA-256 {stand_in.sha256}). `loraover` made it because the hub could not be reached. "
+        "Adapters that were trained on these weights name this folder as their base model: keep it, or make it "
+        f"again with `python -m loraover.models.stand_in {stand_in.stands_for}`.\n"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         gguf = _download(stand_in, Path(scratch))
         try:
             with publish_directory(folder) as draft:
                 _convert(gguf, draft)
                 (draft / STAND_IN_FILE).write_text(stand_in.model_dump_json(indent=1) + "\n")
-                (draft / "README.md").write_text(_card(stand_in), encoding="utf-8")
+                (draft / "README.md").write_text(card, encoding="utf-8")
         except LoraOverError:
             if not folder.is_dir():  # else another process made the same folder first
                 raise
     return folder
-
-
-def _card(stand_in: StandIn) -> str:
-    return (
-        f"---\nlicense: {json.dumps(stand_in.licence)}\n---\n# {stand_in.stands_for}, dequantised\n\n"
-        f"A {stand_in} (SHA-256 {stand_in.sha256}). `loraover` made it because the hub could not be reached. "
-        "Adapters that were trained on these weights name this folder as their base model: keep it, or make it "
-        f"again with `python -m loraover.models.stand_in {stand_in.stands_for}`.\n"
-    )
 
 
 def _download(stand_in: StandIn, scratch: Path) -> Path:

@@ -81,7 +81,10 @@ class StreamedWeight(Tensor):
         if weight is not None and func._schema.is_mutable:
             raise RuntimeError(f"{func} would write to a weight that stays in its file.")
         with torch.inference_mode(False), torch.no_grad():  # a view of a weight has to be as ordinary as the weight
-            if weight is not None and (_takes_rows(func, more) or (func.is_view and weight._change is None)):
+            aten = torch.ops.aten
+            is_slice = func is aten.slice.Tensor and more[:1] in ([], [0])
+            takes_rows = func is aten.embedding.default or is_slice
+            if weight is not None and (takes_rows or (func.is_view and weight._change is None)):
                 given = tree_map_only(Tensor, Tensor.cpu, (more, kwargs or {}))  # the tokens
                 part = func(weight._stored(), *given[0], **given[1])
                 return tree_map_only(Tensor, weight._computed, part)
@@ -102,12 +105,6 @@ def change_rows(weight: Tensor, change: Change) -> Tensor:
     if not isinstance(weight, StreamedWeight):
         return change(weight)
     return StreamedWeight(weight._stored, weight, weight.device, change)
-
-
-def _takes_rows(func: Any, arguments: Any) -> bool:
-    """Whether an operation on a weight chooses rows of it."""
-    aten = torch.ops.aten
-    return func is aten.embedding.default or (func is aten.slice.Tensor and arguments[:1] in ([], [0]))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

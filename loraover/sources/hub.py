@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from loraover.sources.cache import SourceError
+from loraover.sources.stores import SourceError
 
 Kind = Literal["model", "dataset"]
 

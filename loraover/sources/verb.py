@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -43,14 +43,11 @@ def _signature(work: Callable[..., Any], request: type[Request]) -> inspect.Sign
     """Signature with the fields as parameters, in the words that a reader of `help()` knows."""
     shown = {"AnyPaths": "Sequence[str | Path]", "AnyNames": "Sequence[str]", "AnyPath": "str | Path"}
     shown |= {"AnyName": shown["AnyPath"], "AnyNumbers": "Sequence[float]", "AnyIntegers": "Sequence[int]"}
-    made = inspect.signature(request).parameters
-    others = [made[name].replace(annotation=_in_words(made[name].annotation, shown)) for name in declarations(request)]
+    made, others = inspect.signature(request).parameters, []
+    for name in declarations(request):
+        first, *more = made[name].annotation.split(" | ")
+        others.append(made[name].replace(annotation=" | ".join([shown.get(first, first), *more])))
     return inspect.Signature([*others, made["report"]], return_annotation=inspect.signature(work).return_annotation)
-
-
-def _in_words(annotation: str, words: Mapping[str, str]) -> str:
-    first, *more = annotation.split(" | ")
-    return " | ".join([words.get(first, first), *more])
 
 
 def perform(function: Callable[..., Result], request: Request) -> Result:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from loraover.adapters.uniform.certificate import CONVERSION_FILE, LoraCertificate
 from loraover.common.command_line import run
-from loraover.models.licence import known_licence
+from loraover.models.model_file import known_licence
 from loraover_export import convert_adapter, export_vllm
 from loraover_export.cli import cli
 from loraover_export.formats.vllm.launch import lora_module

@@ -20,8 +20,8 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.data.word_problems import HELD_OUT_SEED, word_problems
 from loraover.models import stand_in
-from loraover.models.licence import known_licence
 from loraover.models.load import resolve_model
+from loraover.models.model_file import known_licence
 from loraover.models.stand_in import STAND_IN_FILE, StandIn, find_stand_in, make_stand_in
 
 from strategies import normal

@@ -36,7 +36,7 @@ from loraover.common.errors import ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
-from loraover.models.licence import known_licence
+from loraover.models.model_file import known_licence
 from loraover.reporting.model_card import model_card
 
 

@@ -30,8 +30,8 @@ from loraover.common.quiet import quiet_libraries_within
 from loraover.common.ranks import launched
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import as_written
-from loraover.models.licence import known_licence
 from loraover.models.load import ModelSource
+from loraover.models.model_file import known_licence
 from loraover.overparam.eigenbases import with_measured_bases
 from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.sharding import trainable_state_dict, whole

@@ -87,7 +87,7 @@ def _shortened(text: str) -> str:
 
 def _downloaded(name: str) -> Path:
     """Return the folder of an adapter of the hub, in the hub's own cache."""
-    from loraover.sources.cache import ADAPTER_FILES
+    from loraover.sources.fetch import ADAPTER_FILES
     from loraover.sources.hub import fetch_repository
 
     repository, _, revision = name.partition("@")
