@@ -27,7 +27,7 @@ from loraover.reporting.reporter import print_rows
 from loraover.reporting.schedule_map import show_schedule
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
-from loraover_export.fold.show import show_certificate
+from loraover_export.fold.report import show_certificate
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
 from loraover_export.formats.onnx.show import show_report as show_onnx
 from loraover_export.merge.report import MergedWeight, MergeReport

@@ -12,7 +12,7 @@ from typing import Any
 from loraover.reporting.figures import Curve, curves_figure
 from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure, short
-from loraover_export.fold import html as fold_html
+from loraover_export.fold import report as fold_report
 from loraover_export.fold.certificate import FoldCertificate
 from loraover_serve.judge.names import SCALED
 from loraover_serve.verify import html as verify_html
@@ -42,7 +42,7 @@ def page_of(
     """
     right, wrong = check.engines
     is_told = fold.passed and (right.verdict, wrong.verdict, wrong.fault) == ("as trained", "differs", SCALED)
-    before, after, folded = run["before"], run["after"], fold_html.verdict_of(fold)
+    before, after, folded = run["before"], run["after"], fold_report.verdict_of(fold)
     known, learned = (100 * each["exact_match"] for each in (before, after))
     lines = [
         f"training: {known:.0f} % right answers before, {learned:.0f} % after.",
@@ -64,7 +64,7 @@ def page_of(
     headings = ("1. Training", "2. Fold into a plain LoRA", "3. Served on vLLM, and checked")
     drawn = (
         [_losses(run, metrics)],
-        fold_html.to_page(fold, "make demo").figures,
+        fold_report.to_page(fold, "make demo").figures,
         verify_html.to_page(check).figures,
     )
     return make_page(

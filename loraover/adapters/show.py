@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +12,16 @@ from loraover.adapters.logits.verdict import POWER, Proof
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
-from loraover.reporting.terminal_table import terminal_table
+from loraover.reporting.svg import short
+from loraover.reporting.table import Column, Table, percent
 
 if TYPE_CHECKING:  # what imports PyTorch
-    from loraover.adapters.combine.diff import DiffReport
+    from loraover.adapters.combine.diff import DiffReport, ModuleDiff
     from loraover.adapters.combine.requests import DiffRequest
     from loraover.adapters.convert.request import ConvertRequest
     from loraover.adapters.convert.run import ConvertReport
-    from loraover.adapters.uniform.certificate import LoraCertificate
+    from loraover.adapters.logits.deviation import Deviation
+    from loraover.adapters.uniform.certificate import LoraCertificate, ModuleCertificate
 
 OTHER_TEXTS = "Try --prompts with texts that it was trained for, or --dtype fp32."
 
@@ -36,6 +38,34 @@ def show_place(proof: Proof, output: Path, console: Console, *, reason: str = ""
     """Print where the output is, or the reason for which nothing was written."""
     text = f"wrote {output}" if proof.verdict != "failed" else f"nothing was written{reason and f': {reason}'}"
     print_line(console, text)
+
+
+def deviations_table(
+    rows: Sequence[tuple[str, Deviation]], title: str, head: str = "distance"
+) -> Table[tuple[str, Deviation]]:
+    """Return a table of distances of logits.
+
+    Args:
+        rows: The distances with their names.
+        title: Text above it.
+        head: Head of the column of names.
+    """
+
+    def figure(head: str, value: Callable[[Deviation], float]) -> Column[tuple[str, Deviation]]:
+        return Column(head, lambda row: short(value(row[1]), ".2e"))
+
+    return Table(
+        [
+            Column(head, lambda row: row[0], "word"),
+            figure("max logit", lambda d: d.max_logit),
+            figure("mean logit", lambda d: d.mean_logit),
+            figure("max KL", lambda d: d.max_kl),
+            figure("mean KL", lambda d: d.mean_kl),
+            Column("same top token", lambda row: percent(row[1].top1_agreement, 2)),
+        ],
+        rows,
+        title,
+    )
 
 
 def in_one_line(facts: Mapping[str, str]) -> str:
@@ -57,23 +87,7 @@ def show_left_out(keys: Sequence[str], console: Console) -> None:
 
 def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> None:
     """Print the modules with the largest errors, the verdict, and where the adapter is."""
-    worst = sorted(certificate.modules, key=lambda module: -module.relative_error_bound)[:SHOWN]
-    rows = (
-        (
-            module.module,
-            f"{module.shape[0]} x {module.shape[1]}",
-            str(module.rank),
-            f"{module.norm:.3g}",
-            f"{module.truncation_error / (module.norm or 1.0):.2%}" if module.truncation_error else "0",
-            f"{module.storage_error / (module.norm or 1.0):.1e}",
-            f"{module.relative_error_bound:.1e}",
-        )
-        for module in worst
-    )
-    heads = ("module", "shape", "rank", "norm", "left out", "stored", "in all")
-    title = f"Largest errors, {len(worst)} of {len(certificate.modules)} modules"
-    caption = "Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B."
-    console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))
+    console.print(_errors_table(certificate))
     for note in certificate.notes:
         print_line(console, note)
     cancelled = [module.module for module in certificate.modules if module.rank == 0]
@@ -84,6 +98,27 @@ def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> N
     if all(matrix.passed for matrix in certificate.matrices):
         reason = "the logits are further from the source's than rounding explains"
     show_place(certificate, request.output, console, reason=reason)
+
+
+def _errors_table(certificate: LoraCertificate) -> Table[ModuleCertificate]:
+    def left_out(module: ModuleCertificate) -> str:
+        return f"{module.truncation_error / (module.norm or 1.0):.2%}" if module.truncation_error else "0"
+
+    worst = sorted(certificate.modules, key=lambda module: -module.relative_error_bound)[:SHOWN]
+    return Table(
+        [
+            Column("module", lambda m: m.module, "name"),
+            Column("shape", lambda m: f"{m.shape[0]} x {m.shape[1]}"),
+            Column("rank", lambda m: str(m.rank)),
+            Column("norm", lambda m: f"{m.norm:.3g}"),
+            Column("left out", left_out),
+            Column("stored", lambda m: f"{m.storage_error / (m.norm or 1.0):.1e}"),
+            Column("in all", lambda m: f"{m.relative_error_bound:.1e}"),
+        ],
+        worst,
+        f"Largest errors, {len(worst)} of {len(certificate.modules)} modules",
+        caption="Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B.",
+    )
 
 
 def show_matrices(certificate: Any, console: Console) -> None:
@@ -118,36 +153,37 @@ def show_report(report: ConvertReport, request: ConvertRequest, console: Console
 
 def show_diff(report: DiffReport, request: DiffRequest, console: Console) -> None:
     """Print the modules that differ most, the totals, and the logits if they were compared."""
-    shown = sorted(report.modules, key=lambda module: -module.relative_difference)[:SHOWN]
-    rows = (
-        (
-            module.module,
-            f"{module.ranks[0]}, {module.ranks[1]}",
-            f"{module.norms[0]:.3g}",
-            f"{module.norms[1]:.3g}",
-            f"{module.relative_difference:.1%}",
-            *(f"{a[0]:.1f}, {a[-1]:.1f}" if a else "-" for a in (module.column_angles, module.row_angles)),
-        )
-        for module in shown
-    )
-    heads = ("module", "ranks", "norm 1", "norm 2", "diff.", "column\nangles", "row\nangles")
-    title = f"Largest differences, {len(shown)} of {len(report.modules)} modules"
-    caption = "Difference: of the larger norm. Angles: smallest and largest principal angle, in degrees."
-    console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))
+    console.print(_differences_table(report))
     others, logits = report.other_tensors, report.logits
     if others:
         print_line(console, f"{len(others)} other parameters differ: {', '.join(others[:3])}")
     if logits is not None:
         effects = zip(("first to base", "second to base"), logits.effects, strict=True)
-        distances = (
-            (label, f"{d.max_logit:.2e}", f"{d.mean_logit:.2e}", f"{d.max_kl:.2e}", f"{d.top1_agreement:.2%}")
-            for label, d in (("first to second", logits.difference), *effects)
-        )
-        heads = ("", "max logit", "mean logit", "max KL", "top-1 agreement")
         title = f"Logits on {logits.prompt_source}, {logits.tokens} tokens"
-        console.print(terminal_table(heads, distances, words=heads[:1], title=title))
+        console.print(deviations_table([("first to second", logits.difference), *effects], title))
     print_line(
         console,
         f"norms of the adapters {report.norms[0]:.4g} and {report.norms[1]:.4g}, norm of their difference "
         f"{report.difference:.4g}: {report.relative_difference:.2%} of the larger",
+    )
+
+
+def _differences_table(report: DiffReport) -> Table[ModuleDiff]:
+    def ends(angles: list[float]) -> str:
+        return f"{angles[0]:.1f}, {angles[-1]:.1f}" if angles else "-"
+
+    shown = sorted(report.modules, key=lambda module: -module.relative_difference)[:SHOWN]
+    return Table(
+        [
+            Column("module", lambda m: m.module, "name"),
+            Column("ranks", lambda m: f"{m.ranks[0]}, {m.ranks[1]}"),
+            Column("norm 1", lambda m: f"{m.norms[0]:.3g}"),
+            Column("norm 2", lambda m: f"{m.norms[1]:.3g}"),
+            Column("diff.", lambda m: f"{m.relative_difference:.1%}"),
+            Column("column\nangles", lambda m: ends(m.column_angles)),
+            Column("row\nangles", lambda m: ends(m.row_angles)),
+        ],
+        shown,
+        f"Largest differences, {len(shown)} of {len(report.modules)} modules",
+        caption="Difference: of the larger norm. Angles: smallest and largest principal angle, in degrees.",
     )

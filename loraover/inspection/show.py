@@ -14,6 +14,7 @@ from loraover.reporting.palette import Tone
 from loraover.reporting.reporter import print_line, print_rows
 from loraover.reporting.schedule_figures import MAP
 from loraover.reporting.svg import Figure
+from loraover.reporting.table import facts_table
 
 TEMPLATE = "inspect.html.j2"
 TONES: dict[str, Tone] = {
@@ -101,7 +102,7 @@ def to_page(report: FolderReport, figures: Sequence[Figure], command: str) -> ht
         figures=figures,
         map=[figure for figure in figures if figure.name == MAP],
         scores=[figure for figure in figures if figure.name != MAP],
-        table=html_page.Table(("what", "value"), list(folder_rows(report)), ("what", "value"), ("value",)),
+        table=facts_table(list(folder_rows(report))),
         next_steps=report.next_steps,
     )
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as Drawn
 
 from loraover.checkpoint.metadata import Meta
 from loraover.common.errors import printable
 from loraover.overparam.schedule import Round
 from loraover.overparam.sites import layer_of
-from loraover.reporting.terminal_table import terminal_table
+from loraover.reporting.table import Column, Table
 
 WIDEST_PAIR = 5
 """Characters of two rounds, of A and B, beside one another."""
@@ -78,21 +78,34 @@ def show_schedule(meta: Meta, console: Console) -> None:
     what = config.schedule if config.schedule == "all" else f"{config.schedule} by {config.score}"
     console.print(f"schedule {what}: {len(meta.sites)} over-parameterised matrices", highlight=False)
     if any(found.scores for found in meta.rounds):
-        heads = ("round", "after step", "sites", "added", "lowest chosen", "highest left", "forwards")
-        console.print(terminal_table(heads, [_decision(number, found) for number, found in enumerate(meta.rounds, 1)]))
+        console.print(_decisions(meta))
     if is_worth_a_map(rounds := placed(meta)):
         room = console.width - 3 - max(len(place.layer) for place in (*rounds, MapCell("layer", "", "")))
         for kinds in _fitting(dict.fromkeys(place.kind for place in rounds), max(room, WIDEST_PAIR)):
             console.print(_map(rounds, kinds))
 
 
-def _decision(number: int, found: Round) -> list[str]:
-    chosen = [found.scores[name] for name in found.chosen if name in found.scores]
-    left = [score for name, score in found.scores.items() if name not in set(found.chosen)]
-    low = f"{min(chosen):.2e}" if chosen else "-"
-    high = f"{max(left):.2e}" if left else "-"
-    counts = (number, found.step, len(found.chosen), f"{found.added:,}")
-    return [*map(str, counts), low, high, str(found.forwards)]
+def _decisions(meta: Meta) -> Table[tuple[int, Round]]:
+    def lowest(found: Round) -> str:
+        chosen = [found.scores[name] for name in found.chosen if name in found.scores]
+        return f"{min(chosen):.2e}" if chosen else "-"
+
+    def highest(found: Round) -> str:
+        left = [score for name, score in found.scores.items() if name not in set(found.chosen)]
+        return f"{max(left):.2e}" if left else "-"
+
+    return Table(
+        [
+            Column("round", lambda row: str(row[0])),
+            Column("after step", lambda row: str(row[1].step)),
+            Column("sites", lambda row: str(len(row[1].chosen))),
+            Column("added", lambda row: f"{row[1].added:,}"),
+            Column("lowest chosen", lambda row: lowest(row[1])),
+            Column("highest left", lambda row: highest(row[1])),
+            Column("forwards", lambda row: str(row[1].forwards)),
+        ],
+        list(enumerate(meta.rounds, 1)),
+    )
 
 
 def _fitting(kinds: Iterable[str], room: int) -> Iterator[list[str]]:
@@ -109,8 +122,8 @@ def _fitting(kinds: Iterable[str], room: int) -> Iterator[list[str]]:
     yield group
 
 
-def _map(rounds: Mapping[MapCell, int | None], kinds: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+def _map(rounds: Mapping[MapCell, int | None], kinds: Sequence[str]) -> Drawn:
+    table = Drawn(box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("layer")
     for kind in kinds:
         parts = [_shown(part) for part in kind.split(".")]

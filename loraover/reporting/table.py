@@ -7,7 +7,7 @@ template of a page show it, with texts that may quote a file: no markup in them 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -125,12 +125,12 @@ class Table(Generic[Row]):
 
 
 def facts_table(
-    facts: Mapping[str, str], heads: tuple[str, str] = ("what", "value"), title: str = "", note: str = ""
+    facts: Sequence[tuple[str, str]], heads: tuple[str, str] = ("what", "value"), title: str = "", note: str = ""
 ) -> Table[tuple[str, str]]:
     """Return a table of two columns.
 
     Args:
-        facts: Values by their names.
+        facts: Names and values.
         heads: Heads of the columns.
         title: Text above it.
         note: Explanation below it on a page.
@@ -139,7 +139,7 @@ def facts_table(
         Column(heads[0], lambda fact: fact[0], "word"),
         Column(heads[1], lambda fact: fact[1], "name"),
     ]
-    return Table(columns, list(facts.items()), title, note)
+    return Table(columns, facts, title, note)
 
 
 def plain(text: str) -> str:

@@ -6,8 +6,9 @@ from importlib.resources import files
 
 from loraover.common.provenance import environment, hardware, today
 from loraover.reporting.figures import Band, FigureRow, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure
+from loraover.reporting.table import facts_table
 from loraover.training.plan import ASSUMPTION, TrainingPlan
 from loraover.training.rows.lengths import FEW
 from loraover.training.run_result import Lengths
@@ -37,7 +38,7 @@ def to_page(plan: TrainingPlan, command: str) -> Page:
         facts={"base model": plan.model},
         origin=Origin(command, today(), hardware(), environment()),
         figures=[] if lengths is None else [_histogram(lengths)],
-        table=Table(("what", "value"), [*facts.items()], ("what", "value"), ("value",)),
+        table=facts_table(list(facts.items())),
     )
 
 

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
 from loraover.common.errors import printable
 from loraover.reporting.reporter import print_line, print_rows
-from loraover.reporting.terminal_table import terminal_table
+from loraover.reporting.table import Column, Table
 from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
@@ -28,9 +27,12 @@ def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
     shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
     for name in shared:
         console.print(printable(f"{name}: {common[name].pop()}"), markup=False, highlight=False)
-    heads = ("", *map(escape, results))
-    rows = [(name, *(found.get(name, "-") for found in facts.values())) for name in names if name not in shared]
-    console.print(terminal_table(heads, rows, names=heads))
+
+    def column(run: str) -> Column[str]:
+        return Column(run, lambda name: facts[run].get(name, "-"), "name")
+
+    rows = [name for name in names if name not in shared]
+    console.print(Table([Column("", lambda name: name, "name"), *map(column, facts)], rows))
 
 
 def show_plan(plan: TrainingPlan, console: Console) -> None:

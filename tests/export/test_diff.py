@@ -26,6 +26,7 @@ from loraover.adapters.numerics.delta import Delta
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
+from loraover.reporting.svg import short
 from loraover_export import diff_adapters
 from loraover_export.cli import cli
 
@@ -152,7 +153,7 @@ def test_the_command(made: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     found = json.loads(out)
     assert len(found["modules"]) == 15
     assert f"norm of their difference {found['difference']:.4g}" in err
-    assert f"{found['logits']['difference']['max_logit']:.2e}" in err
+    assert short(found["logits"]["difference"]["max_logit"], ".2e") in err
     assert "…" not in err
 
 

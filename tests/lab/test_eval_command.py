@@ -18,7 +18,7 @@ from loraover.common.errors import ConfigError
 from loraover_lab.evaluation import subjects
 from loraover_lab.evaluation.base import Example
 from loraover_lab.evaluation.request import EvaluationRequest
-from loraover_lab.evaluation.results import Evaluation, ModelResult, result_rows, wilson_interval
+from loraover_lab.evaluation.results import Evaluation, ModelResult, results_table, wilson_interval
 
 from support.openai_server import openai_server
 from support.tiny_hub import save_llama
@@ -290,8 +290,9 @@ def result(name: str, scores: list[float | None]) -> ModelResult:
 
 def test_changes_against_the_base_model_are_counted(evaluation: dict[str, Any]) -> None:
     models = [result("base", [1, 0, 0, 1]), result("a", [0, 1, 1, 1]), ModelResult(name="b", failure="no")]
-    columns, rows = result_rows(Evaluation(**evaluation, results=models))
-    assert columns == ["model", "acc", "right, 95 %", "gained", "lost"]
+    table = results_table(Evaluation(**evaluation, results=models))
+    rows = [[column.cell(row) for column in table.columns] for row in table.rows]
+    assert [column.head for column in table.columns] == ["model", "acc", "right, 95 %", "gained", "lost"]
     assert rows[0] == ["base", "50.0%", "10.0% to 90.0%", "-", "-"]
     assert rows[1][3:] == ["2", "1"]
     assert rows[2] == ["b", "-", "-", "-", "-"]

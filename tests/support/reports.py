@@ -22,7 +22,7 @@ from loraover.training.plan import TrainingPlan
 from loraover.training.plan_page import to_page as plan_page
 from loraover.training.run_result import Lengths
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.fold.html import to_page as fold_page
+from loraover_export.fold.report import to_page as fold_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page
 from loraover_lab.study.html import to_page as study_page

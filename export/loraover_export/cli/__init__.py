@@ -8,7 +8,7 @@ from loraover.common.command_line import LazyGroup, entry_point
 from loraover.reporting.request_command import Reporting
 
 PLACES = {
-    "fold": ("requests:FoldRequest", "fold.run:fold_checkpoint", "fold.show:show_certificate"),
+    "fold": ("requests:FoldRequest", "fold.run:fold_checkpoint", "fold.report:show_certificate"),
     "combine": (
         "loraover.adapters.combine.requests:CombineRequest",
         "loraover.adapters.combine.combine:combine_adapters",

@@ -21,7 +21,7 @@ from loraover.sources.verb import verb
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.check_outputs import check_outputs
 from loraover_export.fold.fold import write_folded
-from loraover_export.fold.html import HTML_FILE, to_page
+from loraover_export.fold.report import HTML_FILE, to_page
 from loraover_export.fold.trained_base import compare_bases
 from loraover_export.publishing import FOLDED, base_of
 from loraover_export.requests import FoldRequest

@@ -7,8 +7,8 @@ from rich.console import Console
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
 from loraover.adapters.show import in_one_line, show_place, show_verdict
 from loraover.reporting.reporter import print_line
-from loraover.reporting.terminal_table import terminal_table
-from loraover_export.merge.report import MergeReport
+from loraover.reporting.table import Column, Table
+from loraover_export.merge.report import MergedWeight, MergeReport
 from loraover_export.requests import MergeRequest
 
 WORST_SHOWN = 12
@@ -16,7 +16,7 @@ WORST_SHOWN = 12
 
 def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> None:
     """Print the weights that lost most of their delta, the totals, the verdict, and where the model is."""
-    _show_weights(report, console)
+    console.print(_weights_table(report))
     dtypes = ", ".join(sorted({weight.dtype for weight in report.weights}))
     print_line(
         console,
@@ -35,21 +35,19 @@ def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> 
     show_place(report, request.output, console, reason="a weight failed its check")
 
 
-def _show_weights(report: MergeReport, console: Console) -> None:
+def _weights_table(report: MergeReport) -> Table[MergedWeight]:
     worst = sorted(report.weights, key=lambda weight: -weight.stored.error)[:WORST_SHOWN]
-    rows = (
-        (
-            weight.matrix.name,
-            weight.dtype,
-            f"{weight.delta_to_weight:.1e}",
-            f"{weight.stored.erased:.2%}",
-            f"{weight.stored.error:.1%}",
-            f"{weight.four_bit.erased:.2%}",
-            f"{weight.four_bit.error:.1%}",
-        )
-        for weight in worst
+    return Table(
+        [
+            Column("weight", lambda w: w.matrix.name, "name"),
+            Column("dtype", lambda w: w.dtype),
+            Column("delta\n/ W", lambda w: f"{w.delta_to_weight:.1e}"),
+            Column("erased", lambda w: f"{w.stored.erased:.2%}"),
+            Column("error", lambda w: f"{w.stored.error:.1%}"),
+            Column("4-bit\nerased", lambda w: f"{w.four_bit.erased:.2%}"),
+            Column("4-bit\nerror", lambda w: f"{w.four_bit.error:.1%}"),
+        ],
+        worst,
+        f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights",
+        caption="Erased: share of the delta's squared norm in elements that stay. Error: relative to the delta's norm.",
     )
-    heads = ("weight", "dtype", "delta\n/ W", "erased", "error", "4-bit\nerased", "4-bit\nerror")
-    title = f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights"
-    caption = "Erased: share of the delta's squared norm in elements that stay. Error: relative to the delta's norm."
-    console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=caption))

@@ -9,14 +9,13 @@ from typing import Literal, get_args
 
 from pydantic import Field
 from rich.console import Console
-from rich.text import Text
 
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
 from loraover.reporting import html_page
 from loraover.reporting.palette import terminal_color, tone_of
 from loraover.reporting.reporter import print_line
-from loraover.reporting.terminal_table import terminal_table
+from loraover.reporting.table import Column, Table
 
 Verdict = Literal["right", "prepared", "right as exported", "right on some", "refused", "failed"]
 """The best first."""
@@ -114,19 +113,29 @@ def show_row(row: FleetRow, progress: str, console: Console) -> None:
 
 def show_report(report: FleetReport, console: Console) -> None:
     """Print a table with a line for each adapter, the reasons below it, and how many adapters have each verdict."""
-    engines, last = report.engines, () if report.engines else ("error",)
-    heads = ("verdict", "adapter", *engines, *last)
-    rows: list[list[str | Text]] = []
-    for row in report.rows:
-        words = {engine: row.engines[engine].split()[0] for engine in row.engines}  # what it does with every form
-        colors = {engine: terminal_color(row.engines[engine]) for engine in row.engines}
-        for engine in row.engines:
-            if row.served(engine) == "as exported":
-                words[engine], colors[engine] = WORDS["right as exported"], terminal_color("right as exported")
-        cells: list[str | Text] = [Text(WORDS.get(row.verdict, row.verdict), terminal_color(row.verdict)), row.source]
-        cells += [Text(words.get(engine, ""), colors.get(engine, "")) for engine in engines]
-        rows.append(cells + (["" if row.error is None else f"{row.error:.2g}"] if last else []))
-    console.print(terminal_table(heads, rows, names=heads[1:2], words=("verdict", *engines)))
+    engines = report.engines
+
+    def judged(row: FleetRow, engine: str) -> str:
+        """Return what an engine does with an adapter, or that it is right on its exported form only."""
+        if engine in row.engines and row.served(engine) == "as exported":
+            return "right as exported"
+        return row.engines.get(engine, "")
+
+    def column(engine: str) -> Column[FleetRow]:
+        return Column(
+            engine,
+            lambda row: WORDS.get(judged(row, engine), judged(row, engine).partition(" ")[0]),
+            "verdict",
+            verdict=lambda row: judged(row, engine),
+        )
+
+    last: Column[FleetRow] = Column("error", lambda row: "" if row.error is None else f"{row.error:.2g}")
+    columns: list[Column[FleetRow]] = [
+        Column("verdict", lambda row: WORDS.get(row.verdict, row.verdict), "verdict", verdict=lambda row: row.verdict),
+        Column("adapter", lambda row: row.source, "name"),
+        *(map(column, engines) if engines else [last]),
+    ]
+    console.print(Table(columns, report.rows))
     if engines:
         print_line(console, KEY)
     for row in report.rows:

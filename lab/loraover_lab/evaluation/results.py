@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.reporter import print_line
+from loraover.reporting.table import Column, Table
 from loraover_lab.evaluation.base import Example
 
 if TYPE_CHECKING:
@@ -75,11 +76,7 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 def show_evaluation(found: Evaluation, console: Console) -> None:
     """Print one row for each model, then the settings and the failures."""
-    from loraover.reporting.terminal_table import terminal_table
-
-    title = f"{found.task}, {found.questions} questions from {found.data_origin}"
-    columns, rows = result_rows(found)
-    console.print(terminal_table(columns, rows, names=columns[:1], title=title))
+    console.print(results_table(found))
     settings = "; ".join(f"{name}: {value}" for name, value in found.settings.items())
     print_line(console, f"{found.model_origin}; {settings}")
     for result in found.results:
@@ -87,33 +84,27 @@ def show_evaluation(found: Evaluation, console: Console) -> None:
             print_line(console, f"{result.name} failed: {result.failure}")
 
 
-def result_rows(found: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Return the column names, and one row for each model."""
-    names = list(dict.fromkeys(name for result in found.results for name in result.measures))
-    columns = ["model", *names]
-    columns += ["right, 95 %", "gained", "lost"] if found.is_right_or_wrong else ["missing"]
-    base = found.results[0].examples if found.results else []
-    return columns, [_row(result, names, base, found.is_right_or_wrong) for result in found.results]
+def results_table(found: Evaluation) -> Table[ModelResult]:
+    """Return a table with one row for each model."""
 
+    def measure(name: str) -> Column[ModelResult]:
+        form = ".1%" if found.is_right_or_wrong and name not in CORRELATIONS else ".2f"
+        return Column(name, lambda r: format(r.measures[name], form) if name in r.measures else "-")
 
-def _row(result: ModelResult, names: Sequence[str], base: Sequence[Example], is_right_or_wrong: bool) -> list[str]:
-    cells = [result.name]
-    cells += [_figure(result.measures.get(name), is_right_or_wrong and name not in CORRELATIONS) for name in names]
-    if not is_right_or_wrong:
-        return [*cells, str(result.missing)]
-    interval = "-" if result.interval is None else "{:.1%} to {:.1%}".format(*result.interval)
-    return [*cells, interval, *_changes(result.examples, base)]
+    def interval(result: ModelResult) -> str:
+        return "-" if result.interval is None else "{:.1%} to {:.1%}".format(*result.interval)
 
+    def changed(result: ModelResult, sign: int) -> str:
+        """Number of answers that are right where the base model's is wrong, or the other way round."""
+        base, mine = found.results[0].examples, result.examples
+        if not base or not mine or mine is base:
+            return "-"
+        return str(sum(sign * ((a.score or 0) - (b.score or 0)) > 0 for a, b in zip(mine, base, strict=True)))
 
-def _changes(examples: Sequence[Example], base: Sequence[Example]) -> tuple[str, str]:
-    """Number of answers that are right where the base model's is wrong, and the other way round."""
-    if not base or not examples or examples is base:
-        return "-", "-"
-    pairs = [(before.score or 0, after.score or 0) for before, after in zip(base, examples, strict=True)]
-    return str(sum(after > before for before, after in pairs)), str(sum(after < before for before, after in pairs))
-
-
-def _figure(value: float | None, is_share: bool) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if is_share else f"{value:.2f}"
+    names = dict.fromkeys(name for result in found.results for name in result.measures)
+    last: list[Column[ModelResult]] = [Column("missing", lambda r: str(r.missing))]
+    if found.is_right_or_wrong:
+        gained, lost = (partial(changed, sign=sign) for sign in (1, -1))
+        last = [Column("right, 95 %", interval), Column("gained", gained), Column("lost", lost)]
+    title = f"{found.task}, {found.questions} questions from {found.data_origin}"
+    return Table([Column("model", lambda r: r.name, "name"), *map(measure, names), *last], found.results, title)

@@ -6,27 +6,15 @@ from rich.console import Console
 
 from loraover.adapters.show import show_place, show_verdict, undecided
 from loraover.reporting.reporter import print_line
-from loraover.reporting.terminal_table import terminal_table
+from loraover.reporting.table import Column, Table
 from loraover_export.formats.onnx.report import GraphCheck, OnnxReport
 from loraover_export.requests import OnnxRequest
-
-CAPTION = "largest errors of logits; effect: the adapter's change of a logit"
 
 
 def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> None:
     """Print errors and bounds of each adapter, the verdict, and where the files are."""
     if report.checks:
-        heads = ("adapter", "error", "noise", "allowed", "effect", "greedy tokens")
-        rows = [
-            (
-                (check.adapter or "none") + (" (change)" if check.compared == "change" else ""),
-                *(f"{value:.1e}" for value in (check.error, check.noise, check.bound)),
-                *(f"{check.adapter_effect:.3g}", _greedy(check)),
-            )
-            for check in report.checks
-        ]
-        title = f"ONNX Runtime against the PyTorch reference, {report.compute_dtype} on {report.check_device}"
-        console.print(terminal_table(heads, rows, names=heads[:1], title=title, caption=CAPTION))
+        console.print(_checks_table(report))
         console.print(f"noise: {report.checks[0].noise_of}")
     show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "inconclusive":
@@ -34,10 +22,25 @@ def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> N
     show_place(report, request.output, console, reason="an export that fails its check is not kept")
 
 
-def _greedy(check: GraphCheck) -> str:
-    greedy = check.greedy
-    if greedy is None:
-        return "-"
-    if greedy.first_difference is None:
-        return f"{greedy.tokens} equal"
-    return f"{greedy.first_difference} equal, gap {greedy.gap:.2g}"
+def _checks_table(report: OnnxReport) -> Table[GraphCheck]:
+    def greedy(check: GraphCheck) -> str:
+        found = check.greedy
+        if found is None:
+            return "-"
+        if found.first_difference is None:
+            return f"{found.tokens} equal"
+        return f"{found.first_difference} equal, gap {found.gap:.2g}"
+
+    return Table(
+        [
+            Column("adapter", lambda c: f"{c.adapter or 'none'}{' (change)' * (c.compared == 'change')}", "name"),
+            Column("error", lambda c: f"{c.error:.1e}"),
+            Column("noise", lambda c: f"{c.noise:.1e}"),
+            Column("allowed", lambda c: f"{c.bound:.1e}"),
+            Column("effect", lambda c: f"{c.adapter_effect:.3g}"),
+            Column("greedy tokens", greedy),
+        ],
+        report.checks,
+        f"ONNX Runtime against the PyTorch reference, {report.compute_dtype} on {report.check_device}",
+        caption="largest errors of logits; effect: the adapter's change of a logit",
+    )

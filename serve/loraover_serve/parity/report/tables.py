@@ -224,7 +224,7 @@ def arms(report: ParityReport) -> Table[tuple[str, str]]:
     }
     found = {sample.arm for run in report.runs for sample in run.samples}
     return facts_table(
-        {arm: meaning for arm, meaning in meanings.items() if arm in found},
+        [(arm, meaning) for arm, meaning in meanings.items() if arm in found],
         ("arm", "what it is"),
         "What was compared",
         "All arms answer the same prompts on one engine, in blocks. A block runs every arm twice, in a random order "

@@ -1,22 +1,53 @@
-"""The certificate of a fold, its verdict in plain sentences first, as one HTML page that needs no network."""
+"""The certificate of a fold on a terminal, and as one HTML page that needs no network, with its verdict first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.resources import files
 
+from rich.console import Console
+
+from loraover.adapters.logits.deviation import Deviation
 from loraover.adapters.logits.verdict import POWER, CheckVerdict
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, underflow_facts
+from loraover.adapters.show import OTHER_TEXTS, deviations_table, show_place, show_verdict, undecided
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.palette import tone_of
+from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import Axis, Figure, Shape, short
+from loraover.reporting.table import Column, Table
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.requests import FoldRequest
 
 HTML_FILE = "fold.html"
 TEMPLATE = "fold.html.j2"
-WORST_SHOWN = 20
+ON_TERMINAL, ON_PAGE = 8, 20
+"""Numbers of matrices that are shown, those with the largest errors."""
 SMALLEST = 1e-12  # a difference of logits that is drawn; smaller ones are at the left end
+
+
+def show_certificate(certificate: FoldCertificate, request: FoldRequest, console: Console) -> None:
+    """Print the worst matrices, the check of the outputs, the verdict, and where the adapter is."""
+    console.print(_matrices_table(certificate, ON_TERMINAL))
+    for fact in underflow_facts(certificate.matrices).values():
+        console.print(f"{certificate.dtype} range: {fact}", soft_wrap=True)
+    if (outputs := certificate.outputs) is not None:
+        console.print(_outputs_table(outputs))
+        allowed = f"max logit error {outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
+        effect = f"the adapter itself moves logits by up to {outputs.adapter_effect:.3g}"
+        console.print(f"{allowed}; {effect}", soft_wrap=True)
+        if outputs.compared_tokens < outputs.tokens:
+            console.print(
+                f"Cores were applied at {outputs.compared_tokens} of {outputs.tokens} tokens, the same in every layer: "
+                "they are too large to be applied at all tokens.",
+                soft_wrap=True,
+            )
+    if certificate.trained_base is not None:
+        print_line(console, str(certificate.trained_base))
+    show_verdict(certificate, f"fold {certificate.verdict}", console)
+    if certificate.verdict == "inconclusive":
+        print_line(console, undecided("The matrices are within their bounds, but the adapter", OTHER_TEXTS))
+    show_place(certificate, request.output, console, reason="an adapter that fails its check is not kept")
 
 
 def to_page(certificate: FoldCertificate, command: str) -> Page:
@@ -45,8 +76,7 @@ def to_page(certificate: FoldCertificate, command: str) -> Page:
         outputs=outputs,
         logits=logits,
         outputs_table=None if outputs is None else _outputs_table(outputs),
-        matrices_table=_matrices_table(certificate.matrices),
-        count=len(certificate.matrices),
+        matrices_table=_matrices_table(certificate, ON_PAGE),
     )
 
 
@@ -106,31 +136,31 @@ def _points(*values: float) -> list[Point]:
     return [Point(max(value, SMALLEST), *form) for value, form in zip(values, forms, strict=False)]
 
 
-def _outputs_table(outputs: OutputCertificate) -> Table:
-    rows = [
-        (
-            label,
-            *(short(value, ".2e") for value in (d.max_logit, d.mean_logit, d.max_kl, d.mean_kl)),
-            f"{100 * d.top1_agreement:.2f} %",
-        )
-        for label, d in (("folded adapter", outputs.error), ("noise of rounding", outputs.noise))
-    ]
-    columns = ("compared with the unfolded model", "max logit", "mean logit", "max KL", "mean KL", "same top token")
-    return Table(columns, rows, columns[:1], columns[:1])
-
-
-def _matrices_table(matrices: Sequence[MatrixCertificate]) -> Table:
-    worst = sorted(matrices, key=lambda matrix: -matrix.relative_error)[:WORST_SHOWN]
-    rows = [
-        (
-            *(m.name, f"{m.shape[0]} x {m.shape[1]}", "cores" if m.over_parameterised else "plain"),
-            *("yes" if m.worst_to_bound <= 1 else "no", short(m.relative_error, ".2e"), short(m.relative_bound, ".2e")),
-            *(f"{m.flushed_to_zero:,}", f"{m.subnormal:,}"),
-        )
-        for m in worst
-    ]
-    columns = (
-        *("matrix", "shape", "trained as", "in bound", "relative error", "relative bound"),
-        *("became zero", "subnormal"),
+def _outputs_table(outputs: OutputCertificate) -> Table[tuple[str, Deviation]]:
+    where = f"{outputs.compute_dtype} on {outputs.device}"
+    title = f"Folded against unfolded: {outputs.prompt_source}, {outputs.tokens} tokens, {where}"
+    return deviations_table(
+        [("folded adapter", outputs.error), ("noise of rounding", outputs.noise)], title, "distance of"
     )
-    return Table(columns, rows, ("matrix", "trained as", "in bound"), ("matrix",))
+
+
+def _matrices_table(certificate: FoldCertificate, most: int) -> Table[MatrixCertificate]:
+    matrices = certificate.matrices
+    worst = sorted(matrices, key=lambda m: (m.passed, -m.relative_error))[:most]
+    return Table(
+        [
+            Column("matrix", lambda m: m.name, "name"),
+            Column("shape", lambda m: f"{m.shape[0]} x {m.shape[1]}"),
+            Column("trained as", lambda m: "cores" if m.over_parameterised else "plain", "word", is_wide=True),
+            Column("in bound", lambda m: "yes" if m.worst_to_bound <= 1 else "no", "word", is_wide=True),
+            Column("rel. error", lambda m: short(m.relative_error, ".2e")),
+            Column("bound", lambda m: short(m.relative_bound, ".2e")),
+            Column("became zero", lambda m: f"{m.flushed_to_zero:,}", is_wide=True),
+            Column("subnormal", lambda m: f"{m.subnormal:,}", is_wide=True),
+        ],
+        worst,
+        f"Largest errors, {len(worst)} of {len(matrices)} matrices, stored as {certificate.dtype}",
+        "Errors and bounds are Frobenius norms over that of the matrix. Each element has a bound as well, for the "
+        "product and its rounding, and its error is within it. fold_certificate.json has every matrix.",
+        "rounded to nearest, within the bound by construction" if all(m.passed for m in matrices) else "",
+    )
