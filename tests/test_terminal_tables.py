@@ -29,10 +29,9 @@ from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
 from loraover_export.fold.report import show_certificate
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
-from loraover_export.formats.onnx.show import show_report as show_onnx
-from loraover_export.merge.report import MergedWeight, MergeReport
-from loraover_export.merge.rounding_loss import RoundingLoss
-from loraover_export.merge.show import show_merge
+from loraover_export.formats.onnx.report import show_report as show_onnx
+from loraover_export.merge.arithmetic import RoundingLoss
+from loraover_export.merge.report import MergedWeight, MergeReport, show_merge
 from loraover_export.prepare.report import show_report as show_fleet
 from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
 from loraover_lab.evaluation.results import Evaluation, ModelResult, show_evaluation

@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.formats.onnx.report import OnnxReport as OnnxReport
     from loraover_export.formats.onnx.run import export_onnx as export_onnx
     from loraover_export.formats.vllm.preflight import Preflight as Preflight
-    from loraover_export.formats.vllm.report import VllmCertificate as VllmCertificate
-    from loraover_export.formats.vllm.report import VllmReport as VllmReport
+    from loraover_export.formats.vllm.run import VllmCertificate as VllmCertificate
+    from loraover_export.formats.vllm.run import VllmReport as VllmReport
     from loraover_export.formats.vllm.run import export_vllm as export_vllm
     from loraover_export.merge.report import MergeReport as MergeReport
     from loraover_export.merge.run import merge_adapter as merge_adapter
@@ -52,8 +52,8 @@ _HOMES = {
     "OnnxReport": "loraover_export.formats.onnx.report",
     "Preflight": "loraover_export.formats.vllm.preflight",
     "PreparedAdapter": "loraover_export.prepare.cache",
-    "VllmCertificate": "loraover_export.formats.vllm.report",
-    "VllmReport": "loraover_export.formats.vllm.report",
+    "VllmCertificate": "loraover_export.formats.vllm.run",
+    "VllmReport": "loraover_export.formats.vllm.run",
     "attest_adapter": "loraover_export.attest.run",
     "check_adapter": "loraover_export.check.run",
     "check_fleet": "loraover_export.prepare.fleet",

@@ -14,7 +14,7 @@ from loraover_export.cli import cli
 from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.fold.fold import write_folded
+from loraover_export.fold.run import write_folded
 
 from support.devices import ALL_DEVICES
 from support.fold_cases import certificate

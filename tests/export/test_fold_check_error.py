@@ -24,7 +24,7 @@ from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
-from loraover_export.fold.fold import write_folded
+from loraover_export.fold.run import write_folded
 
 from support.fold_cases import Q_B, certificate, load_base
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save

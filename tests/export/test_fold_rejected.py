@@ -19,7 +19,7 @@ from loraover.checkpoint.tensor_file import save_tensors
 from loraover.overparam.decompositions import Mpo
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate
-from loraover_export.fold.fold import write_folded
+from loraover_export.fold.run import write_folded
 
 from support.fold_cases import Q_A, Q_B
 from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, tree

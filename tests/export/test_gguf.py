@@ -23,7 +23,7 @@ from loraover_export import GgufReport, export_gguf
 from loraover_export.formats.gguf import target as target_module
 from loraover_export.formats.gguf import write as write_module
 from loraover_export.formats.gguf.base import write_base
-from loraover_export.formats.gguf.families import interleave
+from loraover_export.formats.gguf.target import interleave
 
 from strategies import SEEDS, normal
 from support.gguf_export import (

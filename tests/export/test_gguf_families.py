@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from loraover_export import GgufReport, export_gguf
-from loraover_export.formats.gguf.families import FAMILIES
+from loraover_export.formats.gguf.target import FAMILIES
 
 from support.compatibility import record
 from support.gguf_export import GgufMade, adapted, apart, engine_logits, make_gguf, read_tensors

@@ -13,7 +13,7 @@ import torch
 from loraover.common.errors import ExportError
 from loraover.common.extras import install
 from loraover_export import check_adapter
-from loraover_export.formats.gguf import check, run
+from loraover_export.formats.gguf import run
 from loraover_export.formats.gguf.base import write_base
 
 from support.children import Child, limit_file_size
@@ -230,6 +230,6 @@ def test_an_engine_that_is_not_installed_is_named(
         raise ModuleNotFoundError("No module named 'llama_cpp_py_sync'", name="llama_cpp_py_sync")
 
     monkeypatch.setattr(run, "load_library", missing)
-    monkeypatch.setattr(check, "load_model", None)
+    monkeypatch.setattr(run, "load_model", None)
     message = refused("gguf", source, "--base-gguf", made.base_gguf)
     assert message == f"error: this needs llama_cpp_py_sync: {install('llamacpp')}"

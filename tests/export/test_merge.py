@@ -25,7 +25,7 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.reference.unfolded_model import unfolded
 from loraover_export import MergeReport, convert_adapter, merge_adapter
-from loraover_export.merge.in_memory import merge
+from loraover_export.merge.arithmetic import merge
 
 from strategies import normal
 from support.make_checkpoint import LINEAR, edit_tensors, make_checkpoint, oracle_matrices

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraover_export.formats.onnx.export import ROWS, Export
+from loraover_export.formats.onnx.run import ROWS, token_rows
 
 from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
@@ -125,8 +125,7 @@ def test_experts_in_a_graph_without_a_cache_are_refused(tmp_path: Path, refused:
 
 def test_a_tokenizer_that_knows_no_text_is_no_endless_loop() -> None:
     """Such as the empty one that transformers makes for a Qwen2 without files of a tokenizer."""
-    empty: Any = SimpleNamespace(tokenizer=lambda *_, **__: SimpleNamespace(input_ids=[]), model=tiny_gpt2())
-    assert Export._rows(empty).shape == ROWS
+    assert token_rows(lambda *_, **__: SimpleNamespace(input_ids=[]), tiny_gpt2()).shape == ROWS
 
 
 # Adapters

@@ -22,7 +22,7 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.models.device import choose_compute
 from loraover.models.load import load_model, resolve_model
-from loraover_export.formats.onnx import export as export_module
+from loraover_export.formats.onnx import run as export_module
 from loraover_export.formats.onnx import swappable
 from loraover_export.formats.onnx.check import Compute, OnnxReference, make_reference
 from loraover_export.formats.onnx.kinds import decoder
@@ -30,7 +30,7 @@ from loraover_export.formats.onnx.kinds.decoder import Decoder
 from loraover_export.formats.onnx.kinds.stateless import Stateless
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, OnnxReport
 from loraover_export.formats.onnx.session import GraphSession
-from loraover_export.merge import arithmetic, in_memory
+from loraover_export.merge import arithmetic
 
 from support.devices import ALL_DEVICES
 from support.make_checkpoint import Made, make_checkpoint, tree
@@ -123,7 +123,7 @@ def test_an_adapter_that_is_not_applied_is_rejected(monkeypatch: pytest.MonkeyPa
 
 def merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificates are those of a merge, but the exported model is not the merged one."""
-    monkeypatch.setattr(export_module, "merge", lambda model, *rest: in_memory.merge(copy.deepcopy(model), *rest))
+    monkeypatch.setattr(export_module, "merge", lambda model, *rest: arithmetic.merge(copy.deepcopy(model), *rest))
 
 
 DROPPED: dict[str, Mutant] = {

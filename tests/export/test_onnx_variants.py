@@ -9,7 +9,7 @@ import pytest
 
 from loraover.checkpoint.source import read_source
 from loraover.models.load import load_model, resolve_model
-from loraover_export.formats.onnx.int4 import rounded_copy
+from loraover_export.formats.onnx.check import rounded_copy
 from loraover_export.formats.onnx.report import OnnxReport
 
 from support.compatibility import record

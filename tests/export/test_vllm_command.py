@@ -22,9 +22,8 @@ from loraover.common.command_line import run
 from loraover.models.model_file import known_licence
 from loraover_export import convert_adapter, export_vllm
 from loraover_export.cli import cli
-from loraover_export.formats.vllm.launch import lora_module
 from loraover_export.formats.vllm.preflight import Preflight
-from loraover_export.formats.vllm.report import VllmCertificate
+from loraover_export.formats.vllm.run import VllmCertificate, lora_module
 
 from support.conversions import SOURCES, make_base, make_source
 from support.make_checkpoint import make_checkpoint, tree

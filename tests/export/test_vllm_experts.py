@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraover_export import VllmReport, check_adapter, export_vllm
-from loraover_export.formats.vllm.architectures import known_architectures
+from loraover_export.formats.vllm.releases import known_architectures
 
 from support.make_checkpoint import edit_tensors
 from support.plain_adapter import tiny_decoder

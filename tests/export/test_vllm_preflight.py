@@ -17,9 +17,9 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
-from loraover_export.formats.vllm.architectures import known_architectures
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.preflight import Preflight, preflight
+from loraover_export.formats.vllm.releases import known_architectures
 from loraover_export.formats.vllm.rules import RULES
 
 from support.make_checkpoint import edit_json, tree

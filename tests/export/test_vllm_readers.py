@@ -21,7 +21,7 @@ from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover.common.command_line import run
 from loraover_export import export_vllm
 from loraover_export.cli import cli
-from loraover_export.formats.vllm.architectures import known_architectures
+from loraover_export.formats.vllm.releases import known_architectures
 
 from oracles.contraction import Array
 from support.check_cases import CASES, EXPECTED

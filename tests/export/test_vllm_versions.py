@@ -17,11 +17,9 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
-from loraover_export.formats.vllm.architectures import architectures_of, known_architectures
 from loraover_export.formats.vllm.candidate import Candidate
-from loraover_export.formats.vllm.known_faults import known_faults
 from loraover_export.formats.vllm.preflight import Violation, preflight
-from loraover_export.formats.vllm.versions import Versions
+from loraover_export.formats.vllm.releases import Versions, architectures_of, known_architectures, known_faults
 
 from support.make_checkpoint import edit_json
 from support.plain_adapter import write_adapter

@@ -23,9 +23,8 @@ from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ConfigError, FoldError
 from loraover.models.load import resolve_model
-from loraover_export.formats.gguf.families import FAMILIES as GGUF_FAMILIES
-from loraover_export.formats.gguf.families import tensor_name
-from loraover_export.formats.gguf.target import expert_tensors
+from loraover_export.formats.gguf.target import FAMILIES as GGUF_FAMILIES
+from loraover_export.formats.gguf.target import expert_tensors, tensor_name
 
 from strategies import normal
 from support.make_checkpoint import edit_tensors

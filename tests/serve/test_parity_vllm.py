@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loraover.common.command_line import run
-from loraover_export.formats.vllm.architectures import known_architectures
+from loraover_export.formats.vllm.releases import known_architectures
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import BASE
 from loraover_serve.parity.report.parity_report import ParityReport

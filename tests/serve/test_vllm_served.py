@@ -11,7 +11,7 @@ import pytest
 from peft import PeftModel
 
 from loraover.client.tokens import Completion
-from loraover_export.formats.vllm.architectures import known_architectures
+from loraover_export.formats.vllm.releases import known_architectures
 
 from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record

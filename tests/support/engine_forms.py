@@ -25,8 +25,8 @@ from loraover.common.errors import EngineError, ExportError
 from loraover_export import export_vllm
 from loraover_export.formats.gguf import llamacpp
 from loraover_export.formats.gguf.base import write_base
-from loraover_export.formats.gguf.families import FAMILIES, interleave
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel
+from loraover_export.formats.gguf.target import FAMILIES, interleave
 from loraover_export.formats.onnx import genai
 from loraover_serve.engines import engine_class, mlx, openvino
 from loraover_serve.engines.answers import ADAPTER, BASE

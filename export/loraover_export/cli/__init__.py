@@ -7,46 +7,64 @@ import click
 from loraover.common.command_line import LazyGroup, entry_point
 from loraover.reporting.request_command import Reporting
 
-PLACES = {
-    "fold": ("requests:FoldRequest", "fold.run:fold_checkpoint", "fold.report:show_certificate"),
-    "combine": (
+COMMANDS = {
+    "check": "loraover_export.cli.fleet:check",
+    "prepare": "loraover_export.cli.fleet:prepare",
+    "fold": Reporting(
+        "loraover_export.requests:FoldRequest",
+        "loraover_export.fold.run:fold_checkpoint",
+        "loraover_export.fold.report:show_certificate",
+    ),
+    "combine": Reporting(
         "loraover.adapters.combine.requests:CombineRequest",
         "loraover.adapters.combine.combine:combine_adapters",
         "loraover.adapters.show:show_lora",
     ),
-    "shrink": (
+    "shrink": Reporting(
         "loraover.adapters.combine.requests:ShrinkRequest",
         "loraover.adapters.combine.combine:shrink_adapter",
         "loraover.adapters.show:show_lora",
     ),
-    "merge": ("requests:MergeRequest", "merge.run:merge_adapter", "merge.show:show_merge"),
-    "diff": (
+    "merge": Reporting(
+        "loraover_export.requests:MergeRequest",
+        "loraover_export.merge.run:merge_adapter",
+        "loraover_export.merge.report:show_merge",
+    ),
+    "diff": Reporting(
         "loraover.adapters.combine.requests:DiffRequest",
         "loraover.adapters.combine.diff:diff_adapters",
         "loraover.adapters.show:show_diff",
     ),
-    "vllm": ("requests:VllmRequest", "formats.vllm.run:export_vllm", "formats.vllm.show:show_report"),
-    "onnx": ("requests:OnnxRequest", "formats.onnx.run:export_onnx", "formats.onnx.show:show_report"),
-    "convert": (
+    "vllm": Reporting(
+        "loraover_export.requests:VllmRequest",
+        "loraover_export.formats.vllm.run:export_vllm",
+        "loraover_export.formats.vllm.run:show_report",
+    ),
+    "onnx": Reporting(
+        "loraover_export.requests:OnnxRequest",
+        "loraover_export.formats.onnx.run:export_onnx",
+        "loraover_export.formats.onnx.report:show_report",
+    ),
+    "convert": Reporting(
         "loraover.adapters.convert.request:ConvertRequest",
         "loraover.adapters.convert.run:convert_adapter",
         "loraover.adapters.show:show_report",
     ),
-    "gguf": ("requests:GgufRequest", "formats.gguf.run:export_gguf", "formats.gguf.show:show_report"),
-    "attest": ("attest.request:AttestRequest", "attest.run:attest_adapter", "attest.report:show_report"),
-    "mlx": ("requests:MlxRequest", "formats.mlx:export_mlx", "formats.mlx:show_report"),
-}
-"""Request, function, and function that prints the report, of each command."""
-
-
-def _whole(place: str) -> str:
-    return place if place.startswith("loraover.") else f"loraover_export.{place}"
-
-
-COMMANDS = {
-    "check": "loraover_export.cli.fleet:check",
-    "prepare": "loraover_export.cli.fleet:prepare",
-    **{name: Reporting(*map(_whole, places)) for name, places in PLACES.items()},
+    "gguf": Reporting(
+        "loraover_export.requests:GgufRequest",
+        "loraover_export.formats.gguf.run:export_gguf",
+        "loraover_export.formats.gguf.report:show_report",
+    ),
+    "attest": Reporting(
+        "loraover_export.attest.request:AttestRequest",
+        "loraover_export.attest.run:attest_adapter",
+        "loraover_export.attest.report:show_report",
+    ),
+    "mlx": Reporting(
+        "loraover_export.requests:MlxRequest",
+        "loraover_export.formats.mlx:export_mlx",
+        "loraover_export.formats.mlx:show_report",
+    ),
 }
 EXAMPLES = [
     "loraover export fold runs/demo/adapter -o folded --check-error",

@@ -1,8 +1,7 @@
-"""Outputs of the folded adapter, as PEFT loads it from its files, against the unfolded model."""
+"""Outputs of the folded adapter, as PEFT loads it, against those of the unfolded model, and on a quantised base."""
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -13,15 +12,18 @@ from torch import Tensor, nn
 
 from loraover.adapters.logits.deviation import RunningDeviation, largest_of
 from loraover.adapters.logits.prompts import logits_of, read_prompts, tokens_at_once, walked
+from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_randomly
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels
+from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels, site_key
+from loraover.common.errors import CheckpointError
+from loraover.common.reporter import SILENT, Reporter
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, fit_base, memory_explained
-from loraover.reference.reference_model import sharing_weights
+from loraover.overparam.sites import Site, find_sites, lora_layers
+from loraover.reference.reference_model import reference_model, sharing_weights
 from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
-from loraover_export.fold.certificate import OutputCertificate
-from loraover_export.fold.twins import FOLDED, TWINS, FoldedAndTwins
+from loraover_export.fold.certificate import OutputCertificate, TrainedBase
 from loraover_export.requests import FoldRequest
 
 CORES_AT_MOST = 8.0
@@ -45,45 +47,29 @@ def check_outputs(request: FoldRequest, checkpoint: Checkpoint, folded: Path, so
 
     If cores take more than CORES_AT_MOST times the multiplications of the base model, by count, they are applied at
     evenly spaced tokens of every layer, and the folded A and B at the others. Logits of all tokens are compared.
-
-    Args:
-        request: The arguments of the fold.
-        checkpoint: The checkpoint that was folded.
-        folded: Folder of the written adapter.
-        source: The base model.
-
-    Raises:
-        CheckpointError: The base model is not the one that was trained.
-        ConfigError: A device that is not there, or memory that does not suffice; the message says what would fit.
-        DataError: No usable prompt in the file.
     """
     place, _ = choose_compute(request.device, request.compute_dtype)
-    where = {"device": str(place), "compute_dtype": request.compute_dtype}
-    work, needs = "the check of the outputs", partial(_needs, checkpoint, source, place)
-    limit, say = request.max_memory_gib, request.report.line
-    source = fit_base(work, source, needs=needs(), say=say, max_memory_gib=limit, **where)
-    with memory_explained(work, needs=needs, **where):
-        return _check_outputs(request, checkpoint, folded, source, str(place))
-
-
-def _check_outputs(
-    request: FoldRequest, checkpoint: Checkpoint, folded: Path, source: ModelSource, device: str
-) -> OutputCertificate:
-    report, compute_dtype = request.report, request.compute_dtype
+    report, device, compute_dtype = request.report, str(place), request.compute_dtype
+    where, work = {"device": device, "compute_dtype": compute_dtype}, "the check of the outputs"
     task, labels = checkpoint.config.task_type, saved_labels(checkpoint.shapes)
-    at_once = tokens_at_once(load_config(source), torch.device(device), task)
-    prompts = read_prompts(source, request.prompts, at_once=at_once)
-    report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
-    base = load_model(source, dtype=compute_dtype, task_type=task, num_labels=labels, device=device)
-    sampled = _sampled(base, checkpoint, folded)
-    with unfolded(sharing_weights(base), checkpoint, sampled=sampled) as reference:
-        report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
-        others = checkpoint.others.values()
-        adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, request.dtype, report)
-        compared = _Compared()
-        with walked(prompts, base, "the unfolded model, the folded adapter and the roundings", report) as steps:
-            for ids, positions in steps:
-                compared.add(base, reference, adapters, ids, positions)
+    numbers = sum(prod(checkpoint.shapes[key]) for key in checkpoint.matrices)
+    copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
+    at_once = tokens_at_once(load_config(source), place)
+    needs = Needs.of_model(source, adapters=copies * numbers, tokens=at_once, logits=4)
+    source = fit_base(work, source, needs=needs, say=report.line, max_memory_gib=request.max_memory_gib, **where)
+    with memory_explained(work, needs=lambda: needs, **where):
+        prompts = read_prompts(source, request.prompts, at_once=tokens_at_once(load_config(source), place, task))
+        report.line(f"loading the base model from {source.origin} to {device}, {compute_dtype}")
+        base = load_model(source, dtype=compute_dtype, task_type=task, num_labels=labels, device=device)
+        sampled = _sampled(base, checkpoint, folded)
+        with unfolded(sharing_weights(base), checkpoint, sampled=sampled) as reference:
+            report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
+            others = checkpoint.others.values()
+            adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, request.dtype, report)
+            compared = _Compared()
+            with walked(prompts, base, "the unfolded model, the folded adapter and the roundings", report) as steps:
+                for ids, positions in steps:
+                    compared.add(base, reference, adapters, ids, positions)
     return OutputCertificate(
         base=source.origin,
         device=device,
@@ -108,15 +94,6 @@ def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled |
     return None if share >= 1 else Sampled(share, read_adapter_dir(folded))
 
 
-def _needs(checkpoint: Checkpoint, source: ModelSource, place: torch.device) -> Needs:
-    """Estimate what a check needs: the base model, the folded adapter with its twins and cores, and a prompt."""
-    shapes = checkpoint.shapes
-    adapter = sum(prod(shapes[key]) for key in checkpoint.matrices)
-    at_once = tokens_at_once(load_config(source), place)
-    copies = 2 + TWINS + 2  # the folded one in PEFT and kept; cores are hardly more numbers, but in float64
-    return Needs.of_model(source, adapters=copies * adapter, tokens=at_once, logits=4)
-
-
 class _Compared:
     """Deviations for the certificate, over all pieces so far."""
 
@@ -133,3 +110,104 @@ class _Compared:
         twins = [logits_of(adapters.active(name), ids, positions) for name in adapters.twins]
         for noise, (one, other) in zip(self.noises, combinations(twins, 2), strict=True):
             noise.add(one, other)
+
+
+def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quantization: str) -> TrainedBase:
+    """Run a plain adapter on the full base model and on the quantised one, and compare every logit."""
+    adapter, compute_dtype = read_adapter_dir(folded), request.compute_dtype
+    place, _ = choose_compute(request.device, compute_dtype)
+    device, at_once = str(place), tokens_at_once(load_config(source), place)
+    prompts = read_prompts(source, request.prompts, at_once=at_once)
+    from peft import PeftModel
+
+    request.report.line(f"loading the base model in full precision and as {quantization} to {device}")
+    full = load_model(source, dtype=compute_dtype, task_type=adapter.config.task_type, device=device)
+    small = load_model(source, dtype=compute_dtype, device=device, quantization=quantization)
+    small = PeftModel.from_pretrained(small, str(folded)).eval()
+    difference, bases = RunningDeviation(), RunningDeviation()
+    with reference_model(full, adapter) as over_full, walked(prompts, full, "both bases", request.report) as steps:
+        for ids, positions in steps:
+            difference.add(logits_of(over_full, ids, positions), logits_of(small, ids, positions))
+            with small.disable_adapter():
+                bases.add(logits_of(full, ids, positions), logits_of(small, ids, positions))
+    return TrainedBase(
+        quantization=quantization, served=source.origin, difference=difference.result(), bases=bases.result()
+    )
+
+
+FOLDED = "folded"
+TWINS = 3
+
+
+class FoldedAndTwins:
+    """Base model with the folded adapter and its twins, of which one is active at a time.
+
+    A twin has each element of the exact matrices rounded at random to one of its two neighbours, and its rank dimension
+    permuted, so that sums run in another order. It shares all else with the folded adapter. Neighbours are those in the
+    storage type, or in the compute dtype if that is coarser: a check cannot see finer than it computes.
+
+    Args:
+        base: The plain base model, which becomes part of the PEFT model.
+        checkpoint: The checkpoint, which holds the exact matrices.
+        folded: Folder of the written adapter.
+        dtype: Data type that it is stored in.
+        report: Receiver of progress.
+
+    Raises:
+        CheckpointError: PEFT has made a matrix that the checkpoint does not hold.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        checkpoint: Checkpoint,
+        folded: Path,
+        dtype: str,
+        report: Reporter = SILENT,
+    ) -> None:
+        from peft import PeftModel
+
+        computed: torch.dtype = base.dtype
+        coarser = max(STORAGE_DTYPES[dtype], computed, key=lambda kind: torch.finfo(kind).eps)
+        self._model = PeftModel.from_pretrained(base, str(folded), torch_device=str(base.device))
+        if computed == torch.float64:  # PEFT keeps adapters in float32; their numbers are exact in either
+            for layer in lora_layers(self._model).values():
+                layer.double()
+        for parameter in filter(torch.is_floating_point, self._model.parameters()):  # those of a quantised base are not
+            parameter.requires_grad_(True)
+        self._sites = list(find_sites(self._model).values())
+        self._model.requires_grad_(False).eval()
+        self.twins = [f"twin{i}" for i in range(TWINS)]
+        self._matrices = {FOLDED: [site.values.clone() for site in self._sites]}
+        self._matrices |= _round_twins(self._sites, self.twins, checkpoint, coarser, report)
+
+    @torch.no_grad()
+    def active(self, name: str) -> Any:
+        """Return the model with the matrices of FOLDED, or of one of `twins`."""
+        for site, matrix in zip(self._sites, self._matrices[name], strict=True):
+            site.values.copy_(matrix)
+        return self._model
+
+
+def _round_twins(
+    sites: list[Site], names: list[str], checkpoint: Checkpoint, dtype: torch.dtype, report: Reporter
+) -> dict[str, list[Tensor]]:
+    """Equally good roundings of the exact matrices, by the twins' names and in the order of the sites."""
+    generators = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(names)}
+    orders: dict[tuple[str, str], Tensor] = {}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    with checkpoint.open() as source, report.task("rounding matrices for the noise floor", len(sites)) as done:
+        for count, site in enumerate(sites, 1):
+            key = site_key(site.path)
+            if key not in checkpoint.matrices:
+                raise CheckpointError(
+                    f"{checkpoint.tensors_path}: lacks {site.path}, which PEFT made from adapter_config.json."
+                )
+            exact, rank_dim = source.tensor(key).value, 0 if site.matrix == "A" else 1
+            for name, generator in generators.items():
+                rounded = round_randomly(exact, dtype, generator)
+                order = torch.randperm(rounded.shape[rank_dim], generator=generator)
+                order = orders.setdefault((name, site.module), order)
+                found[name].append(rounded.index_select(rank_dim, order).to(site.parameter))
+            done(count)
+    return found

@@ -1,13 +1,15 @@
-"""The fold of a checkpoint on disk: read, fold, certify, check outputs, publish."""
+"""The fold of a checkpoint on disk: read, contract its cores, certify, check outputs, publish."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Event
 
-from loraover.adapters.logits.verdict import CheckVerdict
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
+from loraover.adapters.numerics.rounded_adapter import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming
 from loraover.checkpoint.carried_files import record_beside
@@ -18,11 +20,9 @@ from loraover.common.provenance import environment, hardware, today
 from loraover.models.load import ModelSource
 from loraover.sources.push import push_checked
 from loraover.sources.verb import verb
-from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.fold.check_outputs import check_outputs
-from loraover_export.fold.fold import write_folded
+from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.fold.check_outputs import check_outputs, compare_bases
 from loraover_export.fold.report import HTML_FILE, to_page
-from loraover_export.fold.trained_base import compare_bases
 from loraover_export.publishing import FOLDED, base_of
 from loraover_export.requests import FoldRequest
 
@@ -58,7 +58,19 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         certificate = draft.seal(certificate, request.checkpoint)
         name = certificate.base_model
         revision = base.revision if base is not None and name == base.name else source.config.revision
-        draft.describe(name, revision, _facts(certificate, base))
+        facts = {
+            "decomposition in training": certificate.decomposition,
+            "optimizer steps": str(certificate.step),
+            "stored as": certificate.dtype,
+            **matrix_facts(certificate.matrices),
+            **base_facts(name, base),
+        }
+        if certificate.outputs is not None:
+            if certificate.trained_base is not None:
+                facts["trained on"] = str(certificate.trained_base)
+            error, bound = certificate.outputs.error.max_logit, certificate.outputs.bound
+            facts["largest logit error"] = f"{error:.2e}, allowed {bound:.2e}"
+        draft.describe(name, revision, facts)
         draft.keep_reference(request.checkpoint)
     if request.record and certificate.verdict != "failed":
         names = ("model", "device", "compute_dtype", "max_memory_gib", "report")
@@ -73,18 +85,18 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
     with request.report.task("folding tensors", len(checkpoint.shapes)) as done:
         sums = [partial(checkpoint.check_sum, name) for name in HASHED_LATER]
         matrices = write_folded(checkpoint, draft, request.dtype, done, sums)
-    outputs, base_model = None, checkpoint.meta.base_model
+    outputs, trained_base, base_model = None, None, checkpoint.meta.base_model
     if base is not None:
         if base.moved is not None:
             write_config(naming(json.loads((draft / CONFIG_FILE).read_bytes()), base), draft)
             base_model = base.name
         outputs = check_outputs(request, checkpoint, draft, base)
-    trained_base = None
-    if base is not None and request.trained_on is not None:
-        trained_base = compare_bases(request, draft, base, request.trained_on)
+        if request.trained_on is not None:
+            trained_base = compare_bases(request, draft, base, request.trained_on)
+    is_within = all(matrix.passed for matrix in matrices)
     return FoldCertificate(
         trained_base=trained_base,
-        verdict=_verdict(matrices, outputs),
+        verdict="failed" if not is_within else "passed" if outputs is None else outputs.verdict,
         base_model=base_model,
         dtype=request.dtype,
         decomposition=checkpoint.meta.config.decomposition,
@@ -99,23 +111,26 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
     )
 
 
-def _verdict(matrices: list[MatrixCertificate], outputs: OutputCertificate | None) -> CheckVerdict:
-    if not all(matrix.passed for matrix in matrices):
-        return "failed"
-    return "passed" if outputs is None else outputs.verdict
+def write_folded(
+    checkpoint: Checkpoint,
+    directory: Path,
+    dtype: str,
+    on_tensor: Callable[[int], None] = lambda done: None,
+    beside: Sequence[Callable[[Event], None]] = (),
+) -> list[MatrixCertificate]:
+    """Write the folded adapter, an ordinary PEFT folder, and certify each matrix.
 
+    Each over-parameterised matrix is the float64 contraction of its cores, rounded once to `dtype`; every
+    other floating-point tensor is rounded from its stored value, but that of a frozen base weight, which PEFT saves
+    beside an adapted embedding and loads over the base model's, is written as it is stored. The bound is derived
+    element by element: gamma_k(2^-53) |C_1| ... |C_K| for the contraction, plus u |M| for the rounding, or half a
+    subnormal below the type's normal numbers. The file is read back, and must equal the certified tensors bit for bit.
 
-def _facts(certificate: FoldCertificate, base: ModelSource | None) -> dict[str, str]:
-    facts = {
-        "decomposition in training": certificate.decomposition,
-        "optimizer steps": str(certificate.step),
-        "stored as": certificate.dtype,
-        **matrix_facts(certificate.matrices),
-        **base_facts(certificate.base_model, base),
-    }
-    outputs = certificate.outputs
-    if outputs is not None:
-        if certificate.trained_base is not None:
-            facts["trained on"] = str(certificate.trained_base)
-        facts["largest logit error"] = f"{outputs.error.max_logit:.2e}, allowed {outputs.bound:.2e}"
-    return facts
+    Returns:
+        One certificate per A and B matrix, in file order.
+    """
+    keys = checkpoint.shapes
+    certificates = write_rounded(checkpoint, keys, directory, dtype, on_tensor=on_tensor, beside=beside)
+    config = json.loads((checkpoint.path / CONFIG_FILE).read_bytes())
+    write_config(config | {"inference_mode": True}, directory)
+    return certificates

@@ -122,12 +122,7 @@ def export_mlx(request: MlxRequest) -> MlxReport:
 
 
 def read_target(source: ModelSource) -> ServedModel:
-    """Read the configuration of a base model.
-
-    Raises:
-        ConfigError: No usable configuration.
-        ExportError: A model class whose paths were not compared with mlx-lm's.
-    """
+    """Read the configuration of a base model."""
     target = read_served(source, SAME_NAMES)
     if target.architecture not in SAME_NAMES:
         known = ", ".join(name.removesuffix("ForCausalLM") for name in SAME_NAMES)
@@ -146,9 +141,7 @@ def refuse_or_leave_out(adapter: AdapterDir, target: ServedModel) -> list[str]:
         Keys of tensors that are left out, because they are copies of the base model's frozen weights.
 
     Raises:
-        CheckpointError: An adapter for changed base weights, or one that lacks modules that its configuration names.
-        ConfigError: The adapter holds base weights, and the base model's cannot be read.
-        ExportError: An adapter that is more than A and B, or that mlx-lm cannot apply.
+        LoraOverError: An adapter that mlx-lm would refuse, or apply wrongly.
     """
     adapter.check_keeps_base()
     shapes, where, base = target.shapes(), adapter.tensors_path, target.source.name
@@ -194,12 +187,7 @@ def lost_settings(source: ModelSource) -> dict[str, Any]:
 def write_adapter(
     adapter: AdapterDir, target: ServedModel, directory: Path, dtype: str, on_tensor: Callable[[int], None]
 ) -> list[MatrixCertificate]:
-    """Write the tensors and the configuration, and certify each matrix against its exact value.
-
-    Raises:
-        CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
-    """
+    """Write the tensors and the configuration, and certify each matrix against its exact value."""
     from loraover.adapters.numerics.rounded_adapter import round_exact, save_and_compare
 
     form = to_uniform(adapter)

@@ -64,19 +64,7 @@ class MergePlan:
 
 
 def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain: TensorFile) -> MergePlan:
-    """Decide what becomes of every tensor.
-
-    Args:
-        source: The base model.
-        base: Its open files.
-        adapter: The adapter.
-        plain: The adapter's open file.
-
-    Raises:
-        CheckpointError: An adapter of another base model, or one that lacks what its configuration names.
-        ConfigError: A tensor of another shape than `config.json` gives it.
-        ExportError: A tensor that is quantised, or that the base model's files hold under another name.
-    """
+    """Decide what becomes of every tensor."""
     skeleton = load_skeleton(source)
     adapter.check_complete((path for path, _ in skeleton.named_modules()), skeleton.config.model_type)
     names = _Names(skeleton, base, source)

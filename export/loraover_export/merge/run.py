@@ -1,35 +1,56 @@
-"""The merge of an adapter from file to file: read, plan, stream, certify, publish."""
+"""The merge of an adapter from file to file: read, plan, write, certify, publish.
+
+Files are written one tensor at a time, so that a model of any size needs the memory of one tensor.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from loraover.adapters.base_files import BaseFiles, check_not_gguf, open_base
-from loraover.adapters.numerics.delta import check_no_bias
+from loraover.adapters.numerics.delta import check_no_bias, read_delta
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.numerics.rounded_adapter import not_kept
+from loraover.adapters.numerics.rounding import round_nearest
 from loraover.adapters.uniform.certificate import record_source
 from loraover.adapters.uniform.refusals import HELD, check_fields
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
-from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
+from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.checkpoint.source import read_source
+from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, header_of, open_tensors, torch_dtype
+from loraover.common.errors import FoldError
 from loraover.common.provenance import environment, hardware
 from loraover.common.reporter import Reporter
-from loraover.common.threads import workers
+from loraover.common.threads import Workers, workers
 from loraover.models.load import ModelSource
 from loraover.sources.verb import verb
-from loraover_export.merge.plan import MergePlan, plan_merge
-from loraover_export.merge.report import MergeReport
-from loraover_export.merge.rounding_loss import Lost
-from loraover_export.merge.stream import Merged, write_shard
+from loraover_export.merge.arithmetic import (
+    Lost,
+    certify_merge,
+    lost_by_four_bits,
+    lost_by_rounding,
+    merge_rows,
+    out_by_in,
+    row_blocks,
+)
+from loraover_export.merge.plan import MergePlan, PlannedTensor, plan_merge
+from loraover_export.merge.report import MergedWeight, MergeReport
 from loraover_export.publishing import MERGED, base_of
 from loraover_export.requests import MergeRequest
+
+Merged = tuple[MergedWeight, Lost, Lost]
+"""A weight's entry in the report, with the sums of what storage and a quantiser lose."""
 
 
 @verb(MergeRequest)
@@ -70,31 +91,44 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
         files = open_base(base, stack)
         exact = stack.enter_context(adapter.open())
         plan = plan_merge(base, files, adapter, exact.plain)
-        return _publish(request, base, files, plan, exact)
-
-
-def _publish(
-    request: MergeRequest, base: ModelSource, files: BaseFiles, plan: MergePlan, exact: ExactAdapter
-) -> MergeReport:
-    """Write the merged model with its certificate and card; where the certificate fails, publish nothing."""
-    with MERGED.draft(request, files.folder) as draft:
-        files.copy_along(draft.folder)
-        merged = _write(files, plan, exact, draft.folder, request.report)
-        result = _report(request, base, plan, merged)
-        _write_json(draft.folder / CONFIG, _config(files.config, plan))
-        if [*plan.shards] != [SINGLE]:
-            _write_json(draft.folder / INDEX, _index(files, plan))
-        result = draft.seal(result, request.source)
-        draft.describe(base.name, base.revision, _facts(request, base, exact.adapter, result))
+        with MERGED.draft(request, files.folder) as draft:
+            files.copy_along(draft.folder)
+            merged = _write(files, plan, exact, draft.folder, request.report)
+            result = _report(request, base, plan, merged)
+            result = draft.seal(result, request.source)
+            facts = {
+                "adapter": request.shown("source"),
+                "merged weights": str(len(result.weights)),
+                **matrix_facts([weight.matrix for weight in result.weights]),
+                "share of the adapter that storage erased": f"{result.stored.erased:.2%}",
+                "share of the adapter that a 4-bit quantiser would erase": f"{result.four_bit.erased:.2%}",
+                **({"no longer tied": ", ".join(result.untied)} if result.untied else {}),
+                **base_facts(adapter.config.base_model_name_or_path, base),
+            }
+            draft.describe(base.name, base.revision, facts)
     return result
 
 
 def _write(files: BaseFiles, plan: MergePlan, exact: ExactAdapter, draft: Path, report: Reporter) -> list[Merged]:
+    """Write the merged model's shards, the index of several, and its configuration."""
     merged: list[Merged] = []
-    total, at = sum(map(len, plan.shards.values())), count(1)
+    places: dict[str, str] = {}
+    total, size, at = sum(map(len, plan.shards.values())), 0, count(1)
     with workers() as threads, report.task("writing tensors", total) as done:
         for name, tensors in plan.shards.items():
-            merged += write_shard(draft / name, files.shards[name], tensors, exact, threads, lambda: done(next(at)))
+            shard = files.shards[name]
+            merged += write_shard(draft / name, shard, tensors, exact, threads, lambda: done(next(at)))
+            places |= {planned.key: name for planned in tensors}
+            size += sum(shard.size(planned.read) for planned in tensors)
+    config = files.config
+    if plan.untied:
+        inner, untied = config.get("text_config"), {"tie_word_embeddings": False}
+        config = config | ({"text_config": inner | untied} if inner else {}) | untied
+    written = {CONFIG: config}
+    if [*plan.shards] != [SINGLE]:
+        written[INDEX] = {"metadata": {"total_size": size}, "weight_map": places}
+    for name, content in written.items():
+        (draft / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     return merged
 
 
@@ -120,31 +154,73 @@ def _report(request: MergeRequest, base: ModelSource, plan: MergePlan, merged: S
     )
 
 
-def _config(config: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
-    if not plan.untied:
-        return config
-    inner = config.get("text_config")
-    nested = {"text_config": inner | {"tie_word_embeddings": False}} if inner else {}
-    return config | nested | {"tie_word_embeddings": False}
+def write_shard(
+    path: Path,
+    source: TensorFile,
+    tensors: Sequence[PlannedTensor],
+    adapter: ExactAdapter,
+    threads: Workers,
+    on_tensor: Callable[[], None],
+) -> list[Merged]:
+    """Write one file of the merged model, tensor by tensor, and read back what was changed; threads merge rows."""
+    found: list[Merged] = []
+    with path.open("w+b") as file:
+        read = ((planned.key, planned.read) for planned in tensors)
+        file.write(header_of((key, source.dtype(old), source.shape(old), source.size(old)) for key, old in read))
+        for planned in tensors:
+            if planned.changes:
+                try:
+                    tensor, merged = _changed(planned, source, adapter, threads)
+                except FoldError as error:
+                    raise FoldError(
+                        f"{planned.key}: {error} A merged weight keeps the base model's type; save the base model in "
+                        "bfloat16 or float32 first, and merge into that."
+                    ) from error
+                _append(file, tensor, planned.key)
+                found += [] if merged is None else [merged]
+            else:
+                source.copy(planned.read, file)
+            on_tensor()
+    with open_tensors(path):  # the safetensors library checks the header
+        return found
 
 
-def _index(files: BaseFiles, plan: MergePlan) -> dict[str, Any]:
-    places = {planned.key: name for name, tensors in plan.shards.items() for planned in tensors}
-    sizes = (files.shards[name].size(planned.read) for name, tensors in plan.shards.items() for planned in tensors)
-    return {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+def _changed(
+    planned: PlannedTensor, source: TensorFile, adapter: ExactAdapter, threads: Workers
+) -> tuple[Tensor, Merged | None]:
+    """Return a tensor that differs from the base model's."""
+    name, dtype = source.dtype(planned.read), torch_dtype(source.dtype(planned.read))
+    if planned.replaced is None:
+        weight = source.read(planned.read)
+    else:
+        stored = adapter.plain.read(planned.replaced)
+        weight = stored if stored.dtype == dtype else round_nearest(stored.double(), dtype)
+    if planned.module is None or planned.layer is None:
+        return weight, None
+    delta, rows_first = read_delta(adapter, planned.module), out_by_in(planned.layer, weight)
+    four_bit = lost_by_four_bits(rows_first, delta)
+    parts = list(threads.map(lambda rows: merge_rows(rows_first, delta, rows), row_blocks(rows_first, delta)))
+    m, n = rows_first.shape
+    stored_loss, matrix = lost_by_rounding(parts), certify_merge(delta, (m, n), parts)
+    size = sum(part.errors.norm**2 for part in parts) ** 0.5
+    entry = MergedWeight(
+        matrix=matrix,
+        dtype=name,
+        delta_to_weight=stored_loss.squares**0.5 / (size or 1.0),
+        stored=stored_loss.result(),
+        four_bit=four_bit.result(),
+    )
+    return weight, (entry, stored_loss, four_bit)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _facts(request: MergeRequest, base: ModelSource, adapter: AdapterDir, result: MergeReport) -> dict[str, str]:
-    return {
-        "adapter": request.shown("source"),
-        "merged weights": str(len(result.weights)),
-        **matrix_facts([weight.matrix for weight in result.weights]),
-        "share of the adapter that storage erased": f"{result.stored.erased:.2%}",
-        "share of the adapter that a 4-bit quantiser would erase": f"{result.four_bit.erased:.2%}",
-        **({"no longer tied": ", ".join(result.untied)} if result.untied else {}),
-        **base_facts(adapter.config.base_model_name_or_path, base),
-    }
+def _append(file: BinaryIO, tensor: Tensor, key: str) -> None:
+    """Append a tensor's bytes, and read them back."""
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    start, rest = file.tell(), memoryview(data)
+    file.write(rest)
+    file.flush()
+    while rest:
+        piece = os.pread(file.fileno(), COPIED_AT_ONCE, start)
+        if not piece or piece != rest[: len(piece)]:
+            raise not_kept(key)
+        start, rest = start + len(piece), rest[len(piece) :]

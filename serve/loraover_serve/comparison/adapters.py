@@ -15,7 +15,7 @@ from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource, is_encoder_decoder
 from loraover.models.model_file import embeds_texts
-from loraover_export.formats.onnx.tasks import find_task
+from loraover_export.formats.onnx.inputs import find_task
 
 
 def check_plain(adapter: AdapterDir, reader: str) -> None:

@@ -87,7 +87,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
             CheckpointError: No ONNX export in the folder.
             ExportError: A merged export, one of another base model, or one that onnxruntime-genai cannot run.
         """
-        from loraover_export.formats.onnx.export import read_earlier
+        from loraover_export.formats.onnx.run import read_earlier
 
         graph = setting.request.graph
         if graph is None:

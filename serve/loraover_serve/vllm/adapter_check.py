@@ -9,10 +9,9 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
 from loraover.common.errors import ConfigError, printable
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource
-from loraover_export.formats.vllm.architectures import architectures_of
 from loraover_export.formats.vllm.candidate import Candidate
-from loraover_export.formats.vllm.known_faults import Platform
 from loraover_export.formats.vllm.preflight import Violation, preflight
+from loraover_export.formats.vllm.releases import Platform, architectures_of
 
 
 def check_adapters(

@@ -23,7 +23,7 @@ from loraover.client.connection import NO_ANSWER
 from loraover.client.tokens import TokenEndpoint
 from loraover.common.errors import ConfigError, EngineError
 from loraover.common.request import as_written
-from loraover_export.formats.vllm.launch import lora_module
+from loraover_export.formats.vllm.run import lora_module
 from loraover_serve.vllm.log import end_of, open_log
 from loraover_serve.vllm.request import KEY_VARIABLE, LAST_PORT, LOOPBACK, STARTUP_S
 

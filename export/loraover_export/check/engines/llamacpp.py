@@ -30,9 +30,7 @@ from loraover_export.check.engines.base import (
 )
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.formats.gguf.families import FAMILIES
-from loraover_export.formats.gguf.refusals import refuse_or_leave_out
-from loraover_export.formats.gguf.target import read_target
+from loraover_export.formats.gguf.target import FAMILIES, read_target, refuse_or_leave_out
 from loraover_export.formats.vllm.candidate import listed
 
 ONE_ALPHA = "the converter writes lora_alpha once, and llama.cpp multiplies B A by it over the rank of the matrices"

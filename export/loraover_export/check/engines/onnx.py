@@ -34,8 +34,7 @@ from loraover_export.check.engines.base import (
 from loraover_export.check.features import adapted_head
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_export.formats.onnx.inputs import check_swappable
-from loraover_export.formats.onnx.tasks import find_task
+from loraover_export.formats.onnx.inputs import check_swappable, find_task
 from loraover_export.publishing import ONNX
 
 ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")
@@ -122,7 +121,7 @@ class OnnxRules(EngineRules):
         return read_json(Path(model) / ONNX.certificate, OnnxReport).base_model
 
     def files(self, model: str) -> list[Path]:
-        from loraover_export.formats.onnx.layout import LAYOUT_FILE
+        from loraover_export.formats.onnx.report import LAYOUT_FILE
 
         return [Path(model) / ONNX.certificate, Path(model) / LAYOUT_FILE]
 

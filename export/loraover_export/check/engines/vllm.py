@@ -28,8 +28,8 @@ from loraover_export.check.engines.base import (
 from loraover_export.check.features import missing_modules
 from loraover_export.check.report import Finding, Level
 from loraover_export.check.subject import Subject
-from loraover_export.formats.vllm.architectures import known_architectures
 from loraover_export.formats.vllm.candidate import Candidate
+from loraover_export.formats.vllm.releases import known_architectures
 from loraover_export.formats.vllm.rules import RULES
 from loraover_export.publishing import VLLM
 

@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.common.errors import ExportError
-from loraover_export.formats.gguf.families import Family, find_family, interleave
-from loraover_export.formats.gguf.target import expert_tensors
+from loraover_export.formats.gguf.target import Family, expert_tensors, find_family, interleave
 from loraover_export.formats.gguf.write import FileArray
 from loraover_export.requests import GgufRequest
 
@@ -41,33 +40,28 @@ def write_base(model: Any, path: Path) -> Path:
     config = model.config.get_text_config()
     name = type(model).__name__
     family = find_family(name, model.name_or_path or name)
-    _check_constants(config, family.name)
+    for field, expected in _constants(config, family.name).items():  # llama.cpp would load others, and use its own
+        found = getattr(config, field, expected[0])
+        if found not in expected:
+            raise ExportError(
+                f"{field} is {found!r:.80}, and llama.cpp computes every {family.name} with {expected[0]!r:.80}; the "
+                "model cannot be written."
+            )
     rope = _rope(config, model.name_or_path or name)
     with closing(gguf.GGUFWriter(path, family.name)) as writer:
         writer.add_type("model")
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_string("tokenizer.ggml.model", "no_vocab")
         writer.add_rope_freq_base(float(rope["rope_theta"]))
-        _add_sizes(writer, config)
-        writer.add_rope_dimension_count(_rotated(config, rope, family.name))
-        _add_family(writer, config, family.name)
+        _add_sizes(writer, config, family.name)
+        rotated = rope.get("partial_rotary_factor", 1.0) if family.name == "phi3" else 1.0  # others rotate all of it
+        writer.add_rope_dimension_count(int(_head_size(config) * rotated))
         for key, weight in _tensors(model, config, family):
             writer.add_tensor(key, weight.view(FileArray))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     return path
-
-
-def _check_constants(config: Any, name: str) -> None:
-    """Refuse settings that no key of the file holds: llama.cpp would load it, and compute with its own constant."""
-    for field, expected in _constants(config, name).items():
-        found = getattr(config, field, expected[0])
-        if found not in expected:
-            raise ExportError(
-                f"{field} is {found!r:.80}, and llama.cpp computes every {name} with {expected[0]!r:.80}; the model "
-                "cannot be written."
-            )
 
 
 def _constants(config: Any, name: str) -> dict[str, tuple[Any, ...]]:
@@ -109,12 +103,7 @@ def _rope(config: Any, model: str) -> dict[str, Any]:
     return found
 
 
-def _rotated(config: Any, rope: dict[str, Any], name: str) -> int:
-    """Return the number of elements of a head that are rotated; of these families, only Phi3 can leave out some."""
-    return int(_head_size(config) * (rope.get("partial_rotary_factor", 1.0) if name == "phi3" else 1.0))
-
-
-def _add_sizes(writer: Any, config: Any) -> None:
+def _add_sizes(writer: Any, config: Any, name: str) -> None:
     size = _head_size(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -126,9 +115,6 @@ def _add_sizes(writer: Any, config: Any) -> None:
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def _add_family(writer: Any, config: Any, name: str) -> None:
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)

@@ -65,11 +65,7 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the metadata and the tensor layout of a GGUF file.
-
-    Raises:
-        EngineError: The file is missing, is not GGUF, is truncated, or contradicts itself.
-    """
+    """Read the metadata and the tensor layout of a GGUF file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _Reader(path, content).header()

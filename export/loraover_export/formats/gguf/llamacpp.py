@@ -228,12 +228,7 @@ _LOADED: list[Any] = []
 
 
 def load_library() -> tuple[Any, Any]:
-    """Load libllama once for the process, and return its binding (cffi) and the library.
-
-    Raises:
-        ModuleNotFoundError: llama-cpp-py-sync is not installed.
-        EngineError: Its library cannot be loaded.
-    """
+    """Load libllama once for the process, and return its binding (cffi) and the library."""
     if not _LOADED:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 

@@ -1,24 +1,34 @@
-"""The export of an adapter for llama.cpp: read, refuse, write, certify, run, publish."""
+"""The export of an adapter for llama.cpp: read, refuse, write, certify, compare its logits with PyTorch's, publish."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
+from torch import Tensor
+
+from loraover.adapters.logits.deviation import largest
+from loraover.adapters.logits.prompts import logits_of, read_prompts
+from loraover.adapters.numerics.rounded_adapter import write_rounded
+from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
-from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_file_writable, check_free, publish_file
-from loraover.common.errors import EngineError, OutputError
+from loraover.common.errors import EngineError, ExportError, OutputError
 from loraover.common.paths import kind_of
 from loraover.common.provenance import environment
+from loraover.models.load import load_model
+from loraover.reference.reference_model import reference_model
 from loraover.sources.verb import verb
-from loraover_export.formats.gguf.check import LlamaCppReference, check_adapter_file, make_reference
 from loraover_export.formats.gguf.header import read_header
-from loraover_export.formats.gguf.llamacpp import check_pair, load_library
-from loraover_export.formats.gguf.refusals import refuse_or_leave_out
-from loraover_export.formats.gguf.report import GgufReport, judge_export
-from loraover_export.formats.gguf.target import GgufTarget, read_target
+from loraover_export.formats.gguf.llamacpp import LlamaCppModel, check_pair, load_library
+from loraover_export.formats.gguf.report import ARITHMETIC, TABLE, GgufCheck, GgufReport, judge_export
+from loraover_export.formats.gguf.target import GgufTarget, read_target, refuse_or_leave_out
 from loraover_export.formats.gguf.write import write_adapter
 from loraover_export.publishing import base_of, certified
 from loraover_export.requests import GgufRequest
@@ -50,16 +60,42 @@ def export_gguf(request: GgufRequest) -> GgufReport:
     target = read_target(base)
     adapter = read_on_base(adapter, target.served.experts)
     left_out = refuse_or_leave_out(adapter, target)
-    return _publish(request, adapter, target, left_out)
+    compare = None if request.base_gguf is None else _comparison(request, request.base_gguf, adapter, target)
+    made: list[GgufReport] = []
+
+    def fill(draft: Path) -> None:
+        name, check = request.output.stem, None
+        with request.report.task("writing matrices", len(adapter.matrices)) as done:
+            matrices = write_adapter(adapter, target, draft, dtype=request.dtype, name=name, on_tensor=done)
+        if compare is not None:
+            request.report.line("running the written adapter in llama.cpp")
+            check = compare(draft)
+        fields = certified(adapter, request.dtype, matrices)
+        report = GgufReport(
+            **fields | {"verdict": judge_export(matrices, check), "versions": environment("gguf")},
+            base_model=base.name,
+            architecture=target.served.architecture,
+            family=target.family.name,
+            reordered=[path for path in adapter.modules if target.modules[path].heads is not None],
+            left_out=left_out,
+            check=check,
+        )
+        made.append(report)
+        if report.verdict == "failed":
+            raise AbandonedError
+
+    publish_file(request.output, fill, parents=True, replace=request.force)
+    (report,) = made
+    if report.verdict != "failed":
+        folder, name = request.output.parent, request.output.name
+        stem = name.removesuffix(".gguf")
+        keep_reference(request.source, folder, request.report.line, (name,), stem=stem)
+        keep_chat_template(request.source, folder, stem=stem)
+    return report
 
 
 def check_output(request: GgufRequest) -> None:
-    """Check that a new file can be written, or replace a GGUF adapter if `force` is true.
-
-    Raises:
-        ConfigError: The path is too long, or a folder on it may not be entered.
-        OutputError: The file cannot be written, or another one is there.
-    """
+    """Check that a new file can be written, or replace a GGUF adapter if `force` is true."""
     target = request.output.absolute()
     found = kind_of(target)
     if found == "folder":
@@ -78,51 +114,61 @@ def check_output(request: GgufRequest) -> None:
     check_file_writable(target, parents=True)
 
 
-def _publish(request: GgufRequest, adapter: AdapterDir, target: GgufTarget, left_out: list[str]) -> GgufReport:
-    """Write the file, run it and judge it; where it fails, publish nothing."""
-    reference = None
-    if request.base_gguf is not None:
-        request.report.line(
-            f"running the base model and the reference in PyTorch, and {request.base_gguf} in llama.cpp"
+def _comparison(
+    request: GgufRequest, base_gguf: Path, adapter: AdapterDir, target: GgufTarget
+) -> Callable[[Path], GgufCheck]:
+    """Run the base model in both engines, and the adapted one in PyTorch; return the check of a written file."""
+    request.report.line(f"running the base model and the reference in PyTorch, and {base_gguf} in llama.cpp")
+    base = target.served.source
+    model, prompts = load_model(base), read_prompts(base)
+
+    def in_pytorch(of: AdapterDir) -> list[Tensor]:
+        with reference_model(model, of) as adapted_model:
+            return [logits_of(adapted_model, ids, None) for ids in prompts.batches]
+
+    def in_engine(file: Path | None) -> list[Tensor]:
+        with LlamaCppModel(base_gguf, file, request.threads) as engine:
+            return [torch.from_numpy(engine.logits(ids[0].tolist())) for ids in prompts.batches]
+
+    plain = [logits_of(model, ids, None) for ids in prompts.batches]
+    adapted = in_pytorch(adapter)
+    with TemporaryDirectory() as folder:
+        rounding_distance = largest(adapted, in_pytorch(_rounded(adapter, Path(folder), request.dtype)))
+    found = in_engine(None)
+    if found[0].shape != plain[0].shape:
+        raise ExportError(
+            f"{base_gguf}: has {found[0].shape[1]} tokens, {base.name} has {plain[0].shape[1]}; name a GGUF file of "
+            "the base model."
         )
-        reference = make_reference(adapter, target.served.source, request.dtype, request.base_gguf, request.threads)
-    made: list[GgufReport] = []
+    base_distance, effect = largest(plain, found), largest(plain, adapted)
 
-    def fill(draft: Path) -> None:
-        made.append(_write(request, adapter, target, draft, left_out, reference))
-        if made[0].verdict == "failed":
-            raise AbandonedError
+    def check(file: Path) -> GgufCheck:
+        written = in_engine(file)
+        return GgufCheck(
+            base_gguf=str(base_gguf),
+            weight_types=read_header(base_gguf).weight_types,
+            engine=version("llama-cpp-py-sync"),
+            prompts=len(written),
+            tokens=sum(map(len, written)),
+            prompt_source=prompts.source,
+            base_distance=base_distance,
+            rounding_distance=rounding_distance,
+            error=largest(adapted, written),
+            adapter_effect=effect,
+            arithmetic=TABLE if target.family.gelu else ARITHMETIC,
+        )
 
-    publish_file(request.output, fill, parents=True, replace=request.force)
-    if made[0].verdict != "failed":
-        name = request.output.name
-        stem = name.removesuffix(".gguf")
-        keep_reference(request.source, request.output.parent, request.report.line, (name,), stem=stem)
-        keep_chat_template(request.source, request.output.parent, stem=stem)
-    return made[0]
+    return check
 
 
-def _write(
-    request: GgufRequest,
-    adapter: AdapterDir,
-    target: GgufTarget,
-    draft: Path,
-    left_out: list[str],
-    reference: LlamaCppReference | None,
-) -> GgufReport:
-    with request.report.task("writing matrices", len(adapter.matrices)) as done:
-        matrices = write_adapter(adapter, target, draft, dtype=request.dtype, name=request.output.stem, on_tensor=done)
-    check = None
-    if reference is not None:
-        request.report.line("running the written adapter in llama.cpp")
-        check = check_adapter_file(reference, draft, target.family, request.threads)
-    fields = certified(adapter, request.dtype, matrices)
-    return GgufReport(
-        **fields | {"verdict": judge_export(matrices, check), "versions": environment("gguf")},
-        base_model=target.served.source.name,
-        architecture=target.served.architecture,
-        family=target.family.name,
-        reordered=[path for path in adapter.modules if target.modules[path].heads is not None],
-        left_out=left_out,
-        check=check,
-    )
+def _rounded(adapter: AdapterDir, folder: Path, dtype: str) -> AdapterDir:
+    """Write A and B in a data type as a PEFT folder, so that PyTorch can run them.
+
+    The scaling stays in the configuration, so that a fault of the uniform form is no noise of this comparison.
+    """
+    try:
+        write_rounded(adapter, adapter.matrices, folder, dtype)
+        write_config(adapter.config.model_dump(), folder)
+    except OSError as error:
+        raise OutputError(f"cannot write to the temporary folder {folder}: {error.strerror or error}.") from error
+    return read_adapter_dir(folder)

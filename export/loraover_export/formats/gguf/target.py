@@ -1,23 +1,116 @@
-"""The model that an adapter is for: llama.cpp's names of its modules, and the form that llama.cpp keeps them in."""
+"""Base models as llama.cpp names and keeps them, and what it would refuse or ignore in an adapter for one.
+
+transformers rotates element j of a head together with element j + d/2, and llama.cpp does so in most families. In the
+others it rotates neighbours, and the rows of each head of W_q and W_k are reordered when a model becomes GGUF. The rows
+of B must be reordered alike.
+
+Source: the classes of llama.cpp's conversion/ folder, by the architecture that they register. Every family here is run
+in llama.cpp by tests/export/test_gguf_families.py.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loraover.adapters.base_weights import check_base_weights
+from loraover.adapters.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 from loraover.checkpoint.expert_stacks import ExpertStack
 from loraover.checkpoint.model_facts import ServedModel, read_served
-from loraover.checkpoint.peft_adapter import AdaptedModule, site_key
+from loraover.checkpoint.peft_adapter import AdaptedModule, AdapterDir, site_key
+from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover.overparam.expert_part import MatrixName
-from loraover_export.formats.gguf.families import FAMILIES, Family, find_family, interleave, tensor_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loraover.checkpoint.exact_tensors import Exact
+
+
+@dataclass(frozen=True)
+class Family:
+    """Treatment of a model class of transformers by llama.cpp.
+
+    Args:
+        name: llama.cpp's name of the architecture.
+        interleaved: Whether the rows of queries and keys are reordered, so that pairs that are rotated are neighbours.
+        gelu: Whether its activation function is GELU, which llama.cpp looks up in a table of float16.
+        has_head: Whether llama.cpp has a tensor of the output head, apart from the embedding.
+    """
+
+    name: str
+    interleaved: bool = False
+    gelu: bool = False
+    has_head: bool = True
+
+
+FAMILIES = {
+    "Gemma2ForCausalLM": Family("gemma2", gelu=True, has_head=False),
+    "Gemma3ForCausalLM": Family("gemma3", gelu=True),
+    "GemmaForCausalLM": Family("gemma", gelu=True, has_head=False),
+    "GraniteForCausalLM": Family("granite", interleaved=True),
+    "LlamaForCausalLM": Family("llama", interleaved=True),
+    "MistralForCausalLM": Family("llama", interleaved=True),
+    "Phi3ForCausalLM": Family("phi3"),
+    "Qwen2ForCausalLM": Family("qwen2"),
+    "Qwen3ForCausalLM": Family("qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3moe"),
+    "SmolLM3ForCausalLM": Family("smollm3", interleaved=True),
+}
+"""Families by the model class that `config.json` names."""
+
+TENSORS = {
+    **{"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
+    **{"self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv"},
+    **{"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
+    **{"mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps"},
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+"""llama.cpp's names of the matrices in a layer of these families, by transformers' names."""
+HEAD = "lm_head"
+OUTER = {"model.embed_tokens": "token_embd", HEAD: "output"}
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def tensor_name(family: Family, path: str) -> str | None:
+    """Return llama.cpp's name of a module's matrix; None of a module that has none in these families."""
+    inside = _IN_LAYER.fullmatch(path)
+    if inside is None:
+        return OUTER.get(path) if family.has_head or path != HEAD else None
+    return f"blk.{inside[1]}.{TENSORS[inside[2]]}" if inside[2] in TENSORS else None
+
+
+def find_family(architecture: str, model: str) -> Family:
+    """Look up the family of a model class."""
+    family = FAMILIES.get(architecture)
+    if family is None:
+        known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
+        raise ExportError(
+            f"{model} is a {architecture}. In which order llama.cpp keeps the rows of its queries and keys is "
+            f"not known here, and a wrong order would give wrong answers silently; known are {known}. Merge the "
+            "adapter into the base model with PEFT, and convert that with llama.cpp."
+        )
+    return family
+
+
+def interleave(rows: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of each head from x_1 ... x_n y_1 ... y_n to x_1 y_1 ... x_n y_n.
+
+    Args:
+        rows: Shape (heads * d, k), with an even d.
+        heads: Number of heads.
+
+    Returns:
+        Shape (heads * d, k).
+    """
+    from torch import arange
+
+    order = arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)
+    return rows[order]
 
 
 @dataclass(frozen=True)
@@ -57,10 +150,6 @@ class GgufTarget:
         """Return one parameter's A (E, r, n) and B (E, m, r) by llama.cpp's names of the tensors that they adapt.
 
         Where llama.cpp keeps gate and up apart, each has a part of the rows of B, and both have the same A.
-
-        Args:
-            stack: The pairs of the experts.
-            matrices: A and B of each expert, by their keys.
         """
         from torch import stack as stacked
 
@@ -99,7 +188,13 @@ def read_target(source: ModelSource) -> GgufTarget:
     """
     served = read_served(source, FAMILIES)
     family = find_family(served.architecture, source.name)
-    modules = _name_modules(served, family)
+    rotated = {"attn_q": served.heads, "attn_k": served.key_value_heads}
+    modules: dict[str, TargetModule] = {}
+    for path, module in served.modules.items():
+        name = tensor_name(family, path)
+        if name is not None and module.weight is not None:
+            heads = rotated.get(name.rpartition(".")[2]) if family.interleaved else None
+            modules[path] = TargetModule(f"{name}.weight", module.weight, module.kind == "embedding", heads)
     tensors = {path: tuple(f"{name}.weight" for name in expert_tensors(family, path)) for path in served.experts}
     for path, weight in served.experts.items():
         owner, _, parameter = path.rpartition(".")
@@ -109,11 +204,7 @@ def read_target(source: ModelSource) -> GgufTarget:
 
 
 def expert_tensors(family: Family, path: str) -> list[str]:
-    """Return llama.cpp's names of the tensors that hold a parameter of experts, in the order of its rows.
-
-    Raises:
-        ExportError: llama.cpp has no such tensors.
-    """
+    """Return llama.cpp's names of the tensors that hold a parameter of experts, in the order of its rows."""
     owner, _, parameter = path.rpartition(".")
     parts = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
     found = [tensor_name(family, f"{owner}.{part}") for part in parts]
@@ -122,12 +213,51 @@ def expert_tensors(family: Family, path: str) -> list[str]:
     return [name for name in found if name is not None]
 
 
-def _name_modules(served: ServedModel, family: Family) -> dict[str, TargetModule]:
-    rotated = {"attn_q": served.heads, "attn_k": served.key_value_heads}
-    found = {}
-    for path, module in served.modules.items():
-        name = tensor_name(family, path)
-        if name is not None and module.weight is not None:
-            heads = rotated.get(name.rpartition(".")[2]) if family.interleaved else None
-            found[path] = TargetModule(f"{name}.weight", module.weight, module.kind == "embedding", heads)
-    return found
+MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
+NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
+
+
+def refuse_or_leave_out(adapter: AdapterDir, target: GgufTarget) -> list[str]:
+    """Check that llama.cpp can run an adapter on its base model.
+
+    Returns:
+        Keys of tensors that are left out, because they are copies of the base model's frozen weights.
+
+    Raises:
+        LoraOverError: An adapter that llama.cpp would refuse, or apply wrongly or in part.
+    """
+    adapter.check_keeps_base()
+    adapter.check_complete(target.served.modules, target.served.model_type, target.served.experts)
+    check_fields(adapter, MERGE, allowed=written_parameters(adapter))
+    where, base = adapter.tensors_path, target.served.source.name
+    names = target.served.modules
+    for path in adapter.modules:
+        if path in names and path not in target.modules:
+            raise ExportError(
+                f"{where}: adapts {path}, for which llama.cpp's {target.family.name} has no weight; {MERGE}."
+            )
+        module = target.modules.get(path)
+        if module is None:
+            raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
+        if names[path].kind == "expert" and path not in adapter.experts:
+            raise ExportError(
+                f"{where}: adapts {path} alone, and llama.cpp's {module.tensor} holds all experts, whose pairs PEFT "
+                f"stacks if target_parameters names them; {MERGE}."
+            )
+        check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
+        is_head = path == "lm_head"
+        if target.served.is_tied and (module.is_embedding or is_head):
+            reason = (
+                "llama.cpp keeps no weight of the head to adapt"
+                if is_head
+                else "llama.cpp would apply the embedding's adapter to the head as well, and end the process at most "
+                "ranks"
+            )
+            raise ExportError(
+                f"{where}: adapts {path}, but the embedding and the head of {base} are one matrix: {reason}. Train "
+                f"without {path.rpartition('.')[2]}, or {MERGE}."
+            )
+    weights = {path: module.shape for path, module in target.modules.items()}
+    copies = check_tensors(adapter, weights, MERGE, OTHERS | NORM)
+    check_base_weights(adapter, copies, target.served.source, MERGE)
+    return copies

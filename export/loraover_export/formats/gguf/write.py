@@ -36,19 +36,6 @@ def write_adapter(
 
     llama.cpp multiplies B @ A by `adapter.lora.alpha` over the rank of the tensors, which is 1 here: the scaling is in
     B. The file is read back with `gguf.GGUFReader`, and must equal the certified tensors bit for bit.
-
-    Args:
-        adapter: Adapter whose cores or stored values are the exact ones.
-        target: The base model.
-        path: The new file.
-        dtype: Data type to store: fp32, fp16 or bf16.
-        name: Name of the adapter in the file's metadata.
-        on_tensor: Called after each tensor with the number of tensors so far.
-
-    Raises:
-        CheckpointError: NaN, or a stored matrix that contradicts its cores.
-        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
-        OSError: The file cannot be written.
     """
     form = to_uniform(adapter)
     rounded, certificates = round_exact(

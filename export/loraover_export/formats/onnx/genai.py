@@ -1,4 +1,4 @@
-"""Decoder graphs from onnxruntime-genai's model builder, which is run as its documented command."""
+"""Decoder graphs from onnxruntime-genai's model builder, which is run as its documented command, and their padding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from loraover.common.errors import ExportError
 from loraover_export.requests import OnnxRequest
@@ -72,20 +76,7 @@ def build_decoder(
     full_precision_nodes: Sequence[str] = (),
     builder: BuilderProcess,
 ) -> None:
-    """Write one graph for prefill and decode with a KV cache, its genai_config.json and tokenizer files.
-
-    Args:
-        model: Folder of a transformers model with its tokenizer.
-        out: An empty folder.
-        precision: Precision of the weights: fp32, fp16 or int4.
-        device: Cpu or cuda; decides which fused operators the graph uses.
-        adapter: PEFT adapter whose matrices become separate initializers.
-        full_precision_nodes: Names of nodes that int4 does not round.
-        builder: Process that runs the builder.
-
-    Raises:
-        ExportError: The builder does not know the architecture, or fails.
-    """
+    """Write one graph for prefill and decode with a KV cache, its genai_config.json and tokenizer files."""
     # A KV cache as short as the window fails at run time once a text outgrows it; norms of queries and keys within the
     # attention run on CUDA only, where the checks may not run (onnxruntime-genai 0.18, ONNX Runtime 1.32).
     options = ["windowed_kv_cache=false", "fuse_qk_norm_gqa=false"]
@@ -117,3 +108,71 @@ def architecture(model: Path) -> str:
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     return str((config.architectures or [type(config).__name__])[0])
+
+
+PREFIX = "loraover/padding"
+
+
+def accept_left_padding(model: ModelProto) -> bool:
+    """Make a graph roll each row's tokens to the left at its inputs, and back to the right at its outputs.
+
+    GroupQueryAttention counts the ones of the attention mask and assumes that they stand for the first tokens of a
+    row, so a row padded on the left gets wrong logits without a message. The tokens' order within a row is kept,
+    positions count real tokens, and the KV cache holds them without gaps; a single new token is not rolled.
+
+    Returns:
+        Whether the graph needed the change.
+
+    Source: ONNX Runtime 1.32, contrib operator GroupQueryAttention, input seqlens_k.
+    """
+    graph = model.graph
+    if not any(node.op_type == "GroupQueryAttention" for node in graph.node):
+        return False
+    rolled = f"{PREFIX}/input_ids"
+    for node in graph.node:
+        _rename(node.input, "input_ids", rolled)
+    head = next(node for node in graph.node if "logits" in node.output)
+    hidden = head.input[0]
+    head.input[0] = f"{PREFIX}/hidden"
+    first, last = _rolling(hidden)
+    for node in reversed(first):
+        graph.node.insert(0, node)
+    position = next(i for i, node in enumerate(graph.node) if node is head or node.name == head.name)
+    for node in reversed(last):
+        graph.node.insert(position, node)
+    return True
+
+
+def _rolling(hidden: str) -> tuple[list[NodeProto], list[NodeProto]]:
+    """Return the nodes at the start, which roll `input_ids` (batch, tokens), and those before the head."""
+    made: list[NodeProto] = []
+
+    def add(op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        name = f"{PREFIX}/{output}"
+        made.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(output: str, value: Any) -> str:
+        return add("Constant", (), output, value=numpy_helper.from_array(np.array(value, dtype=np.int64)))
+
+    zero, one, axis, end = constant("0", 0), constant("1", 1), constant("[1]", [1]), constant("[end]", [2**62])
+    tokens = add("Shape", ["input_ids"], "tokens", start=1, end=2)
+    last_tokens = add("Neg", [tokens], "-tokens")
+    mask = add("Slice", ["attention_mask", last_tokens, end, axis], "mask")
+    seen = add("CumSum", [mask, one], "seen")
+    leading = add("Equal", [seen, zero], "is_leading")
+    count = add("ReduceSum", [add("Cast", [leading], "leading", to=7), axis], "count", keepdims=1)
+    order = add("Range", [zero, add("Squeeze", [tokens], "tokens_scalar"), one], "order")
+    to_left = add("Mod", [add("Add", [order, count], "order+count"), tokens], "to_left")
+    add("GatherElements", ["input_ids", to_left], "input_ids", axis=1)
+    first, made = made, []
+    to_right = add("Mod", [add("Sub", [order, count], "order-count"), tokens], "to_right")
+    index = add("Unsqueeze", [to_right, constant("[-1]", [-1])], "index")
+    add("GatherND", [hidden, index], "hidden", batch_dims=1)
+    return first, made
+
+
+def _rename(names: Any, old: str, new: str) -> None:
+    for i, name in enumerate(names):
+        if name == old:
+            names[i] = new

@@ -1,17 +1,66 @@
-"""Contents of `onnx_report.json`: the proof of an ONNX export."""
+"""Files that describe an ONNX export, `onnx_report.json` and `swappable.json`, and its text for the terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
+from rich.console import Console
 
 from loraover.adapters.logits.verdict import Certificate, CheckVerdict, ExportVerdict, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
-from loraover.common.strict_json import StrictModel
+from loraover.adapters.show import show_place, show_verdict, undecided
+from loraover.common.errors import CheckpointError
+from loraover.common.strict_json import StrictModel, read_json
+from loraover.reporting.reporter import print_line
+from loraover.reporting.table import Column, Table
+from loraover_export.requests import OnnxRequest
+
+LAYOUT_FILE = "swappable.json"
+
+
+class AdapterInput(StrictModel):
+    """Input of a graph that takes one A, as (in_features, r), or B, as (r, out_features)."""
+
+    graph: str = Field(description="File name of the graph")
+    input: str = Field(description="Name of the input")
+    features: int = Field(ge=1, description="in_features of A, or out_features of B")
+
+
+class SwappableLayout(StrictModel):
+    """Contents of `swappable.json`: the LoRA inputs of exported graphs."""
+
+    schema_version: Literal[1] = 1
+    base_model: str = Field(description="Folder or hub name of the base model")
+    dtype: Literal["fp32", "fp16"] = Field(description="Data type of the LoRA inputs")
+    web: bool = Field(default=False, description="Whether the LoRA inputs are required, as onnxruntime-web needs them")
+    places: dict[str, AdapterInput] = Field(
+        min_length=1, description='Input of each A and B, by its name, such as "model.layers.0.mlp.up_proj.lora_A"'
+    )
+
+
+def read_layout(folder: Path, graphs: Sequence[str]) -> SwappableLayout:
+    """Read the LoRA inputs of exported graphs.
+
+    Args:
+        folder: Folder of the export.
+        graphs: File names of its graphs.
+
+    Raises:
+        CheckpointError: No swappable graphs in the folder, or inputs of other graphs.
+    """
+    layout = read_json(folder / LAYOUT_FILE, SwappableLayout)
+    for site, place in layout.places.items():
+        if place.graph not in graphs:
+            raise CheckpointError(
+                f"{folder / LAYOUT_FILE}: places.{site}.graph is {place.graph!r}, expected {' or '.join(graphs)}."
+            )
+    return layout
+
 
 ENGINE_FACTOR = 6.0
 CHANGE_FACTOR = 2.0
@@ -119,3 +168,38 @@ def judge_export(checks: Sequence[GraphCheck], matrices: Sequence[MatrixCertific
         return "not checked"
     proven = {check.adapter for check in checks if check.passed}
     return "passed" if proven == {check.adapter for check in checks} else "inconclusive"
+
+
+def show_report(report: OnnxReport, request: OnnxRequest, console: Console) -> None:
+    """Print errors and bounds of each adapter, the verdict, and where the files are."""
+    if report.checks:
+        console.print(_checks_table(report))
+        console.print(f"noise: {report.checks[0].noise_of}")
+    show_verdict(report, f"export {report.verdict}", console)
+    if report.verdict == "inconclusive":
+        print_line(console, undecided("An adapter", "A higher --precision allows a smaller error."))
+    show_place(report, request.output, console, reason="an export that fails its check is not kept")
+
+
+def _checks_table(report: OnnxReport) -> Table[GraphCheck]:
+    def greedy(check: GraphCheck) -> str:
+        found = check.greedy
+        if found is None:
+            return "-"
+        if found.first_difference is None:
+            return f"{found.tokens} equal"
+        return f"{found.first_difference} equal, gap {found.gap:.2g}"
+
+    return Table(
+        [
+            Column("adapter", lambda c: f"{c.adapter or 'none'}{' (change)' * (c.compared == 'change')}", "name"),
+            Column("error", lambda c: f"{c.error:.1e}"),
+            Column("noise", lambda c: f"{c.noise:.1e}"),
+            Column("allowed", lambda c: f"{c.bound:.1e}"),
+            Column("effect", lambda c: f"{c.adapter_effect:.3g}"),
+            Column("greedy tokens", greedy),
+        ],
+        report.checks,
+        f"ONNX Runtime against the PyTorch reference, {report.compute_dtype} on {report.check_device}",
+        caption="largest errors of logits; effect: the adapter's change of a logit",
+    )

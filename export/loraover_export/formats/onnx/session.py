@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loraover.common.errors import ExportError
-from loraover_export.formats.onnx.web import lora_feed
+from loraover_export.formats.onnx.swappable import lora_feed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}

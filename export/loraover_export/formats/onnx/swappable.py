@@ -1,7 +1,8 @@
-"""Graphs whose LoRA matrices are inputs and the files of adapters that fill them.
+"""Graphs whose LoRA matrices are inputs, and the files of adapters that fill them.
 
-The inputs have zeros as default, and an adapter is an `.onnx_adapter` file. A graph for onnxruntime-web has inputs
-without a default, and an adapter is a safetensors file with a tensor for each of them; see `web`.
+The inputs have zeros as default, and an adapter is an `.onnx_adapter` file. onnxruntime-web 1.30 refuses inputs that
+have a default, and reads no such files. So the inputs of its graphs are required, and an adapter is a safetensors file
+that fills all of them. Matrices of rank 0, A (in_features, 0) and B (0, out_features), leave a module as it is.
 """
 
 from __future__ import annotations
@@ -22,23 +23,18 @@ from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, cer
 from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import site_key
-from loraover.checkpoint.tensor_file import save_tensors
+from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ExportError
-from loraover_export.formats.onnx.layout import LAYOUT_FILE, AdapterInput, SwappableLayout
-from loraover_export.formats.onnx.web import WEB_SUFFIX, require_inputs, write_tensors
+from loraover.common.strict_json import read_json
+from loraover_export.formats.onnx.report import LAYOUT_FILE, AdapterInput, SwappableLayout
 from loraover_export.requests import OnnxRequest
-
-ADAPTER_SUFFIX = ".onnx_adapter"
 
 
 def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
     """Draw a random matrix for every A and B, by whose values its place is found in a graph, whatever its name there.
 
     The elements are drawn from [1, 2), where matrices still differ in float16.
-
-    Args:
-        deltas: The modules to adapt.
-        rank: Rank of the matrices.
 
     Returns:
         A, (rank, in_features), and B, (out_features, rank), by name.
@@ -74,7 +70,10 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
     Returns:
         The inputs, by the names of the markers.
     """
-    by_start = _by_first_element(drawn)
+    by_start: dict[float, list[str]] = {}
+    for name, marker in drawn.items():
+        for start in (marker[0, 0], marker[0, 0].half()):  # as float32 and as float16 hold it
+            by_start.setdefault(start.item(), []).append(name)
     shapes = {tuple(marker.mT.shape) for marker in drawn.values()}
     places = {}
     for initializer in model.graph.initializer:
@@ -98,51 +97,29 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
             initializer.CopyFrom(numpy_helper.from_array(zeros, initializer.name))
             places[name] = AdapterInput(graph=graph.name, input=initializer.name, features=features)
             break
-    _forget_shapes(model, {place.input for place in places.values()})
-    return places
-
-
-def _by_first_element(drawn: Mapping[str, Tensor]) -> dict[float, list[str]]:
-    """Return the names of the markers by their first element, as float32 and as float16 hold it."""
-    names: dict[float, list[str]] = {}
-    for name, marker in drawn.items():
-        start = marker[0, 0]
-        for held in (start, start.half()):
-            names.setdefault(held.item(), []).append(name)
-    return names
-
-
-def _forget_shapes(model: onnx.ModelProto, inputs: set[str]) -> None:
-    """Drop the inferred shapes of these inputs' direct results, which name a fixed rank."""
-    outputs = {output for node in model.graph.node if inputs & set(node.input) for output in node.output}
+    # The inferred shapes of these inputs' direct results name a fixed rank.
+    opened = {place.input for place in places.values()}
+    outputs = {output for node in model.graph.node if opened & set(node.input) for output in node.output}
     kept = [value for value in model.graph.value_info if value.name not in outputs]
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
+    return places
 
 
 def write_swappable(
     folder: Path, graphs: Sequence[str], drawn: Mapping[str, Tensor], base_model: str, dtype: str, *, web: bool = False
 ) -> SwappableLayout:
-    """Give exported graphs their LoRA inputs, and list these in `swappable.json`.
-
-    Args:
-        folder: Folder of the export.
-        graphs: File names of its graphs.
-        drawn: Markers that the graphs were exported with.
-        base_model: Folder or hub name of the base model.
-        dtype: Data type of the LoRA inputs.
-        web: Leave the inputs without a default.
-
-    Raises:
-        ExportError: A marker that no graph holds.
-    """
+    """Give exported graphs their LoRA inputs, and list these in `swappable.json`."""
     places: dict[str, AdapterInput] = {}
     for name in graphs:
         graph = folder / name
         model = onnx.load(graph, load_external_data=False)
         places |= open_inputs(model, graph, drawn)
-        if web:
-            require_inputs(model, {place.input for place in places.values()})
+        if web:  # inputs without a default are required
+            opened = {place.input for place in places.values()}
+            kept = [tensor for tensor in model.graph.initializer if tensor.name not in opened]
+            del model.graph.initializer[:]
+            model.graph.initializer.extend(kept)
         graph.write_bytes(model.SerializeToString())
     missing = sorted(drawn.keys() - places.keys())
     if missing:
@@ -155,92 +132,84 @@ def write_swappable(
     return layout
 
 
-def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Path | None:
-    """Return the file that holds an adapter's matrices for one graph; None if it has none for that graph.
+def adapter_files(adapter: Path, graph: str, graphs: Sequence[str]) -> tuple[Path, Path]:
+    """Return the two files of which an export has one if an adapter changes a graph: ONNX Runtime's and the web's.
 
-    The file is `name.onnx_adapter` if there is one graph, and `name.encoder.onnx_adapter` or
-    `name.decoder.onnx_adapter` if there are two. Files for onnxruntime-web end in `.safetensors`.
-
-    Args:
-        adapter: Path of the adapter's files without their endings; None for no adapter.
-        graph: File name of the graph.
-        graphs: File names of all graphs of the export.
-    """
-    if adapter is None:
-        return None
-    files = adapter_files(adapter, graph, graphs)
-    return next((file for file in files if file.is_file()), None if len(graphs) > 1 else files[0])
-
-
-def adapter_files(adapter: Path, graph: str, graphs: Sequence[str]) -> list[Path]:
-    """Return the two files of which an export has one if the adapter changes a graph.
+    They are `name.onnx_adapter` and `name.safetensors` if there is one graph, and such as `name.encoder.onnx_adapter`
+    if there are two.
 
     Args:
         adapter: Path of the adapter's files without their endings.
         graph: File name of the graph.
         graphs: File names of all graphs of the export.
     """
-    return [_file_of(adapter, graph, graphs, suffix) for suffix in (ADAPTER_SUFFIX, WEB_SUFFIX)]
+    stem = adapter.name if len(graphs) == 1 else f"{adapter.name}.{Path(graph).stem}"
+    return adapter.with_name(f"{stem}.onnx_adapter"), adapter.with_name(f"{stem}.safetensors")
 
 
-def _file_of(adapter: Path, graph: str, graphs: Sequence[str], suffix: str) -> Path:
-    stem = "" if len(graphs) == 1 else f".{Path(graph).stem}"
-    return adapter.with_name(f"{adapter.name}{stem}{suffix}")
+def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Path | None:
+    """Return the one of `adapter_files` that is there; None for no adapter, or if it has none for this graph."""
+    if adapter is None:
+        return None
+    files = adapter_files(adapter, graph, graphs)
+    return next((file for file in files if file.is_file()), None if len(graphs) > 1 else files[0])
 
 
 def write_adapter(
     adapter: Path, layout: SwappableLayout, graphs: Sequence[str], deltas: Iterable[Delta]
 ) -> list[MatrixCertificate]:
-    """Write an adapter's files: A transposed, and scaling * B transposed.
-
-    Args:
-        adapter: Path of the files without their endings.
-        layout: Inputs of the graphs.
-        graphs: File names of the graphs.
-        deltas: The adapter's modules.
-
-    Returns:
-        One certificate for each matrix: the error of the written one against float64, and its bound.
-
-    Raises:
-        ExportError: A module that the graph has no inputs for, or inputs of another size.
-        FoldError: An element beyond the range of the inputs' dtype.
-    """
+    """Write an adapter's files: A transposed, and scaling * B transposed."""
     matrices: dict[str, dict[str, Tensor]] = {}
     certificates = []
     for delta in deltas:
         for matrix, exact in (("A", delta.a), ("B", delta.b)):
             name = f"{delta.module}.lora_{matrix}"
-            place = _place(layout, name, exact.value.shape[1 if matrix == "A" else 0])
+            place, features = layout.places.get(name), exact.value.shape[1 if matrix == "A" else 0]
+            if place is None:
+                raise ExportError(
+                    f"the graph has no input for {name}; it was exported for other target modules. Export one graph "
+                    "for all your adapters: loraover export onnx A B ... --mode swappable."
+                )
+            if place.features != features:
+                raise ExportError(
+                    f"{name} has {features} features, but the graph's input {place.input} has {place.features}; the "
+                    f"adapter belongs to another base model than the graph's, {layout.base_model}."
+                )
             rounded = round_tensor(name, exact.value, layout.dtype)
             certificates.append(certify(name, rounded, exact))
             matrices.setdefault(place.graph, {})[place.input] = rounded.mT.contiguous()
     for graph in graphs:
-        if layout.web:
-            write_tensors(_file_of(adapter, graph, graphs, WEB_SUFFIX), layout, graph, matrices.get(graph, {}))
+        native, web = adapter_files(adapter, graph, graphs)
+        if layout.web:  # with matrices of rank 0 for the modules that the adapter leaves as they are
+            filled = empty_tensors(layout, graph) | matrices.get(graph, {})
+            save_tensors(filled, web, ("base_model", layout.base_model))
         elif graph in matrices:
-            _write_native(_file_of(adapter, graph, graphs, ADAPTER_SUFFIX), matrices[graph])
+            file, values = ort.AdapterFormat(), matrices[graph].items()
+            file.set_adapter_version(1)
+            file.set_model_version(1)
+            file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(matrix.numpy()) for name, matrix in values})
+            file.export_adapter(str(native))
     return certificates
 
 
-def _write_native(path: Path, matrices: Mapping[str, Tensor]) -> None:
-    file = ort.AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(1)
-    file.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(matrix.numpy()) for name, matrix in matrices.items()})
-    file.export_adapter(str(path))
+def empty_tensors(layout: SwappableLayout, graph: str) -> dict[str, Tensor]:
+    """Return matrices of rank 0 for every LoRA input of a graph, by input."""
+    dtype = getattr(torch, DTYPES[layout.dtype])
+    return {
+        place.input: torch.zeros((place.features, 0) if site.endswith("lora_A") else (0, place.features), dtype=dtype)
+        for site, place in layout.places.items()
+        if place.graph == graph
+    }
 
 
-def _place(layout: SwappableLayout, name: str, features: int) -> AdapterInput:
-    place = layout.places.get(name)
-    if place is None:
-        raise ExportError(
-            f"the graph has no input for {name}; it was exported for other target modules. Export one graph for all "
-            "your adapters: loraover export onnx A B ... --mode swappable."
-        )
-    if place.features != features:
-        raise ExportError(
-            f"{name} has {features} features, but the graph's input {place.input} has {place.features}; the adapter "
-            f"belongs to another base model than the graph's, {layout.base_model}."
-        )
-    return place
+def lora_feed(graph: Path, adapter: Path | None) -> dict[str, Tensor]:
+    """Return what a graph needs in its required LoRA inputs; nothing if they have defaults."""
+    if not (graph.parent / LAYOUT_FILE).is_file():
+        return {}
+    layout = read_json(graph.parent / LAYOUT_FILE, SwappableLayout)
+    if not layout.web:
+        return {}
+    if adapter is None:
+        return empty_tensors(layout, graph.name)
+    with open_tensors(adapter) as file:
+        return {name: file.read(name) for name in file.keys}

@@ -38,11 +38,7 @@ class LoraBranch(nn.Module):
 
 
 def set_precision(model: nn.Module, precision: str) -> None:
-    """Cast a model to the precision of its graph.
-
-    Raises:
-        ExportError: int4, which onnxruntime-genai's builder supports for decoders only.
-    """
+    """Cast a model to the precision of its graph."""
     if precision == "int4":
         raise ExportError(f"int4 exists for decoder graphs only; {type(model).__name__} takes fp32 or fp16.")
     if precision == "fp16":
@@ -50,12 +46,7 @@ def set_precision(model: nn.Module, precision: str) -> None:
 
 
 def add_branches(model: nn.Module, markers: Mapping[str, Tensor]) -> None:
-    """Replace every adapted layer of `model` by one with a LoRA branch that holds the markers.
-
-    Args:
-        model: The base model; it is changed.
-        markers: Random matrices by site; see `swappable.markers`.
-    """
+    """Replace every adapted layer of `model` by one with a LoRA branch that holds the markers."""
     for name, a in markers.items():
         module, _, matrix = name.rpartition(".")
         if matrix == "lora_A":

@@ -9,7 +9,7 @@ from pydantic import Field
 from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.common.strict_json import StrictModel
-from loraover_export.formats.vllm.candidate import Candidate, Problem
+from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.rules import RULES
 
 PREFLIGHT_FILE = "preflight.json"
@@ -40,7 +40,13 @@ class Preflight(Certificate):
 
 def preflight(candidate: Candidate) -> Preflight:
     """Apply every rule of `RULES` to an adapter."""
-    findings = [_finding(rule, problem) for rule, check in RULES.items() for problem in check(candidate)]
+    findings = [
+        Violation(
+            rule=rule, level="warning" if problem.is_warning else "error", found=problem.found, remedy=problem.remedy
+        )
+        for rule, check in RULES.items()
+        for problem in check(candidate)
+    ]
     rules = dict.fromkeys(RULES, "passed") | {finding.rule: finding.level for finding in findings}
     rules |= {finding.rule: "error" for finding in findings if finding.level == "error"}
     return Preflight(
@@ -53,10 +59,4 @@ def preflight(candidate: Candidate) -> Preflight:
         max_lora_rank=max_lora_rank(candidate.adapter.rank),
         rules=rules,
         findings=findings,
-    )
-
-
-def _finding(rule: str, problem: Problem) -> Violation:
-    return Violation(
-        rule=rule, level="warning" if problem.is_warning else "error", found=problem.found, remedy=problem.remedy
     )

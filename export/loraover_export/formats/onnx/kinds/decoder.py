@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from loraover.common.errors import ExportError
 from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.genai import accept_left_padding
 from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner, greedy
-from loraover_export.formats.onnx.padding import accept_left_padding
 from loraover_export.formats.onnx.session import GraphSession, has_provider
-from loraover_export.formats.onnx.swappable import adapter_file, open_inputs, write_marker_adapter
-from loraover_export.formats.onnx.web import lora_feed
+from loraover_export.formats.onnx.swappable import adapter_file, lora_feed, open_inputs, write_marker_adapter
 from loraover_export.requests import OnnxRequest
 
 
@@ -130,9 +129,6 @@ def _check_widths(model: Any) -> None:
     """Refuse models that the builder (onnxruntime-genai 0.18) would export wrongly, because of a layer's width.
 
     It treats every linear layer with as many rows as the vocabulary as the head.
-
-    Raises:
-        ExportError: A layer other than the head has that many rows.
     """
     head = model.get_output_embeddings()
     rows = model.config.vocab_size

@@ -53,13 +53,6 @@ def check_takes_rows(model: Any, base: ModelSource) -> None:
 
     Many decoders score the last token of each row, which they find by the padding token. Those that score the first
     one, such as BERT, need no padding token.
-
-    Args:
-        model: The classifier.
-        base: Where it was read from.
-
-    Raises:
-        ConfigError: It needs a padding token, and its configuration has none.
     """
     if model.config.get_text_config().pad_token_id is not None:
         return

@@ -12,7 +12,7 @@ from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover.common.request import as_written
 from loraover.models.model_file import embeds_texts
 from loraover_export.formats.vllm.candidate import Candidate, Problem
-from loraover_export.formats.vllm.known_faults import known_faults
+from loraover_export.formats.vllm.releases import READ, known_faults
 from loraover_export.formats.vllm.rules.config import (
     bias,
     initialisation,
@@ -32,7 +32,6 @@ from loraover_export.formats.vllm.rules.model import (
     vocabulary,
 )
 from loraover_export.formats.vllm.rules.tensors import tensors
-from loraover_export.formats.vllm.versions import READ
 
 WITHOUT_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Types of models that vLLM does not compute in float16: `_FLOAT16_NOT_SUPPORTED_MODELS` in vllm/config/model.py."""

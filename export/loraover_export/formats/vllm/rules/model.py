@@ -16,9 +16,8 @@ from loraover.checkpoint.target_modules import (
 )
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED
-from loraover_export.formats.vllm.architectures import EXPERTS_BELOW, Architecture
 from loraover_export.formats.vllm.candidate import Candidate, Problem, listed
-from loraover_export.formats.vllm.known_faults import known_faults
+from loraover_export.formats.vllm.releases import EXPERTS_BELOW, Architecture, known_faults
 
 MERGE = "merge the adapter into the base model with PEFT and serve that"
 EXPORT = "write it with loraover export vllm"
