@@ -6,11 +6,10 @@ import difflib
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 from loraover.common.errors import DataError
-from loraover.data.exact_json import parse_json
 from loraover.data.glue import GLUE_TASKS, glue_reader
 from loraover.data.pictures import CHATS, MEDIA, PARTS, PICTURES, has_media, has_others, placed, places
 
@@ -106,7 +105,9 @@ def read_row(row: Any, format: str, form: RowForm, where: str) -> Iterator[Row]:
                 example[column] = [_read_message(message, form, where) for message in example[column]]
         is_whole = form.whole or (name == "conversations" and not form.turns)
         if name != PASSED and is_whole and "completion" in example and form.chat and TURNS in form.columns:
-            example = _as_messages(example)  # as longer conversations of the same data are
+            chat = as_chat(example)  # one conversation, as longer ones of the same data are
+            example = {column: value for column, value in example.items() if column not in PARTS}
+            example["messages"] = chat["prompt"] + chat["completion"]
         yield from _examples(others | example, row.get(SYSTEM), FORMATS[name].template, form, where)
 
 
@@ -155,6 +156,13 @@ def _with_object(call: Row, where: str) -> Row:
     return call | {"arguments": found}
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text; ValueError: it is none, or an object has a key twice."""
+    from loraover.common.strict_json import unique_keys  # with pydantic, which is slow to import
+
+    return json.loads(text, object_pairs_hook=unique_keys)
+
+
 def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> list[str]:
     """Return the columns of a row of which nothing is learned; the arguments are those of `read_row`."""
     if form.keeps_all:
@@ -197,7 +205,12 @@ def _examples(example: Row, system: Any, template: str, form: RowForm, where: st
     texts = {name: taken[name] for name in TEXTS & _taken(columns) & taken.keys()}
     _check_texts(texts, where)
     if columns >= {"completion", "label"}:
-        taken["label"] = _yes_or_no(taken["label"], where)
+        if taken["label"] not in (0, 1):
+            raise DataError(
+                f"{where}: the label is {taken['label']!r}, expected true for a good completion and false for a bad "
+                "one."
+            )
+        taken["label"] = bool(taken["label"])
     if columns >= {"text", "label"} and (type(taken["label"]) is not int or taken["label"] < 0):
         raise DataError(f"{where}: the label is {taken['label']!r}, expected a number from 0 on; number the classes.")
     if not form.keeps_all:
@@ -233,6 +246,11 @@ def _texts_of(message: Row) -> str:
     return (content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)).strip()
 
 
+def _says(message: Row) -> str:
+    """Return a text that is empty if a message says nothing: a call of a tool counts, and so does an image."""
+    return _texts_of(message) or str(message.get("tool_calls") or places([message]) or "")
+
+
 def said(turns: list[Any]) -> str | None:
     """Return what all turns of a conversation say, one a line; None if these are no turns."""
     try:
@@ -245,7 +263,8 @@ def _check_texts(taken: Row, where: str) -> None:
     """Raise DataError for texts or messages that nothing can be learned from, or that are not alike."""
     for name, part in taken.items():
         _field(taken, name, where)
-        if not any(text.strip() for text in _texts(part)):
+        said = [part] if isinstance(part, str) else map(_says, part)
+        if not any(text.strip() for text in said):
             raise DataError(f"{where}: the {name} is empty; leave such rows out with data.keep.")
         _check_roles([] if isinstance(part, str) else part, where)
     if len({type(taken[name]) for name in PARTS if name in taken}) > 1:
@@ -272,14 +291,6 @@ MEANT = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assi
 """Roles by the names that other forms of chats give them."""
 
 
-def _yes_or_no(label: Any, where: str) -> bool:
-    if label not in (0, 1):
-        raise DataError(
-            f"{where}: the label is {label!r}, expected true for a good completion and false for a bad one."
-        )
-    return bool(label)
-
-
 def _check_options(taken: Row, where: str) -> None:
     """Check what a row gives its chat template; tools that are written as JSON are read, and none are left out."""
     if "tools" in taken:
@@ -300,13 +311,6 @@ def _spelt(columns: Iterable[frozenset[str]]) -> str:
     return " or ".join(str(sorted(names)) for names in columns)
 
 
-def _texts(part: Any) -> list[str]:
-    """Return the texts of a prompt or completion; a call of a tool counts as one, and so does an image."""
-    if isinstance(part, str):
-        return [part]
-    return [_texts_of(message) or str(message.get("tool_calls") or places([message]) or "") for message in part]
-
-
 def as_chat(example: Row) -> Row:
     """Write a prompt of text as a message of the user, and each answer to it as one of the assistant.
 
@@ -316,13 +320,6 @@ def as_chat(example: Row) -> Row:
     asked = {"prompt": [{"role": "user", "content": example["prompt"]}]} if "prompt" in example else {}
     said = {name: text[1:] if text[0] == " " and not text[1].isspace() else text for name, text in answers.items()}
     return example | asked | {name: [{"role": "assistant", "content": text}] for name, text in said.items()}
-
-
-def _as_messages(example: Row) -> Row:
-    """Write a prompt and its completion as one conversation."""
-    chat = as_chat(example)
-    rest = {name: value for name, value in example.items() if name not in PARTS}
-    return rest | {"messages": chat["prompt"] + chat["completion"]}
 
 
 def _recognised(row: Mapping[str, Any], form: RowForm, where: str) -> str:
@@ -335,10 +332,6 @@ def _recognised(row: Mapping[str, Any], form: RowForm, where: str) -> str:
         return found
     named = " or ".join(f"{sorted(fields)} ({name})" for name, fields in known.items())
     raise DataError(f"{where}: has fields {sorted(row)}; expected {_spelt(form.columns)} or {named}.")
-
-
-def _as_it_is(row: Mapping[str, Any], where: str) -> Iterator[Row]:
-    yield dict(row)
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Iterator[Row]:
@@ -416,7 +409,7 @@ def _codefeedback(row: Mapping[str, Any], where: str) -> Iterator[Row]:
 
 PASSED = "trl"
 FORMATS: dict[str, RowFormat] = {
-    PASSED: RowFormat(_as_it_is),
+    PASSED: RowFormat(lambda row, where: iter([dict(row)])),
     "messages": RowFormat(_messages, frozenset({"messages"})),
     "gsm8k": RowFormat(_gsm8k, frozenset({"question", "answer"}), reads=("question", "answer")),
     "instruction": RowFormat(
@@ -465,3 +458,17 @@ def check_encodes(text: str, name: str, where: str) -> None:
         raise DataError(
             f"{where}: field {name!r} holds {half!a}, half a character; correct or leave out the row."
         ) from error
+
+
+def later_turn(rows: Sequence[Row]) -> int | None:
+    """Return the index of the first example that is a later turn of the conversation before it, or None.
+
+    Args:
+        rows: Examples in the order of the data, in which the turns of a conversation are neighbours.
+    """
+    for i, (one, following) in enumerate(pairwise(rows), 1):
+        if {"prompt", "completion"} <= one.keys() & following.keys():
+            messages = [*one["prompt"], *one["completion"]]
+            if list(following["prompt"][: len(messages)]) == messages:
+                return i
+    return None

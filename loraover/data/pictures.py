@@ -47,22 +47,22 @@ def with_pictures(row: Any, folder: Path | None, where: str) -> Any:
         raise DataError(f"{where}: expected a list of images in {PICTURES[0]!r}, or one image in {PICTURES[1]!r}.")
     listed = given if isinstance(given, list) else [given]
     others = {name: value for name, value in row.items() if name not in PICTURES}
-    return others | {PICTURES[0]: [_picture(one, folder, where) for one in listed]}
-
-
-def _picture(given: Any, folder: Path | None, where: str) -> dict[str, Any]:
-    data, path = (given.get("bytes"), given.get("path")) if isinstance(given, Mapping) else (None, given)
-    if isinstance(data, bytes):
-        return {"bytes": data, "path": None}
-    is_known = folder is not None or isinstance(given, Mapping)  # a text in data of the hub could name any file here
-    if isinstance(path, str) and is_known and ":" not in path[:8]:
-        found = (folder or Path()) / path
-        if kind_of(found) == "file":
-            return {"bytes": None, "path": str(found)}
-        raise DataError(f"{where}: there is no image file {found}; paths are relative to the data file.")
-    raise DataError(
-        f"{where}: an image is {reprlib.repr(given)}, expected the path of a local file; URLs are not fetched."
-    )
+    found: list[dict[str, Any]] = []
+    for one in listed:
+        data, path = (one.get("bytes"), one.get("path")) if isinstance(one, Mapping) else (None, one)
+        is_known = folder is not None or isinstance(one, Mapping)  # a text in data of the hub could name any file here
+        if isinstance(data, bytes):
+            found.append({"bytes": data, "path": None})
+        elif isinstance(path, str) and is_known and ":" not in path[:8]:
+            file = (folder or Path()) / path
+            if kind_of(file) != "file":
+                raise DataError(f"{where}: there is no image file {file}; paths are relative to the data file.")
+            found.append({"bytes": None, "path": str(file)})
+        else:
+            raise DataError(
+                f"{where}: an image is {reprlib.repr(one)}, expected the path of a local file; URLs are not fetched."
+            )
+    return others | {PICTURES[0]: found}
 
 
 def as_json(row: Mapping[str, Any]) -> str:

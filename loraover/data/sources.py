@@ -11,7 +11,7 @@ import reprlib
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,7 @@ from typing import Any
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
-from loraover.data.exact_json import keep_numbers, parse_json
-from loraover.data.formats import Row, RowForm, read_row, said, unread
+from loraover.data.formats import Row, RowForm, parse_json, read_row, said, unread
 from loraover.data.pictures import with_pictures
 from loraover.sources.hub import pinned_commit
 
@@ -191,7 +190,12 @@ def load_rows(
                 continue
             if form.pictures:
                 row = with_pictures(row, raw.folder, where)
-            row = _with_text(row, form.text, where)
+            if form.text != "text" and isinstance(row, dict) and form.text in row:  # trainers call it `text`
+                if "text" in row:
+                    raise DataError(
+                        f"{where}: has a column 'text' besides {form.text!r}, which training.dataset_text_field names."
+                    )
+                row = {"text" if name == form.text else name: value for name, value in row.items()}
             found = [*read_row(row, format, form, where)]
             for column in unread(row, format, form, where):
                 others[column].add(number)
@@ -251,19 +255,24 @@ def read_raw(
             )
         return RawRows(_read_file(path), f"file {path.name}", folder=path.parent)
     if kind == "folder":
-        return _read_folder(path, split)
+        name, bracket, _ = split.partition("[")
+        *names, last = (f"{name}{end}" for end in (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv"))
+        file = next((path / one for one in (*names, last) if kind_of(path / one) == "file"), None)
+        if file is None:
+            raise DataError(f"{path}: holds no {', '.join(names)} or {last}.")
+        if not bracket:
+            return RawRows(_read_file(file), f"file {file.name}", folder=path)
+        return RawRows(_sliced(file, name, split), f"file {file.name}, {split}", folder=path)
     if not is_hub_name(source):
         raise DataError(f"{source}: no such file or folder, and not a hub name such as 'owner/data'.")
-    return RawRows(*_read_hub(source, split, subset, revision, streaming))
+    from datasets import load_dataset
 
-
-def _with_text(row: Any, column: str, where: str) -> Any:
-    """Return a row whose column of another name is called `text`, as trainers call it."""
-    if column == "text" or not isinstance(row, dict) or column not in row:
-        return row
-    if "text" in row:
-        raise DataError(f"{where}: has a column 'text' besides {column!r}, which training.dataset_text_field names.")
-    return {"text" if name == column else name: value for name, value in row.items()}
+    keep_numbers()
+    name, _, own = source.partition("@")
+    with _hub_errors(name):
+        commit = pinned_commit(name, own or revision, "dataset")
+        rows = load_dataset(name, subset, split=split, revision=commit, streaming=streaming)
+    return RawRows(_downloaded(rows, name), f"hub {name}@{commit[:12]}", commit)
 
 
 def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
@@ -280,17 +289,6 @@ def _is_kept(row: Any, keep: Mapping[str, re.Pattern[str]], where: str) -> bool:
         if not pattern.search(text):
             return False
     return True
-
-
-def _read_folder(folder: Path, split: str) -> RawRows:
-    name, bracket, _ = split.partition("[")
-    named = [folder / f"{name}{end}" for end in (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".tsv")]
-    file = next((path for path in named if kind_of(path) == "file"), None)
-    if file is None:
-        raise DataError(f"{folder}: holds no {name}.jsonl, {name}.jsonl.gz, {name}.parquet, {name}.csv or {name}.tsv.")
-    if not bracket:
-        return RawRows(_read_file(file), f"file {file.name}", folder=folder)
-    return RawRows(_sliced(file, name, split), f"file {file.name}, {split}", folder=folder)
 
 
 def _sliced(file: Path, name: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -332,7 +330,14 @@ def _read_lines(file: Any, path: Path) -> Iterator[tuple[int, Any]]:
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
         elif line.strip():
-            yield number, _parse(line, path, number)
+            try:
+                row = parse_json(line)
+            except (ValueError, RecursionError) as error:
+                row = DataError(
+                    f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .csv, "
+                    ".tsv or .parquet file."
+                )
+            yield number, row
 
 
 def _listed(file: Any, path: Path) -> list[Any] | None:
@@ -362,20 +367,16 @@ def _read_table(file: Any, delimiter: str, path: Path) -> Iterator[tuple[int, An
         if "" in header or len({*header}) < len(header):
             raise DataError(f"{path}: the first line is {reprlib.repr(header)}, expected a name for each column.")
         for number, row in enumerate(filter(None, cells), 1):
-            if len(row) == len(header):
-                pairs = zip(header, row, strict=True)
-                yield number, {name: _number(cell) if name in NUMBERS else cell for name, cell in pairs}
-            else:
+            if len(row) != len(header):
                 yield number, DataError(f"{path}, row {number}: has {len(row)} cells, and the header {len(header)}.")
+                continue
+            found: dict[str, Any] = dict(zip(header, row, strict=True))
+            for name in found.keys() & {*NUMBERS}:
+                with suppress(ValueError):
+                    found[name] = json.loads(found[name].lower())
+            yield number, found
     except csv.Error as error:
         raise DataError(f"{path}, line {cells.line_num}: no {path.suffix[1:].upper()} in UTF-8: {error}.") from error
-
-
-def _number(cell: str) -> Any:
-    try:
-        return json.loads(cell.lower())
-    except ValueError:
-        return cell
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -387,17 +388,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_undecoded(Dataset.from_parquet(str(path), keep_in_memory=True)), 1)
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as parquet: {error}.") from error
-
-
-def _parse(line: bytes, path: Path, number: int) -> Any:
-    """Return the row of a line, or an error in its place."""
-    try:
-        return parse_json(line)
-    except (ValueError, RecursionError) as error:
-        return DataError(
-            f"{path}, row {number}: not JSON: {error}. Write one JSON object a line, in UTF-8, or name a .csv, .tsv or "
-            ".parquet file."
-        )
 
 
 def is_hub_name(source: str) -> bool:
@@ -426,19 +416,6 @@ def count_hub_rows(name: str, split: str, subset: str | None, revision: str | No
     return int(splits[split].num_examples)
 
 
-def _read_hub(
-    name: str, split: str, subset: str | None, revision: str | None, streaming: bool
-) -> tuple[Iterator[tuple[int, Any]], str, str]:
-    from datasets import load_dataset
-
-    keep_numbers()
-    name, _, own = name.partition("@")
-    with _hub_errors(name):
-        commit = pinned_commit(name, own or revision, "dataset")
-        rows = load_dataset(name, subset, split=split, revision=commit, streaming=streaming)
-    return _downloaded(rows, name), f"hub {name}@{commit[:12]}", commit
-
-
 def _downloaded(rows: Any, name: str) -> Iterator[tuple[int, Any]]:
     with _hub_errors(name):
         yield from enumerate(_undecoded(rows), 1)
@@ -454,6 +431,21 @@ def _undecoded(rows: Any) -> Any:
         elif isinstance(kind, List) and isinstance(kind.feature, Image):
             rows = rows.cast_column(name, List(Image(decode=False)))
     return rows
+
+
+def keep_numbers() -> None:
+    """Let `datasets` write and read the JSON of its columns with Python's json.
+
+    It takes the ujson of pandas, which keeps ten decimals of a number, reads -1.7 as -1.7000000000000002, and knows no
+    integer beyond 64 bits, whose message `datasets` 5.2 then returns as text.
+    """
+    from datasets import arrow_writer
+    from datasets.features import features
+    from datasets.packaged_modules.json import json as reader
+    from datasets.utils import json as fields
+
+    for module in (arrow_writer, features, reader, fields):
+        module.ujson_dumps, module.ujson_loads = json.dumps, json.loads
 
 
 @contextmanager

@@ -26,7 +26,16 @@ def word_problems(seed: int) -> Iterator[dict[str, str]]:
     draw = random.Random(seed)
     while True:
         story, sign = draw.choice(STORIES)
-        a, b, answer = _numbers(draw, sign)
+        if sign == "+":
+            a, b = draw.randint(5, 60), draw.randint(5, 39)
+            answer = a + b
+        elif sign == "-":
+            a = draw.randint(20, 99)
+            b = draw.randint(3, a - 1)
+            answer = a - b
+        else:
+            a, b = draw.randint(2, 12), draw.randint(2, 9)
+            a, answer = (a, a * b) if sign == "*" else (a * b, a)
         question = story.format(name=draw.choice(NAMES), things=draw.choice(THINGS), a=a, b=b)
         yield {"prompt": f"Question: {question}\nAnswer:", "completion": f" {a} {sign} {b} = {answer} #### {answer}"}
 
@@ -69,15 +78,3 @@ def _distinct(count: int, seed: int, without: set[str]) -> list[dict[str, str]]:
         if row["prompt"] not in without:
             rows.setdefault(row["prompt"], row)
     return list(rows.values())
-
-
-def _numbers(draw: random.Random, sign: str) -> tuple[int, int, int]:
-    if sign == "+":
-        a, b = draw.randint(5, 60), draw.randint(5, 39)
-        return a, b, a + b
-    if sign == "-":
-        a = draw.randint(20, 99)
-        b = draw.randint(3, a - 1)
-        return a, b, a - b
-    a, b = draw.randint(2, 12), draw.randint(2, 9)
-    return (a, b, a * b) if sign == "*" else (a * b, b, a)

@@ -10,9 +10,8 @@ import pytest
 
 import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
-from loraover.data.formats import RowForm
+from loraover.data.formats import RowForm, later_turn
 from loraover.data.sources import Counted
-from loraover.data.turns import later_turn
 from loraover.sources.hub import HubUnreachableError
 from loraover.training.recipe import Recipe
 from loraover.training.rows.data import load_examples, load_held_out

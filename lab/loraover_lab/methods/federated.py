@@ -50,8 +50,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.extras import install
 from loraover.common.reporter import Reporter
 from loraover.common.strict_json import StrictModel
-from loraover.data.formats import Row
-from loraover.data.turns import later_turn
+from loraover.data.formats import Row, later_turn
 from loraover.overparam.sites import lora_layers
 from loraover.training.method import ADAPTER, TrainingMethod
 from loraover.training.recipe_parts import BaseRecipe

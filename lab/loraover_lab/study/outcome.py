@@ -24,8 +24,8 @@ from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, DataError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.strict_json import StrictModel
+from loraover.data.formats import later_turn
 from loraover.data.sources import BUILT_IN
-from loraover.data.turns import later_turn
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.row_digests import read_digests
 from loraover.training.rows.data import load_held_out

@@ -19,8 +19,8 @@ from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.extras import install
 from loraover.common.ranks import launched
-from loraover.data.exact_json import keep_numbers
 from loraover.data.formats import Row
+from loraover.data.sources import keep_numbers
 from loraover.training.method import TrainingMethod, optimizer_class, optimizer_options
 from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
