@@ -48,14 +48,7 @@ def adapter_folder(directory: Path, adapter: str) -> Path:
 
 
 def save_adapter(model: nn.Module, directory: Path, adapter: str, weights: dict[str, Tensor] | None) -> None:
-    """Save an adapter as `PeftModel.save_pretrained` does, also that of a model which is no PeftModel.
-
-    Args:
-        model: Model with the adapter: a PeftModel, a module around one, or one into which PEFT has injected it.
-        directory: Folder to write into.
-        adapter: PEFT's name of the adapter.
-        weights: State dict of `peft_root(model)`; None: its own.
-    """
+    """Save an adapter of any model as `PeftModel.save_pretrained` does; `weights` replace the state dict."""
     root: Any = peft_root(model)
     if isinstance(root, PeftModel):
         root.save_pretrained(str(directory), state_dict=weights, selected_adapters=[adapter])

@@ -150,12 +150,7 @@ def _proxy(scheme: str, place: str) -> Proxy | None:
 
 
 def explanation(refusal: http.client.HTTPResponse, hidden: Callable[[str, bool], str]) -> str:
-    """Return the beginning of the text of a refusal whose body has not been read.
-
-    Args:
-        refusal: The refusal.
-        hidden: Function that hides secrets in a text, given whether the text was cut off.
-    """
+    """Return the beginning of a refusal's text; `hidden` hides secrets in it, given whether it was cut off."""
     try:
         text = refusal.read(EXPLANATION_BYTES)
         if refusal.length and len(text) < EXPLANATION_BYTES:  # `read` of a number of bytes ends without an error there

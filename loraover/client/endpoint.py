@@ -370,11 +370,7 @@ def _shown(secret: str) -> tuple[str, ...]:
 
 
 def _host(url: str) -> str:
-    """Host of a server's address.
-
-    Raises:
-        ConfigError: Not an HTTP address, or one with a user or a query.
-    """
+    """Host of a server's address; raise ConfigError unless that is HTTP's, without a user or a query."""
     with suppress(ValueError):
         parts = urlsplit(url)
         is_plain = "@" not in parts.netloc and not parts.query and parts.port != 0  # no number raises a ValueError

@@ -244,10 +244,7 @@ def find_models(
 
 
 def _base_name(listed: Mapping[str, str | None], model: str, adapter: str) -> str:
-    """Name of the base model on a server: as it is listed, or else the only other name there.
-
-    A server that lists the adapter's name alone, as llama-server does with --lora, has one model for both.
-    """
+    """Name of the base model on a server: as listed, or the only other name; with one name in all, the adapter's."""
     alike = [each for each in listed if is_same_model(each, model)]
     others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, adapter)]
     if model in listed:

@@ -173,13 +173,7 @@ def _stem(target: Path) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock for a block; it is released when the process ends, even if it is killed.
-
-    Raises:
-        BlockingIOError: Another process, or another block of this process, holds the lock.
-        FileNotFoundError: The folder was removed meanwhile.
-        OSError: The file system has no locks.
-    """
+    """Hold a folder's lock for a block; OSError if it is held already, the folder is gone, or there are no locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,10 +280,7 @@ def check_replaceable(output: Path, kind: str, mark: str, *, inputs: Iterable[Pa
 
 
 def _as_os_error(error: Exception) -> OSError | None:
-    """Return the operating system's error behind an exception, or None if there is none or the exception is ours.
-
-    Libraries in Rust (safetensors, tokenizers) only name the error's number, in the text of their exceptions.
-    """
+    """Return the system's error behind an exception; libraries in Rust name it by its number in their text alone."""
     if isinstance(error, LoraOverError):
         return None
     if isinstance(error, OSError):

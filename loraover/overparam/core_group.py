@@ -62,15 +62,7 @@ class CoreGroup:
         step: int,
         bases: Mapping[str, Bases] | None = None,
     ) -> CoreGroup:
-        """Cores that contract to the sites' present matrices, up to rounding.
-
-        Args:
-            sites: Sites of one group; those whose columns share a measured basis are neighbours.
-            decomposition: Decomposition that contracts the cores.
-            seed: Seed of random draws.
-            step: Optimizer steps taken.
-            bases: Measured bases by the sites' names, for a decomposition that calibrates.
-        """
+        """Cores that contract to the sites' matrices; sites whose columns share a measured basis are neighbours."""
         matrices = full(torch.stack([site.values for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [seeded_generator(seed, site.name) for site in sites]
@@ -262,12 +254,7 @@ class CoreGroup:
 
 
 def grouped(sites: Sequence[Site], owners: Mapping[str, str]) -> list[list[Site]]:
-    """Sites that can be in one group: alike in shape, type, device and kind, and as many neighbours for each basis.
-
-    Args:
-        sites: Sites to sort.
-        owners: First site that has the same basis, by the name of each site that shares one.
-    """
+    """Sort sites that can be in one group: alike in shape, type, device and kind, with as many sharing each basis."""
     alike: dict[Any, list[Site]] = {}
     for site in sites:
         kind = (site.shape, site.parameter.device, site.parameter.dtype, site.name.rpartition(".")[2])
@@ -314,10 +301,7 @@ def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any
 
 
 def is_alike(one: Any, other: Any) -> bool:
-    """Whether an optimizer can keep one of two values in place of both: the same numbers, text or tensor.
-
-    Lists, and whatever else an optimizer changes in place, are never alike.
-    """
+    """Whether an optimizer can keep one of two values for both; never lists, and what else it changes in place."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     plain = all(isinstance(value, PLAIN) for value in (one if isinstance(one, tuple) else [one]))

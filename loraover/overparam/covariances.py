@@ -110,14 +110,7 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 def measured_bases(
     probe: Probe, chosen: Sequence[Site], everything: Mapping[str, Site], decomposition: Decomposition
 ) -> dict[str, Bases]:
-    """Bases of those sides of the chosen sites that come from calibration, by the sites' names.
-
-    Args:
-        probe: Batches, and the model in the mode in which it is to be run. The gradients that it leaves are cleared.
-        chosen: Sites to measure.
-        everything: All sites of the model, among them the other matrix of each module.
-        decomposition: Sources and blocks.
-    """
+    """Bases of the chosen sites' sides that come from calibration, by name; the probe's gradients are cleared."""
     assert decomposition.bases is not None
     largest = decomposition.bases.rule.block
     if any(site.part is not None for site in chosen):
@@ -193,10 +186,7 @@ def _feature_blocks(site: Site, decomposition: Decomposition, largest: int) -> B
 
 @contextmanager
 def _observed(model: nn.Module, layers: Mapping[Any, _Moments]) -> Iterator[_Pass]:
-    """Hooks that add up moments; a forward that checkpointing repeats during the backward pass counts once.
-
-    A compiled model runs as it was written: once traced, it would ignore these hooks.
-    """
+    """Hooks that add up moments; a forward that checkpointing repeats counts once, and nothing is compiled."""
     running, handles = _Pass(model), []
 
     def hook(found: _Moments) -> Callable[..., None]:

@@ -64,12 +64,7 @@ class BasisFollower:
 
     @torch.no_grad()
     def observe(self, gradients: Tensor, counts: Tensor) -> None:
-        """Take note of one optimizer step's gradients, before it is taken.
-
-        Args:
-            gradients: (G, m, n), divided by the joint norm of all gradients of the step.
-            counts: A bool, whether all gradients are finite and one is not zero.
-        """
+        """Note a step's gradients (G, m, n), divided by their joint norm; `counts` is false if any is not finite."""
         if self.due is None:
             return
         self.steps += 1
@@ -233,11 +228,7 @@ class Followers(dict[CoreGroup, BasisFollower]):
 
     @torch.no_grad()
     def observe(self, gradients: Mapping[CoreGroup, Tensor]) -> None:
-        """Take note of one optimizer step's gradients, before it is taken.
-
-        Args:
-            gradients: Gradients dL/dM (G, m, n) of each group whose sites have some.
-        """
+        """Take note of one optimizer step's gradients dL/dM (G, m, n) of each group, before it is taken."""
         if not self or not gradients:
             return
         # A resumed run may have its groups in another order, in which the norm would round differently.

@@ -79,11 +79,7 @@ class GradientScore(Score):
 
     @torch.no_grad()
     def observe(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add the gradients of one optimizer step; call it before the step changes the matrices.
-
-        Args:
-            gradients: Gradients dL/dM (m, n) by site name; sites without one are absent.
-        """
+        """Add the gradients (m, n) of one optimizer step, by site name, before it changes the matrices."""
         stacks = []
         for names in self._groups:
             site = self.sites[names[0]]

@@ -43,11 +43,7 @@ class OptimizerView:
         self._is_filling = False
 
     def check_holds(self, sites: Iterable[Site]) -> None:
-        """Check that cores of these sites can be trained, and their rate be scaled, through the optimizer.
-
-        Raises:
-            ConfigError: The optimizer lacks a site's parameter, or chooses its own rate where one is to be scaled.
-        """
+        """Raise ConfigError if the optimizer lacks a site, or chooses its own rate where that is to be scaled."""
         rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
         for site in sites:
             identity = id(site.parameter)
@@ -159,11 +155,7 @@ class OptimizerView:
             self.optimizer.state.pop(parameter, None)
 
     def fill_state(self) -> None:
-        """Give the parameters that the optimizer leaves alone the state that a first step at the rate 0 makes.
-
-        PyTorch loads a distributed checkpoint only where every trained parameter has a state in it. Before the cores'
-        first step, nothing has one.
-        """
+        """Make the state of parameters left alone: PyTorch loads a distributed checkpoint only where all have one."""
         if not any(group.state for _, group in self._hosted):
             return
         optimizer, left = self.optimizer, set(self._covered) - self.optimizer.state.keys()
@@ -214,11 +206,7 @@ class OptimizerView:
         optimizer.param_groups.extend(twin for _, twin, _ in self._twins)
 
     def check_written(self) -> None:
-        """Check that the step has written nothing into the twins alone, which are made anew for the next step.
-
-        Raises:
-            ConfigError: The optimizer keeps a value of its own for each parameter group.
-        """
+        """Raise ConfigError if the step has written into the twins alone, which are made anew for the next step."""
         for index, twin, before in self._twins:
             host = self.optimizer.param_groups[index]
             for key in twin.keys() - {"params", "lr", "weight_decay"}:
@@ -289,11 +277,7 @@ class FlatView(OptimizerView):
         self._groups: dict[int, int] = {}  # by the identity of the matrices' parameters
 
     def check_holds(self, sites: Iterable[Site]) -> None:
-        """Find the parameter group of each site, and check that nothing needs the gradients of all at once.
-
-        Raises:
-            ConfigError: There are several groups, and a score or bases follow the gradients.
-        """
+        """Find the sites' parameter groups; raise ConfigError if there are several and all gradients are needed."""
         if self._count > 1 and (self.config.schedule == "dynamic" or not self.config.make_decomposition().trains_all):
             raise ConfigError(
                 f"attach: DeepSpeed's ZeRO steps the {self._count} parameter groups of this optimizer one after "

@@ -65,11 +65,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def check_outermost(optimizer: Optimizer) -> None:
-    """Check that no other optimizer is taking the step that this one begins, as Lookahead and SAM do around theirs.
-
-    Raises:
-        ConfigError: One is: it changes parameters before or after that step, and would leave out the cores.
-    """
+    """Raise ConfigError if this step is part of another optimizer's, such as Lookahead's, which skips the cores."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         other = frame.f_locals.get("self")

@@ -109,10 +109,7 @@ def undisturbed(probe: Probe | None, seed: int) -> Iterator[None]:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Run a block with the model in training or eval mode.
-
-    Batch norms stay in eval mode: in training mode, each forward would change their running statistics.
-    """
+    """Run a block in training or eval mode, but batch norms in eval mode, which leaves their statistics as they are."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     for module in modes:

@@ -58,11 +58,7 @@ class Piece:
 
 
 def piece_of(parameter: nn.Parameter) -> Piece | None:
-    """Return the piece of a parameter that DeepSpeed has cut; None for any other parameter.
-
-    Raises:
-        ConfigError: This version of DeepSpeed keeps its addresses elsewhere.
-    """
+    """Return the piece of a parameter that DeepSpeed has cut; None for any other parameter."""
     held: Any = parameter
     try:
         if hasattr(held, "_z3_optimizer"):  # every process holds an equal share, of which the last one's is filled up
@@ -215,10 +211,7 @@ def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the full parameters that FSDP2 keeps after a forward without a backward.
-
-    Otherwise the next forward would use them and ignore what has been written into the shards since.
-    """
+    """Free full parameters that FSDP2 keeps after a forward alone: the next one would ignore new values."""
     if dist.is_available() and dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
 
@@ -228,12 +221,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def in_any_process(flags: list[bool], device: torch.device | None) -> list[bool]:
-    """Return for each flag whether it is true in any process.
-
-    Args:
-        flags: This process's flags.
-        device: Device over which to send them; None: all processes have the same.
-    """
+    """Return for each flag whether it is true in any process; without a device, all processes have the same flags."""
     if device is None:
         return flags
     shared = torch.tensor(flags, dtype=torch.uint8, device=device)
@@ -248,12 +236,7 @@ def of_rank_zero(numbers: list[float], device: torch.device) -> list[float]:
 
 
 def of_first_process(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Return rank 0's tensor, in every process.
-
-    Args:
-        tensor: This process's tensor.
-        device: Device over which to send it, if that is another than the tensor's.
-    """
+    """Return rank 0's tensor, in every process; it is sent over the device, if one is given."""
     if world_size() == 1:
         return tensor
     sent = tensor.to(device or tensor.device).clone(memory_format=torch.contiguous_format)

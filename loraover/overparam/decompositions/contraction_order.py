@@ -169,11 +169,7 @@ def _apply_steps(steps: Sequence[Step], taken: Sequence[Tensor], x: Tensor) -> T
 
 
 def _contract(state: Tensor, core: Tensor) -> Tensor:
-    """Contract the two last legs of a state, (G, rows, tokens, ..., c, d), with a core (G, m, c, d, k).
-
-    Returns:
-        Shape (G, m * rows, tokens, ..., k).
-    """
+    """Contract legs of (G, rows, tokens, ..., c, d) and (G, m, c, d, k) to (G, m * rows, tokens, ..., k)."""
     group, rows, *kept = state.shape[:-2]
     found = state.flatten(-2).flatten(1, -2).unsqueeze(1) @ core.flatten(2, 3)
     return found.reshape(group, core.shape[1] * rows, *kept, found.shape[-1])
