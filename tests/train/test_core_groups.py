@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from loraover.overparam.core_group import CoreGroup
+from loraover import OverParameterization
 from loraover.overparam.decompositions import DECOMPOSITIONS
 from loraover.overparam.optimizers import ELEMENTWISE
 
@@ -46,23 +46,28 @@ by_decomposition = pytest.mark.parametrize("decomposition", DECOMPOSED)
 # Whole stacks, and each site by itself
 
 
+def split(over: OverParameterization) -> None:
+    """Show each site's cores to the optimizer by themselves, as to one that is not elementwise."""
+    for group in over.groups:
+        group.split()
+
+
 def test_every_elementwise_optimizer_is_tried() -> None:
     assert {kind.__name__ for kind in ELEMENTWISE} == {name.partition("-")[0] for name in ALL}
 
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-def test_a_gradient_lies_in_memory_as_its_core_does(decomposition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_lies_in_memory_as_its_core_does(decomposition: str) -> None:
     """Fused optimizers pair numbers by their place in memory, and not by their index."""
-    pull_back, seen = CoreGroup.pull_back, []
+    model, over, optimizer = make(decomposition=decomposition)
+    seen = []
 
-    def watched(group: CoreGroup, dense: Tensor) -> None:
-        pull_back(group, dense)
-        for parameter in (p for k in group.trained for p in group.parameters(k)):
+    def watch(*_: Any) -> None:
+        for parameter in (p for group in over.groups for k in group.trained for p in group.parameters(k)):
             assert parameter.grad is not None
             seen.append((parameter.grad.stride(), parameter.stride()))
 
-    monkeypatch.setattr(CoreGroup, "pull_back", watched)
-    model, _, optimizer = make(decomposition=decomposition)
+    optimizer.register_step_pre_hook(watch)
     train(model, optimizer, range(3))
     assert seen
     assert all(gradient == core for gradient, core in seen)
@@ -70,16 +75,14 @@ def test_a_gradient_lies_in_memory_as_its_core_does(decomposition: str, monkeypa
 
 @by_decomposition
 @pytest.mark.parametrize("name", ALL)
-def test_whole_stacks_train_as_each_site_by_itself(
-    name: str, decomposition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_stacks_train_as_each_site_by_itself(name: str, decomposition: str) -> None:
     model, over, optimizer = make(ALL[name], **DECOMPOSED[decomposition])
     together = train(model, optimizer, range(STEPS))
     assert all(group.is_joined for group in over.groups)
     assert max(len(group.sites) for group in over.groups) == 2
 
-    monkeypatch.setattr("loraover.overparam.optimizer_view.ELEMENTWISE", ())
     other, apart, optimizer = make(ALL[name], **DECOMPOSED[decomposition])
+    split(apart)
     alone = train(other, optimizer, range(STEPS))
     assert not any(group.is_joined for group in apart.groups)
     # A fused optimizer fuses a multiplication and an addition where a vector of numbers is full, and rounds twice in
@@ -144,18 +147,16 @@ def test_a_group_whose_every_site_lacks_a_gradient_stays_together_and_at_rest() 
 
 
 @by_decomposition
-def test_a_split_group_trains_as_if_it_had_never_been_whole(
-    decomposition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def trained() -> dict[str, Tensor]:
-        model, _, optimizer = make(**DECOMPOSED[decomposition])
+def test_a_split_group_trains_as_if_it_had_never_been_whole(decomposition: str) -> None:
+    def trained(*, is_whole: bool) -> dict[str, Tensor]:
+        model, over, optimizer = make(**DECOMPOSED[decomposition])
+        if not is_whole:
+            split(over)
         train(model, optimizer, range(2))
         step_without(model, optimizer, 2, {"second.lora_A", "first.lora_B"})
         return train(model, optimizer, range(3, 6))
 
-    whole = trained()
-    monkeypatch.setattr("loraover.overparam.optimizer_view.ELEMENTWISE", ())
-    assert same(whole, trained())
+    assert same(trained(is_whole=True), trained(is_whole=False))
 
 
 # Cores that are renewed
