@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from loraover.common.first_use import names_on_first_use
 from loraover.common.version import __version__
 
 if TYPE_CHECKING:
@@ -35,45 +35,5 @@ if TYPE_CHECKING:
     from loraover.training.run_result import RunResult as RunResult
     from loraover.training.run_result import read_run as read_run
 
-
-_HOMES = {
-    "Budget": "overparam.config",
-    "Checkpoint": "checkpoint.checkpoint",
-    "ConsoleReporter": "reporting.reporter",
-    "DiagnosticsCallback": "callbacks.diagnostics",
-    "FolderReport": "inspection.report",
-    "Installation": "inspection.installation",
-    "LoraOverCallback": "callbacks.loraover_callback",
-    "LoraOverConfig": "overparam.config",
-    "OverParameterization": "overparam.parameterization",
-    "Probe": "overparam.probe",
-    "Recipe": "training.recipe",
-    "Reporter": "common.reporter",
-    "RunResult": "training.run_result",
-    "SealCheckpoints": "callbacks.seal_checkpoints",
-    "check_installation": "inspection.installation",
-    "inspect_folder": "inspection.folder",
-    "last_whole_checkpoint": "callbacks.seal_checkpoints",
-    "load_recipe": "training.recipe",
-    "read_checkpoint": "checkpoint.checkpoint",
-    "read_run": "training.run_result",
-    "restore": "checkpoint.training_state",
-    "seal": "callbacks.seal_checkpoints",
-    "train": "training.run.train",
-    "trainable_state_dict": "overparam.sharding",
-    "trainer_loss": "callbacks.calibration",
-    "write_checkpoint": "checkpoint.training_state",
-}
-
-_OF_THE_LAB = ("Evaluation", "PowerReport", "StudyReport", "evaluate", "predict_power", "run_study")
-
-__all__ = ["__version__", *_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that commands start fast."""
-    if name in _OF_THE_LAB:
-        raise AttributeError(f"module 'loraover' has no attribute {name!r}: import it from loraover_lab")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'loraover' has no attribute {name!r}")
-    return getattr(import_module(f"loraover.{_HOMES[name]}"), name)
+__getattr__, _names = names_on_first_use(__name__, __file__)
+__all__ = ["__version__", *_names]

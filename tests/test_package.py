@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
+from importlib import import_module
 from importlib.metadata import Distribution, distribution, packages_distributions
 from pathlib import Path
 
@@ -166,6 +168,16 @@ def test_workflows_call_targets_of_make_and_only_the_last_job_publishes() -> Non
         assert workflow["permissions"] == {"contents": "read"}
         trusted = [name for name, job in workflow["jobs"].items() if "id-token" in job.get("permissions", {})]
         assert trusted == (["publish"] if file.name == "release.yml" else [])
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_a_package_has_the_names_that_type_checkers_see(package: str) -> None:
+    tree = ast.parse((HOMES[package] / package / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {name.asname for node in checked.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert set(import_module(package).__all__) - {"__version__"} == seen
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        import_module(package).nothing  # noqa: B018
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loraover.common.first_use import names_on_first_use
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
     from loraover.adapters.combine.combine import combine_adapters as combine_adapters
@@ -37,45 +38,4 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.prepare.report import FleetReport as FleetReport
     from loraover_export.prepare.run import prepare_adapter as prepare_adapter
 
-
-_HOMES = {
-    "AttestReport": "loraover_export.attest.report",
-    "CheckReport": "loraover_export.check.report",
-    "ConvertReport": "loraover.adapters.convert.run",
-    "DiffReport": "loraover.adapters.combine.diff",
-    "FleetReport": "loraover_export.prepare.report",
-    "FoldCertificate": "loraover_export.fold.certificate",
-    "GgufReport": "loraover_export.formats.gguf.report",
-    "LoraCertificate": "loraover.adapters.uniform.certificate",
-    "MergeReport": "loraover_export.merge.report",
-    "MlxReport": "loraover_export.formats.mlx",
-    "OnnxReport": "loraover_export.formats.onnx.report",
-    "Preflight": "loraover_export.formats.vllm.preflight",
-    "PreparedAdapter": "loraover_export.prepare.cache",
-    "VllmCertificate": "loraover_export.formats.vllm.run",
-    "VllmReport": "loraover_export.formats.vllm.run",
-    "attest_adapter": "loraover_export.attest.run",
-    "check_adapter": "loraover_export.check.run",
-    "check_fleet": "loraover_export.prepare.fleet",
-    "combine_adapters": "loraover.adapters.combine.combine",
-    "convert_adapter": "loraover.adapters.convert.run",
-    "diff_adapters": "loraover.adapters.combine.diff",
-    "export_gguf": "loraover_export.formats.gguf.run",
-    "export_mlx": "loraover_export.formats.mlx",
-    "export_onnx": "loraover_export.formats.onnx.run",
-    "export_vllm": "loraover_export.formats.vllm.run",
-    "fold_checkpoint": "loraover_export.fold.run",
-    "merge_adapter": "loraover_export.merge.run",
-    "prepare_adapter": "loraover_export.prepare.run",
-    "prepare_fleet": "loraover_export.prepare.fleet",
-    "shrink_adapter": "loraover.adapters.combine.combine",
-}
-
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that commands start fast."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'loraover_export' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __all__ = names_on_first_use(__name__, __file__)

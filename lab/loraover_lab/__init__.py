@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loraover.common.first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from loraover_lab.evaluation.results import Evaluation as Evaluation
@@ -13,21 +14,4 @@ if TYPE_CHECKING:
     from loraover_lab.study.report import StudyReport as StudyReport
     from loraover_lab.study.runner import run_study as run_study
 
-
-_HOMES = {
-    "Evaluation": "evaluation.results",
-    "PowerReport": "study.power",
-    "StudyReport": "study.report",
-    "evaluate": "evaluation.run",
-    "predict_power": "study.power",
-    "run_study": "study.runner",
-}
-
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that commands start fast."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'loraover_lab' has no attribute {name!r}")
-    return getattr(import_module(f"loraover_lab.{_HOMES[name]}"), name)
+__getattr__, __all__ = names_on_first_use(__name__, __file__)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from loraover.common.first_use import names_on_first_use
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
     from loraover.client.tokens import Completion as Completion
@@ -36,43 +37,4 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.watch.run import WatchReport as WatchReport
     from loraover_serve.watch.run import watch_adapters as watch_adapters
 
-_HOMES = {
-    "Answer": "loraover_serve.parity.judge.outputs",
-    "Check": "loraover_serve.watch.history",
-    "Completion": "loraover.client.tokens",
-    "CrossCheck": "loraover_serve.parity.measure.cross_check",
-    "Distance": "loraover_serve.parity.judge.outputs",
-    "EngineResult": "loraover_serve.verify.report",
-    "GreedyAgreement": "loraover_serve.judge.results",
-    "Interval": "loraover_serve.judge.estimates",
-    "Latency": "loraover_serve.parity.judge.analysis",
-    "LogprobDistance": "loraover_serve.judge.results",
-    "Measurement": "loraover_serve.parity.samples",
-    "Outputs": "loraover_serve.parity.judge.outputs",
-    "ParityReport": "loraover_serve.parity.report.parity_report",
-    "PeakMemory": "loraover_serve.parity.measure.memory",
-    "RecordReport": "loraover_serve.record.recorder",
-    "Result": "loraover_serve.parity.judge.analysis",
-    "Sample": "loraover_serve.engines.sample",
-    "Streamed": "loraover.client.tokens",
-    "Suspect": "loraover_serve.judge.results",
-    "Throughput": "loraover_serve.parity.judge.analysis",
-    "UnwrittenReportError": "loraover.common.errors",
-    "VerifyReport": "loraover_serve.verify.report",
-    "VllmServer": "loraover_serve.vllm.server",
-    "WatchReport": "loraover_serve.watch.run",
-    "measure_parity": "loraover_serve.parity.run",
-    "record_adapter": "loraover_serve.record.recorder",
-    "serve_adapters": "loraover_serve.vllm.serve",
-    "verify_adapter": "loraover_serve.record.check",
-    "watch_adapters": "loraover_serve.watch.run",
-}
-
-__all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that commands start fast."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'loraover_serve' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __all__ = names_on_first_use(__name__, __file__)
