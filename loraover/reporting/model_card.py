@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping
 
-_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\`*_[]#|~"})
-
-
-def plain(text: str) -> str:
-    """Escape a text from outside, so that it is safe in a line of Markdown or a table cell."""
-    return html.escape(" ".join(text.split()), quote=False).translate(_MARKDOWN)
+from loraover.reporting.table import facts_table, plain
 
 
 def _yaml_string(text: str) -> str:
@@ -46,7 +40,6 @@ def model_card(
         front.append(f"license: {_yaml_string(licence)}")
     if base_model is not None:
         front.insert(0, f"base_model: {_yaml_string(base_model)}")
-    rows = "\n".join(f"| {plain(name)} | {plain(value)} |" for name, value in facts.items())
     base = plain(base_model or "an unnamed base model")
     stated = "" if licence is None else f" ({plain(licence)})"
     fence = "```"
@@ -54,5 +47,5 @@ def model_card(
     return (
         "---\n" + "\n".join(front) + f"\n---\n# {plain(title)}\n\n"
         f"{kind} of {base}; the base model's licence{stated} applies to its use.\n\n"
-        f"| | |\n| --- | --- |\n{rows}\n\nMade by\n\n{fence}\n{code}\n{fence}\n"
+        f"{facts_table(list(facts.items()), ('', '')).markdown()}\n\nMade by\n\n{fence}\n{code}\n{fence}\n"
     )

@@ -121,7 +121,7 @@ class Table(Generic[Row]):
         marks = ["---:" if column.kind == "number" else "---" for column in self.columns]
         cells = [[plain(column.cell(row)) for column in self.columns] for row in self.rows]
         lines = [[plain(column.head) for column in self.columns], marks, *cells]
-        return "".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|\n" for line in lines)
+        return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines)
 
 
 def facts_table(

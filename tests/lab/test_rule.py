@@ -57,7 +57,7 @@ def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
     report: StudyReport = make_report(grid, dict.fromkeys(grid, outcome), rule, "")
     assert words(report.tasks)[0].startswith("task: lora-over and wide cannot be told apart")
     assert "| wide | 0.001 (end) |" in to_markdown(report)
-    assert "| wide | `lora:r=64` |" in to_markdown(report)
+    assert "| wide | lora:r=64 |" in to_markdown(report)
 
 
 def test_less_than_an_hour_is_told_in_minutes() -> None:

@@ -25,8 +25,8 @@ from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.report import to_page as fold_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page
-from loraover_lab.study.html import to_page as study_page
 from loraover_lab.study.report import StudyReport
+from loraover_lab.study.show import to_page as study_page
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Suspect
 from loraover_serve.parity.report.page import to_page as parity_page

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loraover.reporting.model_card import model_card, plain
+from loraover.reporting.model_card import model_card
+from loraover.reporting.table import plain
 
 FACTS = {"method": "lora", "base model": "folder /models/base"}
 HOSTILE = [

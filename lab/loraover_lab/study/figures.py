@@ -10,7 +10,6 @@ from loraover.reporting.figures import SHAPES, Band, Curve, FigureRow, Key, Poin
 from loraover.reporting.svg import Axis, Figure, Shape
 from loraover_lab.study.grid import is_plain
 from loraover_lab.study.report import MethodResult, TaskResult, is_over
-from loraover_lab.study.show import method_text
 from loraover_lab.study.verdict import PercentChange
 
 HIGHEST = 1.5  # times the lowest loss
@@ -45,7 +44,7 @@ def forest(changes: Sequence[PercentChange], tasks: Sequence[TaskResult]) -> lis
 def _row(change: PercentChange, task: TaskResult, look: _Look) -> FigureRow:
     mean, low, high = change.texts
     return FigureRow(
-        f"{change.task}, {method_text(change.method, task)}",
+        f"{change.task}, {task.named(change.method)}",
         f"{mean} % [{low}, {high}]",
         [Point(change.mean, look.color, look.shape)],
         change.interval,
@@ -115,4 +114,4 @@ def _curve(result: MethodResult, task: TaskResult, look: _Look) -> Curve:
     found = result.sensitivity
     points = [(float(rate), loss) for rate, loss in found.losses.items()]
     dots = [(float(rate), loss) for rate, losses in found.seed_losses.items() for loss in losses]
-    return Curve(method_text(result.method, task), look.color, points, dots=dots, form=look.form)
+    return Curve(task.named(result.method), look.color, points, dots=dots, form=look.form)

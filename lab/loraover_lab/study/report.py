@@ -80,6 +80,10 @@ class TaskResult(StrictModel):
         """Return the name of a method in reports."""
         return self.names.get(str(method), str(method))
 
+    def named(self, method: str) -> str:
+        """Return the name of a method; rulers are marked."""
+        return f"{self.shown(method)} (ruler)" if method in self.rulers else self.shown(method)
+
 
 class StudyAnswer(StrictModel):
     """Answer of a command of studies, with its origin."""

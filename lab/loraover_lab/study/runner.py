@@ -19,13 +19,12 @@ from loraover.sources.verb import verb
 from loraover.training.recipe import Recipe
 from loraover_lab.study.benchmark import check_benchmark, score_runs
 from loraover_lab.study.grid import Run, grid_of
-from loraover_lab.study.html import to_page
 from loraover_lab.study.kept_runs import finished, keep
 from loraover_lab.study.outcome import RunOutcome, check_held_out, execute
 from loraover_lab.study.report import Scores, StudyReport, task_results, words
 from loraover_lab.study.request import StudyRequest, table_choices
 from loraover_lab.study.rule import Rule, fixed_rule
-from loraover_lab.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, hours_text, to_markdown
+from loraover_lab.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, hours_text, to_markdown, to_page
 from loraover_lab.study.tuning import RunPlan, hours_left, plan_runs, validation_loss
 
 

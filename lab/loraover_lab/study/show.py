@@ -1,36 +1,86 @@
-"""A study's report for people, in Markdown."""
+"""A study's report on a terminal, in Markdown, and as one HTML page that needs no network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from importlib.resources import files
 from statistics import fmean
 
 from rich.console import Console
 
-from loraover.reporting.html_page import Table
+from loraover.reporting.html_page import Origin, Page, make_page
 from loraover.reporting.reporter import print_line
-from loraover.reporting.terminal_table import terminal_table
+from loraover.reporting.table import Column, Table, facts_table
 from loraover.training.plan import ASSUMPTION, size_text
-from loraover_lab.study.plan import StudyPlan
+from loraover_lab.study.figures import forest, rate_figures
+from loraover_lab.study.plan import MethodPlan, StudyPlan
 from loraover_lab.study.power import ENOUGH_SEEDS, PowerReport, TaskPower
-from loraover_lab.study.report import MethodResult, StudyReport, TaskResult, signed
+from loraover_lab.study.report import MethodResult, StudyReport, TaskResult, signed, standing
 from loraover_lab.study.request import StudyRequest
-from loraover_lab.study.verdict import verdict_of
+from loraover_lab.study.verdict import changes, verdict_of
 
 REPORT_FILE, TABLE_FILE, HTML_FILE = "study.json", "study.md", "study.html"
-COSTS = ("trained", "served rank", "served bytes", "s / step", "GiB", "step norm", "update norm", "fold error")
-COLUMNS = ("method", "rate", "test loss (sd)", "difference [95 %], p", *COSTS, "basin", "regret")
+TEMPLATE = "study.html.j2"
+OTHER_SCORES = {"mtbench": "mean rating, 1 to 10", "cola": "Matthews correlation in %"}
+"""Names of the scores of benchmarks that do not count right answers."""
 END_NOTE = " (end): the best rate is at an end of the sweep."
 
 
 def show_study(report: StudyReport, request: StudyRequest, console: Console) -> None:
     """Print what the figures say, and which files hold them."""
     written = f"wrote {request.output / HTML_FILE}, {TABLE_FILE} and {REPORT_FILE}"
-    if (scores := scores_table(report)) is not None:
-        console.print(terminal_table(scores.columns, scores.rows, names=scores.words, title=score_title(report)))
+    if (scores := scores_table(report)).rows:
+        console.print(scores)
     for line in (*_verdict(report), *report.words, written):
         print_line(console, line)
+
+
+def to_markdown(report: StudyReport) -> str:
+    """Markdown with the verdict in sentences, and the tables of each task."""
+    lines = [f"- {line}" for line in (*_verdict(report), *report.words)]
+    if not report.is_whole:
+        lines.append(f"- {unfinished(report)}")
+    if (scores := scores_table(report)).rows:
+        lines += ["", "### Scores", "", f"{scores.title}.", "", scores.markdown()]
+        lines += ["", "Our choices, where the paper's abstract is silent:", ""] if report.scores.choices else []
+        lines += [f"- {choice}" for choice in report.scores.choices]
+    for task in report.tasks:
+        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {seeds_text(report)}.{END_NOTE}", ""]
+        lines += [methods_table(task).markdown(), "", costs_table(task).markdown()]
+        lines += ["", *(f"- {line}" for line in task.failures)] if task.failures else []
+    if report.names:
+        lines += ["", facts_table(list(report.names.items()), ("name", "method")).markdown()]
+    return "\n".join(lines) + "\n"
+
+
+def to_page(report: StudyReport) -> Page:
+    """Make the page of a study; every text is escaped.
+
+    Args:
+        report: The study.
+    """
+    differences, rates = forest(changes(report), report.tasks), rate_figures(report.tasks)
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title="Study",
+        heading="Does over-parameterisation beat a tuned LoRA?",
+        verdict=verdict_of(report),
+        facts={
+            "rule": str(report.rule),
+            "tasks": ", ".join(task.task for task in report.tasks),
+            "seeds and runs": f"{seeds_text(report)}; {report.runs} runs",
+        },
+        origin=Origin(report.command, report.date, report.hardware, report.versions),
+        figures=[*differences, *rates],
+        report=report,
+        differences=differences,
+        rates=rates,
+        tasks=[(task, methods_table(task), costs_table(task)) for task in report.tasks],
+        unfinished=None if report.is_whole else unfinished(report),
+        end_note=END_NOTE,
+        scores=scores_table(report),
+    )
 
 
 def _verdict(report: StudyReport) -> tuple[str, str]:
@@ -38,20 +88,8 @@ def _verdict(report: StudyReport) -> tuple[str, str]:
     return f"{report.rule} Verdict: {found.word}.", found.sentence
 
 
-OTHER_SCORES = {"mtbench": "mean rating, 1 to 10", "cola": "Matthews correlation in %"}
-"""Names of the scores of benchmarks that do not count right answers."""
-
-
-def score_title(report: StudyReport) -> str:
-    """Say what the scores are of."""
-    scores = report.scores
-    kind = OTHER_SCORES.get(scores.benchmark or "", "right answers in %")
-    without = f"; answers without a rating, which do not count: {scores.unrated}" if scores.unrated else ""
-    return f"{scores.benchmark or 'Held-out rows'}: {kind}, mean (sd) of {seeds_text(report)}{without}"
-
-
-def scores_table(report: StudyReport) -> Table | None:
-    """Return the methods' scores, one column a task, as papers print them; None without any."""
+def scores_table(report: StudyReport) -> Table[str]:
+    """Return the methods' scores, one column a task, as papers print them; without rows if there are none."""
     scores: dict[str, dict[str, str]] = {}
     means: dict[str, list[float]] = {}
     for task in report.tasks:
@@ -60,16 +98,87 @@ def scores_table(report: StudyReport) -> Table | None:
         for one in task.methods:
             if one.score is not None:
                 deviation = "" if one.score_deviation is None else f" ({one.score_deviation:.2f})"
-                scores.setdefault(method_text(one.method, task), {})[task.task] = f"{one.score:.2f}{deviation}"
-                means.setdefault(method_text(one.method, task), []).append(one.score)
-    if not means:
-        return None
+                scores.setdefault(task.named(one.method), {})[task.task] = f"{one.score:.2f}{deviation}"
+                means.setdefault(task.named(one.method), []).append(one.score)
     tasks = [task.task for task in report.tasks]
-    whole = {method: fmean(found) for method, found in means.items() if len(found) == len(tasks)}
-    rows = [[method, *(cells.get(task, "-") for task in tasks)] for method, cells in scores.items()]
+
+    def score(task: str) -> Column[str]:
+        return Column(task, lambda method: scores[method].get(task, "-"))
+
+    def mean(method: str) -> str:
+        found = means.get(method, [])
+        return f"{fmean(found):.2f}" if len(found) == len(tasks) else "-"
+
+    columns = [Column("method", lambda method: method, "name"), *map(score, tasks)]
     if len(tasks) > 1:
-        tasks, rows = [*tasks, "mean"], [[*row, figure_text(whole.get(row[0]), ".2f")] for row in rows]
-    return Table(("method", *tasks), rows, ("method",), ("method",))
+        columns.append(Column("mean", mean))
+    asked = report.scores
+    kind = OTHER_SCORES.get(asked.benchmark or "", "right answers in %")
+    without = f"; answers without a rating, which do not count: {asked.unrated}" if asked.unrated else ""
+    title = f"{asked.benchmark or 'Held-out rows'}: {kind}, mean (sd) of {seeds_text(report)}{without}"
+    return Table(columns, list(scores) if means else [], title)
+
+
+def methods_table(task: TaskResult) -> Table[MethodResult]:
+    """Return the losses of a task's methods, and how they compare with the baseline's."""
+
+    def verdict(r: MethodResult) -> str:
+        if r.difference is None:
+            return "baseline" if r.method == task.baseline else "-"
+        return standing(task, r)[0]
+
+    def compared(r: MethodResult) -> tuple[str, str]:
+        if r.difference is None:
+            return "-", "-"
+        mean, low, high = signed((r.difference.mean, *r.difference.interval), 4)
+        return mean, f"{low} to {high}"
+
+    def regret(r: MethodResult) -> str:
+        found = r.sensitivity
+        if found.regret is not None:
+            return f"{found.regret:.2%}"
+        return f"infinite ({found.diverged} of {found.diverged + len(found.losses)} rates failed)"
+
+    def basin(r: MethodResult) -> str:
+        return f"{'at least ' if r.sensitivity.is_basin_cut else ''}{r.sensitivity.basin_decades:.2f}"
+
+    return Table(
+        [
+            Column("verdict", verdict, "word"),
+            Column("method", lambda r: task.named(r.method), "name"),
+            Column("rate", lambda r: f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}"),
+            Column("test loss", lambda r: f"{r.test_loss:.4f}"),
+            Column("sd", lambda r: figure_text(r.deviation, ".4f")),
+            Column("difference", lambda r: compared(r)[0]),
+            Column("95 % interval", lambda r: compared(r)[1]),
+            Column("p", lambda r: "-" if r.difference is None else f"{r.difference.p:.2g}"),
+            Column("basin, decades", basin),
+            Column("mean regret", regret),
+        ],
+        task.methods,
+    )
+
+
+def costs_table(task: TaskResult) -> Table[MethodResult]:
+    """Return what a task's methods cost in training and served."""
+
+    def cost(head: str, value: Callable[[MethodResult], float | None], form: str) -> Column[MethodResult]:
+        return Column(head, lambda r: figure_text(value(r), form))
+
+    return Table(
+        [
+            Column("method", lambda r: task.named(r.method), "name"),
+            cost("trained", lambda r: r.trained_parameters, ",d"),
+            cost("served rank", lambda r: r.served_rank, "d"),
+            cost("served bytes", lambda r: r.served_bytes, ",d"),
+            cost("s / step", lambda r: r.step_seconds, ".2f"),
+            cost("GiB", lambda r: None if r.peak_bytes is None else r.peak_bytes / 2**30, ".2f"),
+            cost("step norm", lambda r: r.step_norm, ".3g"),
+            cost("update norm", lambda r: r.update_norm, ".3g"),
+            cost("fold error", lambda r: r.fold_error, ".1e"),
+        ],
+        task.methods,
+    )
 
 
 POWER_NOTE = (
@@ -81,12 +190,21 @@ POWER_NOTE = (
 
 def show_power(report: PowerReport, request: StudyRequest, console: Console) -> None:
     """Print the smallest difference that each comparison of a study would see."""
+    columns: list[Column[TaskPower]] = [
+        Column("task", lambda one: one.task, "name"),
+        Column("spread of", lambda one: f"{one.measured_on}, {one.measured_seeds} seeds", "name"),
+        Column("rows", lambda one: f"{one.rows:,}"),
+        Column("seeds", lambda one: str(one.seeds)),
+        Column("smallest", lambda one: f"{one.smallest:.2g} %"),
+        Column("half:\nrows", lambda one: "none" if one.rows_to_halve is None else f"{one.rows_to_halve:,}"),
+        Column("half:\nseeds", lambda one: "none" if one.seeds_to_halve is None else f"{one.seeds_to_halve:,}"),
+        Column("half:\nboth", lambda one: f"x {one.factor_to_halve:.1f}"),
+    ]
     compared = {(one.method, one.baseline): f"{one.method} against {one.baseline}" for one in report.tasks}
     for pair, title in compared.items():
         print_line(console, title)
-        rows = [_power_cells(one) for one in report.tasks if (one.method, one.baseline) == pair]
-        heads = ("task", "spread of", "rows", "seeds", "smallest", "half:\nrows", "half:\nseeds", "half:\nboth")
-        console.print(terminal_table(heads, rows, names=heads[:2]))
+        rows = [one for one in report.tasks if (one.method, one.baseline) == pair]
+        console.print(Table(columns, rows))
     print_line(console, POWER_NOTE)
     if (seeds := min(one.measured_seeds for one in report.tasks)) < ENOUGH_SEEDS:
         print_line(
@@ -102,24 +220,22 @@ def show_power(report: PowerReport, request: StudyRequest, console: Console) -> 
         )
 
 
-def _power_cells(one: TaskPower) -> list[str]:
-    alone = ["none" if count is None else f"{count:,}" for count in (one.rows_to_halve, one.seeds_to_halve)]
-    counts = [f"{one.rows:,}", str(one.seeds), f"{one.smallest:.2g} %", *alone, f"x {one.factor_to_halve:.1f}"]
-    return [one.task, f"{one.measured_on}, {one.measured_seeds} seeds", *counts]
-
-
 def show_study_plan(plan: StudyPlan, request: StudyRequest, console: Console) -> None:
     """Print the runs of each method on each task with their needs, and the sum."""
-    heads = ("task", "method", "runs", "steps", "memory", "s / step", "time")
-    rows = [
-        (
-            *(one.task, one.method, str(one.runs), f"{one.steps:,}"),
-            f"{'over ' if one.activations is None else ''}{size_text(one.held_bytes + (one.activations or 0))}",
-            *(figure_text(one.step_seconds, ".2g"), "-" if one.hours is None else hours_text(one.hours)),
-        )
-        for one in plan.methods
+
+    def memory(one: MethodPlan) -> str:
+        return f"{'over ' * (one.activations is None)}{size_text(one.held_bytes + (one.activations or 0))}"
+
+    columns: list[Column[MethodPlan]] = [
+        Column("task", lambda one: one.task, "name"),
+        Column("method", lambda one: one.method, "name"),
+        Column("runs", lambda one: str(one.runs)),
+        Column("steps", lambda one: f"{one.steps:,}"),
+        Column("memory", memory),
+        Column("s / step", lambda one: figure_text(one.step_seconds, ".2g")),
+        Column("time", lambda one: "-" if one.hours is None else hours_text(one.hours)),
     ]
-    console.print(terminal_table(heads, rows, names=heads[:2]))
+    console.print(Table(columns, plan.methods))
     time = "time is predicted only if this machine can run a trial."
     if plan.hours is not None:
         time = f"{hours_text(plan.hours)} of training, one run after another. Evaluation comes on top."
@@ -132,48 +248,6 @@ def hours_text(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{math.ceil(60 * hours)} min"
 
 
-def to_markdown(report: StudyReport) -> str:
-    """Markdown with the verdict in sentences, and a table for each task."""
-    lines = [f"- {line}" for line in (*_verdict(report), *report.words)]
-    if not report.is_whole:
-        lines.append(f"- {unfinished(report)}")
-    if (scores := scores_table(report)) is not None:
-        lines += ["", "### Scores", "", f"{score_title(report)}.", ""]
-        lines += _table(scores.columns, scores.rows)
-        lines += ["", "Our choices, where the paper's abstract is silent:", ""] if report.scores.choices else []
-        lines += [f"- {choice}" for choice in report.scores.choices]
-    for task in report.tasks:
-        lines += ["", f"### {task.task}", "", f"{task.examples} test examples, {seeds_text(report)}.{END_NOTE}", ""]
-        lines += _table(COLUMNS, [_cells(result, task) for result in task.methods])
-        lines += [f"- {line}" for line in task.failures]
-    if report.names:
-        lines += ["", "| name | method |", "| --- | --- |"]
-        lines += [f"| {name} | `{method}` |" for name, method in report.names.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table of numbers with names in front."""
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---", *["---:"] * (len(heads) - 1)], *rows)]
-
-
-def _cells(r: MethodResult, task: TaskResult) -> list[str]:
-    compared = "baseline" if r.method == task.baseline else "-"
-    if r.difference is not None:
-        mean, low, high = signed((r.difference.mean, *r.difference.interval), 4)
-        compared = f"{mean} [{low}, {high}], {r.difference.p:.2g}"
-    at_least = ">= " if r.sensitivity.is_basin_cut else ""
-    return [
-        method_text(r.method, task),
-        f"{r.rate:g}{'' if r.sensitivity.is_bracketed else ' (end)'}",
-        f"{r.test_loss:.4f} ({figure_text(r.deviation, '.4f')})",
-        compared,
-        *cost_cells(r),
-        f"{at_least}{r.sensitivity.basin_decades:.2f}",
-        regret_text(r),
-    ]
-
-
 def seeds_text(report: StudyReport) -> str:
     """Number of seeds, and how many of them chose the rates."""
     seeds = f"{report.seeds} seed{'' if report.seeds == 1 else 's'}"
@@ -183,36 +257,9 @@ def seeds_text(report: StudyReport) -> str:
     return f"{seeds}, the first{first} of which chose the rates"
 
 
-def method_text(method: str, task: TaskResult) -> str:
-    """Name of a method; rulers are marked."""
-    return f"{task.shown(method)} (ruler)" if method in task.rulers else task.shown(method)
-
-
 def figure_text(value: float | None, form: str) -> str:
     """Return a figure, or "-" for None."""
     return "-" if value is None else format(value, form)
-
-
-def cost_cells(r: MethodResult) -> list[str]:
-    """Return the cells of the columns `COSTS`."""
-    return [
-        f"{r.trained_parameters:,}",
-        figure_text(r.served_rank, "d"),
-        figure_text(r.served_bytes, ",d"),
-        figure_text(r.step_seconds, ".2f"),
-        figure_text(None if r.peak_bytes is None else r.peak_bytes / 2**30, ".2f"),
-        figure_text(r.step_norm, ".3g"),
-        figure_text(r.update_norm, ".3g"),
-        figure_text(r.fold_error, ".1e"),
-    ]
-
-
-def regret_text(r: MethodResult) -> str:
-    """Regret in percent, or "infinite" where a rate diverged."""
-    found = r.sensitivity
-    if found.regret is not None:
-        return f"{found.regret:.2%}"
-    return f"infinite ({found.diverged} of {found.diverged + len(found.losses)} rates failed)"
 
 
 def unfinished(report: StudyReport) -> str:
