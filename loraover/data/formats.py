@@ -116,10 +116,7 @@ TRAINED = ("train", "training")
 
 
 def _read_message(message: Any, form: RowForm, where: str) -> Any:
-    """Return a message with the weight 0 if it is not to be learned, and with the arguments of its calls as objects.
-
-    OpenAI writes arguments as JSON text, which a template that writes JSON would write as JSON once more.
-    """
+    """Return a message with weight 0 if it is not to be learned, and with calls whose arguments are no JSON text."""
     if not isinstance(message, dict):
         return message
     for key in TRAINED:
@@ -312,10 +309,7 @@ def _spelt(columns: Iterable[frozenset[str]]) -> str:
 
 
 def as_chat(example: Row) -> Row:
-    """Write a prompt of text as a message of the user, and each answer to it as one of the assistant.
-
-    They stay as they are, but for one space before an answer, which separates it from its prompt where both are text.
-    """
+    """Write a prompt of text as the user's message, and each answer as the assistant's, without a space before it."""
     answers = {name: example[name] for name in ("completion", "chosen", "rejected") if name in example}
     asked = {"prompt": [{"role": "user", "content": example["prompt"]}]} if "prompt" in example else {}
     said = {name: text[1:] if text[0] == " " and not text[1].isspace() else text for name, text in answers.items()}

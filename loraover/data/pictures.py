@@ -30,16 +30,7 @@ ASKERS = ("user", "system")
 
 
 def with_pictures(row: Any, folder: Path | None, where: str) -> Any:
-    """Return a row with all its images in `images`, as `datasets.Image` encodes them: a path, or bytes of a file.
-
-    Args:
-        row: The row, as its source holds it.
-        folder: Folder of the data file, to which paths are relative; None for data of the hub.
-        where: Place of the row, for messages.
-
-    Raises:
-        DataError: An image is neither a file nor bytes.
-    """
+    """Return a row with its images in `images`, as `datasets.Image` encodes them; paths are relative to `folder`."""
     if not isinstance(row, Mapping) or not (named := [name for name in PICTURES if row.get(name)]):
         return row
     given = row[named[0]]

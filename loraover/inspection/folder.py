@@ -83,15 +83,7 @@ def inspect_folder(path: str | Path) -> FolderReport:
 
 
 def recognise(folder: Path) -> Kind:
-    """Name what a folder is, by its files.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        CheckpointError: No such folder, or none of the kinds.
-        ConfigError: The path is too long, or the folder may not be entered.
-    """
+    """Name what a folder is, by its files, or raise an error for a folder of no kind."""
     if kind_of(folder) != "folder":
         raise CheckpointError(f"{folder}: no such folder; expected a run, a checkpoint, an adapter or an export.")
     for kind, names in SIGNS.items():
@@ -102,14 +94,7 @@ def recognise(folder: Path) -> Kind:
 
 
 def read_schedule(path: str | Path) -> Meta:
-    """Read the schedule of a checkpoint, or of the checkpoint that a run trained.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        CheckpointError: The folder has no cores, or cannot be read.
-    """
+    """Read the schedule of a checkpoint, or of the checkpoint that a run trained."""
     folder = Path(path)
     if recognise(folder) == "run":
         folder = folder / "adapter"

@@ -103,14 +103,7 @@ def check_installation(request: DoctorRequest) -> Installation:
 
 
 def find_engines(points: Iterable[EntryPoint]) -> tuple[list[ListedEngine], list[str]]:
-    """Ask each package for its engines.
-
-    Args:
-        points: Entry points to functions that return objects with name, version, takes and install.
-
-    Returns:
-        The engines, and for each package that could not be asked the reason.
-    """
+    """Return the engines of all packages, and for each package that could not be asked the reason."""
     engines: list[ListedEngine] = []
     faults = []
     for point in points:
@@ -122,12 +115,7 @@ def find_engines(points: Iterable[EntryPoint]) -> tuple[list[ListedEngine], list
 
 
 def missing_extras(extras: Iterable[str], requirements: Iterable[str]) -> list[Extra]:
-    """List the optional extras of a package with what is missing from each.
-
-    Args:
-        extras: Names of the extras.
-        requirements: The package's requirements, as its metadata has them.
-    """
+    """List the optional extras of a package, whose requirements its metadata has, with what is missing from each."""
     conditional = [found for found in map(Requirement, requirements) if found.marker is not None]
     found = []
     for name in extras:

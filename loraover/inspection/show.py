@@ -80,13 +80,7 @@ def show_next_steps(report: FolderReport, console: Console) -> None:
 
 
 def to_page(report: FolderReport, figures: Sequence[Figure], command: str) -> html_page.Page:
-    """Make the page of a folder; every text is escaped.
-
-    Args:
-        report: Description of the folder.
-        figures: Figures of its schedule; empty without cores.
-        command: Command line that makes the page.
-    """
+    """Make the page of a folder with the figures of its schedule; every text is escaped."""
     trained_on = None if report.run is None or report.run.result is None else report.run.result.hardware
     adapter, cores = report.adapter, report.cores
     return html_page.make_page(

@@ -142,9 +142,6 @@ def memory_limits(root: Path = Path("/")) -> list[Allowance]:
     A container sees its own group as the uppermost one, at the place of the machine's. In version 1, it may be named
     by a path that exists outside of the container only.
 
-    Args:
-        root: Root of the file system.
-
     Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux 6.12.
     """
     try:

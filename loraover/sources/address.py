@@ -67,7 +67,17 @@ def read_address(text: str | Path) -> Path | HubName | Address:
     text = str(text)
     with_scheme = split_address(text)
     if with_scheme is not None:
-        return _with_scheme(text, with_scheme[0].lower(), with_scheme[1].rstrip("/"))
+        scheme, rest = with_scheme[0].lower(), with_scheme[1].rstrip("/")
+        is_page = scheme == "https" and rest.partition("/")[0] == HUB_HOST
+        if scheme != "hf" and not is_page:
+            return Address(scheme, rest)
+        found = (_PAGE if is_page else _HF).fullmatch(rest)
+        if found is None:
+            raise ConfigError(
+                f"{text}: names no repository of the hub; expected {'https' if is_page else 'hf'}://"
+                f"{f'{HUB_HOST}/owner/name' if is_page else 'owner/name or hf://owner/name@revision'}."
+            )
+        return HubName(found["name"], found["revision"])
     named = _HUB.fullmatch(text)
     if named is None or text.startswith(".") or kind_of(text) is not None:
         return Path(text)
@@ -95,16 +105,3 @@ def name_of(text: str | Path) -> str:
 def is_elsewhere(text: str | Path) -> bool:
     """Whether a text is an address with a scheme, such as "s3://bucket/folder"."""
     return split_address(str(text)) is not None
-
-
-def _with_scheme(text: str, scheme: str, rest: str) -> HubName | Address:
-    is_page = scheme == "https" and rest.partition("/")[0] == HUB_HOST
-    if scheme != "hf" and not is_page:
-        return Address(scheme, rest)
-    found = (_PAGE if is_page else _HF).fullmatch(rest)
-    if found is None:
-        raise ConfigError(
-            f"{text}: names no repository of the hub; expected {'https' if is_page else 'hf'}://"
-            f"{f'{HUB_HOST}/owner/name' if is_page else 'owner/name or hf://owner/name@revision'}."
-        )
-    return HubName(found["name"], found["revision"])

@@ -90,11 +90,7 @@ class Store(ABC):
 
 
 def open_store(address: Address) -> Store:
-    """Return the folder at an address; its package is imported now.
-
-    Raises:
-        SourceError: An address that no package opens, or of a web server without encryption.
-    """
+    """Return the folder at an address; its package is imported now."""
     return WebStore(address) if address.scheme in ("http", "https") else RemoteStore(address)
 
 

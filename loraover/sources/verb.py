@@ -57,11 +57,7 @@ def perform(function: Callable[..., Result], request: Request) -> Result:
 
 
 def with_sources_here(request: AnyRequest) -> AnyRequest:
-    """Return a request whose adapters are folders of this machine, after fetching those that are elsewhere.
-
-    Raises:
-        ConfigError: An adapter cannot be fetched.
-    """
+    """Return a request whose adapters are folders of this machine, after fetching those that are elsewhere."""
     folders: dict[str, Any] = {}
     addresses: dict[str, Any] = {}
     for name, declared in declarations(type(request)).items():

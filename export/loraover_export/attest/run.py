@@ -98,13 +98,7 @@ def attest_adapter(request: AttestRequest) -> AttestReport:
 
 
 def make_statement(adapter: Path) -> Statement:
-    """Return the statement of a folder's files.
-
-    Raises:
-        CheckpointError: A file that cannot be read, anything but files and folders, a certificate that is none or is of
-            other files, or the reference of another adapter.
-        ExportError: No certificate and no reference.
-    """
+    """Return the statement of a folder's files, or raise an error for a file or a certificate that is not trusted."""
     files, others = _listed(adapter)
     if others:
         raise CheckpointError(f"{adapter / others[0]}: {NOT_A_FILE}; remove it.")
@@ -174,12 +168,7 @@ def _check_output(path: Path, certificate: AnyCertificate, resources: Mapping[st
 
 
 def differences(attested: Statement, adapter: Path) -> Iterator[str]:
-    """Yield what differs between a statement and the files of a folder, in sentences.
-
-    Args:
-        attested: The statement.
-        adapter: The folder.
-    """
+    """Yield what differs between a statement and the files of a folder, in sentences."""
     named = {one.name: one.digest.sha256 for one in (*attested.subject, *attested.predicate.configuration)}
     files, others = _listed(adapter)
     faults = [f"{name}: {NOT_A_FILE}" for name in others]
@@ -205,11 +194,7 @@ def differences(attested: Statement, adapter: Path) -> Iterator[str]:
 
 
 def _listed(adapter: Path) -> Listing:
-    """Return what is in a folder, but for files that are neither the adapter nor a result.
-
-    Raises:
-        CheckpointError: No such folder, or one that cannot be read.
-    """
+    """Return what is in a folder, but for files that are neither the adapter nor a result."""
     try:
         files, others = list_folder(adapter)
     except OSError as error:

@@ -18,16 +18,7 @@ KEYS = "expected an elliptic-curve key (P-256, P-384 or P-521)"
 
 
 def read_signer(private_key: Path, password: str | None) -> Any:
-    """Read a private key, and return model-signing's configuration that signs with it.
-
-    Args:
-        private_key: PEM file of an elliptic-curve key.
-        password: Its password; None if it has none.
-
-    Raises:
-        ConfigError: A key that cannot be used.
-        ModuleNotFoundError: model-signing is not installed.
-    """
+    """Return model-signing's configuration that signs with the elliptic-curve key in a PEM file."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from model_signing import signing
 
@@ -39,16 +30,7 @@ def read_signer(private_key: Path, password: str | None) -> Any:
 
 
 def sign(adapter: Path, signer: Any, new: Mapping[str, str]) -> bytes:
-    """Sign all files of a folder as they will be, and return the contents of the signature's file.
-
-    Args:
-        adapter: The folder.
-        signer: What `read_signer` returned.
-        new: Contents of the files that are to be written before the signature, by their names.
-
-    Raises:
-        ExportError: The files cannot be signed.
-    """
+    """Return the signature of a folder's files, to which those of `new` will be added, by their names and contents."""
     signer.set_hashing_config(_hashing())
     try:
         with _signed_files(adapter, new) as folder:
@@ -60,16 +42,7 @@ def sign(adapter: Path, signer: Any, new: Mapping[str, str]) -> bytes:
 
 
 def signature_fault(adapter: Path, public_key: Path) -> str | None:
-    """Say why the signature of a folder does not hold; None if it does.
-
-    Args:
-        adapter: The folder.
-        public_key: PEM file of the public key.
-
-    Raises:
-        ConfigError: A key that cannot be used.
-        ModuleNotFoundError: model-signing is not installed.
-    """
+    """Say why the signature of a folder does not hold for the key in a PEM file; None if it does."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from model_signing import verifying
 

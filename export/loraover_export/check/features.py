@@ -18,8 +18,8 @@ from loraover_export.formats.vllm.candidate import listed
 Feature = Callable[[Subject], str | None]
 
 _FIXED = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
-_JUDGED = {"bias", "init_lora_weights", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
-_JUDGED |= {"alora_invocation_tokens", "use_dora", "use_rslora"}
+_HANDLED = {"bias", "init_lora_weights", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices"}
+_HANDLED |= {"alora_invocation_tokens", "use_dora", "use_rslora"}
 
 VOCABULARY = ("embed_tokens", "lm_head")
 
@@ -40,7 +40,7 @@ def variant(subject: Subject) -> str | None:
     fields = subject.fields
     if fields is None:
         return None
-    items = [(name, value) for name, value in subject.config.items() if name not in _FIXED | _JUDGED]
+    items = [(name, value) for name, value in subject.config.items() if name not in _FIXED | _HANDLED]
     found = [name for name, value in items if not is_inert(fields, name, value, subject.shapes)]
     if not found:
         return None

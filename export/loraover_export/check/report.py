@@ -30,7 +30,7 @@ class Finding(StrictModel):
     found: str = Field(description="What was found, and what the engine does with it, in words")
 
 
-class Judgement(StrictModel):
+class Treatment(StrictModel):
     """Treatment of one form of an adapter by an engine."""
 
     verdict: Verdict = Field(description="The worst of the findings; a refusal outweighs a silent error")
@@ -42,9 +42,9 @@ class EngineCheck(StrictModel):
 
     engine: str = Field(description="Name that --engine takes")
     reader: str = Field(description="Program that reads the adapter, with the release whose sources were read")
-    as_it_is: Judgement = Field(description="The adapter's folder, in PEFT's form")
-    exported: Judgement = Field(description="What the export command writes of the adapter")
-    converted: Judgement | None = Field(
+    as_it_is: Treatment = Field(description="The adapter's folder, in PEFT's form")
+    exported: Treatment = Field(description="What the export command writes of the adapter")
+    converted: Treatment | None = Field(
         description="What the export command writes of the adapter's conversion; None if the export needs none, or if "
         "there is no exact one"
     )
@@ -52,7 +52,7 @@ class EngineCheck(StrictModel):
     export: str = Field(description="Command that writes the exported form, of the conversion where there is one")
 
     @property
-    def by_us(self) -> Judgement:
+    def by_us(self) -> Treatment:
         """The adapter as exported by us: after a conversion where the export needs one."""
         return self.exported if self.converted is None else self.converted
 
@@ -80,7 +80,7 @@ class EngineCheck(StrictModel):
 
 
 class CheckReport(Proof):
-    """Result of judging an adapter for several engines without running any."""
+    """Result of checking an adapter for several engines without running any."""
 
     schema_version: int = 2
     verdict: Literal["passed", "failed"] = Field(
@@ -96,16 +96,12 @@ class CheckReport(Proof):
     engines: tuple[EngineCheck, ...]
 
 
-def judge(findings: Iterable[Finding]) -> Judgement:
-    """Return findings with the verdict that follows from them.
-
-    Args:
-        findings: What an engine does with an adapter.
-    """
+def treatment(findings: Iterable[Finding]) -> Treatment:
+    """Return findings with the verdict that follows from them."""
     found = tuple(findings)
     worst: tuple[Verdict, ...] = ("refused", "wrong silently")
     levels = {finding.level for finding in found}
-    return Judgement(verdict=next((level for level in worst if level in levels), "right"), findings=found)
+    return Treatment(verdict=next((level for level in worst if level in levels), "right"), findings=found)
 
 
 def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:

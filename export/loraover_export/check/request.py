@@ -35,5 +35,5 @@ class CheckRequest(Request):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The engines to judge for, each once."""
+        """The engines to check for, each once."""
         return tuple(dict.fromkeys(self.engines)) or tuple(ENGINES)

@@ -23,7 +23,7 @@ from loraover.sources.verb import verb
 from loraover_export.check.engines import engine_of
 from loraover_export.check.engines.base import command
 from loraover_export.check.features import FEATURES, lost_parameters
-from loraover_export.check.report import CheckReport, EngineCheck, Finding, judge
+from loraover_export.check.report import CheckReport, EngineCheck, Finding, treatment
 from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
 
@@ -67,7 +67,25 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     if subject.served.source.stand_in is not None:
         request.report.line(f"base model: {subject.served.source.origin}; only its names and shapes are compared")
     converted = converted_subject(subject)
-    checks = [_check(name, subject, converted) for name in request.chosen]
+    unwritten, checks = [], []
+    if subject.not_finite is not None:
+        text = f"{subject.not_finite}; no export writes that"
+        unwritten.append(Finding(feature="numbers", level="refused", found=text))
+    for name in request.chosen:
+        engine = engine_of(name)
+        exported = treatment([*engine.exported(subject), *unwritten])
+        after = None if exported.verdict == "right" else converted
+        checks.append(
+            EngineCheck(
+                engine=name,
+                reader=engine.reader,
+                as_it_is=treatment(engine.as_it_is(subject)),
+                exported=exported,
+                converted=None if after is None else treatment([after.note, *engine.exported(after.subject)]),
+                conversion=None if after is None else after.command,
+                export=engine.export(subject if after is None else after.subject),
+            )
+        )
     return CheckReport(
         verdict="passed" if (all if request.engines else any)(check.is_served for check in checks) else "failed",
         adapter=request.shown("adapter"),
@@ -204,22 +222,3 @@ def converted_subject(subject: Subject) -> Conversion | None:
     text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
     note = Finding(feature="conversion", level="note", found=text)
     return Conversion(plain, command(subject, "convert", ending=ENDING), note)
-
-
-def _check(name: str, subject: Subject, converted: Conversion | None) -> EngineCheck:
-    engine = engine_of(name)
-    unwritten = []
-    if subject.not_finite is not None:
-        text = f"{subject.not_finite}; no export writes that"
-        unwritten.append(Finding(feature="numbers", level="refused", found=text))
-    as_it_is, exported = judge(engine.as_it_is(subject)), judge([*engine.exported(subject), *unwritten])
-    after = None if exported.verdict == "right" else converted
-    return EngineCheck(
-        engine=name,
-        reader=engine.reader,
-        as_it_is=as_it_is,
-        exported=exported,
-        converted=None if after is None else judge([after.note, *engine.exported(after.subject)]),
-        conversion=None if after is None else after.command,
-        export=engine.export(subject if after is None else after.subject),
-    )

@@ -1,4 +1,4 @@
-"""An adapter of any PEFT method and its base model, read without judging them."""
+"""An adapter of any PEFT method and its base model, read without a verdict."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter that is to be judged, and the model under it.
+    """An adapter that is checked, and the model under it.
 
     Args:
         path: Folder of the adapter.

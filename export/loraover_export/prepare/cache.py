@@ -99,13 +99,7 @@ class Record(StrictModel):
     seconds: float = Field(description="Time that preparing the adapter took")
 
     def opened(self, folder: Path, seconds: float, *, cached: bool) -> PreparedAdapter:
-        """Return the prepared adapter.
-
-        Args:
-            folder: Folder that holds this record.
-            seconds: Time that the present call took.
-            cached: Whether the cache held it already.
-        """
+        """Return the prepared adapter in the folder of this record, after a call that took some seconds."""
         return PreparedAdapter(
             path=folder / self.adapter,
             digest=self.digest,
@@ -126,18 +120,7 @@ class Refusal(StrictModel):
 
 
 def digest_of(source: Path, base: ModelSource, options: Mapping[str, object], others: Sequence[Path]) -> str:
-    """Return the key of an adapter, prepared for a base model with some options.
-
-    Args:
-        source: Folder of the adapter.
-        base: The base model.
-        options: All options that the result depends on, by name.
-        others: Other files that the result depends on.
-
-    Raises:
-        CheckpointError: Files of the adapter that cannot be read.
-        ConfigError: Files of the base model that cannot be read.
-    """
+    """Return the key of an adapter, prepared for a base model: of all options and other files that it depends on."""
     versions = environment()
     facts = {
         "form": FORM,
@@ -194,15 +177,7 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
 
 
 def look_up(folder: Path, source: Path) -> Record | None:
-    """Return the record of a prepared adapter, or raise its refusal.
-
-    Args:
-        folder: Folder of the key.
-        source: Folder of the adapter, which the refusal then names.
-
-    Returns:
-        The record; None if there is neither, or a damaged one, so that it is made again.
-    """
+    """Return the record of a key, or raise its refusal; None if there is neither, or a damaged one."""
     with suppress(CheckpointError):
         record = read_json(folder / RECORD_FILE, Record)
         if (folder / record.adapter).exists():
@@ -236,13 +211,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def remembered(folder: Path, source: Path, states: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """Remember what a block raises about an adapter, unless its files have changed since, or it may not come again.
-
-    Args:
-        folder: Folder of the key.
-        source: Folder of the adapter.
-        states: Its `file_states` when the key was made.
-    """
+    """Remember what a block raises about an adapter, unless its files have changed since, or it may not come again."""
     try:
         yield
     except LoraOverError as error:

@@ -57,7 +57,7 @@ class FleetRow(StrictModel):
     seconds: float = Field(0.0, description="Time that this adapter took")
 
     def served(self, engine: str) -> Form:
-        """Return in which form an engine that was judged is right on the adapter."""
+        """Return in which form an engine that was asked for is right on the adapter."""
         if self.engines[engine] == "right":
             return "as it is"
         return "as exported" if self.exported.get(engine) == "right" else "in no form"
@@ -92,7 +92,7 @@ class FleetReport(StrictModel):
 
     @property
     def engines(self) -> list[str]:
-        """Engines that were judged."""
+        """Engines that were checked."""
         return list(dict.fromkeys(engine for row in self.rows for engine in row.engines))
 
     def counts(self) -> str:
@@ -101,13 +101,7 @@ class FleetReport(StrictModel):
 
 
 def show_row(row: FleetRow, progress: str, console: Console) -> None:
-    """Print that an adapter is done, in one line.
-
-    Args:
-        row: What became of it.
-        progress: How many adapters are done, and how long the others take.
-        console: Console to print to.
-    """
+    """Print in one line that an adapter is done, and how far the work is."""
     print_line(console, f"{progress}: {row.verdict}: {row.source}", terminal_color(row.verdict))
 
 
@@ -115,7 +109,7 @@ def show_report(report: FleetReport, console: Console) -> None:
     """Print a table with a line for each adapter, the reasons below it, and how many adapters have each verdict."""
     engines = report.engines
 
-    def judged(row: FleetRow, engine: str) -> str:
+    def found(row: FleetRow, engine: str) -> str:
         """Return what an engine does with an adapter, or that it is right on its exported form only."""
         if engine in row.engines and row.served(engine) == "as exported":
             return "right as exported"
@@ -124,9 +118,9 @@ def show_report(report: FleetReport, console: Console) -> None:
     def column(engine: str) -> Column[FleetRow]:
         return Column(
             engine,
-            lambda row: WORDS.get(judged(row, engine), judged(row, engine).partition(" ")[0]),
+            lambda row: WORDS.get(found(row, engine), found(row, engine).partition(" ")[0]),
             "verdict",
-            verdict=lambda row: judged(row, engine),
+            verdict=lambda row: found(row, engine),
         )
 
     last: Column[FleetRow] = Column("error", lambda row: "" if row.error is None else f"{row.error:.2g}")
@@ -148,12 +142,7 @@ def show_report(report: FleetReport, console: Console) -> None:
 
 
 def to_page(report: FleetReport, command: str) -> html_page.Page:
-    """Make the page; every text is escaped.
-
-    Args:
-        report: What became of the adapters.
-        command: Command line that makes the page again.
-    """
+    """Make the page, with the command line that makes it again; every text is escaped."""
     room = files(__package__)
     number, versions = len(report.rows), environment()
     lines = [f"Of {number} adapter{'s' * (number != 1)}: {report.counts()}."]

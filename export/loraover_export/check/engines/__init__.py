@@ -1,4 +1,4 @@
-"""Engines that adapters are judged and written for, one file each; a new one is a file here and a line in `ENGINES`."""
+"""Engines that adapters are checked and written for, a file each; a new one is a file here and a line in `ENGINES`."""
 
 from __future__ import annotations
 

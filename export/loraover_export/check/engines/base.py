@@ -193,12 +193,7 @@ def more_than_ab(subject: Subject) -> Iterator[Finding]:
 
 
 def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subject) -> Iterator[Finding]:
-    """Yield the reason for which an export refuses the adapter.
-
-    Args:
-        check: Function of the export that raises an error for an adapter that it refuses.
-        subject: The adapter.
-    """
+    """Yield the reason for which an export refuses the adapter, which is the error that `check` raises."""
     if subject.lora is None:
         yield from more_than_ab(subject)
         return

@@ -73,11 +73,6 @@ PEFT_FORM = {
 }
 
 
-def _check(adapter: AdapterDir, base: ModelSource) -> None:
-    target = read_target(base)
-    refuse_or_leave_out(read_on_base(adapter, target.served.experts), target)
-
-
 @final
 class LlamaCppRules(EngineRules):
     """llama.cpp, which reads GGUF only."""
@@ -94,7 +89,11 @@ class LlamaCppRules(EngineRules):
             yield Finding(feature="row order", level="note", found=found)
 
     def exported(self, subject: Subject) -> Iterator[Finding]:
-        yield from refused_by(_check, subject)
+        def check(adapter: AdapterDir, base: ModelSource) -> None:
+            target = read_target(base)
+            refuse_or_leave_out(read_on_base(adapter, target.served.experts), target)
+
+        yield from refused_by(check, subject)
 
     def export(self, subject: Subject) -> str:
         return command(subject, "gguf", ending=".gguf")

@@ -98,7 +98,15 @@ class OnnxRules(EngineRules):
             yield from refused_by(lambda adapter, base: find_task(adapter.config.task_type, base), subject)
 
     def export(self, subject: Subject) -> str:
-        return command(subject, "onnx", "--mode", _mode(subject), ending="-onnx")
+        mode = "swappable"
+        if subject.lora is not None:
+            try:
+                check_swappable(subject.lora)
+            except ExportError:
+                mode = "merged"
+            if subject.served.is_causal and adapted_head(subject) is not None:
+                mode = "merged"  # the builder's graph is invalid with inputs there
+        return command(subject, "onnx", "--mode", mode, ending="-onnx")
 
     def write(self, source: Path, folder: Path, target: Target) -> Written:
         """Write an adapter for the graph of an earlier swappable export, whose number format it takes."""
@@ -124,18 +132,3 @@ class OnnxRules(EngineRules):
         from loraover_export.formats.onnx.report import LAYOUT_FILE
 
         return [Path(model) / ONNX.certificate, Path(model) / LAYOUT_FILE]
-
-
-def _mode(subject: Subject) -> str:
-    """Return the mode of the export that can hold the adapter, or more of it than the other mode."""
-    if subject.lora is None:
-        return "swappable"
-    if (
-        subject.served.is_causal and adapted_head(subject) is not None
-    ):  # the builder's graph is invalid with inputs there
-        return "merged"
-    try:
-        check_swappable(subject.lora)
-    except ExportError:
-        return "merged"
-    return "swappable"

@@ -128,12 +128,7 @@ class VllmRules(UniformRules):
 
 
 def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
-    """Apply the rules of the pre-flight.
-
-    Args:
-        subject: An adapter that the exports can read.
-        dtype: Storage type that is written; None if the adapter's folder is served unchanged.
-    """
+    """Apply the pre-flight's rules to what is written in a data type; None: the folder is served unchanged."""
     assert subject.lora is not None
     name, address = f"{subject.path.name}-vllm", subject.served.source.name
     candidate = Candidate(subject.lora, subject.served, known_architectures(), name, address, dtype)
