@@ -20,6 +20,7 @@ from loraover.common.command_line import run
 from loraover_export.attest.run import STATEMENT_FILE
 from loraover_export.attest.sign import SIGNATURE_FILE
 from loraover_export.cli import cli
+from loraover_export.publishing import PRODUCTS
 
 from support.adapters_on_disk import save_base, save_lora
 from support.conversions import SOURCES, make_base, make_source
@@ -170,8 +171,7 @@ EXPORTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shrink": (("shrink", "--rank", "2"), ("lora_certificate.json",)),
     "vllm": (("vllm",), ("preflight.json", "vllm_certificate.json")),
     "converted for vllm": (("vllm",), ("conversion.json", "preflight.json", "vllm_certificate.json")),
-    "merge": (("merge",), ("merge_certificate.json",)),
-    "mlx": (("mlx",), ("mlx_certificate.json",)),
+    **{verb: ((verb,), (PRODUCTS[verb].certificate,)) for verb in PRODUCTS if verb not in ("fold", "vllm", "onnx")},
 }
 
 

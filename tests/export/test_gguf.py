@@ -21,7 +21,6 @@ from loraover.adapters.uniform import folder as uniform_module
 from loraover.checkpoint.exact_tensors import Exact
 from loraover_export import GgufReport, export_gguf
 from loraover_export.formats.gguf import target as target_module
-from loraover_export.formats.gguf import write as write_module
 from loraover_export.formats.gguf.base import write_base
 from loraover_export.formats.gguf.target import interleave
 
@@ -238,13 +237,15 @@ def test_a_file_that_holds_something_else_is_noticed(
         else:
             fields["adapter.lora.alpha"] = 8.0
 
-    right = write_module._write
+    right = gguf.GGUFWriter.close
 
-    def wrong(path: Path, *rest: Any) -> None:
-        right(path, *rest)
+    def wrong(writer: Any) -> None:
+        right(writer)
+        monkeypatch.undo()  # `rewrite` has a writer too
+        path = Path(writer.path)
         rewrite(path, path.with_suffix(".new"), change).replace(path)
 
-    monkeypatch.setattr(write_module, "_write", wrong)
+    monkeypatch.setattr(gguf.GGUFWriter, "close", wrong)
     assert export(made.adapter, tmp_path / "out.gguf") == 2
     assert "does not hold what was written" in capsys.readouterr().err
     assert tree(tmp_path) == {}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from loraover.common.errors import ExportError
+from loraover.common.errors import ExportError, OutputError
 from loraover.common.extras import install
-from loraover_export import check_adapter
+from loraover.common.reporter import Reporter
+from loraover_export import check_adapter, export_gguf
 from loraover_export.formats.gguf import run
 from loraover_export.formats.gguf.base import write_base
 
@@ -165,13 +167,11 @@ def test_a_file_size_limit_leaves_nothing(source: Path, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_missing_folders_are_made_for_an_output_and_removed_without_one(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_folders_are_made_for_an_output_and_removed_without_one(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "folder" / "out.gguf"
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "judge_export", lambda matrices, check: "failed")
-        assert export(source, output) == 1
+    lost = shutil.copytree(source, tmp_path / "lost")
+    edit_tensors(lost / TENSORS, lambda tensors: tensors.update({key: 1e-9 * tensors[key] for key in tensors}))
+    assert export(lost, output, "--dtype", "fp16") == 1
     assert not (tmp_path / "new").exists()
     assert export(source, output) == 0
     assert [path.name for path in output.parent.iterdir()] == ["out.gguf"]
@@ -187,18 +187,17 @@ def test_force_replaces_an_adapter(source: Path, tmp_path: Path, capsys: pytest.
     assert f"run it: llama-server -m BASE.gguf --lora '{output}'" in capsys.readouterr().out
 
 
-def test_what_another_command_wrote_meanwhile_stays(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_another_command_wrote_meanwhile_stays(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
 
-    def judge_late(matrices: object, check: object) -> str:
-        output.write_text("theirs")
-        return "not checked"
+    class Writing(Reporter):
+        @contextmanager
+        def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+            yield lambda done: None
+            output.write_text("theirs")
 
-    monkeypatch.setattr(run, "judge_export", judge_late)
-    assert export(source, output) == 2
-    assert "exists already and is a file" in only_error(capsys.readouterr().err)
+    with pytest.raises(OutputError, match="exists already and is a file"):
+        export_gguf(source, output, report=Writing())
     assert output.read_text() == "theirs"
 
 

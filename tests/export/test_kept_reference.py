@@ -15,6 +15,7 @@ from loraover.common.command_line import run
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli
 
+from support.exports import ADAPTERS
 from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint
 from support.plain_adapter import make_adapter
 from support.recorded import write_reference
@@ -29,9 +30,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 EXPORTS: dict[str, tuple[Sequence[str], str, str]] = {
-    "fold": (["fold"], "out", ""),
-    "vllm": (["vllm"], "out", ""),
-    "mlx": (["mlx"], "out", ""),
+    **{verb: ([verb], "out", "") for verb in ("fold", *ADAPTERS)},
     "gguf": (["gguf"], "out/shop.gguf", "shop."),
 }
 

@@ -16,6 +16,7 @@ from loraover.common.command_line import run
 from loraover_export.cli import cli
 
 from support.conversions import fill
+from support.exports import REFUSING
 from support.gguf_export import tiny_base
 from support.refusals import only_error
 
@@ -41,9 +42,7 @@ def save(model: Any, config: Any, folder: Path) -> Path:
 KINDS: dict[str, Callable[..., Any]] = {"LORA": LoraConfig, "LOHA": LoHaConfig}
 
 
-@pytest.mark.parametrize(
-    ("kind", "command"), [*(("LORA", name) for name in ("convert", "merge", "gguf", "mlx")), ("LOHA", "convert")]
-)
+@pytest.mark.parametrize(("kind", "command"), [*(("LORA", verb) for verb in REFUSING), ("LOHA", "convert")])
 def test_an_adapter_of_a_model_without_its_head(
     kind: str, command: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,18 +9,16 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
+from loraover_export.publishing import PRODUCTS
 
 from support.make_checkpoint import SERVABLE, make_checkpoint
 from support.refusals import Refused
 
 WRITTEN = {
-    "fold": "folded adapters",
     "convert": "certified adapters",
     "combine": "certified adapters",
     "shrink --rank 1": "certified adapters",
-    "merge": "merged models",
-    "vllm": "vLLM adapters",
-    "mlx": "mlx-lm adapters",
+    **{verb: f"{product.name}s" for verb, product in PRODUCTS.items() if verb != "onnx"},
 }
 
 

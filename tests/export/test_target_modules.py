@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -25,12 +24,13 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.checkpoint.target_modules import DEFAULTS, Targets
 from loraover.common.errors import CheckpointError, ExportError
 from loraover.models.load import resolve_model
-from loraover_export import check_adapter, convert_adapter, export_gguf, export_mlx, export_vllm, merge_adapter
+from loraover_export import check_adapter, convert_adapter, export_gguf, export_vllm, merge_adapter
 from loraover_lab.evaluation.subjects import in_memory
 
 from support.adapters_on_disk import save_base, save_lora
 from support.check_cases import lose_layer_1
 from support.conversions import SOURCES, Source, make_base, make_source
+from support.exports import REFUSING
 from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import EXPERT_SIZES, expert_lora, tiny_moe
@@ -137,8 +137,7 @@ def test_a_file_that_lacks_named_modules_is_refused(fields: dict[str, Any], base
     edit_json(source / CONFIG, lambda config: config.update(fields))
     edit_tensors(source / TENSORS, lose_layer_1)
     message = r"names .*layers\.1.*, and the file .* holds only .*layers\.0"
-    exports: tuple[Callable[[Path, Path], object], ...] = (convert_adapter, export_gguf, merge_adapter, export_mlx)
-    for export in exports:
+    for export in REFUSING.values():
         with pytest.raises((CheckpointError, ExportError), match=message):
             export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -147,7 +146,6 @@ def test_a_file_that_lacks_named_modules_is_refused(fields: dict[str, Any], base
 @pytest.mark.parametrize("written", [{}, {"target_modules": None}], ids=["missing", "null"])
 def test_modules_left_to_the_model_are_those_of_its_type(written: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """Of a Llama, PEFT adapts q_proj and v_proj then, and ignores the matrices of other modules."""
-    exports: tuple[Callable[[Path, Path], object], ...] = (convert_adapter, export_gguf, merge_adapter, export_mlx)
     for number, (trained, is_right) in enumerate({("q_proj", "v_proj"): True, ("q_proj", "k_proj"): False}.items()):
         source = save_lora(base, tmp_path / str(number), target_modules=[*trained])
         edit_json(source / CONFIG, lambda config: [config.pop("target_modules"), config.update(written)])
@@ -156,7 +154,7 @@ def test_modules_left_to_the_model_are_those_of_its_type(written: dict[str, Any]
         checked = {check.engine: check.as_it_is.verdict for check in check_adapter(source).engines}
         assert checked["torch"] == checked["onnx"] == ("right" if is_right else "wrong silently")
         assert checked["vllm"] == (checked["torch"] if written else "refused")  # which needs the field
-        for export in exports:
+        for export in REFUSING.values():
             with nullcontext() if is_right else pytest.raises(CheckpointError, match=r"does not name .*k_proj, whose"):
                 export(source, tmp_path / f"{number}-{export.__name__}")
         assert export_vllm(source, tmp_path / f"{number}-vllm").passed == is_right

@@ -16,6 +16,7 @@ from loraover_export.cli import cli
 
 from strategies import normal
 from support.adapters_on_disk import save_base, save_lora
+from support.exports import ADAPTERS
 from support.make_checkpoint import edit_tensors
 
 TENSORS = "adapter_model.safetensors"
@@ -33,7 +34,7 @@ def shrink(found: dict[str, Tensor]) -> None:
             found[key] = found[key] * (1e-8 / float(found[key].abs().max()))
 
 
-@pytest.mark.parametrize("verb", ["convert", "combine", "vllm", "mlx", "gguf"])
+@pytest.mark.parametrize("verb", ["convert", "combine", "gguf", *ADAPTERS])
 def test_an_adapter_whose_matrices_become_zero_is_not_written(
     verb: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,8 +80,8 @@ EXPORT = (
     ),
     Mutant(
         "merge-trusts-the-shapes-of-the-files",
-        "if shard.shape(key) != tuple(parameter.shape):",
-        "if len(shard.shape(key)) != parameter.ndim:",
+        "if file.shape(read) != expected:",
+        "if len(file.shape(read)) != len(expected):",
         Selection("test_merge_refused.py", "base_that_cannot"),
     ),
     Mutant(
@@ -116,8 +116,8 @@ EXPORT = (
     ),
     Mutant(
         "merge-says-that-weights-are-still-tied",
-        'return config | nested | {"tie_word_embeddings": False}',
-        "return config | nested",
+        'config = config | ({"text_config": inner | untied} if inner else {}) | untied',
+        'config = config | ({"text_config": inner | untied} if inner else {})',
         Selection("test_merge.py", "untied_where"),
     ),
     Mutant(
@@ -383,14 +383,14 @@ EXPORT = (
     ),
     Mutant(
         "gguf-an-adapters-chat-template-is-lost",
-        "        keep_chat_template(request.source, request.output.parent, stem=stem)\n",
+        "        keep_chat_template(request.source, folder, stem=stem)\n",
         "",
         Selection("test_kept_reference.py", "keeps_the_chat_template"),
     ),
     Mutant(
         "a merged model has its base model's chat template",
-        "        keep_chat_template(request.source, draft)\n        merged =",
-        "        merged =",
+        "            keep_chat_template(source, self.folder)\n",
+        "            pass\n",
         Selection("test_row_settings.py", "exports_keep"),
     ),
     Mutant(

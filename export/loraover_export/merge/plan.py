@@ -69,14 +69,27 @@ def plan_merge(source: ModelSource, base: BaseFiles, adapter: AdapterDir, plain:
     adapter.check_complete((path for path, _ in skeleton.named_modules()), skeleton.config.model_type)
     names = _Names(skeleton, base, source)
     check_saved(adapter.path / CONFIG_FILE, adapter.others.values(), names.parameters)
-    changes = _changes(skeleton, adapter, plain)
+    replacing = replaced_parameters(skeleton, adapter, plain)
+    changes: dict[str, tuple[str | None, str | None]] = {name: (key, None) for name, key in replacing.items()}
+    for path in adapter.modules:
+        target_module(skeleton, adapter, path)
+        changes[f"{path}.weight"] = (replacing.get(f"{path}.weight"), path)
     tied = _untied(names, changes, plain)
     shards = {shard: {key: PlannedTensor(key, key) for key in file.keys} for shard, file in base.shards.items()}
     for name, (replaced, module) in (dict.fromkeys(tied, (None, None)) | changes).items():
         shard, read = names.place(name)
         key = (names.own_key(name) or name) if name in tied else read
         layer = None if module is None else skeleton.get_submodule(module)
-        _check(base.shards[shard], read, names.parameters[name], source)
+        file, expected = base.shards[shard], tuple(names.parameters[name].shape)
+        if file.dtype(read) not in FLOATS:
+            raise ExportError(
+                f"{source.origin}: {read} is {file.dtype(read)}, so the model is quantised; {UNQUANTISED}."
+            )
+        if file.shape(read) != expected:
+            raise ConfigError(
+                f"model: {source.origin}: {read} has shape {file.shape(read)} in the files, and {CONFIG} makes it "
+                f"{expected}; they do not belong together, so fetch the model again."
+            )
         shards[shard][key] = PlannedTensor(key, read, replaced, module, layer)
     return MergePlan({shard: list(tensors.values()) for shard, tensors in shards.items()}, tied)
 
@@ -114,17 +127,6 @@ class _Names:
         )
 
 
-def _changes(skeleton: Any, adapter: AdapterDir, plain: TensorFile) -> dict[str, tuple[str | None, str | None]]:
-    """Return the adapter's tensor and the adapted module of each parameter that changes, by its name."""
-    replaced = replaced_parameters(skeleton, adapter, plain)
-    changes: dict[str, tuple[str | None, str | None]] = {name: (key, None) for name, key in replaced.items()}
-    for module in adapter.modules:
-        target_module(skeleton, adapter, module)
-        name = f"{module}.weight"
-        changes[name] = (replaced.get(name), module)
-    return changes
-
-
 def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]], plain: TensorFile) -> list[str]:
     """Return all names of the parameters that share a tensor and are changed, unless all are replaced alike."""
     found: dict[str, None] = {}
@@ -141,14 +143,3 @@ def _untied(names: _Names, changes: Mapping[str, tuple[str | None, str | None]],
         if len(sharing) == 2 and not alike:
             found |= dict.fromkeys(sharing)
     return list(found)
-
-
-def _check(shard: TensorFile, key: str, parameter: Any, source: ModelSource) -> None:
-    """Refuse a tensor that is quantised, or whose shape is not that of the parameter that it is read for."""
-    if shard.dtype(key) not in FLOATS:
-        raise ExportError(f"{source.origin}: {key} is {shard.dtype(key)}, so the model is quantised; {UNQUANTISED}.")
-    if shard.shape(key) != tuple(parameter.shape):
-        raise ConfigError(
-            f"model: {source.origin}: {key} has shape {shard.shape(key)} in the files, and {CONFIG} makes it "
-            f"{tuple(parameter.shape)}; they do not belong together, so fetch the model again."
-        )

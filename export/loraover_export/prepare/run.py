@@ -89,7 +89,7 @@ def prepare_adapter(
         cache: Folder of the cache, which is made if it is missing.
         model: Folder or hub name of the base model as the engine serves it; for ONNX Runtime, the folder of an earlier
             swappable export, which holds the graph.
-        engine: Engine to prepare for: vllm, llamacpp, onnx, openvino, mlx or torch.
+        engine: Engine to prepare for, by the name that `loraover check --engine` takes.
         dtype: Data type to store A and B in: fp32, bf16 or fp16. Adapters for ONNX Runtime take that of the graph.
         max_lora_rank: Largest rank that the engine was started for, as vLLM's `--max-lora-rank`; None means the largest
             that the engine can be started for.

@@ -99,7 +99,19 @@ class LlamaCppModel:
             found = f"token {wrong[0]}" if wrong else "no token"
             raise EngineError(f"{self._base}: found {found}, expected tokens from 0 to {self.vocabulary - 1}.")
         with ExitStack() as stack, self._reported(f"{self._base}: llama.cpp cannot run a prompt of {room} tokens"):
-            yield self._context(room, stack)
+            options = self._lib.llama_context_default_params()
+            options.n_ctx = options.n_batch = options.n_outputs_max = options.n_outputs_max_per_seq = room
+            options.n_ubatch = min(room, AT_ONCE)
+            options.n_threads = options.n_threads_batch = self._threads
+            options.type_k = options.type_v = GGML_F32
+            options.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            context = self._lib.llama_init_from_model(self._model, options)
+            _require(context != self._ffi.NULL)
+            stack.callback(self._lib.llama_free, context)
+            if self._adapter is not None:
+                adapters, scales = self._ffi.new("struct llama_adapter_lora *[]", [self._adapter]), [1.0]
+                _require(self._lib.llama_set_adapters_lora(context, adapters, 1, self._ffi.new("float[]", scales)) == 0)
+            yield context
 
     def _decode(self, context: Any, tokens: Sequence[int], start: int) -> npt.NDArray[np.float32]:
         """Run tokens that follow `start` others, and return the logits after each."""
@@ -117,22 +129,6 @@ class LlamaCppModel:
         shape = (len(tokens), self.vocabulary)
         raw = self._ffi.buffer(found, shape[0] * shape[1] * 4)
         return np.frombuffer(raw, dtype=np.float32).reshape(shape).copy()
-
-    def _context(self, tokens: int, stack: ExitStack) -> Any:
-        """Make a context for one prompt, which the stack frees."""
-        options = self._lib.llama_context_default_params()
-        options.n_ctx = options.n_batch = options.n_outputs_max = options.n_outputs_max_per_seq = tokens
-        options.n_ubatch = min(tokens, AT_ONCE)
-        options.n_threads = options.n_threads_batch = self._threads
-        options.type_k = options.type_v = GGML_F32
-        options.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        context = self._lib.llama_init_from_model(self._model, options)
-        _require(context != self._ffi.NULL)
-        stack.callback(self._lib.llama_free, context)
-        if self._adapter is not None:
-            adapters, scales = self._ffi.new("struct llama_adapter_lora *[]", [self._adapter]), [1.0]
-            _require(self._lib.llama_set_adapters_lora(context, adapters, 1, self._ffi.new("float[]", scales)) == 0)
-        return context
 
     @contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -193,24 +189,17 @@ def _check_adapter(model: GgufHeader, adapter: GgufHeader) -> None:
             raise EngineError(
                 f"{adapter.path}: adapts {target}, which is also the head of {model.path}; llama.cpp would stop there."
             )
-        if not _fits(pair[0].shape, pair[1].shape, weight.shape, is_embedding=target == TOKEN_EMBEDDING):
+        a, b, sizes = pair[0].shape, pair[1].shape, weight.shape
+        fits = len(a) == len(b) == len(sizes) in (2, 3) and a[:-2] == b[:-2] == sizes[:-2]  # experts stand in front
+        if fits and target == TOKEN_EMBEDDING:  # A (tokens, r) and B (dimension, r)
+            fits = (a[-2], b[-2]) == sizes and a[-1] == b[-1]
+        elif fits:  # A (r, in) and B (out, r)
+            fits = (b[-2], a[-1]) == sizes[-2:] and a[-2] == b[-1]
+        if not fits:
             raise EngineError(
-                f"{adapter.path}: {target} has A {pair[0].shape} and B {pair[1].shape}, which do not fit "
-                f"{weight.shape} of {model.path}; name the model that the adapter was trained on."
+                f"{adapter.path}: {target} has A {a} and B {b}, which do not fit {sizes} of {model.path}; name the "
+                "model that the adapter was trained on."
             )
-
-
-def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...], *, is_embedding: bool) -> bool:
-    """Whether A (r, in) and B (out, r) fit a weight (out, in); an embedding has A (tokens, r) and B (dimension, r).
-
-    Those of experts have the number of experts in front.
-    """
-    if not (len(a) == len(b) == len(weight) in (2, 3) and a[:-2] == b[:-2] == weight[:-2]):
-        return False
-    (a, b), sizes = (a[-2:], b[-2:]), weight[-2:]
-    if is_embedding:
-        return (a[0], b[0]) == sizes and a[1] == b[1]
-    return (b[0], a[1]) == sizes and a[0] == b[1]
 
 
 class _FailedError(Exception):

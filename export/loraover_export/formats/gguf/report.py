@@ -91,24 +91,19 @@ def show_report(report: GgufReport, request: GgufRequest, console: Console) -> N
     facts = in_one_line(matrix_facts(report.matrices))
     print_line(console, f"{report.family}, rank {report.rank}, {report.dtype}, {facts}")
     show_left_out(report.left_out, console)
-    if report.check is not None:
-        _show_check(report.check, console)
+    if (check := report.check) is not None:
+        kinds = "/".join(check.weight_types)
+        print_line(console, f"llama.cpp against the PyTorch reference, {check.tokens} tokens, {kinds}:")
+        print_line(console, f"  largest logit error {check.error:.2e}, allowed {check.bound:.2e}")
+        print_line(console, f"  base model against base model {check.base_distance:.2e}")
+        print_line(console, f"  change that the adapter makes {check.adapter_effect:.3g}")
+        if check.verdict == "inconclusive":
+            remedy = "A GGUF file of the base model in F32 allows a smaller error; "
+            remedy += "if this one is in F32, it holds another model's weights."
+            print_line(console, undecided("The adapter", remedy), "yellow")
     show_verdict(report, f"export {report.verdict}", console)
     if report.verdict == "not checked":
         print_line(console, "llama.cpp was not run; --base-gguf FILE compares its logits with PyTorch's")
     show_place(report, request.output, console, reason="an adapter that fails its check is not kept")
     if report.verdict != "failed":
         print_line(console, f"run it: {shlex.join(['llama-server', '-m', 'BASE.gguf', '--lora', str(request.output)])}")
-
-
-def _show_check(check: GgufCheck, console: Console) -> None:
-    print_line(
-        console, f"llama.cpp against the PyTorch reference, {check.tokens} tokens, {'/'.join(check.weight_types)}:"
-    )
-    print_line(console, f"  largest logit error {check.error:.2e}, allowed {check.bound:.2e}")
-    print_line(console, f"  base model against base model {check.base_distance:.2e}")
-    print_line(console, f"  change that the adapter makes {check.adapter_effect:.3g}")
-    if check.verdict == "inconclusive":
-        remedy = "A GGUF file of the base model in F32 allows a smaller error; "
-        remedy += "if this one is in F32, it holds another model's weights."
-        print_line(console, undecided("The adapter", remedy), "yellow")

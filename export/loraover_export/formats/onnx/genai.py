@@ -130,7 +130,9 @@ def accept_left_padding(model: ModelProto) -> bool:
         return False
     rolled = f"{PREFIX}/input_ids"
     for node in graph.node:
-        _rename(node.input, "input_ids", rolled)
+        for i, name in enumerate(node.input):
+            if name == "input_ids":
+                node.input[i] = rolled
     head = next(node for node in graph.node if "logits" in node.output)
     hidden = head.input[0]
     head.input[0] = f"{PREFIX}/hidden"
@@ -170,9 +172,3 @@ def _rolling(hidden: str) -> tuple[list[NodeProto], list[NodeProto]]:
     index = add("Unsqueeze", [to_right, constant("[-1]", [-1])], "index")
     add("GatherND", [hidden, index], "hidden", batch_dims=1)
     return first, made
-
-
-def _rename(names: Any, old: str, new: str) -> None:
-    for i, name in enumerate(names):
-        if name == old:
-            names[i] = new

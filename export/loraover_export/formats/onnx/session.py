@@ -41,7 +41,9 @@ class GraphSession:
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=providers)
             self._lora = {name: tensor.numpy() for name, tensor in lora_feed(graph, adapter).items()}
-            self._adapter = None if adapter is None or self._lora else _loaded(adapter)
+            self._adapter = None if adapter is None or self._lora else ort.LoraAdapter()
+            if self._adapter is not None:
+                self._adapter.Load(str(adapter))
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise ExportError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
         self.inputs: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
@@ -73,9 +75,3 @@ class GraphSession:
                 size = size if isinstance(size, int) else head_size
                 empty[name] = torch.zeros((batch, heads, 0, size), dtype=FLOATS[value.type])
         return empty
-
-
-def _loaded(adapter: Path) -> Any:
-    loaded = ort.LoraAdapter()
-    loaded.Load(str(adapter))
-    return loaded

@@ -79,6 +79,7 @@ def export_torch(
     names, examples, free = zip(*inputs, strict=True)
     dims: dict[str, Any] = {}
     shapes = tuple({i: dims.setdefault(d, torch.export.Dim(d)) for i, d in dim.items()} for dim in free)
+    is_variadic = bool(module.forward.__code__.co_flags & 0x04)  # torch.export treats *arguments as one tuple
     for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
@@ -90,7 +91,7 @@ def export_torch(
                 dynamo=True,
                 input_names=list(names),
                 output_names=list(outputs),
-                dynamic_shapes=(shapes,) if _variadic(module) else shapes,
+                dynamic_shapes=(shapes,) if is_variadic else shapes,
                 opset_version=OPSET,
                 verbose=False,
             )
@@ -99,8 +100,3 @@ def export_torch(
         raise ExportError(f"torch.onnx.export cannot trace {type(module).__name__}: {first}") from error
     assert program is not None
     program.save(graph, external_data=True)
-
-
-def _variadic(module: nn.Module) -> bool:
-    """Whether forward takes its tensors as *arguments, which torch.export treats as one tuple."""
-    return bool(module.forward.__code__.co_flags & 0x04)
