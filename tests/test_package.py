@@ -96,13 +96,7 @@ def test_wheel_holds_code_types_templates_and_recipes(wheel: Path) -> None:
     for package in HOMES:
         assert f"{package}/py.typed" in names
     assert "loraover/training/recipes/demo.yaml" in names
-    sources = {
-        "loraover": ROOT,
-        "loraover_export": ROOT / "export",
-        "loraover_serve": ROOT / "serve",
-        "loraover_lab": ROOT / "lab",
-    }
-    shipped = (path for root in sources.items() for path in files_of(*root))
+    shipped = (path for root in HOMES.items() for path in files_of(*root))
     assert set(shipped) <= names
     assert not [name for name in names if name.startswith("test") or "/test" in name]
 
@@ -188,6 +182,6 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_a_name_of_a_class_stands_for_one_thing() -> None:
-    files = [file for package in ("loraover", "export", "serve", "lab") for file in (ROOT / package).rglob("*.py")]
+    files = [file for package, root in HOMES.items() for file in (root / package).rglob("*.py")]
     names = Counter(name for file in files for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE))
     assert {name for name, count in names.items() if count > 1} == set()

@@ -35,7 +35,7 @@ from loraover_export.merge.report import MergedWeight, MergeReport, show_merge
 from loraover_export.prepare.report import show_report as show_fleet
 from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
 from loraover_lab.evaluation.results import Evaluation, ModelResult, show_evaluation
-from loraover_lab.study.power import PowerReport, TaskPower
+from loraover_lab.study.forecast import PowerReport, TaskPower
 from loraover_lab.study.request import StudyRequest
 from loraover_lab.study.show import show_power
 from loraover_serve.judge.estimates import Interval

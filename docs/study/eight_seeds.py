@@ -30,8 +30,7 @@ from loraover.common.provenance import environment, today
 from loraover.training.recipe import load_recipe
 from loraover_lab.study.analysis import LEVEL, difference, mean_loss
 from loraover_lab.study.grid import DEFAULTS, Run
-from loraover_lab.study.kept_runs import finished, keep
-from loraover_lab.study.outcome import RunOutcome, execute
+from loraover_lab.study.outcome import RunOutcome, execute, finished, keep
 from loraover_lab.study.tuning import check_inputs, losses_of, tokens_of
 
 Registration = Mapping[str, Any]

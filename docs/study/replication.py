@@ -27,8 +27,7 @@ from loraover.reporting.reporter import ConsoleReporter
 from loraover.training.recipe import load_recipe
 from loraover_lab.study.analysis import LEVEL, Losses, Spread, difference, mean_loss, percent_variances
 from loraover_lab.study.grid import DEFAULTS, Run
-from loraover_lab.study.kept_runs import finished
-from loraover_lab.study.outcome import RunOutcome, execute
+from loraover_lab.study.outcome import RunOutcome, execute, finished
 from loraover_lab.study.request import StudyRequest
 from loraover_lab.study.runner import run_grid
 from loraover_lab.study.tuning import check_inputs, losses_of, tokens_of

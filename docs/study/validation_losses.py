@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from loraover_lab.study.kept_runs import read_kept
+from loraover_lab.study.outcome import read_kept
 from loraover_lab.study.tuning import validation_loss
 
 

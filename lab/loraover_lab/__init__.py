@@ -9,8 +9,8 @@ from loraover.common.first_use import names_on_first_use
 if TYPE_CHECKING:
     from loraover_lab.evaluation.results import Evaluation as Evaluation
     from loraover_lab.evaluation.run import evaluate as evaluate
-    from loraover_lab.study.power import PowerReport as PowerReport
-    from loraover_lab.study.power import predict_power as predict_power
+    from loraover_lab.study.forecast import PowerReport as PowerReport
+    from loraover_lab.study.forecast import predict_power as predict_power
     from loraover_lab.study.report import StudyReport as StudyReport
     from loraover_lab.study.runner import run_study as run_study
 

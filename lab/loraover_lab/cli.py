@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 REQUEST = "loraover_lab.study.request:StudyRequest"
 STUDY = Reporting(REQUEST, "loraover_lab.study.runner:run_study", "loraover_lab.study.show:show_study")
-POWER = Reporting(REQUEST, "loraover_lab.study.power:predict_power", "loraover_lab.study.show:show_power")
-PLAN = Reporting(REQUEST, "loraover_lab.study.plan:plan_study", "loraover_lab.study.show:show_study_plan")
+POWER = Reporting(REQUEST, "loraover_lab.study.forecast:predict_power", "loraover_lab.study.show:show_power")
+PLAN = Reporting(REQUEST, "loraover_lab.study.forecast:plan_study", "loraover_lab.study.show:show_study_plan")
 
 
 def _study(request: StudyRequest, as_json: bool) -> int:

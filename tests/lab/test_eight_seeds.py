@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraover_lab.study.grid import Run
-from loraover_lab.study.kept_runs import keep, read_kept
-from loraover_lab.study.outcome import RunOutcome, digest
+from loraover_lab.study.outcome import RunOutcome, digest, keep, read_kept
 
 from oracles.registered_study import answer, half_width, p_value, student_p
 

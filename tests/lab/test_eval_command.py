@@ -86,10 +86,10 @@ def test_an_adapter_is_asked_in_its_own_chat_template(
         asked.extend(request.args[0] for request in requests)
         return original(model, requests, **named)
 
-    from loraover_lab.evaluation import harness_model  # which imports lm_eval
+    from loraover_lab.evaluation import harness_models  # which imports lm_eval
 
-    original = harness_model.HarnessModel.generate_until
-    monkeypatch.setattr(harness_model.HarnessModel, "generate_until", answer)
+    original = harness_models.HarnessModel.generate_until
+    monkeypatch.setattr(harness_models.HarnessModel, "generate_until", answer)
     adapters = ["--adapter", str(chatting), "--adapter", str(folder / "b")]
     for wanted, more in ((True, ()), (False, ("--no-apply-chat-template",))):
         out = tmp_path / f"{wanted}.json"

@@ -22,8 +22,7 @@ from loraover.training.launch.defaults import LEARNING_RATES
 from loraover.training.run.trainer import _optimizer
 from loraover_lab.study.analysis import Difference, Halves
 from loraover_lab.study.grid import Run, grid_of
-from loraover_lab.study.kept_runs import finished
-from loraover_lab.study.outcome import RunOutcome, digest
+from loraover_lab.study.outcome import RunOutcome, digest, finished
 from loraover_lab.study.report import StudyReport, TaskResult
 from loraover_lab.study.request import StudyRequest
 from loraover_lab.study.runner import make_report

@@ -20,8 +20,7 @@ from loraover.client import endpoint as endpoint_module
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover_lab.evaluation import TASKS
-from loraover_lab.evaluation.judge import find_rating
-from loraover_lab.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench
+from loraover_lab.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench, find_rating
 from loraover_lab.evaluation.request import EvaluationRequest
 
 from support.fastchat import ASKED, fastchat, write_rows

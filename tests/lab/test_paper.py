@@ -17,9 +17,9 @@ from loraover.common.errors import ConfigError
 from loraover.training.recipe import load_recipe
 from loraover_lab.evaluation.results import Evaluation, ModelResult
 from loraover_lab.evaluation.run import evaluate
-from loraover_lab.study import benchmark
-from loraover_lab.study.kept_runs import read_kept
-from loraover_lab.study.plan import plan_study
+from loraover_lab.study import runner
+from loraover_lab.study.forecast import plan_study
+from loraover_lab.study.outcome import read_kept
 from loraover_lab.study.report import StudyReport
 from loraover_lab.study.request import PAPER_TABLES, StudyRequest, read_table, table_choices
 from loraover_lab.study.runner import run_study
@@ -158,14 +158,14 @@ def test_a_table_of_two_models_is_scored_by_its_benchmark(
     assert [task.task for task in found.tasks] == [f"{recipe}-llama-2", f"{recipe}-llama-3.1"]
     assert found.scores.untrained.keys() == {task.task for task in found.tasks}
     for task in found.tasks:
-        (file,) = (tmp_path / "out" / benchmark.FOLDER).glob(f"{task.task}.*.json")
+        (file,) = (tmp_path / "out" / runner.FOLDER).glob(f"{task.task}.*.json")
         _, *results = Evaluation.model_validate_json(file.read_text()).results
         scores = [one.score for one in task.methods]
-        assert scores == [benchmark.score_of(one) for one in results]
+        assert scores == [runner.score_of(one) for one in results]
         assert all(score == 7 for score in scores) is (table == "paper-mtbench")
 
     # The same command asks nothing again.
-    monkeypatch.setattr(benchmark, "perform", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(runner, "perform", lambda *_: pytest.fail("asked again"))
     assert run(cli, command) == 0
     assert report_of(tmp_path).tasks == found.tasks
     page = (tmp_path / "out" / "study.html").read_text()
@@ -183,7 +183,7 @@ def test_a_benchmark_that_fails_leaves_no_score(
         failed = found.model_copy(update={"results": [*found.results[:-1], last]})
         request.output.write_text(failed.model_dump_json())
 
-    monkeypatch.setattr(benchmark, "perform", failing)
+    monkeypatch.setattr(runner, "perform", failing)
     more = [*asking(sums(tmp_path)), "--methods", "lora,lora+"]
     command = words("paper-gsm8k", tmp_path, {"llama": bases["llama"][:1]}, *more)
     assert run(cli, command) == 0
@@ -206,7 +206,7 @@ def test_adapters_at_the_chosen_rate_alone_are_scored(bases: dict[str, list[Path
         assert run(cli, command) == 0
     found = report_of(tmp_path)
     (best,) = {one.rate for one in found.tasks[0].methods}
-    (file,) = (tmp_path / "out" / benchmark.FOLDER).iterdir()
+    (file,) = (tmp_path / "out" / runner.FOLDER).iterdir()
     _, *results = Evaluation.model_validate_json(file.read_text()).results
     scored = sorted(Path(result.name).parts[-3:-1] for result in results)
     assert scored == [(f"lr-{best:g}", "seed-0"), (f"lr-{best:g}", "seed-1")]

@@ -11,9 +11,9 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, LoraOverError
 from loraover_lab.study.analysis import Losses, difference, mean_loss
+from loraover_lab.study.forecast import MOST, PowerReport, measured_spreads, predict_power
 from loraover_lab.study.grid import slug
-from loraover_lab.study.kept_runs import KEPT_FILE, KeptRun
-from loraover_lab.study.power import MOST, PowerReport, measured_spreads, predict_power
+from loraover_lab.study.outcome import KEPT_FILE, KeptRun
 
 SEEDS, ROWS = 4, 60
 NEW = "lora-over:budget={fraction: 0.25}"

@@ -17,8 +17,7 @@ import yaml
 
 from loraover.common.errors import LoraOverError
 from loraover_lab.study.grid import Run
-from loraover_lab.study.kept_runs import keep, read_kept
-from loraover_lab.study.outcome import RunOutcome, digest
+from loraover_lab.study.outcome import RunOutcome, digest, keep, read_kept
 
 STUDY = Path(__file__).parents[2] / "docs" / "study"
 REGISTRATION = (STUDY / "replication.yaml").read_bytes()

@@ -14,8 +14,7 @@ from loraover.common.multiple_testing import holm
 from loraover_lab.study.analysis import Halves
 from loraover_lab.study.grid import Run
 from loraover_lab.study.outcome import DIVERGED, OUT_OF_MEMORY, RunOutcome
-from loraover_lab.study.report import StudyReport, TaskResult, task_results, words
-from loraover_lab.study.rule import Rule
+from loraover_lab.study.report import Rule, StudyReport, TaskResult, task_results, words
 from loraover_lab.study.runner import make_report
 from loraover_lab.study.show import to_markdown, to_page
 from loraover_lab.study.verdict import verdict_of

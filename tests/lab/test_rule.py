@@ -9,9 +9,8 @@ import pytest
 from loraover.common.errors import ConfigError
 from loraover_lab.study.grid import grid_of
 from loraover_lab.study.outcome import RunOutcome
-from loraover_lab.study.report import StudyReport, words
+from loraover_lab.study.report import RULE_FILE, Rule, StudyReport, fixed_rule, words
 from loraover_lab.study.request import StudyRequest
-from loraover_lab.study.rule import RULE_FILE, Rule, fixed_rule
 from loraover_lab.study.runner import _estimate, make_report
 from loraover_lab.study.show import to_markdown
 

@@ -19,8 +19,7 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover.training.run_result import read_run
-from loraover_lab.study.kept_runs import KEPT_FILE, read_kept
-from loraover_lab.study.outcome import RunOutcome
+from loraover_lab.study.outcome import KEPT_FILE, RunOutcome, read_kept
 from loraover_lab.study.report import StudyReport
 from loraover_lab.study.request import StudyRequest
 from loraover_lab.study.runner import run_grid

@@ -16,11 +16,9 @@ from loraover.training.recipe import Recipe
 from loraover_lab.study import runner
 from loraover_lab.study.analysis import Halves
 from loraover_lab.study.grid import Run
-from loraover_lab.study.kept_runs import finished, keep
-from loraover_lab.study.outcome import DIVERGED, RunOutcome, digest
-from loraover_lab.study.report import StudyReport
+from loraover_lab.study.outcome import DIVERGED, RunOutcome, digest, finished, keep
+from loraover_lab.study.report import Rule, StudyReport
 from loraover_lab.study.request import StudyRequest
-from loraover_lab.study.rule import Rule
 from loraover_lab.study.runner import make_report, run_grid
 from loraover_lab.study.show import to_markdown, to_page
 from loraover_lab.study.tuning import hours_left, plan_runs

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from loraover_lab.study.analysis import Difference, RateSensitivity
-from loraover_lab.study.report import MethodResult, StudyReport, TaskResult
-from loraover_lab.study.rule import Rule
+from loraover_lab.study.report import MethodResult, Rule, StudyReport, TaskResult
 from loraover_lab.study.verdict import NOTHING, changes, verdict_of
 
 from support.reports import kept_study

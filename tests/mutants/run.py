@@ -19,7 +19,7 @@ import click
 
 from mutants.mutant import Mutant, Outcome, Selection, Verdict
 
-PACKAGES = ("loraover", "export", "serve")
+PACKAGES = ("loraover", "export", "serve", "lab")
 COPIED = (*PACKAGES, "tests", "docs", "pyproject.toml")
 LIMIT_S = 600.0
 UNLOADABLE = re.compile(r"^E +(ImportError|ModuleNotFoundError|NameError|SyntaxError)\b|ERROR collecting", re.MULTILINE)
@@ -27,7 +27,7 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", re.MULTILINE)
 
 
 def product_files(root: Path) -> list[Path]:
-    """Every module of the three packages."""
+    """Every module of the packages."""
     return [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
 
 
@@ -75,7 +75,7 @@ def run_tests(copy: Path, tests: Selection) -> tuple[int, str]:
     Raises:
         ValueError: no such file of tests, or they have not ended after LIMIT_S seconds.
     """
-    ours = os.pathsep.join(str(copy / name) for name in (".", "export", "serve"))
+    ours = os.pathsep.join(str(copy / name) for name in (".", *PACKAGES[1:]))
     environment = {name: value for name, value in os.environ.items() if name != "LORAOVER_COMPATIBILITY"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts="]

@@ -175,7 +175,7 @@ def with_entry_points(folder: Path) -> str:
         for group in ("vllm.general_plugins", "vllm.endpoint_plugins")
     ]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    return os.pathsep.join(map(str, (folder, ROOT, ROOT / "export", ROOT / "serve")))
+    return os.pathsep.join(map(str, (folder, ROOT, ROOT / "export", ROOT / "serve", ROOT / "lab")))
 
 
 @contextmanager

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "serve"))),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "serve", ROOT / "lab"))),
     "WANDB_MODE": "offline",
     "WANDB_DIR": "{0}",
     "WANDB_DATA_DIR": "{0}/data",

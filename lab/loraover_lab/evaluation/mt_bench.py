@@ -1,4 +1,4 @@
-"""MT-Bench: eighty conversations of two turns, rated by a judge.
+"""MT-Bench: eighty conversations of two turns, rated by another model with FastChat's prompts.
 
 Source: Zheng et al. 2023, arXiv:2306.05685. Departure: answers are greedy, where FastChat samples in some categories.
 Without a chat template, questions are put into Alpaca's prompt (Taori et al. 2023), with which the recipes train.
@@ -6,12 +6,14 @@ Without a chat template, questions are put into Alpaca's prompt (Taori et al. 20
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.client.at_once import at_once
+from loraover.client.endpoint import Endpoint, UnansweredError, UnfitRequestError
 from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.common.paths import kind_of
 from loraover.data.formats import ALPACA, ALPACA_TURN
@@ -29,9 +31,73 @@ from loraover_lab.evaluation.base import (
 )
 
 if TYPE_CHECKING:
-    from loraover_lab.evaluation.judge import Judge, Rating
     from loraover_lab.evaluation.request import EvaluationRequest
     from loraover_lab.evaluation.subjects import Answerer, Chat
+
+TRIES = 3
+RETRY_TEMPERATURE = 0.7  # at temperature 0 a grader would repeat itself
+MAX_TOKENS = 2048
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+# FastChat's second choice is any "[7]", even in code that the grader quotes
+_LOOSE_RATING = re.compile(r"rating\W*\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A grader's reply.
+
+    Args:
+        rating: Rating from 1 to 10; None: the reply has none.
+        text: The reply, or why there is none.
+    """
+
+    rating: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Grader:
+    """A model that rates answers.
+
+    Args:
+        endpoint: The server.
+        name: The model's name there.
+    """
+
+    endpoint: Endpoint
+    name: str
+
+    def rate(self, system_prompt: str, prompt: str) -> Rating:
+        """Ask until there is a rating, `TRIES` times at most.
+
+        Args:
+            system_prompt: FastChat's system prompt.
+            prompt: FastChat's prompt with question and answer.
+
+        Raises:
+            EngineError: The server refuses every request, for example because of a wrong key.
+        """
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
+        reply = ""
+        for attempt in range(TRIES):
+            temperature = RETRY_TEMPERATURE if attempt else 0.0
+            try:
+                reply = self.endpoint.chat(self.name, messages, max_tokens=MAX_TOKENS, temperature=temperature)
+            except (UnansweredError, UnfitRequestError) as error:
+                return Rating(None, str(error))  # the endpoint has repeated the request where that may help
+            rating = find_rating(reply)
+            if rating is not None:
+                return Rating(rating, reply)
+        return Rating(None, reply)
+
+
+def find_rating(text: str) -> float | None:
+    """Read the first "[[7]]", or else the first "Rating: [7]"; None if there is none from 1 to 10."""
+    found = _RATING.search(text) or _LOOSE_RATING.search(text)
+    if found is None or not 1 <= float(found[1]) <= 10:
+        return None
+    return float(found[1])
+
 
 QUESTIONS, PROMPTS = "question.jsonl", "judge_prompts.jsonl"
 REFERENCES = ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl")
@@ -47,7 +113,7 @@ REQUESTS_AT_A_TIME = 4
 
 @dataclass(frozen=True)
 class MtBench(Task):
-    """Mean rating, 1 to 10, by another model: the judge."""
+    """Mean rating, 1 to 10, by another model: the grader, which users know as the judge."""
 
     is_right_or_wrong: bool = False
     max_new_tokens: int = 1024
@@ -61,7 +127,7 @@ class MtBench(Task):
         if request.judge_url is None:
             judge = f"{request.named('judge_url')} and {request.named('judge_model')}"
             raise ConfigError(f"mtbench needs a judge: {judge}.")
-        judge_of(request)
+        grader_of(request)
 
     def read(self, request: EvaluationRequest) -> Questions:
         folder = Path(str(request.data))
@@ -95,7 +161,7 @@ class MtBench(Task):
         return self.rate(answered, questions, request)
 
     def rate(self, answered: list[Example], questions: Questions, request: EvaluationRequest) -> TaskScores:
-        judge = judge_of(request)
+        grader = grader_of(request)
         if [example.id for example in answered] != _names(questions):
             raise DataError("the answers in the file belong to other questions; name a new file.")
         texts = [example.answer for example in answered]
@@ -106,34 +172,31 @@ class MtBench(Task):
         ]
         lacking = [i for i, example in enumerate(answered) if example.score is None]
         with request.report.task("ratings", len(lacking)) as advance:
-            verdicts = at_once(lambda i: _rate(judge, *asked[i]), lacking, REQUESTS_AT_A_TIME, advance)
+            verdicts = at_once(lambda i: _rate(grader, *asked[i]), lacking, REQUESTS_AT_A_TIME, advance)
         examples = list(answered)
         for i, verdict in zip(lacking, verdicts, strict=True):
             examples[i] = replace(answered[i], score=verdict.rating, note=verdict.text)
         if all(example.score is None for example in examples):
             first = f"its reply to the first one: {verdicts[0].text:.500}"
-            raise EngineError(f"judge {judge.name} at {judge.endpoint.api}: rated none of the answers; {first}")
+            raise EngineError(f"judge {grader.name} at {grader.endpoint.api}: rated none of the answers; {first}")
         return TaskScores(_means(examples), examples)
 
     def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
-        judge = judge_of(request)
+        grader = grader_of(request)
         return {
             "prompt": IN_CHAT_TEMPLATE if uses_chat(request, tokenizer) else "Alpaca's",
-            "judge": f"{judge.name} at {judge.endpoint.api}",
+            "judge": f"{grader.name} at {grader.endpoint.api}",
             "note": "ratings of different judges cannot be compared",
         }
 
 
-def judge_of(request: EvaluationRequest) -> Judge:
-    """Return the judge that an evaluation asks for.
+def grader_of(request: EvaluationRequest) -> Grader:
+    """Return the grader that an evaluation asks for.
 
     Raises:
         ConfigError: Its address or key cannot be used.
     """
-    from loraover.client.endpoint import Endpoint
-    from loraover_lab.evaluation.judge import Judge
-
-    return Judge(Endpoint(str(request.judge_url), request.judge_key_variable), str(request.judge_model))
+    return Grader(Endpoint(str(request.judge_url), request.judge_key_variable), str(request.judge_model))
 
 
 def _names(questions: Questions) -> list[str]:
@@ -155,7 +218,7 @@ def _answers(subject: Answerer, chats: list[Chat], request: EvaluationRequest, m
     return [answer.partition(stop)[0].strip() for answer in answers]
 
 
-def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Rating:
+def _rate(grader: Grader, row: Row, turn: int, answers: list[str]) -> Rating:
     prompt, turns = row["prompts"][turn], row["turns"]
     values = {
         "question": turns[0],
@@ -164,7 +227,7 @@ def _rate(judge: Judge, row: Row, turn: int, answers: list[str]) -> Rating:
         **{f"answer_{i + 1}": answers[i] for i in (0, 1)},
         **{f"ref_answer_{i + 1}": text for i, text in enumerate(row["references"] or ())},
     }
-    return judge.rate(prompt["system_prompt"], fill(prompt["prompt_template"], values))
+    return grader.rate(prompt["system_prompt"], fill(prompt["prompt_template"], values))
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

@@ -70,7 +70,7 @@ class InMemory(Answerer):
             )
 
     def harness_model(self) -> Any:
-        from loraover_lab.evaluation.harness_model import HarnessModel
+        from loraover_lab.evaluation.harness_models import HarnessModel
 
         return HarnessModel(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size)
 
@@ -103,7 +103,7 @@ class EndpointAnswerer(Answerer):
             return at_once(ask, prompts, self.batch_size, advance)
 
     def harness_model(self) -> Any:
-        from loraover_lab.evaluation.harness_client import HarnessClient
+        from loraover_lab.evaluation.harness_models import HarnessClient
 
         return HarnessClient(self.endpoint, self.name, self.tokenizer, self.batch_size)
 

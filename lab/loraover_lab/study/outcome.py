@@ -1,4 +1,7 @@
-"""Run of a study: trained in a process, and its outcome read from the files that the process left."""
+"""Run of a study: trained in a process, and its outcome read from the files that the process left.
+
+Outcomes are kept in the study's `runs.jsonl`, one line a run, sorted by its name.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from loraover.checkpoint.files import META_FILE
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, DataError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
-from loraover.common.strict_json import StrictModel
+from loraover.common.strict_json import StrictModel, read_json_lines
 from loraover.data.formats import later_turn
 from loraover.data.sources import BUILT_IN
 from loraover.training.recipe import Recipe, load_recipe
@@ -33,7 +36,8 @@ from loraover.training.run.failure import FAILURE_FILE, read_failure
 from loraover.training.run.folder import HELD_OUT_FILE, RECIPE_FILE
 from loraover.training.run.log import METRICS_FILE
 from loraover.training.run_result import RUN_FILE, StartedFrom, read_run
-from loraover_lab.study.grid import FEWEST_EXAMPLES
+from loraover_lab.study.grid import FEWEST_EXAMPLES, Run
+from loraover_lab.study.request import StudyRequest
 
 DIVERGED, OUT_OF_MEMORY = "training diverged", "out of memory"
 FAILURES = {"diverged": DIVERGED, "out_of_memory": OUT_OF_MEMORY}
@@ -293,3 +297,72 @@ def _fold_error(adapter: Path) -> float | None:
                 error = (exact.stored(key).double() - found.value).norm() / found.value.norm()
                 worst = max(worst, float(error))
     return worst
+
+
+KEPT_FILE = "runs.jsonl"
+
+
+class KeptRun(RunOutcome):
+    """An outcome with the name of its run."""
+
+    run: str = Field(
+        pattern="^[^/]+/[^/]+/lr-[^/]+/seed-[0-9]+$",
+        description="TASK/METHOD/lr-RATE/seed-N, the run's folder in the study's folder `runs`.",
+    )
+
+
+def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> dict[Run, RunOutcome]:
+    """Read the outcomes of all runs that are finished.
+
+    Args:
+        grid: The runs.
+        folder: The study's folder.
+        reuse: Folders of other studies, whose runs with the same recipe count as runs of this one.
+
+    Raises:
+        ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
+    """
+    own = {kept.run: kept for kept in read_kept(folder)}
+    others = {kept.recipe: kept for other in reversed(reuse) for kept in _other(other)}
+    found: dict[Run, RunOutcome] = {}
+    for run in grid:
+        kept = own.get(run.name)
+        if kept is not None and kept.recipe != digest(run.recipe):
+            raise another_recipe(folder / run.folder)
+        outcome = kept or others.get(digest(run.recipe))
+        if outcome is not None:
+            found[run] = outcome
+    return found
+
+
+def read_kept(folder: Path) -> list[KeptRun]:
+    """Read the kept runs of a study's folder; an empty list if none has finished."""
+    return read_json_lines(folder / KEPT_FILE, KeptRun) if (folder / KEPT_FILE).is_file() else []
+
+
+def _other(folder: Path) -> list[KeptRun]:
+    if not (found := read_kept(folder)):
+        reuse = StudyRequest.named("reuse")
+        raise ConfigError(f"{reuse} {folder}: expected the folder of a study with finished runs, found no {KEPT_FILE}.")
+    return found
+
+
+def keep(folder: Path, outcomes: Mapping[Run, RunOutcome]) -> None:
+    """Add finished runs to those that a study's folder keeps; several processes may do so at once.
+
+    Args:
+        folder: The study's folder, which is made if it is missing.
+        outcomes: Outcomes of the runs.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with hold_lock(folder / f".{KEPT_FILE}.lock", wait=True):
+            kept = {one.run: one for one in read_kept(folder)}
+            kept |= {run.name: KeptRun(**(dict(outcome) | {"run": run.name})) for run, outcome in outcomes.items()}
+            lines = [one.model_dump_json(exclude_defaults=True) + "\n" for _, one in sorted(kept.items())]
+            publish_text(folder / KEPT_FILE, "".join(lines))
+    except OSError as error:
+        raise OutputError(f"{folder / KEPT_FILE} cannot be written: {error.strerror}.") from error

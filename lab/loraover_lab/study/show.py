@@ -14,8 +14,7 @@ from loraover.reporting.reporter import print_line
 from loraover.reporting.table import Column, Table, facts_table
 from loraover.training.plan import ASSUMPTION, size_text
 from loraover_lab.study.figures import forest, rate_figures
-from loraover_lab.study.plan import MethodPlan, StudyPlan
-from loraover_lab.study.power import ENOUGH_SEEDS, PowerReport, TaskPower
+from loraover_lab.study.forecast import ENOUGH_SEEDS, MethodPlan, PowerReport, StudyPlan, TaskPower
 from loraover_lab.study.report import MethodResult, StudyReport, TaskResult, signed, standing
 from loraover_lab.study.request import StudyRequest
 from loraover_lab.study.verdict import changes, verdict_of
