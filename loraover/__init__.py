@@ -35,5 +35,6 @@ if TYPE_CHECKING:
     from loraover.training.run_result import RunResult as RunResult
     from loraover.training.run_result import read_run as read_run
 
-__getattr__, _names = names_on_first_use(__name__, __file__)
+_OF_THE_LAB = ("Evaluation", "PowerReport", "StudyReport", "evaluate", "predict_power", "run_study")
+__getattr__, _names = names_on_first_use(__name__, __file__, _OF_THE_LAB)
 __all__ = ["__version__", *_names]

@@ -1,4 +1,4 @@
-"""What a study needs and what it could see, told before its first run.
+"""Needs of a study, and the differences that it could see, told before its first run.
 
 Memory and time come from plans of its runs, and the smallest difference from the spread of a pilot or of a kept study.
 """
