@@ -16,6 +16,10 @@ _HF = re.compile(rf"(?P<name>{_NAME})(?:@(?P<revision>[^\s@/]+))?/*", re.ASCII)
 _PAGE = re.compile(rf"{HUB_HOST}/(?P<name>{_NAME})(?:/tree/(?P<revision>[^\s@]+?))?/*", re.ASCII)
 
 
+class SourceError(ConfigError):
+    """An address whose files cannot be fetched."""
+
+
 @dataclass(frozen=True)
 class HubName:
     """A repository of the hub.

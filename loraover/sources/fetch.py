@@ -12,9 +12,9 @@ from loraover.common.atomic_output import publish_directory
 from loraover.common.errors import OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.common.paths import cache_folder
-from loraover.sources.address import Address, HubName, address_text, read_address
+from loraover.sources.address import Address, HubName, SourceError, address_text, read_address
 from loraover.sources.hub import HubUnreachableError, fetch_repository
-from loraover.sources.stores import SourceError, check_name, open_store
+from loraover.sources.stores import check_name, open_store
 
 ADAPTER_FILES = (
     "adapter_config.json",

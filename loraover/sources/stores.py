@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 from urllib.parse import urljoin, urlsplit
 
-from loraover.common.errors import ConfigError
 from loraover.common.extras import install
 from loraover.common.hosts import is_near
 from loraover.common.strict_json import MAX_JSON_BYTES
-from loraover.sources.address import Address
+from loraover.sources.address import Address, SourceError
 
 if TYPE_CHECKING:
     import httpx2
@@ -41,10 +40,6 @@ PACKAGES = {
 FOREIGN = {"botocore.exceptions": "BotoCoreError", "ftplib": "Error"}
 """Errors that derive from no built-in one, by their modules."""
 VOLATILE = ("expires", "atime", "accessed")
-
-
-class SourceError(ConfigError):
-    """An address whose files cannot be fetched."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
 from loraover.models.request_fields import records
-from loraover.sources.push import keeps_private, pushes
+from loraover.sources.hub import keeps_private, pushes
 
 
 def values_by_key(description: str, flag: str = "--set", **more: Any) -> Any:

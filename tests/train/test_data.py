@@ -9,7 +9,6 @@ import datasets
 import pytest
 from datasets import ReadInstruction
 
-import loraover.data.sources
 from loraover.data.sources import MAX_LINE_BYTES, read_raw
 from loraover.training.final_number import final_number
 
@@ -246,7 +245,7 @@ def test_a_file_without_rows_is_refused(raw: bytes, write: Write) -> None:
 def test_what_can_be_no_hub_name_is_refused_without_asking_the_hub(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     assert "no such file or folder" in fault(source)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
-from loraover_export.attest.request import AttestRequest
+from loraover_export.requests import AttestRequest
 
 
 class Digest(BaseModel):

@@ -23,10 +23,10 @@ from loraover.common.paths import Listing, list_folder
 from loraover.common.strict_json import read_json
 from loraover.sources.verb import verb
 from loraover_export.attest.report import AttestReport, Digest, Resource, Statement, TestResult
-from loraover_export.attest.request import AttestRequest
 from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE
 from loraover_export.publishing import PRODUCTS
+from loraover_export.requests import AttestRequest
 
 STATEMENT_FILE = "attestation.json"
 CERTIFICATES = {

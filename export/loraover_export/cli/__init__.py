@@ -56,7 +56,7 @@ COMMANDS = {
         "loraover_export.formats.gguf.report:show_report",
     ),
     "attest": Reporting(
-        "loraover_export.attest.request:AttestRequest",
+        "loraover_export.requests:AttestRequest",
         "loraover_export.attest.run:attest_adapter",
         "loraover_export.attest.report:show_report",
     ),

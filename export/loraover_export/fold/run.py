@@ -18,7 +18,7 @@ from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError
 from loraover.common.provenance import environment, hardware, today
 from loraover.models.load import ModelSource
-from loraover.sources.push import push_checked
+from loraover.sources.hub import push_checked
 from loraover.sources.verb import verb
 from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.fold.check_outputs import check_outputs, compare_bases

@@ -19,7 +19,7 @@ from loraover.models.load import ModelSource, is_encoder_decoder, load_model, lo
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
-from loraover.sources.push import check_repository
+from loraover.sources.hub import check_repository
 from loraover.training.adapter import with_adapter
 from loraover.training.checks import (
     check_evaluated,

@@ -37,7 +37,7 @@ from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.sharding import trainable_state_dict, whole
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
-from loraover.sources.push import push
+from loraover.sources.hub import push
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.method import served_size
 from loraover.training.method_table import METHODS

@@ -32,7 +32,7 @@ from loraover.checkpoint.source import read_source
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
-from loraover.sources.push import push_checked
+from loraover.sources.hub import push_checked
 from loraover.sources.verb import verb
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
