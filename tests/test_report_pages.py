@@ -15,7 +15,7 @@ from loraover.reporting.palette import BAD, GOOD, GROUNDS, INKS, OPEN, PALETTE, 
 from loraover_export.check import report as check
 from loraover_export.prepare import report as fleet
 from loraover_serve.judge import limits
-from loraover_serve.parity.report.parity_report import EngineVerdict
+from loraover_serve.parity.report import EngineVerdict
 
 from support.chromium import chromium, looked_at
 from support.reports import REPORTS

@@ -39,10 +39,10 @@ from loraover_lab.study.forecast import PowerReport, TaskPower
 from loraover_lab.study.request import StudyRequest
 from loraover_lab.study.show import show_power
 from loraover_serve.judge.estimates import Interval
-from loraover_serve.parity.judge.several import Together
-from loraover_serve.parity.report.parity_report import ParityReport
-from loraover_serve.parity.report.tables import show_report as show_parity
+from loraover_serve.parity.answers import Together
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.request import ParityRequest
+from loraover_serve.parity.tables import show_report as show_parity
 from loraover_serve.verify.report import VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.show import show_report as show_verification

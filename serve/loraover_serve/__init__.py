@@ -15,17 +15,17 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.judge.results import GreedyAgreement as GreedyAgreement
     from loraover_serve.judge.results import LogprobDistance as LogprobDistance
     from loraover_serve.judge.results import Suspect as Suspect
-    from loraover_serve.parity.judge.analysis import Latency as Latency
-    from loraover_serve.parity.judge.analysis import Result as Result
-    from loraover_serve.parity.judge.analysis import Throughput as Throughput
-    from loraover_serve.parity.judge.outputs import Answer as Answer
-    from loraover_serve.parity.judge.outputs import Distance as Distance
-    from loraover_serve.parity.judge.outputs import Outputs as Outputs
-    from loraover_serve.parity.measure.cross_check import CrossCheck as CrossCheck
-    from loraover_serve.parity.measure.memory import PeakMemory as PeakMemory
-    from loraover_serve.parity.report.parity_report import ParityReport as ParityReport
+    from loraover_serve.parity.answers import Answer as Answer
+    from loraover_serve.parity.answers import Distance as Distance
+    from loraover_serve.parity.answers import Outputs as Outputs
+    from loraover_serve.parity.report import ParityReport as ParityReport
     from loraover_serve.parity.run import measure_parity as measure_parity
     from loraover_serve.parity.samples import Measurement as Measurement
+    from loraover_serve.parity.servers import CrossCheck as CrossCheck
+    from loraover_serve.parity.servers import PeakMemory as PeakMemory
+    from loraover_serve.parity.statistics import Latency as Latency
+    from loraover_serve.parity.statistics import Result as Result
+    from loraover_serve.parity.statistics import Throughput as Throughput
     from loraover_serve.record.check import verify_adapter as verify_adapter
     from loraover_serve.record.recorder import RecordReport as RecordReport
     from loraover_serve.record.recorder import record_adapter as record_adapter

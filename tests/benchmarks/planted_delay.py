@@ -16,10 +16,10 @@ import click
 from loraover.common.command_line import quiet_libraries
 from loraover.models.load import load_tokenizer, resolve_model
 from loraover_serve.engines.vllm import VllmEngine
-from loraover_serve.parity.judge.analysis import overall, results
-from loraover_serve.parity.measure.blocks import measure
-from loraover_serve.parity.measure.workload import make_requests
+from loraover_serve.parity.blocks import measure
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.statistics import overall, results
+from loraover_serve.parity.workload import make_requests
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
 
 from support.delaying_proxy import delaying

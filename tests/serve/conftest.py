@@ -12,7 +12,7 @@ from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.formats.onnx import genai
 from loraover_serve.engines.mlx import MlxEngine
-from loraover_serve.parity.judge import bootstrap
+from loraover_serve.parity import equivalence
 from loraover_serve.record.adapter_check.reference import Reference, read_reference
 
 from support.engine_forms import Running
@@ -110,7 +110,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> type[MlxEngine]:
 @pytest.fixture
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer resamples, which are enough for rates over thousands of bootstraps."""
-    monkeypatch.setattr(bootstrap, "RESAMPLES", 999)
+    monkeypatch.setattr(equivalence, "RESAMPLES", 999)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from loraover_export.formats.onnx import genai
 from loraover_serve import VerifyReport, measure_parity, verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.judge.names import OTHER_BASE
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
 from support.onnx_export import export

@@ -15,9 +15,18 @@ from statsmodels.stats.weightstats import ttost_paired
 
 from loraover.common.errors import ParityError
 from loraover.common.multiple_testing import holm
-from loraover_serve.parity.judge import bootstrap
-from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of, studentised
-from loraover_serve.parity.judge.equivalence import ALPHA, Comparison, blocks_needed, compare, decide, holm_levels
+from loraover_serve.parity import equivalence
+from loraover_serve.parity.equivalence import (
+    ALPHA,
+    Comparison,
+    blocks_needed,
+    compare,
+    decide,
+    holm_levels,
+    quantile_intervals,
+    quantile_of,
+    studentised,
+)
 from loraover_serve.parity.request import MIN_BLOCKS
 
 from support.speed import simulations
@@ -40,7 +49,7 @@ def resampled_p(found: Comparison, limit: float) -> float:
     beyond = max(
         np.sum(found.draws <= (mean - limit) / found.error), np.sum(found.draws >= (mean + limit) / found.error)
     )
-    return float((beyond + 1) / (bootstrap.RESAMPLES + 1))
+    return float((beyond + 1) / (equivalence.RESAMPLES + 1))
 
 
 def test_students_sleep_data_as_statsmodels_judges_them() -> None:
@@ -54,7 +63,7 @@ def test_the_bootstrap_of_students_data_is_that_of_one_resample_after_another() 
     d = STUDENT_2 - STUDENT_1
     draw = np.random.default_rng(0)
     expected = []
-    for _ in range(bootstrap.RESAMPLES):
+    for _ in range(equivalence.RESAMPLES):
         resample = d[draw.integers(10, size=10)]
         expected.append((resample.mean() - d.mean()) / stats.sem(resample))
     assert studentised(d) == pytest.approx(np.sort(expected), rel=1e-6)

@@ -27,13 +27,12 @@ from loraover_serve.cli import cli
 from loraover_serve.engines import torch as torch_engines
 from loraover_serve.engines.base import Timed
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.parity import collect
+from loraover_serve.parity import answers
 from loraover_serve.parity import run as parity_run
-from loraover_serve.parity.judge import outputs
-from loraover_serve.parity.measure.arms import make_vanilla
-from loraover_serve.parity.measure.memory import peak_of
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.arms import make_vanilla
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.servers import peak_of
 
 from support.clockwork import whole_report
 from support.devices import ALL_DEVICES
@@ -194,7 +193,7 @@ def test_what_was_measured_outlives_the_comparison_of_outputs(
     def fail(*arguments: object) -> None:
         raise failure
 
-    monkeypatch.setattr(outputs, "distance_of", fail)
+    monkeypatch.setattr(answers, "distance_of", fail)
     assert run(cli, words(made, "--num-prompts", "10", "--output", str(tmp_path / "out"))) == 2
     report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
     reason = "interrupted" if isinstance(failure, KeyboardInterrupt) else "PyTorch: RuntimeError: out of memory"
@@ -295,7 +294,7 @@ def test_answers_on_a_device_are_those_of_its_unfolded_model(device: str, comput
 
 
 def test_what_was_measured_outlives_a_comparison_without_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "compare_outputs", failing("the CPU"))
+    monkeypatch.setattr(parity_run, "compare_outputs", failing("the CPU"))
     report = measure_parity(made.path.with_name("folded"), device="cpu", engines=["torch"], num_prompts=10, **BRIEF)
     assert (report.verdict, report.runs[0].blocks) == ("failed", 5)
     assert "the comparison with PyTorch ran out of memory on cpu" in report.reason

@@ -16,13 +16,13 @@ from pydantic import BaseModel
 from loraover.common.errors import DataError
 from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Sample, TokenRequest
-from loraover_serve.parity.judge.analysis import latencies, log_ratios, overall, results, throughputs
-from loraover_serve.parity.judge.outputs import Distance, agrees, is_base, is_changed
-from loraover_serve.parity.measure.blocks import block_orders, measure
-from loraover_serve.parity.measure.memory import mean_interval
-from loraover_serve.parity.measure.workload import make_requests
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.answers import Distance, agrees, is_base, is_changed
+from loraover_serve.parity.blocks import block_orders, measure
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.servers import mean_interval
+from loraover_serve.parity.statistics import latencies, log_ratios, overall, results, throughputs
+from loraover_serve.parity.workload import make_requests
 
 from support.clockwork import ARMS, Clockwork
 from support.tiny_hub import tiny_tokenizer

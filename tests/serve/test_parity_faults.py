@@ -14,7 +14,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_serve.cli import cli
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.vllm import server as vllm_server
 
 from support.children import Child, Ended

@@ -17,15 +17,13 @@ from loraover_serve.engines.answers import BASE
 from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.engines.vllm import VllmEngine
-from loraover_serve.parity.judge.analysis import overall, results
-from loraover_serve.parity.judge.outputs import Reference, compare_outputs
-from loraover_serve.parity.judge.several import compare_together
-from loraover_serve.parity.measure import several
-from loraover_serve.parity.measure.arms import make_vanilla
-from loraover_serve.parity.measure.blocks import measure
-from loraover_serve.parity.measure.several import SeveralAdapters, adapter_of, answers_alone
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity import blocks
+from loraover_serve.parity.answers import Reference, compare_outputs, compare_together
+from loraover_serve.parity.arms import make_vanilla
+from loraover_serve.parity.blocks import SeveralAdapters, adapter_of, answers_alone, measure
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
+from loraover_serve.parity.statistics import overall, results
 
 from support.clockwork import ARMS, Clockwork
 from support.make_checkpoint import Made
@@ -71,7 +69,7 @@ def test_an_adapter_that_answers_for_another_in_turn_is_different(
     def always_the_first(adapters: Sequence[str], concurrency: int, arm: str, request: int) -> str:
         return adapters[0] if arm == SWITCHING else arm
 
-    monkeypatch.setattr(several, "adapter_of", always_the_first)
+    monkeypatch.setattr(blocks, "adapter_of", always_the_first)
     assert run(cli, words(made, "--also-adapter", str(more), "--num-prompts", "40", "--output", str(out))) == 1
     report = ParityReport.model_validate_json((out / "parity.json").read_text())
     assert "answers of adapter2 in the arm switching" in report.reason

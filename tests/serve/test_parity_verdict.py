@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from loraover_serve.engines.answers import BASE
-from loraover_serve.parity.judge.analysis import Result
-from loraover_serve.parity.judge.several import Together
-from loraover_serve.parity.report.page import to_page
-from loraover_serve.parity.report.parity_report import ParityReport, verdict_of
+from loraover_serve.parity.answers import Together
+from loraover_serve.parity.page import to_page
+from loraover_serve.parity.report import ParityReport, verdict_of
 from loraover_serve.parity.samples import CONTROL, FOLDED
+from loraover_serve.parity.statistics import Result
 
 from support.clockwork import whole_report
 

@@ -10,7 +10,7 @@ from loraover.common.command_line import run
 from loraover_export.formats.vllm.releases import known_architectures
 from loraover_serve.cli import cli
 from loraover_serve.engines.answers import BASE
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 
 from support.make_checkpoint import Made

@@ -11,14 +11,13 @@ import pytest
 from loraover.common.errors import EngineError
 from loraover_serve.engines.base import Timed
 from loraover_serve.engines.sample import Sample, TokenRequest
-from loraover_serve.parity.judge import bootstrap
-from loraover_serve.parity.judge.analysis import PRIMARY, latencies, overall, results, throughputs
-from loraover_serve.parity.judge.outputs import Answer, Distance, Outputs
-from loraover_serve.parity.measure.blocks import measure
-from loraover_serve.parity.measure.cross_check import CrossCheck
-from loraover_serve.parity.measure.memory import PeakMemory, mean_interval
-from loraover_serve.parity.report.parity_report import ParityReport
+from loraover_serve.parity import equivalence
+from loraover_serve.parity.answers import Answer, Distance, Outputs
+from loraover_serve.parity.blocks import measure
+from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
+from loraover_serve.parity.servers import CrossCheck, PeakMemory, mean_interval
+from loraover_serve.parity.statistics import PRIMARY, latencies, overall, results, throughputs
 
 ARMS = ("base", VANILLA, CONTROL, FOLDED)
 
@@ -59,7 +58,7 @@ def whole_report() -> ParityReport:
     Its bootstraps have a tenth of the usual resamples, which is enough for a report that is only shown.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "RESAMPLES", 499)
+        patch.setattr(equivalence, "RESAMPLES", 499)
         return _whole_report()
 
 

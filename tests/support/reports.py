@@ -29,7 +29,7 @@ from loraover_lab.study.report import StudyReport
 from loraover_lab.study.show import to_page as study_page
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Suspect
-from loraover_serve.parity.report.page import to_page as parity_page
+from loraover_serve.parity.page import to_page as parity_page
 from loraover_serve.verify.html import to_page as verify_page
 from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest

@@ -13,7 +13,7 @@ COMMANDS = {
     "parity": Reporting(
         "loraover_serve.parity.request:ParityRequest",
         "loraover_serve.parity.run:measure_parity",
-        "loraover_serve.parity.report.tables:show_report",
+        "loraover_serve.parity.tables:show_report",
         leaves_out=["runs"],
     ),
     "record": Reporting(

@@ -126,9 +126,6 @@ class ParityRequest(EngineRequest):
         if self.workload == "file" and self.prompt_tokens != PROMPT_TOKENS:
             yield f"{self.named('prompt_tokens')} is for prompts of the built-in text; leave it out."
         yield from super().faults()
-        yield from self._block_faults()
-
-    def _block_faults(self) -> Iterator[str]:
         for concurrency in self.max_concurrency:
             if self.blocks(concurrency) < MIN_BLOCKS:
                 enough = self.named("num_prompts", 2 * MIN_BLOCKS * self.waves * concurrency)

@@ -1,31 +1,47 @@
-"""Parity run, from its arguments to the report."""
+"""Parity run, from its arguments to the report; what was measured before a failure is kept."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from loraover.common.atomic_output import check_writable, publish_directory, publish_text
-from loraover.common.errors import OutputError, UnwrittenReportError
+from loraover.common.errors import EngineError, LoraOverError, OutputError, UnwrittenReportError
 from loraover.common.provenance import today
 from loraover.common.reporter import Reporter
 from loraover.models.device import choose_device
 from loraover.models.load import load_tokenizer
+from loraover.models.memory import memory_explained
 from loraover.sources.verb import verb
 from loraover_serve.engines import engine_class
-from loraover_serve.engines.base import Setting
+from loraover_serve.engines.answers import BASE
+from loraover_serve.engines.base import BatchingEngine, Setting, Timed, TimedEngine
 from loraover_serve.engines.installed import check_installed, machine, versions
-from loraover_serve.parity.collect import Collector, Measured
-from loraover_serve.parity.judge.analysis import Result, latencies, overall, results, throughputs
-from loraover_serve.parity.judge.equivalence import ALPHA
-from loraover_serve.parity.measure.arms import Arms, prepare_arms
-from loraover_serve.parity.measure.workload import make_requests
-from loraover_serve.parity.report.page import HTML_FILE, to_page
-from loraover_serve.parity.report.parity_report import REPORT_FILE, EngineVerdict, ParityReport
-from loraover_serve.parity.request import ParityRequest
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
+from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.torch import memory_needs
+from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.parity.answers import Outputs, Together, compare_outputs, compare_together
+from loraover_serve.parity.arms import Arms, prepare_arms, references
+from loraover_serve.parity.blocks import SeveralAdapters, adapter_of, answers_alone, measure
+from loraover_serve.parity.equivalence import ALPHA
+from loraover_serve.parity.page import HTML_FILE, to_page
+from loraover_serve.parity.report import REPORT_FILE, EngineVerdict, ParityReport
+from loraover_serve.parity.request import MIN_BLOCKS, ParityRequest
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.servers import CrossCheck, PeakMemory, cross_check, measure_memory
+from loraover_serve.parity.statistics import Result, latencies, overall, results, throughputs
+from loraover_serve.parity.workload import make_requests
+
+COMPARED_PROMPTS = 8
+MEMORY_WAVES = 4
+Alone = dict[tuple[str, int], Sample]
 
 
 @verb(ParityRequest)
@@ -107,21 +123,182 @@ def _measured_report(request: ParityRequest, logs: Path) -> ParityReport:
         return _report(request, arms, Collector(request, arms, requests, setting).collect())
 
 
-def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> None:
-    """Publish report, page and logs; if that fails, keep the report with the logs in `kept`."""
-    text = report.model_dump_json() + "\n"
-    try:
-        with publish_directory(output, outside=adapter) as draft:
-            (draft / REPORT_FILE).write_text(text, encoding="utf-8")
-            to_page(report).write(draft / HTML_FILE)
-            for log in kept.iterdir():
-                shutil.copyfile(log, draft / log.name)
-    except OutputError as error:
-        place = None
-        with suppress(OutputError):  # it may be impossible to write there as well
-            publish_text(kept / REPORT_FILE, text)
-            place = kept
-        raise UnwrittenReportError(str(error), report.model_copy(update={"kept": place})) from error
+@dataclass
+class Measured:
+    """The measurements so far, and why there are no more.
+
+    Args:
+        runs: Samples of every engine at every concurrency.
+        memory: Peak memory of vLLM servers.
+        cross_checks: Medians of `vllm bench serve` beside ours.
+        outputs: Comparisons of answers with PyTorch's.
+        together: Comparisons of several adapters' answers with those of each alone.
+        alone: Answers of each of several adapters alone, by engine and concurrency.
+        notes: Failures of measurements that the verdict does not depend on.
+        versions: Versions that servers report.
+        failure: Reason why the run ended early; None if it did not.
+    """
+
+    runs: list[Measurement] = field(default_factory=list)
+    memory: list[PeakMemory] = field(default_factory=list)
+    cross_checks: list[CrossCheck] = field(default_factory=list)
+    outputs: list[Outputs] = field(default_factory=list)
+    together: list[Together] = field(default_factory=list)
+    alone: dict[tuple[str, int], Alone] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None
+
+    @property
+    def testable(self) -> list[Measurement]:
+        """Runs with enough blocks for the statistical tests."""
+        return [run for run in self.runs if run.blocks >= MIN_BLOCKS]
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Record a failure or Ctrl-C if something was measured before it; otherwise raise it."""
+        try:
+            yield
+        except (LoraOverError, KeyboardInterrupt) as error:
+            if not self.runs:
+                raise
+            self.failure = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Record a failure as a note, and continue: the verdict does not depend on this measurement."""
+        try:
+            yield
+        except EngineError as error:
+            self.notes.append(f"no {what}: {error}")
+
+
+@dataclass(frozen=True)
+class Collector:
+    """The measurements of a run.
+
+    Args:
+        request: The arguments of the run.
+        arms: The adapters to compare.
+        requests: The requests that every arm answers.
+        setting: What engines are started with.
+    """
+
+    request: ParityRequest
+    arms: Arms
+    requests: Sequence[TokenRequest]
+    setting: Setting
+
+    def collect(self) -> Measured:
+        """Measure every engine at every concurrency, then compare its answers with PyTorch's.
+
+        Raises:
+            LoraOverError: An engine that failed before one block was complete.
+            KeyboardInterrupt: Ctrl-C before one block was complete.
+        """
+        measured = Measured()
+        with measured.keep():
+            for name in self.request.engines:
+                self._measure(name, measured)
+                if measured.failure is not None:
+                    return measured
+            self._compare(measured)
+        return measured
+
+    @property
+    def _several(self) -> tuple[str, ...]:
+        """Names of the adapters that take turns."""
+        return (FOLDED, *self.arms.also)
+
+    def _measure(self, name: str, measured: Measured) -> None:
+        """Measure an engine at every concurrency, and what only a server has."""
+        kind = engine_class(name)
+        assert issubclass(kind, TimedEngine)
+        with kind.start_arms(replace(self.setting, log=self.setting.log.with_name(f"{name}.log"))) as engines:
+            for engine in engines:
+                for concurrency in self.request.concurrencies(name):
+                    shared: Timed = engine
+                    if self.arms.also:
+                        together = engine.run_each if isinstance(engine, BatchingEngine) else None
+                        shared = SeveralAdapters(engine, self._several, concurrency, together)
+                    run = self._run(shared, concurrency)
+                    measured.runs.append(run)
+                    measured.failure = run.failure
+                    if run.failure is not None:
+                        return
+                    if self.arms.also:
+                        measured.alone[run.engine, concurrency] = self._alone(engine, run)
+                    if isinstance(engine, BatchingEngine):
+                        self._ask_server(name, engine, run, measured)
+        if issubclass(kind, BatchingEngine) and self.request.memory:
+            with measured.optional("memory"):
+                self._measure_memory(kind, self.setting.log.with_name(f"{name}-memory.log"), measured)
+
+    def _run(self, engine: Timed, concurrency: int) -> Measurement:
+        blocks = self.request.blocks(concurrency)
+        label = f"{engine.name}, concurrency {concurrency}, {len(engine.arms)} arms, blocks"
+        with self.request.report.task(label, blocks) as done:
+            count = itertools.count(1)
+            return measure(
+                engine,
+                self.requests,
+                concurrency=concurrency,
+                blocks=blocks,
+                seed=self.request.seed,
+                waves=self.request.waves,
+                on_block=lambda: done(next(count)),
+            )
+
+    def _alone(self, engine: Timed, run: Measurement) -> Alone:
+        """Answers of each adapter alone to the first waves in which every adapter has its turns."""
+        names = " and ".join(self._several)
+        self.request.report.line(f"{engine.name}, concurrency {run.concurrency}: {names}, each alone")
+        size = self.request.waves * run.concurrency
+        waves = size * math.ceil(COMPARED_PROMPTS / size)
+        indices = sorted({sample.request for sample in run.samples})[:waves]
+        return answers_alone(engine, self._several, self.requests, indices, run.concurrency)
+
+    def _ask_server(self, name: str, engine: BatchingEngine, run: Measurement, measured: Measured) -> None:
+        """Ask the server for its version and, if requested, run vLLM's benchmark."""
+        with measured.optional(f"version of {name}"):
+            if (version := engine.version()) is not None:
+                measured.versions[name] = version
+        if self.request.cross_check and isinstance(engine, VllmEngine):
+            self.request.report.line("vllm bench serve, on each arm")
+            with measured.optional("cross-check"):
+                tokenizer = load_tokenizer(self.arms.base)
+                for arm in (arm for arm in engine.arms if arm not in self.arms.also):
+                    measured.cross_checks += cross_check(run, arm, engine, self.requests, tokenizer, self.setting)
+
+    def _measure_memory(self, kind: type[BatchingEngine], log: Path, measured: Measured) -> None:
+        """Start servers for each arm alone, and send each a few waves of requests."""
+        servers = self.request.memory
+        for arm in (BASE, *(arm for arm in self.arms.adapters if arm not in self.arms.also)):
+            alone = {arm: self.arms.adapters[arm]} if arm != BASE else {}
+            mine = replace(self.setting, log=log, adapters=alone)
+            for concurrency in self.request.max_concurrency:
+                place = f"{arm}, concurrency {concurrency}"
+                self.request.report.line(f"peak memory of {place}: starting {servers} server(s)")
+                few = self.requests[: MEMORY_WAVES * concurrency]
+                found = measure_memory(kind, mine, arm, few, concurrency=concurrency, servers=servers)
+                measured.memory.append(found)
+
+    def _compare(self, measured: Measured) -> None:
+        """Compare the answers of each run with those of PyTorch."""
+        compute = {"device": self.setting.device, "compute_dtype": self.setting.compute_dtype}
+        needs = partial(memory_needs, self.setting)
+        with memory_explained("the comparison with PyTorch", needs=needs, **compute):
+            models, folded_name = references(self.arms, **compute)
+            runs = measured.testable
+            with self.request.report.task("comparing outputs with PyTorch, runs", len(runs)) as done:
+                for count, run in enumerate(runs, 1):
+                    found = compare_outputs(run, self.requests, models, folded_name, COMPARED_PROMPTS)
+                    measured.outputs.append(found)
+                    if alone := measured.alone.get((run.engine, run.concurrency)):
+                        mine = {name: models[name] for name in self._several}
+                        answered_by = partial(adapter_of, self._several, run.concurrency)
+                        measured.together += compare_together(run, self.requests, answered_by, alone, mine, found)
+                    done(count)
 
 
 def _verdict(measured: Measured, found: list[Result]) -> tuple[EngineVerdict, str]:
@@ -192,3 +369,20 @@ def _report(request: ParityRequest, arms: Arms, measured: Measured) -> ParityRep
         hardware=machine(),
         date=today(),
     )
+
+
+def _write(report: ParityReport, output: Path, adapter: Path, kept: Path) -> None:
+    """Publish report, page and logs; if that fails, keep the report with the logs in `kept`."""
+    text = report.model_dump_json() + "\n"
+    try:
+        with publish_directory(output, outside=adapter) as draft:
+            (draft / REPORT_FILE).write_text(text, encoding="utf-8")
+            to_page(report).write(draft / HTML_FILE)
+            for log in kept.iterdir():
+                shutil.copyfile(log, draft / log.name)
+    except OutputError as error:
+        place = None
+        with suppress(OutputError):  # it may be impossible to write there as well
+            publish_text(kept / REPORT_FILE, text)
+            place = kept
+        raise UnwrittenReportError(str(error), report.model_copy(update={"kept": place})) from error

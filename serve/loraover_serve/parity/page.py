@@ -13,9 +13,8 @@ from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curve
 from loraover.reporting.html_page import Origin, Page, make_page
 from loraover.reporting.svg import Axis, Figure
 from loraover_serve.engines.answers import BASE
-from loraover_serve.parity.judge.analysis import DESCRIBED, Result, Throughput
-from loraover_serve.parity.report import tables
-from loraover_serve.parity.report.parity_report import (
+from loraover_serve.parity import tables
+from loraover_serve.parity.report import (
     PER,
     UNBOUNDED,
     ParityReport,
@@ -24,8 +23,9 @@ from loraover_serve.parity.report.parity_report import (
     percent_text,
     verdict_of,
 )
-from loraover_serve.parity.report.tables import deciding_first
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.statistics import DESCRIBED, Result, Throughput
+from loraover_serve.parity.tables import deciding_first
 
 HTML_FILE = "parity.html"
 TEMPLATE = "parity.html.j2"

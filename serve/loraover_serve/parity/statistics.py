@@ -11,8 +11,7 @@ from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
 from loraover_serve.engines.sample import Sample
-from loraover_serve.parity.judge.bootstrap import quantile_intervals, quantile_of
-from loraover_serve.parity.judge.equivalence import Comparison, compare, decide
+from loraover_serve.parity.equivalence import Comparison, compare, decide, quantile_intervals, quantile_of
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 
 Measure = Callable[[Sample], float]
@@ -121,26 +120,24 @@ def results(runs: Sequence[Measurement], margin: float) -> list[Result]:
         if key[2] != FOLDED:
             found |= decide({key: comparison})
     waves = {(run.engine, run.concurrency): run.waves for run in runs}
-    return [_result(key, comparison, waves[key[:2]]) for key, comparison in found.items()]
-
-
-def _result(key: tuple[str, int, str, str], comparison: Comparison, waves: int) -> Result:
-    engine, concurrency, arm, measure = key
-    return Result(
-        engine=engine,
-        concurrency=concurrency,
-        arm=arm,
-        measure=measure,
-        ratio=comparison.ratio,
-        interval=comparison.interval(0.95),
-        adjusted_interval=comparison.interval(comparison.confidence),
-        blocks=comparison.blocks,
-        waves=waves,
-        equivalence_p=comparison.equivalence_p,
-        difference_p=comparison.difference_p,
-        needed_blocks=comparison.needed_blocks,
-        verdict=comparison.verdict,
-    )
+    return [
+        Result(
+            engine=engine,
+            concurrency=concurrency,
+            arm=arm,
+            measure=name,
+            ratio=comparison.ratio,
+            interval=comparison.interval(0.95),
+            adjusted_interval=comparison.interval(comparison.confidence),
+            blocks=comparison.blocks,
+            waves=waves[engine, concurrency],
+            equivalence_p=comparison.equivalence_p,
+            difference_p=comparison.difference_p,
+            needed_blocks=comparison.needed_blocks,
+            verdict=comparison.verdict,
+        )
+        for (engine, concurrency, arm, name), comparison in found.items()
+    ]
 
 
 def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different", "inconclusive"], str]:
@@ -214,20 +211,19 @@ def latencies(runs: Sequence[Measurement]) -> list[Latency]:
         for arm, samples in _by_arm(run).items():
             for name, values in DESCRIBED.items():
                 blocks = _by_block((sample.block, values(sample)) for sample in samples)
-                if any(blocks):
-                    described.append(_latency(run, arm, name, blocks))
+                if not any(blocks):
+                    continue
+                described.append(
+                    Latency(
+                        engine=run.engine,
+                        concurrency=run.concurrency,
+                        arm=arm,
+                        measure=name,
+                        quantiles=dict(zip(QUANTILE_NAMES, quantile_of(blocks, QUANTILES), strict=True)),
+                        intervals=dict(zip(QUANTILE_NAMES, quantile_intervals(blocks, QUANTILES), strict=True)),
+                    )
+                )
     return described
-
-
-def _latency(run: Measurement, arm: str, measure: str, blocks: Sequence[Sequence[float]]) -> Latency:
-    return Latency(
-        engine=run.engine,
-        concurrency=run.concurrency,
-        arm=arm,
-        measure=measure,
-        quantiles=dict(zip(QUANTILE_NAMES, quantile_of(blocks, QUANTILES), strict=True)),
-        intervals=dict(zip(QUANTILE_NAMES, quantile_intervals(blocks, QUANTILES), strict=True)),
-    )
 
 
 def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:

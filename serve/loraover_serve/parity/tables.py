@@ -14,14 +14,12 @@ from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import short
 from loraover.reporting.table import Column, Table, facts_table, percent
 from loraover_serve.engines.answers import BASE
-from loraover_serve.parity.judge.analysis import QUANTILE_NAMES, Latency, Result, Throughput
-from loraover_serve.parity.judge.outputs import Distance, Outputs
-from loraover_serve.parity.judge.several import Together
-from loraover_serve.parity.measure.cross_check import CrossCheck
-from loraover_serve.parity.measure.memory import PeakMemory
-from loraover_serve.parity.report.parity_report import PER, ParityReport, end_text
+from loraover_serve.parity.answers import Distance, Outputs, Together
+from loraover_serve.parity.report import PER, ParityReport, end_text
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA
+from loraover_serve.parity.servers import CrossCheck, PeakMemory
+from loraover_serve.parity.statistics import QUANTILE_NAMES, Latency, Result, Throughput
 
 GIB = 2**30
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,12 @@ def make_requests(
         DataError: A file that cannot be read or holds no prompt.
     """
     if file is not None:
-        prompts = _read_prompts(file, tokenizer)
+        prompts = [prompt for line in prompt_lines(file) if (prompt := tuple(tokenizer(line).input_ids))]
+        if not prompts:
+            raise DataError(f"{file}: the file has no prompt; expected one in each line.")
         return [TokenRequest(prompts[i % len(prompts)], new_tokens) for i in range(count)]
-    stream = _stream(tokenizer, count + 8 * prompt_tokens)
+    ids: list[int] = list(tokenizer(TEXT, add_special_tokens=False).input_ids)
+    stream = ids * ((count + 8 * prompt_tokens) // len(ids) + 2)
     draw = random.Random(seed)
     requests = []
     for i in range(count):
@@ -57,16 +59,3 @@ def make_requests(
             lengths[0] = min(lengths[0], 8 * prompt_tokens)
         requests.append(TokenRequest(tuple(stream[i : i + lengths[0]]), lengths[1]))
     return requests
-
-
-def _stream(tokenizer: Any, length: int) -> Sequence[int]:
-    ids: list[int] = list(tokenizer(TEXT, add_special_tokens=False).input_ids)
-    return ids * (length // len(ids) + 2)
-
-
-def _read_prompts(file: Path, tokenizer: Any) -> list[tuple[int, ...]]:
-    prompts = [tuple(tokenizer(line).input_ids) for line in prompt_lines(file)]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise DataError(f"{file}: the file has no prompt; expected one in each line.")
-    return prompts

@@ -13,12 +13,10 @@ from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import Verdict
 from loraover.reporting.palette import tone_of
 from loraover_serve.engines.answers import BASE
-from loraover_serve.parity.judge.analysis import Latency, Result, Throughput, requests_needed
-from loraover_serve.parity.judge.outputs import Distance, Outputs
-from loraover_serve.parity.judge.several import Together
-from loraover_serve.parity.measure.cross_check import CrossCheck
-from loraover_serve.parity.measure.memory import PeakMemory
+from loraover_serve.parity.answers import Distance, Outputs, Together
 from loraover_serve.parity.samples import CONTROL, FOLDED, Measurement
+from loraover_serve.parity.servers import CrossCheck, PeakMemory
+from loraover_serve.parity.statistics import Latency, Result, Throughput, requests_needed
 
 REPORT_FILE = "parity.json"
 EngineVerdict = Literal["equivalent", "different", "inconclusive", "failed"]

@@ -1,1 +1,0 @@
-"""Statistical tests of times and of answers."""

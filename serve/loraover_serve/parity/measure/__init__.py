@@ -1,1 +1,0 @@
-"""Measurement: arms, blocks, memory, and the engines that answer."""

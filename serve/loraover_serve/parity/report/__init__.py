@@ -1,1 +1,0 @@
-"""The report of a parity run: its file, its page and its tables."""
