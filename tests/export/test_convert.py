@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from loraover.adapters.convert.methods import METHODS, tokens
 from loraover.adapters.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
 from loraover.adapters.convert.methods.rotations import _compact
+from loraover.adapters.convert.run import VllmFit
 from loraover.adapters.logits.prompts import logits_of
-from loraover.adapters.uniform.rank_limits import VllmFit
 from loraover_export import convert_adapter
 
 from oracles import conversions as oracle

@@ -24,7 +24,7 @@ from loraover.adapters.logits.prompts import read_prompts, tokens_at_once
 from loraover.adapters.numerics.delta import Delta
 from loraover.adapters.numerics.low_rank import SingularValues, decompose, dense_svd, product_norm
 from loraover.adapters.uniform.certificate import LoraCertificate, OutputsOfConversion
-from loraover.adapters.uniform.rank_limits import VllmFit
+from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
 from loraover.adapters.uniform.write_lora import Approximation, Check, LoraOutput, Work, write_lora
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
@@ -38,6 +38,26 @@ from loraover.common.request import as_written
 from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_compute
 from loraover.sources.verb import verb
+
+
+class VllmFit(StrictModel):
+    """Whether vLLM takes adapters of a rank; no other engine names a largest rank."""
+
+    takes: bool = Field(description="Whether vLLM takes the rank")
+    max_lora_rank: int | None = Field(description="Value of --max-lora-rank to start vLLM with; None if none suffices")
+    largest: int = Field(default=MAX_LORA_RANKS[-1], description="Largest rank that vLLM takes")
+
+    @classmethod
+    def of(cls, rank: int) -> VllmFit:
+        """Return whether vLLM takes adapters of a rank."""
+        return cls(takes=max_lora_rank(rank) is not None, max_lora_rank=max_lora_rank(rank))
+
+    def in_words(self) -> str:
+        """Return which engines take the rank, and the rank that fits all of them."""
+        if self.takes:
+            return f"vLLM takes it with --max-lora-rank {self.max_lora_rank}; no other engine names a largest rank"
+        option = as_written("approximate_to_rank")
+        return f"only vLLM names a largest rank, {self.largest}, so {option} {self.largest} would fit it"
 
 
 class ConvertReport(StrictModel):
