@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # recipes are read without PEFT and transformers, which take 
     from peft import PeftModel
     from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-    from loraover.training.progress import TrainingProgress
+    from loraover.training.run.trainer import TrainingProgress
 
 ADAPTER = "default"  # PEFT's name of the only adapter
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from loraover.common.errors import ConfigError
+from loraover.common.provenance import environment, hardware, today
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.request import as_written
 from loraover.data.formats import PAIRS
@@ -17,17 +19,21 @@ from loraover.data.sources import count_hub_rows, is_hub_name
 from loraover.models.device import choose_device, total_memory
 from loraover.models.load import ModelSource, is_encoder_decoder, load_tokenizer, resolve_model
 from loraover.models.memory import ROOM
-from loraover.training.checks import check_names
-from loraover.training.launch.defaults import in_micro_batches
+from loraover.reporting.figures import Band, FigureRow, rows_figure
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
+from loraover.reporting.svg import Axis
+from loraover.reporting.table import facts_table
+from loraover.training.launch.defaults import Settled, in_micro_batches, settle
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.launch.memory import Gpus, Memory, estimate_memory
+from loraover.training.launch.settings import check_names, make_arguments
 from loraover.training.recipe import Recipe
-from loraover.training.rows.data import Examples
-from loraover.training.rows.lengths import SPLITS
+from loraover.training.rows.data import Examples, read_examples
+from loraover.training.rows.lengths import FEW, SPLITS
 from loraover.training.rows.template import with_template
+from loraover.training.run.folder import TRAINER_FOLDER
 from loraover.training.run_result import Lengths
-from loraover.training.settle import Settled, read_examples, settle
-from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
+from loraover.training.trainers import TRAINERS, trainer_name
 from loraover.training.trial import try_steps
 
 
@@ -139,7 +145,7 @@ def make_plan(
             recipe = recipe.changed("distributed", processes=planned.count)
     else:
         planned = None
-    make_arguments(recipe, name, Path(), starts=False)
+    make_arguments(recipe, name, Path(TRAINER_FOLDER), starts=False)
     tokenizer = _tokenizer(recipe, source)
     read = _read(recipe, name, source, tokenizer, report)
     settled = settle(recipe, name, source, tokenizer, read, report, planned)
@@ -319,3 +325,37 @@ def size_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"
+
+
+def to_page(plan: TrainingPlan, command: str) -> Page:
+    """Make the page of a plan; every text is escaped.
+
+    Args:
+        plan: The plan.
+        command: Command line that makes the page.
+    """
+    facts, lengths = plan.facts(with_bars=False) | {"estimate": ASSUMPTION}, plan.lengths
+    sentence = f"The run takes {plan.steps:,} steps of {plan.method}. Memory in all: {facts['in all']}."
+    if plan.fits is not None:
+        sentence += f" It {plan.verdict.partition(';')[0]}."
+    if lengths is not None:
+        sentence += f" max_length {lengths.max_length:,} cuts {lengths.cut:,} of {lengths.examples:,} examples."
+    is_open = plan.fits is False or (lengths is not None and lengths.cut_share > FEW)
+    figures = []
+    if lengths is not None:
+        bars = [
+            FigureRow(f"up to {edge:,} tokens", f"{count:,}", bands=[Band(0, count, "other")])
+            for edge, count in lengths.histogram.items()
+        ]
+        axis = Axis("examples", 0, max(lengths.histogram.values()))
+        figures = [rows_figure("lengths", "Number of examples by their length", bars, axis)]
+    return make_page(
+        files("loraover.training").joinpath("plan.html.j2").read_text(encoding="utf-8"),
+        title="Plan",
+        heading="What will the run need?",
+        verdict=Verdict("open" if is_open else "plain", "plan", sentence),
+        facts={"base model": plan.model},
+        origin=Origin(command, today(), hardware(), environment()),
+        figures=figures,
+        table=facts_table(list(facts.items())),
+    )

@@ -51,10 +51,10 @@ from loraover.overparam.sites import find_sites, write_matrices
 from loraover.sources.address import HubName, read_address
 from loraover.sources.fetch import fetch_adapter
 from loraover.training.recipe import Recipe
-from loraover.training.run.folder import START_FILE, START_TENSORS
 from loraover.training.run_result import StartedFrom, StartSource
 
 KEY = "lora.start_from"
+START_FILE, START_TENSORS = "start.json", "start.safetensors"
 
 
 def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:

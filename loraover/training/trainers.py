@@ -1,24 +1,14 @@
-"""Trainers that a recipe can name, and the check of its keys by the classes of TRL, transformers and PEFT."""
+"""Trainers of TRL and transformers that a recipe can name."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
-import typing
-from collections.abc import Mapping, Set
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from loraover.checkpoint.adapter_config import PATTERN_ERRORS
 from loraover.common.errors import ConfigError
-from loraover.common.reporter import SILENT, Reporter
-from loraover.training.launch.distribution import accumulation, check_processes, engine_options
-from loraover.training.recipe import Recipe, hint
-from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
-from loraover.training.run.folder import TRAINER_FOLDER
+from loraover.training.recipe import Recipe
 
 
 class TrainerKind(NamedTuple):
@@ -86,24 +76,6 @@ TRAINERS = {
 }
 """Trainers by the name that a recipe gives them."""
 
-RUN_SETS = {"output_dir", "do_train", "do_eval", "do_predict", "disable_tqdm", "use_cpu", "resume_from_checkpoint"}
-RUN_SETS |= {"deepspeed", "fsdp", "fsdp_config", "ddp_backend", "accelerator_config", "parallelism_config"}
-RUN_SETS |= {"model_init_kwargs", "save_strategy", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy"}
-RUN_SETS |= {"hub_always_push", "hub_revision"}
-RUN_SETS |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "eval_packing", "shuffle_dataset", "dataset_kwargs"}
-"""Settings of trainers that a run gives itself."""
-
-DONE_BEFORE = {"dataset_text_field", "chat_template_path"}
-"""Settings of how rows are read, which they are before TRL has them."""
-
-LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
-"""Settings of LoraConfig that a run gives itself."""
-
-
-MEANT = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
-MEANT |= {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "group_by_length": "train_sampling_strategy"}
-"""Keys by the names that other tools give them."""
-
 
 def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
     """Return the name of a recipe's trainer.
@@ -137,156 +109,3 @@ def find_reward(name: str) -> Any:
         raise ConfigError(
             f"reward_funcs: {name!r} is neither of trl.rewards ({known}) nor a function: {error}"
         ) from error
-
-
-def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = SILENT, *, starts: bool = True) -> Any:
-    """Make the settings of a recipe's trainer, as its class checks them.
-
-    Args:
-        recipe: The recipe.
-        name: Key of `TRAINERS`.
-        output: The run's folder.
-        report: Receiver of a line where GPUs stay idle.
-        starts: Whether these processes are to train it now, and not a plan of it to be made.
-
-    Raises:
-        ConfigError: The processes of a launcher cannot train the recipe, a reward is unknown, the class does not have a
-            key or refuses a value, or a tracker is unknown or not installed; every fault that it can name alone is
-            named.
-    """
-    import torch
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    check_processes(recipe, starts=starts)
-    for reward in recipe.reward_funcs:
-        find_reward(reward)
-    _, config = TRAINERS[name].load()
-    known = {field.name for field in dataclasses.fields(config)}
-    given = _checked(recipe.training, config, "training", RUN_SETS)
-    if recipe.training.optim == SOAP:
-        given = {key: value for key, value in given.items() if not key.startswith("optim")}
-    batch = given.pop("per_device_train_batch_size")
-    sizes = {} if batch == AUTO else {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
-    options = {
-        **sizes,
-        "logging_first_step": True,
-        "run_name": output.name,
-        **TRAINERS[name].options,
-        **{key: value for key, value in given.items() if key in known - DONE_BEFORE},
-        "bf16": bool(recipe.training.bf16),
-        "gradient_accumulation_steps": accumulation(recipe),
-        **engine_options(recipe),
-        "output_dir": str(output / TRAINER_FOLDER),
-        "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),
-    }
-    arguments = build(config, "training", options)
-    try:
-        for tracker in get_reporting_integration_callbacks(arguments.report_to):
-            tracker()
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"training.report_to: {error}") from error
-    _check_usable(arguments)
-    use_one_device(arguments, report)
-    return arguments
-
-
-def _check_usable(arguments: Any) -> None:
-    """Raise ConfigError for settings that their class takes, and the first step would not."""
-    from transformers.utils import is_liger_kernel_available
-
-    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
-        raise ConfigError(
-            "training.dataloader_persistent_workers is true, and there are no workers to keep; leave it out, or set "
-            "training.dataloader_num_workers."
-        )
-    if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise ConfigError("training.use_liger_kernel needs liger-kernel, which is missing: pip install liger-kernel.")
-
-
-def use_one_device(arguments: Any, report: Reporter) -> None:
-    """Keep the Trainer of one process on one of several GPUs: nn.DataParallel would change the size of a step."""
-    if (count := arguments.n_gpu) > 1:
-        arguments._n_gpu = 1
-        report.line(
-            f"{count} GPUs are here, and one process trains on the first. To use all, start the run with torchrun "
-            f"--nproc-per-node {count} -m loraover.cli train"
-        )
-
-
-def check_keys(recipe: Recipe) -> None:
-    """Check the keys of a recipe whose model is not known yet, so that its trainer may be either of the defaults.
-
-    Raises:
-        ConfigError: A key, or the type of a value, that no class takes.
-    """
-    faults = []
-    for name in (recipe.trainer,) if recipe.trainer else ("seq2seq", "sft"):
-        try:
-            _checked(recipe.training, TRAINERS[name].load()[1], "training", RUN_SETS)
-        except ConfigError as error:
-            faults = [error]
-        else:
-            faults = []
-            break
-    try:
-        lora_options(recipe)
-    except ConfigError as error:
-        faults.append(error)
-    if faults:
-        raise ConfigError("; ".join(map(str, faults))) from faults[0]
-
-
-def lora_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the options of PEFT's LoraConfig in a recipe, with their types checked.
-
-    Raises:
-        ConfigError: LoraConfig does not have a key, or not with such a value.
-    """
-    from peft import LoraConfig
-
-    options = _checked(recipe.lora, LoraConfig, "lora", LORA_SETS)
-    return {key: value for key, value in options.items() if key != "start_from"}
-
-
-def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:
-    """Make an object of another library's class of settings.
-
-    Args:
-        kind: The class.
-        part: Key of the recipe that holds its settings, for messages.
-        options: The settings.
-
-    Raises:
-        ConfigError: The class refuses them.
-    """
-    try:
-        return kind(**options)
-    except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, *PATTERN_ERRORS) as error:
-        raise ConfigError(f"{part}: {kind.__name__} refuses it: {error}") from error
-
-
-def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[str, Any]:
-    """Return the keys of a part that are not null, those that it does not declare in the types of a dataclass."""
-    types = typing.get_type_hints(kind)
-    known, values = {*types, *type(part).model_fields}, part.model_dump(exclude_none=True)
-    faults = []
-    for key, value in (part.model_extra or {}).items():
-        if key in reserved:
-            faults.append(f"{name}.{key}: a run sets this itself; leave it out")
-        elif key not in types:
-            faults.append(f"{name}.{key}: unknown key{hint(MEANT.get(key, key), known - reserved)}")
-        elif value is not None:
-            try:
-                values[key] = _as_type(types[key], value)
-            except ValidationError as error:
-                faults.append(f"{name}.{key}: {error.errors()[0]['msg']} (found {value!r:.80})")
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return values
-
-
-def _as_type(hint: Any, value: Any) -> Any:
-    """Convert a value as YAML has it, such as the text 1e-4, into the type of a field."""
-    config = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
-    return TypeAdapter(hint, config=config).validate_python(value)

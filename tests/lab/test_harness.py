@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
-from loraover.training.generation import greedy_answers
+from loraover.training.run.answers import greedy_answers
 from loraover_lab.evaluation import TASKS
 from loraover_lab.evaluation.base import Questions
 from loraover_lab.evaluation.harness import HarnessTask, number_matches

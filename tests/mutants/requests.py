@@ -52,8 +52,8 @@ REQUESTS = (
     # Recipes, data, plans and studies
     Mutant(
         "held-out-data-beside-word-problems-are-passed-over",
-        "(data.test == BUILT_IN or (is_built_in and data.test is None))",
-        "(data.test == BUILT_IN or is_built_in)",
+        "and not (is_built_in and data.test is None):",
+        "and not is_built_in:",
         Selection("test_training_rows.py", "beside_word_problems"),
     ),
     Mutant(
@@ -334,8 +334,8 @@ REQUESTS = (
     ),
     Mutant(
         "float32-is-for-the-faster-cpu",
-        "if device is None or prefers_bf16(device):",
-        "if device is None or not prefers_bf16(device):",
+        "elif prefers_bf16(device):",
+        "elif not prefers_bf16(device):",
         Selection("test_train.py", "default_where_it_is_faster"),
     ),
     Mutant(

@@ -11,7 +11,7 @@ import pytest
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from loraover.training.adapter import with_adapter
+from loraover.training.launch.settings import with_adapter
 from loraover.training.method_table import METHODS
 from loraover.training.recipe import load_recipe
 from loraover.training.run.trainer import MethodCallback

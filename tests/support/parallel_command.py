@@ -23,8 +23,8 @@ from accelerate import PartialState
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.training.progress import TrainingProgress
 from loraover.training.run import build
+from loraover.training.run.trainer import TrainingProgress
 
 from support.parallel_fsdp_trainer import allow_fsdp_on_cpus
 

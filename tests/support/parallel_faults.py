@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from loraover.training.progress import TrainingProgress
 from loraover.training.run import measure, train
+from loraover.training.run.trainer import TrainingProgress
 
 from support.parallel_command import STEPS, called, halves
 

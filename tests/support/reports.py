@@ -19,7 +19,7 @@ from loraover.inspection.show import to_page as inspect_page
 from loraover.reporting.html_page import Page
 from loraover.reporting.schedule_figures import schedule_figures
 from loraover.training.plan import TrainingPlan
-from loraover.training.plan_page import to_page as plan_page
+from loraover.training.plan import to_page as plan_page
 from loraover.training.run_result import Lengths
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 from loraover_export.fold.report import to_page as fold_page

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import loraover
-from loraover.training.progress import TrainingProgress
 from loraover.training.run.failure import FAILURE_FILE
+from loraover.training.run.trainer import TrainingProgress
 from loraover.training.run_result import read_run
 
 from support.children import Child

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.load import load_model, resolve_model
-from loraover.training.adapter import with_adapter
+from loraover.training.launch.settings import with_adapter
 from loraover.training.recipe import load_recipe
 from loraover.training.run_result import StartedFrom
 from loraover.training.start import start_from_adapter

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, PretrainedConfig
 
-from loraover.training.final_number import final_number
-from loraover.training.held_out import exact_match
+from loraover.training.run.answers import final_number
+from loraover.training.run.measure import exact_match
 
 from support.tiny_hub import BOS, tiny_tokenizer
 

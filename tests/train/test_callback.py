@@ -16,7 +16,7 @@ from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, 
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ConfigError
 from loraover.reporting.reporter import ConsoleReporter
-from loraover.training.progress import TrainingProgress
+from loraover.training.run.trainer import TrainingProgress
 
 from support.hf_trainer import DATA, arguments, assert_contracted, assert_holds, llama, trainer_of
 

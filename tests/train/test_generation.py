@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from loraover.common.errors import DataError, EngineError
-from loraover.training.generation import greedy_answers
+from loraover.training.run.answers import greedy_answers
 
 from support.tiny_experts import tiny_moe
 from support.tiny_hub import tiny_tokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraover.training.held_out import example_losses, token_loss
+from loraover.training.run.measure import example_losses, token_loss
 
 from support.tiny_models import tiny_llama, with_lora
 

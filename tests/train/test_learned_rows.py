@@ -8,8 +8,8 @@ import pytest
 
 from loraover.common.errors import DataError
 from loraover.data.formats import ALPACA, RowForm, read_row, unread
-from loraover.training.checks import row_form
 from loraover.training.recipe import load_recipe
+from loraover.training.rows.data import row_form
 from loraover.training.rows.template import takes_objects
 from loraover.training.trainers import TRAINERS
 

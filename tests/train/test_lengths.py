@@ -23,7 +23,7 @@ from loraover.training.launch.defaults import LEARNING_RATES, with_defaults
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.rows.lengths import Tokens, count_tokens, summarise
-from loraover.training.run.build import prepare
+from loraover.training.run.build import build
 from loraover.training.run_result import Lengths, read_run
 
 from support.lines import Lines
@@ -128,7 +128,7 @@ def test_preferences_that_trl_leaves_out_are_counted(
     base = bases["chat" if left_out else "llama"]
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", base, method="lora", data=data, **changes))
     (tmp_path / "out").mkdir()
-    prepared = prepare(recipe, tmp_path / "out", SILENT)
+    prepared = build(recipe, tmp_path / "out", SILENT)
     assert prepared.lengths is not None
     assert prepared.lengths.unlabelled_rows == left_out
     assert len(prepared.trainer.train_dataset) == 4

@@ -22,8 +22,8 @@ from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT
+from loraover.training.launch.distribution import convert_for_processes
 from loraover.training.run_result import read_run
-from loraover.training.universal import convert_for_processes
 
 from support.parallel_command import ALONE, HALTED, LAUNCH, PATIENCE_S, RUNS, STEPS
 from support.parallel_faults import FAULTS

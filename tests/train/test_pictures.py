@@ -17,10 +17,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import PAIRS, RowForm
 from loraover.data.sources import Rows, load_rows
-from loraover.training.held_out import example_losses, token_loss
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover.training.rows.lengths import ROOM, count_tokens
+from loraover.training.run.measure import example_losses, token_loss
 from loraover.training.run.train import train
 from loraover.training.run.trainer import to_dataset
 from loraover.training.run_result import read_run

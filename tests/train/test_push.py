@@ -22,9 +22,8 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource
-from loraover.training.push import moved_copy
+from loraover.training.push import moved_copy, proofs
 from loraover.training.run_result import read_run
-from loraover.training.trackers import proofs
 
 from support.hub_server import HubServer, hub_server
 from support.plain_adapter import write_adapter

@@ -82,7 +82,7 @@ def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path, monke
         held.append(is_locked(tmp_path / "out" / LOCK_FILE))
         raise ConfigError("enough")
 
-    monkeypatch.setattr("loraover.training.run.train.prepare", refuse)
+    monkeypatch.setattr("loraover.training.run.train.build", refuse)
     assert train(recipe, tmp_path / "out") == 2
     assert held == [True]
 

@@ -22,13 +22,13 @@ from loraover.common.reporter import SILENT
 from loraover.models.load import load_model, resolve_model
 from loraover.sources.address import HubName, address_text, read_address
 from loraover.sources.fetch import Fetched
-from loraover.training.adapter import with_adapter
+from loraover.training.launch.settings import with_adapter
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
-from loraover.training.run.folder import START_FILE, with_commits
+from loraover.training.run.folder import with_commits
 from loraover.training.run.folder import write_recipe as keep_recipe
 from loraover.training.run_result import read_run
-from loraover.training.start import pin_start
+from loraover.training.start import START_FILE, pin_start
 from loraover_lab.study.outcome import digest
 
 from support.conversions import BOTH, SOURCES, load_base, make_base, make_source, peft_deltas

@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 
 from loraover.checkpoint.files import REFERENCE_FILE
-from loraover.training.push import CERTIFICATE_FILE
-from loraover.training.trackers import attach
+from loraover.training.push import CERTIFICATE_FILE, attach
 
 from support.plain_adapter import make_adapter
 from support.trained_run import losses
@@ -64,7 +63,7 @@ def around(folder: Path) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize(("mode", "code"), [("offline", 0), ("online", 1)])
 def test_wandb_is_asked_for_a_login_where_it_uploads(mode: str, code: int, tmp_path: Path) -> None:
     python, variables = around(tmp_path)
-    call = [python, "-c", "from loraover.training.trackers import check_login; check_login(['wandb'])"]
+    call = [python, "-c", "from loraover.training.push import check_login; check_login(['wandb'])"]
     environment = variables | {"WANDB_MODE": mode, "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     ran = subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == code, ran.stderr

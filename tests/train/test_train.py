@@ -23,9 +23,9 @@ from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.models import device
 from loraover.models.load import load_config, resolve_model
-from loraover.training.checks import note_slow_precision
 from loraover.training.launch.defaults import with_defaults
 from loraover.training.recipe import load_recipe
+from loraover.training.run.build import note_slow_precision
 from loraover.training.run_result import read_run
 
 from support.lines import Lines

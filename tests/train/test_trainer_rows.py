@@ -16,10 +16,9 @@ import loraover.data.sources
 from loraover.common.errors import ConfigError, DataError
 from loraover.data.formats import RowForm, read_row
 from loraover.data.sources import Rows, read_raw
-from loraover.training.checks import check_rows, count_classes
 from loraover.training.plan import make_plan
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.rows.data import Examples, load_examples
+from loraover.training.rows.data import Examples, check_rows, count_classes, load_examples
 from loraover.training.run.trainer import to_dataset
 from loraover.training.trainers import TRAINERS
 

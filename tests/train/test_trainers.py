@@ -13,9 +13,10 @@ from trl.trainer import utils
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT
+from loraover.training.launch.settings import use_one_device
 from loraover.training.recipe import load_recipe
-from loraover.training.run.build import prepare
-from loraover.training.trainers import find_reward, use_one_device
+from loraover.training.run.build import build
+from loraover.training.trainers import find_reward
 
 from support.lines import Lines
 from support.tiny_hub import save_llama, write_recipe
@@ -28,7 +29,7 @@ def test_only_labelled_positions_are_projected_and_no_gradient_changes(
 ) -> None:
     recipe = load_recipe(str(write_recipe(tmp_path / "recipe.yaml", save_llama(tmp_path / "base"), method="lora")))
     (tmp_path / "run").mkdir()
-    trainer: Any = prepare(recipe, tmp_path / "run", SILENT).trainer
+    trainer: Any = build(recipe, tmp_path / "run", SILENT).trainer
     batch = next(iter(trainer.get_train_dataloader()))
     labelled = int((batch["labels"][:, 1:] != -100).sum())
     assert 0 < labelled < batch["labels"][:, 1:].numel()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraover.common.errors import DataError
 from loraover.data.word_problems import DISTINCT, NAMES, STORIES, THINGS, split_word_problems, word_problems
-from loraover.training.final_number import final_number
+from loraover.training.run.answers import final_number
 
 from support.speed import examples
 

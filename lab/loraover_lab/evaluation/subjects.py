@@ -56,7 +56,7 @@ class InMemory(Answerer):
     def answers(
         self, prompts: Sequence[str | Chat], *, max_new_tokens: int, report: Reporter, stop: Sequence[str] = ()
     ) -> list[str]:
-        from loraover.training.generation import greedy_answers
+        from loraover.training.run.answers import greedy_answers
 
         with report.task("answers", len(prompts)) as advance:
             return greedy_answers(

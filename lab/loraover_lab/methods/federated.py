@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import Trainer, TrainingArguments
 
-    from loraover.training.progress import TrainingProgress
+    from loraover.training.run.trainer import TrainingProgress
 
 
 @dataclass

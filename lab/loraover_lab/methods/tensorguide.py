@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from transformers import Trainer
 
-    from loraover.training.progress import TrainingProgress
+    from loraover.training.run.trainer import TrainingProgress
 
 TRAINS_FILE = "tensorguide.safetensors"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from loraover.common.errors import ConfigError
 from loraover.models.load import load_skeleton, resolve_model
+from loraover.training.launch.settings import check_keys
 from loraover.training.method_table import METHODS
 from loraover.training.recipe import LEARNS_TOKENS, Recipe, load_recipe, parse_override
-from loraover.training.trainers import check_keys
 from loraover_lab.study.request import StudyRequest, StudyTask, split_outside_brackets, study_tasks
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
@@ -196,7 +196,7 @@ def matched_rank(recipe: Recipe) -> int:
         )
     from loraover.overparam.schedule import Schedule
     from loraover.overparam.sites import find_sites
-    from loraover.training.adapter import with_adapter
+    from loraover.training.launch.settings import with_adapter
 
     source = resolve_model(recipe.model, recipe.model_revision)
     base = load_skeleton(source)

@@ -30,10 +30,9 @@ from loraover.common.strict_json import StrictModel, read_json_lines
 from loraover.data.formats import later_turn
 from loraover.data.sources import BUILT_IN
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.row_digests import read_digests
 from loraover.training.rows.data import load_held_out
 from loraover.training.run.failure import FAILURE_FILE, read_failure
-from loraover.training.run.folder import HELD_OUT_FILE, RECIPE_FILE
+from loraover.training.run.folder import HELD_OUT_FILE, RECIPE_FILE, read_digests
 from loraover.training.run.log import METRICS_FILE
 from loraover.training.run_result import RUN_FILE, StartedFrom, read_run
 from loraover_lab.study.grid import FEWEST_EXAMPLES, Run

@@ -1,23 +1,26 @@
-"""Values that a recipe leaves to its method, its data and this machine, each said with its reason."""
+"""Values that a recipe leaves to its method, its rows and this machine; a run and its plan settle them alike."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import Reporter
+from loraover.data.sources import BadRows
 from loraover.models.device import choose_device, prefers_bf16, total_memory
-from loraover.models.load import ModelSource
+from loraover.models.load import ModelSource, load_config, load_processor
 from loraover.models.memory import ROOM
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.launch.memory import Gpus, estimate_memory
 from loraover.training.method import TrainingMethod
-from loraover.training.method_table import METHODS
+from loraover.training.method_table import METHODS, make_method
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import AUTO, BATCH
-from loraover.training.rows.lengths import Tokens, is_left_out
+from loraover.training.rows.data import Examples, check_rows, report_skipped
+from loraover.training.rows.lengths import Tokens, check_fit, count_tokens, is_left_out
+from loraover.training.rows.template import with_template
+from loraover.training.run_result import Lengths
 
 LEARNING_RATES = {"lora": 3e-3, "lora-over": 3e-3, "lora+": 1.5e-3, "full": 1e-4}
 LEARNING_RATES |= {name: method.learning_rate for name, method in METHODS.items()}
@@ -31,6 +34,106 @@ STUDIED_WIDTH = 576
 
 WARMUP = 0.03
 """Share of the steps in which the learning rate rises."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe without open values, and what it trains on.
+
+    Args:
+        recipe: The recipe, with values in place of those that it left to this machine and its data.
+        trainer_name: Key of `TRAINERS`.
+        source: The base model.
+        examples: Its rows, without those that are skipped; None if a plan does not read them.
+        tokenizer: Its tokenizer; None if a plan finds none.
+        processor: What reads the images of its rows; None for rows without any.
+        tokens: Lengths of the training rows; empty if a plan cannot count them.
+        lengths: What is cut of them; None if none can be cut, or they are not counted.
+        method: The recipe's method.
+    """
+
+    recipe: Recipe
+    trainer_name: str
+    source: ModelSource
+    examples: Examples | None
+    tokenizer: Any
+    processor: Any | None
+    tokens: list[Tokens]
+    lengths: Lengths | None
+    method: TrainingMethod
+
+    @property
+    def reads(self) -> Any:
+        """Reader that turns rows into tokens: the processor if any row holds images, else the tokenizer."""
+        return self.tokenizer if self.processor is None else self.processor
+
+
+def settle(
+    recipe: Recipe,
+    name: str,
+    source: ModelSource,
+    tokenizer: Any,
+    examples: Examples | None,
+    report: Reporter,
+    gpus: Gpus | None = None,
+) -> Settled:
+    """Check the rows of a recipe, and give the values that it leaves to them, to its method and to this machine.
+
+    Args:
+        recipe: The recipe.
+        name: Key of `TRAINERS`.
+        source: The base model.
+        tokenizer: Its tokenizer; None if a plan finds none.
+        examples: Its rows; None if a plan does not read them.
+        report: Receiver of the values with their reasons, and of what is cut.
+        gpus: GPUs that a plan is for; None: this machine.
+
+    Raises:
+        ConfigError: The recipe does not fit its model or this machine.
+        DataError: Rows that cannot be learned, or none that keeps anything to learn from.
+    """
+    processor, counted = None, list[list[Tokens]]()
+    if examples is not None and tokenizer is not None:
+        if examples.have_pictures:
+            processor = with_template(recipe, load_processor(source))
+            tokenizer = with_template(recipe, processor.tokenizer)
+        check_rows(recipe, name, tokenizer, examples)
+        answers_only = recipe.training.assistant_only_loss
+        bad = [BadRows() for _ in examples.parts]
+        counted = [
+            count_tokens(part, name, tokenizer, answers_only=answers_only, processor=processor, bad=one)
+            for part, one in zip(examples.parts, bad, strict=True)
+        ]
+        if any(one.examples for one in bad):
+            examples, counted = _without(recipe, examples, counted, bad, report)
+    lasting = [one for part in (counted[:1] if processor is None else counted) for one in part]
+    config = load_config(source)
+    recipe = with_batch(with_defaults(recipe, config, lasting, report, gpus), source, report, gpus)
+    method, lengths = make_method(recipe, is_seq2seq=bool(config.is_encoder_decoder)), None
+    if examples is not None and counted:
+        method.check_rows(examples.train.rows)
+        lengths = check_fit(recipe, name, examples, counted, report)
+    tokens = counted[0] if counted else []
+    return Settled(recipe, name, source, examples, tokenizer, processor, tokens, lengths, method)
+
+
+def _without(
+    recipe: Recipe, examples: Examples, counted: list[list[Tokens]], bad: list[BadRows], report: Reporter
+) -> tuple[Examples, list[list[Tokens]]]:
+    """Leave out the rows that a chat template refuses, with their lengths, or raise DataError with their faults."""
+    faults = list[str]()
+    for part, one in zip(examples.parts, bad, strict=True):
+        if not recipe.data.skip_bad_rows or len(one.examples) == len(part.rows):
+            try:
+                one.refuse(part.origin)
+            except DataError as error:
+                faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    for one in bad:
+        report_skipped(one.rows, report)
+    kept = [[t for i, t in enumerate(part) if i not in one.examples] for part, one in zip(counted, bad, strict=True)]
+    return examples.without(bad), kept
 
 
 def with_defaults(
@@ -48,15 +151,18 @@ def with_defaults(
     training, values = recipe.training, dict[str, Any]()
     text = config.get_text_config()
     if training.bf16 is None:
-        device = choose_device()
-        why_not = _against_bf16(recipe, None if gpus else device)
-        values["bf16"] = why_not is None
-        why = why_not or (
-            "the GPUs of a plan are taken to have it"
-            if gpus
-            else f"this machine's {device.type} is faster in it than in float32"
-        )
-        report.line(f"training.bf16: {str(why_not is None).lower()}, since {why}")
+        device, values["bf16"] = choose_device(), False
+        if training.fp16:
+            why = "training.fp16 is true"
+        elif METHODS.get(recipe.method, TrainingMethod).needs_fp32:
+            why = f"method {recipe.method} computes in float32"
+        elif gpus:
+            values["bf16"], why = True, "the GPUs of a plan are taken to have it"
+        elif prefers_bf16(device):
+            values["bf16"], why = True, f"this machine's {device.type} is faster in it than in float32"
+        else:
+            why = f"this machine's {device.type} is not known to be faster in it"
+        report.line(f"training.bf16: {str(values['bf16']).lower()}, since {why}")
     if training.learning_rate is None:
         key = "lora+" if training.loraplus_lr_ratio is not None else recipe.method
         studied = LEARNING_RATES[key]
@@ -141,19 +247,3 @@ def in_micro_batches(recipe: Recipe, batch: int, in_a_step: int, checkpointing: 
         "gradient_checkpointing": checkpointing,
     }
     return recipe.changed("training", **values)
-
-
-def _against_bf16(recipe: Recipe, device: torch.device | None) -> str | None:
-    """Return why a run that leaves it open computes in float32; None if it computes in bfloat16.
-
-    Args:
-        recipe: The recipe.
-        device: Device of the run; None: a GPU that is not here.
-    """
-    if recipe.training.fp16:
-        return "training.fp16 is true"
-    if METHODS.get(recipe.method, TrainingMethod).needs_fp32:
-        return f"method {recipe.method} computes in float32"
-    if device is None or prefers_bf16(device):
-        return None
-    return f"this machine's {device.type} is not known to be faster in it"

@@ -19,9 +19,8 @@ from loraover.common.strict_json import StrictModel
 from loraover.models.load import ModelSource, load_skeleton
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
-from loraover.training.adapter import with_adapter
-from loraover.training.checks import weights_dtype
 from loraover.training.launch.distribution import CUTS_WEIGHTS
+from loraover.training.launch.settings import weights_dtype, with_adapter
 from loraover.training.method_table import make_method
 from loraover.training.recipe import Recipe
 from loraover.training.trainers import TRAINERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -9,13 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraover.common.errors import DataError
+from loraover.common.errors import ConfigError, DataError
+from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
-from loraover.data.formats import PASSED, Row, RowForm, read_row
+from loraover.data.formats import PAIRS, PASSED, TEXTS, RowForm, read_row
 from loraover.data.pictures import as_json
 from loraover.data.sources import BUILT_IN, BadRows, Counted, Rows, is_hub_name, load_rows, together
 from loraover.data.word_problems import split_word_problems
+from loraover.models.load import ModelSource, takes_images
 from loraover.training.recipe import Recipe
+from loraover.training.rows.template import learned, takes_objects
 from loraover.training.trainers import TRAINERS
 
 HELD_OUT = 20  # one row of so many is held out of data without another split
@@ -69,6 +73,50 @@ class Examples:
         return any("images" in row for part in self.parts for row in part.rows)
 
 
+def read_examples(
+    recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter, *, measures: bool = True
+) -> Examples:
+    """Load the rows that a recipe trains and measures on, and report what is not learned of them.
+
+    Args:
+        recipe: The recipe.
+        name: Key of `TRAINERS`.
+        source: The base model.
+        tokenizer: Its tokenizer; None if there is none, so that no chat messages are written.
+        report: Receiver of the lines.
+        measures: Whether held-out rows are read.
+
+    Raises:
+        DataError: See `load_examples`.
+    """
+    form = RowForm(TRAINERS[name].columns, text=recipe.training.text_column)
+    if tokenizer is not None:
+        form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
+    measures = measures and name != "grpo"  # whose loss says nothing; its log has rewards
+    with launched().first_then_others():
+        examples = load_examples(recipe if measures else recipe.changed("evaluation", examples=0), form)
+    train, test = examples.train, examples.test
+    report.line(f"training data: {train.origin}, {len(train.rows)} examples")
+    if (left := train.filtered).count:
+        report.line(f"{left.count} rows are left out, since data.keep does not let them through ({left.rows})")
+    report_skipped(examples.skipped, report)
+    for column, found in train.unread.items():
+        report.line(f"column {column!r} is not learned; {found.count} rows have it ({found.rows})")
+    if measures and recipe.evaluation.examples and test is None:
+        report.line(f"nothing is held out of fewer than {HELD_OUT} rows; name held-out data in data.test")
+    if examples.divided:
+        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
+    if examples.shared and test is not None:
+        report.line(f"{examples.shared} of {len(test.rows)} held-out examples are also trained on")
+    return examples
+
+
+def report_skipped(skipped: Counted, report: Reporter) -> None:
+    """Report rows that are left out, if there are any."""
+    if skipped.count:
+        report.line(f"warning: {skipped.count} rows are skipped, since they cannot be learned ({skipped.rows})")
+
+
 def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     """Load training rows, and held-out rows if the recipe measures something.
 
@@ -79,11 +127,51 @@ def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     Raises:
         DataError: See `load_rows`; or held-out data are missing, or are all trained on.
     """
-    found = _load(recipe, form)
-    if found.test is None:
-        return found
-    held_out = [as_json(row) for row in found.test.rows]
-    trained = set(held_out).intersection(map(as_json, found.train.rows))
+    data, faults = recipe.data, list[str]()
+    wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
+    is_divided, is_built_in = bool(wanted) and _is_divided(recipe), data.train == BUILT_IN
+    if loose := [name for name in data.sources[1:] and data.sources if is_hub_name(name) and "@" not in name]:
+        raise DataError(f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT.")
+
+    def read(source: str, split: str, revision: str | None, limit: int | None) -> Rows:
+        chosen: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
+        chosen |= {"streaming": data.streaming, "skip_bad_rows": data.skip_bad_rows}
+        try:
+            return load_rows(source, split=split, revision=revision, limit=limit, **chosen)
+        except DataError as error:
+            faults.append(str(error))
+            return Rows([], source)
+
+    # Rows are counted after some are held out, and the shares of sources without weights are those of all rows.
+    is_counted_later = not data.streaming and (len(data.sources) > 1 or is_divided)
+    limit = None if is_counted_later else recipe.most_rows
+    parts = [] if is_built_in else [read(name, data.train_split, data.revision, limit) for name in data.sources]
+    test = None
+    if wanted and not is_divided and data.test != BUILT_IN and not (is_built_in and data.test is None):
+        pinned = parts[0].revision if len(parts) == 1 else None
+        of_train = data.test in (None, data.train)
+        revision = pinned if of_train else data.revision if pinned is None else None
+        test = read(data.test or data.sources[0], data.test_split, revision, wanted)
+    if faults:
+        raise DataError("\n".join(faults))
+    if BUILT_IN in (data.train, data.test):
+        made, asked = _word_problems(recipe, form, wanted)
+        parts, test = [made] if is_built_in else parts, asked if wanted and test is None else test
+    if is_divided:
+        parts, test = _divided(parts, wanted)
+        test = None if test is None else replace(test, skipped=Counted())  # counted among those of the source
+    train = _mixed(parts, recipe)
+    if not is_built_in:
+        train = _only(train, range(len(train.rows))[: recipe.most_rows])
+    return Examples(train, test, _shared(train, test), len(test.rows) if is_divided and test is not None else 0)
+
+
+def _shared(train: Rows, test: Rows | None) -> int:
+    """Count held-out rows that are also training rows; raise DataError if all are."""
+    if test is None:
+        return 0
+    held_out = [as_json(row) for row in test.rows]
+    trained = set(held_out).intersection(map(as_json, train.rows))
     shared = sum(content in trained for content in held_out)
     if shared == len(held_out):
         raise DataError(
@@ -91,7 +179,7 @@ def load_examples(recipe: Recipe, form: RowForm) -> Examples:
             "data in data.test, or other splits in data.train_split and data.test_split, or set evaluation.examples "
             "to 0."
         )
-    return replace(found, shared=shared)
+    return shared
 
 
 def load_held_out(recipe: Recipe) -> Rows | None:
@@ -108,51 +196,6 @@ def _is_divided(recipe: Recipe) -> bool:
     data = recipe.data
     is_built_in = data.train == BUILT_IN
     return data.test is None and not is_built_in and (len(data.sources) > 1 or Path(data.sources[0]).is_file())
-
-
-def _load(recipe: Recipe, form: RowForm) -> Examples:
-    data, faults = recipe.data, list[str]()
-    wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
-
-    def read(source: str, split: str, revision: str | None, limit: int | None) -> Rows:
-        chosen: dict[str, Any] = {"subset": data.subset, "format": data.format, "form": form, "keep": data.keep}
-        chosen |= {"streaming": data.streaming, "skip_bad_rows": data.skip_bad_rows}
-        try:
-            return load_rows(source, split=split, revision=revision, limit=limit, **chosen)
-        except DataError as error:
-            faults.append(str(error))
-            return Rows([], source)
-
-    is_divided, is_built_in = bool(wanted) and _is_divided(recipe), data.train == BUILT_IN
-    made, held_out = list[Row](), list[Row]()
-    if BUILT_IN in (data.train, data.test):
-        count = data.train_examples or WORD_PROBLEMS if is_built_in else 0
-        made, held_out = split_word_problems(count, wanted, recipe.training.seed)
-    if loose := [name for name in data.sources[1:] and data.sources if is_hub_name(name) and "@" not in name]:
-        raise DataError(f"data.train: {loose[0]} is one of several sources; name its commit, as in owner/data@COMMIT.")
-    # Rows are counted after some are held out, and the shares of sources without weights are those of all rows.
-    is_counted_later = not data.streaming and (len(data.sources) > 1 or is_divided)
-    limit = None if is_counted_later else recipe.most_rows
-    parts = [] if is_built_in else [read(name, data.train_split, data.revision, limit) for name in data.sources]
-    test = None
-    if wanted and (data.test == BUILT_IN or (is_built_in and data.test is None)):
-        test = _built_in(held_out, form, recipe)
-    elif wanted and not is_divided:
-        pinned = None if len(parts) != 1 else parts[0].revision
-        revision = data.revision if pinned is None else None
-        if data.test in (None, data.train):
-            revision = pinned
-        test = read(data.test or data.sources[0], data.test_split, revision, wanted)
-    if faults:
-        raise DataError("\n".join(faults))
-    if is_built_in:
-        return Examples(_built_in(made, form, recipe), test)
-    if is_divided:
-        parts, test = _divided(parts, wanted)
-        test = None if test is None else replace(test, skipped=Counted())  # counted among those of the source
-    train = _mixed(parts, recipe)
-    train = _only(train, range(len(train.rows))[: recipe.most_rows])
-    return Examples(train, test, divided=len(test.rows) if is_divided and test is not None else 0)
 
 
 def _divided(parts: Sequence[Rows], most: int) -> tuple[list[Rows], Rows | None]:
@@ -204,9 +247,16 @@ def _joined(parts: Sequence[Rows], places: Sequence[tuple[int, int]]) -> Rows:
     )
 
 
-def _built_in(rows: Sequence[Row], form: RowForm, recipe: Recipe) -> Rows:
-    origin = f"built-in word problems, seed {recipe.training.seed}"
-    return Rows([one for row in rows for one in read_row(row, PASSED, form, BUILT_IN)], origin)
+def _word_problems(recipe: Recipe, form: RowForm, wanted: int) -> tuple[Rows, Rows]:
+    """Make built-in training rows, if the recipe trains on them, and so many held-out rows."""
+    seed, is_trained = recipe.training.seed, recipe.data.train == BUILT_IN
+    count = recipe.data.train_examples or WORD_PROBLEMS if is_trained else 0
+    origin = f"built-in word problems, seed {seed}"
+    made, held_out = (
+        Rows([one for row in part for one in read_row(row, PASSED, form, BUILT_IN)], origin)
+        for part in split_word_problems(count, wanted, seed)
+    )
+    return made, held_out
 
 
 def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
@@ -242,29 +292,97 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
     return _joined(parts, [*zip(mixed["part"], mixed["row"], strict=True)])
 
 
-def report_rows(examples: Examples, report: Reporter, *, measures: bool) -> None:
-    """Report what is trained and held out, and which rows and columns are not.
+def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -> RowForm:
+    """Return the form of rows that a recipe's trainer takes.
 
-    Args:
-        examples: The rows.
-        report: Receiver of the lines.
-        measures: Whether the run measures anything on held-out rows.
+    Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
+    what it counts; else each turn of the assistant is one example.
+
+    Raises:
+        ConfigError: Chat messages are asked for, and the tokenizer has no chat template.
     """
-    report.line(f"training data: {examples.train.origin}, {len(examples.train.rows)} examples")
-    if (left := examples.train.filtered).count:
-        report.line(f"{left.count} rows are left out, since data.keep does not let them through ({left.rows})")
-    report_skipped(examples.skipped, report)
-    for name, found in examples.train.unread.items():
-        report.line(f"column {name!r} is not learned; {found.count} rows have it ({found.rows})")
-    if measures and examples.test is None:
-        report.line(f"nothing is held out of fewer than {HELD_OUT} rows; name held-out data in data.test")
-    if examples.divided:
-        report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
-    if examples.shared and examples.test is not None:
-        report.line(f"{examples.shared} of {len(examples.test.rows)} held-out examples are also trained on")
+    has_template = tokenizer.chat_template is not None
+    if recipe.data.chat and not has_template:
+        raise ConfigError(f"data.chat is true, but the tokenizer of {recipe.model} has no chat template.")
+    kind = TRAINERS[name]
+    chat = has_template and kind.library == "trl" if recipe.data.chat is None else recipe.data.chat
+    answers_only = recipe.training.assistant_only_loss
+    pictures = takes_images and name == "sft"
+    return RowForm(
+        kind.columns,
+        chat=chat,
+        turns=answers_only is None,
+        whole=answers_only is True,
+        keeps_all=name == "grpo",
+        pictures=pictures,
+        text=recipe.training.text_column,
+        text_calls=not takes_objects(tokenizer),
+    )
 
 
-def report_skipped(skipped: Counted, report: Reporter) -> None:
-    """Report rows that are left out, if there are any."""
-    if skipped.count:
-        report.line(f"warning: {skipped.count} rows are skipped, since they cannot be learned ({skipped.rows})")
+def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) -> None:
+    """Check that a recipe's trainer can learn the chat messages, margins and images among its rows.
+
+    Raises:
+        ConfigError: Answers are to be generated, and rows hold images, tools or no prompt and completion.
+        DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; a margin
+            that is no number, or that only some rows have; or rows with images and tools, which TRL leaves out.
+    """
+    for part in examples.parts:
+        _check_chat(recipe, name, tokenizer, part)
+        margins = [row.get("margin") for row in part.rows]
+        fault = next((i for i, margin in enumerate(margins) if not _is_finite(margin)), None)
+        if fault is not None and any(margin is not None for margin in margins):
+            raise DataError(
+                f"{part.place(fault)}: the margin is {margins[fault]!r}, expected a number in every row, or in none."
+            )
+    if examples.test is not None and recipe.evaluation.exact_match:
+        for i, row in enumerate(examples.test.rows):
+            others = sorted({"images", "tools", "chat_template_kwargs"} & row.keys())
+            if others or not (row.keys() >= {"prompt", "completion"} or "messages" in row):
+                what = f"has {others[0]}" if others else f"has {sorted(row)} and no prompt with a completion"
+                raise ConfigError(
+                    f"evaluation.exact_match generates answers to prompts, and {examples.test.place(i)} {what}. Set "
+                    "it to false."
+                )
+    for part in examples.parts if examples.have_pictures else ():
+        for i, row in enumerate(part.rows):
+            if found := sorted({"tools", "chat_template_kwargs"} & row.keys()):
+                raise DataError(
+                    f"{part.place(i)} has {found[0]}, and TRL leaves this column out where rows hold images; train "
+                    "such rows apart."
+                )
+
+
+def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
+    part = learned(part, name)
+    columns = [TEXTS & row.keys() for row in part.rows]
+    if other := next((i for i, found in enumerate(columns) if found != columns[0]), 0):
+        pair = " (each turn of messages is a prompt and a completion)" if PAIRS[0] in columns else ""
+        raise DataError(
+            f"{part.place(other)} is learned as {sorted(columns[other])}, and row {part.number(0)} as "
+            f"{sorted(columns[0])}{pair}; write all rows in one form."
+        )
+    is_text = [all(isinstance(row[column], str) for column in columns[0]) for row in part.rows]
+    if all(is_text):
+        return
+    where = f"{part.place(is_text.index(False))} holds chat messages"
+    if TRAINERS[name].library == "transformers":
+        raise DataError(f"{where}, which cannot train {recipe.model} with {name}; use text.")
+    if tokenizer.chat_template is None:
+        raise DataError(f"{where}, but the tokenizer of {recipe.model} has no chat template.")
+    if any(is_text):
+        raise DataError(
+            f"{where}, and row {part.number(is_text.index(True))} text; set data.chat to true, so that all "
+            "become chat messages."
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def count_classes(examples: Examples) -> int:
+    """Return the number of classes of training and held-out rows, whose labels are 0, 1 and so on; at least two."""
+    most: int = max(row["label"] for rows in examples.parts for row in rows.rows)
+    return max(2, 1 + most)

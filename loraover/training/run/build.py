@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, set_seed
 
@@ -15,36 +16,26 @@ from loraover.callbacks.step_norm import Factors, factors
 from loraover.common.errors import ConfigError
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
+from loraover.models.device import choose_device, prefers_bf16
 from loraover.models.load import ModelSource, is_encoder_decoder, load_model, load_tokenizer, resolve_model
 from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 from loraover.sources.hub import check_repository
-from loraover.training.adapter import with_adapter
-from loraover.training.checks import (
-    check_evaluated,
-    check_names,
-    check_trained,
-    count_classes,
-    note_slow_precision,
-    weights_dtype,
-)
+from loraover.training.launch.defaults import Settled, settle
 from loraover.training.launch.distribution import end_preparation
+from loraover.training.launch.settings import check_names, make_arguments, weights_dtype, with_adapter
 from loraover.training.method import count_trained
-from loraover.training.progress import TrainingProgress
-from loraover.training.push import pushed_base
+from loraover.training.push import check_login, pushed_base
 from loraover.training.recipe import Recipe
-from loraover.training.row_digests import keep_digests
-from loraover.training.rows.data import Examples
+from loraover.training.rows.data import Examples, count_classes, read_examples
 from loraover.training.rows.template import own_template, with_template
-from loraover.training.run.folder import write_recipe
+from loraover.training.run.folder import TRAINER_FOLDER, keep_digests, write_recipe
 from loraover.training.run.log import METRICS_FILE
-from loraover.training.run.trainer import leaves_out_repeated, make_sets, make_trainer
+from loraover.training.run.trainer import TrainingProgress, leaves_out_repeated, make_sets, make_trainer
 from loraover.training.run_result import StartedFrom
-from loraover.training.settle import Settled, read_examples, settle
 from loraover.training.start import pin_start, start_from_adapter
-from loraover.training.trackers import check_login
-from loraover.training.trainers import TRAINERS, make_arguments, trainer_name
+from loraover.training.trainers import TRAINERS, trainer_name
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Prepared(Settled):
         return None if self.callback is None else self.callback.over
 
 
-def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
+def build(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     """Load and make everything that a run needs, and check it before the first step.
 
     Args:
@@ -106,103 +97,70 @@ def prepare(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     report.line(f"base model: {source.origin}")
     named = pushed_base(recipe, source, report.line)
     name = trainer_name(recipe, is_seq2seq=is_seq2seq)
-    ranks.write(check_login, make_arguments(recipe, name, output).report_to)  # before anything large is loaded
+    ranks.write(check_login, make_arguments(recipe, name, output / TRAINER_FOLDER).report_to)  # before what is large
     if recipe.push_to_hub is not None:
         ranks.write(check_repository, recipe.push_to_hub)
+
     tokenizer = with_template(recipe, load_tokenizer(source))
-    examples = read_examples(recipe, name, source, tokenizer, report)
-    settled = settle(recipe, name, source, tokenizer, examples, report)
-    recipe, method, examples = settled.recipe, settled.method, settled.examples or examples
+    read = read_examples(recipe, name, source, tokenizer, report)
+    settled = settle(recipe, name, source, tokenizer, read, report)
+    recipe, method, examples = settled.recipe, settled.method, settled.examples or read
     sets = make_sets(examples)
     note_slow_precision(recipe, report)
-    _keep(recipe, source, examples, output)
-    arguments = make_arguments(recipe, name, output, report)  # which exist while the model is loaded, for ZeRO 3
-    check_evaluated(arguments, examples)
-    model, start = _load_model(settled, examples, output, report)
-    untrained = factors(model) if recipe.trains_only_products else None
-    method.freeze(model)
-    method.start(model)
-    check_trained(model, report)
-    trained = count_trained(model, method)
-    over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
-    trainer = make_trainer(settled, model, sets, arguments, progress, over)
-    end_preparation(recipe)
-    if ranks.size > 1:
-        _note_repeated(recipe, name, trainer, report)
-    _leave_out_short_warmup(trainer.args, planned_steps(recipe, trainer), report)
-    _check_trainer(trainer, recipe, model)
-    method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
-    return Prepared(
-        **vars(settled) | {"examples": examples},
-        output=output,
-        report=report,
-        model=model,
-        untrained=untrained,
-        trainer=trainer,
-        progress=progress,
-        callback=over,
-        trained=trained,
-        pushed_base=named,
-        started_from=start,
-    )
-
-
-def _keep(recipe: Recipe, source: ModelSource, examples: Examples, output: Path) -> None:
-    """Keep the recipe and the digests of its rows in the run's folder, before any process goes on."""
-    ranks = launched()
     ranks.write(write_recipe, output, _pinned(recipe, source, examples))
     ranks.write(keep_digests, output, examples, own_template(recipe))
     ranks.meet()
 
+    arguments = make_arguments(recipe, name, output / TRAINER_FOLDER, report)  # there while ZeRO 3 loads the model
+    if examples.test is None and (arguments.eval_on_start or arguments.eval_strategy != "no"):
+        raise ConfigError(
+            "training.eval_strategy or training.eval_on_start asks for an evaluation during training, and nothing is "
+            "held out. Leave them out, set evaluation.examples above 0, or name held-out rows in data.test."
+        )
+    made = _make_model(settled, examples, output, report)
 
-def _load_model(settled: Settled, examples: Examples, output: Path, report: Reporter) -> tuple[Any, StartedFrom | None]:
-    """Seed the run, load the base model with its adapter, and return what the adapter starts from."""
-    recipe, name, source = settled.recipe, settled.trainer_name, settled.source
+    over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
+    progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
+    trainer = make_trainer(settled, made.model, sets, arguments, progress, over)
+    end_preparation(recipe)
+    _check_steps(trainer, settled, made.model, report)
+    method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
+    known = vars(settled) | made._asdict() | {"examples": examples, "pushed_base": named}
+    return Prepared(**known, output=output, report=report, trainer=trainer, progress=progress, callback=over)
+
+
+class _Made(NamedTuple):
+    """Fields of `Prepared` that belong to its model."""
+
+    model: PreTrainedModel | PeftModel
+    untrained: dict[str, Factors] | None
+    trained: int
+    started_from: StartedFrom | None
+
+
+def _make_model(settled: Settled, examples: Examples, output: Path, report: Reporter) -> _Made:
+    """Seed the run, load the base model, and give it what is trained."""
+    recipe, method, start = settled.recipe, settled.method, None
     set_seed(recipe.training.seed)
-    model = _load_base(settled, examples)
-    if recipe.method == "full":
-        return model, None
-    model = with_adapter(model, recipe, TRAINERS[name].task, source, settled.method)
-    return model, start_from_adapter(model, recipe, source, output, report)
+    model: Any = _load_base(settled, examples)
+    if recipe.method != "full":
+        model = with_adapter(model, recipe, TRAINERS[settled.trainer_name].task, settled.source, method)
+        start = start_from_adapter(model, recipe, settled.source, output, report)
+    untrained = factors(model) if recipe.trains_only_products else None
+    method.freeze(model)
+    method.start(model)
+    _check_precision(model, report)
+    return _Made(model, untrained, count_trained(model, method), start)
 
 
-def _leave_out_short_warmup(arguments: Any, steps: int, report: Reporter) -> None:
-    """Let the rate begin at its peak where its rise would be shorter than a step, which would then change nothing."""
-    share = arguments.warmup_steps
-    if 0 < share < 1 and share * steps < 1:
-        arguments.warmup_steps = 0
-        report.line(f"training.warmup_steps: none, since {share:g} of {steps} steps is less than one")
-
-
-def _note_repeated(recipe: Recipe, name: str, trainer: Trainer, report: Reporter) -> None:
-    """Report the rows that Accelerate repeats where the trainer's loss cannot leave them out."""
-    rows, training, size = len(trainer.train_dataset), recipe.training, launched().size
-    at_once = training.micro_batch * size
-    has_ended = planned_steps(recipe, trainer) * training.gradient_accumulation_steps * at_once >= rows
-    is_complete = name == "grpo" or trainer.args.dataloader_drop_last or leaves_out_repeated(name, trainer)
-    if has_ended and not is_complete and (repeated := -rows % at_once):
+def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
+    """Report a run in bf16 on an x86 CPU on which float32 is faster."""
+    device, capability = choose_device(), torch.backends.cpu.get_cpu_capability()
+    if recipe.training.bf16 and device.type == "cpu" and "AVX" in capability and not prefers_bf16(device):
         report.line(
-            f"the last step of an epoch takes its first {repeated} examples again, since {rows} examples do not divide "
-            f"into micro-batches of {training.micro_batch} in {size} processes; one process takes none again"
+            f"training.bf16 is true, and this CPU ({capability}, without AMX) is slow in it: float32 takes twice the "
+            "memory for the base model, and less time"
         )
-
-
-def _check_trainer(trainer: Trainer, recipe: Recipe, model: Any) -> None:
-    """Raise ConfigError for an optimizer, or a schedule of rates or of cores, that cannot be made."""
-    given = trainer.optimizer
-    try:
-        trainer.create_optimizer_and_scheduler(planned_steps(recipe, trainer))
-    except ConfigError:
-        raise
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:  # TypeError: lr_scheduler_kwargs are missing
-        chosen = (
-            f"training.optim {recipe.training.optim!r} with lr_scheduler_type {recipe.training.lr_scheduler_type!r}"
-        )
-        raise ConfigError(f"{chosen} cannot be used here: {error}") from error
-    trainer.optimizer, trainer.lr_scheduler = given, None  # the Trainer makes them where it has placed the model
-    if recipe.method == "lora-over":
-        Schedule(recipe.over, find_sites(model), steps=planned_steps(recipe, trainer), probe=None)
 
 
 def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
@@ -234,6 +192,65 @@ def _load_base(settled: Settled, examples: Examples) -> PreTrainedModel:
     elif config.pad_token_id is None:
         config.pad_token_id = base.generation_config.pad_token_id
     return base
+
+
+def _check_precision(model: torch.nn.Module, report: Reporter) -> None:
+    """Check that nothing is trained in float16, and report what is trained in bfloat16.
+
+    A bfloat16 has 8 bits, so that a change of less than 1 / 512 is always rounded off.
+
+    Args:
+        model: Model to train.
+        report: Receiver of a line.
+
+    Raises:
+        ConfigError: All weights, modules to save or biases of a base model in float16 are trained.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if coarse := sum(one.numel() for one in trained.values() if one.dtype == torch.bfloat16):
+        report.line(
+            f"{coarse:,} numbers are trained in bfloat16, where a step of less than 1/512 of a number is lost; set "
+            "model_init.dtype to float32 to keep it"
+        )
+    for name, parameter in trained.items():
+        if parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"{name} would be trained in float16, in which AdamW's epsilon is zero and its steps are too long; set "
+                "model_init.dtype to float32 or bfloat16."
+            )
+
+
+def _check_steps(trainer: Trainer, settled: Settled, model: Any, report: Reporter) -> None:
+    """Fit a trainer's schedules to the steps of its run, and report what is not as one process would do it.
+
+    Raises:
+        ConfigError: An optimizer, or a schedule of rates or of cores, that cannot be made.
+    """
+    recipe, training, size = settled.recipe, settled.recipe.training, launched().size
+    steps, rows, at_once = planned_steps(recipe, trainer), len(trainer.train_dataset), training.micro_batch * size
+    has_ended = steps * training.gradient_accumulation_steps * at_once >= rows
+    name, repeated = settled.trainer_name, -rows % at_once
+    is_complete = name == "grpo" or trainer.args.dataloader_drop_last or leaves_out_repeated(name, trainer)
+    if size > 1 and has_ended and not is_complete and repeated:  # Accelerate repeats them, and they count twice
+        report.line(
+            f"the last step of an epoch takes its first {repeated} examples again, since {rows} examples do not divide "
+            f"into micro-batches of {training.micro_batch} in {size} processes; one process takes none again"
+        )
+    share = trainer.args.warmup_steps
+    if 0 < share < 1 and share * steps < 1:  # a rise that is shorter than a step would leave this step without effect
+        trainer.args.warmup_steps = 0
+        report.line(f"training.warmup_steps: none, since {share:g} of {steps} steps is less than one")
+    given = trainer.optimizer
+    try:
+        trainer.create_optimizer_and_scheduler(steps)
+    except ConfigError:
+        raise
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:  # TypeError: lr_scheduler_kwargs are missing
+        chosen = f"training.optim {training.optim!r} with lr_scheduler_type {training.lr_scheduler_type!r}"
+        raise ConfigError(f"{chosen} cannot be used here: {error}") from error
+    trainer.optimizer, trainer.lr_scheduler = given, None  # the Trainer makes them where it has placed the model
+    if recipe.method == "lora-over":
+        Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
 
 
 def planned_steps(recipe: Recipe, trainer: Trainer) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.atomic_output import publish_directory, publish_text
-from loraover.common.errors import DivergedError, LoraOverError, OutputError, ProcessError
+from loraover.common.errors import ConfigError, DivergedError, LoraOverError, OutputError, ProcessError
 from loraover.common.memory import is_out_of_memory
 from loraover.common.strict_json import StrictModel, read_json
 
@@ -60,23 +60,36 @@ def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_
         is_resumed: Whether the folder was there before.
     """
     failure = failure_of(error) if isinstance(error, Exception) else None
-    if failure is not None and not (has_stepped or failure.is_of_method):
-        failure = None
+    is_kept = failure is not None and (has_stepped or failure.is_of_method)
+    text = failure.model_dump_json(indent=1) + "\n" if failure is not None and is_kept else None
     try:
         if has_stepped or is_resumed:
-            if failure is not None:
-                publish_text(output / FAILURE_FILE, _json(failure))
-        elif failure is not None:
+            if text is not None:
+                publish_text(output / FAILURE_FILE, text)
+        elif text is not None:
             with publish_directory(output, replace=True) as draft:
-                publish_text(draft / FAILURE_FILE, _json(failure))
+                publish_text(draft / FAILURE_FILE, text)
         else:
             shutil.rmtree(output, ignore_errors=True)
     except OutputError as unwritten:
         error.add_note(str(unwritten))
 
 
-def _json(failure: Failure) -> str:
-    return failure.model_dump_json(indent=1) + "\n"
+def explained(error: BaseException, has_stepped: bool) -> BaseException:
+    """Say what to change where TRL refuses a setting in its first step, or memory is short, unless the error does."""
+    if isinstance(error, LoraOverError):
+        return error
+    if isinstance(error, ValueError) and not has_stepped and error.__traceback__ is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] == "trl":
+            return ConfigError(f"TRL refuses a setting of training, or the data, in the first step: {error}")
+    if not is_out_of_memory(error):
+        return error
+    found = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ConfigError(
+        f"training ran out of memory ({found}). Lower training.per_device_train_batch_size or set it to auto, set "
+        "training.gradient_checkpointing to true, or lower training.max_length; --plan estimates what a run needs."
+    )
 
 
 def has_no_work(folder: Path) -> bool:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_model as load_weights
 from torch import Tensor
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, remove_incomplete
@@ -22,8 +20,7 @@ from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_files import record_beside
 from loraover.checkpoint.training_state import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text, unwritable
-from loraover.common.errors import ConfigError, DivergedError, FoldError, LoraOverError
-from loraover.common.memory import is_out_of_memory
+from loraover.common.errors import ConfigError, DivergedError, FoldError
 from loraover.common.paths import without_secrets
 from loraover.common.provenance import environment, hardware, peak_bytes
 from loraover.common.quiet import quiet_libraries_within
@@ -37,14 +34,13 @@ from loraover.overparam.optimizers import ordinary_optimizer
 from loraover.overparam.sharding import trainable_state_dict, whole
 from loraover.reporting.model_card import model_card
 from loraover.reporting.reporter import log_shown
-from loraover.sources.hub import push
-from loraover.training.launch.distribution import CUTS_WEIGHTS
+from loraover.training.launch.distribution import CUTS_WEIGHTS, convert_for_processes
 from loraover.training.method import served_size
 from loraover.training.method_table import METHODS
-from loraover.training.push import CHECKPOINT_PLACE, moved_copy, plain_copy
+from loraover.training.push import attach, upload
 from loraover.training.recipe import Recipe, load_recipe
-from loraover.training.run.build import Prepared, planned_steps, prepare
-from loraover.training.run.failure import FAILURE_FILE, record_failure
+from loraover.training.run.build import Prepared, build, planned_steps
+from loraover.training.run.failure import FAILURE_FILE, explained, record_failure
 from loraover.training.run.folder import (
     LOCK_FILE,
     RECIPE_FILE,
@@ -58,8 +54,6 @@ from loraover.training.run.folder import (
 from loraover.training.run.log import METRICS_FILE, logged_losses, step_of, trim_metrics
 from loraover.training.run.measure import AFTER, BEFORE, LOWER, check_finite, check_room, measure
 from loraover.training.run_result import RUN_FILE, Measures, RunResult, read_run
-from loraover.training.trackers import attach
-from loraover.training.universal import convert_for_processes
 
 
 class TimedSteps(NamedTuple):
@@ -115,17 +109,50 @@ def train(
     output, ranks = Path(output), launched()
     with ranks.together(), quiet_libraries_within(bars=report.shows_bars and ranks.is_first):
         report = ranks.heard(report)
-        loaded = load_recipe(recipe, overrides)
-        if record and loaded.method == "full":
+        asked = load_recipe(recipe, overrides)
+        if record and asked.method == "full":
             raise ConfigError(f"{as_written('record')}: method full trains no adapter; leave this out.")
-        if command is None:
-            command = _command(recipe, output, overrides, record)
+        command = command or _command(recipe, output, overrides, record)
         ranks.meet()  # before rank 0 makes a folder
         if resume == "auto" and ranks.of_first(lambda: is_finished(output)):
             report.line(f"{output}: the run is finished already")
             return read_run(output)
         continues = ranks.of_first(lambda: has_begun(output)) if resume == "auto" else resume
-        return _train(loaded, output, continues, report, command, record)
+        if continues and not asked.can_resume:
+            raise ConfigError(
+                f"a run of method {asked.method} cannot be resumed: it keeps no checkpoints, since "
+                f"{METHODS[asked.method].no_resume}. Start a new run in another folder."
+            )
+        with ranks.held(lambda: claim(output, resume=continues)):
+            ranks.meet()
+            if not (output / LOCK_FILE).exists():
+                raise ConfigError(
+                    f"{output}: process {ranks.rank} does not see this folder, which process 0 has made. Name one on a "
+                    "disk that all machines of the run share."
+                )
+            asked, run = with_commits(asked, output) if continues else asked, None
+            try:
+                run = build(asked, output, report)
+                result = fit(run, resume=continues, command=command)
+            except BaseException as error:
+                has_stepped = run is not None and run.trainer.state.global_step > 0
+                agreed = ranks.agreed(unwritable(error, output))
+                ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=continues)
+                shown = explained(agreed, has_stepped)
+                if shown is error:
+                    raise
+                raise shown from error
+            arguments, base = run.trainer.args, run.pushed_base
+            del run  # and with it the trained model, before another one is loaded
+            ranks.meet()
+            adapter = product(asked, output)
+            if record:
+                ranks.write(record_beside, adapter, model=asked.model, report=report)
+            ranks.write(attach, arguments, adapter, report)
+            if asked.push_to_hub is not None:
+                card = "" if base is None else _card(asked, result, base, command)
+                ranks.write(upload, asked, adapter, report, base, card)
+            return result
 
 
 def _command(
@@ -140,115 +167,83 @@ def _command(
     return shlex.join(map(without_secrets, ["loraover", "train", *named, "-o", str(output), *settings, *asked]))
 
 
-def _train(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str, record: bool) -> RunResult:
-    if resume and not recipe.can_resume:
-        raise ConfigError(
-            f"a run of method {recipe.method} cannot be resumed: it keeps no checkpoints, since "
-            f"{METHODS[recipe.method].no_resume}. Start a new run in another folder."
-        )
-    ranks = launched()
-    with ranks.held(lambda: claim(output, resume=resume)):
-        _check_shared(output)
-        asked = with_commits(recipe, output) if resume else recipe
-        done = _train_all(asked, output, resume, report, command)
-        ranks.meet()
-        adapter = product(asked, output)
-        if record:  # the trained model is no longer in memory
-            ranks.write(record_beside, adapter, model=asked.model, report=report)
-        ranks.write(attach, done.arguments, adapter, report)
-        if asked.push_to_hub is not None:
-            ranks.write(_push, asked, done, adapter, command, report)
-        return done.result
-
-
-def _check_shared(output: Path) -> None:
-    """Check that every process sees the folder that rank 0 has made."""
-    launched().meet()
-    if not (output / LOCK_FILE).exists():
-        raise ConfigError(
-            f"{output}: process {launched().rank} does not see this folder, which process 0 has made. Name one on a "
-            "disk that all machines of the run share."
-        )
-
-
-class Done(NamedTuple):
-    """Results of a run whose model is no longer in memory.
+def fit(run: Prepared, *, resume: bool, command: str) -> RunResult:
+    """Measure, take the steps, measure again, and publish what was trained with its result.
 
     Args:
-        result: The contents of `run.json`.
-        arguments: Settings of its trainer.
-        base: Model that a pushed adapter names in place of a stand-in; None where it names what it has.
+        run: The run, which is changed.
+        resume: Whether to continue from the last complete checkpoint, if there is one.
+        command: Command line for the model card.
+
+    Raises:
+        DivergedError, FoldError: As `train`.
     """
-
-    result: RunResult
-    arguments: TrainingArguments
-    base: ModelSource | None
-
-
-def _train_all(recipe: Recipe, output: Path, resume: bool, report: Reporter, command: str) -> Done:
-    run, ranks = None, launched()
-    try:
-        run = prepare(recipe, output, report)
-        recipe = run.recipe
-        check_room(run)
-        before = measure(run, BEFORE, has_begun=False)
-        step = ranks.of_first(lambda: step_of(last_whole_checkpoint(output / TRAINER_FOLDER)) if resume else 0)
-        checkpoint = output / TRAINER_FOLDER / f"checkpoint-{step}" if step else None
-        ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
-        ranks.write(trim_metrics, output, checkpoint)
-        ranks.write(remove_incomplete, output / TRAINER_FOLDER, step)
-        if resume:
-            from_step = f"resumed after step {step}" if step else "no complete checkpoint yet, so begun again at step 0"
-            report.line(f"{output}: {from_step} of {planned_steps(recipe, run.trainer)}")
-        with log_shown(report):
-            timed = _take_steps(run, checkpoint)
-        if not all(bool(whole(p).isfinite().all()) for p in run.model.parameters() if p.requires_grad):
-            raise DivergedError(
-                "training diverged: the loss is no longer a number at learning rate "
-                f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
-            )
-        if timed.best is not None:
-            report.line(f"weights: those of step {timed.best}, the best (training.load_best_model_at_end)")
-        left_out = run.method.finish(run.model)
-        after = measure(run, AFTER, has_begun=timed.steps > 0)
-        result = _result(run, timed, before, after, left_out)
-        ranks.meet()  # before rank 0 reads and publishes what all have trained
-        ranks.write(_check_trained, result, logged_losses(output))
-        if result.update_norm == 0:
-            steps = f"{result.steps} step{'s' * (result.steps != 1)}"
-            report.line(f"warning: {steps} changed nothing: the adapter computes the same as before")
-        weights = trainable_state_dict(run.model) if recipe.distributed.engine in CUTS_WEIGHTS else None
-        ranks.write(_publish, run, result, command, resume, weights)
-    except BaseException as error:
-        has_stepped = run is not None and run.trainer.state.global_step > 0
-        agreed = ranks.agreed(unwritable(error, output))
-        ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=resume)
-        shown = _explained(agreed, has_stepped)
-        if shown is error:
-            raise
-        raise shown from error
-    return Done(result, run.trainer.args, run.pushed_base)
+    recipe, output, report, ranks = run.recipe, run.output, run.report, launched()
+    check_room(run)
+    before = measure(run, BEFORE, has_begun=False)
+    step = ranks.of_first(lambda: step_of(last_whole_checkpoint(output / TRAINER_FOLDER)) if resume else 0)
+    checkpoint = output / TRAINER_FOLDER / f"checkpoint-{step}" if step else None
+    ranks.write((output / FAILURE_FILE).unlink, missing_ok=True)
+    ranks.write(trim_metrics, output, checkpoint)
+    ranks.write(remove_incomplete, output / TRAINER_FOLDER, step)
+    if resume:
+        from_step = f"resumed after step {step}" if step else "no complete checkpoint yet, so begun again at step 0"
+        report.line(f"{output}: {from_step} of {planned_steps(recipe, run.trainer)}")
+    with log_shown(report):
+        timed = _take_steps(run, checkpoint)
+    if not all(bool(whole(p).isfinite().all()) for p in run.model.parameters() if p.requires_grad):
+        raise DivergedError(
+            "training diverged: the loss is no longer a number at learning rate "
+            f"{recipe.training.peak_rate:g}; lower it. The log is {output / METRICS_FILE}."
+        )
+    if timed.best is not None:
+        report.line(f"weights: those of step {timed.best}, the best (training.load_best_model_at_end)")
+    left_out = run.method.finish(run.model)
+    after = measure(run, AFTER, has_begun=timed.steps > 0)
+    result = _result(run, timed, before, after, left_out)
+    ranks.meet()  # before rank 0 reads and publishes what all have trained
+    ranks.write(_check_trained, result, logged_losses(output))
+    if result.update_norm == 0:
+        steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+        report.line(f"warning: {steps} changed nothing: the adapter computes the same as before")
+    weights = trainable_state_dict(run.model) if recipe.distributed.engine in CUTS_WEIGHTS else None
+    ranks.write(_publish, run, result, command, resume, weights)
+    return result
 
 
-def _explained(error: BaseException, has_stepped: bool) -> BaseException:
-    """Say what to change where TRL refuses a setting in its first step, or memory is short, unless the error does."""
-    if isinstance(error, LoraOverError):
-        return error
-    if isinstance(error, ValueError) and not has_stepped and _raised_by(error) == "trl":
-        return ConfigError(f"TRL refuses a setting of training, or the data, in the first step: {error}")
-    if not is_out_of_memory(error):
-        return error
-    found = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return ConfigError(
-        f"training ran out of memory ({found}). Lower training.per_device_train_batch_size or set it to auto, set "
-        "training.gradient_checkpointing to true, or lower training.max_length; --plan estimates what a run needs."
-    )
+def _take_steps(run: Prepared, checkpoint: Path | None) -> TimedSteps:
+    """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
+    if run.callback is not None:
+        run.callback.resume_from = checkpoint
+    steps = planned_steps(run.recipe, run.trainer)
+    step = step_of(checkpoint)
+    if checkpoint is None or step < steps:
+        if checkpoint is not None:
+            convert_for_processes(checkpoint, run.trainer, run.report)
+        started = time.perf_counter()
+        with run.report.task("training steps", steps) as run.progress.advance:
+            run.method.train(run.trainer, checkpoint, steps, run.progress)
+        seconds = time.perf_counter() - started
+        best = _best_checkpoint(run, run.trainer.state)
+        return TimedSteps(run.trainer.state.global_step - step, seconds, step_of(best) if best else None)
+    best = _best_checkpoint(run, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
+    checkpoint = best or checkpoint
+    if isinstance(run.model, PeftModel):
+        set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
+    else:
+        load_weights(run.model, checkpoint / "model.safetensors")
+    if run.callback is not None:
+        config = with_measured_bases(run.callback.config, ordinary_optimizer(run.trainer.create_optimizer()))
+        run.callback.restore(run.model, checkpoint, run.recipe.training.seed, steps=steps, config=config)
+    run.method.restore(checkpoint)
+    run.trainer.state.global_step = step
+    return TimedSteps(0, 0.0, step_of(best) if best else None)
 
 
-def _raised_by(error: BaseException) -> str:
-    """Package whose code raised an error."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+def _best_checkpoint(run: Prepared, state: TrainerState) -> Path | None:
+    """Return the checkpoint whose weights the Trainer takes at the end; None: it keeps those of the last step."""
+    named = state.best_model_checkpoint if run.trainer.args.load_best_model_at_end else None
+    return None if named is None else run.output / TRAINER_FOLDER / Path(named).name
 
 
 def _result(
@@ -333,52 +328,3 @@ def _card(recipe: Recipe, result: RunResult, base: ModelSource, command: str) ->
         title, kind, library = "Fine-tuned model", "A fine-tuned copy", "transformers"
     facts = result.facts() | base.facts()
     return model_card(title, base.name, facts, command, licence=licence, kind=kind, library=library)
-
-
-def _push(recipe: Recipe, done: Done, folder: Path, command: str, report: Reporter) -> None:
-    repository, is_private = recipe.push_to_hub, (recipe.training.model_extra or {}).get("hub_private_repo")
-    assert repository is not None
-    with ExitStack() as copies:
-        plain = copies.enter_context(plain_copy(folder))
-        if done.base is not None:
-            card = _card(recipe, done.result, done.base, command)
-            plain = copies.enter_context(moved_copy(plain, done.base, card, report.line))
-        push(repository, plain, folder, is_private=is_private)
-    if recipe.push_checkpoint:
-        push(repository, folder, folder, CHECKPOINT_PLACE, is_private=is_private)
-    report.line(f"uploaded to {repository}")
-
-
-def _take_steps(run: Prepared, checkpoint: Path | None) -> TimedSteps:
-    """Train from the start, from a checkpoint, or not at all where the checkpoint holds the last step."""
-    if run.callback is not None:
-        run.callback.resume_from = checkpoint
-    steps = planned_steps(run.recipe, run.trainer)
-    step = step_of(checkpoint)
-    if checkpoint is None or step < steps:
-        if checkpoint is not None:
-            convert_for_processes(checkpoint, run.trainer, run.report)
-        started = time.perf_counter()
-        with run.report.task("training steps", steps) as run.progress.advance:
-            run.method.train(run.trainer, checkpoint, steps, run.progress)
-        seconds = time.perf_counter() - started
-        best = _best_checkpoint(run, run.trainer.state)
-        return TimedSteps(run.trainer.state.global_step - step, seconds, step_of(best) if best else None)
-    best = _best_checkpoint(run, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)))
-    checkpoint = best or checkpoint
-    if isinstance(run.model, PeftModel):
-        set_peft_model_state_dict(run.model, load_peft_weights(str(checkpoint)))
-    else:
-        load_weights(run.model, checkpoint / "model.safetensors")
-    if run.callback is not None:
-        config = with_measured_bases(run.callback.config, ordinary_optimizer(run.trainer.create_optimizer()))
-        run.callback.restore(run.model, checkpoint, run.recipe.training.seed, steps=steps, config=config)
-    run.method.restore(checkpoint)
-    run.trainer.state.global_step = step
-    return TimedSteps(0, 0.0, step_of(best) if best else None)
-
-
-def _best_checkpoint(run: Prepared, state: TrainerState) -> Path | None:
-    """Return the checkpoint whose weights the Trainer takes at the end; None: it keeps those of the last step."""
-    named = state.best_model_checkpoint if run.trainer.args.load_best_model_at_end else None
-    return None if named is None else run.output / TRAINER_FOLDER / Path(named).name

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from loraover.callbacks.calibration import trainer_loss
 from loraover.callbacks.diagnostics import DiagnosticsCallback
@@ -18,16 +29,18 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.extras import install
+from loraover.common.provenance import peak_bytes
 from loraover.common.ranks import launched
+from loraover.common.reporter import Reporter
 from loraover.data.formats import Row
 from loraover.data.sources import keep_numbers
+from loraover.training.launch.defaults import Settled
+from loraover.training.launch.settings import build
 from loraover.training.method import TrainingMethod, optimizer_class, optimizer_options
-from loraover.training.progress import TrainingProgress
 from loraover.training.recipe import Recipe
 from loraover.training.recipe_parts import SOAP
 from loraover.training.rows.data import Examples
-from loraover.training.settle import Settled
-from loraover.training.trainers import TRAINERS, build, find_reward
+from loraover.training.trainers import TRAINERS, find_reward
 
 
 def make_trainer(
@@ -152,23 +165,6 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
         raise DataError(
             f"the rows have a column with values of several types, or beyond 64 bits; write them alike ({error})"
         ) from error
-
-
-class MethodCallback(TrainerCallback):
-    """Callback that lets a method act before the Trainer's steps and with its checkpoints, before they are sealed."""
-
-    def __init__(self, method: TrainingMethod) -> None:
-        self.method = method
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.begin()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self.method.before_step(state.global_step, state.max_steps, optimizer)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            self.method.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _project_labelled_positions_only() -> None:
@@ -306,3 +302,89 @@ def _encoding(settled: Settled, model: PreTrainedModel | PeftModel) -> tuple[Any
     if settled.trainer_name == "classification":
         return classified, DataCollatorWithPadding(tokenizer)
     return translated, DataCollatorForSeq2Seq(tokenizer, model)
+
+
+class MethodCallback(TrainerCallback):
+    """Callback that lets a method act before the Trainer's steps and with its checkpoints, before they are sealed."""
+
+    def __init__(self, method: TrainingMethod) -> None:
+        self.method = method
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.method.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.method.before_step(state.global_step, state.max_steps, optimizer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            self.method.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows the Trainer's steps and writes its log, with the schedule's decisions, to a JSONL file.
+
+    Set `advance` to a function that is called with the number of steps taken so far.
+
+    Args:
+        report: Receiver of losses.
+        metrics: The JSONL file, to which lines are appended; None: another process writes it.
+    """
+
+    def __init__(self, report: Reporter, metrics: Path | None) -> None:
+        self.report = report
+        self.metrics = metrics
+        self._written = 0
+        self.advance: Callable[[int], None] = lambda done: None
+        self.advance_evaluation: Callable[[int], None] = lambda done: None
+        self._evaluated = 0
+        self._begun = self._logged = (0, 0.0)  # steps or tokens, and the time
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._written = len(state.log_history)
+        self._begun = (state.global_step, time.perf_counter())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+        self._write(state)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._evaluated += args.per_device_eval_batch_size
+        self.advance_evaluation(self._evaluated)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._write(state)
+        if logs is not None and "loss" in logs:
+            loss = f"step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.4f}"
+            self.report.line(", ".join((loss, *self._pace(state, logs))))
+
+    def _pace(self, state: TrainerState, logs: dict[str, Any]) -> Iterator[str]:
+        """Yield tokens per second since the last line, where the trainer counts tokens, peak memory and time left."""
+        now = time.perf_counter()
+        if "num_tokens" in logs:
+            (before, then), self._logged = self._logged, (logs["num_tokens"], now)
+            if 0 < before < logs["num_tokens"]:
+                yield f"{(logs['num_tokens'] - before) / (now - then):,.0f} tokens/s"
+        yield f"peak {peak_bytes() / 1e9:.2f} GB"
+        first, begun = self._begun
+        if (left := state.max_steps - state.global_step) and state.global_step > first:
+            yield f"{timedelta(seconds=round(left * (now - begun) / (state.global_step - first)))} left"
+
+    def _write(self, state: TrainerState) -> None:
+        if self.metrics is None:
+            return
+        rows = state.log_history[self._written :]
+        with self.metrics.open("a") as file:
+            file.writelines(json.dumps({"step": row["step"], **row}) + "\n" for row in rows)
+        self._written += len(rows)
