@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -66,6 +67,9 @@ def test_an_export_keeps_the_chat_template(name: str, first: Path, tmp_path: Pat
     words = [*words, str(source), "-o", str(tmp_path / output)]
     assert run(cli, words) == 0
     assert kept.read_text() == "{{ messages }}"
+    if "graph" in name:
+        digests = json.loads((kept.parent / "onnx_report.json").read_text())["output"]
+        assert digests[kept.name] == hashlib.sha256(kept.read_bytes()).hexdigest()
     if name == "gguf":  # whose folder is not replaced
         (source / TEMPLATE_FILE).unlink()
         assert run(cli, [*words, "--force"]) == 0

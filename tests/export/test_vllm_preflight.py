@@ -16,6 +16,7 @@ from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
+from loraover_export import export_vllm
 from loraover_export.cli import cli
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.preflight import Preflight, preflight
@@ -27,7 +28,7 @@ from support.plain_adapter import make_adapter, tiny_decoder
 from support.tiny_models import fill_b, saved, tiny_bert, tiny_gpt2, tiny_t5
 from support.vllm_damage import DAMAGES, config
 
-Check = Callable[..., tuple[int, Preflight, str]]
+Check = Callable[..., Preflight]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +37,15 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Runs the command on an adapter; an exit code other than 0 must leave nothing behind."""
+def check(tmp_path: Path) -> Check:
+    """The pre-flight of an export; where it finds an error, the export must leave nothing behind."""
 
-    def call(source: Path, *options: str) -> tuple[int, Preflight, str]:
-        capsys.readouterr()
+    def call(source: Path, **options: Any) -> Preflight:
         before = tree(tmp_path)
-        code = run(cli, ["vllm", str(source), "-o", str(tmp_path / "out"), "--json", *options])
-        out, err = capsys.readouterr()
-        assert code == 0 or tree(tmp_path) == before
-        return code, Preflight.model_validate(json.loads(out)["preflight"]), err
+        report = export_vllm(source, tmp_path / "out", **options)
+        assert report.exit_code == (0 if report.preflight.passed else 2)
+        assert report.passed or tree(tmp_path) == before
+        return report.preflight
 
     return call
 
@@ -61,8 +61,7 @@ def findings(report: Preflight, level: str = "error") -> dict[str, str]:
 
 
 def test_a_right_adapter_passes_every_rule(adapter: Path, check: Check) -> None:
-    code, report, _ = check(adapter)
-    assert code == 0
+    report = check(adapter)
     assert set(report.rules.values()) == {"passed"}
     assert report.rules.keys() == RULES.keys()
     assert (report.architecture, report.modules, report.rank, report.max_lora_rank) == ("LlamaForCausalLM", 14, 6, 8)
@@ -72,13 +71,21 @@ def test_a_right_adapter_passes_every_rule(adapter: Path, check: Check) -> None:
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_mistake_is_an_error(name: str, adapter: Path, tmp_path: Path, check: Check) -> None:
     damage = DAMAGES[name]
-    code, report, err = check(damaged(adapter, tmp_path / "in", damage.change), "--no-convert")
-    assert code == 2
+    report = check(damaged(adapter, tmp_path / "in", damage.change), convert=False)
     assert report.verdict == "failed"
     assert report.rules[damage.rule] == "error"
     assert all(word in findings(report)[damage.rule] for word in damage.named)
     assert all(finding.remedy and finding.found for finding in report.findings)
-    assert f"error: {damage.rule}: " in err
+
+
+def test_the_command_shows_a_mistake_with_its_remedy(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = damaged(adapter, tmp_path / "in", DAMAGES["another shape"].change)
+    assert run(cli, ["vllm", str(source), "-o", str(tmp_path / "out"), "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert Preflight.model_validate(json.loads(out)["preflight"]).rules["shapes"] == "error"
+    assert "error: shapes: " in err
     assert "remedy: " in err
     assert err.rstrip().endswith("nothing was written")
 
@@ -116,11 +123,9 @@ UNSERVED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("architecture", UNSERVED)
 def test_an_architecture_that_vllm_cannot_adapt_is_named(architecture: str, tmp_path: Path, check: Check) -> None:
     make, lora, words = UNSERVED[architecture]
-    code, report, err = check(on_base(make(), tmp_path, **lora))
-    assert code == 2
-    assert architecture in findings(report)["architecture"]
-    assert words in findings(report)["architecture"]
-    assert architecture in err
+    found = findings(check(on_base(make(), tmp_path, **lora)))["architecture"]
+    assert architecture in found
+    assert words in found
 
 
 EMBEDDED = {
@@ -138,8 +143,8 @@ def test_embeddings_and_heads_where_the_class_takes_them(
     family: str, module: str, tmp_path: Path, check: Check
 ) -> None:
     source = on_base(tiny_decoder(family), tmp_path, target_modules=[module, "q_proj"])
-    code, report, _ = check(source)
-    assert code == (0 if EMBEDDED[family, module] else 2)
+    report = check(source)
+    assert report.passed == EMBEDDED[family, module]
     if EMBEDDED[family, module]:
         warned = findings(report, "warning")
         assert report.rules["tensors"] == "passed"  # the copy of the base weight is the served model's
@@ -151,29 +156,27 @@ def test_embeddings_and_heads_where_the_class_takes_them(
 def test_another_vocabulary_is_another_shape(tmp_path: Path, check: Check) -> None:
     source = on_base(tiny_decoder("Llama"), tmp_path, target_modules=["embed_tokens"])
     tiny_decoder("Llama", vocab_size=72).save_pretrained(tmp_path / "larger")
-    code, report, _ = check(source, "--model", str(tmp_path / "larger"))
-    assert code == 2
+    report = check(source, model=tmp_path / "larger")
     assert "maps 64 to 64 features in the adapter, 72 to 64 in the model" in findings(report)["shapes"]
     assert "weights of an adapted base layer" in findings(report)["tensors"]
 
 
 def test_another_base_model(adapter: Path, tmp_path: Path, check: Check) -> None:
     tiny_decoder("Llama", seed=9).save_pretrained(tmp_path / "twin")
-    code, report, _ = check(adapter, "--model", str(tmp_path / "twin"))
-    assert code == 0
+    report = check(adapter, model=tmp_path / "twin")
+    assert report.passed
     assert str(tmp_path / "twin") in findings(report, "warning")["base model"]
     shutil.rmtree(tmp_path / "out")
     tiny_decoder("Llama", hidden_size=128).save_pretrained(tmp_path / "wide")
-    assert "14 of 14" in findings(check(adapter, "--model", str(tmp_path / "wide"))[1])["shapes"]
+    assert "14 of 14" in findings(check(adapter, model=tmp_path / "wide"))["shapes"]
     tiny_decoder("Llama", num_hidden_layers=1).save_pretrained(tmp_path / "short")
-    code, report, _ = check(adapter, "--model", str(tmp_path / "short"))
+    report = check(adapter, model=tmp_path / "short")
     assert "7 of 14" in findings(report)["modules"]
     assert report.findings[-1].remedy
-    assert code == 2
 
 
 def test_a_prefix_that_is_off_is_told_from_another_model(adapter: Path, tmp_path: Path, check: Check) -> None:
-    _, report, _ = check(damaged(adapter, tmp_path / "in", DAMAGES["a prefix too short"].change), "--no-convert")
+    report = check(damaged(adapter, tmp_path / "in", DAMAGES["a prefix too short"].change), convert=False)
     remedies = {finding.rule: finding.remedy for finding in report.findings}
     assert "the served model has model.layers.0." in remedies["modules"]
 
@@ -181,10 +184,9 @@ def test_a_prefix_that_is_off_is_told_from_another_model(adapter: Path, tmp_path
 def test_a_vocabulary_beyond_vllms_limit(adapter: Path, tmp_path: Path, check: Check) -> None:
     shutil.copytree(adapter.parent / "base", tmp_path / "base")
     edit_json(tmp_path / "base" / "config.json", lambda content: content.update(vocab_size=258049))
-    _, report, _ = check(adapter, "--model", str(tmp_path / "base"))
-    assert "258049" in findings(report)["vocabulary"]
+    assert "258049" in findings(check(adapter, model=tmp_path / "base"))["vocabulary"]
     edit_json(tmp_path / "base" / "config.json", lambda content: content.update(vocab_size=258048))
-    assert check(adapter, "--model", str(tmp_path / "base"))[0] == 0
+    assert check(adapter, model=tmp_path / "base").passed
 
 
 @pytest.mark.parametrize(
@@ -196,8 +198,8 @@ def test_a_second_rounding_is_a_warning(
 ) -> None:
     shutil.copytree(adapter.parent / "base", tmp_path / "base")
     edit_json(tmp_path / "base" / "config.json", lambda content: content.update(dtype=dtype))
-    code, report, _ = check(adapter, "--model", str(tmp_path / "base"), "--dtype", stored)
-    assert code == 0
+    report = check(adapter, model=tmp_path / "base", dtype=stored)
+    assert report.passed
     assert ("rounded twice" in findings(report, "warning").get("storage type", "")) == warns
 
 
