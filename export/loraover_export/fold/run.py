@@ -81,7 +81,7 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
 
 
 def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None, draft: Path) -> FoldCertificate:
-    """Write the folded adapter and judge it; with a base model, by its outputs too."""
+    """Write the folded adapter and certify it; with a base model, its outputs too."""
     with request.report.task("folding tensors", len(checkpoint.shapes)) as done:
         sums = [partial(checkpoint.check_sum, name) for name in HASHED_LATER]
         matrices = write_folded(checkpoint, draft, request.dtype, done, sums)

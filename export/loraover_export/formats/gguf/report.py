@@ -79,13 +79,6 @@ class GgufReport(Proof):
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
 
-def judge_export(matrices: list[MatrixCertificate], check: GgufCheck | None) -> ExportVerdict:
-    """Return the verdict on an export."""
-    if not all(matrix.passed for matrix in matrices):
-        return "failed"
-    return "not checked" if check is None else check.verdict
-
-
 def show_report(report: GgufReport, request: GgufRequest, console: Console) -> None:
     """Print the certificate, the check, the verdict, and how to run the adapter if it was written."""
     facts = in_one_line(matrix_facts(report.matrices))

@@ -27,7 +27,7 @@ from loraover.reference.reference_model import reference_model
 from loraover.sources.verb import verb
 from loraover_export.formats.gguf.header import read_header
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel, check_pair, load_library
-from loraover_export.formats.gguf.report import ARITHMETIC, TABLE, GgufCheck, GgufReport, judge_export
+from loraover_export.formats.gguf.report import ARITHMETIC, TABLE, GgufCheck, GgufReport
 from loraover_export.formats.gguf.target import GgufTarget, read_target, refuse_or_leave_out
 from loraover_export.formats.gguf.write import write_adapter
 from loraover_export.publishing import base_of, certified
@@ -70,9 +70,11 @@ def export_gguf(request: GgufRequest) -> GgufReport:
         if compare is not None:
             request.report.line("running the written adapter in llama.cpp")
             check = compare(draft)
-        fields = certified(adapter, request.dtype, matrices)
+        fields = certified(adapter, request.dtype, matrices) | {"versions": environment("gguf")}
+        if fields["verdict"] == "passed":
+            fields["verdict"] = "not checked" if check is None else check.verdict
         report = GgufReport(
-            **fields | {"verdict": judge_export(matrices, check), "versions": environment("gguf")},
+            **fields,
             base_model=base.name,
             architecture=target.served.architecture,
             family=target.family.name,

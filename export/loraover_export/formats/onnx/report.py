@@ -160,7 +160,7 @@ class OnnxReport(Certificate):
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
 
-def judge_export(checks: Sequence[GraphCheck], matrices: Sequence[MatrixCertificate]) -> ExportVerdict:
+def export_verdict(checks: Sequence[GraphCheck], matrices: Sequence[MatrixCertificate]) -> ExportVerdict:
     """Return "failed" if anything failed, and "inconclusive" if no check would have noticed an adapter's loss."""
     if not all(matrix.passed for matrix in matrices) or any(check.verdict == "failed" for check in checks):
         return "failed"

@@ -31,7 +31,7 @@ from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, G
 from loraover_export.formats.onnx.kinds.decoder import Decoder
 from loraover_export.formats.onnx.kinds.seq2seq import Seq2Seq
 from loraover_export.formats.onnx.kinds.stateless import Stateless, check_takes_rows
-from loraover_export.formats.onnx.report import GraphCheck, OnnxReport, SwappableLayout, judge_export, read_layout
+from loraover_export.formats.onnx.report import GraphCheck, OnnxReport, SwappableLayout, export_verdict, read_layout
 from loraover_export.formats.onnx.session import has_provider
 from loraover_export.formats.onnx.swappable import adapter_files, markers, write_adapter, write_swappable
 from loraover_export.merge.arithmetic import merge
@@ -147,7 +147,7 @@ class Export:
             matrices, found_base = self._write(cases)
             checks = self._check(cases, references, found_base) if request.check else []
         return OnnxReport(
-            verdict=judge_export(checks, matrices),
+            verdict=export_verdict(checks, matrices),
             mode=request.mode,
             precision=self.plan.precision,
             device=device,
