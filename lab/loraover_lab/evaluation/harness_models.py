@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 from loraover.client.at_once import at_once
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import DataError
-from loraover.training.generation import FiniteScores, greedy_settings
+from loraover.training.run.answers import FiniteScores, greedy_settings
 
 
 class HarnessModel(HFLM):
