@@ -98,7 +98,8 @@ class Endpoint:
         others = dict(_header(host, each) for each in more)
         self.headers |= others
         found = [secret for secret in (self._key, *others.values()) if secret]
-        self._secrets = {form for secret in found for form in _shown(secret)}
+        # As messages may have them: as they are, in JSON, and in what Python prints of an answer.
+        self._secrets = {form for secret in found for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1])}
         try:
             self._connections = Connections(self.url, ca_file)
         except OSError as error:
@@ -362,11 +363,6 @@ def _secret(host: str, variable: str) -> str:
     if not found.isascii() or not found.isprintable():
         raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
     return found
-
-
-def _shown(secret: str) -> tuple[str, ...]:
-    """A secret as messages may have it: as it is, in JSON, and in what Python prints of an answer."""
-    return secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]
 
 
 def _host(url: str) -> str:

@@ -48,7 +48,12 @@ def publish_directory(
             `replace`, it is not a folder, or `outside` lies in it.
     """
     target = Path(destination).absolute()
-    _settle_replaced(target)
+    for aside in _left(target, "old"):  # of a replacement that was killed half-way
+        with suppress(OSError), _locked(aside):
+            if target.exists() or target.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(target)
     check_free(target, outside=outside, replace=replace)
     draft = target.parent
     try:
@@ -143,16 +148,6 @@ def _drafted(target: Path) -> Iterator[Path]:
         except BaseException:  # such as Ctrl-C in the midst of it
             shutil.rmtree(draft, ignore_errors=True)
             raise
-
-
-def _settle_replaced(target: Path) -> None:
-    """Complete or undo a replacement that was killed half-way: restore the last old folder if `target` is missing."""
-    for aside in _left(target, "old"):
-        with suppress(OSError), _locked(aside):
-            if target.exists() or target.is_symlink():
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                aside.rename(target)
 
 
 def _left(target: Path, ending: str) -> list[Path]:

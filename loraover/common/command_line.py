@@ -142,7 +142,18 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
             if interrupted or isinstance(error, click.Abort | KeyboardInterrupt):
                 print(INTERRUPTED, file=sys.stderr)
                 return INTERRUPTED_CODE
-            return _explain(error)
+            if isinstance(error, click.ClickException):
+                error.show()
+            elif isinstance(error, LoraOverError):
+                has_lines = isinstance(error, DataError | EngineError)  # of its rows, or of an engine's log
+                lines = str(error).splitlines() if has_lines else [str(error)]
+                if not error.is_told:
+                    print("error: " + "\n".join(map(printable, lines)), file=sys.stderr)
+            elif missing := missing_package(error):
+                print(f"error: {missing}", file=sys.stderr)
+            else:
+                raise
+            return 2
     return result if isinstance(result, int) else 0
 
 
@@ -163,23 +174,6 @@ def _noticing_interrupts() -> Iterator[list[int]]:
         yield signals
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _explain(error: BaseException) -> int:
-    """Show an error that a user can act on and return its exit code; raise any other error again."""
-    if isinstance(error, click.ClickException):
-        error.show()
-    elif isinstance(error, LoraOverError) and error.is_told:
-        pass
-    elif isinstance(error, LoraOverError):
-        has_lines = isinstance(error, DataError | EngineError)  # of its rows, or of an engine's log
-        lines = str(error).splitlines() if has_lines else [str(error)]
-        print("error: " + "\n".join(map(printable, lines)), file=sys.stderr)
-    elif missing := missing_package(error):
-        print(f"error: {missing}", file=sys.stderr)
-    else:
-        raise error
-    return 2
 
 
 def entry_point(command: click.Command) -> Callable[[], Any]:

@@ -122,10 +122,19 @@ def measured_bases(
     pairs: dict[tuple[str, str], dict[str, Site]] = {}
     for site in everything.values():
         pairs.setdefault((site.module, site.adapter), {})[site.matrix] = site
+
+    def feature_blocks(site: Site) -> Blocks:
+        """Blocks of the side of a matrix that is not the rank."""
+        side: Side = "columns" if site.matrix == "A" else "rows"
+        m, n = site.shape
+        bases = decomposition.of_site(site.name).bases
+        assert bases is not None
+        return bases.blocks(side, m, n) or Blocks.of(n if side == "columns" else m, largest)
+
     moments = {}
     for site in chosen:
         pair = pairs[site.module, site.adapter].items()
-        moments[site.module] = _Moments({name: _feature_blocks(side, decomposition, largest) for name, side in pair})
+        moments[site.module] = _Moments({name: feature_blocks(one) for name, one in pair})
     layers = lora_layers(probe.model)
     try:
         has_loss = False
@@ -173,15 +182,6 @@ def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:
     """For each site that has a measured basis of columns, the first site with the very same one."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(found["columns"]), name) for name, found in bases.items() if "columns" in found}
-
-
-def _feature_blocks(site: Site, decomposition: Decomposition, largest: int) -> Blocks:
-    """Blocks of the side of a matrix that is not the rank."""
-    side: Side = "columns" if site.matrix == "A" else "rows"
-    m, n = site.shape
-    bases = decomposition.of_site(site.name).bases
-    assert bases is not None
-    return bases.blocks(side, m, n) or Blocks.of(n if side == "columns" else m, largest)
 
 
 @contextmanager

@@ -135,7 +135,9 @@ class Schedule:
         forwards = self.score.forwards(self.probe)
         device = next(iter(self.candidates.values())).parameter.device
         values = of_rank_zero([score if math.isfinite(score) else 0.0 for score in found.values()], device)
-        if unknown := self._unknown(dict(zip(found, values, strict=True))):
+        known = {self.candidates[name].matrix for name, value in zip(found, values, strict=True) if value}
+        unknown = " and ".join(sorted({site.matrix for site in self.candidates.values()} - known))
+        if unknown:  # all scores of A or of B are zero, and cannot be ranked
             if self.config.schedule == "static":
                 raise ConfigError(
                     f"schedule static: {self.config.score} is zero for every {unknown}, even after "
@@ -156,11 +158,6 @@ class Schedule:
     def replay(self, rounds: Iterable[Round]) -> None:
         """Take over the decisions that a resumed run has made before."""
         self.rounds = list(rounds)
-
-    def _unknown(self, scores: Mapping[str, float]) -> str:
-        """Name A or B (or both) if all their scores are zero and cannot be ranked; an empty string otherwise."""
-        known = {site.matrix for name, site in self.candidates.items() if scores[name]}
-        return " and ".join(sorted({site.matrix for site in self.candidates.values()} - known))
 
     def _record(self, step: int, scores: dict[str, float], chosen: list[str], forwards: int) -> Round:
         found = Round(

@@ -12,8 +12,8 @@ from threading import Event, Thread
 from typing import Any, Literal
 
 from loraover.common.errors import ConfigError, LoraOverError, ProcessError, own_kind
+from loraover.common.extras import install
 from loraover.common.ranks import launched
-from loraover.common.ray_cluster import ray_cluster
 from loraover.common.reporter import Reporter
 from loraover.common.request import as_written
 from loraover.training.recipe import Recipe
@@ -159,3 +159,29 @@ def _raise_refused(file: Path) -> None:
         raise {kind.__name__: kind for kind in LoraOverError.__subclasses__()}.get(says["kind"], LoraOverError)(
             says["message"]
         )
+
+
+@contextmanager
+def ray_cluster(address: str) -> Iterator[Any]:
+    """Connect to a Ray cluster for a block, and yield the module `ray`.
+
+    Args:
+        address: Address of the cluster, or "local" for one on this machine.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+    try:
+        import ray as imported
+    except ImportError as error:
+        raise ConfigError(f"{as_written('ray')} needs Ray: {install('ray')}.") from error
+    ray: Any = imported
+    where = None if address == "local" else address
+    try:
+        ray.init(address=where, log_to_driver=False, include_dashboard=False)
+    except (ConnectionError, ValueError) as error:
+        raise ConfigError(f"{as_written('ray', address)}: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -280,8 +280,8 @@ SERVING = (
     ),
     Mutant(
         "client-a-key-in-json-is-shown",
-        "return secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]",
-        "return (secret,)",
+        "for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1])",
+        "for form in (secret,)",
         Selection("test_endpoint.py", "as_json_and_python"),
     ),
     Mutant(

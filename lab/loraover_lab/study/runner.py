@@ -20,11 +20,11 @@ from loraover.checkpoint.carried_files import adapter_digest
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.provenance import environment, today
-from loraover.common.ray_cluster import ray_cluster
 from loraover.common.strict_json import read_json
 from loraover.models.load import load_tokenizer, resolve_model
 from loraover.reporting.html_page import FIGURES
 from loraover.sources.verb import perform, verb
+from loraover.training.on_ray import ray_cluster
 from loraover.training.recipe import Recipe
 from loraover_lab.evaluation import TASKS
 from loraover_lab.evaluation.results import CORRELATIONS, Evaluation, ModelResult

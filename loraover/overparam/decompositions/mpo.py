@@ -250,21 +250,16 @@ def _layout(mpo: Mpo, m: int, n: int) -> CoreShapes:
 
 def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     """Split `size` into `count` factors, as even as its prime factors allow, the largest in the middle."""
+    primes, divisor, left = [], 2, size
+    while divisor * divisor <= left:
+        while left % divisor == 0:
+            primes.append(divisor)
+            left //= divisor
+        divisor += 1
     factors = [1] * count
-    for prime in _prime_factors(size):
+    for prime in sorted(primes + ([left] if left > 1 else []), reverse=True):
         factors[factors.index(min(factors))] *= prime
     factors.sort(reverse=True)
     middle_out = sorted(range(count), key=lambda k: abs(2 * k + 1 - count))
     placed = dict(zip(middle_out, factors, strict=True))
     return tuple(placed[k] for k in range(count))
-
-
-def _prime_factors(size: int) -> list[int]:
-    """Return the prime factors of `size`, largest first."""
-    primes, divisor = [], 2
-    while divisor * divisor <= size:
-        while size % divisor == 0:
-            primes.append(divisor)
-            size //= divisor
-        divisor += 1
-    return sorted(primes + ([size] if size > 1 else []), reverse=True)
