@@ -325,9 +325,9 @@ def test_inputs_that_are_not_finite_are_refused_and_leave_no_trace() -> None:
 
 
 @pytest.mark.parametrize("name", NO_MEMORY)
-def test_running_out_of_memory_says_what_is_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_says_what_is_needed(name: str) -> None:
     model = llama()
-    monkeypatch.setattr(covariances._Moments, "add", failing(name))
+    probe = Probe(model, BATCHES, failing(name))
     # Per layer, blocks of 16 x 16 of both sides, float32: q and o 4 of them, k and v 3, gate, up and down 5.
     size = 2 * (2 * 4 + 2 * 3 + 3 * 5) * 16**2 * 4 / 2**20
     needed = (
@@ -335,7 +335,7 @@ def test_running_out_of_memory_says_what_is_needed(name: str, monkeypatch: pytes
         rf"or {size / 2:.1f} MiB with block: 8\. Use smaller batches"
     )
     with pytest.raises(ConfigError, match=needed) as refusal:
-        measured(model)
+        OverParameterization(model, LoraOverConfig(decomposition="eigen", options=MEASURED), probe=probe)
     assert refusal.value.__cause__ is NO_MEMORY[name]
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
