@@ -81,3 +81,4 @@ def test_what_is_saved_is_a_plain_adapter_with_its_cores(stage: int, zero_folder
 def test_what_zero_cannot_train_is_refused_in_every_process(case: str, named: str, saw: list[dict[str, Any]]) -> None:
     for found in saw:
         assert named in found["refused"][case]
+        assert "not known here" not in found["refused"][case]  # as of another version of DeepSpeed
