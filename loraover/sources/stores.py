@@ -17,7 +17,6 @@ from urllib.parse import urljoin, urlsplit
 
 from loraover.common.extras import install
 from loraover.common.hosts import is_near
-from loraover.common.strict_json import MAX_JSON_BYTES
 from loraover.sources.address import Address, SourceError
 
 if TYPE_CHECKING:
@@ -153,6 +152,8 @@ class WebStore(Store):
 
     def _shards(self, client: httpx2.Client) -> list[str]:
         """Return the files of weights that the index names."""
+        from loraover.common.strict_json import MAX_JSON_BYTES  # with pydantic, which help texts do not wait for
+
         with self._answer(client, "GET", INDEX_FILE) as answer:
             if answer.status_code in ABSENT:
                 return []
