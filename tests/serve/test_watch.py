@@ -29,12 +29,10 @@ from loraover.common.errors import ConfigError
 from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
 from loraover_serve.record.adapter_check.reference import Reference
-from loraover_serve.watch.ask import ask
-from loraover_serve.watch.canary import Canary
+from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import HOUR_S, Watched, read_config
 from loraover_serve.watch.history import DAY_S, Check, History
-from loraover_serve.watch.metrics import Metrics
-from loraover_serve.watch.page import to_page
+from loraover_serve.watch.page import Metrics, to_page
 
 from support.openai_server import openai_server
 from support.reference_server import AS_BASE, REFUSED, RIGHT, VERDICT, FromReference

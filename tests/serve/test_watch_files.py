@@ -19,14 +19,12 @@ from serve.test_watch import until
 
 from loraover.common.reporter import SILENT
 from loraover_serve.record.adapter_check.reference import read_reference
-from loraover_serve.watch.ask import ask
-from loraover_serve.watch.canary import Canary
+from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import WatchConfig, read_config
 from loraover_serve.watch.history import Check, History
-from loraover_serve.watch.metrics import Metrics
-from loraover_serve.watch.page import to_page
+from loraover_serve.watch.page import Metrics, to_page
 from loraover_serve.watch.request import WatchRequest
-from loraover_serve.watch.service import Watch, serving
+from loraover_serve.watch.run import Watch, serving
 
 from support import reports
 from support.openai_server import openai_server

@@ -17,7 +17,7 @@ import pytest
 from loraover.common.errors import OutputError
 from loraover.common.reporter import SILENT
 from loraover_serve.watch.history import DAY_S, Check, History
-from loraover_serve.watch.service import serving
+from loraover_serve.watch.run import serving
 
 NOW = 1_700_000_000.0
 CHECK = Check("prod", "shop", NOW, "failed", None, "a reason", 0.1, 0.2, 1.0, 0.1, 8)

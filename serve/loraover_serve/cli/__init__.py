@@ -8,8 +8,8 @@ from loraover.common.command_line import LazyGroup, entry_point
 from loraover.reporting.request_command import Reporting
 
 COMMANDS = {
-    "up": "loraover_serve.cli.up:up",
-    "watch": "loraover_serve.cli.watch:watch",
+    "up": "loraover_serve.cli.running:up",
+    "watch": "loraover_serve.cli.running:watch",
     "parity": Reporting(
         "loraover_serve.parity.request:ParityRequest",
         "loraover_serve.parity.run:measure_parity",

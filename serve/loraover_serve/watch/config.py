@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,13 +150,11 @@ def read_config(path: Path) -> Watched:
     ]
     if faults:
         raise ConfigError(f"{path}: {' '.join(faults)}")
-    return Watched(config, tuple(_beside(target, targets) for target in targets), folder / config.history)
-
-
-def _beside(target: WatchTarget, targets: Sequence[WatchTarget]) -> WatchTarget:
-    """An adapter with the others of its server."""
-    mine = [each for each in targets if each.server.name == target.server.name and each.adapter != target.adapter]
-    return replace(target, others=tuple((each.adapter, each.request.references[0]) for each in mine))
+    beside = []
+    for target in targets:
+        mine = [each for each in targets if each.server.name == target.server.name and each.adapter != target.adapter]
+        beside.append(replace(target, others=tuple((each.adapter, each.request.references[0]) for each in mine)))
+    return Watched(config, tuple(beside), folder / config.history)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command `loraover serve up`."""
+"""The commands `loraover serve up` and `loraover serve watch`, which run until they are stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import click
 
 from loraover.reporting.request_command import request_command
 from loraover_serve.vllm.request import ServeRequest
+from loraover_serve.watch.request import WatchRequest
 
 
 def _serve(request: ServeRequest, as_json: bool) -> None:
@@ -23,4 +24,20 @@ def _serve(request: ServeRequest, as_json: bool) -> None:
     raise EngineError(f"vLLM ended or reported a failure; see {request.log}.")
 
 
+def _watch(request: WatchRequest, as_json: bool) -> int:
+    """Watch until a signal ends it."""
+    from dataclasses import replace
+
+    from loraover.common.command_line import end_at_once
+    from loraover.reporting.reporter import ConsoleReporter
+    from loraover.sources.verb import perform
+    from loraover_serve.watch.run import watch_adapters
+
+    found = perform(watch_adapters, replace(request, report=ConsoleReporter()))
+    if request.once:
+        return found.exit_code
+    end_at_once(0)  # a check that waits for a silent server would keep the interpreter from ending
+
+
 up = request_command(ServeRequest, _serve)
+watch = request_command(WatchRequest, _watch)
