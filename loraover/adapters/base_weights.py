@@ -70,8 +70,11 @@ class BaseWeights:
             ConfigError: There are no safetensors files, or they hold no weight of the module, or one of another shape.
             ExportError: The model is quantised.
         """
-        with self._lock:  # files are opened once
-            key = self._key(path)
+        key = self._key(path)
+        if key is None:
+            raise ConfigError(
+                f"model: {self.source.origin}: its files hold no tensor {path}.weight, which is needed here."
+            )
         with of_base(self.source):
             weight = self._tensors[key].read(key)
         weight = weight.T if is_conv1d(self.modules[path]) else weight
@@ -91,18 +94,17 @@ class BaseWeights:
 
     @cached_property
     def _keys(self) -> dict[str, str]:
-        """The key of each parameter in the files, by name."""
         return stored_keys(self.model, self._tensors)
 
-    def _key(self, path: str) -> str:
-        """Return the key of a module's weight in the files, where it may be tied."""
+    def _key(self, path: str) -> str | None:
+        """Return the key of a module's weight in the files, where it may be tied; None if they do not hold it."""
         paths = [path, *(self.tied if path in self.tied else ())]
-        key = next((key for found in paths if (key := self._keys.get(f"{found}.weight")) is not None), None)
-        if key is None:
-            raise ConfigError(
-                f"model: {self.source.origin}: its files hold no tensor {path}.weight, which is needed here."
-            )
-        return key
+        with self._lock:  # files are opened once
+            return next((key for found in paths if (key := self._keys.get(f"{found}.weight")) is not None), None)
+
+    def holds(self, path: str) -> bool:
+        """Return whether the files hold the weight of a module."""
+        return self._key(path) is not None
 
 
 @contextmanager
@@ -120,7 +122,8 @@ def changed_weight(key: str, stored: TensorFile, path: str, base: BaseWeights) -
     """Return in words how a base weight in an adapter's file differs from the base model's; None if it does not.
 
     PEFT saves it beside an adapted embedding, in the type that training loaded it in, and loads it over the base
-    model's. An adapter's new or changed rows are there and nowhere else.
+    model's. An adapter's new or changed rows are there and nowhere else, as is a head that the base model's files lack,
+    where the head was tied and their configuration does not say so.
 
     Args:
         key: Key of the weight in the adapter's file.
@@ -128,6 +131,8 @@ def changed_weight(key: str, stored: TensorFile, path: str, base: BaseWeights) -
         path: Path of the module in the base model, whose weight has the same shape.
         base: The base model.
     """
+    if not base.holds(path):
+        return f"{key}: its {stored.shape(key)[0]} rows are not in the files of {base.source.name}"
     found = stored.read(key)
     rows = (found != base.weight(path).to(found.dtype)).any(dim=1).nonzero().flatten()
     if not rows.numel():
@@ -174,11 +179,13 @@ def module_of_copy(key: str) -> str:
 
 def shapes_of(model: Any) -> dict[str, tuple[int, int]]:
     """Return the shapes of a model's linear layers and embeddings by path, as `BaseWeights.shapes` has them."""
-    return {
-        path: _shape(module)
-        for path, module in model.named_modules()
-        if is_conv1d(module) or is_linear(module) or is_embedding(module)
-    }
+    found = {}
+    for path, module in model.named_modules():
+        if is_conv1d(module):
+            found[path] = tuple(module.weight.shape[::-1])
+        elif is_linear(module) or is_embedding(module):
+            found[path] = tuple(module.weight.shape)
+    return found
 
 
 def is_linear(module: Any) -> bool:
@@ -198,8 +205,3 @@ def is_embedding(module: Any) -> bool:
     from torch import nn
 
     return isinstance(module, nn.Embedding)
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    m, n = module.weight.shape
-    return (n, m) if is_conv1d(module) else (m, n)

@@ -100,7 +100,7 @@ class ModelFacts:
         return found
 
 
-FORM = 3
+FORM = 4
 """Number of the form of kept facts; another form gets other files."""
 KEPT_IN_MEMORY = 32
 
@@ -153,9 +153,13 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     architecture = config.architectures[0]
+    is_tied = _is_tied(config, text)
     modules, experts, parameters = {}, {}, ()
     if wanted is None or architecture in wanted:
         model = load_skeleton(source)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if embedding is not None and head is not None:  # transformers 5 ties LLaVA's where either configuration says so
+            is_tied = head.weight is embedding.weight
         experts = find_expert_weights(model)
         modules = {name: _describe(module) for name, module in model.named_modules() if name}
         parameters = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
@@ -170,7 +174,7 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
         key_value_heads=_number(text, "num_key_value_heads"),
         is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
         is_encoder_decoder=bool(config.is_encoder_decoder),
-        is_tied=_is_tied(config, text),
+        is_tied=is_tied,
         quantization=None if quantization is None else _method(quantization),
         modules=modules,
         experts=experts,

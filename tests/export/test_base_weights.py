@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from loraover.common.errors import ExportError
-from loraover_export import export_vllm
+from loraover_export import check_adapter, export_vllm
 
 from support.exports import REFUSING
-from support.make_checkpoint import edit_tensors
+from support.make_checkpoint import edit_json, edit_tensors
 from support.plain_adapter import make_adapter
+from support.tiny_llava import save_llava
+from support.tiny_models import with_lora
 
 KEY = "base_model.model.model.embed_tokens.base_layer.weight"
 CHANGED = "2 of its 64 rows, the first of them row 7, are not those of"
@@ -56,3 +59,29 @@ def test_a_copy_in_the_type_that_training_loaded_is_left_out(export: str, adapte
         edit(adapter, lambda weight, dtype=dtype: weight.to(dtype))  # type: ignore[misc]
         EXPORTS[export](adapter, tmp_path / str(dtype))
         assert (tmp_path / str(dtype)).exists()
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    """A LLaVA with one matrix for its embedding and its head, and an adapter of the head; returns the folder."""
+    base = save_llava(tmp_path / "base")
+    edit_json(base / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    edit_tensors(base / "model.safetensors", lambda found: found.pop("language_model.lm_head.weight"))
+    model = with_lora(LlavaForConditionalGeneration.from_pretrained(base), target_modules=["lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def found_in(llava: Path, engine: str) -> list[str]:
+    (found,) = check_adapter(llava / "adapter", engines=[engine]).engines
+    return [f"{one.feature}: {one.found}" for one in found.as_it_is.findings]
+
+
+def test_a_head_that_only_the_whole_configuration_ties_is_tied(llava: Path) -> None:
+    assert any(found.startswith("tied head: ") for found in found_in(llava, "llamacpp"))
+
+
+def test_a_head_that_the_files_of_the_base_model_lack_is_a_finding(llava: Path) -> None:
+    """Its configuration does not say that it was tied."""
+    edit_json(llava / "base" / "config.json", lambda config: config.update(tie_word_embeddings=False))
+    assert any("rows are not in the files of" in found for found in found_in(llava, "vllm"))
