@@ -174,9 +174,14 @@ def loaded_names(skeleton: Any, keys: Collection[str]) -> dict[str, tuple[str, b
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     except ImportError:  # before transformers 5, which had patterns of names alone
         mapping = getattr(skeleton, "_checkpoint_conversion_mapping", {})
-        renamed = {key: _renamed(key, mapping) for key in keys}
-        forms = {key: (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) for key, name in renamed.items()}
-        return {key: (next((n for n in names if n in state), names[0]), False) for key, names in forms.items()}
+
+        older = {}
+        for key in keys:  # of the patterns, the first that fits counts
+            renamed = (new for old, by in mapping.items() for new, count in (re.subn(old, by, key),) if count)
+            name = next(renamed, key)
+            names = name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+            older[key] = next((found for found in names if found in state), name), False
+        return older
     transforms = get_model_conversion_mapping(skeleton)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -187,11 +192,6 @@ def loaded_names(skeleton: Any, keys: Collection[str]) -> dict[str, tuple[str, b
             name, converter = key, None
         found[key] = name, converter is not None
     return found
-
-
-def _renamed(key: str, mapping: Mapping[str, str]) -> str:
-    """Return a key after the first pattern that fits it, as transformers 4 renames it."""
-    return next((new for old, by in mapping.items() for new, count in (re.subn(old, by, key),) if count), key)
 
 
 def folder_of(source: ModelSource) -> Path:

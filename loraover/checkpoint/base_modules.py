@@ -95,7 +95,16 @@ def replaced_parameters(base: nn.Module, adapter: AdapterDir, plain: TensorFile)
         if name.endswith(".lora_B.bias"):
             continue
         if name not in parameters or tuple(parameters[name].shape) != adapter.shapes[key]:
-            raise CheckpointError(f"{adapter.tensors_path}: {key} {_misfit(base, adapter)}.")
+            kind, labels = type(base).__name__, saved_labels(adapter.shapes)
+            auto = CLASSIFIERS.get(adapter.config.task_type or "")
+            reason = f"fits no parameter of the base model ({kind})"
+            if auto is not None and labels is not None:
+                reason = (
+                    f"is of the head of task_type {adapter.config.task_type}, and the base model is a {kind} without "
+                    f"that head. Save it with one ({auto}.from_pretrained(..., num_labels={labels})"
+                    f".save_pretrained(FOLDER)), and name the folder with {as_written('model')}"
+                )
+            raise CheckpointError(f"{adapter.tensors_path}: {key} {reason}.")
         if targets.saves(name):
             copies[name] = key
             continue
@@ -107,19 +116,6 @@ def replaced_parameters(base: nn.Module, adapter: AdapterDir, plain: TensorFile)
             )
         shared |= {other: key for other, found in parameters.items() if found is parameters[name]}
     return shared | copies
-
-
-def _misfit(base: nn.Module, adapter: AdapterDir) -> str:
-    """Return why a base model has no place for a tensor of an adapter, and what to do."""
-    kind, labels = type(base).__name__, saved_labels(adapter.shapes)
-    auto = CLASSIFIERS.get(adapter.config.task_type or "")
-    if auto is None or labels is None:
-        return f"fits no parameter of the base model ({kind})"
-    return (
-        f"is of the head of task_type {adapter.config.task_type}, and the base model is a {kind} without that head. "
-        f"Save it with one ({auto}.from_pretrained(..., num_labels={labels}).save_pretrained(FOLDER)), and name the "
-        f"folder with {as_written('model')}"
-    )
 
 
 def load_others(base: nn.Module, exact: ExactAdapter) -> dict[str, nn.Parameter]:

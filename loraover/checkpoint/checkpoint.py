@@ -285,29 +285,23 @@ def _check_layout(checkpoint: Checkpoint) -> None:
             expected = checkpoint.decomposition.of_site(site.name).core_shapes(site.m, site.n)
         except LoraOverError as error:
             raise CheckpointError(f"{checkpoint.path / META_FILE}: {site.name}: {error}") from error
-        _check_shares(checkpoint, site)
+        for k, name in site.shares.items():
+            owner, bases = checkpoint.sites.get(name), checkpoint.decomposition.of_site(site.name).bases
+            if bases is None or k not in bases.shareable(site.m, site.n):
+                reason = f"core {k} cannot be shared"
+            elif owner is None:
+                reason = f"there is no site {name!r}"
+            elif (owner.m, owner.n, owner.step) != (site.m, site.n, site.step):
+                reason = f"{name} has another shape or step"
+            elif owner.shares.get(k) != name:
+                reason = f"{name} does not hold it itself"
+            else:
+                continue
+            raise CheckpointError(f"{checkpoint.path / META_FILE}: {site.name}: shares: {reason}; the file is damaged.")
         for k, shape in enumerate(expected):
             if shapes.get(site.core_key(k)) != shape:
                 found = shapes.get(site.core_key(k), "missing")
                 raise CheckpointError(f"{checkpoint.cores_path}: {site.core_key(k)} is {found}, expected {shape}.")
-
-
-def _check_shares(checkpoint: Checkpoint, site: SiteRecord) -> None:
-    """Raise CheckpointError unless a site shares only what sites of its shape and step can have in common."""
-    for k, name in site.shares.items():
-        owner = checkpoint.sites.get(name)
-        bases = checkpoint.decomposition.of_site(site.name).bases
-        if bases is None or k not in bases.shareable(site.m, site.n):
-            reason = f"core {k} cannot be shared"
-        elif owner is None:
-            reason = f"there is no site {name!r}"
-        elif (owner.m, owner.n, owner.step) != (site.m, site.n, site.step):
-            reason = f"{name} has another shape or step"
-        elif owner.shares.get(k) != name:
-            reason = f"{name} does not hold it itself"
-        else:
-            continue
-        raise CheckpointError(f"{checkpoint.path / META_FILE}: {site.name}: shares: {reason}; the file is damaged.")
 
 
 LARGEST_LOSS = 2.0**-104

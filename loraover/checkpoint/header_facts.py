@@ -107,23 +107,19 @@ def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
     names = set(read_json(index, ShardIndex).weight_map.values()) if has_shards else {SINGLE}
     found: dict[str, tuple[int, ...]] = {}
     if not Path(source.location).is_dir() and not all((folder / name).is_file() for name in names):
-        return _shapes_on_hub(source)
+        import huggingface_hub
+        from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+        try:
+            hub = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
+        except (OSError, *http_errors(), NotASafetensorsRepoError, SafetensorsParsingError) as error:
+            raise CheckpointError(str(error)) from error
+        files = hub.files_metadata.values()
+        return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
     for name in sorted(names):
         with open_tensors(folder / name) as opened:
             found |= {key: opened.shape(key) for key in opened.keys}
     return found
-
-
-def _shapes_on_hub(source: ModelSource) -> dict[str, tuple[int, ...]]:
-    import huggingface_hub
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
-
-    try:
-        found = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
-    except (OSError, *http_errors(), NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise CheckpointError(str(error)) from error
-    files = found.files_metadata.values()
-    return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> dict[str, ModuleFacts]:

@@ -8,7 +8,7 @@ do, see `header_facts.py`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,17 +153,26 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     architecture = config.architectures[0]
-    is_tied = _is_tied(config, text)
+    found = getattr(text, "tie_word_embeddings", None)  # which some multimodal models say as a whole only
+    is_tied = bool(getattr(config, "tie_word_embeddings", False) if found is None else found)
     modules, experts, parameters = {}, {}, ()
     if wanted is None or architecture in wanted:
         model = load_skeleton(source)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if embedding is not None and head is not None:  # transformers 5 ties LLaVA's where either configuration says so
-            is_tied = head.weight is embedding.weight
+        with suppress(NotImplementedError):  # some models have several embeddings
+            ends = [
+                getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())
+            ]
+            if all(
+                weight is not None for weight in ends
+            ):  # transformers ties LLaVA's where either configuration says so
+                is_tied = ends[0] is ends[1]
         experts = find_expert_weights(model)
         modules = {name: _describe(module) for name, module in model.named_modules() if name}
         parameters = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
-    quantization = getattr(config, "quantization_config", None)
+    quantization, method = getattr(config, "quantization_config", None), None
+    if quantization is not None:
+        fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = str(fields.get("quant_method", "an unnamed method"))
     return ModelFacts(
         architecture=architecture,
         model_type=config.model_type,
@@ -175,7 +184,7 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
         is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
         is_encoder_decoder=bool(config.is_encoder_decoder),
         is_tied=is_tied,
-        quantization=None if quantization is None else _method(quantization),
+        quantization=method,
         modules=modules,
         experts=experts,
         parameters=parameters,
@@ -186,17 +195,6 @@ def _number(config: Any, name: str) -> int | None:
     """Return a field that most configurations have; None of one that has another number for each layer."""
     found = getattr(config, name, None)
     return found if isinstance(found, int) else None
-
-
-def _is_tied(config: Any, text: Any) -> bool:
-    """Whether the head is the embedding, which some multimodal models say in the whole configuration only."""
-    found = getattr(text, "tie_word_embeddings", None)
-    return bool(getattr(config, "tie_word_embeddings", False) if found is None else found)
-
-
-def _method(quantization: Any) -> str:
-    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    return str(fields.get("quant_method", "an unnamed method"))
 
 
 def _describe(module: Any) -> ModuleFacts:
@@ -238,16 +236,11 @@ def read_served(source: ModelSource, supported: Container[str] | None = None) ->
         ConfigError: No usable configuration, or a class that transformers cannot build.
     """
     facts = read_facts(source, supported)
-    is_supported = supported is None or facts.architecture in supported
-    modules = facts.modules | _parts(facts.experts) if is_supported else {}
+    modules: dict[str, ModuleFacts] = {}
+    if supported is None or facts.architecture in supported:
+        modules |= facts.modules
+        for path, weight in facts.experts.items():
+            owner, _, parameter = path.rpartition(".")
+            described = ModuleFacts("expert", "part of a parameter", weight.shape[::-1])
+            modules |= {f"{owner}.{index}.{parameter}": described for index in range(weight.experts)}
     return ServedModel(**vars(facts) | {"modules": modules}, source=source)
-
-
-def _parts(experts: Mapping[str, ExpertWeight]) -> dict[str, ModuleFacts]:
-    """Return the matrices of the experts as if each were a module, by path."""
-    found: dict[str, ModuleFacts] = {}
-    for path, weight in experts.items():
-        owner, _, parameter = path.rpartition(".")
-        described = ModuleFacts("expert", "part of a parameter", weight.shape[::-1])
-        found |= {f"{owner}.{index}.{parameter}": described for index in range(weight.experts)}
-    return found

@@ -121,16 +121,11 @@ class Targets(BaseModel):
         owner = without_base_layers(module)
         if any(targeted_parameter(target, owner) is not None for target in self.target_parameters or ()):
             return True
-        module = module.partition(".base_layer")[0]
-        return not self._is_excluded(module) and self._is_targeted(module)
-
-    def _is_excluded(self, module: str) -> bool:
+        module, targets = module.partition(".base_layer")[0], self.target_modules
         if any(match_path(PART, name, module) is not None for name in self.saved):
-            return True
-        return bool(self.exclude_modules) and _matches(self.exclude_modules or (), module)
-
-    def _is_targeted(self, module: str) -> bool:
-        targets = self.target_modules
+            return False
+        if self.exclude_modules and _matches(self.exclude_modules, module):
+            return False
         if self.is_open:
             return targets is not None or self._is_layer(module)
         if targets is None or not _matches(targets, module):

@@ -82,15 +82,7 @@ def write_checkpoint(
     if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
         tensors |= {SCORE_PREFIX + key: value for key, value in over.schedule.score.state().items()}
     publish_file(stored.path / CORES_FILE, lambda draft: save_tensors(tensors, draft))
-    meta = _meta(stored, over, step, records, dtypes)
-    publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
-
-
-def _meta(
-    stored: AdapterDir, over: OverParameterization, step: int, records: list[SiteRecord], dtypes: set[torch.dtype]
-) -> Meta:
-    """Describe the cores that were written beside a stored adapter."""
-    return Meta(
+    meta = Meta(
         base_model=stored.config.base_model_name_or_path,
         step=step,
         config=over.config,
@@ -104,6 +96,7 @@ def _meta(
         versions={"loraover": __version__, **{name: version(name) for name in ("torch", "peft", "transformers")}},
         sha256={name: sha256_of(stored.path / name) for name in (CONFIG_FILE, TENSORS_FILE, CORES_FILE)},
     )
+    publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
 
 
 def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
@@ -180,8 +173,10 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     dtypes = stored_dtypes(checkpoint, checkpoint.sites)
     with open_tensors(checkpoint.cores_path) as file:
         alike: dict[tuple[int, ...], list[SiteRecord]] = {}
-        for site in checkpoint.meta.sites:
-            alike.setdefault((site.step, site.joined, *_refreshes(file, site)), []).append(site)
+        for site in checkpoint.meta.sites:  # all of a group have followed their bases for as many steps
+            key = f"{site.gauge_key}counts"
+            counts = file.read(key).flatten().tolist()[1:] if key in file.keys else []
+            alike.setdefault((site.step, site.joined, *counts), []).append(site)
         for (step, *_), sites in alike.items():
             for site in sites:
                 cores = checkpoint.read_cores(file, site)
@@ -196,30 +191,19 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
             kept = file.keys_below(SCORE_PREFIX)
             over.schedule.score.load({key.removeprefix(SCORE_PREFIX): file.read(key) for key in kept})
     for group in over.groups:
-        _join_as_stored(checkpoint, group)
+        if all(checkpoint.sites[site.name].joined for site in group.sites):
+            group.join()
+        else:
+            group.split()
         group.write()
     over.schedule.replay(checkpoint.meta.rounds)
     over.step, over.optimizer_class = checkpoint.meta.optimizer_steps, checkpoint.meta.optimizer
-
-
-def _join_as_stored(checkpoint: Checkpoint, group: CoreGroup) -> None:
-    """Join a group's sites if the checkpoint has them joined, and else split them."""
-    if all(checkpoint.sites[site.name].joined for site in group.sites):
-        group.join()
-    else:
-        group.split()
 
 
 def stored_dtypes(adapter: AdapterDir, names: Iterable[str]) -> dict[str, torch.dtype]:
     """Return the dtypes in which an adapter's file holds the matrices of these sites."""
     with adapter.open() as file:
         return {name: file.stored(site_key(name)).dtype for name in names}
-
-
-def _refreshes(file: TensorFile, record: SiteRecord) -> list[int]:
-    """Steps that a site's bases have followed, and that of their next refresh, as all sites of a group have them."""
-    key = f"{record.gauge_key}counts"
-    return file.read(key).flatten().tolist()[1:] if key in file.keys else []
 
 
 def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: SiteRecord) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loraover.adapters.base_weights import open_base
 from loraover.adapters.convert.kind import read_method
 from loraover.adapters.convert.methods.base import Dense
-from loraover.adapters.convert.run import approximations
+from loraover.adapters.convert.run import approximate
 from loraover.adapters.convert.source import open_adapter
 from loraover.adapters.uniform.write_lora import Approximation
 from loraover.checkpoint.base_model import resolve_base
@@ -126,7 +126,7 @@ def row(name: str, base: Path, folder: Path, rounds: int) -> tuple[str, ...]:
         full = any(isinstance(place.delta(), Dense) for place in places)
 
         def convert() -> None:
-            found[:] = [work() for work in approximations(places, layout, rank, {})]
+            found[:] = [approximate(place, layout, rank, {}) for place in places]
 
         our_time = seconds(convert, rounds)
     left_out = max(part.truncation_error / part.norm for part in found)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from loraover.adapters.convert.methods import METHODS, tokens
 from loraover.adapters.convert.methods.base import INERT, OTHER_KINDS, LowRank, Refused
-from loraover.adapters.convert.methods.rotations import _compact
+from loraover.adapters.convert.methods.rotations import compact
 from loraover.adapters.convert.run import VllmFit
 from loraover.adapters.logits.prompts import logits_of
 from loraover_export import convert_adapter
@@ -236,7 +236,7 @@ class TestOracles:
 @given(n=st.integers(1, 9), r=st.integers(1, 5), seed=st.integers(0, 99))
 def test_reflections_in_compact_form_are_their_product(n: int, r: int, seed: int) -> None:
     vectors = torch.randn(n, r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    u, t = _compact(vectors)
+    u, t = compact(vectors)
     expected = oracle.hra(np.eye(n), vectors.numpy())
     assert np.abs(-(u @ t @ u.T).numpy() - expected).max() <= 1e-13
 

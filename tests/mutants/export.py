@@ -220,8 +220,8 @@ EXPORT = (
     ),
     Mutant(
         "excluded-modules-named",
-        "return not self._is_excluded(module) and self._is_targeted(module)",
-        "return self._is_targeted(module)",
+        "if self.exclude_modules and _matches(self.exclude_modules, module):",
+        "if False:",
         Selection("test_target_modules.py", "named_as_in_peft"),
     ),
     Mutant(

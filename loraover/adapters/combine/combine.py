@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-
-import torch
 
 from loraover.adapters.combine.requests import CombineRequest, ShrinkRequest
 from loraover.adapters.combine.sources import Sources, check_plain, deltas_of, read_sources
 from loraover.adapters.numerics.delta import Delta, read_delta, scale
 from loraover.adapters.numerics.low_rank import concatenate, decompose, factor_noise, rank_of_energy, singular_values
 from loraover.adapters.uniform.certificate import LoraCertificate
-from loraover.adapters.uniform.write_lora import Approximation, Work, write_lora
+from loraover.adapters.uniform.write_lora import Approximation, write_lora
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import ExactAdapter
 from loraover.common.errors import ExportError
-from loraover.common.reporter import Reporter
 from loraover.common.threads import workers
 from loraover.sources.verb import verb
 
@@ -60,20 +57,19 @@ def combine_adapters(request: CombineRequest) -> LoraCertificate:
         if_zero=ZERO.format(weights=request.named("weights")),
     )
     with adapters.opened() as opened:
-        work = [partial(_combined, opened, weights, module) for module in adapters.modules]
+
+        def combined(module: str) -> Approximation:
+            found = zip(deltas_of(opened, module), weights, strict=True)
+            return add_deltas([(delta, weight) for delta, weight in found if delta is not None])
+
+        work = [partial(combined, module) for module in adapters.modules]
         return write_lora(work, len(work), target, request.report)
 
 
-def _combined(opened: Sequence[ExactAdapter], weights: Sequence[float], module: str) -> Approximation:
-    found = zip(deltas_of(opened, module), weights, strict=True)
-    return add_deltas([(delta, weight) for delta, weight in found if delta is not None])
-
-
 def add_deltas(weighted: Sequence[tuple[Delta, float]]) -> Approximation:
-    """Return the sum of weighted deltas of one module.
+    """Return the sum of weighted deltas of one module, with its numerical rank if that is below the sum of the ranks.
 
-    Its rank is the sum of their ranks, or the numerical rank of the sum where that is smaller: the smallest rank whose
-    error is within the bound of rounding, which is then part of the sum's bound. It is 0 where the deltas cancel.
+    That is the smallest rank whose error is within the bound of rounding, which is then part of the sum's bound.
     """
     scaled = [(delta, scale(delta.b, weight)) for delta, weight in weighted]
     first = scaled[0][0]
@@ -115,13 +111,21 @@ def shrink_adapter(request: ShrinkRequest) -> LoraCertificate:
     target = adapter.output(request, "LoRA adapter of a smaller rank", asked=request.asked(), sources=[request.source])
     target.check()
     with adapter.opened() as (opened,):
-        kept = _rank(request, adapter, opened)
-        work: list[Work] = [partial(_shrunk, opened, kept, module) for module in adapter.modules]
+        rank = _rank_to_keep(request, adapter, opened)
+
+        def shrunk(module: str) -> Approximation:
+            delta = read_delta(opened, module)
+            if delta.rank <= rank:
+                return Approximation.exact(delta)
+            svd = decompose(delta.b.value.double(), delta.a.value.double())
+            least, noise = svd.truncate(rank), factor_noise(delta.b, delta.a)
+            return Approximation(least.delta(module, delta.embedding), svd.norm, least.error, least.bound + noise)
+
+        work = [partial(shrunk, module) for module in adapter.modules]
         return write_lora(work, len(work), target, request.report)
 
 
-def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter) -> int:
-    """Return the rank to keep, which is smaller than that of some module."""
+def _rank_to_keep(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter) -> int:
     largest = adapter.adapters[0].rank
     if request.rank is not None:
         if request.rank >= largest:
@@ -129,32 +133,20 @@ def _rank(request: ShrinkRequest, adapter: Sources, opened: ExactAdapter) -> int
                 f"{request.source}: its rank is {largest}, so there is nothing to shrink to {request.rank}."
             )
         return request.rank
-    share = request.energy or 1.0
-    found = [rank_of_energy(values, share) for values in _spectra(adapter, opened, request.report)]
-    if max(found) >= largest:
-        module = adapter.modules[found.index(max(found))]
-        raise ExportError(
-            f"{request.source}: {module} needs all of its rank, {largest}, to keep {share} of its squared norm; ask "
-            f"for a smaller {request.named('energy')}, or for a {request.named('rank')}."
-        )
-    return max(found)
+    share, modules = request.energy or 1.0, adapter.modules
 
-
-def _spectra(adapter: Sources, opened: ExactAdapter, report: Reporter) -> Iterator[torch.Tensor]:
-    def spectrum(module: str) -> torch.Tensor:
+    def needed(module: str) -> int:
         delta = read_delta(opened, module)
-        return singular_values(delta.b.value.double(), delta.a.value.double())
+        return rank_of_energy(singular_values(delta.b.value.double(), delta.a.value.double()), share)
 
-    with workers() as threads, report.task("reading singular values", len(adapter.modules)) as done:
-        for k, values in enumerate(threads.map(spectrum, adapter.modules), 1):
-            yield values
-            done(k)
-
-
-def _shrunk(opened: ExactAdapter, rank: int, module: str) -> Approximation:
-    delta = read_delta(opened, module)
-    if delta.rank <= rank:
-        return Approximation.exact(delta)
-    svd = decompose(delta.b.value.double(), delta.a.value.double())
-    least, noise = svd.truncate(rank), factor_noise(delta.b, delta.a)
-    return Approximation(least.delta(module, delta.embedding), svd.norm, least.error, least.bound + noise)
+    ranks: list[int] = []
+    with workers() as threads, request.report.task("reading singular values", len(modules)) as done:
+        for rank in threads.map(needed, modules):
+            ranks.append(rank)
+            done(len(ranks))
+    if max(ranks) >= largest:
+        raise ExportError(
+            f"{request.source}: {modules[ranks.index(max(ranks))]} needs all of its rank, {largest}, to keep {share} "
+            f"of its squared norm; ask for a smaller {request.named('energy')}, or for a {request.named('rank')}."
+        )
+    return max(ranks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import ClassVar
@@ -26,7 +25,7 @@ from loraover.adapters.numerics.low_rank import (
 )
 from loraover.adapters.uniform.refusals import check_fields, written_parameters
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.peft_adapter import ExactAdapter, saved_labels
+from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import StrictModel
@@ -121,17 +120,31 @@ def diff_adapters(request: DiffRequest) -> DiffReport:
     for adapter in sources.adapters:
         check_no_bias(adapter)
         check_fields(adapter, "compare their logits in PEFT", allowed=COMPARED | written_parameters(adapter))
-    compare = _comparison(request, sources) if request.logits else None
+    compare = None
+    if request.logits:
+        tasks = {task for adapter in sources.adapters if (task := adapter.config.task_type) is not None}
+        if len(tasks) > 1:
+            raise ConfigError(
+                f"{request.named('logits')}: the adapters were trained for different tasks "
+                f"({', '.join(sorted(tasks))}), whose logits cannot be compared; leave it out."
+            )
+        base = resolve_base(sources.adapters, request.model, option=request.named("model"), say=request.report.line)
+        compare = partial(compare_logits, request, sources, base, read_prompts(base, request.prompts))
     with (
         sources.opened() as opened,
         workers() as threads,
         request.report.task("comparing modules", len(sources.modules)) as done,
     ):
         modules: list[ModuleDiff] = []
-        for module in threads.map(partial(_compared, opened), sources.modules):
+        for module in threads.map(lambda path: compare_deltas(path, *deltas_of(opened, path)), sources.modules):
             modules.append(module)
             done(len(modules))
-        others = _others(opened)
+        one, other = ({name: key for key, name in exact.adapter.others.items()} for exact in opened)
+        differing = [
+            name
+            for name in one.keys() & other.keys()
+            if not torch.equal(opened[0].plain.read(one[name]).double(), opened[1].plain.read(other[name]).double())
+        ]
     return DiffReport(
         first=request.shown("first"),
         second=request.shown("second"),
@@ -139,44 +152,15 @@ def diff_adapters(request: DiffRequest) -> DiffReport:
         norms=(math.hypot(*(m.norms[0] for m in modules)), math.hypot(*(m.norms[1] for m in modules))),
         difference=math.hypot(*(m.difference for m in modules)),
         modules=modules,
-        other_tensors=others,
+        other_tensors=sorted([*differing, *(one.keys() ^ other.keys())]),
         logits=None if compare is None else compare(),
         versions=environment(),
         hardware=hardware(),
     )
 
 
-def _comparison(request: DiffRequest, sources: Sources) -> Callable[[], LogitDiff]:
-    """Read the prompts, and return the comparison of the adapters' logits.
-
-    Raises:
-        ConfigError: Adapters of different tasks.
-    """
-    tasks = {task for adapter in sources.adapters if (task := adapter.config.task_type) is not None}
-    if len(tasks) > 1:
-        raise ConfigError(
-            f"{request.named('logits')}: the adapters were trained for different tasks ({', '.join(sorted(tasks))}), "
-            "whose logits cannot be compared; leave it out."
-        )
-    base = resolve_base(sources.adapters, request.model, option=request.named("model"), say=request.report.line)
-    return partial(compare_logits, request, sources, base, read_prompts(base, request.prompts))
-
-
 def compare_logits(request: DiffRequest, sources: Sources, base: ModelSource, prompts: Prompts) -> LogitDiff:
-    """Run the base model, then each of two adapters on it, on the same prompts one at a time.
-
-    Cores are applied as they are, and PEFT runs plain adapters.
-
-    Args:
-        request: The arguments of the comparison.
-        sources: The two adapters.
-        base: The base model.
-        prompts: Token ids to run.
-
-    Raises:
-        CheckpointError: The base model is not the one that an adapter was trained on.
-        ConfigError: A base model that cannot be loaded, or a device that is not there.
-    """
+    """Run the base model and two adapters on it; cores are applied as they are, and PEFT runs plain adapters."""
     place, dtype = str(choose_compute(request.device, request.compute_dtype)[0]), request.compute_dtype
     request.report.line(f"loading the base model from {base.origin} to {place}, {dtype}")
     labels = next(filter(None, (saved_labels(adapter.shapes) for adapter in sources.adapters)), None)
@@ -202,11 +186,6 @@ def compare_logits(request: DiffRequest, sources: Sources, base: ModelSource, pr
         difference=difference.result(),
         effects=(effects[0].result(), effects[1].result()),
     )
-
-
-def _compared(opened: Sequence[ExactAdapter], module: str) -> ModuleDiff:
-    first, second = deltas_of(opened, module)
-    return compare_deltas(module, first, second)
 
 
 def compare_deltas(module: str, first: Delta | None, second: Delta | None) -> ModuleDiff:
@@ -235,14 +214,3 @@ def _decomposed(delta: Delta | None) -> tuple[SingularValues, int] | None:
         return None
     svd = decompose(delta.b.value.double(), delta.a.value.double())
     return svd, svd.numerical_rank(factor_noise(delta.b, delta.a))
-
-
-def _others(opened: Sequence[ExactAdapter]) -> list[str]:
-    """Return the names of parameters that the adapters hold in full, and that differ or that only one of them has."""
-    one, other = ({name: key for key, name in exact.adapter.others.items()} for exact in opened)
-    differing = [
-        name
-        for name in one.keys() & other.keys()
-        if not torch.equal(opened[0].plain.read(one[name]).double(), opened[1].plain.read(other[name]).double())
-    ]
-    return sorted([*differing, *(one.keys() ^ other.keys())])

@@ -58,11 +58,6 @@ class Sources:
         return self.adapters[0].config.base_model_name_or_path
 
     @property
-    def revision(self) -> str | None:
-        """Commit of the base model that an adapter names."""
-        return next((a.config.revision for a in self.adapters if a.config.revision is not None), None)
-
-    @property
     def task_type(self) -> str | None:
         """PEFT's name of the task of the first adapter that names one."""
         return next((kind for a in self.adapters if (kind := a.config.task_type)), None)
@@ -92,7 +87,7 @@ class Sources:
             request.command(),
             title,
             base_model=self.base_model,
-            revision=self.revision,
+            revision=next((a.config.revision for a in self.adapters if a.config.revision is not None), None),
             task_type=self.task_type,
             dtype=request.dtype,
             force=request.force,
@@ -121,8 +116,25 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     for adapter in sources.adapters:
         adapter.check_keeps_base()
     _check_experts(sources)
-    _check_base(sources)
-    _check_shapes(sources)
+    named = {(a.config.base_model_name_or_path, a.config.revision or "main") for a in sources.adapters}
+    if len(named) > 1:
+        found = "; ".join(
+            f"{a.path}: {described({(a.config.base_model_name_or_path, a.config.revision)})}" for a in sources.adapters
+        )
+        raise ExportError(
+            f"{found}. Deltas fit one base model only. If these are the same weights, write the same "
+            f"base_model_name_or_path and revision into each {CONFIG_FILE}."
+        )
+    seen: dict[str, tuple[str, Path]] = {}
+    for adapter in sources.adapters:
+        for path, module in adapter.modules.items():
+            shape = f"{module.shape[0]} x {module.shape[1]}{' of an embedding' * module.is_embedding}"
+            first, where = seen.setdefault(path, (shape, adapter.path))
+            if first != shape:
+                raise ExportError(
+                    f"{path} is {first} in {where} and {shape} in {adapter.path}: these adapters belong to different "
+                    "base models."
+                )
     return sources
 
 
@@ -143,9 +155,6 @@ def held_weights(sources: Sources) -> dict[str, Tensor]:
     """Return the base weights that the files hold, by their keys; PEFT loads them over those of the base model.
 
     PEFT saves them beside adapted embeddings. Where the vocabulary was resized, no other file holds the new rows.
-
-    Raises:
-        ExportError: Two adapters hold different weights for one module.
     """
     found: dict[str, tuple[Tensor, Path]] = {}
     for adapter in sources.adapters:
@@ -183,28 +192,3 @@ def _check_experts(sources: Sources) -> None:
             f"{adapters[0].path} and {other.path} adapt different parameters of experts, or different numbers of "
             "experts; combine adapters that adapt the same."
         )
-
-
-def _check_base(sources: Sources) -> None:
-    named = {(a.config.base_model_name_or_path, a.config.revision or "main") for a in sources.adapters}
-    if len(named) > 1:
-        found = "; ".join(
-            f"{a.path}: {described({(a.config.base_model_name_or_path, a.config.revision)})}" for a in sources.adapters
-        )
-        raise ExportError(
-            f"{found}. Deltas fit one base model only. If these are the same weights, write the same "
-            f"base_model_name_or_path and revision into each {CONFIG_FILE}."
-        )
-
-
-def _check_shapes(sources: Sources) -> None:
-    seen: dict[str, tuple[str, Path]] = {}
-    for adapter in sources.adapters:
-        for path, module in adapter.modules.items():
-            found = f"{module.shape[0]} x {module.shape[1]}{' of an embedding' * module.is_embedding}"
-            first, where = seen.setdefault(path, (found, adapter.path))
-            if first != found:
-                raise ExportError(
-                    f"{path} is {first} in {where} and {found} in {adapter.path}: these adapters belong to different "
-                    "base models."
-                )

@@ -116,9 +116,6 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
     """Return the tensors that the written adapter takes over, and the modules that they belong to.
 
     Copies of frozen base weights, which PEFT saves beside adapted embeddings, are left out.
-
-    Raises:
-        ExportError: A tensor that neither engines nor a LoRA can take.
     """
     tensors: dict[str, Tensor] = {}
     modules: set[str] = set()
@@ -132,7 +129,21 @@ def carried_tensors(adapter: Adapter[Any]) -> tuple[dict[str, Tensor], list[str]
             continue
         saved = saved_module(name, adapter.config)
         if saved is None or not is_served_head(saved):
-            raise ExportError(f"{adapter.layout.tensors_path}: {key} {_described(saved, name)}")
+            reason = (
+                "belongs to no tensor that this kind of adapter has; the file is of another kind, or of a later PEFT."
+            )
+            if saved is not None:
+                reason = (
+                    f"belongs to {saved} of modules_to_save, which was trained in full. No engine takes it beside a "
+                    "LoRA. Merge the adapter into the base model with PEFT's merge_and_unload, or train without "
+                    "modules_to_save."
+                )
+            elif name.endswith(".bias"):
+                reason = (
+                    "is a trained bias, which no LoRA can hold. Merge the adapter into the base model, or train "
+                    "without it."
+                )
+            raise ExportError(f"{adapter.layout.tensors_path}: {key} {reason}")
         tensors[key] = adapter.file.read(key)
         modules.add(saved)
     return tensors, sorted(modules)
@@ -146,22 +157,3 @@ def saved_module(name: str, config: MethodConfig) -> str | None:
 def is_served_head(module: str) -> bool:
     """Whether engines take a module of `modules_to_save`."""
     return module.rpartition(".")[2] in SERVED_HEADS
-
-
-def _described(saved: str | None, name: str) -> str:
-    if saved is not None:
-        return (
-            f"belongs to {saved} of modules_to_save, which was trained in full. No engine takes it beside a LoRA. "
-            "Merge the adapter into the base model with PEFT's merge_and_unload, or train without "
-            "modules_to_save."
-        )
-    if name.endswith(".bias"):
-        return "is a trained bias, which no LoRA can hold. Merge the adapter into the base model, or train without it."
-    return "belongs to no tensor that this kind of adapter has; the file is of another kind, or of a later PEFT."
-
-
-def carried_notes(tensors: Mapping[str, Tensor], modules: list[str]) -> list[str]:
-    """Return what a reader should know about carried tensors."""
-    if not tensors:
-        return []
-    return [f"{', '.join(modules)} of modules_to_save was taken over as it is: {len(tensors)} tensors"]

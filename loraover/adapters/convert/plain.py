@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,14 +69,15 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
 
 
 def _reason(source: Path, model: str | None) -> str | None:
-    """Return the reason for which an adapter is to be converted; None of a LoRA that is best left to the export.
-
-    Raises:
-        ExportError: An adapter of another kind that has no exact LoRA.
-    """
+    """Return the reason for which an adapter is to be converted; None of a LoRA that is best left to the export."""
+    shapes: Mapping[str, tuple[int, int]] = {}  # by which another prefix shows; not needed for a checkpoint's cores
     try:
-        reason = why_convert(source, _shapes(source, model))
-    except (CheckpointError, ExportError):  # the export says what is wrong, with more detail
+        if not (source / META_FILE).exists():
+            with suppress(LoraOverError):  # the export says what is wrong with an adapter or a base model
+                base = resolve_base([read_method(source)[1]], model, option=as_written("model"), say=lambda line: None)
+                shapes = read_facts(base).shapes()
+        reason = why_convert(source, shapes)
+    except (CheckpointError, ExportError):  # the same, with more detail
         return None
     if reason is None:
         return None
@@ -92,21 +93,6 @@ def _reason(source: Path, model: str | None) -> str | None:
     if is_lora:
         return None
     raise _no_exact(source, reason)
-
-
-def _shapes(source: Path, model: str | None) -> Mapping[str, tuple[int, int]]:
-    """Return the shapes of the base model's modules, by which another prefix shows; none where they are not needed.
-
-    A checkpoint's cores are best left to the export, as is an adapter or a base model that cannot be read.
-    """
-    if (source / META_FILE).exists():
-        return {}
-    try:
-        _, layout = read_method(source)
-        base = resolve_base([layout], model, option=as_written("model"), say=lambda line: None)
-        return read_facts(base).shapes()
-    except LoraOverError:
-        return {}
 
 
 def _no_exact(source: Path, reason: str) -> ExportError:

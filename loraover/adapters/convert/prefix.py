@@ -8,7 +8,7 @@ and answer as the base model: vllm-project/vllm 34186.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,11 +49,7 @@ class Move(NamedTuple):
 
 
 def mend_prefix(layout: AdapterLayout[Any], base: BaseWeights) -> tuple[AdapterLayout[Any], list[str]]:
-    """Return an adapter's layout with the base model's names of the adapted modules, and what was changed in words.
-
-    Raises:
-        ExportError: Several parts of the base model fit.
-    """
+    """Return an adapter's layout with the base model's names of the adapted modules, and what was changed in words."""
     notes = []
     if layout.keys:
         notes.append(f"The adapter's file has no {KEY_PREFIX!r} before its keys, which was added.")
@@ -97,11 +93,24 @@ def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]])
     if any(name.startswith(lists) for name in shapes):
         return None  # the base model has these layers, and fewer of them: others' names are not theirs
     fits = _fitting(layout, shapes)
-    common = _common_parts(missing)
+    common = []  # parts with which all paths begin, up to the first number and without any path's last part
+    for parts in zip(*(path.split(".")[:-1] for path in missing), strict=False):
+        if len(set(parts)) > 1 or parts[0].isdecimal():
+            break
+        common.append(parts[0])
     for count in range(len(common) + 1):
         old = ".".join(common[:count])
         rests = [path.removeprefix(f"{old}.") if old else path for path in missing]
-        found = _prefixes(rests, missing, shapes, fits)
+        first = rests[0]
+        starts = {name[: -len(first)].rstrip(".") for name in shapes if f".{name}".endswith(f".{first}")}
+        found = sorted(
+            start
+            for start in starts
+            if all(
+                (name := _joined(start, rest)) in shapes and fits(path, name)
+                for path, rest in zip(missing, rests, strict=True)
+            )
+        )
         if len(found) > 1:
             raise ExportError(
                 f"{layout.tensors_path}: the base model has no {missing[0]}, and several of its parts fit: "
@@ -110,33 +119,6 @@ def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]])
         if found:
             return Move(old, found[0], {m: _joined(found[0], rest) for m, rest in zip(missing, rests, strict=True)})
     return None
-
-
-def _common_parts(paths: Sequence[str]) -> list[str]:
-    """Return the parts with which all paths begin, up to the first number and without any path's last part."""
-    split = [path.split(".")[:-1] for path in paths]
-    common = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1 or parts[0].isdecimal():
-            break
-        common.append(parts[0])
-    return common
-
-
-def _prefixes(
-    rests: Sequence[str], paths: Sequence[str], there: Collection[str], fits: Callable[[str, str], bool]
-) -> list[str]:
-    """Return the prefixes that make a module of the base model of every rest."""
-    first = rests[0]
-    starts = {name[: -len(first)].rstrip(".") for name in there if f".{name}".endswith(f".{first}")}
-    return sorted(
-        start
-        for start in starts
-        if all(
-            (name := _joined(start, rest)) in there and fits(path, name)
-            for path, rest in zip(paths, rests, strict=True)
-        )
-    )
 
 
 def _joined(start: str, rest: str) -> str:
@@ -171,22 +153,17 @@ def _moved(layout: AdapterLayout[Any], move: Move) -> AdapterLayout[Any]:
     }
     copied = {key: f"{KEY_PREFIX}{names[path]}{BASE_WEIGHT}" for key, path in copies.items()}
     keys |= {at_first.get(key, key): new for key, new in copied.items()}
+    patterns = {}  # values of the new paths themselves
+    for field, value in layout.config:
+        if field.endswith("_pattern") and isinstance(value, dict) and value:
+            values = {path: first_match(value, path, float("nan")) for path in names}
+            patterns[field] = {re.escape(names[path]): own for path, own in values.items() if own == own}  # not NaN
     return replace(
         layout,
-        config=layout.config.model_copy(update=_patterns(layout, names)),
+        config=layout.config.model_copy(update=patterns),
         modules={names[path]: tensors for path, tensors in layout.modules.items()},
         others=tuple(copied.get(key, key) for key in layout.others),
         keys=keys,
         stored={new: old for old, new in move.paths.items()},
         below=move.new,
     )
-
-
-def _patterns(layout: AdapterLayout[Any], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Return the configuration's values by patterns of paths, by the new paths themselves."""
-    found = {}
-    for field, value in layout.config:
-        if field.endswith("_pattern") and isinstance(value, dict) and value:
-            values = {path: first_match(value, path, float("nan")) for path in names}
-            found[field] = {re.escape(names[path]): own for path, own in values.items() if own == own}  # not NaN
-    return found

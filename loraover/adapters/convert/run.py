@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraover.adapters.base_weights import open_base
 from loraover.adapters.convert.effect import compare_outputs
-from loraover.adapters.convert.kind import carried_notes, carried_tensors, read_method
+from loraover.adapters.convert.kind import carried_tensors, read_method
 from loraover.adapters.convert.methods.base import AnyMethod, LowRank, Place, rounding
 from loraover.adapters.convert.methods.lora import stacks_of
 from loraover.adapters.convert.prefix import mend_prefix, part_below
@@ -25,7 +25,7 @@ from loraover.adapters.numerics.delta import Delta
 from loraover.adapters.numerics.low_rank import SingularValues, decompose, dense_svd, product_norm
 from loraover.adapters.uniform.certificate import LoraCertificate, OutputsOfConversion
 from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
-from loraover.adapters.uniform.write_lora import Approximation, Check, LoraOutput, Work, write_lora
+from loraover.adapters.uniform.write_lora import Approximation, LoraOutput, write_lora
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, expert_paths, find_expert_weights
@@ -86,6 +86,19 @@ class ConvertReport(StrictModel):
         return self.certificate.exit_code
 
 
+STARTED = (
+    "PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is for "
+    "weights loaded in {dtype}, as the base model's files hold them. Loaded in another type, PEFT itself answers "
+    "differently, by about a rounding of the weights; for that, name a copy of the base model in that type with "
+    "{model}."
+)
+TIED = (
+    "{modules} share one weight, and each has its LoRA: applied beside the model, all are right, but PEFT's "
+    "merge_and_unload would add all of them to the one weight"
+)
+"""Notes for readers of a written adapter."""
+
+
 @verb(ConvertRequest)
 def convert_adapter(request: ConvertRequest) -> ConvertReport:
     """Write an adapter of any kind that PEFT trains as a plain LoRA, which every engine reads.
@@ -112,11 +125,15 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
     base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
     ranks: dict[str, int] = {}
     with open_base(base) as weights, ExitStack() as files:
-        layout, mended = mend_prefix(layout, weights)
+        layout, notes = mend_prefix(layout, weights)
         adapter = files.enter_context(open_adapter(layout, weights))
-        _check_named(method, adapter)
-        _check_complete(adapter)
-        start_dtype = _start_dtype(method, adapter)
+        _check_modules(method, adapter)
+        start_dtype = None
+        if method.starts_in_stored:
+            first = adapter.module(next(iter(layout.modules))).stored_weight()
+            start_dtype = next(short for short, long in COMPUTE_DTYPES.items() if f"torch.{long}" == str(first.dtype))
+        if start_dtype not in (None, "fp32", "fp64"):
+            notes.append(STARTED.format(dtype=start_dtype, model=as_written("model")))
         compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
 
         def check(draft: Path, certificate: LoraCertificate) -> LoraCertificate:
@@ -130,8 +147,33 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
             found = {"outputs": outputs, "output_bound": outputs.bound}
             return certificate.model_copy(update=found | {"verdict": outputs.verdict or certificate.verdict})
 
-        notes = [*mended, *_start_notes(start_dtype)]
-        certificate = _convert(request, method, adapter, ranks, notes, check)
+        others, modules = carried_tensors(adapter)
+        if others:
+            notes.append(f"{', '.join(modules)} of modules_to_save was taken over as it is: {len(others)} tensors")
+        places = list(method.places(adapter))
+        tied = [place.path for place in places if place.path in weights.tied]
+        if len(tied) > 1:
+            notes.append(TIED.format(modules=", ".join(tied)))
+        config, rank = adapter.config, request.approximate_to_rank
+        is_named = config.base_model_name_or_path is not None and base.moved is None
+        target = LoraOutput(
+            request.output,
+            request.command(),
+            f"Plain LoRA from a {config.peft_type} adapter",
+            {} if rank is None else {"rank": str(rank)},
+            [request.source],
+            config.base_model_name_or_path if is_named else base.name,
+            config.revision if is_named else base.revision,
+            config.task_type,
+            request.dtype,
+            request.force,
+            others,
+            modules or None,
+            stacks_of(adapter),
+            notes,
+        )
+        work = (partial(approximate, place, layout, rank, ranks) for place in places)
+        certificate = write_lora(work, len(places), target, request.report, check)
     exact = max(ranks.values())
     return ConvertReport(
         method=layout.config.peft_type,
@@ -143,24 +185,20 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
     )
 
 
-def _check_named(method: AnyMethod, adapter: Adapter[Any]) -> None:
-    """Refuse matrices of modules that the configuration names neither as the file does nor as the base model does."""
-    config, named = adapter.layout.path / CONFIG_FILE, method.named(adapter)
-    stored = [adapter.layout.stored.get(path, path) for path in named]
-    check_named(config, stored if unnamed_modules(config, stored) is None else named)
-
-
-def _check_complete(adapter: Adapter[Any]) -> None:
-    """Refuse a file that lacks what the configuration names of the part of the base model that was trained."""
+def _check_modules(method: AnyMethod, adapter: Adapter[Any]) -> None:
+    """Refuse a file that lacks what the configuration names, or has what it names by neither of a module's paths."""
     layout, model = adapter.layout, adapter.base.model
+    file, named = layout.path / CONFIG_FILE, method.named(adapter)
+    stored = [layout.stored.get(path, path) for path in named]
+    check_named(file, stored if unnamed_modules(file, stored) is None else named)
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
     modules, experts, names = (
         part_below(layout.below, found) for found in (adapter.base.modules, find_expert_weights(model), parameters)
     )
     adapted = dict.fromkeys([*layout.modules, *sorted(expert_paths(stacks_of(adapter)))])
-    config = model.config.get_text_config() if layout.below else model.config
-    check_complete(layout.path / CONFIG_FILE, adapted, modules, experts, config.model_type)
-    check_saved(layout.path / CONFIG_FILE, {key.removeprefix(KEY_PREFIX) for key in layout.others}, names)
+    model_type = (model.config.get_text_config() if layout.below else model.config).model_type
+    check_complete(file, adapted, modules, experts, model_type)
+    check_saved(file, {key.removeprefix(KEY_PREFIX) for key in layout.others}, names)
 
 
 def _comparison(
@@ -169,11 +207,7 @@ def _comparison(
     adapter: Adapter[Any],
     start_dtype: str | None,
 ) -> Callable[..., OutputsOfConversion]:
-    """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`.
-
-    Raises:
-        ExportError: Experts of an old PEFT, whose A and B the installed one would misread, or a mended prefix.
-    """
+    """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`."""
     base = adapter.base.source
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:
@@ -195,89 +229,19 @@ def _comparison(
     return partial(compare_outputs, request, adapter, prompts, start_dtype)
 
 
-def _convert(
-    request: ConvertRequest,
-    method: AnyMethod,
-    adapter: Adapter[Any],
-    ranks: dict[str, int],
-    notes: list[str],
-    check: Check,
-) -> LoraCertificate:
-    others, modules = carried_tensors(adapter)
-    places = list(method.places(adapter))
-    config, base = adapter.config, adapter.base.source
-    is_named = config.base_model_name_or_path is not None and base.moved is None
-    target = LoraOutput(
-        request.output,
-        request.command(),
-        f"Plain LoRA from a {config.peft_type} adapter",
-        {} if request.approximate_to_rank is None else {"rank": str(request.approximate_to_rank)},
-        [request.source],
-        config.base_model_name_or_path if is_named else base.name,
-        config.revision if is_named else base.revision,
-        config.task_type,
-        request.dtype,
-        request.force,
-        others,
-        modules or None,
-        stacks_of(adapter),
-        [*notes, *carried_notes(others, modules), *_tied_notes(places, adapter)],
-    )
-    work = approximations(places, adapter.layout, request.approximate_to_rank, ranks)
-    return write_lora(work, len(places), target, request.report, check)
-
-
-def _start_dtype(method: AnyMethod, adapter: Adapter[Any]) -> str | None:
-    """Return the data type in which PEFT has to load the base model for the adapter to start as it was converted."""
-    if not method.starts_in_stored:
-        return None
-    first = adapter.module(next(iter(adapter.layout.modules)))
-    stored = str(first.stored_weight().dtype).removeprefix("torch.")
-    return next(short for short, long in COMPUTE_DTYPES.items() if long == stored)
-
-
-def _start_notes(start_dtype: str | None) -> list[str]:
-    """Return a warning if PEFT starts the adapter from rounded factors of the base weights."""
-    if start_dtype in (None, "fp32", "fp64"):
-        return []
-    return [
-        "PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is for "
-        f"weights loaded in {start_dtype}, as the base model's files hold them. Loaded in another type, PEFT itself "
-        "answers differently, by about a rounding of the weights; for that, name a copy of the base model in that type "
-        f"with {as_written('model')}."
-    ]
-
-
-def _tied_notes(places: list[Place], adapter: Adapter[Any]) -> list[str]:
-    """Return a warning if several modules that share one weight are adapted."""
-    adapted = [place.path for place in places if place.path in adapter.base.tied]
-    if len(adapted) < 2:
-        return []
-    return [
-        f"{', '.join(adapted)} share one weight, and each has its LoRA: applied beside the model, all are right, but "
-        "PEFT's merge_and_unload would add all of them to the one weight"
-    ]
-
-
 class FullRankError(ExportError):
     """An adapter that changes a weight by a matrix of full rank, where the exact LoRA was asked for."""
 
 
-def approximations(
-    places: Sequence[Place], layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]
-) -> Iterator[Work]:
-    """Yield the computation of each module's factors, which any thread may run.
+def approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
+    """Return the factors to write for a module: exact where its rank allows it, else the best of a smaller rank.
 
     Args:
-        places: Modules that the adapter changes.
+        place: The module.
         layout: The adapter, for messages.
         rank: Largest rank of the result; None means exact.
-        ranks: Receives the exact rank of each module, by its path.
+        ranks: Receives the exact rank of the module, by its path.
     """
-    return (partial(_approximate, place, layout, rank, ranks) for place in places)
-
-
-def _approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
     found = place.delta()
     factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):

@@ -103,7 +103,9 @@ def read_layout(
     modules: dict[str, set[str]] = {}
     others, common = [], set()
     with open_tensors(path / TENSORS_FILE) as file:
-        keys = _prefixed(file)
+        keys = {}
+        if not file.keys_below(KEY_PREFIX):  # some tools leave PEFT's prefix out
+            keys = {key: KEY_PREFIX + key for key in file.keys if not key.startswith("base_model.")}
         for key in file.renamed(keys).keys:
             match = wanted.fullmatch(key)
             name = key.removeprefix("base_model.")
@@ -115,13 +117,6 @@ def read_layout(
                 others.append(key)
     found = {module: frozenset(tensors) for module, tensors in modules.items()}
     return AdapterLayout(path, read, found, frozenset(common), tuple(others), keys)
-
-
-def _prefixed(file: TensorFile) -> dict[str, str]:
-    """Return keys with PEFT's prefix, by the keys of a file that has it nowhere."""
-    if file.keys_below(KEY_PREFIX):
-        return {}
-    return {key: KEY_PREFIX + key for key in file.keys if not key.startswith("base_model.")}
 
 
 @dataclass(frozen=True)
@@ -257,11 +252,7 @@ class Module(Generic[Config]):
 
 @contextmanager
 def open_adapter(layout: AdapterLayout[Config], base: BaseWeights) -> Iterator[Adapter[Config]]:
-    """Open the tensors of an adapter.
-
-    Raises:
-        CheckpointError: A file that is missing or damaged.
-    """
+    """Open the tensors of an adapter."""
     with open_tensors(layout.tensors_path) as file:
         yield Adapter(layout, file.renamed(layout.keys), base)
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +121,13 @@ def _prompts(
     lacking = torch.tensor(sorted({*tokens} - found), dtype=torch.long)
     more = [ids[None] for ids in torch.split(lacking, length) if ids.numel()]
     shown = f", and {lacking.numel()} trained tokens that they lack" if more else ""
-    return Prompts(_batches([*prompts, *more], at_once), name + shown, cut)
-
-
-def _batches(prompts: Sequence[Tensor], at_once: int) -> tuple[Tensor, ...]:
-    """Put prompts of one length together, as many as may run at once, so that nothing is padded."""
-    by_length: dict[int, list[Tensor]] = {}
-    for ids in prompts:
+    by_length: dict[int, list[Tensor]] = {}  # prompts of one length run together, so that nothing is padded
+    for ids in (*prompts, *more):
         by_length.setdefault(ids.shape[1], []).append(ids)
-    return tuple(
-        batch
-        for length, alike in by_length.items()
-        for batch in torch.split(torch.cat(alike), max(1, at_once // length))
+    batches = (
+        torch.split(torch.cat(alike), max(1, at_once // found_length)) for found_length, alike in by_length.items()
     )
+    return Prompts(tuple(chain.from_iterable(batches)), name + shown, cut)
 
 
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27, "mps": 2**26}

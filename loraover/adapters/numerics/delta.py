@@ -101,17 +101,12 @@ def scale(exact: Exact, scaling: float) -> Exact:
     value = exact.value
     if value.dtype != torch.float64:
         scaled = value if scaling == 1 else value * scaling
-        if is_power_of_two(scaling) and _is_exact(scaled, value, scaling):
-            return Exact(scaled, exact.bound, exact.site)
+        if is_power_of_two(scaling):  # products beyond the range, or below it, were rounded
+            is_large = abs(scaling) >= 1
+            if scaling == 1 or (is_finite(scaled) if is_large else have_same_bits(scaled / scaling, value)):
+                return Exact(scaled, exact.bound, exact.site)
         value = value.double()
     value = value * scaling
     rounding = gamma(1, U64) * value.abs()
     tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
     return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)
-
-
-def _is_exact(scaled: Tensor, value: Tensor, scaling: float) -> bool:
-    """Whether products with a power of two were not rounded: beyond the range if it is large, below it if small."""
-    if abs(scaling) >= 1:
-        return scaling == 1 or is_finite(scaled)
-    return have_same_bits(scaled / scaling, value)

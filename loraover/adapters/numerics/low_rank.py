@@ -131,7 +131,13 @@ def decompose(b: Tensor, a: Tensor) -> SingularValues:
         FoldError: The product is beyond the range of float64.
     """
     _check_range(float(b.norm()) * float(a.norm()))
-    b, a = _balanced(b, a)
+    # Each column of B and its row of A get norms of one size, by powers of two, which keep the product exactly.
+    # Rounding is then relative to the sum of the norms of its r terms, even if one factor of a term is tiny.
+    columns, rows = b.norm(dim=0), a.norm(dim=1)
+    used = (columns > 0) & (rows > 0)
+    ratio = torch.where(used, rows / columns, 1.0)
+    power = torch.ldexp(used.to(b.dtype), (ratio.log2() / 2).round())
+    b, a = b * power, a * torch.where(used, 1 / power, 0.0)[:, None]
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)
     core = upper @ lower.mT
@@ -228,19 +234,6 @@ def principal_angles(one: Tensor, other: Tensor) -> list[float]:
     sines = torch.linalg.svdvals(narrow - wide @ inner).flip(0).clamp_max(1)
     angles: list[float] = torch.where(cosines > sines, sines.asin(), cosines.acos()).tolist()
     return angles
-
-
-def _balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each column of B and its row of A norms of one size, by powers of two, which keep the product exactly.
-
-    Rounding errors of the product are then relative to the sum of the norms of its r terms, even if one factor of a
-    term is large and the other small or zero.
-    """
-    columns, rows = b.norm(dim=0), a.norm(dim=1)
-    used = (columns > 0) & (rows > 0)
-    ratio = torch.where(used, rows / columns, 1.0)
-    power = torch.ldexp(used.to(b.dtype), (ratio.log2() / 2).round())
-    return b * power, a * torch.where(used, 1 / power, 0.0)[:, None]
 
 
 def _check_range(size: float) -> None:

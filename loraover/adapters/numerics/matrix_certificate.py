@@ -126,39 +126,35 @@ SMALL_NORM = 1e-10
 
 
 def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
-    """Measure the error of a written matrix, and its bound: the contraction's, and one rounding to the storage type."""
-    m, n = exact.value.shape
-    if _is_kept(written, exact.value):
-        return MatrixCertificate(
-            name=name,
-            shape=(m, n),
-            over_parameterised=False,
-            relative_error=0.0,
-            relative_bound=unit_roundoff(written.dtype),
-            worst_to_bound=0.0,
-            flushed_to_zero=0,
-            subnormal=0,
-        )
+    """Measure the error of a written matrix, and its bound: the contraction's, and one rounding to the storage type.
+
+    A stored matrix of normal numbers that was written bit for bit has no error, and the bounds u |element|.
+    """
+    value = exact.value
+    m, n = value.shape
+    is_kept = written.dtype == value.dtype != torch.float64 and value.numel() > 0
+    if is_kept and (written is value or have_same_bits(written, value)):
+        smallest, largest = extreme_sizes(value)
+        if smallest >= torch.finfo(value.dtype).smallest_normal and math.isfinite(largest):
+            return MatrixCertificate(
+                name=name,
+                shape=(m, n),
+                over_parameterised=False,
+                relative_error=0.0,
+                relative_bound=unit_roundoff(written.dtype),
+                worst_to_bound=0.0,
+                flushed_to_zero=0,
+                subnormal=0,
+            )
     return certify_parts(name, (m, n), [measure(written, exact)], over_parameterised=exact.site is not None)
 
 
-def _is_kept(written: Tensor, value: Tensor) -> bool:
-    """Whether a stored matrix was written bit for bit, and is of normal numbers, whose bounds are u |element|."""
-    if not written.dtype == value.dtype != torch.float64 or value.numel() == 0:
-        return False
-    if written is not value and not have_same_bits(written, value):
-        return False
-    smallest, largest = extreme_sizes(value)
-    return smallest >= torch.finfo(value.dtype).smallest_normal and math.isfinite(largest)
-
-
 def measure(written: Tensor, exact: Exact) -> Errors:
-    """Measure the errors of written elements against their exact values."""
-    stored = exact.value.dtype != torch.float64
-    return (_errors_of_stored(written, exact.value.float()) if stored else None) or _errors(written, exact)
-
-
-def _errors(written: Tensor, exact: Exact) -> Errors:
+    """Measure the errors of written elements against their exact values; those of a stored matrix in float32."""
+    if exact.value.dtype != torch.float64:
+        found = _errors_of_stored(written, exact.value.float())
+        if found is not None:
+            return found
     value = exact.value.double()
     tiny = smallest_subnormal(written.dtype) / 2
     rounding = value.abs().add_(exact.bound).mul_(unit_roundoff(written.dtype)).clamp_min_(tiny)
@@ -169,10 +165,9 @@ def _errors(written: Tensor, exact: Exact) -> Errors:
 
 
 def _errors_of_stored(written: Tensor, value: Tensor) -> Errors | None:
-    """Return the errors of a stored matrix, in float32 and without a bound of its own; None where it has none there.
+    """Return the errors of a stored matrix, whose bounds are u max(|element|, smallest normal); None if out of range.
 
-    An error is exact: it is a multiple of the element's last bit, and at most the element itself, since zero is a
-    number of the storage type. Its bound is u max(|element|, smallest normal number).
+    An error is exact in float32: a multiple of the element's last bit, and at most the element, as zero is stored too.
     """
     u, normal = unit_roundoff(written.dtype), torch.finfo(written.dtype).smallest_normal
     size = value.abs()

@@ -85,11 +85,19 @@ def round_exact(
     Returns:
         The rounded tensors by key, and one certificate for each A and B.
     """
+
+    def round_one(opened: ExactAdapter, key: str) -> tuple[Tensor, MatrixCertificate | None]:
+        exact = prepare(key, opened.tensor(key, widen=False))
+        if key.endswith(BASE_WEIGHT):  # PEFT loads it over the base model's own
+            return exact.value, None
+        tensor, name = round_tensor(key, exact.value, dtype), site_name(key)
+        return tensor, None if name is None else certify(name, tensor, exact)
+
     rounded: dict[str, Tensor] = {}
     certificates = []
     with adapter.open() as opened, workers() as threads:
         others = [threads.start(function, threads.ending) for function in beside]
-        folds = {key: threads.start(_round_and_certify, opened, key, dtype, prepare) for key in keys}
+        folds = {key: threads.start(round_one, opened, key) for key in keys}
         try:
             for key, fold in folds.items():
                 rounded[key], certificate = fold.result()
@@ -106,17 +114,6 @@ def _wait(futures: Iterable[Future[None]]) -> None:
     """Wait until functions have ended, and raise what the first of them has raised."""
     for future in futures:
         future.result()
-
-
-def _round_and_certify(
-    opened: ExactAdapter, key: str, dtype: str, prepare: Callable[[str, Exact], Exact]
-) -> tuple[Tensor, MatrixCertificate | None]:
-    exact = prepare(key, opened.tensor(key, widen=False))
-    if key.endswith(BASE_WEIGHT):  # PEFT loads it over the base model's own
-        return exact.value, None
-    rounded = round_tensor(key, exact.value, dtype)
-    name = site_name(key)
-    return rounded, None if name is None else certify(name, rounded, exact)
 
 
 def not_kept(name: str) -> FoldError:

@@ -20,7 +20,6 @@ from loraover.adapters.uniform.certificate import (
     CERTIFICATE_FILE,
     LoraCertificate,
     ModuleCertificate,
-    OutputsOfConversion,
     SourceRecord,
     module_facts,
     record_source,
@@ -238,6 +237,10 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
 
 
 def _card(target: LoraOutput, certificate: LoraCertificate) -> str:
+    outputs, compared = certificate.outputs, {}
+    if outputs is not None:
+        allowed = "" if outputs.bound is None else f", allowed {outputs.bound:.2e}"
+        compared = {"largest logit error": f"{outputs.error.max_logit:.2e}{allowed}"}
     facts = {
         **{f"source {k}": source.path for k, source in enumerate(certificate.sources, 1)},
         **target.asked,
@@ -245,16 +248,9 @@ def _card(target: LoraOutput, certificate: LoraCertificate) -> str:
         "stored as": certificate.dtype,
         **module_facts(certificate.modules),
         **matrix_facts(certificate.matrices),
-        **_output_facts(certificate.outputs),
+        **compared,
         **base_facts(target.base_model, None),
         **{f"note {k}": note for k, note in enumerate(certificate.notes, 1)},
     }
     licence = None if target.base_model is None else known_licence(target.base_model, target.revision)
     return model_card(target.title, target.base_model, facts, target.command, licence=licence)
-
-
-def _output_facts(outputs: OutputsOfConversion | None) -> dict[str, str]:
-    if outputs is None:
-        return {}
-    allowed = "" if outputs.bound is None else f", allowed {outputs.bound:.2e}"
-    return {"largest logit error": f"{outputs.error.max_logit:.2e}{allowed}"}

@@ -70,7 +70,10 @@ def write_plain(
     written: dict[str, NDArray[np.generic]] = {}
     with open_tensors(adapter.tensors_path) as source:
         for key, (module, side) in adapter.matrices.items():
-            exact, bound = _scaled(source.numbers(key), module.scaling if side == "B" else 1.0)
+            stored, scaling = source.numbers(key), module.scaling if side == "B" else 1.0
+            exact = stored * scaling
+            is_exact = scaling == 0 or (is_power_of_two(scaling) and np.array_equal(exact / scaling, stored))
+            bound = np.zeros_like(exact) if is_exact else gamma(1, U64) * np.abs(exact)
             missing = adapter.rank - module.rank
             padding = ((0, missing), (0, 0)) if side == "A" else ((0, 0), (0, missing))
             exact, bound = np.pad(exact, padding), np.pad(bound, padding)
@@ -97,14 +100,6 @@ def _save(written: dict[str, NDArray[np.generic]], file: Path, dtype: str) -> No
         lost = next((key for key, bits in entries if kept.bytes(key) != bits.tobytes()), None)
     if lost is not None:
         raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
-
-
-def _scaled(stored: Numbers, scaling: float) -> tuple[Numbers, Numbers]:
-    """Multiply by the scaling in float64; return the product, and the bound of each element's error."""
-    value = stored * scaling
-    if scaling == 0 or (is_power_of_two(scaling) and np.array_equal(value / scaling, stored)):
-        return value, np.zeros_like(value)
-    return value, gamma(1, U64) * np.abs(value)
 
 
 def _rounded(key: str, exact: Numbers, dtype: str) -> NDArray[np.generic]:

@@ -47,30 +47,26 @@ if TYPE_CHECKING:
 
 
 def stacks_of(adapter: Adapter[Any]) -> Sequence[ExpertStack]:
-    """Return the stacked pairs of an adapter of any kind.
-
-    Raises:
-        CheckpointError: Stacks that do not fit the base model.
-    """
+    """Return the stacked pairs of an adapter of any kind."""
     found = _read(adapter)
     return () if found is None else found.stacks
 
 
 def expert_places(adapter: Adapter[Any]) -> Iterator[Place]:
-    """Yield every expert of every stacked pair.
-
-    Raises:
-        CheckpointError: Stacks that do not fit the base model, or an adapter for changed base weights.
-    """
+    """Yield every expert of every stacked pair."""
     found = _read(adapter)
     if found is None or not found.stacks:
         return
     found.check_keeps_base()
     exact = ExactAdapter(found, adapter.file)
+
+    def find(path: str) -> LowRank:
+        delta = read_delta(exact, path)
+        return LowRank(delta.b.value.double(), delta.a.value.double())
+
     for stack in found.stacks:
-        for index in range(stack.experts):
-            path = stack.expert(index)
-            yield Place(path, False, partial(_delta, exact, path))
+        for path in map(stack.expert, range(stack.experts)):
+            yield Place(path, False, partial(find, path))
 
 
 def _read(adapter: Adapter[Any]) -> AdapterDir | None:
@@ -78,11 +74,6 @@ def _read(adapter: Adapter[Any]) -> AdapterDir | None:
     if not isinstance(config, AdapterConfig) or not config.parameters:
         return None
     return read_on_base(read_adapter_dir(adapter.layout.path), find_expert_weights(adapter.base.model))
-
-
-def _delta(exact: ExactAdapter, path: str) -> LowRank:
-    delta = read_delta(exact, path)
-    return LowRank(delta.b.value.double(), delta.a.value.double())
 
 
 TOKENS = "token_adapter.trainable_tokens_delta"

@@ -133,7 +133,13 @@ class RandLora(ConversionMethod[RandLoraFields]):
         lam = module.tensor("randlora_lambda", module.config.r, None)
         bases = lam.shape[1]
         gamma = module.tensor("randlora_gamma", bases, min(m, n))
-        a, b = _random_bases(module.adapter)
+        a, b = (module.adapter.shared(name) for name in self.shared)
+        if a is None or b is None:
+            raise CheckpointError(
+                f"{module.adapter.layout.tensors_path}: the random bases are not in the file, and PEFT draws them in a "
+                "data type that depends on the machine; save the adapter again with save_projection=True, where it was "
+                "trained."
+            )
         if not _covers(a, (module.config.r, 1, min(m, n))) or not _covers(b, (max(m, n), bases, module.config.r)):
             raise module.refuse(
                 f"its random bases have shapes {tuple(a.shape)} and {tuple(b.shape)}, which are too small for it; name "
@@ -146,16 +152,6 @@ class RandLora(ConversionMethod[RandLoraFields]):
         scaling = module.config.randlora_alpha / r
         terms = abs(scaling) * float(outer.norm()) * float(inner.norm())  # which may cancel
         return Dense(scaling * (product if n <= m else product.T), terms)
-
-
-def _random_bases(adapter: Adapter[RandLoraFields]) -> tuple[Tensor, Tensor]:
-    a, b = adapter.shared("randlora_A"), adapter.shared("randlora_B")
-    if a is not None and b is not None:
-        return a, b
-    raise CheckpointError(
-        f"{adapter.layout.tensors_path}: the random bases are not in the file, and PEFT draws them in a data type that "
-        "depends on the machine; save the adapter again with save_projection=True, where it was trained."
-    )
 
 
 class UniLoraFields(MethodConfig):

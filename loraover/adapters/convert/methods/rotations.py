@@ -52,29 +52,18 @@ class Oft(ConversionMethod[OftFields]):
     def delta(self, module: Module[OftFields]) -> Dense:
         n = module.shape[1]
         vectors = module.tensor("oft_R.weight", None, None)
-        side = _side(vectors.shape[1])
+        side = int((1 + (1 + 8 * vectors.shape[1]) ** 0.5) / 2)  # of a block, whose upper triangle the vectors hold
         count = n // side
         if side * (side - 1) != 2 * vectors.shape[1] or side * count != n or len(vectors) not in (1, count):
             raise module.refuse(
                 f"oft_R.weight has shape {tuple(vectors.shape)}, whose blocks do not fill {n} input features."
             )
-        blocks = _cayley(_skew(vectors), module.config)
-        rotation = block_diag(blocks.expand(count, -1, -1))
+        rows, columns = torch.triu_indices(side, side, 1)
+        upper = vectors.new_zeros(len(vectors), side, side)
+        upper[:, rows, columns] = vectors
+        rotation = block_diag(_cayley(upper - upper.mT, module.config).expand(count, -1, -1))
         weight = module.weight()
         return Dense(weight @ rotation.T - weight, float(weight.norm()))
-
-
-def _side(elements: int) -> int:
-    """Return the size of a block whose upper triangle has so many elements."""
-    return int((1 + (1 + 8 * elements) ** 0.5) / 2)
-
-
-def _skew(vectors: Tensor) -> Tensor:
-    size = _side(vectors.shape[1])
-    rows, columns = torch.triu_indices(size, size, 1)
-    upper = vectors.new_zeros(len(vectors), size, size)
-    upper[:, rows, columns] = vectors
-    return upper - upper.mT
 
 
 def _cayley(q: Tensor, config: OftFields) -> Tensor:
@@ -151,24 +140,19 @@ class Road(ConversionMethod[RoadFields]):
         m, half = module.shape[0], module.config.group_size // 2
         if half < 1 or m % (2 * half):
             raise module.refuse(f"group_size is {module.config.group_size}, which does not divide {m} output features.")
-        cosine, sine = _columns(module, half)
-        weight = module.weight()
+        variant, weight = module.config.variant, module.weight()
+        size = {"road_1": m // 2, "road_2": m, "road_4": 2 * m}[variant]
+        theta, alpha = module.tensor("road_theta", size), module.tensor("road_alpha", size)
+        if variant == "road_4":
+            theta, alpha = (x.reshape(-1, 2, 2 * half).transpose(0, 1).reshape(2, -1) for x in (theta, alpha))
+            cosine, sine = alpha[0] * theta[0].cos(), alpha[1] * theta[1].sin()
+        else:
+            if variant == "road_1":
+                theta, alpha = (x.reshape(-1, half).repeat_interleave(2, dim=0).flatten() for x in (theta, alpha))
+            cosine, sine = alpha * theta.cos(), alpha * theta.sin()
         halves = weight.reshape(-1, 2, half, weight.shape[1])  # of each group
         turned = torch.stack([-halves[:, 1], halves[:, 0]], dim=1).reshape(weight.shape)
         return Dense(cosine[:, None] * weight + sine[:, None] * turned - weight, float(weight.norm()))
-
-
-def _columns(module: Module[RoadFields], half: int) -> tuple[Tensor, Tensor]:
-    """Return alpha cos(theta) and alpha sin(theta) of each output feature."""
-    m, variant = module.shape[0], module.config.variant
-    size = {"road_1": m // 2, "road_2": m, "road_4": 2 * m}[variant]
-    theta, alpha = module.tensor("road_theta", size), module.tensor("road_alpha", size)
-    if variant == "road_4":
-        theta, alpha = (x.reshape(-1, 2, 2 * half).transpose(0, 1).reshape(2, -1) for x in (theta, alpha))
-        return alpha[0] * theta[0].cos(), alpha[1] * theta[1].sin()
-    if variant == "road_1":
-        theta, alpha = (x.reshape(-1, half).repeat_interleave(2, dim=0).flatten() for x in (theta, alpha))
-    return alpha * theta.cos(), alpha * theta.sin()
 
 
 class HraFields(MethodConfig):
@@ -196,7 +180,7 @@ class Hra(ConversionMethod[HraFields]):
         if module.config.gram_schmidt:
             (u, apart), t = orthonormal(module, "hra_u", u), 2 * torch.eye(r, dtype=u.dtype)
         else:
-            u, t = _compact(u)
+            u, t = compact(u)
         # the terms of W U may cancel, so their rounding is not that of the factors
         norm = float(weight.norm())
         turned = 2 * (2 + apart) * apart * norm
@@ -205,7 +189,7 @@ class Hra(ConversionMethod[HraFields]):
         return determined(module, delta, turned, norm, "the columns of hra_u are almost linearly dependent")
 
 
-def _compact(u: Tensor) -> tuple[Tensor, Tensor]:
+def compact(u: Tensor) -> tuple[Tensor, Tensor]:
     """Return unit columns U and T with prod_i (I - 2 u_i u_i^T) = I - U T U^T."""
     u = u / u.norm(dim=0)
     gram = u.T @ u

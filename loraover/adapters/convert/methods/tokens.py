@@ -70,15 +70,12 @@ class TrainableTokens(ConversionMethod[TokenFields]):
 
 
 def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iterator[Place]:
-    """Yield the embedding, and the modules that share its weight, unless they have other trained tokens.
+    """Yield the embedding, or a head with its own weight, and the modules that share its weight and have no tokens.
 
     Args:
-        module: The embedding, or a head with its own weight.
+        module: The embedding or head.
         name: Name of the tensor with the new rows.
         indices: The trained tokens, in the order of the rows.
-
-    Raises:
-        ExportError: Such a module has a LoRA, to which PEFT adds the new rows.
     """
     base = module.adapter.base
     find = partial(_rows, module, name, indices)
