@@ -162,12 +162,7 @@ def stored_keys(skeleton: Any, keys: Collection[str]) -> dict[str, str]:
 
 
 def loaded_names(skeleton: Any, keys: Collection[str]) -> dict[str, tuple[str, bool]]:
-    """Return transformers' name of each stored tensor, and whether it changes the tensor as it loads it.
-
-    Args:
-        skeleton: The model, without weights.
-        keys: Keys in its files, which may be those of an earlier transformers.
-    """
+    """Return transformers' name of each stored tensor, and whether it changes the tensor as it loads it."""
     prefix, state = skeleton.base_model_prefix, skeleton.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -145,9 +145,6 @@ def largest_logit_difference(one: ModelSource, other: ModelSource) -> float:
     """Return the largest absolute difference of two models' logits, in float32, over some short word problems.
 
     Random tokens are used instead if the first model has no tokenizer.
-
-    Raises:
-        ConfigError: A model cannot be loaded, or the two vocabularies differ in size.
     """
     import torch
 

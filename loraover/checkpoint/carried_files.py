@@ -189,11 +189,7 @@ def record_beside(adapter: Path, **options: Any) -> None:
 
 
 def chat_template_of(adapter: Path) -> str | None:
-    """Return the chat template in an adapter's folder; None if there is none.
-
-    Raises:
-        CheckpointError: A file that cannot be read.
-    """
+    """Return the chat template in an adapter's folder; None if there is none."""
     path = adapter / TEMPLATE_FILE
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -107,15 +107,8 @@ class Checkpoint(AdapterDir):
     def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Tensor, ...]:
         """Read the cores of one matrix.
 
-        Args:
-            file: The open file at `cores_path`.
-            site: Record of the matrix.
-
         Returns:
             The cores; core k has shape (1, p_k, q_k) and the checkpoint's `core_dtype`.
-
-        Raises:
-            CheckpointError: A core is missing, has another shape or dtype, or holds NaN or infinity.
         """
         dtype = getattr(torch, self.meta.core_dtype)
         cores = []

@@ -137,12 +137,6 @@ def find_stacks(
 ) -> list[ExpertStack]:
     """Find the stacked pairs of an adapter.
 
-    Args:
-        targets: Entries of PEFT's `target_parameters`.
-        pairs: Number of rows of A and of columns of B of each pair in the file, by the path before `.lora_A`.
-        rank: Function that gives the rank of a parameter by its path.
-        where: The file, for messages.
-
     Raises:
         CheckpointError: Pairs that the field does not explain, or whose size is no multiple of the rank.
     """

@@ -52,10 +52,6 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
 
     A module without a matrix is of the kind "other", and modules without parameters are not listed.
 
-    Args:
-        source: Where the model is read from.
-        config_file: Its `config.json`; None if it has none.
-
     Raises:
         ConfigError: Another model, no usable configuration, or headers that cannot be read.
     """

@@ -90,11 +90,7 @@ def digest_of(content: dict[str, Any]) -> str:
 
 
 def read_metadata(path: Path) -> Meta:
-    """Read a checkpoint's `loraover.json`.
-
-    Raises:
-        CheckpointError: The file is missing, damaged or of another version.
-    """
+    """Read a checkpoint's `loraover.json`."""
     found = read_json(path, _Version)
     if found.schema_version != SCHEMA_VERSION:
         raise CheckpointError(

@@ -379,9 +379,6 @@ def _expanded(adapter: Adapter, stacks: Sequence[ExpertStack]) -> Adapter:
     """Return an adapter whose `shapes` are still those of the file with its stacks taken apart.
 
     Patterns name a parameter of all experts, so each expert gets an exact entry in front of them.
-
-    Raises:
-        CheckpointError: The file holds another pair of one expert beside the stack.
     """
     parts = _parts(stacks)
     if (twice := min(parts.keys() & adapter.shapes.keys(), default=None)) is not None:

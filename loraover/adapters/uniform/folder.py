@@ -89,16 +89,7 @@ def plain_config(
     task_type: str | None,
     modules_to_save: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the contents of `adapter_config.json` of a plain LoRA with one rank and scaling 1.
-
-    Args:
-        rank: Rank of every module.
-        target_modules: Paths of the adapted modules, or suffixes of them.
-        base_model: Folder or hub name of the base model; None if it is not known.
-        revision: Commit of the base model on the hub; None for folders.
-        task_type: PEFT's name of the task; None stays None, with which PEFT loads the adapter on any model.
-        modules_to_save: Modules whose parameters the adapter replaces.
-    """
+    """Return the contents of `adapter_config.json` of a plain LoRA with one rank and scaling 1."""
     return {
         "peft_type": "LORA",
         "task_type": task_type,

@@ -114,12 +114,7 @@ def check_fields(
 
 
 def has_targets(adapter: AdapterDir, others: Iterable[str] = ()) -> bool:
-    """Whether an adapter has a stack of experts for each entry of `target_parameters`.
-
-    Args:
-        adapter: The adapter.
-        others: Paths of further parameters that it has A and B of.
-    """
+    """Whether an adapter has a stack of experts for each entry of `target_parameters`."""
     paths = {*(stack.path for stack in adapter.stacks), *others}
     return all(any(f".{path}".endswith(f".{entry}") for path in paths) for entry in adapter.config.parameters)
 

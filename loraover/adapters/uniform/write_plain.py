@@ -53,12 +53,6 @@ def write_plain(
 ) -> list[MatrixCertificate]:
     """Write A and B of a plain LoRA with one rank and scaling 1, each rounded once, and certify each matrix.
 
-    Args:
-        adapter: A LoRA without cores.
-        file: The safetensors file to write.
-        dtype: Data type to store: fp32, bf16 or fp16.
-        on_tensor: Called after each tensor with the number of tensors so far.
-
     Raises:
         CheckpointError: A file that cannot be read, or holds NaN.
         ExportError: An adapter of stacked experts.

@@ -150,17 +150,14 @@ Rounding the weights to bfloat16 moves it by about as much. It keeps modules tha
 
 
 def determined(module: Module[Any], delta: LowRank, apart: float, size: float, reason: str) -> LowRank:
-    """Return a delta_W, unless it depends too much on the machine that trained it.
+    """Return a delta_W, unless another machine's may be far from it.
 
     Args:
         module: The module.
         delta: Its delta_W.
-        apart: Bound of the Frobenius norm by which another machine's delta_W may differ.
+        apart: Bound of the Frobenius norm by which another machine's may differ.
         size: Frobenius norm of what PEFT starts from.
         reason: Why machines differ, in words, for the message.
-
-    Raises:
-        ExportError: Another machine's delta_W may differ by much.
     """
     norm = product_norm(delta.b, delta.a)
     if apart > NEGLIGIBLE * size and apart > LARGEST_SHARE * norm:

@@ -70,13 +70,7 @@ class TrainableTokens(ConversionMethod[TokenFields]):
 
 
 def token_places(module: Module[Any], name: str, indices: Sequence[int]) -> Iterator[Place]:
-    """Yield the embedding, or a head with its own weight, and the modules that share its weight and have no tokens.
-
-    Args:
-        module: The embedding or head.
-        name: Name of the tensor with the new rows.
-        indices: The trained tokens, in the order of the rows.
-    """
+    """Yield the embedding, or a head with its own weight, and the modules that share its weight and have no tokens."""
     base = module.adapter.base
     find = partial(_rows, module, name, indices)
     yield Place(module.path, module.is_embedding, find)
