@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what imports PyTorch
     from loraover.adapters.combine.requests import DiffRequest
     from loraover.adapters.convert.request import ConvertRequest
     from loraover.adapters.convert.run import ConvertReport
-    from loraover.adapters.logits.deviation import Deviation
+    from loraover.adapters.logits.verdict import Deviation
     from loraover.adapters.uniform.certificate import LoraCertificate, ModuleCertificate
 
 OTHER_TEXTS = "Try --prompts with texts that it was trained for, or --dtype fp32."

@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from loraover.checkpoint.files import TENSORS_FILE
-from loraover.checkpoint.source import read_source
+from loraover.checkpoint.peft_adapter import read_source
 from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
@@ -187,7 +187,7 @@ def in_onnx(precision: str, source: ModelSource, reference: TorchReference, fold
 @contextmanager
 def in_mlx(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
-    from loraover.adapters.base_files import folder_of
+    from loraover.adapters.base_weights import folder_of
     from loraover_export.formats.mlx import export_mlx
     from loraover_serve.engines.mlx import MlxEngine
 

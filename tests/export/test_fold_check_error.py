@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.adapters.logits import deviation
 from loraover.adapters.logits import prompts as prompts_module
-from loraover.adapters.logits.deviation import RunningDeviation
+from loraover.adapters.logits import verdict as verdict_module
 from loraover.adapters.logits.prompts import logits_of
-from loraover.adapters.logits.verdict import verdict_on
+from loraover.adapters.logits.verdict import RunningDeviation, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover_export.fold import check_outputs as check_outputs_module
@@ -183,7 +182,7 @@ def test_memory_does_not_grow_with_a_long_prompt(
     assert max(live_logits) == 3 * 39 * VOCABULARY
     live_logits.clear()
     monkeypatch.setitem(prompts_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
-    monkeypatch.setattr(deviation, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
+    monkeypatch.setattr(verdict_module, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
     assert fold(made.path, tmp_path / "pieces", *options) == 0
     assert max(live_logits) == 3 * 5 * VOCABULARY
     assert len(live_logits) == 6 * 8

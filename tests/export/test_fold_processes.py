@@ -109,9 +109,9 @@ def wait_for(file: Path) -> None:
 
 
 SLOW = {
-    "a matrix": "loraover.adapters.numerics.rounded_adapter.round_tensor",
+    "a matrix": "loraover.adapters.numerics.rounding.round_tensor",
     "a checksum": "loraover.checkpoint.checkpoint.sha256_of",
-    "the file": "loraover.adapters.numerics.rounded_adapter.first_difference",
+    "the file": "loraover.adapters.numerics.rounding.first_difference",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.adapters.numerics import rounded_adapter
+from loraover.adapters.numerics import rounding
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def test_the_certificate_rejects_a_wrong_matrix(
         matrix = right(key, exact, dtype)
         return change(matrix) if key == guilty else matrix
 
-    monkeypatch.setattr(rounded_adapter, "round_tensor", wrong)
+    monkeypatch.setattr(rounding, "round_tensor", wrong)
     found = assert_rejected(made, tmp_path, capsys, "--dtype", "fp32" if change is two_ulps else "bf16")
     assert [site_key(m.name) for m in found.matrices if not m.passed] == [guilty]
 
@@ -88,7 +88,7 @@ def test_a_file_that_does_not_hold_the_certified_matrices_is_refused(
     def wrong(tensors: dict[str, Tensor], path: Path) -> None:
         save_tensors({**tensors, key: flipped(tensors[key]).contiguous()}, path)
 
-    monkeypatch.setattr(rounded_adapter, "save_tensors", wrong)
+    monkeypatch.setattr(rounding, "save_tensors", wrong)
     assert fold(made.path, tmp_path / "out") != 0
     assert list(tmp_path.iterdir()) == []
     assert key in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraover.adapters.numerics import rounded_adapter
+from loraover.adapters.numerics import rounding
 from loraover.adapters.numerics.matrix_certificate import certify
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.common.errors import CheckpointError
@@ -65,7 +65,7 @@ def test_an_exception_in_a_thread_is_the_callers(
         assert threading.current_thread() is not threading.main_thread()
         raise LookupError(f"a fault in {place}")
 
-    monkeypatch.setattr(rounded_adapter, place, fail)
+    monkeypatch.setattr(rounding, place, fail)
     with pytest.raises(LookupError, match=f"^a fault in {place}$"):
         fold_checkpoint(made.path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -105,7 +105,7 @@ def test_the_checksum_of_a_slow_disk_is_waited_for(
 
     last = "model.layers.1.self_attn.v_proj.lora_B"
     monkeypatch.setattr(Checkpoint, "check_sum", late)
-    monkeypatch.setattr(rounded_adapter, "certify", certified)
+    monkeypatch.setattr(rounding, "certify", certified)
     assert fold_checkpoint(source, tmp_path / "out").passed
     assert (tmp_path / "out" / TENSORS).is_file()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.adapters.logits.deviation import largest
+from loraover.adapters.logits.verdict import largest
 from loraover.adapters.numerics.delta import Delta
 from loraover.adapters.numerics.rounding import round_nearest, round_tensor
 from loraover.checkpoint.adapter_config import AdapterConfig

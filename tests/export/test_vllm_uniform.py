@@ -114,7 +114,7 @@ def test_delta_is_the_sources(
 
 
 def test_the_certificate_rejects_padding_that_is_not_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraover.adapters.numerics import rounded_adapter
+    from loraover.adapters.numerics import rounding
 
     right = round_tensor
 
@@ -126,7 +126,7 @@ def test_the_certificate_rejects_padding_that_is_not_zero(tmp_path: Path, monkey
     source = write_adapter(
         tmp_path / "in", matrices(5, (4, 2, 3), torch.float32), rank_pattern={"layers.1.q_proj": 2, "up_proj": 3}
     )
-    monkeypatch.setattr(rounded_adapter, "round_tensor", wrong)
+    monkeypatch.setattr(rounding, "round_tensor", wrong)
     _, _, certificates = written(source, tmp_path / "out", "fp32")
     assert not all(certificate.passed for certificate in certificates)
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from loraover.adapters.logits.deviation import Deviation
+from loraover.adapters.logits.verdict import Deviation
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.inspection.folder import inspect_folder, read_schedule
 from loraover.inspection.show import to_page as inspect_page

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from loraover.adapters.logits.deviation import Deviation
-from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, verdict_on
+from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, Deviation, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.common.strict_json import StrictModel
 

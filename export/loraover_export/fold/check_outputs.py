@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.adapters.logits.deviation import RunningDeviation, largest_of
 from loraover.adapters.logits.prompts import logits_of, read_prompts, tokens_at_once, walked
+from loraover.adapters.logits.verdict import RunningDeviation, largest_of
 from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_randomly
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels, site_key

@@ -6,8 +6,7 @@ from importlib.resources import files
 
 from rich.console import Console
 
-from loraover.adapters.logits.deviation import Deviation
-from loraover.adapters.logits.verdict import POWER, CheckVerdict
+from loraover.adapters.logits.verdict import POWER, CheckVerdict, Deviation
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, underflow_facts
 from loraover.adapters.show import OTHER_TEXTS, deviations_table, show_place, show_verdict, undecided
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure

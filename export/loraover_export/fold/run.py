@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
-from loraover.adapters.numerics.rounded_adapter import write_rounded
+from loraover.adapters.numerics.rounding import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming
 from loraover.checkpoint.carried_files import record_beside

@@ -25,8 +25,7 @@ from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import ServedModel, read_served
-from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.source import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, read_source
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
@@ -188,7 +187,7 @@ def write_adapter(
     adapter: AdapterDir, target: ServedModel, directory: Path, dtype: str, on_tensor: Callable[[int], None]
 ) -> list[MatrixCertificate]:
     """Write the tensors and the configuration, and certify each matrix against its exact value."""
-    from loraover.adapters.numerics.rounded_adapter import round_exact, save_and_compare
+    from loraover.adapters.numerics.rounding import round_exact, save_and_compare
 
     form = to_uniform(adapter)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraover.adapters.base_files import UNQUANTISED, BaseFiles, stored_keys
+from loraover.adapters.base_weights import UNQUANTISED, BaseFiles, stored_keys
 from loraover.checkpoint.base_modules import replaced_parameters, target_module
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import CONFIG

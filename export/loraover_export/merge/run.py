@@ -16,18 +16,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from loraover.adapters.base_files import BaseFiles, check_not_gguf, open_base
+from loraover.adapters.base_weights import BaseFiles, check_not_gguf, open_files
 from loraover.adapters.numerics.delta import check_no_bias, read_delta
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
-from loraover.adapters.numerics.rounded_adapter import not_kept
-from loraover.adapters.numerics.rounding import round_nearest
+from loraover.adapters.numerics.rounding import not_kept, round_nearest
 from loraover.adapters.uniform.certificate import record_source
 from loraover.adapters.uniform.refusals import HELD, check_fields
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
-from loraover.checkpoint.peft_adapter import ExactAdapter
-from loraover.checkpoint.source import read_source
+from loraover.checkpoint.peft_adapter import ExactAdapter, read_source
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, header_of, open_tensors, torch_dtype
 from loraover.common.errors import FoldError
 from loraover.common.provenance import environment, hardware
@@ -88,7 +86,7 @@ def merge_adapter(request: MergeRequest) -> MergeReport:
         check_not_gguf(adapter.config.base_model_name_or_path)
     base = base_of(request, adapter)
     with ExitStack() as stack:
-        files = open_base(base, stack)
+        files = open_files(base, stack)
         exact = stack.enter_context(adapter.open())
         plan = plan_merge(base, files, adapter, exact.plain)
         with MERGED.draft(request, files.folder) as draft:

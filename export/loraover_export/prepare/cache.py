@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from loraover.adapters.base_files import open_base
+from loraover.adapters.base_weights import open_files
 from loraover.adapters.convert.kind import read_method
 from loraover.adapters.uniform.certificate import READ_FILES, record_source
 from loraover.checkpoint.model_facts import CONFIG
@@ -142,7 +142,7 @@ def _base_digests(source: Path, base: ModelSource) -> dict[str, str]:
     if reads_weights:
         with ExitStack() as files:
             try:
-                opened = open_base(base, files, may_be_quantised=True)
+                opened = open_files(base, files, may_be_quantised=True)
             except LoraOverError as error:
                 raise ConfigError(f"{source}: its conversion needs the base model's weights: {error}") from error
             folder, names = opened.folder, [CONFIG, *opened.shards]

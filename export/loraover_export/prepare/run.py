@@ -16,7 +16,7 @@ from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.carried_files import misfit
 from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
 from loraover.checkpoint.model_facts import read_facts
-from loraover.checkpoint.source import read_source
+from loraover.checkpoint.peft_adapter import read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError
@@ -43,7 +43,7 @@ if has_torch():  # a base installation prepares plain LoRAs only; threads must n
         "loraover.adapters.combine.combine",
         "loraover.adapters.convert.run",
         "loraover_export.fold.run",
-        "loraover.adapters.numerics.rounded_adapter",
+        "loraover.adapters.numerics.rounding",
         "loraover_export.formats.vllm.run",
     ):
         import_module(_place)

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from loraover.adapters.combine.requests import DiffRequest
 from loraover.adapters.combine.sources import Sources, deltas_of, read_sources
-from loraover.adapters.logits.deviation import Deviation, RunningDeviation
 from loraover.adapters.logits.prompts import Prompts, logits_of, read_prompts, walked
+from loraover.adapters.logits.verdict import Deviation, RunningDeviation
 from loraover.adapters.numerics.delta import Delta, check_no_bias
 from loraover.adapters.numerics.low_rank import (
     SingularValues,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from loraover.adapters.convert.request import ConvertRequest
 from loraover.adapters.convert.source import Adapter, AdapterLayout
-from loraover.adapters.logits.deviation import Deviation, RunningDeviation, largest_of
 from loraover.adapters.logits.prompts import Prompts, logits_of, walked
+from loraover.adapters.logits.verdict import Deviation, RunningDeviation, largest_of
 from loraover.adapters.numerics.rounding import STORAGE_DTYPES
 from loraover.adapters.uniform.certificate import OutputsOfConversion
 from loraover.checkpoint.files import CONFIG_FILE

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from loraover.adapters.base_files import loaded_names
-from loraover.adapters.base_weights import BaseWeights, module_of_copy
+from loraover.adapters.base_weights import BaseWeights, loaded_names, module_of_copy
 from loraover.adapters.convert.source import AdapterLayout
 from loraover.checkpoint.adapter_config import first_match
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX

@@ -7,8 +7,7 @@ from threading import Event
 
 from pydantic import Field
 
-from loraover.adapters.logits.deviation import Deviation
-from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, verdict_on
+from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, Deviation, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of

@@ -55,7 +55,7 @@ def write_uniform(
         from loraover.adapters.uniform.write_plain import write_plain
 
         return write_plain(adapter, directory / TENSORS_FILE, dtype, on_tensor)
-    from loraover.adapters.numerics.rounded_adapter import write_rounded
+    from loraover.adapters.numerics.rounding import write_rounded
 
     prepare, keys = to_uniform(adapter), adapter.matrices
     return write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)

@@ -14,8 +14,7 @@ from torch.nn.functional import pad
 from loraover.adapters.numerics.delta import Delta
 from loraover.adapters.numerics.low_rank import factor_noise, product_norm, sum_norm
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts
-from loraover.adapters.numerics.rounded_adapter import save_and_compare
-from loraover.adapters.numerics.rounding import round_tensor
+from loraover.adapters.numerics.rounding import round_tensor, save_and_compare
 from loraover.adapters.uniform.certificate import (
     CERTIFICATE_FILE,
     LoraCertificate,

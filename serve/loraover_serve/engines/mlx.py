@@ -8,7 +8,7 @@ from typing import Any, final
 
 import numpy as np
 
-from loraover.adapters.base_files import folder_of
+from loraover.adapters.base_weights import folder_of
 from loraover.common.errors import ExportError
 from loraover_export.formats.mlx import export_mlx
 from loraover_serve.engines.answers import ADAPTER, BASE

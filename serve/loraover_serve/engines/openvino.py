@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 
-from loraover.adapters.base_files import folder_of
+from loraover.adapters.base_weights import folder_of
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.common.errors import EngineError
 from loraover_serve.engines.answers import ADAPTER, BASE, Question, Row

@@ -19,8 +19,7 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.carried_files import tokenizer_of
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.checkpoint.source import read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_source
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file, publish_text
 from loraover.common.errors import (
     CheckpointError,

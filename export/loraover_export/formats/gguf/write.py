@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
-from loraover.adapters.numerics.rounded_adapter import not_kept, round_exact
+from loraover.adapters.numerics.rounding import not_kept, round_exact
 from loraover.adapters.uniform.folder import to_uniform
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import FoldError
