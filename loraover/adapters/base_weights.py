@@ -371,20 +371,15 @@ def module_of_copy(key: str) -> str:
 
 def shapes_of(model: Any) -> dict[str, tuple[int, int]]:
     """Return the shapes of a model's linear layers and embeddings by path, as `BaseWeights.shapes` has them."""
+    from torch import nn
+
     found = {}
     for path, module in model.named_modules():
         if is_conv1d(module):
             found[path] = tuple(module.weight.shape[::-1])
-        elif is_linear(module) or is_embedding(module):
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             found[path] = tuple(module.weight.shape)
     return found
-
-
-def is_linear(module: Any) -> bool:
-    """Whether a module is a linear layer of PyTorch."""
-    from torch import nn
-
-    return isinstance(module, nn.Linear)
 
 
 def is_conv1d(module: Any) -> bool:

@@ -188,15 +188,6 @@ def record_beside(adapter: Path, **options: Any) -> None:
     (adapter / KEPT_FILE).unlink(missing_ok=True)
 
 
-def chat_template_of(adapter: Path) -> str | None:
-    """Return the chat template in an adapter's folder; None if there is none."""
-    path = adapter / TEMPLATE_FILE
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
 def keep_chat_template(adapter: Path, written: Path, *, stem: str | None = None) -> None:
     """Copy the chat template of an adapter, if it has one, beside what an export writes of it.
 
@@ -227,7 +218,11 @@ def tokenizer_of(adapter: Path, tokenizer: Any) -> Any:
     Raises:
         CheckpointError: A template that cannot be read.
     """
-    template, known = chat_template_of(adapter), tokenizer.chat_template
+    path, known = adapter / TEMPLATE_FILE, tokenizer.chat_template
+    try:
+        template = path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if template is None or template in (known.values() if isinstance(known, dict) else [known]):
         return tokenizer
     own = copy.copy(tokenizer)

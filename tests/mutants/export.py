@@ -276,7 +276,7 @@ EXPORT = (
         "an-emptied-matrix-passes",
         "return self.worst_to_bound <= 1 and not self.is_lost",
         "return self.worst_to_bound <= 1",
-        Selection("test_underflow.py", "half_of_its_norm"),
+        Selection("test_matrix_certificates.py", "half_of_its_norm"),
     ),
     Mutant(
         "gate-and-up-as-large-as-both",
@@ -306,7 +306,7 @@ EXPORT = (
         "deft-rounding-of-the-sum-alone",
         "rounded = rounding(m, n, r) * float(q.norm()) * size",
         "rounded = rounding(m, n, r) * float(q.norm()) * float(a.norm())",
-        Selection("test_convert_cancellation.py", "cancel"),
+        Selection("test_convert_bounds.py", "cancel"),
     ),
     Mutant(
         "osf-start-in-float32",

@@ -46,37 +46,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
 def stacks_of(adapter: Adapter[Any]) -> Sequence[ExpertStack]:
     """Return the stacked pairs of an adapter of any kind."""
-    found = _read(adapter)
+    found = _read_stacks(adapter)
     return () if found is None else found.stacks
 
 
-def expert_places(adapter: Adapter[Any]) -> Iterator[Place]:
-    """Yield every expert of every stacked pair."""
-    found = _read(adapter)
-    if found is None or not found.stacks:
-        return
-    found.check_keeps_base()
-    exact = ExactAdapter(found, adapter.file)
-
-    def find(path: str) -> LowRank:
-        delta = read_delta(exact, path)
-        return LowRank(delta.b.value.double(), delta.a.value.double())
-
-    for stack in found.stacks:
-        for path in map(stack.expert, range(stack.experts)):
-            yield Place(path, False, partial(find, path))
-
-
-def _read(adapter: Adapter[Any]) -> AdapterDir | None:
+def _read_stacks(adapter: Adapter[Any]) -> AdapterDir | None:
     config = adapter.config
     if not isinstance(config, AdapterConfig) or not config.parameters:
         return None
     return read_on_base(read_adapter_dir(adapter.layout.path), find_expert_weights(adapter.base.model))
-
-
-TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 class LoraFields(MethodConfig, AdapterConfig):
@@ -116,8 +99,19 @@ class Lora(ConversionMethod[LoraFields]):
 
     def places(self, adapter: Adapter[LoraFields]) -> Iterator[Place]:
         _check_tokens(adapter)
-        yield from expert_places(adapter)
-        wrappers = {stack.wrapper for stack in stacks_of(adapter)}
+        stacked = _read_stacks(adapter)
+        if stacked is not None and stacked.stacks:
+            stacked.check_keeps_base()
+            exact = ExactAdapter(stacked, adapter.file)
+
+            def expert_delta(path: str) -> LowRank:
+                delta = read_delta(exact, path)
+                return LowRank(delta.b.value.double(), delta.a.value.double())
+
+            for stack in stacked.stacks:
+                for path in map(stack.expert, range(stack.experts)):
+                    yield Place(path, False, partial(expert_delta, path))
+        wrappers = set() if stacked is None else {stack.wrapper for stack in stacked.stacks}
         for path, tensors in adapter.layout.modules.items():
             if path in wrappers:
                 continue
