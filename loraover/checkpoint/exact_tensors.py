@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exact:
-    """Read a tensor in float64; a tensor of integers keeps its type.
+    """A tensor in float64 with the bound of its error; a tensor of integers keeps its type.
 
     Args:
         value: Contraction of the cores, or the stored value, which `tensor` can leave in its type.

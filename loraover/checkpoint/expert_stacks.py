@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 OTHER: Mapping[MatrixName, MatrixName] = {"A": "B", "B": "A"}
 
 PRESENT_LAYOUT = "0.19.0"
-
 """First version of PEFT whose A takes a layer's inputs in every model."""
 
 
