@@ -14,7 +14,7 @@ import torch
 
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT
-from loraover.models import memory, streaming
+from loraover.models import streaming
 from loraover.models.load import load_model, resolve_model
 from loraover.models.memory import Needs, fit_base
 from loraover.models.streaming import StreamedWeight
@@ -157,8 +157,9 @@ def test_a_model_that_fits_on_all_gpus_only_is_spread_over_them(
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: free * GIB)
-    monkeypatch.setattr(memory, "found_devices", lambda: {"cpu": 1, "cuda": count, "mps": 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
     needs = Needs(weights=9 * GIB // 4, adapters=GIB // 4, tokens=1, per_token=0)
     asked = {"device": "cuda", "compute_dtype": "fp32", "needs": needs, "say": SILENT.line, **options}
     found = fit_base("The check", resolve_model(str(base)), **asked)
