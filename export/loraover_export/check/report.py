@@ -10,10 +10,10 @@ from pydantic import Field
 from rich.console import Console
 
 from loraover.adapters.logits.verdict import Proof
+from loraover.common.request import Request
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
-from loraover_export.check.request import CheckRequest
 
 WIDTH = 80
 COLUMNS = "{:<10}{:<16}{:<16}{}"
@@ -104,7 +104,7 @@ def treatment(findings: Iterable[Finding]) -> Treatment:
     return Treatment(verdict=next((level for level in worst if level in levels), "right"), findings=found)
 
 
-def show_report(report: CheckReport, request: CheckRequest, console: Console) -> None:
+def show_report(report: CheckReport, request: Request, console: Console) -> None:
     """Print a table of verdicts, then what each rests on and the export that mends it."""
 
     def wrapped(text: str) -> None:
@@ -113,7 +113,7 @@ def show_report(report: CheckReport, request: CheckRequest, console: Console) ->
 
     ranks = ", ".join(map(str, report.ranks))
     matrices = f"A and B of {report.modules} modules, rank {ranks}" if report.ranks else "no A and B"
-    print_line(console, f"{request.adapter}: {report.peft_type}, {matrices}")
+    print_line(console, f"{report.adapter}: {report.peft_type}, {matrices}")
     print_line(console, f"base model {report.base_model} ({report.architecture})")
     console.print()
     print_line(console, COLUMNS.format("engine", "exported by us", "as it is", "reader"), "bold")
