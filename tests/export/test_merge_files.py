@@ -24,7 +24,7 @@ from loraover.common.reporter import Reporter
 from loraover_export import merge_adapter
 from loraover_export.cli import cli
 from loraover_export.merge import arithmetic
-from loraover_export.merge.arithmetic import NF4, Lost, RoundingLoss, four_bits, lost_by_four_bits
+from loraover_export.merge.arithmetic import NF4, Lost, four_bits, lost_by_four_bits
 
 from strategies import normal
 from support.adapters_on_disk import save_base, save_lora, save_shards
@@ -157,20 +157,21 @@ def test_small_deltas_are_said_to_be_erased(pair: tuple[Path, Path], tmp_path: P
     assert 0.01 < report.four_bit.erased < 0.9 < report.four_bit.error
 
 
-def test_every_row_counts_where_some_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_counts_where_some_are_tried() -> None:
     """A tall weight of equal rows loses much, and a low one little: the sample has to weigh them by their heights."""
 
-    def of_both() -> RoundingLoss:
-        both = Lost()
-        for seed, height, size in ((1, 2000, 1e-3), (2, 100, 1.0)):
-            row, a = normal(seed, 1, 64), normal(seed + 2, 1, 64)
-            delta = Delta.of_factors("m", False, torch.full((height, 1), size, dtype=torch.float64), a)
-            both.add(lost_by_four_bits(row.expand(height, 64), delta))
-        return both.result()
+    def lost(height: int, seed: int, size: float) -> Lost:
+        row, a = normal(seed, 1, 64), normal(seed + 2, 1, 64)
+        delta = Delta.of_factors("m", False, torch.full((height, 1), size, dtype=torch.float64), a)
+        return lost_by_four_bits(row.expand(height, 64), delta)
 
-    found = of_both()
-    monkeypatch.setattr(arithmetic, "ROWS", 10**6)
-    expected = of_both()
+    sampled, whole = Lost(), Lost()
+    for height, seed, size in ((2000, 1, 1e-3), (100, 2, 1.0)):
+        sampled.add(lost(height, seed, size))
+        one = lost(1, seed, size)
+        for _ in range(height):
+            whole.add(one)
+    found, expected = sampled.result(), whole.result()
     assert found.erased == pytest.approx(expected.erased, rel=1e-9)
     assert found.error == pytest.approx(expected.error, rel=1e-9)
     assert 1e-6 < expected.erased < expected.error < 1

@@ -187,10 +187,6 @@ def lost_by_four_bits(weight: Tensor, delta: Delta) -> Lost:
 
     Q is the 4-bit NormalFloat with one scale, the largest absolute value, for each 64 elements of a row, as in
     bitsandbytes. It is tried on at most ROWS rows, and their sums are scaled to all rows.
-
-    Args:
-        weight: W before the merge, (out_features, in_features).
-        delta: Its delta.
     """
     rows = slice(0, None, math.ceil(len(weight) / ROWS))
     before, change = weight[rows].double(), delta.rows(rows).product().value

@@ -61,14 +61,6 @@ def open_inputs(model: onnx.ModelProto, graph: Path, drawn: Mapping[str, Tensor]
     """Turn the initializers that hold markers into graph inputs, with zeros of rank 1 as default.
 
     The rank of each input is a free dimension, so that an adapter of any rank fits.
-
-    Args:
-        model: The graph without its external data; it is changed.
-        graph: The graph's file.
-        drawn: Markers to look for; some may be in another graph.
-
-    Returns:
-        The inputs, by the names of the markers.
     """
     by_start: dict[float, list[str]] = {}
     for name, marker in drawn.items():
@@ -137,11 +129,6 @@ def adapter_files(adapter: Path, graph: str, graphs: Sequence[str]) -> tuple[Pat
 
     They are `name.onnx_adapter` and `name.safetensors` if there is one graph, and such as `name.encoder.onnx_adapter`
     if there are two.
-
-    Args:
-        adapter: Path of the adapter's files without their endings.
-        graph: File name of the graph.
-        graphs: File names of all graphs of the export.
     """
     stem = adapter.name if len(graphs) == 1 else f"{adapter.name}.{Path(graph).stem}"
     return adapter.with_name(f"{stem}.onnx_adapter"), adapter.with_name(f"{stem}.safetensors")

@@ -62,17 +62,9 @@ def export_torch(
     outputs: Sequence[str],
     graph: Path,
 ) -> None:
-    """Export a module whose arguments and results are plain tensors.
+    """Export a module whose arguments and results are plain tensors, as a graph with its weights beside it.
 
-    Args:
-        module: The module to export.
-        inputs: Name, example and names of the free dimensions of each argument; an example's free dimensions must be
-            at least 2, and dimensions that may differ must differ.
-        outputs: Names of the results.
-        graph: File to write; the weights are written beside it.
-
-    Raises:
-        ExportError: torch cannot trace the model.
+    The free dimensions of an example must be at least 2, and those that may differ must differ.
     """
     from torch.onnx import OnnxExporterError
 
