@@ -32,6 +32,9 @@ CORES_AT_MOST = 8.0
 TYPICAL_TOKENS = 256
 """Tokens in one forward pass for which cores are counted; the products of neighbours are made once for all of them."""
 
+FOLDED = "folded"
+TWINS = 3
+
 
 def check_outputs(request: FoldRequest, checkpoint: Checkpoint, folded: Path, source: ModelSource) -> OutputCertificate:
     """Run the unfolded model and the folded adapter on the same prompts, and compare every logit.
@@ -133,10 +136,6 @@ def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quant
     return TrainedBase(
         quantization=quantization, served=source.origin, difference=difference.result(), bases=bases.result()
     )
-
-
-FOLDED = "folded"
-TWINS = 3
 
 
 class FoldedAndTwins:

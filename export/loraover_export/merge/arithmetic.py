@@ -29,6 +29,17 @@ from loraover.common.threads import workers
 BLOCK = 2**17
 """Elements that are merged at once, so that their numbers stay in the processor's cache."""
 
+ROWS = 256
+"""Rows of each weight on which the quantiser is tried, evenly spaced."""
+
+BLOCKSIZE = 64
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The 16 numbers of the 4-bit NormalFloat. Source: Dettmers et al. 2023, arXiv:2305.14314, appendix E."""
+
 
 class WeightPart(NamedTuple):
     """Result for some rows.
@@ -127,18 +138,6 @@ def _is_tied(model: Any) -> bool:
     """Whether head and embedding share their weight."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-ROWS = 256
-"""Rows of each weight on which the quantiser is tried, evenly spaced."""
-
-BLOCKSIZE = 64
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""The 16 numbers of the 4-bit NormalFloat. Source: Dettmers et al. 2023, arXiv:2305.14314, appendix E."""
 
 
 class RoundingLoss(StrictModel):

@@ -25,6 +25,9 @@ from loraover_export.merge.arithmetic import merge
 GENERATED = 16  # tokens
 CPU = torch.device("cpu")
 
+BLOCK = 32  # neighbouring elements of a row that share a scale
+WEIGHT_LEVELS, ACTIVATION_LEVELS = 8, 127  # largest magnitudes of 4 and 8 bits
+
 
 @dataclass(frozen=True)
 class OnnxReference:
@@ -235,10 +238,6 @@ def _greedy(
             other = row[found[i]] if i < len(found) else row.min()  # the engine ended the text, PyTorch did not
             return GreedyCheck(tokens=len(logits), first_difference=i, gap=float(row.max() - other))
     return GreedyCheck(tokens=len(logits), first_difference=None, gap=None)
-
-
-BLOCK = 32  # neighbouring elements of a row that share a scale
-WEIGHT_LEVELS, ACTIVATION_LEVELS = 8, 127  # largest magnitudes of 4 and 8 bits
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from loraover_export.requests import OnnxRequest
 
 GRAPH_FILE, CONFIG_FILE = "model.onnx", "genai_config.json"
 
+PREFIX = "loraover/padding"
+
 
 class BuilderProcess:
     """The builder in a separate process, which is started before its arguments are known.
@@ -108,9 +110,6 @@ def architecture(model: Path) -> str:
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     return str((config.architectures or [type(config).__name__])[0])
-
-
-PREFIX = "loraover/padding"
 
 
 def accept_left_padding(model: ModelProto) -> bool:
