@@ -132,15 +132,7 @@ IN_CHAT_TEMPLATE = "chat template"
 
 
 def uses_chat(request: EvaluationRequest, tokenizer: Any) -> bool:
-    """Whether questions are put into the chat template.
-
-    Args:
-        request: What the user asked for.
-        tokenizer: The model's tokenizer.
-
-    Raises:
-        ConfigError: The user asked for a template that the tokenizer does not have.
-    """
+    """Whether questions are put into the chat template."""
     has_template = tokenizer.chat_template is not None
     wanted = request.apply_chat_template
     if wanted and not has_template:
@@ -185,17 +177,7 @@ def read_questions(
 
 
 def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, may_be_empty: bool = False) -> str:
-    """Read the text under the first of these names that the row has.
-
-    Args:
-        row: The row.
-        names: Names that the field may have.
-        where: Name of the row, for messages.
-        may_be_empty: Whether an empty text is valid.
-
-    Raises:
-        DataError: The row has none of the names, or no text there.
-    """
+    """Read the text under the first of these names that the row has."""
     name = next((name for name in names if name in row), None)
     if name is None:
         raise DataError(f"{where}: has fields {sorted(row)}; expected {' or '.join(map(repr, names))} among them.")
@@ -208,16 +190,7 @@ def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, ma
 
 
 def label_field(row: Mapping[str, Any], names: tuple[str, ...], where: str) -> int:
-    """Read the number of the label, which may be written as a number or a name.
-
-    Args:
-        row: The row.
-        names: Name of each label, by number.
-        where: Name of the row, for messages.
-
-    Raises:
-        DataError: The field holds neither.
-    """
+    """Read the number of the label, which may be written as a number or a name."""
     label = row.get("label")
     if isinstance(label, str) and label in names:
         return names.index(label)

@@ -191,11 +191,7 @@ class MtBench(Task):
 
 
 def grader_of(request: EvaluationRequest) -> Grader:
-    """Return the grader that an evaluation asks for.
-
-    Raises:
-        ConfigError: Its address or key cannot be used.
-    """
+    """Return the grader that an evaluation asks for."""
     return Grader(Endpoint(str(request.judge_url), request.judge_key_variable), str(request.judge_model))
 
 

@@ -64,10 +64,6 @@ class Evaluation(StrictModel):
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """95 % interval of a share.
 
-    Args:
-        right: Number of right answers.
-        total: Number of answers.
-
     Source: Wilson 1927, Journal of the American Statistical Association 22.
     """
     interval = binomtest(right, total).proportion_ci(confidence_level=0.95, method="wilson")

@@ -68,11 +68,7 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
 
 
 def _server(request: EvaluationRequest) -> Endpoint | None:
-    """The server that answers; None for models in memory.
-
-    Raises:
-        ConfigError: Its address or key cannot be used.
-    """
+    """The server that answers; None for models in memory."""
     return None if request.endpoint is None else Endpoint(request.endpoint, request.key_variable)
 
 
@@ -142,15 +138,7 @@ def _candidates(
     readers: Mapping[Path, Any],
     server: Endpoint | None,
 ) -> list[_Candidate]:
-    """List the models, after all checks of them that need no answer.
-
-    Args:
-        request: What the user asked for.
-        source: The base model.
-        tokenizer: Its tokenizer.
-        readers: Tokenizer of each adapter.
-        server: The server that answers; None for models in memory.
-    """
+    """List the models, after all checks of them that need no answer."""
     size = request.batch_size
     if server is not None:
 

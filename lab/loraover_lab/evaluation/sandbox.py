@@ -119,9 +119,6 @@ def run_program(program: str, limits: Limits = Limits()) -> ProgramOutcome:
     The verdict is right for code with errors, but not for code that was written to cheat. As in HumanEval's own
     harness, the code shares an interpreter with its tests, so it can change them, or write the answer itself. The
     sandbox holds such code too.
-
-    Raises:
-        ConfigError: This system cannot hold the program.
     """
     bubblewrap = _bubblewrap()
     python = os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]

@@ -301,14 +301,7 @@ def _check_single_rows(wrapped: Any, rows: int) -> None:
 
 
 def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """Return epsilon after some steps of the Poisson-sampled Gaussian mechanism; infinity without noise.
-
-    Args:
-        noise_multiplier: Standard deviation of the noise as a multiple of the largest norm.
-        rate: Probability with which a step draws each row.
-        steps: Number of steps.
-        delta: Delta of the guarantee.
-    """
+    """Return epsilon after some steps of the Poisson-sampled Gaussian mechanism; infinity without noise."""
     from opacus.accountants import RDPAccountant
 
     if not steps:

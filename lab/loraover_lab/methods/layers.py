@@ -33,15 +33,7 @@ class Pair(NamedTuple):
 
 
 def linear_layers(model: nn.Module, method: str) -> dict[str, LoraLayer]:
-    """Return the adapted layers by path, for a method that changes their base weights while it trains.
-
-    Args:
-        model: The PEFT model.
-        method: Name of the method, for messages.
-
-    Raises:
-        ConfigError: A layer that is not linear, is quantised, or shares its weight with another module.
-    """
+    """Return the adapted layers by path, for a method that changes their base weights while it trains."""
     from transformers.pytorch_utils import Conv1D
 
     layers = lora_layers(model)

@@ -129,11 +129,7 @@ class LoraSc(TrainingMethod):
 
     @torch.no_grad()
     def set_base(self) -> float:
-        """Put the sum of the slow LoRAs so far, and the noise of the present stage, onto the base weights.
-
-        Returns:
-            Frobenius norm, over all modules, of the rounding of this sum to the weights' data type.
-        """
+        """Put the sum of the slow LoRAs so far, and the noise of the present stage, onto the base weights."""
         generator = self._generator("noise")
         square = 0.0
         for path, layer in self.layers.items():
@@ -190,13 +186,7 @@ def blend_weights(pace: float, stages: int) -> list[float]:
 
 
 def stage_of(step: int, steps: int, stages: int) -> int:
-    """Return the stage, from 0, of an optimizer step; the lengths of two stages differ by one step at most.
-
-    Args:
-        step: Optimizer steps taken before.
-        steps: Optimizer steps of the run.
-        stages: Number of stages.
-    """
+    """Return the stage, from 0, of an optimizer step; the lengths of two stages differ by one step at most."""
     return step * stages // steps
 
 

@@ -121,11 +121,7 @@ class Soma(TrainingMethod):
 
 
 def find_blocks(base: PreTrainedModel) -> tuple[str, int]:
-    """Return the path of a causal model's list of blocks, and their number.
-
-    Raises:
-        ConfigError: The model has no such list.
-    """
+    """Return the path of a causal model's list of blocks, and their number."""
     blocks = base.config.get_text_config().num_hidden_layers
     for path, module in base.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == blocks:

@@ -80,12 +80,7 @@ class CoreLayout(NamedTuple):
 
 
 def make_layout(settings: TensorGuideSettings, path: str, r: int, in_features: int, out_features: int) -> CoreLayout:
-    """Return modes and bonds of one module; a bond is the full one where that is smaller than `tt_rank`.
-
-    Raises:
-        ConfigError: r (in_features + out_features) has too few prime factors for the cores, or the cores would be as
-            many numbers as A and B.
-    """
+    """Return modes and bonds of one module; a bond is the full one where that is smaller than `tt_rank`."""
     count, size = settings.cores, r * (in_features + out_features)
     place = f"A and B of {path} are {r} x ({in_features} + {out_features}) = {size} numbers"
     modes = balanced_factors(size, count)
@@ -199,16 +194,7 @@ def stack_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def draw_cores(layout: CoreLayout, z: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Draw the cores of one train so that y has the variance of PEFT's first A, which is 1 / (3 in_features).
-
-    Args:
-        layout: Sizes of the train.
-        z: Its input, float64.
-        generator: CPU generator of the random numbers.
-
-    Returns:
-        Core k of shape (R_k, n_k, m_k, R_{k+1}), float64; all numbers are Gaussian with one deviation.
-    """
+    """Draw the cores of one train so that y has the variance of PEFT's first A, which is 1 / (3 in_features)."""
     paths = float(z.square().sum()) * prod(layout.bonds)  # y is a sum over z and the bonds of products of d numbers
     deviation = (1 / (3 * layout.in_features * paths)) ** (1 / (2 * len(layout.modes)))
     return [deviation * torch.randn(s, generator=generator, dtype=torch.float64) for s in layout.core_shapes]
@@ -287,11 +273,7 @@ class TensorGuide(TrainingMethod):
             trains.cpu().double().write()  # an Apple GPU has no float64
 
     def _layouts(self, model: PeftModel) -> dict[str, tuple[LoraLayer, CoreLayout]]:
-        """Return each adapted layer and the sizes of its train, by path.
-
-        Raises:
-            ConfigError: A layer that is not linear, or that a train cannot give.
-        """
+        """Return each adapted layer and the sizes of its train, by path."""
         found = {}
         for path, layer in lora_layers(model).items():
             if ADAPTER not in layer.lora_A or layer.lora_A[ADAPTER].weight.ndim != 2:

@@ -76,12 +76,7 @@ class Halves:
 
 
 def mean_loss(losses: Losses, tokens: Losses) -> float:
-    """Nats per token over all seeds and examples.
-
-    Args:
-        losses: Nats of each completion, shape (seeds, examples).
-        tokens: Tokens of each completion, shape (examples,).
-    """
+    """Nats per token over all seeds and examples."""
     return float(losses.sum() / (len(losses) * tokens.sum()))
 
 
@@ -154,25 +149,14 @@ def difference(method: Losses, baseline: Losses, tokens: Losses) -> Difference:
 
 
 def unit_variances(gaps: Losses, tokens: Losses) -> tuple[float, float]:
-    """Variance of one seed's mean difference, and of one example's share in it, in squared nats per token.
-
-    Args:
-        gaps: Differences of nats, shape (seeds, examples); at least 2 of each.
-        tokens: Tokens of each completion, shape (examples,).
-    """
+    """Variance of one seed's mean difference, and of one example's share in it, in squared nats per token."""
     of_seeds = gaps.sum(1) / tokens.sum()
     of_examples = (gaps.mean(0) - mean_loss(gaps, tokens) * tokens) / tokens.mean()
     return float(of_seeds.var(ddof=1)), float(of_examples.var(ddof=1))
 
 
 def percent_variances(method: Losses, baseline: Losses, tokens: Losses) -> tuple[float, float]:
-    """Return the variances of `unit_variances` in squared per cent of the baseline's loss.
-
-    Args:
-        method: Nats of the method, shape (seeds, examples); at least 2 of each.
-        baseline: Nats of the baseline, of the same shape.
-        tokens: Tokens of each completion, shape (examples,).
-    """
+    """Return the variances of `unit_variances` in squared per cent of the baseline's loss."""
     scale = (100 / mean_loss(baseline, tokens)) ** 2
     of_seed, of_example = unit_variances(method - baseline, tokens)
     return scale * of_seed, scale * of_example

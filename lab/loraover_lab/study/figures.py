@@ -17,12 +17,7 @@ WIDEST = 1.6  # times the median interval; wider ones leave the axis
 
 
 def forest(changes: Sequence[PercentChange], tasks: Sequence[TaskResult]) -> list[Figure]:
-    """Draw every method's difference on every task, in per cent of the baseline's loss; empty without differences.
-
-    Args:
-        changes: The differences.
-        tasks: Results on each task.
-    """
+    """Draw every method's difference on every task, in per cent of the baseline's loss; empty without differences."""
     if not changes:
         return []
     by_name = {task.task: task for task in tasks}
@@ -87,9 +82,6 @@ def rate_figures(tasks: Sequence[TaskResult]) -> list[Figure]:
     """Draw validation loss against learning rate: the mean of each method, and the seeds as points.
 
     Losses above `HIGHEST` times the lowest are outside the plot, so that the lowest parts of the curves can be seen.
-
-    Args:
-        tasks: Results on each task; those on which every method failed are left out.
     """
     looks = _looks(tasks)
     return [_rates(task, looks) for task in tasks if task.methods]

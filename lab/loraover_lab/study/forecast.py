@@ -205,12 +205,7 @@ def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:
 
 
 def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> list[MeasuredSpread]:
-    """Measure the spread of each method's difference to the best plain LoRA, each at its best rate.
-
-    Args:
-        kept: Finished runs of a study; failed ones do not count.
-        methods: Names of the methods to compare, by the methods in full; runs may have either in their names.
-    """
+    """Measure the spread of each method's difference to the best plain LoRA, each at its best rate."""
     named = {slug(spelled): method for method, name in methods.items() for spelled in (name, method)}
     runs: dict[str, dict[str, dict[str, dict[str, KeptRun]]]] = {}
     for one in kept:

@@ -93,13 +93,6 @@ def grid_of(request: StudyRequest) -> list[Run]:
     A method is a name of `METHOD_SETTINGS`, with settings where wanted, as in
     "lora-over:schedule=dynamic:budget={fraction: 0.25}". A setting that begins with an entry of `RECIPE_PARTS` is a key
     of the recipe; the other settings of lora-over are keys of `over`, those of other methods keys of `lora`.
-
-    Args:
-        request: What the study is asked for, whole.
-
-    Raises:
-        ConfigError: An unknown method, a recipe that does not take a setting, a setting that a study varies, or a grid
-            that compares nothing.
     """
     rates, rulers, settings = request.rates, request.spelled(request.rulers), DEFAULTS | dict(request.settings or {})
     if not any(is_plain(method) for method in rates if method not in rulers):
@@ -185,9 +178,6 @@ def matched_rank(recipe: Recipe) -> int:
     """Smallest rank at which a plain LoRA has as many numbers as LoRA-Over with the recipe's `over` can train.
 
     LoRA-Over trains all matrices, and the numbers that the cores of the schedule have beyond those of their matrices.
-
-    Raises:
-        ConfigError: `lora.rank_pattern` gives modules a rank that `lora.r` does not change.
     """
     if recipe.lora.rank_pattern:
         raise ConfigError(

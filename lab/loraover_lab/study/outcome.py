@@ -122,12 +122,6 @@ def check_held_out(recipe: Recipe) -> int:
 
     A study chooses rates on one half of the examples and judges on the other half, and its intervals take examples to
     be independent. Turns of one conversation would lie in both halves.
-
-    Args:
-        recipe: The recipe of the run.
-
-    Raises:
-        DataError: There are too few, one continues the one before it, or they cannot be read.
     """
     data = recipe.data
     if data.train == BUILT_IN and data.test is None:

@@ -47,16 +47,7 @@ class Rule(StrictModel):
 
 
 def fixed_rule(request: StudyRequest, finished: int) -> Rule:
-    """Return the rule of a study, and write it down if the study is to train and its folder has none.
-
-    Args:
-        request: What the study is asked for.
-        finished: Number of its runs that have finished.
-
-    Raises:
-        ConfigError: The study was begun with another rule.
-        OutputError: The file cannot be written.
-    """
+    """Return the rule of a study, and write it down if the study is to train and its folder has none."""
     file, tasks = request.output / RULE_FILE, len(request.tasks)
     if not file.is_file():
         rule = Rule(required=request.required or tasks, tasks=tasks, finished_before=finished)
@@ -178,17 +169,7 @@ class StudyReport(StudyAnswer):
 def task_results(
     runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int | None = None
 ) -> list[TaskResult]:
-    """Judge methods at their chosen rates.
-
-    Args:
-        runs: Finished runs that count: the tuning seeds at every rate, and the others at the chosen rates.
-        outcomes: Their outcomes.
-        seeds: Number of seeds that judge.
-        tuning_seeds: Number of these that choose the rates; None: all.
-
-    Raises:
-        LoraOverError: Runs of one task were not judged on the same examples.
-    """
+    """Judge methods at their chosen rates."""
     tuning = seeds if tuning_seeds is None else tuning_seeds
     return _adjusted([_task(task, methods, outcomes, seeds, tuning) for task, methods in by_method(runs).items()])
 
@@ -321,10 +302,6 @@ def standing(task: TaskResult, result: MethodResult) -> tuple[Standing, str]:
 
     The loser has to be tuned: a baseline whose best rate is at an end of the sweep may do better beyond it, and so may
     a method that seems worse.
-
-    Args:
-        task: Results on the task.
-        result: The method's, which was compared.
     """
     found = result.difference
     assert found is not None

@@ -43,11 +43,7 @@ STUDY_SETS = (
 
 
 def read_table(name: str) -> dict[str, Any]:
-    """Read what a table of the paper fixes: arguments of `StudyRequest` by name, without `choices`.
-
-    Args:
-        name: One of `PAPER_TABLES`.
-    """
+    """Read what a table of the paper fixes: arguments of `StudyRequest` by name, without `choices`."""
     tables = _tables()
     return {key: value for key, value in (tables["shared"] | tables[name]).items() if key != "choices"}
 

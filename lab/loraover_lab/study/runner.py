@@ -40,16 +40,7 @@ FOLDER = "scores"
 
 
 def check_benchmark(grid: Sequence[Run], request: StudyRequest) -> None:
-    """Check before the first run that the benchmark of a study can be asked.
-
-    Args:
-        grid: All runs of the study.
-        request: What the study was asked for.
-
-    Raises:
-        ConfigError: The benchmark lacks an option, such as its judge, or cannot be asked of these models.
-        DataError: Its questions cannot be read.
-    """
+    """Check before the first run that the benchmark of a study can be asked."""
     if request.benchmark is None or request.report_only:
         return
     if any(run.recipe.model_init.quantization for run in grid):
@@ -74,18 +65,6 @@ def score_runs(
 
     Answers that the study's folder holds are not asked for again, but for those on which the benchmark failed, or which
     the judge left without a rating. A method that trains all weights leaves no adapter, and so has no score.
-
-    Args:
-        grid: All runs of the study.
-        outcomes: Outcomes of those that are finished.
-        request: What the study was asked for; without a benchmark, nothing is done.
-
-    Returns:
-        The outcomes with scores, and what the scores are of.
-
-    Raises:
-        ConfigError: An adapter is missing, as of a run that another study trained.
-        LoraOverError: The benchmark fails on the base model.
     """
     if request.benchmark is None:
         return outcomes, Scores()
@@ -223,17 +202,7 @@ def run_study(request: StudyRequest) -> StudyReport:
 
 
 def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome]:
-    """Train the runs that a study needs and are not finished, and read the others.
-
-    Args:
-        grid: All runs.
-        request: What the study was asked for.
-
-    Raises:
-        DataError: Held-out examples of a task are too few or cannot be read; nothing is trained.
-        LoraOverError: A run failed for another reason than that its loss diverged or its memory was too small; finished
-            runs are kept.
-    """
+    """Train the runs that a study needs and are not finished, and read the others."""
     outcomes = finished(grid, request.output, request.reuse)
     seconds: dict[str, list[float]] = {}
     plan = plan_runs(grid, outcomes, request.tuning_seeds)
@@ -335,19 +304,7 @@ def make_report(
     tuning_seeds: int | None = None,
     scores: Scores | None = None,
 ) -> StudyReport:
-    """Judge the seeds whose runs have all finished.
-
-    Args:
-        grid: All runs of the study.
-        outcomes: Outcomes of those that are finished.
-        rule: When LoRA-Over counts as better.
-        command: Command line for the report.
-        tuning_seeds: Number of seeds that choose the rates, see `plan_runs`; None: all.
-        scores: What the outcomes' scores are of; None: of held-out rows.
-
-    Raises:
-        LoraOverError: No seed is finished yet, or see `task_results`.
-    """
+    """Judge the seeds whose runs have all finished."""
     tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
     plan = plan_runs(grid, outcomes, tuning)
     seeds = 0

@@ -43,14 +43,6 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_se
 
     The first seeds are trained at every rate. A method's further seeds are trained at its chosen rate only; if a run
     fails there, they are trained at the next best rate.
-
-    Args:
-        grid: Every combination of task, method, rate and seed.
-        outcomes: Outcomes of the runs that are finished.
-        tuning_seeds: Number of seeds that choose the rates; None: all.
-
-    Raises:
-        LoraOverError: Runs of one task were not judged on the same examples, or see `check_inputs`.
     """
     check_inputs(outcomes)
     seeds = len({run.seed for run in grid})
@@ -70,13 +62,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_se
 
 
 def chosen_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_seeds: int | None) -> list[Run]:
-    """List the runs that judge: each method's at its chosen rate, without those that failed.
-
-    Args:
-        grid: Every combination of task, method, rate and seed.
-        outcomes: Outcomes of the runs that are finished, with those of all tuning seeds.
-        tuning_seeds: Number of seeds that choose the rates; None: all.
-    """
+    """List the runs that judge: each method's at its chosen rate, without those that failed."""
     tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
     found: list[Run] = []
     for methods in by_method([run for run in grid if run in outcomes]).values():
@@ -93,13 +79,6 @@ def check_inputs(outcomes: Mapping[Run, RunOutcome]) -> None:
     Runs of one task share their held-out rows. Those with the same settings of `data` share their training rows, but
     for the built-in word problems, which are made anew for each seed. A model of the hub has one commit throughout, and
     an adapter that runs start from one digest.
-
-    Args:
-        outcomes: Outcomes of the runs that are finished.
-
-    Raises:
-        LoraOverError: Two runs had different rows, different commits of one model, or different adapters of one name to
-            start from.
     """
     first: dict[tuple[str, ...], tuple[Run, str]] = {}
     for run, outcome in outcomes.items():
@@ -134,14 +113,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 def tune(
     runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_seeds: int, tokens: Losses
 ) -> RateSensitivity | None:
-    """Describe how a method's validation loss depends on its rate; None if it failed at every rate.
-
-    Args:
-        runs: Runs of one task and method.
-        outcomes: Outcomes, with those of all tuning seeds. A rate at which any run failed is worse than any other.
-        tuning_seeds: Number of seeds whose losses count.
-        tokens: Tokens of each held-out completion.
-    """
+    """Describe how a method's validation loss depends on its rate; None if it failed at every rate."""
     half = Halves(len(tokens)).validation
     means: dict[float, float] = {}
     each: dict[float, list[float]] = {}
@@ -170,28 +142,13 @@ def validation_loss(outcomes: Sequence[RunOutcome]) -> float:
 
 
 def tokens_of(runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome]) -> Losses:
-    """Tokens of each completion, shape (examples,); empty where all runs of the task failed.
-
-    Args:
-        runs: Finished runs of one task.
-        outcomes: Their outcomes.
-
-    Raises:
-        LoraOverError: The runs were not judged on the same examples, or on too few.
-    """
+    """Tokens of each completion, shape (examples,); empty where all runs of the task failed."""
     scored = {str(run.folder): outcomes[run] for run in runs if outcomes[run].failure is None}
     return tokens_of_all(scored) if scored else np.zeros(0)
 
 
 def tokens_of_all(scored: Mapping[str, RunOutcome]) -> Losses:
-    """Tokens of each completion, shape (examples,).
-
-    Args:
-        scored: Outcomes of one task's runs by name, one or more; none failed.
-
-    Raises:
-        LoraOverError: The runs were not judged on the same examples, or on too few.
-    """
+    """Tokens of each completion, shape (examples,)."""
     first, *others = scored
     tokens = scored[first].tokens
     if len(tokens) < FEWEST_EXAMPLES:
@@ -206,13 +163,7 @@ def tokens_of_all(scored: Mapping[str, RunOutcome]) -> Losses:
 
 
 def hours_left(left: Mapping[str, int], seconds: Mapping[str, Sequence[float]], jobs: int) -> float | None:
-    """Estimate the hours that the remaining runs take; None before a run has been timed.
-
-    Args:
-        left: Number of remaining runs by task.
-        seconds: Durations of finished runs by task; a task without one is taken to be like the others.
-        jobs: Number of runs at the same time.
-    """
+    """Estimate the hours that the remaining runs take; None before a run has been timed."""
     known = [duration for durations in seconds.values() for duration in durations]
     if not known:
         return None
