@@ -179,7 +179,9 @@ class MtBench(Task):
         if all(example.score is None for example in examples):
             first = f"its reply to the first one: {verdicts[0].text:.500}"
             raise EngineError(f"judge {grader.name} at {grader.endpoint.api}: rated none of the answers; {first}")
-        return TaskScores(_means(examples), examples)
+        parts = {"rating": examples, "turn 1": examples[::2], "turn 2": examples[1::2]}
+        rated = {name: [e.score for e in part if e.score is not None] for name, part in parts.items()}
+        return TaskScores({name: sum(each) / len(each) for name, each in rated.items() if each}, examples)
 
     def settings(self, request: EvaluationRequest, tokenizer: Any) -> dict[str, str]:
         grader = grader_of(request)
@@ -229,13 +231,6 @@ def _rate(grader: Grader, row: Row, turn: int, answers: list[str]) -> Rating:
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Replace the {names} in a template; braces in the values, as in code, stay as they are."""
     return template.format_map(values)
-
-
-def _means(examples: list[Example]) -> dict[str, float]:
-    """Mean rating of all answers and of each turn, over those that were rated."""
-    parts = {"rating": examples, "turn 1": examples[::2], "turn 2": examples[1::2]}
-    rated = {name: [e.score for e in part if e.score is not None] for name, part in parts.items()}
-    return {name: sum(scores) / len(scores) for name, scores in rated.items() if scores}
 
 
 def _rows(path: Path, read: Any) -> list[Row]:

@@ -67,14 +67,10 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         return _evaluate(request)
 
 
-def _server(request: EvaluationRequest) -> Endpoint | None:
-    """The server that answers; None for models in memory."""
-    return None if request.endpoint is None else Endpoint(request.endpoint, request.key_variable)
-
-
 def _evaluate(request: EvaluationRequest) -> Evaluation:
     report, output = request.report, request.output
-    task, server = TASKS[request.task], _server(request)
+    task = TASKS[request.task]
+    server = None if request.endpoint is None else Endpoint(request.endpoint, request.key_variable)
     task.check(request)
     if output is not None:
         check_file_writable(output)
@@ -90,7 +86,19 @@ def _evaluate(request: EvaluationRequest) -> Evaluation:
     settings = {"engine": engine, "answers": "greedy", "new tokens": str(new_tokens)}
     settings |= {"batch size": str(request.batch_size)} | task.settings(request, tokenizer)
     settings |= _own_templates(request, tokenizer, readers)
-    found = _empty(request, source, questions, settings)
+    found = Evaluation(
+        task=request.task,
+        model=request.model,
+        model_origin=source.origin,
+        data_origin=questions.origin,
+        data_sha256=hashlib.sha256(json.dumps(questions.rows, sort_keys=True).encode()).hexdigest(),
+        questions=len(questions.rows),
+        is_right_or_wrong=task.is_right_or_wrong,
+        settings=settings,
+        versions=environment(*task.packages),
+        hardware=hardware(),
+        command=request.command(),
+    )
     if output is not None:  # what is in the file may be another model's, which the same folder held
         found = found.model_copy(update={"model_digest": model_digest(source, weights=server is None)})
     names, keys = {c.name for c in candidates}, {c.key for c in candidates}
@@ -152,25 +160,6 @@ def _candidates(
 
     adapters = [_Candidate(str(each), adapter_digest(each), load(each, readers[each])) for each in request.adapters]
     return [_Candidate(BASE_MODEL, None, load(None, tokenizer)), *adapters]
-
-
-def _empty(
-    request: EvaluationRequest, source: ModelSource, questions: Questions, settings: dict[str, str]
-) -> Evaluation:
-    task = TASKS[request.task]
-    return Evaluation(
-        task=request.task,
-        model=request.model,
-        model_origin=source.origin,
-        data_origin=questions.origin,
-        data_sha256=hashlib.sha256(json.dumps(questions.rows, sort_keys=True).encode()).hexdigest(),
-        questions=len(questions.rows),
-        is_right_or_wrong=task.is_right_or_wrong,
-        settings=settings,
-        versions=environment(*task.packages),
-        hardware=hardware(),
-        command=request.command(),
-    )
 
 
 def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | None], ModelResult]:

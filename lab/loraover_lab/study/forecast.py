@@ -9,7 +9,6 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import Field
 
@@ -20,10 +19,10 @@ from loraover.sources.verb import verb
 from loraover.training.plan import make_plan
 from loraover.training.recipe import load_recipe
 from loraover_lab.study.analysis import Halves, Spread, percent_variances
-from loraover_lab.study.grid import Run, grid_of, is_plain, slug
+from loraover_lab.study.grid import grid_of, is_plain, slug
 from loraover_lab.study.outcome import KEPT_FILE, KeptRun, check_held_out, read_kept
 from loraover_lab.study.report import StudyAnswer
-from loraover_lab.study.request import StudyRequest, StudyTask, study_tasks
+from loraover_lab.study.request import StudyRequest, study_tasks
 from loraover_lab.study.tuning import by_method, losses_of, tokens_of_all, validation_loss
 
 
@@ -75,25 +74,24 @@ def plan_study(request: StudyRequest) -> StudyPlan:
     command, request = request.command(), request.whole()
     if request.power is not None:
         raise ConfigError(f"{StudyRequest.named('power')} and {StudyRequest.named('plan')} are two questions; ask one.")
-    found = [_planned(runs, request) for methods in by_method(grid_of(request)).values() for runs in methods.values()]
+    tuning, found = request.tuning_seeds or request.seeds, []
+    for runs in (runs for methods in by_method(grid_of(request)).values() for runs in methods.values()):
+        first = runs[0]
+        name = first.short or first.method
+        request.report.line(f"{first.task}, {name}")
+        plan = make_plan(first.recipe, request.report, tries=True)
+        found.append(
+            MethodPlan(
+                task=first.task,
+                method=name,
+                runs=sum(run.seed < tuning for run in runs) + request.seeds - tuning,
+                steps=plan.steps,
+                held_bytes=plan.held,
+                activations=plan.activations,
+                step_seconds=plan.step_seconds,
+            )
+        )
     return StudyPlan(methods=found, command=command, versions=environment("transformers"), date=today())
-
-
-def _planned(runs: Sequence[Run], request: StudyRequest) -> MethodPlan:
-    first = runs[0]
-    name = first.short or first.method
-    request.report.line(f"{first.task}, {name}")
-    plan = make_plan(first.recipe, request.report, tries=True)
-    tuning = request.tuning_seeds or request.seeds
-    return MethodPlan(
-        task=first.task,
-        method=name,
-        runs=sum(run.seed < tuning for run in runs) + request.seeds - tuning,
-        steps=plan.steps,
-        held_bytes=plan.held,
-        activations=plan.activations,
-        step_seconds=plan.step_seconds,
-    )
 
 
 ENOUGH_SEEDS = 4
@@ -188,7 +186,8 @@ def predict_power(request: StudyRequest) -> PowerReport:
         )
     tasks: list[TaskPower] = []
     for task in study_tasks(request.recipes, request.models):
-        rows = _test_rows(task, dict(request.settings or {}))
+        count = check_held_out(load_recipe(task.recipe, dict(request.settings or {}) | task.settings))
+        rows = len(range(*Halves(count).test.indices(count)))
         here = {spread.method for spread in spreads if spread.task == task.name}
         own = (spread for spread in spreads if spread.task == task.name or spread.method not in here)
         tasks += [_power(task.name, spread, rows, request.seeds) for spread in own]
@@ -196,12 +195,6 @@ def predict_power(request: StudyRequest) -> PowerReport:
     unknown = [name for name in spelled.values() if name not in known]
     versions = environment("numpy", "scipy")
     return PowerReport(tasks=tasks, unknown=unknown, command=command, versions=versions, date=today())
-
-
-def _test_rows(task: StudyTask, settings: dict[str, Any]) -> int:
-    """Number of examples in a study's test half."""
-    count = check_held_out(load_recipe(task.recipe, settings | task.settings))
-    return len(range(*Halves(count).test.indices(count)))
 
 
 def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> list[MeasuredSpread]:
@@ -212,27 +205,22 @@ def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> lis
         task, name, rate, seed = one.run.split("/")
         if name in named and one.failure is None:
             runs.setdefault(task, {}).setdefault(named[name], {}).setdefault(rate, {})[seed] = one
-    return [spread for task, found in runs.items() for spread in _spreads(task, found, methods)]
-
-
-def _spreads(
-    task: str, found: Mapping[str, Mapping[str, Mapping[str, KeptRun]]], names: Mapping[str, str]
-) -> list[MeasuredSpread]:
-    every = (one for rates in found.values() for seeds in rates.values() for one in seeds.values())
-    tokens = tokens_of_all({one.run: one for one in every})
-    best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
-    plain = [method for method in best if is_plain(method)]
-    if not plain:
-        return []
-    baseline = min(plain, key=lambda method: validation_loss([*best[method].values()]))
     spreads = []
-    for method, seeds in best.items():
-        common = sorted(seeds.keys() & best[baseline].keys())
-        if method != baseline and len(common) > 1:
-            every_row = slice(None)
-            new, old = (losses_of([runs[seed] for seed in common], every_row) for runs in (seeds, best[baseline]))
-            pair, variances = (names[method], names[baseline]), percent_variances(new, old, tokens)
-            spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), *variances))
+    for task, found in runs.items():
+        every = (one for rates in found.values() for seeds in rates.values() for one in seeds.values())
+        tokens = tokens_of_all({one.run: one for one in every})
+        best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
+        plain = {method: validation_loss([*seeds.values()]) for method, seeds in best.items() if is_plain(method)}
+        if not plain:
+            continue
+        baseline = min(plain, key=lambda method: plain[method])
+        for method, seeds in best.items():
+            common = sorted(seeds.keys() & best[baseline].keys())
+            if method != baseline and len(common) > 1:
+                every_row = slice(None)
+                new, old = (losses_of([one[seed] for seed in common], every_row) for one in (seeds, best[baseline]))
+                pair, variances = (methods[method], methods[baseline]), percent_variances(new, old, tokens)
+                spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), *variances))
     return spreads
 
 

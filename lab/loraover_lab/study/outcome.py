@@ -14,8 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -34,7 +33,7 @@ from loraover.training.rows.data import load_held_out
 from loraover.training.run.failure import FAILURE_FILE, read_failure
 from loraover.training.run.folder import HELD_OUT_FILE, RECIPE_FILE, read_digests
 from loraover.training.run.log import METRICS_FILE
-from loraover.training.run_result import RUN_FILE, StartedFrom, read_run
+from loraover.training.run_result import RUN_FILE, read_run
 from loraover_lab.study.grid import FEWEST_EXAMPLES, Run
 from loraover_lab.study.request import StudyRequest
 
@@ -107,11 +106,15 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder.parent} cannot be made: {error.strerror}.") from error
-    with _alone(folder) as lock:
-        _check_begun(recipe, folder)
-        if _has_ended(folder):
-            last = ""
-        else:
+    # A process that inherits the lock's descriptor holds it too. So a study waits for a training process whose study
+    # was killed, and two studies of one folder take turns.
+    with hold_lock(folder.with_suffix(folder.suffix + ".lock"), wait=True) as lock:
+        begun = any((folder / name).is_file() for name in (RECIPE_FILE, FAILURE_FILE))
+        if begun and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
+            raise another_recipe(folder)
+        failure, last = read_failure(folder), ""
+        has_ended = (folder / RUN_FILE).is_file() or (failure is not None and failure.is_of_method)
+        if not has_ended:  # after failures for other reasons than the rate or the size, a run is tried again
             check_held_out(recipe)
             last = _train(recipe, folder, threads, lock)
         return _outcome(recipe, folder, last)
@@ -143,37 +146,14 @@ def check_held_out(recipe: Recipe) -> int:
     return count
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[int]:
-    """Wait for the run's lock and hold it. Yields its descriptor: a process that inherits it holds the lock too.
-
-    A study therefore waits for a training process whose study was killed, and two studies of one folder take turns.
-    """
-    with hold_lock(folder.with_suffix(folder.suffix + ".lock"), wait=True) as lock:
-        yield lock
-
-
 def _asked(folder: Path) -> Path:
     """Path of the recipe that the study gave to the run; the run's copy names commits as well."""
     return folder.with_suffix(folder.suffix + ".yaml")
 
 
-def _check_begun(recipe: Recipe, folder: Path) -> None:
-    """Raise ConfigError if the run was begun, or has finished, with another recipe."""
-    begun = any((folder / name).is_file() for name in (RECIPE_FILE, FAILURE_FILE))
-    if begun and digest(load_recipe(str(_asked(folder)))) != digest(recipe):
-        raise another_recipe(folder)
-
-
 def another_recipe(folder: Path) -> ConfigError:
     """Return the error that a run's folder, or its kept outcome, belongs to another recipe."""
     return ConfigError(f"{folder}: holds a run with another recipe than this study's; name a new folder.")
-
-
-def _has_ended(folder: Path) -> bool:
-    """Whether a run has a result, or failed because of its rate or size; after other failures it is tried again."""
-    failure = read_failure(folder)
-    return (folder / RUN_FILE).is_file() or (failure is not None and failure.is_of_method)
 
 
 def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
@@ -225,14 +205,21 @@ def digest(recipe: Recipe) -> str:
 
 def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
     if not (folder / RUN_FILE).is_file():
-        return RunOutcome(recipe=digest(recipe), failure=_failure(folder, last))
+        failed = read_failure(folder)
+        if failed is None or not failed.is_of_method:
+            reason = last if failed is None else failed.message
+            raise LoraOverError(f"{folder}: loraover train ended without a result: {reason}")
+        return RunOutcome(recipe=digest(recipe), failure=FAILURES[failed.kind])
     result = read_run(folder)
     scored = json.loads((folder / HELD_OUT_FILE).read_text())
     if not all(math.isfinite(nats) for nats, _ in scored):
         return RunOutcome(recipe=digest(recipe), failure=DIVERGED)
     logged = (json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines())
     norms = [row["loraover/step_norm"] for row in logged if "loraover/step_norm" in row]
-    rows = read_digests(folder)
+    rows, start = read_digests(folder), None
+    if result.started_from is not None:
+        content = [one.model_dump(exclude={"path"}) for one in result.started_from.sources]
+        start = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     right = None if result.after is None else result.after.exact_match
     return RunOutcome(
         recipe=digest(recipe),
@@ -252,30 +239,8 @@ def _outcome(recipe: Recipe, folder: Path, last: str) -> RunOutcome:
         train_rows=None if rows is None else rows.train,
         test_rows=None if rows is None else rows.test,
         model_revision=load_recipe(str(folder / RECIPE_FILE)).model_revision,
-        started_from=None if result.started_from is None else _start(result.started_from),
+        started_from=start,
     )
-
-
-def _start(found: StartedFrom) -> str:
-    content = [one.model_dump(exclude={"path"}) for one in found.sources]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _failure(folder: Path, last: str) -> str:
-    """Say why a run has no result, if its rate or size is the reason.
-
-    Args:
-        folder: The run's folder.
-        last: The last line that the process printed.
-
-    Raises:
-        LoraOverError: The reason is another one.
-    """
-    found = read_failure(folder)
-    if found is not None and found.is_of_method:
-        return FAILURES[found.kind]
-    reason = last if found is None else found.message
-    raise LoraOverError(f"{folder}: loraover train ended without a result: {reason}")
 
 
 def _fold_error(adapter: Path) -> float | None:
@@ -316,7 +281,14 @@ def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> d
         ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
     """
     own = {kept.run: kept for kept in read_kept(folder)}
-    others = {kept.recipe: kept for other in reversed(reuse) for kept in _other(other)}
+    others: dict[str, RunOutcome] = {}
+    for other in reversed(reuse):
+        if not (theirs := read_kept(other)):
+            asked = StudyRequest.named("reuse")
+            raise ConfigError(
+                f"{asked} {other}: expected the folder of a study with finished runs, found no {KEPT_FILE}."
+            )
+        others |= {kept.recipe: kept for kept in theirs}
     found: dict[Run, RunOutcome] = {}
     for run in grid:
         kept = own.get(run.name)
@@ -331,13 +303,6 @@ def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> d
 def read_kept(folder: Path) -> list[KeptRun]:
     """Read the kept runs of a study's folder; an empty list if none has finished."""
     return read_json_lines(folder / KEPT_FILE, KeptRun) if (folder / KEPT_FILE).is_file() else []
-
-
-def _other(folder: Path) -> list[KeptRun]:
-    if not (found := read_kept(folder)):
-        reuse = StudyRequest.named("reuse")
-        raise ConfigError(f"{reuse} {folder}: expected the folder of a study with finished runs, found no {KEPT_FILE}.")
-    return found
 
 
 def keep(folder: Path, outcomes: Mapping[Run, RunOutcome]) -> None:

@@ -264,18 +264,14 @@ def _adjusted(tasks: Sequence[TaskResult]) -> list[TaskResult]:
         failed = sum(method in task.failed and task.baseline is not None for task in tasks)
         for (task, _), p in zip(mine, holm([p for _, p in mine] + [1.0] * failed), strict=False):
             p_values[task, method] = p
-    return [
-        task.model_copy(
-            update={"methods": [_with_p(result, p_values.get((task.task, result.method))) for result in task.methods]}
-        )
-        for task in tasks
-    ]
 
+    def with_p(task: TaskResult, result: MethodResult) -> MethodResult:
+        if result.difference is None:
+            return result
+        found = result.difference.model_copy(update={"p": p_values[task.task, result.method]})
+        return result.model_copy(update={"difference": found})
 
-def _with_p(result: MethodResult, p: float | None) -> MethodResult:
-    if result.difference is None:
-        return result
-    return result.model_copy(update={"difference": result.difference.model_copy(update={"p": p})})
+    return [task.model_copy(update={"methods": [with_p(task, each) for each in task.methods]}) for task in tasks]
 
 
 def words(tasks: Sequence[TaskResult]) -> list[str]:

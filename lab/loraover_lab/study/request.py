@@ -56,10 +56,6 @@ def table_choices(name: str | None) -> list[str]:
     return [*tables["shared"]["choices"], *tables[name]["choices"]]
 
 
-def _is_meant_for_table(name: str) -> bool:
-    return name.startswith("paper-") and not Path(name).exists()
-
-
 def _tables() -> dict[str, Any]:
     content = files("loraover_lab.study").joinpath("paper.yaml").read_text(encoding="utf-8")
     tables: dict[str, Any] = parse_yaml(content)
@@ -93,17 +89,16 @@ def _sweeps(given: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Sweeps:
         pairs = [("", given)]
     if len(dict(pairs)) < len(pairs):
         raise ValueError("gives two sweeps to one name, or two without a name.")
-    return {name: _rates(name, rates) for name, rates in pairs}
-
-
-def _rates(name: str, given: Sequence[Any]) -> tuple[float, ...]:
-    try:
-        rates = tuple(map(float, given))
-    except ValueError:
-        rates = ()
-    if rates and all(0 < rate < float("inf") for rate in rates) and len(set(rates)) == len(rates):
-        return rates
-    raise ValueError(f"{_sweep_text(name, given)}: {EXAMPLE}")
+    sweeps = {}
+    for name, written in pairs:
+        try:
+            rates = tuple(map(float, written))
+        except ValueError:
+            rates = ()
+        if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+            raise ValueError(f"{_sweep_text(name, written)}: {EXAMPLE}")
+        sweeps[name] = rates
+    return sweeps
 
 
 def _sweep_text(name: str, rates: Sequence[Any]) -> str:
@@ -112,20 +107,18 @@ def _sweep_text(name: str, rates: Sequence[Any]) -> str:
 
 def _names(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     """Methods by short name, from those of Python or from texts such as "wide=lora:r=64"."""
-    pairs = list(given.items()) if isinstance(given, Mapping) else [_name(text) for text in given]
+    pairs = list(given.items()) if isinstance(given, Mapping) else []
+    for text in given if not isinstance(given, Mapping) else ():
+        name, equals, method = text.partition("=")
+        if not (equals and method):
+            raise ValueError(f"is {text!r}, expected NAME=METHOD such as wide=lora:r=64.")
+        pairs.append((name, method))
     names = dict(pairs)
     if len(names) < len(pairs) or len({*names.values()}) < len(names):
         raise ValueError("gives one name to two methods, or two names to one method.")
     if wrong := next((name for name in names if not re.fullmatch(r"[A-Za-z0-9.+_-]+", name)), None):
         raise ValueError(f"names {wrong!r}, expected letters, digits and the marks . + _ - only.")
     return names
-
-
-def _name(text: str) -> tuple[str, str]:
-    name, equals, method = text.partition("=")
-    if not (equals and method):
-        raise ValueError(f"is {text!r}, expected NAME=METHOD such as wide=lora:r=64.")
-    return name, method
 
 
 class StudyTask(NamedTuple):
@@ -290,7 +283,8 @@ class StudyRequest(Request):
         return bool(self.methods and self.lr_sweep and self.table is None)
 
     def faults(self) -> Iterator[str]:
-        if wrong := [name for name in self.recipes if self.table is None and _is_meant_for_table(name)]:
+        tables = [name for name in self.recipes if name.startswith("paper-") and not Path(name).exists()]
+        if wrong := tables if self.table is None else []:
             yield f"{wrong[0]!r}: a table of the paper stands alone, and is one of {', '.join(PAPER_TABLES)}."
             return
         if not self.is_whole:
@@ -361,11 +355,8 @@ class StudyRequest(Request):
     def sweeps(self) -> Sweeps:
         """Learning rates by name, from `lr_sweep`, with methods in full."""
         assert isinstance(self.lr_sweep, Mapping)
-        return {self._spelled_key(name): tuple(rates) for name, rates in self.lr_sweep.items()}
-
-    def _spelled_key(self, name: str) -> str:
-        task, slash, method = name.rpartition("/")
-        return f"{task}{slash}{self.names[method]}" if method in self.names else name
+        parted = [(name.rpartition("/"), tuple(rates)) for name, rates in self.lr_sweep.items()]
+        return {f"{task}{slash}{self.names.get(method, method)}": rates for (task, slash, method), rates in parted}
 
     def spelled(self, methods: Iterable[str]) -> tuple[str, ...]:
         """Return methods in full, where some have short names."""

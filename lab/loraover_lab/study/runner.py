@@ -34,7 +34,7 @@ from loraover_lab.study.outcome import KEPT_FILE, RunOutcome, check_held_out, ex
 from loraover_lab.study.report import Rule, Scores, StudyReport, fixed_rule, task_results, words
 from loraover_lab.study.request import StudyRequest, table_choices
 from loraover_lab.study.show import HTML_FILE, REPORT_FILE, TABLE_FILE, hours_text, to_markdown, to_page
-from loraover_lab.study.tuning import RunPlan, chosen_runs, hours_left, plan_runs, validation_loss
+from loraover_lab.study.tuning import chosen_runs, hours_left, plan_runs, validation_loss
 
 FOLDER = "scores"
 
@@ -78,7 +78,16 @@ def score_runs(
     for task, runs in by_task.items():
         file = scores_file(request, task)
         results = _kept(file)
-        left = [run for run in runs if not _is_finished(results.get(_adapter(run)), run, request)]
+        left = []
+        for run in runs:
+            known, folder = results.get(_adapter(run)), request.output / _adapter(run)
+            # An adapter that was deleted is not asked again.
+            if (
+                known is None
+                or known.failure is not None
+                or (folder.is_dir() and (_unrated(known) or known.sha256 != adapter_digest(folder)))
+            ):
+                left.append(run)
         if left and not request.report_only:
             _ask(left, outcomes, file, request)
             results = _kept(file)
@@ -110,14 +119,6 @@ def _kept(file: Path) -> dict[str, ModelResult]:
     """Read the results of a file, the base model's first; those of adapters by their names in the study's folder."""
     results = read_json(file, Evaluation).results if file.is_file() else []
     return {"/".join(Path(result.name).parts[-6:]): result for result in reversed(results)}  # the newest come first
-
-
-def _is_finished(result: ModelResult | None, run: Run, request: StudyRequest) -> bool:
-    """Whether an adapter, as the study's folder has it, has its score; one that was deleted is not asked again."""
-    if result is None or result.failure is not None:
-        return False
-    folder = request.output / _adapter(run)
-    return not folder.is_dir() or (not _unrated(result) and result.sha256 == adapter_digest(folder))
 
 
 def _ask(runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], file: Path, request: StudyRequest) -> None:
@@ -210,9 +211,15 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome
         recipes = (run.recipe for run in plan.runs if run not in outcomes)
         for recipe in {(one.data.model_dump_json(), one.evaluation.examples): one for one in recipes}.values():
             check_held_out(recipe)
+    # Steps times a step's time, without loading and evaluation, whose time is not kept.
+    trained: dict[str, list[float]] = {}
+    for run, outcome in outcomes.items():
+        steps = run.recipe.training.max_steps
+        if steps is not None and outcome.failure is None and outcome.step_seconds is not None:
+            trained.setdefault(run.task, []).append(steps * outcome.step_seconds)
     left_now = plan.left(outcomes)
     begin = f"{left_now.total()} runs to do, {len(outcomes)} finished already"
-    request.report.line(begin + _estimate(hours_left(left_now, _seconds_trained(outcomes), request.jobs)))
+    request.report.line(begin + _estimate(hours_left(left_now, trained, request.jobs)))
     with request.report.task("runs", plan.total) as advance:
         advance(len(outcomes))
         while left := [run for run in plan.runs if run not in outcomes]:
@@ -224,14 +231,11 @@ def run_grid(grid: Sequence[Run], request: StudyRequest) -> dict[Run, RunOutcome
                     seconds.setdefault(run.task, []).append(duration)
                 plan = plan_runs(grid, outcomes, request.tuning_seeds)
                 hours = hours_left(plan.left(outcomes), seconds, request.jobs)
-                request.report.line(f"{len(outcomes)}/{plan.total} {_ending(run, outcome)}{_estimate(hours)}")
+                # Of the losses, only that of the validation half: nobody shall see the other one yet.
+                ending = outcome.failure or f"validation loss {validation_loss([outcome]):.4f}"
+                ended = f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
+                request.report.line(f"{len(outcomes)}/{plan.total} {ended}{_estimate(hours)}")
     return outcomes
-
-
-def _ending(run: Run, outcome: RunOutcome) -> str:
-    """Say how a run ended; of its losses only that of the validation half, since nobody shall see the other one yet."""
-    ending = outcome.failure or f"validation loss {validation_loss([outcome]):.4f}"
-    return f"{run.task}, {run.method}, rate {run.rate:g}, seed {run.seed}: {ending}"
 
 
 def _estimate(hours: float | None) -> str:
@@ -241,20 +245,16 @@ def _estimate(hours: float | None) -> str:
     return f"; about {hours_text(hours)} left"
 
 
-def _seconds_trained(outcomes: Mapping[Run, RunOutcome]) -> dict[str, list[float]]:
-    """Seconds of training by task: steps times a step's time, without loading and evaluation, which is not kept."""
-    seconds: dict[str, list[float]] = {}
-    for run, outcome in outcomes.items():
-        steps = run.recipe.training.max_steps
-        if steps is not None and outcome.failure is None and outcome.step_seconds is not None:
-            seconds.setdefault(run.task, []).append(steps * outcome.step_seconds)
-    return seconds
-
-
 def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run, RunOutcome, float | None]]:
     """Yield each run with its outcome and its seconds, which Ray's workers do not measure."""
     if request.ray is not None:
-        yield from ((run, outcome, None) for run, outcome in _on_ray(runs, request.ray))
+        with ray_cluster(request.ray) as ray:
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+            remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute_anywhere)
+            waiting = {remote.remote(run.recipe.model_dump(mode="json")): run for run in runs}
+            while waiting:
+                (done,), _ = ray.wait(list(waiting), num_returns=1)
+                yield waiting.pop(done), RunOutcome.model_validate_json(ray.get(done)), None
         return
     threads = max(1, (os.cpu_count() or 1) // request.jobs)
 
@@ -275,19 +275,8 @@ def _executed(runs: Sequence[Run], request: StudyRequest) -> Iterator[tuple[Run,
             pool.shutdown(cancel_futures=True)
 
 
-def _on_ray(runs: Sequence[Run], address: str) -> Iterator[tuple[Run, RunOutcome]]:
-    """Train each run as a task of Ray; a worker trains in a temporary folder and sends back the outcome."""
-    with ray_cluster(address) as ray:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(_execute_anywhere)
-        waiting = {remote.remote(run.recipe.model_dump(mode="json")): run for run in runs}
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            run = waiting.pop(done)
-            yield run, RunOutcome.model_validate_json(ray.get(done))
-
-
 def _execute_anywhere(recipe: Mapping[str, Any]) -> str:
+    """Train in a temporary folder of a worker of Ray, and return the outcome as JSON."""
     import ray
 
     worker = str(ray.get_runtime_context().get_worker_id())
@@ -308,7 +297,7 @@ def make_report(
     tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
     plan = plan_runs(grid, outcomes, tuning)
     seeds = 0
-    while _is_done(seeds, plan, outcomes):
+    while (mine := [run for run in plan.runs if run.seed == seeds]) and all(run in outcomes for run in mine):
         seeds += 1
     if not seeds:
         raise LoraOverError(
@@ -331,9 +320,3 @@ def make_report(
         or "unknown hardware",
         date=today(),
     )
-
-
-def _is_done(seed: int, plan: RunPlan, outcomes: Mapping[Run, RunOutcome]) -> bool:
-    """Whether a seed has runs, and all of them have finished."""
-    mine = [run for run in plan.runs if run.seed == seed]
-    return bool(mine) and all(run in outcomes for run in mine)

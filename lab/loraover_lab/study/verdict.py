@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from loraover.reporting.html_page import Verdict
 from loraover.reporting.palette import Tone
-from loraover_lab.study.analysis import Difference
-from loraover_lab.study.report import MethodResult, Standing, StudyReport, TaskResult, is_over, signed, standing
+from loraover_lab.study.report import Standing, StudyReport, TaskResult, is_over, signed, standing
 
 NOTHING = "Not known yet whether LoRA-Over beats a tuned plain LoRA: a comparison needs both, and two seeds."
 
@@ -51,20 +50,15 @@ def changes(report: StudyReport) -> list[PercentChange]:
     Args:
         report: The study.
     """
-    return [
-        change
-        for task in report.tasks
-        for result in task.methods
-        if result.difference is not None and (change := _change(task, result, result.difference)) is not None
-    ]
-
-
-def _change(task: TaskResult, result: MethodResult, found: Difference) -> PercentChange | None:
-    loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
-    if loss <= 0:
-        return None
-    mean, low, high, seen = (100 * value / loss for value in (found.mean, *found.interval, found.detectable))
-    return PercentChange(task.task, result.method, *standing(task, result), mean, (low, high), seen)
+    found = []
+    for task in report.tasks:
+        loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
+        for result in task.methods:
+            gap = result.difference
+            if gap is not None and loss > 0:
+                mean, low, high, seen = (100 * value / loss for value in (gap.mean, *gap.interval, gap.detectable))
+                found.append(PercentChange(task.task, result.method, *standing(task, result), mean, (low, high), seen))
+    return found
 
 
 @dataclass
@@ -141,7 +135,9 @@ def verdict_of(report: StudyReport) -> Verdict:
         sentences.append("The study is not finished.")
     words = list(dict.fromkeys(setting.word for setting in settings))
     word = words[0] if len(words) == 1 else "depends on the setting"
-    return Verdict(_tone(words, report), word, " ".join(sentences))
+    shows = words == ["better"] and report.is_whole and report.rule.was_first
+    tone: Tone = "bad" if words == ["worse"] else "good" if shows else "open"
+    return Verdict(tone, word, " ".join(sentences))
 
 
 def _settings(report: StudyReport) -> list[_Setting]:
@@ -167,12 +163,6 @@ def _settings(report: StudyReport) -> list[_Setting]:
 def _unbracketed(tasks: Sequence[TaskResult]) -> list[str]:
     """Names of the tasks on which the baseline's best rate is at an end of the sweep."""
     return [t.task for t in tasks for r in t.methods if r.method == t.baseline and not r.sensitivity.is_bracketed]
-
-
-def _tone(words: Sequence[str], report: StudyReport) -> Tone:
-    if words == ["worse"]:
-        return "bad"
-    return "good" if words == ["better"] and report.is_whole and report.rule.was_first else "open"
 
 
 def _list(parts: Iterable[str]) -> str:
