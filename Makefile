@@ -93,7 +93,7 @@ test:
 
 # The tests of studies, benchmarks and the methods of other papers alone.
 test-lab: installed
-	$(PYTEST) tests/lab
+	$(PYTEST) tests/lab $(foreach name,soma lorasc federated tensorguide,tests/train/test_$(name).py)
 
 installed: $(VENV)/.installed $(VENV)/quantisers .venv-trackers/.installed vllm debian-packages
 

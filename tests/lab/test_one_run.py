@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.errors import ConfigError, DataError, LoraOverError
 from loraover.overparam import config as config_module
 from loraover.overparam.decompositions import Mpo
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.run.failure import FAILURE_FILE, Failure
 from loraover.training.run_result import read_run
 from loraover_lab.study import outcome as outcome_module
-from loraover_lab.study.outcome import RunOutcome, digest, execute
+from loraover_lab.study.outcome import RunOutcome, check_held_out, digest, execute
 
 from support.study_grid import make_grid
 from support.train_command import data_file
@@ -59,12 +59,18 @@ def test_a_run_that_was_killed_at_its_edges_is_made_again(
     assert (found.failure, found.nats) == (None, outcome[1].nats)
 
 
+def times(folder: Path) -> dict[str, int]:
+    """When each file of a run was last written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 def test_a_run_that_has_ended_is_not_trained_again(
-    outcome: tuple[Path, RunOutcome], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    outcome: tuple[Path, RunOutcome], recipe: Path, tmp_path: Path
 ) -> None:
     folder = copy_of(outcome[0], tmp_path / "run")
-    monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
+    before = times(folder)
     assert execute(one_run(recipe), folder, threads=1) == outcome[1]
+    assert times(folder) == before
 
 
 @pytest.mark.parametrize("lost", [(), ("run.json", "adapter")])
@@ -138,18 +144,17 @@ def test_a_run_that_was_killed_after_it_diverged_has_diverged(recipe: Path, tmp_
     assert execute(asked, folder, threads=1).failure == "training diverged"
 
 
-def test_a_run_that_does_not_fit_is_a_failure_of_its_own(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_does_not_fit_is_a_failure_of_its_own(recipe: Path, tmp_path: Path) -> None:
     """It is told from its file, without another try; of this recipe, and no other."""
     asked, folder = one_run(recipe, **{"lora.r": 2**52}), tmp_path / "run"
     found = execute(asked, folder, threads=1)
     assert found.failure == "out of memory"
     assert sorted(path.name for path in folder.iterdir()) == [FAILURE_FILE]
-    monkeypatch.setattr(outcome_module, "_train", lambda *_: pytest.fail("trained again"))
+    before = times(folder)
     with pytest.raises(ConfigError, match="another recipe"):
         execute(one_run(recipe), folder, threads=1)
     assert execute(asked, folder, threads=1) == found
+    assert times(folder) == before
 
 
 def ends_so(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -208,17 +213,18 @@ def test_a_run_that_was_killed_says_so(
     assert execute(one_run(recipe), folder, threads=1).failure is None
 
 
-@pytest.mark.parametrize("turns", [1, 2])
-def test_held_out_turns_of_one_conversation_are_refused(
-    turns: int, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_held_out_turns_of_one_conversation_are_refused(recipe: Path, tmp_path: Path) -> None:
     """Each turn is an example, and they would lie in both halves."""
-    told = [{"role": role, "content": str(i)} for i in range(turns) for role in ("user", "assistant")]
-    talks = [[{"role": "system", "content": f"talk {number}"}, *told] for number in range(4)]
-    held_out = data_file(tmp_path / "test.jsonl", *({"messages": talk} for talk in talks))
-    monkeypatch.setattr(outcome_module, "_train", lambda *_: "trained")
-    with pytest.raises(LoraOverError, match="trained$" if turns == 1 else "example 2 is a later turn"):
-        execute(one_run(recipe, **{"data.test": str(held_out)}), tmp_path / "run", threads=1)
+
+    def talking(turns: int) -> Recipe:
+        told = [{"role": role, "content": str(i)} for i in range(turns) for role in ("user", "assistant")]
+        talks = [[{"role": "system", "content": f"talk {number}"}, *told] for number in range(4)]
+        held_out = data_file(tmp_path / f"{turns}.jsonl", *({"messages": talk} for talk in talks))
+        return one_run(recipe, **{"data.test": str(held_out)})
+
+    assert check_held_out(talking(1)) == 4
+    with pytest.raises(DataError, match="example 2 is a later turn"):
+        execute(talking(2), tmp_path / "run", threads=1)
 
 
 def test_another_default_of_a_decomposition_is_another_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from loraover_lab.study.grid import grid_of
 from loraover_lab.study.outcome import RunOutcome
 from loraover_lab.study.report import RULE_FILE, Rule, StudyReport, fixed_rule, words
 from loraover_lab.study.request import StudyRequest
-from loraover_lab.study.runner import _estimate, make_report
-from loraover_lab.study.show import to_markdown
+from loraover_lab.study.runner import make_report
+from loraover_lab.study.show import hours_text, to_markdown
 
 from support.tiny_hub import write_recipe
 
@@ -60,9 +60,4 @@ def test_a_name_stands_for_its_method_everywhere(tmp_path: Path) -> None:
 
 
 def test_less_than_an_hour_is_told_in_minutes() -> None:
-    assert [_estimate(hours) for hours in (None, 0.01, 0.75, 1.25)] == [
-        "",
-        "; about 1 min left",
-        "; about 45 min left",
-        "; about 1.2 h left",
-    ]
+    assert [hours_text(hours) for hours in (0.01, 0.75, 1.25)] == ["1 min", "45 min", "1.2 h"]
