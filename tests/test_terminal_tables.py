@@ -24,7 +24,7 @@ from loraover.inspection.folder import read_schedule
 from loraover.inspection.installation import Extra, Installation, ListedEngine, show_installation
 from loraover.inspection.request import DoctorRequest
 from loraover.reporting.reporter import print_rows
-from loraover.reporting.schedule_map import show_schedule
+from loraover.reporting.schedule import show_schedule
 from loraover.training.run_result import Measures, RunResult
 from loraover.training.show import show_runs
 from loraover_export.fold.report import show_certificate

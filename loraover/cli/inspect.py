@@ -13,8 +13,7 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
     from loraover.inspection.folder import inspect_folder, read_schedule
     from loraover.inspection.show import show_folder, show_next_steps, to_page
     from loraover.reporting.reporter import print_line
-    from loraover.reporting.schedule_figures import check_new, plot_schedule, schedule_figures
-    from loraover.reporting.schedule_map import show_schedule
+    from loraover.reporting.schedule import check_new, plot_schedule, schedule_figures, show_schedule
 
     path, plot, html = request.path, request.plot, request.html
     report = inspect_folder(path)

@@ -42,7 +42,7 @@ def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool
     from loraover.common.atomic_output import publish_text
     from loraover.common.ranks import launched
     from loraover.reporting.reporter import ConsoleReporter
-    from loraover.reporting.schedule_figures import check_new
+    from loraover.reporting.schedule import check_new
     from loraover.training.plan import make_plan, to_page
     from loraover.training.show import show_plan
 

@@ -12,7 +12,7 @@ from loraover.inspection.report import FolderReport
 from loraover.reporting import html_page
 from loraover.reporting.palette import Tone
 from loraover.reporting.reporter import print_line, print_rows
-from loraover.reporting.schedule_figures import MAP
+from loraover.reporting.schedule import MAP
 from loraover.reporting.svg import Figure
 from loraover.reporting.table import facts_table
 

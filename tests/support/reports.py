@@ -17,7 +17,7 @@ from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.inspection.folder import inspect_folder, read_schedule
 from loraover.inspection.show import to_page as inspect_page
 from loraover.reporting.html_page import Page
-from loraover.reporting.schedule_figures import schedule_figures
+from loraover.reporting.schedule import schedule_figures
 from loraover.training.plan import TrainingPlan
 from loraover.training.plan import to_page as plan_page
 from loraover.training.run_result import Lengths

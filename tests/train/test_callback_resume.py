@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from loraover import Budget, LoraOverCallback, LoraOverConfig, read_checkpoint
 from loraover.common.errors import CheckpointError
-from loraover.reporting.schedule_map import placed
+from loraover.reporting.schedule import placed
 
 from support.hf_trainer import DATA, arguments, assert_contracted, assert_holds, llama, trainer_of
 from support.tiny_models import (

@@ -21,8 +21,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import LoraOverError
 from loraover.inspection.folder import SIGNS, read_schedule
 from loraover.inspection.show import verdict_of
-from loraover.reporting.schedule_figures import plot_schedule
-from loraover.reporting.schedule_map import placed, show_schedule
+from loraover.reporting.schedule import placed, plot_schedule, show_schedule
 from loraover_export.formats.onnx.report import OnnxReport
 
 from support.make_checkpoint import edit_json

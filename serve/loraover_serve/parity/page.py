@@ -137,11 +137,7 @@ def _color(arm: str) -> str:
 
 
 def time_figures(runs: Sequence[Measurement]) -> list[Figure]:
-    """Draw each arm's cumulative distribution of every time, without the base model's.
-
-    Args:
-        runs: The samples.
-    """
+    """Draw each arm's cumulative distribution of every time, without the base model's."""
     return [_distribution(run, name) for run in runs if run.samples for name in DESCRIBED]
 
 
@@ -168,11 +164,7 @@ def _distribution(run: Measurement, name: str) -> Figure:
 
 
 def throughput_figures(throughputs: Sequence[Throughput]) -> list[Figure]:
-    """Draw tokens per second against concurrency, for engines that were measured at several.
-
-    Args:
-        throughputs: Throughputs of all engines.
-    """
+    """Draw tokens per second against concurrency, for engines that were measured at several."""
     figures = []
     for engine in dict.fromkeys(t.engine for t in throughputs):
         mine = sorted((t for t in throughputs if t.engine == engine), key=lambda t: t.concurrency)

@@ -128,11 +128,7 @@ def change(result: Result) -> str:
 
 
 def percent_text(ratio: float) -> str:
-    """Return by how many per cent a ratio differs from 1, such as "+0.5"; few blocks can leave its interval unbounded.
-
-    Args:
-        ratio: The ratio, or an end of its interval.
-    """
+    """Return by how many per cent a ratio differs from 1, such as "+0.5"; an end of an interval may be infinite."""
     return f"{100 * (ratio - 1):+.1f}" if ratio < UNBOUNDED else "infinity"
 
 

@@ -97,19 +97,7 @@ def measure_memory(
     concurrency: int,
     servers: int,
 ) -> PeakMemory:
-    """Start servers with one arm alone, one after another, and send the requests to each.
-
-    Args:
-        kind: Class of the engine whose servers are started.
-        setting: What each is started with.
-        arm: Name of the arm.
-        requests: The requests to send.
-        concurrency: Number of simultaneous requests.
-        servers: Number of servers to start.
-
-    Raises:
-        EngineError: A server that does not start or answer.
-    """
+    """Start servers with one arm alone, one after another, and send the requests to each."""
     peaks: list[Peak] = []
 
     @contextmanager

@@ -85,13 +85,7 @@ class Throughput(StrictModel):
 
 
 def log_ratios(run: Measurement, arm: str, measure: Measure) -> list[float]:
-    """Mean log time of an arm minus that of the vanilla adapter, one number for each block.
-
-    Args:
-        run: The samples.
-        arm: Name of the arm.
-        measure: Time of a sample, in seconds.
-    """
+    """Mean log time of an arm minus that of the vanilla adapter, one number for each block."""
     logs: dict[tuple[int, str], list[float]] = {}
     for sample in run.samples:
         logs.setdefault((sample.block, sample.arm), []).append(math.log(measure(sample)))
@@ -141,13 +135,7 @@ def results(runs: Sequence[Measurement], margin: float) -> list[Result]:
 
 
 def overall(found: Sequence[Result]) -> tuple[Literal["equivalent", "different", "inconclusive"], str]:
-    """The verdict on the folded adapter against the vanilla one, and its reason in words.
-
-    If identical adapters (the control) do not pass as equivalent, the machine is too noisy for any verdict.
-
-    Args:
-        found: The comparisons that `results` returns.
-    """
+    """The verdict on the folded adapter against the vanilla one, and its reason in words."""
     folded = [result for result in found if result.arm == FOLDED]
     noisy = [result for result in found if result.arm == CONTROL and result.verdict != "equivalent"]
     different = [result for result in (noisy or folded) if result.verdict == "different"]
@@ -201,11 +189,7 @@ def requests_needed(found: Sequence[Result]) -> str:
 
 
 def latencies(runs: Sequence[Measurement]) -> list[Latency]:
-    """Quantiles of every measure of every arm.
-
-    Args:
-        runs: Samples of every engine at every concurrency.
-    """
+    """Quantiles of every measure of every arm."""
     described = []
     for run in runs:
         for arm, samples in _by_arm(run).items():
@@ -227,11 +211,7 @@ def latencies(runs: Sequence[Measurement]) -> list[Latency]:
 
 
 def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:
-    """Tokens per second of every arm.
-
-    Args:
-        runs: Samples of every engine at every concurrency.
-    """
+    """Tokens per second of every arm."""
     found = []
     for run in runs:
         for arm, samples in _by_arm(run).items():

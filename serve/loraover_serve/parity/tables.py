@@ -54,11 +54,7 @@ TIME: Column[Any] = Column("time", lambda found: found.measure, "word", brief=la
 
 
 def deciding_first(results: Sequence[Result]) -> list[Result]:
-    """Return the ratios in another order: the folded arm's, the control's, and the base model's last.
-
-    Args:
-        results: The ratios.
-    """
+    """Return the ratios in another order: the folded arm's, the control's, and the base model's last."""
     turn = {FOLDED: 0, CONTROL: 1, BASE: 3}
     return sorted(results, key=lambda result: turn.get(result.arm, 2))
 

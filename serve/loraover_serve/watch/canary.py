@@ -131,13 +131,7 @@ class Canary:
             return None
 
     def reserve(self, target: WatchTarget, requests: int, now: float) -> bool:
-        """Reserve more requests for a check that runs, and return whether the budget has room for them.
-
-        Args:
-            target: The adapter.
-            requests: Number of requests.
-            now: The time.
-        """
+        """Reserve more requests for a check that runs, and return whether the budget has room for them."""
         with self._lock:
             if self.left(now) < requests:
                 return False

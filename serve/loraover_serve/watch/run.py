@@ -67,15 +67,7 @@ def watch_adapters(request: WatchRequest) -> WatchReport:
 
 
 def check_once(request: WatchRequest) -> WatchReport:
-    """Check every adapter once, without a history.
-
-    Args:
-        request: What the user asked for.
-
-    Raises:
-        ConfigError: A configuration that cannot be used.
-        CheckpointError: A file that is no reference.
-    """
+    """Check every adapter once, without a history."""
     found = []
     for target in read_config(request.config).targets:
         check = ask(target, time.time)
