@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.parity.statistics import Latency as Latency
     from loraover_serve.parity.statistics import Result as Result
     from loraover_serve.parity.statistics import Throughput as Throughput
-    from loraover_serve.record.check import verify_adapter as verify_adapter
-    from loraover_serve.record.recorder import RecordReport as RecordReport
-    from loraover_serve.record.recorder import record_adapter as record_adapter
+    from loraover_serve.verify.recorder import RecordReport as RecordReport
+    from loraover_serve.verify.recorder import record_adapter as record_adapter
     from loraover_serve.verify.report import EngineResult as EngineResult
     from loraover_serve.verify.report import VerifyReport as VerifyReport
+    from loraover_serve.verify.run import verify_adapter as verify_adapter
     from loraover_serve.vllm.serve import serve_adapters as serve_adapters
     from loraover_serve.vllm.server import VllmServer as VllmServer
     from loraover_serve.watch.history import Check as Check

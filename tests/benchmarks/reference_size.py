@@ -20,7 +20,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from loraover_serve.record.recorder import record_adapter
+from loraover_serve.verify.recorder import record_adapter
 
 from benchmarks.shown import table_of
 from support.plain_adapter import tiny_decoder

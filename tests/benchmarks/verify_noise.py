@@ -33,14 +33,15 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.engines.answers import ADAPTER, BASE, Row, Rows, last_rows
+from loraover_serve.engines.answers import ADAPTER, BASE, kept_rows
 from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.verify.evidence import Answers
-from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import TorchReference, make_reference
-from loraover_serve.verify.run import make_subject
-from loraover_serve.verify.variants import Variants
+from loraover_serve.judge.answers import Answers
+from loraover_serve.judge.case import Case
+from loraover_serve.judge.evidence import Evidence
+from loraover_serve.judge.models import Row, Rows
+from loraover_serve.verify.by_pytorch import make_subject
+from loraover_serve.verify.pytorch import TorchModels, make_models
 
 from support.real_data import data_folder
 from support.recorded_noise import NOISE
@@ -81,18 +82,13 @@ def make_adapters(source: ModelSource, folder: Path, texts: Sequence[str]) -> No
         save_file(scaled, file, metadata={"format": "pt"})
 
 
-def likeliest(rows: Rows) -> list[Row]:
+def likeliest(rows: Rows) -> dict[int, Row]:
     """The rows with their 20 likeliest tokens, as a server gives them."""
-    kept = []
-    for row in rows:
-        likely = np.argsort(row.logprobs)[-TOP:]
-        ids = likely if row.ids is None else row.ids[likely]
-        kept.append(Row(row.question, row.position, row.logprobs[likely], ids.astype(np.int64)))
-    return kept
+    return {p: dict(sorted(row.items(), key=lambda pair: pair[1])[-TOP:]) for p, row in rows.items()}
 
 
 @contextmanager
-def in_vllm(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
+def in_vllm(source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
     """The vLLM in $LORAOVER_VLLM, in bfloat16."""
     from loraover_serve.vllm.serve import serve_adapters
 
@@ -105,11 +101,11 @@ def in_vllm(source: ModelSource, reference: TorchReference, folder: Path) -> Ite
         base = next(name for name in server.models() if name not in server.names)
         names = {BASE: base} | {name: name for name in server.names}
         engine = EndpointEngine(speak_as(Endpoint(server.url), base, load_tokenizer(source)), names, source)
-        yield partial(engine.logprobs, questions=reference.questions)
+        yield partial(engine.logprobs, models=models)
 
 
 @contextmanager
-def in_torch(name: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
+def in_torch(name: str, source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
     """PyTorch with the base model's weights in a coarser number format."""
 
     def load() -> Any:
@@ -119,11 +115,11 @@ def in_torch(name: str, source: ModelSource, reference: TorchReference, folder: 
         return model
 
     engine = torch_engine(load, {arm: folder / arm for arm in ADAPTERS}, None)
-    yield partial(engine.logprobs, questions=reference.questions)
+    yield partial(engine.logprobs, models=models)
 
 
 @contextmanager
-def in_llamacpp(kind: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
+def in_llamacpp(kind: str, source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
     """llama.cpp with a base model whose matrices are quantised by gguf-py."""
     from loraover_export import export_gguf
     from loraover_export.formats.gguf.base import write_base
@@ -142,8 +138,9 @@ def in_llamacpp(kind: str, source: ModelSource, reference: TorchReference, folde
         }
 
         def answer(arm: str) -> Rows:
-            found = [(q, running[arm].logits(q.tokens)) for q in reference.questions]
-            return [row for i, (question, logits) in enumerate(found) for row in last_rows(i, question.window, logits)]
+            found = enumerate(running[arm].logits(question.tokens) for question in models.questions)
+            rows = (kept_rows(models, index, logits, "llamacpp") for index, logits in found)
+            return {place: row for mine in rows for place, row in mine.items()}
 
         yield answer
 
@@ -171,7 +168,7 @@ def quantise(exact: Path, output: Path, kind: str) -> None:
 
 
 @contextmanager
-def in_onnx(precision: str, source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
+def in_onnx(precision: str, source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
     """ONNX Runtime with a swappable graph in fp32, or with matrices that are rounded to int4."""
     from loraover_export import export_onnx
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
@@ -181,11 +178,11 @@ def in_onnx(precision: str, source: ModelSource, reference: TorchReference, fold
     shutil.rmtree(graph, ignore_errors=True)
     export_onnx(paths, graph, mode="swappable", model=source.name, names=names, precision=precision, check=False)
     arms = {BASE: OnnxArm(graph)} | {name: OnnxArm(graph, graph / f"{name}.onnx_adapter") for name in names}
-    yield partial(OnnxEngine("onnx", arms).logprobs, questions=reference.questions)
+    yield partial(OnnxEngine("onnx", arms).logprobs, models=models)
 
 
 @contextmanager
-def in_mlx(source: ModelSource, reference: TorchReference, folder: Path) -> Iterator[Answer]:
+def in_mlx(source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
     from loraover.adapters.base_weights import folder_of
     from loraover_export.formats.mlx import export_mlx
@@ -200,7 +197,7 @@ def in_mlx(source: ModelSource, reference: TorchReference, folder: Path) -> Iter
     adapters = {BASE: None} | {arm: str(scratch / arm) for arm in ADAPTERS}
     arguments = {"model": str(scratch / BASE), "settings": made[0].lost_settings, "adapters": adapters}
     with MlxEngine.run(arguments, scratch / "log", PATIENCE_S) as runner:
-        yield partial(MlxEngine(runner, scratch).logprobs, questions=reference.questions)
+        yield partial(MlxEngine(runner, scratch).logprobs, models=models)
 
 
 ENGINES: dict[str, Callable[..., Any]] = {
@@ -226,9 +223,8 @@ class Subject:
 
     def __init__(self, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]]) -> None:
         adapter = read_source(folder / ADAPTER)
-        self.reference = make_reference(adapter, source, asked, NEW_TOKENS, "cpu", SILENT)
-        variants = Variants(adapter, source, "cpu", self.reference.questions)
-        self.judge = EngineJudge(self.reference, variants, make_subject(adapter, source))
+        subject = make_subject(adapter, source)
+        self.models = make_models(adapter, source, asked, NEW_TOKENS, "cpu", SILENT, subject=subject)
 
     def kept(self, answers: Mapping[str, Rows]) -> dict[str, Any]:
         """What is kept of an engine's answers.
@@ -240,33 +236,27 @@ class Subject:
             stands where fewer tokens are among the 20 likeliest of all arms. And the judge's own numbers:
             `number_format`, its `bias` and `sensitivity`.
         """
-        shape = (len(self.reference.questions), NEW_TOKENS, KEPT)
+        shape = (len(self.models.questions), NEW_TOKENS, KEPT)
         names = ("likely", "effect", *ARMS)
         found: dict[str, Any] = {name: np.full(shape, np.nan, dtype=np.float16) for name in names}
-        places = {arm: {(row.question, row.position): row for row in rows} for arm, rows in answers.items()}
-        for index, question in enumerate(self.reference.questions):
-            for step, position in enumerate(question.answered):
-                told = self._told({arm: rows[index, position] for arm, rows in places.items()})
+        for place, (index, step) in enumerate(self.models.places):
+            if step >= 0:
+                told = self._told(place, {arm: rows[place] for arm, rows in answers.items()})
                 for name, values in told.items():
                     found[name][index, step, : len(values)] = values
-        case = self.judge.case(Answers(answers[BASE], answers[ADAPTER], ()))
+        case = Case(Evidence(self.models, Answers(answers[BASE], answers[ADAPTER])))
         format_ = str(case.number_format)
-        return found | {"number_format": format_, "bias": case.bias, "sensitivity": self.reference.sensitivity}
+        return found | {"number_format": format_, "bias": case.bias, "sensitivity": self.models.sensitivity}
 
-    def _told(self, rows: Mapping[str, Row]) -> dict[str, NDArray[np.float64]]:
-        """The arrays' values at one position."""
-        shared = set.intersection(*(set(row.ids.tolist()) for row in rows.values() if row.ids is not None))
-        place = (rows[BASE].question, rows[BASE].position)
-        likely = np.argsort(-self.reference.adapter.at(*place))
-        ids = [id_ for id_ in likely.tolist() if id_ in shared][:KEPT]
-        base, right = (
-            each.at(*place)[ids].astype(np.float64) for each in (self.reference.base, self.reference.adapter)
-        )
+    def _told(self, place: int, rows: Mapping[str, Row]) -> dict[str, NDArray[np.float64]]:
+        """The arrays' values at one place."""
+        shared = set.intersection(*({*row} for row in rows.values()))
+        expected = {arm: self.models.expected[arm].at(*self.models.position(place)) for arm in (BASE, ADAPTER)}
+        ids = [id_ for id_ in np.argsort(-expected[ADAPTER]).tolist() if id_ in shared][:KEPT]
+        base, right = (expected[arm][ids].astype(np.float64) for arm in (BASE, ADAPTER))
         told = {"likely": base, "effect": right - base}
         for arm, row in rows.items():
-            assert row.ids is not None
-            by_id = dict(zip(row.ids.tolist(), row.logprobs.astype(np.float64), strict=True))
-            told[arm] = np.array([by_id[id_] for id_ in ids]) - (right if arm in ADAPTERS else base)
+            told[arm] = np.array([row[id_] for id_ in ids]) - (right if arm in ADAPTERS else base)
         return told
 
 
@@ -287,7 +277,7 @@ def main(only: Sequence[str], work: Path | None) -> None:
             make_adapters(source, folder, [f"{each['question']}\n{each['answer']}" for each in problems])
         subject = Subject(source, folder, asked)
         for name in only or ENGINES:
-            with ENGINES[name](source, subject.reference, folder) as answer:
+            with ENGINES[name](source, subject.models, folder) as answer:
                 answers = {arm: likeliest(answer(BASE if arm == AGAIN else arm)) for arm in ARMS}
             NOISE.mkdir(exist_ok=True)
             np.savez_compressed(NOISE / f"{name}.npz", **subject.kept(answers))

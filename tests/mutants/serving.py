@@ -62,13 +62,13 @@ SERVING = (
     ),
     Mutant(
         "judge-mixed-batches-that-failed-pass",
-        "if case.evidence.mixed_failure is None:",
+        "if case.evidence.answers.mixed_failure is None:",
         "if True:",
         Selection("test_verify_endpoint.py", "fails_in_mixed"),
     ),
     Mutant(
         "judge-two-answers-are-enough",
-        "if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= case.evidence.asked:",
+        "if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= asked:",
         "if case.prompts > 0:",
         Selection("test_adapter_check.py", "two_prompts"),
     ),
@@ -86,7 +86,7 @@ SERVING = (
     ),
     Mutant(
         "judge-answers-without-logprobs-vanish",
-        "for each in some_say_nothing(case.evidence.responses) if each.is_found",
+        "for each in some_say_nothing(case.evidence.answers.responses) if each.is_found",
         "for each in some_say_nothing(()) if each.is_found",
         Selection("test_replicas.py", "hides_its_logprobs"),
     ),
@@ -142,7 +142,7 @@ SERVING = (
     ),
     Mutant(
         "verify-noise-of-the-adapted-model",
-        "self.noise = self.found if evidence.is_one_model else LogprobDistance.of(evidence.off(BASE, evidence.base))",
+        "self.noise = self.found if self.is_one_model else LogprobDistance.of(evidence.off(BASE, evidence.base))",
         "self.noise = self.found",
         Selection("test_verify.py", "planted_fault"),
     ),
@@ -166,13 +166,13 @@ SERVING = (
     ),
     Mutant(
         "verify-mixed-batch-beside-itself",
-        "row for row in alone}",
-        "row for row in together}",
+        "pairs = ((place, row, alone[place])",
+        "pairs = ((place, row, row)",
         Selection("test_verify_endpoint.py", "mixed_batch"),
     ),
     Mutant(
         "verify-one-odd-position-in-a-mixed-batch-is-a-fault",
-        "if self.evidence.is_one_model or found.prompts < FEW_PROMPTS:\n            return found.rms > self.limit",
+        "if self.is_one_model or found.prompts < FEW_PROMPTS:\n            return found.rms > self.limit",
         "if found.rms > self.limit:\n            return True",
         Selection("test_judge_prompts.py", "odd_positions"),
     ),
@@ -232,21 +232,21 @@ SERVING = (
     ),
     Mutant(
         "verify-one-model-is-its-own-base",
-        "BASE: [] if self.is_one_model else in_order(answers.base)}",
-        "BASE: in_order(answers.base)}",
+        "base = {} if self.is_one_model else self.rounds(",
+        "base = self.rounds(",
         Selection("test_verify_faults.py", "planted_fault"),
     ),
     Mutant(
         "check-noise-of-one-model-is-a-fault",
         "return self.format_of(found.rms) is None",
         "return True",
-        Selection("test_judged_alike.py", "coarsest_format"),
+        Selection("test_judge_reference.py", "coarsest_format"),
     ),
     Mutant(
         "check-a-fault-of-one-model-leaves-anything",
         "return self.format_of(found.rms) is None",
         "return False",
-        Selection("test_judged_alike.py", "coarsest_format"),
+        Selection("test_judge_reference.py", "coarsest_format"),
     ),
     Mutant(
         "verify-crossed-and-stale-are-confused",

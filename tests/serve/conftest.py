@@ -12,8 +12,8 @@ from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.formats.onnx import genai
 from loraover_serve.engines.mlx import MlxEngine
+from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.parity import equivalence
-from loraover_serve.record.adapter_check.reference import Reference, read_reference
 
 from support.engine_forms import Running
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint

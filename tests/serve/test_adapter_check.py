@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from loraover.client.at_once import COMPANION_TOKENS
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
 from loraover_serve import verify_adapter
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.command import check, main
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, LEAKS
-from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.command import check, main
-from loraover_serve.record.adapter_check.reference import Reference, read_reference
-from loraover_serve.record.checker_file import write_checker
+from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.verify.recorder import write_checker
 
 from support.openai_server import openai_server
 from support.planted_faults import FAULTS as PLANTED
@@ -37,7 +38,7 @@ NAMES = ("base", "shop")
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
     """The checker's result on a server that answers like this."""
     with openai_server(reply, models) as server:
-        return check(Asker(reference, Endpoint(server.url), "shop"), **more)
+        return check(Asker.of(reference, Endpoint(server.url), "shop"), **more)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_a_server_is_judged_in_its_own_protocol(
     form = "texts" if protocol == "texts" else "ids"
     with openai_server(translated(protocol, Served(asked.base, {"base": None, "shop": adapter}, form))) as server:
         named, spoken = "0" if protocol == "llama-server" else "shop", None if protocol == "texts" else protocol
-        found = check(Asker(reference, Endpoint(server.url), named, "base", spoken), repeats=1)
+        found = check(Asker.of(reference, Endpoint(server.url), named, "base", spoken), repeats=1)
     expected = ("as trained", None) if is_right else ("differs", FAULTS["rsLoRA ignored"].fault)
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
 
@@ -159,7 +160,7 @@ def test_a_server_that_lists_one_logprob_is_asked_for_one(
     adapter = asked.adapter if fault is None else plant(FAULTS[fault], asked.adapter, tmp_path / "wrong")
     served = Served(asked.base, {"base": None, "shop": adapter})
     with openai_server(lambda body: 400 if body["logprobs"] > 1 else served(body), NAMES) as server:
-        found = check(Asker(reference, Endpoint(server.url), "shop"), repeats=1)
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1)
         spoken = {(type(body["prompt"]), body["logprobs"]) for body in server.bodies[5:]}
     assert spoken == {(list, 1)}, "not the texts and the True of another dialect"
     expected = ("as trained", None) if fault is None else ("differs", FAULTS[fault].fault)
@@ -169,8 +170,7 @@ def test_a_server_that_lists_one_logprob_is_asked_for_one(
 def test_two_prompts_of_eight_are_no_evidence(asked: VerifyCase, recorded: Path) -> None:
     """The server takes texts, and the tokens of most questions have none."""
     few, served = read_reference(recorded), Served(asked.base, {"base": None, "shop": asked.adapter}, "texts")
-    for question in few.questions[2:]:
-        question["texts"] = [None] * len(question["texts"])
+    few.questions[2:] = [replace(question, texts=[None] * len(question.texts)) for question in few.questions[2:]]
     found = checked(translated("texts", served), few)
     assert found["verdict"] == "inconclusive"
     assert found["reason"].startswith("the answers to 2 of 8 prompts could be compared")
@@ -290,6 +290,6 @@ end(run(cli))
 """
 RUN_FILE = """
 sys.path.insert(0, {file!r})
-from loraover_serve.record.adapter_check.command import main
+from loraover_serve.judge.command import main
 end(main())
 """

@@ -17,8 +17,8 @@ import yaml
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.names import ANOTHER
-from loraover_serve.record.adapter_check.reference import Reference, read_reference
-from loraover_serve.record.crossed import NEAREST, SCREENED
+from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.verify.by_reference import NEAREST, SCREENED
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import QUICK, Watched, read_config
 from loraover_serve.watch.history import Check, History

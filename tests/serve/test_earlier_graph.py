@@ -102,7 +102,7 @@ def test_a_graph_that_cannot_be_run_is_refused_first(
     def fail(*_: object, **__: object) -> NoReturn:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("loraover_serve.verify.run.make_reference", fail)
+    monkeypatch.setattr("loraover_serve.verify.by_pytorch.make_models", fail)
     monkeypatch.setattr("loraover_serve.engines.onnx.OnnxEngine.start_arms", fail)
     unfit = rewritten(graph, tmp_path / "unfit", **changes)
     for serve in (verify_adapter, measure_parity):

@@ -15,8 +15,8 @@ import pytest
 
 from loraover.common.errors import LoraOverError
 from loraover_export import check_adapter
-from loraover_serve.verify.evidence import Answers
-from loraover_serve.verify.run import ask
+from loraover_serve.judge.answers import Answers
+from loraover_serve.verify.by_pytorch import judge_answers
 
 from support.compatibility import FEATURES, FORMS, OURS, PEFT, Cell, record_cell
 from support.engine_forms import MATRIX_ENGINES, PEFT_FORM, Running, present, skip_unless_installed
@@ -119,14 +119,14 @@ def judged(engine: str, form: str, feature: str, case: Case, running: Running, s
     version, answers = None, None
     try:
         with present(engine, form, case.setting(scratch), running) as started:
-            version, answers = started.version(), ask(started, case.judge.reference)
+            version, answers = started.version(), started.answers(case.models)
     except LoraOverError as error:
         return Cell(engine, version, form, feature, "refused", str(error))
-    found = case.judge.judge(engine, version, considered(answers, feature), 0.0)
-    verdict = "wrong silently" if found.verdict == "differs" else found.verdict
-    return Cell(engine, version, form, feature, verdict, found.reason)
+    found = judge_answers(engine, considered(answers, feature), case.models)
+    verdict = "wrong silently" if found["verdict"] == "differs" else found["verdict"]
+    return Cell(engine, version, form, feature, verdict, found["reason"])
 
 
 def considered(answers: Answers, feature: str) -> Answers:
     """Answers without those in mixed batches, which have a cell of their own."""
-    return answers if feature == "mixed batch" else replace(answers, mixed=None)
+    return answers if feature == "mixed batch" else replace(answers, mixed={})

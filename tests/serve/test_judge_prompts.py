@@ -11,8 +11,7 @@ import pytest
 
 from loraover_serve.judge.limits import ADAPTER, FEW_AS_BASE
 from loraover_serve.judge.names import CHANGED, INTERMITTENT, LEAKS
-from loraover_serve.record.adapter_check.evidence import RecordedEvidence, ServerAnswers
-from loraover_serve.record.adapter_check.reference import Reference
+from loraover_serve.judge.reference import Reference
 
 from support.drawn_reference import NOISE, POSITIONS, PROMPTS, DrawnServer, Fault, drawn_reference
 
@@ -91,7 +90,7 @@ def test_a_small_change_in_a_mixed_batch_is_found(reference: Reference) -> None:
 
 def test_a_reference_without_scaled_adapters_takes_a_line_between_none_and_all(reference: Reference) -> None:
     variants, reference.variants = reference.variants, {**reference.variants, ADAPTER: []}
-    evidence = RecordedEvidence(reference, ServerAnswers({}, dict(enumerate(reference.adapter.rows))))
+    scaled = reference.scaled(0.25)
     reference.variants = variants
-    row, base, adapter = evidence.scaled(0.25).rows[0], reference.base.rows[0], reference.adapter.rows[0]
+    row, base, adapter = scaled.rows[0], reference.base.rows[0], reference.adapter.rows[0]
     assert row == pytest.approx({i: 0.75 * base[i] + 0.25 * adapter[i] for i in base})

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from loraover.client.endpoint import Endpoint
 from loraover_serve.judge.names import INTERMITTENT, LEAKS
-from loraover_serve.verify.run import verify_engine
+from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.vllm.server import VllmServer, VllmServerConfig
 
 from support.engine_forms import TINY
@@ -71,7 +71,7 @@ def test_each_planted_fault_has_its_verdict(name: str, sharp: Case, started: Sta
     with ExitStack() as until:
         running = until.enter_context(openai_server(reply(fault.wrong(started(fault, until))), fault.listed))
         setting = sharp.setting(tmp_path, endpoint=running.url, served_name="shop")
-        found = verify_engine("endpoint", setting, sharp.judge)
+        found = verify_engine("endpoint", setting, sharp.models)
     print(f"\n{name}: {found.verdict}: {found.reason}")
     # A leak is looked at after all other faults. It makes answers of the base model beside the adapter's the adapter's,
     # by which requests happen to share a batch: then a fleet's answers may be those of no known fault.

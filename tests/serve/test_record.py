@@ -8,8 +8,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ from loraover.models import memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
-from loraover_serve.engines.answers import ADAPTER, Expected
+from loraover_serve.engines.answers import ADAPTER, BASE, Expected
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.estimates import Interval
+from loraover_serve.judge.models import Model
+from loraover_serve.judge.reference import STEPS_PER_E, UNIT, read_reference
 from loraover_serve.judge.search import LEFT
-from loraover_serve.record import recorder
-from loraover_serve.record.adapter_check.reference import STEPS_PER_E, UNIT, Model, read_reference
-from loraover_serve.record.recorder import KEPT, Rounding, choose_number, texts_of
-from loraover_serve.verify import run as verify_run
+from loraover_serve.verify import by_pytorch, recorder
+from loraover_serve.verify.recorder import KEPT, Rounding, choose_number, texts_of
 
 from support.recorded import ANSWER, LINES, QUESTIONS, record
 from support.verified import Case
@@ -43,29 +42,27 @@ def content(recorded: Path) -> dict[str, Any]:
     return found
 
 
-def largest_gap(model: Model, expected: Expected, places: list[tuple[int, int]], asked: Case) -> float:
+def largest_gap(model: Model, expected: Expected, places: Sequence[tuple[int, int]], asked: Case) -> float:
     """Largest difference of recorded logprobs from PyTorch's."""
-    answered = [(q, asked.judge.reference.questions[q].answered[step]) for q, step in places]
+    answered = [(q, asked.models.questions[q].answered[step]) for q, step in places]
     pairs = zip(model.rows, answered, strict=False)
     return max(abs(value - float(expected.at(*place)[i])) for row, place in pairs for i, value in row.items())
 
 
 def test_recorded_logprobs_are_pytorchs(recorded: Path, asked: Case) -> None:
-    found, right = read_reference(recorded), asked.judge.reference
+    found, right = read_reference(recorded), asked.models
     assert len(found.questions) == QUESTIONS
-    assert [(*q["prompt"], *q["answer"]) for q in found.questions] == [
-        (*q.prompt, *q.continuation) for q in right.questions
-    ]
+    assert [(q.prompt, q.answer) for q in found.questions] == [(q.prompt, q.answer) for q in right.questions]
     assert min(map(len, found.base.rows)) >= KEPT
     rounding, relative = UNIT / 2 + 1e-5, math.expm1(0.5 / STEPS_PER_E)
     assert relative < LEFT, "the record of a fault explains the fault"
-    assert largest_gap(found.base, right.base, found.places, asked) <= rounding
-    assert largest_gap(found.adapter, right.adapter, found.places, asked) <= rounding
+    assert largest_gap(found.base, right.expected[BASE], found.places, asked) <= rounding
+    assert largest_gap(found.adapter, right.expected[ADAPTER], found.places, asked) <= rounding
     for model in found.variants[ADAPTER]:
         if model.factor is not None:
-            deltas = {module: delta.times(model.factor) for module, delta in asked.judge.subject.deltas.items()}
-            gap = largest_gap(model, asked.judge.variants.adapted(deltas), found.places, asked)
-            assert gap <= relative * largest_gap(model, right.adapter, found.places, asked) + rounding
+            deltas = {module: delta.times(model.factor) for module, delta in right.subject.deltas.items()}
+            gap = largest_gap(model, right.variants.adapted(deltas), found.places, asked)
+            assert gap <= relative * largest_gap(model, right.expected[ADAPTER], found.places, asked) + rounding
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}: {{ m.content }}>{% endfor %}"
@@ -99,9 +96,9 @@ def test_a_fault_is_computed_at_the_answers_alone(
 
 
 def test_no_token_that_is_left_out_is_likelier_than_the_floor(recorded: Path, asked: Case) -> None:
-    found, right = read_reference(recorded), asked.judge.reference
+    found, right = read_reference(recorded), asked.models
     for place, (q, step) in enumerate(found.places):
-        row = right.base.at(q, right.questions[q].answered[step])
+        row = right.expected[BASE].at(q, right.questions[q].answered[step])
         others = np.delete(row, list(found.base.rows[place]))
         assert found.base.floors[place] == pytest.approx(np.sort(row)[-KEPT], abs=UNIT)
         assert not others.size or others.max() <= found.base.floors[place] + UNIT
@@ -127,12 +124,9 @@ def test_texts_that_several_tokens_have_are_not_recorded() -> None:
         assert texts_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 2]) == {"2": text}
 
 
-def test_as_few_questions_are_recorded_as_decide(asked: Case) -> None:
-    reference = asked.judge.reference
-
+def test_as_few_questions_are_recorded_as_decide() -> None:
     def chosen(half: float, number: int) -> tuple[int, bool]:
-        many = replace(reference, questions=reference.questions[:1] * number, bias=1.0)
-        found = choose_number(many, Rounding(0.1, Interval.around(1.0, half)), chosen=False)
+        found = choose_number(number, 1.0, Rounding(0.1, Interval.around(1.0, half)), chosen=False)
         return found["questions"], found["decides"]
 
     assert chosen(0.01, 64) == (24, True)
@@ -242,12 +236,12 @@ def test_memory_is_told_before_a_model_is_loaded(
     }
     loaded: list[bool] = []
 
-    def stopped(adapter: Any, base: ModelSource, *_: Any) -> Any:
+    def stopped(adapter: Any, base: ModelSource, *_: Any, **__: Any) -> Any:
         loaded.append(base.is_streamed)
         raise StoppedError
 
-    for module in (recorder, verify_run):
-        monkeypatch.setattr(module, "make_reference", stopped)
+    for module in (recorder, by_pytorch):
+        monkeypatch.setattr(module, "make_models", stopped)
     for words_of in words.values():
         with pytest.raises(StoppedError):
             run(cli, words_of)

@@ -17,16 +17,17 @@ import pytest
 
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import UnscoredError
+from loraover_serve.judge.answers import Answers, AskedOnce
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.command import check
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
-from loraover_serve.judge.evidence import Change
+from loraover_serve.judge.evidence import Change, Evidence
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
+from loraover_serve.judge.models import Model
 from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, NOT_APPLIED, SILENT
+from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.command import check
-from loraover_serve.record.adapter_check.evidence import AskedOnce, RecordedEvidence, ServerAnswers
-from loraover_serve.record.adapter_check.reference import Model, Reference
 
 from support.openai_server import Answer, openai_server
 from support.recorded_noise import Recorded
@@ -55,7 +56,7 @@ def fleet(reference: Reference, bad: Callable[[dict[str, Any]], int | bytes], si
 def checked(reply: Any, reference: Reference) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """The result on a server that answers like this, and the adapter's questions in the order of the requests."""
     with openai_server(reply, NAMES) as server:
-        found = check(Asker(reference, Endpoint(server.url), "shop"), without_mixed=True)
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), without_mixed=True)
         bodies = [body for body in server.bodies if body.get("model") == "shop" and body["max_tokens"] == 1]
     return found, [tuple(body["prompt"]) for body in bodies]
 
@@ -180,7 +181,7 @@ def test_a_cache_that_cannot_be_passed_by_is_no_pass(name: str, recorded: Path, 
         found, _ = checked(cache, reference)
         assert (found["verdict"], found["fault"]) == ("inconclusive", CACHED), (turn, found["reason"])
     with openai_server(cache, NAMES) as server:
-        quick = check(Asker(reference, Endpoint(server.url), "shop"), is_quick=True)
+        quick = check(Asker.of(reference, Endpoint(server.url), "shop"), is_quick=True)
     assert quick["verdict"] == ("inconclusive" if HITS[name] else "as trained"), quick["reason"]
 
 
@@ -230,7 +231,7 @@ def test_a_balancer_that_sends_one_client_to_one_server_is_told(
     assert words in found["reason"]
 
 
-def drawn(reference: Reference, draw: random.Random, noise: float) -> ServerAnswers:
+def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
     """Answers of servers with noise."""
 
     def rows(model: Model) -> dict[int, dict[int, float]]:
@@ -238,7 +239,7 @@ def drawn(reference: Reference, draw: random.Random, noise: float) -> ServerAnsw
 
     told: dict[int, dict[str, str]] = {place: {} for place in range(len(reference.places))}
     rounds = [AskedOnce(rows(reference.adapter), told) for _ in range(REPEATS)]
-    return ServerAnswers(rows(reference.base), rounds[0].rows, rounds=rounds)
+    return Answers(rows(reference.base), rounds[0].rows, rounds=rounds)
 
 
 def moved(prompt: int, share: float) -> Change:
@@ -267,7 +268,7 @@ def test_two_answers_or_one_odd_question_are_chance(
     for at in map(reference.places.index, places):
         rows[at] = {i: value - 9.0 for i, value in rows[at].items()}
     rounds = [answers.rounds[0], answers.rounds[1]._replace(rows=rows), *answers.rounds[2:]]
-    found = judge(RecordedEvidence(reference, replace(answers, rounds=rounds)))
+    found = judge(Evidence(reference, replace(answers, rounds=rounds)))
     assert found["fault"] == fault, found["reason"]
 
 
@@ -276,7 +277,7 @@ def test_two_answers_or_one_odd_question_are_chance(
 def test_noise_never_disagrees(louder: float, reference: Reference) -> None:
     draw = random.Random(5)
     for _ in range(20):
-        found = judge(RecordedEvidence(reference, drawn(reference, draw, louder * bf16(reference))))
+        found = judge(Evidence(reference, drawn(reference, draw, louder * bf16(reference))))
         assert found["replicas"] is None, found["reason"]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from loraover_serve.engines import torch as torch_engine
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.verify.base_variants import base_faults, chain_of
-from loraover_serve.verify.right_layers import RightLayers
+from loraover_serve.verify.variants import RightLayers
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_models import VOCABULARY, tiny_gpt2, tiny_neox

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,43 +15,33 @@ from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines import torch as torch_engines
 from loraover_serve.engines import vllm
-from loraover_serve.engines.answers import Expected, GreedyAnswer, Row
-from loraover_serve.engines.base import Setting
+from loraover_serve.engines.base import LogitEngine, Setting
 from loraover_serve.engines.torch import model_logits
+from loraover_serve.judge.answers import Answers, Greedy
 from loraover_serve.judge.case import allowed_distance, sure_errors
-from loraover_serve.judge.limits import FLOOR, SURE
+from loraover_serve.judge.limits import ADAPTER, FLOOR, SURE
 from loraover_serve.judge.names import ENDS_EARLY
 from loraover_serve.judge.results import LogprobDistance
-from loraover_serve.verify.evidence import Answers
+from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.verify.faults import permuted
-from loraover_serve.verify.run import verify_engine
 
 from support.make_checkpoint import Made
 from support.plain_adapter import tiny_decoder
-from support.verified import FAULTS, Case, Planted, make_case, plant, save_base
+from support.verified import FAULTS, Case, Planted, judged, make_case, plant, save_base
 
 
-def answered(tokens: tuple[int, ...]) -> GreedyAnswer:
-    return GreedyAnswer(tokens, len(tokens))
-
-
-def as_pytorch(case: Case) -> Answers:
-    """PyTorch's own answers."""
-    reference = case.judge.reference
-
-    def rows(expected: Expected) -> list[Row]:
-        places = [(i, position) for i, question in enumerate(reference.questions) for position in question.window]
-        return [Row(*place, expected.at(*place)) for place in places]
-
-    greedy = [answered(question.continuation) for question in reference.questions]
-    return Answers(rows(reference.base), rows(reference.adapter), greedy)
+def as_pytorch(case: Case, *, length: int | None = None) -> Answers:
+    """PyTorch's own answers, of which the greedy ones may be cut to a length."""
+    base, adapter = (dict(enumerate(model.rows)) for model in (case.models.base, case.models.adapter))
+    tokens = [question.answer[:length] for question in case.models.questions]
+    return Answers(base, adapter, [Greedy(index, each, len(each), {}) for index, each in enumerate(tokens)])
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found_and_named(name: str, case: Case, tmp_path: Path) -> None:
     planted: Planted = FAULTS[name]
     wrong = plant(planted, case.adapter, tmp_path / "wrong")
-    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong), case.judge)
+    found = verify_engine("torch", case.setting(tmp_path, adapter=wrong), case.models)
     assert (found.verdict, found.fault) == ("differs", planted.fault)
     assert found.suspects[0].detail.startswith(planted.words)
     assert found.suspects[0].rms < found.suspects[1].rms
@@ -58,7 +49,7 @@ def test_a_planted_fault_is_found_and_named(name: str, case: Case, tmp_path: Pat
 
 
 def test_the_right_adapter_is_as_trained(case: Case, tmp_path: Path) -> None:
-    found = verify_engine("torch", case.setting(tmp_path), case.judge)
+    found = verify_engine("torch", case.setting(tmp_path), case.models)
     assert (found.verdict, found.number_format, found.fault, found.suspects) == ("as trained", "fp32", None, [])
     assert found.greedy is not None
     assert found.greedy.equal == 1
@@ -73,14 +64,14 @@ def test_vllm_is_started_on_a_port_of_its_own(case: Case, tmp_path: Path, monkey
 
     monkeypatch.setattr(vllm, "serve_vllm", serve)
     with pytest.raises(EngineError, match="not started"):
-        verify_engine("vllm", case.setting(tmp_path), case.judge)
+        verify_engine("vllm", case.setting(tmp_path), case.models)
     assert ports == [None], "any free port, and not vLLM's own default, which another server may take meanwhile"
 
 
 def test_a_checkpoint_is_compared_with_its_unfolded_model(made: Made, tmp_path: Path) -> None:
     case = make_case(made.base, made.path)
-    assert case.judge.reference.name == "the unfolded checkpoint"
-    found = verify_engine("torch", case.setting(tmp_path), case.judge)
+    assert case.models.name == "the unfolded checkpoint"
+    found = verify_engine("torch", case.setting(tmp_path), case.models)
     assert (found.verdict, found.compared) == ("as trained", "all tokens")
     assert found.adapter is not None
     assert 0 < found.adapter.rms < 1e-5, "another computation than the reference's"
@@ -89,7 +80,7 @@ def test_a_checkpoint_is_compared_with_its_unfolded_model(made: Made, tmp_path: 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_coarser_base_model_is_noise_that_has_a_name(name: str, case: Case, tmp_path: Path) -> None:
     coarse = case.setting(tmp_path, base=save_base(tmp_path / "coarse", change=FORMATS[name].weights))
-    found = verify_engine("torch", coarse, case.judge)
+    found = verify_engine("torch", coarse, case.models)
     assert found.verdict in ("as trained", "inconclusive")
     assert found.number_format in ("fp32", name)
     assert (found.number_format == "fp32") == (found.base is not None and found.base.rms <= 10 * FLOOR)
@@ -105,49 +96,67 @@ def scaled_case(case: Case, factor: float, tmp_path: Path) -> tuple[Case, Settin
 
 def test_an_adapter_below_the_noise_is_inconclusive(case: Case, tmp_path: Path) -> None:
     mine, setting = scaled_case(case, 1e-6, tmp_path)
-    found = verify_engine("torch", setting, mine.judge)
+    found = verify_engine("torch", setting, mine.models)
     assert found.verdict == "inconclusive"
     assert "a wrong adapter would pass as well" in found.reason
 
 
 def test_other_tokens_than_the_logprobs_say_differ(case: Case) -> None:
-    answers = as_pytorch(case)
-    worst = [int(np.argmin(case.judge.reference.adapter.at(0, q.answered[0]))) for q in case.judge.reference.questions]
-    found = case.judge.judge("an engine", None, replace(answers, greedy=[answered((token,)) for token in worst]), 1.0)
+    expected, questions = case.models.expected[ADAPTER], enumerate(case.models.questions)
+    worst = [int(np.argmin(expected.at(index, question.answered[0]))) for index, question in questions]
+    greedy = [Greedy(index, (token,), 1, {}) for index, token in enumerate(worst)]
+    found = judged(replace(as_pytorch(case), greedy=greedy), case.models)
     assert (found.verdict, found.fault) == ("differs", None)
     assert "generates other tokens" in found.reason
 
 
 def test_answers_that_stop_early_are_not_the_same_text(case: Case) -> None:
-    answers, questions = as_pytorch(case), case.judge.reference.questions
-    short = replace(answers, greedy=[answered(question.continuation[:1]) for question in questions])
+    answers, short, questions = as_pytorch(case), as_pytorch(case, length=1), case.models.questions
 
-    def judged(ends: set[int], answers: Answers) -> tuple[str, str | None]:
-        judge = replace(case.judge, reference=replace(case.judge.reference, ends=frozenset(ends)))
-        found = judge.judge("an engine", None, answers, 1.0)
+    def verdict(ends: set[int], answers: Answers) -> tuple[str, str | None]:
+        found = judged(answers, replace(case.models, ends=frozenset(ends)))
         return found.verdict, found.fault
 
     right = ("as trained", None)
-    assert (judged(set(), answers), judged(set(), short)) == (right, ("differs", ENDS_EARLY))
-    assert judged({question.continuation[0] for question in questions}, short) == right, "the end of the text"
-    assert judged({question.continuation[1] for question in questions}, short) == right, "an end that is left out"
+    assert (verdict(set(), answers), verdict(set(), short)) == (right, ("differs", ENDS_EARLY))
+    assert verdict({question.answer[0] for question in questions}, short) == right, "the end of the text"
+    assert verdict({question.answer[1] for question in questions}, short) == right, "an end that is left out"
 
 
 def test_rows_that_are_not_heads_times_even_are_not_permuted(case: Case) -> None:
-    subject = case.judge.subject
+    subject = case.models.subject
     rows = len(next(delta.b for module, delta in subject.deltas.items() if module.endswith("q_proj")))
     assert len(list(permuted(subject))) == 2
     assert list(permuted(replace(subject, heads={"q_proj": rows + 1, "k_proj": rows}))) == []
 
 
+class Changed(LogitEngine):
+    """PyTorch's logits with a change."""
+
+    name = "an engine"
+
+    def __init__(self, case: Case, change: Callable[[Any], Any]) -> None:
+        self._models, self._change = case.models, change
+
+    @classmethod
+    def start(cls, setting: Setting) -> Any:
+        raise NotImplementedError
+
+    def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:
+        for index, question in enumerate(self._models.questions):
+            rows = [self._models.expected[arm].at(index, position) for position in question.window]
+            yield self._change(np.stack(rows))
+
+    def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        return [question.answer for question in self._models.questions]
+
+
 def test_answers_that_are_not_finite_or_of_another_vocabulary_are_errors(case: Case) -> None:
-    answers = as_pytorch(case)
-    broken = [replace(answers.base[0], logprobs=answers.base[0].logprobs * np.nan), *answers.base[1:]]
+    assert judged(Changed(case, lambda logits: logits).answers(case.models), case.models).verdict == "as trained"
     with pytest.raises(EngineError, match="not a finite number"):
-        case.judge.judge("an engine", None, replace(answers, base=broken), 1.0)
-    short = [replace(row, logprobs=row.logprobs[:-1]) for row in answers.base]
+        Changed(case, lambda logits: logits * np.nan).answers(case.models)
     with pytest.raises(EngineError, match="71 tokens or more, and the base model has 72"):
-        case.judge.judge("an engine", None, replace(answers, base=short), 1.0)
+        Changed(case, lambda logits: logits[:, :-1]).answers(case.models)
 
 
 def test_the_allowed_distance_follows_the_noise() -> None:

@@ -6,7 +6,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from loraover_serve import verify_adapter
 from loraover_serve.engines.base import Setting
 from loraover_serve.judge.names import BASE_OR_TEMPLATE, CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.judge.names import TEMPLATE as OTHER_TEMPLATE
+from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.verify.report import EngineResult
-from loraover_serve.verify.run import verify_engine
 
 from support.openai_server import Reply, openai_server
 from support.recorded import record
@@ -45,7 +44,7 @@ def ask(case: Case, tmp_path: Path) -> Callable[..., EngineResult]:
 
     def asked(reply: Any, models: Any = NAMES, **changes: Any) -> EngineResult:
         with openai_server(reply, models) as server:
-            return verify_engine("endpoint", setting(case, server.url, tmp_path, **changes), case.judge)
+            return verify_engine("endpoint", setting(case, server.url, tmp_path, **changes), case.models)
 
     return asked
 
@@ -112,17 +111,17 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
 
 
 def test_what_is_right_without_mixed_batches_is_judged_alone(case: Case, tmp_path: Path) -> None:
-    judge = replace(case.judge, without_mixed=True)
     with openai_server(Mixing(right(case), *NAMES), NAMES) as server:
-        found = verify_engine("endpoint", setting(case, server.url, tmp_path), judge)
+        asked = setting(case, server.url, tmp_path, without_mixed=True)
+        found = verify_engine("endpoint", asked, case.models)
     assert (found.verdict, found.mixed) == ("as trained", None)
     assert found.reason.endswith("; mixed batches were not compared: the option without_mixed leaves them out")
 
 
 def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:
     with openai_server(right(case), NAMES) as server:
-        verify_engine("endpoint", setting(case, server.url, case.base), case.judge)
-    questions = case.judge.reference.questions
+        verify_engine("endpoint", setting(case, server.url, case.base), case.models)
+    questions = case.models.questions
     scored = [body for body in server.bodies if body["max_tokens"] == 1]
     expected = {q.tokens[: position + 1] for q in questions for position in q.answered}
     for name, probes in (("base", 1), ("shop", 0)):  # the dialect is found once
@@ -137,7 +136,7 @@ def test_an_answer_longer_than_the_window_is_compared(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     long = make_case(base, save_adapter(tmp_path / "adapter", base), new_tokens=40)
     with openai_server(right(long), NAMES) as server:
-        found = verify_engine("endpoint", setting(long, server.url, tmp_path), long.judge)
+        found = verify_engine("endpoint", setting(long, server.url, tmp_path), long.models)
     assert found.verdict == "as trained"
     companions = [body["max_tokens"] for body in server.bodies if len(body["prompt"]) == 1]
     assert set(companions) == {16}, "an answer that is not streamed must be short, or a slow server seems silent"
@@ -177,7 +176,7 @@ def test_the_key_is_sent_and_never_shown(
     monkeypatch.setenv(KEY_VARIABLE, key)
     served = right(case)
     with openai_server(served, NAMES) as server:
-        found = verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.judge)
+        found = verify_engine("endpoint", setting(case, server.url, tmp_path, key_variable=KEY_VARIABLE), case.models)
         assert found.verdict == "as trained"
         assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
     with pytest.raises(EngineError, match=r"answered 401: refused, for Bearer \*\*\*"):

@@ -16,7 +16,7 @@ from loraover_serve import verify_adapter
 from loraover_serve.engines import ENGINES, engine_class
 from loraover_serve.engines.elsewhere import ElsewhereEngine
 from loraover_serve.judge.names import LEFT_OUT
-from loraover_serve.verify.run import verify_engine
+from loraover_serve.verify.by_pytorch import verify_engine
 
 from support.engine_forms import skip_unless_installed
 from support.make_checkpoint import Made
@@ -55,7 +55,7 @@ on_every_engine = pytest.mark.parametrize("engine", [*HERE, *ELSEWHERE], indirec
 @on_every_engine
 def test_a_checkpoint_is_as_trained(engine: str, made: Made, tmp_path: Path) -> None:
     case = make_case(made.base, made.path)
-    found = verify_engine(engine, case.setting(tmp_path), case.judge)
+    found = verify_engine(engine, case.setting(tmp_path), case.models)
     assert found.verdict == "as trained", found.reason
     assert found.compared == ("top tokens" if engine == "openvino" else "all tokens")
 
@@ -66,9 +66,9 @@ def test_an_adapter_is_as_trained(engine: str, lora: dict[str, Any], case: Case,
     mine = case if not lora else make_case(case.base, save_adapter(tmp_path / "mine", case.base, **lora))
     if lora == SAVED and engine in REFUSING:
         with pytest.raises(ExportError):
-            verify_engine(engine, mine.setting(tmp_path), mine.judge)
+            verify_engine(engine, mine.setting(tmp_path), mine.models)
         return
-    found = verify_engine(engine, mine.setting(tmp_path), mine.judge)
+    found = verify_engine(engine, mine.setting(tmp_path), mine.models)
     if lora == EMBEDDING and engine in SILENT:
         assert (found.verdict, found.fault) == ("differs", LEFT_OUT), found.reason
         assert SILENT[engine] in found.reason
@@ -82,7 +82,7 @@ def test_an_adapter_is_as_trained(engine: str, lora: dict[str, Any], case: Case,
 )
 def test_a_planted_fault_is_found_and_named(engine: str, name: str, case: Case, tmp_path: Path) -> None:
     wrong = plant(FAULTS[name], case.adapter, tmp_path / "wrong")
-    found = verify_engine(engine, case.setting(tmp_path, adapter=wrong), case.judge)
+    found = verify_engine(engine, case.setting(tmp_path, adapter=wrong), case.models)
     assert (found.verdict, found.fault) == ("differs", FAULTS[name].fault), found.reason
     assert FAULTS[name].words in found.reason
 

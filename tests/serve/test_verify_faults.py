@@ -18,12 +18,12 @@ from loraover_serve import verify_adapter
 from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.torch import TorchEngine
 from loraover_serve.judge.names import ANOTHER, STALE
+from loraover_serve.verify.by_pytorch import make_subject, verify_engine
 from loraover_serve.verify.report import EngineResult
-from loraover_serve.verify.run import ask, make_subject, verify_engine
 
 from support.openai_server import openai_server
 from support.planted_faults import FAULTS, Ask, AskedModel, Fault, reply, right_models
-from support.verified import Case, Served, make_case, save_adapter, save_base
+from support.verified import Case, Served, judged, make_case, save_adapter, save_base
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def serve(sharp: Case, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Fa
 def in_torch(server: Ask, fault: Fault, case: Case, scratch: Path) -> EngineResult:
     arms = {BASE: AskedModel("base", server), ADAPTER: AskedModel("shop", server)}
     engine = TorchEngine({arm: partial(nullcontext, model) for arm, model in arms.items()})
-    return case.judge.judge("torch", None, ask(engine, case.judge.reference), 0.0)
+    return judged(engine.answers(case.models), case.models)
 
 
 def in_a_server(server: Ask, fault: Fault, case: Case, scratch: Path) -> EngineResult:
     with openai_server(reply(server), fault.listed) as running:
         setting = case.setting(scratch, endpoint=running.url, served_name="shop")
-        return verify_engine("endpoint", setting, case.judge)
+        return verify_engine("endpoint", setting, case.models)
 
 
 WAYS = {"torch": in_torch, "server": in_a_server}
@@ -65,9 +65,9 @@ def test_an_adapter_that_is_exchanged_is_named(base: Path, tmp_path: Path) -> No
         ANOTHER: save_adapter(tmp_path / "crossed", base, seed=6, target_modules=["q_proj", "o_proj"]),
     }
     case, source = make_case(base, right), resolve_model(str(base))
-    judge = replace(case.judge, subject=make_subject(read_source(right), source, [read_source(wrong[ANOTHER])]))
+    subject = make_subject(read_source(right), source, [read_source(wrong[ANOTHER])])
     for name, folder in wrong.items():
-        found = verify_engine("torch", case.setting(tmp_path, adapter=folder), judge)
+        found = verify_engine("torch", case.setting(tmp_path, adapter=folder), replace(case.models, subject=subject))
         assert (found.verdict, found.fault) == ("differs", name), found.reason
         assert str(folder) in found.reason
 

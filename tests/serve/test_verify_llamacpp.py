@@ -11,7 +11,7 @@ from loraover.common.errors import EngineError, ExportError
 from loraover.models.load import load_model, resolve_model
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve import EngineResult, verify_adapter
-from loraover_serve.verify.run import verify_engine
+from loraover_serve.verify.by_pytorch import verify_engine
 
 from support.gguf_export import rewrite
 from support.plain_adapter import tiny_decoder
@@ -25,7 +25,7 @@ def gguf_of(model: Path, output: Path) -> Path:
 
 
 def verify(case: Case, folder: Path) -> EngineResult:
-    return verify_engine("llamacpp", case.setting(folder), case.judge)
+    return verify_engine("llamacpp", case.setting(folder), case.models)
 
 
 def test_a_users_file_is_run(case: Case, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_users_quantised_file_is_noise_that_has_a_name(case: Case, tmp_path: P
 def test_a_file_that_is_no_model_is_refused_before_anything_runs(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("loraover_serve.verify.run.make_reference")
+    monkeypatch.delattr("loraover_serve.verify.by_pytorch.make_models")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(EngineError, match=r"broken.gguf: not a GGUF file, or not a complete one"):
         verify_adapter(case.adapter, engines=["llamacpp"], base_gguf=tmp_path / "broken.gguf")

@@ -13,11 +13,10 @@ import pytest
 from loraover_serve import EngineResult
 from loraover_serve.engines.answers import ADAPTER
 from loraover_serve.judge.names import NOT_APPLIED
-from loraover_serve.verify.run import ask
 
 from support.compatibility import PEFT
 from support.engine_forms import Running, present, skip_unless_installed
-from support.verified import FAULTS, WRONG_PREFIX, Case, plant
+from support.verified import FAULTS, WRONG_PREFIX, Case, judged, plant
 
 pytestmark = pytest.mark.engine
 
@@ -28,8 +27,8 @@ READERS = ["onnx", pytest.param("vllm", marks=pytest.mark.matrix)]
 def as_peft_saved_it(engine: str, wrong: Path, case: Case, running: Running, scratch: Path) -> EngineResult:
     """Verify an engine that was given another adapter's files than the judge knows."""
     with present(engine, PEFT, replace(case.setting(scratch), adapters={ADAPTER: wrong}), running) as started:
-        answers = ask(started, case.judge.reference)
-    return case.judge.judge(engine, None, answers, 0.0)
+        answers = started.answers(case.models)
+    return judged(answers, case.models)
 
 
 @pytest.mark.usefixtures("quick_builder")

@@ -28,7 +28,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError
 from loraover_serve import watch_adapters
 from loraover_serve.cli import cli
-from loraover_serve.record.adapter_check.reference import Reference
+from loraover_serve.judge.reference import Reference
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import HOUR_S, Watched, read_config
 from loraover_serve.watch.history import DAY_S, Check, History

@@ -18,7 +18,7 @@ import yaml
 from serve.test_watch import until
 
 from loraover.common.reporter import SILENT
-from loraover_serve.record.adapter_check.reference import read_reference
+from loraover_serve.judge.reference import read_reference
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import WatchConfig, read_config
 from loraover_serve.watch.history import Check, History

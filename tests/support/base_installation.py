@@ -72,7 +72,7 @@ def is_right(line: str, code: int, text: str, folder: str, variables: dict[str, 
 
 def main() -> int:
     sys.path.insert(0, str(TESTS))
-    from loraover_serve.record.adapter_check.reference import read_reference
+    from loraover_serve.judge.reference import read_reference
 
     from support.hub_server import model_hub
     from support.openai_server import openai_server

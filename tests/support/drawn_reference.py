@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from loraover_serve.judge.answers import Answers, AskedOnce, Greedy
+from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import REPEATS
+from loraover_serve.judge.models import Row
+from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.evidence import AskedOnce, Greedy, RecordedEvidence, ServerAnswers
-from loraover_serve.record.adapter_check.reference import Reference, Row
 
 PROMPTS, POSITIONS, KEPT, VOCABULARY = 32, 4, 20, 200
 NOISE, UNIT = 0.02, 1e-4
@@ -85,7 +87,7 @@ class DrawnServer:
         """Answers of the adapter."""
         return self._noisy(self._adapter)
 
-    def _noisy(self, rows: list[Row]) -> dict[int, Row]:
+    def _noisy(self, rows: Sequence[Row]) -> dict[int, Row]:
         return {p: {i: v + self._draw.gauss(0, NOISE) for i, v in row.items()} for p, row in enumerate(rows)}
 
     @staticmethod
@@ -105,12 +107,12 @@ class DrawnServer:
             adapter: What it makes of the adapter's.
         """
         rounds = [self.odd(self.adapter(), places) for _ in range(REPEATS)]
-        answers = [question["answer"] for question in self._reference.questions]
+        answers = [question.answer for question in self._reference.questions]
         greedy = [Greedy(q, answer, len(answer), {}) for q, answer in enumerate(answers)]
         told: dict[int, dict[str, str]] = {place: {} for place in rounds[0]}
         asked = [AskedOnce(rows, told) for rows in rounds]
         alone = {"base": self.base(), "adapter": rounds[0]}
         changes = {"base": base, "adapter": adapter}
         mixed = {name: rows if (change := changes[name]) is None else change(rows) for name, rows in alone.items()}
-        found = ServerAnswers(alone["base"], alone["adapter"], greedy, mixed, rounds=asked)
-        return judge(RecordedEvidence(self._reference, found))
+        found = Answers(alone["base"], alone["adapter"], greedy, mixed, rounds=asked)
+        return judge(Evidence(self._reference, found))

@@ -1,4 +1,4 @@
-"""A reference of a tiny model's adapter, and the judge of verify on the same questions."""
+"""A reference of a tiny model's adapter, and what PyTorch answers to the same questions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from loraover.checkpoint.carried_files import adapter_digest
 from loraover.checkpoint.files import REFERENCE_FILE
-from loraover_serve.record.adapter_check.reference import read_reference
-from loraover_serve.record.recorder import record_adapter
+from loraover_serve.judge.reference import read_reference
+from loraover_serve.verify.recorder import record_adapter
 
 from support.verified import Case, make_case
 
@@ -51,6 +51,6 @@ def record(base: Path, adapter: Path, folder: Path, **options: Any) -> Path:
 
 
 def asked_alike(base: Path, adapter: Path, recorded: Path) -> Case:
-    """The judge of verify, with the questions of a reference."""
+    """PyTorch's models, with the questions of a reference."""
     questions = read_reference(recorded).questions
-    return make_case(base, adapter, ANSWER, [tuple(question["prompt"]) for question in questions])
+    return make_case(base, adapter, ANSWER, [question.prompt for question in questions])

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from loraover_serve.record.adapter_check.reference import Model, Reference
+from loraover_serve.judge.models import Model
+from loraover_serve.judge.reference import Reference
 
 from support.openai_server import Answer
 
@@ -17,7 +18,7 @@ NOISE, TOP = 2e-4, 20
 
 
 class FromReference:
-    """Answers completions of token ids with logprobs.
+    """Answers completions of token ids with logprobs; after the first token of a question it answers the question.
 
     Args:
         reference: The reference.
@@ -31,7 +32,9 @@ class FromReference:
     ) -> None:
         self._reference, self._state, self._draw = reference, state, random.Random(0)
         self._noise, self._served = noise, served or reference.adapter
-        self._places = {tuple(reference.read(place)): place for place in range(len(reference.places))}
+        read = [tuple(reference.read(place)) for place in range(len(reference.places))]
+        begun = {tokens[:1]: place for place, tokens in reversed([*enumerate(read)])}
+        self._places = begun | {tokens: place for place, tokens in enumerate(read)}
 
     def __call__(self, body: dict[str, Any]) -> int | bytes:
         prompt, name = body.get("prompt"), body["model"]

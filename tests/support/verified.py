@@ -21,12 +21,12 @@ from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
+from loraover_serve.judge.answers import Answers
 from loraover_serve.judge.names import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
-from loraover_serve.verify.judge import EngineJudge
-from loraover_serve.verify.reference import make_reference
+from loraover_serve.verify.by_pytorch import judge_answers, make_setting, make_subject
+from loraover_serve.verify.pytorch import TorchModels, make_models
+from loraover_serve.verify.report import EngineResult
 from loraover_serve.verify.request import VerifyRequest
-from loraover_serve.verify.run import make_setting, make_subject
-from loraover_serve.verify.variants import Variants
 
 from support.make_checkpoint import LINEAR
 from support.plain_adapter import tiny_decoder
@@ -78,17 +78,17 @@ def save_adapter(folder: Path, base: Path, seed: int = 2, **lora: Any) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter, its base model, and the judge of engines that serve it.
+    """An adapter, its base model, and what PyTorch answers to questions.
 
     Args:
         base: Folder of the base model.
         adapter: Folder of the adapter or checkpoint.
-        judge: The judge.
+        models: The questions, and what PyTorch answers.
     """
 
     base: Path
     adapter: Path
-    judge: EngineJudge
+    models: TorchModels
 
     def setting(self, scratch: Path, *, adapter: Path | None = None, base: Path | None = None, **asked: Any) -> Setting:
         """What an engine is started with: another adapter or base model than the judge's is a planted fault."""
@@ -101,12 +101,14 @@ def make_case(
 ) -> Case:
     """A case with these prompts, or the beginnings of the built-in ones."""
     source, model = read_source(adapter), resolve_model(str(base))
-    reference = make_reference(source, model, asked or prompts(model), new_tokens, "cpu", SILENT)
-    return Case(
-        base,
-        adapter,
-        EngineJudge(reference, Variants(source, model, "cpu", reference.questions), make_subject(source, model)),
-    )
+    subject = make_subject(source, model)
+    models = make_models(source, model, asked or prompts(model), new_tokens, "cpu", SILENT, subject=subject)
+    return Case(base, adapter, models)
+
+
+def judged(answers: Answers, models: TorchModels, served_format: str = "bf16") -> EngineResult:
+    """The judge's result on answers of an engine."""
+    return EngineResult(seconds=0.0, **judge_answers("an engine", answers, models, served_format))
 
 
 def prompts(model: ModelSource) -> list[tuple[int, ...]]:

@@ -17,13 +17,13 @@ COMMANDS = {
         leaves_out=["runs"],
     ),
     "record": Reporting(
-        "loraover_serve.record.request:RecordRequest",
-        "loraover_serve.record.recorder:record_adapter",
-        "loraover_serve.record.show:show_recording",
+        "loraover_serve.verify.record_request:RecordRequest",
+        "loraover_serve.verify.recorder:record_adapter",
+        "loraover_serve.verify.show:show_recording",
     ),
     "verify": Reporting(
         "loraover_serve.verify.request:VerifyRequest",
-        "loraover_serve.record.check:verify_adapter",
+        "loraover_serve.verify.run:verify_adapter",
         "loraover_serve.verify.show:show_report",
     ),
 }

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from loraover.client.speaker import Response
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.extras import install
 from loraover.models.load import ModelSource
-from loraover_serve.engines.answers import ADAPTER, GreedyAnswer, Question, Row, last_rows
+from loraover_serve.engines.answers import ADAPTER, BASE, kept_rows
 from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Sample, TokenRequest
-from loraover_serve.judge.evidence import ReadChat
+from loraover_serve.judge.answers import Answers, Greedy
+from loraover_serve.judge.models import Models, Rows
 
 Watch = Callable[[int], AbstractContextManager[Any]]
 """Returns a context manager that runs as long as the process with the given id."""
@@ -32,14 +32,12 @@ class RunningServer:
         adapter: Name by which it serves the adapter.
         base: Name by which it serves the base model; None means the model's own name, or the only other name there.
         key_variable: Environment variable with its key; None sends none.
-        messages: Message of each question's chat, if the server takes chats alone.
     """
 
     url: str
     adapter: str
     base: str | None = None
     key_variable: str | None = None
-    messages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,6 @@ class Engine(ABC):
     hint: ClassVar[str] = install("serve")
     """How it is installed."""
 
-    is_one_model: bool = False
-    """Whether it has one model, whatever name a request has: the base model cannot be asked for beside the adapter."""
-
     @classmethod
     def installed(cls) -> str | None:
         """Version that is installed; None if it is missing."""
@@ -134,16 +129,6 @@ class Engine(ABC):
             ExportError: An adapter that cannot be exported for it.
         """
 
-    @property
-    def responses(self) -> Sequence[Response]:
-        """Every response of a server whose logprobs were asked for; none of an engine in this process."""
-        return ()
-
-    @property
-    def chats(self) -> Sequence[ReadChat] | None:
-        """Chats whose tokens a server tells; None if prompts are no chats."""
-        return None
-
     def version(self) -> str | None:
         """Version that runs; None if the engine reports none.
 
@@ -153,12 +138,12 @@ class Engine(ABC):
         return self.installed()
 
     @abstractmethod
-    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        """Return the arm's logprobs of next tokens after positions of every question.
+    def logprobs(self, arm: str, models: Models) -> Rows:
+        """Return the arm's logprobs of next tokens at places, of tokens that the models have, or of the likeliest.
 
         Args:
             arm: Name of the arm.
-            questions: The questions.
+            models: The questions, with the models that the engine is compared with.
 
         Raises:
             EngineError: A request that failed.
@@ -177,38 +162,27 @@ class Engine(ABC):
             EngineError: A request that failed.
         """
 
-    def generated(self, questions: Sequence[Question], tokens: int) -> list[GreedyAnswer]:
-        """Return the adapter's greedy answers, with their logprobs where the engine gives them.
+    def answers(self, models: Models, *, without_mixed: bool = False) -> Answers:
+        """Ask everything that the judge needs; the base model first.
 
         Args:
-            questions: The questions.
-            tokens: Number of tokens to generate.
+            models: The questions, with the models that the engine is compared with.
+            without_mixed: Whether no requests for both models are sent together.
 
         Raises:
-            EngineError: A request that failed.
+            EngineError: A request that failed, other than one of those that are sent together.
         """
-        found = self.generate(ADAPTER, [question.prompt for question in questions], tokens)
-        return [GreedyAnswer(answer, len(answer)) for answer in found]
-
-    def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
-        """Return what `logprobs` does for both arms, with requests for the two sent together.
-
-        The adapter's answers beside those of another adapter, if the engine has one, come under the name "other".
-
-        Args:
-            questions: The questions.
-
-        Returns:
-            Rows by arm; None if the engine takes one request at a time.
-
-        Raises:
-            EngineError: A request that failed.
-        """
-        return None
+        base, adapter = (self.logprobs(arm, models) for arm in (BASE, ADAPTER))
+        longest = max(len(question.answer) for question in models.questions)
+        found = enumerate(self.generate(ADAPTER, [question.prompt for question in models.questions], longest))
+        greedy = [Greedy(index, answer, len(answer), {}) for index, answer in found]
+        return Answers(base, adapter, greedy, without_mixed=without_mixed)
 
 
 class LogitEngine(Engine):
     """An engine that gives the logits of the entire vocabulary."""
+
+    name: str
 
     @abstractmethod
     def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:
@@ -218,9 +192,10 @@ class LogitEngine(Engine):
             EngineError: A request that failed.
         """
 
-    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        found = self.logits(arm, (question.tokens for question in questions))
-        return [row for i, logits in enumerate(found) for row in last_rows(i, questions[i].window, logits)]
+    def logprobs(self, arm: str, models: Models) -> Rows:
+        found = enumerate(self.logits(arm, (question.tokens for question in models.questions)))
+        rows = (kept_rows(models, index, logits, self.name) for index, logits in found)
+        return {place: row for mine in rows for place, row in mine.items()}
 
 
 class Timed(ABC):

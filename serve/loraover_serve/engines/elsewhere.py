@@ -75,7 +75,7 @@ class ElsewhereEngine(Engine):
         scratch: Folder for what it writes.
     """
 
-    name: ClassVar[str]
+    name: str
     """Name of its program in `runner.RUNNERS`."""
 
     variable: ClassVar[str]

@@ -8,24 +8,25 @@ the output head.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, final
 
-import numpy as np
-
-from loraover.client.at_once import COMPANION_TOKENS, at_once, in_company
+from loraover.client.at_once import at_once
 from loraover.client.dialects import Dialect, Prompt
 from loraover.client.endpoint import Endpoint
-from loraover.client.speaker import Generated, Response, Speaker, find_models
-from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.client.speaker import Speaker, find_models
+from loraover.common.errors import ConfigError, EngineError, LoraOverError, UnscoredError
+from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_tokenizer
-from loraover_serve.engines.answers import ADAPTER, BASE, OTHER, GreedyAnswer, Question, Row
+from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
 from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.texts import ids_by_text, text_of
-from loraover_serve.judge.evidence import ReadChat
+from loraover_serve.judge.answers import Answers
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.models import Models, Rows
 
 PROBE = "Hello"
 
@@ -36,12 +37,10 @@ class OpenAiEngine(Engine):
     Args:
         names: Name of each arm's model on the server, and of another adapter if there is one.
         base: The base model; None if nothing is asked that needs its tokenizer.
-        messages: Message of each question's chat, for a server that takes chats alone.
     """
 
-    def __init__(self, names: Mapping[str, str], base: ModelSource | None, messages: Sequence[str] = ()) -> None:
-        self.names, self._base, self._messages = dict(names), base, messages
-        self._chats: list[ReadChat] = []
+    def __init__(self, names: Mapping[str, str], base: ModelSource | None) -> None:
+        self.names, self._base = dict(names), base
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -62,101 +61,36 @@ class OpenAiEngine(Engine):
         """The server, with the dialect in which it answers."""
         return self.speak()
 
-    @property
-    def responses(self) -> Sequence[Response]:
-        return self.speaker.responses
+    def logprobs(self, arm: str, models: Models) -> Rows:
+        asker = self._asker(models)
+        return asker.rounds(arm, asker.places)[0].rows
 
-    @property
-    def chats(self) -> Sequence[ReadChat] | None:
-        return self._chats if self.is_chat else None
+    def answers(self, models: Models, *, without_mixed: bool = False) -> Answers:
+        try:
+            return self._asker(models).answers(without_mixed=without_mixed)
+        except UnscoredError as error:
+            if any(response.is_scored for response in self.speaker.responses):
+                name = self.speaker.responses[-1].model
+                message = f"{name}: the logprobs are not those of the base model's tokens"
+                raise EngineError(self.speaker.endpoint.hidden(message)) from error
+            raise
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether the server takes chats alone."""
-        return self.speaker.dialect.form == "chat"
-
-    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        found = at_once(lambda place: self._rows(arm, questions, *place), self._places(questions))
-        return [row for rows in found for row in rows]
-
-    def mixed(self, questions: Sequence[Question]) -> dict[str, list[Row]] | None:
-        beside = {BASE: (BASE, ADAPTER), ADAPTER: (ADAPTER, BASE), OTHER: (ADAPTER, OTHER)}
-        found = {}
-        for name, (arm, companion) in beside.items():
-            if companion in self.names:
-                with in_company(self._companion(companion, questions)):
-                    found[name] = self.logprobs(arm, questions)
-        return found
-
-    def _companion(self, arm: str, questions: Sequence[Question]) -> Callable[[], object]:
-        """Asks an arm for one short answer."""
-        longest = max(len(question.tokens) for question in questions)  # of which the server certainly takes as many
-        prompt, tokens = self._places(questions)[0][2], max(min(COMPANION_TOKENS, longest - 1), 1)
-        first = prompt if isinstance(prompt, str) else prompt[:1]
-        return lambda: self.speaker.answer(self.names[arm], first, tokens)
+    def _asker(self, models: Models) -> Asker:
+        url, form = self.speaker.endpoint.url, self.speaker.dialect.form
+        if form == "chat" and not any(question.message for question in models.questions):
+            raise ConfigError(
+                f"{url} answers chats only, and the base model's tokenizer has no chat template, so PyTorch cannot be "
+                f"asked the same; use the tokenizer of the server's model ({as_written('model')}), or start the server "
+                "so that it answers /v1/completions."
+            )
+        return Asker(models, self.speaker, self.names)
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        found = at_once(lambda index: self._generate(arm, index, prompts[index], tokens), range(len(prompts)))
-        return [() if answer is None else answer.ids for answer in found]
+        def ask(prompt: Sequence[int]) -> tuple[int, ...]:
+            form = prompt if self.speaker.dialect.form == "ids" else text_of(self.tokenizer, prompt)
+            return () if form is None else self.speaker.answer(self.names[arm], form, tokens, scored=tokens).ids
 
-    def generated(self, questions: Sequence[Question], tokens: int) -> list[GreedyAnswer]:
-        def ask(index: int) -> GreedyAnswer:
-            question = questions[index]
-            answer = self._generate(ADAPTER, index, question.prompt, tokens)
-            if answer is None:
-                return GreedyAnswer((), 0)
-            rows = _shared_rows(index, len(question.prompt) - 1, question, answer)
-            length = max(len(answer.ids), len(answer.tops))
-            return GreedyAnswer(answer.ids, length, tuple(rows[: len(question.answered)]))
-
-        return at_once(ask, range(len(questions)))
-
-    def _generate(self, arm: str, index: int, prompt: Sequence[int], tokens: int) -> Generated | None:
-        form = self._prompt(index, prompt)
-        return None if form is None else self.speaker.answer(self.names[arm], form, tokens, scored=tokens)
-
-    def _places(self, questions: Sequence[Question]) -> list[tuple[int, int, Prompt]]:
-        """Questions and positions after which the server can be asked, and what it has to be asked."""
-        places = [
-            (index, position, self._prompt(index, question.tokens[: position + 1]))
-            for index, question in enumerate(questions)
-            for position in question.answered[: 1 if self.is_chat else None]
-        ]
-        found = [(index, position, prompt) for index, position, prompt in places if prompt is not None]
-        if not found:
-            raise EngineError(
-                f"{self.speaker.endpoint.url} takes no token ids, and no text has exactly the tokens of a prompt; give "
-                "other prompts, or start the server so that it takes token ids."
-            )
-        return found
-
-    def _prompt(self, index: int, tokens: Sequence[int]) -> Prompt | None:
-        """The tokens of a question in the form that the server takes; None if no text has exactly these."""
-        if self.is_chat:
-            return self._messages[index]
-        return tokens if self.speaker.dialect.form == "ids" else text_of(self.tokenizer, tokens)
-
-    def _rows(self, arm: str, questions: Sequence[Question], index: int, position: int, prompt: Prompt) -> list[Row]:
-        """Rows from a position on, as long as the tokens of the answer are those of the question."""
-        question = questions[index]
-        asked = len(question.answered) if self.is_chat else 1
-        answer = self.speaker.answer(self.names[arm], prompt, asked, scored=asked)
-        self._chats += ReadChat.of(answer.prompt, question.prompt) if self.is_chat else []
-        if not answer.tops:
-            raise self.speaker.without_logprobs(self.names[arm])
-        if not all(answer.tops):
-            message = f"{self.names[arm]}: the logprobs are not those of the base model's tokens"
-            raise EngineError(self.speaker.endpoint.hidden(message))
-        return _shared_rows(index, position, question, answer)
-
-
-def _shared_rows(index: int, position: int, question: Question, answer: Generated) -> list[Row]:
-    """Rows of an answer from a position on, as long as its tokens are those of the question."""
-    found = answer.along(question.continuation[position + 1 - len(question.prompt) :])
-    return [
-        Row(index, position + step, np.array([*top.values()], dtype=np.float32), np.array([*top], dtype=np.int64))
-        for step, top in enumerate(found)
-    ]
+        return at_once(ask, prompts)
 
 
 @final
@@ -167,14 +101,11 @@ class EndpointEngine(OpenAiEngine):
         speaker: The server, with the dialect in which it answers.
         names: See `OpenAiEngine`.
         base: The base model.
-        messages: See `OpenAiEngine`.
     """
 
-    def __init__(
-        self, speaker: Speaker, names: Mapping[str, str], base: ModelSource, messages: Sequence[str] = ()
-    ) -> None:
-        super().__init__(names, base, messages)
-        self._speaker, self.is_one_model = speaker, names[BASE] == names[ADAPTER]
+    def __init__(self, speaker: Speaker, names: Mapping[str, str], base: ModelSource) -> None:
+        super().__init__(names, base)
+        self._speaker = speaker
 
     def speak(self) -> Speaker:
         return self._speaker
@@ -194,14 +125,7 @@ class EndpointEngine(OpenAiEngine):
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[EndpointEngine]:
         with _spoken_to(setting) as (speaker, names):
-            messages = setting.server.messages if setting.server is not None else ()
-            if speaker.dialect.form == "chat" and not messages:
-                raise ConfigError(
-                    f"{speaker.endpoint.url} answers chats only, and the base model's tokenizer has no chat template, "
-                    "so PyTorch cannot be asked the same; use the tokenizer of the server's model "
-                    f"({setting.request.named('model')}), or start the server so that it answers /v1/completions."
-                )
-            yield cls(speaker, names, setting.base, messages)
+            yield cls(speaker, names, setting.base)
 
 
 def takes_chats_only(setting: Setting) -> bool:

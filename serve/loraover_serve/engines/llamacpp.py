@@ -24,6 +24,7 @@ class LlamaCppEngine(LogitEngine):
         running: The loaded model of each arm.
     """
 
+    name = "llamacpp"
     distributions = ("llama-cpp-py-sync",)
     needs = ("gguf",)
     hint = install("llamacpp")

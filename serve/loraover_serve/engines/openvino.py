@@ -6,20 +6,19 @@ It gives no logits. The scores of 20 beams of one token are the logprobs of the 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
-import numpy as np
-
 from loraover.adapters.base_weights import folder_of
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.common.errors import EngineError
-from loraover_serve.engines.answers import ADAPTER, BASE, Question, Row
+from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.elsewhere import ElsewhereEngine, end_process, start_process, tail
 from loraover_serve.engines.vllm import export_uniform
+from loraover_serve.judge.models import Models, Row, Rows
 
 TOP = 20  # logprobs of each token, as servers give them
 CONVERT = "from optimum.commands.optimum_cli import main; main()"
@@ -65,14 +64,9 @@ class OpenVinoEngine(ElsewhereEngine):
             raise EngineError(f"openvino: optimum-intel cannot export {setting.base.name}: {tail(log)}")
         return output
 
-    def logprobs(self, arm: str, questions: Sequence[Question]) -> list[Row]:
-        return [
-            self._row(arm, index, question, position)
-            for index, question in enumerate(questions)
-            for position in question.answered
-        ]
+    def logprobs(self, arm: str, models: Models) -> Rows:
+        places = [place for place, (_, step) in enumerate(models.places) if step >= 0]
+        return {place: self._row(arm, models.read(place)) for place in places}
 
-    def _row(self, arm: str, index: int, question: Question, position: int) -> Row:
-        found = self._runner.ask("top", arm=arm, tokens=list(question.tokens[: position + 1]), number=TOP)
-        ids, logprobs = zip(*found, strict=True)
-        return Row(index, position, np.array(logprobs, dtype=np.float32), np.array(ids, dtype=np.int64))
+    def _row(self, arm: str, tokens: list[int]) -> Row:
+        return {int(i): float(logprob) for i, logprob in self._runner.ask("top", arm=arm, tokens=tokens, number=TOP)}

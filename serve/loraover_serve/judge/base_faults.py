@@ -44,7 +44,7 @@ def find_base_fault(case: Case) -> BaseFault | None:
     Args:
         case: The engine's evidence. Faults that somebody has to run are tried where the number format is a coarse one.
     """
-    if case.noise.rms <= EXACT or case.evidence.is_one_model:
+    if case.noise.rms <= EXACT or case.is_one_model:
         return None
     found = [_temperature(case), _penalty(case), _adapted(case)]
     if case.number_format not in PLAIN:
@@ -87,13 +87,13 @@ def _adapted(case: Case) -> BaseFault | None:
     if estimate.value < LEAST:
         return None
     if part < NEARLY:
-        part = max(part, case.share_of(case.evidence.scaled(estimate.value)))
+        part = max(part, case.share_of(case.evidence.models.scaled(estimate.value)))
     detail = f"requests for the base model are answered with {estimate.value:.2g} times the adapter"
     return BaseFault(IN_BASE, detail, part)
 
 
 def _computed(case: Case) -> Iterator[BaseFault]:
-    for each in case.evidence.base_faults():
+    for each in case.evidence.models.base_faults():
         if case.share_of(each.run(case.first(FEW))) >= WORTH:
             yield BaseFault(each.fault, each.detail, case.share_of(each.run(None)))
 

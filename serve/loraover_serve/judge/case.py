@@ -22,7 +22,6 @@ from loraover_serve.judge.evidence import (
     Change,
     ComparedAnswer,
     Evidence,
-    Model,
     Repeat,
     by_prompt,
     middle_by_prompt,
@@ -47,6 +46,7 @@ from loraover_serve.judge.limits import (
     ROUNDED_STRENGTH,
     SURE,
 )
+from loraover_serve.judge.models import Model
 from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Off
 
 
@@ -64,6 +64,7 @@ class Case:
         option: Name of an option as its user writes it.
 
     Attributes:
+        is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
         changes: What the engine's adapter changes, along what the adapter changes.
         off: What sets the adapter's answers apart from those of the right adapter.
         found: Distance of the adapter's answers.
@@ -76,7 +77,8 @@ class Case:
         self.changes = evidence.changes(evidence.adapter, evidence.base)
         self.off = evidence.off(ADAPTER, evidence.adapter)
         self.found = LogprobDistance.of(self.off)
-        self.noise = self.found if evidence.is_one_model else LogprobDistance.of(evidence.off(BASE, evidence.base))
+        self.is_one_model = evidence.answers.is_one_model
+        self.noise = self.found if self.is_one_model else LogprobDistance.of(evidence.off(BASE, evidence.base))
         self.effect = math.sqrt(fmean(each.size / each.tokens for each in self.changes))
         self._roundings: dict[str, float] = {}
 
@@ -111,13 +113,16 @@ class Case:
 
     def _rounding(self, name: str) -> float:
         if name not in self._roundings:
-            self._roundings[name] = self.evidence.rounding(name)
+            self._roundings[name] = self.evidence.models.rounding(name)
         return self._roundings[name]
 
     @cached_property
     def bias(self) -> float:
         """Strength of the right adapter if PyTorch computes in the number format of the base model."""
-        return self.evidence.bias("bf16" if self.number_format in (None, *PLAIN) else str(self.number_format)) or 1.0
+        return (
+            self.evidence.models.bias("bf16" if self.number_format in (None, *PLAIN) else str(self.number_format))
+            or 1.0
+        )
 
     @property
     def allowed(self) -> tuple[float, float]:
@@ -127,7 +132,7 @@ class Case:
     @property
     def limit(self) -> float:
         """Largest distance of a single computation that noise explains, in nats."""
-        return allowed_distance(self.noise, self.evidence.sensitivity)
+        return allowed_distance(self.noise, self.evidence.models.sensitivity)
 
     @cached_property
     def excess(self) -> Interval:
@@ -138,12 +143,12 @@ class Case:
         """Excess of answers, of which each prompt's ratio counts as this at least."""
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
-        noise = [self.evidence.sensitivity * base + FLOOR for _, base in pairs]
+        noise = [self.evidence.models.sensitivity * base + FLOOR for _, base in pairs]
         return log_ratio([max(mine + FLOOR, least * one) for (mine, _), one in zip(pairs, noise, strict=True)], noise)
 
     @cached_property
     def _noise_by_prompt(self) -> dict[int, float]:
-        return by_prompt(() if self.evidence.is_one_model else self.evidence.off(BASE, self.evidence.base))
+        return by_prompt(() if self.is_one_model else self.evidence.off(BASE, self.evidence.base))
 
     def far(self, off: Sequence[Off]) -> list[int]:
         """Prompts whose answers are CERTAIN times as far off as noise explains, at more than half of their positions.
@@ -156,7 +161,7 @@ class Case:
         """
         usual = self.noise.rms
         limits = {
-            prompt: CERTAIN * (self.evidence.sensitivity * max(mine, usual) + FLOOR) - FLOOR
+            prompt: CERTAIN * (self.evidence.models.sensitivity * max(mine, usual) + FLOOR) - FLOOR
             for prompt, mine in self._noise_by_prompt.items()
         }
         found = middle_by_prompt(off).items()
@@ -168,9 +173,9 @@ class Case:
 
         This is no fault: that the rest is small shows that the weights are the base model's.
         """
-        if self.number_format in PLAIN or self.evidence.is_one_model:
+        if self.number_format in PLAIN or self.is_one_model:
             return 0.0
-        found = max(map(self.share_of, self.evidence.with_coarse_caches()), default=0.0)
+        found = max(map(self.share_of, self.evidence.models.with_coarse_caches()), default=0.0)
         return found if found >= EXPLAINED else 0.0
 
     @property
@@ -187,7 +192,7 @@ class Case:
     @cached_property
     def repeats(self) -> Sequence[Repeat]:
         """Every answer of the adapter, where questions were asked several times."""
-        return self.evidence.repeated()
+        return self.evidence.repeats
 
     @property
     def answers(self) -> Sequence[Change]:
@@ -202,17 +207,17 @@ class Case:
     @cached_property
     def generated(self) -> list[ComparedAnswer]:
         """The adapter's greedy answers."""
-        return list(self.evidence.generated())
+        return self.evidence.generated()
 
     @cached_property
     def greedy(self) -> GreedyAgreement | None:
         """Greedy answers beside PyTorch's; None if the engine identifies the tokens of none."""
-        allowed = 2 * self.evidence.sensitivity * self.noise.largest + FLOOR
+        allowed = 2 * self.evidence.models.sensitivity * self.noise.largest + FLOOR
         known = [each for each in self.generated if each.tokens]
         if not known:
             return None
         alike = [each for each in known if each.parted is None]
-        equal = sum(each.is_complete(self.evidence.ends) for each in alike)
+        equal = sum(each.is_complete(self.evidence.models.ends) for each in alike)
         return GreedyAgreement(
             equal=equal / len(known),
             early=(len(alike) - equal) / len(known),
@@ -224,7 +229,7 @@ class Case:
     @cached_property
     def mixed(self) -> dict[str, LogprobDistance]:
         """Distances between answers that were sent together and alone."""
-        return {name: LogprobDistance.of(off) for name, off in self.evidence.mixed().items() if off}
+        return {name: LogprobDistance.of(off) for name, off in self.evidence.mixed.items() if off}
 
     def is_further(self, off: Sequence[Off] | None = None) -> bool:
         """Whether answers are off by more than the noise of the base model explains, or on one model any number format.
@@ -233,10 +238,10 @@ class Case:
             off: What sets them apart; None for the right adapter.
         """
         found = self.found if off is None else LogprobDistance.of(off)
-        if self.evidence.is_one_model:
+        if self.is_one_model:
             return self.format_of(found.rms) is None
         if found.prompts < FEW_PROMPTS:
-            return found.rms > CERTAIN * (self.evidence.sensitivity * self.noise.rms + FLOOR)
+            return found.rms > CERTAIN * (self.evidence.models.sensitivity * self.noise.rms + FLOOR)
         return (self.excess if off is None else self._excess_of(off)).low > math.log(EXCESS)
 
     def is_apart(self, off: Sequence[Off]) -> bool:
@@ -250,13 +255,13 @@ class Case:
         """
         halved = [each._replace(square=each.square / 2) for each in off]
         found = LogprobDistance.of(halved)
-        if self.evidence.is_one_model or found.prompts < FEW_PROMPTS:
+        if self.is_one_model or found.prompts < FEW_PROMPTS:
             return found.rms > self.limit
         return len(self.far(halved)) >= FEW_AS_BASE or self._excess_of(halved, least=1.0).low > math.log(EXCESS)
 
     def is_nearer(self) -> bool:
         """Whether the base model is off by more than the noise of the adapter explains."""
-        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.sensitivity)
+        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.models.sensitivity)
 
 
 def strength_along(changes: Sequence[Change]) -> Interval:

@@ -1,26 +1,24 @@
-"""Port of the judge: measurements of an engine's answers beside models of which it knows nothing else.
+"""An engine's answers beside models: the changes and distances that the judge decides by.
 
-A side has the answers and the models: PyTorch's own with NumPy, or recorded ones in plain Python. A change is always
-that of logprobs at one position, of the tokens that both arms have there.
+A change is always that of logprobs at one place, of the tokens that both sides have there. PyTorch's models have every
+token that an engine gives; those of a reference have the likeliest, and at least how far another token is off.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 from statistics import fmean, median_low
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple, final
 
+from loraover.common.errors import EngineError
+from loraover_serve.judge.answers import Answers, Greedy
+from loraover_serve.judge.limits import ADAPTER, BASE
+from loraover_serve.judge.models import Model, Models, Row, Rows
 from loraover_serve.judge.results import Off
-
-if TYPE_CHECKING:
-    from loraover.client.speaker import Response
-
-Model = Any
-"""A model as a side has it; the judge only hands it back."""
 
 
 class Change(NamedTuple):
@@ -33,7 +31,7 @@ class Change(NamedTuple):
         size: Square of the direction.
         total: Square of the change.
         rest: Square of what sets the change apart from the direction.
-        source: What the response said of itself: its headers, and its id. Only `Evidence.repeated` has it.
+        source: What the response said of itself: its headers, and its id. Only `Evidence.repeats` have it.
     """
 
     prompt: int
@@ -93,134 +91,167 @@ class ComparedAnswer(NamedTuple):
         return self.length >= len(expected) or tokens[-1] in ends or expected[len(tokens)] in ends
 
 
-class FaultyModel(NamedTuple):
-    """A model with a fault.
-
-    Args:
-        fault: Name of the fault.
-        detail: The fault in words.
-        run: The model's answers to the first prompts, or to as many as there are if the number is None.
-    """
-
-    fault: str
-    detail: str
-    run: Callable[[int | None], Model]
+Pair = tuple[int, list[int], list[float]]
+"""A place, tokens that both sides have, and what sets their logprobs apart."""
 
 
-class ReadChat(NamedTuple):
-    """A chat as a server has read it, by what the server says of its tokens.
-
-    Args:
-        read: Number of tokens that the server has read.
-        expected: Number of tokens of PyTorch's prompt.
-        is_same: Whether they are the same tokens, or as many if the server tells no more.
-    """
-
-    read: int
-    expected: int
-    is_same: bool
-
-    @classmethod
-    def of(cls, told: Sequence[int] | int | None, expected: Sequence[int]) -> list[ReadChat]:
-        """The chat in a list, which is empty if the server tells nothing."""
-        if isinstance(told, int):
-            return [cls(told, len(expected), told == len(expected))]
-        return [cls(len(told), len(expected), list(told) == list(expected))] if told else []
-
-
-class Evidence(ABC):
+@final
+class Evidence:
     """Answers of an engine, and the models to compare them with.
 
+    Args:
+        models: The models.
+        answers: The answers.
+
     Attributes:
-        base: The base model.
-        adapter: The adapted model.
-        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
-        ends: Ids of the tokens that end a text.
-        factors: Factors on every delta_W that are tried first.
-        is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
-        asked: Number of prompts.
         compared: Which tokens are compared, in words.
-        mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
-        without_mixed: Whether nobody asked for mixed batches.
-        responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
-        chats: Chats whose tokens the server tells; None if prompts are no chats.
+
+    Raises:
+        EngineError: Answers of another vocabulary.
     """
 
-    base: Model
-    adapter: Model
-    sensitivity: float
-    ends: frozenset[int]
-    factors: Sequence[float]
-    is_one_model: bool
-    asked: int
-    compared: str
-    mixed_failure: str | None
-    without_mixed: bool = False
-    responses: Sequence[Response] = ()
-    chats: Sequence[ReadChat] | None = None
+    def __init__(self, models: Models, answers: Answers) -> None:
+        self.models, self.answers = models.beside(answers), answers
+        self.base, self.adapter = self.models.base, self.models.adapter
+        is_all = all(len(row) == models.vocabulary for row in answers.adapter.values())
+        self.compared = "all tokens" if is_all else "top tokens"
+        self._pairs = self._paired_or_beside(answers.adapter)
+        if not self._pairs:
+            raise EngineError("the server answers with none of the recorded tokens; it serves another base model.")
 
-    @abstractmethod
     def off(self, arm: str, model: Model) -> list[Off]:
         """Return the differences of an arm's answers from a model's, where the model was run."""
+        rows = self.answers.adapter if arm == ADAPTER else self.answers.base
+        return [self._off(p, model.off(p, row)) for p, row in sorted(rows.items()) if p < len(model.rows)]
 
-    @abstractmethod
     def changes(self, model: Model, start: Model) -> list[Change]:
         """Project what the engine's adapter changes beyond `start` on the direction from `start` to the model.
 
         The places are in one order; of a model that was run on few prompts there are the first ones alone.
         """
+        return self._along(self._pairs, model, start)
 
-    def repeated(self) -> Sequence[Repeat]:
-        """Every answer of the adapter to the questions; empty if no question was asked more than once."""
-        return ()
+    @cached_property
+    def repeats(self) -> list[Repeat]:
+        """Every answer of the adapter to the questions; empty if none was asked for as often as there are rounds."""
+        repeats = []
+        for place in sorted({place for one in self.answers.rounds for place in one.rows}):
+            found = [(one.rows[place], one.told[place]) for one in self.answers.rounds if place in one.rows]
+            nearest = min((row for row, _ in found), key=lambda row: fmean(map(abs, self.adapter.off(place, row))))
+            for row, told in found:
+                for change in self._along(self._paired_or_beside({place: row}), self.adapter, self.base):
+                    apart = None if row is nearest else math.sqrt(fmean(d * d for d in _difference(row, nearest)))
+                    repeats.append(Repeat(change._replace(source=told), apart))
+        return repeats
 
-    @abstractmethod
     def base_changes(self, model: Model) -> list[Change]:
         """Project the error of the engine's base model on the difference of the model from the right base model."""
+        return self._along(self._beside_base(self.answers.base), model, self.base)
 
-    @abstractmethod
     def base_logprobs(self) -> list[Change]:
         """Project the error of the engine's base model on the logprobs themselves, both without their means."""
+        return self._centred({place: self.base.rows[place] for place in self.answers.base})
 
-    @abstractmethod
     def base_repeats(self) -> list[Change]:
         """Project the error of the engine's base model on a lowering of the tokens that were read, without means."""
+        read = {place: {*self.models.read(place)} for place in self.answers.base}
+        return self._centred({p: {i: -float(i in read[p]) for i in self.base.rows[p]} for p in self.answers.base})
 
-    @abstractmethod
     def decoded(self) -> list[Change]:
         """Return what greedy answers of the adapter change in the base model, from the second token on."""
+        later = {
+            place: row
+            for answer in self.answers.greedy
+            for place, row in answer.rows.items()
+            if self.models.places[place][1] > 0
+        }
+        return self._along(self._beside_base(later), self.adapter, self.base)
 
-    @abstractmethod
-    def generated(self) -> Iterable[ComparedAnswer]:
+    def generated(self) -> list[ComparedAnswer]:
         """The adapter's greedy answers."""
+        return [self._compared(answer) for answer in self.answers.greedy]
 
-    @abstractmethod
+    def _compared(self, answer: Greedy) -> ComparedAnswer:
+        found = ComparedAnswer(self.models.questions[answer.question].answer, answer.tokens, answer.length)
+        if (parted := found.parted) is None:
+            return found
+        place, token = self.models.first(answer.question) + parted, found.tokens[parted]
+        row, floor, base = self.adapter.rows[place], self.adapter.floors[place], self.base.rows[place]
+        gap = row.get(found.expected[parted], floor) - row.get(token, floor)
+        return found._replace(gap=gap, is_base=token == max(base, key=base.__getitem__))
+
+    @cached_property
     def mixed(self) -> Mapping[str, Sequence[Off]]:
-        """Return the differences of answers in mixed batches from the same arm's alone; empty if there are none."""
+        """Differences of answers in mixed batches from the same arm's alone; empty if there are none."""
+        found = {}
+        for name, rows in self.answers.mixed.items():
+            alone = self.answers.base if name == BASE else self.answers.adapter
+            pairs = ((place, row, alone[place]) for place, row in sorted(rows.items()) if place in alone)
+            found[name] = [self._off(place, _difference(row, other)) for place, row, other in pairs]
+        return found
 
-    @abstractmethod
-    def rounding(self, number_format: str) -> float:
-        """Distance of the base model in a number format from the right one, in nats."""
+    def _off(self, place: int, differences: Sequence[float]) -> Off:
+        square = fmean(d * d for d in differences)
+        return Off(self.models.places[place][0], square, max(map(abs, differences)))
 
-    @abstractmethod
-    def bias(self, number_format: str) -> float:
-        """Strength of the right adapter if PyTorch computes in a number format."""
+    def _paired(self, rows: Rows, others: Rows) -> list[Pair]:
+        """Places and tokens that two sets of rows share, with what sets their logprobs apart."""
+        known = {
+            p: [i for i in rows[p] if i in others[p] and i in self.base.rows[p]] for p in sorted(rows) if p in others
+        }
+        return [(p, ids, [rows[p][i] - others[p][i] for i in ids]) for p, ids in known.items() if ids]
 
-    @abstractmethod
-    def scaled(self, factor: float, prompts: int | None = None) -> Model:
-        """The adapted model with a factor on every delta_W."""
+    def _paired_or_beside(self, rows: Rows) -> list[Pair]:
+        """The adapter's rows beside the base model's; where these have none of its tokens, beside the right ones."""
+        pairs = self._paired(rows, self.answers.base)
+        known = {place for place, _, _ in pairs}
+        return sorted(pairs + self._beside_base({place: row for place, row in rows.items() if place not in known}))
 
-    @abstractmethod
-    def adapter_faults(self) -> Iterable[FaultyModel]:
-        """Adapted models with faults."""
+    def _beside_base(self, rows: Rows) -> list[Pair]:
+        return self._paired(rows, {place: self.base.rows[place] for place in rows})
 
-    @abstractmethod
-    def base_faults(self) -> Iterable[FaultyModel]:
-        """Base models with faults."""
+    def _along(self, pairs: Iterable[Pair], model: Model, start: Model) -> list[Change]:
+        """Changes beyond what `start` changes, along what leads from there to a model, where both were run."""
+        found = []
+        for place, ids, values in pairs:
+            if place < min(len(model.rows), len(start.rows)):
+                mine, begin, base = model.rows[place], start.rows[place], self.base.rows[place]
+                change = [value - (begin[i] - base[i]) for i, value in zip(ids, values, strict=True)]
+                found.append(projected(self.models.places[place][0], change, [mine[i] - begin[i] for i in ids]))
+        return found
 
-    @abstractmethod
-    def with_coarse_caches(self) -> Iterable[Model]:
-        """The base model with keys and values in float8, for each way in which engines round them."""
+    def _centred(self, ways: Rows) -> list[Change]:
+        return [
+            projected(self.models.places[place][0], _centred(values), _centred([ways[place][i] for i in ids]))
+            for place, ids, values in self._beside_base(self.answers.base)
+        ]
+
+
+def projected(prompt: int, change: Sequence[float], direction: Sequence[float]) -> Change:
+    """Project a change of logprobs at a place on a direction, of the same tokens.
+
+    Args:
+        prompt: Index of the prompt.
+        change: The change, in nats.
+        direction: The direction, in nats.
+    """
+    rest = [one - other for one, other in zip(change, direction, strict=True)]
+    along = math.fsum(one * other for one, other in zip(change, direction, strict=True))
+    size, total, far = (math.fsum(value * value for value in each) for each in (direction, change, rest))
+    return Change(prompt, len(change), along, size, total, far)
+
+
+def _difference(row: Row, other: Row) -> list[float]:
+    """Differences of two rows' logprobs, of the tokens that both have.
+
+    If they share none, the likeliest token of one has at most the other's smallest logprob.
+    """
+    return [row[i] - other[i] for i in row if i in other] or [max(row.values()) - min(other.values())]
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = fmean(values)
+    return [value - mean for value in values]
 
 
 def apart(changes: Sequence[Change]) -> float:

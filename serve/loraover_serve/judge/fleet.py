@@ -233,7 +233,7 @@ def servers_in_words(case: Case) -> str:
     """
     if not case.repeats:
         return ""
-    for name, values in servers_seen([each.told for each in case.evidence.responses]).items():
+    for name, values in servers_seen([each.told for each in case.evidence.answers.responses]).items():
         more = ", ..." if len(values) > SHOWN else ""
         number = "1 server has" if len(values) == 1 else f"{len(values)} servers have"
         return f"; {number} answered ({name}: {', '.join(values[:SHOWN])}{more})"
@@ -247,7 +247,7 @@ def disagreement_limit(case: Case, usual: float) -> float:
         case: The evidence.
         usual: Median of such differences.
     """
-    arithmetic = case.evidence.sensitivity * case.evidence.rounding("bf16") + FLOOR
+    arithmetic = case.evidence.models.sensitivity * case.evidence.models.rounding("bf16") + FLOOR
     return CERTAIN * max(math.sqrt(2) * arithmetic, usual)
 
 

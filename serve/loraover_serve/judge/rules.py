@@ -16,10 +16,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from loraover_serve.judge.answers import ReadChat
 from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Interval, share_found
-from loraover_serve.judge.evidence import Evidence, ReadChat
+from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.fleet import (
     Split,
     coverage,
@@ -102,8 +103,10 @@ def judge(
     case = Case(evidence, served_format, option)
     if is_quick:
         return _told(quick(case), evidence)
-    found = _named_by_chats(next(finding for rule in RULES if (finding := rule(case)) is not None), evidence.chats)
-    failure = left_out(option) if evidence.without_mixed else evidence.mixed_failure
+    found = _named_by_chats(
+        next(finding for rule in RULES if (finding := rule(case)) is not None), evidence.answers.chats
+    )
+    failure = left_out(option) if evidence.answers.without_mixed else evidence.answers.mixed_failure
     note = "" if failure is None else f"; mixed batches were not compared: {failure}"
     return _told(found._replace(reason=found.reason + note), evidence) | {
         "strength": case.strength if math.isfinite(case.strength.half) and case.effect > 0 else None,
@@ -124,14 +127,14 @@ def judge(
 
 def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     """Finding of a rule, as fields of an engine's result."""
-    few = [each.counted for each in some_say_nothing(evidence.responses) if each.fault != found.fault]
+    few = [each.counted for each in some_say_nothing(evidence.answers.responses) if each.fault != found.fault]
     return {
         "verdict": found.verdict,
         "reason": "; ".join([found.reason, *few]),
         "fault": found.fault,
         "compared": evidence.compared,
         "replicas": None if found.split is None else found.split.shown(),
-        "servers": servers_seen([each.told for each in evidence.responses]),
+        "servers": servers_seen([each.told for each in evidence.answers.responses]),
     }
 
 
@@ -169,9 +172,9 @@ def base_is_another(case: Case) -> RuleFinding | None:
         return None
     far = f"off by {case.noise.rms:.2g} nats"
     much = "more than weights rounded to 4 bits would be"
-    if case.evidence.is_one_model:
+    if case.is_one_model:
         return _nearest(case, f"{far}, {much}")
-    is_chat = case.evidence.chats is not None
+    is_chat = case.evidence.answers.chats is not None
     what = "another base model, or reads chats in another template" if is_chat else "another base model"
     reason = f"the base model is {far} without an adapter, {much}: the engine serves {what}"
     return RuleFinding("differs", reason, BASE_OR_TEMPLATE if is_chat else OTHER_BASE)
@@ -196,7 +199,7 @@ def adapter_is_intermittent(case: Case) -> RuleFinding | None:
 
 def adapter_is_beyond(case: Case) -> RuleFinding | None:
     """The strength or the distance is not that of a right adapter."""
-    found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.sensitivity
+    found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.models.sensitivity
     if case.effect > 0 and (found.low > high or found.high < low):
         return _nearest(case, f"the adapter has the strength {found}, and {low:.3g} to {high:.3g} is right")
     if case.is_further():
@@ -217,7 +220,7 @@ def _nearest(case: Case, found: str) -> RuleFinding:
             f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
             f"{nearest.rms:.2g} nats"
         )
-        if case.evidence.is_one_model:
+        if case.is_one_model:
             reason += (
                 "; the server has one model under both names, which may be another base model, or several adapters at "
                 f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
@@ -276,13 +279,13 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
     vLLM 0.32 on a CPU computes a batch's rows for the base model with the weights of an adapter, if another row asks
     for one, and reports nothing. Batches of two adapters are looked at as well, where the server has a second one.
     """
-    limit = math.sqrt(2) * (case.evidence.sensitivity * case.noise.rms + FLOOR)  # both have the engine's noise
+    limit = math.sqrt(2) * (case.evidence.models.sensitivity * case.noise.rms + FLOOR)  # both have the engine's noise
     subjects = {
         BASE: (LEAKS, "requests for the base model, sent together with requests for the adapter, are"),
         ADAPTER: (CHANGED, "sent together with requests for the base model, they are"),
         OTHER: (CHANGED_BY_OTHER, "sent together with requests for the other adapter, they are"),
     }
-    differences = case.evidence.mixed()
+    differences = case.evidence.mixed
     for name, (fault, subject) in subjects.items():
         if name in case.mixed and case.is_apart(differences[name]):
             found = case.mixed[name]
@@ -306,18 +309,19 @@ def left_out(option: Callable[[str], str]) -> str:
 
 def some_are_silent(case: Case) -> RuleFinding | None:
     """Responses that cannot be judged are so many that a wrong server with this share of them would be found."""
-    found = (each for each in some_say_nothing(case.evidence.responses) if each.is_found)
+    found = (each for each in some_say_nothing(case.evidence.answers.responses) if each.is_found)
     split = max(found, key=lambda each: len(each.bad), default=None)
     return None if split is None else RuleFinding("inconclusive", split.reason, split.fault, split=split)
 
 
 def few_are_compared(case: Case) -> RuleFinding | None:
     """Most prompts show nothing: the server takes no form of them, or lists no token in both models' answers."""
-    if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= case.evidence.asked:
+    asked = len(case.evidence.models.questions)
+    if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= asked:
         return None
     reason = (
-        f"the answers to {case.prompts} of {case.evidence.asked} prompts could be compared, which is too little to "
-        "judge by; a server that takes token ids and lists 20 logprobs lets all be compared (vLLM: --max-logprobs 20)"
+        f"the answers to {case.prompts} of {asked} prompts could be compared, which is too little to judge by; a "
+        "server that takes token ids and lists 20 logprobs lets all be compared (vLLM: --max-logprobs 20)"
     )
     return RuleFinding("inconclusive", reason)
 
@@ -355,7 +359,7 @@ def format_is_undeclared(case: Case) -> RuleFinding | None:
 
 def mixed_is_missing(case: Case) -> RuleFinding | None:
     """Mixed batches were asked for, and not answered: all else is right."""
-    if case.evidence.mixed_failure is None:
+    if case.evidence.answers.mixed_failure is None:
         return None
     reason = f"{as_trained(case).reason}; {case.option('without_mixed')} judges these answers alone"
     return RuleFinding("inconclusive", reason)
@@ -369,7 +373,7 @@ def as_trained(case: Case) -> RuleFinding:
     hidden = (
         "; generated answers were not compared, since the engine returns no token ids" if case.greedy is None else ""
     )
-    if case.evidence.is_one_model:
+    if case.is_one_model:
         hidden += "; the server has one model under both names, so its own noise is not known"
     reason = (
         f"the adapter has the strength {case.strength}; off by {case.found.rms:.2g} nats, where it moves "

@@ -11,8 +11,9 @@ import math
 from functools import partial
 
 from loraover_serve.judge.case import Case, strength_along
-from loraover_serve.judge.evidence import Change, FaultyModel, Model, apart
+from loraover_serve.judge.evidence import Change, apart
 from loraover_serve.judge.limits import ADAPTER, NUMBER_FORMATS
+from loraover_serve.judge.models import FaultyModel, Model
 from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, multiplied
 from loraover_serve.judge.results import Suspect
 
@@ -31,7 +32,7 @@ def suspects(case: Case) -> list[Suspect]:
     """
     few = case.first(FEW)
     candidates = [FaultyModel(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
-    candidates += case.evidence.adapter_faults()
+    candidates += case.evidence.models.adapter_faults()
     screened = [_changes(case, candidate.run(few)) for candidate in candidates]
     shared = min(map(len, screened))
     pairs = [(apart(each[:shared]), candidate) for each, candidate in zip(screened, candidates, strict=True)]
@@ -73,9 +74,9 @@ def _fitted(case: Case, few: int) -> FaultyModel:
     """
 
     def far(factor: float) -> float:
-        return apart(_changes(case, case.evidence.scaled(factor, few)))
+        return apart(_changes(case, case.evidence.models.scaled(factor, few)))
 
-    grid = sorted({*case.evidence.factors, 1.0})
+    grid = sorted({*case.evidence.models.factors, 1.0})
     distances = [far(factor) for factor in grid]
     best = distances.index(min(distances))
     low, high = (math.log(grid[min(max(each, 0), len(grid) - 1)]) for each in (best - 1, best + 1))
@@ -88,7 +89,7 @@ def _fitted(case: Case, few: int) -> FaultyModel:
             low, left = left[1], right
             right = far(math.exp(side := _inner(low, high)[1])), side
     factor = math.exp(min(left, right)[1])
-    return FaultyModel(SCALED, multiplied(factor), partial(case.evidence.scaled, factor))
+    return FaultyModel(SCALED, multiplied(factor), partial(case.evidence.models.scaled, factor))
 
 
 def _inner(low: float, high: float) -> tuple[float, float]:

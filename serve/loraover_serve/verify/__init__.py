@@ -1,1 +1,1 @@
-"""Verification: does an engine answer as an adapter was trained, and if not, which mistake explains its answers?"""
+"""Verification of engines by PyTorch or by references, which this room records, and its reports."""

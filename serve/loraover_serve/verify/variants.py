@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,11 +16,10 @@ from loraover.checkpoint.base_modules import load_others, put_parameters, target
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_serve.comparison.rounding import NumberFormat, rounding
-from loraover_serve.engines.answers import Expected, Question, last_rows
+from loraover_serve.engines.answers import Expected, last_rows
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.judge.evidence import FaultyModel
+from loraover_serve.judge.models import Question
 from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, chain_of, coarse_cache
-from loraover_serve.verify.right_layers import RightLayers
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,9 @@ class Variants:
         questions: Tokens after which next tokens are compared.
         dtype: Data type to run in: fp32, bf16, fp16 or fp64.
         answers_only: Whether logprobs are wanted after the tokens of answers alone, as a server gives them.
+
+    Attributes:
+        source: The base model.
     """
 
     def __init__(
@@ -84,14 +86,14 @@ class Variants:
         *,
         answers_only: bool = False,
     ) -> None:
-        self._adapter, self._base, self._device, self._questions = adapter, base, device, questions
+        self._adapter, self.source, self._device, self._questions = adapter, base, device, questions
         self._positions = [question.answered if answers_only else question.window for question in questions]
         self.dtype = dtype
 
     @cached_property
     def model(self) -> Any:
         """The base model."""
-        return load_model(self._base, dtype=self.dtype, device=self._device)
+        return load_model(self.source, dtype=self.dtype, device=self._device)
 
     @cached_property
     def _right(self) -> RightLayers:
@@ -134,18 +136,15 @@ class Variants:
             with coarse_cache(self.model, held):
                 yield way, self._run()
 
-    def base_faults(self) -> Iterator[FaultyModel]:
-        """The base model with faults of its own."""
-        for fault, detail, changed, layer in base_faults(self.model, self._longest):
-            yield FaultyModel(fault, detail, partial(self._changed, changed, layer))
+    def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
+        """Name of each fault of the base model, the fault in words, and what runs it on the first prompts."""
+        longest = max(len(question.tokens) for question in self._questions)
+        for fault, detail, changed, layer in base_faults(self.model, longest):
+            yield fault, detail, partial(self._changed, changed, layer)
 
     def _changed(self, changed: Change, layer: int, prompts: int | None) -> Expected:
         with self._right.before(layer, ("base", prompts)), changed() as before:
             return self._run(prompts, before)
-
-    @property
-    def _longest(self) -> int:
-        return max(len(question.tokens) for question in self._questions)
 
     @contextmanager
     def _others(self, adapter: AdapterDir | None) -> Iterator[None]:
@@ -164,9 +163,9 @@ class Variants:
         sequences = [[*before, *question.tokens] for question in self._questions[:prompts]]
         positions = self._positions[:prompts]
         found = model_logits(self.model, sequences, last=max(map(len, positions)))
-        rows = partial(last_rows, in_file=self._base.is_streamed)
         asked = enumerate(zip(positions, found, strict=True))
-        return Expected([row for index, (at, logits) in asked for row in rows(index, at, logits)])
+        rows = (last_rows(index, at, logits, in_file=self.source.is_streamed) for index, (at, logits) in asked)
+        return Expected({place: row for mine in rows for place, row in mine.items()})
 
 
 @contextmanager
@@ -187,3 +186,64 @@ def _adder(delta: LowRankChange) -> Any:
         return output + (args[0] @ a.mT) @ b.mT
 
     return hook
+
+
+class RightLayers:
+    """Models whose faults lie in ever later layers: each runs only from the last layer that the one before has right.
+
+    Only the outputs of that layer are held, so a fault in layer k costs the layers from k - 1 on.
+
+    Args:
+        layers: The layers in order, each a function of the output of the one before it; empty: all layers run.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._layers = layers
+        self._shared: object = None
+        self._held: tuple[int, list[Any]] = -1, []
+
+    @contextmanager
+    def before(self, layer: int, shared: object) -> Iterator[None]:
+        """Run the model in the block without the layers whose outputs are known.
+
+        Args:
+            layer: Index of the first layer that may have a fault.
+            shared: What blocks must have in common to share outputs, such as the name of the model and the sequences.
+        """
+        last = min(layer, len(self._layers)) - 1
+        if last < 0:
+            yield
+            return
+        if shared != self._shared or self._held[0] > last:
+            self._shared, self._held = shared, (-1, [])
+        outputs: list[Any] = []
+        with ExitStack() as changes:
+            keep = self._layers[last].register_forward_hook(lambda module, args, output: outputs.append(output))
+            changes.enter_context(keep)
+            changes.enter_context(_giving(self._layers[: self._held[0] + 1], self._held[1]))
+            yield
+        self._held = (last, outputs) if outputs else (-1, [])
+
+
+@contextmanager
+def _giving(layers: nn.ModuleList, outputs: Sequence[Any]) -> Iterator[None]:
+    """Let layers return the outputs, one for each run of the model, instead of computing them."""
+    own = [vars(layer).get("forward") for layer in layers]
+    coming = iter(outputs)
+    given: Any = None
+
+    def forward(*args: Any, is_first: bool, **kwargs: Any) -> Any:
+        nonlocal given
+        given = next(coming) if is_first else given
+        return given
+
+    for index, layer in enumerate(layers):
+        layer.forward = partial(forward, is_first=index == 0)
+    try:
+        yield
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before

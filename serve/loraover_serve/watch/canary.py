@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from loraover.common.errors import LoraOverError
-from loraover_serve.record.adapter_check.reference import read_reference
-from loraover_serve.record.check import ask_server, name_crossed
-from loraover_serve.record.crossed import NEAREST, Named
+from loraover_serve.judge.reference import read_reference
+from loraover_serve.verify.by_reference import NEAREST, Named, ask_server, name_crossed
 from loraover_serve.watch.config import HOUR_S, Watched, WatchTarget
 from loraover_serve.watch.history import DAY_S, Check, History
 

@@ -13,8 +13,8 @@ from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
-from loraover_serve.record.adapter_check.reference import read_reference
-from loraover_serve.record.crossed import NEAREST, SCREENED
+from loraover_serve.judge.reference import read_reference
+from loraover_serve.verify.by_reference import NEAREST, SCREENED
 from loraover_serve.verify.request import VerifyRequest
 
 HOUR_S = 3600.0

@@ -1,4 +1,4 @@
-"""Recording, from its arguments to the file."""
+"""Recording, from its arguments to the reference, and to the checker as one file of the standard library."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import hashlib
 import json
 import math
 import secrets
+import shutil
+import tempfile
+import zipapp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,6 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+import loraover
 from loraover.adapters.logits.prompts import Prompts, read_prompts
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
@@ -29,23 +33,18 @@ from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
-from loraover_serve.engines.answers import Row, paired
 from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.engines.texts import ids_by_text, text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Interval, t_quantile
-from loraover_serve.judge.limits import COARSER, SEEN
-from loraover_serve.judge.results import LogprobDistance
-from loraover_serve.record.checker_file import write_checker
-from loraover_serve.record.pack import choose_places, likeliest, pack_places
-from loraover_serve.record.recorded_faults import NAMED, faulty_tops, main_faults, many_faults
-from loraover_serve.record.request import RecordRequest
-from loraover_serve.record.sealed import SEALED
-from loraover_serve.verify.faults import RightAdapter
-from loraover_serve.verify.measures import between_arms, off
-from loraover_serve.verify.reference import TorchReference, fit_reference, make_reference
-from loraover_serve.verify.run import make_subject
-from loraover_serve.verify.variants import Variants
+from loraover_serve.judge.evidence import projected
+from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
+from loraover_serve.judge.results import LogprobDistance, Off
+from loraover_serve.verify.by_pytorch import make_subject
+from loraover_serve.verify.pack import NAMED, choose_places, faulty_tops, main_faults, many_faults, pack_places
+from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
+from loraover_serve.verify.record_request import RecordRequest
+from loraover_serve.verify.sealed import SEALED
 
 SCHEMA_VERSION = 1
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
@@ -54,6 +53,10 @@ TOP = 20  # logprobs that most servers give
 KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
 NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
 MEASURED = 16  # questions on which rounding is measured
+JUDGE = Path(__file__).parents[1] / "judge"
+MODULES = ("at_once", "connection", "dialects", "endpoint", "speaker")
+CLIENT = (*(f"client/{name}.py" for name in MODULES), "common/errors.py", "common/hosts.py")
+"""Files of `loraover` that the checker needs."""
 
 
 class RecordReport(StrictModel):
@@ -163,32 +166,30 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype
     base = fit_reference(adapter, base, *asked, request.max_memory_gib)
-    reference = make_reference(adapter, base, *asked)
-    variants = Variants(adapter, base, device, reference.questions, dtype, answers_only=True)
     subject = make_subject(adapter, base)
+    models = make_models(adapter, base, *asked, subject=subject, messages=messages, answers_only=True)
     say(f"running both models in {', '.join(FORMATS)}")
-    formats = {name: measure_rounding(reference, variants, subject, as_served(name, dtype)) for name in FORMATS}
-    power = choose_number(reference, formats["bf16"], chosen=request.prompts is not None)
-    reference = replace(reference, questions=reference.questions[: power["questions"]])
+    formats = {name: measure_rounding(models, as_served(name, dtype)) for name in FORMATS}
+    power = choose_number(len(models.questions), models.bf16_strength, formats["bf16"], chosen=bool(request.prompts))
+    models = replace(models, questions=models.questions[: power["questions"]])
     say(f"running the known faults of serving on {min(NAMED, power['questions'])} questions")
-    faults = list(main_faults(reference, variants, subject))
-    places = choose_places(
-        reference.questions, (reference.base, reference.adapter), faulty_tops(reference, faults), KEPT
-    )
-    changes = [fault.packed(places, reference) for fault in chain(faults, many_faults(reference, variants, subject))]
+    faults = list(main_faults(models))
+    right = models.expected[BASE], models.expected[ADAPTER]
+    places = choose_places(models.questions, right, faulty_tops(models, faults), KEPT)
+    changes = [fault.packed(places, models) for fault in chain(faults, many_faults(models))]
     return {
         "schema_version": SCHEMA_VERSION,
         "adapter": request.adapter.resolve().name,
         "base_model": base.name,
         "digests": digests(adapter, base, tokenizer, is_chat=bool(messages)),
-        "vocabulary": reference.base.vocabulary,
-        "sensitivity": reference.sensitivity,
-        "effect": _effect(reference),
+        "vocabulary": models.vocabulary,
+        "sensitivity": models.sensitivity,
+        "effect": _effect(models),
         "formats": {name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()},
-        "ends": sorted(reference.ends),
+        "ends": sorted(models.ends),
         "power": power,
-        "questions": [_question(tokenizer, reference, index, messages) for index in range(len(reference.questions))],
-        "positions": pack_places(places, reference.base, reference.adapter, KEPT),
+        "questions": [_question(models, tokenizer, index) for index in range(len(models.questions))],
+        "positions": pack_places(places, *right, KEPT),
         "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
         "variants": changes,
         "made": made(request, found, device),
@@ -207,46 +208,43 @@ def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Pro
     return read_prompts(base, file or QUESTIONS_FILE, longest=max(1, min(LONGEST, int(limit) - new_tokens)))
 
 
-def measure_rounding(
-    reference: TorchReference, variants: Variants, subject: RightAdapter, format_: NumberFormat
-) -> Rounding:
+def measure_rounding(models: TorchModels, format_: NumberFormat) -> Rounding:
     """Run both models in a number format, and compare what a server would answer.
 
     Args:
-        reference: PyTorch's answers of the right models.
-        variants: The base model with changed adapters.
-        subject: The adapter.
+        models: PyTorch's models.
         format_: The number format.
     """
-    few = reference.questions[:MEASURED]
-    base = variants.rounded(format_, prompts=MEASURED)
-    adapter = variants.rounded(format_, subject.deltas, prompts=MEASURED)
-    rows = [
-        [
-            Row(index, position, row[ids], np.array(ids))
-            for index, question in enumerate(few)
-            for position in question.answered
-            for row in (model.at(index, position),)
-            for ids in (likeliest(row, TOP),)
-        ]
-        for model in (base, adapter)
-    ]
-    shown = strength_along(between_arms(paired(*rows), reference.base, reference.adapter))
-    return Rounding(LogprobDistance.of(off(rows[0], reference.base)).rms, shown)
+    base = models.variants.rounded(format_, prompts=MEASURED)
+    adapter = models.variants.rounded(format_, models.subject.deltas, prompts=MEASURED)
+    changes, off = [], []
+    for index, question in enumerate(models.questions[:MEASURED]):
+        for position in question.answered:
+            one, two, right, with_adapter = (
+                model.at(index, position) for model in (base, adapter, models.expected[BASE], models.expected[ADAPTER])
+            )
+            shown = [i for i in likeliest(one, TOP) if i in {*likeliest(two, TOP)}]
+            if shown:
+                change, direction = (mine[shown].astype(np.float64) for mine in (two - one, with_adapter - right))
+                changes.append(projected(index, change.tolist(), direction.tolist()))
+            error = (one - right)[likeliest(one, TOP)].astype(np.float64)
+            off.append(Off(index, float(np.mean(np.square(error))), float(np.abs(error).max())))
+    return Rounding(LogprobDistance.of(off).rms, strength_along(changes))
 
 
-def choose_number(reference: TorchReference, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
+def choose_number(number: int, bias: float, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
     """The number of questions that decides on a server in bfloat16, and what it shows.
 
     The error of the strength shrinks with the root of the number of questions. A server's noise counts as bfloat16's up
     to COARSER times that of PyTorch: with so much of it, a right adapter has to pass, and one 20 % off may not.
 
     Args:
-        reference: PyTorch's answers.
-        bf16: What bfloat16 does to them.
+        number: Number of questions that there are.
+        bias: Strength of the adapter if PyTorch computes in bfloat16.
+        bf16: What bfloat16 does to PyTorch's answers.
         chosen: Whether the user chose the questions, which are all recorded then.
     """
-    number, (low, high) = len(reference.questions), allowed_strength("bf16", reference.bias)
+    low, high = allowed_strength("bf16", bias)
     known = min(MEASURED, number)
 
     def half(questions: int) -> float:
@@ -267,12 +265,12 @@ def choose_number(reference: TorchReference, bf16: Rounding, *, chosen: bool) ->
     }
 
 
-def _effect(reference: TorchReference) -> float:
+def _effect(models: TorchModels) -> float:
     """RMS change of logprobs by the adapter, of the likeliest tokens of the adapted model."""
     squares = []
-    for index, question in enumerate(reference.questions):
+    for index, question in enumerate(models.questions):
         for position in question.answered:
-            two, one = (model.at(index, position) for model in (reference.adapter, reference.base))
+            two, one = (models.expected[arm].at(index, position) for arm in (ADAPTER, BASE))
             ids = likeliest(two, TOP)
             squares.append(float(np.mean(np.square(two[ids] - one[ids]))))
     return math.sqrt(sum(squares) / len(squares))
@@ -292,12 +290,11 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
     return {str(i): text for i, text in decoded.items() if known.get(text) == i}
 
 
-def _question(tokenizer: Any, reference: TorchReference, index: int, messages: Sequence[str]) -> dict[str, Any]:
+def _question(models: TorchModels, tokenizer: Any, index: int) -> dict[str, Any]:
     """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
-    mine = reference.questions[index]
+    mine = models.questions[index]
     texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]
-    message = messages[index] if messages else None
-    return {"prompt": list(mine.prompt), "answer": list(mine.continuation), "texts": texts, "message": message}
+    return {"prompt": list(mine.prompt), "answer": list(mine.answer), "texts": texts, "message": mine.message}
 
 
 def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: bool) -> dict[str, str | None]:
@@ -336,3 +333,23 @@ def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any
         "prompts": prompts.source,
         "versions": environment("transformers", "peft"),
     }
+
+
+def write_checker(path: Path) -> None:
+    """Write the checker as a file that Python runs.
+
+    Args:
+        path: The file.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        room = Path("loraover_serve", "judge")
+        shutil.copytree(JUDGE, root / room, ignore=shutil.ignore_patterns("__pycache__"))
+        for module in CLIENT:
+            file = root / loraover.__name__ / module
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(loraover.__file__).parent / module, file)
+        for folder in {above for file in root.rglob("*.py") for above in file.relative_to(root).parents}:
+            (root / folder / "__init__.py").touch()
+        (root / "__init__.py").unlink()
+        zipapp.create_archive(root, path, main="loraover_serve.judge.command:run", compressed=True)

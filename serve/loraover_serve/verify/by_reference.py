@@ -1,67 +1,99 @@
-"""Verification of servers by references, beside the one by PyTorch: one function, and little to import."""
+"""Verification of running servers by references, without PyTorch."""
 
 from __future__ import annotations
 
 import math
+import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
-from loraover.common.atomic_output import check_file_writable, check_writable
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
-from loraover.sources.verb import verb
+from loraover.common.provenance import environment, processor
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.command import check, unanswered
+from loraover_serve.judge.limits import ADAPTER
+from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
-from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.command import check, unanswered
-from loraover_serve.record.adapter_check.reference import Reference, read_reference
-from loraover_serve.record.crossed import Named, Search
-from loraover_serve.record.sealed import check_seals
+from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.verify.found import Found
 from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.sealed import check_seals
 
 MOST_BESIDE = 64
 """References beside those that are asked for that are looked at."""
+NEAREST = 3
+"""References by which a server is checked, of those that have the same questions."""
+SCREENED, SHARED = 16, 3
+"""Questions that are asked once, and the fewest of them that a reference has to have."""
 
-if TYPE_CHECKING:
-    from loraover_serve.verify.report import VerifyReport
 
+class Named(NamedTuple):
+    """An adapter on a server.
 
-@verb(VerifyRequest)
-def verify_adapter(request: VerifyRequest) -> VerifyReport:
-    """Verify that engines answer as an adapter was trained, and name the likely fault of one that does not.
-
-    Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
-    the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
-    checkpoint, of PEFT for any other adapter of a causal language model, which is converted for the engines if it is no
-    plain LoRA. The engine's distance on the base model is its noise. A server is asked for each of the two models again
-    while it answers for the other one. The report's `verdict` is "as trained", "differs", "inconclusive" if the adapter
-    moves the answers less than the noise, or "failed" if an engine failed after another had answered.
-
-    With references, a running server is compared with PyTorch's answers that they hold, and PyTorch is not imported.
-
-    Raises:
-        ConfigError: Arguments that cannot be used, a task that is not a causal language model, or a base model that
-            cannot be loaded.
-        CheckpointError: Files that cannot be read as an adapter, a checkpoint, a reference or an ONNX export.
-        DataError: A file of prompts that cannot be read.
-        EngineError: An engine that is not installed, or every engine failed; the message names the logs that are kept.
-        ExportError: An adapter that cannot be exported for the only engine, or a `graph` that it cannot be run on.
-        OutputError: An output that exists or cannot be written.
-        UnwrittenReportError: An output that could not be written after the verification; `error.report` has the report.
+    Args:
+        name: Its name there.
+        read: Returns its reference: hundreds do not fit into memory together.
     """
-    if not request.references:
-        from loraover_serve.verify.run import verify_with_pytorch
 
-        return verify_with_pytorch(request)
-    return check_server(request)
+    name: str
+    read: Callable[[], Reference]
 
 
-def check_server(request: VerifyRequest) -> VerifyReport:
+class Search:
+    """The search for the adapter with which a server answers in the place of another one.
+
+    The server is asked SCREENED questions, however many adapters there are.
+
+    Args:
+        asker: The server, with the reference by which it differs.
+    """
+
+    def __init__(self, asker: Asker) -> None:
+        mine = asker.models
+        places = [place for place in asker.places if mine.places[place][1] == 0][:SCREENED]
+        rows = asker.rounds(ADAPTER, places)[0].rows
+        self._answers = {tuple(mine.read(place)): rows[place] for place in places if place in rows}
+        self._right = self._distance(mine) or math.inf
+        self._nearer: list[tuple[float, Named]] = []
+        self._unknown: list[Named] = []
+
+    def compare(self, other: Named, reference: Reference) -> None:
+        """Compare the answers with those of another adapter; one that is further off than the right one is left out.
+
+        Args:
+            other: The adapter.
+            reference: Its reference.
+        """
+        far = self._distance(reference)
+        if far is None:
+            self._unknown.append(other)
+        elif far < self._right:
+            self._nearer.append((far, other))
+
+    def nearest(self) -> list[Named]:
+        """Adapters with which the server may answer: the nearest first, and then those with other questions."""
+        known = sorted(self._nearer, key=lambda pair: pair[0])
+        return [other for _, other in known[:NEAREST]] + self._unknown
+
+    def _distance(self, reference: Models) -> float | None:
+        """RMS distance of the answers from an adapter's, in nats; None if it has too few of the questions."""
+        squares = []
+        for place, (_, step) in enumerate(reference.places):
+            row: Row | None = self._answers.get(tuple(reference.read(place))) if step == 0 else None
+            if row is not None:
+                squares.append(fmean(off * off for off in reference.adapter.off(place, row)))
+        return math.sqrt(fmean(squares)) if len(squares) >= SHARED else None
+
+
+def by_references(request: VerifyRequest) -> Found:
     """Verify a running server by references.
 
     Args:
@@ -70,17 +102,18 @@ def check_server(request: VerifyRequest) -> VerifyReport:
     Raises:
         ConfigError: Arguments that cannot be used, or names that the server does not have.
         CheckpointError: No file is a reference.
-        EngineError: A server that failed for every adapter.
-        OutputError: An output that exists or cannot be written.
     """
-    if request.output is not None:
-        check_writable(request.output)
-    if request.junit is not None:
-        check_file_writable(request.junit)
     known, found = ask_server(request, neighbours(request.references))
-    from loraover_serve.record.outcome import publish, to_report  # with NumPy, which the requests do not need
-
-    return publish(request, to_report(request, known, found))
+    facts = known[0] | {
+        "adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known)),
+        "sensitivity": max(one["sensitivity"] for one in known),
+        "reference": "the reference",
+        "prompt_source": "those of the reference",
+        "versions": environment(),
+        "hardware": f"{processor()}, {platform.platform()}",
+    }
+    failures = [EngineError(str(result["reason"])) for result in found if result["verdict"] == "failed"]
+    return Found(facts, found, failures)
 
 
 def ask_server(
@@ -131,7 +164,7 @@ def _facts(reference: Reference) -> dict[str, Any]:
         "sensitivity": reference.sensitivity,
         "bias": reference.formats["bf16"]["strength"],
         "prompts": len(reference.questions),
-        "new_tokens": max(len(question["answer"]) for question in reference.questions),
+        "new_tokens": max(len(question.answer) for question in reference.questions),
         "device": reference.device,
     }
 
@@ -150,7 +183,7 @@ def _endpoint(request: VerifyRequest) -> Endpoint:
 
 
 def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Reference) -> Asker:
-    return Asker(reference, endpoint, name, request.base_name, request.protocol, request.named)
+    return Asker.of(reference, endpoint, name, request.base_name, request.protocol, request.named)
 
 
 def reference_files(places: Sequence[Path]) -> list[Path]:

@@ -1,4 +1,10 @@
-"""Check a server from a command line."""
+"""Check that a server answers as an adapter was trained: with the standard library alone.
+
+    python adapter_check.pyz adapter_reference.json.gz http://localhost:8000 --served-name shop
+
+`loraover record` writes the reference; docs/formats.md describes it, and docs/verify.md the rules of the verdict.
+Exit code 0: as trained; 1: differs; 3: inconclusive; 2: unusable reference, address or server.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +20,13 @@ from typing import Any
 
 from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import EngineError, LoraOverError, UnscoredError
+from loraover.common.errors import LoraOverError, UnscoredError
+from loraover_serve.judge.asker import QUICK, Asker
 from loraover_serve.judge.case import flag
-from loraover_serve.judge.limits import ADAPTER, BASE, EXIT_CODES, NUMBER_FORMATS, REPEATS
+from loraover_serve.judge.evidence import Evidence
+from loraover_serve.judge.limits import EXIT_CODES, NUMBER_FORMATS, REPEATS
+from loraover_serve.judge.reference import read_reference
 from loraover_serve.judge.rules import judge
-from loraover_serve.record.adapter_check.asker import Asker
-from loraover_serve.record.adapter_check.evidence import RecordedEvidence, ServerAnswers
-from loraover_serve.record.adapter_check.reference import read_reference
-
-QUICK = 8  # requests
 
 
 def check(
@@ -51,53 +55,9 @@ def check(
         EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
-    answers = quick_answers(asker) if is_quick else all_answers(asker, repeats, without_mixed=without_mixed)
-    found = judge(RecordedEvidence(asker.reference, answers), served_format, option, is_quick=is_quick)
+    answers = asker.quick_answers() if is_quick else asker.answers(repeats, without_mixed=without_mixed)
+    found = judge(Evidence(asker.models, answers), served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
-
-
-def quick_answers(asker: Asker) -> ServerAnswers:
-    """The adapter's answers at the places of different questions where it changes most."""
-    reference = asker.reference
-    changes = [
-        max(abs(value - base[i]) for i, value in adapter.items())
-        for base, adapter in zip(reference.base.rows, reference.adapter.rows, strict=True)
-    ]
-    places = sorted(asker.places, key=lambda place: -changes[place])
-    first = {reference.places[place][0]: place for place in reversed(places)}
-    chosen = sorted(first.values(), key=lambda place: -changes[place])[:QUICK]
-    rounds = asker.rounds(ADAPTER, chosen)
-    return ServerAnswers({}, rounds[0].rows, rounds=rounds, responses=asker.speaker.responses)
-
-
-def all_answers(asker: Asker, repeats: int, *, without_mixed: bool = False) -> ServerAnswers:
-    """Everything that the judge needs.
-
-    Args:
-        asker: The server, with the reference.
-        repeats: See `check`.
-        without_mixed: See `check`.
-    """
-    is_one = asker.names[BASE] == asker.names[ADAPTER] and asker.dialect.protocol == "openai"
-    base = {} if is_one else asker.rounds(BASE, asker.places)[0].rows
-    rounds = asker.rounds(ADAPTER, asker.places, repeats)
-    answers = ServerAnswers(
-        base,
-        rounds[0].rows,
-        asker.greedy(),
-        rounds=rounds,
-        is_one_model=is_one,
-        without_mixed=without_mixed,
-        responses=asker.speaker.responses,
-        chats=asker.chats,
-    )
-    if is_one or without_mixed:
-        return answers
-    try:
-        answers.mixed = asker.mixed(asker.places)  # last, since its faults may stay in a cache
-    except EngineError as error:  # what was answered before is judged all the same
-        answers.mixed_failure = str(error)
-    return answers
 
 
 def unanswered(error: LoraOverError) -> dict[str, Any]:
@@ -141,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ends=time.monotonic() + asked.check_timeout,
         )
         reference = read_reference(asked.reference)
-        asker = Asker(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
+        asker = Asker.of(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
         found = check(
             asker,
             asked.served_format,

@@ -8,13 +8,15 @@ import json
 import math
 import string
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, final
 
 from loraover.client.dialects import alone_with_text
 from loraover.common.errors import CheckpointError
 from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
+from loraover_serve.judge.models import FaultyModel, Model, Models, Question
+from loraover_serve.judge.names import COARSE_CACHE
 
 UNIT, STEPS_PER_E = 1e-4, 7
 """Nats of a recorded logprob, and characters in which the recorded difference of a fault grows e-fold.
@@ -27,52 +29,47 @@ ALPHABET = f"{string.ascii_uppercase}0{string.ascii_lowercase}"
 
 LARGEST_FILE = 64_000_000  # bytes, unpacked
 
-Row = dict[int, float]
-"""Logprobs in nats by token id."""
-Rows = Mapping[int, Row]
-"""Rows by the index of their place in the reference."""
+FACTORS = (1 / 16, 1 / 8)
+"""Factors that are tried beside the recorded ones: between those and none, answers are interpolated."""
 
 
-class Model(NamedTuple):
-    """Recorded logprobs of a model at each place, and the largest that an unrecorded token can have there."""
-
-    rows: list[Row]
-    floors: list[float]
-    fault: str = ""
-    detail: str = ""
-    factor: float | None = None
-
-    def off(self, place: int, row: Row) -> list[float]:
-        """How far logprobs are from the model's; for an unrecorded token, at least how far."""
-        mine, floor = self.rows[place], self.floors[place]
-        return [value - mine[i] if i in mine else max(0.0, value - floor) for i, value in row.items()]
-
-
-class Reference:
-    """A reference: questions, and what the right and the faulty models answer at each place.
+@final
+class Reference(Models):
+    """A reference: questions, and what the right and the faulty models answered when it was recorded.
 
     Args:
         content: Contents of the file.
+
+    Attributes:
+        adapter_name: Name of the adapter's folder.
+        base_name: Name of the base model.
+        device: Device that PyTorch ran on.
+        formats: Distance and strength of the right models in each number format.
+        variants: Recorded faults of each arm.
+        by_text: Ids of the tokens that alone have a text.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         if content["schema_version"] != 1:
             raise ValueError(f"schema_version is {content['schema_version']!r}, expected 1")
-        self.adapter_name, self.base_name, self.questions = (content[k] for k in ("adapter", "base_model", "questions"))
+        self.adapter_name, self.base_name, questions = (content[k] for k in ("adapter", "base_model", "questions"))
         if not isinstance(self.adapter_name, str) or not isinstance(self.base_name, str):
             raise ValueError("the adapter and its base model need names")
         self.ends = frozenset(map(int, content["ends"]))
         self.device = str(content.get("made", {}).get("device", "unknown"))
-        self.sensitivity, size = float(content["sensitivity"]), int(content["vocabulary"])
-        self.places = [(q, step) for q, each in enumerate(self.questions) for step in range(len(each["answer"]))]
+        self.sensitivity, self.vocabulary = float(content["sensitivity"]), int(content["vocabulary"])
+        self.places = [(q, step) for q, each in enumerate(questions) for step in range(len(each["answer"]))]
         positions = content["positions"]
         if not 0 < len(self.places) == len(positions) or any(
-            len(q["texts"]) != len(q["answer"]) or not isinstance(q["message"], str | None) for q in self.questions
+            len(q["texts"]) != len(q["answer"]) or not isinstance(q["message"], str | None) for q in questions
         ):
             raise ValueError("questions and positions do not fit together")
-        lists = [*(p["ids"] for p in positions), *(q[part] for q in self.questions for part in ("prompt", "answer"))]
-        if any(type(i) is not int or not 0 <= i < size for ids in lists for i in ids) or not all(lists):
-            raise ValueError(f"a token is not one of {size}")
+        lists = [*(p["ids"] for p in positions), *(q[part] for q in questions for part in ("prompt", "answer"))]
+        if any(type(i) is not int or not 0 <= i < self.vocabulary for ids in lists for i in ids) or not all(lists):
+            raise ValueError(f"a token is not one of {self.vocabulary}")
+        self.questions: list[Question] = [
+            Question(tuple(q["prompt"]), tuple(q["answer"]), q["message"], q["texts"]) for q in questions
+        ]
         self.base, self.adapter = (self._model(positions, arm) for arm in (BASE, ADAPTER))
         self.variants = {of: [self._variant(v) for v in content["variants"] if v["of"] == of] for of in (BASE, ADAPTER)}
         self.by_text = alone_with_text((text, int(index)) for index, text in content["texts"].items())
@@ -100,14 +97,52 @@ class Reference:
         rows = [{i: value + unit * unpacked(next(levels)) for i, value in row.items()} for row in exact]
         return Model(rows, [0.0] * len(rows), str(found["fault"]), str(found["detail"]), factor)
 
-    def first(self, question: int) -> int:
-        """The first place of a question."""
-        return self.places.index((question, 0))
+    @property
+    def factors(self) -> Sequence[float]:  # type: ignore[override]
+        return (*FACTORS, *(factor for factor, _ in self._scaled if factor))
 
-    def read(self, place: int) -> list[int]:
-        """Tokens after which a place's token follows."""
+    @property
+    def _scaled(self) -> list[tuple[float, Model]]:
+        """The recorded factors on every delta_W, in their order."""
+        known = [(each.factor, each) for each in self.variants[ADAPTER] if each.factor is not None]
+        return sorted([(0.0, self.base), (1.0, self.adapter), *known], key=lambda pair: pair[0])
+
+    def text(self, place: int) -> str | None:
         question, step = self.places[place]
-        return [*self.questions[question]["prompt"], *self.questions[question]["answer"][:step]]
+        return self.questions[question].texts[step]
+
+    def rounding(self, number_format: str) -> float:
+        return self.formats[number_format]["distance"]
+
+    def bias(self, number_format: str) -> float:
+        return self.formats[number_format]["strength"]
+
+    def scaled(self, factor: float, questions: int | None = None) -> Model:
+        """The parabola through the three recorded factors that are nearest, at this one or the outermost one."""
+        known = self._scaled
+        factor = min(max(factor, known[0][0]), known[-1][0])
+        inner = range(1, len(known) - 1)
+        middle = min(inner, key=lambda index: abs(known[index][0] - factor), default=1)  # of two, a line
+        near = known[middle - 1 : middle + 2]
+        weights = [math.prod((factor - other) / (one - other) for other, _ in near if other != one) for one, _ in near]
+        rows = [
+            {i: sum(weight * row[i] for weight, row in zip(weights, rows, strict=True)) for i in rows[0]}
+            for rows in zip(*(model.rows for _, model in near), strict=False)
+        ]
+        return Model(rows, [0.0] * len(rows))
+
+    def adapter_faults(self) -> Iterable[FaultyModel]:
+        return (_candidate(model) for model in self.variants[ADAPTER] if model.factor is None)
+
+    def base_faults(self) -> Iterable[FaultyModel]:
+        return (_candidate(model) for model in self.variants[BASE] if model.fault != COARSE_CACHE)
+
+    def with_coarse_caches(self) -> Iterable[Model]:
+        return (model for model in self.variants[BASE] if model.fault == COARSE_CACHE)
+
+
+def _candidate(model: Model) -> FaultyModel:
+    return FaultyModel(model.fault, model.detail, lambda questions: model)
 
 
 def unpacked(level: str) -> float:

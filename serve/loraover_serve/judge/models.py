@@ -1,0 +1,168 @@
+"""Port of the judge: questions, and what right and faulty models answer to them, in one form wherever models are.
+
+A reference has recorded rows of them, and PyTorch computes the rows of a model when the judge first asks for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from loraover_serve.judge.answers import Answers
+
+Row = dict[int, float]
+"""Logprobs in nats by token id."""
+Rows = Mapping[int, Row]
+"""Rows by the index of their place."""
+
+WINDOW = 32
+"""Positions of a question at which engines in this process are compared at most, the last ones."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens after which next tokens are compared, and the forms in which a server may be asked for them.
+
+    Args:
+        prompt: Token ids of the prompt.
+        answer: First tokens of the adapted model's greedy answer in PyTorch.
+        message: Message of the chat whose tokens the prompt is; None if it is no chat.
+        texts: Text of the prompt and of the answer before each of its tokens; None where no text has these tokens.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    message: str | None = None
+    texts: Sequence[str | None] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt with the answer, without the last token, after which nothing is compared."""
+        return (*self.prompt, *self.answer[:-1])
+
+    @property
+    def window(self) -> range:
+        """Positions of the tokens after which engines in this process are compared: at least those of the answer."""
+        return range(min(len(self.prompt) - 1, max(0, len(self.tokens) - WINDOW)), len(self.tokens))
+
+    @property
+    def answered(self) -> range:
+        """Positions of the tokens after which the tokens of the answer follow."""
+        return range(len(self.prompt) - 1, len(self.tokens))
+
+
+class Model(NamedTuple):
+    """Logprobs of a model at each place, and the largest that another token can have there.
+
+    Args:
+        rows: Row of each place, or of the first ones if the model was run on the first questions.
+        floors: Largest logprob of a token that the row lacks, in nats.
+        fault: Name of its fault; empty for a right model.
+        detail: The fault in words.
+        factor: Factor on every delta_W, for a fault that is one.
+    """
+
+    rows: Sequence[Row]
+    floors: Sequence[float]
+    fault: str = ""
+    detail: str = ""
+    factor: float | None = None
+
+    def off(self, place: int, row: Row) -> list[float]:
+        """How far logprobs are from the model's; for a token that its row lacks, at least how far."""
+        mine, floor = self.rows[place], self.floors[place]
+        return [value - mine[i] if i in mine else max(0.0, value - floor) for i, value in row.items()]
+
+
+class FaultyModel(NamedTuple):
+    """A model with a fault, which is run when it is asked for.
+
+    Args:
+        fault: Name of the fault.
+        detail: The fault in words.
+        run: The model's answers to the first questions, or to as many as there are if the number is None.
+    """
+
+    fault: str
+    detail: str
+    run: Callable[[int | None], Model]
+
+
+class Models(ABC):
+    """Questions, and the models that answer them.
+
+    A place is a token of an answer, or one before it, with the index of its question and its step: 0 for the first
+    token of the answer, and negative for tokens of the prompt.
+
+    Attributes:
+        questions: The questions.
+        places: Question and step of each place, in their order.
+        base: The base model.
+        adapter: The adapted model.
+        vocabulary: Number of tokens of the base model.
+        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
+        ends: Ids of the tokens that end a text.
+        factors: Factors on every delta_W that are tried first.
+    """
+
+    questions: Sequence[Question]
+    places: Sequence[tuple[int, int]]
+    base: Model
+    adapter: Model
+    vocabulary: int
+    sensitivity: float
+    ends: frozenset[int]
+    factors: Sequence[float]
+
+    def first(self, question: int) -> int:
+        """The place of the first token of an answer."""
+        return self.places.index((question, 0))
+
+    def read(self, place: int) -> list[int]:
+        """Tokens after which a place's token follows."""
+        index, step = self.places[place]
+        question = self.questions[index]
+        return [*question.prompt, *question.answer][: len(question.prompt) + step]
+
+    def kept(self, place: int) -> Collection[int]:
+        """Tokens whose logprobs are known at a place."""
+        return self.base.rows[place].keys()
+
+    def beside(self, answers: Answers) -> Models:
+        """Return the models with the logprobs of an engine's tokens, where they can be known.
+
+        Args:
+            answers: The engine's answers.
+        """
+        return self
+
+    @abstractmethod
+    def text(self, place: int) -> str | None:
+        """Text that has exactly the tokens that are read at a place; None if there is none."""
+
+    @abstractmethod
+    def rounding(self, number_format: str) -> float:
+        """Distance of the base model in a number format from the right one, in nats."""
+
+    @abstractmethod
+    def bias(self, number_format: str) -> float:
+        """Strength of the right adapter if PyTorch computes in a number format."""
+
+    @abstractmethod
+    def scaled(self, factor: float, questions: int | None = None) -> Model:
+        """The adapted model with a factor on every delta_W, on the first questions, or on all."""
+
+    @abstractmethod
+    def adapter_faults(self) -> Iterable[FaultyModel]:
+        """Adapted models with faults."""
+
+    @abstractmethod
+    def base_faults(self) -> Iterable[FaultyModel]:
+        """Base models with faults."""
+
+    @abstractmethod
+    def with_coarse_caches(self) -> Iterable[Model]:
+        """The base model with keys and values in float8, for each way in which engines round them."""

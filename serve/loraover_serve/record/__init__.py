@@ -1,1 +1,0 @@
-"""The reference of an adapter: recorded once with PyTorch, and enough to check any server without it."""

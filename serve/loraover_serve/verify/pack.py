@@ -1,0 +1,180 @@
+"""Logprobs of models as a reference holds them: of the likeliest tokens alone, and of a fault what it changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraover_serve.engines.answers import Expected, in_a_file
+from loraover_serve.judge.base_faults import FEW
+from loraover_serve.judge.limits import ADAPTER, BASE
+from loraover_serve.judge.models import Question
+from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
+from loraover_serve.judge.reference import ALPHABET, STEPS_PER_E, UNIT
+from loraover_serve.verify.faults import FAULTS, FaultyAdapter, misplaced, rescaled
+from loraover_serve.verify.pytorch import TorchModels, likeliest
+
+KEPT_OF_FAULTS = 8
+NAMED = 8  # questions on which a fault is recorded
+NAMED_LAYERS = FEW  # and one of the many that concern a single layer
+FACTORS = (0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 4.0)
+"""Factors on every delta_W that are recorded; between them a checker interpolates."""
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RecordedPlace:
+    """A token of an answer, and the tokens of which logprobs are recorded there.
+
+    Args:
+        question: Index of the question.
+        position: Index of the last token that was read.
+        ids: Token ids, the likeliest of the base model first.
+    """
+
+    question: int
+    position: int
+    ids: NDArray[np.int64]
+
+    def of(self, model: Expected) -> Floats:
+        """A model's logprobs of these tokens."""
+        found: Floats = model.at(self.question, self.position)[self.ids].astype(np.float64)
+        return found
+
+
+def choose_places(
+    questions: Sequence[Question], models: Sequence[Expected], faulty: Mapping[int, set[int]], kept: int
+) -> list[RecordedPlace]:
+    """The places of all questions, with the likeliest tokens of each model.
+
+    Args:
+        questions: The questions.
+        models: The base model and the adapted model.
+        faulty: Likeliest tokens of faulty models, by the index of the place.
+        kept: Number of tokens of each model.
+    """
+    found: list[RecordedPlace] = []
+    for index, question in enumerate(questions):
+        for position in question.answered:
+            rows = [model.at(index, position) for model in models]
+            ids = {i for row in rows for i in likeliest(row, kept)} | faulty.get(len(found), set())
+            found.append(
+                RecordedPlace(index, position, np.array(sorted(ids, key=lambda i: -rows[0][i]), dtype=np.int64))
+            )
+    return found
+
+
+def pack_places(places: Sequence[RecordedPlace], base: Expected, adapter: Expected, kept: int) -> list[dict[str, Any]]:
+    """The positions of a reference; see docs/formats.md."""
+    return [
+        {
+            "ids": place.ids.tolist(),
+            **{arm: _units(place.of(model)).tolist() for arm, model in ((BASE, base), (ADAPTER, adapter))},
+            "floors": {arm: _floor(place, model, kept) for arm, model in ((BASE, base), (ADAPTER, adapter))},
+        }
+        for place in places
+    ]
+
+
+def _units(logprobs: Floats) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = np.maximum(np.rint(-logprobs / UNIT), 0).astype(np.int64)
+    return found
+
+
+def _floor(place: RecordedPlace, model: Expected, kept: int) -> int:
+    """Logprob that no other token exceeds, in units: that of the last of the likeliest tokens."""
+    values = np.sort(_units(place.of(model)))
+    return int(values[min(kept, len(values)) - 1])
+
+
+def pack_variant(places: Sequence[RecordedPlace], model: Expected, start: Expected, questions: int) -> dict[str, Any]:
+    """Encode the changes by a faulty model as characters on a scale that is fine near zero.
+
+    Args:
+        places: The places of all questions.
+        model: The faulty model.
+        start: The model without the fault.
+        questions: Number of questions that it was run on, the first ones.
+    """
+    off = np.concatenate([place.of(model) - place.of(start) for place in places if place.question < questions])
+    middle = len(ALPHABET) // 2
+    unit = float(f"{np.abs(off).max() / math.sinh(middle / STEPS_PER_E):.4g}")
+    steps = np.arcsinh(off / unit) * STEPS_PER_E if unit > 0 else np.zeros_like(off)
+    levels = np.clip(np.rint(steps).astype(int), -middle, middle) + middle
+    return {"questions": questions, "unit": unit, "levels": "".join(ALPHABET[level] for level in levels)}
+
+
+@dataclass(frozen=True)
+class RecordedFault:
+    """A model with a fault.
+
+    Args:
+        of: Arm that has the fault.
+        fault: Name of the fault.
+        detail: The fault in words.
+        model: Its logprobs.
+        questions: Number of questions that it was run on, the first ones.
+        factor: Factor on every delta_W, for a fault that is one.
+    """
+
+    of: str
+    fault: str
+    detail: str
+    model: Expected
+    questions: int
+    factor: float | None = None
+
+    def packed(self, places: Sequence[RecordedPlace], models: TorchModels) -> dict[str, Any]:
+        """The fault as a reference has it."""
+        start, number = models.expected[self.of], min(self.questions, len(models.questions))
+        facts = {"of": self.of, "fault": self.fault, "detail": self.detail, "factor": self.factor}
+        return facts | pack_variant(places, self.model, start, number)
+
+
+def main_faults(models: TorchModels) -> Iterator[RecordedFault]:
+    """Faults of the entire adapter, and the adapter with other factors."""
+    subject = models.subject
+    scaled = ((FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f)), f) for f in FACTORS)
+    left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
+    known = ((each, None) for find in FAULTS for each in find(subject) if each.fault not in left)
+    for each, factor in chain(known, scaled):  # each is an adapter, and only one is held
+        model = models.variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
+        yield RecordedFault(ADAPTER, each.fault, each.detail, _kept(model, models), NAMED, factor)
+
+
+def _kept(model: Expected, models: TorchModels) -> Expected:
+    """The model's logprobs of the first questions, in a file."""
+    places = list(_places(models))
+    held = in_a_file(np.stack([model.at(*place) for place in places]))
+    return Expected(dict(zip(places, held, strict=True)))
+
+
+def many_faults(models: TorchModels) -> Iterator[RecordedFault]:
+    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none."""
+    variants = models.variants
+    for each in misplaced(models.subject):
+        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS, layer=each.layer)
+        yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
+    for way, model in variants.with_coarse_caches():
+        yield RecordedFault(BASE, COARSE_CACHE, f"keys and values are {way} to float8", model, NAMED)
+    for fault, detail, run in variants.base_faults():
+        yield RecordedFault(BASE, fault, detail, run(NAMED_LAYERS), NAMED_LAYERS)
+
+
+def faulty_tops(models: TorchModels, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:
+    """The likeliest tokens of faulty models, by the index of the place."""
+    found: dict[int, set[int]] = {}
+    for index, place in enumerate(_places(models)):
+        rows = (fault.model.at(*place) for fault in faults)
+        found[index] = {i for row in rows for i in likeliest(row, KEPT_OF_FAULTS)}
+    return found
+
+
+def _places(models: TorchModels) -> Iterator[tuple[int, int]]:
+    return ((q, position) for q, each in enumerate(models.questions[:NAMED]) for position in each.answered)

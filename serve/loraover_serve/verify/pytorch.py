@@ -1,0 +1,302 @@
+"""Models that PyTorch runs: the right ones at once, and each fault when the judge first asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from math import prod
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.reporter import Reporter
+from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
+from loraover.models.memory import Needs, fit_base
+from loraover.reference.reference_model import reference_model, reference_name
+from loraover_serve.comparison.rounding import as_served, rounding
+from loraover_serve.engines.answers import Expected, last_rows, row_of
+from loraover_serve.engines.sample import TokenRequest
+from loraover_serve.engines.texts import text_of
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within
+from loraover_serve.judge.answers import Answers
+from loraover_serve.judge.case import strength_along
+from loraover_serve.judge.evidence import projected
+from loraover_serve.judge.limits import ADAPTER, BASE
+from loraover_serve.judge.models import FaultyModel, Model, Models, Question
+from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
+from loraover_serve.verify.variants import Variants
+
+HELD = 4
+"""Models whose logprobs are held at once at most: base and adapter, and both of them rounded."""
+
+KEPT = 128
+"""Likeliest tokens of each right model at which an engine in this process is compared."""
+
+FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+Ids = NDArray[np.int64]
+
+
+@final
+@dataclass(eq=False)
+class TorchModels(Models):
+    """Questions, PyTorch's answers to them, and the base model to run faults.
+
+    Logprobs of the right models are held of the entire vocabulary, and given for the likeliest tokens of both, and for
+    those that an engine has answered.
+
+    Args:
+        name: The adapted model, in words.
+        questions: The questions.
+        expected: Logprobs of the right models, by arm.
+        sensitivity: Ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
+            at least 1.
+        variants: The base model with changed adapters.
+        subject: The adapter.
+        bf16_strength: Strength of the adapter if PyTorch computes in bfloat16; 1 if such rounding shrinks no change.
+        ends: Ids of the tokens that end a text.
+        answers: Answers of the engine that is judged; None before it was asked.
+        likely: Likeliest tokens of both right models at each place; found if there are none.
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+    expected: Mapping[str, Expected]
+    sensitivity: float
+    variants: Variants
+    subject: RightAdapter
+    bf16_strength: float = 1.0
+    ends: frozenset[int] = frozenset()
+    answers: Answers | None = None
+    likely: Sequence[Ids] = ()
+    places: list[tuple[int, int]] = field(init=False)
+    base: Model = field(init=False)
+    adapter: Model = field(init=False)
+    vocabulary: int = field(init=False)
+    factors = FACTORS
+
+    def __post_init__(self) -> None:
+        self.places = [
+            (index, position + 1 - len(question.prompt))
+            for index, question in enumerate(self.questions)
+            for position in question.window
+        ]
+        if not self.likely:
+            right = (self.expected[BASE], self.expected[ADAPTER])
+            at = map(self.position, range(len(self.places)))
+            self.likely = [np.unique([likeliest(model.at(*each), KEPT) for model in right]) for each in at]
+        self.vocabulary = self.expected[BASE].vocabulary
+        self.base, self.adapter = (self.model(self.expected[arm]) for arm in (BASE, ADAPTER))
+
+    def position(self, place: int) -> tuple[int, int]:
+        """Question of a place, and the index of the last token that is read."""
+        question, step = self.places[place]
+        return question, len(self.questions[question].prompt) - 1 + step
+
+    @cached_property
+    def _ids(self) -> list[Ids]:
+        """Tokens of each place."""
+        answered = [set[int]() for _ in self.places]
+        if self.answers is not None:
+            rows = [self.answers.base, self.answers.adapter, *self.answers.mixed.values()]
+            for mine in (*rows, *(answer.rows for answer in self.answers.greedy)):
+                for place, row in mine.items():
+                    answered[place] |= row.keys()
+            for answer in self.answers.greedy:
+                length = len(self.questions[answer.question].answer)
+                for place, token in enumerate(answer.tokens[:length], self.first(answer.question)):
+                    answered[place].add(token)
+        return [np.union1d(self.likely[place], np.array([*more], np.int64)) for place, more in enumerate(answered)]
+
+    def model(self, expected: Expected) -> Model:
+        """A model of which the entire vocabulary is known, at the places where it was run."""
+        rows, floors = [], []
+        for place, ids in enumerate(self._ids):
+            if self.position(place) not in expected:
+                break
+            logprobs = expected.at(*self.position(place))
+            rows.append(row_of(logprobs, ids))
+            floors.append(float(logprobs[ids].min()))
+        return Model(rows, floors)
+
+    def beside(self, answers: Answers) -> TorchModels:
+        return replace(self, answers=answers)
+
+    def text(self, place: int) -> str | None:
+        return text_of(self._tokenizer, self.read(place))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.variants.source)
+
+    def rounding(self, number_format: str) -> float:
+        model = self.model(self.variants.rounded(as_served(number_format, self.variants.dtype)))
+        squares = [np.mean([(model.rows[p][i] - self.base.rows[p][i]) ** 2 for i in ids]) for p, ids in self._asked]
+        return float(np.sqrt(np.mean(squares)))
+
+    def bias(self, number_format: str) -> float:
+        if number_format == "bf16":
+            return self.bf16_strength
+        format_ = as_served(number_format, self.variants.dtype)
+        base, adapter = self.variants.rounded(format_), self.variants.rounded(format_, self.subject.deltas)
+        return self.strength_of(self.model(base), self.model(adapter), self._asked)
+
+    @property
+    def _asked(self) -> list[tuple[int, Sequence[int]]]:
+        """Places that the engine has answered, with its tokens there."""
+        assert self.answers is not None
+        rows = self.answers.base or self.answers.adapter
+        return [(place, [*rows[place]]) for place in sorted(rows)]
+
+    def strength_of(self, base: Model, adapter: Model, asked: Sequence[tuple[int, Sequence[int]]]) -> float:
+        """Strength of the adapter in two models, along what it changes in the right ones, at places and tokens."""
+        changes = []
+        for place, ids in asked:
+            one, two, right, base_right = (m.rows[place] for m in (base, adapter, self.adapter, self.base))
+            pairs = [(two[i] - one[i], right[i] - base_right[i]) for i in ids]
+            changes.append(projected(self.places[place][0], *zip(*pairs, strict=True)))
+        return strength_along(changes).value
+
+    def scaled(self, factor: float, questions: int | None = None) -> Model:
+        return self.model(self.variants.adapted(rescaled(self.subject, factor), prompts=questions))
+
+    def adapter_faults(self) -> Iterator[FaultyModel]:
+        for fault in FAULTS:
+            for each in fault(self.subject):
+                yield FaultyModel(each.fault, each.detail, partial(self._run, each))
+
+    def _run(self, faulty: FaultyAdapter, questions: int | None) -> Model:
+        expected = self.variants.adapted(
+            faulty.deltas,
+            with_others=faulty.with_others,
+            prompts=questions,
+            source=faulty.source,
+            layer=faulty.layer,
+        )
+        return self.model(expected)
+
+    def base_faults(self) -> Iterator[FaultyModel]:
+        for fault, detail, run in self.variants.base_faults():
+            yield FaultyModel(fault, detail, partial(self._of, run))
+
+    def _of(self, run: Callable[[int | None], Expected], questions: int | None) -> Model:
+        return self.model(run(questions))
+
+    def with_coarse_caches(self) -> Iterator[Model]:
+        return (self.model(expected) for _, expected in self.variants.with_coarse_caches())
+
+
+def likeliest(logprobs: NDArray[np.float32], number: int) -> list[int]:
+    """Ids of the likeliest tokens."""
+    if number >= len(logprobs):
+        return list(range(len(logprobs)))
+    return [int(i) for i in np.argpartition(-logprobs, number)[:number]]
+
+
+def fit_reference(
+    adapter: AdapterDir,
+    base: ModelSource,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    device: str,
+    report: Reporter,
+    dtype: str,
+    max_memory_gib: float | None,
+) -> ModelSource:
+    """Say what PyTorch needs of memory before a model is loaded, and choose how to load the base model.
+
+    The other arguments are those of `make_models`.
+
+    Args:
+        max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
+
+    Returns:
+        The base model, which is streamed if its weights are larger.
+    """
+    vocabulary = load_config(base).get_text_config().vocab_size
+    held = sum(prod(shape) for shape in adapter.shapes.values())
+    if device == "cpu":  # which has the logprobs in its memory
+        held += HELD * len(prompts) * new_tokens * vocabulary
+    tokens = max(max(map(len, prompts)) + new_tokens, LOGITS_AT_ONCE // vocabulary)
+    needs = Needs.of_model(base, adapters=held, tokens=tokens, logits=2)  # the model's, and these in float32
+    place = {"device": device, "compute_dtype": dtype}
+    return fit_base("PyTorch", base, needs=needs, say=report.line, max_memory_gib=max_memory_gib, **place)
+
+
+def make_models(
+    adapter: AdapterDir,
+    base: ModelSource,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    device: str,
+    report: Reporter,
+    dtype: str = "fp32",
+    *,
+    subject: RightAdapter,
+    messages: Sequence[str] = (),
+    answers_only: bool = False,
+) -> TorchModels:
+    """Run the adapted model and the base model in PyTorch.
+
+    A checkpoint's unfolded model applies the cores and never forms A and B; any other adapter is applied by PEFT.
+
+    Args:
+        adapter: The adapter.
+        base: The base model.
+        prompts: Token ids of the prompts.
+        new_tokens: Number of tokens of the greedy answers.
+        device: Device to run on.
+        report: Receiver of progress.
+        dtype: Data type to run in: fp32, bf16, fp16 or fp64.
+        subject: The adapter whose faults are looked for.
+        messages: Message of each prompt's chat; empty if prompts are no chats.
+        answers_only: Whether faults are run at the tokens of answers alone, as a server gives them.
+
+    Raises:
+        CheckpointError: An adapter of another model, or one that PEFT refuses.
+        EngineError: A model that PyTorch fails to run.
+    """
+    report.line(f"loading the base model from {base.origin}")
+    model, name = load_model(base, dtype=dtype, device=device), reference_name(adapter)
+    ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
+    ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    with reference_model(model, adapter) as adapted:
+        report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
+        engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
+        answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, new_tokens) for prompt in prompts])
+        chats: Sequence[str | None] = messages or [None] * len(prompts)
+        questions = tuple(
+            Question(prompt, _up_to_end(answer.token_ids, ends), message)
+            for prompt, answer, message in zip(prompts, answers, chats, strict=True)
+        )
+
+        def run(arm: str, within: Within = nullcontext) -> Expected:
+            found = enumerate(engine.logits(arm, (question.tokens for question in questions), within=within))
+            rows = (last_rows(i, questions[i].window, logits, in_file=base.is_streamed) for i, logits in found)
+            return Expected({place: row for mine in rows for place, row in mine.items()})
+
+        plain = {arm: run(arm) for arm in (BASE, ADAPTER)}
+        coarse = partial(rounding, format_=as_served("bf16", dtype))
+        rounded = {arm: run(arm, within=coarse) for arm in (BASE, ADAPTER)}
+    variants = Variants(adapter, base, device, questions, dtype, answers_only=answers_only)
+    found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
+    places = [found.position(place) for place in range(len(found.places))]
+    moved = {arm: _rms_apart(plain[arm], rounded[arm], places) for arm in (BASE, ADAPTER)}
+    sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
+    kept = [(place, [*found.kept(place)]) for place in range(len(found.places))]
+    bias = found.strength_of(found.model(rounded[BASE]), found.model(rounded[ADAPTER]), kept)
+    return replace(found, sensitivity=sensitivity, bf16_strength=bias or 1.0)
+
+
+def _up_to_end(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
+    """The tokens up to the first end of the text: what follows it is not what anybody trained or reads."""
+    last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]
+
+
+def _rms_apart(one: Expected, other: Expected, places: Sequence[tuple[int, int]]) -> float:
+    squares = [float(np.mean(np.square(one.at(*place) - other.at(*place)))) for place in places]
+    return float(np.sqrt(np.mean(squares)))
