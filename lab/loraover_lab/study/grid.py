@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -119,11 +119,6 @@ def grid_of(request: StudyRequest) -> list[Run]:
             raise ConfigError(
                 f"{run.task}: a study compares losses of tokens, which trainer {run.recipe.trainer} lacks."
             )
-    _check(runs)
-    return runs
-
-
-def _check(runs: Sequence[Run]) -> None:
     if nameless := [run.task for run in runs if run.task in (".", "..")]:
         raise ConfigError(f"a recipe named {nameless[0]!r} would leave the study's folder; give it another name.")
     folders = Counter(run.folder for run in runs)
@@ -138,6 +133,7 @@ def _check(runs: Sequence[Run]) -> None:
             raise ConfigError(
                 f"{run.task}: a study takes {FEWEST_EXAMPLES} held-out examples or more, found {held_out}."
             )
+    return runs
 
 
 def is_plain(method: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loraover.reporting.html_page import Verdict
@@ -129,7 +129,9 @@ def verdict_of(report: StudyReport) -> Verdict:
     if len(settings) > 1 and any(setting.below for setting in settings):
         sentences.append("Nothing corrects for the number of settings.")
     doubted = {change.task for setting in settings for change in setting.doubtful}
-    if edges := [name for name in _unbracketed(report.tasks) if name not in doubted]:
+    baselines = ((task, one) for task in report.tasks for one in task.methods if one.method == task.baseline)
+    at_end = [task.task for task, baseline in baselines if not baseline.sensitivity.is_bracketed]
+    if edges := [name for name in at_end if name not in doubted]:
         sentences.append(f"The sweep did not bracket plain LoRA's best rate on {_list(edges)}.")
     if not report.is_whole:
         sentences.append("The study is not finished.")
@@ -158,11 +160,6 @@ def _settings(report: StudyReport) -> list[_Setting]:
             if is_over(task, method):
                 setting_of(task, method).failed.append(task.task)
     return [*settings.values()]
-
-
-def _unbracketed(tasks: Sequence[TaskResult]) -> list[str]:
-    """Names of the tasks on which the baseline's best rate is at an end of the sweep."""
-    return [t.task for t in tasks for r in t.methods if r.method == t.baseline and not r.sensitivity.is_bracketed]
 
 
 def _list(parts: Iterable[str]) -> str:
