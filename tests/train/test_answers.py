@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, PretrainedConfig
 
-from loraover.training.run.answers import final_number
+from loraover.data.final_number import final_number
 from loraover.training.run.measure import exact_match
 
 from support.tiny_hub import BOS, tiny_tokenizer

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover.common.errors import DataError
+from loraover.data.final_number import final_number
 from loraover.data.word_problems import DISTINCT, NAMES, STORIES, THINGS, split_word_problems, word_problems
-from loraover.training.run.answers import final_number
 
 from support.speed import examples
 

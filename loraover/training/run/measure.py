@@ -18,10 +18,11 @@ from torch.nn.functional import cross_entropy
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError, DivergedError
 from loraover.common.ranks import launched
+from loraover.data.final_number import final_number
 from loraover.data.formats import Row
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.recipe import LEARNS_TOKENS
-from loraover.training.run.answers import answer_rooms, final_number, greedy_answers
+from loraover.training.run.answers import answer_rooms, greedy_answers
 from loraover.training.run.build import Prepared
 from loraover.training.run.folder import HELD_OUT_FILE
 from loraover.training.run.log import log_measures
