@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,18 @@ class TrainingPlan(Memory):
             "steps": f"{self.steps:,}",
             "examples": f"{self.examples:,}",
             "tokens": f"at most {self.tokens:,}",
-            **({} if self.step_seconds is None else {"time": _time(self.steps, self.step_seconds)}),
+            **({} if self.step_seconds is None else {"time": self.time}),
             **({} if (peak := self.peak_bytes) is None else {"peak memory": f"{size_text(peak)}, measured in a trial"}),
         }
+
+    @property
+    def time(self) -> str:
+        """Time of a step and of all, in the largest unit in which they are not below one."""
+        seconds = self.step_seconds or 0.0
+        minutes = self.steps * seconds / 60
+        short = f"{minutes:.1f} min" if minutes >= 1 else f"{60 * minutes:.2g} s"
+        whole = f"{minutes / 60:.1f} h" if minutes >= 60 else short
+        return f"about {seconds:.2g} s a step, {whole} in all without evaluation"
 
     @property
     def verdict(self) -> str:
@@ -98,10 +108,18 @@ class TrainingPlan(Memory):
 
     def facts(self, *, with_bars: bool = True) -> dict[str, str]:
         """Name and value of each row of a table, with a histogram of the lengths if they are known and it is wanted."""
-        lengths = self.lengths
+        lengths, rows = self.lengths, self.needs()
         if lengths is None:
-            return self.needs()
-        return self.needs() | (_bars(lengths) if with_bars else {}) | _cut(lengths)
+            return rows
+        for edge, count in lengths.histogram.items() if with_bars else ():
+            bar = "#" * max(1, round(24 * count / max(lengths.histogram.values())))
+            rows[f"up to {edge:,} tokens"] = f"{bar} {count:,}"
+        cut = f"{lengths.cut:,} of {lengths.examples:,} ({lengths.cut_share:.1%})"
+        rows["cut"] = (
+            f"{cut} at max_length {lengths.max_length:,}; {lengths.unlabelled:,} of them have nothing to learn"
+        )
+        most = f"max_length {lengths.keeps_99:,} would cut 1 % of all at most"
+        return rows | {"longest example": f"{lengths.longest:,} tokens; {most}"}
 
 
 ASSUMPTION = (
@@ -138,24 +156,24 @@ def make_plan(
     check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
     is_seq2seq = is_encoder_decoder(source)
-    name = trainer_name(recipe, is_seq2seq=is_seq2seq)
-    if gpus is not None or gpu_memory is not None:
-        planned = Gpus(gpus or 1, _memory_of_gpu() if gpu_memory is None else round(gpu_memory * 1e9))
-        if recipe.distributed.processes is None:
-            recipe = recipe.changed("distributed", processes=planned.count)
-    else:
-        planned = None
+    name, data = trainer_name(recipe, is_seq2seq=is_seq2seq), recipe.data
+    planned = None if gpus is None and gpu_memory is None else _planned_gpus(gpus, gpu_memory)
+    if planned is not None and recipe.distributed.processes is None:
+        recipe = recipe.changed("distributed", processes=planned.count)
     make_arguments(recipe, name, Path(TRAINER_FOLDER), starts=False)
-    tokenizer = _tokenizer(recipe, source)
-    read = _read(recipe, name, source, tokenizer, report)
+    tokenizer: Any = None
+    with suppress(ConfigError):  # a model may have none beside its configuration
+        tokenizer = load_tokenizer(source)
+    if tokenizer is not None:
+        tokenizer = with_template(recipe, tokenizer)
+    if any(map(is_hub_name, data.sources)):
+        report.line(f"{', '.join(data.sources)}: not read, since a plan downloads no data; the run checks rows")
+        read = None
+    else:
+        read = read_examples(recipe, name, source, tokenizer, report, measures=not is_hub_name(data.test or ""))
     settled = settle(recipe, name, source, tokenizer, read, report, planned)
-    recipe, training = settled.recipe, settled.recipe.training
-    examples = None if training.max_steps is not None else _count_examples(settled, read)
-    steps = recipe.steps(examples or 0)
-    in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
-    seen = steps * in_a_step * recipe.clients
-    if training.num_train_epochs is not None and examples is not None:
-        seen = round(examples * training.num_train_epochs)
+    recipe = settled.recipe
+    steps, seen, tokens = _count(settled, read)
     can_try = settled.tokens or (read is None and tokenizer is not None and PAIRS[0] in TRAINERS[name].columns)
     is_here = planned is None and recipe.distributed.engine == "ddp"
     needs = try_steps(recipe, source, report) if tries and can_try and is_here else None
@@ -174,30 +192,52 @@ def make_plan(
         remedies=[] if fits is not False else what_would_fit(recipe, source, steps, ROOM * (memory or 0), planned),
         steps=steps,
         examples=seen,
-        tokens=_most_tokens(settled, seen, examples) * (2 if is_seq2seq else TRAINERS[name].texts),
+        tokens=tokens * (2 if is_seq2seq else TRAINERS[name].texts),
         step_seconds=None if needs is None else needs.step_seconds,
         peak_bytes=None if needs is None else round(needs.peak_bytes),
         lengths=settled.lengths,
     )
 
 
-def _memory_of_gpu() -> int:
-    """Return the bytes of a GPU of this machine."""
+def _planned_gpus(count: int | None, memory: float | None) -> Gpus:
+    """Return so many GPUs, one by default, of so many GB, by default as a GPU of this machine has."""
+    if memory is not None:
+        return Gpus(count or 1, round(memory * 1e9))
     device = choose_device().type
-    memory = None if device == "cpu" else total_memory(device)
-    if memory is None:
+    here = None if device == "cpu" else total_memory(device)
+    if here is None:
         raise ConfigError(f"there is no GPU here to take the memory from; give {as_written('gpu_memory')}, in GB.")
-    return memory
+    return Gpus(count or 1, here)
 
 
-def _most_tokens(settled: Settled, seen: int, in_an_epoch: int | None) -> int:
-    """Return the largest number of tokens that so many examples have, by their lengths where these are known."""
-    most = settled.recipe.training.tokens
-    if not settled.tokens or settled.recipe.packs:
-        return seen * most
-    sizes = sorted((min(one.total, most) for one in settled.tokens), reverse=True)[:in_an_epoch]
-    epochs, rest = divmod(seen, len(sizes))
-    return epochs * sum(sizes) + sum(sizes[:rest])
+def _count(settled: Settled, read: Examples | None) -> tuple[int, int, int]:
+    """Count the steps of a run, the examples that it sees, and the tokens that these have at most.
+
+    An epoch has those local examples that are not left out, as few as packing makes of them.
+    """
+    recipe, training, lengths = settled.recipe, settled.recipe.training, settled.lengths
+    data, most, sizes, examples = recipe.data, training.tokens, settled.tokens, None
+    if training.max_steps is None:
+        if read is None:
+            examples = data.train_examples or sum(
+                count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources
+            )
+        elif recipe.packs and sizes:
+            whole = (training.model_extra or {}).get("packing_strategy") in SPLITS
+            examples = math.ceil(sum(one.total if whole else min(one.total, most) for one in sizes) / most)
+        else:
+            rows = (settled.examples or read).train.rows
+            examples = len(rows) - (0 if lengths is None else lengths.unlabelled)
+    steps = recipe.steps(examples or 0)
+    in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)
+    seen = steps * in_a_step * recipe.clients
+    if training.num_train_epochs is not None and examples is not None:
+        seen = round(examples * training.num_train_epochs)
+    if not sizes or recipe.packs:
+        return steps, seen, seen * most
+    longest = sorted((min(one.total, most) for one in sizes), reverse=True)[:examples]
+    epochs, rest = divmod(seen, len(longest))
+    return steps, seen, epochs * sum(longest) + sum(longest[:rest])
 
 
 MORE_GPUS = (2, 4, 8, 16, 32, 64, 128)
@@ -205,15 +245,7 @@ MORE_GPUS = (2, 4, 8, 16, 32, 64, 128)
 
 
 def what_would_fit(recipe: Recipe, source: ModelSource, steps: int, room: float, gpus: Gpus | None) -> list[str]:
-    """Return changes of a recipe with which a process needs no more than so many bytes.
-
-    Args:
-        recipe: The recipe, with its batch size and length.
-        source: The base model.
-        steps: Optimizer steps of the run.
-        room: Bytes.
-        gpus: GPUs that the plan is for; None: this machine.
-    """
+    """Return changes of a recipe with which a process needs no more than so many bytes."""
     found: list[str] = []
     smaller = [*_smaller(recipe)]
     activations = [estimate_memory(tried, source, steps).activations for _, tried in smaller]
@@ -238,14 +270,14 @@ def _lighter(recipe: Recipe, gpus: Gpus | None) -> Iterator[tuple[list[str], Rec
         yield ["model_init.quantization: nf4"], recipe.changed("model_init", quantization="nf4")
     if recipe.method not in ("lora", "lora-over") or init.quantization is not None:
         return
-    engine = distributed.engine if is_cut else "fsdp2"
+    spread = distributed.engine if is_cut else "fsdp2"
     asked = [] if is_cut else ["distributed.engine: fsdp2"]
     if recipe.evaluation.exact_match:
         asked.append("evaluation.exact_match: false")
     for count in [here, *(n for n in MORE_GPUS if gpus and n > here)]:
         if count > 1 and (asked or count > here):
             more = [] if count == here else [f"{as_written('gpus', str(count))}"]
-            yield [*asked, *more], recipe.changed("distributed", engine=engine, config=None, processes=count)
+            yield [*asked, *more], recipe.changed("distributed", engine=spread, config=None, processes=count)
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
@@ -260,63 +292,6 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
         yield one, in_micro_batches(recipe, 1, in_a_step, training.gradient_checkpointing)
         if not training.gradient_checkpointing:
             yield [*checkpointing, *one], in_micro_batches(recipe, 1, in_a_step, True)
-
-
-def _bars(lengths: Lengths) -> dict[str, str]:
-    """Return a row for each bar of the histogram of lengths."""
-    most = max(lengths.histogram.values())
-    return {
-        f"up to {edge:,} tokens": f"{'#' * max(1, round(24 * count / most))} {count:,}"
-        for edge, count in lengths.histogram.items()
-    }
-
-
-def _cut(lengths: Lengths) -> dict[str, str]:
-    """Return rows that say what is cut."""
-    cut = f"{lengths.cut:,} of {lengths.examples:,} ({lengths.cut_share:.1%})"
-    return {
-        "cut": f"{cut} at max_length {lengths.max_length:,}; {lengths.unlabelled:,} of them have nothing to learn",
-        "longest example": f"{lengths.longest:,} tokens; max_length {lengths.keeps_99:,} would cut 1 % of all at most",
-    }
-
-
-def _tokenizer(recipe: Recipe, source: ModelSource) -> Any:
-    """Load the tokenizer; None for a model that has none beside its configuration."""
-    try:
-        tokenizer = load_tokenizer(source)
-    except ConfigError:
-        return None
-    return with_template(recipe, tokenizer)
-
-
-def _read(recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter) -> Examples | None:
-    """Read the rows that are here; None, with a line that says so, if training rows are on the hub."""
-    if any(map(is_hub_name, recipe.data.sources)):
-        report.line(f"{', '.join(recipe.data.sources)}: not read, since a plan downloads no data; the run checks rows")
-        return None
-    return read_examples(recipe, name, source, tokenizer, report, measures=not is_hub_name(recipe.data.test or ""))
-
-
-def _count_examples(settled: Settled, read: Examples | None) -> int:
-    """Count the examples of an epoch: of local data those that are not left out, as few as packing makes of them."""
-    recipe, lengths = settled.recipe, settled.lengths
-    data, most = recipe.data, recipe.training.tokens
-    if read is None and data.train_examples:
-        return data.train_examples
-    if read is None:
-        return sum(count_hub_rows(name, data.train_split, data.subset, data.revision) for name in data.sources)
-    if recipe.packs and settled.tokens:
-        whole = (recipe.training.model_extra or {}).get("packing_strategy") in SPLITS
-        return math.ceil(sum(one.total if whole else min(one.total, most) for one in settled.tokens) / most)
-    return len((settled.examples or read).train.rows) - (0 if lengths is None else lengths.unlabelled)
-
-
-def _time(steps: int, seconds: float) -> str:
-    """Return the time of a step and of all, in the largest unit in which they are not below one."""
-    minutes = steps * seconds / 60
-    short = f"{minutes:.1f} min" if minutes >= 1 else f"{60 * minutes:.2g} s"
-    whole = f"{minutes / 60:.1f} h" if minutes >= 60 else short
-    return f"about {seconds:.2g} s a step, {whole} in all without evaluation"
 
 
 def size_text(count: int) -> str:

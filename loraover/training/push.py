@@ -33,19 +33,6 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
     """Resolve the model that a pushed adapter names in place of the stand-in that it was trained on.
 
     A stand-in is a copy of a model that was made where the hub cannot be reached, see docs/recipes.md.
-
-    Args:
-        recipe: The recipe of the run.
-        trained: The model that the run trains on.
-        say: Receiver of a warning with the largest logit difference between the two models.
-
-    Returns:
-        None where the adapter names the model that it was trained on.
-
-    Raises:
-        ConfigError: `push_checkpoint` without a repository, without cores, or for cores of a stand-in; an adapter of
-            a stand-in would be pushed and the recipe names no model for it that can be read; or the recipe names one
-            although no adapter of a stand-in is pushed.
     """
     if recipe.push_checkpoint and (recipe.push_to_hub is None or recipe.method != "lora-over" or recipe.push_model):
         raise ConfigError(
@@ -102,12 +89,6 @@ def plain_copy(adapter: Path) -> Iterator[Path]:
     """Fold an adapter that has cores into a plain LoRA, with its certificate; the copy lasts for the block.
 
     The model card and the tokenizer are those of the run. The reference comes along, if there is one.
-
-    Args:
-        adapter: The adapter's folder; one without cores is its own copy.
-
-    Raises:
-        FoldError: A matrix of the plain LoRA failed its check.
     """
     if not (adapter / META_FILE).is_file():
         yield adapter
@@ -126,14 +107,7 @@ def plain_copy(adapter: Path) -> Iterator[Path]:
 
 @contextmanager
 def moved_copy(adapter: Path, base: ModelSource, card: str, say: Callable[[str], None]) -> Iterator[Path]:
-    """Copy an adapter without cores so that it names another base model; the copy lasts for the block.
-
-    Args:
-        adapter: The adapter's folder.
-        base: The model to name.
-        card: Text of the copy's README.md.
-        say: Receiver of the reason why the adapter's reference is left out, if it is.
-    """
+    """Copy an adapter without cores so that it names another base model; the copy lasts for the block."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = shutil.copytree(adapter, Path(scratch) / adapter.name)
         config = naming(json.loads((copy / CONFIG_FILE).read_bytes()), base)
@@ -201,11 +175,7 @@ They return whether there is such a run; a resumed run that took no step has non
 
 
 def check_login(trackers: Sequence[str]) -> None:
-    """Check that the trackers that upload may do so, before anything is loaded.
-
-    Raises:
-        ConfigError: wandb is to upload and has no key, or its server refuses it.
-    """
+    """Check that the trackers that upload may do so, before anything is loaded."""
     if "wandb" not in trackers or os.environ.get("WANDB_MODE", "online") != "online":
         return
     import wandb

@@ -141,11 +141,7 @@ class LoraSettings(OpenPart):
         return dict.fromkeys(named, 1.0)
 
     def with_start(self, names: Mapping[str, str]) -> LoraSettings:
-        """Return the settings with other names for the same adapters.
-
-        Args:
-            names: The new name by the old one.
-        """
+        """Return the settings with other names for the same adapters."""
         start: Any = self.start_from
         if isinstance(start, str):
             start = names[start]
@@ -318,7 +314,7 @@ class Distributed(StrictModel):
     )
     config: str | dict[str, Any] | None = Field(
         None,
-        description="Settings of the engine in place of ours: DeepSpeed's, or the fields of transformers' fsdp_config; "
+        description="Settings in place of ours: DeepSpeed's, or the fields of transformers' fsdp_config; "
         "or a JSON file that holds them.",
     )
     processes: int | None = Field(

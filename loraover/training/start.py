@@ -61,17 +61,6 @@ def pin_start(recipe: Recipe, output: Path, report: Reporter) -> Recipe:
     """Fetch the adapters that a recipe starts from.
 
     Where the run has their matrices already, only the commits of branches and tags of the hub are asked for.
-
-    Args:
-        recipe: The recipe.
-        output: The run's folder.
-        report: Receiver of progress.
-
-    Returns:
-        The recipe, in which the adapters of the hub are named with their commits.
-
-    Raises:
-        ConfigError: An adapter cannot be fetched, or is named twice in different words.
     """
     if recipe.lora.start_from is None:
         return recipe
@@ -100,23 +89,7 @@ def _can_move(name: str) -> bool:
 def start_from_adapter(
     model: PeftModel, recipe: Recipe, base: ModelSource, output: Path, report: Reporter
 ) -> StartedFrom | None:
-    """Set A and B of a model to those that its recipe starts from.
-
-    Args:
-        model: The model, whose LoRA PEFT has just made; its A and B are changed.
-        recipe: The recipe, as `pin_start` returns it.
-        base: The base model.
-        output: The run's folder, in which rank 0 keeps the matrices.
-        report: Receiver of progress.
-
-    Returns:
-        What A and B start from; None where that is PEFT's own start.
-
-    Raises:
-        ConfigError: An adapter that cannot be read, is more than A and B, or does not fit the recipe's modules.
-        CheckpointError: The matrices of a run that is resumed cannot be read.
-        OutputError: The run's folder cannot be written.
-    """
+    """Set A and B of a model to those that its recipe starts from."""
     if recipe.lora.start_from is None:
         return None
     with launched().first_then_others():

@@ -78,11 +78,7 @@ TRAINERS = {
 
 
 def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
-    """Return the name of a recipe's trainer.
-
-    Raises:
-        ConfigError: The trainer does not train the model.
-    """
+    """Return the name of a recipe's trainer."""
     name = recipe.trainer or ("seq2seq" if is_seq2seq else "sft")
     if is_seq2seq != (TRAINERS[name].task == "SEQ_2_SEQ_LM"):
         kind = "has an encoder and a decoder; its trainer is seq2seq" if is_seq2seq else "is decoder-only; use sft"
@@ -91,11 +87,7 @@ def trainer_name(recipe: Recipe, *, is_seq2seq: bool) -> str:
 
 
 def find_reward(name: str) -> Any:
-    """Return a reward of `trl.rewards`, or the function that a dotted name such as "module.function" imports.
-
-    Raises:
-        ConfigError: There is no such function.
-    """
+    """Return a reward of `trl.rewards`, or the function that a dotted name such as "module.function" imports."""
     import trl.rewards
 
     module, _, function = name.rpartition(".")

@@ -86,15 +86,6 @@ def try_steps(
     If these are n of L layers, needs(L) = needs(n) + (L - n) (needs(n) - needs(2)) / (n - 2). All else is the recipe's:
     rows, trainer, method, batch and length. All matrices of LoRA-Over have cores, the most that its schedules can cost.
     Rows of full length stand for those on the hub, which are not downloaded, so that the needs are upper bounds.
-
-    Args:
-        recipe: The recipe, with its batch size and length.
-        source: The base model.
-        report: Receiver of what is tried, or of the reason for which nothing can be.
-        clock: Clock to time with.
-
-    Returns:
-        The needs; None for a model whose layers cannot be left out, or for which this machine is too small or too slow.
     """
     config = load_config(source)
     depths = {getattr(config, name) for name in DEPTHS if hasattr(config, name)}

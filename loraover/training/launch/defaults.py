@@ -139,15 +139,7 @@ def _without(
 def with_defaults(
     recipe: Recipe, config: Any, tokens: list[Tokens], report: Reporter, gpus: Gpus | None = None
 ) -> Recipe:
-    """Give the values that a recipe leaves open, but for its batch size.
-
-    Args:
-        recipe: The recipe.
-        config: Configuration of its base model.
-        tokens: Lengths of its training examples; empty if they are not known.
-        report: Receiver of the values with their reasons.
-        gpus: GPUs that a plan is for; None: this machine.
-    """
+    """Give the values that a recipe leaves open, but for its batch size."""
     training, values = recipe.training, dict[str, Any]()
     text = config.get_text_config()
     if training.bf16 is None:
@@ -194,15 +186,6 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter, gpus: Gpus
     A step has as many examples as without auto, since micro-batches are accumulated, so that the result of a run does
     not depend on the machine's memory. Where processes cannot share them evenly, another number is reported and taken.
     If not even one example fits, activations are recomputed.
-
-    Args:
-        recipe: The recipe.
-        source: The base model.
-        report: Receiver of what is chosen.
-        gpus: GPUs that a plan is for, which may be too small; None: this machine.
-
-    Raises:
-        ConfigError: Not even one example fits on this machine.
     """
     training = recipe.training
     if training.per_device_train_batch_size != AUTO:

@@ -24,13 +24,13 @@ PREPARATION_S = 86400
 TIMEOUT_S = 600
 """Seconds in training after which a process that does not answer counts as lost; the Trainer's own default is 1800."""
 
-ENGINES: dict[str, dict[str, Any]] = {
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
     "ddp": {},
     "zero2": {"zero_optimization": {"stage": 2}},
     "zero3": {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}},
     "fsdp2": {"state_dict_type": "FULL_STATE_DICT"},
 }
-"""Our settings of each engine, beside those that DeepSpeed always gets."""
+"""Our settings of each way to spread a run, by the key `distributed.engine`, beside DeepSpeed's usual ones."""
 
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -44,52 +44,44 @@ DEEPSPEED = {
 """Settings of DeepSpeed that LoRA-Over needs, or that the Trainer fills in."""
 
 SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-"""Variables by which `accelerate launch` asks for an engine, and the Trainer's settings do so too."""
+"""Variables by which `accelerate launch` asks for DeepSpeed or FSDP, and the Trainer's settings do so too."""
 
 LAUNCHED_WITH = [name for name in SWITCHES if os.environ.get(name) == "true"]
 """Variables that were set when this process began."""
 
 CUTS_WEIGHTS = ("zero3", "fsdp2")
-"""Engines under which a process holds only its part of the weights."""
+"""Distributions in which a process holds only its part of the weights."""
 
 
 def check_processes(recipe: Recipe, *, starts: bool = True) -> None:
-    """Check that the processes of a launcher can train a recipe.
-
-    Args:
-        recipe: The recipe.
-        starts: Whether these processes are to train it now, and not a plan of it to be made.
-
-    Raises:
-        ConfigError: They cannot; the message says why.
-    """
-    engine, size = recipe.distributed.engine, launched().size
+    """Check that the processes of a launcher can train a recipe."""
+    spread, size = recipe.distributed.engine, launched().size
     if LAUNCHED_WITH:
         raise ConfigError(
             f"accelerate's configuration sets {LAUNCHED_WITH[0]}, which the recipe decides: set distributed.engine, "
             "and take a configuration of accelerate with distributed_type MULTI_GPU."
         )
-    if starts and engine != "ddp" and "RANK" not in os.environ:
+    if starts and spread != "ddp" and "RANK" not in os.environ:
         raise ConfigError(
-            f"distributed.engine is {engine}, which needs a launcher; start the run with torchrun --nproc-per-node N "
+            f"distributed.engine is {spread}, which needs a launcher; start the run with torchrun --nproc-per-node N "
             "-m loraover.cli, followed by the words of this command."
         )
     if not starts:
         size = recipe.distributed.processes or 1
-    if recipe.method in METHODS and (engine != "ddp" or size > 1) and (why := METHODS[recipe.method].one_process):
+    if recipe.method in METHODS and (spread != "ddp" or size > 1) and (why := METHODS[recipe.method].one_process):
         raise ConfigError(f"method {recipe.method} trains in one process, since {why}. Start it without a launcher.")
-    if recipe.method in METHODS and engine != "ddp":
+    if recipe.method in METHODS and spread != "ddp":
         raise ConfigError(
-            f"method {recipe.method} changes weights or their states itself, which distributed.engine {engine} cuts "
+            f"method {recipe.method} changes weights or their states itself, which distributed.engine {spread} cuts "
             "into pieces; use ddp."
         )
-    if engine in CUTS_WEIGHTS and recipe.method == "full":
+    if spread in CUTS_WEIGHTS and recipe.method == "full":
         raise ConfigError(
-            f"method full trains weights that distributed.engine {engine} would cut into pieces; use ddp or zero2."
+            f"method full trains weights that distributed.engine {spread} would cut into pieces; use ddp or zero2."
         )
-    if engine in CUTS_WEIGHTS and recipe.evaluation.exact_match:
+    if spread in CUTS_WEIGHTS and recipe.evaluation.exact_match:
         raise ConfigError(
-            f"evaluation.exact_match generates answers, which distributed.engine {engine} cannot while the weights are "
+            f"evaluation.exact_match generates answers, which distributed.engine {spread} cannot while the weights are "
             "cut into pieces; leave it out, and evaluate the trained adapter."
         )
 
@@ -111,12 +103,8 @@ def accumulation(recipe: Recipe) -> int:
     return in_a_step // here
 
 
-def engine_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields of transformers' TrainingArguments that start the recipe's engine; none for one process.
-
-    Raises:
-        ConfigError: A file of settings cannot be read.
-    """
+def distribution_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of transformers' TrainingArguments that spread a recipe's run; none for one process."""
     import torch
 
     for name in SWITCHES:
@@ -132,14 +120,27 @@ def engine_options(recipe: Recipe) -> dict[str, Any]:
         options["ddp_backend"] = "gloo"
     if torch.cuda.is_available() or not has_accelerator:  # of other accelerators, Accelerate knows the backend
         launched().start_group("cpu:gloo,cuda:nccl" if has_accelerator else "gloo", PREPARATION_S)
-    engine = recipe.distributed.engine
-    settings = ENGINES[engine] | _given(recipe.distributed.config)
-    if engine.startswith("zero"):
+    spread = recipe.distributed.engine
+    config = recipe.distributed.config
+    if isinstance(config, str):
+        file = config
+        try:
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"distributed.config: {file} cannot be read as JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"distributed.config: {file} holds {type(config).__name__}, expected an object.")
+    settings = DISTRIBUTIONS[spread] | (config or {})
+    if spread.startswith("zero"):
         if not has_accelerator:
-            _use_cpu()
-        stage = ENGINES[engine]["zero_optimization"] | settings.get("zero_optimization", {})
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            import deepspeed
+
+            # else it would compile C++ for messages in shared memory
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        stage = DISTRIBUTIONS[spread]["zero_optimization"] | settings.get("zero_optimization", {})
         options["deepspeed"] = DEEPSPEED | settings | {"zero_optimization": stage}
-    elif engine == "fsdp2":
+    elif spread == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": settings}
     return options
 
@@ -155,26 +156,6 @@ def end_preparation(recipe: Recipe) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.patience_s))
 
 
-def _given(config: str | dict[str, Any] | None) -> dict[str, Any]:
-    if not isinstance(config, str):
-        return config or {}
-    try:
-        found = json.loads(Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"distributed.config: {config} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"distributed.config: {config} holds {type(found).__name__}, expected an object.")
-    return found
-
-
-def _use_cpu() -> None:
-    """Let DeepSpeed run on a CPU without the C++ that it would compile for messages in shared memory."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 UNIVERSAL, LATEST = "universal", "latest_universal"
 
 
@@ -183,17 +164,6 @@ def convert_for_processes(checkpoint: Path, trainer: Any, report: Reporter) -> N
 
     ZeRO cuts the optimizer's state into one piece for each process. Rank 0 joins the pieces with DeepSpeed's own
     converter, in the folder `universal` of the checkpoint, and DeepSpeed cuts the result anew.
-
-    Args:
-        checkpoint: The checkpoint.
-        trainer: Trainer of transformers that has not begun.
-        report: Receiver of progress.
-
-    Raises:
-        ConfigError: The optimizer's state is not that of Adam, the only one that the converter knows.
-
-    Mutates:
-        The trainer's settings of DeepSpeed.
     """
     pieces, ranks = sorted(checkpoint.glob("global_step*/*_optim_states.pt")), launched()
     if len(pieces) in (0, ranks.size):

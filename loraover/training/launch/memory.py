@@ -57,8 +57,8 @@ class Memory(StrictModel):
     )
     gathered: int = Field(
         0,
-        description="Bytes of weights that an engine which cuts them gathers while they are used: two layers, and what "
-        "is outside of the layers.",
+        description="Bytes of weights that ZeRO 3 and FSDP2, which cut them, gather while they are used: two layers, "
+        "and what is outside of the layers.",
     )
     activations: int | None = Field(
         description="Estimated bytes of activations, see `plan.ASSUMPTION`; None: they depend on the values."
@@ -81,15 +81,6 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_act
 
     Of P processes, ZeRO 2 gives each a part of 1 / P of the optimizer's states and gradients of A and B, and ZeRO 3 and
     FSDP2 also of the weights, A and B. All of them hold all cores. docs/scale.md has the formulas.
-
-    Args:
-        recipe: The recipe, with its batch size and length.
-        source: The base model.
-        steps: Optimizer steps of the run.
-        with_activations: Whether to estimate the activations too, which takes most of the time.
-
-    Raises:
-        ConfigError: PEFT, the method or the schedule refuses the model.
     """
     base = load_skeleton(source).to(getattr(torch, DTYPES[weights_dtype(recipe)]))
     weights, gathered = _bytes(base.parameters()), 0
@@ -97,8 +88,8 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_act
         layers = [one.weight for one in base.modules() if isinstance(one, nn.Linear)]
         inner = [weight for weight in layers if weight is not base.get_output_embeddings().weight]
         weights += round(QUANTISED[form] * sum(weight.numel() for weight in inner)) - _bytes(inner)
-    engine, pieces = recipe.distributed.engine, recipe.distributed.processes or 1
-    if engine in CUTS_WEIGHTS and pieces > 1:
+    spread, pieces = recipe.distributed.engine, recipe.distributed.processes or 1
+    if spread in CUTS_WEIGHTS and pieces > 1:
         blocks = [_bytes(one.parameters()) for one in base.modules() if isinstance(one, GradientCheckpointingLayer)]
         in_use = 1 - (sum(blocks) - 2 * max(blocks)) / _bytes(base.parameters()) if len(blocks) > 2 else 1
         gathered, weights = round(in_use * weights * (pieces - 1) / pieces), weights // pieces
@@ -122,14 +113,14 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_act
         added = cores - trained // CORE_BYTES
     rows = 1 + recipe.training.micro_batch if method.keeps_row_gradients else 1
     kept = trained - (cores - added) * CORE_BYTES  # parameters whose moments stay with them
-    if engine == "ddp":
+    if spread == "ddp":
         pieces = 1
-    elif engine.startswith("zero"):
+    elif spread.startswith("zero"):
         kept = trained + trained // 2  # a step takes all of them, and has a float32 copy of each
     return Memory(
         weights=weights,
         gathered=gathered,
-        adapter=0 if recipe.method == "full" else adapter // (pieces if engine in CUTS_WEIGHTS else 1),
+        adapter=0 if recipe.method == "full" else adapter // (pieces if spread in CUTS_WEIGHTS else 1),
         cores=cores * CORE_BYTES,
         gauge=gauge * CORE_BYTES,
         gradients=rows * trained // pieces + cores * CORE_BYTES,
@@ -161,13 +152,7 @@ def _activations(model: Any, recipe: Recipe) -> int | None:
 
 
 def kept_bytes(model: nn.Module, ids: Tensor, mode: AbstractContextManager[Any]) -> int:
-    """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass with a loss.
-
-    Args:
-        model: A model on the meta device.
-        ids: Shape (batch, tokens), input and labels.
-        mode: Context of the forward pass.
-    """
+    """Bytes of the tensors, other than the model's own, that autograd keeps after a forward pass with a loss."""
     own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Any] = {}
 

@@ -19,7 +19,7 @@ from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
 from loraover.models.load import ModelSource
-from loraover.training.launch.distribution import accumulation, check_processes, engine_options
+from loraover.training.launch.distribution import accumulation, check_processes, distribution_options
 from loraover.training.method import TrainingMethod
 from loraover.training.recipe import Recipe, hint
 from loraover.training.recipe_parts import AUTO, SOAP, OpenPart
@@ -45,11 +45,7 @@ MEANT |= {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "group_
 
 
 def check_names(recipe: Recipe) -> None:
-    """Check before anything is loaded what the recipe's types do not.
-
-    Raises:
-        ConfigError: An unknown key, optimizer or start of A and B, or float16 on a machine that does not have it.
-    """
+    """Check before anything is loaded what the recipe's types do not."""
     check_keys(recipe)
     _check_known("training.optim", recipe.training.optim, [SOAP, *(str(name.value) for name in OptimizerNames)])
     start = recipe.lora.init_lora_weights
@@ -67,20 +63,7 @@ def _check_known(key: str, value: str, known: Sequence[str]) -> None:
 
 
 def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = SILENT, *, starts: bool = True) -> Any:
-    """Make the settings of a recipe's trainer, as its class checks them.
-
-    Args:
-        recipe: The recipe.
-        name: Key of `TRAINERS`.
-        output: Folder of its checkpoints, inside the run's folder.
-        report: Receiver of a line where GPUs stay idle.
-        starts: Whether these processes are to train it now, and not a plan of it to be made.
-
-    Raises:
-        ConfigError: The processes of a launcher cannot train the recipe, a reward is unknown, the class does not have a
-            key or refuses a value, or a tracker is unknown or not installed; every fault that it can name alone is
-            named.
-    """
+    """Make the settings of a recipe's trainer, as its class checks them."""
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.utils import is_liger_kernel_available
 
@@ -102,7 +85,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
         **{key: value for key, value in given.items() if key in known - DONE_BEFORE},
         "bf16": bool(recipe.training.bf16),
         "gradient_accumulation_steps": accumulation(recipe),
-        **engine_options(recipe),
+        **distribution_options(recipe),
         "output_dir": str(output),
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),

@@ -76,19 +76,7 @@ class Examples:
 def read_examples(
     recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter, *, measures: bool = True
 ) -> Examples:
-    """Load the rows that a recipe trains and measures on, and report what is not learned of them.
-
-    Args:
-        recipe: The recipe.
-        name: Key of `TRAINERS`.
-        source: The base model.
-        tokenizer: Its tokenizer; None if there is none, so that no chat messages are written.
-        report: Receiver of the lines.
-        measures: Whether held-out rows are read.
-
-    Raises:
-        DataError: See `load_examples`.
-    """
+    """Load the rows that a recipe trains and measures on, and report what is not learned of them."""
     form = RowForm(TRAINERS[name].columns, text=recipe.training.text_column)
     if tokenizer is not None:
         form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
@@ -118,15 +106,7 @@ def report_skipped(skipped: Counted, report: Reporter) -> None:
 
 
 def load_examples(recipe: Recipe, form: RowForm) -> Examples:
-    """Load training rows, and held-out rows if the recipe measures something.
-
-    Args:
-        recipe: The recipe.
-        form: Rows that the recipe's trainer takes.
-
-    Raises:
-        DataError: See `load_rows`; or held-out data are missing, or are all trained on.
-    """
+    """Load training rows, and held-out rows if the recipe measures something."""
     data, faults = recipe.data, list[str]()
     wanted = min(recipe.evaluation.examples, data.test_examples or recipe.evaluation.examples)
     is_divided, is_built_in = bool(wanted) and _is_divided(recipe), data.train == BUILT_IN
@@ -199,15 +179,7 @@ def _is_divided(recipe: Recipe) -> bool:
 
 
 def _divided(parts: Sequence[Rows], most: int) -> tuple[list[Rows], Rows | None]:
-    """Hold out some rows of sources that have no split for it, the same ones for every seed and every weight.
-
-    Args:
-        parts: Rows of each source. Turns of one conversation come from one row, and stay together.
-        most: Largest number of examples to hold out, unless one conversation has more turns.
-
-    Returns:
-        The other rows of each source, one at least; and the held-out rows, None if there are too few rows for any.
-    """
+    """Hold out some rows of sources that have no split for it, the same ones for every seed and every weight."""
     sizes = Counter((k, number) for k, part in enumerate(parts) for number in part.numbers)
     left = Counter(k for k, _ in sizes)
     taken: set[Hashable] = set()
@@ -297,9 +269,6 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
 
     Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
     what it counts; else each turn of the assistant is one example.
-
-    Raises:
-        ConfigError: Chat messages are asked for, and the tokenizer has no chat template.
     """
     has_template = tokenizer.chat_template is not None
     if recipe.data.chat and not has_template:

@@ -39,24 +39,7 @@ def count_tokens(
     processor: Any = None,
     bad: BadRows | None = None,
 ) -> list[Tokens]:
-    """Count the tokens of each example as its trainer does.
-
-    Args:
-        rows: The examples.
-        name: Key of `TRAINERS`.
-        tokenizer: The model's tokenizer.
-        answers_only: Whether only the assistant's turns of `messages` have labels.
-        processor: What reads the rows' images; None for rows without any.
-        bad: Receiver of the rows that cannot be learned, see Raises; None: they are refused.
-
-    Returns:
-        One entry for each example; for a trainer of transformers, input and target count apart, and the longer one
-        stands for both.
-
-    Raises:
-        DataError: A conversation has no turn of the assistant, where only these have labels; the chat template refuses
-            a row, or leaves something out; or an image is damaged.
-    """
+    """Count the tokens of each example as its trainer does; of an input and a target, the longer stands for both."""
     if bad is None:
         bad = BadRows()
         found = count_tokens(rows, name, tokenizer, answers_only=answers_only, processor=processor, bad=bad)
@@ -124,11 +107,6 @@ def picture_tokens(rows: Rows, processor: Any, bad: BadRows) -> list[int]:
 
     They depend on an image's size and on the number of images in an example, so that one image for each of these is
     processed, and of others only the size is read.
-
-    Args:
-        rows: The examples.
-        processor: What reads their images.
-        bad: Receiver of the rows with an image that cannot be read or processed.
     """
     known: dict[tuple[tuple[int, int], int], int] = {}
 
@@ -179,21 +157,7 @@ def _picture_size(picture: dict[str, Any], where: str) -> tuple[int, int]:
 def check_fit(
     recipe: Recipe, name: str, examples: Examples, counted: Sequence[list[Tokens]], report: Reporter
 ) -> Lengths | None:
-    """Check that no example with images is cut, and report which others are, held-out ones too.
-
-    Args:
-        recipe: The recipe, with its largest length.
-        name: Key of `TRAINERS`.
-        examples: The rows.
-        counted: Lengths of each of their parts.
-        report: Receiver of the lines.
-
-    Returns:
-        None for a trainer that cuts none.
-
-    Raises:
-        DataError: An example with images is cut, or none keeps anything to learn from.
-    """
+    """Check that no example with images is cut, and report which others are; None for a trainer that cuts none."""
     limit = recipe.training.tokens
     for rows, tokens in zip(examples.parts, counted, strict=True):
         for i, one in enumerate(tokens):
@@ -206,7 +170,21 @@ def check_fit(
     if name == "grpo":
         return None
     found, *held_out = (summarise(*part, recipe, name) for part in zip(counted, examples.parts, strict=True))
-    _report_lengths(found, recipe, name, report)
+    kept = f"{found.keeps_99} would keep 99 % of all examples whole"
+    if found.unlabelled == found.examples:
+        why = "trainer reward leaves out what is longer" if name == "reward" else "every prompt fills it"
+        raise DataError(
+            f"{recipe.data.name}: no example fits training.max_length = {limit}, since {why}. The longest example has "
+            f"{found.longest} tokens; {kept}."
+        )
+    if found.cut:
+        warning = "warning: " if found.cut_share > FEW else ""
+        report.line(f"{warning}{_cut_line(found, 'examples', recipe, name)}; {kept}")
+    if found.unlabelled and name != "reward":
+        report.line(
+            f"{found.unlabelled} of {found.examples} examples have no room for their completion within "
+            f"training.max_length = {limit} and are left out ({Counted(found.unlabelled, found.unlabelled_rows).rows})"
+        )
     for summary in held_out:
         if summary.cut:
             report.line(_cut_line(summary, "held-out examples", recipe, name) + ", and count so in the loss")
@@ -214,14 +192,7 @@ def check_fit(
 
 
 def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Lengths:
-    """Summarise lengths of examples, and what a largest length cuts.
-
-    Args:
-        tokens: Lengths of the examples.
-        rows: The examples.
-        recipe: The recipe, with its largest length.
-        name: Key of `TRAINERS`; that of rewards leaves longer examples out.
-    """
+    """Summarise lengths of examples, and what a largest length cuts."""
     training, totals = recipe.training, sorted(one.total for one in tokens)
     most = training.tokens
     cut, unlabelled = Counted(), Counted()
@@ -245,14 +216,7 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
 
 
 def is_left_out(one: Tokens, most: int, recipe: Recipe, name: str) -> bool:
-    """Whether an example has nothing to learn within so many tokens; the trainer of rewards leaves out all longer ones.
-
-    Args:
-        one: Its length.
-        most: Largest length.
-        recipe: The recipe.
-        name: Key of `TRAINERS`.
-    """
+    """Whether an example has nothing to learn within so many tokens; that of rewards leaves out all longer ones."""
     extra = recipe.training.model_extra or {}
     keeps_labels = extra.get("truncation_mode") == "keep_end" or extra.get("completion_only_loss") is False
     is_full = name == "reward" or (one.prompt >= most and not keeps_labels)
@@ -265,25 +229,6 @@ def _splits(recipe: Recipe) -> bool:
 
 SPLITS = ("wrapped", "bfd_split", "bfd-requeue")
 """Strategies of packing that put the rest of a longer example into the next row."""
-
-
-def _report_lengths(found: Lengths, recipe: Recipe, name: str, report: Reporter) -> None:
-    """Report which training examples are cut or have nothing to learn; raise DataError if none has anything."""
-    limit, kept = f"training.max_length = {found.max_length}", f"{found.keeps_99} would keep 99 % of all examples whole"
-    if found.unlabelled == found.examples:
-        why = "trainer reward leaves out what is longer" if name == "reward" else "every prompt fills it"
-        raise DataError(
-            f"{recipe.data.name}: no example fits {limit}, since {why}. The longest example has {found.longest} "
-            f"tokens; {kept}."
-        )
-    if found.cut:
-        warning = "warning: " if found.cut_share > FEW else ""
-        report.line(f"{warning}{_cut_line(found, 'examples', recipe, name)}; {kept}")
-    if found.unlabelled and name != "reward":
-        report.line(
-            f"{found.unlabelled} of {found.examples} examples have no room for their completion within {limit} and are "
-            f"left out ({Counted(found.unlabelled, found.unlabelled_rows).rows})"
-        )
 
 
 def _cut_line(found: Lengths, what: str, recipe: Recipe, name: str) -> str:

@@ -39,11 +39,7 @@ def spelt(row: Row, part: str | None, reads: Any) -> str:
 
 
 def own_template(recipe: Recipe) -> str | None:
-    """Return the chat template that a recipe names in place of its model's; None if it names none.
-
-    Raises:
-        ConfigError: It names something else than a file with a template.
-    """
+    """Return the chat template that a recipe names in place of its model's; None if it names none."""
     named = recipe.training.chat_template_path
     if named is None:
         return None
@@ -61,11 +57,7 @@ def own_template(recipe: Recipe) -> str | None:
 
 
 def with_template(recipe: Recipe, reads: Any) -> Any:
-    """Return a tokenizer, or what reads images, with the chat template that a recipe names.
-
-    Raises:
-        ConfigError: As `own_template`.
-    """
+    """Return a tokenizer, or what reads images, with the chat template that a recipe names."""
     if (template := own_template(recipe)) is not None:
         reads.chat_template = template
     return reads
@@ -93,14 +85,7 @@ def checked(row: Row, part: str | None, reads: Any, where: str) -> str:
 
 
 def whole_texts(rows: Rows, reads: Any, bad: BadRows) -> list[list[str]]:
-    """Return the texts of each example, one for each of its answers.
-
-    Args:
-        rows: The examples.
-        reads: The tokenizer, or what reads the rows' images besides.
-        bad: Receiver of the rows that the chat template refuses, or of which it leaves out tools, a call of one, or a
-            message that is neither the user's nor the assistant's; their texts are empty.
-    """
+    """Return the texts of each example, one for each of its answers."""
     found = []
     for i, row in enumerate(rows.rows):
         where, parts = rows.place(i), answers(row)
@@ -119,11 +104,7 @@ CALLED = {"query": "lora"}
 
 
 def takes_objects(reads: Any) -> bool:
-    """Whether a chat template writes the arguments of a tool's call that are an object; a few take JSON text alone.
-
-    Args:
-        reads: The tokenizer, or what reads images besides.
-    """
+    """Whether a chat template writes the arguments of a tool's call that are an object; a few take JSON text alone."""
 
     def said(arguments: Any) -> str | None:
         call = {"id": "call00001", "type": "function", "function": {"name": "find", "arguments": arguments}}

@@ -76,16 +76,7 @@ def greedy_answers(
 
 
 def answer_rooms(model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, Any]]]) -> list[float]:
-    """Largest number of tokens in the answer to each prompt, as far as the model's context limits it.
-
-    Args:
-        model: A causal model or an encoder-decoder.
-        tokenizer: Its tokenizer.
-        prompts: Only texts, or only chats, to which the tokenizer's template is applied.
-
-    Raises:
-        DataError: A prompt leaves no room.
-    """
+    """Largest number of tokens in the answer to each prompt, as far as the model's context limits it."""
     texts, adds = _as_texts(prompts, tokenizer)
     context = getattr(model.config, "max_position_embeddings", None)  # T5 and Bloom have no such limit
     if context is None:

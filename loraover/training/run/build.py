@@ -198,13 +198,6 @@ def _check_precision(model: torch.nn.Module, report: Reporter) -> None:
     """Check that nothing is trained in float16, and report what is trained in bfloat16.
 
     A bfloat16 has 8 bits, so that a change of less than 1 / 512 is always rounded off.
-
-    Args:
-        model: Model to train.
-        report: Receiver of a line.
-
-    Raises:
-        ConfigError: All weights, modules to save or biases of a base model in float16 are trained.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if coarse := sum(one.numel() for one in trained.values() if one.dtype == torch.bfloat16):
@@ -221,11 +214,7 @@ def _check_precision(model: torch.nn.Module, report: Reporter) -> None:
 
 
 def _check_steps(trainer: Trainer, settled: Settled, model: Any, report: Reporter) -> None:
-    """Fit a trainer's schedules to the steps of its run, and report what is not as one process would do it.
-
-    Raises:
-        ConfigError: An optimizer, or a schedule of rates or of cores, that cannot be made.
-    """
+    """Fit a trainer's schedules to the steps of its run, and report what is not as one process would do it."""
     recipe, training, size = settled.recipe, settled.recipe.training, launched().size
     steps, rows, at_once = planned_steps(recipe, trainer), len(trainer.train_dataset), training.micro_batch * size
     has_ended = steps * training.gradient_accumulation_steps * at_once >= rows

@@ -52,12 +52,6 @@ def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_
 
     A new run that has taken no step leaves no folder, or one with nothing but the failure of its method, so that the
     same command can be given again. Otherwise the folder keeps what it holds, to be resumed. Ctrl-C is not recorded.
-
-    Args:
-        output: The run's folder.
-        error: What ended the run. It gets a note where the file cannot be written.
-        has_stepped: Whether the run has taken a step.
-        is_resumed: Whether the folder was there before.
     """
     failure = failure_of(error) if isinstance(error, Exception) else None
     is_kept = failure is not None and (has_stepped or failure.is_of_method)

@@ -78,14 +78,7 @@ def run_folder(recipe: str, *, resume: bool | Literal["auto"]) -> Path:
 
 
 def new_run_folder(recipe: str) -> Path:
-    """Make the first free folder `runs/RECIPE-N`; two runs that begin at the same time get two folders.
-
-    Args:
-        recipe: Name or path of the recipe.
-
-    Raises:
-        OutputError: The folder cannot be made.
-    """
+    """Make the first free folder `runs/RECIPE-N`; two runs that begin at the same time get two folders."""
     for number in count(1):
         folder = RUNS / f"{Path(recipe).stem}-{number}"
         try:
@@ -102,14 +95,7 @@ def new_run_folder(recipe: str) -> Path:
 
 
 def newest_unfinished(recipe: str) -> Path:
-    """Find the run of a recipe with the highest number that has begun, has not finished, and is not being trained.
-
-    Args:
-        recipe: Name or path of the recipe.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Find the run of a recipe with the highest number that has begun, has not finished, and is not being trained."""
     begun = _unfinished(recipe)
     waiting = [pair for pair in begun if not is_locked(pair[1] / LOCK_FILE)]
     if not waiting:
@@ -132,11 +118,7 @@ def _unfinished(recipe: str) -> list[tuple[int, Path]]:
 
 
 def check_claim(output: Path, *, resume: bool) -> None:
-    """Check that a folder is free for a new run, or with `resume` that it holds a run to continue.
-
-    Raises:
-        ConfigError, OutputError: As `claim` does.
-    """
+    """Check that a folder is free for a new run, or with `resume` that it holds a run to continue."""
     if resume:
         _check_unfinished(output)
     elif not has_no_work(output):
@@ -148,14 +130,6 @@ def claim(output: Path, *, resume: bool) -> Iterator[None]:
     """Make the folder of a new run, or check that there is a run to continue; hold its lock for a block.
 
     A folder that is empty, or holds nothing but a failure before the first step, counts as free.
-
-    Args:
-        output: The run's folder.
-        resume: Whether a run in it is to be continued.
-
-    Raises:
-        ConfigError: With `resume`: no run there, one that is finished, or one that another process trains.
-        OutputError: The folder is in use, or cannot be written.
     """
     check_claim(output, resume=resume)
     with ExitStack() as stack:
@@ -198,13 +172,6 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
     That is the hub's commits, if model or data are the same, the number of processes whose micro-batches make a step,
     and fields of `training` that have no value, or `auto`. Thus neither a new commit of the hub nor another machine
     keeps the run from being continued.
-
-    Args:
-        recipe: The recipe as it was asked for.
-        output: The run's folder, which holds the recipe that the run began with.
-
-    Raises:
-        ConfigError: The folder's recipe cannot be read.
     """
     begun = _read_yaml(output / RECIPE_FILE)
     recipe = recipe.model_copy(update={"training": _with_chosen(recipe.training, begun.get("training"))})
@@ -249,15 +216,7 @@ def _with_pins(lora: LoraSettings, kept: Any) -> LoraSettings:
 
 
 def write_recipe(output: Path, recipe: Recipe) -> None:
-    """Keep a run's recipe in its folder.
-
-    Args:
-        output: The run's folder.
-        recipe: The recipe with pinned revisions.
-
-    Raises:
-        ConfigError: The folder holds a run with another recipe.
-    """
+    """Keep a run's recipe in its folder."""
     import yaml
 
     values = recipe.model_dump(mode="json")
@@ -299,17 +258,7 @@ def digest_rows(rows: Sequence[Row]) -> str:
 
 
 def keep_digests(output: Path, examples: Examples, template: str | None) -> None:
-    """Write the digests of a run's rows into its folder, or compare them where the run is resumed.
-
-    Args:
-        output: The run's folder.
-        examples: Rows of the run.
-        template: Chat template of the recipe; None: it takes the model's.
-
-    Raises:
-        DataError: The run was begun with other rows, or with another template.
-        CheckpointError: The digests in the folder cannot be read.
-    """
+    """Write the digests of a run's rows into its folder, or compare them where the run is resumed."""
     test = None if examples.test is None else digest_rows(examples.test.rows)
     own = None if template is None else hashlib.sha256(template.encode()).hexdigest()
     found = RowDigests(train=digest_rows(examples.train.rows), test=test, chat_template=own)

@@ -33,17 +33,14 @@ def trim_metrics(output: Path, checkpoint: Path | None) -> None:
     if not path.is_file():
         return
     step = step_of(checkpoint)
-    kept = [line for line in _lines(path) if _stays(line, step)]
+    kept = []
+    for line in _lines(path):
+        row = _parsed(line)
+        logged = row.get("step")
+        is_own = "eval_loss" in row and "eval_runtime" not in row  # the Trainer's own measures have that
+        if isinstance(logged, int) and 0 <= logged <= step and not (is_own and logged > 0):
+            kept.append(line)
     publish_text(path, "".join(line + "\n" for line in kept))
-
-
-def _stays(line: str, step: int) -> bool:
-    """Whether a line of the log is complete, not of a later step, and not of the measures after training."""
-    row = _parsed(line)
-    if not isinstance(logged := row.get("step"), int):
-        return False
-    is_measured_after = logged > 0 and "eval_loss" in row and "eval_runtime" not in row  # the Trainer's own have that
-    return 0 <= logged <= step and not is_measured_after
 
 
 def logged_losses(output: Path) -> list[float]:

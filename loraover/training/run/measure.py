@@ -33,11 +33,7 @@ LOWER = "Lower the learning rate of {:g}"
 
 
 def check_room(run: Prepared) -> None:
-    """Check before the first step that answers can be generated after the last one.
-
-    Raises:
-        ConfigError: A prompt leaves no room for an answer.
-    """
+    """Check before the first step that answers can be generated after the last one."""
     if run.examples.test is not None and run.recipe.evaluation.exact_match:
         answer_rooms(run.model, run.tokenizer, [row["prompt"] for row in _asked(run.examples.test.rows)])
 
@@ -48,7 +44,7 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
     Args:
         run: The run.
         when: `BEFORE` or `AFTER`.
-        has_begun: Whether this process has taken a step, with which an engine places the weights.
+        has_begun: Whether this process has taken a step, with which DeepSpeed or FSDP places the weights.
 
     Raises:
         DataError: No held-out example has room for its completion.
@@ -57,10 +53,10 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
     recipe, report = run.recipe, run.report
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
         return None
-    engine = recipe.distributed.engine
-    by_engine = engine in CUTS_WEIGHTS or (engine == "zero2" and run.trainer_name not in LEARNS_TOKENS)
-    if by_engine and not has_begun:
-        report.line(f"not measured {when}: {engine} places the weights when this process takes its first step")
+    spread = recipe.distributed.engine
+    by_library = spread in CUTS_WEIGHTS or (spread == "zero2" and run.trainer_name not in LEARNS_TOKENS)
+    if by_library and not has_begun:
+        report.line(f"not measured {when}: {spread} places the weights when this process takes its first step")
         return None
     rows, ranks = run.examples.test.rows, launched()
     with report.task(f"measuring the held-out loss {when}, examples", len(rows)) as advance:
@@ -73,7 +69,10 @@ def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
         else:
             fitting = len(run.trainer.eval_dataset)  # trainers of preferences leave out rows without room
             _check_fitting(run, fitting, rows)
-            loss = _trainer_loss(run, advance)
+            run.progress.advance_evaluation = advance
+            batches = run.trainer.get_eval_dataloader()  # evaluated without a line in the Trainer's log
+            loop = run.trainer.evaluation_loop(batches, "held-out loss", prediction_loss_only=True)
+            loss = float(loop.metrics["eval_loss"])
     lower = LOWER.format(recipe.training.peak_rate)
     check_finite(loss, f"the held-out loss {when}", lower if when == AFTER else f"Check the weights of {recipe.model}")
     accuracy = _accuracy(run, rows, when) if recipe.evaluation.exact_match else None
@@ -129,13 +128,6 @@ IN_ORDER = {
     "train_sampling_strategy": "random",  # any but by length, which holds for held-out rows too
     "group_by_length": False,  # the same under transformers 4
 }
-
-
-def _trainer_loss(run: Prepared, advance: Any) -> float:
-    """Return the loss that the trainer itself has on the held-out rows, without a line in its log."""
-    run.progress.advance_evaluation = advance
-    loop = run.trainer.evaluation_loop(run.trainer.get_eval_dataloader(), "held-out loss", prediction_loss_only=True)
-    return float(loop.metrics["eval_loss"])
 
 
 def _check_fitting(run: Prepared, fitting: int, rows: Sequence[Row]) -> None:
@@ -232,11 +224,7 @@ def exact_match(
 
 
 def any_number(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether the completion of any example has a number to compare.
-
-    Args:
-        rows: Examples with `completion`, each a text or chat messages.
-    """
+    """Whether the completion of any example has a number to compare."""
     return any(final_number(_content(row["completion"])) is not None for row in rows)
 
 
@@ -251,13 +239,7 @@ class Scored(NamedTuple):
 def example_losses(
     model: Any, batches: Iterable[dict[str, Any]], on_batch: Callable[[int], None] = lambda done: None
 ) -> list[Scored]:
-    """Loss of each example on its completion, in order.
-
-    Args:
-        model: A causal model or an encoder-decoder.
-        batches: Collated batches, whose `labels` are -100 where a token does not count.
-        on_batch: Called with the number of examples that are done.
-    """
+    """Loss of each example on its completion, in order."""
     was_training = model.training
     model.eval()
     is_causal = not model.config.is_encoder_decoder

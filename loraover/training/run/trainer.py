@@ -51,19 +51,7 @@ def make_trainer(
     progress: TrainingProgress,
     over: LoraOverCallback | None,
 ) -> Trainer:
-    """Make a recipe's trainer.
-
-    Args:
-        settled: The recipe and what it trains on.
-        model: The model to train, with its adapter unless all weights are trained.
-        sets: Training and held-out rows, as `make_sets` returns them.
-        arguments: The trainer's settings.
-        progress: Writer of the run's log.
-        over: Owner of the cores; None for other methods.
-
-    Raises:
-        ConfigError: A value that the trainer refuses.
-    """
+    """Make a recipe's trainer."""
     recipe, name = settled.recipe, settled.trainer_name
     kind, _ = TRAINERS[name].load()
     callbacks: list[TrainerCallback] = [] if over is None else [over]
@@ -113,11 +101,7 @@ def _unrounded(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Iterator[N
 
 
 def make_sets(examples: Examples) -> dict[str, Any]:
-    """Return training and held-out rows as data sets, by the names that trainers give them.
-
-    Raises:
-        DataError: As `to_dataset`.
-    """
+    """Return training and held-out rows as data sets, by the names that trainers give them."""
     parts = zip(("train_dataset", "eval_dataset"), examples.parts, strict=False)
     return {name: to_dataset(part.rows, examples.have_pictures) for name, part in parts}
 
@@ -126,8 +110,22 @@ def _data(settled: Settled, model: PreTrainedModel | PeftModel, sets: Mapping[st
     """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
     if TRAINERS[settled.trainer_name].library == "trl":
         return dict(sets)
-    encode, collator = _encoding(settled, model)
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+    tokenizer = settled.tokenizer
+    limit: dict[str, Any] = {"truncation": True, "max_length": settled.recipe.training.tokens}
+
+    def classified(row: dict[str, Any]) -> dict[str, Any]:
+        return dict(tokenizer(row["text"], **limit)) | {"labels": row["label"]}
+
+    def translated(row: dict[str, Any]) -> dict[str, Any]:
+        labels = tokenizer(text_target=row["completion"], **limit)["input_ids"]
+        return dict(tokenizer(row["prompt"], **limit)) | {"labels": labels}
+
+    is_classifier = settled.trainer_name == "classification"
+    encode = classified if is_classifier else translated
     encoded = {name: found.map(encode, remove_columns=found.column_names) for name, found in sets.items()}
+    collator = DataCollatorWithPadding(tokenizer) if is_classifier else DataCollatorForSeq2Seq(tokenizer, model)
     return {**encoded, "data_collator": collator}
 
 
@@ -135,13 +133,6 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
     """Return rows as a data set whose messages and tools keep their own keys.
 
     Arrow would give all dicts of a column the same keys, and a tool would be called with the arguments of another row.
-
-    Args:
-        rows: The rows.
-        pictures: Whether each row has the column `images`, by whose presence TRL chooses how rows become tokens.
-
-    Raises:
-        DataError: A column has numbers in some rows and text in others, or numbers beyond 64 bits.
     """
     from datasets import Dataset, Features, Image, Json, List
     from pyarrow import ArrowException
@@ -180,18 +171,10 @@ def _project_labelled_positions_only() -> None:
 
 
 def leaves_out_repeated(name: str, trainer: Any) -> bool:
-    """Whether a trainer's loss is the mean over the labelled tokens of all processes, in rows that can be told apart.
-
-    Args:
-        name: Name of the trainer in `TRAINERS`.
-        trainer: The trainer.
-    """
+    """Whether a loss is the mean over the labelled tokens of all processes, in rows that can be told apart."""
     is_mean = name == "sft" and trainer.model_accepts_loss_kwargs and trainer.args.average_tokens_across_devices
-    return is_mean and not trainer.args.label_smoothing_factor and not _joins_rows(trainer.data_collator)
-
-
-def _joins_rows(collator: Any) -> bool:
-    return bool(getattr(collator, "padding_free", False))  # only the collator of TRL's sft has it
+    joins_rows = getattr(trainer.data_collator, "padding_free", False)  # only the collator of TRL's sft has it
+    return bool(is_mean and not trainer.args.label_smoothing_factor and not joins_rows)
 
 
 def _leave_out_repeated(trainer: Any) -> None:
@@ -283,25 +266,6 @@ def _soap(recipe: Recipe) -> Any:
     if unknown := sorted({*optimizer_options(recipe.training.optim_args)} - {*known}):
         raise ConfigError(f"training.optim_args: {unknown[0]!r} is unknown, expected one of {', '.join(known)}.")
     return pytorch_optimizer.SOAP
-
-
-def _encoding(settled: Settled, model: PreTrainedModel | PeftModel) -> tuple[Any, Any]:
-    """Return the function that turns a row into tokens for a trainer of transformers, and the collator of its rows."""
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
-
-    tokenizer = settled.tokenizer
-    limit: dict[str, Any] = {"truncation": True, "max_length": settled.recipe.training.tokens}
-
-    def classified(row: dict[str, Any]) -> dict[str, Any]:
-        return dict(tokenizer(row["text"], **limit)) | {"labels": row["label"]}
-
-    def translated(row: dict[str, Any]) -> dict[str, Any]:
-        labels = tokenizer(text_target=row["completion"], **limit)["input_ids"]
-        return dict(tokenizer(row["prompt"], **limit)) | {"labels": labels}
-
-    if settled.trainer_name == "classification":
-        return classified, DataCollatorWithPadding(tokenizer)
-    return translated, DataCollatorForSeq2Seq(tokenizer, model)
 
 
 class MethodCallback(TrainerCallback):
