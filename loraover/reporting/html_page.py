@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from base64 import b64encode
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -36,25 +36,6 @@ class Verdict:
     tone: Tone | Literal["plain"]
     word: str
     sentence: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a report.
-
-    Args:
-        columns: Names of the columns.
-        rows: Cells, which are escaped.
-        words: Names of the columns that hold words. They are aligned left, and columns of numbers right.
-        long: Names of the columns whose texts may take several lines where there is little room.
-        verdicts: Names of the columns that hold verdicts, which are coloured.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: Collection[str] = ()
-    long: Collection[str] = ()
-    verdicts: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +122,7 @@ def make_page(
     environment = Environment(
         loader=DictLoader(shared), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"zip": zip, "tone_of": tone_of}
+    environment.globals["tone_of"] = tone_of
     shown = {**facts, "machine": origin.hardware or None, "date": origin.day}
     html = environment.from_string(template).render(
         title=title,

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Table, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.palette import tone_of
 from loraover.reporting.svg import Axis, Figure, Shape, short
+from loraover.reporting.table import Column, Table, percent
 from loraover_serve.judge.limits import EXIT_CODES
+from loraover_serve.judge.results import LogprobDistance, Suspect
 from loraover_serve.verify.report import EngineResult, VerifyReport
 
 HTML_FILE = "verify.html"
@@ -44,7 +46,7 @@ def to_page(report: VerifyReport) -> Page:
         results=results,
         distances=distances,
         suspects=suspects,
-        table=_distances_table(results),
+        table=distances_table(results, report.reference),
         tables=[(result.engine, _suspects_table(result)) for result in suspected],
     )
 
@@ -118,27 +120,43 @@ def _suspects(result: EngineResult) -> Figure:
     return rows_figure(f"faults-{result.engine}", title, rows, axis, keys=keys, band=Band(LOWEST / 10, allowed))
 
 
-def _distances_table(results: Sequence[EngineResult]) -> Table:
-    columns = (
-        *("verdict", "engine", "strength", "adapter", "allowed", "effect", "noise", "as", "same text", "largest gap"),
-        *("mixed batch", "compared", "seconds"),
+def distances_table(results: Sequence[EngineResult], reference: str) -> Table[EngineResult]:
+    """Return a table of all engines, with their distances from the reference."""
+
+    def rms(found: LogprobDistance | None) -> str:
+        return short(found.rms if found else None)
+
+    def strength(r: EngineResult) -> str:
+        return "-" if r.strength is None else f"{r.strength.value:.3f} [{r.strength.low:.3f}, {r.strength.high:.3f}]"
+
+    return Table(
+        [
+            Column("verdict", lambda r: r.verdict, "verdict"),
+            Column("engine", lambda r: r.engine, "name"),
+            Column("strength", strength),
+            Column("noise", lambda r: rms(r.base)),
+            Column("as", lambda r: r.number_format or "-", "word", is_wide=True),
+            Column("adapter", lambda r: rms(r.adapter)),
+            Column("allowed", lambda r: short(r.allowed), is_wide=True),
+            Column("effect", lambda r: short(r.effect)),
+            Column("same\ntext", lambda r: "-" if r.greedy is None else percent(r.greedy.equal)),
+            Column("largest gap", lambda r: short(r.greedy.gap if r.greedy else None), is_wide=True),
+            Column("mixed batch", lambda r: short(r.mixed.rms if r.mixed else None), is_wide=True),
+            Column("compared", lambda r: r.compared or "-", "word", is_wide=True),
+            Column("seconds", lambda r: f"{r.seconds:.0f}", is_wide=True),
+        ],
+        results,
+        f"RMS distance of logprobs from {reference}, in nats",
     )
-    rows = [
-        (
-            *(r.verdict, r.engine, "-" if r.strength is None else str(r.strength)),
-            *(short(r.adapter.rms if r.adapter else None), short(r.allowed)),
-            *(short(r.effect), short(r.base.rms if r.base else None), r.number_format or "-"),
-            "-" if r.greedy is None else f"{100 * r.greedy.equal:.0f} %",
-            short(r.greedy.gap if r.greedy else None),
-            short(r.mixed.rms if r.mixed else None),
-            *(r.compared or "-", f"{r.seconds:.0f}"),
-        )
-        for r in results
-    ]
-    return Table(columns, rows, ("verdict", "engine", "as", "compared"), verdicts=("verdict",))
 
 
-def _suspects_table(result: EngineResult) -> Table:
-    rows = [("yes" if s.explains else "no", s.fault, s.detail, short(s.rms)) for s in result.suspects]
-    columns = ("explains", "fault", "what it computes", "distance")
-    return Table(columns, rows, columns[:3], columns[1:3])
+def _suspects_table(result: EngineResult) -> Table[Suspect]:
+    return Table(
+        [
+            Column("explains", lambda s: "yes" if s.explains else "no", "word"),
+            Column("fault", lambda s: s.fault, "name"),
+            Column("what it computes", lambda s: s.detail, "name"),
+            Column("distance", lambda s: short(s.rms)),
+        ],
+        result.suspects,
+    )

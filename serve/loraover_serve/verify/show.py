@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.text import Text
 
 from loraover.reporting.html_page import in_sentences
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
-from loraover.reporting.svg import short
-from loraover.reporting.terminal_table import terminal_table
+from loraover_serve.verify.html import distances_table
 from loraover_serve.verify.record_request import RecordRequest
-from loraover_serve.verify.report import EngineResult, VerifyReport
+from loraover_serve.verify.report import VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 
 if TYPE_CHECKING:
@@ -28,28 +26,13 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
         request: What it answers.
         console: Where to print.
     """
-    heads = ("verdict", "engine", "strength", "noise", "adapter", "effect", "same\ntext")
-    rows: list[list[str | Text]] = [
-        [Text(result.verdict, terminal_color(result.verdict)), result.engine, *_figures(result)]
-        for result in report.engines
-    ]
-    title = f"RMS distance of logprobs from {report.reference}, in nats"
-    console.print(terminal_table(heads, rows, words=heads[:1], names=heads[1:2], title=title))
+    console.print(distances_table(report.engines, report.reference))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
         if in_sentences(result.reason) not in result.plainly:
             print_line(console, f"  {result.reason}")
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
-
-
-def _figures(result: EngineResult) -> list[str]:
-    """Strength, noise of the base model, distance of the adapter, its effect, share of equal answers."""
-    noise, off = (None if each is None else each.rms for each in (result.base, result.adapter))
-    found = result.strength
-    strength = "-" if found is None else f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    distances = [short(distance) for distance in (noise, off, result.effect)]
-    return [strength, *distances, "-" if result.greedy is None else f"{result.greedy.equal:.0%}"]
 
 
 def show_recording(report: RecordReport, request: RecordRequest, console: Console) -> None:
