@@ -1,30 +1,11 @@
-"""Facts about a model, from its configuration and from the names and shapes of its modules.
-
-To find them takes PyTorch, transformers and seconds, so they are kept in a file, by a digest of the configuration and
-of the versions that read it. Who reads them again imports neither. Without PyTorch, the headers of the weights have to
-do, see `header_facts.py`.
-"""
+"""Facts about a model, from its configuration and the names and shapes of its modules; `read_facts.py` reads them."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Container
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.common.atomic_output import publish_file
-from loraover.common.errors import OutputError
-from loraover.common.later import has_torch
-from loraover.common.paths import cache_folder
-from loraover.common.provenance import environment
-from loraover.models.load import load_config, load_skeleton
-from loraover.models.model_file import find_model_file
+from loraover.checkpoint.expert_stacks import ExpertWeight
 
 if TYPE_CHECKING:
     from loraover.models.load import ModelSource
@@ -100,117 +81,6 @@ class ModelFacts:
         return found
 
 
-FORM = 4
-"""Number of the form of kept facts; another form gets other files."""
-KEPT_IN_MEMORY = 32
-
-_FACTS = TypeAdapter(ModelFacts)
-
-
-def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
-    """Read a model's configuration, and build its modules without weights, or read what an earlier call found.
-
-    Args:
-        source: Where the model is read from.
-        wanted: Classes whose modules are looked at; None means all.
-
-    Raises:
-        ConfigError: No usable configuration, or a class that transformers cannot build.
-    """
-    config = find_model_file(source, CONFIG)
-    if config is None:
-        return _found(source, wanted)
-    content = config.read_bytes()
-    versions = [environment().get(package) for package in ("torch", "transformers")] if has_torch() else None
-    key = hashlib.sha256(repr([FORM, versions, content]).encode()).hexdigest()
-    file = cache_folder() / "models" / f"{key}.json"
-    facts = _read(file) if file.is_file() else None
-    if facts is None:
-        facts = _found(source, wanted)
-        if facts.modules:
-            with suppress(OutputError):  # without a cache, it takes seconds each time
-                publish_file(file, lambda path: path.write_bytes(_FACTS.dump_json(facts)), parents=True)
-    return facts
-
-
-@lru_cache(KEPT_IN_MEMORY)
-def _read(file: Path) -> ModelFacts | None:
-    """Return kept facts; None if the file is not what was written."""
-    try:
-        return _FACTS.validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
-    if not has_torch():
-        from loraover.checkpoint.header_facts import facts_of_headers
-
-        return facts_of_headers(source, find_model_file(source, CONFIG))
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = load_config(source)
-    text = config.get_text_config()
-    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
-    architecture = config.architectures[0]
-    found = getattr(text, "tie_word_embeddings", None)  # which some multimodal models say as a whole only
-    is_tied = bool(getattr(config, "tie_word_embeddings", False) if found is None else found)
-    modules, experts, parameters = {}, {}, ()
-    if wanted is None or architecture in wanted:
-        model = load_skeleton(source)
-        with suppress(NotImplementedError):  # some models have several embeddings
-            ends = [
-                getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())
-            ]
-            if all(
-                weight is not None for weight in ends
-            ):  # transformers ties LLaVA's where either configuration says so
-                is_tied = ends[0] is ends[1]
-        experts = find_expert_weights(model)
-        modules = {name: _describe(module) for name, module in model.named_modules() if name}
-        parameters = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
-    quantization, method = getattr(config, "quantization_config", None), None
-    if quantization is not None:
-        fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        method = str(fields.get("quant_method", "an unnamed method"))
-    return ModelFacts(
-        architecture=architecture,
-        model_type=config.model_type,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        vocabulary=_number(text, "vocab_size"),
-        layers=_number(text, "num_hidden_layers"),
-        heads=_number(text, "num_attention_heads"),
-        key_value_heads=_number(text, "num_key_value_heads"),
-        is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        is_encoder_decoder=bool(config.is_encoder_decoder),
-        is_tied=is_tied,
-        quantization=method,
-        modules=modules,
-        experts=experts,
-        parameters=parameters,
-    )
-
-
-def _number(config: Any, name: str) -> int | None:
-    """Return a field that most configurations have; None of one that has another number for each layer."""
-    found = getattr(config, name, None)
-    return found if isinstance(found, int) else None
-
-
-def _describe(module: Any) -> ModuleFacts:
-    from torch import Tensor, nn
-
-    name, weight = type(module).__name__, getattr(module, "weight", None)
-    matrix = (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
-    match module:
-        case nn.Linear():
-            return ModuleFacts("linear", name, (module.in_features, module.out_features), matrix)
-        case nn.Embedding():
-            return ModuleFacts("embedding", name, (module.num_embeddings, module.embedding_dim), matrix)
-        case _:
-            return ModuleFacts("other", name, None, matrix)
-
-
 @dataclass(frozen=True)
 class ServedModel(ModelFacts):
     """Facts from the configuration of the model that an adapter is exported for, or served on.
@@ -223,24 +93,3 @@ class ServedModel(ModelFacts):
     """
 
     source: ModelSource
-
-
-def read_served(source: ModelSource, supported: Container[str] | None = None) -> ServedModel:
-    """Read a model's configuration, and its modules if the architecture is supported.
-
-    Args:
-        source: Where the model is read from.
-        supported: Classes that take adapters; None means all classes.
-
-    Raises:
-        ConfigError: No usable configuration, or a class that transformers cannot build.
-    """
-    facts = read_facts(source, supported)
-    modules: dict[str, ModuleFacts] = {}
-    if supported is None or facts.architecture in supported:
-        modules |= facts.modules
-        for path, weight in facts.experts.items():
-            owner, _, parameter = path.rpartition(".")
-            described = ModuleFacts("expert", "part of a parameter", weight.shape[::-1])
-            modules |= {f"{owner}.{index}.{parameter}": described for index in range(weight.experts)}
-    return ServedModel(**vars(facts) | {"modules": modules}, source=source)

@@ -22,7 +22,7 @@ from loraover.checkpoint.expert_stacks import (
     find_stacks,
     is_flipped,
 )
-from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.path_patterns import SlowPatternError
 from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
@@ -423,16 +423,3 @@ def _check_pairs(adapter: AdapterDir) -> None:
             raise CheckpointError(
                 f"{where}: {key} has rank {rank}, but {CONFIG_FILE} gives {module} rank {adapter.config.rank(module)}."
             )
-
-
-def read_source(path: Path) -> AdapterDir:
-    """Read the LoRA-Over checkpoint in a folder, or the plain LoRA adapter if it holds no cores.
-
-    Raises:
-        CheckpointError: The folder holds neither, or its files cannot be trusted.
-    """
-    if kind_of(path / META_FILE) is None:
-        return read_adapter_dir(path)
-    from loraover.checkpoint.checkpoint import read_checkpoint
-
-    return read_checkpoint(path)

@@ -28,7 +28,7 @@ import torch
 from rich.table import Table
 
 from loraover.checkpoint.checkpoint import Checkpoint
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.common.atomic_output import sync
 from loraover.common.threads import one_thread

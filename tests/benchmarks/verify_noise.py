@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from loraover.checkpoint.files import TENSORS_FILE
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model

@@ -16,7 +16,8 @@ from torch import Tensor
 from loraover.adapters.numerics.delta import read_deltas
 from loraover.checkpoint.expert_stacks import find_expert_weights
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
-from loraover.checkpoint.peft_adapter import read_on_base, read_source
+from loraover.checkpoint.peft_adapter import read_on_base
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import CheckpointError, ExportError
 from loraover_export import combine_adapters, convert_adapter, diff_adapters, export_onnx, merge_adapter
 from loraover_serve import measure_parity, verify_adapter

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.common.command_line import run
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli

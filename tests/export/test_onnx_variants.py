@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.models.load import load_model, resolve_model
 from loraover_export.formats.onnx.check import rounded_copy
 from loraover_export.formats.onnx.report import OnnxReport

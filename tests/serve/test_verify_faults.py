@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import DynamicCache
 
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.models.load import resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.engines.answers import ADAPTER, BASE

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from loraover.adapters.logits.prompts import read_prompts
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
 from loraover_serve.comparison.rounding import FORMATS

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loraover import Budget, LoraOverConfig, OverParameterization, read_checkpoint, restore, write_checkpoint
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.probe import Probe
 from loraover.reference.unfolded_model import unfolded

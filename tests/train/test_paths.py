@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from loraover import inspect_folder, read_checkpoint
-from loraover.checkpoint.peft_adapter import read_adapter_dir, read_source
+from loraover.checkpoint.peft_adapter import read_adapter_dir
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.data.sources import read_raw

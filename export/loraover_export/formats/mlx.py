@@ -24,8 +24,10 @@ from loraover.adapters.uniform.refusals import check_fields, check_shape, check_
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.model_facts import ServedModel, read_served
-from loraover.checkpoint.peft_adapter import AdapterDir, read_source
+from loraover.checkpoint.model_facts import ServedModel
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.checkpoint.read_facts import read_served
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource

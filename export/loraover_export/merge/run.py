@@ -23,9 +23,10 @@ from loraover.adapters.numerics.rounding import not_kept, round_nearest
 from loraover.adapters.uniform.certificate import record_source
 from loraover.adapters.uniform.refusals import HELD, check_fields
 from loraover.checkpoint.base_model import base_facts
-from loraover.checkpoint.header_facts import INDEX, SINGLE
 from loraover.checkpoint.model_facts import CONFIG
-from loraover.checkpoint.peft_adapter import ExactAdapter, read_source
+from loraover.checkpoint.peft_adapter import ExactAdapter
+from loraover.checkpoint.read_facts import INDEX, SINGLE
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import COPIED_AT_ONCE, TensorFile, header_of, open_tensors, torch_dtype
 from loraover.common.errors import FoldError
 from loraover.common.provenance import environment, hardware

@@ -15,8 +15,8 @@ from loraover.adapters.uniform.certificate import CERTIFICATE_FILE, CONVERSION_F
 from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.carried_files import misfit
 from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
-from loraover.checkpoint.model_facts import read_facts
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError

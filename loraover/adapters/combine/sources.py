@@ -17,7 +17,8 @@ from loraover.adapters.uniform.write_lora import LoraOutput
 from loraover.checkpoint.base_model import described
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack, has_present_layout
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import Targets
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ExportError

@@ -18,7 +18,8 @@ from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.carried_files import tokenizer_of
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError, UnscoredError
 from loraover.common.request import as_written
 from loraover.models.device import choose_device

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import AdapterDir, read_on_base
+from loraover.checkpoint.read_facts import read_served
 from loraover.common.errors import ConfigError, printable
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import final
 
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.common.errors import ExportError
 from loraover.common.strict_json import read_json
 from loraover_export.check.engines.base import (

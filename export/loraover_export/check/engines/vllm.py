@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import final
 
 from loraover.adapters.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS, max_lora_rank
-from loraover.checkpoint.peft_adapter import read_source
+from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ExportError

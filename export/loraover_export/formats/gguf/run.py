@@ -16,7 +16,8 @@ from loraover.adapters.logits.verdict import largest
 from loraover.adapters.numerics.rounding import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
-from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base, read_source
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base
+from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_file_writable, check_free, publish_file
 from loraover.common.errors import EngineError, ExportError, OutputError
 from loraover.common.paths import kind_of

@@ -26,8 +26,9 @@ from loraover.adapters.uniform.folder import (
 )
 from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.base_model import base_facts
-from loraover.checkpoint.model_facts import read_served
-from loraover.checkpoint.peft_adapter import read_on_base, read_source
+from loraover.checkpoint.peft_adapter import read_on_base
+from loraover.checkpoint.read_facts import read_served
+from loraover.checkpoint.source import read_source
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
