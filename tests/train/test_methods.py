@@ -23,7 +23,7 @@ PACKAGE = Path(loraover.__file__).parent
 @pytest.mark.parametrize(
     ("home", "names", "others"),
     [
-        ("training/methods", METHODS, {"training/run_result.py"}),  # of which every run file holds the privacy
+        ("the lab, elsewhere", METHODS, {"training/run_result.py"}),  # of which every run file holds the privacy
         ("overparam/decompositions", [kind.__name__ for kind in DECOMPOSITIONS.values()], set()),
     ],
 )
