@@ -99,7 +99,12 @@ def change_figures(results: Sequence[Result], margin: float) -> list[Figure]:
     keys: list[Key] = [(f"within {100 * margin:g} %", "good", None)]
     figures = []
     for place in dict.fromkeys(_Place(r.engine, r.concurrency) for r in compared):
-        rows = [_change_row(r) for r in deciding_first(_at(compared, place))]
+        rows = []
+        for r in deciding_first(_at(compared, place)):
+            low, high = map(_percent, r.interval)
+            note = f"{percent_text(r.ratio)} % [{', '.join(map(percent_text, r.interval))}]"
+            point = Point(_percent(r.ratio), _color(r.arm))
+            rows.append(FigureRow(f"{r.arm}, {PER[r.measure]}", note, [point], (low, high)))
         figure = rows_figure(f"speed-{place.file}", place.title, rows, axis, keys=keys, band=band, reference=0)
         figures.append(replace(figure, caption=_base_text(_at(results, place))))
     return figures
@@ -120,16 +125,6 @@ def _at(results: Sequence[Result], place: _Place) -> list[Result]:
 
 def _percent(ratio: float) -> float:
     return 100 * (ratio - 1)
-
-
-def _change_row(r: Result) -> FigureRow:
-    low, high = map(_percent, r.interval)
-    return FigureRow(
-        f"{r.arm}, {PER[r.measure]}",
-        f"{percent_text(r.ratio)} % [{', '.join(map(percent_text, r.interval))}]",
-        [Point(_percent(r.ratio), _color(r.arm))],
-        (low, high),
-    )
 
 
 def _color(arm: str) -> str:

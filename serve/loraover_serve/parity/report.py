@@ -13,7 +13,7 @@ from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import Verdict
 from loraover.reporting.palette import tone_of
 from loraover_serve.engines.answers import BASE
-from loraover_serve.parity.answers import Distance, Outputs, Together
+from loraover_serve.parity.answers import Outputs, Together
 from loraover_serve.parity.samples import CONTROL, FOLDED, Measurement
 from loraover_serve.parity.servers import CrossCheck, PeakMemory
 from loraover_serve.parity.statistics import Latency, Result, Throughput, requests_needed
@@ -82,9 +82,10 @@ def verdict_of(report: ParityReport) -> Verdict:
     are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
     parts = (answers, speed, cost) if are_wrong else (speed, answers, cost)
     if report.verdict == "failed":
+        stopped = report.reason if report.reason.endswith((".", "!")) else f"{report.reason}."
         are_sound = not any(outputs.unapplied or outputs.misapplied for outputs in report.outputs)
         before = ("Before that:", *parts) if are_sound and speed else ()
-        parts = (f"The measurement failed: {_stop(report.reason)}", *before)
+        parts = (f"The measurement failed: {stopped}", *before)
     return Verdict(tone_of(report.verdict), report.verdict, " ".join(filter(None, parts)))
 
 
@@ -161,17 +162,16 @@ def _answers(report: ParityReport) -> str:
     exact = f"{equal} of {prompts} answers match PyTorch exactly."
     far = next((outputs for outputs in report.outputs if not outputs.agree), None)
     if far is not None:
-        return f"{exact} With the folded adapter, {far.engine} is off by {_far(far.folded, far.vanilla)}."
+        folded, vanilla = far.folded, far.vanilla
+        if folded.logprob_rms is None or vanilla.logprob_rms is None:
+            apart = f"a gap of {folded.largest_gap:.2g} nats, with plain LoRA by {vanilla.largest_gap:.2g}"
+        else:
+            apart = f"{folded.logprob_rms:.2g} nats, with plain LoRA by {vanilla.logprob_rms:.2g}"
+        return f"{exact} With the folded adapter, {far.engine} is off by {apart}."
     parted = next((t for t in report.together if not t.agree), None)
     if parted is not None:
         return f"{exact} Beside other adapters ({parted.arm}), {parted.engine} answers wrongly for {parted.adapter}."
     return exact
-
-
-def _far(folded: Distance, vanilla: Distance) -> str:
-    if folded.logprob_rms is None or vanilla.logprob_rms is None:
-        return f"a gap of {folded.largest_gap:.2g} nats, with plain LoRA by {vanilla.largest_gap:.2g}"
-    return f"{folded.logprob_rms:.2g} nats, with plain LoRA by {vanilla.logprob_rms:.2g}"
 
 
 def _cost(results: Sequence[Result]) -> str:
@@ -185,7 +185,3 @@ def _cost(results: Sequence[Result]) -> str:
         return ""
     low, high = (f"{1 / end:.1f}" for end in (max(high for _, high in measured), min(low for low, _ in measured)))
     return f"Any adapter costs {low if low == high else f'{low} to {high}'} x the base model here (95 % interval)."
-
-
-def _stop(text: str) -> str:
-    return text if text.endswith((".", "!")) else f"{text}."
