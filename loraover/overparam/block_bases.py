@@ -79,7 +79,7 @@ class Blocks(NamedTuple):
 
 
 class MomentRule(NamedTuple):
-    """How second moments are kept and when bases are turned after them; see the options of `Eigen`."""
+    """How second moments are kept and when bases are turned after them; see the decomposition that keeps them."""
 
     block: int
     refresh: int
