@@ -200,11 +200,7 @@ def share_found(answers: int) -> float:
 
 
 def requests_that_reach(share: float) -> int:
-    """Number of requests of which one is answered by a share of the servers, but for 1 in 100 cases.
-
-    Args:
-        share: The share, above 0.
-    """
+    """Number of requests of which one is answered by a share of the servers, but for 1 in 100 cases."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share)) if share < 1 else 1
 
 
@@ -214,11 +210,7 @@ def share_reached(requests: int) -> float:
 
 
 def answers_that_show(share: float) -> int:
-    """Number of answers that show a share of answers without the adapter, but for 1 in 100 cases.
-
-    Args:
-        share: The share, above 0.
-    """
+    """Number of answers that show a share of answers without the adapter, but for 1 in 100 cases."""
     low, high = FEW_AS_BASE, FEW_AS_BASE + 1
     while share_found(high) > share:
         low, high = high, 2 * high

@@ -137,11 +137,7 @@ def some_disagree(case: Case) -> Split | None:
 
 
 def some_say_nothing(responses: Sequence[Response]) -> Iterator[Split]:
-    """Yield responses that cannot be judged, for each model that has any.
-
-    Args:
-        responses: Every response whose logprobs were asked for.
-    """
+    """Yield responses that cannot be judged, for each model that has any."""
     kinds = {
         SILENT: ("have no logprobs", [not each.is_scored for each in responses]),
         CACHED: ("are of an earlier time: they come from a cache of responses", from_cache(responses)),
@@ -157,9 +153,6 @@ def from_cache(responses: Sequence[Response]) -> list[bool]:
     """Whether each response comes from a cache: its headers say so, or an earlier one to this question has its id.
 
     Some servers give one id to everything, or draw from few: an id that another question has too shows nothing.
-
-    Args:
-        responses: Every response whose logprobs were asked for.
     """
     questions = defaultdict[str, set[Hashable]](set)
     for each in responses:
@@ -174,12 +167,7 @@ def from_cache(responses: Sequence[Response]) -> list[bool]:
 
 
 def is_hit(name: str, value: str) -> bool:
-    """Whether a header says that its response comes from a cache of responses; keys and values of prompts are others.
-
-    Args:
-        name: Name of the header, in small letters.
-        value: Its value.
-    """
+    """Whether a header says that its response comes from a cache of responses, not from one of keys and values."""
     if name == "age":  # seconds since the response was made
         return value.isdecimal() and int(value) > 0
     if "cache" not in name or any(word in name for word in ("control", "kv", "prefix", "prompt")):
@@ -202,11 +190,7 @@ def coverage(case: Case) -> str:
 
 
 def servers_seen(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """The header that names the server of each response, with its values; of several, the one with most of them.
-
-    Args:
-        told: Headers of each response.
-    """
+    """The header that names the server of each response, with its values; of several, the one with most of them."""
     found = {}
     for name in {name for each in told for name in each if is_server(name)}:
         values = sorted({each[name] for each in told if name in each})
@@ -217,11 +201,7 @@ def servers_seen(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 
 def is_server(name: str) -> bool:
-    """Whether a header of this name says which server has answered; `Server` names its software.
-
-    Args:
-        name: Name of the header, in small letters.
-    """
+    """Whether a header of this name says which server has answered; `Server` names its software."""
     words = set(re.split("[-_]", name))
     return name != "server" and bool(words & OF_SERVERS) and not words & OF_TIMES
 
@@ -241,12 +221,7 @@ def servers_in_words(case: Case) -> str:
 
 
 def disagreement_limit(case: Case, usual: float) -> float:
-    """Largest RMS difference, in nats, of two answers to one question from servers with the same weights.
-
-    Args:
-        case: The evidence.
-        usual: Median of such differences.
-    """
+    """Largest RMS difference, in nats, of two answers to one question from servers with the same weights."""
     arithmetic = case.evidence.models.sensitivity * case.evidence.models.rounding("bf16") + FLOOR
     return CERTAIN * max(math.sqrt(2) * arithmetic, usual)
 

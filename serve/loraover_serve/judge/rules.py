@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from loraover_serve.judge.answers import ReadChat
-from loraover_serve.judge.base_faults import find_base_fault
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Interval, share_found
 from loraover_serve.judge.evidence import Evidence
@@ -63,7 +62,7 @@ from loraover_serve.judge.names import (
     WINDOW,
 )
 from loraover_serve.judge.results import MixedBatch, Suspect
-from loraover_serve.judge.search import suspects
+from loraover_serve.judge.search import find_base_fault, suspects
 
 
 class RuleFinding(NamedTuple):

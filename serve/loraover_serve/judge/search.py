@@ -1,27 +1,48 @@
-"""The search for the fault of an adapter: the model with the fault that is nearest to the engine's answers is named.
+"""The search for faults of the adapter and of the base model: the one that is nearest to the answers is named.
 
 What the engine's adapter changes is compared, so that the base model's own noise cancels. A fault explains the answers
 if, in the place of the right adapter, it would pass as one: the answers lie on the way from the right adapter to the
 fault by the factor 1, and are not further off than noise. One that leaves a tenth of the distance explains it as well.
+
+The difference between the engine's base model and PyTorch's is projected on what each fault of a base model would
+change. A fault is named if it explains more than EXPLAINED of the difference. Rounding to float16, bfloat16, int8,
+float8 or int4 explains less than a fifth of any of them, and these less than a fifth of one another.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
-from loraover_serve.judge.case import Case, strength_along
+from loraover_serve.judge.case import Case, share_along, strength_along
+from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.evidence import Change, apart
-from loraover_serve.judge.limits import ADAPTER, NUMBER_FORMATS
+from loraover_serve.judge.limits import ADAPTER, EXACT, EXPLAINED, NUMBER_FORMATS, PLAIN
 from loraover_serve.judge.models import FaultyModel, Model
-from loraover_serve.judge.names import NOT_APPLIED, NOT_APPLIED_DETAIL, SCALED, multiplied
+from loraover_serve.judge.names import (
+    IN_BASE,
+    NOT_APPLIED,
+    NOT_APPLIED_DETAIL,
+    PENALTY,
+    SCALED,
+    TEMPERATURE,
+    multiplied,
+)
 from loraover_serve.judge.results import Suspect
 
 LEFT = 0.1  # share of the adapter's distance that may remain if a fault explains it
 EXACT_WAY, ROUNDED_WAY = 0.1, 0.25  # deviation from 1 of the way to a fault, on exact and on other engines
 NEARER = 0.95  # ratio by which the fitted factor, which was chosen, is nearer than a fault that has a name
-FEW, NEAREST = 3, 4  # prompts on which every fault is run, and faults that are run on all prompts
+FEW, NEAREST = 3, 4  # prompts on which every fault of the adapter is run, and faults that are run on all prompts
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
+
+FEW_OF_BASE = 4
+"""Prompts on which faults of the base model that somebody has to run are tried first."""
+
+LEAST, NEARLY = 0.1, 0.9  # factor of the adapter that is looked at, and share that needs no further look
+HOTTEST = 2.0  # temperature that OpenAI's protocol allows
+WORTH = 0.3  # share on those, above which all prompts are run
 
 
 def suspects(case: Case) -> list[Suspect]:
@@ -54,15 +75,12 @@ def _suspect(case: Case, candidate: FaultyModel) -> Suspect:
     model = candidate.run(None)
     changes = _changes(case, model)
     rms, right = apart(changes), apart(case.changes[: len(changes)])
-    explains = rms <= LEFT * right or (rms < right and _would_pass(case, model))
+    explains = rms <= LEFT * right
+    if not explains and rms < right:  # in the place of the right adapter, it may pass as one, as far as noise lets see
+        way = strength_along(case.evidence.changes(model, case.evidence.adapter))
+        allowed = EXACT_WAY if case.number_format == NUMBER_FORMATS[0] else ROUNDED_WAY
+        explains = abs(way.value - 1) <= allowed and not case.is_further(case.evidence.off(ADAPTER, model))
     return Suspect(candidate.fault, candidate.detail, rms, explains)
-
-
-def _would_pass(case: Case, model: Model) -> bool:
-    """Whether the answers are those of this adapter, as far as noise lets one see."""
-    way = strength_along(case.evidence.changes(model, case.evidence.adapter))
-    allowed = EXACT_WAY if case.number_format == NUMBER_FORMATS[0] else ROUNDED_WAY
-    return abs(way.value - 1) <= allowed and not case.is_further(case.evidence.off(ADAPTER, model))
 
 
 def _fitted(case: Case, few: int) -> FaultyModel:
@@ -95,3 +113,78 @@ def _fitted(case: Case, few: int) -> FaultyModel:
 def _inner(low: float, high: float) -> tuple[float, float]:
     """The two inner points of an interval in the golden ratio."""
     return high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+
+
+class BaseFault(NamedTuple):
+    """A fault of the base model that explains its answers.
+
+    Args:
+        fault: Name of the fault.
+        detail: The fault in words.
+        share: Share of the difference that it explains.
+    """
+
+    fault: str
+    detail: str
+    share: float
+
+
+def find_base_fault(case: Case) -> BaseFault | None:
+    """The fault that explains most of what sets the engine's base model apart from PyTorch's; None if none does.
+
+    Args:
+        case: The engine's evidence. Faults that somebody has to run are tried where the number format is a coarse one.
+    """
+    if case.noise.rms <= EXACT or case.is_one_model:
+        return None
+    found = [_temperature(case), _penalty(case), _adapted(case)]
+    if case.number_format not in PLAIN:
+        for each in case.evidence.models.base_faults():
+            if case.share_of(each.run(case.first(FEW_OF_BASE))) >= WORTH:
+                found.append(BaseFault(each.fault, each.detail, case.share_of(each.run(None))))
+    best = max((each for each in found if each is not None), key=lambda each: each.share, default=None)
+    return best if best is not None and best.share >= EXPLAINED else None
+
+
+def _temperature(case: Case) -> BaseFault | None:
+    """Logprobs at a temperature T are those of logits divided by T, and all else is noise.
+
+    After other prompts, as of another chat template, logprobs have little to do with the right ones: their share in the
+    difference looks like that of a temperature far above any.
+    """
+    changes = case.evidence.base_logprobs()
+    estimate = strength_along(changes)
+    share = share_along(changes, estimate)
+    is_all = case.format_of(case.noise.rms * math.sqrt(1 - share)) is not None
+    if _is_zero(estimate) or estimate.value < 1 / HOTTEST - 1 or not is_all:
+        return None
+    return BaseFault(TEMPERATURE, f"logprobs are those at temperature {1 / (1 + estimate.value):.2g}", share)
+
+
+def _penalty(case: Case) -> BaseFault | None:
+    """A penalty lowers the tokens that the prompt or the answer already has."""
+    changes = case.evidence.base_repeats()
+    estimate = strength_along(changes)
+    if _is_zero(estimate):
+        return None
+    verb = "lowered" if estimate.value > 0 else "raised"
+    detail = f"logprobs of tokens that were read before are {verb} by {abs(estimate.value):.2g} nats"
+    return BaseFault(PENALTY, detail, share_along(changes, estimate))
+
+
+def _adapted(case: Case) -> BaseFault | None:
+    """Requests for the base model are answered with the adapter, or with a weaker one like it."""
+    changes = case.evidence.base_changes(case.evidence.adapter)
+    estimate = strength_along(changes)
+    part = share_along(changes, estimate)
+    if estimate.value < LEAST:
+        return None
+    if part < NEARLY:
+        part = max(part, case.share_of(case.evidence.models.scaled(estimate.value)))
+    detail = f"requests for the base model are answered with {estimate.value:.2g} times the adapter"
+    return BaseFault(IN_BASE, detail, part)
+
+
+def _is_zero(estimate: Interval) -> bool:
+    """Whether the estimate is within chance of zero; few prompts alone do not make it so."""
+    return math.isfinite(estimate.half) and estimate.low <= 0 <= estimate.high

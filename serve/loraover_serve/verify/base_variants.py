@@ -97,11 +97,7 @@ def coarse_cache(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 
 
 def chain_of(model: Any) -> nn.ModuleList:
-    """The model's layers, if each computes from the output of the one before it alone; else none.
-
-    Args:
-        model: A causal model.
-    """
+    """The model's layers, if each computes from the output of the one before it alone; else none."""
     reads_earlier_keys = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)  # as Gemma 3n does
     return nn.ModuleList() if reads_earlier_keys else _layers(model)
 

@@ -50,19 +50,18 @@ MOST_EARLIER = 8
 
 @contextmanager
 def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
-    """Ask PyTorch, then each engine; the engines' logs are there in the block.
-
-    Args:
-        request: What the user asked for.
-
-    Raises:
-        LoraOverError: See `verify_adapter`.
-    """
+    """Ask PyTorch, then each engine; the engines' logs are there in the block."""
     assert request.adapter is not None
     check_installed(request)
     with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as folder:
         scratch = Path(folder)
-        adapter = _read(request, scratch)
+        if (reason := why_convert(request.adapter, {})) is None:
+            adapter = read_source(request.adapter)
+        else:  # PEFT still runs what was trained
+            request.report.line(f"{reason}: converting it into an exact plain LoRA for the engines")
+            converted = scratch / "converted" / request.adapter.resolve().name
+            convert_adapter(request.adapter, converted, model=request.model)
+            adapter = replace(read_source(converted), trained_as=request.adapter.resolve())
         check_plain(adapter, "the check of engines")
         base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
         check_task(adapter, base, "verify")
@@ -100,18 +99,6 @@ def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
         yield Found(facts, results, failures, sorted(scratch.glob("*/*.log")))
 
 
-def _read(request: VerifyRequest, scratch: Path) -> AdapterDir:
-    """Read the adapter; one of another kind is converted exactly, and PEFT still runs what was trained."""
-    assert request.adapter is not None
-    reason = why_convert(request.adapter, {})
-    if reason is None:
-        return read_source(request.adapter)
-    request.report.line(f"{reason}: converting it into an exact plain LoRA for the engines")
-    converted = scratch / "converted" / request.adapter.resolve().name
-    convert_adapter(request.adapter, converted, model=request.model)
-    return replace(read_source(converted), trained_as=request.adapter.resolve())
-
-
 def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longest: int) -> Setting:
     """Return the settings with which engines are started, without the folders of each."""
     assert request.adapter is not None
@@ -126,17 +113,7 @@ def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longe
 
 
 def make_subject(adapter: AdapterDir, base: ModelSource, confusable: Sequence[AdapterDir] = ()) -> RightAdapter:
-    """The adapter whose faults are looked for, with what its base model's configuration says of its heads.
-
-    Args:
-        adapter: The adapter.
-        base: Its base model.
-        confusable: Other adapters that an engine may have served instead.
-
-    Raises:
-        ExportError: A LoRA with a bias.
-        CheckpointError: An adapter of another base model.
-    """
+    """The adapter whose faults are looked for, with what its base model's configuration says of its heads."""
     text, skeleton = load_config(base).get_text_config(), load_skeleton(base)
     deltas = read_lora(adapter)
     for each in (adapter, *confusable):
@@ -152,12 +129,7 @@ def make_subject(adapter: AdapterDir, base: ModelSource, confusable: Sequence[Ad
 
 
 def neighbours(adapter: Path, base: ModelSource) -> list[AdapterDir]:
-    """The newest other adapters of a base model in the folders beside an adapter, one of which may be served instead.
-
-    Args:
-        adapter: Folder of the adapter.
-        base: Its base model.
-    """
+    """The newest other adapters of a base model beside an adapter, one of which may be served instead."""
     mine, skeleton, found = adapter.resolve(), load_skeleton(base), list[AdapterDir]()
     beside = [path.parent for path in mine.parent.glob(f"*/{CONFIG_FILE}") if path.parent != mine]
     for folder in sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_EARLIER]:
@@ -202,13 +174,7 @@ def _verify_all(
 
 
 def _with_logs(message: str, folder: Path, output: Path | None) -> str:
-    """The message of an engine that failed, with the places where its logs are kept.
-
-    Args:
-        message: The message, which may name files in the engine's folder.
-        folder: The engine's folder, which does not outlive this run.
-        output: Folder that will have the logs; None keeps them in a new temporary folder.
-    """
+    """The message of an engine that failed, with the places where its logs are kept."""
     logs = sorted(folder.glob("*.log"))
     if not logs:
         return message.replace(f"{folder}/", "")
@@ -243,20 +209,7 @@ def verify_engine(name: str, setting: Setting, models: TorchModels) -> EngineRes
 
 
 def judge_answers(engine: str, answers: Answers, models: TorchModels, served_format: str = "bf16") -> dict[str, Any]:
-    """Compare an engine's answers with PyTorch's, and look for a fault if they differ.
-
-    Args:
-        engine: Name of the engine.
-        answers: Its answers.
-        models: PyTorch's models.
-        served_format: Coarsest number format in which the engine is known to hold the base model.
-
-    Returns:
-        The fields of the engine's result, but for its version and its seconds.
-
-    Raises:
-        EngineError: Answers of another vocabulary.
-    """
+    """Compare an engine's answers with PyTorch's, and look for a fault if they differ."""
     vocabulary = models.vocabulary
     for row in (row for rows in (answers.base, answers.adapter, *answers.mixed.values()) for row in rows.values()):
         if min(row) < 0:
@@ -273,11 +226,7 @@ def judge_answers(engine: str, answers: Answers, models: TorchModels, served_for
 
 
 def _longest(base: ModelSource, request: VerifyRequest) -> int:
-    """Largest number of tokens of a prompt: what the base model takes together with an answer, and MAX_TOKENS at most.
-
-    Raises:
-        ConfigError: A base model that does not take such answers.
-    """
+    """Largest number of tokens of a prompt, MAX_TOKENS or what the base model takes together with an answer."""
     new_tokens = request.new_tokens
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None)
     if limit is None:

@@ -94,15 +94,7 @@ class Search:
 
 
 def by_references(request: VerifyRequest) -> Found:
-    """Verify a running server by references.
-
-    Args:
-        request: What the user asked for.
-
-    Raises:
-        ConfigError: Arguments that cannot be used, or names that the server does not have.
-        CheckpointError: No file is a reference.
-    """
+    """Verify a running server by references."""
     known, found = ask_server(request, neighbours(request.references))
     facts = known[0] | {
         "adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known)),
@@ -138,7 +130,11 @@ def ask_server(
     adapters: list[Named] = []
     found: list[dict[str, Any]] = []
     unread: list[CheckpointError] = []
-    for name, file in _named(request, reference_files(request.references)):
+    files, names = reference_files(request.references), request.served_name
+    if names and len(names) != len(files):
+        given = request.named("served_name")
+        raise ConfigError(f"{given}: {len(names)}, and there are {len(files)} references; name all of them or none.")
+    for name, file in zip_longest(names, files):
         read = partial(read_reference, file)
         try:
             reference = read()
@@ -147,26 +143,30 @@ def ask_server(
             adapters.append(Named(name or str(file), read))
             found.append(_failed(adapters[-1].name, error))
             continue
-        known.append(_facts(reference))
+        known.append(  # which is small, unlike the reference
+            {
+                "adapter": reference.adapter_name,
+                "base_model": reference.base_name,
+                "sensitivity": reference.sensitivity,
+                "bias": reference.formats["bf16"]["strength"],
+                "prompts": len(reference.questions),
+                "new_tokens": max(len(question.answer) for question in reference.questions),
+                "device": reference.device,
+            }
+        )
         adapters.append(Named(name or known[-1]["adapter"], read))
-        found.append(_check(request, adapters[-1].name, reference))
+        request.report.line(f"asking {request.endpoint} for {adapters[-1].name}")
+        start, endpoint = time.monotonic(), _endpoint(request)
+        try:
+            asker = _asker(request, endpoint, adapters[-1].name, reference)
+            result = {"engine": adapters[-1].name} | _asked(request, asker, is_quick=request.quick)
+            found.append(result | {"requests": endpoint.sent})
+        except (ConfigError, EngineError) as error:  # a failure is a result beside those of the others
+            found.append(_failed(adapters[-1].name, error, time.monotonic() - start, endpoint.sent))
     if not known:
         raise unread[0]
     name_crossed(request, [*adapters, *others], found)
     return known, found
-
-
-def _facts(reference: Reference) -> dict[str, Any]:
-    """The fields of a report that say what a reference holds; they are small, unlike the reference."""
-    return {
-        "adapter": reference.adapter_name,
-        "base_model": reference.base_name,
-        "sensitivity": reference.sensitivity,
-        "bias": reference.formats["bf16"]["strength"],
-        "prompts": len(reference.questions),
-        "new_tokens": max(len(question.answer) for question in reference.questions),
-        "device": reference.device,
-    }
 
 
 def _endpoint(request: VerifyRequest) -> Endpoint:
@@ -187,14 +187,7 @@ def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Ref
 
 
 def reference_files(places: Sequence[Path]) -> list[Path]:
-    """Files of references: those that are named, and those below folders.
-
-    Args:
-        places: Files and folders.
-
-    Raises:
-        CheckpointError: A folder without any.
-    """
+    """Files of references: those that are named, and those below folders."""
     found = []
     for place in places:
         files = sorted(place.rglob(f"*{REFERENCE_FILE}")) if place.is_dir() else [place]
@@ -205,34 +198,11 @@ def reference_files(places: Sequence[Path]) -> list[Path]:
 
 
 def neighbours(files: Sequence[Path]) -> list[Named]:
-    """The newest other references in the folders beside those of files, whose adapters may be served instead.
-
-    Args:
-        files: References; folders hold all that are meant.
-    """
+    """The newest other references in the folders beside those of files, whose adapters may be served instead."""
     mine = {file.resolve() for file in files if file.is_file()}
     beside = {path for file in mine for path in file.parent.parent.glob(f"*/{REFERENCE_FILE}")} - mine
     newest = sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)[:MOST_BESIDE]
     return [Named(path.parent.name, partial(read_reference, path)) for path in newest]
-
-
-def _named(request: VerifyRequest, files: Sequence[Path]) -> Iterator[tuple[str | None, Path]]:
-    names = request.served_name
-    if names and len(names) != len(files):
-        given = request.named("served_name")
-        raise ConfigError(f"{given}: {len(names)}, and there are {len(files)} references; name all of them or none.")
-    return zip_longest(names, files)
-
-
-def _check(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
-    """Result of one adapter; a failure is a result beside those of the others."""
-    request.report.line(f"asking {request.endpoint} for {name}")
-    start, endpoint = time.monotonic(), _endpoint(request)
-    try:
-        asker = _asker(request, endpoint, name, reference)
-        return {"engine": name} | _asked(request, asker, is_quick=request.quick) | {"requests": endpoint.sent}
-    except (ConfigError, EngineError) as error:
-        return _failed(name, error, time.monotonic() - start, endpoint.sent)
 
 
 def _failed(name: str, error: LoraOverError, seconds: float = 0.0, requests: int = 0) -> dict[str, Any]:
@@ -284,6 +254,6 @@ def _again(request: VerifyRequest, result: dict[str, Any]) -> Iterator[Endpoint]
 
 
 def _answers_as(request: VerifyRequest, asker: Asker) -> bool:
-    """Whether a server answers as a reference has it; a few requests exclude most."""
+    """Whether a server answers as a reference has it, which this lets go; a few requests exclude most."""
     steps = (True,) if request.quick else (True, False)
     return all(_asked(request, asker, is_quick=is_quick)["verdict"] == "as trained" for is_quick in steps)

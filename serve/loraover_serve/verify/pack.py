@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraover_serve.engines.answers import Expected, in_a_file
-from loraover_serve.judge.base_faults import FEW
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
 from loraover_serve.judge.reference import ALPHABET, STEPS_PER_E, UNIT
+from loraover_serve.judge.search import FEW_OF_BASE
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, misplaced, rescaled
 from loraover_serve.verify.pytorch import TorchModels, likeliest
 
 KEPT_OF_FAULTS = 8
 NAMED = 8  # questions on which a fault is recorded
-NAMED_LAYERS = FEW  # and one of the many that concern a single layer
+NAMED_LAYERS = FEW_OF_BASE  # and one of the many that concern a single layer
 FACTORS = (0.25, 0.5, 0.8, 0.9, 1.1, 1.25, 2.0, 4.0)
 """Factors on every delta_W that are recorded; between them a checker interpolates."""
 Floats = NDArray[np.float64]
@@ -51,14 +51,7 @@ class RecordedPlace:
 def choose_places(
     questions: Sequence[Question], models: Sequence[Expected], faulty: Mapping[int, set[int]], kept: int
 ) -> list[RecordedPlace]:
-    """The places of all questions, with the likeliest tokens of each model.
-
-    Args:
-        questions: The questions.
-        models: The base model and the adapted model.
-        faulty: Likeliest tokens of faulty models, by the index of the place.
-        kept: Number of tokens of each model.
-    """
+    """The places of all questions, with the likeliest tokens of each model."""
     found: list[RecordedPlace] = []
     for index, question in enumerate(questions):
         for position in question.answered:
@@ -72,14 +65,14 @@ def choose_places(
 
 def pack_places(places: Sequence[RecordedPlace], base: Expected, adapter: Expected, kept: int) -> list[dict[str, Any]]:
     """The positions of a reference; see docs/formats.md."""
-    return [
-        {
-            "ids": place.ids.tolist(),
-            **{arm: _units(place.of(model)).tolist() for arm, model in ((BASE, base), (ADAPTER, adapter))},
-            "floors": {arm: _floor(place, model, kept) for arm, model in ((BASE, base), (ADAPTER, adapter))},
-        }
-        for place in places
-    ]
+    found = []
+    for place in places:
+        values = {arm: _units(place.of(model)) for arm, model in ((BASE, base), (ADAPTER, adapter))}
+        # no other token exceeds the last of the likeliest ones
+        floors = {arm: int(np.sort(each)[min(kept, len(each)) - 1]) for arm, each in values.items()}
+        ids = {"ids": place.ids.tolist()}
+        found.append(ids | {arm: each.tolist() for arm, each in values.items()} | {"floors": floors})
+    return found
 
 
 def _units(logprobs: Floats) -> NDArray[np.int64]:
@@ -87,21 +80,8 @@ def _units(logprobs: Floats) -> NDArray[np.int64]:
     return found
 
 
-def _floor(place: RecordedPlace, model: Expected, kept: int) -> int:
-    """Logprob that no other token exceeds, in units: that of the last of the likeliest tokens."""
-    values = np.sort(_units(place.of(model)))
-    return int(values[min(kept, len(values)) - 1])
-
-
 def pack_variant(places: Sequence[RecordedPlace], model: Expected, start: Expected, questions: int) -> dict[str, Any]:
-    """Encode the changes by a faulty model as characters on a scale that is fine near zero.
-
-    Args:
-        places: The places of all questions.
-        model: The faulty model.
-        start: The model without the fault.
-        questions: Number of questions that it was run on, the first ones.
-    """
+    """Encode the changes by a faulty model as characters on a scale that is fine near zero."""
     off = np.concatenate([place.of(model) - place.of(start) for place in places if place.question < questions])
     middle = len(ALPHABET) // 2
     unit = float(f"{np.abs(off).max() / math.sinh(middle / STEPS_PER_E):.4g}")
@@ -145,14 +125,9 @@ def main_faults(models: TorchModels) -> Iterator[RecordedFault]:
     known = ((each, None) for find in FAULTS for each in find(subject) if each.fault not in left)
     for each, factor in chain(known, scaled):  # each is an adapter, and only one is held
         model = models.variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
-        yield RecordedFault(ADAPTER, each.fault, each.detail, _kept(model, models), NAMED, factor)
-
-
-def _kept(model: Expected, models: TorchModels) -> Expected:
-    """The model's logprobs of the first questions, in a file."""
-    places = list(_places(models))
-    held = in_a_file(np.stack([model.at(*place) for place in places]))
-    return Expected(dict(zip(places, held, strict=True)))
+        at = list(_places(models))
+        held = Expected(dict(zip(at, in_a_file(np.stack([model.at(*place) for place in at])), strict=True)))
+        yield RecordedFault(ADAPTER, each.fault, each.detail, held, NAMED, factor)
 
 
 def many_faults(models: TorchModels) -> Iterator[RecordedFault]:

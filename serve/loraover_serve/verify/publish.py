@@ -71,11 +71,7 @@ def _kept(text: str, logs: Sequence[Path]) -> Path | None:
 
 
 def to_junit(report: VerifyReport) -> bytes:
-    """The verdicts as JUnit's test cases: *differs* is a failure, *failed* an error, *inconclusive* skipped.
-
-    Args:
-        report: The report.
-    """
+    """The verdicts as JUnit's test cases: *differs* is a failure, *failed* an error, *inconclusive* skipped."""
     kinds: dict[str, str] = {"differs": "failure", "failed": "error", "inconclusive": "skipped"}
     names = {"differs": "failures", "failed": "errors", "inconclusive": "skipped"}
     counts = {name: str(sum(result.verdict == one for result in report.engines)) for one, name in names.items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from math import prod
 from typing import Any, final
 
 import numpy as np
@@ -217,7 +217,7 @@ def fit_reference(
         The base model, which is streamed if its weights are larger.
     """
     vocabulary = load_config(base).get_text_config().vocab_size
-    held = sum(prod(shape) for shape in adapter.shapes.values())
+    held = sum(math.prod(shape) for shape in adapter.shapes.values())
     if device == "cpu":  # which has the logprobs in its memory
         held += HELD * len(prompts) * new_tokens * vocabulary
     tokens = max(max(map(len, prompts)) + new_tokens, LOGITS_AT_ONCE // vocabulary)
@@ -284,7 +284,10 @@ def make_models(
     variants = Variants(adapter, base, device, questions, dtype, answers_only=answers_only)
     found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
     places = [found.position(place) for place in range(len(found.places))]
-    moved = {arm: _rms_apart(plain[arm], rounded[arm], places) for arm in (BASE, ADAPTER)}
+    moved = {}
+    for arm, exact in plain.items():
+        squares = [float(np.mean(np.square(exact.at(*place) - rounded[arm].at(*place)))) for place in places]
+        moved[arm] = math.sqrt(np.mean(squares))
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     kept = [(place, [*found.kept(place)]) for place in range(len(found.places))]
     bias = found.strength_of(found.model(rounded[BASE]), found.model(rounded[ADAPTER]), kept)
@@ -295,8 +298,3 @@ def _up_to_end(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]
     """The tokens up to the first end of the text: what follows it is not what anybody trained or reads."""
     last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: last + 1]
-
-
-def _rms_apart(one: Expected, other: Expected, places: Sequence[tuple[int, int]]) -> float:
-    squares = [float(np.mean(np.square(one.at(*place) - other.at(*place)))) for place in places]
-    return float(np.sqrt(np.mean(squares)))

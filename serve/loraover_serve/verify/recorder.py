@@ -135,13 +135,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
 
 
 def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> bytes:
-    """Contents of the sealed reference, whose salt lets nobody find its questions by their SHA-256.
-
-    Args:
-        request: What the user asked for.
-        adapter: The adapter.
-        base: Its base model.
-    """
+    """Contents of the sealed reference, whose salt lets nobody find its questions by their SHA-256."""
     request.report.line("recording the sealed reference")
     mine = replace(request, prompts=request.sealed_prompts, sealed=None, sealed_prompts=None)
     content = record(mine, adapter, base)
@@ -154,13 +148,7 @@ def packed(content: Mapping[str, Any]) -> bytes:
 
 
 def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
-    """Contents of the reference; see docs/formats.md.
-
-    Args:
-        request: What the user asked for.
-        adapter: The adapter.
-        base: Its base model.
-    """
+    """Contents of the reference; see docs/formats.md."""
     device, say, dtype = str(choose_device(request.device)), request.report.line, request.compute_dtype
     tokenizer = tokenizer_of(adapter.path, load_tokenizer(base))
     found = read_questions(base, request.prompts, request.new_tokens)
@@ -198,24 +186,13 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:
-    """Questions of a file, or the built-in ones.
-
-    Args:
-        base: The base model.
-        file: File with one question a line; None means the built-in ones.
-        new_tokens: Number of tokens of each answer.
-    """
+    """Questions of a file, or the built-in ones."""
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None) or LONGEST
     return read_prompts(base, file or QUESTIONS_FILE, longest=max(1, min(LONGEST, int(limit) - new_tokens)))
 
 
 def measure_rounding(models: TorchModels, format_: NumberFormat) -> Rounding:
-    """Run both models in a number format, and compare what a server would answer.
-
-    Args:
-        models: PyTorch's models.
-        format_: The number format.
-    """
+    """Run both models in a number format, and compare what a server would answer."""
     base = models.variants.rounded(format_, prompts=MEASURED)
     adapter = models.variants.rounded(format_, models.subject.deltas, prompts=MEASURED)
     changes, off = [], []
@@ -238,12 +215,6 @@ def choose_number(number: int, bias: float, bf16: Rounding, *, chosen: bool) -> 
 
     The error of the strength shrinks with the root of the number of questions. A server's noise counts as bfloat16's up
     to COARSER times that of PyTorch: with so much of it, a right adapter has to pass, and one 20 % off may not.
-
-    Args:
-        number: Number of questions that there are.
-        bias: Strength of the adapter if PyTorch computes in bfloat16.
-        bf16: What bfloat16 does to PyTorch's answers.
-        chosen: Whether the user chose the questions, which are all recorded then.
     """
     low, high = allowed_strength("bf16", bias)
     known = min(MEASURED, number)
@@ -281,10 +252,6 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
     """The texts by which a server may name these tokens, by their ids: those that no other token of all has.
 
     Halves of characters all decode to U+FFFD, and many decoders strip the space before a word.
-
-    Args:
-        tokenizer: Tokenizer of the base model.
-        ids: The ids.
     """
     known = ids_by_text(tokenizer)
     decoded = {i: str(tokenizer.decode([i])) for i in ids}
@@ -299,14 +266,7 @@ def _question(models: TorchModels, tokenizer: Any, index: int) -> dict[str, Any]
 
 
 def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: bool) -> dict[str, str | None]:
-    """Digests by which one knows what was recorded.
-
-    Args:
-        adapter: The adapter.
-        base: The base model: its commit on the hub stands for its files.
-        tokenizer: Its tokenizer.
-        is_chat: Whether the questions are chats.
-    """
+    """Digests by which one knows what was recorded."""
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if is_chat else None
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     return {
@@ -319,13 +279,7 @@ def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: 
 
 
 def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any]:
-    """How and with what a reference was made.
-
-    Args:
-        request: What the user asked for.
-        prompts: The questions.
-        device: Device that PyTorch ran on.
-    """
+    """How and with what a reference was made."""
     return {
         "command": request.command(),
         "date": today(),
@@ -337,11 +291,7 @@ def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any
 
 
 def write_checker(path: Path) -> None:
-    """Write the checker as a file that Python runs.
-
-    Args:
-        path: The file.
-    """
+    """Write the checker as a file that Python runs."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         room = Path("loraover_serve", "judge")

@@ -15,14 +15,7 @@ SEALED = "sealed"
 
 
 def check_seals(request: VerifyRequest) -> None:
-    """Check each reference that a published one seals: the one that is named, or one that lies beside it.
-
-    Args:
-        request: What the user asked for.
-
-    Raises:
-        CheckpointError: A reference that is another one than was published.
-    """
+    """Check each reference that a published one seals: the one that is named, or one that lies beside it."""
     for place in request.references:
         published = request.published
         if published is None:
@@ -42,15 +35,7 @@ def _beside(place: Path) -> Path | None:
 
 
 def check_seal(sealed: Path, published: Path) -> None:
-    """Check that a published reference names the SHA-256 of a sealed one.
-
-    Args:
-        sealed: The sealed reference.
-        published: The published one.
-
-    Raises:
-        CheckpointError: It names another SHA-256, or none.
-    """
+    """Check that a published reference names the SHA-256 of a sealed one."""
     named = _digests(published).get(SEALED)
     if named is None:
         raise CheckpointError(f"{published}: names no sealed reference, so nothing shows when {sealed} was made.")

@@ -47,11 +47,7 @@ Deltas = Mapping[str, LowRankChange]
 
 
 def read_lora(adapter: AdapterDir) -> dict[str, LowRankChange]:
-    """The delta of every adapted module, by the module's path.
-
-    Raises:
-        ExportError: A LoRA with a bias.
-    """
+    """The delta of every adapted module, by the module's path."""
     modules = adapter.modules
     return {
         delta.module: LowRankChange(
