@@ -24,17 +24,19 @@ CARDS = {"8B": ((24, 1), (80, 1)), "70B": ((80, 8),)}
 FORMS = {"8B": (None, "nf4"), "70B": (None,)}
 """Forms of the base; FSDP2 was not tried on a quantised one."""
 RANK, TOKENS, GB = 16, 2048, 10**9
-ROOM = 0.9
-"""Share of a card that tensors may take; the rest is for CUDA's context, buffers and fragments."""
 
 
-def plan_of(size: str, method: str, form: str | None) -> TrainingPlan:
+def plan_of(
+    size: str, method: str, form: str | None, memory: int | None = None, gpus: int | None = None
+) -> TrainingPlan:
     """Return the plan of one example in a micro-batch, with gradient checkpointing.
 
     Args:
         size: Key of `SHAPES`.
         method: Method of the recipe.
         form: Form in which the base is quantised; None: bfloat16.
+        memory: Gigabytes of a GPU; None: that of this machine.
+        gpus: Number of GPUs, over which FSDP2 spreads the model if there are several.
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA | SHAPES[size]))
@@ -42,6 +44,7 @@ def plan_of(size: str, method: str, form: str | None) -> TrainingPlan:
             "model": folder,
             "model_init": {"quantization": form},
             "method": method,
+            "distributed": {"engine": "fsdp2" if gpus and gpus > 1 else "ddp"},
             "data": {"train": "word-problems"},
             "lora": {"r": RANK, "lora_alpha": 2 * RANK},
             "training": {
@@ -52,7 +55,7 @@ def plan_of(size: str, method: str, form: str | None) -> TrainingPlan:
                 "gradient_checkpointing": True,
             },
         }
-        return make_plan(Recipe.model_validate(recipe))
+        return make_plan(Recipe.model_validate(recipe), gpus=gpus, gpu_memory=memory)
 
 
 def table_rows(size: str) -> Iterator[str]:
@@ -60,12 +63,11 @@ def table_rows(size: str) -> Iterator[str]:
     for method, form in ((method, form) for method in ("lora", "lora-over") for form in FORMS[size]):
         plan = plan_of(size, method, form)
         trained = plan.adapter + plan.cores + plan.gradients + plan.optimizer_states
-        activations, everywhere = plan.activations or 0, 4 * plan.cores  # with their gradients and both moments
         fits = []
         for card, count in CARDS[size]:
-            total = (plan.weights + trained - everywhere) / count + everywhere + activations
-            fits.append(f"{total / GB:.1f} GB of {card}" + ("" if total < ROOM * card * GB else ": does not fit"))
-        cells = [f"{part / GB:.1f} GB" for part in (plan.weights, trained, activations)]
+            on_each = plan_of(size, method, form, card, count)
+            fits.append(f"{on_each.in_all / GB:.1f} GB of {card}" + ("" if on_each.fits else ": does not fit"))
+        cells = [f"{part / GB:.1f} GB" for part in (plan.weights, trained, plan.activations or 0)]
         yield f"| {size}, `{method}` | {form or 'bf16'} | {' | '.join(cells)} | *predicted*: {'; '.join(fits)} |"
 
 
