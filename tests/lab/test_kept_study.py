@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from loraover.cli import cli
 from loraover.common import command_line
 from loraover.training.launch.defaults import LEARNING_RATES
-from loraover.training.run.trainer import _optimizer
+from loraover.training.run.trainer import own_optimizer
 from loraover_lab.study.analysis import Difference, Halves
 from loraover_lab.study.grid import Run, grid_of
 from loraover_lab.study.outcome import RunOutcome, digest, finished
@@ -291,7 +291,7 @@ def test_every_method_has_an_optimizer_that_takes_its_settings(target: str) -> N
     for recipe in {run.method: run.recipe for run in planned(target)[0]}.values():
         if recipe.training.optim == "soap":
             pytest.importorskip("pytorch_optimizer", reason="the extra soap is not installed")
-        if (make := _optimizer(recipe, TrainingArguments())) is not None:
+        if (make := own_optimizer(recipe, TrainingArguments())) is not None:
             make(with_lora(tiny_llama()))
 
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 import loraover
 from loraover.training.recipe import load_recipe
-from loraover.training.run.trainer import _optimizer
+from loraover.training.run.trainer import own_optimizer
 
 from support.tiny_models import tiny_llama, with_lora
 
@@ -25,7 +25,7 @@ def test_b_has_a_multiple_of_the_rate_and_embeddings_have_the_rate(optim: str, r
     rates = {"training.learning_rate": RATE, "training.loraplus_lr_ratio": RATIO}
     asked = load_recipe(recipe, {**rates, "training.optim": optim, "method": "lora"})
     model = with_lora(tiny_llama(), target_modules=["embed_tokens", "q_proj"])
-    make = _optimizer(asked, TrainingArguments())
+    make = own_optimizer(asked, TrainingArguments())
     assert make is not None
     optimizer = make(model)
     of_parameters = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}

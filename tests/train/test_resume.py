@@ -13,9 +13,8 @@ import datasets
 import pytest
 import yaml
 
+import loraover
 import loraover.callbacks.seal_checkpoints
-import loraover.training.run.measure
-import loraover.training.run.train
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.common.errors import ConfigError
@@ -23,6 +22,7 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run.folder import with_commits, write_recipe
 
 from support.children import Child
+from support.lines import Acting
 from support.resumed_run import KINDS, STOP, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
 from support.trained_run import metrics
@@ -83,23 +83,17 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_again(
     assert_same_run(out, whole["llama"])
 
 
-def test_a_run_interrupted_after_its_last_step_takes_no_more(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_interrupted_after_its_last_step_takes_no_more(recipe: Path, tmp_path: Path) -> None:
     """Its rate does not end at zero, so that a step too many shows."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
     constant = ("--set", "training.lr_scheduler_type=constant_with_warmup")
     assert train(recipe, tmp_path / "whole", *constant) == 0
-    measure = loraover.training.run.measure.measure
-
-    def interrupt(*arguments: Any, **options: Any) -> Any:
-        if arguments[-1] == "after training":
-            raise KeyboardInterrupt
-        return measure(*arguments, **options)
-
-    monkeypatch.setattr(loraover.training.run.train, "measure", interrupt)
-    out = tmp_path / "out"
-    assert train(recipe, out, *constant) == 130
-    monkeypatch.undo()
+    out, rate = tmp_path / "out", {"training.lr_scheduler_type": "constant_with_warmup"}
+    with pytest.raises(KeyboardInterrupt):
+        loraover.train(recipe, out, overrides=rate, report=Acting("measuring the held-out loss after", interrupt))
     with steps_taken() as taken:
         assert train(recipe, out, *constant, "--resume") == 0
     assert taken == []

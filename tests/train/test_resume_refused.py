@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from loraover.common.errors import ConfigError
+import loraover
 from loraover.common.file_lock import hold_lock, is_locked
 from loraover.training.run.folder import LOCK_FILE
 
+from support.lines import Acting
 from support.make_checkpoint import tree
 from support.resumed_run import interrupted_at
 from support.train_command import data_file, train
@@ -75,16 +75,11 @@ def test_a_run_that_another_process_trains_is_not_resumed(
     assert tree(out) == before
 
 
-def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = []
-
-    def refuse(*_: Any) -> None:
-        held.append(is_locked(tmp_path / "out" / LOCK_FILE))
-        raise ConfigError("enough")
-
-    monkeypatch.setattr("loraover.training.run.train.build", refuse)
-    assert train(recipe, tmp_path / "out") == 2
+def test_a_run_is_locked_while_it_is_trained(recipe: Path, tmp_path: Path) -> None:
+    out, held = tmp_path / "out", list[bool]()
+    loraover.train(recipe, out, report=Acting("training steps", lambda: held.append(is_locked(out / LOCK_FILE))))
     assert held == [True]
+    assert not is_locked(out / LOCK_FILE)
 
 
 @pytest.mark.parametrize("file", [None, "out", "out/mine"])

@@ -197,7 +197,7 @@ def _leave_out_repeated(trainer: Any) -> None:
 
 def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
     """Let a trainer make the recipe's optimizer: its `optimizers` are ignored under DeepSpeed, refused under FSDP."""
-    made = _optimizer(recipe, trainer.args)
+    made = own_optimizer(recipe, trainer.args)
     if made is None:
         if recipe.training.optim_args is not None:
             trainer.optimizer_cls_and_kwargs = optimizer_class(trainer.args, trainer.model)
@@ -210,7 +210,7 @@ def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
     trainer.optimizer_cls_and_kwargs = (factory, {})
 
 
-def _optimizer(recipe: Recipe, asked: TrainingArguments) -> Callable[[Any], Any] | None:
+def own_optimizer(recipe: Recipe, asked: TrainingArguments) -> Callable[[Any], Any] | None:
     """Return what makes an optimizer from the model where the Trainer does not know it; None: the Trainer makes one."""
     training = recipe.training
     if training.optim == SOAP:
