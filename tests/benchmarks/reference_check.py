@@ -14,8 +14,8 @@ from itertools import count
 import numpy as np
 from rich.table import Table
 
-from loraover_serve.verify.record_request import RecordRequest
 from loraover_serve.verify.recorder import NUMBERS
+from loraover_serve.verify.request import RecordRequest
 
 from benchmarks.shown import table_of
 from support.recorded_noise import NOISE, Recorded

@@ -18,7 +18,7 @@ from scipy import stats
 from loraover.reporting.figures import Band, FigureRow, Point, rows_figure
 from loraover.reporting.svg import Axis
 from loraover_serve.judge.limits import BY_CHANCE, FEW_AS_BASE, NUMBER_FORMATS
-from loraover_serve.verify.record_request import RecordRequest
+from loraover_serve.verify.request import RecordRequest
 
 from oracles.prompt_estimates import log_ratios
 from support.recorded_noise import Recorded

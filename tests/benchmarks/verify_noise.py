@@ -36,10 +36,9 @@ from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.answers import ADAPTER, BASE, kept_rows
 from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
-from loraover_serve.judge.answers import Answers
 from loraover_serve.judge.case import Case
 from loraover_serve.judge.evidence import Evidence
-from loraover_serve.judge.models import Row, Rows
+from loraover_serve.judge.models import Answers, Row, Rows
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.pytorch import TorchModels, make_models
 

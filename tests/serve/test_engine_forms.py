@@ -15,7 +15,7 @@ import pytest
 
 from loraover.common.errors import LoraOverError
 from loraover_export import check_adapter
-from loraover_serve.judge.answers import Answers
+from loraover_serve.judge.models import Answers
 from loraover_serve.verify.by_pytorch import judge_answers
 
 from support.compatibility import FEATURES, FORMS, OURS, PEFT, Cell, record_cell

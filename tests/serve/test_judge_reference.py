@@ -10,10 +10,9 @@ from random import Random
 import pytest
 
 from loraover_serve.engines import engine_class
-from loraover_serve.judge.answers import Answers, Greedy
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import ADAPTER
-from loraover_serve.judge.models import Model, Rows
+from loraover_serve.judge.models import Answers, Greedy, Model, Rows
 from loraover_serve.judge.names import LAYERS, OTHER_BASE, SCALED
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.rules import judge

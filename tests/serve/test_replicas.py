@@ -17,14 +17,13 @@ import pytest
 
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import UnscoredError
-from loraover_serve.judge.answers import Answers, AskedOnce
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.command import check
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
 from loraover_serve.judge.evidence import Change, Evidence
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
-from loraover_serve.judge.models import Model
+from loraover_serve.judge.models import Answers, AskedOnce, Model
 from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, NOT_APPLIED, SILENT
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.rules import judge

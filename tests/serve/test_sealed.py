@@ -15,7 +15,7 @@ from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
 from loraover_serve.cli import cli
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.verify.sealed import check_seal
+from loraover_serve.verify.by_reference import check_seal
 
 from support.openai_server import openai_server
 from support.recorded import LINES

@@ -17,9 +17,9 @@ from loraover_serve.engines import torch as torch_engines
 from loraover_serve.engines import vllm
 from loraover_serve.engines.base import LogitEngine, Setting
 from loraover_serve.engines.torch import model_logits
-from loraover_serve.judge.answers import Answers, Greedy
 from loraover_serve.judge.case import allowed_distance, sure_errors
 from loraover_serve.judge.limits import ADAPTER, FLOOR, SURE
+from loraover_serve.judge.models import Answers, Greedy
 from loraover_serve.judge.names import ENDS_EARLY
 from loraover_serve.judge.results import LogprobDistance
 from loraover_serve.verify.by_pytorch import verify_engine

@@ -14,7 +14,7 @@ from loraover_serve.judge.case import allowed_strength
 from loraover_serve.judge.estimates import Interval, answers_that_show, share_found
 from loraover_serve.judge.limits import CERTAIN, EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
 from loraover_serve.judge.rules import is_narrow
-from loraover_serve.verify.record_request import RecordRequest
+from loraover_serve.verify.request import RecordRequest
 
 from benchmarks.page import PAGE
 from benchmarks.reference_check import ENGINES, FAULT, RATIO, TOPS, engines, row

@@ -6,10 +6,9 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from loraover_serve.judge.answers import Answers, AskedOnce, Greedy
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import REPEATS
-from loraover_serve.judge.models import Row
+from loraover_serve.judge.models import Answers, AskedOnce, Greedy, Row
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.rules import judge
 

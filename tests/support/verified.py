@@ -21,7 +21,7 @@ from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
-from loraover_serve.judge.answers import Answers
+from loraover_serve.judge.models import Answers
 from loraover_serve.judge.names import LEFT_OUT, NOT_APPLIED, PERMUTED, ROUNDED, SCALED, TRANSPOSED
 from loraover_serve.verify.by_pytorch import judge_answers, make_setting, make_subject
 from loraover_serve.verify.pytorch import TorchModels, make_models

@@ -17,7 +17,7 @@ COMMANDS = {
         leaves_out=["runs"],
     ),
     "record": Reporting(
-        "loraover_serve.verify.record_request:RecordRequest",
+        "loraover_serve.verify.request:RecordRequest",
         "loraover_serve.verify.recorder:record_adapter",
         "loraover_serve.verify.show:show_recording",
     ),

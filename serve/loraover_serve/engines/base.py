@@ -16,8 +16,7 @@ from loraover_serve.engines.answers import ADAPTER, BASE, kept_rows
 from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Sample, TokenRequest
-from loraover_serve.judge.answers import Answers, Greedy
-from loraover_serve.judge.models import Models, Rows
+from loraover_serve.judge.models import Answers, Greedy, Models, Rows
 
 Watch = Callable[[int], AbstractContextManager[Any]]
 """Returns a context manager that runs as long as the process with the given id."""

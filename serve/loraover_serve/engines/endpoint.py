@@ -24,9 +24,8 @@ from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
 from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.texts import ids_by_text, text_of
-from loraover_serve.judge.answers import Answers
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.models import Models, Rows
+from loraover_serve.judge.models import Answers, Models, Rows
 
 PROBE = "Hello"
 

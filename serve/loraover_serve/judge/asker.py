@@ -11,10 +11,9 @@ from loraover.client.dialects import Dialect, Prompt
 from loraover.client.endpoint import Endpoint
 from loraover.client.speaker import Generated, Speaker, find_models
 from loraover.common.errors import EngineError
-from loraover_serve.judge.answers import Answers, AskedOnce, Greedy, ReadChat
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
-from loraover_serve.judge.models import Models, Row, Rows
+from loraover_serve.judge.models import Answers, AskedOnce, Greedy, Models, ReadChat, Row, Rows
 from loraover_serve.judge.reference import Reference
 
 QUICK = 8  # requests

@@ -15,9 +15,8 @@ from statistics import fmean, median_low
 from typing import NamedTuple, final
 
 from loraover.common.errors import EngineError
-from loraover_serve.judge.answers import Answers, Greedy
 from loraover_serve.judge.limits import ADAPTER, BASE
-from loraover_serve.judge.models import Model, Models, Row, Rows
+from loraover_serve.judge.models import Answers, Greedy, Model, Models, Row, Rows
 from loraover_serve.judge.results import Off
 
 

@@ -1,4 +1,4 @@
-"""Port of the judge: questions, and what right and faulty models answer to them, in one form wherever models are.
+"""Port of the judge: questions, an engine's answers to them, and those of right and faulty models.
 
 A reference has recorded rows of them, and PyTorch computes the rows of a model when the judge first asks for it.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from loraover_serve.judge.answers import Answers
+    from loraover.client.speaker import Response
 
 Row = dict[int, float]
 """Logprobs in nats by token id."""
@@ -89,6 +89,84 @@ class FaultyModel(NamedTuple):
     fault: str
     detail: str
     run: Callable[[int | None], Model]
+
+
+class Greedy(NamedTuple):
+    """A greedy answer.
+
+    Args:
+        question: Index of the question.
+        tokens: Its tokens, up to the first that the engine does not identify.
+        length: Its number of tokens.
+        rows: Its logprobs, as far as its tokens are PyTorch's; empty if the engine does not return them.
+    """
+
+    question: int
+    tokens: Sequence[int]
+    length: int
+    rows: Rows
+
+
+class AskedOnce(NamedTuple):
+    """Answers of a model at places, each of which was asked for once.
+
+    Args:
+        rows: Their logprobs.
+        told: Headers of each response, and its id.
+    """
+
+    rows: Rows
+    told: Mapping[int, Mapping[str, str]]
+
+
+class ReadChat(NamedTuple):
+    """A chat as a server has read it, by what the server says of its tokens.
+
+    Args:
+        read: Number of tokens that the server has read.
+        expected: Number of tokens of PyTorch's prompt.
+        is_same: Whether they are the same tokens, or as many if the server tells no more.
+    """
+
+    read: int
+    expected: int
+    is_same: bool
+
+    @classmethod
+    def of(cls, told: Sequence[int] | int | None, expected: Sequence[int]) -> list[ReadChat]:
+        """The chat in a list, which is empty if the server tells nothing."""
+        if isinstance(told, int):
+            return [cls(told, len(expected), told == len(expected))]
+        return [cls(len(told), len(expected), list(told) == list(expected))] if told else []
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of an engine.
+
+    Args:
+        base: Logprobs of the base model.
+        adapter: Logprobs of the adapter.
+        greedy: The adapter's greedy answers.
+        mixed: Logprobs of each arm, asked for beside those of another model; empty if there are none.
+        rounds: The adapter's answers to the same questions, asked again and again; the first are `adapter`.
+        is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
+        mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
+        without_mixed: Whether nobody asked for mixed batches.
+        responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
+        chats: Chats whose tokens the server tells; None if prompts are no chats.
+    """
+
+    base: Rows
+    adapter: Rows
+    greedy: Sequence[Greedy] = ()
+    mixed: Mapping[str, Rows] = field(default_factory=dict)
+    rounds: Sequence[AskedOnce] = ()
+    is_one_model: bool = False
+    mixed_failure: str | None = None
+    without_mixed: bool = False
+    responses: Sequence[Response] = ()
+    chats: Sequence[ReadChat] | None = None
 
 
 class Models(ABC):

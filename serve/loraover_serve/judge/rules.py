@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from loraover_serve.judge.answers import ReadChat
 from loraover_serve.judge.case import Case, flag, split_base
 from loraover_serve.judge.estimates import Interval, share_found
 from loraover_serve.judge.evidence import Evidence
@@ -44,6 +43,7 @@ from loraover_serve.judge.limits import (
     SEEN,
     Verdict,
 )
+from loraover_serve.judge.models import ReadChat
 from loraover_serve.judge.names import (
     BASE_LAYERS,
     BASE_OR_TEMPLATE,

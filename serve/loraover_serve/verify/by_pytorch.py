@@ -31,10 +31,10 @@ from loraover_serve.engines.answers import of_another_vocabulary
 from loraover_serve.engines.base import RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
 from loraover_serve.engines.installed import check_installed, machine, versions
-from loraover_serve.judge.answers import Answers
 from loraover_serve.judge.command import unanswered
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import ADAPTER
+from loraover_serve.judge.models import Answers
 from loraover_serve.judge.rules import judge
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.found import KEPT_PREFIX, Found, copy_logs

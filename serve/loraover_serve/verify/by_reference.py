@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
@@ -25,7 +26,6 @@ from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.verify.found import Found
 from loraover_serve.verify.request import VerifyRequest
-from loraover_serve.verify.sealed import check_seals
 
 MOST_BESIDE = 64
 """References beside those that are asked for that are looked at."""
@@ -33,6 +33,9 @@ NEAREST = 3
 """References by which a server is checked, of those that have the same questions."""
 SCREENED, SHARED = 16, 3
 """Questions that are asked once, and the fewest of them that a reference has to have."""
+
+SEALED = "sealed"
+"""Name of the digest in a published reference."""
 
 
 class Named(NamedTuple):
@@ -257,3 +260,45 @@ def _answers_as(request: VerifyRequest, asker: Asker) -> bool:
     """Whether a server answers as a reference has it, which this lets go; a few requests exclude most."""
     steps = (True,) if request.quick else (True, False)
     return all(_asked(request, asker, is_quick=is_quick)["verdict"] == "as trained" for is_quick in steps)
+
+
+def check_seals(request: VerifyRequest) -> None:
+    """Check each reference that a published one seals: the one that is named, or one that lies beside it."""
+    for place in request.references:
+        published = request.published
+        if published is None:
+            published = _beside(place)
+        if published is not None:
+            check_seal(place, published)
+            request.report.line(f"{place} is the sealed reference that {published} names")
+
+
+def _beside(place: Path) -> Path | None:
+    """The published reference in the folder of a file that is none itself, if it seals another of this adapter."""
+    beside = place.parent / REFERENCE_FILE
+    if place.is_dir() or place.name.endswith(REFERENCE_FILE) or not beside.is_file():
+        return None
+    mine, digests = _digests(place), _digests(beside)
+    return beside if SEALED in digests and digests["adapter"] == mine["adapter"] else None
+
+
+def check_seal(sealed: Path, published: Path) -> None:
+    """Check that a published reference names the SHA-256 of a sealed one."""
+    named = _digests(published).get(SEALED)
+    if named is None:
+        raise CheckpointError(f"{published}: names no sealed reference, so nothing shows when {sealed} was made.")
+    try:
+        found = hashlib.sha256(sealed.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{sealed}: cannot be read: {error.strerror}.") from error
+    if found != named:
+        raise CheckpointError(
+            f"{sealed}: its SHA-256 is {found}, and {published} names {named}; it was changed, or seals another "
+            "adapter. Ask for the file that was published."
+        )
+
+
+def _digests(path: Path) -> Mapping[str, str]:
+    from loraover.checkpoint.carried_files import reference_digests  # with all that reads adapters
+
+    return reference_digests(path)

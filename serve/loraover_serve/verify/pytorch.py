@@ -22,11 +22,10 @@ from loraover_serve.engines.answers import Expected, last_rows, row_of
 from loraover_serve.engines.sample import TokenRequest
 from loraover_serve.engines.texts import text_of
 from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within
-from loraover_serve.judge.answers import Answers
 from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE
-from loraover_serve.judge.models import FaultyModel, Model, Models, Question
+from loraover_serve.judge.models import Answers, FaultyModel, Model, Models, Question
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.variants import Variants
 

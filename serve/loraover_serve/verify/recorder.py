@@ -42,10 +42,10 @@ from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
 from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
+from loraover_serve.verify.by_reference import SEALED
 from loraover_serve.verify.pack import NAMED, choose_places, faulty_tops, main_faults, many_faults, pack_places
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
-from loraover_serve.verify.record_request import RecordRequest
-from loraover_serve.verify.sealed import SEALED
+from loraover_serve.verify.request import RecordRequest
 
 SCHEMA_VERSION = 1
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")

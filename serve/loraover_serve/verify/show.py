@@ -10,9 +10,8 @@ from loraover.reporting.html_page import in_sentences
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover_serve.verify.html import distances_table
-from loraover_serve.verify.record_request import RecordRequest
 from loraover_serve.verify.report import VerifyReport
-from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.request import RecordRequest, VerifyRequest
 
 if TYPE_CHECKING:
     from loraover_serve.verify.recorder import RecordReport
