@@ -36,10 +36,10 @@ class Product:
     """Kind of folder that an export writes.
 
     Args:
-        name: Words for one, such as "folded adapter".
-        certificate: File that every one holds, with its certificate.
+        name: Noun for such a folder, such as "folded adapter".
+        certificate: Name of the certificate's file in the folder.
         title: Heading of its model card.
-        kind: Words of the card for what is in the folder.
+        kind: Description of the folder's contents, for the card.
         library: Library that reads the folder.
     """
 
@@ -95,9 +95,9 @@ class Draft:
     """Folder that is about to be the output of an export.
 
     Args:
-        product: What it becomes.
+        product: Kind of the finished output.
         request: The arguments of the export.
-        folder: Where it is now.
+        folder: Path of the draft.
     """
 
     product: Product
@@ -108,8 +108,8 @@ class Draft:
         """Write the certificate, with the digests of all files in the folder.
 
         Args:
-            certificate: What was found about the files.
-            source: Folder of the adapter, whose chat template is copied before.
+            certificate: Certificate of the files.
+            source: Folder of the adapter, whose chat template is copied first.
 
         Raises:
             AbandonedError: The verdict is "failed", so that the block ends without an output.
@@ -137,7 +137,7 @@ class Draft:
         (self.folder / "README.md").write_text(text, encoding="utf-8")
 
     def keep_reference(self, source: Path, files: Sequence[str] = ADAPTER_FILES, *, stem: str | None = None) -> None:
-        """Keep the adapter's reference, which is that of these files too; see `carried_reference.keep_reference`."""
+        """Keep the adapter's reference, which holds for these files too; see `carried_reference.keep_reference`."""
         keep_reference(source, self.folder, self.request.report.line, files, stem=stem)
 
 
@@ -172,7 +172,7 @@ class EngineFormat:
     Args:
         verb: Verb that writes it, one of `PRODUCTS`.
         reader: The engine, with the release whose sources were read.
-        refuses_peft: What it does with a folder of PEFT's, which it refuses.
+        refuses_peft: What the engine does with an adapter in PEFT's form, which it refuses, in words.
         check: Function that raises an error for an adapter that the export refuses, given its base model.
         export: Function of the verb.
     """

@@ -25,7 +25,7 @@ def _study(request: StudyRequest, as_json: bool) -> int:
 
 
 def _evaluate(request: EvaluationRequest, as_json: bool) -> int:
-    """Show what is finished at Ctrl-C and after a failure too."""
+    """Run an evaluation, and show its finished results even after Ctrl-C or a failure."""
     from dataclasses import replace
 
     from rich.console import Console

@@ -1,1 +1,1 @@
-"""Adapters without any engine: their deltas, and plain LoRAs made from them, certified."""
+"""Deltas of adapters, and certified plain LoRAs made from adapters; no inference engine is needed."""

@@ -60,7 +60,7 @@ class BaseFileError(CheckpointError, ConfigError):
 
 @contextmanager
 def of_base(source: ModelSource) -> Iterator[None]:
-    """Say in the errors of a block that a damaged file is one of the base model's."""
+    """Say in the errors of a block that a damaged file belongs to the base model."""
     try:
         yield
     except CheckpointError as error:
@@ -112,7 +112,7 @@ def open_files(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool 
     Args:
         source: Place of the model.
         stack: The stack.
-        may_be_quantised: Whether a quantised model is taken, of which some tensors are not.
+        may_be_quantised: Whether a quantised model is accepted, some of whose tensors are not quantised.
 
     Raises:
         ConfigError: No usable `config.json`, no safetensors files, or an index that does not fit them.
@@ -137,7 +137,7 @@ def open_files(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool 
 
 
 def _shard_names(folder: Path, source: ModelSource) -> list[str]:
-    """Return the names of the safetensors files of a base model, all of which are there."""
+    """Return the names of a base model's safetensors files, after checking that all exist."""
     present = {path.name for path in folder.iterdir() if path.is_file()}
     if SINGLE in present:  # as transformers does, which takes it before an index beside it
         return [SINGLE]
@@ -223,7 +223,7 @@ class BaseWeights:
     Args:
         source: Place of the model.
         files: Stack that closes the files of weights.
-        may_be_quantised: Whether a quantised model is taken, of which some weights are not.
+        may_be_quantised: Whether a quantised model is accepted, some of whose weights are not quantised.
     """
 
     def __init__(self, source: ModelSource, files: ExitStack, *, may_be_quantised: bool = False) -> None:
@@ -244,7 +244,7 @@ class BaseWeights:
 
     @cached_property
     def tied(self) -> list[str]:
-        """Paths of the modules that share the input embedding's weight, the embedding first; of it alone if none do.
+        """Paths of the modules that share the input embedding's weight, the embedding first; it alone if none share it.
 
         They may be the output head, and the embeddings of an encoder and a decoder.
         """

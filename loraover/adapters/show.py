@@ -122,7 +122,7 @@ def _errors_table(certificate: LoraCertificate) -> Table[ModuleCertificate]:
 
 
 def show_matrices(certificate: Any, console: Console) -> None:
-    """Print the verdict of a certificate that has a rank, a data type and matrices, and what sums up the matrices."""
+    """Print the verdict of a certificate that has a rank, a data type and matrices, and a summary of the matrices."""
     facts = in_one_line(matrix_facts(certificate.matrices))
     text = f"certificate {certificate.verdict}: rank {certificate.rank}, {certificate.dtype}, {facts}"
     show_verdict(certificate, text, console)

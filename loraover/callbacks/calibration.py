@@ -56,7 +56,7 @@ def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> 
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two rows are equal; objects that cannot be compared are."""
+    """Whether two rows are equal; rows that cannot be compared count as equal."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Mapping):

@@ -37,7 +37,7 @@ ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 
 
 class KeptReference(StrictModel):
-    """Why a reference is that of an exported adapter: the contents of `adapter_reference.kept.json`."""
+    """Reason why a reference belongs to an exported adapter: the contents of `adapter_reference.kept.json`."""
 
     schema_version: Literal[1] = 1
     reference: str = Field(description="SHA-256 of the reference, in hexadecimal digits")
@@ -82,7 +82,7 @@ def reference_digests(reference: Path) -> dict[str, Any]:
 
 
 def misfit(reference: Path) -> str | None:
-    """Say why a reference is not that of the adapter beside it; None if it is.
+    """Say why a reference does not belong to the adapter beside it; None if it does.
 
     It is if it names the digest of this adapter, or if an export kept it and the files are still those of the export.
 
@@ -141,7 +141,7 @@ def keep_reference(
     *,
     stem: str | None = None,
 ) -> None:
-    """Keep the reference of an adapter beside what an export has written of it, in place of one that lies there.
+    """Copy the reference of an adapter into the folder of its export, in place of one that lies there.
 
     A reference of another adapter is left out, and `say` gets the reason.
 
@@ -189,7 +189,7 @@ def record_beside(adapter: Path, **options: Any) -> None:
 
 
 def keep_chat_template(adapter: Path, written: Path, *, stem: str | None = None) -> None:
-    """Copy the chat template of an adapter, if it has one, beside what an export writes of it.
+    """Copy the chat template of an adapter, if it has one, into the folder of its export.
 
     Args:
         adapter: Folder of the adapter.

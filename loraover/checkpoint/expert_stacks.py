@@ -119,7 +119,7 @@ class ExpertWeight:
 
 
 def find_expert_weights(model: nn.Module) -> dict[str, ExpertWeight]:
-    """Return the parameters (E, m, n) of a model's experts by their paths, of a model on any device, meta included."""
+    """Return the parameters (E, m, n) of a model's experts by their paths; the model may be on the meta device."""
     found = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -39,7 +39,7 @@ class SiteRecord(StrictModel):
 
     @property
     def owner(self) -> str:
-        """The site that the shared core is stored with; its name if it shares none."""
+        """Name of the site under which the shared core is stored; the site's own name if it shares none."""
         return next(iter(self.shares.values()), self.name)
 
     @property

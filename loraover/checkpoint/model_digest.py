@@ -20,7 +20,7 @@ def model_digest(source: ModelSource, *, weights: bool) -> str:
 
     Args:
         source: The base model.
-        weights: Whether the weights are read, which takes seconds; a server has its own.
+        weights: Whether the weights are read, which takes seconds; a model on a server has other files.
 
     Raises:
         ConfigError: A file of the folder cannot be read.

@@ -154,7 +154,7 @@ _worker = _Worker()
 
 
 def _forget() -> None:
-    """Leave the worker to the process that has started it: a fork's answers would be those of another's questions."""
+    """Forget the worker in a forked process, which would otherwise read answers to its parent's questions."""
     global _worker
     _worker = _Worker()
 

@@ -377,7 +377,7 @@ def read_on_base(adapter: Adapter, weights: Mapping[str, ExpertWeight]) -> Adapt
 
 
 def _expanded(adapter: Adapter, stacks: Sequence[ExpertStack]) -> Adapter:
-    """Return an adapter whose `shapes` are still those of the file with its stacks taken apart.
+    """Take apart the stacks of an adapter whose `shapes` are still those of the file.
 
     Patterns name a parameter of all experts, so each expert gets an exact entry in front of them.
     """

@@ -148,7 +148,7 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
 
 
 def _number(config: Any, name: str) -> int | None:
-    """Return a field that most configurations have; None of one that has another number for each layer."""
+    """Return a field that most configurations have; None where it has another number for each layer."""
     found = getattr(config, name, None)
     return found if isinstance(found, int) else None
 

@@ -1,4 +1,4 @@
-"""Whatever an adapter's folder holds, read as an `AdapterDir`."""
+"""The adapter in a folder, plain or with cores, read as an `AdapterDir`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _ENDINGS = {
 DEFAULTS: dict[str, list[str] | str] = {
     kind: endings.split() for endings, kinds in _ENDINGS.items() for kind in kinds.split()
 } | {"gemma4": r".*language_model\..*\.(q_proj|v_proj)"}
-"""Modules that PEFT adapts by a LoRA whose configuration names none, by the base model's type."""
+"""Modules that PEFT adapts where a LoRA's configuration names none, by the base model's type."""
 
 ALL_LINEAR = "all-linear"
 """Value of `target_modules`, in any case, that PEFT resolves on the model."""
@@ -69,7 +69,7 @@ class Targets(BaseModel):
 
     @property
     def is_default(self) -> bool:
-        """Whether PEFT adapts what it adapts in models of the base model's type."""
+        """Whether no modules are named, so that PEFT adapts its default modules for the base model's type."""
         return self.target_modules is None and not self.target_parameters and self.peft_type != "TRAINABLE_TOKENS"
 
     @property
@@ -252,7 +252,7 @@ def _parameter(path: str) -> str:
 
 
 def _first_expert(parameter: str) -> str:
-    """Return the path by which the first expert of a parameter is named among the adapted modules."""
+    """Return the path of the first expert in a parameter, as adapted modules are named."""
     owner, _, name = parameter.rpartition(".")
     return f"{owner}.0.{name}"
 
@@ -390,7 +390,7 @@ def alike_module(path: str, names: Iterable[str]) -> str | None:
 
 
 def is_single_expert(path: str, names: Iterable[str]) -> bool:
-    """Return whether a path is of one expert's layer, as in transformers 4, and a base model has all in one module."""
+    """Return whether a path is one expert's layer, as in transformers 4, where a base model has all in one module."""
     is_one = re.search(r"\.experts\.\d+\.", path) is not None
     return is_one and any(name.endswith(".experts") for name in names)
 

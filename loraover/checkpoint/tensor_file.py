@@ -145,7 +145,7 @@ class TensorFile:
         return stored is None or bool(np.isfinite(stored).all())
 
     def _numbers(self, key: str) -> NDArray[np.floating[Any]] | None:
-        """Return the elements of a tensor of floating-point numbers, the shorter ones in float32; None of others."""
+        """Return the elements of a tensor of floating-point numbers, 16-bit ones as float32; None for other types."""
         import numpy as np
 
         dtype, data = self.dtype(key), self.bytes(key)

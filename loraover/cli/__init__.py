@@ -18,7 +18,7 @@ COMMANDS = {
     ),
 }
 SHORTCUTS = {"check": "export", "record": "serve", "verify": "serve"}
-"""Commands that stand here too, with the groups that have them."""
+"""Commands of a group that can also be called without the group's name, with that group."""
 EXAMPLES = [
     "loraover train demo --method lora-over -o runs/demo",
     "loraover export fold runs/demo/adapter -o folded --check-error",

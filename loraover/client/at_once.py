@@ -21,16 +21,16 @@ def at_once(
     most: int = AT_ONCE,
     on_answer: Callable[[int], object] = lambda answered: None,
 ) -> list[Answered]:
-    """Ask several questions at a time; after a failure or Ctrl-C, none of those that wait, and wait for none that runs.
+    """Ask several questions at a time; after a failure or Ctrl-C, start no further one, and wait for none that runs.
 
     The queues are those that Ctrl-C cannot leave locked. In a pool of the standard library an exception just after a
     lock was taken keeps it, and whatever ends the pool waits for ever: on busy cores in 2 of 100 interrupts.
 
     Args:
-        ask: Asks one.
+        ask: Function that asks one question.
         items: The questions.
         most: Questions at a time.
-        on_answer: Called after each answer with the number of answers so far.
+        on_answer: Function that is called after each answer with the number of answers so far.
 
     Returns:
         The answers in the order of the questions.
@@ -67,13 +67,13 @@ def at_once(
 
 @contextmanager
 def in_company(ask: Callable[[], object]) -> Iterator[None]:
-    """Ask again and again during a block, so that the block's requests share batches with these.
+    """Send further requests again and again during a block, so that the block's requests share batches with them.
 
     The block begins when each companion has had an answer: the first one of a model can take a server long.
 
     Args:
-        ask: Asks for one short answer: a server sends nothing before an answer is complete, and may be given up as
-            silent meanwhile.
+        ask: Function that asks for one short answer: a server sends nothing before an answer is complete, and may be
+            given up as silent meanwhile.
     """
     enough, begun = Event(), [Event() for _ in range(COMPANIONS)]
 

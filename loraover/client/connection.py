@@ -1,4 +1,4 @@
-"""HTTP with the standard library alone: each request has a connection of its own, which is cut off in time."""
+"""HTTP with the standard library alone: each request has its own connection, which is closed at its deadline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_ANSWER = (OSError, http.client.HTTPException)
 
 
 class Proxy(NamedTuple):
-    """A proxy, and what it is told of its user."""
+    """A proxy, and the credentials that are sent to it."""
 
     host: str
     port: int
@@ -70,7 +70,7 @@ class Connections:
     def send(
         self, path: str, content: bytes | None, headers: Mapping[str, str], silence_s: float, deadline: float = math.inf
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request, and give its response while that arrives, of any status.
+        """Send a request, and yield its response while it arrives, whatever its status.
 
         Args:
             path: Path below the server's address.

@@ -25,9 +25,9 @@ class Read(NamedTuple):
     """An answer, place by place.
 
     Args:
-        tokens: What names the token at each place.
-        tops: What names the likeliest tokens there, and their logprobs.
-        prompt: Ids of the tokens of the prompt, or their number; None if the server tells neither.
+        tokens: Name of the token at each place: an id, a text, or an object with either.
+        tops: Names of the likeliest tokens at each place, and their logprobs.
+        prompt: Ids of the tokens of the prompt, or their number; None if the server gives neither.
     """
 
     tokens: list[Any]
@@ -114,7 +114,7 @@ class Dialect(NamedTuple):
 
 
 def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
-    """Id of a token that a server names by its id or its text; None if nothing is known of that text.
+    """Id of a token that a server names by its id or its text; None if no token is known by that text.
 
     Args:
         entry: The name: an id, a text, or an object with either.
@@ -143,7 +143,7 @@ def alone_with_text(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def up_to_unknown(ids: Iterable[int | None]) -> tuple[int, ...]:
-    """The ids before the first token that nobody identifies."""
+    """The ids before the first token that could not be identified."""
     known = []
     for index in ids:
         if index is None:
@@ -156,7 +156,7 @@ GREEDY = {"temperature": 0}
 """Fields that ask for the likeliest token at each position."""
 
 NONCE = "user"
-"""Field that changes no answer, and makes a request another one for a cache of responses.
+"""Field that changes no answer, but makes a request new to a cache of responses.
 
 vLLM's `cache_salt` would keep a check from the keys and values in the server's cache, which users' requests meet."""
 

@@ -295,7 +295,7 @@ class Endpoint:
     def _open(
         self, path: str, body: dict[str, Any] | None, silence_s: float, deadline: float = math.inf
     ) -> Iterator[HTTPResponse]:
-        """Send a request, and give its answer while that arrives with no longer silence."""
+        """Send a request, and yield its answer while it arrives; too long a silence is an error."""
         content = None if body is None else json.dumps(body).encode()
         with self._counting:
             self.sent += 1
@@ -320,7 +320,7 @@ class Endpoint:
         return kind(message)
 
     def _text(self, answer: Any, keys: Sequence[str]) -> str:
-        """Text of an answer, which is kept: without a key that it repeats, unless the key could be part of any word.
+        """Text of an answer, to be kept: a key that it repeats is replaced, unless the key could be part of any word.
 
         Half a character, which JSON can hold but a file cannot, becomes a question mark.
         """

@@ -193,7 +193,7 @@ class ServerNames(NamedTuple):
     listed: Mapping[str, str | None]
 
     def find_other(self) -> str | None:
-        """Name of an adapter beside the one in question: one that answers, if the server has any."""
+        """Name of an adapter that answers and is not the tested one; None if the server has no other."""
         told = [name for name, parent in self.listed.items() if parent is not None] or list(self.listed)
         others = [name for name in told if not any(is_same_model(name, known) for known in (self.base, self.adapter))]
         with suppress(EngineError):

@@ -58,7 +58,8 @@ class LazyGroup(Command, click.Group):
         commands_at: Place of each command, as "module:name", or a function that makes it, by the command's name.
         plugins: Group of entry points that add commands of packages that depend on this one.
         shortcuts: Group of each command that can be called without the group's name too, by the command's name.
-        tree: Place of the group of all commands, from which a mistyped or misplaced name is mended; None: this group.
+        tree: Place of the group of all commands, from which a mistyped or misplaced name is corrected; None: this
+            group.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ def entry_point(command: click.Command) -> Callable[[], Any]:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End the process without the interpreter's clearing up: with PyTorch that takes seconds of a user who waits."""
+    """End the process without the interpreter's cleanup, for which a user of PyTorch would wait seconds."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # the reader has gone
             stream.flush()

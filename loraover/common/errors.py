@@ -101,5 +101,5 @@ def printable(text: str) -> str:
 
 
 def own_kind(error: BaseException) -> type[BaseException]:
-    """Return the kind directly below LoraOverError that an error is of, by whose name another process raises it."""
+    """Return an error's class directly below LoraOverError, which another process raises by its name."""
     return next((kind for kind in type(error).__mro__ if kind in LoraOverError.__subclasses__()), type(error))

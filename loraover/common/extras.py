@@ -29,7 +29,7 @@ def install(extra: str) -> str:
 
 
 def missing_package(error: BaseException, extra: str | None = None) -> str | None:
-    """Return what to install after an import that failed; None of any other error.
+    """Return what to install after an import that failed; None for any other error.
 
     Args:
         error: The error.

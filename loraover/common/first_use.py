@@ -19,7 +19,7 @@ def names_on_first_use(
     Args:
         package: Name of the package.
         file: Path of its `__init__.py`.
-        of_the_lab: Names that it has lost to `loraover_lab`, which its error names.
+        of_the_lab: Names that moved to `loraover_lab`, as the error for them says.
     """
     text = Path(file).read_text(encoding="utf-8")
     homes = {name: home for home, name in re.findall(r"^    from (\S+) import (\w+) as \2$", text, re.MULTILINE)}

@@ -33,7 +33,7 @@ def without_secrets(text: str) -> str:
 
 
 def one_below(file: Path) -> str:
-    """Return the end of a message about a missing file: the folder just below that holds one of its name.
+    """Return the end of a message about a missing file: a folder just below the given one has a file of this name.
 
     Returns:
         A question, such as for the folder of a run, whose adapter is in a folder of it; empty if there is none.

@@ -126,7 +126,7 @@ class Ranks:
 
     @contextmanager
     def first_then_others(self) -> Iterator[None]:
-        """Let rank 0 go through a block before the others, which find then what it has downloaded or written."""
+        """Let rank 0 run a block before the others, which then find the files that it has downloaded or written."""
         if not self.is_first:
             self.meet()
         yield
@@ -134,7 +134,7 @@ class Ranks:
             self.meet()
 
     def held(self, make: Callable[[], AbstractContextManager[None]]) -> AbstractContextManager[None]:
-        """Return what a function makes, to be held by rank 0 for a block, and nothing to hold in the others."""
+        """Return what a function makes in rank 0, held for a block; the other processes hold nothing."""
         return make() if self.is_first else nullcontext()
 
     @contextmanager

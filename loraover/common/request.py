@@ -221,7 +221,7 @@ class Declared:
         is_several: Whether the value is a tuple.
         is_optional: Whether the value may be None.
         default: Its default; MISSING: it has to be given.
-        spec: What else it says.
+        spec: Its other properties.
     """
 
     name: str
@@ -310,7 +310,7 @@ class Declared:
 
 
 def declarations(request: type[Request]) -> Mapping[str, Declared]:
-    """Return the fields of a request by name, its own before those of its bases, without those of functions alone."""
+    """Return the fields of a request by name, its own first, without those that only functions take."""
     kind: Any = request
     found: Mapping[str, Declared] = _declarations(kind)
     return found

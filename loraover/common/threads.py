@@ -13,10 +13,10 @@ from typing import TypeVar
 from loraover.common.later import torch
 
 MAX_WORKERS = 8
-"""More would wait for memory, and each holds the numbers that it works on."""
+"""Largest number of threads: more would wait for memory, and each holds the numbers that it works on."""
 
 KEPT_BYTES = 31 * 2**20
-"""Just below the largest block that the C library of Linux can be made to keep, 32 MiB."""
+"""Size just below that of the largest freed block which the C library of Linux can be made to keep, 32 MiB."""
 
 S = TypeVar("S")
 T = TypeVar("T")

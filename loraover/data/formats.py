@@ -154,14 +154,14 @@ def _with_object(call: Row, where: str) -> Row:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; ValueError: it is none, or an object has a key twice."""
+    """Return the value of a JSON text; ValueError if it is not JSON, or an object has a key twice."""
     from loraover.common.strict_json import unique_keys  # with pydantic, which is slow to import
 
     return json.loads(text, object_pairs_hook=unique_keys)
 
 
 def unread(row: Mapping[str, Any], format: str, form: RowForm, where: str) -> list[str]:
-    """Return the columns of a row of which nothing is learned; the arguments are those of `read_row`."""
+    """Return the columns of a row that are not learned; the arguments are those of `read_row`."""
     if form.keeps_all:
         return []
     row = {column: value for column, value in row.items() if value is not None}
@@ -179,7 +179,7 @@ def _matched(row: Mapping[str, Any], form: RowForm) -> frozenset[str] | None:
 
 
 def _taken(columns: Set[str]) -> set[str]:
-    """Return the columns that a trainer takes of a row which has those that it needs."""
+    """Return the columns that a trainer takes from a row, given those that it needs."""
     taken = {*columns, "images"}
     if columns & {*CHATS}:
         taken |= {"tools", "chat_template_kwargs"}
@@ -249,7 +249,7 @@ def _says(message: Row) -> str:
 
 
 def said(turns: list[Any]) -> str | None:
-    """Return what all turns of a conversation say, one a line; None if these are no turns."""
+    """Return the texts of all turns of a conversation, one a line; None if the value is not a list of turns."""
     try:
         return "\n".join(turn["value"] if "value" in turn else _texts_of(turn) for turn in turns)
     except (TypeError, AttributeError):
@@ -277,7 +277,7 @@ def _check_texts(taken: Row, where: str) -> None:
 
 
 def _check_roles(messages: Sequence[Row], where: str) -> None:
-    """Raise DataError for a role that seems to mean one that templates know, and would not be learned as it."""
+    """Raise DataError for a role that no template knows, and that seems to mean one which templates know."""
     for role in {message["role"] for message in messages}.difference(ROLES):
         near = difflib.get_close_matches(MEANT.get(role.lower(), role.lower()), ROLES, n=1, cutoff=0.8)
         if near:
@@ -289,7 +289,7 @@ MEANT = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assi
 
 
 def _check_options(taken: Row, where: str) -> None:
-    """Check what a row gives its chat template; tools that are written as JSON are read, and none are left out."""
+    """Check what a row gives its chat template; parse tools that are written as JSON, and drop an empty list."""
     if "tools" in taken:
         value = taken.pop("tools")
         try:
@@ -435,7 +435,7 @@ def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def _is_message(value: Any) -> bool:
-    """Whether a value is a chat message: text, parts such as images, or calls of tools, said by some role."""
+    """Whether a value is a chat message: a role, with text, parts such as images, or calls of tools."""
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     content = value.get("content")

@@ -44,7 +44,7 @@ class Counted:
     first: list[int | str] = field(default_factory=list)
 
     def add(self, number: int | str) -> None:
-        """Count another one, which may be of a row that has some already."""
+        """Count one more, which may be in a row that was counted already."""
         self.count += 1
         if len(self.first) < SHOWN and number not in self.first:
             self.first.append(number)

@@ -23,8 +23,9 @@ from loraover.sources.verb import verb
 
 GROUP = "loraover.doctor"
 SANDBOX = "sandbox"
-"""Entry points in the group are functions that return the engines of a package; the one of this name is a function that
-raises ConfigError where HumanEval's sandbox does not work."""
+"""Name of the entry point that checks HumanEval's sandbox: its function raises ConfigError where the sandbox does not
+work. The other entry points of the group are functions that return the engines of a package.
+"""
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "trl", "accelerate", "datasets", "huggingface-hub")
 HUB_TIMEOUT_S = 3.0

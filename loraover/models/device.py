@@ -14,7 +14,7 @@ from loraover.common.later import torch
 from loraover.common.request import as_written
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-"""Names of devices; "auto" is the first that is there of cuda, mps and cpu."""
+"""Names of devices; "auto" is the first available one of cuda, mps and cpu."""
 WITHOUT_FLOAT64 = ("mps",)
 """Devices for which the CPU does the work in float64."""
 

@@ -20,7 +20,7 @@ from loraover.sources.fetch import CONFIG_FILES, MODEL_FILES, fetch_address
 from loraover.sources.hub import HubUnreachableError, pinned_commit
 
 _ONE_THREAD = RLock()
-"""Held where transformers imports a model's code: a second thread would meet modules that are half imported."""
+"""Lock held while transformers imports a model's code: a second thread would meet modules that are half imported."""
 
 
 @dataclass(frozen=True)

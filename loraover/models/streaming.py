@@ -43,7 +43,7 @@ class StreamedWeight(Tensor):
         stored: Function that maps the weight into memory as it is in its file.
         like: Tensor of its shape and dtype.
         device: Its device.
-        change: Function that is applied to its rows when they are read; None: none is.
+        change: Function that is applied to its rows when they are read; None leaves them as they are.
     """
 
     _stored: Callable[[], Tensor]

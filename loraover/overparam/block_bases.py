@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, length: int, largest: int) -> Blocks:
-        """As few blocks of nearly equal length as fit."""
+        """Divide a length into as few blocks of nearly equal length as possible."""
         count = ceil(length / largest)
         size = ceil(length / count)
         return cls(count, size, length - count * (size - 1))
@@ -79,7 +79,7 @@ class Blocks(NamedTuple):
 
 
 class MomentRule(NamedTuple):
-    """How second moments are kept and when bases are turned after them; see the decomposition that keeps them."""
+    """Rule by which second moments are kept, and bases turned after them; see the decomposition that keeps them."""
 
     block: int
     refresh: int
@@ -103,7 +103,7 @@ class SideBases(ABC):
     @property
     @abstractmethod
     def rule(self) -> MomentRule:
-        """How the second moments are kept whose eigenvectors are the bases."""
+        """Rule by which the second moments are kept whose eigenvectors are the bases."""
 
     @property
     @abstractmethod
@@ -146,7 +146,7 @@ class SideBases(ABC):
         return found
 
     def shareable(self, m: int, n: int) -> tuple[int, ...]:
-        """Indices of the cores that several matrices of one shape may have in common: a measured basis of columns."""
+        """Indices of the cores that several matrices of one shape may share: a measured basis of columns."""
         k = self.core("columns", m, n)
         is_measured = self.source("columns", m, n) == "calibration" and not self.are_stepped
         return (k,) if is_measured and k is not None else ()
@@ -279,7 +279,7 @@ def next_eigenvectors(moment: Tensor, basis: Tensor, blocks: Blocks) -> tuple[Te
 
 
 def _settled(moment: Tensor, blocks: Blocks, *, padding: float) -> tuple[Tensor, Tensor]:
-    """A moment that is definite, with this multiple of its mean eigenvalue as that of padding; and where that is."""
+    """Return a moment made definite, with a multiple of its mean eigenvalue in the padding, and the padding's mask."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] + torch.finfo(moment.dtype).tiny
     identity = torch.eye(blocks.size, dtype=moment.dtype, device=moment.device)
     mask = blocks.padding(moment.device)

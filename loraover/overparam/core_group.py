@@ -74,7 +74,7 @@ class CoreGroup:
         return cls(sites, decomposition, stacks, step)
 
     def sharing(self, share: int) -> CoreGroup:
-        """The same group with one basis of columns for every `share` neighbours; its values are the first one's."""
+        """The same group with one basis of columns for every `share` neighbours, that of the first neighbour."""
         bases = self.decomposition.bases
         if share == 1 or bases is None:
             return self
@@ -103,7 +103,7 @@ class CoreGroup:
         return groups
 
     def _owners(self, k: int, part: Sequence[int]) -> list[int]:
-        """Places in the stack of core k for a part; a core that only some of its sites are in is shared no more."""
+        """Places of a part's cores in the stack of core k; a core that has sites outside the part is shared no more."""
         each = [self.owner(k, i) for i in part]
         share = len(self.sites) // len(self.stacks[k])
         return each[::share] if each == [owner for owner in each[::share] for _ in range(share)] else each
@@ -113,7 +113,7 @@ class CoreGroup:
         return self.stacks[k][self.owner(k, i)]
 
     def owner(self, k: int, i: int) -> int:
-        """Place in the stack of core k of the core that site i has."""
+        """Place of site i's core in the stack of core k."""
         return i * len(self.stacks[k]) // len(self.sites)
 
     def first_site(self, k: int, i: int) -> int:
@@ -301,7 +301,7 @@ def _merged(states: Sequence[Mapping[str, Any]], stack: Tensor) -> dict[str, Any
 
 
 def is_alike(one: Any, other: Any) -> bool:
-    """Whether an optimizer can keep one of two values for both; never lists, and what else it changes in place."""
+    """Whether an optimizer can keep one of two values for both; never lists, which it changes in place."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     plain = all(isinstance(value, PLAIN) for value in (one if isinstance(one, tuple) else [one]))

@@ -59,7 +59,7 @@ class BasisFollower:
 
     @property
     def numbers(self) -> int:
-        """How many numbers the moments are."""
+        """Number of values in the moments."""
         return sum(moment.numel() for moment in self.moments.values())
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class BasisFollower:
         self.due = None
 
     def divided(self, group: CoreGroup, part: Sequence[int]) -> BasisFollower:
-        """The follower of a group that has a part of this one's sites."""
+        """Return the follower of a group that has a part of this group's sites."""
         follower = BasisFollower(group)
         for at, i in enumerate(part):
             follower.load_site_state(at, self.site_state(i))
@@ -185,7 +185,7 @@ class Followers(dict[CoreGroup, BasisFollower]):
 
     @property
     def numbers(self) -> int:
-        """How many numbers the moments of all followers are."""
+        """Number of values in the moments of all followers."""
         return sum(follower.numbers for follower in self.values())
 
     def add(self, group: CoreGroup) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int32}
-"""Integers as which a matrix is read; of 8 bytes, two: a bit above the 31st would leave too few to the weights."""
+"""Integers as which elements are read, by size; 8 bytes are two: high bits would leave too few bits to the weights."""
 
 
 def fingerprints(matrices: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class OptimizerView:
                 )
 
     def gradients(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Return the gradients (m, n) by name, whole in every process; a site without one is absent."""
+        """Return the gradients (m, n) by name, complete in every process; a site without one is absent."""
         found = {site.name: site.gradient() for site in sites}
         return gathered({name: gradient for name, gradient in found.items() if gradient is not None})
 
@@ -80,7 +80,7 @@ class OptimizerView:
 
         Args:
             groups: All cores.
-            followers: What follows the gradients of the groups, which is divided with them.
+            followers: Followers of the groups' gradients, which are divided with the groups.
 
         Mutates:
             The optimizer's state of parameters that it leaves alone from now on is dropped.
@@ -122,7 +122,7 @@ class OptimizerView:
         return self._hosted
 
     def ends_step(self) -> bool:
-        """Whether this step of the optimizer is the last one of a training step: there is only one."""
+        """Whether this step of the optimizer is the last one of a training step: always, since there is only one."""
         return True
 
     def is_filled_by_this_step(self) -> bool:
@@ -182,7 +182,7 @@ class OptimizerView:
                 parameter.grad = gradient
 
     def clear_shared_gradients(self) -> None:
-        """Set the gradients of expert stacks to None whose matrices all have cores; sites clear only their part."""
+        """Set to None the gradients of expert stacks whose matrices all have cores; a site clears only its part."""
         for parameter in self._stacks:
             parameter.grad = None
 
@@ -292,7 +292,7 @@ class FlatView(OptimizerView):
             self._groups |= dict(zip((id(site.parameter) for site, _ in pieces), numbers.tolist(), strict=True))
 
     def gradients(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Return the gradients (m, n) by name, summed from all processes' pieces; of the group that is stepped."""
+        """Return the gradients (m, n) of the stepped parameter group by name, summed from all processes' pieces."""
         (place, number), held = self._present(), _pieces(sites)
         gradient = self._flat(place).grad
         here = [(site, piece) for site, piece in held if self._groups[id(site.parameter)] == number]
@@ -328,7 +328,7 @@ class FlatView(OptimizerView):
         return False
 
     def fill_state(self) -> None:
-        """Leave the state as it is: it has every parameter's."""
+        """Leave the state as it is: no parameter's is missing."""
 
     def empty_state(self) -> None:
         """Leave the state as it is: it belongs to other parameters, too."""

@@ -58,7 +58,7 @@ TRANSPARENT = ("accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.", 
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """Return the optimizer itself where wrappers are around it that only pass steps on, such as Accelerate's."""
+    """Return the optimizer inside wrappers that only pass steps on, such as Accelerate's."""
     while type(optimizer).__module__.startswith(TRANSPARENT) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
@@ -149,7 +149,7 @@ class StepGuard:
 
     Args:
         optimizer: Optimizer whose attribute `step` is wrapped.
-        undo: Function to call before the exception goes on.
+        undo: Function to call before the exception is raised again.
     """
 
     def __init__(self, optimizer: Optimizer, undo: Callable[[], None]) -> None:

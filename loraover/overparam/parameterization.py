@@ -161,7 +161,7 @@ class OverParameterization:
             self.followers.stop_unturned(self._view.optimizer)
 
     def inject_as(self, owners: Mapping[str, str], *, step: int) -> None:
-        """Over-parameterise sites as a checkpoint has them, whose cores are loaded afterwards.
+        """Give sites cores as a checkpoint has them; the values of the cores are loaded afterwards.
 
         Args:
             owners: Site with which the basis of columns is kept, by the name of each site; the site itself where none
@@ -357,7 +357,7 @@ class OverParameterization:
         return evaluate
 
     def _pull_back(self, view: OptimizerView) -> None:
-        """Turn the gradients of matrices into those of cores, and show them to all that follows gradients."""
+        """Turn the gradients of matrices into those of cores, and pass them to scores and to bases that follow them."""
         is_seen = not self._is_observed and not is_skipped(view.optimizer)
         score = self.schedule.observed if is_seen else None
         self._is_observed = True
@@ -396,7 +396,7 @@ class OverParameterization:
         self._attached().leave()
 
     def _hold_round(self) -> None:
-        """Let the schedule decide, and give the sites that it chooses cores."""
+        """Let the schedule decide, and give cores to the sites that it chooses."""
         found = self.schedule.choose(self.step)
         if found is not None:
             self.inject(found.chosen, step=self.step)

@@ -1,4 +1,4 @@
-"""Batches on which a model is run in the middle of training, which goes on as if nothing had happened."""
+"""Batches on which a model is run in the middle of training, without an effect on the training."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Probe:
 
 @contextmanager
 def calibrating(probe: Probe, seed: int) -> Iterator[None]:
-    """A model in training mode, in which activations are checkpointed; it and the random state are kept as they are."""
+    """Hold a model in training mode with checkpointed activations; restore it and the random state after the block."""
     with undisturbed(probe, seed), in_mode(probe.model, training=True):
         yield
 

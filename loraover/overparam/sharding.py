@@ -43,10 +43,10 @@ class Piece:
         return flat.narrow(0, self.offset, len(self.values))
 
     def spread(self, part: Tensor) -> Tensor:
-        """Return a matrix (m, n) with the part in its place and zeros elsewhere, so that a sum over processes is whole.
+        """Return a matrix (m, n) with the part in its place and zeros elsewhere; summed over processes, it is complete.
 
         Args:
-            part: What `of` gives.
+            part: The part, as `of` returns it.
         """
         whole = part.new_zeros(self.shape)
         whole.view(-1)[self.start : self.start + len(part)] = part

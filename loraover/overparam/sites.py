@@ -55,7 +55,7 @@ class Site:
 
     @property
     def values(self) -> Tensor:
-        """The matrix (m, n), detached; whole, and a copy, where DeepSpeed's ZeRO has cut it."""
+        """The matrix (m, n), detached; where DeepSpeed's ZeRO has cut it, a full copy."""
         if self.piece is None:
             return self.tensor.detach()
         return summed({"": self.held})[""]

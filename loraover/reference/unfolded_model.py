@@ -44,11 +44,11 @@ class Sampled:
     others: AdapterDir
 
     def count(self, tokens: int) -> int:
-        """Number of tokens at which cores are applied, of so many in one forward pass."""
+        """Number of tokens at which cores are applied, given the number of tokens in a forward pass."""
         return min(tokens, max(1, round(self.share * tokens)))
 
     def positions(self, tokens: int) -> Tensor:
-        """Their places: evenly spaced, the last token among them, and the same in every layer."""
+        """Positions of these tokens: evenly spaced, the last token among them, and the same in every layer."""
         count = self.count(tokens)
         return torch.arange(1, count + 1) * tokens // count - 1
 
@@ -263,6 +263,6 @@ def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[Factor, Factor]:
 
 
 def multiplications(source: Checkpoint, tokens: int) -> int:
-    """Multiplications that apply a checkpoint's cores to so many tokens of every layer, by count."""
+    """Number of multiplications that apply a checkpoint's cores to a number of tokens in every layer."""
     of_site = source.decomposition.of_site
     return sum(of_site(name).multiplications(site.m, site.n, tokens) for name, site in source.sites.items())

@@ -26,7 +26,7 @@ def request_command(request: type[Request], body: Body) -> click.Command:
 
     Args:
         request: Class of its request. The command's name is the last word of its `verb`, and its docstring the help.
-        body: What the command does.
+        body: Function that does the command's work; see `Body`.
     """
 
     @click.pass_context
@@ -78,7 +78,7 @@ class _SplitAtDashes(Command):
     """A command that keeps the words after "--" for another program, in the context's `obj`.
 
     Args:
-        rest: What these words are, for the help text.
+        rest: Description of these words, for the help text.
     """
 
     def __init__(self, *args: Any, rest: str | None, **kwargs: Any) -> None:

@@ -118,7 +118,7 @@ def _decisions(meta: Meta) -> Table[tuple[int, Round]]:
 
 
 def _fitting(kinds: Iterable[str], room: int) -> Iterator[list[str]]:
-    """Yield the kinds of modules in groups, each for a map of at most so many characters without the layers' names."""
+    """Yield the kinds of modules in groups, each for a map of a limited width without the layers' names."""
     group: list[str] = []
     left = room
     for kind in kinds:

@@ -41,8 +41,8 @@ class Address:
     """A folder elsewhere.
 
     Args:
-        scheme: What stands before "://", such as "s3".
-        rest: What stands behind it, without a slash at the end; without a host, it begins with one.
+        scheme: Part before "://", such as "s3".
+        rest: Part behind it, without a slash at the end; without a host, it begins with one.
     """
 
     scheme: str
@@ -59,7 +59,7 @@ class Address:
 
 
 def read_address(text: str | Path) -> Path | HubName | Address:
-    """Return what a text names; a file or folder that exists comes before a name on the hub.
+    """Return the place that a text names; a file or folder that exists comes before a name on the hub.
 
     Args:
         text: Path, hub name such as "owner/name" or "owner/name@revision", "hf://owner/name", or address such as
@@ -89,7 +89,7 @@ def read_address(text: str | Path) -> Path | HubName | Address:
 
 
 def address_text(text: str | Path) -> str:
-    """Return the one spelling of what a text names, with the secrets of an address."""
+    """Return the one spelling of the place that a text names, with the secrets of an address."""
     found = read_address(text)
     return found.text if isinstance(found, Address) else str(found)
 

@@ -77,7 +77,7 @@ def fetch_adapter(source: str | Path, say: Callable[[str], None]) -> Fetched:
 
 
 def fetch_address(address: Address, wanted: tuple[str, ...], say: Callable[[str], None]) -> Path:
-    """Return a folder of this machine with the present files of a folder elsewhere, named by a digest of what they are.
+    """Return a folder of this machine with the present files of a folder elsewhere, named by a digest of them.
 
     Files that were fetched before, and have not changed since, are not fetched again. Several processes that want the
     same files wait for the one that fetches them.

@@ -121,8 +121,8 @@ def push(
 
     Args:
         repository: Name on the hub; it is made if it is missing.
-        folder: What to upload.
-        kept: Folder that keeps the same on this machine, for messages.
+        folder: Folder to upload.
+        kept: Folder on this machine that keeps the same files, for messages.
         place: Folder of the repository; None: its root.
         is_private: Whether a repository that is made is private; None: as the hub does for its owner.
 

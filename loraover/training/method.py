@@ -92,7 +92,7 @@ class TrainingMethod:
         return {}
 
     def freeze(self, model: PeftModel) -> None:
-        """Take the gradient from those of A and B that stay as PEFT has drawn them.
+        """Freeze those of A and B that stay as PEFT has initialised them.
 
         Raises:
             ConfigError: The method cannot train the model.

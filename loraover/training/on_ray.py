@@ -31,7 +31,7 @@ LOOK_S = 0.5
 """Seconds between two looks at these lines."""
 
 WIDTH = 1000
-"""Columns after which a line is broken, so that none is."""
+"""Width of the console, so large that no line is broken."""
 
 
 def train_on_ray(

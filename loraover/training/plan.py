@@ -200,7 +200,7 @@ def make_plan(
 
 
 def _planned_gpus(count: int | None, memory: float | None) -> Gpus:
-    """Return so many GPUs, one by default, of so many GB, by default as a GPU of this machine has."""
+    """Return the GPUs of a plan: by default one, with the memory of a GPU of this machine."""
     if memory is not None:
         return Gpus(count or 1, round(memory * 1e9))
     device = choose_device().type
@@ -245,7 +245,7 @@ MORE_GPUS = (2, 4, 8, 16, 32, 64, 128)
 
 
 def what_would_fit(recipe: Recipe, source: ModelSource, steps: int, room: float, gpus: Gpus | None) -> list[str]:
-    """Return changes of a recipe with which a process needs no more than so many bytes."""
+    """Return changes of a recipe after which a process needs at most the given number of bytes."""
     found: list[str] = []
     smaller = [*_smaller(recipe)]
     activations = [estimate_memory(tried, source, steps).activations for _, tried in smaller]
@@ -262,7 +262,7 @@ def what_would_fit(recipe: Recipe, source: ModelSource, steps: int, room: float,
 
 
 def _lighter(recipe: Recipe, gpus: Gpus | None) -> Iterator[tuple[list[str], Recipe]]:
-    """Yield the recipe, and then with less of its base model in a process, each with what is changed."""
+    """Yield the recipe, then versions with less of its base model in a process, each with its changes."""
     yield [], recipe
     init, distributed, here = recipe.model_init, recipe.distributed, recipe.distributed.processes or 1
     is_cut = distributed.engine in CUTS_WEIGHTS
@@ -281,7 +281,7 @@ def _lighter(recipe: Recipe, gpus: Gpus | None) -> Iterator[tuple[list[str], Rec
 
 
 def _smaller(recipe: Recipe) -> Iterator[tuple[list[str], Recipe]]:
-    """Yield the recipe, and then with fewer activations in the same steps, each with what is changed."""
+    """Yield the recipe, then versions with fewer activations in the same steps, each with its changes."""
     yield [], recipe
     training = recipe.training
     in_a_step = training.micro_batch * training.gradient_accumulation_steps * (recipe.distributed.processes or 1)

@@ -1,1 +1,1 @@
-"""A signed statement of what an adapter's files are, and of the checks that they passed."""
+"""A signed statement that lists an adapter's files and the checks that they passed."""

@@ -78,7 +78,7 @@ class AttestReport(StrictModel):
 
     @property
     def passed(self) -> bool:
-        """Whether everything is as attested, and no certificate has failed."""
+        """Whether everything agrees with the statement, and no certificate has failed."""
         return not self.faults and self.statement.predicate.result != "FAILED"
 
     @property
@@ -88,7 +88,7 @@ class AttestReport(StrictModel):
 
 
 def show_report(report: AttestReport, request: AttestRequest, console: Console) -> None:
-    """Print what was attested, or what is not as attested."""
+    """Print what was attested, or which files and checks differ from the statement."""
     found = report.statement.predicate
     kinds = {"passed": found.passed_tests, "undecided": found.warned_tests, "failed": found.failed_tests}
     tests = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)

@@ -35,11 +35,11 @@ CERTIFICATES = {
     CONVERSION: "conversion",
     PREFLIGHT_FILE: "vllm pre-flight",
 }
-"""Name of the test that each certificate is the result of, by the certificate's file."""
+"""Test whose result a certificate is, by the name of the certificate's file."""
 OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md")
 """Files that are neither the adapter nor a result; a hub changes the last one."""
 UNCHECKED = "other files"
-"""Name of the test that warns of files that no certificate and no reference is of."""
+"""Name of the test that warns of files which no certificate and no reference covers."""
 NOT_A_FILE = "neither a file nor a folder, but a link to a folder or to nothing, a pipe or a device"
 
 
@@ -155,7 +155,7 @@ def make_statement(adapter: Path) -> Statement:
 
 
 def _check_output(path: Path, certificate: AnyCertificate, resources: Mapping[str, Resource]) -> None:
-    """Raise CheckpointError unless a certificate is that of the files beside it."""
+    """Raise CheckpointError unless a certificate belongs to the files beside it."""
     if not certificate.output:
         raise CheckpointError(f"{path}: names no digests of the output's files; export the adapter again.")
     for name, digest in certificate.output.items():
@@ -194,7 +194,7 @@ def differences(attested: Statement, adapter: Path) -> Iterator[str]:
 
 
 def _listed(adapter: Path) -> Listing:
-    """Return what is in a folder, but for files that are neither the adapter nor a result."""
+    """Return the contents of a folder, without files that are neither the adapter nor a result."""
     try:
         files, others = list_folder(adapter)
     except OSError as error:

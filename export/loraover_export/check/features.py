@@ -61,13 +61,13 @@ def experts(subject: Subject) -> str | None:
 
 
 def initialisation(subject: Subject) -> str | None:
-    """A start that changes the base weights as PEFT repeats it when it loads the adapter: PiSSA's or OLoRA's."""
+    """An initialisation that changes the base weights, and that PEFT repeats on loading: PiSSA or OLoRA."""
     start = _start(subject)
     return f"init_lora_weights is {start!r}, which changes the base weights" if start in REPEATED_STARTS else None
 
 
 def lost_initialisation(subject: Subject) -> str | None:
-    """A start that changes the base weights as nobody finds again: from gradients or random numbers."""
+    """An initialisation that changes the base weights and cannot be repeated: from gradients or random numbers."""
     start = _start(subject)
     if start is None or not (start == "lora_ga" or start.startswith("pissa_niter_")):
         return None
@@ -75,7 +75,7 @@ def lost_initialisation(subject: Subject) -> str | None:
 
 
 def other_initialisation(subject: Subject) -> str | None:
-    """A start that PEFT cannot repeat without more than the adapter and the base model, or does not know."""
+    """An initialisation that PEFT does not know, or cannot repeat from the adapter and the base model alone."""
     start, given = _start(subject), subject.config.get("init_lora_weights")
     if subject.config.get("lora_bias") and isinstance(given, str):
         return f"init_lora_weights is {given!r}, which PEFT does not start beside lora_bias"
@@ -85,13 +85,13 @@ def other_initialisation(subject: Subject) -> str | None:
 
 
 def _start(subject: Subject) -> str | None:
-    """Return the start that changes the base weights; None if they are the model's."""
+    """Return the initialisation that changes the base weights; None if they stay the model's."""
     start = subject.config.get("init_lora_weights")
     return start if isinstance(start, str) and start.lower() not in KEPT_BASE else None
 
 
 def megatron(subject: Subject) -> str | None:
-    """A configuration of Megatron's layers, which others ignore."""
+    """A configuration of Megatron's layers, which engines ignore."""
     return "megatron_config is set" if subject.config.get("megatron_config") else None
 
 
@@ -107,7 +107,7 @@ def biases(subject: Subject) -> str | None:
 
 
 def lora_bias(subject: Subject) -> str | None:
-    """A bias of B."""
+    """A bias that was trained in B."""
     keys = [key for key in subject.shapes if key.endswith(".lora_B.bias")]
     return f"{len(keys)} biases of B" if keys or subject.config.get("lora_bias") else None
 
@@ -159,7 +159,7 @@ def rslora(subject: Subject) -> str | None:
 
 
 def rank_pattern(subject: Subject) -> str | None:
-    """Modules of another rank than the configuration's r."""
+    """Modules whose rank differs from the configuration's r."""
     fields = subject.fields
     if fields is None:
         return None
@@ -168,7 +168,7 @@ def rank_pattern(subject: Subject) -> str | None:
 
 
 def alpha_pattern(subject: Subject) -> str | None:
-    """Modules of another alpha than the configuration's."""
+    """Modules whose alpha differs from the configuration's."""
     fields = subject.fields
     if fields is None:
         return None
@@ -190,7 +190,7 @@ def no_fields(subject: Subject) -> str | None:
 
 
 def scaling(subject: Subject) -> str | None:
-    """A factor before B A other than 1."""
+    """A scaling of B A other than 1."""
     if subject.fields is None:
         return None
     factors = sorted({subject.fields.scaling(path) for path in subject.modules} - {1.0})
@@ -198,7 +198,7 @@ def scaling(subject: Subject) -> str | None:
 
 
 def wrong_rank(subject: Subject) -> str | None:
-    """Matrices of another rank than the configuration gives."""
+    """Matrices whose rank differs from the one in the configuration."""
     if subject.fields is None:
         return None
     for matrix in subject.matrices.values():
@@ -224,7 +224,7 @@ def prefix(subject: Subject) -> str | None:
 
 
 def doubled_prefix(subject: Subject) -> str | None:
-    """Keys that have PEFT's prefix twice, without which the base model has all modules."""
+    """Keys with PEFT's prefix twice; without it, all of them name modules of the base model."""
     twice = [path for path in subject.modules if KEY_PREFIX in path]
     if not twice or any(path.replace(KEY_PREFIX, "") not in subject.served.modules for path in subject.modules):
         return None
@@ -255,7 +255,7 @@ def unnamed_modules(subject: Subject) -> str | None:
 
 
 def lost_modules(subject: Subject) -> str | None:
-    """Modules of the base model that the configuration names, and the file has no matrices for."""
+    """Modules that the configuration names, but for which the file has no matrices."""
     if subject.lora is None or missing_modules(subject) is not None:
         return None
     served = subject.served
@@ -264,7 +264,7 @@ def lost_modules(subject: Subject) -> str | None:
 
 
 def lost_parameters(subject: Subject) -> str | None:
-    """Parameters that were trained in full, and the file does not have."""
+    """Parameters that were trained in full, but are missing in the file."""
     if missing_modules(subject) is not None:
         return None
     saved = {key.removeprefix(KEY_PREFIX) for key in subject.shapes}

@@ -28,7 +28,7 @@ from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
 
 CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix", "doubled prefix")
-"""Features of a plain LoRA that a conversion may mend; the methods of conversion take seconds to import."""
+"""Features of a plain LoRA that a conversion may mend; other LoRAs need not import conversions, which takes seconds."""
 
 ENDING = "-lora"
 """Ending of the name of a conversion's folder, after that of the adapter's."""

@@ -31,7 +31,7 @@ def _check(request: FleetCheckRequest, as_json: bool) -> int:
 
 
 def _fleet(function: str, request: FleetRequest, as_json: bool) -> int:
-    """Call a verb of many adapters, show each as soon as it is done and then all, and return the exit code."""
+    """Run a verb on many adapters, show each result when it is ready and then all, and return the exit code."""
     from rich.console import Console
 
     from loraover.reporting.reporter import ConsoleReporter

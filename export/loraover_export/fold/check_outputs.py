@@ -27,10 +27,10 @@ from loraover_export.fold.certificate import OutputCertificate, TrainedBase
 from loraover_export.requests import FoldRequest
 
 CORES_AT_MOST = 8.0
-"""Cores may take so many times the base model's multiplications; where they take more, tokens are sampled."""
+"""Largest ratio of the cores' multiplications to the base model's; above it, only some tokens are run with cores."""
 
 TYPICAL_TOKENS = 256
-"""Tokens in one forward pass for which cores are counted; the products of neighbours are made once for all of them."""
+"""Tokens of one forward pass for which multiplications are counted; products of neighbouring cores are made once."""
 
 FOLDED = "folded"
 TWINS = 3
@@ -89,7 +89,7 @@ def check_outputs(request: FoldRequest, checkpoint: Checkpoint, folded: Path, so
 
 
 def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled | None:
-    """Return the tokens to apply cores at, where cores take too long at all of them; None means all."""
+    """Return the positions at which to apply cores, where applying them at all would take too long; None means all."""
     cores = multiplications(checkpoint, TYPICAL_TOKENS) / TYPICAL_TOKENS
     tables = (module for module in base.modules() if not isinstance(module, nn.Embedding))
     dense = sum(p.numel() for module in tables for p in module.parameters(recurse=False) if p.ndim > 1)

@@ -1,4 +1,4 @@
-"""W + delta_W, computed in float64 and rounded once to the data type of W, and what storage leaves of delta_W.
+"""W + delta_W, computed in float64 and rounded once to the data type of W, and the share of delta_W that remains.
 
 A number of the storage type stands for all numbers near it. Where delta_W is smaller than half their spacing, W +
 delta_W is stored as W, and that part of the adapter is lost.
@@ -171,7 +171,7 @@ class Lost:
 
 
 def lost_by_rounding(parts: list[WeightPart]) -> Lost:
-    """Return what one rounding of W + delta_W lost; W is a number of the storage type, so all of it is delta_W's."""
+    """Return the loss of delta_W by rounding W + delta_W once; W alone is exact in the storage type."""
     lost = Lost()
     for part in parts:
         lost.squares += part.squares
@@ -182,7 +182,7 @@ def lost_by_rounding(parts: list[WeightPart]) -> Lost:
 
 @torch.no_grad()
 def lost_by_four_bits(weight: Tensor, delta: Delta) -> Lost:
-    """Return what quantising W + delta_W instead of W leaves of delta_W: Q(W + delta_W) - Q(W) is compared with it.
+    """Return the loss of delta_W by quantising: Q(W + delta_W) - Q(W) is compared with delta_W.
 
     Q is the 4-bit NormalFloat with one scale, the largest absolute value, for each 64 elements of a row, as in
     bitsandbytes. It is tried on at most ROWS rows, and their sums are scaled to all rows.

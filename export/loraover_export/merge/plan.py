@@ -104,11 +104,11 @@ class _Names:
         self._keys = stored_keys(skeleton, self._shards)
 
     def sharing(self, name: str) -> list[str]:
-        """Return the names of a parameter, its own among them."""
+        """Return all names of the tensor that a parameter uses, the parameter's included."""
         return [other for other, found in self.parameters.items() if found is self.parameters[name]]
 
     def own_key(self, name: str) -> str | None:
-        """Return the key of a parameter in the files; None if it has none of its own."""
+        """Return the key of a parameter's tensor in the files; None if the tensor has another parameter's key."""
         return self._keys.get(name)
 
     def place(self, name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The cache of prepared adapters: the key of all that one is made from, and what the cache holds under a key.
+"""The cache of prepared adapters: the key, a digest of everything that an adapter is made from, and its record.
 
 A key is the name of a folder with a record, or of a remembered refusal: one that lies in the adapter, which no other
 attempt would change.
@@ -120,7 +120,7 @@ class Refusal(StrictModel):
 
 
 def digest_of(source: Path, base: ModelSource, options: Mapping[str, object], others: Sequence[Path]) -> str:
-    """Return the key of an adapter, prepared for a base model: of all options and other files that it depends on."""
+    """Return the key of an adapter, prepared for a base model: the digest of everything that the result depends on."""
     versions = environment()
     facts = {
         "form": FORM,
@@ -168,7 +168,7 @@ def _hashed(path: Path, state: tuple[int, ...]) -> str:
 
 
 def file_states(source: Path) -> dict[str, tuple[int, ...]]:
-    """Return what changes when one of an adapter's files is written or replaced, by the file's name."""
+    """Return size, times and other marks of an adapter's files, which change with each write, by the file's name."""
     return {name: _state((source / name).stat()) for name in READ_FILES if (source / name).is_file()}
 
 
@@ -195,7 +195,7 @@ def _refused_file(folder: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a key's folder for a block, after any other process that makes the same adapter."""
+    """Hold the lock of a key's folder during a block; wait for other processes that make the same adapter."""
     locks = folder.parent / LOCKS
     with ExitStack() as held:
         try:
@@ -211,7 +211,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def remembered(folder: Path, source: Path, states: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
-    """Remember what a block raises about an adapter, unless its files have changed since, or it may not come again."""
+    """Keep an error about an adapter that a block raises, unless its files have changed or it may be temporary."""
     try:
         yield
     except LoraOverError as error:

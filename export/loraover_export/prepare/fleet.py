@@ -28,7 +28,7 @@ from loraover_export.prepare.request import FleetCheckRequest, PrepareRequest
 
 PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
-"""Errors that say what is wrong with an adapter; others may not come again."""
+"""Errors that an adapter's files cause; other errors may be temporary."""
 MINUTE_S = 60
 
 Item = TypeVar("Item")
@@ -39,7 +39,7 @@ Examine = Callable[[Fetched, str], FleetRow]
 
 
 def guarded(examine: Examine, source: str) -> FleetRow:
-    """Return the row of an adapter, named by its address, whatever happens in the work on it."""
+    """Return the row of an adapter under its address; an error in the work on it becomes a row too."""
     started, row = perf_counter(), _failed(source)
     try:
         fetched = fetch_adapter(source, lambda line: None)
@@ -190,7 +190,7 @@ def each(
     again one at a time, each in a process of its own, so that the one that kills it is known.
 
     Args:
-        work: Function of an item, which can be sent to other processes.
+        work: Function that is called with an item, in this process or another.
         items: Items of the work.
         jobs: Number of processes; 1 means this process.
         killed: Function that gives the result of an item whose process was killed.
@@ -236,5 +236,5 @@ def _until_broken(
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    """Return a pool of new processes: a copy of one that has threads, as PyTorch makes them, may hang."""
+    """Return a pool of spawned processes: a fork of a process that has threads, as PyTorch makes them, may hang."""
     return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))

@@ -18,10 +18,10 @@ from loraover.reporting.reporter import print_line
 from loraover.reporting.table import Column, Table
 
 Verdict = Literal["right", "prepared", "right as exported", "right on some", "refused", "failed"]
-"""The best first."""
+"""Verdicts on an adapter, the best first."""
 Form = Literal["as it is", "as exported", "in no form"]
 WORDS = {"right as exported": "export", "right on some": "some"}
-"""Verdicts as a table of the terminal has them, where they are long."""
+"""Short forms of long verdicts, for tables on a terminal."""
 KEY = (
     "right: as it is; export: right only as exported; refused or wrong: in both forms, wrong without a message; "
     "some: right on some engines"

@@ -55,8 +55,8 @@ class RankLimits:
 
     Args:
         largest: Largest rank that the engine takes; None if it names none.
-        approximate: Rank that may be approximated where the exact LoRA has none, or too large a one; None if nothing
-            may be lost.
+        approximate: Rank of an approximation, where the exact LoRA has full or too large a rank; None refuses
+            approximations.
     """
 
     largest: int | None
@@ -74,7 +74,7 @@ def prepare_adapter(
     approximate_to_rank: int | None = None,
     engine_version: str | None = None,
 ) -> PreparedAdapter:
-    """Return an adapter of any kind in the form that an engine loads, which is made once and kept in a cache.
+    """Return an adapter of any kind in the form that an engine loads; it is made once and kept in a cache.
 
     A LoRA-Over checkpoint is folded, an adapter of another kind is converted, and the result is exported for the
     engine. The key is the SHA-256 of the adapter's files, of the base model's configuration and revision, of its
@@ -225,7 +225,7 @@ def _as_lora(
 
 
 def _approximation(source: Path, rank: int, target: Target, ranks: RankLimits) -> int:
-    """Return the rank to approximate an adapter of a larger one to, or raise ExportError if none is allowed."""
+    """Return the rank to approximate an adapter of too large a rank, or raise ExportError if none is allowed."""
     if ranks.approximate is None:
         fitting, option = max_lora_rank(rank), engine_of(target.engine).rank_option
         larger = "" if fitting is None or option is None else f"start it with {option} {fitting}, or "

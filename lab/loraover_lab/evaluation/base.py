@@ -71,10 +71,10 @@ class Task(ABC):
     packages: tuple[str, ...] = ()
 
     def check(self, request: EvaluationRequest) -> None:
-        """Check what is asked for before anything is loaded.
+        """Check the request before anything is loaded.
 
         Args:
-            request: What the user asked for.
+            request: The user's request.
 
         Raises:
             ConfigError: An option is missing or cannot be used, or is one that would do nothing in this task.
@@ -88,7 +88,7 @@ class Task(ABC):
         """Read the questions.
 
         Args:
-            request: What the user asked for.
+            request: The user's request.
 
         Raises:
             DataError: No such data, or a row that lacks a field; the message has the row's number.
@@ -100,8 +100,8 @@ class Task(ABC):
 
         Args:
             subject: The model.
-            questions: What `read` returned.
-            request: What the user asked for.
+            questions: Questions that `read` returned.
+            request: The user's request.
             keep: Called with the answers before another service scores them, so that `rate` can do it later.
 
         Raises:
@@ -113,8 +113,8 @@ class Task(ABC):
 
         Args:
             answered: The answers, in the order of the questions.
-            questions: What `read` returned.
-            request: What the user asked for.
+            questions: Questions that `read` returned.
+            request: The user's request.
 
         Raises:
             DataError: The answers belong to other questions, or to another task.
@@ -177,7 +177,7 @@ def read_questions(
 
 
 def text_field(row: Mapping[str, Any], names: tuple[str, ...], where: str, *, may_be_empty: bool = False) -> str:
-    """Read the text under the first of these names that the row has."""
+    """Read the text of the first of these fields that the row has."""
     name = next((name for name in names if name in row), None)
     if name is None:
         raise DataError(f"{where}: has fields {sorted(row)}; expected {' or '.join(map(repr, names))} among them.")

@@ -1,4 +1,4 @@
-"""HumanEval: functions that a model completes from their docstring, judged by unit tests.
+"""HumanEval: functions that a model completes from their docstring, scored by unit tests.
 
 Source: Chen et al. 2021, arXiv:2107.03374. Departures: pass@1 is the share of problems whose one greedy answer passes,
 and the end of a Markdown block also ends a function, since instructed models write one.

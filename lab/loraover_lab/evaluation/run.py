@@ -146,7 +146,7 @@ def _candidates(
     readers: Mapping[Path, Any],
     server: Endpoint | None,
 ) -> list[_Candidate]:
-    """List the models, after all checks of them that need no answer."""
+    """List the models to evaluate, after all checks that need no answers."""
     size = request.batch_size
     if server is not None:
 
@@ -182,7 +182,7 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _publish(output: Path | None, before: Evaluation, after: list[ModelResult], result: ModelResult) -> None:
-    """Write a result between those that are finished and known ones that come later."""
+    """Write the results: the finished ones, the new one, and known ones of models that come later."""
     if output is not None:
         content = before.model_copy(update={"results": [*before.results, result, *after]})
         publish_text(output, content.model_dump_json(indent=1) + "\n")
@@ -201,7 +201,7 @@ def _result(
         candidate: The model.
         answered: Its answers, if it has been asked already.
         questions: The questions.
-        request: What the user asked for.
+        request: The user's request.
         publish: Called with a result that is not final.
 
     Raises:

@@ -201,7 +201,7 @@ def _sandbox(python: str, user: int | None, limits: Limits, calls: int) -> list[
 
 
 def _unused_user() -> int | None:
-    """A user id for one program, so that its neighbours do not count against its processes; None if not root.
+    """A user id for one program, so that other programs do not use up its limit of processes; None if not root.
 
     Root in a user namespace is an ordinary user to Linux, which then counts by bubblewrap's own namespace.
     """

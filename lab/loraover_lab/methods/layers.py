@@ -1,4 +1,4 @@
-"""Adapted layers, and their factors and base weights, as methods change them; and the optimizers that they make."""
+"""Adapted layers with their factors and base weights, for methods that change them; and plain optimizers."""
 
 from __future__ import annotations
 

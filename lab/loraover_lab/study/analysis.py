@@ -1,4 +1,4 @@
-"""From the losses of finished runs to differences with intervals.
+"""Differences of losses between methods, with intervals, from finished runs.
 
 Each method is tuned separately: its learning rate is the one with the lowest mean loss on one half of the held-out
 examples, the validation half. Differences are measured on the other half, the test half, which no choice has seen. The
@@ -58,7 +58,7 @@ class RateSensitivity(StrictModel):
 
 @dataclass(frozen=True)
 class Halves:
-    """Halves of the held-out examples: the even ones choose the rates, the odd ones judge.
+    """Halves of the held-out examples: the even ones choose the rates, the odd ones give the test losses.
 
     Args:
         count: Number of held-out examples.

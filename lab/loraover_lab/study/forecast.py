@@ -1,4 +1,4 @@
-"""Needs of a study, and the differences that it could see, told before its first run.
+"""Needs of a study, and the differences that it could show, estimated before its first run.
 
 Memory and time come from plans of its runs, and the smallest difference from the spread of a pilot or of a kept study.
 """
@@ -62,7 +62,7 @@ class StudyPlan(StudyAnswer):
 
 @verb(StudyRequest)
 def plan_study(request: StudyRequest) -> StudyPlan:
-    """Tell how many runs a study needs, with their memory and time, without reading weights.
+    """Estimate how many runs a study needs, and their memory and time, without reading weights.
 
     Each method on each task is planned as `loraover train --plan` does it, with a trial of a few steps where this
     machine bears one.
@@ -95,7 +95,7 @@ def plan_study(request: StudyRequest) -> StudyPlan:
 
 
 ENOUGH_SEEDS = 4
-"""Seeds of a pilot whose spread is not doubted: in one case of four, that of two is under a third of the true one."""
+"""Seeds from which a pilot's spread is trusted: with two seeds, one spread in four is under a third of the true one."""
 MOST = 10**7
 """Number of rows or seeds above which a study is taken to be impossible."""
 
@@ -153,13 +153,13 @@ class MeasuredSpread:
     of_row: float
 
     def smallest(self, rows: int, seeds: int) -> float:
-        """Smallest true difference, in %, that four of five studies of so many rows and seeds would show."""
+        """Smallest true difference, in %, that four of five studies with these numbers of rows and seeds would show."""
         return Spread((self.of_seed / seeds, self.of_row / rows), (seeds - 1, rows - 1)).detectable()
 
 
 @verb(StudyRequest)
 def predict_power(request: StudyRequest) -> PowerReport:
-    """Tell what a study could see, from the spread of finished runs of the same methods.
+    """Predict the differences that a study could show, from the spread of finished runs of the same methods.
 
     A method on a task that the finished runs have is judged by its spread there, and another one by its spread on each
     of their tasks.

@@ -28,7 +28,7 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
     "lora-over": {"method": "lora-over"},
     **{name: {"method": name} for name in METHODS},
 }
-"""Recipe keys that each method sets; `lora-matched` also takes the rank at which A and B are as many as the cores."""
+"""Recipe keys that each method sets; `lora-matched` also sets the rank at which A and B are as many as the cores."""
 
 PLAIN = ("lora", "lora+", "lora-matched")
 """Methods that train plain A and B; the others are compared with the best of these, whatever its rank or training."""
@@ -40,13 +40,13 @@ VARIANTS |= {"training.optim", "start_from"}
 """Settings with which plain LoRA counts as another method."""
 
 RECIPE_PARTS = ("data.", "lora.", "over.", "training.", *(f"{method}." for method in METHODS))
-"""Beginnings of the settings that are keys of the recipe as they stand."""
+"""Beginnings of the settings that are also keys of the recipe."""
 
 SWEPT = {"training.learning_rate": "lr_sweep", "training.seed": "seeds", "method": "methods"}
-"""Arguments of a study that set what neither a method nor `settings` may set."""
+"""Arguments of a study, by the recipe keys that only they set, and neither a method nor `settings`."""
 
 DEFAULTS = {"evaluation.exact_match": False, "evaluation.before": False, "diagnostics": True}
-"""Recipe keys that a study sets unless it is asked otherwise: losses after training judge, and steps are measured."""
+"""Recipe keys that a study sets by default: losses are measured after training, and steps are timed."""
 
 FEWEST_EXAMPLES = 4
 """Smallest number of held-out examples: half of them choose the rates, and an interval needs two."""

@@ -93,7 +93,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
 
     Args:
         recipe: The recipe of the run.
-        folder: The run's folder; from what it holds, a second call reads the outcome without training again.
+        folder: The run's folder; a finished run is not trained again, and its outcome is read from there.
         threads: Number of threads of the process.
 
     Raises:
@@ -121,7 +121,7 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
 
 
 def check_held_out(recipe: Recipe) -> int:
-    """Count the held-out examples of a run, and check that a study can judge by them.
+    """Count the held-out examples of a run, and check that a study can choose and compare by them.
 
     A study chooses rates on one half of the examples and judges on the other half, and its intervals take examples to
     be independent. Turns of one conversation would lie in both halves.

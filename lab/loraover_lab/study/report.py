@@ -169,7 +169,7 @@ class StudyReport(StudyAnswer):
 def task_results(
     runs: Sequence[Run], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int | None = None
 ) -> list[TaskResult]:
-    """Judge methods at their chosen rates."""
+    """Compare methods at their chosen rates."""
     tuning = seeds if tuning_seeds is None else tuning_seeds
     return _adjusted([_task(task, methods, outcomes, seeds, tuning) for task, methods in by_method(runs).items()])
 

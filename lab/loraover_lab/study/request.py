@@ -80,7 +80,7 @@ def _methods(given: str | Iterable[str]) -> list[str]:
 
 
 def _sweeps(given: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Sweeps:
-    """Learning rates by name, from those of Python or from texts such as "lora=1e-3,3e-3"."""
+    """Learning rates by name, from Python's values or from texts such as "lora=1e-3,3e-3"."""
     if not given or isinstance(given, Mapping):
         pairs = list(dict(given).items())
     elif texts := [one for one in given if isinstance(one, str)]:
@@ -106,7 +106,7 @@ def _sweep_text(name: str, rates: Sequence[Any]) -> str:
 
 
 def _names(given: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
-    """Methods by short name, from those of Python or from texts such as "wide=lora:r=64"."""
+    """Methods by short name, from Python's values or from texts such as "wide=lora:r=64"."""
     pairs = list(given.items()) if isinstance(given, Mapping) else []
     for text in given if not isinstance(given, Mapping) else ():
         name, equals, method = text.partition("=")
@@ -254,7 +254,7 @@ class StudyRequest(Request):
     report_only: bool = option("Judge the runs that are finished, and train nothing.", default=False, is_recorded=False)
 
     def whole(self) -> StudyRequest:
-        """Return this request with what it leaves open, as the paper's table or the defaults have it.
+        """Return this request with its open arguments filled from the paper's table or the defaults.
 
         Raises:
             ConfigError: What it asks for cannot be used.
@@ -279,7 +279,7 @@ class StudyRequest(Request):
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left open."""
+        """Whether no argument is left open."""
         return bool(self.methods and self.lr_sweep and self.table is None)
 
     def faults(self) -> Iterator[str]:

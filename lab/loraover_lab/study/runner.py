@@ -40,7 +40,7 @@ FOLDER = "scores"
 
 
 def check_benchmark(grid: Sequence[Run], request: StudyRequest) -> None:
-    """Check before the first run that the benchmark of a study can be asked."""
+    """Check before the first run that the benchmark of a study can be run."""
     if request.benchmark is None or request.report_only:
         return
     if any(run.recipe.model_init.quantization for run in grid):
@@ -61,7 +61,7 @@ def check_benchmark(grid: Sequence[Run], request: StudyRequest) -> None:
 def score_runs(
     grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], request: StudyRequest
 ) -> tuple[Mapping[Run, RunOutcome], Scores]:
-    """Put the benchmark's questions to every adapter that judges, or with `report_only` read the answers.
+    """Put the benchmark's questions to the adapters that are compared, or with `report_only` read the answers.
 
     Answers that the study's folder holds are not asked for again, but for those on which the benchmark failed, or which
     the judge left without a rating. A method that trains all weights leaves no adapter, and so has no score.
@@ -151,7 +151,7 @@ def score_of(result: ModelResult) -> float | None:
 
 
 def _unrated(result: ModelResult) -> int:
-    """Count the answers that a judge should have rated and has not."""
+    """Count the answers that a grader should have rated and has not."""
     return result.missing if result.failure is None and result.interval is None else 0
 
 
@@ -293,7 +293,7 @@ def make_report(
     tuning_seeds: int | None = None,
     scores: Scores | None = None,
 ) -> StudyReport:
-    """Judge the seeds whose runs have all finished."""
+    """Report on the seeds whose runs have all finished."""
     tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
     plan = plan_runs(grid, outcomes, tuning)
     seeds = 0

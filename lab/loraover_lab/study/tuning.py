@@ -62,7 +62,7 @@ def plan_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_se
 
 
 def chosen_runs(grid: Sequence[Run], outcomes: Mapping[Run, RunOutcome], tuning_seeds: int | None) -> list[Run]:
-    """List the runs that judge: each method's at its chosen rate, without those that failed."""
+    """List the runs that are compared: each method's at its chosen rate, without those that failed."""
     tuning = len({run.seed for run in grid}) if tuning_seeds is None else tuning_seeds
     found: list[Run] = []
     for methods in by_method([run for run in grid if run in outcomes]).values():
@@ -135,7 +135,7 @@ def losses_of(outcomes: Sequence[RunOutcome], half: slice) -> Losses:
 
 
 def validation_loss(outcomes: Sequence[RunOutcome]) -> float:
-    """Nats per token on the validation half, mean over runs that were judged on the same examples."""
+    """Nats per token on the validation half, mean over runs that were evaluated on the same examples."""
     tokens = np.array(outcomes[0].tokens, dtype=np.float64)
     half = Halves(len(tokens)).validation
     return mean_loss(losses_of(outcomes, half), tokens[half])

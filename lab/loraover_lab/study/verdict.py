@@ -89,7 +89,7 @@ class _Setting:
         return "worse" if self.above or self.failed else "cannot be told apart"
 
     def sentence(self) -> str:
-        """Say on which tasks the loss is below, above, or neither, then the figures of each; the limits of the last."""
+        """Say on which tasks the loss is below, above or neither, with all figures, and what would have shown."""
         name, plain = self.name, "a tuned plain LoRA"
         parts = [
             f"{side} {plain}'s on {_tasks(found)}"

@@ -89,7 +89,7 @@ class DiffReport(StrictModel):
     hardware: str = Field(description="Processor and accelerator of the machine, in words")
 
     exit_code: ClassVar[int] = 0
-    """Exit code of the command, which judges nothing."""
+    """Exit code of the command, which has no verdict."""
 
     @property
     def relative_difference(self) -> float:

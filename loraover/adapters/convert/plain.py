@@ -34,7 +34,7 @@ class PlainLora:
 
 @contextmanager
 def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter) -> Iterator[PlainLora]:
-    """Convert an adapter of another kind into an exact plain LoRA, which is there for a block.
+    """Convert an adapter of another kind into an exact plain LoRA, which exists for the length of a block.
 
     What is a LoRA already, or damaged, is left as it is, for the export to take or to refuse.
 
@@ -69,7 +69,7 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
 
 
 def _reason(source: Path, model: str | None) -> str | None:
-    """Return the reason for which an adapter is to be converted; None of a LoRA that is best left to the export."""
+    """Return the reason for which an adapter is to be converted; None for a LoRA that the export itself can handle."""
     shapes: Mapping[str, tuple[int, int]] = {}  # by which another prefix shows; not needed for a checkpoint's cores
     try:
         if not (source / META_FILE).exists():

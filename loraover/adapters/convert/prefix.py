@@ -1,4 +1,4 @@
-"""Adapted modules under another prefix than the base model's: found again where one way only fits.
+"""Adapted modules under another prefix than the base model's: the prefix is changed where only one change fits.
 
 A text model's adapter names `model.layers.0`, which a multimodal model of the same family calls
 `model.language_model.layers.0`, and some tools leave out PEFT's own prefix. Engines load such files without a message,

@@ -186,7 +186,7 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
 
 
 def _check_modules(method: AnyMethod, adapter: Adapter[Any]) -> None:
-    """Refuse a file that lacks what the configuration names, or has what it names by neither of a module's paths."""
+    """Refuse a file that lacks modules which the configuration names, or that has modules which it does not name."""
     layout, model = adapter.layout, adapter.base.model
     file, named = layout.path / CONFIG_FILE, method.named(adapter)
     stored = [layout.stored.get(path, path) for path in named]
@@ -207,7 +207,7 @@ def _comparison(
     adapter: Adapter[Any],
     start_dtype: str | None,
 ) -> Callable[..., OutputsOfConversion]:
-    """Read the prompts, and return the comparison of a written adapter with the source, which lacks `is_exact`."""
+    """Read the prompts, and return a function of `is_exact` that compares a written adapter with the source."""
     base = adapter.base.source
     flipped = next((stack for stack in stacks_of(adapter) if stack.is_flipped), None)
     if flipped is not None:

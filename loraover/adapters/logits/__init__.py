@@ -1,1 +1,1 @@
-"""Comparison of two models by their logits: on which prompts, piece by piece, and with which verdict."""
+"""Comparison of two models by their logits: the prompts, the computation piece by piece, and the verdict."""

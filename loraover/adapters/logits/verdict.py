@@ -100,7 +100,7 @@ POWER = 2.0
 CheckVerdict = Literal["passed", "failed", "inconclusive"]
 ExportVerdict = Literal["passed", "failed", "inconclusive", "not checked"]
 EXIT_CODES = {"passed": 0, "not checked": 0, "failed": 1, "inconclusive": 3}
-"""Exit code of the command of each verdict."""
+"""Exit code of the command for each verdict."""
 
 
 class Proof(StrictModel):

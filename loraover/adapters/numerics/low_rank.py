@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OF_NORMS = 1.01
-"""Factor by which bounds are enlarged, since the norms in them are computed too."""
+"""Factor by which bounds are enlarged, since the norms in them are rounded too."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Errors(NamedTuple):
         error: Frobenius norm of the errors.
         bound: Frobenius norm of the bounds.
         worst: Largest ratio of an error to its bound.
-        lost: Underflow.
+        lost: Numbers of elements that underflow made zero or subnormal.
     """
 
     norm: float

@@ -20,8 +20,8 @@ def given_adapter(kind: str, **more: Any) -> Any:
 
     Args:
         kind: What the adapter is, in words.
-        more: Keywords of `argument`; without `is_source`, the verb fetches adapters one by one, so that one that is
-            missing ends nothing.
+        more: Keywords of `argument`; without `is_source`, the verb fetches adapters one by one, so that a missing one
+            does not end the command.
     """
     return argument(f"{kind}: {ADDRESSES}.", **{"is_source": True} | more)
 

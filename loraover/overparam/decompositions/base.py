@@ -23,7 +23,7 @@ def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
 
 
 Ratio = Annotated[float, Field(strict=True, ge=1, le=1000), WrapValidator(_as_given)]
-"""Ratio of sizes. A 2 does not become 2.0, since studies identify a decomposition by its `repr`."""
+"""Ratio of sizes. The integer 2 does not become 2.0, since studies identify a decomposition by its `repr`."""
 
 
 class Decomposition(ABC):
@@ -111,7 +111,7 @@ class Decomposition(ABC):
         """
 
     def multiplications(self, m: int, n: int, tokens: int) -> int:
-        """Multiplications of two numbers that `apply` takes, in all: here one for each token and element of a core."""
+        """Number of multiplications that `apply` takes: here one for each token and element of a core."""
         return tokens * sum(prod(shape) for shape in self.core_shapes(m, n))
 
     @abstractmethod

@@ -82,7 +82,7 @@ class Order(NamedTuple):
     Args:
         steps: The steps; the last one is from the left.
         multiplications: Multiplications of two numbers in all.
-        cost: The same and the passes over the states, by which orders are compared.
+        cost: The multiplications and the passes over the states, by which orders are compared.
         largest: Numbers of the largest state of one token.
     """
 

@@ -77,7 +77,7 @@ class Eigen(Decomposition):
         return self.bases.centre(m, n)
 
     def of_site(self, name: str) -> Eigen:
-        """Return the same, without a basis on the axis of an embedding's tokens, which have no common directions."""
+        """Return this decomposition without a basis of an embedding's tokens, which have no common directions."""
         return replace(self, long="none") if name.endswith(".lora_embedding_A") else self
 
     def init_one(self, matrix: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:

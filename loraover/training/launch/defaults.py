@@ -46,9 +46,9 @@ class Settled:
         source: The base model.
         examples: Its rows, without those that are skipped; None if a plan does not read them.
         tokenizer: Its tokenizer; None if a plan finds none.
-        processor: What reads the images of its rows; None for rows without any.
+        processor: Processor that reads the images of its rows; None for rows without any.
         tokens: Lengths of the training rows; empty if a plan cannot count them.
-        lengths: What is cut of them; None if none can be cut, or they are not counted.
+        lengths: Numbers of rows and tokens that are cut; None if none can be cut, or they are not counted.
         method: The recipe's method.
     """
 
@@ -139,7 +139,7 @@ def _without(
 def with_defaults(
     recipe: Recipe, config: Any, tokens: list[Tokens], report: Reporter, gpus: Gpus | None = None
 ) -> Recipe:
-    """Give the values that a recipe leaves open, but for its batch size."""
+    """Give the values that a recipe leaves open, except its batch size."""
     training, values = recipe.training, dict[str, Any]()
     text = config.get_text_config()
     if training.bf16 is None:
@@ -223,7 +223,7 @@ def with_batch(recipe: Recipe, source: ModelSource, report: Reporter, gpus: Gpus
 
 
 def in_micro_batches(recipe: Recipe, batch: int, in_a_step: int, checkpointing: bool) -> Recipe:
-    """Return a recipe with micro-batches of another size, and as nearly as may be with steps of so many examples."""
+    """Return a recipe with micro-batches of another size, and steps of as nearly so many examples as possible."""
     values: dict[str, Any] = {
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": max(1, in_a_step // (batch * (recipe.distributed.processes or 1))),

@@ -33,7 +33,7 @@ RUN_SETS |= {"bf16_full_eval", "fp16_full_eval", "save_only_model", "eval_packin
 """Settings of trainers that a run gives itself."""
 
 DONE_BEFORE = {"dataset_text_field", "chat_template_path"}
-"""Settings of how rows are read, which they are before TRL has them."""
+"""Settings for reading rows, which are read before TRL gets them."""
 
 LORA_SETS = {"task_type", "revision", "base_model_name_or_path", "inference_mode", "peft_type", "auto_mapping"}
 """Settings of LoraConfig that a run gives itself."""
@@ -45,7 +45,7 @@ MEANT |= {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "group_
 
 
 def check_names(recipe: Recipe) -> None:
-    """Check before anything is loaded what the recipe's types do not."""
+    """Check the names in a recipe that its types do not check, before anything is loaded."""
     check_keys(recipe)
     _check_known("training.optim", recipe.training.optim, [SOAP, *(str(name.value) for name in OptimizerNames)])
     start = recipe.lora.init_lora_weights

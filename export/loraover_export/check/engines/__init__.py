@@ -18,7 +18,7 @@ ENGINES = {
     "mlx": "loraover_export.formats.mlx:FORMAT",
     "torch": f"{_HERE}.torch:TorchRules",
 }
-"""Place of each engine's class or of the format that it alone reads, as "module:name", by the name of `--engine`."""
+"""Class of each engine, or the format that it alone reads, as "module:name", by the name for `--engine`."""
 
 
 def engine_of(name: str) -> EngineRules:

@@ -1,4 +1,4 @@
-"""Port of the engines: a reading of both forms, the command that writes the second, and the writing itself."""
+"""Port of the engines: findings on an adapter as it is and as exported, the export's command, and the export."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ PEFT_FORM = {
 }
 
 MERGEABLE = ("biases", "modules_to_save", "trained vocabulary", "norms")
-"""Features beyond A and B that a merged graph holds; without tensors of them, a swappable one is right."""
+"""Features beyond A and B that only a merged graph holds; without tensors of them, a swappable graph is right too."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""PyTorch with PEFT, which wrote the form, so that only other base models and renamed tensors are wrong.
+"""PyTorch with PEFT, which wrote the form: only another base model or renamed tensors make it wrong.
 
 Reactions were measured on a tiny Llama with PEFT 0.21.2. PEFT renames modules of transformers before 5 as transformers
 does when it loads old weights, and puts the matrices of single experts together: gate and up become one pair of twice
@@ -137,7 +137,7 @@ def joins_experts(subject: Subject) -> bool:
 
 
 def _renamed(path: str, entries: list[Any]) -> str:
-    """Return a module's present path."""
+    """Return the path that a module has in the installed transformers."""
     key = f"{path}.weight"
     for entry in entries:
         if not hasattr(entry, "operations"):

@@ -57,7 +57,7 @@ NO_LORA = {
     "other shapes": silent("vLLM would fill only a part of a larger module"),
     "numbers": NOT_NUMBERS,
 }
-"""Reactions to adapters that the exports cannot read, and the rules of the pre-flight are not made for."""
+"""Reactions to adapters that neither the exports nor the rules of the pre-flight can read."""
 
 HEAD_LEAKS = note("on a CPU, vLLM before 0.33 applies it to requests for the base model as well")
 

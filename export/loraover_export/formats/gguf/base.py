@@ -65,7 +65,7 @@ def write_base(model: Any, path: Path) -> Path:
 
 
 def _constants(config: Any, name: str) -> dict[str, tuple[Any, ...]]:
-    """Return what llama.cpp takes for granted in a family, by field, each with other values that mean the same."""
+    """Return the settings that llama.cpp assumes for a family, by field, each with other values of the same meaning."""
     layers = range(1, config.num_hidden_layers + 1)
     period = {"gemma2": 2, "gemma3": 6}.get(name, 1)
     found: dict[str, tuple[Any, ...]] = {

@@ -21,7 +21,7 @@ from loraover_export.formats.gguf.header import GgufHeader, read_header
 
 TOKEN_EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 AT_ONCE = 512
-"""Tokens of one step through the graph; longer prompts are cut by llama.cpp."""
+"""Tokens that llama.cpp computes in one step; it splits longer prompts."""
 GGML_F32 = 0
 ERROR_LEVEL, CONTINUED = 4, 5
 
@@ -93,7 +93,7 @@ class LlamaCppModel:
 
     @contextmanager
     def _run(self, tokens: Sequence[int], room: int) -> Iterator[Any]:
-        """A context with room for so many tokens, and a clear error for whatever fails in it."""
+        """Open a context for a number of tokens during a block, and turn any failure in it into a clear error."""
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
         if wrong or not tokens:
             found = f"token {wrong[0]}" if wrong else "no token"

@@ -16,9 +16,9 @@ from loraover_export.requests import GgufRequest
 
 NOISE_FACTOR = 6.0
 ARITHMETIC = 2.0**-16
-"""Share of the adapter's effect that 256 roundings to float32 cost, one after another."""
+"""Error of 256 successive roundings to float32, as a share of the adapter's effect."""
 TABLE = 2.0**-9
-"""Share of the adapter's effect that four roundings to float16 cost, as in llama.cpp's table of GELU."""
+"""Error of four roundings to float16, as in llama.cpp's table of GELU, as a share of the adapter's effect."""
 
 
 class GgufCheck(StrictModel):

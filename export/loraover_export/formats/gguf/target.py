@@ -78,7 +78,7 @@ _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def tensor_name(family: Family, path: str) -> str | None:
-    """Return llama.cpp's name of a module's matrix; None of a module that has none in these families."""
+    """Return llama.cpp's name of a module's matrix; None if these families have no name for it."""
     inside = _IN_LAYER.fullmatch(path)
     if inside is None:
         return OUTER.get(path) if family.has_head or path != HEAD else None
@@ -136,10 +136,11 @@ class GgufTarget:
     """The base model of an export.
 
     Args:
-        served: What its configuration says.
+        served: Facts of its configuration.
         family: llama.cpp's view of its class.
         modules: Modules that llama.cpp can adapt, by path.
-        expert_tensors: llama.cpp's names of the tensors that hold such a parameter, by path. Each holds as many rows.
+        expert_tensors: llama.cpp's names of the tensors that hold a parameter of all experts, by the parameter's path.
+            These tensors have equally many rows.
     """
 
     served: ServedModel

@@ -36,7 +36,7 @@ class OnnxReference:
     Args:
         logits: Logits of each case, (positions, vocabulary).
         noise: Largest difference of these logits from those in another precision.
-        noise_of: Comparison, or two, that the noise was measured by, in words.
+        noise_of: One or two comparisons by which the noise was measured, in words.
         rounded: Logits of a model that rounds as an int4 graph does; None for other precisions.
         prompt: Token ids that greedy decoding starts from, (1, tokens).
         greedy: Tokens after `prompt`, and the logits before each of them and before the end of the text if it came.
@@ -161,7 +161,7 @@ def _converted(model: Any, compute: Compute) -> Iterator[Any]:
 
 
 def _finite_noise(in_float32: list[Tensor], in_float64: list[Tensor]) -> float:
-    """Return the largest absolute difference that is a number, which can only lower the error that is allowed.
+    """Return the largest absolute difference, NaN left out, which can only lower the allowed error.
 
     Where attention is eager, transformers computes its softmax in float32, in which the float64 mask of a padded row is
     minus infinity: padding gives NaN, and so does every token that looks at it with weight 0.

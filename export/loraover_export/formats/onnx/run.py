@@ -179,7 +179,7 @@ class Export:
             check_takes_rows(self.model, base)
 
     def _references(self, cases: list[ComparedTokens]) -> dict[str | None, OnnxReference]:
-        """PyTorch's outputs with each adapter, and under None without one."""
+        """PyTorch's outputs by adapter; the key None has those without an adapter."""
         request, adapters = self.request, self.inputs.adapters
         device, dtype = choose_compute(request.check_device, request.compute_dtype)
 
@@ -272,7 +272,7 @@ class Export:
 
 
 def token_rows(tokenizer: Any, model: Any) -> torch.Tensor:
-    """Rows of token ids of real text, repeated until there are enough; of all ids if the tokenizer has no text."""
+    """Rows of token ids of real text, repeated until there are enough; of all ids if the text has no tokens."""
     ids: list[int] = []
     for prompt in BUILT_IN_PROMPTS:
         ids += tokenizer(prompt, add_special_tokens=False).input_ids
@@ -305,7 +305,7 @@ def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
 
 
 def _as_exported(request: OnnxRequest, graph: Path, exported: OnnxReport) -> OnnxRequest:
-    """Return the request with the settings of the earlier graph that adapters are added to; refuse another form."""
+    """Return the request with the settings of the earlier graph to which adapters are added; refuse other settings."""
     if request.web and not exported.web:
         raise ExportError(
             f"{graph} was exported without {request.named('web')}; leave it out, or export another graph with it."

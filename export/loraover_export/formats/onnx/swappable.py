@@ -32,7 +32,7 @@ from loraover_export.requests import OnnxRequest
 
 
 def markers(deltas: Iterable[Delta], rank: int) -> dict[str, Tensor]:
-    """Draw a random matrix for every A and B, by whose values its place is found in a graph, whatever its name there.
+    """Draw a random matrix for every A and B, so that its place in a graph is found by its values, not by its name.
 
     The elements are drawn from [1, 2), where matrices still differ in float16.
 
@@ -125,7 +125,7 @@ def write_swappable(
 
 
 def adapter_files(adapter: Path, graph: str, graphs: Sequence[str]) -> tuple[Path, Path]:
-    """Return the two files of which an export has one if an adapter changes a graph: ONNX Runtime's and the web's.
+    """Return the paths that an adapter's file may have beside a graph: ONNX Runtime's and the web's.
 
     They are `name.onnx_adapter` and `name.safetensors` if there is one graph, and such as `name.encoder.onnx_adapter`
     if there are two.
@@ -135,7 +135,7 @@ def adapter_files(adapter: Path, graph: str, graphs: Sequence[str]) -> tuple[Pat
 
 
 def adapter_file(adapter: Path | None, graph: str, graphs: Sequence[str]) -> Path | None:
-    """Return the one of `adapter_files` that is there; None for no adapter, or if it has none for this graph."""
+    """Return the one of `adapter_files` that exists; None without an adapter, or if it does not change this graph."""
     if adapter is None:
         return None
     files = adapter_files(adapter, graph, graphs)

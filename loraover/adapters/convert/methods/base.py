@@ -37,7 +37,7 @@ def rounding(*lengths: int) -> float:
     """Return a bound of the rounding in a matrix, in units of the norm of all that is added up in it.
 
     Args:
-        lengths: The matrix's dimensions, and the rank of what makes it.
+        lengths: The matrix's dimensions, and the rank of its factors.
     """
     return gamma(ROUNDINGS * sum(lengths), U64)
 
@@ -124,7 +124,7 @@ class ConversionMethod(ABC, Generic[Config]):
         return self.needs_weights
 
     def is_exact(self, config: Config) -> bool:
-        """Return whether delta_W of an adapter with this configuration has a rank below that of any matrix."""
+        """Return whether the configuration gives delta_W a low rank, so that a LoRA can hold it exactly."""
         return not self.rank.startswith("full")
 
     def named(self, adapter: Adapter[Config]) -> list[str]:

@@ -70,7 +70,7 @@ class LoraFields(MethodConfig, AdapterConfig):
 
     @property
     def subtracted_initialisation(self) -> str | None:
-        """Initialisation whose A and B PEFT takes out of the base weight; None if the base weight stays as it is."""
+        """Initialisation whose A and B PEFT subtracts from the base weight; None if the base weight stays as it is."""
         start = self.init_lora_weights
         return start if isinstance(start, str) and start.lower() not in KEPT_BASE else None
 
@@ -185,7 +185,7 @@ def _indices(module: Module[LoraFields]) -> list[int]:
 
 
 class _Start(NamedTuple):
-    """Product that PEFT takes out of the base weight.
+    """Product that PEFT subtracts from the base weight.
 
     Args:
         b: s B_0.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST = 1e-4
-"""Norm below which DeLoRA does not divide by less, in PEFT."""
+"""Smallest norm that DeLoRA divides by, in PEFT."""
 
 
 @final

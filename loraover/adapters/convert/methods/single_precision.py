@@ -28,10 +28,10 @@ to 1.1 in root mean square, and parts of permuted matrices never farther apart t
 """
 
 CLOSE = 10
-"""Elements of E within which singular values move together, by as many elements as there are of them."""
+"""Distance within which singular values count as one group, in elements of E for each value in the group."""
 
 QR_ROUNDINGS = 4
-"""The same for the first r columns of a QR factorisation, in units of sqrt(r) u32 times the Frobenius norm."""
+"""Largest element of E for the first r columns of a QR factorisation, in sqrt(r) u32 times the Frobenius norm."""
 
 
 def part_error(s: Tensor, shape: tuple[int, int], cut: int, *, tail: bool = False) -> float:
@@ -76,7 +76,7 @@ def _separated_part_error(values: Tensor, longer: int, cut: int, f: float, tail:
 
 
 def _near(values: Tensor, f: float) -> Tensor:
-    """Return for each value how many are so close that the elements f between them add up, itself included."""
+    """Return for each value how many values, itself included, are closer to it than CLOSE elements f."""
     ascending, reach = values.sort().values, CLOSE * f
     upper = torch.searchsorted(ascending, values + reach, right=True)
     return upper - torch.searchsorted(ascending, values - reach)

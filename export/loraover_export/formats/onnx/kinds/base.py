@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 GraphRunner = Callable[["ComparedTokens"], Tensor]
-"""Function from such tokens to their logits: (batch, tokens, vocabulary), or (batch, labels)."""
+"""Function from `ComparedTokens` to their logits: (batch, tokens, vocabulary), or (batch, labels)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class GraphKind(ABC):
     """File names of the graphs."""
 
     def prepared(self) -> AbstractContextManager[object]:
-        """Return a context in which a slow exporter starts at once, and not only when `export` needs it."""
+        """Return a context that starts a slow exporter early, before `export` needs it."""
         return nullcontext()
 
     @abstractmethod
@@ -102,7 +102,7 @@ class GraphKind(ABC):
         """
 
     def cases(self, rows: Tensor) -> list[ComparedTokens]:
-        """Return the cases to check, cut from three rows of twelve tokens; here, those without a cache."""
+        """Return the cases to check, cut from three rows of twelve tokens; this class returns those without a cache."""
         return [
             ComparedTokens(rows[:1, :7]),
             ComparedTokens(rows),

@@ -54,7 +54,7 @@ class Decoder(GraphKind):
         _finish(out, plan.device)
 
     def cases(self, rows: Tensor) -> list[ComparedTokens]:
-        """Batches of several rows and new tokens have no past, which GroupQueryAttention refuses there."""
+        """Return the cases; only single rows have a past with several new tokens, as GroupQueryAttention demands."""
         return [
             *super().cases(rows),
             ComparedTokens(rows[:1], past=7),

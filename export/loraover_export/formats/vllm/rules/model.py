@@ -59,7 +59,7 @@ def base_model(candidate: Candidate) -> Iterator[Problem]:
 
 
 def modules(candidate: Candidate) -> Iterator[Problem]:
-    """Adapted modules that the served model does not have, and those that the configuration names in vain."""
+    """Adapted modules that the served model lacks, and modules that are named without matrices or the reverse."""
     if candidate.architecture is None:
         return
     if all(candidate.present.get(path) == path for path in candidate.modules):  # else another class was trained
@@ -189,7 +189,7 @@ def experts(candidate: Candidate) -> Iterator[Problem]:
 
 
 def _pairs(candidate: Candidate) -> dict[str, set[str]]:
-    """Return the paths of experts' projections that have a pair each, by the served module that holds all experts."""
+    """Return the paths of experts' projections with their own pair, by the served module that holds all experts."""
     found: dict[str, set[str]] = {}
     for path, place in candidate.present.items():
         if path not in candidate.adapter.experts and candidate.places[place].kind == "expert":

@@ -42,7 +42,7 @@ def _kind(key: str) -> str:
 
 
 def _changed(candidate: Candidate, keys: list[str]) -> list[str]:
-    """Return in words which of these base weights are not the served model's, whose own are read if there are any."""
+    """Return in words which base weights in an adapter's file differ from the served model's."""
     if not keys:
         return []
     served = candidate.served.source
