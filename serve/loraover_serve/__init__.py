@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from loraover.common.first_use import names_on_first_use
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
-    from loraover.client.tokens import Completion as Completion
-    from loraover.client.tokens import Streamed as Streamed
     from loraover.common.errors import UnwrittenReportError as UnwrittenReportError
     from loraover_serve.engines.sample import Sample as Sample
     from loraover_serve.judge.estimates import Interval as Interval
@@ -31,8 +29,10 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.verify.report import EngineResult as EngineResult
     from loraover_serve.verify.report import VerifyReport as VerifyReport
     from loraover_serve.verify.run import verify_adapter as verify_adapter
+    from loraover_serve.vllm.client import Completion as Completion
+    from loraover_serve.vllm.client import Streamed as Streamed
+    from loraover_serve.vllm.client import VllmServer as VllmServer
     from loraover_serve.vllm.serve import serve_adapters as serve_adapters
-    from loraover_serve.vllm.server import VllmServer as VllmServer
     from loraover_serve.watch.history import Check as Check
     from loraover_serve.watch.run import WatchReport as WatchReport
     from loraover_serve.watch.run import watch_adapters as watch_adapters

@@ -20,7 +20,8 @@ from loraover_serve.parity.blocks import measure
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 from loraover_serve.parity.statistics import overall, results
 from loraover_serve.parity.workload import make_requests
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.delaying_proxy import delaying
 from support.serving import MODEL, vanilla

@@ -30,7 +30,8 @@ from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel
 from loraover_export.formats.onnx import genai
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig
 
 from support.engine_forms import TINY
 from support.make_checkpoint import edit_json, edit_tensors

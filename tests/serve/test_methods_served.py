@@ -13,8 +13,9 @@ from loraover.training.method_table import METHODS
 from loraover_export import export_vllm
 from loraover_serve import EngineResult, serve_adapters, verify_adapter
 from loraover_serve.judge.names import NOT_APPLIED
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import LOOPBACK
-from loraover_serve.vllm.server import VllmServer, free_port
+from loraover_serve.vllm.server import free_port
 
 from support.engine_forms import TINY
 from support.tiny_hub import write_recipe

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from loraover.client.endpoint import Endpoint
 from loraover_serve.judge.names import INTERMITTENT, LEAKS
 from loraover_serve.verify.by_pytorch import verify_engine
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig
 
 from support.engine_forms import TINY
 from support.openai_server import openai_server

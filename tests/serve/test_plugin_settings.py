@@ -20,9 +20,9 @@ from loraover_serve.plugin.front import LINE_BYTES, Front
 from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import RefusedError, Settings, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import ServeRequest
 from loraover_serve.vllm.serve import _check_plugin
-from loraover_serve.vllm.server import VllmServer
 
 from support.lines import Lines
 from support.vllm_command import vllm_command

@@ -17,14 +17,14 @@ import pytest
 
 from loraover.checkpoint import base_model
 from loraover.checkpoint.base_model import resolve_base
-from loraover.client.tokens import TokenEndpoint
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, EngineError
 from loraover.models.load import ModelSource
 from loraover_export.cli import cli as export_cli
 from loraover_serve.cli import cli
+from loraover_serve.vllm import client as vllm_client
 from loraover_serve.vllm import serve as serving
-from loraover_serve.vllm import server as vllm_server
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.serve import read_named, server_config
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm
 
@@ -127,7 +127,7 @@ def test_a_busy_server_is_alive_and_one_that_reports_a_failure_is_not(
     mode: str, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mode == "busy":
-        monkeypatch.setattr(vllm_server, "HEALTH_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(vllm_client, "HEALTH_TIMEOUT_S", 0.2)
     with serve_vllm(VllmServerConfig("base"), tmp_path / "log", executable=stand_in(tmp_path, mode)) as server:
         assert server.is_alive() is alive
 
@@ -253,7 +253,7 @@ def test_every_request_brings_the_key(tmp_path: Path, monkeypatch: pytest.Monkey
         assert list(server.models()) == ["base"]
         assert server.stream("base", [1], max_tokens=2, timeout_s=10).token_ids == (7, 7)
         with pytest.raises(EngineError, match="401"):
-            TokenEndpoint(server.url).complete("base", [1], max_tokens=1)
+            VllmServer(server.url, 0).complete("base", [1], max_tokens=1)
 
 
 @pytest.mark.parametrize("key", ["two words", "a\nline", "schlüssel"])

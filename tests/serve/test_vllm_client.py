@@ -17,7 +17,7 @@ from loraover.client.at_once import at_once
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
 from loraover.common.hosts import is_near
-from loraover_serve.vllm.server import VllmServer
+from loraover_serve.vllm.client import VllmServer
 
 from support.openai_server import Refusal, openai_server
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from loraover.client.tokens import Completion
 from loraover_export.formats.vllm.releases import known_architectures
+from loraover_serve.vllm.client import Completion
 
 from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record

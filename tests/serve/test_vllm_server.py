@@ -15,7 +15,8 @@ import pytest
 
 from loraover.common.errors import EngineError, OutputError
 from loraover_serve.vllm import server as vllm_server
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.vllm_stand_in import assert_stopped, stand_in
 
@@ -46,7 +47,7 @@ def test_a_server_answers_and_is_stopped_with_its_children(tmp_path: Path) -> No
 
 
 def test_a_log_has_one_server_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraover_serve.vllm.log.LOCK_S", 0.0)
+    monkeypatch.setattr("loraover_serve.vllm.server.LOCK_S", 0.0)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     one, two, log = stand_in(tmp_path / "one", "answers"), stand_in(tmp_path / "two", "answers"), tmp_path / "log"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraover.client.tokens import Completion
+from loraover_serve.vllm.client import Completion
 
 PROMPTS = (
     "The train leaves at nine and arrives at noon, so the journey takes",

@@ -36,7 +36,8 @@ from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 from loraover_serve.engines.openvino import OpenVinoEngine
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.verify.request import VerifyRequest
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig
 
 from support.compatibility import PEFT
 from support.vllm_loading import ENABLE_LORA, FEW_BLOCKS, load_adapter, serving_loader, unload_adapter

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover_serve import serve_adapters
 from loraover_serve.plugin.settings import DEFAULT_SETTLE_S
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import LOOPBACK
-from loraover_serve.vllm.server import VllmServer, free_port
+from loraover_serve.vllm.server import free_port
 
 from support.conversions import Source, make_source
 from support.engine_forms import TINY

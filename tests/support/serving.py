@@ -15,7 +15,8 @@ from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.common.command_line import run
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_export.cli import cli
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig
 
 from support.agreement import PROMPTS
 from support.vllm_command import vllm_command

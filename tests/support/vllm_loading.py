@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loraover_serve.vllm.server import VllmServer, VllmServerConfig, serve_vllm
+from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.vllm_command import vllm_command
 

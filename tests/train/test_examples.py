@@ -36,8 +36,8 @@ from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve import record_adapter, serve_adapters
 from loraover_serve.judge.names import SCALED
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.serve import example_request
-from loraover_serve.vllm.server import VllmServer
 
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.reports import DEMO_METRICS, DEMO_RUN, demo_check, fold_certificate, verification

@@ -24,9 +24,10 @@ from loraover_serve.engines.endpoint import OpenAiEngine, speak_as
 from loraover_serve.engines.installed import installed_version, version_beside
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import KEY_VARIABLE, vllm_command
 from loraover_serve.vllm.serve import server_config
-from loraover_serve.vllm.server import VllmServer, serve_vllm
+from loraover_serve.vllm.server import serve_vllm
 
 ROOM = 8  # tokens by which the server's largest length exceeds the longest request
 

@@ -11,24 +11,22 @@ from pathlib import Path
 
 from loraover.adapters.uniform.rank_limits import max_lora_rank
 from loraover.checkpoint.base_model import resolve_base
-from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.common.errors import ConfigError, EngineError
+from loraover.checkpoint.read_facts import read_served
+from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base
+from loraover.common.errors import ConfigError, EngineError, printable
 from loraover.common.extras import install
 from loraover.common.hosts import is_near
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
 from loraover.sources.verb import verb
+from loraover_export.formats.vllm.candidate import Candidate
+from loraover_export.formats.vllm.preflight import Violation, preflight
+from loraover_export.formats.vllm.releases import Platform, architectures_of
 from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN, RELOAD, SETTLE
-from loraover_serve.vllm.adapter_check import check_adapters
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
-from loraover_serve.vllm.server import (
-    VllmServer,
-    VllmServerConfig,
-    next_free_port,
-    serve_vllm,
-    vllm_version,
-)
+from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm, vllm_version
 
 FIRST_PORT = 8000  # vLLM's own default
 
@@ -59,49 +57,46 @@ def serve_adapters(request: ServeRequest) -> AbstractContextManager[VllmServer]:
 
 @contextmanager
 def _serving(request: ServeRequest) -> Iterator[VllmServer]:
+    report = request.report
     if request.folder is None:
         adapters = read_named(request.adapters, request.addresses.get("adapters", ()))
-        option, say = request.named("model"), request.report.line
-        source = resolve_base([*adapters.values()], request.model, option=option, say=say)
-        config = replace(server_config(adapters, source, request.options), host=request.host)
-        check_adapters(adapters, source, config.model, vllm_version(request.vllm), request.report)
+        source = resolve_base([*adapters.values()], request.model, option=request.named("model"), say=report.line)
+        config = server_config(adapters, source, request.options)
+        check_adapters(adapters, source, config.model, vllm_version(request.vllm), report)
         what = ", ".join(config.adapters)
     else:
-        config = replace(_plugin_config(request, request.folder), host=request.host)
+        assert request.model is not None
+        cache = {} if request.cache is None else {CACHE: str(request.cache.absolute())}
+        approximate = {} if request.approximate_to_rank is None else {APPROXIMATE: str(request.approximate_to_rank)}
+        config = replace(
+            server_config({}, resolve_model(request.model), request.options),
+            max_lora_rank=request.max_lora_rank,
+            plugin={
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+                "VLLM_PLUGINS": PLUGIN,
+                ADAPTERS: str(request.folder.resolve()),
+                RELOAD: str(int(request.reload)),
+                SETTLE: str(request.settle_s),
+                **cache,
+                **approximate,
+            },
+        )
         what = f"the adapters in {request.folder}"
-    _warn_if_open(config, request.report)
-    port = _port(request)
-    request.report.line(f"starting vLLM with {what}; its log is {request.log}")
-    with serve_vllm(
-        config,
-        request.log,
-        executable=request.vllm,
-        port=port,
-        startup_timeout_s=request.start_timeout_s,
-    ) as server:
+    config = replace(config, host=request.host)
+    if not is_near(config.host) and config.api_key() is None:
+        report.line(
+            f"warning: anyone who reaches {config.host} can use this server; set {KEY_VARIABLE} in the environment to "
+            "make it ask for a key"
+        )
+    port = next_free_port(request.host, FIRST_PORT) if request.port is None else request.port
+    if request.port is None and port != FIRST_PORT:
+        report.line(f"port {FIRST_PORT} is taken; using {port}")
+    report.line(f"starting vLLM with {what}; its log is {request.log}")
+    limit = request.start_timeout_s
+    with serve_vllm(config, request.log, executable=request.vllm, port=port, startup_timeout_s=limit) as server:
         if request.folder is not None:
             _check_plugin(server, request)
         yield server
-
-
-def _plugin_config(request: ServeRequest, folder: Path) -> VllmServerConfig:
-    """Return a server whose plug-in serves the adapters in a folder."""
-    assert request.model is not None
-    cache = {} if request.cache is None else {CACHE: str(request.cache.absolute())}
-    approximate = {} if request.approximate_to_rank is None else {APPROXIMATE: str(request.approximate_to_rank)}
-    return replace(
-        server_config({}, resolve_model(request.model), request.options),
-        max_lora_rank=request.max_lora_rank,
-        plugin={
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            "VLLM_PLUGINS": PLUGIN,
-            ADAPTERS: str(folder.resolve()),
-            RELOAD: str(int(request.reload)),
-            SETTLE: str(request.settle_s),
-            **cache,
-            **approximate,
-        },
-    )
 
 
 def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
@@ -119,31 +114,43 @@ def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
         )
 
 
-def _warn_if_open(config: VllmServerConfig, report: Reporter) -> None:
-    """Warn of a server that other machines reach and that asks for no key."""
-    if not is_near(config.host) and config.api_key() is None:
-        report.line(
-            f"warning: anyone who reaches {config.host} can use this server; set {KEY_VARIABLE} in the environment to "
-            "make it ask for a key"
-        )
+def check_adapters(
+    adapters: Mapping[str, AdapterDir], source: ModelSource, address: str, version: str | None, report: Reporter
+) -> None:
+    """Apply the rules of a release of vLLM, such as "0.32.0+cpu", to every adapter, and report its warnings.
+
+    Raises:
+        CheckpointError: LoRA of experts that does not fit the model.
+        ConfigError: An adapter that vLLM refuses or would serve wrongly without a message.
+    """
+    known = architectures_of(version)
+    if version is None:
+        report.line(f"the command vllm prints no version; the rules of {known.version} are applied")
+    served = read_served(source, known.lora)
+    platform: Platform | None = None
+    if version is not None:  # the label of a build names its kind of device; PyPI's, for CUDA, has none
+        label = version.partition("+")[2]
+        platform = "cpu" if label.startswith("cpu") else "cuda" if label == "" or label.startswith("cu") else None
+    found: dict[Violation, list[str]] = {}
+    for name, adapter in adapters.items():
+        placed = read_on_base(adapter, served.experts) if served.architecture in known.lora else adapter
+        checked = preflight(Candidate(placed, served, known, name, address, None, platform=platform))
+        for finding in checked.findings:
+            found.setdefault(finding, []).append(name)
+    for finding, names in found.items():
+        if finding.level == "warning":
+            report.line(printable(f"warning: {_described(finding, names)}"))
+    errors = [_described(finding, names) for finding, names in found.items() if finding.level == "error"]
+    if errors:
+        raise ConfigError(f"vLLM was not started: {'; '.join(errors)}")
 
 
-def _port(request: ServeRequest) -> int:
-    """The requested port, else the first free one from vLLM's default on."""
-    if request.port is not None:
-        return request.port
-    port = next_free_port(request.host, FIRST_PORT)
-    if port != FIRST_PORT:
-        request.report.line(f"port {FIRST_PORT} is taken; using {port}")
-    return port
+def _described(finding: Violation, names: list[str]) -> str:
+    return f"{', '.join(names)}: {finding.rule}: {finding.found}; remedy: {finding.remedy}"
 
 
 def read_named(adapters: Sequence[Path], addresses: Sequence[str | Path] = ()) -> dict[str, AdapterDir]:
-    """Return adapters by the names of their folders or repositories, which requests address them by.
-
-    Args:
-        adapters: Their folders.
-        addresses: Where they were named, in the same order; empty: the folders.
+    """Return adapters by the names of their folders, or of the addresses that they were named by, in the same order.
 
     Raises:
         ConfigError: Two folders of one name.

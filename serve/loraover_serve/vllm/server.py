@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import threading
 import time
@@ -17,21 +18,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
-from loraover.client.connection import NO_ANSWER
-from loraover.client.tokens import TokenEndpoint
-from loraover.common.errors import ConfigError, EngineError
+from loraover.common.errors import ConfigError, EngineError, OutputError
+from loraover.common.file_lock import lock
 from loraover.common.request import as_written
 from loraover_export.formats.vllm.run import lora_module
-from loraover_serve.vllm.log import end_of, open_log
+from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import KEY_VARIABLE, LAST_PORT, LOOPBACK, STARTUP_S
 
-REQUEST_TIMEOUT_S, HEALTH_TIMEOUT_S = 600.0, 10.0
-POLL_S, HEALTH_S = 0.5, 2.0  # between two questions to a server that starts, and to one that runs
+POLL_S = 0.5  # between two questions to a server that starts
 STOP_S, CLEAN_UP_S = 15.0, 1.0  # for the server to end, and for its children to release shared memory
 VERSION_S = 120.0  # for `vllm --version`, which imports torch
+LOCK_S = 5.0  # for the processes of a server that was stopped to let go of its log
+LOG_LINES, LINE_SHOWN = 12, 300  # lines of the log, characters of each
 CPU_CACHE_GIB = 4  # for keys and values; vLLM's own default is most of the machine's memory
+_ERROR = re.compile(r"\w(Error|Exception): \S")
 _VERSION = re.compile(r"\d+\.\d+\S*")
 _SCRIPT = re.compile(rb"#!(/\S*python\S*)\n.*^from vllm\.", re.DOTALL | re.MULTILINE)
 _INSTALLED = "from importlib.metadata import version; print(version('vllm'))"
@@ -103,54 +105,6 @@ class VllmServerConfig:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class VllmServer(TokenEndpoint):
-    """A client of a server that this process started.
-
-    Args:
-        url: Address of the server.
-        pid: Id of the server's process; the processes that it starts belong to its session.
-        key_variable: Environment variable with the server's key; None sends none.
-        names: Names of the adapters that the server was started with, which requests address them by.
-    """
-
-    def __init__(self, url: str, pid: int, key_variable: str | None = None, *, names: Sequence[str] = ()) -> None:
-        super().__init__(url, key_variable, timeout_s=REQUEST_TIMEOUT_S, repeats=False)
-        self.pid = pid
-        self.names = tuple(names)
-        self.asks_for_key = key_variable is not None
-
-    def is_healthy(self) -> bool:
-        """Whether the server reports that it is up; a model may still fail at its first request."""
-        return bool(self._health())
-
-    def _health(self) -> bool | None:
-        """Whether the server says that it is well; None if it does not answer."""
-        try:
-            with self._connections.send("/health", None, self.headers, HEALTH_TIMEOUT_S) as response:
-                return 200 <= response.status < 300
-        except NO_ANSWER:
-            return None
-
-    def version(self) -> str:
-        """Version of vLLM that the server runs."""
-        answer = self.request("/version")
-        try:
-            return str(answer["version"])
-        except (LookupError, TypeError) as error:
-            raise EngineError(f"{self.url}/version: the answer has no version: {self.beginning(answer)}") from error
-
-    def is_alive(self) -> bool:
-        """Whether the process, a child of this one, runs without reporting a failure; a busy server need not answer."""
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            return False
-        return self._health() is not False
-
-    def wait(self) -> None:
-        """Return when the server has ended or reports a failure."""
-        while self.is_alive():
-            time.sleep(HEALTH_S)
-
-
 @contextmanager
 def serve_vllm(
     config: VllmServerConfig,
@@ -184,7 +138,7 @@ def serve_vllm(
         OutputError: A log that cannot be written, or that another server writes.
     """
     key = None if config.api_key() is None else KEY_VARIABLE
-    port = free_port(config.host) if port is None else _named_port(config.host, port)
+    port = free_port(config.host, port or 0)
     with signals_as_interrupts(), open_log(log) as output:
         try:
             process = subprocess.Popen(
@@ -261,20 +215,11 @@ def vllm_version(executable: str) -> str | None:
     Raises:
         EngineError: A command that does not exist.
     """
-    python = _python_of(executable)
-    installed = None if python is None else _printed_version([python, "-I", "-c", _INSTALLED])
-    return installed or _printed_version([executable, "--version"])
-
-
-def _python_of(executable: str) -> str | None:
-    """The Python that runs a script which imports vLLM; None: another kind of command."""
-    found = shutil.which(executable)
-    if found is None:
-        return None
-    with suppress(OSError), Path(found).open("rb") as file:
+    script = None
+    with suppress(OSError), Path(shutil.which(executable) or os.devnull).open("rb") as file:
         script = _SCRIPT.match(file.read(4096))
-        return None if script is None else os.fsdecode(script[1])
-    return None
+    installed = None if script is None else _printed_version([os.fsdecode(script[1]), "-I", "-c", _INSTALLED])
+    return installed or _printed_version([executable, "--version"])
 
 
 def _printed_version(command: Sequence[str]) -> str | None:
@@ -293,10 +238,6 @@ def _printed_version(command: Sequence[str]) -> str | None:
 def next_free_port(host: str, first: int) -> int:
     """The first port, from `first` on, that is free on a host.
 
-    Args:
-        host: Address or name that a server is to listen on.
-        first: The smallest port to try.
-
     Raises:
         EngineError: No free port, or a host that is not this machine.
     """
@@ -311,20 +252,12 @@ def next_free_port(host: str, first: int) -> int:
     raise EngineError(f"no port from {first} to {LAST_PORT} is free on {host}.")
 
 
-def free_port(host: str) -> int:
-    """Any free port of a host.
-
-    Args:
-        host: Address or name that a server is to listen on.
+def free_port(host: str, port: int = 0) -> int:
+    """The port, or any free one if it is 0; one that was used a moment ago (TIME_WAIT) can be named again.
 
     Raises:
-        EngineError: A host that is not this machine.
+        EngineError: A port that is in use, or a host that is not this machine.
     """
-    return _named_port(host, 0)
-
-
-def _named_port(host: str, port: int) -> int:
-    """The port, or any free one if it is 0; one that was used a moment ago (TIME_WAIT) can be named again."""
     try:
         return _bound(host, port, reuse=port != 0)
     except OSError as error:
@@ -336,11 +269,6 @@ def _bound(host: str, port: int, *, reuse: bool = False) -> int:
 
     vLLM binds its port, with SO_REUSEADDR and SO_REUSEPORT, long before it listens. A probe with SO_REUSEADDR succeeds
     beside it, and then two servers would share the port.
-
-    Args:
-        host: Address or name that a server is to listen on.
-        port: The port; 0 means any free one.
-        reuse: Whether to set SO_REUSEADDR.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
@@ -370,3 +298,41 @@ def _await_end(group: int) -> None:
     while time.monotonic() < deadline:
         os.killpg(group, 0)
         time.sleep(0.05)
+
+
+def open_log(log: Path) -> BinaryIO:
+    """Open a server's log, which is emptied, and locked as long as a process of the server has it open.
+
+    It may be /dev/null, which takes what any number of servers print.
+
+    Raises:
+        OutputError: A file that cannot be written, or that another server writes.
+    """
+    deadline = time.monotonic() + LOCK_S
+    try:
+        output = log.open("ab")
+        while stat.S_ISREG(os.fstat(output.fileno()).st_mode):
+            try:
+                lock(output, wait=False)
+                output.truncate(0)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    output.close()
+                    raise
+            time.sleep(POLL_S)
+        return output
+    except OSError as error:
+        reason = "another running server writes it" if isinstance(error, BlockingIOError) else error.strerror
+        raise OutputError(
+            f"{log}: the log cannot be written: {reason}; name another with {as_written('log')}."
+        ) from error
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log, after its first error: the lines that vLLM prints last seldom name the cause."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    first = next((line for line in lines if _ERROR.search(line) and "WARNING" not in line), None)
+    end = [line for line in lines[-LOG_LINES:] if line.strip()]
+    shown = end if first is None or first in end else [first, "...", *end]
+    return "\n".join([f"the end of {log}:", *(line[-LINE_SHOWN:] for line in shown)])

@@ -1,17 +1,21 @@
-"""Requests in tokens to a vLLM server: completions at once, or piece by piece."""
+"""The client of a vLLM server: completions in tokens, at once or piece by piece, and whether the server is well."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPResponse, IncompleteRead
 from typing import Any, ClassVar
 
+from loraover.client.connection import NO_ANSWER
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
 
+REQUEST_TIMEOUT_S, HEALTH_TIMEOUT_S = 600.0, 10.0
+HEALTH_S = 2.0  # between two questions to a server that runs
 PIECE_BYTES = 2**16
 
 
@@ -43,11 +47,55 @@ class Streamed(Completion):
     piece_s: tuple[float, ...]
 
 
-class TokenEndpoint(Endpoint):
-    """A vLLM server, which takes token ids and returns them."""
+class VllmServer(Endpoint):
+    """A client of a server that this process started.
+
+    Args:
+        url: Address of the server.
+        pid: Id of the server's process; the processes that it starts belong to its session.
+        key_variable: Environment variable with the server's key; None sends none.
+        names: Names of the adapters that the server was started with, which requests address them by.
+    """
 
     GREEDY: ClassVar = {**Endpoint.GREEDY, "repetition_penalty": 1.0}
     """The likeliest token at each position, without the repetition penalty that many base models' folders set."""
+
+    def __init__(self, url: str, pid: int, key_variable: str | None = None, *, names: Sequence[str] = ()) -> None:
+        super().__init__(url, key_variable, timeout_s=REQUEST_TIMEOUT_S, repeats=False)
+        self.pid = pid
+        self.names = tuple(names)
+        self.asks_for_key = key_variable is not None
+
+    def is_healthy(self) -> bool:
+        """Whether the server reports that it is up; a model may still fail at its first request."""
+        return bool(self._health())
+
+    def _health(self) -> bool | None:
+        """Whether the server says that it is well; None if it does not answer."""
+        try:
+            with self._connections.send("/health", None, self.headers, HEALTH_TIMEOUT_S) as response:
+                return 200 <= response.status < 300
+        except NO_ANSWER:
+            return None
+
+    def version(self) -> str:
+        """Version of vLLM that the server runs."""
+        answer = self.request("/version")
+        try:
+            return str(answer["version"])
+        except (LookupError, TypeError) as error:
+            raise EngineError(f"{self.url}/version: the answer has no version: {self.beginning(answer)}") from error
+
+    def is_alive(self) -> bool:
+        """Whether the process, a child of this one, runs without reporting a failure; a busy server need not answer."""
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return False
+        return self._health() is not False
+
+    def wait(self) -> None:
+        """Return when the server has ended or reports a failure."""
+        while self.is_alive():
+            time.sleep(HEALTH_S)
 
     def complete(
         self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float | None = None
