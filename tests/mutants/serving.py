@@ -396,7 +396,7 @@ SERVING = (
     ),
     Mutant(
         "plugin-reads-a-folder-that-changes",
-        "            if await to_thread(found.is_outdated):\n",
+        "            if await asyncio.to_thread(found.is_outdated):\n",
         "            if False:\n",
         Selection("test_plugin_settings.py", "half_overwritten"),
     ),

@@ -12,10 +12,11 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines import ENGINES, base, engine_class
+from loraover_serve.engines import ENGINES, base, engine_class, runner
 from loraover_serve.engines import vllm as vllm_engine
 from loraover_serve.engines.base import BatchingEngine, TimedEngine
 from loraover_serve.engines.elsewhere import ElsewhereEngine, Runner
@@ -138,8 +139,9 @@ def test_an_error_of_the_engine_is_reported_and_the_next_request_answered(runnin
 
 @pytest.mark.process
 def test_a_process_that_ended_is_reported(running: Runner) -> None:
-    running._process.kill()
-    running._process.wait()
+    (process,) = (child for child in psutil.Process().children() if runner.__file__ in child.cmdline())
+    process.kill()
+    process.wait()
     with pytest.raises(EngineError, match="mlx: the process has ended: it printed nothing"):
         running.ask("greedy")
 

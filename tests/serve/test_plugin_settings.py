@@ -9,23 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from loraover.common.errors import ExportError
+from loraover_serve import serve_adapters
 from loraover_serve.plugin.front import LINE_BYTES, Front
-from loraover_serve.plugin.service import PluginServer, Service
+from loraover_serve.plugin.service import Folders, PluginServer, Service
 from loraover_serve.plugin.settings import RefusedError, Settings, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
-from loraover_serve.vllm.client import VllmServer
-from loraover_serve.vllm.request import ServeRequest
-from loraover_serve.vllm.serve import _check_plugin
 
 from support.lines import Lines
 from support.vllm_command import vllm_command
+from support.vllm_stand_in import stand_in
 
 COMMIT = 40 * "7"
 ROOT = Path(__file__).parents[2]
@@ -62,6 +61,23 @@ def test_settings_of_the_environment(tmp_path: Path) -> None:
 def test_a_setting_that_cannot_be_used_is_named(name: str, value: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"LORAOVER_{name} is '{value}'"):
         settings_of(tmp_path, **{name: value})
+
+
+Answer = Callable[..., Awaitable[dict[str, Any]]]
+
+
+class Answering(Front):
+    """A worker's front that answers by itself."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    @property
+    def pid(self) -> int | None:
+        return 1
+
+    async def prepare(self, **request: Any) -> dict[str, Any]:
+        return await self._answer(**request)
 
 
 def front_of(folder: Path, program: str) -> Front:
@@ -151,17 +167,15 @@ def test_the_worker_answers_for_a_name_of_the_hub_and_for_a_refusal(
     assert reason.startswith("org/shop/adapter_model.safetensors: not a complete safetensors file")
 
 
-def test_a_service_fits_its_server_and_names_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_fits_its_server_and_names_no_path(tmp_path: Path) -> None:
+    async def refuse(**request: str) -> dict[str, Any]:
+        raise RefusedError(f"{request['source']} does not fit {request['model']} below {request['cache']}")
+
     (tmp_path / "adapters" / "shop").mkdir(parents=True)
-    service = Service(settings_of(tmp_path / "adapters", APPROXIMATE="32"))
+    service = Service(settings_of(tmp_path / "adapters", APPROXIMATE="32"), Answering(refuse))
     with pytest.raises(ValueError, match="LORAOVER_APPROXIMATE is 32, more than --max-lora-rank, which is 16; lower"):
         service.serve(PluginServer("base", "fp32", 16, "0.33.0"))
     service.serve(PluginServer(str(tmp_path / "models" / "base"), "fp32", 32, "0.33.0"))
-
-    async def refuse(**request: str) -> None:
-        raise RefusedError(f"{request['source']} does not fit {request['model']} below {request['cache']}")
-
-    monkeypatch.setattr(service.front, "prepare", refuse)
     with pytest.raises(RefusedError, match=r"^shop does not fit base below the cache$"):
         asyncio.run(service.find("shop"))
 
@@ -175,18 +189,15 @@ def half_overwrite(file: Path, half: int) -> None:
 
 
 @pytest.mark.parametrize("begins", ["before it is asked for", "while it is prepared"])
-def test_a_folder_that_is_half_overwritten_is_not_prepared(
-    begins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service, file = service_of(tmp_path, SETTLE="0.3"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
-    seen = []
+def test_a_folder_that_is_half_overwritten_is_not_prepared(begins: str, tmp_path: Path) -> None:
+    file, seen = tmp_path / "adapters" / "shop" / "adapter_model.safetensors", []
 
-    async def prepare(**_: object) -> dict[str, str]:
+    async def prepare(**_: object) -> dict[str, Any]:
         seen.append(file.read_bytes())
         if begins == "while it is prepared" and len(seen) == 1:
             half_overwrite(file, 0)
             asyncio.get_running_loop().call_later(0.15, half_overwrite, file, 1)
-        return made(service, f"digest-{len(seen)}")
+        return made(tmp_path, f"digest-{len(seen)}")
 
     async def ask() -> dict[str, object] | None:
         if begins == "before it is asked for":
@@ -194,7 +205,7 @@ def test_a_folder_that_is_half_overwritten_is_not_prepared(
             asyncio.get_running_loop().call_later(0.15, half_overwrite, file, 1)
         return await service.find("shop")
 
-    monkeypatch.setattr(service.front, "prepare", prepare)
+    service = service_of(tmp_path, prepare, SETTLE="0.3")
     found = asyncio.run(ask())
     assert seen == [8 * b"o", 8 * b"n"][-len(seen) :]
     assert seen[-1] == 8 * b"n"
@@ -203,14 +214,14 @@ def test_a_folder_that_is_half_overwritten_is_not_prepared(
     assert len(seen) == (1 if begins == "before it is asked for" else 2)
 
 
-def test_a_folder_that_never_rests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraover_serve.plugin.disk.PATIENCE_S", 0.0)
-    service, file = service_of(tmp_path, SETTLE="0.2"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+def test_a_folder_that_never_rests_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(8 * b"o")
 
     async def ask() -> None:
         writing = asyncio.create_task(write())
-        with pytest.raises(RefusedError, match=r"^shop: its files are still being written; ask again"):
-            await service.find("shop")
+        with pytest.raises(RefusedError, match="its files are still being written; ask again"):
+            await Folders(0.2, patience_s=0).settle(tmp_path)
         writing.cancel()
 
     async def write() -> None:
@@ -221,23 +232,21 @@ def test_a_folder_that_never_rests_is_refused(tmp_path: Path, monkeypatch: pytes
     asyncio.run(ask())
 
 
-def test_the_list_names_the_served_version_the_prepared_one_and_a_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    service, file = service_of(tmp_path, SETTLE="0"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+def test_the_list_names_the_served_version_the_prepared_one_and_a_change(tmp_path: Path) -> None:
+    file = tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
 
-    async def prepare(**_: object) -> dict[str, object]:
+    async def prepare(**_: object) -> dict[str, Any]:
         content = file.read_bytes()
         if content.startswith(b"bad"):
             raise RefusedError("it is bad")
-        return made(service, content.decode())
+        return made(tmp_path, content.decode())
 
     def shown(path: str) -> tuple[object, ...]:
         (found,) = service.shown({"shop": path})["adapters"]
         keys = ("status", "served_digest", "prepared_digest", "changed_on_disk", "reason")
         return tuple(found.get(key) for key in keys)
 
-    monkeypatch.setattr(service.front, "prepare", prepare)
+    service = service_of(tmp_path, prepare, SETTLE="0")
     first = asyncio.run(service.find("shop"))
     assert first is not None
     served = first["path"]
@@ -262,20 +271,18 @@ def test_the_list_names_the_served_version_the_prepared_one_and_a_change(
 
 
 @pytest.mark.process
-def test_the_documented_removal_spares_what_a_server_may_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documented_removal_spares_what_a_server_may_read_again(tmp_path: Path) -> None:
     """The first version, too, which a request that still runs may need."""
-    service, file = service_of(tmp_path, SETTLE="0"), tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
+    file = tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
 
-    async def prepare(**_: object) -> dict[str, object]:
-        return made(service, file.read_text())
+    async def prepare(**_: object) -> dict[str, Any]:
+        return made(tmp_path, file.read_text())
 
-    monkeypatch.setattr(service.front, "prepare", prepare)
+    service = service_of(tmp_path, prepare, SETTLE="0")
     asyncio.run(service.find("shop"))
     file.write_text("next")
     asyncio.run(service.find("shop"))
-    made(service, "another")
+    made(tmp_path, "another")
     (tmp_path / "cache" / "locks").mkdir()
     page = (ROOT / "docs/how-to/serve-any-adapter.md").read_text()
     lines = page.partition("cd ~/.cache/loraover/adapters && ")[2].partition("```")[0]
@@ -285,31 +292,33 @@ def test_the_documented_removal_spares_what_a_server_may_read_again(
     assert left == {"oooooooo", "next", "held", "locks"}
 
 
-def service_of(folder: Path, **more: str) -> Service:
-    """The service of a folder with the adapter "shop"."""
+def service_of(folder: Path, prepare: Answer, **more: str) -> Service:
+    """The service of a folder with the adapter "shop", whose worker answers so."""
     shop = folder / "adapters" / "shop"
     shop.mkdir(parents=True)
     (shop / "adapter_config.json").write_text("{}")
     (shop / "adapter_model.safetensors").write_bytes(8 * b"o")
-    service = Service(settings_of(folder / "adapters", CACHE=str(folder / "cache"), **more))
+    settings = settings_of(folder / "adapters", CACHE=str(folder / "cache"), **more)
+    service = Service(settings, Answering(prepare))
     service.serve(PluginServer("base", "fp32", 16, "0.33.0"))
     return service
 
 
-def made(service: Service, digest: str) -> dict[str, Any]:
+def made(root: Path, digest: str) -> dict[str, Any]:
     """A prepared adapter in the cache."""
-    folder = service.settings.cache / digest
+    folder = root / "cache" / digest
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
     return {"digest": digest, "path": str(folder / "adapter"), "rank": 4, "done": "taken", "notes": [], "cached": False}
 
 
-@pytest.mark.parametrize(("answer", "warns"), [({"reloads": True}, False), ({"reloads": False}, True), ({}, True)])
-def test_a_server_that_reloads_nothing_is_warned_of(answer: dict[str, bool], warns: bool, tmp_path: Path) -> None:
+@pytest.mark.process
+@pytest.mark.parametrize(("mode", "warns"), [("reloads", False), ("answers", True)])
+def test_a_server_that_reloads_nothing_is_warned_of(mode: str, warns: bool, base: Path, tmp_path: Path) -> None:
     """As on a release of vLLM that is not known."""
-    said = Lines()
-    server = cast("VllmServer", SimpleNamespace(request=lambda _: answer))
-    _check_plugin(server, ServeRequest(folder=tmp_path, model="base", report=said))
-    assert ["folders that change are not served anew" in line for line in said.lines] == [True] * warns
+    said, vllm = Lines(), stand_in(tmp_path, mode)
+    with serve_adapters(folder=tmp_path, model=base, vllm=vllm, log=tmp_path / "log", report=said) as server:
+        assert not server.names
+    assert any("folders that change are not served anew" in line for line in said.lines) == warns
 
 
 CONTRACT = """
@@ -319,19 +328,19 @@ from types import SimpleNamespace
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.request import LoRARequest
 from vllm.v1.worker.gpu_input_batch import InputBatch
-from loraover_serve.plugin import equality
-from loraover_serve.plugin.equality import is_known, tell_apart
-from loraover_serve.plugin.reload import serve_anew, served_by
+from loraover_serve.plugin import vllm as plugin
+from loraover_serve.plugin.vllm import is_known, tell_apart
+from loraover_serve.plugin.routes import serve_anew, served_by
 
 one, two = (LoRARequest("shop", number, f"/{number}") for number in (1, 2))
 ids = np.array([1, 2])
 batch = SimpleNamespace(request_lora_mapping=ids, num_reqs=2, lora_id_to_lora_request={1: one, 2: two})
 active = lambda: InputBatch.make_lora_inputs(batch, np.array([1, 1]), np.array([1, 1]))[2]
 print("stock", len(active()))
-equality.is_known = lambda: False
+plugin.is_known = lambda: False
 tell_apart()
 print("unknown", len(active()))
-equality.is_known = is_known
+plugin.is_known = is_known
 tell_apart()
 print("mended", len(active()), one == LoRARequest("shop", 1, "/other"))
 print("known", is_known(), is_known("0.34.0"), is_known("0.3.2"))

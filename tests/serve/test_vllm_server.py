@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 from loraover.common.errors import EngineError, OutputError
 from loraover_serve.vllm import server as vllm_server
 from loraover_serve.vllm.client import VllmServer
-from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
+from loraover_serve.vllm.server import VllmServerConfig, free_port, serve_vllm
 
+from support.http_server import Handler, serving
 from support.vllm_stand_in import assert_stopped, stand_in
 
 pytestmark = pytest.mark.process
@@ -81,13 +83,13 @@ def test_a_stubborn_server_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_stopped(tmp_path)
 
 
-def test_ctrl_c_while_a_stubborn_server_is_asked_to_stop_kills_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm_server, "STOP_S", 60)
+def test_ctrl_c_while_a_stubborn_server_is_asked_to_stop_kills_it(tmp_path: Path) -> None:
     again = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    before = time.monotonic()
     with pytest.raises(KeyboardInterrupt), served(tmp_path, "stubborn"):
         again.start()
+        before = time.monotonic()
+    assert time.monotonic() - before < vllm_server.STOP_S - 2
     assert_stopped(tmp_path)
 
 
@@ -121,15 +123,21 @@ def test_a_server_that_is_no_use_says_why(mode: str, words: list[str], tmp_path:
         assert_stopped(tmp_path)
 
 
-def test_another_server_on_the_port_does_not_answer_for_one_that_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ended(pid: int) -> AbstractContextManager[None]:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        return nullcontext()
+class Healthy(Handler):
+    def do_GET(self) -> None:
+        self.answer(200, b"{}")
 
-    monkeypatch.setattr(VllmServer, "is_healthy", lambda client: True)
-    server = served(tmp_path, "ends", watch=ended)
+
+def test_another_server_on_the_port_does_not_answer_for_one_that_ended(tmp_path: Path) -> None:
+    port = free_port("127.0.0.1")
+
+    @contextmanager
+    def replaced(pid: int) -> Iterator[None]:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with serving(Healthy, port=port):
+            yield
+
+    server = served(tmp_path, "ends", watch=replaced, port=port)
     with pytest.raises(EngineError, match="ended with code 1"), server:
         pytest.fail("the block ran")
 

@@ -41,9 +41,11 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(handler: Callable[..., BaseHTTPRequestHandler], tls: SSLContext | None = None) -> Iterator[str]:
-    """Run a server of this machine during a block; yields its address."""
-    with Server(("127.0.0.1", 0), handler) as server:
+def serving(
+    handler: Callable[..., BaseHTTPRequestHandler], tls: SSLContext | None = None, port: int = 0
+) -> Iterator[str]:
+    """Run a server of this machine during a block, on a port or on any free one; yields its address."""
+    with Server(("127.0.0.1", port), handler) as server:
         if tls is not None:
             server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(POLL_S,), daemon=True)

@@ -117,7 +117,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         well = mode != "unwell" or not seen
-        self.reply(200 if well else 503, {"data": [{"id": "base"}], "version": "0.0 of a stand-in"})
+        found = {"data": [{"id": "base"}], "version": "0.0 of a stand-in", "reloads": mode == "reloads"}
+        self.reply(200 if well else 503, found)
 
     def may_pass(self) -> bool:
         """Whether a request below /v1 has the key that vLLM would ask for; if not, refuse it."""
@@ -138,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             self.complete(body, mode if next(self.server.completions) > self.server.after else "answers")
 
     def complete(self, body: dict[str, Any], mode: str) -> None:
-        if mode != "answers":
+        if mode not in ("answers", "reloads"):
             (self.server.folder / "failing").touch()
         if mode == "dies":
             os._exit(1)

@@ -53,11 +53,15 @@ class Front:
         async with self._starting:
             if self.pid is not None:
                 return
+            root = str(Path(__file__).parents[2])
+            paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+            inherited = {name: value for name, value in os.environ.items() if name != ADAPTERS}
+            given = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
             self._process = await asyncio.create_subprocess_exec(
                 *(self._settings.python, "-m", "loraover_serve.plugin.worker", str(self._settings.threads)),
                 stdin=PIPE,
                 stdout=PIPE,
-                env=_environment(),
+                env=inherited | given,
                 limit=LINE_BYTES,
             )
             self._waiting = {}  # of this process alone: an earlier one's requests end with it
@@ -127,11 +131,3 @@ async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str
         for waiting in expected.values():
             if not waiting.done():
                 waiting.set_exception(WorkerEndedError())
-
-
-def _environment() -> dict[str, str]:
-    """Return the worker's environment: no GPU, none of the plug-in's own, and this package."""
-    root = str(Path(__file__).parents[2])
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    given = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(dict.fromkeys([*paths, root]))}
-    return {name: value for name, value in os.environ.items() if name != ADAPTERS} | given

@@ -1,29 +1,34 @@
-"""Routes for those who run the server, which its API process imports alone.
+"""Routes for those who run the server, and adapters served anew; the server's API process imports it alone.
 
-Read in vLLM 0.32 and 0.33: vllm/plugins/endpoint_plugins/interface.py. vLLM loads routes of a plug-in only if
-VLLM_PLUGINS names it.
+Read in vLLM 0.32 and 0.33: vllm/plugins/endpoint_plugins/interface.py, and vllm/entrypoints/openai/models/serving.py,
+whose table of served adapters is private. vLLM loads routes of a plug-in only if VLLM_PLUGINS names it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from vllm import __version__, envs
 from vllm.entrypoints.openai.models.api_router import models
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.lora.request import LoRARequest
 
-from loraover_serve.plugin.equality import KNOWN, is_known
 from loraover_serve.plugin.front import logger
-from loraover_serve.plugin.reload import keep_current, serve_anew, served_by
 from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError
-from loraover_serve.plugin.vllm import DEFAULT_DTYPE, service
+from loraover_serve.plugin.vllm import DEFAULT_DTYPE, KNOWN, is_known, service
+
+LOOK_S = 1.0
+"""Seconds between two looks at the folders of served adapters."""
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 """Data types of adapters by those of models."""
@@ -120,6 +125,56 @@ async def load_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) ->
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
     return Response(answer)
+
+
+def served_by(models: OpenAIServingModels) -> dict[str, str]:
+    """Return the path that vLLM has loaded, by name."""
+    return {name: request.lora_path for name, request in models.lora_requests.items()}
+
+
+async def serve_anew(models: OpenAIServingModels, name: str, path: str, *, is_3d: bool | None = None) -> bool:
+    """Let vLLM serve a folder under a name that it serves already, and return whether it did not yet.
+
+    The folder gets another id. Requests that run end with the version that they began with, and no request finds the
+    name missing. If vLLM cannot load the folder, it serves the earlier one. `is_3d` says whether the weights of experts
+    lie in the file as one tensor a layer; None: as those of the served one.
+    """
+    async with models.lora_resolver_lock[name]:
+        served = models.lora_requests.get(name)
+        if served is None or served.lora_path == path:
+            return False
+        found = LoRARequest(
+            lora_name=name,
+            lora_int_id=models.lora_id_counter.inc(1),
+            lora_path=path,
+            base_model_name=served.base_model_name,
+            is_3d_lora_weight=served.is_3d_lora_weight if is_3d is None else is_3d,
+        )
+        await models.engine_client.add_lora(found)
+        models.lora_requests[name] = found
+    logger.info("%s has changed, and is served from %s", name, path)
+    return True
+
+
+async def keep_current(service: Service, models: OpenAIServingModels) -> None:
+    """Serve every adapter anew whose folder has changed and is complete, for as long as the server runs."""
+    while True:
+        await asyncio.sleep(LOOK_S)
+        changed = await asyncio.to_thread(service.changed, served_by(models))
+        await asyncio.gather(*(_renew(service, models, name, folder) for name, folder in changed.items()))
+
+
+async def _renew(service: Service, models: OpenAIServingModels, name: str, folder: Path) -> None:
+    try:
+        prepared: Mapping[str, Any] | None = await service.renew(name, folder)
+        if prepared is not None:
+            await serve_anew(models, name, prepared["path"])
+    except RefusedError as error:
+        service.refuse(name, str(error), folder)
+        logger.warning("%s has changed, and its earlier version is served still: %s", name, error)
+    except Exception as error:  # of vLLM's engine, such as an adapter that its memory does not hold
+        logger.exception("%s has changed, and vLLM cannot load it; its earlier version is served still", name)
+        service.refuse(name, f"vLLM cannot load it: {error}", folder)
 
 
 def _service() -> Service:

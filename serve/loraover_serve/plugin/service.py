@@ -1,24 +1,130 @@
-"""Names of adapters in the plug-in: each is found and prepared, and the outcome remembered."""
+"""Names of adapters in the plug-in: each is found, prepared when its files are complete, and the outcome remembered."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import time
-from asyncio import to_thread
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from loraover_serve.plugin.disk import Folders, Holds, State, state_of
+from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, REFERENCE_FILE, TEMPLATE_FILE, TENSORS_FILE
+from loraover.common.file_lock import NO_LOCKS
 from loraover_serve.plugin.front import Front
 from loraover_serve.plugin.settings import APPROXIMATE, RefusedError, Settings, folder_of
+
+FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE, TEMPLATE_FILE, REFERENCE_FILE)
+"""Files of an adapter that what is prepared of it may depend on; others, such as logs, may change at any time."""
+
+POLL_S = 0.5
+"""Seconds between two looks at a folder that is being written."""
+
+PATIENCE_S = 60.0
+"""Seconds that a request waits for a folder that is being written."""
+
+HOLDS = "held"
+"""Folder of the cache with a file for each prepared adapter that a server may read, which the server locks."""
+
+State = tuple[tuple[str, int, int, int, int, int], ...]
+"""Marks that change when a file of an adapter is written or replaced: name, device, inode, bytes, times in ns."""
 
 TRIES = 3
 """Times that an adapter is prepared whose files change meanwhile, or that is removed from the cache."""
 
 RETRY_S = 60.0
 """Seconds until a served adapter's folder is tried again that was refused and has not changed since."""
+
+
+def state_of(folder: Path) -> State:
+    """Return the state of an adapter's files; that of a folder without any is empty."""
+    found = []
+    for name in FILES:
+        try:
+            file = (folder / name).stat()
+        except (OSError, ValueError):  # it is missing, is just replaced, or cannot have that name
+            continue
+        found.append((name, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
+    return tuple(found)
+
+
+class Folders:
+    """Since when the adapters' folders are unchanged.
+
+    A folder that is half overwritten may hold a well-formed adapter, which nobody trained. Therefore it is read only
+    when nothing has written there for some seconds.
+
+    Args:
+        settle_s: Seconds for which a folder has to be unchanged before it is read.
+        patience_s: Seconds that a request waits for that.
+    """
+
+    def __init__(self, settle_s: float, patience_s: float = PATIENCE_S) -> None:
+        self._settle_s, self._patience_s = settle_s, max(patience_s, 2 * settle_s)
+        self._seen: dict[Path, tuple[State, float]] = {}
+
+    def settled(self, folder: Path) -> State | None:
+        """Return the state of a folder that has been unchanged for long enough; None of any other.
+
+        Of a folder that is seen for the first time, the files' own times are believed; later changes are timed here,
+        since the clock of a file server may differ.
+        """
+        state, now = state_of(folder), time.monotonic()
+        before, since = self._seen.get(folder, (None, now))
+        if state != before:
+            # A copy may keep the other time, of modification; and the files' clock may be ahead of ours.
+            age_s = max(0.0, time.time() - max((changed for *_, changed in state), default=0) / 1e9)
+            since = now if before is not None else now - age_s
+            self._seen[folder] = state, since
+        return state if now - since >= self._settle_s else None
+
+    async def settle(self, folder: Path) -> State:
+        """Wait until a folder has been unchanged for long enough, and return its state.
+
+        Raises:
+            RefusedError: Its files went on changing.
+        """
+        given_up = time.monotonic() + self._patience_s
+        while (state := await asyncio.to_thread(self.settled, folder)) is None:
+            if time.monotonic() > given_up:
+                raise RefusedError(f"{folder}: its files are still being written; ask again when they are complete.")
+            await asyncio.sleep(min(POLL_S, self._settle_s))
+        return state
+
+
+class Holds:
+    """Locks on the prepared adapters that this server may read, until it ends.
+
+    vLLM reads an adapter again from its path if it was evicted, within a step of its engine, and a failure there ends
+    the server. An earlier version may be read again, too, for a request that still runs.
+
+    Args:
+        cache: Folder of prepared adapters.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._files: dict[str, IO[bytes]] = {}
+
+    def hold(self, digest: str) -> bool:
+        """Lock a prepared adapter against removal, and return whether it is still there.
+
+        Raises:
+            OSError: The file of the lock cannot be made.
+        """
+        if digest not in self._files:
+            (self._cache / HOLDS).mkdir(exist_ok=True)
+            file = (self._cache / HOLDS / digest).open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH)  # waits for a removal that has begun
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    file.close()
+                    raise
+            self._files[digest] = file
+        return (self._cache / digest).is_dir()
 
 
 @dataclass(frozen=True)
@@ -86,12 +192,12 @@ class Service:
 
     Args:
         settings: Settings of the plug-in.
+        front: The worker, which prepares adapters.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, front: Front) -> None:
+        self.settings, self.front = settings, front
         self.served: PluginServer | None = None
-        self.front = Front(settings)
         self.reloads = False
         self._folders = Folders(settings.settle_s)
         self._holds = Holds(settings.cache)
@@ -162,12 +268,12 @@ class Service:
             except RefusedError as error:
                 refused = error
             found = Version(fields, folder, state)
-            if await to_thread(found.is_outdated):
+            if await asyncio.to_thread(found.is_outdated):
                 continue
             if refused is not None:
                 raise refused
             try:
-                if await to_thread(self._holds.hold, found.digest):
+                if await asyncio.to_thread(self._holds.hold, found.digest):
                     return found
             except OSError as error:
                 raise RefusedError(f"cache {self.settings.cache}: cannot be written: {error.strerror}.") from error

@@ -81,6 +81,16 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
     python = environment.get(PYTHON) or sys.executable
     if shutil.which(python) is None:
         raise ValueError(f"{PYTHON} is {python!r}, which is not a command; name the Python of an environment.")
+    reload = environment.get(RELOAD) or "0"
+    if reload not in ("0", "1"):
+        raise ValueError(f"{RELOAD} is {reload!r}, expected 0 or 1.")
+    settle = environment.get(SETTLE) or str(DEFAULT_SETTLE_S)
+    try:
+        settle_s = float(settle)
+    except ValueError:
+        settle_s = -1
+    if not 0 <= settle_s <= MOST_SETTLE_S:  # a NaN, too
+        raise ValueError(f"{SETTLE} is {settle!r}, expected a number of seconds from 0 to {MOST_SETTLE_S:g}.")
     return Settings(
         adapters=folder.resolve(),
         cache=Path(environment.get(CACHE) or DEFAULT_CACHE).expanduser().absolute(),
@@ -89,8 +99,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
         approximate=_number(environment, APPROXIMATE),
         prepare=_listed(environment.get(PREPARE)),
         hub=_listed(environment.get(HUB_ALLOW)),
-        reload=_switch(environment, RELOAD),
-        settle_s=_seconds(environment, SETTLE),
+        reload=reload == "1",
+        settle_s=settle_s,
     )
 
 
@@ -125,26 +135,6 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if not found.isdecimal() or int(found) < 1:
         raise ValueError(f"{name} is {found!r}, expected a whole number of 1 or more.")
     return int(found)
-
-
-def _switch(environment: Mapping[str, str], name: str) -> bool:
-    found = environment.get(name) or "0"
-    if found not in ("0", "1"):
-        raise ValueError(f"{name} is {found!r}, expected 0 or 1.")
-    return found == "1"
-
-
-def _seconds(environment: Mapping[str, str], name: str) -> float:
-    found = environment.get(name)
-    if not found:
-        return DEFAULT_SETTLE_S
-    try:
-        seconds = float(found)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds <= MOST_SETTLE_S:  # a NaN, too
-        raise ValueError(f"{name} is {found!r}, expected a number of seconds from 0 to {MOST_SETTLE_S:g}.")
-    return seconds
 
 
 def _listed(found: str | None) -> tuple[str, ...]:

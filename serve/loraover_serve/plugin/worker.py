@@ -13,7 +13,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
 NICENESS = 10
 """Lower priority than the server's, whose requests come first."""
@@ -28,38 +28,31 @@ def main() -> None:
     os.nice(NICENESS)
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)  # what libraries print goes to the server's log
-        _serve(sys.stdin.buffer, answers, threads=int(sys.argv[1]))
+        import loraover_export.prepare.run  # noqa: F401  (before there are threads, which must not import it at once)
+        from loraover.common.command_line import quiet_libraries
+
+        quiet_libraries()
+        lock, pool = Lock(), ThreadPoolExecutor(int(sys.argv[1]))
+
+        def work(line: bytes) -> None:
+            request = json.loads(line)
+            answer = json.dumps({"id": request.pop("id"), **answer_to(request)}).encode() + b"\n"
+            with lock:
+                answers.write(answer)
+                answers.flush()
+
+        for line in sys.stdin.buffer:
+            pool.submit(work, line)
+        pool.shutdown(wait=False, cancel_futures=True)
     os._exit(0)  # without waiting for adapters that nobody asks for any more
-
-
-def _serve(requests: BinaryIO, answers: BinaryIO, threads: int) -> None:
-    import loraover_export.prepare.run  # noqa: F401  (before there are threads, which must not import it at once)
-    from loraover.common.command_line import quiet_libraries
-
-    quiet_libraries()
-    lock, pool = Lock(), ThreadPoolExecutor(threads)
-
-    def work(line: bytes) -> None:
-        request = json.loads(line)
-        answer = json.dumps({"id": request.pop("id"), **answer_to(request)}).encode() + b"\n"
-        with lock:
-            answers.write(answer)
-            answers.flush()
-
-    for line in requests:
-        pool.submit(work, line)
-    pool.shutdown(wait=False, cancel_futures=True)
 
 
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Prepare one adapter, and say how it went.
 
-    Args:
-        request: `source`, or `hub` with a name of the hub; and the other arguments of `prepare_adapter`.
-
-    Returns:
-        `prepared`, a mapping with the fields of `PreparedAdapter` and the file `record`; or `refused`, the reason,
-        which has the name of an adapter of the hub in place of its folder.
+    It takes `source`, or `hub` with a name of the hub, and the other arguments of `prepare_adapter`. It returns
+    `prepared`, the fields of `PreparedAdapter` and the file `record`; or `refused`, the reason, which has the name of
+    an adapter of the hub in place of its folder.
     """
     from loraover.common.errors import LoraOverError
     from loraover_export import prepare_adapter
@@ -67,7 +60,12 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 
     name, source = request.pop("hub", None), request.pop("source", None)
     try:
-        source = source if name is None else str(_downloaded(name))
+        if name is not None:
+            from loraover.sources.fetch import ADAPTER_FILES
+            from loraover.sources.hub import fetch_repository
+
+            repository, _, revision = name.partition("@")
+            source = str(fetch_repository(repository, revision or None, "model", ADAPTER_FILES))
         found = prepare_adapter(source, **request)
     except LoraOverError as error:
         reason = str(error) if None in (name, source) else str(error).replace(source, name)
@@ -83,15 +81,6 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 def _shortened(text: str) -> str:
     left = len(text) - CHARACTERS
     return text if left <= 0 else f"{text[:CHARACTERS]} ... ({left} characters are left out)"
-
-
-def _downloaded(name: str) -> Path:
-    """Return the folder of an adapter of the hub, in the hub's own cache."""
-    from loraover.sources.fetch import ADAPTER_FILES
-    from loraover.sources.hub import fetch_repository
-
-    repository, _, revision = name.partition("@")
-    return fetch_repository(repository, revision or None, "model", ADAPTER_FILES)
 
 
 if __name__ == "__main__":
