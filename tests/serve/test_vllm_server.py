@@ -88,8 +88,7 @@ def test_ctrl_c_while_a_stubborn_server_is_asked_to_stop_kills_it(tmp_path: Path
     before = time.monotonic()
     with pytest.raises(KeyboardInterrupt), served(tmp_path, "stubborn"):
         again.start()
-        before = time.monotonic()
-    assert time.monotonic() - before < vllm_server.STOP_S - 2
+    assert time.monotonic() - before < vllm_server.STOP_S
     assert_stopped(tmp_path)
 
 
