@@ -42,10 +42,14 @@ def _recipes(request: RecipesRequest, as_json: bool) -> None:
         click.echo(json.dumps({one: recipe.model_dump(mode="json") for one, recipe in loaded.items()}, indent=1))
         return
     from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
 
-    from loraover.training.show import show_recipes
-
-    show_recipes(loaded.items(), Console())
+    console = Console()
+    for name, recipe in loaded.items():
+        console.print(name, style="bold", markup=False, highlight=False)
+        for text in (f"base model: {recipe.model}", f"data: {recipe.data.name}", recipe.description):
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
 
 
 recipes = request_command(RecipesRequest, _recipes)

@@ -66,7 +66,13 @@ def train_on_ray(
     if resume != "auto":
         check_claim(output, resume=resume)
     with ray_cluster(address) as ray:
-        kind = _check_resources(ray.cluster_resources(), workers)
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+
+        there = ray.cluster_resources()
+        kind = "GPU" if there.get("GPU") else "CPU"
+        if workers > there.get(kind, 0):
+            raise ConfigError(f"{as_written('workers', str(workers))}: the cluster has {there.get(kind, 0):g} {kind}s.")
         report.line(f"run of {workers} worker(s) on Ray, each with one {kind}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent.absolute()) as scratch:
@@ -77,35 +83,24 @@ def train_on_ray(
                 "folder": str(Path.cwd()),
                 "scratch": scratch,
             }
+            trainer = TorchTrainer(
+                _take_part,
+                train_loop_config=work,
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=kind == "GPU"),
+                run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=RESTARTS)),
+            )
             with _followed(Path(scratch) / LINES, report):
-                _fit(work, workers, use_gpu=kind == "GPU")
-            _raise_refused(Path(scratch) / REFUSED)
+                try:
+                    trainer.fit()
+                except TrainingFailedError as error:
+                    raise ProcessError(
+                        f"Ray's workers have failed {RESTARTS + 1} times, at last with: {error}"
+                    ) from error
+            if (refused := Path(scratch) / REFUSED).exists():
+                says = json.loads(refused.read_text())
+                kinds = {one.__name__: one for one in LoraOverError.__subclasses__()}
+                raise kinds.get(says["kind"], LoraOverError)(says["message"])
     return read_run(output)
-
-
-def _check_resources(there: Mapping[str, float], workers: int) -> str:
-    """Return what each worker gets one of, "GPU" or "CPU"; raise ConfigError if the cluster has too few."""
-    kind = "GPU" if there.get("GPU") else "CPU"
-    if workers > there.get(kind, 0):
-        raise ConfigError(f"{as_written('workers', str(workers))}: the cluster has {there.get(kind, 0):g} {kind}s.")
-    return kind
-
-
-def _fit(work: dict[str, Any], workers: int, *, use_gpu: bool) -> None:
-    """Let Ray's workers train; raise ProcessError if they fail too often."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-
-    trainer = TorchTrainer(
-        _take_part,
-        train_loop_config=work,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=RunConfig(storage_path=work["scratch"], failure_config=FailureConfig(max_failures=RESTARTS)),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise ProcessError(f"Ray's workers have failed {RESTARTS + 1} times, at last with: {error}") from error
 
 
 @contextmanager
@@ -151,14 +146,6 @@ def _take_part(work: Mapping[str, Any]) -> None:
         except LoraOverError as error:
             says = json.dumps({"kind": own_kind(error).__name__, "message": str(error)})
             launched().write((scratch / REFUSED).write_text, says)
-
-
-def _raise_refused(file: Path) -> None:
-    if file.exists():
-        says = json.loads(file.read_text())
-        raise {kind.__name__: kind for kind in LoraOverError.__subclasses__()}.get(says["kind"], LoraOverError)(
-            says["message"]
-        )
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
 
 from loraover.common.errors import printable
 from loraover.reporting.reporter import print_line, print_rows
@@ -16,7 +14,6 @@ from loraover.training.run_result import RunResult
 
 if TYPE_CHECKING:
     from loraover.training.plan import TrainingPlan
-    from loraover.training.recipe import Recipe
 
 
 def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
@@ -41,11 +38,3 @@ def show_plan(plan: TrainingPlan, console: Console) -> None:
 
     print_rows(console, list(plan.facts().items()))
     print_line(console, ASSUMPTION)
-
-
-def show_recipes(recipes: Iterable[tuple[str, Recipe]], console: Console) -> None:
-    """Print name, base model, training data and description of each recipe."""
-    for name, recipe in recipes:
-        console.print(name, style="bold", markup=False, highlight=False)
-        for text in (f"base model: {recipe.model}", f"data: {recipe.data.name}", recipe.description):
-            console.print(Padding(Text(text), (0, 0, 0, 2)))

@@ -149,32 +149,21 @@ def _tried(recipe: Recipe, source: ModelSource, config: Any, layers: int, clock:
         with torch.random.fork_rng(devices=[]):
             _cut(config, layers).save_pretrained(base, max_shard_size="64MB")  # each is copied when it is written
         load_tokenizer(source).save_pretrained(base)
-        _give_memory_back()
+        gc.collect()
+        with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)  # which keeps the memory of the layers, and the trial's peak would have it
         short = _short(recipe, base)
         if _is_on_hub(recipe):
-            rows = _long_rows(short, Path(scratch) / "rows.jsonl", is_seq2seq=is_encoder_decoder(source))
-            short = short.model_copy(update={"data": rows})
+            file, text = Path(scratch) / "rows.jsonl", " a" * short.training.tokens
+            row = {"prompt": text if is_encoder_decoder(source) else "Say:", "completion": text}
+            file.write_text((json.dumps(row) + "\n") * (short.data.train_examples or 1))
+            short = short.model_copy(update={"data": Data(train=str(file), chat=False)})
         result = train(short, Path(scratch) / "run", report=timed)
     return RunNeeds(timed.step_seconds * recipe.training.gradient_accumulation_steps, result.peak_bytes)
 
 
 def _is_on_hub(recipe: Recipe) -> bool:
     return any(map(is_hub_name, recipe.data.sources))
-
-
-def _long_rows(short: Recipe, file: Path, *, is_seq2seq: bool) -> Data:
-    """Write as many rows of full length as a recipe trains on, in place of its own."""
-    text = " a" * short.training.tokens
-    row = {"prompt": text if is_seq2seq else "Say:", "completion": text}
-    file.write_text((json.dumps(row) + "\n") * (short.data.train_examples or 1))
-    return Data(train=str(file), chat=False)
-
-
-def _give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps that of the model's layers, and the trial's peak would have it."""
-    gc.collect()
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _short(recipe: Recipe, base: Path) -> Recipe:

@@ -179,19 +179,14 @@ def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[s
         elif key not in types:
             faults.append(f"{name}.{key}: unknown key{hint(MEANT.get(key, key), known - reserved)}")
         elif value is not None:
-            try:
-                values[key] = _as_type(types[key], value)
+            config = None if dataclasses.is_dataclass(types[key]) else ConfigDict(arbitrary_types_allowed=True)
+            try:  # YAML has 1e-4 as text
+                values[key] = TypeAdapter(types[key], config=config).validate_python(value)
             except ValidationError as error:
                 faults.append(f"{name}.{key}: {error.errors()[0]['msg']} (found {value!r:.80})")
     if faults:
         raise ConfigError("; ".join(faults))
     return values
-
-
-def _as_type(hint: Any, value: Any) -> Any:
-    """Convert a value as YAML has it, such as the text 1e-4, into the type of a field."""
-    config = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
-    return TypeAdapter(hint, config=config).validate_python(value)
 
 
 def with_adapter(

@@ -300,7 +300,10 @@ def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) ->
     for part in examples.parts:
         _check_chat(recipe, name, tokenizer, part)
         margins = [row.get("margin") for row in part.rows]
-        fault = next((i for i, margin in enumerate(margins) if not _is_finite(margin)), None)
+        is_number = [
+            isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in margins
+        ]
+        fault = None if all(is_number) else is_number.index(False)
         if fault is not None and any(margin is not None for margin in margins):
             raise DataError(
                 f"{part.place(fault)}: the margin is {margins[fault]!r}, expected a number in every row, or in none."
@@ -345,10 +348,6 @@ def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
             f"{where}, and row {part.number(is_text.index(True))} text; set data.chat to true, so that all "
             "become chat messages."
         )
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def count_classes(examples: Examples) -> int:

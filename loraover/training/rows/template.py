@@ -33,7 +33,13 @@ def spelt(row: Row, part: str | None, reads: Any) -> str:
     if all(isinstance(piece, str) for piece in pieces):
         return "".join(pieces)
     options = {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
-    messages = [_without_places(message) for piece in pieces for message in piece]
+    messages = []
+    for message in (message for piece in pieces for message in piece):
+        content = message.get("content")
+        if isinstance(content, list) and any(part["type"] == "image" for part in content):
+            content = [part for part in content if part["type"] != "image"]  # whose tokens `picture_tokens` counts
+            message = message | {"content": content or [{"type": "text", "text": ""}]}
+        messages.append(message)
     text: str = reads.apply_chat_template(messages, tokenize=False, add_generation_prompt=part is None, **options)
     return text
 
@@ -148,13 +154,3 @@ def _otherwise(message: Row, text: str, others: str) -> Iterator[tuple[str, Row]
 
 SURE = 16
 """Characters of a message that, if they stand in a text, come from this message."""
-
-
-def _without_places(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message without the places of its images, whose tokens are counted by `picture_tokens`."""
-    content = message.get("content")
-    if not isinstance(content, list) or not any(part["type"] == "image" for part in content):
-        return message
-    return message | {
-        "content": [part for part in content if part["type"] != "image"] or [{"type": "text", "text": ""}]
-    }
