@@ -103,3 +103,36 @@ def test_no_text_of_ours_names_a_module_that_an_import_could_not(house: Any) -> 
 def test_no_docstring_of_ours_begins_with_a_riddle(house: Any) -> None:
     found = {one.name: house.riddles(one) for one in house.read_modules()}
     assert {name: each for name, each in found.items() if each} == {}
+
+
+@pytest.fixture
+def walks(house: Any) -> Any:
+    sys.modules.pop("walk_house", None)
+    return importlib.import_module("walk_house")
+
+
+def test_a_walk_counts_files_climbs_and_returns(walks: Any) -> None:
+    layers = {"": [["made"]], "made": [["upper"], ["lower"]]}
+    steps = [("made.upper.a", "made.lower.b"), ("made.lower.b", "made.upper.c"), ("made.upper.c", "made.lower.b")]
+    assert walks.count(steps, layers) == (3, 1, 1)
+
+
+def test_steps_between_modules_of_ours_are_heard_through_others(walks: Any, modules: list[Any], tmp_path: Path) -> None:
+    steps = walks.Steps(tmp_path, {"made": "made"})
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from made.upper.far import used  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(tmp_path))
+    (tmp_path / "made/upper/again.py").write_text("def go(used):\n    return list(map(lambda _: used(), [1, 2]))\n")
+    code = compile((tmp_path / "made/upper/again.py").read_text(), str(tmp_path / "made/upper/again.py"), "exec")
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    sys.setprofile(steps.heard)
+    try:
+        names["go"](used)
+    finally:
+        sys.setprofile(None)
+        for name in [each for each in sys.modules if each.partition(".")[0] == "made"]:
+            del sys.modules[name]
+    assert list(steps.found) == [("made.upper.again", "made.lower.near")]
