@@ -24,10 +24,11 @@ from loraover_serve.judge.names import ENDS_EARLY
 from loraover_serve.judge.results import LogprobDistance
 from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.verify.faults import permuted
+from loraover_serve.verify.pytorch import KEPT
 
 from support.make_checkpoint import Made
 from support.plain_adapter import tiny_decoder
-from support.verified import FAULTS, Case, Planted, judged, make_case, plant, save_base
+from support.verified import FAULTS, Case, Planted, judged, make_case, plant, save_adapter, save_base
 
 
 def as_pytorch(case: Case, *, length: int | None = None) -> Answers:
@@ -53,6 +54,24 @@ def test_the_right_adapter_is_as_trained(case: Case, tmp_path: Path) -> None:
     assert (found.verdict, found.number_format, found.fault, found.suspects) == ("as trained", "fp32", None, [])
     assert found.greedy is not None
     assert found.greedy.equal == 1
+
+
+def test_a_large_vocabulary_is_compared_at_its_likeliest_tokens(tmp_path: Path) -> None:
+    """PyTorch's logprobs of a token that is none of them, but that an engine answers, are known as well."""
+    base = save_base(tmp_path / "base", vocab_size=600)
+    case = make_case(base, save_adapter(tmp_path / "adapter", base))
+    assert KEPT <= min(map(len, case.models.base.rows)) <= 2 * KEPT < 600
+    wrong = plant(FAULTS["MLP missing"], case.adapter, tmp_path / "wrong")
+    for adapter, expected in ((case.adapter, ("as trained", None)), (wrong, ("differs", FAULTS["MLP missing"].fault))):
+        found = verify_engine("torch", case.setting(tmp_path, adapter=adapter), case.models)
+        assert (found.verdict, found.fault, found.compared) == (*expected, "top tokens"), found.reason
+    first, logprobs = (
+        case.models.first(0),
+        case.models.expected[ADAPTER].at(*case.models.position(case.models.first(0))),
+    )
+    token = next(token for token in np.argsort(logprobs).tolist() if token not in case.models.kept(first))
+    beside = case.models.beside(replace(as_pytorch(case), greedy=[Greedy(0, (token,), 1, {})]))
+    assert beside.adapter.rows[first][token] == logprobs[token]
 
 
 def test_vllm_is_started_on_a_port_of_its_own(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

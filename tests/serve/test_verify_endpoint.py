@@ -303,19 +303,19 @@ def test_chats_are_asked_in_the_adapters_template_and_another_one_is_named(
     own = shutil.copytree(adapter, tmp_path / "own")
     (own / "chat_template.jinja").write_text(TEMPLATE)
     served = Served(base, {"base": None, "shop": own}, "content")
-    theirs = served._tokenizer.chat_template
+    theirs = served.tokenizer.chat_template
     source = {"references": [record(base, own, tmp_path)]} if by == "a reference" else {"adapter": own, "model": base}
 
     def reply(body: Body) -> int | bytes:
         if "messages" not in body:
             return 404
-        return json.dumps(served.answer(body) | TELLS[tells](served._prompt(body))).encode()
+        return json.dumps(served.answer(body) | TELLS[tells](served.prompt(body))).encode()
 
     for template, expected in (
         (TEMPLATE, ("as trained", None)),
         (theirs, ("differs", BASE_OR_TEMPLATE if tells == "nothing" else OTHER_TEMPLATE)),
     ):
-        served._tokenizer.chat_template = template
+        served.tokenizer.chat_template = template
         with openai_server(reply, NAMES) as server:
             address: dict[str, Any] = {"endpoint": server.url, "served_name": "shop", "base_name": "base"}
             (found,) = verify_adapter(**source, **address).engines

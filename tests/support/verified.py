@@ -233,7 +233,7 @@ class Served:
         self._cache = cache
         self._models = {name: self._load(base, path) for name, path in adapters.items()}
         self._computed: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._tokenizer = AutoTokenizer.from_pretrained(base)
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
         self._form = form
 
     @staticmethod
@@ -244,17 +244,17 @@ class Served:
     def __call__(self, body: dict[str, Any]) -> int | bytes:
         return 404 if body["model"] not in self._models else json.dumps(self.answer(body)).encode()
 
-    def _prompt(self, body: dict[str, Any]) -> list[int]:
+    def prompt(self, body: dict[str, Any]) -> list[int]:
         """Tokens of a request, which has them, a text or messages."""
         if "messages" in body:
-            text = self._tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
-            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+            text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
         given = body["prompt"]
-        return list(self._tokenizer(given).input_ids if isinstance(given, str) else given)
+        return list(self.tokenizer(given).input_ids if isinstance(given, str) else given)
 
     @torch.inference_mode()
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        ids, tops = self._prompt(body), []
+        ids, tops = self.prompt(body), []
         if body.get("all_logits"):
             return {"logits": self._logits(body, ids)}
         for _ in range(body["max_tokens"]):
@@ -286,7 +286,7 @@ class Served:
                     {"id": first[0][0], "top_logprobs": [{"id": i, "logprob": v} for i, v in first]} for first in pairs
                 ]
             }
-        name = (lambda i: f"token_id:{i}") if self._form == "ids" else self._tokenizer.convert_ids_to_tokens
+        name = (lambda i: f"token_id:{i}") if self._form == "ids" else self.tokenizer.convert_ids_to_tokens
         return {
             "tokens": [name(first[0][0]) for first in pairs],
             "top_logprobs": [{name(i): value for i, value in first} for first in pairs],
