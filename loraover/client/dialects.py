@@ -118,7 +118,7 @@ def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
 
     Args:
         entry: The name: an id, a text, or an object with either.
-        by_text: Ids of the tokens that alone have a text.
+        by_text: Ids of the tokens whose text no other token has, by the text.
     """
     if isinstance(entry, Mapping):
         entry = entry["id"] if isinstance(entry.get("id"), int) else entry.get("token")
@@ -131,7 +131,7 @@ def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
 
 
 def alone_with_text(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Ids of the tokens that alone have a text, by these texts.
+    """Ids of the tokens whose text no other token has, by these texts.
 
     Args:
         pairs: A text of a token and its id; a token may have several texts.

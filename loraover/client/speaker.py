@@ -73,7 +73,7 @@ class Speaker:
         endpoint: The server.
         model: Name of the base model there, which is asked in one dialect after the other.
         probe: A prompt in the form of a dialect; None if there is none in this form.
-        by_text: Returns the ids of the tokens that alone have a text.
+        by_text: Function that returns the ids of the tokens whose text no other token has, by the text.
         protocol: Protocol of the server; None tries all.
 
     Attributes:

@@ -62,7 +62,7 @@ class _Moments:
 
 
 class _Pass:
-    """The pass that is running: which of both, and which tokens of its batch are padding.
+    """The forward or backward pass that is running, and the padding of its batch.
 
     A decoder reads its own tokens, and in its cross-attention those of the encoder, whose output it is given.
 

@@ -68,7 +68,7 @@ def upload(recipe: Recipe, adapter: Path, report: Reporter, base: ModelSource | 
 
     Args:
         recipe: The recipe, which names a repository.
-        adapter: The folder of what was trained.
+        adapter: Folder of the trained adapter.
         report: Receiver of progress.
         base: Model that the adapter names in place of a stand-in; None: the one that it was trained on.
         card: Text of the README.md of an adapter that names another model.
@@ -195,7 +195,7 @@ def check_login(trackers: Sequence[str]) -> None:
 
 
 def proofs(adapter: Path) -> list[Path]:
-    """Return the files that show what an adapter is: its fold certificate and its reference, where there are any."""
+    """Return the files that prove an adapter: its fold certificate and its reference, where there are any."""
     return [file for name in (CERTIFICATE_FILE, REFERENCE_FILE) if (file := adapter / name).is_file()]
 
 

@@ -96,7 +96,7 @@ class Recipe(MethodKeys):
         return self
 
     def changed(self, part: str, **values: Any) -> Recipe:
-        """Return the recipe with other values in one of its parts, which are taken as they are."""
+        """Return the recipe with other values in one of its parts, without a check of the values."""
         return self.model_copy(update={part: getattr(self, part).model_copy(update=values)})
 
     @property
@@ -160,7 +160,7 @@ NO_RECIPE: dict[str, Any] = {"training": {"num_train_epochs": 1, "per_device_tra
 
 
 LENGTHS = {"training.max_steps": "num_train_epochs", "training.num_train_epochs": "max_steps"}
-"""Each length of a run by its dotted key, and the other one, whose place it takes."""
+"""Keys for the length of a run, each with the other key, which it replaces."""
 
 
 def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -221,7 +221,7 @@ def _near(name: str) -> str:
 
 
 A_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Small model by which messages show how one is named."""
+"""Small model that messages name as an example."""
 
 MISSING = {
     "model": f"; give a folder or a hub name, such as --model {A_MODEL}",

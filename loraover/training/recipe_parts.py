@@ -1,4 +1,4 @@
-"""Parts of a recipe: its keys but for the settings of other methods, see `loraover.training.method_table`."""
+"""Parts of a recipe: its keys except the settings of other methods, see `loraover.training.method_table`."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def _passed(certificate: Any) -> Any:
 
 
 def _read(folder: Path) -> AdapterDir:
-    """Read an adapter that is nothing but A and B, and copies of base weights."""
+    """Read an adapter that holds only A and B, and copies of base weights."""
     sources = read_sources([folder])
     check_plain(sources)
     adapter: AdapterDir = sources.adapters[0]

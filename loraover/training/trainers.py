@@ -32,7 +32,7 @@ class TrainerKind(NamedTuple):
 
     @property
     def texts(self) -> int:
-        """Texts of an example that pass the model at once."""
+        """Number of texts of an example that pass the model at once."""
         return 2 if any("chosen" in columns for columns in self.columns) else 1
 
     def load(self) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Time and memory of a run, told before it: a few steps of the same run on its model with fewer layers."""
+"""Time and memory of a run, measured before it: a few steps of the same run on its model with fewer layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from loraover.training.recipe_parts import Data
 from loraover.training.run.train import train
 
 FEW = 2
-"""Layers of the smaller model, where not all layers can be tried. A further layer needs what the slope says."""
+"""Layers of the smaller model, where not all layers can be tried; the slope gives the needs of further layers."""
 STEPS = 4
 MOST_SECONDS = 60
 """Seconds that the steps of one model may take, by the speed of a matrix product; beyond that, layers are left out."""
@@ -39,7 +39,7 @@ DEPTHS = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
 """Fields of configurations with the number of layers; an encoder and a decoder of one depth are cut alike."""
 
 FAILS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError, OSError, SafetensorError)
-"""Errors of libraries, or of a full disk, that leave a trial out."""
+"""Errors of libraries, or of a full disk, after which a plan goes without a trial."""
 
 Clock = Callable[[], float]
 
@@ -81,7 +81,7 @@ class StepClock(Reporter):
 def try_steps(
     recipe: Recipe, source: ModelSource, report: Reporter, clock: Clock = time.perf_counter
 ) -> RunNeeds | None:
-    """Measure what a run needs in a few steps of it, with random weights and with as many layers as this machine bears.
+    """Measure the needs of a run in a few steps with random weights, with as many layers as this machine can hold.
 
     If these are n of L layers, needs(L) = needs(n) + (L - n) (needs(n) - needs(2)) / (n - 2). All else is the recipe's:
     rows, trainer, method, batch and length. All matrices of LoRA-Over have cores, the most that its schedules can cost.

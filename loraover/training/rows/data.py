@@ -59,7 +59,7 @@ class Examples:
         """Return the rows without those that cannot be learned, which are counted.
 
         Args:
-            bad: These rows of each of the parts.
+            bad: Bad rows of each part.
         """
         parts = []
         for part, one in zip(self.parts, bad, strict=True):
@@ -76,7 +76,7 @@ class Examples:
 def read_examples(
     recipe: Recipe, name: str, source: ModelSource, tokenizer: Any, report: Reporter, *, measures: bool = True
 ) -> Examples:
-    """Load the rows that a recipe trains and measures on, and report what is not learned of them."""
+    """Load the rows that a recipe trains and measures on, and report the columns and rows that are not learned."""
     form = RowForm(TRAINERS[name].columns, text=recipe.training.text_column)
     if tokenizer is not None:
         form = row_form(recipe, name, tokenizer, takes_images=takes_images(source))
@@ -163,7 +163,7 @@ def _shared(train: Rows, test: Rows | None) -> int:
 
 
 def load_held_out(recipe: Recipe) -> Rows | None:
-    """Load the held-out rows alone, each turn apart where it is one example; None if the recipe measures nothing."""
+    """Load the held-out rows alone, turns as examples where training has them so; None if nothing is measured."""
     if not _is_divided(recipe):
         recipe = recipe.changed("data", train_examples=1)  # the training rows are not looked at
     training, columns = recipe.training, TRAINERS[recipe.trainer or "sft"].columns
@@ -220,7 +220,7 @@ def _joined(parts: Sequence[Rows], places: Sequence[tuple[int, int]]) -> Rows:
 
 
 def _word_problems(recipe: Recipe, form: RowForm, wanted: int) -> tuple[Rows, Rows]:
-    """Make built-in training rows, if the recipe trains on them, and so many held-out rows."""
+    """Make built-in training rows, if the recipe trains on them, and the given number of held-out rows."""
     seed, is_trained = recipe.training.seed, recipe.data.train == BUILT_IN
     count = recipe.data.train_examples or WORD_PROBLEMS if is_trained else 0
     origin = f"built-in word problems, seed {seed}"

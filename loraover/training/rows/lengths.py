@@ -20,7 +20,7 @@ FEW = 0.01
 """Share of examples that may be cut without a warning."""
 
 KEPT = 0.99
-"""Share of examples that the suggested length keeps whole."""
+"""Share of examples that the suggested length does not cut."""
 
 
 class Tokens(NamedTuple):
@@ -72,7 +72,7 @@ def count_tokens(
 
 
 FINDS_PROMPT = ("dpo", "orpo")
-"""Trainers whose prompt may be what the chosen and the rejected text begin with."""
+"""Trainers that may take the common beginning of the chosen and the rejected text as the prompt."""
 
 AT_ONCE = 1000
 """Texts whose tokens are in memory at once, at 150 bytes a token."""
@@ -216,7 +216,7 @@ def summarise(tokens: list[Tokens], rows: Rows, recipe: Recipe, name: str) -> Le
 
 
 def is_left_out(one: Tokens, most: int, recipe: Recipe, name: str) -> bool:
-    """Whether an example has nothing to learn within so many tokens; that of rewards leaves out all longer ones."""
+    """Whether an example has nothing to learn within the length; the reward trainer leaves out every longer one."""
     extra = recipe.training.model_extra or {}
     keeps_labels = extra.get("truncation_mode") == "keep_end" or extra.get("completion_only_loss") is False
     is_full = name == "reward" or (one.prompt >= most and not keeps_labels)

@@ -18,7 +18,7 @@ from loraover.training.recipe import Recipe
 
 
 def answers(row: Row) -> list[str | None]:
-    """Return the columns that end an example; None for one that is its prompt alone."""
+    """Return the columns with an example's answers; None if the example is a prompt alone."""
     return [name for name in ("completion", "chosen", "rejected", "messages", "text") if name in row] or [None]
 
 
@@ -63,7 +63,7 @@ def own_template(recipe: Recipe) -> str | None:
 
 
 def with_template(recipe: Recipe, reads: Any) -> Any:
-    """Return a tokenizer, or what reads images, with the chat template that a recipe names."""
+    """Return a tokenizer or a processor with the chat template that a recipe names."""
     if (template := own_template(recipe)) is not None:
         reads.chat_template = template
     return reads
@@ -79,7 +79,7 @@ def learned(rows: Rows, name: str) -> Rows:
 
 
 def checked(row: Row, part: str | None, reads: Any, where: str) -> str:
-    """Return what `spelt` does.
+    """Return the text as `spelt` does, with errors that name the row.
 
     Raises:
         DataError: The chat template refuses the messages.
@@ -129,7 +129,7 @@ def _text_or_none(row: Row, part: str | None, reads: Any) -> str | None:
 
 
 def _changed(row: Row, part: str | None, text: str) -> Iterator[tuple[str, Row]]:
-    """Yield what may be missing in the text of a row, with the row without it or with something else in its place."""
+    """Yield each part of a row that its text may lack, with the row as it is after a change of that part."""
     if row.get("tools"):
         yield "a column 'tools'", row | {"tools": None}
     names = [name for name in ("prompt", part) if name is not None and name in row]

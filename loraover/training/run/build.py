@@ -139,7 +139,7 @@ class _Made(NamedTuple):
 
 
 def _make_model(settled: Settled, examples: Examples, output: Path, report: Reporter) -> _Made:
-    """Seed the run, load the base model, and give it what is trained."""
+    """Seed the run, load the base model, and add the parameters that are trained."""
     recipe, method, start = settled.recipe, settled.method, None
     set_seed(recipe.training.seed)
     model: Any = _load_base(settled, examples)
@@ -214,7 +214,7 @@ def _check_precision(model: torch.nn.Module, report: Reporter) -> None:
 
 
 def _check_steps(trainer: Trainer, settled: Settled, model: Any, report: Reporter) -> None:
-    """Fit a trainer's schedules to the steps of its run, and report what is not as one process would do it."""
+    """Fit a trainer's schedules to the steps of its run, and report where several processes differ from one."""
     recipe, training, size = settled.recipe, settled.recipe.training, launched().size
     steps, rows, at_once = planned_steps(recipe, trainer), len(trainer.train_dataset), training.micro_batch * size
     has_ended = steps * training.gradient_accumulation_steps * at_once >= rows

@@ -1,4 +1,4 @@
-"""Why a run ended without a result: `failure.json`."""
+"""Reason why a run ended without a result: `failure.json`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_resumed: bool) -> None:
-    """Write or remove what a run's folder holds after an exception.
+    """Write a run's failure into its folder after an exception, or remove a folder in which nothing was done.
 
     A new run that has taken no step leaves no folder, or one with nothing but the failure of its method, so that the
     same command can be given again. Otherwise the folder keeps what it holds, to be resumed. Ctrl-C is not recorded.
@@ -70,7 +70,7 @@ def record_failure(output: Path, error: BaseException, *, has_stepped: bool, is_
 
 
 def explained(error: BaseException, has_stepped: bool) -> BaseException:
-    """Say what to change where TRL refuses a setting in its first step, or memory is short, unless the error does."""
+    """Say what to change where TRL refuses a setting in its first step, or memory is short, if the error does not."""
     if isinstance(error, LoraOverError):
         return error
     if isinstance(error, ValueError) and not has_stepped and error.__traceback__ is not None:

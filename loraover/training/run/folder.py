@@ -62,7 +62,7 @@ def is_finished(output: Path) -> bool:
 
 
 def run_folder(recipe: str, *, resume: bool | Literal["auto"]) -> Path:
-    """Return the folder of a run that has been given none.
+    """Return the folder of a run whose user named none.
 
     Args:
         recipe: Name or path of the recipe.
@@ -153,7 +153,7 @@ def _check_unfinished(output: Path) -> None:
 
 
 def has_begun(output: Path) -> bool:
-    """Whether a folder holds a run that can be continued; of one that was killed before, what is left is removed.
+    """Whether a folder holds a run that can be continued; leftovers of a run that was killed earlier are removed.
 
     Args:
         output: The run's folder.
@@ -167,7 +167,7 @@ def has_begun(output: Path) -> bool:
 
 
 def with_commits(recipe: Recipe, output: Path) -> Recipe:
-    """Take what a recipe leaves open from the run in a folder, as it was chosen there.
+    """Fill a recipe's open values with those that the run in a folder has chosen.
 
     That is the hub's commits, if model or data are the same, the number of processes whose micro-batches make a step,
     and fields of `training` that have no value, or `auto`. Thus neither a new commit of the hub nor another machine
@@ -190,7 +190,7 @@ def with_commits(recipe: Recipe, output: Path) -> Recipe:
 
 
 def _with_chosen(training: Training, kept: Any) -> Training:
-    """Give fields without a value, or `auto`, what a run has chosen for them."""
+    """Fill fields without a value, or with `auto`, with the values that a run has chosen."""
     names = [name for name in CHOSEN if getattr(training, name) is None]
     if training.per_device_train_batch_size == AUTO:
         names += ["per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"]

@@ -25,7 +25,7 @@ def log_measures(output: Path, step: int, **measures: float | None) -> None:
 
 
 def trim_metrics(output: Path, checkpoint: Path | None) -> None:
-    """Remove from the log what a run that resumes from a checkpoint logs again, and lines that were cut off.
+    """Remove lines from the log that a resumed run will write again, and lines that were cut off.
 
     These are the lines of later steps, and the measures after training.
     """

@@ -144,7 +144,7 @@ def _check_fitting(run: Prepared, fitting: int, rows: Sequence[Row]) -> None:
 
 
 def _asked(rows: Sequence[Row]) -> list[Row]:
-    """Return the prompt and the completion of each row; those of a conversation end before and in its last turn."""
+    """Return the prompt and the completion of each row; of a conversation, the last turn is the completion."""
     return [
         row if "prompt" in row else {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows
     ]

@@ -158,7 +158,7 @@ def train(
 def _command(
     recipe: Recipe | str | Path | None, output: Path, overrides: Mapping[str, Any] | None, record: bool
 ) -> str:
-    """Command line that does the same; a recipe in memory is named by the copy that the run keeps."""
+    """Command line that repeats the run; a recipe in memory is named by the copy that the run keeps."""
     asked = ["--record"] if record else []
     if isinstance(recipe, Recipe):
         return shlex.join(["loraover", "train", str(output / RECIPE_FILE), *asked])
@@ -306,7 +306,7 @@ def _check_trained(result: RunResult, losses: Sequence[float]) -> None:
 def _publish(
     run: Prepared, result: RunResult, command: str, resume: bool, weights: Mapping[str, Tensor] | None
 ) -> None:
-    """Write the adapter folder, then the run's result; a process that was killed between them has left a folder.
+    """Write the adapter folder, then the run's result; a process that was killed may have left the folder alone.
 
     Args:
         weights: A, B and whatever else was trained, where the model holds only this process's part of them.

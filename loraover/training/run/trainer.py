@@ -92,7 +92,7 @@ def make_trainer(
 
 @contextmanager
 def _unrounded(model: PreTrainedModel | PeftModel, recipe: Recipe) -> Iterator[None]:
-    """Keep what is trained on a quantised base, which TRL rounds to bfloat16 and the Trainer resumes in float32."""
+    """Keep the dtype of parameters on a quantised base: TRL rounds them to bfloat16, the Trainer resumes in float32."""
     is_rounded = recipe.model_init.quantization in ("nf4", "int8")
     kept = {p: p.detach().clone() for p in model.parameters() if is_rounded and p.requires_grad}
     yield
@@ -107,7 +107,7 @@ def make_sets(examples: Examples) -> dict[str, Any]:
 
 
 def _data(settled: Settled, model: PreTrainedModel | PeftModel, sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a trainer is given of its data, which trainers of TRL turn into tokens themselves."""
+    """Return the data that a trainer gets; trainers of TRL turn them into tokens themselves."""
     if TRAINERS[settled.trainer_name].library == "trl":
         return dict(sets)
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
@@ -204,14 +204,14 @@ def _give_optimizer(trainer: Trainer, recipe: Recipe) -> None:
         return
 
     def factory(*parameters: Any) -> Any:
-        """Make the optimizer, as older versions of transformers ask, or return what makes it from the model."""
+        """Make the optimizer, as older versions of transformers ask, or return a function of the model for it."""
         return made(trainer.model) if parameters else made
 
     trainer.optimizer_cls_and_kwargs = (factory, {})
 
 
 def own_optimizer(recipe: Recipe, asked: TrainingArguments) -> Callable[[Any], Any] | None:
-    """Return what makes an optimizer from the model where the Trainer does not know it; None: the Trainer makes one."""
+    """Return a function of the model that makes an optimizer; None where the Trainer makes it."""
     training = recipe.training
     if training.optim == SOAP:
         kind, options = _soap(recipe), optimizer_options(recipe.training.optim_args)

@@ -1,4 +1,4 @@
-"""Adapters that engines are compared on: which of a user's they can be, and how others are written."""
+"""Adapters that engines are compared on: checks of the user's adapter, and adapters written beside it."""
 
 from __future__ import annotations
 

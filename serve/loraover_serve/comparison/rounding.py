@@ -1,4 +1,4 @@
-"""Coarser number formats, in which PyTorch runs a model: what an engine that computes in them is off by."""
+"""Coarser number formats: PyTorch runs a model in them to show the error of an engine that does so."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _cast(dtype: torch.dtype) -> Round:
 
 
 def _levels(largest: int, block: int | None) -> Round:
-    """Rounding to whole multiples of a scale, one for each row, or for each block of so many elements of a row."""
+    """Rounding to integer multiples of a scale, one for each row or for each block of a row."""
 
     def round_(x: Tensor) -> Tensor:
         width = x.shape[-1]

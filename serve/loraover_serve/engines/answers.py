@@ -30,7 +30,7 @@ class Expected:
         self._rows = rows
 
     def __contains__(self, place: tuple[int, int]) -> bool:
-        """Whether the model was run there."""
+        """Whether the model was run at a place."""
         return place in self._rows
 
     @property
@@ -39,7 +39,7 @@ class Expected:
         return len(next(iter(self._rows.values())))
 
     def at(self, question: int, position: int) -> Floats:
-        """Logprobs of the entire vocabulary."""
+        """Logprobs of the entire vocabulary at a place."""
         return self._rows[question, position]
 
 
@@ -69,7 +69,7 @@ def in_a_file(numbers: Floats) -> Floats:
 
 
 def kept_rows(models: Models, index: int, logits: Any, engine: str) -> dict[int, Row]:
-    """Rows of a question, of the tokens that the models have, from an engine's logits after each of its tokens.
+    """Rows of a question with the tokens that the models have, from an engine's logits after each of its tokens.
 
     Args:
         models: The models.
@@ -91,7 +91,7 @@ def kept_rows(models: Models, index: int, logits: Any, engine: str) -> dict[int,
 
 
 def row_of(logprobs: Floats, ids: list[int] | NDArray[np.int64]) -> Row:
-    """The row of these tokens."""
+    """The row with the logprobs of the given tokens."""
     return dict(zip(np.asarray(ids).tolist(), logprobs[ids].tolist(), strict=True))
 
 

@@ -86,13 +86,13 @@ class Engine(ABC):
     """The engine's distributions on PyPI, the usual one first."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Further distributions without which it cannot be started here."""
+    """Further PyPI distributions that the engine needs to be started here."""
 
     reported: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Packages whose versions a report has, each with its distributions."""
 
     hint: ClassVar[str] = install("serve")
-    """How it is installed."""
+    """Instructions to install the engine."""
 
     @classmethod
     def installed(cls) -> str | None:
@@ -150,7 +150,7 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-        """Return the arm's greedy answer to each prompt; one may be shorter if the engine ends it or hides its ids.
+        """Return the arm's greedy answer to each prompt; the engine may end an answer early or hide its ids.
 
         Args:
             arm: Name of the arm.
@@ -198,7 +198,7 @@ class LogitEngine(Engine):
 
 
 class Timed(ABC):
-    """Something that parity measures."""
+    """Interface of everything that parity measures."""
 
     name: str
     arms: tuple[str, ...]

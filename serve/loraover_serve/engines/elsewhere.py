@@ -111,7 +111,7 @@ class ElsewhereEngine(Engine):
         """Start the engine's program, and stop it after the block.
 
         Args:
-            arguments: What its class in `runner.RUNNERS` is made with.
+            arguments: Arguments of its class in `runner.RUNNERS`.
             log: File for what the engine prints.
             timeout_s: Seconds that an answer may take.
 
@@ -144,7 +144,7 @@ def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Po
 
 
 def end_process(process: subprocess.Popen[str], patience_s: float) -> None:
-    """Close a process's input, with which a runner ends, and kill it if it does not end in so many seconds."""
+    """Close a process's input, which ends a runner, and kill the process if it runs on for too long."""
     try:
         process.communicate(timeout=patience_s)
     except subprocess.TimeoutExpired:

@@ -116,7 +116,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
     @classmethod
     @contextmanager
     def start_arms(cls, setting: Setting) -> Iterator[Sequence[OnnxEngine]]:
-        """Start it with merged and with swappable adapters; of an earlier graph, with the latter alone."""
+        """Start it with merged and with swappable adapters; for an earlier graph, only with swappable ones."""
         _say(setting, "ONNX graphs")
         ways = {"onnx swappable": _swappable_arms(setting)}
         if setting.request.graph is None:

@@ -9,7 +9,7 @@ from loraover.client.dialects import alone_with_text
 
 
 def ids_by_text(tokenizer: Any) -> dict[str, int]:
-    """Ids of the tokens that alone have a text, in any of the spellings that servers use.
+    """Ids of the tokens whose text no other token has, in any of the spellings that servers use.
 
     Args:
         tokenizer: Tokenizer of the base model.

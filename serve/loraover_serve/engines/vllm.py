@@ -1,4 +1,4 @@
-"""vLLM over HTTP: one server with all arms, which verify gets adapters for that `loraover export vllm` would write."""
+"""vLLM over HTTP: one server with all arms; verify gives it adapters as `loraover export vllm` writes them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
         server: Client of the server.
         names: Name of each arm's model on the server.
         timeout_s: Longest silence in the middle of an answer, in seconds.
-        base: The base model, whose tokenizer verify's questions need; None: it gets none.
+        base: The base model, whose tokenizer verify's questions need; None if no question needs it.
     """
 
     name = "vllm"

@@ -26,7 +26,7 @@ class Asker:
         models: The questions, with the models that the server is compared with.
         speaker: The server.
         names: Name of each arm's model there.
-        find_other: Returns the name of another adapter there; None if there is none.
+        find_other: Function that returns the name of another adapter there; None if there is none.
 
     Attributes:
         chats: Chats whose tokens the server tells; None if prompts are no chats.
@@ -143,7 +143,7 @@ class Asker:
         return found
 
     def answers(self, repeats: int | None = None, *, without_mixed: bool = False) -> Answers:
-        """Everything that the judge needs.
+        """Answers to everything that the judge needs.
 
         Args:
             repeats: Number of times that each question is asked of the adapter; None asks once, and keeps no rounds.
@@ -195,7 +195,7 @@ class Asker:
         return at_once(ask, [place for place in self.places if self.models.places[place][1] == 0])
 
     def _mixed(self) -> dict[str, Rows]:
-        """Rows of each arm while the other one generates, and of the adapter beside another one."""
+        """Rows of each arm while the other one generates, and of the adapter beside another adapter."""
         found: dict[str, Rows] = {}
         other = self._find_other()
         self.names |= {} if other is None else {OTHER: other}

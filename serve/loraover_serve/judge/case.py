@@ -97,7 +97,7 @@ class Case:
         return len({each.prompt for each in self.changes})
 
     def first(self, number: int) -> int:
-        """How many prompts there are up to the end of the first ones that the engine answered."""
+        """Number of prompts up to the last of the first `number` prompts that the engine answered."""
         return sorted({each.prompt for each in self.changes})[:number][-1] + 1
 
     @cached_property
@@ -106,7 +106,7 @@ class Case:
         return self.format_of(self.noise.rms)
 
     def format_of(self, noise: float) -> str | None:
-        """The finest number format that has so much noise, in nats; None if none has."""
+        """The finest number format whose noise reaches a value in nats; None if none does."""
         if noise <= EXACT:
             return NUMBER_FORMATS[0]
         return next((name for name in NUMBER_FORMATS[1:] if noise <= COARSER * self._rounding(name)), None)
@@ -126,7 +126,7 @@ class Case:
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """Strengths that a right adapter has."""
+        """Interval of the strengths that a right adapter can have."""
         return allowed_strength(self.number_format, self.bias)
 
     @property
@@ -136,11 +136,11 @@ class Case:
 
     @cached_property
     def excess(self) -> Interval:
-        """Logarithm of the adapter's distance over the base model's times the sensitivity."""
+        """Logarithm of the adapter's distance, divided by the base model's times the sensitivity."""
         return self._excess_of(self.off)
 
     def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Interval:
-        """Excess of answers, of which each prompt's ratio counts as this at least."""
+        """Excess of answers; `least` bounds each prompt's ratio from below."""
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
         noise = [self.evidence.models.sensitivity * base + FLOOR for _, base in pairs]
@@ -157,7 +157,7 @@ class Case:
         tokens went to another expert may be as far off as such positions of the base model.
 
         Args:
-            off: What sets the answers apart.
+            off: Differences of the answers.
         """
         usual = self.noise.rms
         limits = {
@@ -169,7 +169,7 @@ class Case:
 
     @cached_property
     def cache_share(self) -> float:
-        """Share of the base model's distance that a KV cache in float8 explains; 0 if it is no such part.
+        """Share of the base model's distance that a KV cache in float8 explains; 0 if it cannot be told apart.
 
         This is no fault: that the rest is small shows that the weights are the base model's.
         """
@@ -180,18 +180,18 @@ class Case:
 
     @property
     def weights_format(self) -> str | None:
-        """As `number_format`, of what the KV cache does not explain."""
+        """The finest number format that explains the noise which the KV cache does not explain."""
         return self.format_of(self.noise.rms * math.sqrt(1 - self.cache_share))
 
     def share_of(self, model: Model) -> float:
-        """Share of what sets the engine's base model apart that a changed base model explains."""
+        """Share of the error of the engine's base model that a changed base model explains."""
         changes = self.evidence.base_changes(model)
         found = strength_along(changes)
         return share_along(changes, found) if found.value > EXPLAINED else 0.0
 
     @cached_property
     def repeats(self) -> Sequence[Repeat]:
-        """Every answer of the adapter, where questions were asked several times."""
+        """All answers of the adapter to questions that were asked several times."""
         return self.evidence.repeats
 
     @property
@@ -211,7 +211,7 @@ class Case:
 
     @cached_property
     def greedy(self) -> GreedyAgreement | None:
-        """Greedy answers beside PyTorch's; None if the engine identifies the tokens of none."""
+        """Greedy answers beside PyTorch's; None if the engine identifies no tokens."""
         allowed = 2 * self.evidence.models.sensitivity * self.noise.largest + FLOOR
         known = [each for each in self.generated if each.tokens]
         if not known:
@@ -235,7 +235,7 @@ class Case:
         """Whether answers are off by more than the noise of the base model explains, or on one model any number format.
 
         Args:
-            off: What sets them apart; None for the right adapter.
+            off: Differences of the answers; None for the right adapter's.
         """
         found = self.found if off is None else LogprobDistance.of(off)
         if self.is_one_model:
@@ -251,7 +251,7 @@ class Case:
         answers that are exactly alike do not hide the others.
 
         Args:
-            off: What sets them apart.
+            off: Differences of the answers.
         """
         halved = [each._replace(square=each.square / 2) for each in off]
         found = LogprobDistance.of(halved)
@@ -265,7 +265,7 @@ class Case:
 
 
 def strength_along(changes: Sequence[Change]) -> Interval:
-    """The factor of the directions in changes."""
+    """Factor of the directions that fits the changes best."""
     return strength([(each.prompt, each.along, each.size) for each in changes])
 
 
@@ -294,7 +294,7 @@ def split_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list
 
 
 def allowed_strength(number_format: str | None, bias: float) -> tuple[float, float]:
-    """Strengths that a right adapter has on an engine.
+    """Interval of the strengths that a right adapter can have on an engine.
 
     Rounding itself shrinks what an adapter changes, by as much as an engine's own rounding does only within a factor:
     twice what PyTorch shows is allowed.
@@ -316,7 +316,7 @@ def allowed_distance(noise: LogprobDistance, sensitivity: float) -> float:
 
 
 def sure_errors(prompts: int) -> float:
-    """Standard errors by which an estimate may be off if its error is estimated from so many prompts.
+    """Standard errors by which an estimate may be off if its error is estimated from a number of prompts.
 
     Two prompts have one degree of freedom; a single one is treated like two.
     """

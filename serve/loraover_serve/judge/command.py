@@ -45,7 +45,7 @@ def check(
         served_format: Coarsest number format in which the server may hold the base model.
         option: Name of an option as its user writes it.
         repeats: Number of times that each question is asked of the adapter.
-        is_quick: Whether a few answers of the adapter alone have to do.
+        is_quick: Whether to ask only for a few answers of the adapter.
         without_mixed: Whether no requests for both models are sent together.
 
     Returns:

@@ -27,7 +27,7 @@ from typing import Final
 from loraover_serve.judge.limits import BY_CHANCE, CONFIDENCE, FEW_AS_BASE
 
 CLIP = 2.5
-"""Scales of the noise beyond which a position's residual counts no more."""
+"""Multiple of the noise's scale at which a position's residual is clipped."""
 
 STEPS = 20
 TO_SIGMA = 1.4826  # from the median of |r| to the standard deviation, for normal noise
@@ -190,7 +190,7 @@ def incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
 
 
 def share_found(answers: int) -> float:
-    """The smallest share of answers without the adapter that so many show, but for 1 in 100 cases; 1 if none do."""
+    """Smallest share of answers without the adapter that this number of them shows in 99 of 100 cases; 1 if none do."""
     if answers <= FEW_AS_BASE:
         return 1.0
     low, high = 0.0, 1.0
@@ -200,17 +200,17 @@ def share_found(answers: int) -> float:
 
 
 def requests_that_reach(share: float) -> int:
-    """Number of requests of which one is answered by a share of the servers, but for 1 in 100 cases."""
+    """Number of requests that reach a share of the servers at least once in 99 of 100 cases."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share)) if share < 1 else 1
 
 
 def share_reached(requests: int) -> float:
-    """The smallest share of servers of which one answers some of so many requests, but for 1 in 100 cases."""
+    """Smallest share of the servers that a number of requests reaches at least once in 99 of 100 cases."""
     return -math.expm1(math.log1p(-CONFIDENCE) / requests)
 
 
 def answers_that_show(share: float) -> int:
-    """Number of answers that show a share of answers without the adapter, but for 1 in 100 cases."""
+    """Number of answers that show a share of answers without the adapter in 99 of 100 cases."""
     low, high = FEW_AS_BASE, FEW_AS_BASE + 1
     while share_found(high) > share:
         low, high = high, 2 * high
@@ -221,5 +221,5 @@ def answers_that_show(share: float) -> int:
 
 
 def _missed(answers: int, share: float) -> float:
-    """Probability that so many answers hold fewer than FEW_AS_BASE such ones."""
+    """Probability that a number of answers holds fewer than FEW_AS_BASE without the adapter."""
     return sum(math.comb(answers, k) * share**k * (1 - share) ** (answers - k) for k in range(FEW_AS_BASE))

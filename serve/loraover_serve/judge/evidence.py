@@ -29,8 +29,8 @@ class Change(NamedTuple):
         along: Product of the change and the direction, in square nats.
         size: Square of the direction.
         total: Square of the change.
-        rest: Square of what sets the change apart from the direction.
-        source: What the response said of itself: its headers, and its id. Only `Evidence.repeats` have it.
+        rest: Square of the difference between the change and the direction.
+        source: Headers and id of the response, which only `Evidence.repeats` have.
     """
 
     prompt: int
@@ -46,7 +46,7 @@ class Repeat(NamedTuple):
     """Answer of the adapter at a position, to a question that may have been asked several times.
 
     Args:
-        change: What it changes, along what the adapter changes.
+        change: Change that the answer shows, along the change by the right adapter.
         apart: RMS difference, in nats, from the answer to the same question that is nearest to the right adapter's;
             None for that answer.
     """
@@ -62,7 +62,7 @@ class ComparedAnswer(NamedTuple):
         expected: PyTorch's tokens.
         tokens: The engine's tokens, up to the first that it does not identify.
         length: Number of the engine's tokens.
-        gap: By how much PyTorch prefers its own token where the answer first has another one, in nats.
+        gap: Difference in nats by which PyTorch prefers its own token where the answer first has another one.
         is_base: Whether the other token is the likeliest of the base model.
     """
 
@@ -132,7 +132,7 @@ class Evidence:
 
     @cached_property
     def repeats(self) -> list[Repeat]:
-        """Every answer of the adapter to the questions; empty if none was asked for as often as there are rounds."""
+        """Every answer of the adapter to the questions; empty if no question was asked in every round."""
         repeats = []
         for place in sorted({place for one in self.answers.rounds for place in one.rows}):
             found = [(one.rows[place], one.told[place]) for one in self.answers.rounds if place in one.rows]
@@ -157,7 +157,7 @@ class Evidence:
         return self._centred({p: {i: -float(i in read[p]) for i in self.base.rows[p]} for p in self.answers.base})
 
     def decoded(self) -> list[Change]:
-        """Return what greedy answers of the adapter change in the base model, from the second token on."""
+        """Return the changes of the base model that the adapter's greedy answers show, from the second token on."""
         later = {
             place: row
             for answer in self.answers.greedy

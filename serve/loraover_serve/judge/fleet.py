@@ -1,4 +1,4 @@
-"""Servers behind one address, of which some answer otherwise: replicas that have lost the adapter, or serve another.
+"""Servers behind one address, some of which answer wrongly: replicas that have lost the adapter, or serve another.
 
 Servers with the same weights answer one question alike but for arithmetic. It may set two answers CERTAIN times as far
 apart as rounding to bfloat16 would, or CERTAIN times the median of what sets them apart. Of the recorded engines
@@ -38,9 +38,9 @@ class Split(NamedTuple):
 
     Args:
         fault: Name of the fault.
-        words: What the wrong ones are, in words.
-        bad: What the response of each wrong one said of itself: its headers, and its id.
-        good: The same of the others, of those at which the fault would be seen.
+        words: Description of the wrong answers.
+        bad: Headers and id of each wrong response.
+        good: Headers and ids of the other responses at which the fault would be seen.
         model: The model, in words.
     """
 
@@ -68,12 +68,12 @@ class Split(NamedTuple):
 
     @property
     def is_found(self) -> bool:
-        """Whether so many answers would show a server that has this share of them, if they were all compared."""
+        """Whether the number of answers would show a server with this share of wrong ones."""
         return self.share >= share_found(len(self.bad) + len(self.good))
 
     @property
     def reason(self) -> str:
-        """How many answers are wrong, and which requests had them, for who looks for the server."""
+        """Number of wrong answers and their requests, in words, for the person who looks for the server."""
         share, apart = self.share, self.told_apart
         named = [f"{name}: {' or '.join(value or '(absent)' for value in values)}" for name, values in apart.items()]
         ids = [next((each[name] for name in REQUEST_IDS if name in each), None) for each in self.bad]
@@ -178,7 +178,7 @@ def is_hit(name: str, value: str) -> bool:
 
 
 def coverage(case: Case) -> str:
-    """Which single servers the answers would have found, in words; empty if questions were asked once."""
+    """Smallest shares of one server that the answers would have shown, in words; empty if questions were asked once."""
     if not case.repeats:
         return ""
     shown = share_found(sum(map(len, case.as_base)))

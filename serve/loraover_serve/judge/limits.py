@@ -18,7 +18,7 @@ NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 """Number formats from fine to coarse."""
 
 PLAIN = ("fp32", "fp16", "bf16")
-"""Number formats in which models are published; weights are off by chance in the coarser ones, and so in others."""
+"""Number formats in which models are published; coarser ones have errors in the weights that differ by chance."""
 
 BY_CHANCE = 1e-4
 """Probability with which chance puts the strength of a sound engine outside of its interval."""
@@ -35,20 +35,20 @@ CERTAIN = 5.0
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 EXCESS = 1.35
-"""Ratio of the adapter's noise to the base model's times the sensitivity, that still is noise.
+"""Largest ratio of the adapter's noise to the base model's times the sensitivity that still counts as noise.
 
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 EXACT_STRENGTH = 0.002
-"""Deviation of the strength that is no fault of an engine that computes in float32."""
+"""Largest deviation of the strength that is not a fault on an engine that computes in float32."""
 
 ROUNDED_STRENGTH = 0.04
-"""Deviation of the strength, beside twice what PyTorch shows in that number format, that is no fault.
+"""Largest deviation of the strength that is not a fault, beside twice the one of PyTorch in that number format.
 
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 SEEN = 0.2
-"""Deviation of the strength that an engine which is called as trained does not have."""
+"""Deviation of the strength that no engine has which is called as trained."""
 
 SURE = 5
 """Standard errors by which an estimate may be off."""
@@ -57,7 +57,7 @@ COARSER = 2
 """Multiple of the distance of a number format, up to which noise is that format's."""
 
 FEW_PROMPTS = 6
-"""Fewer prompts than this tell nothing of how far prompts differ."""
+"""Smallest number of prompts that shows how far prompts differ."""
 
 ENOUGH_PROMPTS = 32
 """Prompts that decide on an engine in bfloat16."""
@@ -69,7 +69,7 @@ AS_BASE = 4.0
 """Ratio by which an answer of the base model is nearer to the base model's than to the adapter's."""
 
 FEW_AS_BASE = 3
-"""Answers of the base model, answers that end early, or prompts with answers far off, that chance does not make."""
+"""Number of answers of the base model, of answers that end early, or of prompts far off, that chance never makes."""
 
 CONFIDENCE = 0.99
 """Probability with which a share of answers without the adapter is found."""
@@ -78,4 +78,4 @@ REPEATS = 3
 """Number of times that a check by a reference asks the adapter each question, unless told otherwise."""
 
 EXPLAINED = 0.5
-"""Share of what sets a base model apart that a fault of it, or a coarse cache, has to explain."""
+"""Smallest share of a base model's error that a fault of it, or a coarse cache, has to explain."""

@@ -72,7 +72,7 @@ class Model(NamedTuple):
     factor: float | None = None
 
     def off(self, place: int, row: Row) -> list[float]:
-        """How far logprobs are from the model's; for a token that its row lacks, at least how far."""
+        """Differences of logprobs from the model's; for a token that its row lacks, the smallest possible one."""
         mine, floor = self.rows[place], self.floors[place]
         return [value - mine[i] if i in mine else max(0.0, value - floor) for i, value in row.items()]
 
@@ -83,7 +83,7 @@ class FaultyModel(NamedTuple):
     Args:
         fault: Name of the fault.
         detail: The fault in words.
-        run: The model's answers to the first questions, or to as many as there are if the number is None.
+        run: Function that returns the model's answers to a number of first questions, or to all if the number is None.
     """
 
     fault: str
@@ -125,7 +125,7 @@ class ReadChat(NamedTuple):
     Args:
         read: Number of tokens that the server has read.
         expected: Number of tokens of PyTorch's prompt.
-        is_same: Whether they are the same tokens, or as many if the server tells no more.
+        is_same: Whether they are the same tokens, or equally many if the server gives only their number.
     """
 
     read: int
@@ -134,7 +134,7 @@ class ReadChat(NamedTuple):
 
     @classmethod
     def of(cls, told: Sequence[int] | int | None, expected: Sequence[int]) -> list[ReadChat]:
-        """The chat in a list, which is empty if the server tells nothing."""
+        """Return the chat in a list, which is empty if the server says nothing of its tokens."""
         if isinstance(told, int):
             return [cls(told, len(expected), told == len(expected))]
         return [cls(len(told), len(expected), list(told) == list(expected))] if told else []
@@ -152,9 +152,9 @@ class Answers:
         rounds: The adapter's answers to the same questions, asked again and again; the first are `adapter`.
         is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
-        without_mixed: Whether nobody asked for mixed batches.
+        without_mixed: Whether mixed batches were left out at the user's wish.
         responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
-        chats: Chats whose tokens the server tells; None if prompts are no chats.
+        chats: Chats whose tokens the server gives; None if the prompts are not chats.
     """
 
     base: Rows

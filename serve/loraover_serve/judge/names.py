@@ -33,7 +33,7 @@ ANOTHER = "another adapter"
 STALE = "stale adapter"
 
 COARSE_CACHE = "KV cache in fp8"
-"""Name of what is no fault: the rest of the noise has to be that of the declared number format."""
+"""Name of a coarse KV cache, which is not a fault: the rest of the noise has to be that of the declared format."""
 
 NOT_APPLIED_DETAIL = (
     "the adapter is not loaded, its tensors' names do not match, or the server takes it by another name (SGLang: "

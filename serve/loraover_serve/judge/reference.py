@@ -118,7 +118,7 @@ class Reference(Models):
         return self.formats[number_format]["strength"]
 
     def scaled(self, factor: float, questions: int | None = None) -> Model:
-        """The parabola through the three recorded factors that are nearest, at this one or the outermost one."""
+        """Answers at a factor: a parabola through three recorded factors near it, or the outermost recorded one."""
         known = self._scaled
         factor = min(max(factor, known[0][0]), known[-1][0])
         inner = range(1, len(known) - 1)

@@ -43,7 +43,7 @@ class LogprobDistance:
 
     @classmethod
     def of(cls, found: Sequence[Off]) -> LogprobDistance:
-        """Summarise differences at positions; none at all are the distance 0."""
+        """Summarise differences at positions; without any, the distance is 0."""
         sums = defaultdict[int, float](float)
         for each in found:
             sums[each.prompt] += each.square

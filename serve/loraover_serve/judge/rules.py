@@ -298,7 +298,7 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
 
 
 def left_out(option: Callable[[str], str]) -> str:
-    """Reason why no requests were sent together: nobody wanted any.
+    """Reason why no requests were sent together: the user wanted none.
 
     Args:
         option: Name of an option as its user writes it.
@@ -344,7 +344,7 @@ def is_narrow(found: Interval, allowed: tuple[float, float]) -> bool:
 
 
 def format_is_undeclared(case: Case) -> RuleFinding | None:
-    """The base model is coarser than was declared, and so may be another one."""
+    """The base model is coarser than was declared, so that it may be another model."""
     assert case.weights_format is not None
     if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.served_format):
         return None

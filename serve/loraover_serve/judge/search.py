@@ -49,7 +49,8 @@ def suspects(case: Case) -> list[Suspect]:
     """The nearest faults on all prompts, and then the others on the first ones, where they are further.
 
     Args:
-        case: The engine's evidence.
+        case: The engine's evidence. Faults that need a run of the model are tried only if the number format is a coarse
+            one.
     """
     few = case.first(FEW)
     candidates = [FaultyModel(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
@@ -186,5 +187,5 @@ def _adapted(case: Case) -> BaseFault | None:
 
 
 def _is_zero(estimate: Interval) -> bool:
-    """Whether the estimate is within chance of zero; few prompts alone do not make it so."""
+    """Whether the estimate is within chance of zero, and not only because prompts are few."""
     return math.isfinite(estimate.half) and estimate.low <= 0 <= estimate.high

@@ -32,7 +32,7 @@ from loraover_serve.judge.limits import SURE
 from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA, Measurement
 
 APPLIED = 3
-"""Multiple of the noise by which an applied adapter changes logprobs at least."""
+"""Smallest multiple of the noise by which an applied adapter changes logprobs."""
 
 ROUNDING = 1e-3  # nats by which float32's rounding sets apart two engines that otherwise compute alike
 

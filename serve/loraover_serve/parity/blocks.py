@@ -85,7 +85,7 @@ def measure(
 
 
 Together = Callable[[Sequence[str], str, int, int, Sequence[TokenRequest]], list[Sample]]
-"""Answers each request with the arm of its own: arms, name in the samples, block, first index, requests."""
+"""Function that answers each request with its own arm: arms, name in the samples, block, first index, requests."""
 
 
 @final

@@ -90,7 +90,7 @@ def verdict_of(report: ParityReport) -> Verdict:
 
 
 def deciding(results: Sequence[Result], arm: str) -> Result | None:
-    """Return an arm's comparison that says most: of the worst verdict, and of these the one furthest from equal."""
+    """Return the comparison of an arm that decides: one of the worst verdict, and of these the furthest from equal."""
     order = ("different", "inconclusive", "equivalent")
     mine = [result for result in results if result.arm == arm]
     worst = next((verdict for verdict in order if any(r.verdict == verdict for r in mine)), None)

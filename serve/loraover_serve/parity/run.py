@@ -181,7 +181,7 @@ class Collector:
         request: The arguments of the run.
         arms: The adapters to compare.
         requests: The requests that every arm answers.
-        setting: What engines are started with.
+        setting: Settings of the engines.
     """
 
     request: ParityRequest
@@ -211,7 +211,7 @@ class Collector:
         return (FOLDED, *self.arms.also)
 
     def _measure(self, name: str, measured: Measured) -> None:
-        """Measure an engine at every concurrency, and what only a server has."""
+        """Measure an engine at every concurrency, with the further figures of a server."""
         kind = engine_class(name)
         assert issubclass(kind, TimedEngine)
         with kind.start_arms(replace(self.setting, log=self.setting.log.with_name(f"{name}.log"))) as engines:

@@ -156,7 +156,7 @@ def cross_check(
         engine: The server.
         requests: Requests of the run; their prompts are sent as text.
         tokenizer: Tokenizer of the base model.
-        setting: What the server was started with, whose folder has the benchmark's files.
+        setting: Settings of the server, whose folder gets the benchmark's files.
 
     Raises:
         EngineError: A benchmark that cannot be started, fails, or loses requests.

@@ -29,7 +29,7 @@ def show_report(report: ParityReport, request: ParityRequest, console: Console) 
 
     Args:
         report: The report.
-        request: What it answers.
+        request: Request that the report answers.
         console: Where to print.
     """
     for table in (ratios, latencies, throughputs, memory, cross_checks, answers, together):
@@ -167,7 +167,7 @@ def answers(report: ParityReport) -> Table[tuple[Outputs, str, Distance, str]]:
 
 
 def repeats(report: ParityReport) -> Table[Outputs]:
-    """Equal texts of arms on the engine itself."""
+    """Shares of equal texts between the arms of one engine."""
     return Table(
         [
             ENGINE,

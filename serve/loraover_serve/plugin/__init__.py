@@ -1,1 +1,1 @@
-"""vLLM's plug-in: adapters of any kind by name. It imports vLLM and the standard library; a process beside it works."""
+"""vLLM's plug-in: adapters of any kind by name. It needs only the standard library; a second process prepares."""

@@ -32,10 +32,10 @@ State = tuple[tuple[str, int, int, int, int, int], ...]
 """Marks that change when a file of an adapter is written or replaced: name, device, inode, bytes, times in ns."""
 
 TRIES = 3
-"""Times that an adapter is prepared whose files change meanwhile, or that is removed from the cache."""
+"""Largest number of attempts to prepare an adapter whose files change meanwhile, or that the cache loses."""
 
 RETRY_S = 60.0
-"""Seconds until a served adapter's folder is tried again that was refused and has not changed since."""
+"""Seconds until a refused folder of a served adapter is tried again without a change of its files."""
 
 
 def state_of(folder: Path) -> State:
@@ -153,7 +153,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Status:
-    """How preparing an adapter went.
+    """State of the preparation of an adapter.
 
     Args:
         status: "preparing", "ready" or "refused".
@@ -280,7 +280,7 @@ class Service:
         raise RefusedError(f"{folder}: its files changed whenever they were read; ask again when they are complete.")
 
     def refuse(self, name: str, reason: str, folder: Path | None) -> None:
-        """Remember why what lies in an adapter's folder is not served."""
+        """Remember why the present contents of an adapter's folder are not served."""
         before = self._statuses[name].prepared
         state = () if folder is None else state_of(folder)
         reason = self._without_paths(reason, name, None if folder is None else str(folder))
@@ -304,7 +304,7 @@ class Service:
         return found
 
     async def renew(self, name: str, folder: Path) -> dict[str, Any] | None:
-        """Prepare what lies in the folder of a served adapter now; None if the folder is gone.
+        """Prepare the present contents of a served adapter's folder; None if the folder is gone.
 
         Raises:
             RefusedError: It is not served; the reason names no path.
@@ -346,7 +346,7 @@ class Service:
         return self._versions.get((name, served.get(name, "")))
 
     def certificate(self, name: str, served: Mapping[str, str]) -> dict[str, Any] | None:
-        """Return the record and the certificate of an adapter, without paths; None of one that was not prepared.
+        """Return the record and the certificate of an adapter, without paths; None for one that was not prepared.
 
         They are those of the version that vLLM serves, else of what was prepared last; `served` is as for `shown`.
         """

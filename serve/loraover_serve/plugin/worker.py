@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 NICENESS = 10
-"""Lower priority than the server's, whose requests come first."""
+"""Niceness of the worker, since the server's requests come first."""
 
 CHARACTERS = 2000
 """Longest reason or note, whose keys and values come from an adapter's files: an answer has to fit in a line."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from loraover_serve.judge.names import BASE_LAYERS, EXTRA_TOKEN, POSITIONS, WINDOW
 
 Change = Callable[[], AbstractContextManager[tuple[int, ...]]]
-"""Changes the model during a block, which gets the tokens to read before each prompt."""
+"""Context manager that changes the model during a block, and yields the tokens to read before each prompt."""
 
 Rounding = Callable[[Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""Verification of engines by what PyTorch answers, from the arguments to the results."""
+"""Verification of engines by PyTorch's answers, from the arguments to the results."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from loraover_serve.verify.variants import read_lora
 from loraover_serve.vllm.server import signals_as_interrupts
 
 MOST_EARLIER = 8
-"""Checkpoints of a run, and adapters beside one, that are looked at, since PyTorch runs each."""
+"""Largest number of earlier checkpoints, and of adapters in other folders, that PyTorch runs for comparison."""
 
 
 @contextmanager
 def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
-    """Ask PyTorch, then each engine; the engines' logs are there in the block."""
+    """Ask PyTorch, then each engine; the engines' logs exist during the block."""
     assert request.adapter is not None
     check_installed(request)
     with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as folder:
@@ -113,7 +113,7 @@ def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longe
 
 
 def make_subject(adapter: AdapterDir, base: ModelSource, confusable: Sequence[AdapterDir] = ()) -> RightAdapter:
-    """The adapter whose faults are looked for, with what its base model's configuration says of its heads."""
+    """The adapter whose faults are looked for, with the numbers of heads from its base model's configuration."""
     text, skeleton = load_config(base).get_text_config(), load_skeleton(base)
     deltas = read_lora(adapter)
     for each in (adapter, *confusable):
@@ -191,7 +191,7 @@ def verify_engine(name: str, setting: Setting, models: TorchModels) -> EngineRes
 
     Args:
         name: Name of the engine.
-        setting: What it is started with.
+        setting: Settings that the engine is started with.
         models: The questions, and what PyTorch answers.
 
     Raises:

@@ -28,11 +28,11 @@ from loraover_serve.verify.found import Found
 from loraover_serve.verify.request import VerifyRequest
 
 MOST_BESIDE = 64
-"""References beside those that are asked for that are looked at."""
+"""Largest number of references that are read beside the requested ones."""
 NEAREST = 3
-"""References by which a server is checked, of those that have the same questions."""
+"""Number of references by which a server is checked, among those with the same questions."""
 SCREENED, SHARED = 16, 3
-"""Questions that are asked once, and the fewest of them that a reference has to have."""
+"""Number of questions that are asked once, and the fewest of them that a reference has to have."""
 
 SEALED = "sealed"
 """Name of the digest in a published reference."""
@@ -43,7 +43,7 @@ class Named(NamedTuple):
 
     Args:
         name: Its name there.
-        read: Returns its reference: hundreds do not fit into memory together.
+        read: Function that returns its reference: hundreds do not fit into memory together.
     """
 
     name: str
@@ -220,12 +220,12 @@ def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str,
 def name_crossed(
     request: VerifyRequest, adapters: Sequence[Named], found: Sequence[dict[str, Any]], most: int | None = None
 ) -> None:
-    """Name the adapter with which a server answers instead of one that differs, where it is one of these.
+    """Name the adapter that a server serves in place of one that differs, if it is one of the given adapters.
 
     Args:
         request: What the user asked for.
         adapters: Adapters that the server serves, the checked ones first.
-        found: Results of the checked ones, of which fault, reason and number of requests change.
+        found: Results of the checked ones, whose fault, reason and number of requests are changed.
         most: Largest number of adapters by whose references the server is checked; None means all that may be it.
     """
     searches: list[tuple[Named, dict[str, Any], Search]] = []
@@ -274,7 +274,7 @@ def check_seals(request: VerifyRequest) -> None:
 
 
 def _beside(place: Path) -> Path | None:
-    """The published reference in the folder of a file that is none itself, if it seals another of this adapter."""
+    """The published reference beside a file that is not one itself, if it seals another reference of this adapter."""
     beside = place.parent / REFERENCE_FILE
     if place.is_dir() or place.name.endswith(REFERENCE_FILE) or not beside.is_file():
         return None

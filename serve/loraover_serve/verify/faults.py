@@ -1,4 +1,4 @@
-"""The faults with which engines serve adapters without a message, each as the adapter that it amounts to.
+"""The faults with which engines serve adapters without a message, each as an adapter with the same effect.
 
 A fault is a function in `FAULTS`, which yields its candidates: adapters that PyTorch runs on the same prompts. The
 candidate whose answers are nearest to the engine's names the likely fault.

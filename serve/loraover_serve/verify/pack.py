@@ -1,4 +1,4 @@
-"""Logprobs of models as a reference holds them: of the likeliest tokens alone, and of a fault what it changes."""
+"""Logprobs of models as a reference holds them: those of the likeliest tokens; of a fault, only the changes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class RecordedFault:
     factor: float | None = None
 
     def packed(self, places: Sequence[RecordedPlace], models: TorchModels) -> dict[str, Any]:
-        """The fault as a reference has it."""
+        """The fault as the file of a reference has it."""
         start, number = models.expected[self.of], min(self.questions, len(models.questions))
         facts = {"of": self.of, "fault": self.fault, "detail": self.detail, "factor": self.factor}
         return facts | pack_variant(places, self.model, start, number)
@@ -131,7 +131,7 @@ def main_faults(models: TorchModels) -> Iterator[RecordedFault]:
 
 
 def many_faults(models: TorchModels) -> Iterator[RecordedFault]:
-    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is none."""
+    """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is not a fault."""
     variants = models.variants
     for each in misplaced(models.subject):
         model = variants.adapted(each.deltas, prompts=NAMED_LAYERS, layer=each.layer)

@@ -30,10 +30,10 @@ from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, re
 from loraover_serve.verify.variants import Variants
 
 HELD = 4
-"""Models whose logprobs are held at once at most: base and adapter, and both of them rounded."""
+"""Largest number of models whose logprobs are held at once: base and adapter, and both of them rounded."""
 
 KEPT = 128
-"""Likeliest tokens of each right model at which an engine in this process is compared."""
+"""Number of likeliest tokens of each right model at which an engine in this process is compared."""
 
 FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 Ids = NDArray[np.int64]

@@ -143,7 +143,7 @@ def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSou
 
 
 def packed(content: Mapping[str, Any]) -> bytes:
-    """A reference as its file has it."""
+    """Bytes of the file of a reference."""
     return gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
 
 
@@ -266,7 +266,7 @@ def _question(models: TorchModels, tokenizer: Any, index: int) -> dict[str, Any]
 
 
 def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: bool) -> dict[str, str | None]:
-    """Digests by which one knows what was recorded."""
+    """Digests of everything that was recorded."""
     template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if is_chat else None
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
     return {
@@ -279,7 +279,7 @@ def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: 
 
 
 def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any]:
-    """How and with what a reference was made."""
+    """Circumstances of a recording."""
     return {
         "command": request.command(),
         "date": today(),

@@ -167,7 +167,7 @@ class VerifyRequest(EngineRequest):
 
     @property
     def declared_format(self) -> str:
-        """Coarsest number format that is expected: with a GGUF file of the user's, whatever it holds."""
+        """Coarsest number format that is expected; for a GGUF file of the user's, any format."""
         return self.served_format if self.base_gguf is None else NUMBER_FORMATS[-1]
 
     def __post_init__(self) -> None:

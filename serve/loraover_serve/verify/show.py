@@ -22,7 +22,7 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
 
     Args:
         report: The report.
-        request: What it answers.
+        request: Request that the report answers.
         console: Where to print.
     """
     console.print(distances_table(report.engines, report.reference))
@@ -39,7 +39,7 @@ def show_recording(report: RecordReport, request: RecordRequest, console: Consol
 
     Args:
         report: The report.
-        request: What it answers.
+        request: Request that the report answers.
         console: Where to print.
     """
     print_line(

@@ -133,7 +133,7 @@ class Variants:
                 yield way, self._run()
 
     def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
-        """Name of each fault of the base model, the fault in words, and what runs it on the first prompts."""
+        """Name of each fault of the base model, the fault in words, and a function that runs it on some prompts."""
         longest = max(len(question.tokens) for question in self._questions)
         for fault, detail, changed, layer in base_faults(self.model, longest):
             yield fault, detail, partial(self._changed, changed, layer)
@@ -185,7 +185,7 @@ def _adder(delta: LowRankChange) -> Any:
 
 
 class RightLayers:
-    """Models whose faults lie in ever later layers: each runs only from the last layer that the one before has right.
+    """Outputs of layers that models share, run in the order of their first faulty layer: each starts at that layer.
 
     Only the outputs of that layer are held, so a fault in layer k costs the layers from k - 1 on.
 

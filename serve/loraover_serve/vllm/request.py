@@ -19,7 +19,7 @@ LAST_PORT = 65535
 LOOPBACK = "127.0.0.1"
 STARTUP_S = 600.0
 MOST_STARTUP_S = 1_000_000.0
-"""Twelve days; Python waits for a process for 25 days at most."""
+"""Longest time to start, twelve days; Python waits for a process for 25 days at most."""
 KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that vLLM reads the server's key from; on a command line, every user would see it."""
 

@@ -100,7 +100,7 @@ def _serving(request: ServeRequest) -> Iterator[VllmServer]:
 
 
 def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
-    """Raise EngineError unless the server has the plug-in's routes, and warn if it does not serve what changes."""
+    """Raise EngineError unless the server has the plug-in's routes, and warn if it does not serve changes."""
     try:
         found = server.request("/v1/adapters")
     except EngineError as error:

@@ -22,7 +22,7 @@ AT_ONCE = 4
 
 @dataclass
 class PlannedCheck:
-    """When an adapter is checked next.
+    """The next check of an adapter.
 
     Args:
         target: The adapter.
@@ -47,7 +47,7 @@ class Canary:
         history: The history.
         now: The time.
         draw: Source of the jitter.
-        on_change: Receiver of each check whose verdict or fault is another one than before, and of that before.
+        on_change: Receiver of each check whose verdict or fault differs from those before, and of the check before.
     """
 
     def __init__(
@@ -191,7 +191,8 @@ def ask(
     Args:
         target: The adapter.
         clock: Clock in seconds since 1970.
-        reserve: Asked whether so many more requests may be sent, to find out which adapter answers in its place.
+        reserve: Function that says whether a number of further requests may be sent to find out which adapter answers
+            in its place.
     """
     begun = time.monotonic()
     try:

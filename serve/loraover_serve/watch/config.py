@@ -59,7 +59,7 @@ class ServerSettings(StrictModel):
 
 
 class WatchConfig(StrictModel):
-    """All of it."""
+    """Contents of the configuration of a watch."""
 
     servers: list[ServerSettings] = Field(min_length=1, description="Servers")
     interval_s: float = Field(default=900.0, gt=0, description="Seconds between two checks of an adapter")
@@ -78,7 +78,7 @@ class WatchTarget:
     Args:
         server: The server.
         adapter: Name of the adapter.
-        request: What is asked of the server.
+        request: Request of the verification.
         interval_s: Seconds between checks.
         most: Largest number of requests of a check.
         others: Names of the server's other adapters, and the files of their references.

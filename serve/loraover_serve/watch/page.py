@@ -21,7 +21,7 @@ WIDTH, HEIGHT, PAD = 220.0, 44.0, 4.0
 SHOWN_S, SHOWN = DAY_S, 300
 """Time and number of checks of a plot."""
 LATE = 3
-"""Intervals after which a check is no evidence any more, such as where the budget of requests is too small."""
+"""Intervals after which a check says nothing of the present, such as where the budget of requests is too small."""
 ORDER = tuple(EXIT_CODES)
 """Verdicts, the worst first."""
 

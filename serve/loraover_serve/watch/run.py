@@ -183,7 +183,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tell an error, unless a reader hung up."""
+        """Report an error, unless a reader hung up."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -224,7 +224,7 @@ def serving(watch: Watch, report: Reporter) -> Iterator[str]:
             self.wfile.write(body)
 
         def log_message(self, *arguments: Any) -> None:
-            """Requests for the page are no news."""
+            """Log nothing for requests of the page."""
 
     config = watch.canary.watched.config
     try:
