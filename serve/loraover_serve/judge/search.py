@@ -38,7 +38,7 @@ FEW, NEAREST = 3, 4  # prompts on which every fault of the adapter is run, and f
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
 
 FEW_OF_BASE = 4
-"""Prompts on which faults of the base model that somebody has to run are tried first."""
+"""Number of prompts on which faults of the base model that need a run of the model are tried first."""
 
 LEAST, NEARLY = 0.1, 0.9  # factor of the adapter that is looked at, and share that needs no further look
 HOTTEST = 2.0  # temperature that OpenAI's protocol allows

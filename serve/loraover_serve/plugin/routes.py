@@ -133,7 +133,7 @@ def served_by(models: OpenAIServingModels) -> dict[str, str]:
 
 
 async def serve_anew(models: OpenAIServingModels, name: str, path: str, *, is_3d: bool | None = None) -> bool:
-    """Let vLLM serve a folder under a name that it serves already, and return whether it did not yet.
+    """Let vLLM serve a folder under a name that it serves already, and return whether the folder is another one.
 
     The folder gets another id. Requests that run end with the version that they began with, and no request finds the
     name missing. If vLLM cannot load the folder, it serves the earlier one. `is_3d` says whether the weights of experts

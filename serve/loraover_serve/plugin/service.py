@@ -17,7 +17,7 @@ from loraover_serve.plugin.front import Front
 from loraover_serve.plugin.settings import APPROXIMATE, RefusedError, Settings, folder_of
 
 FILES = (CONFIG_FILE, TENSORS_FILE, META_FILE, CORES_FILE, TEMPLATE_FILE, REFERENCE_FILE)
-"""Files of an adapter that what is prepared of it may depend on; others, such as logs, may change at any time."""
+"""Files on which a prepared adapter may depend; others, such as logs, may change at any time."""
 
 POLL_S = 0.5
 """Seconds between two looks at a folder that is being written."""
@@ -51,7 +51,7 @@ def state_of(folder: Path) -> State:
 
 
 class Folders:
-    """Since when the adapters' folders are unchanged.
+    """Times since which the adapters' folders have not changed.
 
     A folder that is half overwritten may hold a well-formed adapter, which nobody trained. Therefore it is read only
     when nothing has written there for some seconds.
@@ -66,7 +66,7 @@ class Folders:
         self._seen: dict[Path, tuple[State, float]] = {}
 
     def settled(self, folder: Path) -> State | None:
-        """Return the state of a folder that has been unchanged for long enough; None of any other.
+        """Return the state of a folder that has been unchanged for long enough; None for any other.
 
         Of a folder that is seen for the first time, the files' own times are believed; later changes are timed here,
         since the clock of a file server may differ.
@@ -157,8 +157,8 @@ class Status:
 
     Args:
         status: "preparing", "ready" or "refused".
-        prepared: What was prepared last; None if nothing was.
-        reason: Why what lies in the folder now is refused; None unless it is.
+        prepared: Version that was prepared last; None if there is none.
+        reason: Reason why the present contents of the folder are refused; None if they are not.
         state: State of the folder that is refused.
         since: Time of the refusal, in seconds of a clock that only runs forward.
     """

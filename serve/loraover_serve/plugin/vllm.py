@@ -57,7 +57,7 @@ def is_known(version: str = __version__) -> bool:
 
 
 def tell_apart() -> None:
-    """Let vLLM compare adapters by name and id, in this process; of a release that is not known, warn instead.
+    """Let vLLM compare adapters by name and id, in this process; warn instead if its release is not known.
 
     vLLM compares `LoRARequest`s by their names, and collects those of a batch in a set (read in 0.32 and 0.33:
     `make_lora_inputs` of vllm/v1/worker/gpu_input_batch.py, `get_activate_loras` of vllm/v1/worker/gpu/lora_utils.py).
