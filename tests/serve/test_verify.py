@@ -65,10 +65,8 @@ def test_a_large_vocabulary_is_compared_at_its_likeliest_tokens(tmp_path: Path) 
     for adapter, expected in ((case.adapter, ("as trained", None)), (wrong, ("differs", FAULTS["MLP missing"].fault))):
         found = verify_engine("torch", case.setting(tmp_path, adapter=adapter), case.models)
         assert (found.verdict, found.fault, found.compared) == (*expected, "top tokens"), found.reason
-    first, logprobs = (
-        case.models.first(0),
-        case.models.expected[ADAPTER].at(*case.models.position(case.models.first(0))),
-    )
+    first = case.models.first(0)
+    logprobs = case.models.expected[ADAPTER].at(*case.models.position(first))
     token = next(token for token in np.argsort(logprobs).tolist() if token not in case.models.kept(first))
     beside = case.models.beside(replace(as_pytorch(case), greedy=[Greedy(0, (token,), 1, {})]))
     assert beside.adapter.rows[first][token] == logprobs[token]

@@ -5,6 +5,7 @@ Engines in environments of their own are skipped where LORAOVER_MLX or LORAOVER_
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import pytest
 
 from loraover.common.errors import ExportError
 from loraover.models.load import resolve_model
-from loraover_serve import verify_adapter
+from loraover_serve import EngineResult, verify_adapter
 from loraover_serve.engines import ENGINES, engine_class
 from loraover_serve.engines.elsewhere import ElsewhereEngine
-from loraover_serve.judge.names import LEFT_OUT
+from loraover_serve.judge.limits import ADAPTER
+from loraover_serve.judge.names import LEFT_OUT, NOT_APPLIED
 from loraover_serve.verify.by_pytorch import verify_engine
 
-from support.engine_forms import skip_unless_installed
+from support.compatibility import PEFT
+from support.engine_forms import Running, present, skip_unless_installed
 from support.make_checkpoint import Made
-from support.verified import FAULTS, Case, make_case, plant, save_adapter
+from support.verified import FAULTS, WRONG_PREFIX, Case, judged, make_case, plant, save_adapter
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("quick_builder")]
 
@@ -100,3 +103,32 @@ def test_smollm2_is_as_trained(engine: str, tmp_path: Path) -> None:
     assert max(found.base.largest, found.adapter.largest) <= ALLOWED[engine]
     assert found.greedy is not None
     assert found.greedy.gap <= found.greedy.allowed
+
+
+READERS = ["onnx", pytest.param("vllm", marks=pytest.mark.matrix)]
+"""Engines that get PEFT's files, or a graph that is made from them."""
+
+
+def as_peft_saved_it(engine: str, wrong: Path, case: Case, running: Running, scratch: Path) -> EngineResult:
+    """Verify an engine that was given another adapter's files than the judge knows."""
+    with present(engine, PEFT, replace(case.setting(scratch), adapters={ADAPTER: wrong}), running) as started:
+        answers = started.answers(case.models)
+    return judged(answers, case.models)
+
+
+@pytest.mark.parametrize("engine", READERS)
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_a_wrong_prefix_is_named(engine: str, case: Case, running: Running, tmp_path: Path) -> None:
+    skip_unless_installed(engine)
+    wrong = plant(WRONG_PREFIX, case.adapter, tmp_path / "wrong")
+    found = as_peft_saved_it(engine, wrong, case, running, tmp_path)
+    assert (found.verdict, found.fault) == ("differs", NOT_APPLIED), found.reason
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_on_a_running_vllm(name: str, case: Case, running: Running, tmp_path: Path) -> None:
+    wrong = plant(FAULTS[name], case.adapter, tmp_path / "wrong")
+    found = as_peft_saved_it("vllm", wrong, case, running, tmp_path)
+    assert (found.verdict, found.fault) == ("differs", FAULTS[name].fault), found.reason
+    assert FAULTS[name].words in found.reason
