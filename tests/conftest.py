@@ -26,6 +26,12 @@ import torch
 from tqdm.std import TqdmDefaultWriteLock
 from xdist.scheduler import LoadScopeScheduling
 
+from support.faults import failing_model as failing_model
+from support.faults import full_disk_of_pages as full_disk_of_pages
+from support.faults import no_model as no_model
+from support.faults import wrong_fold as wrong_fold
+from support.faults import wrong_rounding as wrong_rounding
+from support.faults import wrong_scaling as wrong_scaling
 from support.speed import PROFILES, scaled
 
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from loraover_export.cli import cli
 from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
-from loraover_export.fold.run import write_folded
 
 from support.devices import ALL_DEVICES
+from support.faults import Failure, Fold
 from support.fold_cases import certificate
 from support.make_checkpoint import EMBEDDING, LINEAR, Made, edit_tensors, make_checkpoint
-from support.no_memory import NO_MEMORY, failing
+from support.no_memory import NO_MEMORY
 from support.refusals import Refused
 
 COMPUTE = ("fp32", "bf16", "fp16", "fp64")
@@ -70,22 +71,18 @@ def test_a_fold_is_checked_alike_on_a_model_that_is_read_from_its_files(
     assert certificate(tmp_path / "streamed").outputs == certificate(tmp_path / "whole").outputs
 
 
-def test_a_wrong_fold_is_rejected_in_a_coarse_type(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_fold, "write_folded", half_of_b)
+def test_a_wrong_fold_is_rejected_in_a_coarse_type(made: Made, tmp_path: Path, wrong_fold: Fold) -> None:
+    wrong_fold(halve_b)
     found = fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu", compute_dtype="bf16")
     assert found.verdict == "failed"
     assert not (tmp_path / "out").exists()
 
 
-def half_of_b(checkpoint: Any, directory: Path, *rest: Any) -> Any:
-    """Write the fold with every B halved."""
-    certificates = write_folded(checkpoint, directory, *rest)
-
+def halve_b(folder: Path) -> None:
     def halve(tensors: dict[str, torch.Tensor]) -> None:
         tensors.update({key: tensor / 2 for key, tensor in tensors.items() if "lora_B" in key})
 
-    edit_tensors(directory / "adapter_model.safetensors", halve)
-    return certificates
+    edit_tensors(folder / "adapter_model.safetensors", halve)
 
 
 # Sampled tokens
@@ -93,12 +90,17 @@ def half_of_b(checkpoint: Any, directory: Path, *rest: Any) -> Any:
 
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_large_cores_are_applied_at_some_tokens_of_every_layer(
-    is_wrong: bool, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    is_wrong: bool,
+    made: Made,
+    tmp_path: Path,
+    wrong_fold: Fold,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a wrong fold, the other tokens see nothing, and the last one of each prompt enough."""
     monkeypatch.setattr(check_outputs_module, "CORES_AT_MOST", 0.1)
     if is_wrong:
-        monkeypatch.setattr(run_fold, "write_folded", half_of_b)
+        wrong_fold(halve_b)
     out = tmp_path / "out"
     assert run(cli, ["fold", str(made.path), "-o", str(out), "--check-error", "--device", "cpu"]) == int(is_wrong)
     shown = " ".join(capsys.readouterr().out.split())
@@ -111,11 +113,11 @@ def test_large_cores_are_applied_at_some_tokens_of_every_layer(
 # What cannot be
 
 
-def test_a_device_that_is_not_there_is_refused_before_any_work(
-    made: Made, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_fold, "write_folded", None)
-    refused("fold", made.path, "--check-error", "--device", "cuda:9", named=("there is no cuda:9 here",))
+def test_a_device_that_is_not_there_is_refused_before_any_work(made: Made, tmp_path: Path, refused: Refused) -> None:
+    """The cores are damaged, which a fold would find."""
+    source = shutil.copytree(made.path, tmp_path / "damaged")
+    edit_tensors(source / "loraover.safetensors", lambda found: next(iter(found.values())).mul_(2))
+    refused("fold", source, "--check-error", "--device", "cuda:9", named=("there is no cuda:9 here",))
 
 
 MEMORY = (
@@ -127,20 +129,16 @@ MEMORY = (
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
-    [*((name, "logits_of") for name in NO_MEMORY), ("the CPU", "load_model"), ("a GPU", "FoldedAndTwins")],
+    ("name", "when"), [*((name, "run") for name in NO_MEMORY), ("the CPU", "loaded"), ("a GPU", "adapted")]
 )
 def test_out_of_memory_says_what_was_needed_and_what_would_fit(
-    name: str, place: str, made: Made, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    name: str, when: Any, made: Made, refused: Refused, failing_model: Failure
 ) -> None:
-    monkeypatch.setattr(check_outputs_module, place, failing(name))
+    failing_model(NO_MEMORY[name], when)
     refused("fold", made.path, "--check-error", "--device", "cpu", named=MEMORY)
 
 
-def test_another_error_stays_what_it_is(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(check_outputs_module, "logits_of", fail)
+def test_another_error_stays_what_it_is(made: Made, tmp_path: Path, failing_model: Failure) -> None:
+    failing_model(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "run")
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         fold_checkpoint(made.path, tmp_path / "out", check_error=True, device="cpu")

@@ -16,15 +16,11 @@ from transformers import AutoModelForSequenceClassification
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.adapters.logits import prompts as prompts_module
-from loraover.adapters.logits import verdict as verdict_module
 from loraover.adapters.logits.prompts import logits_of
-from loraover.adapters.logits.verdict import RunningDeviation, verdict_on
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
-from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.adapters.logits.verdict import ELEMENTS_AT_ONCE, RunningDeviation, verdict_on
 from loraover_export.fold import check_outputs as check_outputs_module
-from loraover_export.fold import run as run_fold
-from loraover_export.fold.run import write_folded
 
+from support.faults import Fold
 from support.fold_cases import Q_B, certificate, load_base
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, oracle_matrices, reseal, save
 from support.refusals import fold
@@ -72,17 +68,11 @@ def test_check_error_accepts_a_deep_chain(tmp_path: Path) -> None:
 
 
 def test_check_error_is_inconclusive_of_an_adapter_too_weak_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, wrong_fold: Fold, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its change of the logits is less than rounding's, so that its loss would pass. The fold is left in place."""
     made = make_checkpoint(tmp_path / "made", lora_alpha=1e-6, tokenizer=True)
-
-    def write(checkpoint: Checkpoint, directory: Path, *rest: Any) -> list[MatrixCertificate]:
-        certificates = write_folded(checkpoint, directory, *rest)
-        edit_tensors(directory / "adapter_model.safetensors", lambda found: found[Q_B].zero_())
-        return certificates
-
-    monkeypatch.setattr(run_fold, "write_folded", write)
+    wrong_fold(lambda folder: edit_tensors(folder / "adapter_model.safetensors", lambda found: found[Q_B].zero_()))
     assert fold(made.path, tmp_path / "out", "--check-error", "--dtype", "bf16") == 3
     out = capsys.readouterr().out
     assert "fold inconclusive" in out
@@ -120,11 +110,25 @@ def test_logits_that_are_no_numbers_fail() -> None:
     assert math.isnan(running.result().max_logit)
 
 
-def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verdict is the measured noise's, not a constant: without room above it, the same fold fails."""
-    monkeypatch.setattr("loraover_export.fold.certificate.NOISE_FACTOR", 1e-3)
-    assert fold(made.path, tmp_path / "out", "--check-error") == 1
-    assert not (tmp_path / "out").exists()
+def test_logits_that_are_compared_in_pieces_have_the_same_deviation() -> None:
+    """As many as are compared at once, and half as many again."""
+    rows, draw = ELEMENTS_AT_ONCE // 512, torch.Generator().manual_seed(0)
+    one, other = (torch.randn(3 * rows // 2, 512, generator=draw) for _ in range(2))
+    whole, pieces = RunningDeviation(), RunningDeviation()
+    whole.add(one, other)
+    for k in range(0, len(one), rows // 4):
+        pieces.add(one[k : k + rows // 4], other[k : k + rows // 4])
+    assert pieces.result().model_dump() == pytest.approx(whole.result().model_dump(), rel=1e-12)
+    assert whole.result().max_logit == float((one.double() - other.double()).abs().max())
+
+
+def test_check_error_needs_room_for_noise(made: Made, tmp_path: Path) -> None:
+    """The verdict is the measured noise's, not a constant: with less of it, the same outputs fail."""
+    assert fold(made.path, tmp_path / "out", "--check-error") == 0
+    outputs = certificate(tmp_path / "out").outputs
+    assert outputs is not None
+    less = outputs.noise.model_copy(update={"max_logit": 1e-3 * outputs.noise.max_logit})
+    assert outputs.model_copy(update={"noise": less}).verdict == "failed"
 
 
 def test_prompts_are_read_one_a_line(made: Made, tmp_path: Path) -> None:
@@ -182,7 +186,6 @@ def test_memory_does_not_grow_with_a_long_prompt(
     assert max(live_logits) == 3 * 39 * VOCABULARY
     live_logits.clear()
     monkeypatch.setitem(prompts_module.LOGITS_AT_ONCE, "cpu", 5 * VOCABULARY)
-    monkeypatch.setattr(verdict_module, "ELEMENTS_AT_ONCE", 2 * VOCABULARY)
     assert fold(made.path, tmp_path / "pieces", *options) == 0
     assert max(live_logits) == 3 * 5 * VOCABULARY
     assert len(live_logits) == 6 * 8

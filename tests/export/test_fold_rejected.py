@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from loraover.adapters.numerics import rounding
-from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
-from loraover.adapters.numerics.rounding import round_tensor
-from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.overparam.decompositions import Mpo
-from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate
-from loraover_export.fold.run import write_folded
 
+from support.faults import Fold, Rounding
 from support.fold_cases import Q_A, Q_B
 from support.make_checkpoint import Made, edit_json, edit_tensors, make_checkpoint, tree
 from support.refusals import fold
@@ -66,16 +62,10 @@ def assert_rejected(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("mutant", MATRIX_MUTANTS)
 def test_the_certificate_rejects_a_wrong_matrix(
-    mutant: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mutant: str, made: Made, tmp_path: Path, wrong_rounding: Rounding, capsys: pytest.CaptureFixture[str]
 ) -> None:
     guilty, change = MATRIX_MUTANTS[mutant]
-    right = round_tensor
-
-    def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
-        matrix = right(key, exact, dtype)
-        return change(matrix) if key == guilty else matrix
-
-    monkeypatch.setattr(rounding, "round_tensor", wrong)
+    wrong_rounding(change, only=guilty)
     found = assert_rejected(made, tmp_path, capsys, "--dtype", "fp32" if change is two_ulps else "bf16")
     assert [site_key(m.name) for m in found.matrices if not m.passed] == [guilty]
 
@@ -148,19 +138,13 @@ OTHER_MUTANTS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
 
 @pytest.mark.parametrize("mutant", OTHER_MUTANTS)
 def test_check_error_alone_rejects_a_wrong_adapter(
-    mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mutant: str, tmp_path: Path, wrong_fold: Fold, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The certificates are in order: PEFT runs the adapter, and the unfolded model disagrees."""
     lora, edit = OTHER_MUTANTS[mutant]
     made = make_checkpoint(tmp_path / "made", **lora)
     (tmp_path / "empty").mkdir()
-
-    def wrong(checkpoint: Checkpoint, directory: Path, *rest: Any) -> list[MatrixCertificate]:
-        certificates = write_folded(checkpoint, directory, *rest)
-        edit(directory)
-        return certificates
-
-    monkeypatch.setattr(run_fold, "write_folded", wrong)
+    wrong_fold(edit)
     found = assert_rejected(made, tmp_path / "empty", capsys, "--check-error")
     assert all(m.passed for m in found.matrices)
     assert found.outputs is not None

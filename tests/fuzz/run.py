@@ -370,10 +370,10 @@ def simplest(case: Case, cause: str, bases: Path) -> Case:
     return case
 
 
-def keep(case: Case) -> None:
+def keep(case: Case, file: Path = REGRESSIONS) -> None:
     """Add a failing case to the regressions."""
-    with REGRESSIONS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(case)) + "\n")
+    with file.open("a", encoding="utf-8") as regressions:
+        regressions.write(json.dumps(asdict(case)) + "\n")
 
 
 def signature(case: Case, result: Result) -> tuple[str, ...]:
@@ -381,6 +381,6 @@ def signature(case: Case, result: Result) -> tuple[str, ...]:
     return (case.verb, *(sorted(case.edits) or [case.kind]), *["rows"] * case.rows, result.cause)
 
 
-def kept() -> list[Case]:
+def kept(file: Path = REGRESSIONS) -> list[Case]:
     """Return the regressions."""
-    return [Case(**json.loads(line)) for line in REGRESSIONS.read_text(encoding="utf-8").splitlines()]
+    return [Case(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

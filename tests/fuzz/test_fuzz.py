@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from loraover.adapters.convert.methods import METHODS
-from loraover.checkpoint.adapter_config import AdapterConfig
 
 from fuzz import run as fuzz_run
 from fuzz.__main__ import run_for
 from fuzz.cases import BASES, VERBS, Case, draw
 from fuzz.run import keep, kept, run
+from support.faults import Scaling
 
 PLAIN = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 2}
 
@@ -32,30 +31,24 @@ def test_every_kind_base_and_verb_is_drawn() -> None:
     assert draw(7) == cases[7]
 
 
-def test_a_kept_case_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_run, "REGRESSIONS", tmp_path / "cases")
-    keep(draw(3))
-    keep(draw(4))
-    assert kept() == [draw(3), draw(4)]
+def test_a_kept_case_is_read_back(tmp_path: Path) -> None:
+    keep(draw(3), tmp_path / "cases")
+    keep(draw(4), tmp_path / "cases")
+    assert kept(tmp_path / "cases") == [draw(3), draw(4)]
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("onnx", "check")])
-def test_a_wrong_scaling_is_a_fault(verb: str, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_scaling_is_a_fault(verb: str, bases: Path, wrong_scaling: Scaling) -> None:
     """The verb reads twice the scaling; PEFT reads the right one."""
     case = Case(0, "LORA", "qwen2", PLAIN, verb, dict(VERBS[verb][0]))
     assert run(case, bases).outcome == "agrees"
-    scaling = AdapterConfig.scaling
-    monkeypatch.setattr(AdapterConfig, "scaling", lambda self, module: 2 * scaling(self, module))
+    wrong_scaling(2)
     assert run(case, bases).outcome == "fault"
 
 
-def test_an_exception_that_is_not_ours_is_a_fault(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise KeyError("lost")
-
-    monkeypatch.setattr("loraover_export.export_gguf", broken, raising=False)
-    found = run(Case(0, "LORA", "qwen2", PLAIN, "gguf", {"dtype": "fp32"}), bases)
-    assert (found.outcome, "lost" in found.found) == ("fault", True)
+def test_an_exception_that_is_not_ours_is_a_fault(bases: Path) -> None:
+    found = run(Case(0, "LORA", "qwen2", PLAIN, "gguf", {"no_such_option": 1}), bases)
+    assert (found.outcome, "TypeError" in found.found) == ("fault", True)
 
 
 @pytest.mark.parametrize("case", kept(), ids=lambda case: "-".join([case.verb, case.kind, *case.edits]))
