@@ -6,7 +6,6 @@ Weights are read from safetensors files one tensor at a time, without loading th
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -90,14 +89,20 @@ class BaseFiles:
         """
         found = (path for path in sorted(self.folder.iterdir()) if path.is_file())
         for path in (path for path in found if not path.name.endswith(LEFT_BEHIND) and path.name not in REPLACED):
-            try:
-                shutil.copyfile(path, folder / path.name)
-            except OSError as error:
-                if error.filename != str(path):
-                    raise
-                raise ConfigError(
-                    f"model: {path}: cannot be read: {error.strerror}; make it readable, or move it elsewhere."
-                ) from error
+            with (folder / path.name).open("wb") as copy:
+                copy.writelines(_pieces(path))
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Read a file piece by piece, so that an error of reading is never taken for one of writing."""
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(2**24):
+                yield piece
+    except OSError as error:
+        raise ConfigError(
+            f"model: {path}: cannot be read: {error.strerror}; make it readable, or move it elsewhere."
+        ) from error
 
 
 def check_not_gguf(model: str | None) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from loraover_export.fold import check_outputs
-
 from support.checkpoint_damage import CORES, META, Q_A, TENSORS, WRONG_TENSORS, meta, replaced, site
 from support.make_checkpoint import Made, edit_json, reseal
 from support.refusals import Refused
@@ -78,11 +76,9 @@ def test_a_checkpoint_without_a_base_model_asks_for_one(source: Path, refused: R
     refused("fold", source, "--check-error", named=(str(source), "--model"))
 
 
-def test_prompts_that_cannot_be_used_are_named(
-    made: Made, source: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_model")
+def test_prompts_that_cannot_be_used_are_named(made: Made, source: Path, tmp_path: Path, refused: Refused) -> None:
     """Before the base model is loaded."""
-    monkeypatch.setattr(check_outputs, "load_model", None)
     prompts = tmp_path / "prompts.txt"
     options = ("--check-error", "--prompts", prompts)
     refused("fold", source, *options, named=(str(prompts),))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from loraover import LoraOverConfig
 from loraover.common.command_line import run
 from loraover_export import fold_checkpoint
 from loraover_export.cli import cli
-from loraover_export.fold import check_outputs as check_outputs_module
 from loraover_export.fold import run as run_fold
 from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
 
@@ -90,15 +90,11 @@ def halve_b(folder: Path) -> None:
 
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_large_cores_are_applied_at_some_tokens_of_every_layer(
-    is_wrong: bool,
-    made: Made,
-    tmp_path: Path,
-    wrong_fold: Fold,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    is_wrong: bool, tmp_path: Path, wrong_fold: Fold, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a wrong fold, the other tokens see nothing, and the last one of each prompt enough."""
-    monkeypatch.setattr(check_outputs_module, "CORES_AT_MOST", 0.1)
+    config = LoraOverConfig(decomposition="chain", options={"depth": 8}, seed=0)
+    made = make_checkpoint(tmp_path / "made", config=config, tokenizer=True, target_modules=LINEAR, r=32)
     if is_wrong:
         wrong_fold(halve_b)
     out = tmp_path / "out"

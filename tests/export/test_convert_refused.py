@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertModel
 
 from loraover.adapters.convert.methods import METHODS
-from loraover.adapters.convert.methods.base import LowRank, Refused
+from loraover.adapters.convert.methods.base import Refused
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover_export import LoraCertificate, convert_adapter
 from loraover_export.cli import cli
 
 from support.conversions import SOURCES, Source, fill, make_base, make_source, our_deltas
+from support.faults import Scaling
 from support.refusals import only_error
 from support.tiny_models import tiny_bert, token_ids
 
@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for base in ("prime", "even", "bias"):
         make_base(found / base, base)
     make_source(found / "prime", found / "loha", SOURCES["loha"])
+    make_source(found / "prime", found / "lora", Source("LORA", {"r": 4, "lora_alpha": 4}))
     make_source(found / "even", found / "oft", SOURCES["oft"])
     make_source(found / "prime", found / "vera", SOURCES["vera"])
     return found
@@ -294,18 +295,11 @@ class TestTheCommand:
         }
 
     def test_an_exact_conversion_that_loses_logits_is_not_left_behind(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+        self, folder: Path, tmp_path: Path, wrong_scaling: Scaling, capfd: pytest.CaptureFixture[str]
     ) -> None:
         """Each matrix is within its bound of the factors, which are wrong themselves."""
-        right: Any = METHODS["LOHA"]
-        delta = right.delta
-
-        def wrong(module: Any) -> LowRank:
-            found: LowRank = delta(module)
-            return replace(found, b=1.001 * found.b)
-
-        monkeypatch.setattr(right, "delta", wrong)
-        assert run(cli, ["convert", str(folder / "loha"), "-o", str(tmp_path / "out"), "--check-error", "--json"]) == 1
+        wrong_scaling(1.001)
+        assert run(cli, ["convert", str(folder / "lora"), "-o", str(tmp_path / "out"), "--check-error", "--json"]) == 1
         out, err = capfd.readouterr()
         certificate = json.loads(out)["certificate"]
         assert certificate["verdict"] == "failed"
@@ -314,10 +308,10 @@ class TestTheCommand:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_check_that_sees_too_little_is_inconclusive(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+        self, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("loraover.adapters.uniform.certificate.NOISE_FACTOR", 1e9)
-        assert run(cli, ["convert", str(folder / "loha"), "-o", str(tmp_path / "out"), "--check-error"]) == 3
+        weak = changed(folder / "loha", tmp_path / "weak", alpha=1e-9)
+        assert run(cli, ["convert", str(weak), "-o", str(tmp_path / "out"), "--check-error"]) == 3
         assert "certificate inconclusive" in capfd.readouterr().out
         assert (tmp_path / "out").is_dir()
 

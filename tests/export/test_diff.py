@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loraover.adapters.combine import diff
 from loraover.adapters.combine.diff import compare_deltas
 from loraover.adapters.logits.prompts import read_prompts
 from loraover.adapters.numerics.delta import Delta
@@ -176,12 +175,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
 }
 
 
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("case", REFUSED)
-def test_bad_input(
-    case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input(case: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before a model is loaded."""
-    monkeypatch.setattr(diff, "load_model", None)
     change, options, message = REFUSED[case]
     other = shutil.copytree(made / "other", tmp_path / "other")
     change(other)

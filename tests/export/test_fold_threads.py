@@ -8,18 +8,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from loraover.adapters.numerics import rounding
-from loraover.adapters.numerics.matrix_certificate import certify
-from loraover.checkpoint.checkpoint import Checkpoint
+from loraover.adapters.numerics.rounding import write_rounded
+from loraover.checkpoint.checkpoint import open_checkpoint
 from loraover.common.errors import CheckpointError
 from loraover_export import fold_checkpoint
 
 from support.checkpoint_damage import CONFIG, CORES, TENSORS
+from support.faults import Rounding
 from support.make_checkpoint import LINEAR, Made, edit_tensors, make_checkpoint, reseal, tree
 
 pytestmark = pytest.mark.process
@@ -57,16 +57,13 @@ def test_the_number_of_threads_changes_no_bit(made: Made, tmp_path: Path) -> Non
     assert len({(tmp_path / str(threads) / CONFIG).read_bytes() for threads in certificates}) == 1
 
 
-@pytest.mark.parametrize("place", ["round_tensor", "certify"])
-def test_an_exception_in_a_thread_is_the_callers(
-    place: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: Any) -> None:
+def test_an_exception_in_a_thread_is_the_callers(made: Made, tmp_path: Path, wrong_rounding: Rounding) -> None:
+    def fail(matrix: Tensor) -> Tensor:
         assert threading.current_thread() is not threading.main_thread()
-        raise LookupError(f"a fault in {place}")
+        raise LookupError("a fault in a thread")
 
-    monkeypatch.setattr(rounding, place, fail)
-    with pytest.raises(LookupError, match=f"^a fault in {place}$"):
+    wrong_rounding(fail)
+    with pytest.raises(LookupError, match="a fault in a thread"):
         fold_checkpoint(made.path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -85,29 +82,27 @@ def test_a_damaged_file_is_named_before_what_its_damage_does(file: str, source: 
     assert tree(source).keys() == before.keys()
 
 
-def test_the_checksum_of_a_slow_disk_is_waited_for(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every matrix is ready before the checksums are; nothing is published until they are right."""
-    folded = threading.Event()
-    check_sum = Checkpoint.check_sum
+def test_a_checksum_on_a_slow_disk_is_waited_for(made: Made, tmp_path: Path) -> None:
+    """Every matrix is ready before it is; nothing is written until it is right."""
+    checkpoint, folded = open_checkpoint(made.path), threading.Event()
+    count = len(checkpoint.shapes)
 
-    def late(self: Checkpoint, name: str, ending: threading.Event | None = None) -> None:
-        if name == CORES:
+    def write(fails: bool) -> None:
+        def late(ending: threading.Event) -> None:
             assert folded.wait(20)
-        check_sum(self, name, ending)
+            assert not (tmp_path / TENSORS).exists()
+            if fails:
+                raise CheckpointError("its SHA-256 differs")
 
-    def certified(*arguments: Any) -> Any:
-        found = certify(*arguments)
-        if found.name == last:
-            folded.set()
-        return found
+        folded.clear()
+        on_tensor = lambda done: folded.set() if done == count else None  # noqa: E731
+        write_rounded(checkpoint, checkpoint.shapes, tmp_path, "fp32", on_tensor=on_tensor, beside=[late])
 
-    last = "model.layers.1.self_attn.v_proj.lora_B"
-    monkeypatch.setattr(Checkpoint, "check_sum", late)
-    monkeypatch.setattr(rounding, "certify", certified)
-    assert fold_checkpoint(source, tmp_path / "out").passed
-    assert (tmp_path / "out" / TENSORS).is_file()
+    with pytest.raises(CheckpointError, match="its SHA-256 differs"):
+        write(fails=True)
+    assert list(tmp_path.iterdir()) == []
+    write(fails=False)
+    assert (tmp_path / TENSORS).is_file()
 
 
 def test_a_fold_loads_neither_transformers_nor_peft(made: Made, tmp_path: Path) -> None:

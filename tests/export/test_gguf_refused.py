@@ -220,6 +220,7 @@ def test_a_base_of_another_kind_is_named(made: GgufMade, source: Path, tmp_path:
     refused("gguf", source, "--base-gguf", tmp_path / "short.gguf", named=("its tensors need",))
 
 
+@pytest.mark.usefixtures("no_model")
 def test_an_engine_that_is_not_installed_is_named(
     made: GgufMade, source: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +230,5 @@ def test_an_engine_that_is_not_installed_is_named(
         raise ModuleNotFoundError("No module named 'llama_cpp_py_sync'", name="llama_cpp_py_sync")
 
     monkeypatch.setattr(run, "load_library", missing)
-    monkeypatch.setattr(run, "load_model", None)
     message = refused("gguf", source, "--base-gguf", made.base_gguf)
     assert message == f"error: this needs llama_cpp_py_sync: {install('llamacpp')}"

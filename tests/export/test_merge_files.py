@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from loraover.adapters.numerics.delta import Delta
-from loraover.adapters.numerics.rounding import round_nearest
 from loraover.common.command_line import run
 from loraover.common.errors import ExportError
 from loraover.common.reporter import Reporter
@@ -28,6 +27,7 @@ from loraover_export.merge.arithmetic import NF4, Lost, four_bits, lost_by_four_
 
 from strategies import normal
 from support.adapters_on_disk import save_base, save_lora, save_shards
+from support.faults import Rounding
 from support.make_checkpoint import edit_json, edit_tensors, tree
 from support.merge_cases import deltas, long, outputs, save, shards
 from support.tiny_experts import tiny_moe
@@ -204,17 +204,16 @@ def test_an_infinite_limit_of_the_base_is_kept(pair: tuple[Path, Path], tmp_path
 
 
 def test_a_wrong_weight_is_not_published(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path], tmp_path: Path, wrong_rounding: Rounding, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One element, two units in the last place."""
 
-    def wrong(value: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = round_nearest(value, dtype)
+    def wrong(weight: Tensor) -> Tensor:
         weight[1, 2] = torch.nextafter(torch.nextafter(weight[1, 2], 9 + 0 * weight[1, 2]), 9 + 0 * weight[1, 2])
         return weight
 
     before = tree(tmp_path)
-    monkeypatch.setattr(arithmetic, "round_nearest", wrong)
+    wrong_rounding(wrong, arithmetic)
     assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 1
     assert "nothing was written" in capsys.readouterr().out
     assert tree(tmp_path) == before

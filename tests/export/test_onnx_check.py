@@ -16,8 +16,6 @@ from torch import Tensor
 
 from loraover.adapters.logits.verdict import largest
 from loraover.adapters.numerics.delta import Delta
-from loraover.adapters.numerics.rounding import round_nearest, round_tensor
-from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.models.device import choose_compute
@@ -30,11 +28,13 @@ from loraover_export.formats.onnx.kinds.decoder import Decoder
 from loraover_export.formats.onnx.kinds.stateless import Stateless
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, OnnxReport
 from loraover_export.formats.onnx.session import GraphSession
+from loraover_export.formats.onnx.swappable import write_adapter
 from loraover_export.merge import arithmetic
 
 from support.devices import ALL_DEVICES
+from support.faults import Failure, Rounding, Scaling
 from support.make_checkpoint import Made, make_checkpoint, tree
-from support.no_memory import failing
+from support.no_memory import NO_MEMORY
 from support.onnx_export import OnnxMade, export, read_report, tiny_lora
 from support.refusals import Refused
 
@@ -95,30 +95,10 @@ def test_another_delta_is_rejected(mode: str, monkeypatch: pytest.MonkeyPatch, r
     assert not next(check for check in found.checks if check.adapter == "first").passed
 
 
-def test_a_configuration_that_we_misread_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+def test_a_configuration_that_we_misread_is_rejected(wrong_scaling: Scaling, rejected: Rejected) -> None:
     """The reference is read by PEFT, so it does not share our mistakes."""
-    right = AdapterConfig.scaling
-    monkeypatch.setattr(AdapterConfig, "scaling", lambda config, module: 1.01 * right(config, module))
+    wrong_scaling(1.01)
     rejected("merged")
-
-
-def test_two_adapters_under_one_anothers_names_are_rejected(
-    monkeypatch: pytest.MonkeyPatch, rejected: Rejected
-) -> None:
-    right = swappable.write_adapter
-    other = {"first": "second", "second": "first"}
-    monkeypatch.setattr(
-        export_module, "write_adapter", lambda adapter, *rest: right(adapter.with_name(other[adapter.name]), *rest)
-    )
-    found = rejected("swappable", names=("first", "second"))
-    assert [check.passed for check in found.checks] == [True, False, False]
-
-
-def test_an_adapter_that_is_not_applied_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    right = GraphSession.__init__
-    monkeypatch.setattr(GraphSession, "__init__", lambda self, graph, device, adapter=None: right(self, graph, device))
-    found = rejected("swappable")
-    assert [check.passed for check in found.checks] == [True, False]
 
 
 def merged_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,29 +154,67 @@ def test_an_adapter_too_weak_for_the_check_is_inconclusive(
     assert {check.adapter for check in report.checks if check.passed} <= {None}
 
 
-def test_a_graph_that_takes_no_left_padding_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    monkeypatch.setattr(decoder, "accept_left_padding", lambda model: False)
-    for check in rejected("merged").checks:
-        wrong = {case.case for case in check.cases if case.max_logit > check.bound}
-        assert wrong == {case.case for case in check.cases if "on the left" in case.case}
+def exchanged(adapter: Path, *rest: Any) -> Any:
+    """Write one of two adapters under the name of the other."""
+    return write_adapter(adapter.with_name({"first": "second", "second": "first"}[adapter.name]), *rest)
 
 
-def test_decoding_with_the_wrong_adapter_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    """The logits are right: only onnxruntime-genai's loop goes wrong."""
-    right: Callable[..., Tensor] = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", lambda self, *rest: right(self, *rest[:-1], None))
-    check = rejected("swappable").checks[-1]
+def only_left_padding(found: OnnxReport) -> bool:
+    wrong = [{case.case for case in check.cases if case.max_logit > check.bound} for check in found.checks]
+    left = [{case.case for case in check.cases if "on the left" in case.case} for check in found.checks]
+    return wrong == left
+
+
+def greedy_part(found: OnnxReport) -> int | None:
+    """Return the first token that differs in the last check, whose logits are right."""
+    check = found.checks[-1]
     assert check.error <= check.bound
     assert check.greedy is not None
-    assert check.greedy.first_difference is not None
+    return check.greedy.first_difference
 
 
-def test_a_text_that_ends_too_soon_is_rejected(monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
-    right = Decoder.generate
-    monkeypatch.setattr(Decoder, "generate", lambda *arguments: right(*arguments)[:3])
-    check = rejected("merged").checks[-1]
-    assert check.greedy is not None
-    assert check.greedy.first_difference == 3
+session = GraphSession.__init__
+generate: Callable[..., Tensor] = Decoder.generate
+MISTAKES: dict[str, tuple[str, tuple[str, ...], tuple[Any, str, Any], Callable[[OnnxReport], bool]]] = {
+    "two adapters under one another's names": (
+        "swappable",
+        ("first", "second"),
+        (export_module, "write_adapter", exchanged),
+        lambda found: [check.passed for check in found.checks] == [True, False, False],
+    ),
+    "an adapter that is not applied": (
+        "swappable",
+        ("first",),
+        (GraphSession, "__init__", lambda self, graph, device, adapter=None: session(self, graph, device)),
+        lambda found: [check.passed for check in found.checks] == [True, False],
+    ),
+    "no padding on the left": (
+        "merged",
+        ("first",),
+        (decoder, "accept_left_padding", lambda model: False),
+        only_left_padding,
+    ),
+    "decoding with the wrong adapter": (
+        "swappable",
+        ("first",),
+        (Decoder, "generate", lambda self, *rest: generate(self, *rest[:-1], None)),
+        lambda found: greedy_part(found) is not None,
+    ),
+    "a text that ends too soon": (
+        "merged",
+        ("first",),
+        (Decoder, "generate", lambda *arguments: generate(*arguments)[:3]),
+        lambda found: greedy_part(found) == 3,
+    ),
+}
+"""Mistakes of an export or of onnxruntime-genai: the mode and the adapters, what is replaced, and how it shows."""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_on_the_way_is_rejected(mistake: str, monkeypatch: pytest.MonkeyPatch, rejected: Rejected) -> None:
+    mode, names, replaced, shows = MISTAKES[mistake]
+    monkeypatch.setattr(*replaced)
+    assert shows(rejected(mode, names=names))
 
 
 def test_logits_that_are_no_numbers_are_rejected() -> None:
@@ -209,20 +227,13 @@ def test_logits_that_are_no_numbers_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_matrix_beyond_its_bound_is_rejected(
-    mode: str, onnx_made: OnnxMade, monkeypatch: pytest.MonkeyPatch, rejected: Rejected
-) -> None:
+def test_a_matrix_beyond_its_bound_is_rejected(mode: str, wrong_rounding: Rounding, rejected: Rejected) -> None:
     """Less than logits show: one element, two units in the last place off."""
 
-    def off(right: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrong(*arguments: Any) -> Tensor:
-            matrix = right(*arguments)
-            return matrix.index_put((torch.tensor(0), torch.tensor(0)), matrix[0, 0] * (1 + 2.0**-21))
+    def wrong(matrix: Tensor) -> Tensor:
+        return matrix.index_put((torch.tensor(0), torch.tensor(0)), matrix[0, 0] * (1 + 2.0**-21))
 
-        return wrong
-
-    monkeypatch.setattr(swappable, "round_tensor", off(round_tensor))
-    monkeypatch.setattr(arithmetic, "round_nearest", off(round_nearest))
+    wrong_rounding(wrong, swappable, arithmetic)
     found = rejected(mode)
     assert all(check.passed for check in found.checks)
     assert not any(matrix.passed for matrix in found.matrices)
@@ -287,9 +298,9 @@ def test_a_report_records_where_pytorch_ran(onnx_made: OnnxMade, tmp_path: Path)
 
 
 def test_out_of_memory_says_what_was_needed_and_what_would_fit(
-    source: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    source: Path, refused: Refused, failing_model: Failure
 ) -> None:
-    monkeypatch.setattr(export_module, "make_reference", failing("Python"))
+    failing_model(NO_MEMORY["Python"], "run")
     fits = "What would fit: --check-device cpu --compute-dtype bf16"
     named = ("the check in PyTorch ran out of memory on cpu", fits)
     refused("onnx", source, "--mode", "swappable", "--check-device", "cpu", named=named)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,58 +217,63 @@ def test_a_lost_base_is_not_remembered(folder: Path, tmp_path: Path) -> None:
     assert prepare_adapter(folder / "pissa", tmp_path / "cache", model=base).done == "converted"
 
 
-def test_a_file_that_could_not_be_read_is_not_remembered(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stale handle of NFS, or too many open files, says nothing about the adapter."""
-    readable = Path.open
+BeforeWriting = Callable[[Callable[[Path, Path], object]], None]
 
-    def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
-        def stale(path: Path, *words: Any, **more: Any) -> Any:
-            if path.parent != plain:
-                return readable(path, *words, **more)
-            reading.undo()
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
 
-        with monkeypatch.context() as reading:
-            reading.setattr(Path, "open", stale)
+@pytest.fixture
+def before_writing(monkeypatch: pytest.MonkeyPatch) -> BeforeWriting:
+    """Function that makes another one run before vLLM's file is written, on the plain adapter and on the draft."""
+
+    def plant(function: Callable[[Path, Path], object]) -> None:
+        def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
+            function(plain, draft)
             return UniformRules.write(rules, plain, draft, target)
 
-    with monkeypatch.context() as engine:
-        engine.setattr(VllmRules, "write", write)
-        with pytest.raises(CheckpointError, match=r"plain.*cannot be read: Stale"):
-            prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base")
-    assert prepare_adapter(folder / "plain", tmp_path / "cache", model=folder / "base").done == "rewritten"
+        monkeypatch.setattr(VllmRules, "write", write)
+
+    return plant
 
 
-def test_files_that_change_meanwhile_leave_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_could_not_be_read_is_not_remembered(
+    folder: Path, tmp_path: Path, before_writing: BeforeWriting
 ) -> None:
+    """A stale handle of NFS, or too many open files, says nothing about the adapter."""
+    source = shutil.copytree(folder / "plain", tmp_path / "plain")
+    config = source / "adapter_config.json"
+    kept = config.read_bytes()
+
+    def damage(plain: Path, draft: Path) -> None:
+        config.unlink()
+        config.symlink_to("/proc/self/mem")
+
+    before_writing(damage)
+    with pytest.raises(CheckpointError, match=r"plain.*cannot be read: Input/output error"):
+        prepare_adapter(source, tmp_path / "cache", model=folder / "base")
+    config.unlink()
+    config.write_bytes(kept)
+    before_writing(lambda plain, draft: None)
+    assert prepare_adapter(source, tmp_path / "cache", model=folder / "base").done == "rewritten"
+
+
+def test_files_that_change_meanwhile_leave_nothing(folder: Path, tmp_path: Path, before_writing: BeforeWriting) -> None:
     source = shutil.copytree(folder / "plain", tmp_path / "in")
-
-    def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
-        edit_tensors(
-            source / "adapter_model.safetensors", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()]
-        )
-        return UniformRules.write(rules, plain, draft, target)
-
-    monkeypatch.setattr(VllmRules, "write", write)
+    change = partial(edit_tensors, source / "adapter_model.safetensors")
+    before_writing(lambda plain, draft: change(lambda tensors: [tensor.mul_(2) for tensor in tensors.values()]))
     with pytest.raises(CheckpointError, match="changed while they were read"):
         prepare_adapter(source, tmp_path / "cache", model=folder / "base")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [LOCKS]
 
 
-def test_many_callers_make_each_adapter_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_callers_make_each_adapter_once(folder: Path, tmp_path: Path, before_writing: BeforeWriting) -> None:
     """A lock of a file excludes threads as it does processes, since each caller opens the file."""
     made: list[str] = []
     both_at_work = threading.Barrier(2)
 
-    def write(rules: VllmRules, plain: Path, draft: Path, target: Target) -> Written:
+    def wait(plain: Path, draft: Path) -> None:
         made.append(draft.name)
         both_at_work.wait(timeout=60)  # passes only if one adapter does not wait for the other
-        return UniformRules.write(rules, plain, draft, target)
 
-    monkeypatch.setattr(VllmRules, "write", write)
+    before_writing(wait)
     found: list[bool] = []
     threads = [
         threading.Thread(target=lambda name=name: found.append(

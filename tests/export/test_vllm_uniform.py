@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover.adapters.numerics.delta import scale
-from loraover.adapters.numerics.rounding import round_tensor
 from loraover.adapters.uniform.folder import name_modules, uniform_config, write_uniform
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.peft_adapter import read_adapter_dir
@@ -27,6 +25,7 @@ from loraover.models.load import ModelSource
 
 from oracles.contraction import Array
 from strategies import SEEDS, normal
+from support.faults import Rounding
 from support.make_checkpoint import nearest, numpy64
 from support.plain_adapter import write_adapter
 from support.speed import examples
@@ -113,20 +112,15 @@ def test_delta_is_the_sources(
         assert (abs(found_b @ found_a - scaling * b @ a) <= bound).all()
 
 
-def test_the_certificate_rejects_padding_that_is_not_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraover.adapters.numerics import rounding
-
-    right = round_tensor
-
-    def wrong(key: str, exact: Tensor, dtype: str) -> Tensor:
-        matrix = right(key, exact, dtype)
+def test_the_certificate_rejects_padding_that_is_not_zero(tmp_path: Path, wrong_rounding: Rounding) -> None:
+    def wrong(matrix: Tensor) -> Tensor:
         matrix[-1, -1] = torch.nextafter(matrix[-1, -1], torch.tensor(9.0, dtype=matrix.dtype))
         return matrix
 
     source = write_adapter(
         tmp_path / "in", matrices(5, (4, 2, 3), torch.float32), rank_pattern={"layers.1.q_proj": 2, "up_proj": 3}
     )
-    monkeypatch.setattr(rounding, "round_tensor", wrong)
+    wrong_rounding(wrong)
     _, _, certificates = written(source, tmp_path / "out", "fp32")
     assert not all(certificate.passed for certificate in certificates)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +31,10 @@ from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 from loraover_serve.parity.servers import peak_of
 
-from support.clockwork import whole_report
 from support.devices import ALL_DEVICES
+from support.faults import Failure
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
-from support.no_memory import failing
+from support.no_memory import NO_MEMORY
 
 pytestmark = pytest.mark.engine
 
@@ -186,28 +183,36 @@ def test_an_adapter_that_no_engine_can_be_compared_on_is_refused_before_anything
     assert "loading PyTorch" not in shown.err
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("out of memory")])
+FAILURES: dict[str, tuple[BaseException, str]] = {
+    "Ctrl-C": (KeyboardInterrupt(), "^interrupted$"),
+    "an error": (RuntimeError("shapes do not fit"), "^PyTorch: RuntimeError: shapes do not fit$"),
+    "no memory": (
+        NO_MEMORY["the CPU"],
+        "^the comparison with PyTorch ran out of memory on cpu .*What would fit: --device cpu --compute-dtype bf16",
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
 def test_what_was_measured_outlives_the_comparison_of_outputs(
-    failure: BaseException, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    error, reason = FAILURES[failure]
+
     def fail(*arguments: object) -> None:
-        raise failure
+        raise error
 
     monkeypatch.setattr(answers, "distance_of", fail)
-    assert run(cli, words(made, "--num-prompts", "10", "--output", str(tmp_path / "out"))) == 2
-    report = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
-    reason = "interrupted" if isinstance(failure, KeyboardInterrupt) else "PyTorch: RuntimeError: out of memory"
-    assert (report.verdict, report.reason, report.runs[0].blocks) == ("failed", reason, 5)
+    out = tmp_path / "out"
+    assert run(cli, words(made, "--device", "cpu", "--num-prompts", "10", "--output", str(out))) == 2
+    report = ParityReport.model_validate_json((out / "parity.json").read_text())
+    assert (report.verdict, report.runs[0].blocks) == ("failed", 5)
+    assert re.search(reason, report.reason)
 
 
 def test_what_was_measured_is_shown_and_kept_where_the_page_cannot_be_written(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, full_disk_of_pages: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fill_the_disk(report: ParityReport) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("loraover_serve.parity.run.to_page", fill_the_disk)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run(cli, words(made, "--num-prompts", "10", "--json", "--output", str(tmp_path / "out"))) == 2
     shown = capsys.readouterr()
     assert "No space left" in shown.err
@@ -215,28 +220,21 @@ def test_what_was_measured_is_shown_and_kept_where_the_page_cannot_be_written(
     report = ParityReport.model_validate_json((Path(kept) / "parity.json").read_text())
     assert json.loads(shown.out) == json.loads(report.model_dump_json(exclude={"runs"}))
     assert len(report.runs[0].samples) == 5 * 2 * 4
+    shutil.rmtree(kept)
 
 
 def test_a_full_temporary_folder_does_not_lose_the_report(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, full_disk_of_pages: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill_the_disk(path: Path, text: str) -> None:
         raise OutputError(f"cannot write {path}: No space left on device")
 
-    monkeypatch.setattr(parity_run, "_measured_report", lambda *given: whole_report())
     monkeypatch.setattr(parity_run, "publish_text", fill_the_disk)
-    made_report = measure_parity(made.path.parent / "folded", output=tmp_path / "out")
-    kept = ParityReport.model_validate_json((tmp_path / "out" / "parity.json").read_text())
-    assert kept.verdict == made_report.verdict
-
-    def fill_this_one_too(report: ParityReport) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(parity_run, "to_page", fill_this_one_too)
+    out = tmp_path / "out"
     with pytest.raises(UnwrittenReportError, match="No space left") as caught:
-        measure_parity(made.path.parent / "folded", output=tmp_path / "other")
-    assert (caught.value.report.verdict, caught.value.report.kept) == (made_report.verdict, None)
-    assert not (tmp_path / "other").exists()
+        measure_parity(made.path.with_name("folded"), output=out, engines=["torch"], num_prompts=10, **BRIEF)
+    assert (caught.value.report.runs[0].blocks, caught.value.report.kept) == (5, None)
+    assert not out.exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_starts(
@@ -293,15 +291,7 @@ def test_answers_on_a_device_are_those_of_its_unfolded_model(device: str, comput
     assert [found.agree for found in report.outputs] == [True]
 
 
-def test_what_was_measured_outlives_a_comparison_without_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity_run, "compare_outputs", failing("the CPU"))
-    report = measure_parity(made.path.with_name("folded"), device="cpu", engines=["torch"], num_prompts=10, **BRIEF)
-    assert (report.verdict, report.runs[0].blocks) == ("failed", 5)
-    assert "the comparison with PyTorch ran out of memory on cpu" in report.reason
-    assert "What would fit: device='cpu' compute_dtype='bf16'" in report.reason
-
-
-def test_an_engine_without_memory_says_what_would_fit(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_engines, "load_model", failing("the CPU"))
+def test_an_engine_without_memory_says_what_would_fit(made: Made, failing_model: Failure) -> None:
+    failing_model(NO_MEMORY["the CPU"], "loaded")
     with pytest.raises(ConfigError, match=r"PyTorch ran out of memory on cpu .*What would fit: .*compute_dtype='bf16'"):
         measure_parity(made.path.with_name("folded"), device="cpu", engines=["torch"], num_prompts=10, **BRIEF)

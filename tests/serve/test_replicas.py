@@ -137,14 +137,14 @@ class Cache:
     def __init__(
         self, reply: Any, key: Sequence[str], headers: Mapping[str, str] = {}, ids: Iterator[str] | None = None
     ) -> None:
-        self._reply, self._key, self._headers = reply, key, headers
+        self.reply, self._key, self._headers = reply, key, headers
         self._ids, self.held = ids or map(str, count(1)), dict[str, bytes]()
 
     def __call__(self, body: dict[str, Any]) -> int | Answer:
         key = json.dumps([body.get(name) for name in self._key])
         if key in self.held:
             return Answer(self.held[key], self._headers)
-        content = self._reply(body)
+        content = self.reply(body)
         if isinstance(content, int):
             return content
         self.held[key] = json.dumps(json.loads(content) | {"id": next(self._ids)}).encode()
@@ -158,7 +158,7 @@ def test_a_cache_of_old_answers_is_passed_by(reference: Reference) -> None:
     """It holds the answers of a check before the server lost its adapter."""
     cache = Cache(right(reference), (*ASKED, "user"))
     assert checked(cache, reference)[0]["verdict"] == "as trained", "no request is repeated, but for its user"
-    cache._reply = FromReference(reference, lambda name: AS_BASE)
+    cache.reply = FromReference(reference, lambda name: AS_BASE)
     found, _ = checked(cache, reference)
     assert (found["verdict"], found["fault"]) == ("differs", NOT_APPLIED), found["reason"]
 

@@ -33,9 +33,8 @@ def test_a_history_of_another_program_is_refused(tmp_path: Path) -> None:
         History(tmp_path / "later")
 
 
-def test_a_history_that_another_program_holds_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraover_serve.watch.history.WAIT_S", 0.1)
-    history = History(tmp_path / "h.sqlite")
+def test_a_history_that_another_program_holds_is_told(tmp_path: Path) -> None:
+    history = History(tmp_path / "h.sqlite", wait_s=0.1)
     with sqlite3.connect(tmp_path / "h.sqlite") as other:
         other.execute("BEGIN EXCLUSIVE")
         message = r"h\.sqlite: cannot be used as a history: database is locked; see whether"

@@ -1,4 +1,4 @@
-"""Adapters and models by address: from a real server of S3 and a web server."""
+"""Adapters and models by address: from a real server of S3, a web server, and a server that answers as the hub does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import functools
 import http.server
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -60,11 +60,13 @@ def put(s3: Any, folder: str, **files: bytes) -> str:
 
 
 class Site(Handler, http.server.SimpleHTTPRequestHandler):
-    """A folder's files, and redirects; `moved` has the targets by path."""
+    """A folder's files, and redirects; `moved` has the targets by path, `heard` the paths and headers of requests."""
 
-    moved: dict[str, str] = {}  # noqa: RUF012  a test sets it
+    moved: ClassVar[dict[str, str]] = {}
+    heard: ClassVar[list[tuple[str, Mapping[str, str]]]] = []
 
     def send_head(self) -> Any:
+        self.heard.append((self.path, dict(self.headers)))
         if self.path in self.moved:
             self.send_response(302)
             self.send_header("Location", self.moved[self.path])
@@ -77,7 +79,7 @@ class Site(Handler, http.server.SimpleHTTPRequestHandler):
 def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     folder = tmp_path / "site"
     (folder / "a").mkdir(parents=True)
-    Site.moved = {}
+    Site.moved, Site.heard = {}, []
     with serving(functools.partial(Site, directory=str(folder))) as address:
         yield folder / "a", f"{address}/a"
 
@@ -158,29 +160,44 @@ def test_a_model_is_read_from_s3_and_a_check_takes_its_configuration_alone(s3: A
     assert load_config(whole).architectures == ["LlamaForCausalLM"]
 
 
-@pytest.mark.parametrize("name", ["..", "../x", "x/../../y"])
-def test_no_name_leads_out_of_the_cache(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3's own client collapses such names, so the listing is fsspec's of a system that does not."""
+@pytest.fixture
+def listed() -> Any:
+    """A system of fsspec at listed://, with a listing and contents that a test sets."""
     fsspec = pytest.importorskip("fsspec")
-    system = fsspec.filesystem("memory")
-    listed = [{"name": f"/d/{name}", "size": 1, "type": "file"}, {"name": f"/d/{CONFIG}", "size": 1, "type": "file"}]
-    monkeypatch.setattr(type(system), "ls", lambda self, path, detail: listed)
+
+    class Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        protocol, cachable = "listed", False
+        files: ClassVar[dict[str, bytes]] = {}
+        read: ClassVar[Callable[[], object]] = lambda: None
+
+        def ls(self, path: str, detail: bool = True, **_: Any) -> list[dict[str, Any]]:
+            return [
+                {"name": f"{path.rstrip('/')}/{name}", "size": len(content), "type": "file", "mark": content}
+                for name, content in self.files.items()
+            ]
+
+        def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+            Path(lpath).write_bytes(self.files[rpath.rpartition("/")[2]])
+            type(self).read()
+
+    fsspec.register_implementation("listed", Listed, clobber=True)
+    return Listed
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "x/../../y"])
+def test_no_name_leads_out_of_the_cache(name: str, listed: Any, cache: Path) -> None:
+    """S3's own client collapses such names."""
+    listed.files = {name: b"1", CONFIG: b"{}"}
     with pytest.raises(SourceError, match="outside of the cache; expected plain names"):
-        fetch_adapter("memory://d", quiet)
+        fetch_adapter("listed://d", quiet)
     assert not cache.exists()
 
 
-def test_a_file_that_changes_in_between_is_refused(s3: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    address = put(s3, "moving", adapter_config__json=b"{}", adapter_model__safetensors=b"1")
-    read = RemoteStore.read
-
-    def read_then_change(self: RemoteStore, name: str, target: Path, size: int) -> None:
-        read(self, name, target, size)
-        put(s3, "moving", adapter_config__json=b"[]")
-
-    monkeypatch.setattr(RemoteStore, "read", read_then_change)
+def test_a_file_that_changes_in_between_is_refused(listed: Any, cache: Path) -> None:
+    listed.files = {CONFIG: b"{}", TENSORS: b"1"}
+    listed.read = lambda: listed.files.update({CONFIG: b"[]"})
     with pytest.raises(SourceError, match=f"{CONFIG} changed while it was read"):
-        fetch_adapter(address, quiet)
+        fetch_adapter("listed://d", quiet)
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
@@ -249,25 +266,25 @@ def test_a_model_of_the_web_has_the_shards_that_its_index_names(site: tuple[Path
         resolve_model(address)
 
 
-def test_a_server_that_sends_without_end_fills_no_disk(site: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, address = site
-    (folder / CONFIG).write_text("{}")
+def test_a_server_that_sends_without_end_fills_no_disk(tmp_path: Path) -> None:
     sent: list[int] = []
 
-    def endless(self: Site) -> None:
-        self.send_response(200)
-        self.end_headers()
-        with suppress(OSError):
-            for _ in range(1000):
-                sent.append(self.wfile.write(bytes(2**20)))
+    class Endless(Site):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(1000):
+                    sent.append(self.wfile.write(bytes(2**20)))
 
-    monkeypatch.setattr(Site, "do_GET", endless)
-    with pytest.raises(SourceError, match=f"{CONFIG} changed while it was read"):
-        fetch_adapter(address, quiet)
-    assert len(sent) < 100
-    with pytest.raises(SourceError, match=r"index\.json: more than 67108864 bytes"):
-        resolve_model(address)
-    assert len(sent) < 200
+    (tmp_path / CONFIG).write_text("{}")
+    with serving(functools.partial(Endless, directory=str(tmp_path))) as address:
+        with pytest.raises(SourceError, match=f"{CONFIG} changed while it was read"):
+            fetch_adapter(address, quiet)
+        assert len(sent) < 100
+        with pytest.raises(SourceError, match=r"index\.json: more than 67108864 bytes"):
+            resolve_model(address)
+        assert len(sent) < 200
 
 
 def test_an_index_of_deep_lists_is_refused(site: tuple[Path, str]) -> None:
@@ -278,25 +295,17 @@ def test_an_index_of_deep_lists_is_refused(site: tuple[Path, str]) -> None:
 
 
 def test_secrets_of_an_address_are_sent_and_shown_to_nobody(
-    site: tuple[Path, str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: tuple[Path, str], adapter: Path, tmp_path: Path
 ) -> None:
     folder, address = site
     shutil.copytree(adapter, folder / "shop")
-    heard = []
-    send_head = Site.send_head
-
-    def listen(self: Site) -> Any:
-        heard.append((self.path, self.headers))
-        return send_head(self)
-
-    monkeypatch.setattr(Site, "send_head", listen)
     secret = address.replace("http://", "http://me:hunter2@") + "/shop?sv=1&sig=hunter2"
     shown = address.replace("http://", "http://***@") + "/shop?sv=***&sig=***"
     request = CheckRequest(secret, engines="vllm")
     assert request.command() == f"loraover check '{shown}' --engine vllm"
     report = check_adapter(secret, engines="vllm")
     assert report.adapter == shown
-    assert all(path.endswith("?sv=1&sig=hunter2") and headers["Authorization"] for path, headers in heard)
+    assert all(path.endswith("?sv=1&sig=hunter2") and headers["Authorization"] for path, headers in Site.heard)
     (row,) = check_fleet([secret], engines="vllm", html=tmp_path / "fleet.html").rows
     assert (row.source, row.address, row.verdict) == (shown, shown, "right")
     assert "hunter2" not in (tmp_path / "fleet.html").read_text()

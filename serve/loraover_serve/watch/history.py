@@ -13,8 +13,6 @@ from loraover.common.errors import OutputError
 
 SCHEMA_VERSION = 1
 DAY_S = 86_400.0
-WAIT_S = 60.0
-"""Longest wait for another program that writes the file, such as a backup."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,16 @@ class History:
 
     Args:
         path: The file, which is made if it is missing.
+        wait_s: Longest wait for another program that writes the file, such as a backup, in seconds.
 
     Raises:
         OutputError: A file that cannot be written, or that is none of a history; each method raises it, too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait_s: float = 60.0) -> None:
         self._lock, self._path = threading.Lock(), path
         with self._named():
-            self._connection = sqlite3.connect(path, WAIT_S, check_same_thread=False)
+            self._connection = sqlite3.connect(path, wait_s, check_same_thread=False)
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA_VERSION):
                 raise OutputError(f"{path}: a history of version {version}, not {SCHEMA_VERSION}; name another file.")
