@@ -8,7 +8,7 @@ from loraover.common.first_use import names_on_first_use
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
     from loraover.common.errors import UnwrittenReportError as UnwrittenReportError
-    from loraover_serve.engines.sample import Sample as Sample
+    from loraover_serve.engines.base import Sample as Sample
     from loraover_serve.judge.estimates import Interval as Interval
     from loraover_serve.judge.results import GreedyAgreement as GreedyAgreement
     from loraover_serve.judge.results import LogprobDistance as LogprobDistance

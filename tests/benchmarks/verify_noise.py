@@ -33,11 +33,12 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
-from loraover_serve.engines.answers import ADAPTER, BASE, kept_rows
+from loraover_serve.engines.answers import kept_rows
 from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
 from loraover_serve.judge.case import Case
 from loraover_serve.judge.evidence import Evidence
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Answers, Row, Rows
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.pytorch import TorchModels, make_models

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from loraover.checkpoint.files import TENSORS_FILE
-from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.openvino import OpenVinoEngine
 from loraover_serve.engines.vllm import export_uniform
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.verify.request import VerifyRequest
 
 from support import openvino_pipeline

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from loraover.common.errors import DataError
-from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import Sample, Timed, TokenRequest
 from loraover_serve.parity.answers import Distance, agrees, is_base, is_changed
 from loraover_serve.parity.blocks import block_orders, measure
 from loraover_serve.parity.report import ParityReport

@@ -13,10 +13,9 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover.reference.unfolded_model import unfolded
 from loraover_serve.cli import cli
-from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import Sample, Timed, TokenRequest
 from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity import blocks
 from loraover_serve.parity.answers import Reference, compare_outputs, compare_together
 from loraover_serve.parity.arms import make_vanilla

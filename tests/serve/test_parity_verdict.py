@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loraover_serve.engines.answers import BASE
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.answers import Together
 from loraover_serve.parity.page import to_page
 from loraover_serve.parity.report import ParityReport, verdict_of

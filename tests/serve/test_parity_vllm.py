@@ -9,7 +9,7 @@ import pytest
 from loraover.common.command_line import run
 from loraover_export.formats.vllm.releases import known_architectures
 from loraover_serve.cli import cli
-from loraover_serve.engines.answers import BASE
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.report import ParityReport
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA
 

@@ -23,9 +23,10 @@ from loraover.models import memory
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.cli import cli
-from loraover_serve.engines.answers import ADAPTER, BASE, Expected
+from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.estimates import Interval
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Model
 from loraover_serve.judge.reference import STEPS_PER_E, UNIT, read_reference
 from loraover_serve.judge.search import LEFT

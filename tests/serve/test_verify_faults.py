@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from loraover.checkpoint.source import read_source
 from loraover.models.load import resolve_model
 from loraover_serve import verify_adapter
-from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.torch import TorchEngine
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import ANOTHER, STALE
 from loraover_serve.verify.by_pytorch import make_subject, verify_engine
 from loraover_serve.verify.report import EngineResult

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import Sample, Timed, TokenRequest
 from loraover_serve.parity import equivalence
 from loraover_serve.parity.answers import Answer, Distance, Outputs
 from loraover_serve.parity.blocks import measure

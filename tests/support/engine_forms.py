@@ -29,12 +29,12 @@ from loraover_export.formats.gguf.llamacpp import LlamaCppModel
 from loraover_export.formats.gguf.target import FAMILIES, interleave
 from loraover_export.formats.onnx import genai
 from loraover_serve.engines import engine_class, mlx, openvino
-from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.llamacpp import LlamaCppEngine
 from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 from loraover_serve.engines.openvino import OpenVinoEngine
 from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.server import VllmServerConfig

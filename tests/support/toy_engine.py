@@ -10,8 +10,7 @@ from loraover_export.check.engines.base import command, note, react
 from loraover_export.check.engines.vllm import UniformRules
 from loraover_export.check.report import Finding
 from loraover_export.check.subject import Subject
-from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import LogitEngine, Sample, Setting, TimedEngine, TokenRequest
 from loraover_serve.engines.torch import TorchEngine
 
 

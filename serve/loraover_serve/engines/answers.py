@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from loraover.common.errors import EngineError
 from loraover.common.request import as_written
-from loraover_serve.judge.limits import ADAPTER as ADAPTER
-from loraover_serve.judge.limits import BASE as BASE
-from loraover_serve.judge.limits import OTHER as OTHER
 from loraover_serve.judge.models import Models, Row
 
 Floats = NDArray[np.float32]

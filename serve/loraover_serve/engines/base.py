@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.extras import install
 from loraover.models.load import ModelSource
-from loraover_serve.engines.answers import ADAPTER, BASE, kept_rows
+from loraover_serve.engines.answers import kept_rows
 from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.request import EngineRequest
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Answers, Greedy, Models, Rows
 
 Watch = Callable[[int], AbstractContextManager[Any]]
@@ -195,6 +195,63 @@ class LogitEngine(Engine):
         found = enumerate(self.logits(arm, (question.tokens for question in models.questions)))
         rows = (kept_rows(models, index, logits, self.name) for index, logits in found)
         return {place: row for mine in rows for place, row in mine.items()}
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """Prompt to continue.
+
+    Args:
+        prompt: Token ids.
+        new_tokens: Number of tokens to generate, even beyond an end of text.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens and times of one answer.
+
+    Args:
+        arm: Name of the arm that answered.
+        block: Number of the block that the request belongs to.
+        request: Index of the request.
+        start_s: Time when the request was sent, in seconds on a monotonic clock.
+        token_s: Time when each piece of the answer arrived, in seconds on the same clock.
+        token_ids: The generated tokens.
+        logprobs: Log-probabilities of the first tokens, in nats, for as many tokens as the engine returns them (ONNX
+            Runtime for one).
+    """
+
+    arm: str
+    block: int
+    request: int
+    start_s: float
+    token_s: tuple[float, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+
+    @property
+    def first_token_s(self) -> float:
+        """Time to first token (TTFT), in seconds."""
+        return self.token_s[0] - self.start_s
+
+    @property
+    def end_to_end_s(self) -> float:
+        """Time to the last token (end-to-end latency, E2EL), in seconds."""
+        return self.token_s[-1] - self.start_s
+
+    @property
+    def per_token_s(self) -> float:
+        """Time per output token after the first (TPOT), in seconds."""
+        return (self.token_s[-1] - self.token_s[0]) / (len(self.token_ids) - 1)
+
+    @property
+    def between_tokens_s(self) -> list[float]:
+        """Seconds between pieces of the answer (inter-token latency, ITL); a piece may hold several tokens."""
+        return [later - earlier for earlier, later in zip(self.token_s, self.token_s[1:], strict=False)]
 
 
 class Timed(ABC):

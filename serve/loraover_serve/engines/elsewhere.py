@@ -131,11 +131,7 @@ class ElsewhereEngine(Engine):
 
 
 def start_process(name: str, words: Sequence[str], errors: Any) -> subprocess.Popen[str]:
-    """Start a command with pipes. Given to a python, -I keeps this environment's packages from it.
-
-    Raises:
-        EngineError: A command that cannot be started.
-    """
+    """Start a command with pipes. Given to a python, -I keeps this environment's packages from it."""
     pipe = subprocess.PIPE
     try:
         return subprocess.Popen(list(words), stdin=pipe, stdout=pipe, stderr=errors, text=True, encoding="utf-8")

@@ -14,17 +14,16 @@ from functools import cached_property, partial
 from typing import Any, final
 
 from loraover.client.at_once import at_once
-from loraover.client.dialects import Dialect, Prompt
+from loraover.client.dialects import Dialect, Prompt, alone_with_text
 from loraover.client.endpoint import Endpoint
 from loraover.client.speaker import Speaker, find_models
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, UnscoredError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_tokenizer
-from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
 from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.request import EngineRequest
-from loraover_serve.engines.texts import ids_by_text, text_of
 from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.judge.models import Answers, Models, Rows
 
 PROBE = "Hello"
@@ -182,18 +181,28 @@ def _spoken_to(setting: Setting) -> Iterator[tuple[Speaker, dict[str, str]]]:
 
 
 def speak_as(endpoint: Endpoint, base: str, tokenizer: Any) -> Speaker:
-    """Speak to a server with the tokens of a tokenizer.
-
-    Args:
-        endpoint: The server.
-        base: Name of the base model there.
-        tokenizer: Tokenizer of the base model.
-
-    Raises:
-        EngineError: See `Speaker`.
-    """
+    """Speak to a server, whose base model has this name, with the tokens of a tokenizer."""
 
     def probe(dialect: Dialect) -> Prompt:
         return list(tokenizer(PROBE).input_ids) if dialect.form == "ids" else PROBE
 
     return Speaker(endpoint, base, probe, partial(ids_by_text, tokenizer))
+
+
+def ids_by_text(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens whose text no other token has, in any of the spellings that servers use."""
+    pieces = ((index, str(tokenizer.convert_ids_to_tokens(index))) for index in range(len(tokenizer)))
+    return alone_with_text(
+        (text, index)
+        for index, piece in pieces
+        for text in {tokenizer.decode([index]), piece, piece.replace("▁", " ")}  # as sentencepiece has it
+    )
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str | None:
+    """The text that a tokenizer turns into these tokens; None if there is none."""
+    for skips in (True, False):  # special tokens, such as that at the beginning, which servers add
+        text = str(tokenizer.decode(list(tokens), skip_special_tokens=skips))
+        if text and tokenizer(text).input_ids == list(tokens):
+            return text
+    return None

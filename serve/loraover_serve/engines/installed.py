@@ -77,23 +77,13 @@ def machine() -> str:
 
 
 def installed_version(names: Sequence[str], folders: Sequence[Path] | None = None) -> str | None:
-    """Version of the first of some distributions that is installed; None if none is.
-
-    Args:
-        names: Names of distributions.
-        folders: Folders that hold installed packages; None means those of this environment.
-    """
+    """Version of the first of some distributions that is installed, here or in some folders; None if none is."""
     path = sys.path if folders is None else list(map(str, folders))
     return next((found.version for name in names for found in distributions(name=name, path=path)), None)
 
 
 def version_beside(command: str, names: Sequence[str]) -> str | None:
-    """Version of the first of some distributions in the environment that a command belongs to; None if none is there.
-
-    Args:
-        command: Path of a command, such as an environment's `python`.
-        names: Names of distributions.
-    """
+    """Version of the first of some distributions in the environment of a command, such as `python`; None: none."""
     root = Path(shutil.which(command) or command).absolute().parent.parent
     folders = [*root.glob("lib*/python3*/site-packages"), *root.glob("lib/python3*/dist-packages")]
     return installed_version(names, folders)

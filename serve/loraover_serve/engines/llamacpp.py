@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, final
 
 from loraover.common.errors import ExportError, OutputError
 from loraover.common.extras import install
 from loraover.models.load import load_model
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel, check_pair
-from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
+from loraover_serve.judge.limits import ADAPTER, BASE
 
 
 @final
@@ -40,13 +39,24 @@ class LlamaCppEngine(LogitEngine):
     @classmethod
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[LlamaCppEngine]:
+        from loraover_export.formats.gguf.base import write_base
         from loraover_export.formats.gguf.run import export_gguf
 
         output = setting.scratch / f"{ADAPTER}.gguf"
         exported = export_gguf(setting.adapter, output, model=setting.base.location)
         if exported.verdict == "failed":
             raise ExportError("llamacpp: a matrix of the GGUF adapter is not within its error bound.")
-        base = setting.base_gguf or _write_base(setting)
+        base = setting.base_gguf
+        if base is None:
+            setting.request.report.line(f"writing {setting.base.name} as GGUF in F32")
+            try:
+                in_memory = replace(setting.base, is_streamed=False)  # as its tensors are written from there
+                base = write_base(load_model(in_memory), setting.scratch / "base.gguf")
+            except OSError as error:
+                raise OutputError(
+                    f"cannot write the base model to {setting.scratch}: {error.strerror or error}; name a GGUF file of "
+                    f"it with {setting.request.named('base_gguf')}, or another temporary folder with TMPDIR."
+                ) from error
         with ExitStack() as stack:
             paths = {BASE: None, ADAPTER: output}
             yield cls({arm: stack.enter_context(LlamaCppModel(base, path)) for arm, path in paths.items()})
@@ -56,18 +66,3 @@ class LlamaCppEngine(LogitEngine):
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
         return [self._running[arm].greedy(prompt, tokens) for prompt in prompts]
-
-
-def _write_base(setting: Setting) -> Path:
-    """Write the base model as GGUF in F32, and return its path."""
-    from loraover_export.formats.gguf.base import write_base
-
-    setting.request.report.line(f"writing {setting.base.name} as GGUF in F32")
-    try:
-        in_memory = replace(setting.base, is_streamed=False)  # as its tensors are written from there
-        return write_base(load_model(in_memory), setting.scratch / "base.gguf")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the base model to {setting.scratch}: {error.strerror or error}; name a GGUF file of it with "
-            f"{setting.request.named('base_gguf')}, or another temporary folder with TMPDIR."
-        ) from error

@@ -11,9 +11,9 @@ import numpy as np
 from loraover.adapters.base_weights import folder_of
 from loraover.common.errors import ExportError
 from loraover_export.formats.mlx import export_mlx
-from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import LogitEngine, Setting
 from loraover_serve.engines.elsewhere import ElsewhereEngine
+from loraover_serve.judge.limits import ADAPTER, BASE
 
 
 @final

@@ -16,14 +16,13 @@ from typing import Any, ClassVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
+from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import EngineError, ExportError
 from loraover.common.extras import install
 from loraover.models.load import ModelSource
 from loraover_serve.comparison.adapters import make_idle
-from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine, engine_errors
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import LogitEngine, Sample, Setting, TimedEngine, TokenRequest, engine_errors
+from loraover_serve.judge.limits import BASE
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,22 @@ class OnnxEngine(LogitEngine, TimedEngine):
         self._models: dict[str, Any] = {}
         self._adapters: dict[str, Any] = {}
         with engine_errors(name):
-            self._load(arms)
+            import onnxruntime_genai as og
 
-    def _load(self, arms: Mapping[str, OnnxArm]) -> None:
-        import onnxruntime_genai as og
-
-        models: dict[tuple[Path, int], Any] = {}
-        for arm, spec in arms.items():
-            key = (spec.graph, spec.session)
-            if key not in models:
-                models[key] = _endless(spec.graph)
-            self._models[arm] = models[key]
-            if spec.adapter is not None:
-                self._adapters[arm] = og.Adapters(self._models[arm])
-                self._adapters[arm].load(str(spec.adapter), arm)
+            models: dict[tuple[Path, int], Any] = {}
+            for arm, spec in arms.items():
+                key = (spec.graph, spec.session)
+                if key not in models:
+                    # `min_length` forbids the end-of-text token instead of ignoring it, which would change the answer.
+                    # So the last token of the vocabulary becomes the end of the text.
+                    config = og.Config(str(spec.graph))
+                    vocabulary = json.loads((spec.graph / "genai_config.json").read_text())["model"]["vocab_size"]
+                    config.overlay(json.dumps({"model": {"eos_token_id": vocabulary - 1}}))
+                    models[key] = og.Model(config)
+                self._models[arm] = models[key]
+                if spec.adapter is not None:
+                    self._adapters[arm] = og.Adapters(self._models[arm])
+                    self._adapters[arm].load(str(spec.adapter), arm)
 
     @classmethod
     def check(cls, setting: Setting) -> None:
@@ -104,8 +105,10 @@ class OnnxEngine(LogitEngine, TimedEngine):
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[OnnxEngine]:
         """Start it on a swappable graph, or on two merged graphs where a swappable one cannot hold the adapter."""
-        name = setting.adapter.name
-        if setting.request.graph is not None or _fits_swappable(read_adapter_dir(setting.adapter)):
+        name, adapter = setting.adapter.name, read_adapter_dir(setting.adapter)
+        # A swappable graph takes A and B of linear layers, and nothing else.
+        fits = not adapter.others and not any(module.is_embedding for module in adapter.modules.values())
+        if setting.request.graph is not None or fits:
             _say(setting, f"swappable ONNX graph of {name}")
             arms = _swappable_arms(setting)
         else:
@@ -177,19 +180,6 @@ class OnnxEngine(LogitEngine, TimedEngine):
         return Sample(arm, block, index, start, tuple(times), ids, (logprob,))
 
 
-def _endless(graph: Path) -> Any:
-    """Load a model whose end-of-text token is the last one of its vocabulary.
-
-    `min_length` forbids the end-of-text token instead of ignoring it, which would change the answer.
-    """
-    import onnxruntime_genai as og
-
-    vocabulary = json.loads((graph / "genai_config.json").read_text())["model"]["vocab_size"]
-    config = og.Config(str(graph))
-    config.overlay(json.dumps({"model": {"eos_token_id": vocabulary - 1}}))
-    return og.Model(config)
-
-
 def _say(setting: Setting, graphs: str) -> None:
     """Report that graphs are built, or which earlier one is used."""
     graph = setting.request.graph
@@ -198,20 +188,10 @@ def _say(setting: Setting, graphs: str) -> None:
     )
 
 
-def _fits_swappable(adapter: AdapterDir) -> bool:
-    """Whether a swappable graph holds the adapter: it takes A and B of linear layers, and nothing else."""
-    embeddings = any(module.is_embedding for module in adapter.modules.values())
-    return not embeddings and not adapter.others
-
-
 def _merged_arms(setting: Setting) -> dict[str, OnnxArm]:
     """Build a graph of each arm; an adapter that changes nothing is merged into the base model's.
 
     Arms are loaded in the order of the result, which changes speed by some percent.
-
-    Raises:
-        EngineError: A matrix beyond its error bound.
-        ExportError: A model or an adapter that cannot be written as a graph.
     """
     like = read_adapter_dir(next(iter(setting.adapters.values())))
     arms: dict[str, OnnxArm] = {}
@@ -225,12 +205,7 @@ def _merged_arms(setting: Setting) -> dict[str, OnnxArm]:
 
 
 def _swappable_arms(setting: Setting) -> dict[str, OnnxArm]:
-    """Write adapters for one graph, which answers as the base model without an adapter.
-
-    Raises:
-        EngineError: A matrix beyond its error bound.
-        ExportError: A model or an adapter that cannot be written, or an earlier graph that the adapters do not fit.
-    """
+    """Write adapters for one graph, which answers as the base model without an adapter."""
     output, graph = setting.scratch / "swappable", setting.request.graph
     adapters = {arm: folder for arm, folder in setting.adapters.items() if arm not in setting.copies}
     _export(adapters, output, "swappable", setting.base, graph)

@@ -14,10 +14,10 @@ from typing import final
 from loraover.adapters.base_weights import folder_of
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.common.errors import EngineError
-from loraover_serve.engines.answers import ADAPTER, BASE
 from loraover_serve.engines.base import Setting
 from loraover_serve.engines.elsewhere import ElsewhereEngine, end_process, start_process, tail
 from loraover_serve.engines.vllm import export_uniform
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Models, Row, Rows
 
 TOP = 20  # logprobs of each token, as servers give them
@@ -65,8 +65,9 @@ class OpenVinoEngine(ElsewhereEngine):
         return output
 
     def logprobs(self, arm: str, models: Models) -> Rows:
-        places = [place for place, (_, step) in enumerate(models.places) if step >= 0]
-        return {place: self._row(arm, models.read(place)) for place in places}
-
-    def _row(self, arm: str, tokens: list[int]) -> Row:
-        return {int(i): float(logprob) for i, logprob in self._runner.ask("top", arm=arm, tokens=tokens, number=TOP)}
+        found: dict[int, Row] = {}
+        for place, (_, step) in enumerate(models.places):
+            if step >= 0:
+                top = self._runner.ask("top", arm=arm, tokens=models.read(place), number=TOP)
+                found[place] = {int(index): float(logprob) for index, logprob in top}
+        return found

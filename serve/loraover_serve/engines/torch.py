@@ -22,9 +22,8 @@ from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.models.load import load_model
 from loraover.models.memory import Needs, memory_explained
 from loraover.reference.unfolded_model import unfolded
-from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.base import LogitEngine, Setting, TimedEngine, engine_errors
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import LogitEngine, Sample, Setting, TimedEngine, TokenRequest, engine_errors
+from loraover_serve.judge.limits import BASE
 
 Switch = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields the model to run."""
@@ -91,11 +90,7 @@ class TorchEngine(LogitEngine, TimedEngine):
 def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], checkpoint: Path | None) -> TorchEngine:
     """Load the base model, every adapter with PEFT, and the unfolded model of a checkpoint.
 
-    Args:
-        load_base: Function that loads a plain transformers model in eval mode, to the device to run on. It is called
-            twice if there is a checkpoint, because PEFT changes the model that it gets.
-        adapters: Folder of each arm's adapter.
-        checkpoint: Folder of a LoRA-Over checkpoint; None for no unfolded model.
+    With a checkpoint `load_base` is called twice, because PEFT changes the model that it gets.
 
     Raises:
         EngineError: An adapter that PEFT refuses.

@@ -18,12 +18,11 @@ from loraover.common.errors import EngineError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource
 from loraover_export.formats.vllm.run import export_vllm
-from loraover_serve.engines.answers import ADAPTER, BASE, OTHER
-from loraover_serve.engines.base import BatchingEngine, Setting
+from loraover_serve.engines.base import BatchingEngine, Sample, Setting, TokenRequest
 from loraover_serve.engines.endpoint import OpenAiEngine, speak_as
 from loraover_serve.engines.installed import installed_version, version_beside
 from loraover_serve.engines.request import EngineRequest
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import KEY_VARIABLE, vllm_command
 from loraover_serve.vllm.serve import server_config
@@ -80,7 +79,11 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
     @contextmanager
     def start(cls, setting: Setting) -> Iterator[VllmEngine]:
         folder = export_uniform(setting)
-        with cls._serve(replace(setting, adapters={ADAPTER: folder} | _opposite(folder))) as engine:
+        adapters, other = {ADAPTER: folder}, folder.with_name(OTHER)
+        with suppress(ExportError):  # its negative, to mix batches of two adapters; of A and B alone there is one
+            combine_adapters([folder], other, weights=[-1.0])
+            adapters[OTHER] = other
+        with cls._serve(replace(setting, adapters=adapters)) as engine:
             yield engine
 
     @classmethod
@@ -130,15 +133,6 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
             return Sample(arm, block, first + index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 
         return at_once(answer, range(len(requests)), len(requests))
-
-
-def _opposite(adapter: Path) -> dict[str, Path]:
-    """A second adapter beside the given one, to mix batches of two: its negative; none if it has more than A and B."""
-    other = adapter.with_name(OTHER)
-    with suppress(ExportError):
-        combine_adapters([adapter], other, weights=[-1.0])
-        return {OTHER: other}
-    return {}
 
 
 def export_uniform(setting: Setting) -> Path:

@@ -24,11 +24,9 @@ from torch import Tensor
 
 from loraover.common.strict_json import StrictModel
 from loraover_serve.comparison.rounding import FORMATS, rounding
-from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.base import engine_errors
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import Sample, TokenRequest, engine_errors
 from loraover_serve.judge.estimates import root_mean
-from loraover_serve.judge.limits import SURE
+from loraover_serve.judge.limits import BASE, SURE
 from loraover_serve.parity.samples import CONTROL, FOLDED, MIXED, SWITCHING, VANILLA, Measurement
 
 APPLIED = 3

@@ -21,7 +21,7 @@ from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource, load_model
 from loraover.reference.reference_model import reference_model
 from loraover_serve.comparison.adapters import check_plain, check_task, write_like
-from loraover_serve.engines.answers import BASE
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.answers import Reference
 from loraover_serve.parity.request import ParityRequest
 from loraover_serve.parity.samples import ALSO, CONTROL, FOLDED, VANILLA

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import final
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines.base import Timed
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import Sample, Timed, TokenRequest
 from loraover_serve.parity.samples import MIXED, SWITCHING, Measurement
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from loraover.reporting.figures import Band, Curve, FigureRow, Key, Point, curves_figure, rows_figure
 from loraover.reporting.html_page import Origin, Page, make_page
 from loraover.reporting.svg import Axis, Figure
-from loraover_serve.engines.answers import BASE
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity import tables
 from loraover_serve.parity.report import (
     PER,

@@ -12,7 +12,7 @@ from pydantic import Field
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import Verdict
 from loraover.reporting.palette import tone_of
-from loraover_serve.engines.answers import BASE
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.answers import Outputs, Together
 from loraover_serve.parity.samples import CONTROL, FOLDED, Measurement
 from loraover_serve.parity.servers import CrossCheck, PeakMemory

@@ -21,12 +21,11 @@ from loraover.models.load import load_tokenizer
 from loraover.models.memory import memory_explained
 from loraover.sources.verb import verb
 from loraover_serve.engines import engine_class
-from loraover_serve.engines.answers import BASE
-from loraover_serve.engines.base import BatchingEngine, Setting, Timed, TimedEngine
+from loraover_serve.engines.base import BatchingEngine, Sample, Setting, Timed, TimedEngine, TokenRequest
 from loraover_serve.engines.installed import check_installed, machine, versions
-from loraover_serve.engines.sample import Sample, TokenRequest
 from loraover_serve.engines.torch import memory_needs
 from loraover_serve.engines.vllm import VllmEngine
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.answers import Outputs, Together, compare_outputs, compare_together
 from loraover_serve.parity.arms import Arms, prepare_arms, references
 from loraover_serve.parity.blocks import SeveralAdapters, adapter_of, answers_alone, measure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraover_serve.engines.sample import Sample
+from loraover_serve.engines.base import Sample
 
 VANILLA, CONTROL, FOLDED = "vanilla", "control", "folded"
 """Names of the arms beside the base model: a plain LoRA (the baseline), a copy of that LoRA, and the folded adapter."""

@@ -20,8 +20,7 @@ from scipy import stats
 
 from loraover.common.errors import EngineError
 from loraover.common.strict_json import StrictModel
-from loraover_serve.engines.base import BatchingEngine, Setting
-from loraover_serve.engines.sample import Sample, TokenRequest
+from loraover_serve.engines.base import BatchingEngine, Sample, Setting, TokenRequest
 from loraover_serve.parity.samples import Measurement
 from loraover_serve.vllm.request import KEY_VARIABLE
 

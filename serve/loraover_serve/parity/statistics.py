@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.strict_json import StrictModel
-from loraover_serve.engines.sample import Sample
+from loraover_serve.engines.base import Sample
 from loraover_serve.parity.equivalence import Comparison, compare, decide, quantile_intervals, quantile_of
 from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
 

@@ -13,7 +13,7 @@ from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import short
 from loraover.reporting.table import Column, Table, facts_table, percent
-from loraover_serve.engines.answers import BASE
+from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.answers import Distance, Outputs, Together
 from loraover_serve.parity.report import PER, ParityReport, end_text
 from loraover_serve.parity.request import ParityRequest

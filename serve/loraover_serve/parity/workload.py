@@ -8,7 +8,7 @@ from typing import Any
 
 from loraover.adapters.logits.prompts import prompt_lines
 from loraover.common.errors import DataError
-from loraover_serve.engines.sample import TokenRequest
+from loraover_serve.engines.base import TokenRequest
 
 TEXT = (
     "The train leaves at nine and arrives at noon, so the journey takes three hours. A farmer has 17 sheep and buys 25 "

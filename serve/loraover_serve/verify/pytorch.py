@@ -19,8 +19,8 @@ from loraover.models.memory import Needs, fit_base
 from loraover.reference.reference_model import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import Expected, last_rows, row_of
-from loraover_serve.engines.sample import TokenRequest
-from loraover_serve.engines.texts import text_of
+from loraover_serve.engines.base import TokenRequest
+from loraover_serve.engines.endpoint import text_of
 from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within
 from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import projected

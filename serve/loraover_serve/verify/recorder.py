@@ -34,8 +34,7 @@ from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
-from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.engines.texts import ids_by_text, text_of
+from loraover_serve.engines.endpoint import as_chats, ids_by_text, text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Interval, t_quantile
 from loraover_serve.judge.evidence import projected
